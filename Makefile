@@ -1,0 +1,34 @@
+# Everything lives in one virtual environment. `make demo` and `make test` set it up first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+NATIVE := CMakeLists.txt $(wildcard src/deformnet/ops/cpu/*.cpp src/deformnet/ops/cpu/*.h)
+
+.PHONY: setup demo test bench lint clean
+
+setup: $(READY)
+
+# Remade when the dependencies or the C++ sources change, and only then.
+$(READY): pyproject.toml $(NATIVE)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+demo: $(READY)
+	$(BIN)/deformnet demo --out demo
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks.deform_conv
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
+
+clean:
+	rm -rf build dist demo
