@@ -1,0 +1,8 @@
+"""The definition of every operator, in plain differentiable PyTorch, for any device.
+
+A fast kernel is right when it agrees with what stands here.
+"""
+
+from deformnet.ops.reference.deform_conv import deform_conv2d
+
+__all__ = ["deform_conv2d"]

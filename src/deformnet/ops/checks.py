@@ -1,0 +1,152 @@
+"""What the operators accept.
+
+Every entrance asks here: the public function, the fake that a compiler traces, and the kernel
+itself (so that a call through `torch.ops`, too, never reads outside its tensors). Sizes may be
+symbolic; nothing here looks at the values of a tensor.
+"""
+
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+Pair: TypeAlias = tuple[int, int]
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+BORDERS = ("zeros", "msra2017")
+
+
+def pair(name: str, value: int | tuple[int, int] | list[int]) -> Pair:
+    """`value` as (vertical, horizontal).
+
+    Raises:
+        TypeError: if it is neither an int nor made of ints.
+        ValueError: if it is a sequence of another length than two.
+    """
+    if isinstance(value, (int, torch.SymInt)):
+        return value, value
+    if not isinstance(value, (tuple, list)):
+        raise TypeError(f"{name}: want an int or a pair of ints, got {value!r}")
+    if len(value) != 2:
+        raise ValueError(f"{name}: want an int or a pair of ints, got {len(value)} of them")
+    for number in value:
+        if not isinstance(number, (int, torch.SymInt)):
+            raise TypeError(f"{name}: want an int or a pair of ints, got {value!r}")
+    return value[0], value[1]
+
+
+def deform_conv2d_shape(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    border: str,
+) -> tuple[int, int, int, int]:
+    """The shape [N, C_out, Ho, Wo] of the output, once all arguments are found to be right.
+
+    Raises:
+        TypeError: for something that is not a tensor, or a wrong dtype.
+        ValueError: for everything else; the message names the argument.
+    """
+    _check_tensor("input", input, 4)
+    if input.dtype not in DTYPES:
+        raise TypeError(f"input: want one of {_names(DTYPES)}, got {input.dtype}")
+    _check_tensor("weight", weight, 4, like=input)
+    _check_tensor("offset", offset, 4, like=input, or_float32=True)
+    if bias is not None:
+        _check_tensor("bias", bias, 1, like=input)
+    if mask is not None:
+        _check_tensor("mask", mask, 4, like=input, or_float32=True)
+
+    for name, numbers, least in (
+        ("stride", stride, 1),
+        ("padding", padding, 0),
+        ("dilation", dilation, 1),
+    ):
+        if numbers[0] < least or numbers[1] < least:
+            raise ValueError(f"{name}: want at least {least}, got {tuple(numbers)}")
+    if border not in BORDERS:
+        raise ValueError(f"border: want one of {', '.join(BORDERS)}, got {border!r}")
+
+    batch, channels, height, width = input.shape
+    if channels < 1 or height < 1 or width < 1:
+        raise ValueError(f"input: want at least one channel, row and column, got {_shape(input)}")
+    out_channels, group_channels, kh, kw = weight.shape
+    if out_channels < 1 or group_channels < 1 or kh < 1 or kw < 1:
+        raise ValueError(f"weight: want no size of zero, got {_shape(weight)}")
+    if channels % group_channels or out_channels % (channels // group_channels):
+        raise ValueError(
+            f"weight: want [C_out, {channels} / groups, kh, kw], groups dividing both the "
+            f"{channels} channels of input and C_out, got {_shape(weight)}"
+        )
+    if bias is not None and bias.shape[0] != out_channels:
+        raise ValueError(f"bias: want [{out_channels}], got {_shape(bias)}")
+
+    out_height = (height + 2 * padding[0] - dilation[0] * (kh - 1) - 1) // stride[0] + 1
+    out_width = (width + 2 * padding[1] - dilation[1] * (kw - 1) - 1) // stride[1] + 1
+    if out_height < 1 or out_width < 1:
+        raise ValueError(
+            f"input: want at least the reach of the kernel, "
+            f"[{dilation[0] * (kh - 1) + 1}, {dilation[1] * (kw - 1) + 1}], "
+            f"got {_shape(input)} with padding {tuple(padding)}"
+        )
+
+    taps = kh * kw
+    groups = offset.shape[1] // (2 * taps)
+    if (
+        offset.shape[0] != batch
+        or offset.shape[2] != out_height
+        or offset.shape[3] != out_width
+        or groups < 1
+        or groups * 2 * taps != offset.shape[1]
+        or channels % groups
+    ):
+        raise ValueError(
+            f"offset: want [{batch}, {2 * taps} * G, {out_height}, {out_width}], "
+            f"G dividing the {channels} channels of input, got {_shape(offset)}"
+        )
+    if mask is not None and (
+        mask.shape[0] != batch
+        or mask.shape[1] != groups * taps
+        or mask.shape[2] != out_height
+        or mask.shape[3] != out_width
+    ):
+        raise ValueError(
+            f"mask: want [{batch}, {groups * taps}, {out_height}, {out_width}] "
+            f"({groups} offset groups of {taps} taps), got {_shape(mask)}"
+        )
+    return batch, out_channels, out_height, out_width
+
+
+def _check_tensor(
+    name: str, tensor: Tensor, rank: int, like: Tensor | None = None, or_float32: bool = False
+) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: want a tensor, got {type(tensor).__name__}")
+    if tensor.dim() != rank:
+        raise ValueError(f"{name}: want {rank} dimensions, got {_shape(tensor)}")
+    if like is None:
+        return
+    if tensor.device != like.device:
+        raise ValueError(f"{name}: want device {like.device}, as input, got {tensor.device}")
+    if tensor.dtype == like.dtype:
+        return
+    if or_float32 and like.dtype in (torch.bfloat16, torch.float16):
+        if tensor.dtype != torch.float32:
+            raise TypeError(
+                f"{name}: want {like.dtype}, as input, or torch.float32, got {tensor.dtype}"
+            )
+    else:
+        raise TypeError(f"{name}: want {like.dtype}, as input, got {tensor.dtype}")
+
+
+def _shape(tensor: Tensor) -> str:
+    return str(list(tensor.shape))
+
+
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return ", ".join(str(dtype) for dtype in dtypes)

@@ -1,0 +1,265 @@
+"""The operators as PyTorch knows them: schema, kernels, fakes, gradients, autocast.
+
+The one module that imports the implementations. Everything is registered at import.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.library import Library
+
+from deformnet.ops import cpu, reference
+from deformnet.ops.checks import Pair, deform_conv2d_shape
+
+_TensorOrNone = TypeVar("_TensorOrNone", Tensor, Tensor | None)
+
+# Asked once: a compiler may then take the answer for a constant.
+CPU_UNAVAILABLE: str | None = (
+    cpu.why_unavailable() if hasattr(cpu, "why_unavailable") else "the C++ kernels are not built"
+)  # INTERIM until ops/cpu exists
+
+_GEOMETRY = "int[2] stride, int[2] padding, int[2] dilation, str border"
+_library = Library("deformnet", "DEF")
+_library.define(
+    "deform_conv2d(Tensor input, Tensor offset, Tensor weight, Tensor? bias, Tensor? mask, "
+    f"{_GEOMETRY}) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+# `needs` says which gradients are wanted, in the order input, offset, weight, bias, mask; those
+# and no others are returned.
+_library.define(
+    "deform_conv2d_backward(Tensor grad_output, Tensor input, Tensor offset, Tensor weight, "
+    f"Tensor? mask, {_GEOMETRY}, bool[5] needs) -> Tensor[]",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+# The overload, resolved once and not in every call.
+deform_conv2d = torch.ops.deformnet.deform_conv2d.default
+deform_conv2d_backward = torch.ops.deformnet.deform_conv2d_backward.default
+
+
+def reference_deform_conv2d(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    border: str,
+) -> Tensor:
+    """The definition, with the memory format that the operator has."""
+    output = reference.deform_conv2d(
+        input, offset, weight, bias, mask, stride, padding, dilation, border
+    )
+    return output.contiguous(memory_format=_memory_format(input))
+
+
+def autocast(
+    device: str,
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The tensors as autocast wants them: a convolution's in its type, positions in float32.
+
+    float64 stays float64, as in PyTorch's own operators.
+    """
+    low = torch.get_autocast_dtype(device)
+    return (
+        _cast(input, low),
+        _cast(offset, torch.float32),
+        _cast(weight, low),
+        _cast(bias, low),
+        _cast(mask, torch.float32),
+    )
+
+
+def _cast(tensor: _TensorOrNone, dtype: torch.dtype) -> _TensorOrNone:
+    # What is not a tensor at all is left for the checks to refuse.
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        return tensor
+    return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
+
+
+def _memory_format(input: Tensor) -> torch.memory_format:
+    if input.is_contiguous() or not input.is_contiguous(memory_format=torch.channels_last):
+        return torch.contiguous_format
+    return torch.channels_last
+
+
+def _cpu(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    border: str,
+) -> Tensor:
+    if CPU_UNAVAILABLE is not None:
+        raise RuntimeError(CPU_UNAVAILABLE)
+    # Again, after the public function's: a compiled or exported program comes straight here.
+    deform_conv2d_shape(input, offset, weight, bias, mask, stride, padding, dilation, border)
+    return cpu.deform_conv2d(input, offset, weight, bias, mask, stride, padding, dilation, border)
+
+
+def _fake(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    border: str,
+) -> Tensor:
+    shape = deform_conv2d_shape(
+        input, offset, weight, bias, mask, stride, padding, dilation, border
+    )
+    return torch.empty(
+        shape, dtype=input.dtype, device=input.device, memory_format=_memory_format(input)
+    )
+
+
+def _cpu_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    border: str,
+    needs: list[bool],
+) -> list[Tensor]:
+    if CPU_UNAVAILABLE is not None:
+        raise RuntimeError(CPU_UNAVAILABLE)
+    _check_backward(
+        grad_output, input, offset, weight, mask, stride, padding, dilation, border, needs
+    )
+    gradients = cpu.deform_conv2d_backward(
+        grad_output, input, offset, weight, mask, stride, padding, dilation, border, tuple(needs)
+    )
+    return [gradient for gradient in gradients if gradient is not None]
+
+
+def _fake_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    border: str,
+    needs: list[bool],
+) -> list[Tensor]:
+    _check_backward(
+        grad_output, input, offset, weight, mask, stride, padding, dilation, border, needs
+    )
+    gradients = []
+    if needs[0]:
+        gradients.append(torch.empty_like(input, memory_format=_memory_format(input)))
+    if needs[1]:
+        gradients.append(torch.empty_like(offset, memory_format=torch.contiguous_format))
+    if needs[2]:
+        gradients.append(torch.empty_like(weight, memory_format=torch.contiguous_format))
+    if needs[3]:
+        gradients.append(weight.new_empty(weight.shape[0]))
+    if mask is not None and needs[4]:
+        gradients.append(torch.empty_like(mask, memory_format=torch.contiguous_format))
+    return gradients
+
+
+def _check_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    border: str,
+    needs: list[bool],
+) -> None:
+    shape = deform_conv2d_shape(
+        input, offset, weight, None, mask, stride, padding, dilation, border
+    )
+    if grad_output.dtype != input.dtype:
+        raise TypeError(f"grad_output: want {input.dtype}, as input, got {grad_output.dtype}")
+    if grad_output.device != input.device:
+        raise ValueError(
+            f"grad_output: want device {input.device}, as input, got {grad_output.device}"
+        )
+    if grad_output.dim() != 4 or grad_output.shape != shape:
+        raise ValueError(f"grad_output: want {list(shape)}, got {list(grad_output.shape)}")
+    if mask is None and needs[4]:
+        raise ValueError("needs: want no gradient of mask where there is no mask, got True")
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    input, offset, weight, _, mask, *geometry = inputs
+    # The inputs alone: what is interpolated from them is cheaper to compute again than to keep.
+    ctx.save_for_backward(input, offset, weight, mask)
+    ctx.geometry = geometry
+
+
+def _differentiate(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    input, offset, weight, mask = ctx.saved_tensors
+    needs = ctx.needs_input_grad[:5]
+    gradients = iter(
+        deform_conv2d_backward(grad_output, input, offset, weight, mask, *ctx.geometry, needs)
+    )
+    return (*(next(gradients) if need else None for need in needs), None, None, None, None)
+
+
+def _refuse_second_derivative(ctx: Any, *_: Any) -> None:
+    raise NotImplementedError(
+        "deform_conv2d: the fast kernels have no second derivative; "
+        'pass backend="reference" to differentiate twice'
+    )
+
+
+def _autocast_on(device: str) -> Callable[..., Tensor]:
+    def kernel(
+        input: Tensor,
+        offset: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        mask: Tensor | None,
+        stride: Pair,
+        padding: Pair,
+        dilation: Pair,
+        border: str,
+    ) -> Tensor:
+        tensors = autocast(device, input, offset, weight, bias, mask)
+        with torch.autocast(device, enabled=False):
+            return deform_conv2d(*tensors, stride, padding, dilation, border)
+
+    return kernel
+
+
+_library.impl("deform_conv2d", _cpu, "CPU")
+_library.impl("deform_conv2d", _autocast_on("cpu"), "AutocastCPU")
+_library.impl("deform_conv2d", _autocast_on("cuda"), "AutocastCUDA")
+_library.impl("deform_conv2d_backward", _cpu_backward, "CPU")
+torch.library.register_fake("deformnet::deform_conv2d", _fake, lib=_library)
+torch.library.register_fake("deformnet::deform_conv2d_backward", _fake_backward, lib=_library)
+torch.library.register_autograd(
+    "deformnet::deform_conv2d", _differentiate, setup_context=_save, lib=_library
+)
+torch.library.register_autograd(
+    "deformnet::deform_conv2d_backward", _refuse_second_derivative, lib=_library
+)
