@@ -1,0 +1,60 @@
+"""Reading one image or one label map, with an error that names the file."""
+
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+# What Pillow raises on broken bytes, found by truncating and flipping bytes of JPEG and PNG files.
+_BROKEN = (OSError, SyntaxError, ValueError, EOFError, zlib.error, struct.error)
+
+
+def read_image(path: Path) -> Tensor:
+    """Reads a JPEG or PNG file as RGB.
+
+    The pixels come as stored: an EXIF orientation is not applied, because label maps and boxes are
+    drawn on the stored pixels.
+
+    Returns:
+        uint8 [3, H, W]
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is no image, is truncated or is corrupt.
+    """
+    pixels = np.array(_decode(path, convert="RGB"))
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def read_labels(path: Path) -> Tensor:
+    """Reads a PNG whose pixels are class ids: palette (mode P) or grey (mode L), 8 bits.
+
+    Returns:
+        uint8 [H, W]
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is no image, is truncated or corrupt, or holds colours and not ids.
+    """
+    image = _decode(path, convert=None)
+    if image.mode not in ("P", "L"):
+        raise ValueError(
+            f"{path}: wanted class ids (palette P or 8-bit grey L), got mode {image.mode}"
+        )
+    return torch.from_numpy(np.array(image))
+
+
+def _decode(path: Path, convert: str | None) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image.copy() if convert is None else image.convert(convert)
+    except _BROKEN as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # missing file, no permission, failing disk: the system's message names the file
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path}: not a readable image ({reason})") from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{path}: {error}") from error

@@ -1,0 +1,122 @@
+"""From an image and its label map to what a network takes.
+
+Randomness comes from torch's global generator alone, so that a seed repeats it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.v2 import functional as F
+
+from deformnet.data.base import IGNORE
+
+__all__ = [
+    "IGNORE",
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "Resize",
+    "evaluation_transforms",
+    "training_transforms",
+]
+
+Transforms = Callable[[tv_tensors.Image, tv_tensors.Mask], tuple[Tensor, Tensor]]
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def training_transforms(
+    *, short_side: int, max_side: int | None, crop: tuple[int, int] | None, flip: bool
+) -> Transforms:
+    """Resize, random crop, random flip, normalise.
+
+    Args:
+        short_side: pixels of the shorter side after resizing (the paper: 360 for VOC, 1024 for
+            Cityscapes).
+        max_side: bound on the longer side; it wins over `short_side`. None for no bound.
+        crop: (height, width) cut at random. An image that is smaller is put at a random place on
+            the mean colour, its mask on void. None for the whole image.
+        flip: mirror left and right, every second time.
+    Returns:
+        A function of an image (uint8 [3, H, W]) and a mask ([H, W]); it gives float32 [3, h, w],
+        normalised with ImageNet's mean and standard deviation, and int64 [h, w].
+    Raises:
+        ValueError: for sizes that are not positive.
+    """
+    _require_positive("short_side", short_side)
+    steps: list[v2.Transform] = [Resize(short_side, max_side)]
+    if crop is not None:
+        for side in crop:
+            _require_positive("crop", side)
+        mean_colour = [round(255 * channel) for channel in IMAGENET_MEAN]
+        fill = {tv_tensors.Image: mean_colour, tv_tensors.Mask: IGNORE}
+        steps.append(v2.RandomCrop(crop, pad_if_needed=True, fill=fill))
+    if flip:
+        steps.append(v2.RandomHorizontalFlip())
+    return v2.Compose([*steps, *_to_network()])
+
+
+def evaluation_transforms(*, short_side: int, max_side: int | None) -> Transforms:
+    """Resize and normalise; arguments, result and errors as `training_transforms`.
+
+    The mask is resized too: predictions are scored at the size at which the network sees the
+    image, as the authors' code does (on VOC: mean IoU at 360 pixels).
+    """
+    return v2.Compose([Resize(short_side, max_side), *_to_network()])
+
+
+def _to_network() -> list[v2.Transform]:
+    dtypes: dict[type | str, torch.dtype | None] = {
+        tv_tensors.Image: torch.float32,
+        tv_tensors.Mask: torch.int64,
+    }
+    return [
+        v2.ToDtype(dtypes, scale=True),
+        v2.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+        v2.ToPureTensor(),
+    ]
+
+
+class Resize(v2.Transform):
+    """Resizes so that the shorter side has a given length and the longer one a bound.
+
+    Images bilinearly with antialiasing, masks by the nearest pixel. `v2.Resize` is not used
+    because it takes masks at the corner of the target pixel and not at its centre (before
+    torchvision 0.29 always), which shifts the labels against the image, and because it truncates
+    the longer side where the authors' code rounds it.
+    """
+
+    def __init__(self, short_side: int, max_side: int | None) -> None:
+        super().__init__()
+        _require_positive("short_side", short_side)
+        if max_side is not None:
+            _require_positive("max_side", max_side)
+        self.short_side = short_side
+        self.max_side = max_side
+
+    def size(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) after resizing an image of this size."""
+        short, long = min(height, width), max(height, width)
+        scale = self.short_side / short
+        if self.max_side is not None and scale * long > self.max_side:
+            scale = self.max_side / long
+        return max(1, round(scale * height)), max(1, round(scale * width))
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        size = self.size(*inpt.shape[-2:])
+        if size == tuple(inpt.shape[-2:]):
+            return inpt
+        if isinstance(inpt, tv_tensors.Mask):
+            plain = inpt.as_subclass(Tensor)[None]
+            mode = InterpolationMode.NEAREST_EXACT
+            return tv_tensors.Mask(F.resize(plain, list(size), interpolation=mode)[0])
+        return F.resize(inpt, list(size), interpolation=InterpolationMode.BILINEAR, antialias=True)
+
+
+def _require_positive(name: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
