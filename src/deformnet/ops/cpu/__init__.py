@@ -1,0 +1,232 @@
+"""Deformable convolution on the CPU: C++ kernels behind a plain C interface.
+
+The library needs no header of PyTorch, so one build serves every version of it; tensors cross the
+border as pointers. It runs on PyTorch's own number of threads, and on the OpenMP runtime that
+PyTorch has loaded already.
+"""
+
+import ctypes
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+_BORDERS = {"zeros": 0, "msra2017": 1}
+
+Pair = tuple[int, int]
+
+
+class _Problem(ctypes.Structure):
+    """`Problem` of kernels.h, field by field."""
+
+    _fields_ = [  # noqa: RUF012 (what ctypes asks for)
+        *[
+            (name, ctypes.c_int64)
+            for name in (
+                *("batch", "in_channels", "in_h", "in_w", "out_channels", "out_h", "out_w"),
+                *("kernel_h", "kernel_w", "stride_h", "stride_w", "pad_h", "pad_w"),
+                *("dilation_h", "dilation_w", "groups", "offset_groups"),
+            )
+        ],
+        *[
+            (name, ctypes.c_int32)
+            for name in (
+                *("dtype", "offset_dtype", "mask_dtype", "border"),
+                *("input_channels_last", "output_channels_last", "threads"),
+            )
+        ],
+    ]
+
+
+class _ForwardTensors(ctypes.Structure):
+    _fields_ = [  # noqa: RUF012
+        (name, ctypes.c_void_p)
+        for name in ("input", "offset", "mask", "weight", "bias", "output")
+    ]
+
+
+class _BackwardTensors(ctypes.Structure):
+    _fields_ = [  # noqa: RUF012
+        (name, ctypes.c_void_p)
+        for name in (
+            *("grad_output", "input", "offset", "mask", "weight"),
+            *("grad_input", "grad_offset", "grad_mask", "grad_weight"),
+        )
+    ]
+
+
+def _library_file() -> Path:
+    # An editable install keeps the library apart from the sources: the package then has two folders.
+    folders = [Path(folder) for folder in __path__]
+    for folder in folders:
+        for name in ("libdeformnet_cpu.so", "libdeformnet_cpu.dylib", "deformnet_cpu.dll"):
+            if (folder / name).is_file():
+                return folder / name
+    raise OSError(f"the compiled library is in none of {', '.join(map(str, folders))}")
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    library = ctypes.CDLL(str(_library_file()))
+    library.deformnet_instruction_set.restype = ctypes.c_char_p
+    library.deformnet_select_instruction_set.argtypes = [ctypes.c_char_p]
+    library.deformnet_deform_conv2d.argtypes = [
+        ctypes.POINTER(_Problem),
+        ctypes.POINTER(_ForwardTensors),
+    ]
+    library.deformnet_deform_conv2d_backward.argtypes = [
+        ctypes.POINTER(_Problem),
+        ctypes.POINTER(_BackwardTensors),
+    ]
+    return library
+
+
+@functools.cache
+def why_unavailable() -> str | None:
+    """The reason why the kernels cannot run here, or None if they can."""
+    try:
+        _library()
+    except OSError as error:
+        return f"the CPU kernels cannot be loaded: {error}"
+    return None
+
+
+def instruction_set() -> str:
+    """The instruction set in use: "avx512", "avx2" or "baseline" (SSE2, NEON)."""
+    return _library().deformnet_instruction_set().decode()
+
+
+def select_instruction_set(name: str) -> None:
+    """Use another instruction set than the best one, for tests and comparisons.
+
+    Raises:
+        ValueError: if this build or this machine does not have it.
+    """
+    if _library().deformnet_select_instruction_set(name.encode()):
+        raise ValueError(f"instruction set {name!r} is not available on this machine")
+
+
+def deform_conv2d(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    border: str,
+) -> Tensor:
+    """Forward pass; arguments are as `deformnet.ops.deform_conv2d` has checked them.
+
+    Returns:
+        [N, C_out, Ho, Wo], channels-last where `input` is.
+    """
+    input, channels_last = _dense(input)
+    output = torch.empty(
+        (input.shape[0], weight.shape[0], *offset.shape[2:]),
+        dtype=input.dtype,
+        memory_format=torch.channels_last if channels_last else torch.contiguous_format,
+    )
+    if output.numel() == 0:
+        return output
+    offset, weight = offset.contiguous(), weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    mask = None if mask is None else mask.contiguous()
+    problem = _problem(
+        input, offset, weight, mask, stride, padding, dilation, border, channels_last, channels_last
+    )
+    tensors = _ForwardTensors(
+        *(_address(t) for t in (input, offset, mask, weight, bias, output))
+    )
+    _call(_library().deformnet_deform_conv2d, problem, tensors)
+    return output
+
+
+def deform_conv2d_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    border: str,
+    needs: tuple[bool, bool, bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients by input, offset, weight, bias and mask, those that `needs` asks for."""
+    needs_input, needs_offset, needs_weight, needs_bias, needs_mask = needs
+    input, input_channels_last = _dense(input)
+    grad_output, output_channels_last = _dense(grad_output)
+    offset, weight = offset.contiguous(), weight.contiguous()
+    mask = None if mask is None else mask.contiguous()
+
+    grad_bias = grad_output.sum((0, 2, 3)) if needs_bias else None
+    # An empty batch runs no kernel: its gradients are zero.
+    make = torch.zeros_like if grad_output.numel() == 0 else torch.empty_like
+    grad_input = make(input) if needs_input else None
+    grad_offset = make(offset) if needs_offset else None
+    grad_weight = make(weight) if needs_weight else None
+    grad_mask = make(mask) if needs_mask and mask is not None else None
+    grads = (grad_input, grad_offset, grad_weight, grad_bias, grad_mask)
+    wanted = (grad_input, grad_offset, grad_mask, grad_weight)
+    if grad_output.numel() == 0 or all(grad is None for grad in wanted):
+        return grads
+    problem = _problem(
+        *(input, offset, weight, mask, stride, padding, dilation, border),
+        *(input_channels_last, output_channels_last),
+    )
+    tensors = _BackwardTensors(
+        *(_address(t) for t in (grad_output, input, offset, mask, weight, *wanted))
+    )
+    _call(_library().deformnet_deform_conv2d_backward, problem, tensors)
+    return grads
+
+
+def _dense(tensor: Tensor) -> tuple[Tensor, bool]:
+    """The tensor in one of the two memory formats, and whether that is channels-last."""
+    if tensor.is_contiguous():
+        return tensor, False
+    if tensor.is_contiguous(memory_format=torch.channels_last):
+        return tensor, True
+    return tensor.contiguous(), False
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _problem(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    border: str,
+    input_channels_last: bool,
+    output_channels_last: bool,
+) -> _Problem:
+    batch, in_channels, in_h, in_w = input.shape
+    out_channels, group_in, kernel_h, kernel_w = weight.shape
+    _, offset_channels, out_h, out_w = offset.shape
+    return _Problem(
+        *(batch, in_channels, in_h, in_w, out_channels, out_h, out_w, kernel_h, kernel_w),
+        *(*stride, *padding, *dilation),
+        *(in_channels // group_in, offset_channels // (2 * kernel_h * kernel_w)),
+        *(_DTYPES[input.dtype], _DTYPES[offset.dtype]),
+        *(_DTYPES[offset.dtype if mask is None else mask.dtype], _BORDERS[border]),
+        *(input_channels_last, output_channels_last, torch.get_num_threads()),
+    )
+
+
+def _call(
+    function: Callable[..., int], problem: _Problem, tensors: _ForwardTensors | _BackwardTensors
+) -> None:
+    if function(ctypes.byref(problem), ctypes.byref(tensors)):
+        raise MemoryError("no memory for the workspace of deform_conv2d")

@@ -1,0 +1,886 @@
+// Deformable convolution, forward and backward.
+//
+// Forward. The positions (n, oy, ox) are cut into tiles; a thread takes a tile, samples a few taps of
+// it into `columns` [position, tap, channel], which stay in its cache, and multiplies them at once
+// with the packed weights. The map is channels-last here, so the four corners of a sample are four
+// runs of channels and their bilinear weights are shared by a whole offset group.
+//
+// Backward. Positions come in chunks small enough for the shared cache. First, threads split the
+// chunk's positions: gradient of the columns = grad_output * weight; the dot products of it with the
+// four corners give the gradients of offset and mask, and the columns are sampled again. Then threads
+// split channels: each one adds up its channels of grad_input and grad_weight over the positions, in
+// order. So nothing is added atomically, and the bits do not depend on the number of threads.
+#include <cstdlib>
+
+#include <omp.h>
+
+#include "gemm.h"
+#include "kernels.h"
+
+namespace deformnet::DEFORMNET_ISA {
+namespace {
+
+// ------------------------------------------------------------------------------- small parts
+
+template <class I>
+inline I least(I a, I b) {
+  return a < b ? a : b;
+}
+template <class I>
+inline I most(I a, I b) {
+  return a > b ? a : b;
+}
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+constexpr int64_t kCacheLine = 64;
+constexpr int64_t kColumnsBytes = 256 << 10;  // columns of a tile: a part of the private cache
+constexpr int64_t kBlockDepth = 640;          // numbers of a column that are summed in one go
+constexpr int64_t kChunkBytes = 8 << 20;      // columns of a chunk in the backward pass
+constexpr int64_t kImagesBytes = 16 << 20;    // channels-last copies of images, at least one image
+constexpr int64_t kKeptBytes = 64 << 20;      // workspace that stays allocated between calls
+
+// Memory for one call, handed out piece by piece. Each calling thread keeps its block for the next
+// call: fresh pages cost more than the arithmetic of a small layer.
+class Workspace {
+ public:
+  ~Workspace() { std::free(block_); }
+
+  bool reserve(int64_t bytes) {
+    used_ = 0;
+    if (bytes <= capacity_) return true;
+    std::free(block_);
+    capacity_ = round_up(bytes, 2 << 20);
+    block_ = static_cast<char*>(std::aligned_alloc(kCacheLine, size_t(capacity_)));
+    if (!block_) capacity_ = 0;
+    return block_ != nullptr;
+  }
+  template <class T>
+  T* take(int64_t count) {
+    T* piece = reinterpret_cast<T*>(block_ + used_);
+    used_ += bytes_of<T>(count);
+    return piece;
+  }
+  void trim() {
+    if (capacity_ <= kKeptBytes) return;
+    std::free(block_);
+    block_ = nullptr;
+    capacity_ = 0;
+  }
+  template <class T>
+  static int64_t bytes_of(int64_t count) {
+    return round_up(count * int64_t(sizeof(T)), kCacheLine);
+  }
+
+ private:
+  char* block_ = nullptr;
+  int64_t capacity_ = 0, used_ = 0;
+};
+
+thread_local Workspace workspace;
+
+struct Geometry {
+  explicit Geometry(const Problem& p)
+      : taps(p.kernel_h * p.kernel_w),
+        pixels(p.in_h * p.in_w),
+        positions(p.out_h * p.out_w),
+        group_in(p.in_channels / p.groups),
+        group_out(p.out_channels / p.groups),
+        offset_group_in(p.in_channels / p.offset_groups),
+        depthwise(p.groups > 1 && group_in == 1 && group_out == 1) {}
+
+  int64_t taps, pixels, positions;
+  int64_t group_in, group_out, offset_group_in;
+  bool depthwise;  // one filter a channel: no matrix product in it
+};
+
+// ------------------------------------------------------------------------- where samples lie
+
+// A run of neighbouring positions of one image inside a tile.
+struct Run {
+  int64_t start, length;  // in the tile
+  int64_t image;          // in the batch
+  int64_t position;       // in the image
+};
+
+// Positions [begin, begin + count), counted through the images from `first_image` on.
+class Tile {
+ public:
+  Tile(const Geometry& geometry, int64_t first_image, int64_t begin, int64_t count)
+      : first_image(first_image), begin(begin), count(count), positions_(geometry.positions) {}
+
+  template <class Visit>
+  void for_each_run(Visit visit) const {
+    for (int64_t done = 0; done < count;) {
+      const int64_t at = begin + done, position = at % positions_;
+      const int64_t length = least(count - done, positions_ - position);
+      visit(Run{done, length, first_image + at / positions_, position});
+      done += length;
+    }
+  }
+
+  int64_t first_image, begin, count;
+
+ private:
+  int64_t positions_;
+};
+
+inline const char* element(const void* data, int32_t dtype, int64_t index) {
+  const int64_t size = dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2;
+  return static_cast<const char*>(data) + index * size;
+}
+
+template <class A>
+void read_run(const void* data, int32_t dtype, int64_t index, int64_t n, A* to) {
+  const char* from = element(data, dtype, index);
+  switch (dtype) {
+    case kFloat64: return convert_row<A>(reinterpret_cast<const double*>(from), n, to);
+    case kFloat32: return convert_row<A>(reinterpret_cast<const float*>(from), n, to);
+    case kBFloat16: return convert_row<A>(reinterpret_cast<const BFloat16*>(from), n, to);
+    case kFloat16: return convert_row<A>(reinterpret_cast<const Float16*>(from), n, to);
+  }
+}
+
+template <class A>
+void write_run(const A* from, int64_t n, void* data, int32_t dtype, int64_t index) {
+  char* to = const_cast<char*>(element(data, dtype, index));
+  switch (dtype) {
+    case kFloat64: return convert_row<A>(from, n, reinterpret_cast<double*>(to));
+    case kFloat32: return convert_row<A>(from, n, reinterpret_cast<float*>(to));
+    case kBFloat16: return convert_row<A>(from, n, reinterpret_cast<BFloat16*>(to));
+    case kFloat16: return convert_row<A>(from, n, reinterpret_cast<Float16*>(to));
+  }
+}
+
+// The samples of one tap and offset group in a tile, as arrays over the tile's positions.
+// Corners are numbered (top, left), (top, right), (bottom, left), (bottom, right).
+template <class A>
+struct Samples {
+  int32_t* pixel[4];  // of the corner, counted through the chunk's images; -1: outside, that is zero
+  A* weight[4];       // bilinear; NaN where the offset is
+  A *fy, *fx;         // the fractions that the weights are made of
+  A* mask;
+
+  static int64_t bytes(int64_t capacity) {
+    return Workspace::bytes_of<int32_t>(4 * capacity) + Workspace::bytes_of<A>(7 * capacity);
+  }
+  Samples(char* memory, int64_t capacity) {
+    auto* pixels = reinterpret_cast<int32_t*>(memory);
+    auto* numbers = reinterpret_cast<A*>(memory + Workspace::bytes_of<int32_t>(4 * capacity));
+    for (int i = 0; i < 4; ++i) {
+      pixel[i] = pixels + i * capacity;
+      weight[i] = numbers + i * capacity;
+    }
+    fy = numbers + 4 * capacity;
+    fx = numbers + 5 * capacity;
+    mask = numbers + 6 * capacity;
+  }
+};
+
+// A coordinate as the first of its two cells and the fraction to the second, vectorisable: no branch.
+template <class A>
+inline void split(A at, A size, bool msra, A* cell, A* next, A* fraction) {
+  // Beyond these bounds both cells are outside anyhow. NaN, too, becomes a defined number here.
+  A clamped = at > A(-2) ? at : A(-2);
+  clamped = clamped < size + 1 ? clamped : size + 1;
+  A low = A(int32_t(clamped));
+  low -= low > clamped ? A(1) : A(0);
+  const A part = clamped - low;
+  // The kernel of 2017 repeats the last row, and samples nothing before the first.
+  const bool last = msra && low >= size - 1 && low < size;
+  *cell = msra && clamped < 0 ? A(-2) : low;
+  *next = msra && clamped < 0 ? A(-2) : last ? low : low + 1;
+  *fraction = last ? A(0) : part;
+}
+
+template <class A>
+void locate(const Problem& p, const Geometry& geometry, const Tile& tile, const void* offset,
+            const void* mask, int64_t offset_group, int64_t tap, A* scratch, int64_t capacity,
+            Samples<A>& samples) {
+  A *ys = scratch, *xs = scratch + capacity, *bases = scratch + 2 * capacity;
+  const int64_t channel = offset_group * geometry.taps + tap;
+  tile.for_each_run([&](const Run& run) {
+    const int64_t all = p.offset_groups * geometry.taps;
+    const int64_t plane = run.image * 2 * all + 2 * channel;
+    A *y = ys + run.start, *x = xs + run.start, *base = bases + run.start;
+    read_run(offset, p.offset_dtype, plane * geometry.positions + run.position, run.length, y);
+    read_run(offset, p.offset_dtype, (plane + 1) * geometry.positions + run.position, run.length, x);
+    const int64_t dy = tap / p.kernel_w * p.dilation_h - p.pad_h;
+    const int64_t dx = tap % p.kernel_w * p.dilation_w - p.pad_w;
+    int64_t oy = run.position / p.out_w, ox = run.position % p.out_w;
+    for (int64_t i = 0; i < run.length; ++oy, ox = 0)
+      for (; ox < p.out_w && i < run.length; ++ox, ++i) {
+        y[i] += A(oy * p.stride_h + dy);
+        x[i] += A(ox * p.stride_w + dx);
+        base[i] = A(run.image - tile.first_image);
+      }
+    A* m = samples.mask + run.start;
+    if (mask)
+      read_run(mask, p.mask_dtype, (run.image * all + channel) * geometry.positions + run.position,
+               run.length, m);
+    else
+      for (int64_t i = 0; i < run.length; ++i) m[i] = A(1);
+  });
+
+  const A height = A(p.in_h), width = A(p.in_w);
+  const int32_t in_h = int32_t(p.in_h), in_w = int32_t(p.in_w), pixels = int32_t(geometry.pixels);
+  const bool msra = p.border == kMsra2017;
+#pragma omp simd
+  for (int64_t i = 0; i < tile.count; ++i) {
+    const A y = ys[i], x = xs[i];
+    A top, bottom, left, right, fy, fx;
+    split(y, height, msra, &top, &bottom, &fy);
+    split(x, width, msra, &left, &right, &fx);
+    const bool defined = y == y && x == x;
+    fy = defined ? fy : y - y + (x - x);  // NaN, also where only the other coordinate is
+    fx = defined ? fx : y - y + (x - x);
+    const int32_t t = int32_t(top), b = int32_t(bottom), l = int32_t(left), r = int32_t(right);
+    const int32_t image = int32_t(bases[i]) * pixels;
+    const bool t_in = t >= 0 && t < in_h, b_in = b >= 0 && b < in_h;
+    const bool l_in = l >= 0 && l < in_w, r_in = r >= 0 && r < in_w;
+    samples.pixel[0][i] = t_in && l_in ? image + t * in_w + l : -1;
+    samples.pixel[1][i] = t_in && r_in ? image + t * in_w + r : -1;
+    samples.pixel[2][i] = b_in && l_in ? image + b * in_w + l : -1;
+    samples.pixel[3][i] = b_in && r_in ? image + b * in_w + r : -1;
+    samples.weight[0][i] = (1 - fy) * (1 - fx);
+    samples.weight[1][i] = (1 - fy) * fx;
+    samples.weight[2][i] = fy * (1 - fx);
+    samples.weight[3][i] = fy * fx;
+    samples.fy[i] = fy;
+    samples.fx[i] = fx;
+  }
+}
+
+// --------------------------------------------------------------------------------- the map
+
+// Images [begin, end) of the batch as channels-last maps in the type of computation: the tensor itself
+// where it has that form, otherwise a copy. Called by all threads of a team.
+template <class A, class T>
+const A* channels_last(const Problem& p, const Geometry& geometry, const T* input, int64_t begin,
+                       int64_t end, A* copy) {
+  const int64_t channels = p.in_channels, pixels = geometry.pixels;
+  const T* from = input + begin * channels * pixels;
+  if constexpr (kSame<A, T>)
+    if (p.input_channels_last) return from;
+  constexpr int64_t strip = 256;
+  const int64_t strips = ceil_div(pixels, strip);
+#pragma omp for
+  for (int64_t item = 0; item < (end - begin) * strips; ++item) {
+    const int64_t image = item / strips, start = item % strips * strip;
+    const int64_t n = least(strip, pixels - start);
+    A* to = copy + (image * pixels + start) * channels;
+    if (p.input_channels_last)
+      convert_row<A>(from + (image * pixels + start) * channels, n * channels, to);
+    else
+      transpose<A>(from + image * channels * pixels + start, pixels, channels, n, to, channels);
+  }
+  return copy;
+}
+
+// The gradient of the map, from channels-last sums into the tensor.
+template <class A, class T>
+void scatter_map(const Problem& p, const Geometry& geometry, const A* sums, int64_t begin, int64_t end,
+                 T* grad_input) {
+  const int64_t channels = p.in_channels, pixels = geometry.pixels;
+  constexpr int64_t strip = 256;
+  const int64_t strips = ceil_div(pixels, strip);
+  T* to = grad_input + begin * channels * pixels;
+#pragma omp for
+  for (int64_t item = 0; item < (end - begin) * strips; ++item) {
+    const int64_t image = item / strips, start = item % strips * strip;
+    const int64_t n = least(strip, pixels - start);
+    const A* from = sums + (image * pixels + start) * channels;
+    if (p.input_channels_last)
+      convert_row<A>(from, n * channels, to + (image * pixels + start) * channels);
+    else
+      transpose<A>(from, channels, n, channels, to + image * channels * pixels + start, pixels);
+  }
+}
+
+// ------------------------------------------------------------------------------- sampling
+
+// columns[position, tap, channel] for taps [tap_begin, tap_end) of a tile, all channels.
+template <class A>
+void sample(const Problem& p, const Geometry& geometry, const A* map, const A* zeros,
+            const Samples<A>* samples, int64_t tap_begin, int64_t tap_end, int64_t count, A* columns,
+            int64_t row) {
+  const int64_t width = geometry.offset_group_in;
+  for (int64_t tap = tap_begin; tap < tap_end; ++tap)
+    for (int64_t g = 0; g < p.offset_groups; ++g) {
+      const Samples<A>& at = samples[g * geometry.taps + tap];
+      const int64_t channel = g * width;
+      for (int64_t i = 0; i < count; ++i) {
+        const A* corner[4];
+        A weight[4];
+        for (int j = 0; j < 4; ++j) {
+          const int64_t pixel = at.pixel[j][i];
+          corner[j] = pixel < 0 ? zeros : map + pixel * p.in_channels + channel;
+          weight[j] = at.weight[j][i];
+        }
+        const A mask = at.mask[i];
+        A* to = columns + i * row + (tap - tap_begin) * p.in_channels + channel;
+        int64_t c = 0;
+        for (; c + kLanes<A> <= width; c += kLanes<A>) {
+          const Vec<A> value = load(corner[0] + c) * weight[0] + load(corner[1] + c) * weight[1] +
+                               load(corner[2] + c) * weight[2] + load(corner[3] + c) * weight[3];
+          store(to + c, value * mask);
+        }
+        for (; c < width; ++c)
+          to[c] = (corner[0][c] * weight[0] + corner[1][c] * weight[1] + corner[2][c] * weight[2] +
+                   corner[3][c] * weight[3]) *
+                  mask;
+      }
+    }
+}
+
+// The same samples in the backward pass. `grads` holds the gradient of the columns. Writes the columns
+// where wanted, and the gradients by offset and mask into `grad_y`, `grad_x`, `grad_mask` of one tap
+// and offset group.
+template <class A>
+void sample_backward(const Problem& p, const Geometry& geometry, const A* map, const A* zeros,
+                     const Samples<A>& at, int64_t tap, int64_t g, int64_t count, const A* grads,
+                     A* columns, int64_t row, A* grad_y, A* grad_x, A* grad_mask) {
+  const int64_t width = geometry.offset_group_in, channel = g * width;
+  for (int64_t i = 0; i < count; ++i) {
+    const A* corner[4];
+    A weight[4];
+    for (int j = 0; j < 4; ++j) {
+      const int64_t pixel = at.pixel[j][i];
+      corner[j] = pixel < 0 ? zeros : map + pixel * p.in_channels + channel;
+      weight[j] = at.weight[j][i];
+    }
+    const A mask = at.mask[i];
+    const A* grad = grads + i * row + tap * p.in_channels + channel;
+    A* to = columns ? columns + i * row + tap * p.in_channels + channel : nullptr;
+    Vec<A> dots[4] = {};
+    int64_t c = 0;
+    for (; c + kLanes<A> <= width; c += kLanes<A>) {
+      const Vec<A> v0 = load(corner[0] + c), v1 = load(corner[1] + c);
+      const Vec<A> v2 = load(corner[2] + c), v3 = load(corner[3] + c);
+      const Vec<A> u = load(grad + c);
+      dots[0] += u * v0;
+      dots[1] += u * v1;
+      dots[2] += u * v2;
+      dots[3] += u * v3;
+      if (to)
+        store(to + c, (v0 * weight[0] + v1 * weight[1] + v2 * weight[2] + v3 * weight[3]) * mask);
+    }
+    A dot[4];
+    for (int j = 0; j < 4; ++j) dot[j] = sum<A>(dots[j]);
+    for (; c < width; ++c) {
+      for (int j = 0; j < 4; ++j) dot[j] += grad[c] * corner[j][c];
+      if (to)
+        to[c] = (corner[0][c] * weight[0] + corner[1][c] * weight[1] + corner[2][c] * weight[2] +
+                 corner[3][c] * weight[3]) *
+                mask;
+    }
+    const A fy = at.fy[i], fx = at.fx[i];
+    grad_y[i] = mask * ((1 - fx) * (dot[2] - dot[0]) + fx * (dot[3] - dot[1]));
+    grad_x[i] = mask * ((1 - fy) * (dot[1] - dot[0]) + fy * (dot[3] - dot[2]));
+    grad_mask[i] = weight[0] * dot[0] + weight[1] * dot[1] + weight[2] * dot[2] + weight[3] * dot[3];
+  }
+}
+
+// --------------------------------------------------------------------------- packed weights
+
+// For the forward product: [group][panel of output channels][tap][channel][lane].
+template <class A, class T>
+void pack_forward(const Problem& p, const Geometry& geometry, const T* weight, A* packed) {
+  constexpr int panel = kPanel<A>;
+  const int64_t panels = ceil_div(geometry.group_out, panel), depth = geometry.group_in * geometry.taps;
+  // A few rows of the source at a time, so that the lines written to stay in the cache.
+  constexpr int64_t stretch = 64;
+  const int64_t stretches = ceil_div(depth, stretch);
+#pragma omp for
+  for (int64_t item = 0; item < p.groups * panels * stretches; ++item) {
+    const int64_t group = item / (panels * stretches), which = item / stretches % panels;
+    const int64_t begin = item % stretches * stretch, end = least(begin + stretch, depth);
+    A* to = packed + (group * panels + which) * depth * panel;
+    for (int64_t lane = 0; lane < panel; ++lane) {
+      const int64_t out = which * panel + lane;
+      const T* from = weight + (group * geometry.group_out + out) * depth;
+      int64_t channel = begin / geometry.taps, tap = begin % geometry.taps;
+      for (int64_t k = begin; k < end; ++k) {
+        to[(tap * geometry.group_in + channel) * panel + lane] =
+            out < geometry.group_out ? A(read(from[k])) : A(0);
+        if (++tap == geometry.taps) tap = 0, ++channel;
+      }
+    }
+  }
+}
+
+// For the gradient of the columns: [group][tap][panel of input channels][output channel][lane]. Output
+// channels are padded to whole panels, as the gradient is that they are multiplied with.
+template <class A, class T>
+void pack_backward(const Problem& p, const Geometry& geometry, const T* weight, A* packed) {
+  constexpr int panel = kPanel<A>;
+  const int64_t panels = ceil_div(geometry.group_in, panel);
+  const int64_t outs = round_up(geometry.group_out, panel), taps = geometry.taps;
+#pragma omp for collapse(2)
+  for (int64_t group = 0; group < p.groups; ++group)
+    for (int64_t out = 0; out < outs; ++out) {
+      const T* from = weight + (group * geometry.group_out + out) * geometry.group_in * taps;
+      for (int64_t channel = 0; channel < panels * panel; ++channel)
+        for (int64_t tap = 0; tap < taps; ++tap) {
+          const bool real = out < geometry.group_out && channel < geometry.group_in;
+          const int64_t at = ((group * taps + tap) * panels + channel / panel) * outs + out;
+          packed[at * panel + channel % panel] = real ? A(read(from[channel * taps + tap])) : A(0);
+        }
+    }
+}
+
+// One filter a channel: [tap][channel].
+template <class A, class T>
+void pack_depthwise(const Problem& p, const Geometry& geometry, const T* weight, A* packed) {
+#pragma omp for
+  for (int64_t channel = 0; channel < p.in_channels; ++channel)
+    for (int64_t tap = 0; tap < geometry.taps; ++tap)
+      packed[tap * p.in_channels + channel] = A(read(weight[channel * geometry.taps + tap]));
+}
+
+// ---------------------------------------------------------------------------------- forward
+
+template <class A, class T>
+void write_tile(const Problem& p, const Geometry& geometry, const Tile& tile, const A* sums, int64_t row,
+                T* output) {
+  const int64_t channels = p.out_channels, positions = geometry.positions;
+  tile.for_each_run([&](const Run& run) {
+    const A* from = sums + run.start * row;
+    if (p.output_channels_last) {
+      T* to = output + (run.image * positions + run.position) * channels;
+      for (int64_t i = 0; i < run.length; ++i)
+        convert_row<A>(from + i * row, channels, to + i * channels);
+    } else {
+      T* to = output + run.image * channels * positions + run.position;
+      transpose<A>(from, row, run.length, channels, to, positions);
+    }
+  });
+}
+
+template <class T>
+int forward_of(const Problem& p, const ForwardTensors& tensors) {
+  using A = typename ComputeOf<T>::type;
+  constexpr int panel = kPanel<A>;
+  const Geometry geometry(p);
+  const T* input = static_cast<const T*>(tensors.input);
+  const T* weight = static_cast<const T*>(tensors.weight);
+  const T* bias = static_cast<const T*>(tensors.bias);
+  T* output = static_cast<T*>(tensors.output);
+
+  const int64_t channels = p.in_channels, taps = geometry.taps;
+  const int64_t block_taps = most<int64_t>(1, least(taps, kBlockDepth / channels));
+  const int64_t depth = block_taps * channels;
+  const bool copied = !p.input_channels_last || !kSame<A, T>;
+  const int64_t image_bytes = geometry.pixels * channels * int64_t(sizeof(A));
+  const int64_t images = least(p.batch, most<int64_t>(1, copied ? kImagesBytes / image_bytes
+                                                                : INT32_MAX / geometry.pixels));
+
+  // Tiles of equal size, as many for every thread.
+  const int64_t wanted = round_up(
+      most<int64_t>(kTileRows, kColumnsBytes / (depth * int64_t(sizeof(A)))), kTileRows);
+  const int64_t all = images * geometry.positions;
+  const int64_t tiles = round_up(ceil_div(all, wanted), p.threads);
+  const int64_t tile_rows = round_up(ceil_div(all, tiles), kTileRows);
+
+  // A cache line more a row keeps rows of a power of two out of each other's cache sets.
+  const int64_t line = kCacheLine / int64_t(sizeof(A));
+  const int64_t columns_row = depth + line, sums_row = p.out_channels + line;
+  const int64_t packed_panels = ceil_div(geometry.group_out, panel);
+  const int64_t packed_size = geometry.depthwise
+                                  ? taps * channels
+                                  : p.groups * packed_panels * taps * geometry.group_in * panel;
+  const int64_t samples_bytes = Samples<A>::bytes(tile_rows);
+  const int64_t samples_count = p.offset_groups * taps;
+
+  using W = Workspace;
+  const int64_t private_bytes = W::bytes_of<A>(tile_rows * columns_row) +
+                                W::bytes_of<A>(tile_rows * sums_row) +
+                                W::bytes_of<A>(3 * tile_rows) + samples_count * samples_bytes +
+                                W::bytes_of<Samples<A>>(samples_count);
+  const int64_t shared_bytes =
+      W::bytes_of<A>(packed_size) + W::bytes_of<A>(channels) + W::bytes_of<A>(p.out_channels) +
+      (copied ? W::bytes_of<A>(images * geometry.pixels * channels) : 0);
+  if (!workspace.reserve(shared_bytes + p.threads * private_bytes)) return 1;
+
+  A* packed = workspace.take<A>(packed_size);
+  A* zeros = workspace.take<A>(channels);
+  A* biases = workspace.take<A>(p.out_channels);
+  A* copy = copied ? workspace.take<A>(images * geometry.pixels * channels) : nullptr;
+  char* private_memory = workspace.take<char>(p.threads * private_bytes);
+  for (int64_t c = 0; c < channels; ++c) zeros[c] = A(0);
+  for (int64_t c = 0; c < p.out_channels; ++c) biases[c] = bias ? A(read(bias[c])) : A(0);
+
+#pragma omp parallel num_threads(p.threads)
+  {
+    char* mine = private_memory + omp_get_thread_num() * private_bytes;
+    A* columns = reinterpret_cast<A*>(mine);
+    mine += W::bytes_of<A>(tile_rows * columns_row);
+    A* sums = reinterpret_cast<A*>(mine);
+    mine += W::bytes_of<A>(tile_rows * sums_row);
+    A* scratch = reinterpret_cast<A*>(mine);
+    mine += W::bytes_of<A>(3 * tile_rows);
+    auto* samples = reinterpret_cast<Samples<A>*>(mine);
+    mine += W::bytes_of<Samples<A>>(samples_count);
+    for (int64_t i = 0; i < samples_count; ++i)
+      samples[i] = Samples<A>(mine + i * samples_bytes, tile_rows);
+
+    if (geometry.depthwise)
+      pack_depthwise<A, T>(p, geometry, weight, packed);
+    else
+      pack_forward<A, T>(p, geometry, weight, packed);
+
+    for (int64_t first = 0; first < p.batch; first += images) {
+      const int64_t last = least(first + images, p.batch);
+      const A* map = channels_last<A, T>(p, geometry, input, first, last, copy);
+      const int64_t total = (last - first) * geometry.positions;
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t begin = 0; begin < total; begin += tile_rows) {
+        const Tile tile(geometry, first, begin, least(tile_rows, total - begin));
+        for (int64_t g = 0; g < p.offset_groups; ++g)
+          for (int64_t tap = 0; tap < taps; ++tap)
+            locate<A>(p, geometry, tile, tensors.offset, tensors.mask, g, tap, scratch, tile_rows,
+                      samples[g * taps + tap]);
+        for (int64_t i = 0; i < tile.count; ++i)
+          for (int64_t c = 0; c < p.out_channels; ++c) sums[i * sums_row + c] = biases[c];
+
+        for (int64_t tap = 0; tap < taps; tap += block_taps) {
+          const int64_t tap_end = least(tap + block_taps, taps);
+          sample<A>(p, geometry, map, zeros, samples, tap, tap_end, tile.count, columns, columns_row);
+          if (geometry.depthwise) {
+            for (int64_t i = 0; i < tile.count; ++i)
+              for (int64_t t = tap; t < tap_end; ++t) {
+                const A* from = columns + i * columns_row + (t - tap) * channels;
+                for (int64_t c = 0; c < channels; ++c)
+                  sums[i * sums_row + c] += from[c] * packed[t * channels + c];
+              }
+            continue;
+          }
+          for (int64_t group = 0; group < p.groups; ++group) {
+            const LeftFactor<A> left{columns + group * geometry.group_in, columns_row, 1, channels,
+                                     tap_end - tap, geometry.group_in};
+            for (int64_t which = 0; which < packed_panels; ++which) {
+              const int64_t at = (group * packed_panels + which) * taps + tap;
+              multiply<A, true>(tile.count, left, packed + at * geometry.group_in * panel,
+                                sums + group * geometry.group_out + which * panel, sums_row,
+                                int(least<int64_t>(panel, geometry.group_out - which * panel)), true);
+            }
+          }
+        }
+        write_tile<A, T>(p, geometry, tile, sums, sums_row, output);
+      }
+    }
+  }
+  workspace.trim();
+  return 0;
+}
+
+// --------------------------------------------------------------------------------- backward
+
+// grad_output of positions [begin, begin + count) as panels [group][panel][position][lane], padded with
+// zeros; for depthwise layers as rows [position][channel]. Called by all threads of a team.
+template <class A, class T>
+void pack_grad_output(const Problem& p, const Geometry& geometry, const Tile& chunk, const T* grad_output,
+                      A* packed) {
+  const int64_t channels = p.out_channels, positions = geometry.positions;
+  const int64_t panel = geometry.depthwise ? channels : kPanel<A>;
+  const int64_t group_out = geometry.depthwise ? channels : geometry.group_out;
+  const int64_t panels = ceil_div(group_out, panel);
+  const int64_t groups = geometry.depthwise ? 1 : p.groups;
+  constexpr int64_t strip = 256;
+  const int64_t strips = ceil_div(chunk.count, strip);
+#pragma omp for
+  for (int64_t item = 0; item < groups * panels * strips; ++item) {
+    const int64_t group = item / (panels * strips), which = item / strips % panels;
+    const int64_t start = item % strips * strip, n = least(strip, chunk.count - start);
+    const int64_t channel = group * group_out + which * panel;
+    const int64_t width = least(panel, group_out - which * panel);
+    A* base = packed + ((group * panels + which) * chunk.count + start) * panel;
+    const Tile part(geometry, chunk.first_image, chunk.begin + start, n);
+    part.for_each_run([&](const Run& run) {
+      A* to = base + run.start * panel;
+      if (p.output_channels_last) {
+        const T* from = grad_output + (run.image * positions + run.position) * channels + channel;
+        for (int64_t i = 0; i < run.length; ++i)
+          convert_row<A>(from + i * channels, width, to + i * panel);
+      } else {
+        const T* from = grad_output + (run.image * channels + channel) * positions + run.position;
+        transpose<A>(from, positions, width, run.length, to, panel);
+      }
+      for (int64_t i = 0; i < run.length; ++i)
+        for (int64_t c = width; c < panel; ++c) to[i * panel + c] = A(0);
+    });
+  }
+}
+
+// Adds the samples' gradients into the map, channels [begin, end) of one image of the chunk.
+template <class A>
+void add_to_map(const Problem& p, const Geometry& geometry, const Samples<A>* samples, int64_t tile_rows,
+                int64_t position_begin, int64_t position_end, const A* grads, int64_t row, int64_t begin,
+                int64_t end, A* sums) {
+  const int64_t width = geometry.offset_group_in, per_tile = p.offset_groups * geometry.taps;
+  for (int64_t at = position_begin; at < position_end; ++at) {
+    const Samples<A>* tile = samples + at / tile_rows * per_tile;
+    const int64_t i = at % tile_rows;
+    for (int64_t g = begin / width; g * width < end; ++g) {
+      const int64_t from = most(begin, g * width), to = least(end, (g + 1) * width);
+      for (int64_t tap = 0; tap < geometry.taps; ++tap) {
+        const Samples<A>& s = tile[g * geometry.taps + tap];
+        const A* grad = grads + at * row + tap * p.in_channels;
+        for (int j = 0; j < 4; ++j) {
+          const int64_t pixel = s.pixel[j][i];
+          if (pixel < 0) continue;
+          const A weight = s.weight[j][i] * s.mask[i];
+          A* sum = sums + pixel * p.in_channels;
+          int64_t c = from;
+          for (; c + kLanes<A> <= to; c += kLanes<A>)
+            store(sum + c, load(sum + c) + load(grad + c) * weight);
+          for (; c < to; ++c) sum[c] += grad[c] * weight;
+        }
+      }
+    }
+  }
+}
+
+template <class T>
+int backward_of(const Problem& p, const BackwardTensors& tensors) {
+  using A = typename ComputeOf<T>::type;
+  constexpr int panel = kPanel<A>;
+  const Geometry geometry(p);
+  const T* input = static_cast<const T*>(tensors.input);
+  const T* weight = static_cast<const T*>(tensors.weight);
+  const T* grad_output = static_cast<const T*>(tensors.grad_output);
+  const bool want_weight = tensors.grad_weight != nullptr;
+  const bool want_input = tensors.grad_input != nullptr;
+  const bool want_offset = tensors.grad_offset != nullptr || tensors.grad_mask != nullptr;
+  const bool want_columns_grad = want_input || want_offset;
+
+  const int64_t channels = p.in_channels, taps = geometry.taps, positions = geometry.positions;
+  const int64_t line = kCacheLine / int64_t(sizeof(A));
+  const int64_t row = taps * channels + line;
+  const int64_t samples_count = p.offset_groups * taps;
+
+  // A chunk is a number of whole images, or a part of one image. It depends on the shapes alone.
+  const int64_t position_bytes =
+      most(row * int64_t(sizeof(A)), samples_count * Samples<A>::bytes(16) / 16);
+  const int64_t chunk_positions =
+      round_up(most<int64_t>(4 * kTileRows, kChunkBytes / position_bytes), kTileRows);
+  const int64_t image_bytes = geometry.pixels * channels * int64_t(sizeof(A));
+  const int64_t images = most<int64_t>(
+      1, least(least(chunk_positions / positions, p.batch), kImagesBytes / image_bytes));
+  const int64_t longest = least(chunk_positions, images * positions);
+
+  const int64_t wanted = round_up(
+      most<int64_t>(kTileRows, kColumnsBytes / (least(row, kBlockDepth) * int64_t(sizeof(A)))), kTileRows);
+  const int64_t tiles = round_up(ceil_div(longest, wanted), p.threads);
+  const int64_t tile_rows = round_up(ceil_div(longest, tiles), kTileRows);
+  const int64_t tile_count = ceil_div(longest, tile_rows);
+
+  const bool depthwise = geometry.depthwise;
+  const int64_t in_panels = ceil_div(geometry.group_in, panel);
+  const int64_t out_panels = ceil_div(geometry.group_out, panel), outs = out_panels * panel;
+  const int64_t packed_size =
+      depthwise ? taps * channels : p.groups * taps * in_panels * outs * panel;
+  const int64_t packed_grad_size = longest * (depthwise ? channels : p.groups * outs);
+  const int64_t weight_sums_size = depthwise ? taps * channels : p.groups * taps * geometry.group_in * outs;
+  const bool copied = !p.input_channels_last || !kSame<A, T>;
+  const int64_t map_size = images * geometry.pixels * channels;
+  const int64_t samples_bytes = Samples<A>::bytes(tile_rows);
+
+  using W = Workspace;
+  const int64_t private_bytes = W::bytes_of<A>(6 * tile_rows);
+  const int64_t shared_bytes =
+      W::bytes_of<A>(packed_size) + W::bytes_of<A>(packed_grad_size) + W::bytes_of<A>(channels) +
+      2 * W::bytes_of<A>(longest * row) + W::bytes_of<A>(weight_sums_size) + 2 * W::bytes_of<A>(map_size) +
+      W::bytes_of<Samples<A>>(tile_count * samples_count) + tile_count * samples_count * samples_bytes;
+  if (!workspace.reserve(shared_bytes + p.threads * private_bytes)) return 1;
+  A* packed = workspace.take<A>(packed_size);
+  A* packed_grad = workspace.take<A>(packed_grad_size);
+  A* zeros = workspace.take<A>(channels);
+  A* columns = want_weight ? workspace.take<A>(longest * row) : nullptr;
+  A* grads = workspace.take<A>(longest * row);
+  A* weight_sums = workspace.take<A>(weight_sums_size);
+  A* copy = copied ? workspace.take<A>(map_size) : nullptr;
+  A* map_sums = workspace.take<A>(map_size);
+  auto* samples = workspace.take<Samples<A>>(tile_count * samples_count);
+  char* samples_memory = workspace.take<char>(tile_count * samples_count * samples_bytes);
+  char* private_memory = workspace.take<char>(p.threads * private_bytes);
+  for (int64_t i = 0; i < tile_count * samples_count; ++i)
+    samples[i] = Samples<A>(samples_memory + i * samples_bytes, tile_rows);
+  for (int64_t c = 0; c < channels; ++c) zeros[c] = A(0);
+
+  // Channels of the map are split among threads in whole cache lines.
+  const int64_t slices_wanted = ceil_div(p.threads, images);
+  const int64_t slice = round_up(ceil_div(channels, slices_wanted), line);
+  const int64_t slices = ceil_div(channels, slice);
+  const int64_t blocks = ceil_div(geometry.group_in, kTileRows);
+
+#pragma omp parallel num_threads(p.threads)
+  {
+    A* scratch = reinterpret_cast<A*>(private_memory + omp_get_thread_num() * private_bytes);
+    A *grad_y = scratch + 3 * tile_rows, *grad_x = grad_y + tile_rows, *grad_mask = grad_x + tile_rows;
+
+    if (want_columns_grad) {
+      if (depthwise)
+        pack_depthwise<A, T>(p, geometry, weight, packed);
+      else
+        pack_backward<A, T>(p, geometry, weight, packed);
+    }
+
+    for (int64_t first = 0; first < p.batch; first += images) {
+      const int64_t last = least(first + images, p.batch);
+      const int64_t total = (last - first) * positions;
+      const A* map = channels_last<A, T>(p, geometry, input, first, last, copy);
+      if (want_input) {
+        const int64_t lines = ceil_div((last - first) * geometry.pixels * channels, 4096);
+#pragma omp for
+        for (int64_t i = 0; i < lines; ++i)
+          std::memset(map_sums + i * 4096, 0,
+                      size_t(least<int64_t>(4096, (last - first) * geometry.pixels * channels - i * 4096)) *
+                          sizeof(A));
+      }
+
+      for (int64_t chunk_begin = 0; chunk_begin < total; chunk_begin += chunk_positions) {
+        const Tile chunk(geometry, first, chunk_begin, least(chunk_positions, total - chunk_begin));
+        pack_grad_output<A, T>(p, geometry, chunk, grad_output, packed_grad);
+
+        // Threads split positions.
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t begin = 0; begin < chunk.count; begin += tile_rows) {
+          const Tile tile(geometry, first, chunk_begin + begin, least(tile_rows, chunk.count - begin));
+          Samples<A>* mine = samples + begin / tile_rows * samples_count;
+          A* tile_grads = grads + begin * row;
+          A* tile_columns = columns ? columns + begin * row : nullptr;
+          for (int64_t g = 0; g < p.offset_groups; ++g)
+            for (int64_t tap = 0; tap < taps; ++tap)
+              locate<A>(p, geometry, tile, tensors.offset, tensors.mask, g, tap, scratch, tile_rows,
+                        mine[g * taps + tap]);
+          for (int64_t tap = 0; tap < taps; ++tap) {
+            if (!want_columns_grad) {
+              sample<A>(p, geometry, map, zeros, mine, tap, tap + 1, tile.count,
+                        tile_columns + tap * channels, row);
+              continue;
+            }
+            if (depthwise) {
+              for (int64_t i = 0; i < tile.count; ++i)
+                for (int64_t c = 0; c < channels; ++c)
+                  tile_grads[i * row + tap * channels + c] =
+                      packed_grad[(begin + i) * channels + c] * packed[tap * channels + c];
+            } else {
+              for (int64_t group = 0; group < p.groups; ++group) {
+                const LeftFactor<A> left{
+                    packed_grad + (group * out_panels * chunk.count + begin) * panel, panel, 1,
+                    chunk.count * panel, out_panels, panel};
+                for (int64_t which = 0; which < in_panels; ++which) {
+                  const int64_t at = (group * taps + tap) * in_panels + which;
+                  multiply<A, true>(
+                      tile.count, left, packed + at * outs * panel,
+                      tile_grads + tap * channels + group * geometry.group_in + which * panel, row,
+                      int(least<int64_t>(panel, geometry.group_in - which * panel)), false);
+                }
+              }
+            }
+            for (int64_t g = 0; g < p.offset_groups; ++g) {
+              const int64_t channel = g * taps + tap;
+              sample_backward<A>(p, geometry, map, zeros, mine[channel], tap, g, tile.count, tile_grads,
+                                 tile_columns, row, grad_y, grad_x, grad_mask);
+              tile.for_each_run([&](const Run& run) {
+                const int64_t plane = run.image * samples_count + channel;
+                if (tensors.grad_offset) {
+                  write_run<A>(grad_y + run.start, run.length, tensors.grad_offset, p.offset_dtype,
+                               2 * plane * positions + run.position);
+                  write_run<A>(grad_x + run.start, run.length, tensors.grad_offset, p.offset_dtype,
+                               (2 * plane + 1) * positions + run.position);
+                }
+                if (tensors.grad_mask)
+                  write_run<A>(grad_mask + run.start, run.length, tensors.grad_mask, p.mask_dtype,
+                               plane * positions + run.position);
+              });
+            }
+          }
+        }
+
+        // Threads split channels.
+        if (want_input) {
+#pragma omp for schedule(dynamic, 1) nowait
+          for (int64_t item = 0; item < (last - first) * slices; ++item) {
+            const int64_t image = item / slices, begin = item % slices * slice;
+            add_to_map<A>(p, geometry, samples, tile_rows,
+                          most<int64_t>(0, image * positions - chunk_begin),
+                          least(chunk.count, (image + 1) * positions - chunk_begin), grads, row, begin,
+                          least(begin + slice, channels), map_sums);
+          }
+        }
+        const bool accumulate = first > 0 || chunk_begin > 0;
+        if (want_weight && depthwise) {
+#pragma omp for schedule(static)
+          for (int64_t item = 0; item < taps * slices; ++item) {
+            const int64_t tap = item / slices, begin = item % slices * slice;
+            const int64_t end = least(begin + slice, channels);
+            A* sums = weight_sums + tap * channels;
+            if (!accumulate)
+              for (int64_t c = begin; c < end; ++c) sums[c] = A(0);
+            for (int64_t i = 0; i < chunk.count; ++i)
+              for (int64_t c = begin; c < end; ++c)
+                sums[c] += columns[i * row + tap * channels + c] * packed_grad[i * channels + c];
+          }
+        } else if (want_weight) {
+#pragma omp for schedule(dynamic, 1)
+          for (int64_t item = 0; item < p.groups * taps * blocks; ++item) {
+            const int64_t group = item / (taps * blocks), tap = item / blocks % taps;
+            const int64_t channel = item % blocks * kTileRows;
+            const int64_t height = least<int64_t>(kTileRows, geometry.group_in - channel);
+            const LeftFactor<A> left{
+                columns + tap * channels + group * geometry.group_in + channel, 1, row, 0, 1, chunk.count};
+            A* sums = weight_sums + ((group * taps + tap) * geometry.group_in + channel) * outs;
+            for (int64_t which = 0; which < out_panels; ++which)
+              multiply<A, false>(height, left,
+                                 packed_grad + (group * out_panels + which) * chunk.count * panel,
+                                 sums + which * panel, outs, panel, accumulate);
+          }
+        } else {
+#pragma omp barrier
+        }
+      }
+      if (want_input)
+        scatter_map<A, T>(p, geometry, map_sums, first, last, static_cast<T*>(tensors.grad_input));
+    }
+
+    if (want_weight) {
+      T* grad_weight = static_cast<T*>(tensors.grad_weight);
+#pragma omp for
+      for (int64_t out = 0; out < p.out_channels; ++out) {
+        const int64_t group = out / geometry.group_out, lane = out % geometry.group_out;
+        for (int64_t channel = 0; channel < geometry.group_in; ++channel)
+          for (int64_t tap = 0; tap < taps; ++tap) {
+            const A value = depthwise ? weight_sums[tap * channels + out]
+                                      : weight_sums[((group * taps + tap) * geometry.group_in + channel) * outs + lane];
+            write(grad_weight + (out * geometry.group_in + channel) * taps + tap, value);
+          }
+      }
+    }
+  }
+  workspace.trim();
+  return 0;
+}
+
+}  // namespace
+
+int forward(const Problem& p, const ForwardTensors& tensors) {
+  switch (p.dtype) {
+    case kFloat64: return forward_of<double>(p, tensors);
+    case kFloat32: return forward_of<float>(p, tensors);
+    case kBFloat16: return forward_of<BFloat16>(p, tensors);
+    default: return forward_of<Float16>(p, tensors);
+  }
+}
+
+int backward(const Problem& p, const BackwardTensors& tensors) {
+  switch (p.dtype) {
+    case kFloat64: return backward_of<double>(p, tensors);
+    case kFloat32: return backward_of<float>(p, tensors);
+    case kBFloat16: return backward_of<BFloat16>(p, tensors);
+    default: return backward_of<Float16>(p, tensors);
+  }
+}
+
+}  // namespace deformnet::DEFORMNET_ISA

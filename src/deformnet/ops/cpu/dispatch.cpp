@@ -1,0 +1,66 @@
+// The C interface of the library, and the choice of instruction set.
+#include <cstring>
+
+#include "kernels.h"
+
+using namespace deformnet;
+
+namespace {
+
+struct Implementation {
+  const char* name;
+  bool (*runs_here)();
+  ForwardFn forward;
+  BackwardFn backward;
+};
+
+// Best first.
+const Implementation kImplementations[] = {
+#ifdef DEFORMNET_HAS_AVX512
+    {"avx512",
+     [] {
+       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+     },
+     avx512::forward, avx512::backward},
+#endif
+#ifdef DEFORMNET_HAS_AVX2
+    // Every processor with AVX2 and FMA has F16C.
+    {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); },
+     avx2::forward, avx2::backward},
+#endif
+    {"baseline", [] { return true; }, baseline::forward, baseline::backward},
+};
+
+const Implementation* best() {
+  for (const auto& implementation : kImplementations)
+    if (implementation.runs_here()) return &implementation;
+  return nullptr;
+}
+
+const Implementation* chosen = best();
+
+}  // namespace
+
+#define DEFORMNET_EXPORT extern "C" __attribute__((visibility("default")))
+
+DEFORMNET_EXPORT const char* deformnet_instruction_set() { return chosen->name; }
+
+// Returns 0, or 1 when this build or this machine has no such instruction set.
+DEFORMNET_EXPORT int deformnet_select_instruction_set(const char* name) {
+  for (const auto& implementation : kImplementations)
+    if (std::strcmp(implementation.name, name) == 0 && implementation.runs_here()) {
+      chosen = &implementation;
+      return 0;
+    }
+  return 1;
+}
+
+DEFORMNET_EXPORT int deformnet_deform_conv2d(const Problem* problem, const ForwardTensors* tensors) {
+  return chosen->forward(*problem, *tensors);
+}
+
+DEFORMNET_EXPORT int deformnet_deform_conv2d_backward(const Problem* problem,
+                                                      const BackwardTensors* tensors) {
+  return chosen->backward(*problem, *tensors);
+}

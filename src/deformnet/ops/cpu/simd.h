@@ -1,0 +1,230 @@
+// Vectors as wide as the instruction set has them, number formats, and transposition.
+//
+// Included by every translation unit once per instruction set, inside a namespace of its own: nothing
+// here may be a template of the standard library, or the linker could merge code for one instruction
+// set into another.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__) && defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace deformnet::DEFORMNET_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+constexpr int kTileRows = 12, kTileVectors = 2;  // 24 accumulators of 32 registers
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+constexpr int kTileRows = 6, kTileVectors = 2;  // 12 of 16
+#elif defined(__aarch64__)
+constexpr int kVectorBytes = 16;
+constexpr int kTileRows = 6, kTileVectors = 4;  // 24 of 32
+#else
+constexpr int kVectorBytes = 16;
+constexpr int kTileRows = 4, kTileVectors = 2;  // 8 of 16
+#endif
+
+// ---------------------------------------------------------------------------------- vectors
+
+template <class A>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+  typedef float type __attribute__((vector_size(kVectorBytes)));
+  typedef int32_t index __attribute__((vector_size(kVectorBytes)));
+};
+template <>
+struct VectorOf<double> {
+  typedef double type __attribute__((vector_size(kVectorBytes)));
+  typedef int64_t index __attribute__((vector_size(kVectorBytes)));
+};
+template <class A>
+using Vec = typename VectorOf<A>::type;
+template <class A>
+constexpr int kLanes = kVectorBytes / int(sizeof(A));
+
+template <class A>
+inline Vec<A> load(const A* p) {
+  Vec<A> v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <class A>
+inline void store(A* p, Vec<A> v) {
+  std::memcpy(p, &v, sizeof v);
+}
+
+template <class A>
+inline A sum(Vec<A> v) {
+  A parts[kLanes<A>];
+  store(parts, v);
+  for (int width = kLanes<A> / 2; width >= 1; width /= 2)
+    for (int i = 0; i < width; ++i) parts[i] += parts[i + width];
+  return parts[0];
+}
+
+// ---------------------------------------------------------------------------- number formats
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+// The type in which a storage type is computed with.
+template <class T>
+struct ComputeOf {
+  using type = float;
+};
+template <>
+struct ComputeOf<double> {
+  using type = double;
+};
+
+inline float bits_to_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+inline uint32_t float_to_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+inline double read(double v) { return v; }
+inline float read(float v) { return v; }
+inline float read(BFloat16 v) { return bits_to_float(uint32_t(v.bits) << 16); }
+inline float read(Float16 v) {
+#if defined(__AVX2__)
+  return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(v.bits)));
+#elif defined(__aarch64__)
+  __fp16 half;
+  std::memcpy(&half, &v, sizeof half);
+  return half;
+#else
+  const uint32_t sign = uint32_t(v.bits & 0x8000u) << 16, rest = v.bits & 0x7fffu;
+  if (rest >= 0x7c00u) return bits_to_float(sign | 0x7f800000u | ((rest & 0x3ffu) << 13));
+  // Moving the fields into place leaves the exponent 112 too small; the product corrects it, and
+  // turns subnormal numbers into normal ones on the way.
+  return bits_to_float(sign | float_to_bits(bits_to_float(rest << 13) * 0x1p112f));
+#endif
+}
+
+inline void write(double* p, double v) { *p = v; }
+inline void write(float* p, float v) { *p = v; }
+inline void write(BFloat16* p, float v) {
+  const uint32_t bits = float_to_bits(v);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
+  p->bits = v != v ? 0x7fc0u : uint16_t(rounded);
+}
+inline void write(Float16* p, float v) {
+#if defined(__AVX2__)
+  p->bits = uint16_t(_mm_cvtsi128_si32(_mm_cvtps_ph(_mm_set_ss(v), _MM_FROUND_TO_NEAREST_INT)));
+#elif defined(__aarch64__)
+  const __fp16 half = v;
+  std::memcpy(p, &half, sizeof half);
+#else
+  const uint32_t bits = float_to_bits(v), sign = (bits >> 16) & 0x8000u;
+  uint32_t magnitude = bits & 0x7fffffffu;
+  if (v != v) {
+    magnitude = 0x7e00u;
+  } else if (magnitude >= 0x477ff000u) {  // 65520 and above round to infinity
+    magnitude = 0x7c00u;
+  } else if (magnitude < 0x38800000u) {  // subnormal: the addition rounds at the last bit that stays
+    magnitude = float_to_bits(bits_to_float(magnitude) + 0.5f) - float_to_bits(0.5f);
+  } else {
+    magnitude = (magnitude + 0xfffu + ((magnitude >> 13) & 1u) - 0x38000000u) >> 13;
+  }
+  p->bits = uint16_t(sign | magnitude);
+#endif
+}
+
+// Whether T is stored as it is computed with.
+template <class A, class T>
+constexpr bool kSame = false;
+template <class A>
+constexpr bool kSame<A, A> = true;
+
+template <class A, class T>
+inline Vec<A> load_as(const T* p) {
+  if constexpr (kSame<A, T>) {
+    return load(p);
+  } else {
+    A values[kLanes<A>];
+    for (int i = 0; i < kLanes<A>; ++i) values[i] = A(read(p[i]));
+    return load(values);
+  }
+}
+
+template <class T, class A>
+inline void store_as(T* p, Vec<A> v) {
+  if constexpr (kSame<A, T>) {
+    store(p, v);
+  } else {
+    A values[kLanes<A>];
+    store(values, v);
+    for (int i = 0; i < kLanes<A>; ++i) write(p + i, values[i]);
+  }
+}
+
+// ----------------------------------------------------------------------------- transposition
+
+// One stage of the butterfly: swaps the off-diagonal blocks of size `stride`.
+template <class A, int stride>
+inline void swap_blocks(Vec<A>* rows) {
+  constexpr int n = kLanes<A>;
+  typename VectorOf<A>::index low, high;
+  for (int j = 0; j < n; ++j) {
+    low[j] = (j & stride) ? n + j - stride : j;
+    high[j] = (j & stride) ? n + j : j + stride;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < n; ++i) {
+    if (i & stride) continue;
+    const Vec<A> a = rows[i], b = rows[i + stride];
+    rows[i] = __builtin_shuffle(a, b, low);
+    rows[i + stride] = __builtin_shuffle(a, b, high);
+  }
+  if constexpr (stride > 1) swap_blocks<A, stride / 2>(rows);
+}
+
+// to[c * to_stride + r] = from[r * from_stride + c], converting between number formats; A computes.
+template <class A, class From, class To>
+inline void transpose(const From* from, ptrdiff_t from_stride, int64_t rows, int64_t columns, To* to,
+                      ptrdiff_t to_stride) {
+  constexpr int n = kLanes<A>;
+  int64_t r = 0;
+  for (; r + n <= rows; r += n) {
+    int64_t c = 0;
+    for (; c + n <= columns; c += n) {
+      Vec<A> block[n];
+#pragma GCC unroll 16
+      for (int i = 0; i < n; ++i) block[i] = load_as<A>(from + (r + i) * from_stride + c);
+      swap_blocks<A, n / 2>(block);
+#pragma GCC unroll 16
+      for (int i = 0; i < n; ++i) store_as<To, A>(to + (c + i) * to_stride + r, block[i]);
+    }
+    for (; c < columns; ++c)
+      for (int i = 0; i < n; ++i)
+        write(to + c * to_stride + r + i, A(read(from[(r + i) * from_stride + c])));
+  }
+  for (; r < rows; ++r)
+    for (int64_t c = 0; c < columns; ++c)
+      write(to + c * to_stride + r, A(read(from[r * from_stride + c])));
+}
+
+template <class A, class From, class To>
+inline void convert_row(const From* from, int64_t n, To* to) {
+  for (int64_t i = 0; i < n; ++i) write(to + i, A(read(from[i])));
+}
+
+}  // namespace deformnet::DEFORMNET_ISA
