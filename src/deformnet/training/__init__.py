@@ -1,0 +1,5 @@
+"""Training and scoring, on Lightning."""
+
+from deformnet.training.train import TrainingStopped, evaluate, train
+
+__all__ = ["TrainingStopped", "evaluate", "train"]

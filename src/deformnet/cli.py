@@ -1,0 +1,192 @@
+"""The command line. Each command is a function; tyro makes its options from the signature.
+
+What a command needs is imported when it runs, so that `--help` answers quickly.
+"""
+
+import argparse
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from tyro.conf import OmitArgPrefixes, Positional
+from tyro.extras import SubcommandApp
+
+from deformnet.recipes import DeepLabRecipe
+
+BAD_INPUT = 2
+_FROM_LOADER = "Caught "  # how torch begins the message of an error in a loader process
+INTERRUPTED = 130  # as a shell reports a program that Ctrl-C ended
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs a command; errors of input end as one line and exit code 2."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        _app(_base_recipe(arguments)).cli(
+            prog="deformnet",
+            description="Deformable convolutional networks: train, score, predict.",
+            args=arguments,
+        )
+    except KeyboardInterrupt:
+        _leave("interrupted", INTERRUPTED)
+    except Exception as error:
+        if type(error).__name__ == "TrainingStopped":
+            _leave(str(error), INTERRUPTED)
+        if not _is_about_input(error):
+            raise
+        _leave(_one_line(error), BAD_INPUT)
+
+
+def _app(base: DeepLabRecipe) -> SubcommandApp:
+    """All commands; `base` has the defaults of the recipe's options."""
+    training = SubcommandApp()
+
+    @training.command
+    def deeplab(
+        *,
+        data: Path,
+        out: Path,
+        options: OmitArgPrefixes[DeepLabRecipe] = base,
+        recipe: Path | None = None,
+        split: str = "train",
+        val_split: str | None = "val",
+        devices: int = 1,
+        nodes: int = 1,
+        accelerator: Literal["auto", "cpu", "gpu"] = "auto",
+        workers: int | None = None,
+        checkpoint_every: int = 200,
+        log_every: int = 10,
+    ) -> None:
+        """Train DeepLab for semantic segmentation; the same command continues a stopped run.
+
+        Args:
+            data: Folder of images and label maps, in VOC or Cityscapes layout.
+            out: Run folder: recipe, checkpoint, logs and scores.
+            recipe: JSON file of a recipe, such as another run's recipe.json, whose values take the
+                place of the defaults below.
+            split: Images to train on.
+            val_split: Images to score at the end; None for none.
+            devices: Processes (CPU) or GPUs on each machine.
+            nodes: Machines.
+            accelerator: Where to train.
+            workers: Processes that load images, for each training process; None chooses.
+            checkpoint_every: Iterations between checkpoints.
+            log_every: Iterations between rows of the logs.
+        """
+        from deformnet.training import train
+
+        metrics = train(
+            options,
+            data,
+            out,
+            split=split,
+            val_split=val_split,
+            devices=devices,
+            nodes=nodes,
+            accelerator=accelerator,
+            workers=workers,
+            checkpoint_every=checkpoint_every,
+            log_every=log_every,
+        )
+        _print_scores(metrics)
+
+    app = SubcommandApp()
+    app.command(training, name="train", help="Train a network.")
+    app.command(evaluate)
+    return app
+
+
+def evaluate(
+    run: Positional[Path],
+    *,
+    data: Path,
+    split: str = "val",
+    score_at: Literal["truth", "network"] = "truth",
+    devices: int = 1,
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto",
+    workers: int | None = None,
+) -> None:
+    """Score a trained run; writes metrics-SPLIT.json into its folder.
+
+    Args:
+        run: Run folder.
+        data: Folder of images and label maps, in VOC or Cityscapes layout.
+        split: Images to score.
+        score_at: Compare at the size of the label maps, or at the size at which the network sees
+            the images, as the authors did on VOC.
+        devices: Processes (CPU) or GPUs.
+        accelerator: Where to compute.
+        workers: Processes that load images, for each computing process; None chooses.
+    """
+    from deformnet.training import evaluate
+
+    metrics = evaluate(
+        run,
+        data,
+        split,
+        score_at=score_at,
+        devices=devices,
+        accelerator=accelerator,
+        workers=workers,
+    )
+    _print_scores(metrics)
+
+
+def _print_scores(metrics: dict[str, Any]) -> None:
+    """Prints what `train` or `evaluate` returned as a table."""
+    if "iou" in metrics:
+        rows = [*metrics["iou"].items(), ("mean", metrics["mean_iou"])]
+        width = max(len(name) for name, _ in rows)
+        print(f"IoU on {metrics['split']} ({metrics['images']} images), percent")
+        for name, iou in rows:
+            print(f"  {name:{width}}  {'-' if iou is None else f'{100 * iou:5.1f}'}")
+    seconds = metrics["seconds_per_iteration"]
+    pace = "" if seconds is None else f", {seconds:.3g} s each"
+    print(
+        f"{metrics['iterations']} iterations{pace}; {metrics['parameters'] / 1e6:.2f} M parameters"
+    )
+
+
+def _base_recipe(arguments: Sequence[str]) -> DeepLabRecipe:
+    """The recipe that `--recipe FILE` names, or the default one."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--recipe", type=Path)
+    known, _ = parser.parse_known_args(arguments)
+    return DeepLabRecipe() if known.recipe is None else DeepLabRecipe.load(known.recipe)
+
+
+def _is_about_input(error: Exception) -> bool:
+    """Whether an error is for the user, and not a mistake of the program.
+
+    Those are: what the operating system reports; values that Lightning refuses; and what this
+    package raises itself, here or in a loader process.
+    """
+    if isinstance(error, OSError) or type(error).__name__ == "MisconfigurationException":
+        return True
+    if not isinstance(error, (ValueError, TypeError, RuntimeError)):
+        return False
+    if str(error).startswith(_FROM_LOADER):
+        return True
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_globals.get("__name__", "").partition(".")[0] == "deformnet"
+
+
+def _one_line(error: Exception) -> str:
+    """The message of an error, without the traceback that a loader process adds to it."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    text = str(error).strip()
+    if text.startswith(_FROM_LOADER):
+        return text.splitlines()[-1].partition(": ")[2]
+    return " ".join(text.split())
+
+
+def _leave(message: str, code: int) -> None:
+    print(f"deformnet: {message}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+if __name__ == "__main__":
+    main()

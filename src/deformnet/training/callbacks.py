@@ -1,0 +1,223 @@
+"""What happens around the iterations: checkpoints, stopping on request, the log, the bar."""
+
+import csv
+import io
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.plugins.io import TorchCheckpointIO
+from lightning.pytorch.callbacks import Callback, TQDMProgressBar
+from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.utilities import rank_zero_only
+
+from deformnet.runs import load_checkpoint, replacing
+
+
+class Checkpoints(Callback):
+    """Writes a checkpoint every few iterations, after the last, and when asked to stop.
+
+    Ctrl-C and SIGTERM (of a batch system, of torchrun) are such requests: the iteration under way
+    is finished on every process, since a half-made step could not be resumed exactly. A second
+    Ctrl-C interrupts at once and leaves the last checkpoint.
+
+    Args:
+        path: the checkpoint, replaced every time.
+        every: iterations between checkpoints.
+    Attributes:
+        stopped: whether training was stopped before its end.
+    """
+
+    def __init__(self, path: Path, every: int) -> None:
+        self.path = path
+        self.every = every
+        self.stopped = False
+        self._asked = False
+        self._handlers: dict[signal.Signals, Any] = {}
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return  # signals belong to the main thread
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._handlers[number] = signal.signal(number, self._ask_to_stop)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers.clear()
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        finished = trainer.global_step >= trainer.max_steps
+        # All processes must stop after the same iteration, whichever was asked first.
+        self.stopped = not finished and trainer.strategy.reduce_boolean_decision(
+            self._asked, all=False
+        )
+        if self.stopped:
+            trainer.should_stop = True
+        if self.stopped or finished or trainer.global_step % self.every == 0:
+            trainer.save_checkpoint(self.path, weights_only=False)
+
+    def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
+        if self._asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._asked = True
+
+
+class WholeFileIO(TorchCheckpointIO):
+    """Checkpoints that are replaced as a whole and read without running code from them."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
+    ) -> None:
+        """
+        Raises:
+            OSError: if it cannot be written; the previous checkpoint is then untouched.
+        """
+        try:
+            with replacing(Path(path)) as file:
+                torch.save(checkpoint, file)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            message = f"{path}: checkpoint not written, the previous one stays ({reason})"
+            raise OSError(message) from error
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True
+    ) -> dict[str, Any]:
+        return load_checkpoint(Path(path), map_location)
+
+
+class Timer(Callback):
+    """Logs the mean seconds per iteration, loading included, since the last logged iteration.
+
+    Args:
+        every: iterations between logged ones.
+    """
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+        self._since = 0.0
+        self._iterations = 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._since = time.perf_counter()
+        self._iterations = 0
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        self._iterations += 1
+        if trainer.global_step % self.every == 0:
+            now = time.perf_counter()
+            pl_module.log("seconds", (now - self._since) / self._iterations)
+            self._since, self._iterations = now, 0
+
+
+class CSVLog(Logger):
+    """One row for each logged iteration, on disk at once, without repetition after a resume.
+
+    (Lightning's own CSV logger deletes the rows of earlier sessions.)
+
+    Args:
+        path: the file.
+        keep: the iteration that the run is resumed from; later rows are dropped.
+    """
+
+    COLUMNS = ("iteration", "loss", "learning_rate", "seconds")
+
+    def __init__(self, path: Path, keep: int) -> None:
+        super().__init__()
+        self.path = path
+        self.keep = keep
+        self._started = False
+
+    @property
+    def name(self) -> str:
+        return "csv"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """The recipe is in a file of its own."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        if "loss" not in metrics or step is None:
+            return
+        if not self._started:
+            self._drop_later_rows()
+            self._started = True
+        row = {"iteration": step + 1} | {k: f"{metrics[k]:.6g}" for k in self.COLUMNS[1:]}
+        with self.path.open("a", encoding="utf-8", newline="") as file:
+            file.write(_csv_text([row]))
+
+    def _drop_later_rows(self) -> None:
+        rows = [row for row in read_log(self.path) if int(row["iteration"]) <= self.keep]
+        with replacing(self.path) as file:
+            file.write((",".join(self.COLUMNS) + "\n" + _csv_text(rows)).encode())
+
+
+def read_log(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV log; one that a crash cut short is left out."""
+    if not path.is_file():
+        return []
+    text = path.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    return list(csv.DictReader(io.StringIO(whole)))
+
+
+def _csv_text(rows: Iterable[Mapping[str, Any]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(
+        [row[column] for column in CSVLog.COLUMNS] for row in rows
+    )
+    return text.getvalue()
+
+
+class ProgressBar(TQDMProgressBar):
+    """One bar over all iterations; sparse where the output is a file."""
+
+    def __init__(self) -> None:
+        super().__init__(refresh_rate=1 if sys.stdout.isatty() else 50)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        super().on_train_epoch_start(trainer, *args)
+        self.train_progress_bar.set_description("training")
+
+    def on_validation_batch_start(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if batch_idx == 0:
+            super().on_validation_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
+            self.val_progress_bar.set_description("scoring")
+
+    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+        metrics = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)
+        return metrics

@@ -1,0 +1,319 @@
+"""Training and scoring from folder to folder."""
+
+import dataclasses
+import logging
+import os
+import statistics
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from deformnet.data.base import SegmentationDataset
+from deformnet.data.segmentation import open_segmentation
+from deformnet.data.transforms import training_transforms
+from deformnet.recipes import DeepLabRecipe
+from deformnet.runs import (
+    DataIdentity,
+    checkpoint_path,
+    load_checkpoint,
+    load_run,
+    machine,
+    recipe_and_data,
+    replacing,
+    versions,
+    write_json,
+)
+from deformnet.training.callbacks import (
+    Checkpoints,
+    CSVLog,
+    ProgressBar,
+    Timer,
+    WholeFileIO,
+    read_log,
+)
+from deformnet.training.segmentation import (
+    ScoreAt,
+    ScoringData,
+    SegmentationModule,
+    TrainingData,
+)
+
+Accelerator = Literal["auto", "cpu", "gpu"]
+
+
+class TrainingStopped(Exception):
+    """Training was asked to stop; its checkpoint is written and the message says how to go on."""
+
+
+def train(
+    recipe: DeepLabRecipe,
+    data: Path,
+    out: Path,
+    *,
+    split: str = "train",
+    val_split: str | None = "val",
+    devices: int = 1,
+    nodes: int = 1,
+    accelerator: Accelerator = "auto",
+    workers: int | None = None,
+    checkpoint_every: int = 200,
+    log_every: int = 10,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Trains a network into a run folder, or continues the run that is there, and scores it.
+
+    A continued run ends with exactly the weights that it would have had without the break, as far
+    as the machine's arithmetic repeats itself (on a CPU: with the same number of threads).
+
+    With several devices, Lightning starts the other processes by running the program again (or
+    finds those that torchrun started), so call this under `if __name__ == "__main__":`.
+
+    Args:
+        recipe: network, image size and schedule.
+        data: a folder in VOC or Cityscapes layout.
+        out: the run folder; see `deformnet.runs` for what it holds.
+        split: the images to train on.
+        val_split: the images to score at the end; None for none. Those of a folder without this
+            list are not scored either, if it is the default.
+        devices: processes (CPU) or GPUs on each node.
+        nodes: machines.
+        workers: processes that load images, for each training process; None chooses.
+        checkpoint_every: iterations between checkpoints.
+        log_every: iterations between rows of the logs.
+        progress: show a bar.
+    Returns:
+        What `metrics.json` holds.
+    Raises:
+        FileNotFoundError: if data or weights are missing.
+        ValueError: if an image is unreadable, or `out` holds a run of another recipe or other data.
+        OSError: if a file cannot be written; the last checkpoint is whole.
+        TrainingStopped: after Ctrl-C or SIGTERM.
+    """
+    for name, value in (
+        ("devices", devices),
+        ("nodes", nodes),
+        ("checkpoint_every", checkpoint_every),
+        ("log_every", log_every),
+    ):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if recipe.batch % (devices * nodes) != 0:
+        raise ValueError(
+            f"batch {recipe.batch} cannot be shared evenly by {devices * nodes} processes"
+        )
+    transforms = training_transforms(
+        short_side=recipe.short_side,
+        max_side=recipe.max_side,
+        crop=recipe.crop,
+        flip=recipe.flip,
+    )
+    images = open_segmentation(data, split, transforms)
+    scored = _open_scored(data, val_split)
+    identity = DataIdentity.of(images.classes, (images.name(i) for i in range(len(images))))
+
+    checkpoint = checkpoint_path(out)
+    done = _iterations_done(checkpoint, recipe, identity) if checkpoint.is_file() else None
+    if done is None:
+        out.mkdir(parents=True, exist_ok=True)
+        with replacing(out / "recipe.json") as file:
+            file.write(recipe.to_json().encode())
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(recipe.seed)
+            model = recipe.build_model(len(identity.classes))
+    else:
+        model = load_run(out)[1].train()
+
+    workers = _default_workers(devices) if workers is None else workers
+    checkpoints = Checkpoints(checkpoint, checkpoint_every)
+    with _quiet():
+        trainer = pl.Trainer(
+            accelerator=accelerator,
+            devices=devices,
+            num_nodes=nodes,
+            precision=recipe.precision,
+            sync_batchnorm=recipe.norm == "trained" and _uses_gpu(accelerator),
+            max_steps=recipe.iterations,
+            gradient_clip_val=recipe.clip,
+            log_every_n_steps=log_every,
+            logger=[
+                CSVLog(out / "metrics.csv", keep=done or 0),
+                TensorBoardLogger(out, "tensorboard", "", purge_step=done),
+            ],
+            callbacks=[Timer(log_every), checkpoints, *([ProgressBar()] if progress else [])],
+            plugins=[WholeFileIO()],
+            use_distributed_sampler=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            enable_progress_bar=progress,
+            num_sanity_val_steps=0,
+        )
+        module = SegmentationModule(recipe, model, identity)
+        if done is None or done < recipe.iterations:
+            trainer.fit(
+                module,
+                datamodule=TrainingData(recipe, images, workers),
+                ckpt_path=None if done is None else checkpoint,
+                weights_only=True,
+            )
+            if checkpoints.stopped:
+                raise TrainingStopped(
+                    f"stopped after {trainer.global_step} of {recipe.iterations} iterations; "
+                    "the same command continues"
+                )
+        metrics = _facts(recipe, model, out)
+        if scored is not None:
+            trainer.validate(module, datamodule=ScoringData(recipe, scored, workers), verbose=False)
+            metrics = _scores(module, val_split, scored) | metrics
+    if trainer.is_global_zero:
+        write_json(out / "metrics.json", metrics)
+    return metrics
+
+
+def evaluate(
+    run: Path,
+    data: Path,
+    split: str,
+    *,
+    score_at: ScoreAt = "truth",
+    devices: int = 1,
+    accelerator: Accelerator = "auto",
+    workers: int | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Scores a trained run on a list of images, into `metrics-SPLIT.json` of its folder.
+
+    Args:
+        run: a run folder.
+        data: a folder in VOC or Cityscapes layout, with the classes that the run was trained on.
+        split: the list.
+        score_at: at which size predictions meet the truth; see `ScoreAt`.
+        devices, accelerator, workers, progress: as for `train`.
+    Returns:
+        What the file holds.
+    Raises:
+        FileNotFoundError: if run or data are missing.
+        ValueError: if the checkpoint or an image is damaged, or the classes differ.
+    """
+    recipe, model, classes = load_run(run)
+    images = open_segmentation(data, split)
+    if images.classes != classes:
+        raise ValueError(
+            f"{data}: has the classes {', '.join(images.classes)}; "
+            f"{run} was trained on {', '.join(classes)}"
+        )
+    workers = _default_workers(devices) if workers is None else workers
+    identity = DataIdentity.of(classes, iter(()))
+    module = SegmentationModule(recipe, model, identity, score_at=score_at)
+    with _quiet():
+        trainer = pl.Trainer(
+            accelerator=accelerator,
+            devices=devices,
+            precision=recipe.precision,
+            logger=False,
+            callbacks=[ProgressBar()] if progress else [],
+            use_distributed_sampler=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            enable_progress_bar=progress,
+        )
+        trainer.validate(module, datamodule=ScoringData(recipe, images, workers), verbose=False)
+    metrics = _scores(module, split, images) | _facts(recipe, model, run)
+    if trainer.is_global_zero:
+        write_json(run / f"metrics-{split}.json", metrics)
+    return metrics
+
+
+def _iterations_done(path: Path, recipe: DeepLabRecipe, data: DataIdentity) -> int:
+    """How far a run has come.
+
+    Raises:
+        ValueError: if it is a run of another recipe or on other data.
+    """
+    checkpoint = load_checkpoint(path)
+    old_recipe, old_data = recipe_and_data(checkpoint, path)
+    run = path.parent.parent
+    for field in dataclasses.fields(recipe):
+        old, new = getattr(old_recipe, field.name), getattr(recipe, field.name)
+        if old != new:
+            raise ValueError(
+                f"{run}: holds a run with {field.name}={old!r}, but {field.name}={new!r} is asked "
+                "for; continue it with its own recipe or choose another folder"
+            )
+    if old_data != data:
+        raise ValueError(
+            f"{run}: holds a run on other data ({old_data.images} images, "
+            f"{len(old_data.classes)} classes; here {data.images} and {len(data.classes)})"
+        )
+    return checkpoint["global_step"]
+
+
+def _open_scored(data: Path, split: str | None) -> SegmentationDataset | None:
+    if split is None:
+        return None
+    try:
+        return open_segmentation(data, split)
+    except FileNotFoundError:
+        if split == "val":
+            return None
+        raise
+
+
+def _scores(module: SegmentationModule, split: str | None, images: SegmentationDataset) -> dict:
+    assert module.scores is not None
+    return {
+        "split": split,
+        "images": len(images),
+        "score_at": module.score_at,
+        **module.scores.to_json(images.classes),
+    }
+
+
+def _facts(recipe: DeepLabRecipe, model: torch.nn.Module, run: Path) -> dict[str, Any]:
+    seconds = [float(row["seconds"]) for row in read_log(run / "metrics.csv")]
+    return {
+        "iterations": recipe.iterations,
+        "seconds_per_iteration": statistics.median(seconds) if seconds else None,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "seed": recipe.seed,
+        "versions": versions(),
+        "machine": machine(),
+    }
+
+
+def _default_workers(devices: int) -> int:
+    """Loader processes for each training process: half the cores, at most 4."""
+    return max(1, min(4, (os.cpu_count() or 1) // (2 * devices)))
+
+
+def _uses_gpu(accelerator: Accelerator) -> bool:
+    return accelerator != "cpu" and torch.cuda.is_available()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what Lightning says on every run and nobody can act upon."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        for message in (
+            ".*does not have many workers.*",
+            ".*your dataloader is not resumable.*",  # it is: see `deformnet.training.sampling`
+            ".*smaller than the logging interval.*",
+            ".*defined a `validation_step` but have no `val_dataloader`.*",  # scoring comes after
+            ".*isinstance.treespec, LeafSpec.*",
+            ".*GPU available but not used.*",
+            ".*modules? in eval mode.*",  # frozen batch norm
+            ".*sync_dist=True.*",
+        ):
+            warnings.filterwarnings("ignore", message)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
