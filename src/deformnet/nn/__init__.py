@@ -1,0 +1,7 @@
+"""Layers that learn their own offsets, and the conversion of models to them."""
+
+from deformnet.nn.conversion import deform_
+from deformnet.nn.deform_conv import DeformConv2d
+from deformnet.nn.optimization import parameter_groups
+
+__all__ = ["DeformConv2d", "deform_", "parameter_groups"]
