@@ -96,29 +96,32 @@ def deform_conv2d_shape(
         )
 
     taps = kh * kw
-    groups = offset.shape[1] // (2 * taps)
+    offset_batch, offset_channels, offset_height, offset_width = offset.shape
+    groups = offset_channels // (2 * taps)
     if (
-        offset.shape[0] != batch
-        or offset.shape[2] != out_height
-        or offset.shape[3] != out_width
+        offset_batch != batch
+        or offset_height != out_height
+        or offset_width != out_width
         or groups < 1
-        or groups * 2 * taps != offset.shape[1]
+        or groups * 2 * taps != offset_channels
         or channels % groups
     ):
         raise ValueError(
             f"offset: want [{batch}, {2 * taps} * G, {out_height}, {out_width}], "
             f"G dividing the {channels} channels of input, got {_shape(offset)}"
         )
-    if mask is not None and (
-        mask.shape[0] != batch
-        or mask.shape[1] != groups * taps
-        or mask.shape[2] != out_height
-        or mask.shape[3] != out_width
-    ):
-        raise ValueError(
-            f"mask: want [{batch}, {groups * taps}, {out_height}, {out_width}] "
-            f"({groups} offset groups of {taps} taps), got {_shape(mask)}"
-        )
+    if mask is not None:
+        mask_batch, mask_channels, mask_height, mask_width = mask.shape
+        if (
+            mask_batch != batch
+            or mask_channels != groups * taps
+            or mask_height != out_height
+            or mask_width != out_width
+        ):
+            raise ValueError(
+                f"mask: want [{batch}, {groups * taps}, {out_height}, {out_width}] "
+                f"({groups} offset groups of {taps} taps), got {_shape(mask)}"
+            )
     return batch, out_channels, out_height, out_width
 
 
@@ -131,21 +134,21 @@ def _check_tensor(
         raise ValueError(f"{name}: want {rank} dimensions, got {_shape(tensor)}")
     if like is None:
         return
+    dtype, wanted = tensor.dtype, like.dtype
+    if dtype != wanted and not (
+        or_float32 and dtype == torch.float32 and wanted in (torch.bfloat16, torch.float16)
+    ):
+        raise TypeError(
+            f"{name}: want {wanted}, as input,{' or torch.float32,' if or_float32 else ''} "
+            f"got {dtype}"
+        )
     if tensor.device != like.device:
         raise ValueError(f"{name}: want device {like.device}, as input, got {tensor.device}")
-    if tensor.dtype == like.dtype:
-        return
-    if or_float32 and like.dtype in (torch.bfloat16, torch.float16):
-        if tensor.dtype != torch.float32:
-            raise TypeError(
-                f"{name}: want {like.dtype}, as input, or torch.float32, got {tensor.dtype}"
-            )
-    else:
-        raise TypeError(f"{name}: want {like.dtype}, as input, got {tensor.dtype}")
 
 
 def _shape(tensor: Tensor) -> str:
-    return str(list(tensor.shape))
+    # Spelled out: a compiler that traces this formats symbolic sizes, but not a list of them.
+    return f"[{', '.join([f'{size}' for size in tensor.shape])}]"
 
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:

@@ -16,9 +16,7 @@ from deformnet.ops.checks import Pair, deform_conv2d_shape
 _TensorOrNone = TypeVar("_TensorOrNone", Tensor, Tensor | None)
 
 # Asked once: a compiler may then take the answer for a constant.
-CPU_UNAVAILABLE: str | None = (
-    cpu.why_unavailable() if hasattr(cpu, "why_unavailable") else "the C++ kernels are not built"
-)  # INTERIM until ops/cpu exists
+CPU_UNAVAILABLE: str | None = cpu.why_unavailable()
 
 _GEOMETRY = "int[2] stride, int[2] padding, int[2] dilation, str border"
 _library = Library("deformnet", "DEF")
@@ -148,7 +146,16 @@ def _cpu_backward(
         grad_output, input, offset, weight, mask, stride, padding, dilation, border, needs
     )
     gradients = cpu.deform_conv2d_backward(
-        grad_output, input, offset, weight, mask, stride, padding, dilation, border, tuple(needs)
+        grad_output,
+        input,
+        offset,
+        weight,
+        mask,
+        stride,
+        padding,
+        dilation,
+        border,
+        (needs[0], needs[1], needs[2], needs[3], needs[4]),
     )
     return [gradient for gradient in gradients if gradient is not None]
 
@@ -209,26 +216,66 @@ def _check_backward(
         raise ValueError("needs: want no gradient of mask where there is no mask, got True")
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    input, offset, weight, _, mask, *geometry = inputs
-    # The inputs alone: what is interpolated from them is cheaper to compute again than to keep.
-    ctx.save_for_backward(input, offset, weight, mask)
-    ctx.geometry = geometry
+class _DeformConv2d(torch.autograd.Function):
+    # Registered below by hand, as torch.library.register_autograd adds twice this overhead.
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        offset: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        mask: Tensor | None,
+        *geometry: Any,
+    ) -> Tensor:
+        # The inputs alone: what is interpolated from them is cheaper to compute again than to keep.
+        ctx.save_for_backward(input, offset, weight, mask)
+        ctx.geometry = geometry
+        with torch._C._AutoDispatchBelowAutograd():
+            return deform_conv2d(input, offset, weight, bias, mask, *geometry)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        input, offset, weight, mask = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:5]
+        gradients = iter(
+            deform_conv2d_backward(grad_output, input, offset, weight, mask, *ctx.geometry, needs)
+        )
+        return (*(next(gradients) if need else None for need in needs), None, None, None, None)
 
 
-def _differentiate(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    input, offset, weight, mask = ctx.saved_tensors
-    needs = ctx.needs_input_grad[:5]
-    gradients = iter(
-        deform_conv2d_backward(grad_output, input, offset, weight, mask, *ctx.geometry, needs)
-    )
-    return (*(next(gradients) if need else None for need in needs), None, None, None, None)
+class _DeformConv2dBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        with torch._C._AutoDispatchBelowAutograd():
+            return tuple(deform_conv2d_backward(*arguments))
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        raise NotImplementedError(
+            "deform_conv2d: the fast kernels have no second derivative; "
+            'pass backend="reference" to differentiate twice'
+        )
 
 
-def _refuse_second_derivative(ctx: Any, *_: Any) -> None:
-    raise NotImplementedError(
-        "deform_conv2d: the fast kernels have no second derivative; "
-        'pass backend="reference" to differentiate twice'
+def _autograd(*arguments: Any) -> Tensor:
+    if _needs_gradient(arguments[:5]):
+        return _DeformConv2d.apply(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return deform_conv2d(*arguments)
+
+
+def _autograd_backward(*arguments: Any) -> list[Tensor]:
+    if _needs_gradient(arguments[:5]):
+        return list(_DeformConv2dBackward.apply(*arguments))
+    with torch._C._AutoDispatchBelowAutograd():
+        return deform_conv2d_backward(*arguments)
+
+
+def _needs_gradient(tensors: tuple[Tensor | None, ...]) -> bool:
+    return torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in tensors
     )
 
 
@@ -254,12 +301,8 @@ def _autocast_on(device: str) -> Callable[..., Tensor]:
 _library.impl("deform_conv2d", _cpu, "CPU")
 _library.impl("deform_conv2d", _autocast_on("cpu"), "AutocastCPU")
 _library.impl("deform_conv2d", _autocast_on("cuda"), "AutocastCUDA")
+_library.impl("deform_conv2d", _autograd, "Autograd")
 _library.impl("deform_conv2d_backward", _cpu_backward, "CPU")
+_library.impl("deform_conv2d_backward", _autograd_backward, "Autograd")
 torch.library.register_fake("deformnet::deform_conv2d", _fake, lib=_library)
 torch.library.register_fake("deformnet::deform_conv2d_backward", _fake_backward, lib=_library)
-torch.library.register_autograd(
-    "deformnet::deform_conv2d", _differentiate, setup_context=_save, lib=_library
-)
-torch.library.register_autograd(
-    "deformnet::deform_conv2d_backward", _refuse_second_derivative, lib=_library
-)
