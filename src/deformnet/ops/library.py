@@ -236,7 +236,8 @@ class _DeformConv2d(torch.autograd.Function):
             return deform_conv2d(input, offset, weight, bias, mask, *geometry)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
+        (grad_output,) = grad_outputs
         input, offset, weight, mask = ctx.saved_tensors
         needs = ctx.needs_input_grad[:5]
         gradients = iter(
