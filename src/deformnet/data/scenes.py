@@ -1,0 +1,356 @@
+"""Drawing one scene of the made data set: pixels, class of every pixel, objects.
+
+Everything is drawn into arrays of the image's size. A shape is a function d(x, y) on the plane,
+negative inside, in units of its radius; it is evaluated at the pixel centres, mapped back through
+rotation, shear and warp. d < 0 is the exact mask, and d / |grad d|, the distance to the outline in
+pixels to first order, the antialiased coverage.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.random import Generator
+from PIL import Image
+
+from deformnet.data.base import IGNORE
+
+Array = np.ndarray
+Outline = Callable[[Array, Array], Array]
+
+
+# Shapes. Each has its farthest point at about distance 1 from the origin.
+
+
+def _disc(x: Array, y: Array) -> Array:
+    return np.hypot(x, y) - 1
+
+
+def _square(x: Array, y: Array) -> Array:
+    return np.maximum(abs(x), abs(y)) - math.sqrt(0.5)
+
+
+def _star(x: Array, y: Array) -> Array:
+    # Fold the plane onto half a point; its edge runs from the tip (1, 0) to the dent.
+    half = math.pi / 5
+    angle = abs((np.arctan2(y, x) + half) % (2 * half) - half)
+    radius = np.hypot(x, y)
+    u, v = radius * np.cos(angle), radius * np.sin(angle)
+    dent_u, dent_v = 0.45 * math.cos(half), 0.45 * math.sin(half)
+    length = math.hypot(1 - dent_u, dent_v)
+    return ((u - 1) * dent_v + v * (1 - dent_u)) / length
+
+
+def _trefoil(x: Array, y: Array) -> Array:
+    return np.hypot(x, y) - (0.64 + 0.36 * np.cos(3 * np.arctan2(y, x)))
+
+
+def _ellipse(x: Array, y: Array) -> Array:
+    return np.hypot(x, 3.5 * y) - 1
+
+
+def _gear(x: Array, y: Array) -> Array:
+    teeth = np.tanh(3 * np.cos(8 * np.arctan2(y, x)))
+    return np.hypot(x, y) - (0.87 + 0.13 * teeth)
+
+
+def _bar(x: Array, y: Array) -> Array:
+    return np.maximum(abs(x), 9 * abs(y)) - 0.99
+
+
+def _ring(x: Array, y: Array) -> Array:
+    return abs(np.hypot(x, y) - 0.84) - 0.16
+
+
+def _crescent(x: Array, y: Array) -> Array:
+    return np.maximum(np.hypot(x, y) - 1, 0.9 - np.hypot(x - 0.45, y))
+
+
+def _cross(x: Array, y: Array) -> Array:
+    x, y = abs(x), abs(y)
+    return np.minimum(np.maximum(x, 4 * y), np.maximum(4 * x, y)) - 0.97
+
+
+def _triangle(x: Array, y: Array) -> Array:
+    return np.maximum(-x, abs(y) * math.sqrt(0.75) + x / 2) - 0.5
+
+
+OBJECTS: dict[str, Outline] = {
+    "disc": _disc,
+    "square": _square,
+    "star": _star,
+    "trefoil": _trefoil,
+    "ellipse": _ellipse,
+    "gear": _gear,
+}
+"""The classes, by outline. Label 1 is the first; 0 is the background."""
+
+_CLUTTER: tuple[Outline, ...] = (_bar, _ring, _crescent, _cross, _triangle)
+
+# The linear map of an object is rotation, shear, rotation. A disc sheared by 0.4 is an ellipse of
+# ratio 1.5, an ellipse of ratio 3.5 becomes one of 2.3 at least: the classes stay apart.
+_SHEAR = 0.4
+# Waves of a warp, their numbers per radius, and the bound on the sum of amplitude * wave number at
+# warp 1. Below 1 the warp is one-to-one: shapes bend but do not fold.
+_WAVES = 3
+_WAVE_NUMBER = (1.8, 3.2)
+_STEEPNESS = 0.75
+
+_TRIES = 20
+_MIN_INSIDE = 0.7  # of an object's area that must lie in the image
+_MIN_VISIBLE = 0.6  # of what an object shows that must stay visible behind a later one
+_MIN_CONTRAST = 0.22  # distance of mean RGB colours (0 to 1) between a shape and what is behind it
+
+
+@dataclass(frozen=True)
+class SceneObject:
+    """An object that shows in a scene.
+
+    Attributes:
+        label: its class, from 1.
+        area: how many pixels show.
+        full_area: how many would, without the border and the objects before it.
+        box: (x1, y1, x2, y2) of the pixels that show: columns x1 to x2 - 1, rows y1 to y2 - 1.
+    """
+
+    label: int
+    area: int
+    full_area: int
+    box: tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class Scene:
+    """
+    Attributes:
+        image: uint8 [H, W, 3]
+        labels: uint8 [H, W], class of each pixel; 255 on void borders.
+        instances: uint8 [H, W], 1 + place in `objects`; 0 is the background, 255 void.
+        objects: what shows, from back to front.
+    """
+
+    image: Array
+    labels: Array
+    instances: Array
+    objects: tuple[SceneObject, ...]
+
+
+def draw_scene(
+    rng: Generator,
+    *,
+    height: int,
+    width: int,
+    warp: float,
+    objects: tuple[int, int],
+    radius: tuple[float, float],
+    clutter: int,
+    void_border: int,
+) -> Scene:
+    """Draws a scene; the same generator state gives the same scene. Arguments as `Shapes`."""
+    side = min(height, width)
+    canvas = _background(rng, height, width)
+    for _ in range(rng.integers(clutter + 1)):
+        size = side * _log_uniform(rng, radius[0], max(radius[0], radius[1] / 2))
+        shape = _Shape(rng, _CLUTTER[rng.integers(len(_CLUTTER))], size, warp)
+        place = shape.place(rng.uniform(0, width), rng.uniform(0, height), height, width)
+        if place is not None:
+            _paint(rng, canvas, place)
+
+    instances = np.zeros((height, width), dtype=np.uint8)
+    drawn: list[tuple[int, int]] = []  # label and full area
+    # Large ones first: what lies in front is smaller than what it hides.
+    count = rng.integers(objects[0], objects[1], endpoint=True)
+    for size in sorted((side * _log_uniform(rng, *radius) for _ in range(count)), reverse=True):
+        label = int(rng.integers(len(OBJECTS)))
+        shape = _Shape(rng, list(OBJECTS.values())[label], size, warp)
+        place = _find_place(rng, shape, instances)
+        if place is None:
+            continue
+        _paint(rng, canvas, place)
+        drawn.append((label + 1, place.full_area))
+        view = instances[place.window]
+        view[place.distance < 0] = len(drawn)
+        view[abs(place.distance) < void_border / 2] = IGNORE
+
+    light = 1 + 0.2 * _noise(rng, height, width, side / rng.uniform(1, 2))
+    canvas *= light[..., None]
+    canvas += rng.normal(0, rng.uniform(0.01, 0.04), canvas.shape).astype(np.float32)
+    image = (canvas.clip(0, 1) * 255 + 0.5).astype(np.uint8)
+    return _finish(image, instances, drawn)
+
+
+def _finish(image: Array, instances: Array, drawn: list[tuple[int, int]]) -> Scene:
+    """Numbers the objects that show without gaps and measures them."""
+    labels = np.where(instances == IGNORE, IGNORE, 0).astype(np.uint8)
+    numbered = labels.copy()
+    shown = []
+    for number, (label, full_area) in enumerate(drawn, start=1):
+        mask = instances == number
+        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+        if rows.size == 0:
+            continue
+        box = (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
+        shown.append(SceneObject(label, int(np.count_nonzero(mask)), full_area, box))
+        labels[mask] = label
+        numbered[mask] = len(shown)
+    return Scene(image, labels, numbered, tuple(shown))
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A shape at a place, as far as it lies in the image.
+
+    Attributes:
+        window: rows and columns of the image.
+        distance: [h, w] of the window, signed distance to the outline in pixels, negative inside.
+        radius: of the shape, in pixels.
+        full_area: pixels of the whole shape, also outside the image.
+    """
+
+    window: tuple[slice, slice]
+    distance: Array
+    radius: float
+    full_area: int
+
+
+class _Shape:
+    """An outline under a random rotation, shear and warp."""
+
+    def __init__(self, rng: Generator, outline: Outline, radius: float, warp: float) -> None:
+        self.radius = radius
+        self._outline = outline
+        shear = np.array([[1, rng.uniform(-_SHEAR, _SHEAR)], [0, 1]])
+        linear = _rotation(rng) @ shear @ _rotation(rng)
+        self._inverse = np.linalg.inv(linear)
+        number = rng.uniform(*_WAVE_NUMBER, size=_WAVES)
+        self._waves = number[:, None] * _directions(rng, _WAVES)
+        self._shifts = (warp * _STEEPNESS / _WAVES / number)[:, None] * _directions(rng, _WAVES)
+        self._phases = rng.uniform(0, 2 * np.pi, size=_WAVES)
+        farthest = 1 + warp * _STEEPNESS / _WAVES * (1 / number).sum()
+        self._reach = radius * np.linalg.norm(linear, 2) * farthest
+
+    def place(self, x: float, y: float, height: int, width: int) -> _Place | None:
+        """The shape with its origin at (x, y); None if nothing of it is in the image."""
+        reach = self._reach + 2  # two pixels for the antialiasing and the gradient
+        columns = np.arange(math.floor(x - reach), math.ceil(x + reach) + 1)
+        rows = np.arange(math.floor(y - reach), math.ceil(y + reach) + 1)
+        u = ((columns - x) / self.radius).astype(np.float32)[None, :]
+        v = ((rows - y) / self.radius).astype(np.float32)[:, None]
+        (a, b), (c, d) = self._inverse.astype(np.float32)
+        u, v = a * u + b * v, c * u + d * v
+        wave_u, wave_v = np.zeros_like(u), np.zeros_like(v)
+        for wave, shift, phase in zip(self._waves, self._shifts, self._phases, strict=True):
+            height_of_wave = np.sin(np.float32(wave[0]) * u + np.float32(wave[1]) * v + phase)
+            wave_u += np.float32(shift[0]) * height_of_wave
+            wave_v += np.float32(shift[1]) * height_of_wave
+        value = self._outline(u + wave_u, v + wave_v)
+        slope = np.hypot(*np.gradient(value))
+        distance = (value / np.maximum(slope, 1e-6)).astype(np.float32)
+        full_area = int(np.count_nonzero(distance < 0))
+        keep_rows, keep_columns = (rows >= 0) & (rows < height), (columns >= 0) & (columns < width)
+        if not keep_rows.any() or not keep_columns.any():
+            return None
+        window = tuple(
+            slice(int(places[keep][0]), int(places[keep][-1]) + 1)
+            for places, keep in ((rows, keep_rows), (columns, keep_columns))
+        )
+        inside = distance[np.ix_(keep_rows, keep_columns)]
+        return _Place((window[0], window[1]), inside, self.radius, full_area)
+
+
+def _find_place(rng: Generator, shape: _Shape, instances: Array) -> _Place | None:
+    """A random place where enough of the shape, and of the objects behind it, shows."""
+    height, width = instances.shape
+    before = np.bincount(instances.ravel(), minlength=256)
+    margin = shape.radius / 2
+    for _ in range(_TRIES):
+        x, y = rng.uniform(margin, width - margin), rng.uniform(margin, height - margin)
+        place = shape.place(x, y, height, width)
+        if place is None:
+            continue
+        inside = place.distance < 0
+        if np.count_nonzero(inside) < max(1, _MIN_INSIDE * place.full_area):
+            continue
+        hidden = np.bincount(instances[place.window][inside], minlength=256)
+        if (hidden[1:IGNORE] <= (1 - _MIN_VISIBLE) * before[1:IGNORE]).all():
+            return place
+    return None
+
+
+def _paint(rng: Generator, canvas: Array, place: _Place) -> None:
+    """Fills the shape with a texture that its surroundings do not hide."""
+    view = canvas[place.window]
+    inside = place.distance < 0
+    if not inside.any():
+        return
+    behind = view[inside].mean(0)
+    texture = _texture(rng, *inside.shape)
+    for _ in range(_TRIES):
+        if np.linalg.norm(texture[inside].mean(0) - behind) > _MIN_CONTRAST:
+            break
+        texture = _texture(rng, *inside.shape)
+    # A soft shadow around it. Nothing is shaded inside: far from the outline, where a network must
+    # look for the shape, no pixel tells the class.
+    away = np.maximum(place.distance, 0) / place.radius
+    view *= (1 - 0.35 * np.exp(-12 * away))[..., None]
+    coverage = (0.5 - place.distance).clip(0, 1)[..., None]
+    view += coverage * (texture - view)
+
+
+def _background(rng: Generator, height: int, width: int) -> Array:
+    """One texture, or two with a soft border of any form between them."""
+    canvas = _texture(rng, height, width)
+    if rng.random() < 0.5:
+        border = _noise(rng, height, width, min(height, width) / rng.uniform(1, 4))
+        share = 1 / (1 + np.exp(-20 * border[..., None]))
+        canvas += share * (_texture(rng, height, width) - canvas)
+    return canvas
+
+
+def _texture(rng: Generator, height: int, width: int) -> Array:
+    """A surface: two colours mixed by clouds, stripes or spots; float32 [height, width, 3].
+
+    Background, clutter and objects all come from here: no class has a colour or a pattern.
+    """
+    hue = rng.uniform(-0.5, 0.5, 3)
+    colour = (rng.uniform(0.2, 0.8) + rng.uniform(0.3, 1) * (hue - hue.mean())).clip(0, 1)
+    other = (colour + rng.normal(0, 0.1, 3) + rng.normal(0, 0.15)).clip(0, 1)
+    scale = _log_uniform(rng, 10, 60)
+    clouds = _noise(rng, height, width, scale) + 0.5 * _noise(rng, height, width, scale / 3)
+    kind = rng.integers(3)
+    if kind == 0:
+        mix = clouds
+    elif kind == 1:
+        period, angle, phase = _log_uniform(rng, 5, 20), *rng.uniform(0, 2 * np.pi, 2)
+        across = np.arange(width) * math.cos(angle) + np.arange(height)[:, None] * math.sin(angle)
+        mix = np.sin(2 * np.pi / period * across.astype(np.float32) + phase + 1.5 * clouds)
+    else:
+        mix = 4 * _noise(rng, height, width, _log_uniform(rng, 4, 10)) + clouds
+    mix = 1 / (1 + np.exp(-2 * mix))
+    tint = 0.06 * _noise(rng, height, width, scale)[..., None] * rng.normal(0, 1, 3)
+    surface = colour + mix[..., None] * (other - colour) + tint
+    return surface.astype(np.float32)
+
+
+def _noise(rng: Generator, height: int, width: int, scale: float) -> Array:
+    """Smooth noise, about normal; float32 [height, width]. `scale`: pixels between its knots."""
+    rows, columns = math.ceil(height / scale) + 3, math.ceil(width / scale) + 3
+    knots = Image.fromarray(rng.standard_normal((rows, columns), dtype=np.float32))
+    left, top = rng.uniform(1, 2, 2)
+    box = (left, top, left + width / scale, top + height / scale)
+    return np.asarray(knots.resize((width, height), Image.Resampling.BICUBIC, box=box))
+
+
+def _rotation(rng: Generator) -> Array:
+    angle = rng.uniform(0, 2 * np.pi)
+    return np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+
+
+def _directions(rng: Generator, count: int) -> Array:
+    angles = rng.uniform(0, 2 * np.pi, count)
+    return np.stack([np.cos(angles), np.sin(angles)], axis=1)
+
+
+def _log_uniform(rng: Generator, low: float, high: float) -> float:
+    return math.exp(rng.uniform(math.log(low), math.log(high)))
