@@ -8,9 +8,10 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from tyro.conf import OmitArgPrefixes, Positional
+import tyro
+from tyro.conf import Positional
 from tyro.extras import SubcommandApp
 
 from deformnet.recipes import DeepLabRecipe
@@ -48,7 +49,7 @@ def _app(base: DeepLabRecipe) -> SubcommandApp:
         *,
         data: Path,
         out: Path,
-        options: OmitArgPrefixes[DeepLabRecipe] = base,
+        options: Annotated[DeepLabRecipe, tyro.conf.arg(name="")] = base,
         recipe: Path | None = None,
         split: str = "train",
         val_split: str | None = "val",

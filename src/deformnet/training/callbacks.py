@@ -201,9 +201,16 @@ class ProgressBar(TQDMProgressBar):
     def __init__(self) -> None:
         super().__init__(refresh_rate=1 if sys.stdout.isatty() else 50)
 
-    def on_train_epoch_start(self, trainer: pl.Trainer, *args: Any) -> None:
-        super().on_train_epoch_start(trainer, *args)
+    def on_train_start(self, *args: Any) -> None:
+        super().on_train_start(*args)
+        trainer = self.trainer
+        # Here and not at the start of an "epoch", where a resumed run does not pass.
+        self.train_progress_bar.total = trainer.max_steps
+        self.train_progress_bar.initial = self.train_progress_bar.n = trainer.global_step
         self.train_progress_bar.set_description("training")
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        """The whole run is one epoch to Lightning."""
 
     def on_validation_batch_start(
         self,
