@@ -1,0 +1,147 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from deformnet import parameter_groups
+from deformnet.backbones import resnet
+from deformnet.models import DeepLab
+
+
+def small(**options):
+    torch.manual_seed(0)
+    return DeepLab(resnet(18, reduce_channels=16, **options), num_classes=5)
+
+
+@pytest.mark.parametrize("size", [(32, 48), (33, 47), (1, 1), (45, 90)], ids=str)
+@torch.no_grad()
+def test_scores_have_the_size_of_the_image(size):
+    model = small(deform_layers=1).eval()
+    logits = model(torch.randn(2, 3, *size))
+    assert logits.shape == (2, 5, *size)
+    assert logits.dtype == torch.float32
+
+
+@torch.no_grad()
+def test_scores_are_interpolated_between_the_centres_of_the_units():
+    model = small().eval()
+    images = torch.randn(1, 3, 56, 40)
+    units = model.classifier(model.backbone(images))
+    logits = model(images)
+    assert units.shape[-2:] == (4, 3)
+    torch.testing.assert_close(logits[..., ::16, ::16], units)
+    torch.testing.assert_close(
+        logits[..., 4, 32], 0.75 * units[..., 0, 2] + 0.25 * units[..., 1, 2]
+    )
+    torch.testing.assert_close(logits[..., 49:, :], logits[..., 48:49, :].expand(-1, -1, 7, -1))
+    torch.testing.assert_close(logits[..., 33:], logits[..., 32:33].expand(-1, -1, -1, 7))
+
+
+def test_a_score_is_drawn_where_its_receptive_field_is():
+    # With equal positive weights the gradient is the receptive field, symmetric about its centre.
+    model = DeepLab(resnet(18, norm="frozen", reduce_channels=None), num_classes=1).double()
+    for parameter in model.parameters():
+        torch.nn.init.constant_(parameter, 1e-2)
+    # The same window as maximum pooling, which on a constant map would pick one corner of it.
+    model.backbone.maxpool = torch.nn.AvgPool2d(3, stride=2, padding=1)
+    images = torch.ones(1, 3, 513, 561, dtype=torch.float64, requires_grad=True)
+    y, x = 256, 272
+    (gradient,) = torch.autograd.grad(model(images)[0, 0, y, x], images)
+    field = gradient[0].sum(0)
+    field /= field.sum()
+    rows = (field.sum(1) * torch.arange(513)).sum().item()
+    columns = (field.sum(0) * torch.arange(561)).sum().item()
+    assert (rows, columns) == pytest.approx((y, x), abs=0.01)
+
+
+def test_loss_is_the_mean_over_valid_pixels():
+    model = small()
+    logits = torch.randn(2, 5, 6, 7, requires_grad=True)
+    target = torch.randint(0, 5, (2, 6, 7))
+    target[0, :3] = 255
+    target[1, 0, 0] = 255
+    losses = model.losses(logits, target)
+    assert list(losses) == ["segmentation"]
+    loss = losses["segmentation"]
+    expected = F.cross_entropy(logits, target, ignore_index=255)
+    torch.testing.assert_close(loss, expected)
+    assert loss.shape == ()
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert not gradient.transpose(0, 1)[:, target == 255].any()
+
+
+def test_no_valid_pixel_gives_zero_with_zero_gradients():
+    model = small(deform_layers=1)
+    images = torch.randn(2, 3, 20, 24)
+    loss = model.losses(model(images), torch.full((2, 20, 24), 255))["segmentation"]
+    assert loss.item() == 0
+    loss.backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize("label", [5, 254, 256, -1])
+def test_labels_that_are_no_class(label):
+    target = torch.zeros(1, 4, 4, dtype=torch.int64)
+    target[0, 2, 1] = label
+    with pytest.raises(ValueError, match=f"target: wanted labels 0 to 4 or 255, got {label}"):
+        small().losses(torch.zeros(1, 5, 4, 4), target)
+
+
+def test_wrong_targets():
+    model, logits = small(), torch.zeros(1, 5, 4, 4)
+    with pytest.raises(ValueError, match=r"target: wanted \[1, 4, 4\] .*, got \[1, 4, 3\]"):
+        model.losses(logits, torch.zeros(1, 4, 3, dtype=torch.int64))
+    with pytest.raises(TypeError, match=r"target: wanted int64, got torch\.uint8"):
+        model.losses(logits, torch.zeros(1, 4, 4, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("count", [0, 256, -3])
+def test_wrong_number_of_classes(count):
+    with pytest.raises(ValueError, match=f"num_classes: wanted 1 to 255, got {count}"):
+        DeepLab(resnet(18), num_classes=count)
+
+
+@pytest.mark.parametrize("modulated", [False, True])
+@pytest.mark.parametrize("norm", ["frozen", "trained"])
+def test_learns_two_halves(norm, modulated):
+    model = small(deform_layers=3, norm=norm, modulated=modulated)
+    torch.manual_seed(0)
+    images = torch.randn(2, 3, 32, 32)
+    images[..., 16:] += 2
+    target = torch.zeros(2, 32, 32, dtype=torch.int64)
+    target[..., 16:] = 1
+    optimizer = torch.optim.Adam(parameter_groups(model, 1e-3))
+    losses = []
+    for _ in range(12):
+        optimizer.zero_grad()
+        loss = model.losses(model(images), target)["segmentation"]
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+    for name, parameter in model.named_parameters():
+        if ".conv_offset." in name:
+            assert parameter.any(), name
+
+
+def test_trains_under_autocast():
+    model = small(deform_layers=2)
+    images, target = torch.randn(2, 3, 40, 32), torch.randint(0, 5, (2, 40, 32))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model(images)
+        loss = model.losses(logits, target)["segmentation"]
+    assert logits.dtype == loss.dtype == torch.float32
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_classifier_starts_small():
+    model = DeepLab(resnet(18), num_classes=21)
+    assert model.classifier.weight.std().item() == pytest.approx(0.01, rel=0.05)
+    assert not model.classifier.bias.any()
+
+
+def test_parameters_of_the_papers_network():
+    # ResNet-101 without its classifier, conv5's reduction to 1024, and 21 classes.
+    model = DeepLab(resnet(101), num_classes=21)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert count == 42_500_160 + (2048 * 1024 + 1024) + (1024 * 21 + 21)

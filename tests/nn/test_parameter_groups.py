@@ -1,0 +1,85 @@
+import pytest
+import torch
+from torch import nn
+
+from deformnet import DeformConv2d, deform_, parameter_groups
+from deformnet.nn.offsets import OffsetLayer
+
+
+class OffsetLinear(OffsetLayer, nn.Linear):
+    """Stands for the layer of offsets of another operator."""
+
+
+def model():
+    shared = nn.Conv2d(8, 8, 3, padding=1)
+    network = nn.Sequential(
+        nn.Conv2d(3, 8, 3),
+        nn.BatchNorm2d(8),
+        shared,
+        shared,
+        DeformConv2d(8, 8, 3),
+        nn.Flatten(),
+        OffsetLinear(8, 98),
+    )
+    deform_(network, "2")
+    network[0].weight.requires_grad_(False)
+    return network
+
+
+def test_no_parameter_is_lost_or_doubled():
+    network = model()
+    groups = parameter_groups(network, 0.1, weight_decay=1e-4)
+    ids = [id(parameter) for group in groups for parameter in group["params"]]
+    assert len(ids) == len(set(ids))
+    wanted = {id(parameter) for parameter in network.parameters() if parameter.requires_grad}
+    assert set(ids) == wanted
+    assert id(network[0].weight) not in ids
+    torch.optim.SGD(groups, momentum=0.9)
+
+
+def test_rates_and_decay():
+    network = model()
+    groups = parameter_groups(network, 0.1, offset_lr_scale=0.01, weight_decay=5e-4)
+    found = {
+        id(parameter): (group["lr"], group["weight_decay"], group["name"])
+        for group in groups
+        for parameter in group["params"]
+    }
+    offsets = pytest.approx(0.001)
+    assert found == {
+        id(network[0].bias): (0.1, 0.0, "biases"),
+        id(network[1].weight): (0.1, 0.0, "biases"),
+        id(network[1].bias): (0.1, 0.0, "biases"),
+        id(network[2].weight): (0.1, 5e-4, "weights"),
+        id(network[2].bias): (0.1, 0.0, "biases"),
+        id(network[2].conv_offset.weight): (offsets, 5e-4, "offset weights"),
+        id(network[2].conv_offset.bias): (offsets, 0.0, "offset biases"),
+        id(network[4].weight): (0.1, 5e-4, "weights"),
+        id(network[4].bias): (0.1, 0.0, "biases"),
+        id(network[4].conv_offset.weight): (offsets, 5e-4, "offset weights"),
+        id(network[4].conv_offset.bias): (offsets, 0.0, "offset biases"),
+        id(network[6].weight): (offsets, 5e-4, "offset weights"),
+        id(network[6].bias): (offsets, 0.0, "offset biases"),
+    }
+
+
+def test_a_plain_model_has_no_group_of_offsets():
+    names = [group["name"] for group in parameter_groups(nn.Conv2d(3, 8, 3), 0.1)]
+    assert names == ["weights", "biases"]
+
+
+def test_scale_zero_keeps_the_offsets():
+    network = nn.Sequential(DeformConv2d(3, 4, 3))
+    optimizer = torch.optim.SGD(parameter_groups(network, 0.1, offset_lr_scale=0))
+    weight = network[0].weight.detach().clone()
+    network(torch.randn(1, 3, 6, 6)).square().sum().backward()
+    optimizer.step()
+    assert not network[0].conv_offset.weight.any()
+    assert not torch.equal(network[0].weight, weight)
+
+
+@pytest.mark.parametrize("argument", ["lr", "offset_lr_scale", "weight_decay"])
+@pytest.mark.parametrize("value", [-1.0, float("nan")])
+def test_wrong_numbers(argument, value):
+    with pytest.raises(ValueError, match=f"{argument}: wanted a number of at least 0, got"):
+        parameter_groups(nn.Conv2d(3, 8, 3), **{"lr": 0.1, argument: value})
