@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 # What Pillow raises on broken bytes, found by truncating and flipping bytes of JPEG and PNG files.
@@ -51,6 +51,8 @@ def _decode(path: Path, convert: str | None) -> Image.Image:
         with Image.open(path) as image:
             image.load()
             return image.copy() if convert is None else image.convert(convert)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{path}: not a readable image (empty, or no known format)") from error
     except _BROKEN as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # missing file, no permission, failing disk: the system's message names the file

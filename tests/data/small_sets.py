@@ -1,0 +1,36 @@
+"""Writing small images and label maps, and a check of error messages."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from deformnet.data.voc import colour_map
+
+
+def save_image(path: Path, height: int = 12, width: int = 16, seed: int = 0) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+def save_labels(path: Path, labels: np.ndarray, mode: str = "P") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(labels.astype(np.uint8))
+    if mode == "P":
+        image.putpalette(colour_map().tobytes())
+    image.save(path)
+
+
+@contextmanager
+def one_line(error: type[Exception], *parts: object) -> Iterator[None]:
+    """The block raises `error` with a message of one line that holds all `parts`."""
+    with pytest.raises(error) as caught:
+        yield
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert str(part) in message

@@ -1,0 +1,129 @@
+"""The Cityscapes layout: files, the map of ids, and what is said about bad input."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from small_sets import one_line, save_image, save_labels
+from torchvision import tv_tensors
+from torchvision.datasets import Cityscapes
+
+from deformnet.data import CityscapesSegmentation
+
+TRAIN_IDS = {7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 19: 6, 20: 7, 21: 8, 22: 9}
+TRAIN_IDS |= {23: 10, 24: 11, 25: 12, 26: 13, 27: 14, 28: 15, 31: 16, 32: 17, 33: 18}
+
+
+def labels_of(root, split="val"):
+    return next((root / "gtFine" / split).glob("*/*_labelIds.png"))
+
+
+def test_files_in_order_of_name(cityscapes):
+    images = CityscapesSegmentation(cityscapes, "train")
+    names = ["aachen_000000_000000", "aachen_000000_000001", "bochum_000000_000000"]
+    assert [images.name(i) for i in range(len(images))] == names
+    image, mask = images[2]
+    assert isinstance(image, tv_tensors.Image)
+    assert isinstance(mask, tv_tensors.Mask)
+    assert image.shape == (3, 12, 16)
+    assert [int(images[i][1].max()) for i in range(3)] == [13, 0, 18]
+
+
+def test_every_id(cityscapes):
+    stored = np.arange(34).repeat(6)[:192].reshape(12, 16)
+    stored[-1, -2:] = 255, 33
+    save_labels(labels_of(cityscapes), stored, mode="L")
+    _, mask = CityscapesSegmentation(cityscapes, "val")[0]
+    expected = [TRAIN_IDS.get(label, 255) for label in stored.ravel().tolist()]
+    assert mask.flatten().tolist() == expected
+
+
+def test_classes_are_the_nineteen_in_train_id_order(cityscapes):
+    classes = CityscapesSegmentation(cityscapes, "val").classes
+    assert len(classes) == 19
+    assert (classes[0], classes[13], classes[18]) == ("road", "car", "bicycle")
+
+
+def test_compact_numbers_what_occurs_in_any_split(cityscapes):
+    train = CityscapesSegmentation(cityscapes, "train", compact=True)
+    val = CityscapesSegmentation(cityscapes, "val", compact=True)
+    assert train.classes == val.classes == ("road", "car", "bicycle")
+    assert [int(train[i][1].max()) for i in range(3)] == [1, 0, 2]
+    assert (val[0][1] == 255).all()
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_unknown_id(cityscapes, compact):
+    save_labels(labels_of(cityscapes), np.full((12, 16), 34), mode="L")
+    with one_line(ValueError, "gtFine_labelIds.png", "label 34"):
+        CityscapesSegmentation(cityscapes, "val", compact=compact)[0]
+
+
+def test_missing_folder(tmp_path):
+    with one_line(FileNotFoundError, tmp_path / "nowhere"):
+        CityscapesSegmentation(tmp_path / "nowhere", "train")
+
+
+def test_missing_split_lists_the_others(cityscapes):
+    with one_line(FileNotFoundError, "leftImg8bit/test", "train, val"):
+        CityscapesSegmentation(cityscapes, "test")
+
+
+def test_no_labels_for_a_split(cityscapes):
+    (cityscapes / "leftImg8bit/test/ulm").mkdir(parents=True)
+    with one_line(FileNotFoundError, "gtFine/test"):
+        CityscapesSegmentation(cityscapes, "test")
+
+
+def test_empty_split(cityscapes):
+    for part in ("leftImg8bit", "gtFine"):
+        (cityscapes / part / "test/ulm").mkdir(parents=True)
+    with one_line(ValueError, "leftImg8bit/test", "no <city>/*_leftImg8bit.png"):
+        CityscapesSegmentation(cityscapes, "test")
+
+
+def test_absent_labels(cityscapes):
+    path = labels_of(cityscapes)
+    path.unlink()
+    with one_line(FileNotFoundError, path):
+        CityscapesSegmentation(cityscapes, "val")
+
+
+def test_labels_of_another_size(cityscapes):
+    save_image(next((cityscapes / "leftImg8bit/val").glob("*/*.png")), 10, 16)
+    with one_line(ValueError, labels_of(cityscapes), "16x12", "16x10"):
+        CityscapesSegmentation(cityscapes, "val")[0]
+
+
+def test_colour_labels(cityscapes):
+    Image.new("RGB", (16, 12)).save(labels_of(cityscapes))
+    with one_line(ValueError, labels_of(cityscapes), "class ids", "RGB"):
+        CityscapesSegmentation(cityscapes, "val")[0]
+
+
+def test_agrees_with_torchvision_on_real_images(real_data):
+    root = real_data / "camvid_cityscapes"
+    counts = {"train": 12, "val": 6, "test": 4}
+    assert {s: len(CityscapesSegmentation(root, s)) for s in counts} == counts
+    ours = CityscapesSegmentation(root, "train")
+    theirs = Cityscapes(root, split="train", target_type="semantic")
+    where = {path: i for i, path in enumerate(theirs.images)}
+    for i in range(0, 12, 3):
+        image, mask = ours[i]
+        expected_image, expected_labels = theirs[where[str(ours.samples[i].image)]]
+        np.testing.assert_array_equal(image.permute(1, 2, 0).numpy(), np.asarray(expected_image))
+        lookup = np.array([TRAIN_IDS.get(label, 255) for label in range(256)])
+        np.testing.assert_array_equal(mask.numpy(), lookup[np.asarray(expected_labels)])
+
+
+def test_compact_camvid(real_data):
+    root = real_data / "camvid_cityscapes"
+    images = CityscapesSegmentation(root, "val", compact=True)
+    names = "road sidewalk building fence pole traffic-sign vegetation sky person rider car"
+    assert images.classes == tuple(name.replace("-", " ") for name in names.split())
+    plain = CityscapesSegmentation(root, "val")
+    for i in range(len(images)):
+        compact, full = images[i][1], plain[i][1]
+        names = torch.tensor([plain.classes.index(name) for name in images.classes])
+        assert torch.equal(compact == 255, full == 255)
+        assert torch.equal(names[compact[compact != 255].int()], full[full != 255].long())

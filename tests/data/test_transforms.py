@@ -1,0 +1,162 @@
+"""Sizes, values and randomness of the transforms."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import tv_tensors
+
+from deformnet.data.transforms import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Resize,
+    evaluation_transforms,
+    training_transforms,
+)
+
+
+def pair(height, width, seed=0, classes=5):
+    g = torch.Generator().manual_seed(seed)
+    image = torch.randint(0, 256, (3, height, width), generator=g, dtype=torch.uint8)
+    mask = torch.randint(0, classes, (height, width), generator=g, dtype=torch.uint8)
+    return tv_tensors.Image(image), tv_tensors.Mask(mask)
+
+
+def normalised(image):
+    mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
+    return (image.float() / 255 - mean[:, None, None]) / std[:, None, None]
+
+
+@pytest.mark.parametrize(
+    ("size", "short", "longest", "expected"),
+    [
+        ((375, 500), 360, 600, (360, 480)),
+        ((500, 375), 360, 600, (480, 360)),
+        ((200, 500), 360, 600, (240, 600)),
+        ((200, 500), 360, None, (360, 900)),
+        ((1024, 2048), 1024, 2048, (1024, 2048)),
+        ((333, 500), 360, 600, (360, 541)),  # 540.54, rounded
+        ((1, 500), 360, 600, (1, 600)),
+    ],
+)
+def test_size_after_resizing(size, short, longest, expected):
+    image, mask = evaluation_transforms(short_side=short, max_side=longest)(*pair(*size))
+    assert image.shape == (3, *expected)
+    assert mask.shape == expected
+
+
+def test_same_size_is_only_normalised():
+    image, mask = pair(24, 36)
+    out, labels = evaluation_transforms(short_side=24, max_side=None)(image, mask)
+    assert (out.dtype, labels.dtype) == (torch.float32, torch.int64)
+    assert type(out) is type(labels) is torch.Tensor
+    torch.testing.assert_close(out, normalised(image))
+    assert torch.equal(labels, mask.long())
+
+
+def test_image_is_resized_as_pillow_does():
+    image, mask = pair(61, 83)
+    out = Resize(29, None)(image, mask)[0]
+    size = (round(83 * 29 / 61), 29)
+    pillow = Image.fromarray(image.permute(1, 2, 0).numpy())
+    expected = np.asarray(pillow.resize(size, Image.Resampling.BILINEAR))
+    error = np.abs(out.permute(1, 2, 0).numpy().astype(int) - expected)
+    assert error.max() <= 1
+
+
+@pytest.mark.parametrize("short", [9, 20, 47, 80, 160])
+def test_mask_takes_the_pixel_at_the_centre(short):
+    image, mask = pair(40, 56)
+    height, width = Resize(short, None).size(40, 56)
+    out = Resize(short, None)(image, mask)[1]
+    rows = ((np.arange(height) + 0.5) * 40 / height).astype(int)
+    columns = ((np.arange(width) + 0.5) * 56 / width).astype(int)
+    np.testing.assert_array_equal(out.numpy(), mask.numpy()[np.ix_(rows, columns)])
+
+
+def test_labels_stay_with_their_pixels():
+    """Each label has its channel, so after every step the largest channel is the label."""
+    mask = torch.zeros(50, 70, dtype=torch.uint8)
+    mask[:, 30:] = 1
+    mask[20:35, 10:50] = 2
+    image = 255 * torch.nn.functional.one_hot(mask.long(), 3).permute(2, 0, 1).to(torch.uint8)
+    transforms = training_transforms(short_side=100, max_side=None, crop=(90, 110), flip=True)
+    mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
+    for seed in range(5):
+        torch.manual_seed(seed)
+        out, labels = transforms(tv_tensors.Image(image), tv_tensors.Mask(mask))
+        colours = out * std[:, None, None] + mean[:, None, None]
+        wrong = (colours.argmax(0) != labels).float().mean()
+        assert wrong < 0.002  # rounded corners
+
+
+def test_crop_of_a_smaller_image_is_padded():
+    image, mask = pair(20, 30)
+    transforms = training_transforms(short_side=20, max_side=None, crop=(32, 40), flip=False)
+    places = set()
+    for seed in range(20):
+        torch.manual_seed(seed)
+        out, labels = transforms(image, mask)
+        assert out.shape == (3, 32, 40)
+        inside = labels != 255
+        rows, columns = inside.any(1).nonzero().flatten(), inside.any(0).nonzero().flatten()
+        assert inside.sum() == 20 * 30
+        places.add((int(rows[0]), int(columns[0])))
+        assert torch.equal(labels[inside], mask.long().flatten())
+        torch.testing.assert_close(out[:, inside], normalised(image).flatten(1))
+        assert out[:, ~inside].abs().max() < 0.01  # the mean colour in 8 bits
+    assert len(places) > 10
+
+
+def test_crop_is_padded_along_one_side_alone():
+    transforms = training_transforms(short_side=20, max_side=None, crop=(32, 24), flip=False)
+    out, labels = transforms(*pair(20, 30))
+    assert out.shape == (3, 32, 24)
+    assert (labels != 255).sum() == 20 * 24
+
+
+def test_flip_mirrors_both_half_of_the_time():
+    image, mask = pair(20, 30)
+    transforms = training_transforms(short_side=20, max_side=None, crop=None, flip=True)
+    torch.manual_seed(0)
+    flipped = 0
+    for _ in range(100):
+        out, labels = transforms(image, mask)
+        mirrored = not torch.equal(labels, mask.long())
+        flipped += mirrored
+        expected = image.flip(-1) if mirrored else image
+        torch.testing.assert_close(out, normalised(expected))
+        assert torch.equal(labels, (mask.flip(-1) if mirrored else mask).long())
+    assert 30 < flipped < 70
+
+
+def test_randomness_is_torchs():
+    sample = pair(40, 60)
+    transforms = training_transforms(short_side=50, max_side=None, crop=(32, 32), flip=True)
+    results = []
+    for _ in range(2):
+        torch.manual_seed(7)
+        results.append([transforms(*sample) for _ in range(4)])
+    for (a, b), (c, d) in zip(*results, strict=True):
+        assert torch.equal(a, c)
+        assert torch.equal(b, d)
+    assert not torch.equal(results[0][0][0], results[0][1][0])
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("short_side", {"short_side": 0, "max_side": None}),
+        ("max_side", {"short_side": 8, "max_side": -1}),
+    ],
+)
+def test_bad_sizes(name, arguments):
+    with pytest.raises(ValueError, match=f"{name} must be at least 1"):
+        evaluation_transforms(**arguments)
+    with pytest.raises(ValueError, match=f"{name} must be at least 1"):
+        training_transforms(**arguments, crop=None, flip=False)
+
+
+def test_bad_crop():
+    with pytest.raises(ValueError, match="crop must be at least 1, got 0"):
+        training_transforms(short_side=8, max_side=None, crop=(4, 0), flip=False)

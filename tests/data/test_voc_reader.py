@@ -1,0 +1,319 @@
+"""The VOC layout: what is found, what is read, and what is said about bad input."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from small_sets import one_line, save_image, save_labels
+from torchvision import tv_tensors
+from torchvision.datasets import VOCSegmentation as TorchvisionVOC
+
+from deformnet.data import VOCSegmentation
+from deformnet.data.files import read_image, read_labels
+from deformnet.data.voc import VOC_CLASSES, colour_map
+
+YEAR = "VOCdevkit/VOC2012"
+
+
+def test_reads_pixels_and_labels(voc):
+    images = VOCSegmentation(voc, "train")
+    assert len(images) == 2
+    assert [images.name(i) for i in range(2)] == ["a", "b"]
+    assert images.classes == ("background", "one", "two")
+    image, mask = images[1]
+    assert isinstance(image, tv_tensors.Image)
+    assert isinstance(mask, tv_tensors.Mask)
+    assert image.dtype == mask.dtype == torch.uint8
+    expected = np.asarray(Image.open(voc / YEAR / "JPEGImages/b.jpg"))
+    np.testing.assert_array_equal(image.permute(1, 2, 0).numpy(), expected)
+    assert mask.shape == (12, 16)
+    assert (mask == 1).all()
+
+
+@pytest.mark.parametrize("inside", ["", "VOCdevkit", "VOCdevkit/VOC2012"])
+def test_root_may_be_any_level(voc, inside):
+    images = VOCSegmentation(voc / inside, "val")
+    assert images.name(0) == "c"
+    assert images.classes == ("background", "one", "two")
+
+
+def test_last_year_is_taken(voc):
+    other = voc / "VOCdevkit/VOC2007/ImageSets/Segmentation"
+    other.mkdir(parents=True)
+    (other / "train.txt").write_text("nothing\n")
+    assert len(VOCSegmentation(voc, "train")) == 2
+
+
+def test_transforms_get_image_and_mask(voc):
+    images = VOCSegmentation(voc, "train", lambda image, mask: (mask, image))
+    mask, image = images[0]
+    assert mask.ndim == 2
+    assert image.ndim == 3
+
+
+def test_grey_masks_and_images_and_png_images(voc):
+    save_labels(voc / YEAR / "SegmentationClass/c.png", np.full((12, 16), 2), mode="L")
+    (voc / YEAR / "JPEGImages/c.jpg").unlink()
+    Image.fromarray(np.full((12, 16), 9, np.uint8)).save(voc / YEAR / "JPEGImages/c.png")
+    image, mask = VOCSegmentation(voc, "val")[0]
+    assert (image == 9).all()
+    assert image.shape == (3, 12, 16)
+    assert (mask == 2).all()
+
+
+def test_void_and_the_highest_class_are_allowed(voc):
+    labels = np.full((12, 16), 255)
+    labels[0] = 2
+    save_labels(voc / YEAR / "SegmentationClass/c.png", labels)
+    _, mask = VOCSegmentation(voc, "val")[0]
+    assert mask.unique().tolist() == [2, 255]
+
+
+def test_exif_orientation_is_not_applied(voc):
+    path = voc / YEAR / "JPEGImages/c.jpg"
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees
+    Image.open(path).copy().save(path, exif=exif)
+    assert VOCSegmentation(voc, "val")[0][0].shape == (3, 12, 16)
+
+
+# The augmented list.
+
+
+@pytest.fixture
+def voc_aug(voc) -> Path:
+    """a has both masks (0 and 2), b one in SegmentationClass alone."""
+    save_labels(voc / YEAR / "SegmentationClassAug/a.png", np.full((12, 16), 2))
+    (voc / YEAR / "ImageSets/Segmentation/train_aug.txt").write_text("a\nb\n")
+    return voc
+
+
+def test_augmented_masks_come_first_and_image_by_image(voc_aug):
+    images = VOCSegmentation(voc_aug, "train_aug")
+    assert [int(images[i][1].max()) for i in range(2)] == [2, 1]
+
+
+def test_other_splits_do_not_see_augmented_masks(voc_aug):
+    assert int(VOCSegmentation(voc_aug, "train")[0][1].max()) == 0
+
+
+def test_augmented_list_of_paths(voc_aug):
+    (voc_aug / YEAR / "ImageSets/Segmentation/train_aug.txt").write_text(
+        "/JPEGImages/a.jpg /SegmentationClassAug/a.png\n"
+        "/JPEGImages/b.jpg /SegmentationClass/b.png\n"
+    )
+    images = VOCSegmentation(voc_aug, "train_aug")
+    assert [images.name(i) for i in range(2)] == ["a", "b"]
+    assert [int(images[i][1].max()) for i in range(2)] == [2, 1]
+
+
+# classes.txt.
+
+
+def test_without_classes_file_they_are_vocs(voc):
+    (voc / "classes.txt").unlink()
+    assert VOCSegmentation(voc, "train").classes == VOC_CLASSES
+
+
+def test_list_of_objects_gets_the_background(voc):
+    (voc / "classes.txt").write_text("one\ntwo\n")  # and there is a mask with label 2
+    for split in ("train", "val"):
+        assert VOCSegmentation(voc, split).classes == ("background", "one", "two")
+
+
+def test_vocs_twenty_objects_get_the_background(voc):
+    (voc / "classes.txt").write_text("\n".join(VOC_CLASSES[1:]))
+    assert VOCSegmentation(voc, "train").classes == VOC_CLASSES
+
+
+def test_id_zero_may_be_a_real_class(voc):
+    (voc / "classes.txt").write_text("sky\nroad\ncar\n")
+    assert VOCSegmentation(voc, "train").classes == ("sky", "road", "car")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [("\n \n", "names no class"), ("a\nb\na\n", "'a' more than once")]
+)
+def test_bad_classes_file(voc, content, message):
+    (voc / "classes.txt").write_text(content)
+    with one_line(ValueError, "classes.txt", message):
+        VOCSegmentation(voc, "train")
+
+
+# Bad input. At construction: what a look at the names tells.
+
+
+def test_missing_folder(tmp_path):
+    with one_line(FileNotFoundError, tmp_path / "nowhere", "no such folder"):
+        VOCSegmentation(tmp_path / "nowhere", "train")
+
+
+def test_a_file_for_a_folder(voc):
+    with one_line(NotADirectoryError, voc / "classes.txt", "wanted a folder"):
+        VOCSegmentation(voc / "classes.txt", "train")
+
+
+def test_no_layout(tmp_path):
+    with one_line(FileNotFoundError, tmp_path, "VOCdevkit/VOC*/ImageSets/"):
+        VOCSegmentation(tmp_path, "train")
+
+
+def test_missing_split_lists_the_others(voc):
+    with one_line(FileNotFoundError, "test.txt", "train, val"):
+        VOCSegmentation(voc, "test")
+
+
+def test_empty_list(voc):
+    (voc / YEAR / "ImageSets/Segmentation/train.txt").write_text("\n  \n")
+    with one_line(ValueError, "train.txt", "empty"):
+        VOCSegmentation(voc, "train")
+
+
+def test_malformed_list(voc):
+    (voc / YEAR / "ImageSets/Segmentation/train.txt").write_text("a 1 2\n")
+    with one_line(ValueError, "train.txt", "'a 1 2'"):
+        VOCSegmentation(voc, "train")
+
+
+@pytest.mark.parametrize("folder", ["JPEGImages", "SegmentationClass"])
+def test_list_names_an_absent_file(voc, folder):
+    next((voc / YEAR / folder).glob("b.*")).unlink()
+    with one_line(FileNotFoundError, "train.txt", "lists b", folder):
+        VOCSegmentation(voc, "train")
+
+
+def test_augmented_list_names_an_absent_mask(voc_aug):
+    (voc_aug / YEAR / "SegmentationClass/b.png").unlink()
+    with one_line(FileNotFoundError, "lists b", "SegmentationClassAug", "SegmentationClass"):
+        VOCSegmentation(voc_aug, "train_aug")
+
+
+# At reading: what the content tells.
+
+
+def test_mask_of_another_size(voc):
+    save_labels(voc / YEAR / "SegmentationClass/c.png", np.zeros((12, 15)))
+    with one_line(ValueError, "c.png", "15x12", "16x12", "c.jpg"):
+        VOCSegmentation(voc, "val")[0]
+
+
+def test_label_above_the_classes(voc):
+    labels = np.zeros((12, 16))
+    labels[3, 4] = 7
+    save_labels(voc / YEAR / "SegmentationClass/c.png", labels)
+    with one_line(ValueError, "c.png", "label 7", "3 classes"):
+        VOCSegmentation(voc, "val")[0]
+
+
+def test_unnamed_background_is_hinted_at(voc):
+    (voc / "classes.txt").write_text("one\ntwo\n")
+    images = VOCSegmentation(voc, "val")
+    assert images.classes[0] == "background"
+    save_labels(voc / YEAR / "SegmentationClass/c.png", np.zeros((12, 16)))
+    images = VOCSegmentation(voc, "val")  # now no mask tells
+    save_labels(voc / YEAR / "SegmentationClass/c.png", np.full((12, 16), 2))
+    with one_line(ValueError, "c.png", "label 2", "background"):
+        images[0]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "1", "LA"])
+def test_mask_that_holds_no_ids(voc, mode):
+    Image.new(mode, (16, 12)).save(voc / YEAR / "SegmentationClass/c.png")
+    with one_line(ValueError, "c.png", "class ids", f"mode {mode}"):
+        VOCSegmentation(voc, "val")[0]
+
+
+def test_mask_of_16_bits(voc):
+    labels = Image.fromarray(np.zeros((12, 16), dtype=np.uint16))
+    labels.save(voc / YEAR / "SegmentationClass/c.png")
+    with one_line(ValueError, "c.png", "8-bit", "mode I;16"):
+        VOCSegmentation(voc, "val")[0]
+
+
+@pytest.mark.parametrize("share", [0, 0.1, 0.5, 0.95])
+@pytest.mark.parametrize("path", ["JPEGImages/c.jpg", "SegmentationClass/c.png"])
+def test_truncated_file(voc, path, share):
+    save_image(voc / YEAR / "JPEGImages/c.jpg", 60, 80)
+    save_labels(voc / YEAR / "SegmentationClass/c.png", np.arange(4800).reshape(60, 80) % 3)
+    file = voc / YEAR / path
+    content = file.read_bytes()
+    file.write_bytes(content[: int(share * len(content))])
+    images = VOCSegmentation(voc, "val")
+    with one_line(ValueError, file, "not a readable image"):
+        images[0]
+
+
+def test_file_deleted_after_construction(voc):
+    images = VOCSegmentation(voc, "val")
+    (voc / YEAR / "JPEGImages/c.jpg").unlink()
+    with one_line(FileNotFoundError, "c.jpg"):
+        images[0]
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_flipped_bytes_are_read_or_refused(tmp_path, suffix):
+    rng = np.random.default_rng(0)
+    path = tmp_path / f"x.{suffix}"
+    save_image(path, 24, 32)
+    if suffix == "png":
+        save_labels(path, rng.integers(0, 3, (24, 32)))
+    content = path.read_bytes()
+    messages = []
+    for _ in range(300):
+        broken = bytearray(content)
+        for place in rng.integers(0, len(content), 3):
+            broken[place] = rng.integers(256)
+        path.write_bytes(broken)
+        try:
+            read_image(path) if suffix == "jpg" else read_labels(path)
+        except ValueError as error:
+            messages.append(str(error))
+    assert len(messages) > 20
+    assert all(message.startswith(f"{path}: ") and "\n" not in message for message in messages)
+
+
+# Against torchvision, and on real images.
+
+
+def test_colours_are_vocs():
+    colours = colour_map()
+    known = {0: (0, 0, 0), 1: (128, 0, 0), 5: (128, 0, 128), 15: (192, 128, 128)}
+    known |= {20: (0, 64, 128), 255: (224, 224, 192)}
+    assert {label: tuple(colours[label].tolist()) for label in known} == known
+
+
+def test_agrees_with_torchvision_on_voc2012(real_data):
+    root = real_data / "voc2012_mini"
+    ours = VOCSegmentation(root, "val")
+    theirs = TorchvisionVOC(root, year="2012", image_set="val")
+    assert len(ours) == len(theirs) == 50
+    assert ours.classes == VOC_CLASSES
+    for i in range(0, 50, 7):
+        image, mask = ours[i]
+        expected_image, expected_mask = theirs[i]
+        np.testing.assert_array_equal(image.permute(1, 2, 0).numpy(), np.asarray(expected_image))
+        np.testing.assert_array_equal(mask.numpy(), np.asarray(expected_mask))
+    assert len(VOCSegmentation(root, "train")) == 43
+
+
+def test_camvid(real_data):
+    root = real_data / "camvid_voc"
+    sizes = {split: len(VOCSegmentation(root, split)) for split in ("train", "val", "test")}
+    assert sizes == {"train": 367, "val": 101, "test": 233}
+    images = VOCSegmentation(root, "test")
+    assert len(images.classes) == 11
+    assert images.classes[0] == "Sky"
+    seen = set()
+    for i in range(0, len(images), 20):
+        image, mask = images[i]
+        assert image.shape == (3, 360, 480)
+        seen |= set(mask.unique().tolist())
+    assert seen == {*range(11), 255}
+
+
+def test_objects_of_pennfudan_get_the_background(real_data):
+    images = VOCSegmentation(real_data / "pennfudan_voc", "train")
+    assert images.classes == ("background", "person")
+    assert len(images) == 119
