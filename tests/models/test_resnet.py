@@ -1,5 +1,6 @@
 import copy
 import re
+from urllib.error import URLError
 
 import pytest
 import torch
@@ -305,6 +306,16 @@ def test_weights_that_are_not_there():
     assert "IMAGENET1K_V9" in one_line(error)
 
 
+def test_weights_that_cannot_be_fetched(monkeypatch):
+    def get_state_dict(self, check_hash=False):
+        raise URLError("no route to host")
+
+    monkeypatch.setattr(torchvision.models.ResNet18_Weights, "get_state_dict", get_state_dict)
+    with pytest.raises(OSError, match=r"cannot fetch IMAGENET1K_V1 from https.*no route") as error:
+        resnet(18, weights="IMAGENET1K_V1")
+    one_line(error)
+
+
 def garbage(path):
     path.write_bytes(b"not a checkpoint at all")
 
@@ -326,7 +337,7 @@ def a_whole_module(path):
 def test_weights_that_cannot_be_read(tmp_path, write):
     path = tmp_path / "weights.pth"
     write(path)
-    with pytest.raises(ValueError, match=r"weights: .* is no readable PyTorch checkpoint") as error:
+    with pytest.raises(ValueError, match=r"weights: .* is damaged, or no PyTorch") as error:
         resnet(18, weights=path)
     assert str(path) in one_line(error)
 

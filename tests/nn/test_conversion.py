@@ -266,6 +266,13 @@ def test_nothing_changes_when_one_pattern_fails(patterns):
     assert snapshot(model) == before
 
 
+def test_many_problems_fit_on_a_line():
+    model = nn.Sequential(*(nn.Conv2d(3, 3, 3) for _ in range(50)))
+    with pytest.raises(ValueError, match=r"'0' has 3 input channels.*; and 45 more$") as error:
+        deform_(model, "*", offset_groups=2)
+    assert len(str(error.value)) < 500
+
+
 def quantized():
     layer = nn.Conv2d(4, 4, 3)
     layer.qconfig = torch.ao.quantization.get_default_qat_qconfig()

@@ -132,6 +132,7 @@ def resnet(
         ValueError: if an argument is out of its range, or if the weights are of another model or
             no checkpoint at all.
         FileNotFoundError: if `weights` is neither a file nor a name that torchvision knows.
+        OSError: if named weights cannot be downloaded.
     """
     if depth not in get_args(Depth):
         raise ValueError(f"depth: wanted one of {get_args(Depth)}, got {depth}")
@@ -180,7 +181,13 @@ def _read_weights(weights: str | Path, depth: Depth) -> tuple[str, Mapping[str, 
     """What the weights are called, and their state dict."""
     known = get_model_weights(f"resnet{depth}").__members__
     if isinstance(weights, str) and weights in known:
-        return weights, known[weights].get_state_dict(check_hash=True)
+        try:
+            return weights, known[weights].get_state_dict(check_hash=True)
+        except OSError as error:
+            raise OSError(
+                f"weights: cannot fetch {weights} from {known[weights].url} ({error}); "
+                "a local file can be given instead"
+            ) from error
     path = Path(weights)
     if not path.is_file():
         raise FileNotFoundError(
@@ -190,8 +197,9 @@ def _read_weights(weights: str | Path, depth: Depth) -> tuple[str, Mapping[str, 
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises anything on a damaged file
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"weights: {path} is no readable PyTorch checkpoint ({reason})") from error
+        raise ValueError(
+            f"weights: {path} is damaged, or no PyTorch checkpoint that holds tensors alone"
+        ) from error
     if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
         found = (
             f"keys {', '.join(map(repr, list(state)[:3]))}" if isinstance(state, Mapping) else ""

@@ -72,7 +72,8 @@ def deform_(
         if reason is not None:
             problems.append(f"{name!r} {reason}")
     if problems:
-        raise ValueError(f"deform_ changed nothing: {'; '.join(problems)}")
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ValueError(f"deform_ changed nothing: {'; '.join(problems[:5])}{more}")
 
     # Everything that can fail comes before the first change.
     converted = [
