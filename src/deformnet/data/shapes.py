@@ -111,7 +111,8 @@ def write_shapes(root: Path, shapes: Shapes) -> None:
 
     partial = root.with_name(f"{root.name}.partial")
     if partial.exists() and _text_of(partial / _SETTINGS) != settings:
-        if not (partial / _SETTINGS).is_file():
+        begun = {_SETTINGS, f"{_SETTINGS}.partial"}
+        if any(partial.iterdir()) and not any((partial / name).is_file() for name in begun):
             raise FileExistsError(f"{partial}: exists and is not an unfinished shapes set")
         shutil.rmtree(partial)
     folder = partial / "VOCdevkit/VOC2012"
