@@ -13,6 +13,9 @@
 #include <cstdlib>
 
 #include <omp.h>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 #include "gemm.h"
 #include "kernels.h"
@@ -33,10 +36,11 @@ inline I most(I a, I b) {
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-constexpr int64_t kCacheLine = 64;
+constexpr int64_t kCacheLine = 64, kHugePage = 2 << 20;
 constexpr int64_t kColumnsBytes = 256 << 10;  // columns of a tile: a part of the private cache
 constexpr int64_t kBlockDepth = 640;          // numbers of a column that are summed in one go
-constexpr int64_t kChunkBytes = 8 << 20;      // columns of a chunk in the backward pass
+constexpr int64_t kChunkBytes = 1 << 20;      // columns of a chunk in the backward pass
+constexpr int64_t kChunkPositions = 384;      // at least: the weight's gradient is read and written once a chunk
 constexpr int64_t kImagesBytes = 16 << 20;    // channels-last copies of images, at least one image
 constexpr int64_t kKeptBytes = 64 << 20;      // workspace that stays allocated between calls
 
@@ -50,9 +54,12 @@ class Workspace {
     used_ = 0;
     if (bytes <= capacity_) return true;
     std::free(block_);
-    capacity_ = round_up(bytes, 2 << 20);
-    block_ = static_cast<char*>(std::aligned_alloc(kCacheLine, size_t(capacity_)));
+    capacity_ = round_up(bytes, kHugePage);
+    block_ = static_cast<char*>(std::aligned_alloc(kHugePage, size_t(capacity_)));
     if (!block_) capacity_ = 0;
+#ifdef __linux__
+    if (block_) madvise(block_, size_t(capacity_), MADV_HUGEPAGE);
+#endif
     return block_ != nullptr;
   }
   template <class T>
@@ -156,17 +163,17 @@ void write_run(const A* from, int64_t n, void* data, int32_t dtype, int64_t inde
 // Corners are numbered (top, left), (top, right), (bottom, left), (bottom, right).
 template <class A>
 struct Samples {
-  int32_t* pixel[4];  // of the corner, counted through the chunk's images; -1: outside, that is zero
-  A* weight[4];       // bilinear; NaN where the offset is
-  A *fy, *fx;         // the fractions that the weights are made of
+  Index<A>* pixel[4];  // of the corner, counted through the chunk's images; -1: outside, that is zero
+  A* weight[4];        // bilinear; NaN where the offset is
+  A *fy, *fx;          // the fractions that the weights are made of
   A* mask;
 
   static int64_t bytes(int64_t capacity) {
-    return Workspace::bytes_of<int32_t>(4 * capacity) + Workspace::bytes_of<A>(7 * capacity);
+    return Workspace::bytes_of<Index<A>>(4 * capacity) + Workspace::bytes_of<A>(7 * capacity);
   }
   Samples(char* memory, int64_t capacity) {
-    auto* pixels = reinterpret_cast<int32_t*>(memory);
-    auto* numbers = reinterpret_cast<A*>(memory + Workspace::bytes_of<int32_t>(4 * capacity));
+    auto* pixels = reinterpret_cast<Index<A>*>(memory);
+    auto* numbers = reinterpret_cast<A*>(memory + Workspace::bytes_of<Index<A>>(4 * capacity));
     for (int i = 0; i < 4; ++i) {
       pixel[i] = pixels + i * capacity;
       weight[i] = numbers + i * capacity;
@@ -177,44 +184,60 @@ struct Samples {
   }
 };
 
-// A coordinate as the first of its two cells and the fraction to the second, vectorisable: no branch.
+// Coordinates as the first of their two cells, the second, and the fraction of the way to it.
 template <class A>
-inline void split(A at, A size, bool msra, A* cell, A* next, A* fraction) {
+inline void split(Vec<A> at, int64_t size, bool msra, IndexVec<A>* cell, IndexVec<A>* next,
+                  Vec<A>* fraction) {
+  const Vec<A> lowest = Vec<A>{} - 2, highest = Vec<A>{} + A(size + 1);
   // Beyond these bounds both cells are outside anyhow. NaN, too, becomes a defined number here.
-  A clamped = at > A(-2) ? at : A(-2);
-  clamped = clamped < size + 1 ? clamped : size + 1;
-  A low = A(int32_t(clamped));
-  low -= low > clamped ? A(1) : A(0);
-  const A part = clamped - low;
-  // The kernel of 2017 repeats the last row, and samples nothing before the first.
-  const bool last = msra && low >= size - 1 && low < size;
-  *cell = msra && clamped < 0 ? A(-2) : low;
-  *next = msra && clamped < 0 ? A(-2) : last ? low : low + 1;
-  *fraction = last ? A(0) : part;
+  Vec<A> clamped = at > lowest ? at : lowest;
+  clamped = clamped < highest ? clamped : highest;
+  IndexVec<A> low = __builtin_convertvector(clamped, IndexVec<A>);
+  low += __builtin_convertvector(low, Vec<A>) > clamped;  // true is -1
+  *fraction = clamped - __builtin_convertvector(low, Vec<A>);
+  *cell = low;
+  *next = low + 1;
+  if (msra) {
+    // The kernel of 2017 samples nothing before the first cell, and repeats the last one.
+    const IndexVec<A> last = low == Index<A>(size - 1), before = low < 0;
+    *fraction = last ? Vec<A>{} : *fraction;
+    *next = last ? low : low + 1;
+    *next = before ? low : *next;
+  }
 }
 
+// Where the samples of a tap and an offset group lie. `scratch` has room for 3 * capacity numbers.
 template <class A>
 void locate(const Problem& p, const Geometry& geometry, const Tile& tile, const void* offset,
             const void* mask, int64_t offset_group, int64_t tap, A* scratch, int64_t capacity,
-            Samples<A>& samples) {
-  A *ys = scratch, *xs = scratch + capacity, *bases = scratch + 2 * capacity;
+            const Samples<A>& samples) {
+  using V = Vec<A>;
+  using I = IndexVec<A>;
+  A *ys = scratch, *xs = scratch + capacity;
+  Index<A>* images = reinterpret_cast<Index<A>*>(scratch + 2 * capacity);
   const int64_t channel = offset_group * geometry.taps + tap;
+  const int64_t all = p.offset_groups * geometry.taps;
+  const int64_t dy = tap / p.kernel_w * p.dilation_h - p.pad_h;
+  const int64_t dx = tap % p.kernel_w * p.dilation_w - p.pad_w;
   tile.for_each_run([&](const Run& run) {
-    const int64_t all = p.offset_groups * geometry.taps;
     const int64_t plane = run.image * 2 * all + 2 * channel;
-    A *y = ys + run.start, *x = xs + run.start, *base = bases + run.start;
+    A *y = ys + run.start, *x = xs + run.start, *m = samples.mask + run.start;
+    Index<A>* image = images + run.start;
     read_run(offset, p.offset_dtype, plane * geometry.positions + run.position, run.length, y);
     read_run(offset, p.offset_dtype, (plane + 1) * geometry.positions + run.position, run.length, x);
-    const int64_t dy = tap / p.kernel_w * p.dilation_h - p.pad_h;
-    const int64_t dx = tap % p.kernel_w * p.dilation_w - p.pad_w;
+    const Index<A> first_pixel = Index<A>((run.image - tile.first_image) * geometry.pixels);
     int64_t oy = run.position / p.out_w, ox = run.position % p.out_w;
-    for (int64_t i = 0; i < run.length; ++oy, ox = 0)
-      for (; ox < p.out_w && i < run.length; ++ox, ++i) {
-        y[i] += A(oy * p.stride_h + dy);
-        x[i] += A(ox * p.stride_w + dx);
-        base[i] = A(run.image - tile.first_image);
+    for (int64_t i = 0; i < run.length; ++oy, ox = 0) {
+      const int64_t n = least(run.length - i, p.out_w - ox);
+      const A base_y = A(oy * p.stride_h + dy);
+      const int32_t base_x = int32_t(ox * p.stride_w + dx), step = int32_t(p.stride_w);
+      for (int64_t j = 0; j < n; ++j) {
+        y[i + j] += base_y;
+        x[i + j] += A(base_x + int32_t(j) * step);
+        image[i + j] = first_pixel;
       }
-    A* m = samples.mask + run.start;
+      i += n;
+    }
     if (mask)
       read_run(mask, p.mask_dtype, (run.image * all + channel) * geometry.positions + run.position,
                run.length, m);
@@ -222,32 +245,34 @@ void locate(const Problem& p, const Geometry& geometry, const Tile& tile, const 
       for (int64_t i = 0; i < run.length; ++i) m[i] = A(1);
   });
 
-  const A height = A(p.in_h), width = A(p.in_w);
-  const int32_t in_h = int32_t(p.in_h), in_w = int32_t(p.in_w), pixels = int32_t(geometry.pixels);
+  const Index<A> height = Index<A>(p.in_h), width = Index<A>(p.in_w);
   const bool msra = p.border == kMsra2017;
-#pragma omp simd
-  for (int64_t i = 0; i < tile.count; ++i) {
-    const A y = ys[i], x = xs[i];
-    A top, bottom, left, right, fy, fx;
-    split(y, height, msra, &top, &bottom, &fy);
-    split(x, width, msra, &left, &right, &fx);
-    const bool defined = y == y && x == x;
-    fy = defined ? fy : y - y + (x - x);  // NaN, also where only the other coordinate is
-    fx = defined ? fx : y - y + (x - x);
-    const int32_t t = int32_t(top), b = int32_t(bottom), l = int32_t(left), r = int32_t(right);
-    const int32_t image = int32_t(bases[i]) * pixels;
-    const bool t_in = t >= 0 && t < in_h, b_in = b >= 0 && b < in_h;
-    const bool l_in = l >= 0 && l < in_w, r_in = r >= 0 && r < in_w;
-    samples.pixel[0][i] = t_in && l_in ? image + t * in_w + l : -1;
-    samples.pixel[1][i] = t_in && r_in ? image + t * in_w + r : -1;
-    samples.pixel[2][i] = b_in && l_in ? image + b * in_w + l : -1;
-    samples.pixel[3][i] = b_in && r_in ? image + b * in_w + r : -1;
-    samples.weight[0][i] = (1 - fy) * (1 - fx);
-    samples.weight[1][i] = (1 - fy) * fx;
-    samples.weight[2][i] = fy * (1 - fx);
-    samples.weight[3][i] = fy * fx;
-    samples.fy[i] = fy;
-    samples.fx[i] = fx;
+  // Arrays have room for whole vectors; what lies behind the tile's end is computed and never used.
+  for (int64_t i = 0; i < tile.count; i += kLanes<A>) {
+    const V y = load(ys + i), x = load(xs + i);
+    I image;
+    std::memcpy(&image, images + i, sizeof image);
+    I top, bottom, left, right;
+    V fy, fx;
+    split<A>(y, p.in_h, msra, &top, &bottom, &fy);
+    split<A>(x, p.in_w, msra, &left, &right, &fx);
+    const I defined = (y == y) & (x == x);
+    const V nan = V{} + A(__builtin_nan(""));
+    fy = defined ? fy : nan;
+    fx = defined ? fx : nan;
+    const I t_in = (top >= 0) & (top < height), b_in = (bottom >= 0) & (bottom < height);
+    const I l_in = (left >= 0) & (left < width), r_in = (right >= 0) & (right < width);
+    const I upper = image + top * width, lower = image + bottom * width;
+    const I outside = I{} - 1;
+    const I pixel[4] = {(t_in & l_in) ? upper + left : outside, (t_in & r_in) ? upper + right : outside,
+                        (b_in & l_in) ? lower + left : outside, (b_in & r_in) ? lower + right : outside};
+    for (int j = 0; j < 4; ++j) std::memcpy(samples.pixel[j] + i, &pixel[j], sizeof pixel[j]);
+    store(samples.weight[0] + i, (1 - fy) * (1 - fx));
+    store(samples.weight[1] + i, (1 - fy) * fx);
+    store(samples.weight[2] + i, fy * (1 - fx));
+    store(samples.weight[3] + i, fy * fx);
+    store(samples.fy + i, fy);
+    store(samples.fx + i, fx);
   }
 }
 
@@ -366,7 +391,7 @@ void sample_backward(const Problem& p, const Geometry& geometry, const A* map, c
         store(to + c, (v0 * weight[0] + v1 * weight[1] + v2 * weight[2] + v3 * weight[3]) * mask);
     }
     A dot[4];
-    for (int j = 0; j < 4; ++j) dot[j] = sum<A>(dots[j]);
+    sum_each<A>(dots, dot);
     for (; c < width; ++c) {
       for (int j = 0; j < 4; ++j) dot[j] += grad[c] * corner[j][c];
       if (to)
@@ -489,13 +514,14 @@ int forward_of(const Problem& p, const ForwardTensors& tensors) {
   const int64_t packed_size = geometry.depthwise
                                   ? taps * channels
                                   : p.groups * packed_panels * taps * geometry.group_in * panel;
-  const int64_t samples_bytes = Samples<A>::bytes(tile_rows);
+  const int64_t capacity = round_up(tile_rows, kLanes<A>);
+  const int64_t samples_bytes = Samples<A>::bytes(capacity);
   const int64_t samples_count = p.offset_groups * taps;
 
   using W = Workspace;
   const int64_t private_bytes = W::bytes_of<A>(tile_rows * columns_row) +
                                 W::bytes_of<A>(tile_rows * sums_row) +
-                                W::bytes_of<A>(3 * tile_rows) + samples_count * samples_bytes +
+                                W::bytes_of<A>(3 * capacity) + samples_count * samples_bytes +
                                 W::bytes_of<Samples<A>>(samples_count);
   const int64_t shared_bytes =
       W::bytes_of<A>(packed_size) + W::bytes_of<A>(channels) + W::bytes_of<A>(p.out_channels) +
@@ -518,11 +544,11 @@ int forward_of(const Problem& p, const ForwardTensors& tensors) {
     A* sums = reinterpret_cast<A*>(mine);
     mine += W::bytes_of<A>(tile_rows * sums_row);
     A* scratch = reinterpret_cast<A*>(mine);
-    mine += W::bytes_of<A>(3 * tile_rows);
+    mine += W::bytes_of<A>(3 * capacity);
     auto* samples = reinterpret_cast<Samples<A>*>(mine);
     mine += W::bytes_of<Samples<A>>(samples_count);
     for (int64_t i = 0; i < samples_count; ++i)
-      samples[i] = Samples<A>(mine + i * samples_bytes, tile_rows);
+      samples[i] = Samples<A>(mine + i * samples_bytes, capacity);
 
     if (geometry.depthwise)
       pack_depthwise<A, T>(p, geometry, weight, packed);
@@ -538,7 +564,7 @@ int forward_of(const Problem& p, const ForwardTensors& tensors) {
         const Tile tile(geometry, first, begin, least(tile_rows, total - begin));
         for (int64_t g = 0; g < p.offset_groups; ++g)
           for (int64_t tap = 0; tap < taps; ++tap)
-            locate<A>(p, geometry, tile, tensors.offset, tensors.mask, g, tap, scratch, tile_rows,
+            locate<A>(p, geometry, tile, tensors.offset, tensors.mask, g, tap, scratch, capacity,
                       samples[g * taps + tap]);
         for (int64_t i = 0; i < tile.count; ++i)
           for (int64_t c = 0; c < p.out_channels; ++c) sums[i * sums_row + c] = biases[c];
@@ -663,7 +689,7 @@ int backward_of(const Problem& p, const BackwardTensors& tensors) {
   const int64_t position_bytes =
       most(row * int64_t(sizeof(A)), samples_count * Samples<A>::bytes(16) / 16);
   const int64_t chunk_positions =
-      round_up(most<int64_t>(4 * kTileRows, kChunkBytes / position_bytes), kTileRows);
+      round_up(most<int64_t>(kChunkPositions, kChunkBytes / position_bytes), kTileRows);
   const int64_t image_bytes = geometry.pixels * channels * int64_t(sizeof(A));
   const int64_t images = most<int64_t>(
       1, least(least(chunk_positions / positions, p.batch), kImagesBytes / image_bytes));
@@ -684,10 +710,11 @@ int backward_of(const Problem& p, const BackwardTensors& tensors) {
   const int64_t weight_sums_size = depthwise ? taps * channels : p.groups * taps * geometry.group_in * outs;
   const bool copied = !p.input_channels_last || !kSame<A, T>;
   const int64_t map_size = images * geometry.pixels * channels;
-  const int64_t samples_bytes = Samples<A>::bytes(tile_rows);
+  const int64_t capacity = round_up(tile_rows, kLanes<A>);
+  const int64_t samples_bytes = Samples<A>::bytes(capacity);
 
   using W = Workspace;
-  const int64_t private_bytes = W::bytes_of<A>(6 * tile_rows);
+  const int64_t private_bytes = W::bytes_of<A>(6 * capacity);
   const int64_t shared_bytes =
       W::bytes_of<A>(packed_size) + W::bytes_of<A>(packed_grad_size) + W::bytes_of<A>(channels) +
       2 * W::bytes_of<A>(longest * row) + W::bytes_of<A>(weight_sums_size) + 2 * W::bytes_of<A>(map_size) +
@@ -705,19 +732,20 @@ int backward_of(const Problem& p, const BackwardTensors& tensors) {
   char* samples_memory = workspace.take<char>(tile_count * samples_count * samples_bytes);
   char* private_memory = workspace.take<char>(p.threads * private_bytes);
   for (int64_t i = 0; i < tile_count * samples_count; ++i)
-    samples[i] = Samples<A>(samples_memory + i * samples_bytes, tile_rows);
+    samples[i] = Samples<A>(samples_memory + i * samples_bytes, capacity);
   for (int64_t c = 0; c < channels; ++c) zeros[c] = A(0);
 
   // Channels of the map are split among threads in whole cache lines.
   const int64_t slices_wanted = ceil_div(p.threads, images);
   const int64_t slice = round_up(ceil_div(channels, slices_wanted), line);
   const int64_t slices = ceil_div(channels, slice);
-  const int64_t blocks = ceil_div(geometry.group_in, kTileRows);
+  constexpr int64_t block = 16;  // of input channels: whole cache lines of the columns
+  const int64_t blocks = ceil_div(geometry.group_in, block);
 
 #pragma omp parallel num_threads(p.threads)
   {
     A* scratch = reinterpret_cast<A*>(private_memory + omp_get_thread_num() * private_bytes);
-    A *grad_y = scratch + 3 * tile_rows, *grad_x = grad_y + tile_rows, *grad_mask = grad_x + tile_rows;
+    A *grad_y = scratch + 3 * capacity, *grad_x = grad_y + capacity, *grad_mask = grad_x + capacity;
 
     if (want_columns_grad) {
       if (depthwise)
@@ -752,7 +780,7 @@ int backward_of(const Problem& p, const BackwardTensors& tensors) {
           A* tile_columns = columns ? columns + begin * row : nullptr;
           for (int64_t g = 0; g < p.offset_groups; ++g)
             for (int64_t tap = 0; tap < taps; ++tap)
-              locate<A>(p, geometry, tile, tensors.offset, tensors.mask, g, tap, scratch, tile_rows,
+              locate<A>(p, geometry, tile, tensors.offset, tensors.mask, g, tap, scratch, capacity,
                         mine[g * taps + tap]);
           for (int64_t tap = 0; tap < taps; ++tap) {
             if (!want_columns_grad) {
@@ -827,8 +855,8 @@ int backward_of(const Problem& p, const BackwardTensors& tensors) {
 #pragma omp for schedule(dynamic, 1)
           for (int64_t item = 0; item < p.groups * taps * blocks; ++item) {
             const int64_t group = item / (taps * blocks), tap = item / blocks % taps;
-            const int64_t channel = item % blocks * kTileRows;
-            const int64_t height = least<int64_t>(kTileRows, geometry.group_in - channel);
+            const int64_t channel = item % blocks * block;
+            const int64_t height = least(block, geometry.group_in - channel);
             const LeftFactor<A> left{
                 columns + tap * channels + group * geometry.group_in + channel, 1, row, 0, 1, chunk.count};
             A* sums = weight_sums + ((group * taps + tap) * geometry.group_in + channel) * outs;

@@ -36,15 +36,22 @@ struct VectorOf;
 template <>
 struct VectorOf<float> {
   typedef float type __attribute__((vector_size(kVectorBytes)));
+  using integer = int32_t;
   typedef int32_t index __attribute__((vector_size(kVectorBytes)));
 };
 template <>
 struct VectorOf<double> {
   typedef double type __attribute__((vector_size(kVectorBytes)));
+  using integer = int64_t;
   typedef int64_t index __attribute__((vector_size(kVectorBytes)));
 };
 template <class A>
 using Vec = typename VectorOf<A>::type;
+// Integers of the same size.
+template <class A>
+using IndexVec = typename VectorOf<A>::index;
+template <class A>
+using Index = typename VectorOf<A>::integer;
 template <class A>
 constexpr int kLanes = kVectorBytes / int(sizeof(A));
 
@@ -60,13 +67,40 @@ inline void store(A* p, Vec<A> v) {
   std::memcpy(p, &v, sizeof v);
 }
 
+// Halves the runs that are still to be summed in two vectors, and lays them side by side in one: runs of
+// `stride` lanes, from a in the even places and from b in the odd ones.
+template <class A, int stride>
+inline Vec<A> fold(Vec<A> a, Vec<A> b) {
+  constexpr int n = kLanes<A>;
+  IndexVec<A> first, second;
+  for (int j = 0; j < n; ++j) {
+    first[j] = (j & stride) ? n + j - stride : j;
+    second[j] = (j & stride) ? n + j : j + stride;
+  }
+  return __builtin_shuffle(a, b, first) + __builtin_shuffle(a, b, second);
+}
+
+// The sums of four vectors' lanes.
 template <class A>
-inline A sum(Vec<A> v) {
-  A parts[kLanes<A>];
-  store(parts, v);
-  for (int width = kLanes<A> / 2; width >= 1; width /= 2)
-    for (int i = 0; i < width; ++i) parts[i] += parts[i + width];
-  return parts[0];
+inline void sum_each(const Vec<A>* v, A* sums) {
+  constexpr int n = kLanes<A>;
+  if constexpr (n >= 4) {
+    Vec<A> r = fold<A, n / 4>(fold<A, n / 2>(v[0], v[1]), fold<A, n / 2>(v[2], v[3]));
+    // Now runs of n / 4 lanes belong to vectors 0, 2, 1, 3.
+    A parts[n];
+    store(parts, r);
+    for (int j = 0; j < 4; ++j) {
+      const A* run = parts + ((j & 1) * 2 + (j >> 1)) * (n / 4);
+      A total = run[0];
+      for (int i = 1; i < n / 4; ++i) total += run[i];
+      sums[j] = total;
+    }
+  } else {
+    for (int j = 0; j < 4; ++j) {
+      sums[j] = v[j][0];
+      for (int i = 1; i < n; ++i) sums[j] += v[j][i];
+    }
+  }
 }
 
 // ---------------------------------------------------------------------------- number formats
