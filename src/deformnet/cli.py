@@ -14,6 +14,7 @@ import tyro
 from tyro.conf import Positional
 from tyro.extras import SubcommandApp
 
+from deformnet.data.shapes import Shapes
 from deformnet.recipes import DeepLabRecipe
 
 BAD_INPUT = 2
@@ -96,6 +97,9 @@ def _app(base: DeepLabRecipe) -> SubcommandApp:
     app = SubcommandApp()
     app.command(training, name="train", help="Train a network.")
     app.command(evaluate)
+    app.command(predict)
+    app.command(shapes)
+    app.command(doctor)
     return app
 
 
@@ -133,6 +137,71 @@ def evaluate(
         workers=workers,
     )
     _print_scores(metrics)
+
+
+def predict(
+    run: Positional[Path],
+    images: Positional[tuple[Path, ...]],
+    *,
+    out: Path,
+    device: str | None = None,
+) -> None:
+    """Segment images: OUT/labels has PNGs of class indices, OUT/overlays pictures with a legend.
+
+    Args:
+        run: Run folder.
+        images: Image files, or folders of them.
+        out: Folder of the results.
+        device: Where to compute, such as cpu or cuda:1; None takes a GPU if there is one.
+    """
+    from tqdm import tqdm
+
+    from deformnet.inference import SegmentationPredictor, find_images, predict_files
+
+    if not images:
+        raise ValueError("images: name at least one file or folder")
+    files = find_images(images)
+    predictor = SegmentationPredictor.from_run(run, device)
+    failures = []
+    with tqdm(predict_files(predictor, files, out), total=len(files), disable=None) as results:
+        for path, problem in results:
+            if problem is not None:
+                failures.append(path)
+                results.write(f"deformnet: {problem}", file=sys.stderr)
+    print(f"{len(files) - len(failures)} of {len(files)} images segmented into {out}")
+    if failures:
+        raise SystemExit(BAD_INPUT)
+
+
+def doctor() -> None:
+    """Print versions, the machine, and which backends can run here (and why the others cannot)."""
+    from deformnet.ops import backends, library
+    from deformnet.runs import machine, versions
+
+    for package, version in versions().items():
+        print(f"{package:12} {version}")
+    print(f"{'machine':12} {machine()}")
+    for backend in backends.names():
+        reason = backends.why_unavailable(backend)
+        state = "can run" if reason is None else f"cannot run: {reason}"
+        if backend == "cpu" and reason is None:
+            state += f" ({library.cpu.instruction_set()} instructions)"
+        print(f"{backend:12} {state}")
+
+
+def shapes(
+    root: Positional[Path],
+    options: Annotated[Shapes, tyro.conf.arg(name="")] = Shapes(),  # noqa: B008 (it is frozen)
+) -> None:
+    """Make a data set of shapes with exact masks and boxes, in the VOC layout.
+
+    Args:
+        root: Folder to make.
+    """
+    from deformnet.data.shapes import write_shapes
+
+    write_shapes(root, options)
+    print(f"{options.train} training and {options.val} validation images in {root}")
 
 
 def _print_scores(metrics: dict[str, Any]) -> None:

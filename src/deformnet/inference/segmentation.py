@@ -1,0 +1,170 @@
+"""Label maps of images on disk or in memory, from a trained run."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Self
+
+import torch
+from PIL import Image
+from PIL.ExifTags import Base
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision import tv_tensors
+
+from deformnet.data.files import read_image
+from deformnet.data.transforms import evaluation_transforms
+from deformnet.inference.drawing import label_image, overlay
+from deformnet.models.deeplab import DeepLab
+from deformnet.recipes import DeepLabRecipe
+from deformnet.runs import load_run, replacing
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+
+
+class SegmentationPredictor:
+    """A trained DeepLab that takes images of any size and gives label maps of that size.
+
+    Args:
+        recipe: says at which size the network sees the images.
+        model: the network.
+        classes: names of the labels.
+        device: where to compute; None takes a GPU if there is one.
+    """
+
+    def __init__(
+        self,
+        recipe: DeepLabRecipe,
+        model: DeepLab,
+        classes: tuple[str, ...],
+        device: torch.device | str | None = None,
+    ) -> None:
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(device)
+        self.classes = classes
+        self.model = model.eval().to(self.device).to(memory_format=torch.channels_last)
+        self._prepare = evaluation_transforms(
+            short_side=recipe.short_side, max_side=recipe.max_side
+        )
+
+    @classmethod
+    def from_run(cls, run: Path, device: torch.device | str | None = None) -> Self:
+        """The predictor of a run folder; errors as `deformnet.runs.load_run`."""
+        return cls(*load_run(run), device)
+
+    @torch.inference_mode()
+    def __call__(self, image: Tensor) -> Tensor:
+        """
+        Args:
+            image: uint8 [3, H, W], RGB.
+        Returns:
+            uint8 [H, W], on the CPU: the label of each pixel.
+        Raises:
+            ValueError: if it is not such an image.
+        """
+        if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
+            raise ValueError(
+                f"image must be uint8 [3, H, W], got {image.dtype} {list(image.shape)}"
+            )
+        size = list(image.shape[1:])
+        # The transforms are those of scoring, which come in pairs with a label map.
+        nothing = tv_tensors.Mask(torch.zeros(size, dtype=torch.uint8))
+        prepared, _ = self._prepare(tv_tensors.Image(image), nothing)
+        batch = prepared[None].to(self.device, memory_format=torch.channels_last)
+        logits = self.model(batch)
+        # Class by class: all of them at the size of a large photograph would fill the memory.
+        best = torch.full((1, 1, *size), -torch.inf, device=self.device)
+        labels = torch.zeros(size, dtype=torch.uint8, device=self.device)
+        for label in range(logits.shape[1]):
+            plane = F.interpolate(
+                logits[:, label : label + 1], size=size, mode="bilinear", align_corners=False
+            )
+            labels[(plane > best)[0, 0]] = label
+            best = torch.maximum(best, plane)
+        return labels.cpu()
+
+
+def predict_files(
+    predictor: SegmentationPredictor, images: Sequence[Path], out: Path
+) -> Iterator[tuple[Path, str | None]]:
+    """Segments image files one by one into a folder.
+
+    For `photo.jpg` it writes `labels/photo.png`, a palette PNG of class indices of the size of the
+    image, and `overlays/photo.jpg`, the image tinted by class with a legend.
+
+    Args:
+        images: files as `find_images` returns them.
+        out: the folder.
+    Yields:
+        Each file as it is done, with None or with what was wrong with it.
+    Raises:
+        OSError: if a result cannot be written.
+    """
+    for path in images:
+        try:
+            image = read_photo(path)
+        except OSError as error:
+            yield path, f"{path}: {error.strerror or error}"
+            continue
+        except ValueError as error:
+            yield path, str(error)
+            continue
+        labels = predictor(image)
+        with replacing(out / "labels" / f"{path.stem}.png") as file:
+            label_image(labels, predictor.classes).save(file, format="PNG")
+        with replacing(out / "overlays" / f"{path.stem}.jpg") as file:
+            drawn = overlay(image, labels, predictor.classes)
+            drawn.save(file, format="JPEG", quality=92, subsampling=0)
+        yield path, None
+
+
+def find_images(paths: Sequence[Path]) -> list[Path]:
+    """The given files, and in the place of a folder its image files in the order of their names.
+
+    Raises:
+        FileNotFoundError: if a folder holds no image.
+        ValueError: if two files have the same name (their results would, too).
+    """
+    files: list[Path] = []
+    for path in paths:
+        if not path.is_dir():
+            files.append(path)
+            continue
+        inside = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+        if not inside:
+            raise FileNotFoundError(f"{path}: no image in this folder")
+        files += inside
+    seen: dict[str, Path] = {}
+    for path in files:
+        if path.stem in seen:
+            raise ValueError(
+                f"{seen[path.stem]} and {path} have the same name: predict them into two folders"
+            )
+        seen[path.stem] = path
+    return files
+
+
+def read_photo(path: Path) -> Tensor:
+    """Reads an image the way it is meant to be seen: turned as its EXIF orientation says.
+
+    (Unlike the images of a data set, whose label maps are drawn on the stored pixels.)
+
+    Returns:
+        uint8 [3, H, W]
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is no image, or is truncated or corrupt.
+    """
+    stored = read_image(path)
+    with Image.open(path) as file:
+        orientation = file.getexif().get(Base.Orientation, 1)
+    turned = {
+        2: lambda x: x.flip(-1),
+        3: lambda x: x.flip(-1, -2),
+        4: lambda x: x.flip(-2),
+        5: lambda x: x.mT,
+        6: lambda x: x.mT.flip(-1),
+        7: lambda x: x.mT.flip(-1, -2),
+        8: lambda x: x.mT.flip(-2),
+    }
+    return turned[orientation](stored).contiguous() if orientation in turned else stored
