@@ -1,5 +1,6 @@
 """The VOC layout: what is found, what is read, and what is said about bad input."""
 
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from small_sets import one_line, save_image, save_labels
 from torchvision import tv_tensors
 from torchvision.datasets import VOCSegmentation as TorchvisionVOC
 
-from deformnet.data import VOCSegmentation
+from deformnet.data import VOCSegmentation, evaluation_transforms
 from deformnet.data.files import read_image, read_labels
 from deformnet.data.voc import VOC_CLASSES, colour_map
 
@@ -77,6 +78,12 @@ def test_exif_orientation_is_not_applied(voc):
     exif[0x0112] = 6  # turn by 90 degrees
     Image.open(path).copy().save(path, exif=exif)
     assert VOCSegmentation(voc, "val")[0][0].shape == (3, 12, 16)
+
+
+def test_goes_to_worker_processes(voc):
+    images = VOCSegmentation(voc, "train", evaluation_transforms(short_side=8, max_side=None))
+    copy = pickle.loads(pickle.dumps(images))
+    assert torch.equal(copy[1][0], images[1][0])
 
 
 # The augmented list.
@@ -168,6 +175,19 @@ def test_missing_split_lists_the_others(voc):
 def test_empty_list(voc):
     (voc / YEAR / "ImageSets/Segmentation/train.txt").write_text("\n  \n")
     with one_line(ValueError, "train.txt", "empty"):
+        VOCSegmentation(voc, "train")
+
+
+def test_list_with_windows_newlines_and_byte_order_mark(voc):
+    path = voc / YEAR / "ImageSets/Segmentation/train.txt"
+    path.write_bytes("\ufeffa\r\nb\r\n".encode())
+    images = VOCSegmentation(voc, "train")
+    assert [images.name(i) for i in range(len(images))] == ["a", "b"]
+
+
+def test_list_that_is_no_text(voc):
+    (voc / YEAR / "ImageSets/Segmentation/train.txt").write_bytes(b"\xff\xfe\x00a")
+    with one_line(ValueError, "train.txt", "not UTF-8"):
         VOCSegmentation(voc, "train")
 
 

@@ -59,7 +59,7 @@ class SegmentationDataset(VisionDataset):
         return len(self.samples)
 
     def name(self, index: int) -> str:
-        """The image's id, unique within the split: good as a file name."""
+        """The image's id in the set: good as a file name."""
         return self.samples[index].name
 
     def __getitem__(self, index: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:

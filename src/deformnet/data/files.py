@@ -1,4 +1,4 @@
-"""Reading one image or one label map, with an error that names the file."""
+"""Reading one image, label map or list, with an error that names the file."""
 
 import struct
 import zlib
@@ -44,6 +44,19 @@ def read_labels(path: Path) -> Tensor:
             f"{path}: wanted class ids (palette P or 8-bit grey L), got mode {image.mode}"
         )
     return torch.from_numpy(np.array(image))
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file that are not blank, without the blanks around them.
+
+    Raises:
+        ValueError: if the file is no UTF-8 text.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text") from error
+    return [stripped for line in text.splitlines() if (stripped := line.strip())]
 
 
 def _decode(path: Path, convert: str | None) -> Image.Image:

@@ -8,7 +8,7 @@ from typing import final
 import numpy as np
 
 from deformnet.data.base import IGNORE, Sample, SegmentationDataset, require_folder
-from deformnet.data.files import read_labels
+from deformnet.data.files import read_labels, read_lines
 
 VOC_CLASSES = (
     "background",
@@ -132,7 +132,7 @@ def _read_list(folder: Path, split: str) -> Iterator[Sample]:
     if not path.is_file():
         known = ", ".join(voc_splits(folder)) or "none"
         raise FileNotFoundError(f"{path}: no such list; the splits here are: {known}")
-    lines = [line.split() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [line.split() for line in read_lines(path)]
     if not lines:
         raise ValueError(f"{path}: the list is empty")
 
@@ -182,8 +182,7 @@ def _read_classes(folder: Path) -> tuple[str, ...]:
     path = next((p / "classes.txt" for p in places if (p / "classes.txt").is_file()), None)
     if path is None:
         return VOC_CLASSES
-    lines = path.read_text(encoding="utf-8").splitlines()
-    names = tuple(name for line in lines if (name := line.strip()))
+    names = tuple(read_lines(path))
     if not names:
         raise ValueError(f"{path}: names no class")
     if len(names) > IGNORE:

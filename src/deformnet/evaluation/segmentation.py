@@ -42,14 +42,32 @@ class SegmentationScores:
         }
 
 
+class _ConfusionMatrix(MulticlassConfusionMatrix):
+    """With a check of every label: torchmetrics counts some labels out of range elsewhere."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes, ignore_index=IGNORE, validate_args=False)
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        if preds.ndim == target.ndim + 1:
+            preds = preds.argmax(dim=1)
+        if preds.shape != target.shape:
+            raise ValueError(
+                f"prediction {list(preds.shape)} and target {list(target.shape)} differ in size"
+            )
+        _check_labels("prediction", preds, self.num_classes)
+        _check_labels("target", target[target != IGNORE], self.num_classes)
+        super().update(preds, target)
+
+
 def confusion_matrix(num_classes: int) -> MulticlassConfusionMatrix:
     """The metric that counts: `update(prediction, target)`, then `segmentation_scores(compute())`.
 
-    `prediction` (class ids below `num_classes`, or logits [N, C, H, W]) and `target` (class ids or
-    255, [N, H, W]) are tensors. Row: truth, column: prediction. A label that is neither a class
-    nor 255 raises RuntimeError.
+    `target` is [N, H, W], class ids or 255 where not scored; `prediction` is [N, H, W], class ids,
+    or logits [N, C, H, W]. The result is int64 [C, C], row truth, column prediction. Updating
+    raises ValueError for tensors of other sizes and for labels that are no class.
     """
-    return MulticlassConfusionMatrix(num_classes, ignore_index=IGNORE)
+    return _ConfusionMatrix(num_classes)
 
 
 def segmentation_scores(confusion: Tensor) -> SegmentationScores:
@@ -164,6 +182,7 @@ class ObjectCounts(Metric):
                 "prediction and target must both be [N, H, W], got "
                 f"{list(prediction.shape)} and {list(target.shape)}"
             )
+        _check_labels("target", target[target != IGNORE], self.num_classes)
         counts = np.zeros(self.counts.shape, dtype=np.int64)
         for predicted, truth in zip(prediction.cpu().numpy(), target.cpu().numpy(), strict=True):
             self._count_image(predicted, truth, counts)
@@ -179,9 +198,6 @@ class ObjectCounts(Metric):
 
     def _count_image(self, predicted: np.ndarray, truth: np.ndarray, counts: np.ndarray) -> None:
         """Adds one image (both [H, W]) to `counts`."""
-        wrong = truth[(truth >= self.num_classes) & (truth != IGNORE)]
-        if wrong.size:
-            raise ValueError(f"target has label {wrong[0]}, wanted below {self.num_classes} or 255")
         regions = connected_regions(truth)
         for region, box in enumerate(_boxes(regions)):
             inside = regions[box] == region
@@ -271,6 +287,12 @@ def _grown(span: slice, length: int) -> slice:
     """`span` and half as far again on both sides, within 0 to `length`."""
     more = math.ceil((span.stop - span.start) / 2)
     return slice(max(0, span.start - more), min(length, span.stop + more))
+
+
+def _check_labels(name: str, labels: Tensor, num_classes: int) -> None:
+    wrong = (labels < 0) | (labels >= num_classes)
+    if wrong.any():
+        raise ValueError(f"{name} has label {int(labels[wrong][0])}, wanted 0 to {num_classes - 1}")
 
 
 def _ratio(part: Tensor, whole: Tensor) -> Tensor:
