@@ -1,0 +1,161 @@
+"""The reference against the paper's formulas, written as loops over Python numbers."""
+
+import math
+
+import pytest
+import torch
+from deform_conv_cases import Case, output_gradient, random_case, run
+from torch.autograd import gradcheck, gradgradcheck
+
+from deformnet.ops import deform_conv2d
+
+
+def read_zeros(plane: list[list[float]], y: float, x: float) -> float:
+    """Equations 3-4, to the letter: a sum over the whole map."""
+    return sum(
+        max(0.0, 1 - abs(qx - x)) * max(0.0, 1 - abs(qy - y)) * value
+        for qy, row in enumerate(plane)
+        for qx, value in enumerate(row)
+    )
+
+
+def read_msra2017(plane: list[list[float]], y: float, x: float) -> float:
+    """Nothing outside [0, H) x [0, W); beyond the last row or column the value there."""
+    height, width = len(plane), len(plane[0])
+    if not (0 <= y < height and 0 <= x < width):
+        return 0.0
+    return read_zeros(plane, min(y, height - 1), min(x, width - 1))
+
+
+READ = {"zeros": read_zeros, "msra2017": read_msra2017}
+
+
+def naive(case: Case, border: str) -> torch.Tensor:
+    """Equation 2 with mask, bias, groups and offset groups, one number at a time."""
+    batch, channels, _, _ = case.input.shape
+    out_channels, group_channels, kh, kw = case.weight.shape
+    groups = channels // group_channels
+    offset_groups = case.offset.shape[1] // (2 * kh * kw)
+    planes, offset, weight = case.input.tolist(), case.offset.tolist(), case.weight.tolist()
+    mask = None if case.mask is None else case.mask.tolist()
+    output = torch.empty(case.output_size(), dtype=torch.float64)
+    for n, o, i, j in torch.cartesian_prod(*map(torch.arange, output.shape)).tolist():
+        total = 0.0 if case.bias is None else case.bias[o].item()
+        for c in range(group_channels):
+            channel = o // (out_channels // groups) * group_channels + c
+            g = channel // (channels // offset_groups)
+            for tap in range(kh * kw):
+                p, q = divmod(tap, kw)
+                at = 2 * (g * kh * kw + tap)
+                y = i * case.stride[0] - case.padding[0] + p * case.dilation[0]
+                x = j * case.stride[1] - case.padding[1] + q * case.dilation[1]
+                value = READ[border](
+                    planes[n][channel], y + offset[n][at][i][j], x + offset[n][at + 1][i][j]
+                )
+                if mask is not None:
+                    value *= mask[n][g * kh * kw + tap][i][j]
+                total += weight[o][c][p][q] * value
+        output[n, o, i, j] = total
+    return output
+
+
+def cost(case: Case) -> int:
+    """Numbers that the loops look at."""
+    return math.prod(case.output_size()) * case.weight[0].numel() * case.input[0, 0].numel()
+
+
+SMALL = [seed for seed in range(400) if cost(random_case(seed)) < 60_000][:40]
+
+
+@pytest.mark.parametrize("border", ["zeros", "msra2017"])
+@pytest.mark.parametrize("seed", SMALL)
+def test_loops(seed, border):
+    case = random_case(seed)
+    found = deform_conv2d(*case.public, border=border, backend="reference")
+    torch.testing.assert_close(found, naive(case, border), rtol=1e-12, atol=1e-12)
+
+
+def test_loops_see_both_border_rules_differ():
+    case = random_case(SMALL[0])
+    assert not torch.allclose(naive(case, "zeros"), naive(case, "msra2017"))
+
+
+def leaves_and_function(case: Case, backend: str, border: str):
+    names = list(case.tensors)
+    leaves = [tensor.clone().requires_grad_() for tensor in case.tensors.values()]
+
+    def function(*tensors):
+        given = dict(zip(names, tensors, strict=True))
+        return deform_conv2d(
+            given["input"],
+            given["offset"],
+            given["weight"],
+            given.get("bias"),
+            case.stride,
+            case.padding,
+            case.dilation,
+            given.get("mask"),
+            border=border,
+            backend=backend,
+        )
+
+    return leaves, function
+
+
+# Offsets keep away from whole numbers, where the bilinear read has kinks.
+TINY = [
+    seed for seed in range(400) if math.prod(random_case(seed, whole=False).input.shape) < 120
+]
+
+
+@pytest.mark.parametrize("border", ["zeros", "msra2017"])
+@pytest.mark.parametrize("seed", TINY[:10])
+def test_gradcheck(backend, seed, border):
+    case = random_case(seed, whole=False)
+    leaves, function = leaves_and_function(case, backend, border)
+    assert gradcheck(function, leaves)
+
+
+@pytest.mark.parametrize("border", ["zeros", "msra2017"])
+@pytest.mark.parametrize("seed", TINY[:6])
+def test_gradgradcheck(seed, border):
+    case = random_case(seed, whole=False)
+    leaves, function = leaves_and_function(case, "reference", border)
+    assert gradgradcheck(function, leaves)
+
+
+def test_the_fast_kernels_refuse_a_second_derivative(fast):
+    leaves, function = leaves_and_function(random_case(0, whole=False), fast, "zeros")
+    (gradient,) = torch.autograd.grad(function(*leaves).sum(), leaves[1], create_graph=True)
+    with pytest.raises(NotImplementedError, match='backend="reference"'):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("border", ["zeros", "msra2017"])
+@pytest.mark.parametrize("axis", [0, 1], ids=["y", "x"])
+def test_derivative_at_whole_numbers_is_the_one_from_the_right(backend, border, axis):
+    # Positions from two pixels outside on the one side to two outside on the other.
+    height, width = 4, 5
+    generator = torch.Generator().manual_seed(0)
+    input = torch.randn(1, 2, height, width, generator=generator, dtype=torch.float64)
+    offset = torch.zeros(1, 2, height + 4, width + 4, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(1, 2, 1, 1, generator=generator, dtype=torch.float64)
+
+    def value(offset):
+        return deform_conv2d(input, offset, weight, padding=2, border=border, backend=backend)
+
+    (gradient,) = torch.autograd.grad(value(offset).sum(), offset)
+    step = torch.zeros_like(offset)
+    step[:, axis] = 2**-20
+    # Inside a cell the read is linear along each axis: the quotient is the derivative.
+    quotient = (value(offset + step) - value(offset)).detach()[:, 0] / 2**-20
+    torch.testing.assert_close(gradient[:, axis], quotient, rtol=0, atol=1e-8)
+    assert quotient.abs().max() > 0.1
+
+
+def test_runs_equal_what_the_cases_promise():
+    # The helper that all other tests lean on: gradients are those of the public function.
+    case = random_case(3)
+    results = run(case, "reference", grad_output=output_gradient(case))
+    assert set(results) == {"output", *(f"grad_{name}" for name in case.tensors)}
+    assert results["grad_input"].shape == case.input.shape
