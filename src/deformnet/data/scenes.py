@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.random import Generator
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from deformnet.data.base import IGNORE
 
@@ -97,6 +97,7 @@ _WAVES = 3
 _WAVE_NUMBER = (1.8, 3.2)
 _STEEPNESS = 0.75
 
+_SHADOW = 0.06  # softness, in radii
 _TRIES = 20
 _MIN_INSIDE = 0.7  # of an object's area that must lie in the image
 _MIN_VISIBLE = 0.6  # of what an object shows that must stay visible behind a later one
@@ -232,7 +233,8 @@ class _Shape:
 
     def place(self, x: float, y: float, height: int, width: int) -> _Place | None:
         """The shape with its origin at (x, y); None if nothing of it is in the image."""
-        reach = self._reach + 2  # two pixels for the antialiasing and the gradient
+        # Two pixels more for the antialiasing, and what the shadow needs.
+        reach = self._reach + 2 + 3 * _SHADOW * self.radius
         columns = np.arange(math.floor(x - reach), math.ceil(x + reach) + 1)
         rows = np.arange(math.floor(y - reach), math.ceil(y + reach) + 1)
         u = ((columns - x) / self.radius).astype(np.float32)[None, :]
@@ -290,12 +292,13 @@ def _paint(rng: Generator, canvas: Array, place: _Place) -> None:
         if np.linalg.norm(texture[inside].mean(0) - behind) > _MIN_CONTRAST:
             break
         texture = _texture(rng, *inside.shape)
+    coverage = (0.5 - place.distance).clip(0, 1)
     # A soft shadow around it. Nothing is shaded inside: far from the outline, where a network must
     # look for the shape, no pixel tells the class.
-    away = np.maximum(place.distance, 0) / place.radius
-    view *= (1 - 0.35 * np.exp(-12 * away))[..., None]
-    coverage = (0.5 - place.distance).clip(0, 1)[..., None]
-    view += coverage * (texture - view)
+    blur = ImageFilter.GaussianBlur(_SHADOW * place.radius)
+    shadow = np.asarray(Image.fromarray((255 * coverage).astype(np.uint8)).filter(blur))
+    view *= 1 - shadow[..., None] / np.float32(255 / 0.5)
+    view += coverage[..., None] * (texture - view)
 
 
 def _background(rng: Generator, height: int, width: int) -> Array:
