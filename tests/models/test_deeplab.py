@@ -22,35 +22,18 @@ def test_scores_have_the_size_of_the_image(size):
 
 
 @torch.no_grad()
-def test_scores_are_interpolated_between_the_centres_of_the_units():
+@pytest.mark.parametrize("size", [(64, 48), (56, 37)], ids=str)
+def test_upsampling_is_the_authors(size):
     model = small().eval()
-    images = torch.randn(1, 3, 56, 40)
+    images = torch.randn(1, 3, *size)
     units = model.classifier(model.backbone(images))
-    logits = model(images)
     assert units.shape[-2:] == (4, 3)
-    torch.testing.assert_close(logits[..., ::16, ::16], units)
-    torch.testing.assert_close(
-        logits[..., 4, 32], 0.75 * units[..., 0, 2] + 0.25 * units[..., 1, 2]
-    )
-    torch.testing.assert_close(logits[..., 49:, :], logits[..., 48:49, :].expand(-1, -1, 7, -1))
-    torch.testing.assert_close(logits[..., 33:], logits[..., 32:33].expand(-1, -1, -1, 7))
-
-
-def test_a_score_is_drawn_where_its_receptive_field_is():
-    # With equal positive weights the gradient is the receptive field, symmetric about its centre.
-    model = DeepLab(resnet(18, norm="frozen", reduce_channels=None), num_classes=1).double()
-    for parameter in model.parameters():
-        torch.nn.init.constant_(parameter, 1e-2)
-    # The same window as maximum pooling, which on a constant map would pick one corner of it.
-    model.backbone.maxpool = torch.nn.AvgPool2d(3, stride=2, padding=1)
-    images = torch.ones(1, 3, 513, 561, dtype=torch.float64, requires_grad=True)
-    y, x = 256, 272
-    (gradient,) = torch.autograd.grad(model(images)[0, 0, y, x], images)
-    field = gradient[0].sum(0)
-    field /= field.sum()
-    rows = (field.sum(1) * torch.arange(513)).sum().item()
-    columns = (field.sum(0) * torch.arange(561)).sum().item()
-    assert (rows, columns) == pytest.approx((y, x), abs=0.01)
+    # Transposed convolution with the bilinear kernel of 32, stride 16, cropped from (8, 8) on.
+    ramp = 1 - (torch.arange(32) - 15.5).abs() / 16
+    kernel = torch.outer(ramp, ramp).expand(5, 1, 32, 32)
+    expected = F.conv_transpose2d(units, kernel, stride=16, groups=5)[..., 8:, 8:]
+    inner = (..., slice(8, 56), slice(8, min(40, size[1])))  # beyond, the authors' fades to zero
+    torch.testing.assert_close(model(images)[inner], expected[inner])
 
 
 def test_loss_is_the_mean_over_valid_pixels():

@@ -43,8 +43,10 @@ def saved(tmp_path, state):
     return path
 
 
-@pytest.mark.parametrize("depth", [18, 34, 50, 101])
-@pytest.mark.parametrize("norm", ["frozen", "trained"])
+@pytest.mark.parametrize(
+    ("depth", "norm"),
+    [(18, "frozen"), (18, "trained"), (34, "frozen"), (50, "frozen"), (101, "trained")],
+)
 def test_torchvision_weights_load_and_give_its_features(tmp_path, depth, norm):
     theirs = trained_torchvision(depth)
     path = saved(tmp_path, theirs.state_dict())
@@ -87,6 +89,21 @@ def test_conv5_is_torchvisions_with_every_3x3_dilated(depth, dilation):
             y = block.bn3(convolve(block.conv3, y.relu()))
         expected = (y + identity).relu()
     torch.testing.assert_close(ours.layer4(x), expected)
+
+
+def test_units_are_centred_on_multiples_of_the_stride():
+    # With equal positive weights the gradient is the receptive field, symmetric about its centre.
+    model = resnet(18, norm="frozen", reduce_channels=None).double()
+    for parameter in model.parameters():
+        nn.init.constant_(parameter, 1e-2)
+    # The same window as maximum pooling, which on a constant map would pick one corner of it.
+    model.maxpool = nn.AvgPool2d(3, stride=2, padding=1)
+    images = torch.ones(1, 3, 513, 561, dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(model(images)[0, 0, 16, 17], images)
+    field = gradient[0].sum(0) / gradient.sum()
+    rows = (field.sum(1) * torch.arange(513)).sum().item()
+    columns = (field.sum(0) * torch.arange(561)).sum().item()
+    assert (rows, columns) == pytest.approx((16 * model.stride, 17 * model.stride), abs=0.01)
 
 
 @pytest.mark.parametrize("depth", [18, 34, 50, 101])

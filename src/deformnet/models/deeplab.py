@@ -12,10 +12,10 @@ IGNORE = 255  # the label of pixels that neither train nor count
 class DeepLab(nn.Module):
     """A backbone, a 1x1 convolution that scores the classes, and bilinear upsampling.
 
-    Unlike usual code, the scores are drawn where they belong: a unit of the backbone is centred on
-    pixel stride * (i, j), and that pixel gets its score unmixed. Upsampling by the sizes alone
-    would shift them by up to half a unit (8 pixels), which a network has to learn to undo, and
-    which a deformable one can undo by constant offsets.
+    The upsampling is the authors' fixed one (a bilinear kernel of 32 at stride 16, cropped by 8):
+    unit (i, j) of the backbone scores the middle of the cell that begins at pixel
+    stride * (i, j), whatever the size of the image. At its border scores are repeated, where the
+    authors' kernel fades to zero.
 
     Args:
         backbone: makes feature maps [N, out_channels, ceil(H/stride), ceil(W/stride)].
@@ -37,7 +37,9 @@ class DeepLab(nn.Module):
         scores = self.classifier(self.backbone(images))
         # In half precision the upsampled scores of two classes would often tie.
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-        return _upsample(scores, self.backbone.stride, images.shape[-2], images.shape[-1])
+        scores = F.interpolate(scores, scale_factor=self.backbone.stride, mode="bilinear")
+        # The backbone rounds its size up.
+        return scores[..., : images.shape[-2], : images.shape[-1]]
 
     def losses(self, logits: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Softmax loss, averaged over the valid pixels of the batch.
@@ -69,14 +71,3 @@ class DeepLab(nn.Module):
                 )
         total = F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="sum")
         return {"segmentation": total / valid.sum().clamp(min=1)}
-
-
-def _upsample(scores: Tensor, stride: int, height: int, width: int) -> Tensor:
-    """Bilinear upsampling that puts unit (i, j) on pixel stride * (i, j).
-
-    The pixels beyond the last unit, fewer than `stride`, repeat the last row and column.
-    """
-    rows, columns = scores.shape[-2:]
-    size = (stride * (rows - 1) + 1, stride * (columns - 1) + 1)
-    image = F.interpolate(scores, size=size, mode="bilinear", align_corners=True)
-    return F.pad(image, (0, width - size[1], 0, height - size[0]), mode="replicate")
