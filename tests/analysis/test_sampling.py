@@ -1,0 +1,240 @@
+"""Sampling locations against cases computed by hand and by brute force."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from deformnet import DeformConv2d
+from deformnet.analysis import sampling_locations
+from deformnet.backbones.resnet import resnet
+
+
+def grid(centre, dilation=1, reach=1):
+    """The taps of a kernel of 2 * reach + 1 around a centre: [K, 2]."""
+    steps = range(-reach, reach + 1)
+    return torch.tensor(
+        [[centre[0] + dilation * i, centre[1] + dilation * j] for i in steps for j in steps],
+        dtype=torch.float64,
+    )
+
+
+def set_offsets(conv, values):
+    """Makes a layer's offsets those values [2*G*K] at every unit."""
+    with torch.no_grad():
+        conv.conv_offset.bias.copy_(torch.as_tensor(values, dtype=torch.float32).flatten())
+
+
+@pytest.fixture
+def images():
+    return torch.rand(2, 3, 24, 30, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_zero_offsets_give_the_regular_grid(images, dilation):
+    model = nn.Sequential(DeformConv2d(3, 4, 3, padding=dilation, dilation=dilation))
+    points, inside = sampling_locations(model, images, ["0"], (7, 9), stride=1)
+    assert points.shape == (2, 9, 2)
+    torch.testing.assert_close(points, grid((7, 9), dilation).expand(2, 9, 2))
+    assert inside.all()
+
+
+def test_a_plain_convolution_has_the_regular_grid(images):
+    model = nn.Sequential(nn.Conv2d(3, 4, (3, 5), stride=(2, 3), padding=(0, 1)))
+    points, _ = sampling_locations(model, images, ["0"], (4, 2), stride=1)
+    expected = [[8 + i, 5 + j] for i in range(3) for j in range(5)]
+    torch.testing.assert_close(points[0], torch.tensor(expected, dtype=torch.float64))
+
+
+def test_constant_offsets_move_each_tap(images):
+    model = nn.Sequential(DeformConv2d(3, 4, 3, padding=1))
+    moves = torch.arange(18).reshape(9, 2) / 7 - 1
+    set_offsets(model[0], moves)
+    points, _ = sampling_locations(model, images, ["0"], (7, 9), stride=1)
+    torch.testing.assert_close(points[1], grid((7, 9)) + moves.double())
+
+
+def test_masks_are_not_taken_for_offsets(images):
+    model = nn.Sequential(DeformConv2d(3, 4, 3, padding=1, modulated=True))
+    set_offsets(model[0], [1.5] * 18 + [9.0] * 9)
+    points, _ = sampling_locations(model, images, ["0"], (7, 9), stride=1)
+    torch.testing.assert_close(points[0], grid((8.5, 10.5)))
+
+
+def test_every_offset_group_is_followed(images):
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), DeformConv2d(4, 4, 3, padding=1, offset_groups=2))
+    set_offsets(model[1], [0.25] * 18 + [-2.0] * 18)
+    points, _ = sampling_locations(model, images, ["1"], (7, 9), stride=1)
+    torch.testing.assert_close(points[0], torch.cat([grid((7.25, 9.25)), grid((5, 7))]))
+
+
+def test_strides_multiply_down_to_the_pixels(images):
+    model = nn.Sequential(
+        nn.MaxPool2d(2), DeformConv2d(3, 4, 3, 2, padding=1), nn.Conv2d(4, 5, 3, 2, padding=1)
+    )
+    set_offsets(model[1], [0.5, -0.25] * 9)
+    points, _ = sampling_locations(model, images, ["2", "1"], (2, 3), stride=2)
+    expected = [2 * (grid(2 * unit) + torch.tensor([0.5, -0.25])) for unit in grid((2 * 2, 2 * 3))]
+    torch.testing.assert_close(points[0], torch.cat(expected))
+
+
+def test_padding_by_name_and_none(images):
+    for padding, top in (("valid", 0), ("same", 2)):
+        model = nn.Sequential(DeformConv2d(3, 4, 5, padding=padding))
+        points, _ = sampling_locations(model, images, ["0"], (5, 6), stride=1)
+        assert points[0, 0].tolist() == [5 - top, 6 - top]
+
+
+class Residual(nn.Module):
+    """Two deformable layers with everything between them that a residual block has."""
+
+    def __init__(self):
+        super().__init__()
+        self.lower = DeformConv2d(3, 3, 3, padding=2, dilation=2)
+        self.norm = nn.BatchNorm2d(3)
+        self.upper = DeformConv2d(3, 3, 3, padding=1)
+
+    def forward(self, x):
+        return x + self.upper(torch.relu(self.norm(self.lower(x))))
+
+
+def random_residual():
+    torch.manual_seed(1)
+    model = Residual()
+    for layer in (model.lower, model.upper):
+        nn.init.normal_(layer.conv_offset.weight, std=0.4)
+        nn.init.normal_(layer.conv_offset.bias, std=0.5)
+    return model
+
+
+def test_two_layers_by_brute_force(images):
+    model = random_residual().eval()
+    unit = (1, 28)  # near a corner, so that some samples leave the map
+    points, inside = sampling_locations(model, images, ["upper", "lower"], unit, stride=3)
+
+    with torch.no_grad():
+        lower = model.lower.conv_offset(images).double()
+        upper = model.upper.conv_offset(torch.relu(model.norm(model.lower(images)))).double()
+    height, width = images.shape[2:]
+
+    def is_inside(y, x):
+        return -1 < y < height and -1 < x < width
+
+    place = 0
+    for n in range(2):
+        place = 0
+        for k, tap in enumerate(grid(unit).tolist()):
+            y = tap[0] + upper[n, 2 * k, unit[0], unit[1]].item()
+            x = tap[1] + upper[n, 2 * k + 1, unit[0], unit[1]].item()
+            cy, cx = min(max(y, 0), height - 1), min(max(x, 0), width - 1)
+            y0, x0 = min(math.floor(cy), height - 2), min(math.floor(cx), width - 2)
+            for m, below in enumerate(grid((y, x), dilation=2).tolist()):
+                move = torch.zeros(2, dtype=torch.float64)
+                for i, j in ((0, 0), (0, 1), (1, 0), (1, 1)):
+                    share = (1 - abs(cy - y0 - i)) * (1 - abs(cx - x0 - j))
+                    move += share * lower[n, 2 * m : 2 * m + 2, y0 + i, x0 + j]
+                end = torch.tensor(below, dtype=torch.float64) + move
+                torch.testing.assert_close(points[n, place], 3 * end, atol=1e-9, rtol=0)
+                assert inside[n, place] == (is_inside(y, x) and is_inside(*end.tolist()))
+                place += 1
+    assert place == points.shape[1] == 81
+    assert not inside.all()
+
+
+def test_only_what_is_inside_reaches_the_unit():
+    """A unit depends on the pixels around its points inside, and on no others."""
+    model = nn.Sequential(
+        DeformConv2d(1, 1, 3, padding=1, bias=False), DeformConv2d(1, 1, 3, padding=1, bias=False)
+    ).double()
+    generator = torch.Generator().manual_seed(2)
+    for layer in model:
+        nn.init.ones_(layer.weight)
+        moves = 6 * torch.rand(18, generator=generator) - 3
+        set_offsets(layer, moves.round() + 0.0)  # whole pixels: each point reads one pixel
+    image = torch.rand(1, 1, 9, 9, generator=generator, dtype=torch.float64, requires_grad=True)
+    unit = (0, 8)
+    points, inside = sampling_locations(model, image, ["1", "0"], unit, stride=1)
+    model(image)[0, 0, unit[0], unit[1]].backward()
+    reached = torch.zeros(9, 9, dtype=torch.float64)
+    for y, x in points[0][inside[0]].long().tolist():
+        reached[y, x] += 1
+    assert torch.equal(image.grad[0, 0], reached)
+    assert 0 < inside.sum() < 81
+
+
+def test_stack_of_a_resnet():
+    model = resnet(18, deform_layers=3)
+    stack = ["layer4.1.conv2", "layer4.1.conv1", "layer4.0.conv2"]
+    image = torch.zeros(1, 3, 160, 160)
+    points, inside = sampling_locations(model, image, stack, (5, 4), stride=model.stride)
+    assert points.shape == (1, 729, 2)
+    steps = torch.arange(-6, 7, 2) * 16.0
+    assert points[0, :, 0].unique().tolist() == (80 + steps).tolist()
+    assert points[0, :, 1].unique().tolist() == (64 + steps).tolist()
+    assert torch.equal(inside, ((points > -16) & (points < 160)).all(-1))
+
+
+def test_cells_of_a_resnet_are_centred_on_multiples_of_its_stride():
+    """What `stride` takes for granted, on box filters of the backbone's kernels and paddings."""
+    boxes = []
+    for name, module in resnet(18, reduce_channels=None).named_modules():
+        if isinstance(module, nn.Conv2d | nn.MaxPool2d) and "downsample" not in name:
+            sizes = module.kernel_size, module.stride, module.padding, module.dilation
+            boxes.append(nn.Conv2d(1, 1, *sizes, bias=False).double())
+            nn.init.constant_(boxes[-1].weight, 0.1)
+    assert len(boxes) == 18
+    side = 1024  # nothing of what the unit sees is cut off
+    image = torch.zeros(1, 1, side, side, dtype=torch.float64, requires_grad=True)
+    nn.Sequential(*boxes)(image)[0, 0, 30, 33].backward()
+    seen = image.grad[0, 0] / image.grad.sum()
+    assert seen.sum(1) @ torch.arange(side).double() == pytest.approx(16 * 30)
+    assert seen.sum(0) @ torch.arange(side).double() == pytest.approx(16 * 33)
+
+
+def test_the_model_is_left_as_it_was(images):
+    model = random_residual().train()
+    model.norm.eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    sampling_locations(model, images, ["upper", "lower"], (3, 3), stride=1)
+    assert [m.training for m in model.modules()] == [m is not model.norm for m in model.modules()]
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_offsets_of_nan_give_points_of_nan(images):
+    model = random_residual()
+    with torch.no_grad():
+        model.upper.conv_offset.bias[0] = torch.nan
+    points, inside = sampling_locations(model, images, ["upper", "lower"], (3, 3), stride=1)
+    assert points[:, :9].isnan().any(-1).all()
+    assert not inside[:, :9].any()
+    assert points[:, 9:].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("layers", "unit", "stride", "message"),
+    [
+        ([], (0, 0), 1, "layers: wanted at least one name"),
+        (["upper", "under"], (0, 0), 1, "no module 'under'"),
+        (["lower", "upper"], (0, 0), 1, "the first named last"),
+        (["upper", "upper"], (0, 0), 1, "each to run once"),
+        (["upper", "lower"], (24, 0), 1, "24x30 units"),
+        (["upper", "lower"], (math.nan, 0), 1, "24x30 units"),
+        (["upper", "lower"], (0, 0), 0, "stride: wanted at least 1"),
+    ],
+)
+def test_what_cannot_be_answered_is_refused(images, layers, unit, stride, message):
+    with pytest.raises(ValueError, match=message):
+        sampling_locations(random_residual(), images, layers, unit, stride=stride)
+
+
+def test_other_layers_are_refused(images):
+    with pytest.raises(TypeError, match="'norm' is a BatchNorm2d"):
+        sampling_locations(random_residual(), images, ["norm"], (0, 0), stride=1)
+
+
+def test_a_strided_layer_left_out_is_noticed(images):
+    model = nn.Sequential(DeformConv2d(3, 4, 3, padding=1), nn.MaxPool2d(2), DeformConv2d(4, 4, 3))
+    with pytest.raises(ValueError, match="2 reads a map of 12x15, 0 makes one of 24x30"):
+        sampling_locations(model, images, ["2", "0"], (0, 0), stride=1)
