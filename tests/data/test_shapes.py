@@ -126,6 +126,18 @@ def test_every_outline_is_one_piece_of_radius_one():
         assert inside[300, 300], name
 
 
+@pytest.mark.parametrize("name", OBJECTS)
+def test_distance_does_not_vanish_inside(name):
+    """Where it does, antialiasing lets the background through: a mark of the class, inside."""
+    y, x = np.mgrid[-50:51, -50:51]
+    value = OBJECTS[name](x / 45, y / 45)
+    estimate = -value / np.maximum(np.hypot(*np.gradient(value)), 1e-6)
+    outside = np.argwhere(value >= 0)
+    for place in np.argwhere(value < 0):
+        distance = np.hypot(*(outside - place).T).min()
+        assert estimate[tuple(place)] > 0.3 * (distance - 1)
+
+
 def test_pixels_change_at_the_mask():
     """The strongest edges along a row lie on the outlines: masks and pixels are not shifted."""
     on = off = 0.0

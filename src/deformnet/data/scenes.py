@@ -43,7 +43,8 @@ def _star(x: Array, y: Array) -> Array:
 
 
 def _trefoil(x: Array, y: Array) -> Array:
-    return np.hypot(x, y) - (0.64 + 0.36 * np.cos(3 * np.arctan2(y, x)))
+    radius = np.hypot(x, y)
+    return radius - 0.64 - 0.36 * _from(0.25, radius) * np.cos(3 * np.arctan2(y, x))
 
 
 def _ellipse(x: Array, y: Array) -> Array:
@@ -51,8 +52,18 @@ def _ellipse(x: Array, y: Array) -> Array:
 
 
 def _gear(x: Array, y: Array) -> Array:
+    radius = np.hypot(x, y)
     teeth = np.tanh(3 * np.cos(8 * np.arctan2(y, x)))
-    return np.hypot(x, y) - (0.87 + 0.13 * teeth)
+    return radius - 0.87 - 0.13 * _from(0.7, radius) * teeth
+
+
+def _from(start: float, radius: Array) -> Array:
+    """1 from `start` on, falling to 0 at the centre, where the angle turns too fast.
+
+    Without it |grad d| grows without bound there, and with it the distance vanishes: a dot in the
+    middle would tell the class.
+    """
+    return np.minimum(radius / start, 1) ** 3
 
 
 def _bar(x: Array, y: Array) -> Array:
@@ -151,7 +162,7 @@ def draw_scene(
     """Draws a scene; the same generator state gives the same scene. Arguments as `Shapes`."""
     side = min(height, width)
     canvas = _background(rng, height, width)
-    for _ in range(rng.integers(clutter + 1)):
+    for _ in range(rng.integers(clutter, endpoint=True)):
         size = side * _log_uniform(rng, radius[0], max(radius[0], radius[1] / 2))
         shape = _Shape(rng, _CLUTTER[rng.integers(len(_CLUTTER))], size, warp)
         place = shape.place(rng.uniform(0, width), rng.uniform(0, height), height, width)
@@ -237,28 +248,26 @@ class _Shape:
         reach = self._reach + 2 + 3 * _SHADOW * self.radius
         columns = np.arange(math.floor(x - reach), math.ceil(x + reach) + 1)
         rows = np.arange(math.floor(y - reach), math.ceil(y + reach) + 1)
+        keep_columns, keep_rows = (columns >= 0) & (columns < width), (rows >= 0) & (rows < height)
+        if not keep_columns.any() or not keep_rows.any():
+            return None
+
         u = ((columns - x) / self.radius).astype(np.float32)[None, :]
         v = ((rows - y) / self.radius).astype(np.float32)[:, None]
         (a, b), (c, d) = self._inverse.astype(np.float32)
         u, v = a * u + b * v, c * u + d * v
         wave_u, wave_v = np.zeros_like(u), np.zeros_like(v)
         for wave, shift, phase in zip(self._waves, self._shifts, self._phases, strict=True):
-            height_of_wave = np.sin(np.float32(wave[0]) * u + np.float32(wave[1]) * v + phase)
-            wave_u += np.float32(shift[0]) * height_of_wave
-            wave_v += np.float32(shift[1]) * height_of_wave
+            swell = np.sin(np.float32(wave[0]) * u + np.float32(wave[1]) * v + np.float32(phase))
+            wave_u += np.float32(shift[0]) * swell
+            wave_v += np.float32(shift[1]) * swell
         value = self._outline(u + wave_u, v + wave_v)
         slope = np.hypot(*np.gradient(value))
         distance = (value / np.maximum(slope, 1e-6)).astype(np.float32)
         full_area = int(np.count_nonzero(distance < 0))
-        keep_rows, keep_columns = (rows >= 0) & (rows < height), (columns >= 0) & (columns < width)
-        if not keep_rows.any() or not keep_columns.any():
-            return None
-        window = tuple(
-            slice(int(places[keep][0]), int(places[keep][-1]) + 1)
-            for places, keep in ((rows, keep_rows), (columns, keep_columns))
-        )
+        window = _span(rows[keep_rows]), _span(columns[keep_columns])
         inside = distance[np.ix_(keep_rows, keep_columns)]
-        return _Place((window[0], window[1]), inside, self.radius, full_area)
+        return _Place(window, inside, self.radius, full_area)
 
 
 def _find_place(rng: Generator, shape: _Shape, instances: Array) -> _Place | None:
@@ -297,7 +306,7 @@ def _paint(rng: Generator, canvas: Array, place: _Place) -> None:
     # look for the shape, no pixel tells the class.
     blur = ImageFilter.GaussianBlur(_SHADOW * place.radius)
     shadow = np.asarray(Image.fromarray((255 * coverage).astype(np.uint8)).filter(blur))
-    view *= 1 - shadow[..., None] / np.float32(255 / 0.5)
+    view *= 1 - 0.5 * shadow[..., None].astype(np.float32) / 255
     view += coverage[..., None] * (texture - view)
 
 
@@ -343,6 +352,11 @@ def _noise(rng: Generator, height: int, width: int, scale: float) -> Array:
     left, top = rng.uniform(1, 2, 2)
     box = (left, top, left + width / scale, top + height / scale)
     return np.asarray(knots.resize((width, height), Image.Resampling.BICUBIC, box=box))
+
+
+def _span(places: Array) -> slice:
+    """From the first to the last of consecutive places."""
+    return slice(int(places[0]), int(places[-1]) + 1)
 
 
 def _rotation(rng: Generator) -> Array:
