@@ -54,8 +54,8 @@ def _app(base: DeepLabRecipe) -> SubcommandApp:
         recipe: Path | None = None,
         split: str = "train",
         val_split: str | None = "val",
-        devices: int = 1,
-        nodes: int = 1,
+        devices: int | None = None,
+        nodes: int | None = None,
         accelerator: Literal["auto", "cpu", "gpu"] = "auto",
         workers: int | None = None,
         checkpoint_every: int = 200,
@@ -70,8 +70,8 @@ def _app(base: DeepLabRecipe) -> SubcommandApp:
                 place of the defaults below.
             split: Images to train on.
             val_split: Images to score at the end; None for none.
-            devices: Processes (CPU) or GPUs on each machine.
-            nodes: Machines.
+            devices: Processes (CPU) or GPUs on each machine; None is what torchrun started, or 1.
+            nodes: Machines; None is what torchrun spans, or 1.
             accelerator: Where to train.
             workers: Processes that load images, for each training process; None chooses.
             checkpoint_every: Iterations between checkpoints.
@@ -109,7 +109,7 @@ def evaluate(
     data: Path,
     split: str = "val",
     score_at: Literal["truth", "network"] = "truth",
-    devices: int = 1,
+    devices: int | None = None,
     accelerator: Literal["auto", "cpu", "gpu"] = "auto",
     workers: int | None = None,
 ) -> None:
@@ -121,7 +121,7 @@ def evaluate(
         split: Images to score.
         score_at: Compare at the size of the label maps, or at the size at which the network sees
             the images, as the authors did on VOC.
-        devices: Processes (CPU) or GPUs.
+        devices: Processes (CPU) or GPUs; None is what torchrun started, or 1.
         accelerator: Where to compute.
         workers: Processes that load images, for each computing process; None chooses.
     """
@@ -205,18 +205,21 @@ def shapes(
 
 
 def _print_scores(metrics: dict[str, Any]) -> None:
-    """Prints what `train` or `evaluate` returned as a table."""
+    """Prints what `train` or `evaluate` returned as a table, in one of the processes."""
+    from lightning.pytorch.utilities import rank_zero_only
+
+    lines = []
     if "iou" in metrics:
+        lines.append(f"IoU on {metrics['split']} ({metrics['images']} images), percent")
         rows = [*metrics["iou"].items(), ("mean", metrics["mean_iou"])]
         width = max(len(name) for name, _ in rows)
-        print(f"IoU on {metrics['split']} ({metrics['images']} images), percent")
         for name, iou in rows:
-            print(f"  {name:{width}}  {'-' if iou is None else f'{100 * iou:5.1f}'}")
+            lines.append(f"  {name:{width}}  {'    -' if iou is None else f'{100 * iou:5.1f}'}")
     seconds = metrics["seconds_per_iteration"]
     pace = "" if seconds is None else f", {seconds:.3g} s each"
-    print(
-        f"{metrics['iterations']} iterations{pace}; {metrics['parameters'] / 1e6:.2f} M parameters"
-    )
+    size = f"{metrics['parameters'] / 1e6:.2f} M parameters"
+    lines.append(f"{metrics['iterations']} iterations{pace}; {size}")
+    rank_zero_only(print)("\n".join(lines))
 
 
 def _base_recipe(arguments: Sequence[str]) -> DeepLabRecipe:

@@ -77,11 +77,14 @@ def overlay(image: Tensor, labels: Tensor, classes: Sequence[str]) -> Image.Imag
         scale = math.ceil(_SMALLEST / picture.width)
         size = (scale * picture.width, scale * picture.height)
         picture = picture.resize(size, Image.Resampling.NEAREST)
-    return _with_legend(picture, [(str(classes[k]), colours[k]) for k in np.unique(truth)])
+    shown = [k for k in np.unique(truth) if classes[k] != "background"]
+    return _with_legend(picture, [(str(classes[k]), colours[k]) for k in shown])
 
 
 def _with_legend(picture: Image.Image, entries: Sequence[tuple[str, np.ndarray]]) -> Image.Image:
     """Puts a strip of coloured squares and names under a picture, in as many rows as it takes."""
+    if not entries:
+        return picture
     text = max(14, picture.width // 50)
     font = ImageFont.load_default(size=text)
     row, gap = round(1.7 * text), text // 2

@@ -168,7 +168,7 @@ class CSVLog(Logger):
         if not self._started:
             self._drop_later_rows()
             self._started = True
-        row = {"iteration": step + 1} | {k: f"{metrics[k]:.6g}" for k in self.COLUMNS[1:]}
+        row = {"iteration": step + 1} | {k: f"{metrics[k]:.9g}" for k in self.COLUMNS[1:]}
         with self.path.open("a", encoding="utf-8", newline="") as file:
             file.write(_csv_text([row]))
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 
 from deformnet.data.base import SegmentationDataset
 from deformnet.data.segmentation import open_segmentation
@@ -58,8 +59,8 @@ def train(
     *,
     split: str = "train",
     val_split: str | None = "val",
-    devices: int = 1,
-    nodes: int = 1,
+    devices: int | None = None,
+    nodes: int | None = None,
     accelerator: Accelerator = "auto",
     workers: int | None = None,
     checkpoint_every: int = 200,
@@ -81,8 +82,8 @@ def train(
         split: the images to train on.
         val_split: the images to score at the end; None for none. Those of a folder without this
             list are not scored either, if it is the default.
-        devices: processes (CPU) or GPUs on each node.
-        nodes: machines.
+        devices: processes (CPU) or GPUs on each node; None is what torchrun started, or else 1.
+        nodes: machines; None is what torchrun spans, or else 1.
         workers: processes that load images, for each training process; None chooses.
         checkpoint_every: iterations between checkpoints.
         log_every: iterations between rows of the logs.
@@ -95,6 +96,7 @@ def train(
         OSError: if a file cannot be written; the last checkpoint is whole.
         TrainingStopped: after Ctrl-C or SIGTERM.
     """
+    devices, nodes = _processes(devices, nodes)
     for name, value in (
         ("devices", devices),
         ("nodes", nodes),
@@ -120,9 +122,7 @@ def train(
     checkpoint = checkpoint_path(out)
     done = _iterations_done(checkpoint, recipe, identity) if checkpoint.is_file() else None
     if done is None:
-        out.mkdir(parents=True, exist_ok=True)
-        with replacing(out / "recipe.json") as file:
-            file.write(recipe.to_json().encode())
+        _write_recipe(out / "recipe.json", recipe)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(recipe.seed)
             model = recipe.build_model(len(identity.classes))
@@ -181,7 +181,7 @@ def evaluate(
     split: str,
     *,
     score_at: ScoreAt = "truth",
-    devices: int = 1,
+    devices: int | None = None,
     accelerator: Accelerator = "auto",
     workers: int | None = None,
     progress: bool = True,
@@ -200,6 +200,7 @@ def evaluate(
         FileNotFoundError: if run or data are missing.
         ValueError: if the checkpoint or an image is damaged, or the classes differ.
     """
+    devices, _ = _processes(devices, None)
     recipe, model, classes = load_run(run)
     images = open_segmentation(data, split)
     if images.classes != classes:
@@ -227,6 +228,21 @@ def evaluate(
     if trainer.is_global_zero:
         write_json(run / f"metrics-{split}.json", metrics)
     return metrics
+
+
+def _processes(devices: int | None, nodes: int | None) -> tuple[int, int]:
+    """Processes on each node and nodes, as asked for or as torchrun has set them up."""
+    if devices is None:
+        devices = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if nodes is None:
+        nodes = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+    return devices, nodes
+
+
+@rank_zero_only
+def _write_recipe(path: Path, recipe: DeepLabRecipe) -> None:
+    with replacing(path) as file:
+        file.write(recipe.to_json().encode())
 
 
 def _iterations_done(path: Path, recipe: DeepLabRecipe, data: DataIdentity) -> int:
@@ -298,9 +314,10 @@ def _uses_gpu(accelerator: Accelerator) -> bool:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without what Lightning says on every run and nobody can act upon."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     with warnings.catch_warnings():
         for message in (
             ".*does not have many workers.*",
@@ -316,4 +333,5 @@ def _quiet() -> Iterator[None]:
         try:
             yield
         finally:
-            logger.setLevel(level)
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
