@@ -83,8 +83,7 @@ def test_wrong_number_of_classes(count):
         DeepLab(resnet(18), num_classes=count)
 
 
-@pytest.mark.parametrize("modulated", [False, True])
-@pytest.mark.parametrize("norm", ["frozen", "trained"])
+@pytest.mark.parametrize(("norm", "modulated"), [("frozen", True), ("trained", False)])
 def test_learns_two_halves(norm, modulated):
     model = small(deform_layers=3, norm=norm, modulated=modulated)
     torch.manual_seed(0)
