@@ -11,6 +11,7 @@ setup: $(READY)
 
 # Remade when the dependencies or the C++ sources change, and only then.
 $(READY): pyproject.toml $(NATIVE)
+	@echo "Setting up $(VENV): PyTorch is some gigabytes, which takes a few minutes."
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
