@@ -15,9 +15,12 @@ from tyro.conf import Positional
 from tyro.extras import SubcommandApp
 
 from deformnet.data.shapes import Shapes
+from deformnet.demo.settings import Demo
 from deformnet.recipes import DeepLabRecipe
 
+FAILED = 1
 BAD_INPUT = 2
+_LOST_PROCESS = "Connection closed by peer"  # in what gloo reports when the other end has died
 _FROM_LOADER = "Caught "  # how torch begins the message of an error in a loader process
 INTERRUPTED = 130  # as a shell reports a program that Ctrl-C ended
 
@@ -36,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Exception as error:
         if type(error).__name__ == "TrainingStopped":
             _leave(str(error), INTERRUPTED)
+        if _LOST_PROCESS in str(error):
+            _leave("another process of this run failed", FAILED)
         if not _is_about_input(error):
             raise
         _leave(_one_line(error), BAD_INPUT)
@@ -99,6 +104,7 @@ def _app(base: DeepLabRecipe) -> SubcommandApp:
     app.command(evaluate)
     app.command(predict)
     app.command(shapes)
+    app.command(demo)
     app.command(doctor)
     return app
 
@@ -202,6 +208,21 @@ def shapes(
 
     write_shapes(root, options)
     print(f"{options.train} training and {options.val} validation images in {root}")
+
+
+def demo(
+    options: Annotated[Demo, tyro.conf.arg(name="")] = Demo(),  # noqa: B008 (it is frozen)
+    *,
+    out: Path = Path("demo"),
+) -> None:
+    """Compare a plain and a deformable network on made images, in a table and in pictures.
+
+    Args:
+        out: Folder of images, runs and results; the same command continues what is in it.
+    """
+    from deformnet.demo.run import run_demo
+
+    run_demo(options, out, print)
 
 
 def _print_scores(metrics: dict[str, Any]) -> None:

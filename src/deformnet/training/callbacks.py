@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from deformnet.runs import load_checkpoint, replacing
+from deformnet.runs import load_checkpoint, naming, replacing
 
 
 class Checkpoints(Callback):
@@ -90,9 +90,12 @@ class WholeFileIO(TorchCheckpointIO):
         try:
             with replacing(Path(path)) as file:
                 torch.save(checkpoint, file)
-        except OSError as error:
-            reason = error.strerror or str(error)
-            message = f"{path}: checkpoint not written, the previous one stays ({reason})"
+        except (OSError, RuntimeError) as error:
+            # torch reports a failed write by an error of its own that follows the system's.
+            cause = error if isinstance(error, OSError) else error.__context__
+            if not isinstance(cause, OSError):
+                raise
+            message = f"{path}: checkpoint not written, an earlier one stays ({cause.strerror})"
             raise OSError(message) from error
 
     def load_checkpoint(
@@ -140,6 +143,8 @@ class CSVLog(Logger):
     Args:
         path: the file.
         keep: the iteration that the run is resumed from; later rows are dropped.
+    Raises:
+        OSError: if the file cannot be written.
     """
 
     COLUMNS = ("iteration", "loss", "learning_rate", "seconds")
@@ -147,8 +152,7 @@ class CSVLog(Logger):
     def __init__(self, path: Path, keep: int) -> None:
         super().__init__()
         self.path = path
-        self.keep = keep
-        self._started = False
+        self._begin(keep)
 
     @property
     def name(self) -> str:
@@ -165,15 +169,13 @@ class CSVLog(Logger):
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         if "loss" not in metrics or step is None:
             return
-        if not self._started:
-            self._drop_later_rows()
-            self._started = True
         row = {"iteration": step + 1} | {k: f"{metrics[k]:.9g}" for k in self.COLUMNS[1:]}
-        with self.path.open("a", encoding="utf-8", newline="") as file:
+        with naming(self.path), self.path.open("a", encoding="utf-8", newline="") as file:
             file.write(_csv_text([row]))
 
-    def _drop_later_rows(self) -> None:
-        rows = [row for row in read_log(self.path) if int(row["iteration"]) <= self.keep]
+    @rank_zero_only
+    def _begin(self, keep: int) -> None:
+        rows = [row for row in read_log(self.path) if int(row["iteration"]) <= keep]
         with replacing(self.path) as file:
             file.write((",".join(self.COLUMNS) + "\n" + _csv_text(rows)).encode())
 

@@ -73,7 +73,9 @@ def train(
     as the machine's arithmetic repeats itself (on a CPU: with the same number of threads).
 
     With several devices, Lightning starts the other processes by running the program again (or
-    finds those that torchrun started), so call this under `if __name__ == "__main__":`.
+    finds those that torchrun started), so call this under `if __name__ == "__main__":`. Gradients
+    are those of the whole batch, whoever computes them. Batch norm that is trained takes its
+    statistics over the whole batch on GPUs, over each process's images on CPUs.
 
     Args:
         recipe: network, image size and schedule.
@@ -131,7 +133,7 @@ def train(
 
     workers = _default_workers(devices) if workers is None else workers
     checkpoints = Checkpoints(checkpoint, checkpoint_every)
-    with _quiet():
+    with _lightning():
         trainer = pl.Trainer(
             accelerator=accelerator,
             devices=devices,
@@ -211,7 +213,7 @@ def evaluate(
     workers = _default_workers(devices) if workers is None else workers
     identity = DataIdentity.of(classes, iter(()))
     module = SegmentationModule(recipe, model, identity, score_at=score_at)
-    with _quiet():
+    with _lightning():
         trainer = pl.Trainer(
             accelerator=accelerator,
             devices=devices,
@@ -312,8 +314,11 @@ def _uses_gpu(accelerator: Accelerator) -> bool:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what Lightning says on every run and nobody can act upon."""
+def _lightning() -> Iterator[None]:
+    """Lightning without what it says on every run and nobody can act upon.
+
+    It also ends the program on Ctrl-C, which is for the caller to decide: KeyboardInterrupt it is.
+    """
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -332,6 +337,8 @@ def _quiet() -> Iterator[None]:
             warnings.filterwarnings("ignore", message)
         try:
             yield
+        except SystemExit as exit:
+            raise KeyboardInterrupt from exit
         finally:
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
