@@ -16,6 +16,9 @@ from torch import Tensor
 _DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 _BORDERS = {"zeros": 0, "msra2017": 1}
 
+# Pixels of a map are counted in 32 bits, where a vector has as many indices as numbers.
+_MOST_PIXELS = 2**31 - 1
+
 Pair = tuple[int, int]
 
 
@@ -43,8 +46,7 @@ class _Problem(ctypes.Structure):
 
 class _ForwardTensors(ctypes.Structure):
     _fields_ = [  # noqa: RUF012
-        (name, ctypes.c_void_p)
-        for name in ("input", "offset", "mask", "weight", "bias", "output")
+        (name, ctypes.c_void_p) for name in ("input", "offset", "mask", "weight", "bias", "output")
     ]
 
 
@@ -139,9 +141,7 @@ def deform_conv2d(
     problem = _problem(
         input, offset, weight, mask, stride, padding, dilation, border, channels_last, channels_last
     )
-    tensors = _ForwardTensors(
-        *(_address(t) for t in (input, offset, mask, weight, bias, output))
-    )
+    tensors = _ForwardTensors(*(_address(t) for t in (input, offset, mask, weight, bias, output)))
     _call(_library().deformnet_deform_conv2d, problem, tensors)
     return output
 
@@ -213,6 +213,8 @@ def _problem(
     output_channels_last: bool,
 ) -> _Problem:
     batch, in_channels, in_h, in_w = input.shape
+    if in_h * in_w > _MOST_PIXELS:
+        raise ValueError(f"input: wanted at most {_MOST_PIXELS} pixels, got {in_h} x {in_w}")
     out_channels, group_in, kernel_h, kernel_w = weight.shape
     _, offset_channels, out_h, out_w = offset.shape
     return _Problem(
