@@ -25,11 +25,13 @@ for part, below in {
     "analysis": ("nn",),
     "training": ("runs", "data", "evaluation"),
     "inference": ("runs", "data", "evaluation"),
+    "demo": ("training", "inference", "analysis"),
 }.items():
     MAY_IMPORT[part] = set(below).union(*(MAY_IMPORT[name] for name in below))
 # At the top: what users see, and the command line with the stories it tells.
 MAY_IMPORT["deformnet"] = {"nn"}
 MAY_IMPORT["cli"] = set(MAY_IMPORT)
+MAY_IMPORT["__main__"] = {"cli"}
 
 # The lower parts are for everyone's networks: they must not bring other packages along.
 PACKAGES = {

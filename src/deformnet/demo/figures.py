@@ -1,0 +1,197 @@
+"""The pictures of the demo."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, FigureBase
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from torch import Tensor
+
+from deformnet.analysis import SamplingLocations
+from deformnet.inference import palette
+from deformnet.runs import replacing
+
+_DOTS_PER_INCH = 130
+_TEXT = 11
+# The samples in the map below the unit, in the next, in the last; light to dark, small on top.
+_LEVELS = (("#ffffff", 34.0), ("#ffd23f", 11.0), ("#ff4d6d", 3.0))
+_UNIT = "#2ee6a6"
+
+
+@dataclass(frozen=True)
+class Shown:
+    """An image uint8 [3, H, W] with its label map [H, W] and both predictions of it."""
+
+    image: Tensor
+    truth: Tensor
+    plain: Tensor
+    deformable: Tensor
+
+
+@dataclass(frozen=True)
+class Look:
+    """A unit of both networks over an image uint8 [3, H, W].
+
+    Attributes:
+        what: what is there.
+        centre: (y, x) of the unit in the image.
+        plain, deformable: what it samples one layer down, two, three.
+    """
+
+    image: Tensor
+    what: str
+    centre: tuple[int, int]
+    plain: Sequence[SamplingLocations]
+    deformable: Sequence[SamplingLocations]
+
+
+def draw_predictions(path: Path, shown: Sequence[Shown], classes: Sequence[str]) -> None:
+    """One row for each image: the image, the truth and both predictions."""
+    figure = _figure(width=8, height=2 * len(shown) + 0.6)
+    _place_predictions(_grid(figure, len(shown), 4), shown, classes)
+    _legend(figure, _class_handles(classes))
+    _save(figure, path)
+
+
+def draw_sampling(path: Path, looks: Sequence[Look]) -> None:
+    """Three units a row: what they sample in the plain network, and below in the deformable one."""
+    groups = [looks[start : start + 3] for start in range(0, len(looks), 3)]
+    figure = _figure(width=8, height=5.4 * len(groups) + 0.4)
+    grid = _grid(figure, 2 * len(groups), 3)
+    for number, group in enumerate(groups):
+        _place_looks(grid[2 * number : 2 * number + 2], group)
+    _legend(figure, _level_handles())
+    _save(figure, path)
+
+
+def draw_overview(
+    path: Path, shown: Sequence[Shown], looks: Sequence[Look], classes: Sequence[str]
+) -> None:
+    """One wide picture of both: two images with their predictions, three units."""
+    figure = _figure(width=14, height=4.6)
+    figures = figure.subfigures(1, 2, squeeze=False, width_ratios=(4, 3))
+    left, right = figures[0]
+    _place_predictions(_grid(left, 2, 4), shown[:2], classes)
+    _place_looks(_grid(right, 2, 3), looks[:3])
+    _legend(left, _class_handles(classes))
+    _legend(right, _level_handles())
+    _save(figure, path)
+
+
+def _place_predictions(grid: np.ndarray, shown: Sequence[Shown], classes: Sequence[str]) -> None:
+    """Fills axes [images, 4]."""
+    titles = ("image", "truth", "plain", "deformable")
+    for axes, title in zip(grid[0], titles, strict=True):
+        axes.set_title(title, fontsize=_TEXT)
+    for row, item in zip(grid, shown, strict=False):
+        maps = (item.truth, item.plain, item.deformable)
+        row[0].imshow(_pixels(item.image))
+        for axes, labels in zip(row[1:], maps, strict=True):
+            axes.imshow(_tint(item.image, labels, classes), interpolation="nearest")
+
+
+def _place_looks(grid: np.ndarray, looks: Sequence[Look]) -> None:
+    """Fills axes [2, units]: plain above, deformable below."""
+    for column, look in zip(grid.T, looks, strict=False):
+        column[0].set_title(look.what, fontsize=_TEXT)
+        for axes, levels in zip(column, (look.plain, look.deformable), strict=True):
+            _draw_look(axes, look, levels)
+    for axes, name in zip(grid[:, 0], ("plain", "deformable"), strict=True):
+        axes.set_ylabel(name, fontsize=_TEXT)
+
+
+def _tint(image: Tensor, labels: Tensor, classes: Sequence[str]) -> np.ndarray:
+    """A label map over its faded image, [H, W, 3], 0 to 1."""
+    grey = _pixels(image).mean(-1, keepdims=True)
+    colours = palette(classes) / 255
+    index = labels.numpy()
+    known = (index > 0) & (index < len(classes))
+    faded = np.broadcast_to(0.25 + 0.3 * grey, (*index.shape, 3)).copy()
+    faded[known] = (0.85 * colours[index[known]]) + 0.15 * grey[known]
+    return faded
+
+
+def _draw_look(axes: Axes, look: Look, levels: Sequence[SamplingLocations]) -> None:
+    faded = 0.55 * _pixels(look.image)
+    height, width = faded.shape[:2]
+    axes.imshow(faded)
+    margin = 0.12
+    axes.set_xlim(-margin * width, (1 + margin) * width)
+    axes.set_ylim((1 + margin) * height, -margin * height)
+    axes.set_facecolor("#e8e8e8")
+    for depth in reversed(range(len(levels))):
+        points, inside = levels[depth].points.numpy(), levels[depth].inside.numpy()
+        colour, area = _LEVELS[depth]
+        for reached, alpha in ((inside, 1.0), (~inside, 0.35)):
+            axes.scatter(
+                points[reached, 1],
+                points[reached, 0],
+                s=area,
+                c=colour,
+                alpha=alpha,
+                edgecolors="black",
+                linewidths=0.15 if depth == 2 else 0.5,
+            )
+    y, x = look.centre
+    axes.scatter(x, y, s=90, marker="P", c=_UNIT, edgecolors="black", linewidths=0.8)
+
+
+def _class_handles(classes: Sequence[str]) -> list[Patch]:
+    colours = palette(classes)[1:] / 255
+    return [
+        Patch(facecolor=tuple(colour), label=name)
+        for name, colour in zip(classes[1:], colours, strict=True)
+    ]
+
+
+def _level_handles() -> list[Line2D]:
+    def dot(colour: str, area: float, label: str, marker: str = "o") -> Line2D:
+        return Line2D(
+            [],
+            [],
+            linestyle="none",
+            marker=marker,
+            markersize=area**0.5,
+            label=label,
+            markerfacecolor=colour,
+            markeredgecolor="black",
+            markeredgewidth=0.5,
+        )
+
+    names = ("9 samples one layer down", "81 two layers down", "729 three layers down")
+    dots = [dot(*style, name) for style, name in zip(_LEVELS, names, strict=True)]
+    return [dot(_UNIT, 80, "unit", "P"), *dots]
+
+
+def _pixels(image: Tensor) -> np.ndarray:
+    """[3, H, W] uint8 as [H, W, 3], 0 to 1."""
+    return image.permute(1, 2, 0).numpy() / 255
+
+
+def _figure(*, width: float, height: float) -> Figure:
+    return Figure(figsize=(width, height), dpi=_DOTS_PER_INCH, layout="constrained")
+
+
+def _grid(figure: FigureBase, rows: int, columns: int) -> np.ndarray:
+    """Axes [rows, columns] without ticks and frames."""
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes in grid.flat:
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
+    return grid
+
+
+def _legend(figure: FigureBase, handles: Sequence[Artist]) -> None:
+    figure.legend(
+        handles=list(handles), loc="outside lower center", ncols=len(handles), frameon=False
+    )
+
+
+def _save(figure: Figure, path: Path) -> None:
+    with replacing(path) as file:
+        figure.savefig(file, format="png", facecolor="white")

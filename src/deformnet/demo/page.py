@@ -1,0 +1,145 @@
+"""The numbers of the demo, as a table for a terminal and as a page."""
+
+import html
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from deformnet.demo.settings import Demo
+from deformnet.runs import replacing
+
+
+class Row(NamedTuple):
+    """One line of the table."""
+
+    what: str
+    plain: str
+    deformable: str
+    difference: str
+
+
+_HEADER = Row("", "plain", "deformable", "difference")
+
+
+def comparison(metrics: Mapping[str, Mapping[str, Any]]) -> list[Row]:
+    """The lines of the table.
+
+    Args:
+        metrics: of "plain" and "deformable", what `train` returns and "sizes", the scores of
+            small, medium and large objects.
+    """
+    plain, deformable = metrics["plain"], metrics["deformable"]
+    rows = [_points("mean IoU", plain["mean_iou"], deformable["mean_iou"])]
+    for size, scores in plain["sizes"].items():
+        ious = scores["mean_iou"], deformable["sizes"][size]["mean_iou"]
+        rows.append(_points(f"IoU of {scores['objects']} {size} objects", *ious))
+    rows.append(_ratio("parameters", "{:,.0f}", plain["parameters"], deformable["parameters"]))
+    seconds = [run["seconds_per_iteration"] for run in (plain, deformable)]
+    rows.append(_ratio("seconds per step", "{:.3f}", *seconds))
+    return rows
+
+
+def footnote(demo: Demo) -> str:
+    """What must be known to read the table."""
+    return (
+        f"One training run of each network: an illustration, not a measurement (seed {demo.seed}; "
+        "other seeds give other differences)."
+    )
+
+
+def text_table(rows: Sequence[Row], note: str) -> str:
+    """The table for a terminal."""
+    lines = [_HEADER, *rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = [
+        "  ".join([row.what.ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
+        for row in lines
+    ]
+    return "\n".join([text[0], "-" * len(text[0]), *text[1:], note])
+
+
+def write_page(path: Path, demo: Demo, rows: Sequence[Row], note: str, machine: str) -> None:
+    """Writes the page, which shows the pictures that lie beside it."""
+    page = _PAGE.format(
+        iterations=demo.iterations,
+        images=demo.images,
+        val=demo.val,
+        size=demo.size,
+        header="".join(f"<th>{cell}</th>" for cell in _HEADER),
+        rows="\n".join(
+            f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows
+        ),
+        note=html.escape(note),
+        machine=html.escape(machine),
+    )
+    with replacing(path) as file:
+        file.write(page.encode())
+
+
+def _points(what: str, plain: float | None, deformable: float | None) -> Row:
+    """Shares, in percent, and how many points apart they are."""
+    apart = "-" if plain is None or deformable is None else f"{100 * (deformable - plain):+.1f}"
+    return Row(what, _text(plain, "{:.1%}"), _text(deformable, "{:.1%}"), apart)
+
+
+def _ratio(what: str, form: str, plain: float | None, deformable: float | None) -> Row:
+    """Amounts, and how much more one is."""
+    more = "-" if plain is None or deformable is None else f"{deformable / plain - 1:+.1%}"
+    return Row(what, _text(plain, form), _text(deformable, form), more)
+
+
+def _text(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)
+
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>deformnet: plain and deformable, side by side</title>
+<style>
+  body {{ margin: 0 auto; max-width: 60rem; padding: 2rem 1.25rem 4rem; color: #1b1b1b;
+         background: #fff; font: 1rem/1.55 system-ui, sans-serif; }}
+  h1 {{ font-size: 1.7rem; line-height: 1.2; margin: 0 0 .5rem; }}
+  h2 {{ font-size: 1.2rem; margin: 2.5rem 0 .5rem; }}
+  p {{ max-width: 46rem; }}
+  table {{ border-collapse: collapse; margin: 1.25rem 0 .75rem;
+          font-variant-numeric: tabular-nums; }}
+  th, td {{ padding: .35rem 1.1rem; text-align: right; border-bottom: 1px solid #ddd; }}
+  th {{ font-weight: 600; border-bottom: 2px solid #1b1b1b; }}
+  th:first-child, td:first-child {{ text-align: left; padding-left: 0; }}
+  tbody tr:first-child td {{ font-weight: 600; }}
+  img {{ display: block; width: 100%; height: auto; }}
+  .note {{ color: #555; font-size: .9rem; }}
+</style>
+</head>
+<body>
+<h1>Plain and deformable, side by side</h1>
+<p>Two DeepLab networks on a ResNet-18, from random weights, learned to segment shapes:
+{iterations} iterations each on the same {images} made images of {size}&times;{size} pixels. In one
+of them the last three 3&times;3 convolutions are deformable; nothing else differs. The scores are
+those of {val} images that neither has seen.</p>
+<table>
+<thead><tr>{header}</tr></thead>
+<tbody>
+{rows}
+</tbody>
+</table>
+<p class="note">{note} Small objects have fewer pixels than a square of a fifth of the
+image&rsquo;s side, large ones more than a square of three fifths of it. {machine}.</p>
+
+<h2>What they predict</h2>
+<p>The first of the images that were scored, in their order.</p>
+<img src="predictions.png" alt="Images, truth, and the predictions of both networks">
+
+<h2>Where they look</h2>
+<p>A unit at the top of the network (cross) samples the map below it at nine points, each of these
+the next map at nine, and so on: 729 points for three 3&times;3 layers. In the plain network they
+form the same grid everywhere; the deformable one moves them for what is there (Dai et al. 2017,
+Figure 6). Each row of three shows one unit on the background, one on a small and one on a large
+object. Faint points lie outside the map, where there is nothing to read.</p>
+<img src="sampling.png" alt="Sampling locations of units in both networks">
+</body>
+</html>
+"""

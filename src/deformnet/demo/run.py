@@ -1,0 +1,156 @@
+"""Makes images, trains a plain and a deformable network on them, compares the two.
+
+```
+OUT/
+  index.html                the page: the table and the pictures
+  metrics.json              the numbers of the table, and what they were made with
+  overview.png, predictions.png, sampling.png
+  data/                     the made images, in the VOC layout
+  runs/plain, runs/deformable
+```
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from deformnet.data.shapes import Shapes, write_shapes
+from deformnet.data.voc import VOCSegmentation
+from deformnet.demo.figures import Look, Shown, draw_overview, draw_predictions, draw_sampling
+from deformnet.demo.page import comparison, footnote, text_table, write_page
+from deformnet.demo.settings import Demo
+from deformnet.demo.units import choose_scenes, locations
+from deformnet.evaluation import ObjectCounts, size_scores
+from deformnet.inference import SegmentationPredictor
+from deformnet.recipes import DeepLabRecipe
+from deformnet.runs import checkpoint_path, load_checkpoint, load_run, write_json
+from deformnet.training import train
+
+# Areas of small and large objects, as shares of the image; at 160 pixels, COCO's 32^2 and 96^2.
+_SMALL, _LARGE = 0.2**2, 0.6**2
+_PREDICTIONS, _SCENES = 6, 2  # images in the pictures
+
+# Measured on two cores of a Xeon, for 160x160 pixels.
+_SECONDS_PER_ITERATION = 0.45
+_SECONDS_PER_IMAGE = 0.03
+_SECONDS_BESIDE = 30
+
+
+def run_demo(demo: Demo, out: Path, say: Callable[[str], None]) -> None:
+    """Runs the demo into a folder. What is there from an earlier call is used or continued.
+
+    Args:
+        demo: how large.
+        out: the folder.
+        say: takes the lines for the user.
+    Raises:
+        FileExistsError, ValueError: if `out` holds data or runs of other settings.
+        deformnet.training.TrainingStopped: after Ctrl-C.
+    """
+    say(
+        f"A plain and a deformable network (DeepLab on ResNet-18) learn to segment made images: "
+        f"{demo.images} of {demo.size}x{demo.size} pixels, {demo.iterations} iterations each, "
+        f"scored on {demo.val} more. On two CPU cores this takes about {_minutes(demo)} min; "
+        "stopped with Ctrl-C, the same command continues."
+    )
+    data = out / "data"
+    _make_images(demo, data, say)
+    images = VOCSegmentation(data, "val")
+    small, large = _SMALL * demo.size**2, _LARGE * demo.size**2
+
+    metrics: dict[str, dict[str, Any]] = {}
+    predictors: dict[str, SegmentationPredictor] = {}
+    predictions: dict[str, list[Tensor]] = {}
+    for name, recipe in (("plain", _recipe(demo, 0)), ("deformable", _recipe(demo, 3))):
+        run = out / "runs" / name
+        say(f"{name} network: {_state(run, demo)}")
+        metrics[name] = train(recipe, data, run)
+        predictors[name] = SegmentationPredictor(*load_run(run))
+        objects = ObjectCounts(len(images.classes), small=round(small), large=round(large))
+        predictions[name] = _predict(predictors[name], images, objects)
+        scores = size_scores(objects.compute())
+        metrics[name]["sizes"] = {s: score.to_json(images.classes) for s, score in scores.items()}
+    write_json(out / "metrics.json", {"settings": asdict(demo), **metrics})
+
+    say("drawing")
+    shown = [
+        Shown(*images[index], *(predictions[name][index] for name in predictors))
+        for index in range(min(_PREDICTIONS, len(images)))
+    ]
+    stride = predictors["plain"].model.backbone.stride
+    looks = []
+    for scene in choose_scenes(images, _SCENES, small=small, large=large, stride=stride):
+        image, labels = images[scene.index]
+        for unit in scene.units:
+            found = {
+                name: locations(predictor.model, image, labels, unit)
+                for name, predictor in predictors.items()
+            }
+            centre = (stride * unit.row, stride * unit.column)
+            looks.append(Look(image, unit.what, centre, found["plain"], found["deformable"]))
+    draw_predictions(out / "predictions.png", shown, images.classes)
+    draw_sampling(out / "sampling.png", looks)
+    draw_overview(out / "overview.png", shown, looks, images.classes)
+    rows, note = comparison(metrics), footnote(demo)
+    write_page(out / "index.html", demo, rows, note, metrics["plain"]["machine"])
+    say(f"\n{text_table(rows, note)}\n\npictures: {out / 'index.html'}")
+
+
+def _recipe(demo: Demo, deform_layers: Literal[0, 3]) -> DeepLabRecipe:
+    return DeepLabRecipe(
+        depth=18,
+        deform_layers=deform_layers,
+        short_side=demo.size,
+        max_side=None,
+        batch=8,
+        iterations=demo.iterations,
+        lr=0.1,
+        warmup=demo.iterations // 10,
+        clip=5.0,
+        seed=demo.seed,
+    )
+
+
+def _make_images(demo: Demo, data: Path, say: Callable[[str], None]) -> None:
+    say(f"images: {'made before' if data.is_dir() else 'making'}, {data}")
+    shapes = Shapes(
+        train=demo.images, val=demo.val, height=demo.size, width=demo.size, seed=demo.seed
+    )
+    write_shapes(data, shapes)
+
+
+def _state(run: Path, demo: Demo) -> str:
+    """How far an earlier call came."""
+    path = checkpoint_path(run)
+    if not path.is_file():
+        return "training"
+    done = load_checkpoint(path)["global_step"]
+    if done < demo.iterations:
+        return f"training goes on after iteration {done}"
+    return f"trained before, {run}"
+
+
+def _predict(
+    predictor: SegmentationPredictor, images: VOCSegmentation, objects: ObjectCounts
+) -> list[Tensor]:
+    """Label maps of all images; counts what they find of the objects."""
+    predictions = []
+    for index in tqdm(range(len(images)), desc="objects by size", disable=None):
+        image, truth = images[index]
+        labels = predictor(image)
+        objects.update(labels[None].long(), truth.as_subclass(torch.Tensor)[None].long())
+        predictions.append(labels)
+    return predictions
+
+
+def _minutes(demo: Demo) -> int:
+    """About how long it takes on two cores, rounded up."""
+    images = (demo.images + 4 * demo.val) * _SECONDS_PER_IMAGE
+    training = 2 * demo.iterations * _SECONDS_PER_ITERATION
+    seconds = _SECONDS_BESIDE + (images + training) * (demo.size / 160) ** 2
+    return int(-(-seconds // 60))
