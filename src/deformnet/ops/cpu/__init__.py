@@ -25,7 +25,7 @@ Pair = tuple[int, int]
 class _Problem(ctypes.Structure):
     """`Problem` of kernels.h, field by field."""
 
-    _fields_ = [  # noqa: RUF012 (what ctypes asks for)
+    _fields_ = [
         *[
             (name, ctypes.c_int64)
             for name in (
@@ -45,13 +45,13 @@ class _Problem(ctypes.Structure):
 
 
 class _ForwardTensors(ctypes.Structure):
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         (name, ctypes.c_void_p) for name in ("input", "offset", "mask", "weight", "bias", "output")
     ]
 
 
 class _BackwardTensors(ctypes.Structure):
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         (name, ctypes.c_void_p)
         for name in (
             *("grad_output", "input", "offset", "mask", "weight"),
@@ -61,7 +61,7 @@ class _BackwardTensors(ctypes.Structure):
 
 
 def _library_file() -> Path:
-    # An editable install keeps the library apart from the sources: the package then has two folders.
+    # An editable install keeps the library apart from the sources: the package has two folders.
     folders = [Path(folder) for folder in __path__]
     for folder in folders:
         for name in ("libdeformnet_cpu.so", "libdeformnet_cpu.dylib", "deformnet_cpu.dll"):
