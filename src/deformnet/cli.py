@@ -6,7 +6,7 @@ What a command needs is imported when it runs, so that `--help` answers quickly.
 import argparse
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,22 +14,23 @@ import tyro
 from tyro.conf import Positional
 from tyro.extras import SubcommandApp
 
-from deformnet.data.shapes import Shapes
 from deformnet.demo.settings import Demo
 from deformnet.recipes import DeepLabRecipe
 
+# Exit codes.
 FAILED = 1
 BAD_INPUT = 2
+INTERRUPTED = 130  # as a shell reports a program that Ctrl-C ended
+
 _LOST_PROCESS = "Connection closed by peer"  # in what gloo reports when the other end has died
 _FROM_LOADER = "Caught "  # how torch begins the message of an error in a loader process
-INTERRUPTED = 130  # as a shell reports a program that Ctrl-C ended
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs a command; errors of input end as one line and exit code 2."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        _app(_base_recipe(arguments)).cli(
+        _app(arguments).cli(
             prog="deformnet",
             description="Deformable convolutional networks: train, score, predict.",
             args=arguments,
@@ -37,20 +38,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         _leave("interrupted", INTERRUPTED)
     except Exception as error:
-        if type(error).__name__ == "TrainingStopped":
+        if type(error).__name__ == "TrainingStopped":  # by name: importing it takes seconds
             _leave(str(error), INTERRUPTED)
-        if _LOST_PROCESS in str(error):
+        if isinstance(error, RuntimeError) and _LOST_PROCESS in str(error):
             _leave("another process of this run failed", FAILED)
         if not _is_about_input(error):
             raise
         _leave(_one_line(error), BAD_INPUT)
 
 
-def _app(base: DeepLabRecipe) -> SubcommandApp:
-    """All commands; `base` has the defaults of the recipe's options."""
+def _app(arguments: Sequence[str]) -> SubcommandApp:
+    """All commands, with options as these arguments need them."""
     training = SubcommandApp()
+    training.command(name="deeplab")(_deeplab(_base_recipe(arguments)))
+    app = SubcommandApp()
+    app.command(training, name="train", help="Train a network.")
+    app.command(evaluate)
+    app.command(predict)
+    # Its options are the fields of a class whose import takes a second.
+    shapes = _shapes() if "shapes" in arguments else _nothing
+    app.command(name="shapes", help="Make a data set of shapes, in the VOC layout.")(shapes)
+    app.command(demo)
+    app.command(doctor)
+    return app
 
-    @training.command
+
+def _deeplab(base: DeepLabRecipe) -> Callable[..., None]:
+    """The command `train deeplab`; the options of the recipe have their defaults from `base`."""
+
     def deeplab(
         *,
         data: Path,
@@ -99,14 +114,7 @@ def _app(base: DeepLabRecipe) -> SubcommandApp:
         )
         _print_scores(metrics)
 
-    app = SubcommandApp()
-    app.command(training, name="train", help="Train a network.")
-    app.command(evaluate)
-    app.command(predict)
-    app.command(shapes)
-    app.command(demo)
-    app.command(doctor)
-    return app
+    return deeplab
 
 
 def evaluate(
@@ -195,19 +203,27 @@ def doctor() -> None:
         print(f"{backend:12} {state}")
 
 
-def shapes(
-    root: Positional[Path],
-    options: Annotated[Shapes, tyro.conf.arg(name="")] = Shapes(),  # noqa: B008 (it is frozen)
-) -> None:
-    """Make a data set of shapes with exact masks and boxes, in the VOC layout.
+def _shapes() -> Callable[..., None]:
+    """The command `shapes`."""
+    from deformnet.data.shapes import Shapes, write_shapes
 
-    Args:
-        root: Folder to make.
-    """
-    from deformnet.data.shapes import write_shapes
+    def shapes(
+        root: Positional[Path],
+        options: Annotated[Shapes, tyro.conf.arg(name="")] = Shapes(),  # noqa: B008 (frozen)
+    ) -> None:
+        """Make a data set of shapes with exact masks and boxes, in the VOC layout.
 
-    write_shapes(root, options)
-    print(f"{options.train} training and {options.val} validation images in {root}")
+        Args:
+            root: Folder to make.
+        """
+        write_shapes(root, options)
+        print(f"{options.train} training and {options.val} validation images in {root}")
+
+    return shapes
+
+
+def _nothing() -> None:
+    """Stands for a command that is not asked for."""
 
 
 def demo(
