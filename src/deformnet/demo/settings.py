@@ -20,3 +20,10 @@ class Demo:
     val: int = 300
     size: int = 160
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("iterations", 1), ("images", 1), ("val", 1), ("size", 64)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: wanted at least {least}, got {getattr(self, name)}")
+        if self.seed < 0:
+            raise ValueError(f"seed: wanted at least 0, got {self.seed}")

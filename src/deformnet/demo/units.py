@@ -94,18 +94,20 @@ def locations(
 
 def _in_middle_of(mask: np.ndarray, stride: int) -> tuple[int, int]:
     """The unit in a mask [H, W] that is nearest to its centroid; the nearest at all if none is."""
-    units = np.argwhere(mask[::stride, ::stride])
-    if len(units) == 0:
-        units = np.argwhere(np.ones_like(mask[::stride, ::stride]))
+    seen = mask[::stride, ::stride]
+    units = np.argwhere(seen if seen.any() else ~seen)
     distance = np.linalg.norm(units * stride - np.argwhere(mask).mean(0), axis=1)
     row, column = units[distance.argmin()].tolist()
     return row, column
 
 
 def _far_from(mask: np.ndarray, stride: int) -> tuple[int, int]:
-    """The unit that is farthest from every pixel of a mask [H, W]."""
-    units = torch.from_numpy(np.argwhere(np.ones_like(mask[::stride, ::stride])))
-    pixels = torch.from_numpy(np.argwhere(mask))
-    nearest = torch.cdist(units.float() * stride, pixels.float()).amin(1)
-    row, column = units[int(nearest.argmax())].tolist()
+    """The unit farthest from every pixel of a mask [H, W]; not at the border, if it can be."""
+    free = ~mask[::stride, ::stride]
+    amid = np.zeros_like(free)
+    amid[1:-1, 1:-1] = free[1:-1, 1:-1]
+    units = np.argwhere(amid if amid.any() else free if free.any() else ~free)
+    pixels = torch.from_numpy(np.argwhere(mask)).float()
+    distance = torch.cdist(torch.from_numpy(units * stride).float(), pixels).amin(1)
+    row, column = units[int(distance.argmax())].tolist()
     return row, column
