@@ -270,10 +270,13 @@ def _base_recipe(arguments: Sequence[str]) -> DeepLabRecipe:
 def _is_about_input(error: Exception) -> bool:
     """Whether an error is for the user, and not a mistake of the program.
 
-    Those are: what the operating system reports; values that Lightning refuses; and what this
-    package raises itself, here or in a loader process.
+    Those are: what the operating system reports; training that diverges; values that Lightning
+    refuses; and what this package raises itself, here or in a loader process.
     """
-    if isinstance(error, OSError) or type(error).__name__ == "MisconfigurationException":
+    if (
+        isinstance(error, (OSError, FloatingPointError))
+        or type(error).__name__ == "MisconfigurationException"
+    ):
         return True
     if not isinstance(error, (ValueError, TypeError, RuntimeError)):
         return False

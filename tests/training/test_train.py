@@ -2,6 +2,7 @@ import csv
 import dataclasses
 import json
 import resource
+import shutil
 
 import pytest
 import torch
@@ -89,6 +90,22 @@ def test_scoring_at_the_size_of_the_network(trained, shapes):
     assert json.loads((out / "metrics-train.json").read_text()) == metrics
 
 
+def test_a_folder_without_val_is_trained_on_and_not_scored(shapes, quick, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(shapes, data)
+    lists = data / "VOCdevkit/VOC2012/ImageSets/Segmentation"
+    (lists / "val.txt").write_text("nobody\n")
+    with pytest.raises(FileNotFoundError, match="nobody"):
+        train(quick, data, tmp_path / "run", workers=0, progress=False)
+    (lists / "val.txt").unlink()
+    recipe = dataclasses.replace(quick, iterations=1)
+    metrics = train(recipe, data, tmp_path / "run", workers=0, progress=False)
+    assert "mean_iou" not in metrics
+    assert metrics["iterations"] == 1
+    with pytest.raises(FileNotFoundError, match="the splits here are"):
+        train(recipe, data, tmp_path / "run", val_split="test", workers=0, progress=False)
+
+
 def test_other_classes_are_refused(trained, shapes, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
@@ -159,6 +176,13 @@ def test_the_log_drops_rows_after_the_resumed_iteration(tmp_path):
         "iteration,loss,learning_rate,seconds\n1,1.5,0.1,0.25\n2,1.5,0.1,0.25\n3,1.5,0.1,0.25\n"
     )
     assert [r["iteration"] for r in read_log(path)] == ["1", "2", "3"]
+
+
+def test_a_diverged_run_keeps_its_last_good_checkpoint(shapes, quick, tmp_path):
+    wild = dataclasses.replace(quick, lr=1e20, warmup=0, iterations=4)
+    with pytest.raises(FloatingPointError, match="the loss is nan after 4 iterations"):
+        train(wild, shapes, tmp_path, val_split=None, workers=0, progress=False)
+    assert not checkpoint_path(tmp_path).exists()
 
 
 def test_images_of_different_sizes_make_a_batch():

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 import signal
 import sys
 import threading
@@ -31,6 +32,8 @@ class Checkpoints(Callback):
     Args:
         path: the checkpoint, replaced every time.
         every: iterations between checkpoints.
+    Raises:
+        FloatingPointError: instead of replacing a checkpoint, if the loss is no longer finite.
     Attributes:
         stopped: whether training was stopped before its end.
     """
@@ -69,6 +72,12 @@ class Checkpoints(Callback):
         if self.stopped:
             trainer.should_stop = True
         if self.stopped or finished or trainer.global_step % self.every == 0:
+            loss = float(trainer.callback_metrics["loss"])
+            if not math.isfinite(loss):
+                raise FloatingPointError(
+                    f"the loss is {loss} after {trainer.global_step} iterations and no checkpoint "
+                    "was written; a lower lr, a clip or a longer warmup may help"
+                )
             trainer.save_checkpoint(self.path, weights_only=False)
 
     def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:

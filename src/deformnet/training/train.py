@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from deformnet.data.base import SegmentationDataset
 from deformnet.data.segmentation import open_segmentation
 from deformnet.data.transforms import training_transforms
+from deformnet.data.voc import find_voc, voc_splits
 from deformnet.recipes import DeepLabRecipe
 from deformnet.runs import (
     DataIdentity,
@@ -96,6 +97,7 @@ def train(
         FileNotFoundError: if data or weights are missing.
         ValueError: if an image is unreadable, or `out` holds a run of another recipe or other data.
         OSError: if a file cannot be written; the last checkpoint is whole.
+        FloatingPointError: if the loss is no longer finite when a checkpoint is due.
         TrainingStopped: after Ctrl-C or SIGTERM.
     """
     devices, nodes = _processes(devices, nodes)
@@ -272,14 +274,17 @@ def _iterations_done(path: Path, recipe: DeepLabRecipe, data: DataIdentity) -> i
 
 
 def _open_scored(data: Path, split: str | None) -> SegmentationDataset | None:
-    if split is None:
+    """The images to score; None if none are asked for or the default list is not there."""
+    if split is None or (split == "val" and not _has_split(data, split)):
         return None
-    try:
-        return open_segmentation(data, split)
-    except FileNotFoundError:
-        if split == "val":
-            return None
-        raise
+    return open_segmentation(data, split)
+
+
+def _has_split(data: Path, split: str) -> bool:
+    cityscapes = data / "leftImg8bit"
+    if cityscapes.is_dir():
+        return (cityscapes / split).is_dir()
+    return split in voc_splits(find_voc(data))
 
 
 def _scores(module: SegmentationModule, split: str | None, images: SegmentationDataset) -> dict:
