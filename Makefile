@@ -20,8 +20,9 @@ $(READY): pyproject.toml $(NATIVE)
 demo: $(READY)
 	$(BIN)/deformnet demo --out demo
 
+# The tests' tensors are small: a process for each core, each with one thread.
 test: $(READY)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.deform_conv
