@@ -32,7 +32,7 @@ READ = {"zeros": read_zeros, "msra2017": read_msra2017}
 
 def naive(case: Case, border: str) -> torch.Tensor:
     """Equation 2 with mask, bias, groups and offset groups, one number at a time."""
-    batch, channels, _, _ = case.input.shape
+    channels = case.input.shape[1]
     out_channels, group_channels, kh, kw = case.weight.shape
     groups = channels // group_channels
     offset_groups = case.offset.shape[1] // (2 * kh * kw)
@@ -103,13 +103,16 @@ def leaves_and_function(case: Case, backend: str, border: str):
 
 
 # Offsets keep away from whole numbers, where the bilinear read has kinks.
+# Numerical Jacobians call the function once for every number.
 TINY = [
-    seed for seed in range(400) if math.prod(random_case(seed, whole=False).input.shape) < 120
+    seed
+    for seed in range(400)
+    if sum(tensor.numel() for tensor in random_case(seed, whole=False).tensors.values()) < 250
 ]
 
 
 @pytest.mark.parametrize("border", ["zeros", "msra2017"])
-@pytest.mark.parametrize("seed", TINY[:10])
+@pytest.mark.parametrize("seed", TINY[:16])
 def test_gradcheck(backend, seed, border):
     case = random_case(seed, whole=False)
     leaves, function = leaves_and_function(case, backend, border)
@@ -121,7 +124,7 @@ def test_gradcheck(backend, seed, border):
 def test_gradgradcheck(seed, border):
     case = random_case(seed, whole=False)
     leaves, function = leaves_and_function(case, "reference", border)
-    assert gradgradcheck(function, leaves)
+    assert gradgradcheck(function, leaves, fast_mode=True)
 
 
 def test_the_fast_kernels_refuse_a_second_derivative(fast):

@@ -1,0 +1,132 @@
+"""Which backend runs, and what is said of those that cannot."""
+
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from deform_conv_cases import random_case
+
+from deformnet.ops import backends, deform_conv2d, library
+
+
+def test_names():
+    assert backends.names() == ("reference", "cpu", "triton")
+
+
+def test_the_cpu_kernels_are_built():
+    # Many tests skip without them: their absence must not pass for success.
+    assert backends.why_unavailable("cpu") is None
+
+
+def test_reasons():
+    assert backends.why_unavailable("reference") is None
+    assert backends.why_unavailable("reference", "cuda") is None
+    assert "on cuda" in backends.why_unavailable("cpu", "cuda")
+    assert "no Triton kernels" in backends.why_unavailable("triton")
+    with pytest.raises(ValueError, match=r"backend: want one of .*, got 'best'"):
+        backends.why_unavailable("best")
+
+
+def test_auto_takes_the_fast_kernels_silently(fast):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert backends.resolve("auto", "cpu") == fast
+
+
+def test_a_backend_by_name_runs_or_says_why_not():
+    case = random_case(0)
+    with pytest.raises(RuntimeError, match=r"backend 'triton' cannot run: .*no Triton kernels"):
+        deform_conv2d(*case.public, backend="triton")
+
+
+@pytest.fixture
+def without_kernels(monkeypatch):
+    monkeypatch.setattr(library, "CPU_UNAVAILABLE", "the file is gone")
+    monkeypatch.setattr(backends, "_warned", set())
+
+
+@pytest.mark.parametrize("mode", ["eager", "compiled"])
+def test_auto_falls_back_with_one_warning(without_kernels, mode):
+    case = random_case(0)
+    function = deform_conv2d
+    if mode == "compiled":
+        torch._dynamo.reset()
+        function = torch.compile(deform_conv2d, fullgraph=True, backend="eager")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        results = [function(*case.public) for _ in range(3)]
+    ours = [w for w in caught if "deformnet" in str(w.message)]
+    assert len(ours) == 1
+    assert ours[0].category is RuntimeWarning
+    assert "reference" in str(ours[0].message)
+    assert "the file is gone" in str(ours[0].message)
+    wanted = deform_conv2d(*case.public, backend="reference")
+    for result in results:
+        torch.testing.assert_close(result, wanted)
+
+
+def test_a_backend_by_name_never_falls_back(without_kernels):
+    case = random_case(0)
+    with pytest.raises(RuntimeError, match="backend 'cpu' cannot run: the file is gone"):
+        deform_conv2d(*case.public, backend="cpu")
+
+
+def test_a_device_without_kernels_falls_back_with_its_reason(monkeypatch):
+    monkeypatch.setattr(backends, "_warned", set())
+    for device, reason in [("cuda", "no Triton kernels"), ("xpu", "no kernels for xpu")]:
+        with pytest.warns(RuntimeWarning, match=reason):
+            assert backends.resolve("auto", device) == "reference"
+
+
+BLOCKED = """
+import ctypes, warnings
+
+load = ctypes.CDLL
+
+class Blocked(load):
+    def __init__(self, name, *args, **kwargs):
+        if "deformnet" in str(name):
+            raise OSError("blocked for a test")
+        super().__init__(name, *args, **kwargs)
+
+ctypes.CDLL = Blocked
+
+import torch
+from deformnet.ops import backends, deform_conv2d
+
+input, weight = torch.randn(1, 4, 6, 7), torch.randn(3, 4, 3, 3)
+offset = torch.randn(1, 18, 6, 7, requires_grad=True)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(3):
+        output = deform_conv2d(input, offset, weight, padding=1)
+        output.sum().backward()
+caught = [warning for warning in caught if "deformnet" in str(warning.message)]
+assert len(caught) == 1, caught
+assert "blocked for a test" in str(caught[0].message), caught[0]
+assert caught[0].filename == __file__, caught[0].filename
+assert output.equal(deform_conv2d(input, offset, weight, padding=1, backend="reference"))
+assert offset.grad.abs().sum() > 0
+try:
+    deform_conv2d(input, offset, weight, padding=1, backend="cpu")
+except RuntimeError as error:
+    assert "blocked for a test" in str(error), error
+else:
+    raise AssertionError("backend='cpu' ran")
+try:
+    torch.ops.deformnet.deform_conv2d(input, offset, weight, None, None, 1, 1, 1, "zeros")
+except RuntimeError as error:
+    assert "blocked for a test" in str(error), error
+else:
+    raise AssertionError("the operator ran")
+print("done")
+"""
+
+
+def test_a_process_without_the_library_works(tmp_path):
+    script = tmp_path / "blocked.py"
+    script.write_text(BLOCKED)
+    result = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert result.stdout.strip() == "done", result.stderr
