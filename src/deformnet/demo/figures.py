@@ -3,10 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure, FigureBase
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -17,10 +19,17 @@ from deformnet.inference import palette
 from deformnet.runs import replacing
 
 _DOTS_PER_INCH = 130
-_TEXT = 11
-# The samples in the map below the unit, in the next, in the last; light to dark, small on top.
-_LEVELS = (("#ffffff", 34.0), ("#ffd23f", 11.0), ("#ff4d6d", 3.0))
-_UNIT = "#2ee6a6"
+_TEXT = 11  # points
+_OUTSIDE, _EDGE = "#e4e4e4", "#000000"
+_MARGIN = 0.15  # shown around an image, as a share of its side
+# Colour and diameter in points of the samples in the first map below the unit, the next, the last.
+_LEVELS = (("#ffffff", 5.5), ("#f0e442", 3.2), ("#ff7f0e", 1.6))
+_UNIT: dict[str, Any] = {
+    "marker": "P",
+    "color": "#56b4e9",
+    "markersize": 10,
+    "markeredgecolor": _EDGE,
+}
 
 
 @dataclass(frozen=True)
@@ -117,55 +126,37 @@ def _tint(image: Tensor, labels: Tensor, classes: Sequence[str]) -> np.ndarray:
 
 
 def _draw_look(axes: Axes, look: Look, levels: Sequence[SamplingLocations]) -> None:
-    faded = 0.55 * _pixels(look.image)
-    height, width = faded.shape[:2]
-    axes.imshow(faded)
-    margin = 0.12
-    axes.set_xlim(-margin * width, (1 + margin) * width)
-    axes.set_ylim((1 + margin) * height, -margin * height)
-    axes.set_facecolor("#e8e8e8")
-    for depth in reversed(range(len(levels))):
-        points, inside = levels[depth].points.numpy(), levels[depth].inside.numpy()
-        colour, area = _LEVELS[depth]
-        for reached, alpha in ((inside, 1.0), (~inside, 0.35)):
-            axes.scatter(
-                points[reached, 1],
-                points[reached, 0],
-                s=area,
-                c=colour,
-                alpha=alpha,
-                edgecolors="black",
-                linewidths=0.15 if depth == 2 else 0.5,
-            )
+    """The samples of one unit over its darkened image; faint where there is nothing to read."""
+    height, width = look.image.shape[1:]
+    axes.imshow(0.15 + 0.5 * _pixels(look.image))
+    axes.set_facecolor(_OUTSIDE)
+    # The lowest map first: of the points that coincide, as all of a plain grid do, the few show.
+    for (points, inside), (colour, size) in zip(reversed(levels), reversed(_LEVELS), strict=True):
+        y, x = points.T
+        colours = np.where(inside[:, None], to_rgba(colour), to_rgba(colour, 0.3))
+        axes.scatter(x, y, size**2, colours, edgecolors=_EDGE, linewidths=0.1 * size)
     y, x = look.centre
-    axes.scatter(x, y, s=90, marker="P", c=_UNIT, edgecolors="black", linewidths=0.8)
+    axes.plot(x, y, **_UNIT)
+    axes.set_xlim(-_MARGIN * width, (1 + _MARGIN) * width)
+    axes.set_ylim((1 + _MARGIN) * height, -_MARGIN * height)
 
 
-def _class_handles(classes: Sequence[str]) -> list[Patch]:
-    colours = palette(classes)[1:] / 255
-    return [
-        Patch(facecolor=tuple(colour), label=name)
-        for name, colour in zip(classes[1:], colours, strict=True)
+def _class_handles(classes: Sequence[str]) -> list[Artist]:
+    colours = palette(classes) / 255
+    named = zip(classes[1:], colours[1:], strict=True)
+    return [Patch(facecolor=tuple(colour), label=name) for name, colour in named]
+
+
+def _level_handles() -> list[Artist]:
+    def marker(label: str, **style: Any) -> Line2D:
+        return Line2D([], [], linestyle="none", label=label, **style)
+
+    labels = ("9 samples", "81 a layer below", "729 two below")
+    dots = [
+        marker(label, marker="o", color=colour, markersize=size, markeredgecolor=_EDGE)
+        for label, (colour, size) in zip(labels, _LEVELS, strict=True)
     ]
-
-
-def _level_handles() -> list[Line2D]:
-    def dot(colour: str, area: float, label: str, marker: str = "o") -> Line2D:
-        return Line2D(
-            [],
-            [],
-            linestyle="none",
-            marker=marker,
-            markersize=area**0.5,
-            label=label,
-            markerfacecolor=colour,
-            markeredgecolor="black",
-            markeredgewidth=0.5,
-        )
-
-    names = ("9 samples one layer down", "81 two layers down", "729 three layers down")
-    dots = [dot(*style, name) for style, name in zip(_LEVELS, names, strict=True)]
-    return [dot(_UNIT, 80, "unit", "P"), *dots]
+    return [marker("unit", **_UNIT), *dots]
 
 
 def _pixels(image: Tensor) -> np.ndarray:

@@ -11,29 +11,43 @@ from torch import Tensor
 _OPACITY = 0.55
 _SMALLEST = 480  # pixels; a smaller picture is enlarged, so that its legend can be read
 
+# Ordered so that neighbours differ most; their black is the background's.
+_OKABE_ITO = (
+    (213, 94, 0),
+    (0, 114, 178),
+    (240, 228, 66),
+    (0, 158, 115),
+    (204, 121, 167),
+    (86, 180, 233),
+    (230, 159, 0),
+)
+
 
 @functools.cache
 def distinct_colours(count: int) -> np.ndarray:
     """Colours as far apart as the eye can tell: each next one is the farthest from all before.
 
-    Distances are those of CIELAB. Neither very dark nor very light ones, which would not show on
-    a photograph, nor greys.
+    The first seven are those of Okabe and Ito, which the colour-blind can tell apart too. Distances
+    are those of CIELAB. Neither very dark nor very light ones, which would not show on a
+    photograph, nor greys.
 
     Returns:
         uint8 [count, 3], RGB; the first ones do not depend on the count.
     """
-    levels = np.linspace(0, 255, 12).round()
+    levels = np.linspace(0, 255, 16).round()
     rgb = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), axis=-1).reshape(-1, 3)
     lab = _lab(rgb)
     chroma = np.hypot(lab[:, 1], lab[:, 2])
     usable = (lab[:, 0] > 35) & (lab[:, 0] < 90) & (chroma > 35)
     rgb, lab = rgb[usable], lab[usable]
-    chosen = [int(np.argmin(np.abs(rgb - (230, 25, 45)).sum(axis=1)))]  # red comes first
+    chosen = [np.array(colour, dtype=float) for colour in _OKABE_ITO]
     distance = np.full(len(rgb), np.inf)
+    for colour in chosen[:-1]:
+        distance = np.minimum(distance, np.linalg.norm(lab - _lab(colour[None]), axis=1))
     while len(chosen) < count:
-        distance = np.minimum(distance, np.linalg.norm(lab - lab[chosen[-1]], axis=1))
-        chosen.append(int(distance.argmax()))
-    return rgb[chosen[:count]].astype(np.uint8)
+        distance = np.minimum(distance, np.linalg.norm(lab - _lab(chosen[-1][None]), axis=1))
+        chosen.append(rgb[distance.argmax()])
+    return np.array(chosen[:count], dtype=np.uint8)
 
 
 def palette(classes: Sequence[str]) -> np.ndarray:
