@@ -150,6 +150,15 @@ def test_pixels_change_at_the_mask():
     assert on > 3 * off
 
 
+def test_mute_takes_the_colours_of_what_lies_behind_the_objects():
+    spread = []
+    for mute in (0.0, 0.5, 1.0):
+        drawn = scene(Shapes(mute=mute), "train", 4)
+        behind = drawn.image[drawn.labels == 0].astype(float)
+        spread.append((behind.max(1) - behind.min(1)).mean())
+    assert spread[0] > 1.3 * spread[1] > 1.3 * spread[2]
+
+
 def test_warp_changes_the_masks_and_not_the_rest():
     still, bent = (scene(Shapes(warp=w, clutter=0, objects=(1, 1)), "train", 3) for w in (0, 1))
     assert still.objects[0].label == bent.objects[0].label

@@ -112,6 +112,9 @@ _SHADOW = 0.06  # softness, in radii
 _TRIES = 20
 _MIN_INSIDE = 0.7  # of an object's area that must lie in the image
 _MIN_VISIBLE = 0.6  # of what an object shows that must stay visible behind a later one
+_MUTED = np.float32(
+    0.25
+)  # the grey (0 to 1) towards which `mute` draws what lies behind the objects
 _MIN_CONTRAST = 0.22  # distance of mean RGB colours (0 to 1) between a shape and what is behind it
 
 
@@ -157,6 +160,7 @@ def draw_scene(
     objects: tuple[int, int],
     radius: tuple[float, float],
     clutter: int,
+    mute: float,
     void_border: int,
 ) -> Scene:
     """Draws a scene; the same generator state gives the same scene. Arguments as `Shapes`."""
@@ -168,6 +172,7 @@ def draw_scene(
         place = shape.place(rng.uniform(0, width), rng.uniform(0, height), height, width)
         if place is not None:
             _paint(rng, canvas, place)
+    canvas += mute * (_MUTED - canvas)
 
     instances = np.zeros((height, width), dtype=np.uint8)
     drawn: list[tuple[int, int]] = []  # label and full area

@@ -50,6 +50,8 @@ class Shapes:
         radius: smallest and largest distance from an object's centre to its farthest point, before
             deformation, as a share of the shorter side; drawn log-uniformly.
         clutter: most shapes of no class that lie behind the objects.
+        mute: how far all behind the objects is drawn towards one dark grey: 0 leaves it as vivid
+            as the objects, 1 makes it plain, so that only their class is to be learned.
         void_border: pixels along the outlines that are labelled 255, as in VOC; 0 for exact masks.
     """
 
@@ -62,6 +64,7 @@ class Shapes:
     objects: tuple[int, int] = (1, 3)
     radius: tuple[float, float] = (0.055, 0.45)
     clutter: int = 3
+    mute: float = 0.0
     void_border: int = 0
 
     def __post_init__(self) -> None:
@@ -71,7 +74,8 @@ class Shapes:
             _require(getattr(self, name) >= 16, name, "at least 16", getattr(self, name))
         for name in ("seed", "clutter", "void_border"):
             _require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
-        _require(0 <= self.warp <= 1, "warp", "0 to 1", self.warp)
+        for name in ("warp", "mute"):
+            _require(0 <= getattr(self, name) <= 1, name, "0 to 1", getattr(self, name))
         fewest, most = self.objects
         _require(1 <= fewest <= most <= 254, "objects", "1 <= fewest <= most <= 254", self.objects)
         smallest, largest = self.radius
@@ -147,6 +151,7 @@ def scene(shapes: Shapes, split: str, number: int) -> Scene:
         objects=shapes.objects,
         radius=shapes.radius,
         clutter=shapes.clutter,
+        mute=shapes.mute,
         void_border=shapes.void_border,
     )
 
