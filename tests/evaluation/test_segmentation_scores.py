@@ -145,6 +145,12 @@ def test_void_is_no_prediction():
         confusion_matrix(3).update(labels("0#"), labels("01"))
 
 
+def test_one_class():
+    truth = torch.tensor([[[0, 0, 255]]])
+    scores = scores_of(torch.zeros(1, 1, 3, dtype=torch.int64), truth, classes=1)
+    assert (scores.mean_iou, scores.iou, scores.pixel_accuracy) == (1, (1,), 1)
+
+
 def test_sizes_must_agree():
     with pytest.raises(ValueError, match=r"\[1, 1, 2\] and target \[1, 1, 3\]"):
         confusion_matrix(3).update(labels("01"), labels("012"))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from deform_conv_cases import Case, assert_same, large_case, random_case, run
 
-from deformnet.ops import backends, cpu
+from deformnet.ops import backends, cpu, deform_conv2d
 
 if backends.why_unavailable("cpu"):
     pytest.skip(str(backends.why_unavailable("cpu")), allow_module_level=True)
@@ -142,6 +142,16 @@ def test_memory_does_not_grow_with_the_batch():
     beyond_tensors = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     # The columns of 48 images would be 226 MB, once in the forward pass and twice in the backward.
     assert beyond_tensors < 64 * 2**20
+
+
+def test_coordinates_beyond_32_bits_are_refused():
+    arguments = torch.ones(1, 1, 1, 1), torch.zeros(1, 2, 1, 3), torch.ones(1, 1, 1, 1)
+    with pytest.raises(ValueError, match="padding: wanted at most 2147483647 columns"):
+        deform_conv2d(*arguments, stride=(1, 2**32), padding=(0, 2**32), backend="cpu")
+    # Rows have no such bound: only the middle one lies on the map.
+    arguments = torch.ones(1, 1, 1, 1), torch.zeros(1, 2, 3, 1), torch.ones(1, 1, 1, 1)
+    found = deform_conv2d(*arguments, stride=(2**32, 1), padding=(2**32, 0), backend="cpu")
+    assert found.flatten().tolist() == [0, 1, 0]
 
 
 def test_an_unknown_instruction_set_is_refused():

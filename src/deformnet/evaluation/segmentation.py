@@ -83,6 +83,8 @@ def segmentation_scores(confusion: Tensor) -> SegmentationScores:
     Raises:
         ValueError: if `confusion` is not a square matrix.
     """
+    if confusion.numel() == 1:
+        confusion = confusion.reshape(1, 1)  # torchmetrics drops the dimensions of a single count
     if confusion.ndim != 2 or confusion.shape[0] != confusion.shape[1]:
         raise ValueError(f"confusion must be [C, C], got {list(confusion.shape)}")
     counts = confusion.detach().cpu().double()

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.library import Library
 
 from deformnet.ops import cpu, reference
@@ -261,6 +262,7 @@ class _DeformConv2dBackward(torch.autograd.Function):
 
 
 def _autograd(*arguments: Any) -> Tensor:
+    _refuse_tangents(arguments[:5])
     if _needs_gradient(arguments[:5]):
         return _DeformConv2d.apply(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
@@ -268,10 +270,22 @@ def _autograd(*arguments: Any) -> Tensor:
 
 
 def _autograd_backward(*arguments: Any) -> list[Tensor]:
+    _refuse_tangents(arguments[:5])
     if _needs_gradient(arguments[:5]):
         return list(_DeformConv2dBackward.apply(*arguments))
     with torch._C._AutoDispatchBelowAutograd():
         return deform_conv2d_backward(*arguments)
+
+
+def _refuse_tangents(tensors: tuple[Tensor | None, ...]) -> None:
+    # Below autograd a tangent is dropped without a word, and the derivative would come out as zero.
+    if forward_ad._current_level < 0:
+        return
+    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise NotImplementedError(
+            "deform_conv2d: the fast kernels have no forward-mode derivative; "
+            'pass backend="reference" for torch.func.jvp, jacfwd and the like'
+        )
 
 
 def _needs_gradient(tensors: tuple[Tensor | None, ...]) -> bool:

@@ -215,6 +215,12 @@ def _problem(
     batch, in_channels, in_h, in_w = input.shape
     if in_h * in_w > _MOST_PIXELS:
         raise ValueError(f"input: wanted at most {_MOST_PIXELS} pixels, got {in_h} x {in_w}")
+    # Columns of the padded map, too.
+    if in_w + 2 * padding[1] > _MOST_PIXELS:
+        raise ValueError(
+            f"padding: wanted at most {_MOST_PIXELS} columns of the padded map, "
+            f"got {in_w} + 2 * {padding[1]}"
+        )
     out_channels, group_in, kernel_h, kernel_w = weight.shape
     _, offset_channels, out_h, out_w = offset.shape
     return _Problem(
