@@ -3,6 +3,7 @@ import dataclasses
 import json
 import resource
 import shutil
+import signal
 
 import pytest
 import torch
@@ -11,8 +12,8 @@ from deformnet.data.segmentation import open_segmentation
 from deformnet.evaluation.segmentation import confusion_matrix, segmentation_scores
 from deformnet.inference import SegmentationPredictor
 from deformnet.runs import checkpoint_path, load_checkpoint, load_run
-from deformnet.training import evaluate, train
-from deformnet.training.callbacks import CSVLog, WholeFileIO, read_log
+from deformnet.training import TrainingStopped, evaluate, train
+from deformnet.training.callbacks import CSVLog, Timer, WholeFileIO, read_log
 from deformnet.training.segmentation import pad_to_batch
 
 
@@ -165,17 +166,37 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path):
 def test_the_log_drops_rows_after_the_resumed_iteration(tmp_path):
     path = tmp_path / "metrics.csv"
     row = {"loss": 1.5, "learning_rate": 0.1, "seconds": 0.25}
-    log = CSVLog(path, keep=0)
+    log = CSVLog(path, every=1, keep=0)
     for step in range(4):
         log.log_metrics(row, step)
     with path.open("a") as file:
         file.write("5,1.5,0.")  # what `kill -9` may leave
-    log = CSVLog(path, keep=2)
+    log = CSVLog(path, every=1, keep=2)
     log.log_metrics(row, 2)
     assert path.read_text() == (
         "iteration,loss,learning_rate,seconds\n1,1.5,0.1,0.25\n2,1.5,0.1,0.25\n3,1.5,0.1,0.25\n"
     )
     assert [r["iteration"] for r in read_log(path)] == ["1", "2", "3"]
+
+
+def test_a_stop_between_rows_of_the_log(shapes, quick, tmp_path, monkeypatch):
+    count = Timer.on_train_batch_end
+
+    def stop_after_three(self, trainer, *rest):
+        count(self, trainer, *rest)
+        if trainer.global_step == 3:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Timer, "on_train_batch_end", stop_after_three)
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    # 2: a row has been written. 5: none has, and none must be made of half a row.
+    for every, rows in ((2, ["2"]), (5, [])):
+        out = tmp_path / str(every)
+        with pytest.raises(TrainingStopped, match="stopped after 3 of 6 iterations"):
+            train(quick, shapes, out, log_every=every, workers=0, progress=False)
+        assert [row["iteration"] for row in read_log(out / "metrics.csv")] == rows
+        assert load_checkpoint(checkpoint_path(out))["global_step"] == 3
+        assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 def test_a_diverged_run_keeps_its_last_good_checkpoint(shapes, quick, tmp_path):

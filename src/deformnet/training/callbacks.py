@@ -7,7 +7,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -24,6 +25,8 @@ from deformnet.runs import load_checkpoint, naming, replacing
 
 class Checkpoints(Callback):
     """Writes a checkpoint every few iterations, after the last, and when asked to stop.
+
+    It takes over the signals; whoever runs the trainer gives them back (see `own_signals`).
 
     Ctrl-C and SIGTERM (of a batch system, of torchrun) are such requests: the iteration under way
     is finished on every process, since a half-made step could not be resumed exactly. A second
@@ -43,18 +46,12 @@ class Checkpoints(Callback):
         self.every = every
         self.stopped = False
         self._asked = False
-        self._handlers: dict[signal.Signals, Any] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if threading.current_thread() is not threading.main_thread():
             return  # signals belong to the main thread
         for number in (signal.SIGINT, signal.SIGTERM):
-            self._handlers[number] = signal.signal(number, self._ask_to_stop)
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        self._handlers.clear()
+            signal.signal(number, self._ask_to_stop)
 
     def on_train_batch_end(
         self,
@@ -84,6 +81,20 @@ class Checkpoints(Callback):
         if self._asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         self._asked = True
+
+
+@contextmanager
+def own_signals() -> Iterator[None]:
+    """Gives SIGINT and SIGTERM back as they were: Lightning restores only what it set itself."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 class WholeFileIO(TorchCheckpointIO):
@@ -151,6 +162,7 @@ class CSVLog(Logger):
 
     Args:
         path: the file.
+        every: iterations between rows. (Lightning logs once more when it is stopped.)
         keep: the iteration that the run is resumed from; later rows are dropped.
     Raises:
         OSError: if the file cannot be written.
@@ -158,9 +170,10 @@ class CSVLog(Logger):
 
     COLUMNS = ("iteration", "loss", "learning_rate", "seconds")
 
-    def __init__(self, path: Path, keep: int) -> None:
+    def __init__(self, path: Path, every: int, keep: int) -> None:
         super().__init__()
         self.path = path
+        self.every = every
         self._begin(keep)
 
     @property
@@ -176,7 +189,7 @@ class CSVLog(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        if "loss" not in metrics or step is None:
+        if "loss" not in metrics or step is None or (step + 1) % self.every != 0:
             return
         row = {"iteration": step + 1} | {k: f"{metrics[k]:.9g}" for k in self.COLUMNS[1:]}
         with naming(self.path), self.path.open("a", encoding="utf-8", newline="") as file:

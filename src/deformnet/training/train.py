@@ -37,6 +37,7 @@ from deformnet.training.callbacks import (
     ProgressBar,
     Timer,
     WholeFileIO,
+    own_signals,
     read_log,
 )
 from deformnet.training.segmentation import (
@@ -135,7 +136,7 @@ def train(
 
     workers = _default_workers(devices) if workers is None else workers
     checkpoints = Checkpoints(checkpoint, checkpoint_every)
-    with _lightning():
+    with own_signals(), _lightning():
         trainer = pl.Trainer(
             accelerator=accelerator,
             devices=devices,
@@ -146,7 +147,7 @@ def train(
             gradient_clip_val=recipe.clip,
             log_every_n_steps=log_every,
             logger=[
-                CSVLog(out / "metrics.csv", keep=done or 0),
+                CSVLog(out / "metrics.csv", every=log_every, keep=done or 0),
                 TensorBoardLogger(out, "tensorboard", "", purge_step=done),
             ],
             callbacks=[Timer(log_every), checkpoints, *([ProgressBar()] if progress else [])],
