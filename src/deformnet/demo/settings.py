@@ -15,10 +15,10 @@ class Demo:
         seed: of the images, the initial weights and the order of training.
     """
 
-    iterations: int = 600
+    iterations: int = 700
     images: int = 2500
-    val: int = 300
-    size: int = 160
+    val: int = 200
+    size: int = 128
     seed: int = 0
 
     def __post_init__(self) -> None:
