@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from deformnet.demo.settings import Demo
+from deformnet.demo.settings import LARGE, SMALL, Demo
 from deformnet.runs import replacing
 
 
@@ -61,6 +61,8 @@ def text_table(rows: Sequence[Row], note: str) -> str:
 def write_page(path: Path, demo: Demo, rows: Sequence[Row], note: str, machine: str) -> None:
     """Writes the page, which shows the pictures that lie beside it."""
     page = _PAGE.format(
+        small=SMALL,
+        large=LARGE,
         iterations=demo.iterations,
         images=demo.images,
         val=demo.val,
@@ -126,8 +128,8 @@ those of {val} images that neither has seen.</p>
 {rows}
 </tbody>
 </table>
-<p class="note">{note} Small objects have fewer pixels than a square of a fifth of the
-image&rsquo;s side, large ones more than a square of three fifths of it. {machine}.</p>
+<p class="note">{note} Small objects cover less than {small:.0%} of the image,
+large ones more than {large:.0%}. {machine}.</p>
 
 <h2>What they predict</h2>
 <p>The first of the images that were scored, in their order.</p>

@@ -23,7 +23,7 @@ from deformnet.data.shapes import Shapes, write_shapes
 from deformnet.data.voc import VOCSegmentation
 from deformnet.demo.figures import Look, Shown, draw_overview, draw_predictions, draw_sampling
 from deformnet.demo.page import comparison, footnote, text_table, write_page
-from deformnet.demo.settings import Demo
+from deformnet.demo.settings import LARGE, SMALL, Demo
 from deformnet.demo.units import choose_scenes, locations
 from deformnet.evaluation import ObjectCounts, size_scores
 from deformnet.inference import SegmentationPredictor
@@ -31,8 +31,6 @@ from deformnet.recipes import DeepLabRecipe
 from deformnet.runs import checkpoint_path, load_checkpoint, load_run, write_json
 from deformnet.training import train
 
-# Areas of small and large objects, as shares of the image; at 160 pixels, COCO's 32^2 and 96^2.
-_SMALL, _LARGE = 0.2**2, 0.6**2
 _PREDICTIONS, _SCENES = 6, 2  # images in the pictures
 
 # Measured on two cores of a Xeon, for 160x160 pixels.
@@ -61,7 +59,7 @@ def run_demo(demo: Demo, out: Path, say: Callable[[str], None]) -> None:
     data = out / "data"
     _make_images(demo, data, say)
     images = VOCSegmentation(data, "val")
-    small, large = _SMALL * demo.size**2, _LARGE * demo.size**2
+    small, large = (round(share * demo.size**2) for share in (SMALL, LARGE))
 
     metrics: dict[str, dict[str, Any]] = {}
     predictors: dict[str, SegmentationPredictor] = {}
@@ -71,7 +69,7 @@ def run_demo(demo: Demo, out: Path, say: Callable[[str], None]) -> None:
         say(f"{name} network: {_state(run, demo)}")
         metrics[name] = train(recipe, data, run)
         predictors[name] = SegmentationPredictor(*load_run(run))
-        objects = ObjectCounts(len(images.classes), small=round(small), large=round(large))
+        objects = ObjectCounts(len(images.classes), small=small, large=large)
         predictions[name] = _predict(predictors[name], images, objects)
         scores = size_scores(objects.compute())
         metrics[name]["sizes"] = {s: score.to_json(images.classes) for s, score in scores.items()}
