@@ -6,6 +6,7 @@ else: how many processes share the work, or how often a checkpoint is written, i
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -79,10 +80,10 @@ class DeepLabRecipe:
                     f"{field.name} must be {_describe(hints[field.name])}, got {value!r}"
                 )
         for name in ("dilation", "offset_groups", "short_side", "batch", "iterations", "lr"):
-            if getattr(self, name) <= 0:
+            if not 0 < getattr(self, name) < math.inf:  # NaN is neither
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         for name in ("offset_lr_scale", "momentum", "weight_decay", "warmup", "seed"):
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.max_side is not None and self.max_side < self.short_side:
             raise ValueError(
@@ -90,7 +91,7 @@ class DeepLabRecipe:
             )
         if self.crop is not None and min(self.crop) <= 0:
             raise ValueError(f"crop must be positive, got {self.crop}")
-        if self.clip is not None and self.clip <= 0:
+        if self.clip is not None and not 0 < self.clip < math.inf:
             raise ValueError(f"clip must be positive, got {self.clip}")
 
     def build_model(self, num_classes: int) -> "DeepLab":

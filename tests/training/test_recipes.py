@@ -26,6 +26,8 @@ def test_json_keeps_every_field(tmp_path):
         ('{"flip": 1}', "flip must be bool, got 1"),
         ('{"crop": [3]}', "crop must be "),
         ('{"lr": 0}', "lr must be positive, got 0"),
+        ('{"lr": NaN}', "lr must be positive, got nan"),
+        ('{"weight_decay": Infinity}', "weight_decay must not be negative, got inf"),
         ('{"short_side": 300, "max_side": 200}', "max_side must be at least short_side (300)"),
     ],
 )

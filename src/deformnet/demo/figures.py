@@ -126,9 +126,9 @@ def _tint(image: Tensor, labels: Tensor, classes: Sequence[str]) -> np.ndarray:
 
 
 def _draw_look(axes: Axes, look: Look, levels: Sequence[SamplingLocations]) -> None:
-    """The samples of one unit over its darkened image; faint where there is nothing to read."""
+    """The samples of one unit over its dulled image; faint where there is nothing to read."""
     height, width = look.image.shape[1:]
-    axes.imshow(0.15 + 0.5 * _pixels(look.image))
+    axes.imshow(0.15 + 0.65 * _pixels(look.image))
     axes.set_facecolor(_OUTSIDE)
     # The lowest map first: of the points that coincide, as all of a plain grid do, the few show.
     for (points, inside), (colour, size) in zip(reversed(levels), reversed(_LEVELS), strict=True):

@@ -24,7 +24,8 @@ def parameter_groups(
         model: any module.
         lr: learning rate.
         offset_lr_scale: beta, 0 or more.
-        weight_decay: 0 or more.
+        weight_decay: 0 or more. Give it here: every group carries its own, and one that is given
+            to the optimizer would not apply to any.
 
     Returns:
         Up to four groups with the keys "name" ("weights", "biases", "offset weights",
