@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks.timing import compare, machine, median_ratio
+from benchmarks.timing import compare, median_ratio, setting
 from deformnet import parameter_groups
 from deformnet.recipes import DeepLabRecipe
 
@@ -45,7 +45,7 @@ def main() -> None:
     options = parser.parse_args()
 
     torch.set_num_threads(options.threads)
-    print(machine())
+    print(setting())
     steps = {
         str(layers): training_step(
             DeepLabRecipe(depth=options.depth, deform_layers=layers, batch=options.batch),

@@ -20,7 +20,7 @@ import torchvision
 from onnx import TensorProto, helper
 from torch import Tensor
 
-from benchmarks.timing import Timing, compare, geometric_mean, machine, median_ratio
+from benchmarks.timing import Timing, compare, geometric_mean, median_ratio, setting
 from deformnet.ops import cpu, deform_conv2d
 
 PLAIN, TORCHVISION, ONNXRUNTIME, OURS = "conv2d", "torchvision", "onnxruntime", "deformnet"
@@ -188,7 +188,7 @@ def main() -> None:
     options = parser.parse_args()
 
     torch.set_num_threads(options.threads)
-    where = f"{machine()}, {cpu.instruction_set()} kernels"
+    where = f"{setting()}, {cpu.instruction_set()} kernels"
     print(where)
     forward: dict[Shape, dict[str, Timing]] = {}
     both: dict[Shape, dict[str, Timing]] = {}

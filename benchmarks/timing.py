@@ -1,14 +1,14 @@
 """Side-by-side timing: what is compared runs in turns, in one process, on the same tensors."""
 
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
+
+from deformnet.runs import machine
 
 WARM_UP_SECONDS = 0.3
 
@@ -57,17 +57,7 @@ def geometric_mean(values: list[float]) -> float:
     return statistics.geometric_mean(values)
 
 
-def machine() -> str:
+def setting() -> str:
     """One line on what this ran on; under a load of others the figures mean little."""
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                model = line.partition(":")[2].strip()
-                break
     load = os.getloadavg()[0]
-    return (
-        f"{model}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
-        f"load {load:.1f} at the start, torch {torch.__version__}"
-    )
+    return f"{machine()}, load {load:.1f} at the start, torch {torch.__version__}"

@@ -52,6 +52,7 @@ class DataIdentity:
 
 
 def checkpoint_path(run: Path) -> Path:
+    """Where a run keeps its checkpoint."""
     return run / "checkpoints" / "last.ckpt"
 
 

@@ -3,6 +3,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
+from deformnet.data.files import read_image
 from deformnet.inference import (
     SegmentationPredictor,
     find_images,
@@ -10,7 +11,6 @@ from deformnet.inference import (
     overlay,
     palette,
     predict_files,
-    read_photo,
 )
 from deformnet.inference.drawing import distinct_colours
 from deformnet.recipes import DeepLabRecipe
@@ -70,7 +70,7 @@ def test_photographs_are_turned_upright(tmp_path, orientation):
     path = save(tmp_path / "photo.png", noise(5, 8), exif=exif)
     with Image.open(path) as file:
         upright = np.asarray(ImageOps.exif_transpose(file))
-    assert np.array_equal(read_photo(path).permute(1, 2, 0).numpy(), upright)
+    assert np.array_equal(read_image(path, upright=True).permute(1, 2, 0).numpy(), upright)
 
 
 def test_files_with_a_broken_one_among_them(predictor, tmp_path):
@@ -94,7 +94,7 @@ def test_files_with_a_broken_one_among_them(predictor, tmp_path):
     ]
     with Image.open(out / "labels/first.png") as file:
         assert file.mode == "P"
-        assert np.array_equal(np.asarray(file), predictor(read_photo(first)).numpy())
+        assert np.array_equal(np.asarray(file), predictor(read_image(first, upright=True)).numpy())
         assert file.getpalette()[: 3 * len(CLASSES)] == palette(CLASSES).flatten().tolist()
 
 

@@ -6,26 +6,27 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 # What Pillow raises on broken bytes, found by truncating and flipping bytes of JPEG and PNG files.
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, zlib.error, struct.error)
 
 
-def read_image(path: Path) -> Tensor:
+def read_image(path: Path, *, upright: bool = False) -> Tensor:
     """Reads a JPEG or PNG file as RGB.
 
-    The pixels come as stored: an EXIF orientation is not applied, because label maps and boxes are
-    drawn on the stored pixels.
-
+    Args:
+        path: the file.
+        upright: turn it as its EXIF orientation says. Images of a data set come as stored, because
+            their label maps and boxes are drawn on the stored pixels.
     Returns:
         uint8 [3, H, W]
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if the file is no image, is truncated or is corrupt.
     """
-    pixels = np.array(_decode(path, convert="RGB"))
+    pixels = np.array(_decode(path, convert="RGB", upright=upright))
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
@@ -59,11 +60,12 @@ def read_lines(path: Path) -> list[str]:
     return [stripped for line in text.splitlines() if (stripped := line.strip())]
 
 
-def _decode(path: Path, convert: str | None) -> Image.Image:
+def _decode(path: Path, convert: str | None, upright: bool = False) -> Image.Image:
     try:
         with Image.open(path) as image:
             image.load()
-            return image.copy() if convert is None else image.convert(convert)
+            turned = ImageOps.exif_transpose(image) if upright else image.copy()
+            return turned if convert is None else turned.convert(convert)
     except UnidentifiedImageError as error:
         raise ValueError(f"{path}: not a readable image (empty, or no known format)") from error
     except _BROKEN as error:

@@ -148,15 +148,20 @@ def _class_handles(classes: Sequence[str]) -> list[Artist]:
 
 
 def _level_handles() -> list[Artist]:
-    def marker(label: str, **style: Any) -> Line2D:
-        return Line2D([], [], linestyle="none", label=label, **style)
-
     labels = ("9 samples", "81 a layer below", "729 two below")
     dots = [
-        marker(label, marker="o", color=colour, markersize=size, markeredgecolor=_EDGE)
+        Line2D(
+            *([], []),
+            linestyle="none",
+            label=label,
+            marker="o",
+            color=colour,
+            markersize=size,
+            markeredgecolor=_EDGE,
+        )
         for label, (colour, size) in zip(labels, _LEVELS, strict=True)
     ]
-    return [marker("unit", **_UNIT), *dots]
+    return [Line2D([], [], linestyle="none", label="unit", **_UNIT), *dots]
 
 
 def _pixels(image: Tensor) -> np.ndarray:

@@ -5,7 +5,6 @@ from deformnet.inference.segmentation import (
     SegmentationPredictor,
     find_images,
     predict_files,
-    read_photo,
 )
 
 __all__ = [
@@ -15,5 +14,4 @@ __all__ = [
     "overlay",
     "palette",
     "predict_files",
-    "read_photo",
 ]

@@ -5,8 +5,6 @@ from pathlib import Path
 from typing import Self
 
 import torch
-from PIL import Image
-from PIL.ExifTags import Base
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision import tv_tensors
@@ -102,7 +100,7 @@ def predict_files(
     """
     for path in images:
         try:
-            image = read_photo(path)
+            image = read_image(path, upright=True)  # as a photograph is meant to be seen
         except OSError as error:
             yield path, f"{path}: {error.strerror or error}"
             continue
@@ -142,29 +140,3 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
             )
         seen[path.stem] = path
     return files
-
-
-def read_photo(path: Path) -> Tensor:
-    """Reads an image the way it is meant to be seen: turned as its EXIF orientation says.
-
-    (Unlike the images of a data set, whose label maps are drawn on the stored pixels.)
-
-    Returns:
-        uint8 [3, H, W]
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is no image, or is truncated or corrupt.
-    """
-    stored = read_image(path)
-    with Image.open(path) as file:
-        orientation = file.getexif().get(Base.Orientation, 1)
-    turned = {
-        2: lambda x: x.flip(-1),
-        3: lambda x: x.flip(-1, -2),
-        4: lambda x: x.flip(-2),
-        5: lambda x: x.mT,
-        6: lambda x: x.mT.flip(-1),
-        7: lambda x: x.mT.flip(-1, -2),
-        8: lambda x: x.mT.flip(-2),
-    }
-    return turned[orientation](stored).contiguous() if orientation in turned else stored
