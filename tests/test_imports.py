@@ -23,9 +23,11 @@ for part, below in {
     "data": (),
     "evaluation": (),
     "analysis": ("nn",),
-    "training": ("runs", "data", "evaluation"),
-    "inference": ("runs", "data", "evaluation"),
-    "demo": ("training", "inference", "analysis"),
+    "detections": ("data", "evaluation"),
+    "inference": ("runs", "detections"),
+    # Scoring a run is predicting as a user would, and comparing.
+    "training": ("inference",),
+    "demo": ("training", "analysis"),
 }.items():
     MAY_IMPORT[part] = set(below).union(*(MAY_IMPORT[name] for name in below))
 # At the top: what users see, and the command line with the stories it tells.

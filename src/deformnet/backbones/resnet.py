@@ -78,7 +78,7 @@ class ResNetFeatures(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """[N, 3, H, W] -> [N, out_channels, ceil(H/16), ceil(W/16)]: conv5, reduced, after ReLU."""
         _, conv5 = self.stages(images)
-        return conv5 if self.reduce is None else F.relu(self.reduce(conv5), inplace=True)
+        return self.reduced(conv5)
 
     def stages(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The maps of conv4 and conv5 for images [N, 3, H, W], both at stride 16.
@@ -91,6 +91,10 @@ class ResNetFeatures(nn.Module):
         x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
         conv4 = self.layer3(self.layer2(self.layer1(x)))
         return conv4, self.layer4(conv4)
+
+    def reduced(self, conv5: Tensor) -> Tensor:
+        """The map of conv5 as `forward` returns it, [N, out_channels, H, W]."""
+        return conv5 if self.reduce is None else F.relu(self.reduce(conv5), inplace=True)
 
 
 def resnet(
