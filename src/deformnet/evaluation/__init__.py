@@ -1,5 +1,6 @@
 """Scores of predictions against the truth. Takes tensors; knows no model and no data set."""
 
+from deformnet.evaluation.coco import coco_ap, coco_table
 from deformnet.evaluation.segmentation import (
     ObjectCounts,
     SegmentationScores,
@@ -8,12 +9,20 @@ from deformnet.evaluation.segmentation import (
     segmentation_scores,
     size_scores,
 )
+from deformnet.evaluation.voc import Found, Method, Truth, VOCScores, voc_ap
 
 __all__ = [
+    "Found",
+    "Method",
     "ObjectCounts",
     "SegmentationScores",
     "SizeScores",
+    "Truth",
+    "VOCScores",
+    "coco_ap",
+    "coco_table",
     "confusion_matrix",
     "segmentation_scores",
     "size_scores",
+    "voc_ap",
 ]

@@ -1,0 +1,145 @@
+"""Average precision as COCO defines it; faster-coco-eval computes it."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from faster_coco_eval import COCO, COCOeval_faster
+
+NAMES = (
+    "AP",
+    "AP50",
+    "AP75",
+    "APsmall",
+    "APmedium",
+    "APlarge",
+    "AR1",
+    "AR10",
+    "AR100",
+    "ARsmall",
+    "ARmedium",
+    "ARlarge",
+)
+"""COCO's twelve numbers in COCO's order.
+
+AP and AR are means over the IoU thresholds 0.5, 0.55, ..., 0.95 and over the classes, with at most
+100 detections an image; AP50 and AP75 are at one threshold; small is below 32^2 pixels of area,
+large above 96^2; AR1, AR10 and AR100 are recalls with so many detections an image.
+"""
+
+
+def coco_ap(
+    annotation_file: Path,
+    results: Sequence[Mapping[str, Any]],
+    iou_type: Literal["bbox", "segm"] = "bbox",
+) -> dict[str, float]:
+    """COCO's twelve numbers (`NAMES`) of detections in COCO's result format.
+
+    Args:
+        annotation_file: a COCO json with `images`, `annotations` and `categories`.
+        results: one detection each: `image_id`, `category_id`, `score`, and `bbox` [x, y, width,
+            height] or `segmentation` (RLE), whichever `iou_type` compares. Not changed.
+        iou_type: compare boxes or masks.
+    Returns:
+        numbers from 0 to 1; NaN where the set has no such objects (COCO's own tools say -1).
+    Raises:
+        FileNotFoundError: if there is no such annotation file.
+        ValueError: if it is no COCO json; for a malformed detection, or one of an image or a
+            category that the file does not list.
+    """
+    annotations = _read(annotation_file, iou_type)
+    images = {image["id"] for image in annotations["images"]}
+    categories = {category["id"] for category in annotations["categories"]}
+    detections = [_detection(i, result, iou_type) for i, result in enumerate(results)]
+    for key, known in (("image_id", images), ("category_id", categories)):
+        unknown = [detection[key] for detection in detections if detection[key] not in known]
+        if unknown:
+            raise ValueError(
+                f"results: {len(unknown)} of {len(detections)} detections have an {key} that "
+                f"{annotation_file} does not list, such as {unknown[0]}"
+            )
+    truth = COCO(annotations, print_function=_silent)
+    evaluation = COCOeval_faster(
+        truth, truth.loadRes(detections), iouType=iou_type, print_function=_silent
+    )
+    evaluation.run()
+    values = [float(value) for value in evaluation.all_stats[: len(NAMES)]]
+    return {
+        name: math.nan if value < 0 else value for name, value in zip(NAMES, values, strict=True)
+    }
+
+
+def coco_table(scores: Mapping[str, float]) -> str:
+    """The numbers of `coco_ap` in percent as text, a line for each."""
+    width = max(map(len, scores))
+    lines = [
+        f"{name:{width}} {'-' if math.isnan(value) else f'{100 * value:.1f}':>6}"
+        for name, value in scores.items()
+    ]
+    return "\n".join(["COCO AP in percent", *lines])
+
+
+def _read(path: Path, iou_type: str) -> dict[str, list[dict[str, Any]]]:
+    """What of an annotation file is needed, with new annotation ids.
+
+    The ids are given anew because the evaluation takes id 0 for "not matched" and loses all but one
+    of the annotations that share an id.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        annotations = [
+            {
+                "id": number,
+                "image_id": annotation["image_id"],
+                "category_id": annotation["category_id"],
+                "bbox": annotation["bbox"],
+                "area": annotation.get("area", annotation["bbox"][2] * annotation["bbox"][3]),
+                "iscrowd": annotation.get("iscrowd", 0),
+                **({"segmentation": annotation["segmentation"]} if iou_type == "segm" else {}),
+            }
+            for number, annotation in enumerate(content["annotations"], start=1)
+        ]
+        return {
+            "images": [
+                {"id": image["id"], "height": image["height"], "width": image["width"]}
+                for image in content["images"]
+            ],
+            "categories": [
+                {"id": category["id"], "name": category["name"]}
+                for category in content["categories"]
+            ],
+            "annotations": annotations,
+        }
+    except KeyError as error:
+        raise ValueError(f"{path}: not COCO annotations (no {error})") from error
+    except (ValueError, TypeError, IndexError) as error:
+        raise ValueError(f"{path}: not COCO annotations ({error})") from error
+
+
+def _detection(number: int, result: Mapping[str, Any], iou_type: str) -> dict[str, Any]:
+    """A checked copy of a detection: the evaluation writes into those that it is given."""
+    region = "bbox" if iou_type == "bbox" else "segmentation"
+    wanted = ("image_id", "category_id", "score", region)
+    if not isinstance(result, Mapping) or any(key not in result for key in wanted):
+        raise ValueError(f"results[{number}]: wanted {', '.join(wanted)}, got {str(result)[:200]}")
+    if not _is_number(result["score"]):
+        raise ValueError(f"results[{number}]: wanted a finite score, got {result['score']}")
+    box = result[region]
+    if region == "bbox" and not (
+        isinstance(box, Sequence)
+        and len(box) == 4
+        and all(_is_number(value) for value in box)
+        and min(box[2:]) >= 0
+    ):
+        raise ValueError(f"results[{number}]: wanted a box [x, y, width, height], got {box}")
+    return {key: result[key] for key in wanted}
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, float | int) and math.isfinite(value)
+
+
+def _silent(*_: object) -> None:
+    """Takes what the library would print."""
