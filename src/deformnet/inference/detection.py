@@ -1,0 +1,228 @@
+"""Boxes around the objects of images on disk or in memory, from a trained detector.
+
+Dai et al. 2017, section 4.3 and Table 5: testing at several sizes, and iterative averaging of boxes
+(Gidaris and Komodakis 2015, "Object detection via a multi-region and semantic segmentation-aware
+CNN model", section 5).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.ops import clip_boxes_to_image
+from torchvision.transforms import v2
+
+from deformnet.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Resize
+from deformnet.models.detector import Candidates, Detections, Detector, Features, Size
+from deformnet.models.selection import merge, select
+
+_BOXES_AT_ONCE = 1000  # pooled features of so many boxes are in memory; refinement asks for more
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectionTesting:
+    """What is done beyond looking at an image once; the defaults do nothing more.
+
+    The paper's "M" is `scales=(480, 576, 688, 864, 1200, 1400)`, and its "B" (iterative bounding
+    box average) is `refine=2, box_averaging=True`.
+    """
+
+    scales: tuple[int, ...] = ()
+    """Shorter sides, in pixels, at which the network sees the image; none: as in training."""
+    flip: bool = False
+    """Look at the mirrored image as well, at each size."""
+    refine: int = 1
+    """How often boxes pass through the detector; from the second time on, those found before are
+    its proposals. What all passes found counts."""
+    box_averaging: bool = False
+    """Report, for each box, the mean of those around it, weighted by their scores."""
+    soft_nms: bool = False
+    """Lower the scores of boxes that overlap better ones, where otherwise they are dropped."""
+
+    def __post_init__(self) -> None:
+        if any(side < 1 for side in self.scales):
+            raise ValueError(f"scales must be at least 1 pixel, got {self.scales}")
+        if len(set(self.scales)) < len(self.scales):
+            raise ValueError(f"scales must differ from one another, got {self.scales}")
+        if self.refine < 1:
+            raise ValueError(f"refine must be at least 1, got {self.refine}")
+
+
+_ONE_LOOK = DetectionTesting()
+
+
+class DetectionPredictor:
+    """A trained detector that takes images of any size and gives boxes in their pixels.
+
+    Args:
+        model: the network.
+        classes: names of its labels, without a background.
+        short_side: shorter side of the images, in pixels, that the network was trained for.
+        max_side: bound on the longer side, which wins over `short_side`; None for no bound. At
+            another shorter side it grows or shrinks in proportion.
+        score_threshold: what scores no more is not reported.
+        nms: a box is dropped if its IoU with a better one of its class exceeds this.
+        max_detections: how many boxes of an image are reported at most.
+        testing: several sizes, mirrored images, refined and averaged boxes.
+        device: where to compute; None takes a GPU if there is one.
+    Raises:
+        ValueError: if the model has another number of classes, or if `testing` feeds boxes back to
+            a model that takes none.
+    """
+
+    def __init__(
+        self,
+        model: Detector,
+        classes: Sequence[str],
+        *,
+        short_side: int,
+        max_side: int | None,
+        score_threshold: float = 1e-3,
+        nms: float = 0.3,
+        max_detections: int = 300,
+        testing: DetectionTesting = _ONE_LOOK,
+        device: torch.device | str | None = None,
+    ) -> None:
+        if len(classes) != model.num_classes:
+            raise ValueError(
+                f"classes must name the model's {model.num_classes} classes, got {len(classes)}"
+            )
+        if testing.refine > 1 and not model.takes_proposals:
+            raise ValueError(
+                f"refine must be 1 for {type(model).__name__}, which takes no boxes to refine, "
+                f"got {testing.refine}"
+            )
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(device)
+        self.classes = tuple(classes)
+        self.model = model.eval().to(self.device).to(memory_format=torch.channels_last)
+        self.score_threshold = score_threshold
+        self.nms = nms
+        self.max_detections = max_detections
+        self.testing = testing
+        self._prepare = [
+            v2.Compose(
+                [
+                    Resize(side, None if max_side is None else round(side * max_side / short_side)),
+                    v2.ToDtype(torch.float32, scale=True),
+                    v2.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+                ]
+            )
+            for side in testing.scales or (short_side,)
+        ]
+
+    @torch.inference_mode()
+    def __call__(self, image: Tensor, proposals: Tensor | None = None) -> Detections:
+        """
+        Args:
+            image: uint8 [3, H, W], RGB.
+            proposals: boxes [P, 4] in pixels of `image` that take the place of the network's own
+                proposals; parts of them outside the image are cut off.
+        Returns:
+            What is in the image, best first, on the CPU; boxes in pixels of `image`.
+        Raises:
+            ValueError: if it is not such an image, if `proposals` are no such boxes or not finite,
+                or if the model takes none.
+        """
+        if (
+            image.dtype != torch.uint8
+            or image.ndim != 3
+            or image.shape[0] != 3
+            or not image.numel()
+        ):
+            raise ValueError(
+                f"image must be uint8 [3, H, W], got {image.dtype} {list(image.shape)}"
+            )
+        size = (image.shape[1], image.shape[2])
+        if proposals is not None:
+            proposals = self._checked(proposals, size)
+        found: list[Candidates] = []
+        for prepare in self._prepare:
+            # Resized where the image is, as in training; only then moved.
+            upright = prepare(image)[None].to(self.device, memory_format=torch.channels_last)
+            for mirrored in (False, True) if self.testing.flip else (False,):
+                seen = upright.flip(3) if mirrored else upright
+                seen_size = (seen.shape[2], seen.shape[3])
+                given = None
+                if proposals is not None:
+                    given = _rescaled(proposals, size, seen_size)
+                    given = _mirrored(given, seen_size) if mirrored else given
+                for boxes, scores in self._look(seen, seen_size, given):
+                    there = _mirrored(boxes, seen_size) if mirrored else boxes
+                    found.append(Candidates(_rescaled(there, seen_size, size), scores))
+        detections = select(
+            merge(found),
+            score_threshold=self.score_threshold,
+            nms=self.nms,
+            max_detections=self.max_detections,
+            soft_nms=self.testing.soft_nms,
+            box_averaging=self.testing.box_averaging,
+        )
+        return Detections(*(values.cpu() for values in detections))
+
+    def _checked(self, proposals: Tensor, size: Size) -> Tensor:
+        """Stored proposals as the model takes them, still in pixels of the image."""
+        if not self.model.takes_proposals:
+            raise ValueError(f"proposals: {type(self.model).__name__} takes none from outside")
+        if proposals.ndim != 2 or proposals.shape[1] != 4 or not proposals.is_floating_point():
+            raise ValueError(
+                "proposals must be floating-point [P, 4], "
+                f"got {proposals.dtype} {list(proposals.shape)}"
+            )
+        if not proposals.isfinite().all():
+            raise ValueError("proposals must be finite, got NaN or infinity")
+        return clip_boxes_to_image(proposals.to(self.device, torch.float32), size)
+
+    def _look(self, image: Tensor, size: Size, proposals: Tensor | None) -> list[Candidates]:
+        """What each pass through the detector finds, in pixels of the network's input [1, 3, h, w].
+
+        As Gidaris and Komodakis do it: the boxes of a pass are the proposals of the next, and where
+        every class has its own box, the box is scored again for that class alone. Boxes that no
+        longer score enough to be reported are not followed further.
+        """
+        features = self.model.features(image)
+        if not self.model.takes_proposals:
+            return [self._candidates(features, size, image.new_zeros(0, 4))]
+        if proposals is None:
+            proposals = self.model.propose(features, [size])[0].boxes
+        passes = [self._candidates(features, size, proposals)]
+        for _ in range(self.testing.refine - 1):
+            boxes, scores = passes[-1]
+            followed = scores > self.score_threshold
+            if boxes.ndim == 2:
+                followed = followed.any(dim=1) & boxes.isfinite().all(dim=-1)
+                passes.append(self._candidates(features, size, boxes[followed]))
+            else:
+                rows, labels = (followed & boxes.isfinite().all(dim=-1)).nonzero(as_tuple=True)
+                again = self._candidates(features, size, boxes[rows, labels])
+                own = F.one_hot(labels, scores.shape[1]).bool()
+                passes.append(Candidates(again.boxes, again.scores.where(own, 0.0)))
+        return passes
+
+    def _candidates(self, features: Features, size: Size, proposals: Tensor) -> Candidates:
+        """The model's candidates of one image in float32, a limited number of boxes at a time."""
+        parts = [
+            self.model.candidates(features, [size], [some])[0]
+            for some in proposals.split(_BOXES_AT_ONCE)
+        ]
+        return Candidates(*(values.float() for values in merge(parts)))
+
+
+def _mirrored(boxes: Tensor, size: Size) -> Tensor:
+    """Boxes [..., 4] in an image of this height and width, as they lie in its mirror image."""
+    x1, y1, x2, y2 = boxes.unbind(dim=-1)
+    return torch.stack([size[1] - x2, y1, size[1] - x1, y2], dim=-1)
+
+
+def _rescaled(boxes: Tensor, size: Size, new_size: Size) -> Tensor:
+    """Boxes [..., 4] in an image of height and width `size`, after its resizing to `new_size`."""
+    (height, width), (new_height, new_width) = size, new_size
+    # First times, then divided by: so the image's own edges stay its edges to the last bit.
+    return (
+        boxes
+        * boxes.new_tensor([new_width, new_height] * 2)
+        / boxes.new_tensor([width, height] * 2)
+    )
