@@ -86,11 +86,15 @@ class ResNetFeatures(nn.Module):
         Raises:
             ValueError: if `images` has another number of dimensions or channels.
         """
+        conv4 = self.conv4(images)
+        return conv4, self.layer4(conv4)
+
+    def conv4(self, images: Tensor) -> Tensor:
+        """The map of conv4 alone, [N, conv4_channels, ceil(H/16), ceil(W/16)]; as `stages`."""
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images: wanted [N, 3, H, W], got {list(images.shape)}")
         x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
-        conv4 = self.layer3(self.layer2(self.layer1(x)))
-        return conv4, self.layer4(conv4)
+        return self.layer3(self.layer2(self.layer1(x)))
 
     def reduced(self, conv5: Tensor) -> Tensor:
         """The map of conv5 as `forward` returns it, [N, out_channels, H, W]."""
