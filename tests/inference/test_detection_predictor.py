@@ -171,6 +171,23 @@ def test_other_proposals_are_refused(proposals, problem):
         predictor(Repeater())(black(20, 20), proposals)
 
 
+def test_proposals_come_back_in_pixels_of_the_image():
+    """Seen once and upright, whatever the testing; here at twice the size of the image."""
+
+    class Proposer(Repeater):
+        def propose(self, features, sizes):
+            assert sizes == [(40, 60)]
+            boxes = torch.tensor([[0.0, 0, 60, 40], [10, 12, 21, 15]])
+            return [Proposals(boxes, torch.tensor([0.5, 0.25]))]
+
+    predict = predictor(Proposer(), DetectionTesting(scales=(80, 160), flip=True))
+    boxes, scores = predict.propose(black(20, 30))
+    assert boxes.tolist() == [[0, 0, 30, 20], [5, 6, 10.5, 7.5]]
+    assert scores.tolist() == [0.5, 0.25]
+    with pytest.raises(ValueError, match="image must be uint8"):
+        predict.propose(torch.zeros(3, 20, 30))
+
+
 def test_no_proposals_no_boxes():
     for refine in (1, 3):
         found = predictor(Repeater(), DetectionTesting(refine=refine))(

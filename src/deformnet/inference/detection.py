@@ -15,7 +15,7 @@ from torchvision.ops import clip_boxes_to_image
 from torchvision.transforms import v2
 
 from deformnet.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Resize
-from deformnet.models.detector import Candidates, Detections, Detector, Features, Size
+from deformnet.models.detector import Candidates, Detections, Detector, Features, Proposals, Size
 from deformnet.models.selection import merge, select
 
 _BOXES_AT_ONCE = 1000  # pooled features of so many boxes are in memory; refinement asks for more
@@ -103,14 +103,9 @@ class DetectionPredictor:
         self.nms = nms
         self.max_detections = max_detections
         self.testing = testing
-        self._prepare = [
-            v2.Compose(
-                [
-                    Resize(side, None if max_side is None else round(side * max_side / short_side)),
-                    v2.ToDtype(torch.float32, scale=True),
-                    v2.Normalize(IMAGENET_MEAN, IMAGENET_STD),
-                ]
-            )
+        self._usual = _preparation(short_side, max_side)
+        self._views = [
+            _preparation(side, None if max_side is None else round(side * max_side / short_side))
             for side in testing.scales or (short_side,)
         ]
 
@@ -127,22 +122,13 @@ class DetectionPredictor:
             ValueError: if it is not such an image, if `proposals` are no such boxes or not finite,
                 or if the model takes none.
         """
-        if (
-            image.dtype != torch.uint8
-            or image.ndim != 3
-            or image.shape[0] != 3
-            or not image.numel()
-        ):
-            raise ValueError(
-                f"image must be uint8 [3, H, W], got {image.dtype} {list(image.shape)}"
-            )
+        _require_image(image)
         size = (image.shape[1], image.shape[2])
         if proposals is not None:
             proposals = self._checked(proposals, size)
         found: list[Candidates] = []
-        for prepare in self._prepare:
-            # Resized where the image is, as in training; only then moved.
-            upright = prepare(image)[None].to(self.device, memory_format=torch.channels_last)
+        for prepare in self._views:
+            upright = self._input(prepare, image)
             for mirrored in (False, True) if self.testing.flip else (False,):
                 seen = upright.flip(3) if mirrored else upright
                 seen_size = (seen.shape[2], seen.shape[3])
@@ -162,6 +148,30 @@ class DetectionPredictor:
             box_averaging=self.testing.box_averaging,
         )
         return Detections(*(values.cpu() for values in detections))
+
+    @torch.inference_mode()
+    def propose(self, image: Tensor) -> Proposals:
+        """The boxes that the network would look into, for other networks to be trained on.
+
+        From a single look at the size of training, whatever `testing` says.
+
+        Args:
+            image: uint8 [3, H, W], RGB.
+        Returns:
+            Boxes in pixels of `image` and their scores, best first, on the CPU.
+        Raises:
+            ValueError: if it is not such an image.
+        """
+        _require_image(image)
+        seen = self._input(self._usual, image)
+        size = (seen.shape[2], seen.shape[3])
+        boxes, scores = self.model.propose(self.model.features(seen), [size])[0]
+        boxes = _rescaled(boxes.float(), size, (image.shape[1], image.shape[2]))
+        return Proposals(boxes.cpu(), scores.float().cpu())
+
+    def _input(self, prepare: v2.Compose, image: Tensor) -> Tensor:
+        """The network's input [1, 3, h, w]; resized where the image is, as in training."""
+        return prepare(image)[None].to(self.device, memory_format=torch.channels_last)
 
     def _checked(self, proposals: Tensor, size: Size) -> Tensor:
         """Stored proposals as the model takes them, still in pixels of the image."""
@@ -209,6 +219,18 @@ class DetectionPredictor:
             for some in proposals.split(_BOXES_AT_ONCE)
         ]
         return Candidates(*(values.float() for values in merge(parts)))
+
+
+def _preparation(short_side: int, max_side: int | None) -> v2.Compose:
+    """The transforms of training, for an image alone."""
+    to_float = v2.ToDtype(torch.float32, scale=True)
+    normalise = v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)
+    return v2.Compose([Resize(short_side, max_side), to_float, normalise])
+
+
+def _require_image(image: Tensor) -> None:
+    if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3 or not image.numel():
+        raise ValueError(f"image must be uint8 [3, H, W], got {image.dtype} {list(image.shape)}")
 
 
 def _mirrored(boxes: Tensor, size: Size) -> Tensor:
