@@ -5,7 +5,7 @@ from pathlib import Path
 
 from deformnet.data.base import require_folder
 from deformnet.data.cityscapes import CityscapesSegmentation
-from deformnet.data.voc import VOCSegmentation, find_voc
+from deformnet.data.voc import VOCSegmentation, find_voc, voc_splits
 
 
 def open_segmentation(
@@ -35,3 +35,15 @@ def open_segmentation(
             "and ImageSets/ (VOC), and for leftImg8bit/ and gtFine/ (Cityscapes)"
         ) from None
     return VOCSegmentation(root, split, transforms)
+
+
+def segmentation_splits(root: Path) -> list[str]:
+    """The splits of a folder in the VOC or the Cityscapes layout.
+
+    Raises:
+        FileNotFoundError: if it is in neither.
+    """
+    cityscapes = root / "leftImg8bit"
+    if cityscapes.is_dir():
+        return sorted(folder.name for folder in cityscapes.iterdir() if folder.is_dir())
+    return voc_splits(find_voc(root))

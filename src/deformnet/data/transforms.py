@@ -1,4 +1,4 @@
-"""From an image and its label map to what a network takes.
+"""From an image and its label map, or its boxes, to what a network takes.
 
 Randomness comes from torch's global generator alone, so that a seed repeats it.
 """
@@ -13,17 +13,20 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
 from deformnet.data.base import IGNORE
+from deformnet.data.boxes import BoxAnnotations
 
 __all__ = [
     "IGNORE",
     "IMAGENET_MEAN",
     "IMAGENET_STD",
     "Resize",
+    "detection_transforms",
     "evaluation_transforms",
     "training_transforms",
 ]
 
 Transforms = Callable[[tv_tensors.Image, tv_tensors.Mask], tuple[Tensor, Tensor]]
+DetectionTransforms = Callable[[tv_tensors.Image, BoxAnnotations], tuple[Tensor, BoxAnnotations]]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -69,10 +72,36 @@ def evaluation_transforms(*, short_side: int, max_side: int | None) -> Transform
     return v2.Compose([Resize(short_side, max_side), *_to_network()])
 
 
+def detection_transforms(
+    *, short_side: int, max_side: int | None, flip: bool
+) -> DetectionTransforms:
+    """Resize, random flip, normalise; without the flip the same for testing.
+
+    Boxes are scaled by what the image really got: its sides after rounding over those before.
+
+    Args:
+        short_side: pixels of the shorter side after resizing (the paper: 600).
+        max_side: bound on the longer side; it wins over `short_side` (the paper: 1000). None for
+            no bound.
+        flip: mirror left and right, every second time.
+    Returns:
+        A function of an image (uint8 [3, H, W]) and its annotations; it gives float32 [3, h, w],
+        normalised with ImageNet's mean and standard deviation, and annotations whose boxes are in
+        its pixels, all plain tensors.
+    Raises:
+        ValueError: for sizes that are not positive.
+    """
+    steps: list[v2.Transform] = [Resize(short_side, max_side), v2.ClampBoundingBoxes()]
+    if flip:
+        steps.append(v2.RandomHorizontalFlip())
+    return v2.Compose([*steps, *_to_network()])
+
+
 def _to_network() -> list[v2.Transform]:
     dtypes: dict[type | str, torch.dtype | None] = {
         tv_tensors.Image: torch.float32,
         tv_tensors.Mask: torch.int64,
+        "others": None,
     }
     return [
         v2.ToDtype(dtypes, scale=True),
@@ -84,10 +113,10 @@ def _to_network() -> list[v2.Transform]:
 class Resize(v2.Transform):
     """Resizes so that the shorter side has a given length and the longer one a bound.
 
-    Images bilinearly with antialiasing, masks by the nearest pixel. `v2.Resize` is not used
-    because it takes masks at the corner of the target pixel and not at its centre (before
-    torchvision 0.29 always), which shifts the labels against the image, and because it truncates
-    the longer side where the authors' code rounds it.
+    Images bilinearly with antialiasing, masks by the nearest pixel, boxes by the same factors.
+    `v2.Resize` is not used because it takes masks at the corner of the target pixel and not at its
+    centre (before torchvision 0.29 always), which shifts the labels against the image, and because
+    it truncates the longer side where the authors' code rounds it.
     """
 
     def __init__(self, short_side: int, max_side: int | None) -> None:
@@ -107,8 +136,10 @@ class Resize(v2.Transform):
         return max(1, round(scale * height)), max(1, round(scale * width))
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        size = self.size(*inpt.shape[-2:])
-        if size == tuple(inpt.shape[-2:]):
+        boxes = isinstance(inpt, tv_tensors.BoundingBoxes)
+        before = inpt.canvas_size if boxes else tuple(inpt.shape[-2:])
+        size = self.size(*before)
+        if size == before:
             return inpt
         if isinstance(inpt, tv_tensors.Mask):
             plain = inpt.as_subclass(Tensor)[None]
