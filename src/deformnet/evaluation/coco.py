@@ -75,7 +75,7 @@ def coco_table(scores: Mapping[str, float]) -> str:
     """The numbers of `coco_ap` in percent as text, a line for each."""
     width = max(map(len, scores))
     lines = [
-        f"{name:{width}} {'-' if math.isnan(value) else f'{100 * value:.1f}':>6}"
+        f"{name:{width}} {'-' if math.isnan(value) else f'{100 * value:.2f}':>6}"
         for name, value in scores.items()
     ]
     return "\n".join(["COCO AP in percent", *lines])
@@ -124,8 +124,9 @@ def _detection(number: int, result: Mapping[str, Any], iou_type: str) -> dict[st
     wanted = ("image_id", "category_id", "score", region)
     if not isinstance(result, Mapping) or any(key not in result for key in wanted):
         raise ValueError(f"results[{number}]: wanted {', '.join(wanted)}, got {str(result)[:200]}")
-    if not _is_number(result["score"]):
-        raise ValueError(f"results[{number}]: wanted a finite score, got {result['score']}")
+    for key in ("image_id", "category_id", "score"):
+        if not _is_number(result[key]):
+            raise ValueError(f"results[{number}]: wanted a number as {key}, got {result[key]}")
     box = result[region]
     if region == "bbox" and not (
         isinstance(box, Sequence)

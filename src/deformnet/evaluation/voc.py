@@ -16,10 +16,10 @@ Method = Literal["11-point", "area"]
 or beyond it.
 """
 
+# As floats the points 0.3, 0.6 and 0.7 lie just above the tenths, so that 9 objects of 15 do not
+# reach 0.6. The evaluators that published numbers come from do so, and a point is worth up to 1/11
+# of AP: to compare, it must be so here, too.
 _RECALL_POINTS = np.arange(11) * 0.1
-# Not the exact tenths: as floats the points 0.3, 0.6 and 0.7 come out just above them, so that 9
-# objects of 15 do not reach 0.6. The evaluators that published numbers come from (the authors',
-# Padilla's) do so, and it moves AP by up to 1/11: to compare, it must be so here.
 
 Array = Tensor | np.ndarray
 
@@ -283,7 +283,7 @@ def _or_none(value: float) -> float | None:
 
 
 def _percent(value: float) -> str:
-    return "-" if math.isnan(value) else f"{100 * value:.1f}"
+    return "-" if math.isnan(value) else f"{100 * value:.2f}"
 
 
 def _line(name: str, objects: str, values: Sequence[str], width: int) -> str:

@@ -1,0 +1,436 @@
+"""Detections on disk: our own format and the benchmarks', and their scores.
+
+Our own (`.jsonl`) has one line for each image, in json:
+
+    {"image": "2007_000027", "boxes": [[174.2, 101, 349, 351.5]], "scores": [0.98],
+     "classes": ["person"]}
+
+`image` is the image's name in its set, or a file name. Boxes are x1, y1, x2, y2 in pixels of the
+image and say where the edges are: the first pixel is the box 0, 0, 1, 1. An image without
+detections has empty lists.
+"""
+
+import json
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from deformnet.data.coco import COCODetection
+from deformnet.data.detection import detection_splits, open_detection
+from deformnet.data.files import read_lines
+from deformnet.evaluation.coco import coco_ap, coco_table
+from deformnet.evaluation.voc import Found, Truth, VOCScores, voc_ap
+
+_IMAGE_FILES = (".jpg", ".jpeg", ".png")
+
+
+class ImageDetections(NamedTuple):
+    """What was found in one image."""
+
+    image: str
+    """Its name."""
+    boxes: Tensor | np.ndarray
+    """float32 [d, 4], edges x1 y1 x2 y2 in pixels."""
+    scores: Tensor | np.ndarray
+    """[d]."""
+    classes: Sequence[str]
+    """The name of each detection's class, d."""
+
+
+@dataclass(frozen=True)
+class DetectionScores:
+    """Attributes:
+    images: in the set.
+    images_with_detections: images that have at least one; fewer than expected hint at a file that
+        is not complete.
+    detections: in all images.
+    voc: VOC AP in both methods, or nothing for a COCO set.
+    coco: COCO's twelve numbers, or nothing for another set.
+    """
+
+    images: int
+    images_with_detections: int
+    detections: int
+    voc: tuple[VOCScores, ...]
+    coco: Mapping[str, float]
+
+    def to_json(self) -> dict[str, object]:
+        """Plain numbers for a JSON file, with None for NaN."""
+        scores: dict[str, object] = {
+            "images": self.images,
+            "images_with_detections": self.images_with_detections,
+            "detections": self.detections,
+        }
+        if self.coco:
+            numbers = self.coco.items()
+            scores["coco"] = {k: None if math.isnan(value) else value for k, value in numbers}
+        else:
+            scores["voc"] = [of_method.to_json() for of_method in self.voc]
+        return scores
+
+    def table(self) -> str:
+        """All of it as text."""
+        counts = (
+            f"{self.detections} detections in {self.images_with_detections} of {self.images} images"
+        )
+        tables = [scores.table() for scores in self.voc] or [coco_table(self.coco)]
+        return "\n\n".join([counts, *tables])
+
+
+def to_line(detections: ImageDetections) -> str:
+    """The line of our own format, without the line's end. Numbers are written as float32."""
+    return json.dumps(
+        {
+            "image": detections.image,
+            "boxes": [_short(box) for box in np.asarray(detections.boxes, np.float32)],
+            "scores": _short(np.asarray(detections.scores, np.float32)),
+            "classes": list(detections.classes),
+        }
+    )
+
+
+def write_detections(path: Path, detections: Iterable[ImageDetections]) -> None:
+    """Writes our own format. The file appears when it is complete: none is left half written."""
+    part = path.with_name(path.name + ".part")
+    with part.open("w", encoding="utf-8") as file:
+        file.writelines(to_line(of_image) + "\n" for of_image in detections)
+    part.replace(path)
+
+
+def read_detections(path: Path, classes: Collection[str] = ()) -> list[ImageDetections]:
+    """Reads detections that name their images; each image comes once.
+
+    `path` is one of
+
+    - a `.jsonl` file in our own format;
+    - a folder of VOC result files, `<run>_det_<split>_<class>.txt`, with a line
+      `image score x1 y1 x2 y2` for each detection: its first and last pixel, counted from 1;
+    - a folder of text files `<image>.txt`, with a line `class score x y width height` for each
+      detection: from pixel x to pixel x + width, counted from 1 as VOC does (so it is read by
+      Padilla et al. 2020, "A survey on performance metrics for object-detection algorithms").
+
+    COCO's result files give numbers to images and classes; `score` reads them.
+
+    Args:
+        classes: class names, which tell a split `test_clean` with a class `cell` from a split
+            `test` with a class `clean_cell`. Without them the class follows the last underscore.
+    Raises:
+        FileNotFoundError: if there is no such file or folder, or no text file in the folder.
+        ValueError: one line that names the file, for another format, malformed or truncated
+            content, an image that comes twice, and numbers that are NaN or infinite.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        files = _text_files(path)
+        if any("_det_" in file.name for file in files):
+            return _read_voc_results(files, classes)
+        return [_read_text(file, scored=True) for file in files]
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file or folder")
+    if path.suffix != ".jsonl":
+        raise ValueError(
+            f"{path}: wanted detections with names, a .jsonl file or a folder of .txt files"
+        )
+    return _read_json_lines(path)
+
+
+def score(
+    boxes: Path, data: Path, *, split: str | None = None, ious: Sequence[float] = (0.5, 0.7)
+) -> DetectionScores:
+    """Scores detections as the benchmark of the data does.
+
+    Args:
+        boxes: what `read_detections` reads, or for COCO data also a `.json` file in COCO's result
+            format.
+        data: the ground truth: a folder in the VOC or the COCO layout, a COCO json file of
+            annotations, or a folder of text files `<image>.txt` with a line
+            `class x y width height` for each object (see `read_detections`).
+        split: the part of a folder in the VOC or the COCO layout; others have none.
+        ious: thresholds of VOC AP. COCO's are fixed.
+    Raises:
+        FileNotFoundError: if a file or folder is missing.
+        ValueError: one line that says which file is malformed; for detections of images or classes
+            that are not in the ground truth.
+    """
+    boxes, data = Path(boxes).expanduser(), Path(data).expanduser()
+    truth = _open(data, split)
+    if isinstance(truth, _COCOTruth):
+        return _score_coco(boxes, truth)
+    if boxes.suffix == ".json":
+        raise ValueError(
+            f"{boxes}: COCO results give images by number, but {data} is not COCO data; "
+            "wanted a .jsonl file or a folder of .txt files"
+        )
+    found, count = {}, 0
+    labels = {name: label for label, name in enumerate(truth.classes)}
+    for name, of_image in _known(boxes, truth.images, truth.classes).items():
+        places = np.array([labels[c] for c in of_image.classes], dtype=np.int64)
+        found[name] = Found(of_image.boxes, of_image.scores, places)
+        count += len(places)
+    with_detections = sum(len(of_image.labels) > 0 for of_image in found.values())
+    scores = tuple(
+        voc_ap(truth.images, found, truth.classes, ious, method) for method in ("11-point", "area")
+    )
+    return DetectionScores(len(truth.images), with_detections, count, scores, {})
+
+
+class _NamedTruth(NamedTuple):
+    """Ground truth for VOC AP."""
+
+    images: dict[str, Truth]
+    classes: tuple[str, ...]
+
+
+class _COCOTruth(NamedTuple):
+    """Ground truth for COCO AP: the file, and the ids behind the names in it."""
+
+    file: Path
+    images: dict[str, int]
+    categories: dict[str, int]
+
+
+def _open(data: Path, split: str | None) -> _NamedTruth | _COCOTruth:
+    if data.is_dir():
+        try:
+            splits = detection_splits(data)
+        except FileNotFoundError:
+            if not any(data.glob("*.txt")):
+                raise
+        else:
+            if split is None:
+                known = ", ".join(splits) or "none"
+                raise ValueError(f"{data}: wanted a split; those here are: {known}")
+            return _open_layout(data, split)
+    if split is not None:
+        raise ValueError(f"{data}: has no splits, got {split!r}")
+    if data.is_dir():
+        return _open_texts(data)
+    if not data.is_file():
+        raise FileNotFoundError(f"{data}: no such file or folder")
+    return _open_coco(data)
+
+
+def _open_layout(data: Path, split: str) -> _NamedTruth | _COCOTruth:
+    dataset = open_detection(data, split)
+    names = [dataset.name(i) for i in range(len(dataset))]
+    if isinstance(dataset, COCODetection):
+        images = dict(zip(names, dataset.image_ids.tolist(), strict=True))
+        categories = dict(zip(dataset.classes, dataset.category_ids, strict=True))
+        return _COCOTruth(dataset.annotation_file, images, categories)
+    truths = {name: Truth(*dataset.annotations(i)) for i, name in enumerate(names)}
+    return _NamedTruth(truths, dataset.classes)
+
+
+def _open_texts(data: Path) -> _NamedTruth:
+    objects = [_read_text(file, scored=False) for file in _text_files(data)]
+    classes = tuple(sorted({name for of_image in objects for name in of_image.classes}))
+    if not classes:
+        raise ValueError(f"{data}: no object in any of the {len(objects)} text files")
+    truths = {}
+    for of_image in objects:
+        labels = np.array([classes.index(name) for name in of_image.classes], dtype=np.int64)
+        truths[of_image.image] = Truth(of_image.boxes, labels, np.zeros(len(labels), dtype=bool))
+    return _NamedTruth(truths, classes)
+
+
+def _open_coco(file: Path) -> _COCOTruth:
+    """A json file alone: the images themselves need not be there."""
+    content = _read_json(file)
+    try:
+        ids = [int(image["id"]) for image in content["images"]]
+        stems = [Path(image["file_name"]).stem for image in content["images"]]
+        categories = {category["name"]: category["id"] for category in content["categories"]}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file}: not COCO annotations ({error!r})") from error
+    # The names that COCODetection gives.
+    names = stems if len(set(stems)) == len(stems) else map(str, ids)
+    return _COCOTruth(file, dict(zip(names, ids, strict=True)), categories)
+
+
+def _score_coco(boxes: Path, truth: _COCOTruth) -> DetectionScores:
+    if boxes.suffix == ".json":
+        results = _read_json(boxes)
+        if not isinstance(results, list):
+            raise ValueError(f"{boxes}: wanted COCO results, a list of detections")
+    else:
+        known = _known(boxes, truth.images, truth.categories)
+        results = [
+            {
+                "image_id": truth.images[name],
+                "category_id": truth.categories[class_name],
+                "bbox": [x1, y1, x2 - x1, y2 - y1],
+                "score": value,
+            }
+            for name, of_image in known.items()
+            for (x1, y1, x2, y2), value, class_name in zip(
+                of_image.boxes.tolist(), of_image.scores.tolist(), of_image.classes, strict=True
+            )
+        ]
+    try:
+        scores = coco_ap(truth.file, results)
+    except ValueError as error:
+        raise ValueError(f"{boxes}: {error}") from error
+    with_detections = len({result["image_id"] for result in results})
+    return DetectionScores(len(truth.images), with_detections, len(results), (), scores)
+
+
+def _known(
+    path: Path, images: Collection[str], classes: Collection[str]
+) -> dict[str, ImageDetections]:
+    """The detections by the names of the ground truth, which must have all images and classes."""
+    found: dict[str, ImageDetections] = {}
+    unknown = []
+    detections = read_detections(path, classes)
+    for of_image in detections:
+        name = of_image.image
+        if name not in images and Path(name).suffix.lower() in _IMAGE_FILES:
+            name = Path(name).stem
+        if name in found:
+            raise ValueError(f"{path}: image {name!r} comes more than once")
+        if name in images:
+            found[name] = of_image
+        else:
+            unknown.append(of_image.image)
+    if unknown:
+        raise ValueError(
+            f"{path}: {len(unknown)} of {len(detections)} images are not in the ground truth, "
+            f"such as {unknown[0]!r}"
+        )
+    names = [name for of_image in detections for name in of_image.classes]
+    foreign = [name for name in names if name not in classes]
+    if foreign:
+        raise ValueError(
+            f"{path}: {len(foreign)} of {len(names)} detections are of classes that are not in "
+            f"the ground truth, such as {foreign[0]!r}; its classes: {', '.join(classes)}"
+        )
+    return found
+
+
+def _read_json_lines(path: Path) -> list[ImageDetections]:
+    detections: dict[str, ImageDetections] = {}
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                of_image = _from_line(line)
+            except ValueError as error:  # broken json and other encodings are that, too
+                raise ValueError(f"{path}: line {number}: {error}") from error
+            if of_image.image in detections:
+                raise ValueError(f"{path}: line {number}: {of_image.image!r} comes a second time")
+            detections[of_image.image] = of_image
+    if not detections:
+        raise ValueError(f"{path}: holds no image")
+    return list(detections.values())
+
+
+def _from_line(line: bytes) -> ImageDetections:
+    content = json.loads(line)
+    wanted = ("image", "boxes", "scores", "classes")
+    if not isinstance(content, dict) or any(key not in content for key in wanted):
+        raise ValueError(f"wanted {', '.join(wanted)}, got {str(content)[:100]}")
+    image, boxes, scores, classes = (content[key] for key in wanted)
+    if not isinstance(image, str):
+        raise ValueError(f"wanted the image's name, got {image}")
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise ValueError(f"wanted a list of class names, got {str(classes)[:100]}")
+    return _checked(image, boxes, scores, classes)
+
+
+def _read_voc_results(files: Sequence[Path], classes: Collection[str]) -> list[ImageDetections]:
+    by_image: dict[str, list[tuple[str, list[float]]]] = {}
+    for file in files:
+        _, separator, tail = file.stem.partition("_det_")
+        names = [name for name in classes if tail.endswith(f"_{name}")]
+        name = max(names, key=len, default=tail.rpartition("_")[2])
+        if not separator or name == tail:
+            raise ValueError(f"{file}: wanted <run>_det_<split>_<class>.txt as its name")
+        for line in read_lines(file):
+            image, numbers = _fields(file, line, "image score x1 y1 x2 y2")
+            by_image.setdefault(image, []).append((name, numbers))
+    try:
+        return [_from_pixels(image, rows) for image, rows in by_image.items()]
+    except ValueError as error:
+        raise ValueError(f"{files[0].parent}: {error}") from error
+
+
+def _read_text(file: Path, *, scored: bool) -> ImageDetections:
+    """The boxes of one image; the score of each is 1 if the file has none."""
+    form = "class score x y width height" if scored else "class x y width height"
+    rows = []
+    for line in read_lines(file):
+        name, (*scores, x, y, width, height) = _fields(file, line, form)
+        rows.append((name, [*(scores or [1.0]), x, y, x + width, y + height]))
+    try:
+        return _from_pixels(file.stem, rows)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def _from_pixels(image: str, rows: Sequence[tuple[str, Sequence[float]]]) -> ImageDetections:
+    """From class, score, and first and last pixel counted from 1."""
+    numbers = np.array([row for _, row in rows], dtype=np.float64).reshape(-1, 5)
+    edges = numbers[:, 1:] - (1, 1, 0, 0)
+    return _checked(image, edges, numbers[:, 0], [name for name, _ in rows])
+
+
+def _checked(image: str, boxes: Any, scores: Any, classes: Sequence[str]) -> ImageDetections:
+    try:
+        # Scores in double precision: files may tell apart what float32 does not.
+        edges, values = np.asarray(boxes, np.float32), np.asarray(scores, np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{image}: wanted numbers as boxes and scores ({error})") from error
+    if edges.size == 0:
+        edges = edges.reshape(0, 4)
+    if edges.shape != (len(classes), 4) or values.shape != (len(classes),):
+        raise ValueError(
+            f"{image}: wanted boxes [n, 4], scores [n] and n classes, got {list(edges.shape)}, "
+            f"{list(values.shape)} and {len(classes)}"
+        )
+    if not np.isfinite(values).all():
+        raise ValueError(f"{image}: a score is NaN or infinite")
+    if not np.isfinite(edges).all():
+        raise ValueError(f"{image}: a box is NaN or infinite")
+    inverted = (edges[:, 2:] < edges[:, :2]).any(1)
+    if inverted.any():
+        raise ValueError(f"{image}: box {edges[inverted][0].tolist()} ends before it begins")
+    return ImageDetections(image, edges, values, classes)
+
+
+def _fields(file: Path, line: str, form: str) -> tuple[str, list[float]]:
+    """The first field of a line, in which there may be blanks, and the numbers behind it."""
+    count = len(form.split())
+    name, *texts = line.rsplit(maxsplit=count - 1)
+    try:
+        numbers = [float(text) for text in texts]
+    except ValueError:
+        numbers = []
+    if len(numbers) != count - 1 or not all(map(math.isfinite, numbers)):
+        raise ValueError(f"{file}: wanted {form!r} a line, got {line!r}")
+    return name, numbers
+
+
+def _text_files(folder: Path) -> list[Path]:
+    files = sorted(folder.glob("*.txt"))
+    if not files:
+        raise FileNotFoundError(f"{folder}: no .txt file in this folder")
+    return files
+
+
+def _read_json(path: Path) -> Any:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not readable as json ({error})") from error
+
+
+def _short(numbers: np.ndarray) -> list[float]:
+    """float32 numbers with no more digits than tell them apart."""
+    return [float(str(number)) for number in numbers]
