@@ -231,6 +231,18 @@ def test_averaging_takes_boxes_of_all_passes_and_views():
     assert math.isclose(found.scores[0], 0.3, rel_tol=1e-6)
 
 
+def test_mixed_precision_does_not_round_boxes():
+    given = torch.tensor([[701.0, 1, 903, 30], [703, 1, 903, 30]])
+    predict = predictor(
+        Repeater(), DetectionTesting(box_averaging=True), short_side=40, max_side=None
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        found = predict(black(40, 1000), given)
+    # bfloat16 knows only whole multiples of 4 there.
+    mean = (701 + 703 * 0.9999) / 1.9999
+    assert torch.allclose(found.boxes, torch.tensor([[mean, 1, 903, 30]]), rtol=0, atol=1e-3)
+
+
 class ClassWalker(Spy):
     """Each class moves boxes by its own step; scores depend on where the box that was asked is."""
 

@@ -1,5 +1,6 @@
-"""Images in, label maps and pictures out."""
+"""Images in; label maps or boxes, and pictures out."""
 
+from deformnet.inference.detection import DetectionPredictor, DetectionTesting
 from deformnet.inference.drawing import label_image, overlay, palette
 from deformnet.inference.segmentation import (
     SegmentationPredictor,
@@ -8,6 +9,8 @@ from deformnet.inference.segmentation import (
 )
 
 __all__ = [
+    "DetectionPredictor",
+    "DetectionTesting",
     "SegmentationPredictor",
     "find_images",
     "label_image",

@@ -139,14 +139,16 @@ class DetectionPredictor:
                 for boxes, scores in self._look(seen, seen_size, given):
                     there = _mirrored(boxes, seen_size) if mirrored else boxes
                     found.append(Candidates(_rescaled(there, seen_size, size), scores))
-        detections = select(
-            merge(found),
-            score_threshold=self.score_threshold,
-            nms=self.nms,
-            max_detections=self.max_detections,
-            soft_nms=self.testing.soft_nms,
-            box_averaging=self.testing.box_averaging,
-        )
+        # Mixed precision would average the corners of boxes to within several pixels.
+        with torch.autocast(self.device.type, enabled=False):
+            detections = select(
+                merge(found),
+                score_threshold=self.score_threshold,
+                nms=self.nms,
+                max_detections=self.max_detections,
+                soft_nms=self.testing.soft_nms,
+                box_averaging=self.testing.box_averaging,
+            )
         return Detections(*(values.cpu() for values in detections))
 
     @torch.inference_mode()
