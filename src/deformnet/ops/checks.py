@@ -2,18 +2,20 @@
 
 Every entrance asks here: the public function, the fake that a compiler traces, and the kernel
 itself (so that a call through `torch.ops`, too, never reads outside its tensors). Sizes may be
-symbolic; nothing here looks at the values of a tensor.
+symbolic; nothing but `check_image_indices` looks at the values of a tensor.
 """
 
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 Pair: TypeAlias = tuple[int, int]
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 BORDERS = ("zeros", "msra2017")
+SAMPLINGS = ("bins", "msra", "aligned")
 
 
 def pair(name: str, value: int | tuple[int, int] | list[int]) -> Pair:
@@ -123,6 +125,117 @@ def deform_conv2d_shape(
                 f"({groups} offset groups of {taps} taps), got {_shape(mask)}"
             )
     return batch, out_channels, out_height, out_width
+
+
+def roi_pool_shape(
+    input: Tensor,
+    boxes: Tensor,
+    offset: Tensor | None,
+    output_size: Pair,
+    spatial_scale: float,
+    gamma: float,
+    sampling: str,
+    samples_per_bin: int,
+    position_sensitive: bool,
+) -> tuple[int, int, int, int]:
+    """The shape [R, C_out, ph, pw] of the output, once all arguments are found to be right.
+
+    Raises:
+        TypeError: for something that is not a tensor, or a wrong dtype.
+        ValueError: for everything else; the message names the argument.
+    """
+    _check_tensor("input", input, 4)
+    if input.dtype not in DTYPES:
+        raise TypeError(f"input: want one of {_names(DTYPES)}, got {input.dtype}")
+    _check_tensor("boxes", boxes, 2)
+    if boxes.shape[1] != 5:
+        raise ValueError(f"boxes: want [R, 5] or a list of [r, 4], got {_shape(boxes)}")
+    if boxes.dtype not in (input.dtype, torch.float32, torch.float64):
+        wanted = (torch.float32, torch.float64)
+        wanted = wanted if input.dtype in wanted else (input.dtype, *wanted)
+        raise TypeError(f"boxes: want one of {_names(wanted)}, got {boxes.dtype}")
+    if boxes.device != input.device:
+        raise ValueError(f"boxes: want device {input.device}, as input, got {boxes.device}")
+    if offset is not None:
+        _check_tensor("offset", offset, 4, like=input, or_float32=True)
+
+    ph, pw = output_size
+    if ph < 1 or pw < 1:
+        raise ValueError(f"output_size: want at least 1, got {tuple(output_size)}")
+    _check_number("spatial_scale", spatial_scale)
+    if not 0 < spatial_scale < float("inf"):
+        raise ValueError(f"spatial_scale: want a positive number, got {spatial_scale}")
+    _check_number("gamma", gamma)
+    if not float("-inf") < gamma < float("inf"):
+        raise ValueError(f"gamma: want a finite number, got {gamma}")
+    if sampling not in SAMPLINGS:
+        raise ValueError(f"sampling: want one of {', '.join(SAMPLINGS)}, got {sampling!r}")
+    if not isinstance(samples_per_bin, (int, torch.SymInt)):
+        raise TypeError(f"samples_per_bin: want an int, got {samples_per_bin!r}")
+    if samples_per_bin < 0:
+        raise ValueError(f"samples_per_bin: want at least 0, got {samples_per_bin}")
+    if samples_per_bin == 0 and sampling != "aligned":
+        raise ValueError(
+            f'samples_per_bin: want at least 1 (0 adapts in "aligned" alone), '
+            f"got 0 with {sampling!r}"
+        )
+
+    _, channels, height, width = input.shape
+    if channels < 1 or height < 1 or width < 1:
+        raise ValueError(f"input: want at least one channel, row and column, got {_shape(input)}")
+    if position_sensitive:
+        if channels % (ph * pw):
+            raise ValueError(
+                f"input: want channels in multiples of the {ph} * {pw} bins, got {_shape(input)}"
+            )
+        channels = channels // (ph * pw)
+    count = boxes.shape[0]
+    if offset is not None:
+        offset_count, offset_channels, part_h, part_w = offset.shape
+        groups = offset_channels // 2
+        if (
+            offset_count != count
+            or groups < 1
+            or groups * 2 != offset_channels
+            or channels % groups
+            or (sampling != "msra" and (part_h != ph or part_w != pw))
+            or part_h < 1
+            or part_w < 1
+        ):
+            parts = "part_h, part_w" if sampling == "msra" else f"{ph}, {pw}"
+            raise ValueError(
+                f"offset: want [{count}, 2 * G, {parts}], "
+                f"G dividing the {channels} channels of the output, got {_shape(offset)}"
+            )
+    return count, channels, ph, pw
+
+
+def values_known(tensor: Tensor) -> bool:
+    """Whether there are numbers in a tensor, to be looked at while Python runs."""
+    return not (torch.compiler.is_compiling() or tensor.is_meta or isinstance(tensor, FakeTensor))
+
+
+def check_image_indices(boxes: Tensor, batch: int) -> None:
+    """Refuses boxes [R, 5] of images that are not in the batch, where that costs no waiting.
+
+    Raises:
+        ValueError: if an index is not one of 0 .. batch - 1.
+    """
+    if boxes.device.type != "cpu" or not values_known(boxes):
+        return
+    image = boxes.detach()[:, 0]
+    wrong = ~((image >= 0) & (image < batch) & (image == image.floor()))
+    if wrong.any():
+        row = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"boxes: want an image's index, a whole number below {batch}, in the first column, "
+            f"got {image[row].item():g} in row {row}"
+        )
+
+
+def _check_number(name: str, value: float) -> None:
+    if not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{name}: want a number, got {value!r}")
 
 
 def _check_tensor(

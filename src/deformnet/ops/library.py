@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.library import Library
 
 from deformnet.ops import cpu, reference
-from deformnet.ops.checks import Pair, deform_conv2d_shape
+from deformnet.ops.checks import Pair, check_image_indices, deform_conv2d_shape
 
 _TensorOrNone = TypeVar("_TensorOrNone", Tensor, Tensor | None)
 
@@ -55,6 +55,38 @@ def reference_deform_conv2d(
         input, offset, weight, bias, mask, stride, padding, dilation, border
     )
     return output.contiguous(memory_format=_memory_format(input))
+
+
+# Until the kernels are there.
+HAS_ROI_POOL = False
+roi_pool = None
+
+
+def reference_roi_pool(
+    input: Tensor,
+    boxes: Tensor,
+    offset: Tensor | None,
+    output_size: Pair,
+    spatial_scale: float,
+    gamma: float,
+    sampling: str,
+    samples_per_bin: int,
+    position_sensitive: bool,
+) -> Tensor:
+    """The definition, where it may look at the boxes."""
+    check_image_indices(boxes, input.shape[0])
+    return reference.roi_pool(
+        *(input, boxes, offset, output_size, spatial_scale, gamma),
+        *(sampling, samples_per_bin, position_sensitive),
+    )
+
+
+def autocast_roi_pool(
+    device: str, input: Tensor, boxes: Tensor, offset: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The tensors as autocast wants them: a map in its type, positions in float32."""
+    low = torch.get_autocast_dtype(device)
+    return _cast(input, low), _cast(boxes, torch.float32), _cast(offset, torch.float32)
 
 
 def autocast(

@@ -1,0 +1,330 @@
+"""Deformable RoI pooling, plain and position-sensitive, under three rules of sampling.
+
+Each bin is the mean of samples on a grid, rows times columns; so is everything here, one axis at a
+time. Letters: R boxes, C output channels, G offset groups, K = ph*pw bins, H W height and width of
+the map, B = R*G*K bins of all boxes and groups, S samples on one axis of a bin.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from deformnet.ops.checks import values_known
+
+# Numbers read from the map at a time, unless one bin alone has more of them.
+_CHUNK = 2**22
+
+
+def roi_pool(
+    input: Tensor,
+    boxes: Tensor,
+    offset: Tensor | None,
+    output_size: tuple[int, int],
+    spatial_scale: float,
+    gamma: float,
+    sampling: str,
+    samples_per_bin: int,
+    position_sensitive: bool,
+) -> Tensor:
+    """`deformnet.ops.deform_roi_pool` and `deform_ps_roi_pool`; arguments are taken to be right.
+
+    Positions are computed in float64, so that a box is rounded, and a sample found to lie inside
+    the map, in the same way for every dtype of the input; the rest in float64 for float64 and in
+    float32 for everything else. Differentiable any number of times by input and offset; the
+    memory that autograd holds grows with the number of samples.
+
+    Returns:
+        [R, C, ph, pw], contiguous, of the dtype of `input`.
+    """
+    n, channels, height, width = input.shape
+    ph, pw = output_size
+    bins = ph * pw
+    count = boxes.shape[0]
+    if position_sensitive:
+        channels = channels // bins
+    groups = 1 if offset is None else offset.shape[1] // 2
+
+    box = boxes.detach().to(torch.float64)
+    image, x1, y1, x2, y2 = box.unbind(1)
+    # Where the values cannot be seen, an image that is not there makes the box undefined.
+    exists = (image >= 0) & (image < n)
+    y = _axis(y1, y2, exists, ph, spatial_scale, sampling, samples_per_bin)
+    x = _axis(x1, x2, exists, pw, spatial_scale, sampling, samples_per_bin)
+
+    # From here on every tensor of an axis is [B], the bins in the order R, G, ph, pw.
+    shape = (count, groups, ph, pw)
+    y_start, x_start = y.start[:, None, :, None], x.start[:, None, None, :]
+    if offset is not None:
+        shift = gamma * _of_bins(offset.to(torch.float64), output_size)
+        shift = shift.reshape(count, groups, 2, ph, pw)
+        # The pair is (x, y).
+        x_start = x_start + shift[:, :, 0] * x.size[:, None, None, None]
+        y_start = y_start + shift[:, :, 1] * y.size[:, None, None, None]
+    y_grid = _Grid(
+        y_start.expand(shape).flatten(),
+        y.step[:, None, :, None].expand(shape).flatten(),
+        y.count[:, None, :, None].expand(shape).flatten(),
+    )
+    x_grid = _Grid(
+        x_start.expand(shape).flatten(),
+        x.step[:, None, None, :].expand(shape).flatten(),
+        x.count[:, None, None, :].expand(shape).flatten(),
+    )
+
+    # One row of the table is what a sample reads at one pixel: the channels of its group, and of
+    # its bin if position-sensitive.
+    dtype = torch.promote_types(input.dtype, torch.float32)
+    planes = bins if position_sensitive else 1
+    table = input.to(dtype).reshape(n, groups, channels // groups, planes, height, width)
+    table = table.permute(0, 1, 3, 4, 5, 2).reshape(-1, channels // groups)
+    index = torch.where(exists, image, 0).long()[:, None] * groups
+    index = index + torch.arange(groups, device=input.device)
+    index = index[:, :, None] * planes + torch.arange(planes, device=input.device)
+    index = index.expand(count, groups, bins).flatten() * (height * width)
+
+    needed = (
+        _needed(y_grid, height, sampling, samples_per_bin),
+        _needed(x_grid, width, sampling, samples_per_bin),
+    )
+    pieces = []
+    order = None
+    if values_known(boxes):
+        order, chunks = _chunks(needed[0].samples, needed[1].samples, channels // groups)
+    else:
+        chunks = [(slice(None), needed[0].most, needed[1].most)]
+    for chosen, rows, columns in chunks:
+        pieces.append(
+            _pool(
+                table,
+                index[chosen],
+                _read_axis(y_grid.at(chosen), needed[0].first[chosen], rows, height, sampling),
+                _read_axis(x_grid.at(chosen), needed[1].first[chosen], columns, width, sampling),
+                width,
+            )
+        )
+    output = torch.cat([piece.total for piece in pieces])
+    inside = torch.cat([piece.inside for piece in pieces])
+    if order is not None:
+        back = order.argsort()
+        output, inside = output[back], inside[back]
+
+    # What the sum is divided by: the samples inside, or all of them.
+    number = inside if sampling == "msra" else y_grid.count * x_grid.count
+    output = output / number.clamp_min(1).to(dtype)[:, None]
+
+    # Where a position is not a number, so is the mean, and its derivative by the position: it is
+    # the square of a NaN.
+    undefined = y_grid.start.isnan() | x_grid.start.isnan()
+    poison = torch.where(undefined, y_grid.start + x_grid.start, 0).to(dtype)
+    output = torch.where(undefined[:, None], (poison * poison)[:, None], output)
+
+    output = output.reshape(count, groups, ph, pw, channels // groups).permute(0, 1, 4, 2, 3)
+    return output.reshape(count, channels, ph, pw).to(input.dtype)
+
+
+class _Axis(NamedTuple):
+    """How boxes lie on one axis of the map, and where the k bins have their samples there.
+
+    Sample s of a bin, s = 0 .. count - 1, is at start + s * step, before the shift.
+    """
+
+    size: Tensor  # [R], what the shift is measured in
+    start: Tensor  # [R, k]
+    step: Tensor  # [R, k]
+    count: Tensor  # [R, k], whole numbers
+
+
+class _Grid(NamedTuple):
+    """The same of every bin [B], shifted."""
+
+    start: Tensor
+    step: Tensor
+    count: Tensor
+
+    def at(self, chosen: Tensor | slice) -> "_Grid":
+        return _Grid(self.start[chosen], self.step[chosen], self.count[chosen])
+
+
+def _axis(
+    low: Tensor,
+    high: Tensor,
+    exists: Tensor,
+    k: int,
+    scale: float,
+    sampling: str,
+    samples_per_bin: int,
+) -> _Axis:
+    """The rule of sampling on one axis, for the sides `low` and `high` [R] of the boxes.
+
+    A box that is infinite there, or not a number, starts at NaN and has the size NaN.
+    """
+    bin = torch.arange(k, dtype=low.dtype, device=low.device)
+    if sampling == "bins":
+        low, high = _round(low * scale), _round(high * scale)
+        size = (high - low + 1).clamp_min(1)
+        first = (bin * size[:, None] / k).floor()
+        start = low[:, None] + first
+        step = torch.ones_like(start)
+        count = ((bin + 1) * size[:, None] / k).ceil() - first
+    elif sampling == "msra":
+        low, high = _round(low) * scale - 0.5, (_round(high) + 1) * scale - 0.5
+        size = (high - low).clamp_min(0.1)
+        length = (size / k)[:, None]
+        start = low[:, None] + bin * length
+        step = (length / samples_per_bin).expand_as(start)
+        count = torch.full_like(start, samples_per_bin)
+    else:
+        low, high = low * scale - 0.5, high * scale - 0.5
+        size = high - low
+        length = (size / k)[:, None]
+        # A box turned inside out has no samples where their number adapts.
+        count = length.ceil().clamp_min(0)
+        if samples_per_bin > 0:
+            count = torch.full_like(count, samples_per_bin)
+        step = length / count.clamp_min(1)
+        start = low[:, None] + bin * length + step / 2
+        step, count = step.expand_as(start), count.expand_as(start)
+    defined = exists & low.isfinite() & size.isfinite()
+    return _Axis(
+        torch.where(defined, size, torch.nan),
+        torch.where(defined[:, None], start, torch.nan),
+        step,
+        torch.where(defined[:, None], count, 0),
+    )
+
+
+def _round(numbers: Tensor) -> Tensor:
+    """To whole numbers, halves away from zero."""
+    whole = numbers.trunc()
+    rest = numbers - whole
+    return whole + (rest >= 0.5).to(whole.dtype) - (rest <= -0.5).to(whole.dtype)
+
+
+def _of_bins(offset: Tensor, output_size: tuple[int, int]) -> Tensor:
+    """The offsets [R, 2*G, ph, pw] of the bins, from those [R, 2*G, part, part] of the parts."""
+    for axis, bins in zip((2, 3), output_size, strict=True):
+        parts = offset.shape[axis]
+        if parts != bins:
+            part = torch.arange(bins, device=offset.device) * parts // bins
+            offset = offset.index_select(axis, part)
+    return offset
+
+
+class _Needed(NamedTuple):
+    """Which samples of each bin [B] can lie on the map, along one axis."""
+
+    first: Tensor  # [B], whole numbers
+    samples: Tensor  # [B], how many from there on
+    most: int  # what no element of `samples` exceeds, whatever the boxes are
+
+
+def _needed(grid: _Grid, size: int, sampling: str, samples_per_bin: int) -> _Needed:
+    """Keeps a box of any size from costing more than a box of the map's size."""
+    if sampling == "msra" or (sampling == "aligned" and samples_per_bin > 0):
+        samples = torch.full_like(grid.count, samples_per_bin)
+        return _Needed(torch.zeros_like(grid.start), samples, samples_per_bin)
+    # One sample more at each end than lies within [-1, size], for the sake of rounding. The step
+    # is 1 for "bins", and more than a half wherever an adapting bin has several samples.
+    start = grid.start.detach()
+    first = ((-1 - start) / grid.step).floor() - 1
+    last = ((size - start) / grid.step).floor() + 1
+    first = torch.minimum(first.nan_to_num(0).clamp_min(0), grid.count)
+    last = torch.minimum(last.nan_to_num(-1).clamp_min(-1), grid.count - 1)
+    most = size + 5 if sampling == "bins" else 2 * size + 7
+    return _Needed(first, (last - first + 1).clamp(0, most), most)
+
+
+def _chunks(
+    rows: Tensor, columns: Tensor, channels: int
+) -> tuple[Tensor, list[tuple[Tensor, int, int]]]:
+    """All bins by the number of their samples, and in chunks of about `_CHUNK` numbers to read.
+
+    Args:
+        rows, columns: [B], samples on the two axes.
+        channels: how many numbers there are at a pixel.
+
+    Returns:
+        The order of the bins [B], and of each chunk its bins and the most rows and columns.
+    """
+    order = (rows * columns).argsort(stable=True)
+    chunks, begin = [], 0
+    sizes = list(_sizes(((rows * columns)[order] * 4 * channels).tolist()))
+    for size in sizes:
+        chosen = order[begin : begin + size]
+        chunks.append((chosen, int(rows[chosen].max()), int(columns[chosen].max())))
+        begin += size
+    # Without a bin there is nothing to read, but a result to be made all the same.
+    return order, chunks or [(order, 0, 0)]
+
+
+def _sizes(costs: list[float]) -> Iterator[int]:
+    """Lengths of runs of ascending `costs`, such that length times the last stays bounded."""
+    length = 0
+    for cost in costs:
+        if length and (length + 1) * cost > _CHUNK:
+            yield length
+            length = 0
+        length += 1
+    if length:
+        yield length
+
+
+class _AxisRead(NamedTuple):
+    """The pixels that the samples of bins read along one axis: two of each sample, [B, 2*S]."""
+
+    pixel: Tensor
+    weight: Tensor
+    counts: Tensor  # whether the pixel lies on the map and its sample is one of the bin's
+    inside: Tensor  # [B], the number of samples that are not skipped
+
+
+def _read_axis(grid: _Grid, first: Tensor, samples: int, size: int, sampling: str) -> _AxisRead:
+    """Bilinear reading, one axis of it.
+
+    At whole numbers the cell is the one to the right, and so is the derivative.
+    """
+    sample = first[:, None] + torch.arange(samples, dtype=first.dtype, device=first.device)
+    position = grid.start[:, None] + sample * grid.step[:, None]
+    if sampling == "bins":
+        # Equations 3-4: the map is zero outside.
+        within = (position > -1) & (position < size)
+    elif sampling == "msra":
+        within = (position >= -0.5) & (position <= size - 0.5)
+    else:
+        within = (position >= -1) & (position <= size)
+    within = within & (sample < grid.count[:, None])
+    # From here on all positions are finite and small; where() keeps the others' gradients out.
+    position = torch.where(within, position, 0)
+    if sampling != "bins":
+        # Beyond the last pixel's centre the value is the last pixel's.
+        position = torch.where(position < 0, 0, position)
+        position = torch.where(position > size - 1, size - 1, position)
+    low = position.detach().floor()
+    right = position - low
+    high = low + 1 if sampling == "bins" else (low + 1).clamp_max(size - 1)
+    pixel = torch.cat([low, high], dim=1)
+    counts = torch.cat([within, within], dim=1) & (pixel >= 0) & (pixel < size)
+    return _AxisRead(
+        torch.where(counts, pixel, 0).long(),
+        torch.cat([1 - right, right], dim=1),
+        counts,
+        within.sum(1),
+    )
+
+
+class _Sums(NamedTuple):
+    total: Tensor  # [B, C/G]
+    inside: Tensor  # [B], the number of samples that are not skipped
+
+
+def _pool(table: Tensor, index: Tensor, y: _AxisRead, x: _AxisRead, width: int) -> _Sums:
+    """Sums over the samples of each bin; `index` [B] is the row of `table` of its first pixel."""
+    pixel = index[:, None, None] + y.pixel[:, :, None] * width + x.pixel[:, None, :]
+    values = table.index_select(0, pixel.flatten()).reshape(*pixel.shape, table.shape[1])
+    # Not a product with zero: the map may hold infinities and NaN.
+    counts = y.counts[:, :, None] & x.counts[:, None, :]
+    values = torch.where(counts[..., None], values, 0)
+    total = torch.einsum("byxc,by,bx->bc", values, y.weight.to(values), x.weight.to(values))
+    return _Sums(total, y.inside * x.inside)
