@@ -3,5 +3,6 @@
 from deformnet.nn.conversion import deform_
 from deformnet.nn.deform_conv import DeformConv2d
 from deformnet.nn.optimization import parameter_groups
+from deformnet.nn.roi_pool import DeformPSRoIPool2d, DeformRoIPool2d
 
-__all__ = ["DeformConv2d", "deform_", "parameter_groups"]
+__all__ = ["DeformConv2d", "DeformPSRoIPool2d", "DeformRoIPool2d", "deform_", "parameter_groups"]
