@@ -20,6 +20,7 @@ for part, below in {
     "models": ("backbones",),
     "recipes": ("models",),
     "runs": ("recipes",),
+    "parameters": ("recipes",),
     "data": (),
     "evaluation": (),
     "analysis": ("nn",),

@@ -7,15 +7,26 @@ import argparse
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from tyro.conf import Positional
 from tyro.extras import SubcommandApp
 
 from deformnet.demo.settings import Demo
-from deformnet.recipes import DeepLabRecipe
+from deformnet.recipes import (
+    ClassAwareRPNRecipe,
+    DeepLabRecipe,
+    FasterRCNNRecipe,
+    Recipe,
+    RFCNRecipe,
+    RPNRecipe,
+)
+
+if TYPE_CHECKING:
+    from deformnet.inference import DetectionTesting
 
 # Exit codes.
 FAILED = 1
@@ -50,11 +61,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _app(arguments: Sequence[str]) -> SubcommandApp:
     """All commands, with options as these arguments need them."""
     training = SubcommandApp()
-    training.command(name="deeplab")(_deeplab(_base_recipe(arguments)))
+    for recipe, what in (
+        (DeepLabRecipe, "Train DeepLab for semantic segmentation"),
+        (RFCNRecipe, "Train R-FCN"),
+        (FasterRCNNRecipe, "Train Faster R-CNN"),
+        (ClassAwareRPNRecipe, "Train a class-aware RPN, a detector of one stage"),
+        (RPNRecipe, "Train a region proposal network alone, for `deformnet propose`"),
+    ):
+        base = _base_recipe(recipe, arguments)
+        make = _training_on_proposals if recipe in (RFCNRecipe, FasterRCNNRecipe) else _training
+        description = f"{what}; the same command continues a stopped run."
+        training.command(name=recipe.network, help=description)(make(base))
     app = SubcommandApp()
     app.command(training, name="train", help="Train a network.")
     app.command(evaluate)
     app.command(predict)
+    app.command(propose)
+    app.command(score)
+    app.command(parameters)
     # Its options are the fields of a class whose import takes a second.
     shapes = _shapes() if "shapes" in arguments else _nothing
     app.command(name="shapes", help="Make a data set of shapes, in the VOC layout.")(shapes)
@@ -63,58 +87,101 @@ def _app(arguments: Sequence[str]) -> SubcommandApp:
     return app
 
 
-def _deeplab(base: DeepLabRecipe) -> Callable[..., None]:
-    """The command `train deeplab`; the options of the recipe have their defaults from `base`."""
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What `train` asks for besides the recipe."""
 
-    def deeplab(
-        *,
-        data: Path,
-        out: Path,
-        options: Annotated[DeepLabRecipe, tyro.conf.arg(name="")] = base,
-        recipe: Path | None = None,
-        split: str = "train",
-        val_split: str | None = "val",
-        devices: int | None = None,
-        nodes: int | None = None,
-        accelerator: Literal["auto", "cpu", "gpu"] = "auto",
-        workers: int | None = None,
-        checkpoint_every: int = 200,
-        log_every: int = 10,
+    data: Path
+    """Folder of images with label maps (DeepLab) or boxes (detectors), in VOC, Cityscapes or COCO
+    layout."""
+    out: Path
+    """Run folder: recipe, checkpoint, logs and scores."""
+    recipe: Path | None = None
+    """JSON file of a recipe, such as another run's recipe.json, whose values take the place of the
+    defaults below."""
+    split: str = "train"
+    """Images to train on."""
+    val_split: str | None = "val"
+    """Images to score at the end; None for none."""
+    devices: int | None = None
+    """Processes (CPU) or GPUs on each machine; None is what torchrun started, or 1."""
+    nodes: int | None = None
+    """Machines; None is what torchrun spans, or 1."""
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    """Where to train."""
+    workers: int | None = None
+    """Processes that load images, for each training process; None chooses."""
+    checkpoint_every: int = 200
+    """Iterations between checkpoints."""
+    log_every: int = 10
+    """Iterations between rows of the logs."""
+
+
+def _training(base: Recipe) -> Callable[..., None]:
+    """The command that trains a network; its options have their defaults from `base`."""
+
+    def command(
+        run: Annotated[Run, tyro.conf.arg(name="")],
+        options: Annotated[type(base), tyro.conf.arg(name="")] = base,  # pyright: ignore[reportInvalidTypeForm]
     ) -> None:
-        """Train DeepLab for semantic segmentation; the same command continues a stopped run.
+        _train(run, options, ())
 
-        Args:
-            data: Folder of images and label maps, in VOC or Cityscapes layout.
-            out: Run folder: recipe, checkpoint, logs and scores.
-            recipe: JSON file of a recipe, such as another run's recipe.json, whose values take the
-                place of the defaults below.
-            split: Images to train on.
-            val_split: Images to score at the end; None for none.
-            devices: Processes (CPU) or GPUs on each machine; None is what torchrun started, or 1.
-            nodes: Machines; None is what torchrun spans, or 1.
-            accelerator: Where to train.
-            workers: Processes that load images, for each training process; None chooses.
-            checkpoint_every: Iterations between checkpoints.
-            log_every: Iterations between rows of the logs.
+    return command
+
+
+def _training_on_proposals(base: Recipe) -> Callable[..., None]:
+    """The same for a network that can be trained on stored proposals."""
+
+    def command(
+        run: Annotated[Run, tyro.conf.arg(name="")],
+        options: Annotated[type(base), tyro.conf.arg(name="")] = base,  # pyright: ignore[reportInvalidTypeForm]
+        stored_proposals: tuple[Path, ...] = (),
+    ) -> None:
         """
-        from deformnet.training import train
+        Args:
+            stored_proposals: Files of `deformnet propose`, of the images to train on and to score,
+                in the place of the network's own proposals.
+        """
+        _train(run, options, stored_proposals)
 
-        metrics = train(
-            options,
-            data,
-            out,
-            split=split,
-            val_split=val_split,
-            devices=devices,
-            nodes=nodes,
-            accelerator=accelerator,
-            workers=workers,
-            checkpoint_every=checkpoint_every,
-            log_every=log_every,
-        )
-        _print_scores(metrics)
+    return command
 
-    return deeplab
+
+def _train(run: Run, recipe: Recipe, proposals: tuple[Path, ...]) -> None:
+    from deformnet.training import train
+
+    metrics = train(
+        recipe,
+        run.data,
+        run.out,
+        split=run.split,
+        val_split=run.val_split,
+        proposals=proposals,
+        devices=run.devices,
+        nodes=run.nodes,
+        accelerator=run.accelerator,
+        workers=run.workers,
+        checkpoint_every=run.checkpoint_every,
+        log_every=run.log_every,
+    )
+    _print_scores(metrics)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Testing:
+    """How detectors look at images beyond once; see `deformnet.inference.DetectionTesting`."""
+
+    scales: tuple[int, ...] = ()
+    """Of detectors: shorter sides at which the network sees each image, such as 480 576 688; none
+    is the recipe's own."""
+    flip: bool = False
+    """Of detectors: look at the mirrored image as well."""
+    refine: int = 1
+    """Of detectors: how often boxes pass through the network, each time as proposals."""
+    box_averaging: bool = False
+    """Of detectors: report the mean of overlapping boxes, weighted by their scores."""
+    soft_nms: bool = False
+    """Of detectors: lower the scores of overlapping boxes in place of dropping them."""
 
 
 def evaluate(
@@ -123,6 +190,8 @@ def evaluate(
     data: Path,
     split: str = "val",
     score_at: Literal["truth", "network"] = "truth",
+    testing: Annotated[Testing, tyro.conf.arg(name="")] = Testing(),
+    stored_proposals: tuple[Path, ...] = (),
     devices: int | None = None,
     accelerator: Literal["auto", "cpu", "gpu"] = "auto",
     workers: int | None = None,
@@ -131,10 +200,11 @@ def evaluate(
 
     Args:
         run: Run folder.
-        data: Folder of images and label maps, in VOC or Cityscapes layout.
+        data: Folder of images and label maps or boxes, as for training.
         split: Images to score.
-        score_at: Compare at the size of the label maps, or at the size at which the network sees
-            the images, as the authors did on VOC.
+        score_at: Of DeepLab: compare at the size of the label maps, or at the size at which the
+            network sees the images, as the authors did on VOC.
+        stored_proposals: Files of `deformnet propose`, for a detector trained on such.
         devices: Processes (CPU) or GPUs; None is what torchrun started, or 1.
         accelerator: Where to compute.
         workers: Processes that load images, for each computing process; None chooses.
@@ -146,6 +216,8 @@ def evaluate(
         data,
         split,
         score_at=score_at,
+        testing=_testing(testing),
+        proposals=stored_proposals,
         devices=devices,
         accelerator=accelerator,
         workers=workers,
@@ -158,33 +230,101 @@ def predict(
     images: Positional[tuple[Path, ...]],
     *,
     out: Path,
+    threshold: float = 0.5,
+    testing: Annotated[Testing, tyro.conf.arg(name="")] = Testing(),
     device: str | None = None,
 ) -> None:
-    """Segment images: OUT/labels has PNGs of class indices, OUT/overlays pictures with a legend.
+    """Segment images, or find boxes in them.
+
+    DeepLab: OUT/labels has PNGs of class indices, OUT/overlays pictures with a legend. Detectors:
+    OUT/pictures has the images with their boxes, OUT/detections.jsonl one line for each image.
 
     Args:
         run: Run folder.
         images: Image files, or folders of them.
         out: Folder of the results.
+        threshold: Of detectors: the lowest score of a box that is drawn; the file has all boxes.
         device: Where to compute, such as cpu or cuda:1; None takes a GPU if there is one.
     """
     from tqdm import tqdm
 
-    from deformnet.inference import SegmentationPredictor, find_images, predict_files
+    from deformnet.inference import (
+        SegmentationPredictor,
+        find_images,
+        open_predictor,
+        predict_detections,
+        predict_files,
+    )
 
     if not images:
         raise ValueError("images: name at least one file or folder")
     files = find_images(images)
-    predictor = SegmentationPredictor.from_run(run, device)
+    predictor = open_predictor(run, testing=_testing(testing), device=device)
+    if isinstance(predictor, SegmentationPredictor):
+        seen = predict_files(predictor, files, out)
+    else:
+        seen = predict_detections(predictor, files, out, threshold=threshold)
     failures = []
-    with tqdm(predict_files(predictor, files, out), total=len(files), disable=None) as results:
+    with tqdm(seen, total=len(files), disable=None) as results:
         for path, problem in results:
             if problem is not None:
                 failures.append(path)
                 results.write(f"deformnet: {problem}", file=sys.stderr)
-    print(f"{len(files) - len(failures)} of {len(files)} images segmented into {out}")
+    print(f"{len(files) - len(failures)} of {len(files)} images done, results in {out}")
     if failures:
         raise SystemExit(BAD_INPUT)
+
+
+def propose(
+    run: Positional[Path], *, data: Path, out: Path, split: str = "train", device: str | None = None
+) -> None:
+    """Write the proposals of a trained detector, for others to train on.
+
+    Args:
+        run: Run folder, of `train rpn` or another detector.
+        data: Folder of images in VOC or COCO layout.
+        out: File to write.
+        split: Images.
+        device: Where to compute, such as cpu or cuda:1; None takes a GPU if there is one.
+    """
+    from deformnet.inference import SegmentationPredictor, open_predictor
+    from deformnet.training import propose
+
+    predictor = open_predictor(run, device=device)
+    if isinstance(predictor, SegmentationPredictor):
+        raise ValueError(f"{run}: wanted a run of a detector, got one of deeplab")
+    count = propose(predictor, data, split, out)
+    print(f"proposals for {count} images in {out}")
+
+
+def score(*, boxes: Path, data: Path, split: str | None = None) -> None:
+    """Score detections from a file, whoever made them.
+
+    VOC's average precision, by 11 points and by area, for data in VOC layout or text files; the 12
+    numbers of COCO for data in COCO layout.
+
+    Args:
+        boxes: Detections: a .jsonl of `deformnet predict` or `evaluate`, a .json of COCO results,
+            or a folder of VOC's result files or of text files (class score x y w h).
+        data: Truth: a folder in VOC or COCO layout, a .json of COCO annotations, or a folder of
+            text files (class x y w h).
+        split: Images to score, of a folder in VOC or COCO layout.
+    """
+    from deformnet.detections import score
+
+    print(score(boxes, data, split=split).table())
+
+
+def parameters(*, classes: int = 20, depth: Literal[18, 34, 50, 101] = 101) -> None:
+    """Print how many parameters deformable layers add to each network (Table 4 of the paper).
+
+    Args:
+        classes: Classes of objects.
+        depth: Layers of the ResNet.
+    """
+    from deformnet.parameters import parameter_table
+
+    print(parameter_table(classes, depth))
 
 
 def doctor() -> None:
@@ -246,12 +386,14 @@ def _print_scores(metrics: dict[str, Any]) -> None:
     from lightning.pytorch.utilities import rank_zero_only
 
     lines = []
-    if "iou" in metrics:
-        lines.append(f"IoU on {metrics['split']} ({metrics['images']} images), percent")
-        rows = [*metrics["iou"].items(), ("mean", metrics["mean_iou"])]
+    if "split" in metrics:
+        rows = _score_rows(metrics)
         width = max(len(name) for name, _ in rows)
-        for name, iou in rows:
-            lines.append(f"  {name:{width}}  {'    -' if iou is None else f'{100 * iou:5.1f}'}")
+        where = f"{metrics['split']} ({metrics['images']} images)"
+        lines.append(f"{_score_title(metrics)} on {where}, percent")
+        for name, values in rows:
+            cells = ("    -" if value is None else f"{100 * value:5.1f}" for value in values)
+            lines.append(f"  {name:{width}}  {'  '.join(cells)}")
     seconds = metrics["seconds_per_iteration"]
     pace = "" if seconds is None else f", {seconds:.3g} s each"
     size = f"{metrics['parameters'] / 1e6:.2f} M parameters"
@@ -259,12 +401,45 @@ def _print_scores(metrics: dict[str, Any]) -> None:
     rank_zero_only(print)("\n".join(lines))
 
 
-def _base_recipe(arguments: Sequence[str]) -> DeepLabRecipe:
-    """The recipe that `--recipe FILE` names, or the default one."""
+def _score_title(metrics: dict[str, Any]) -> str:
+    if "iou" in metrics:
+        return "IoU"
+    if "recall" in metrics:
+        return "Recall of proposals"
+    if "coco" in metrics:
+        return "COCO AP and AR"
+    return f"AP ({metrics['method']}) at IoU {' and '.join(metrics['mean_ap'])}"
+
+
+def _score_rows(metrics: dict[str, Any]) -> list[tuple[str, list[float | None]]]:
+    """The scores as lines of a name and one or more numbers."""
+    if "iou" in metrics:
+        rows = [*metrics["iou"].items(), ("mean", metrics["mean_iou"])]
+        return [(name, [iou]) for name, iou in rows]
+    if "recall" in metrics:
+        return [(f"IoU {iou}", [share]) for iou, share in metrics["recall"].items()]
+    if "coco" in metrics:
+        return [(name, [value]) for name, value in metrics["coco"].items()]
+    voc = next(scores for scores in metrics["voc"] if scores["method"] == metrics["method"])
+    names = voc["objects"]
+    rows = [(name, [ap[name] for ap in voc["ap"].values()]) for name in names]
+    return [*rows, ("mean", list(metrics["mean_ap"].values()))]
+
+
+def _base_recipe(recipe: type[Recipe], arguments: Sequence[str]) -> Recipe:
+    """The recipe that `train NETWORK --recipe FILE` names, or the default one of the network."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--recipe", type=Path)
     known, _ = parser.parse_known_args(arguments)
-    return DeepLabRecipe() if known.recipe is None else DeepLabRecipe.load(known.recipe)
+    if known.recipe is None or recipe.network not in arguments:
+        return recipe()
+    return recipe.load(known.recipe)
+
+
+def _testing(options: Testing) -> "DetectionTesting":
+    from deformnet.inference import DetectionTesting
+
+    return DetectionTesting(**asdict(options))
 
 
 def _is_about_input(error: Exception) -> bool:

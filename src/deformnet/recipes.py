@@ -9,26 +9,42 @@ import json
 import math
 import types
 import typing
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar
 
 if TYPE_CHECKING:  # the command line reads recipes before anything heavy is needed
+    from torch import nn
+
+    from deformnet.backbones.resnet import ResNetFeatures
     from deformnet.models.deeplab import DeepLab
+    from deformnet.models.faster_rcnn import FasterRCNN
+    from deformnet.models.rfcn import RFCN
+    from deformnet.models.rpn import RPN, RPNDetector
+
+DeformLayers = Literal[0, 1, 2, 3, 6]
+"""The numbers of deformable convolutions of Table 1."""
+Sampling = Literal["bins", "msra", "aligned"]
+"""The rules of RoI pooling; see `deformnet.ops.deform_roi_pool`."""
+_Detector = TypeVar("_Detector", bound="DetectorRecipe")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeepLabRecipe:
-    """DeepLab on a ResNet, plain or deformable (Dai et al. 2017, section 2.3).
+class Recipe(ABC):
+    """What the recipes of all networks have in common: the backbone, the images, the schedule.
 
-    The defaults train from random weights on one machine; `voc2012` and `cityscapes` give the
+    Their defaults train from random weights on one machine; the functions of this module give the
     paper's settings for fine-tuning.
     """
 
+    network: ClassVar[str]
+    """Name of the network, on the command line and in the file of a recipe."""
+
     depth: Literal[18, 34, 50, 101] = 50
     """Layers of the ResNet."""
-    deform_layers: Literal[0, 1, 2, 3, 6] = 3
+    deform_layers: DeformLayers = 3
     """How many 3x3 convolutions, counted from the end, are deformable; 0 is the plain network."""
     dilation: int = 2
     """Dilation of conv5, whose stride is 1."""
@@ -41,12 +57,10 @@ class DeepLabRecipe:
     weights: str | None = None
     """Starting weights: a torchvision name such as IMAGENET1K_V1, or a file; None is random."""
 
-    short_side: int = 360
+    short_side: int = 600
     """Shorter side of the images after resizing, in pixels, in training and evaluation."""
-    max_side: int | None = 600
+    max_side: int | None = 1000
     """Longest side allowed after resizing, in pixels; such images end with a smaller short side."""
-    crop: tuple[int, int] | None = None
-    """Height and width of a random training crop, in pixels; None trains on whole images."""
     flip: bool = True
     """Mirror every second training image, at random."""
 
@@ -69,7 +83,7 @@ class DeepLabRecipe:
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     """Arithmetic of training: float32, or mixed with bfloat16 or float16."""
     seed: int = 0
-    """Seed of the initial weights, the order of the images and their augmentation."""
+    """Seed of the initial weights, the order of the images and whatever is drawn in training."""
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
@@ -79,22 +93,25 @@ class DeepLabRecipe:
                 raise TypeError(
                     f"{field.name} must be {_describe(hints[field.name])}, got {value!r}"
                 )
-        for name in ("dilation", "offset_groups", "short_side", "batch", "iterations", "lr"):
-            if not 0 < getattr(self, name) < math.inf:  # NaN is neither
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        self._require_positive("dilation", "offset_groups", "short_side", "batch", "iterations")
+        self._require_positive("lr")
         for name in ("offset_lr_scale", "momentum", "weight_decay", "warmup", "seed"):
-            if not 0 <= getattr(self, name) < math.inf:
+            if not 0 <= getattr(self, name) < math.inf:  # NaN is neither
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.max_side is not None and self.max_side < self.short_side:
             raise ValueError(
                 f"max_side must be at least short_side ({self.short_side}), got {self.max_side}"
             )
-        if self.crop is not None and min(self.crop) <= 0:
-            raise ValueError(f"crop must be positive, got {self.crop}")
-        if self.clip is not None and not 0 < self.clip < math.inf:
-            raise ValueError(f"clip must be positive, got {self.clip}")
+        if self.clip is not None:
+            self._require_positive("clip")
 
-    def build_model(self, num_classes: int) -> "DeepLab":
+    def _require_positive(self, *names: str) -> None:
+        for name in names:
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+
+    @abstractmethod
+    def build_model(self, num_classes: int) -> "nn.Module":
         """The network of this recipe, with its starting weights.
 
         Whatever is random in them comes from torch's global generator.
@@ -102,10 +119,11 @@ class DeepLabRecipe:
         Raises:
             FileNotFoundError: if `weights` is neither a known name nor a file.
         """
-        from deformnet.backbones.resnet import resnet
-        from deformnet.models.deeplab import DeepLab
 
-        backbone = resnet(
+    def _backbone(self, reduce_channels: int) -> "ResNetFeatures":
+        from deformnet.backbones.resnet import resnet
+
+        return resnet(
             self.depth,
             deform_layers=self.deform_layers,
             dilation=self.dilation,
@@ -113,8 +131,8 @@ class DeepLabRecipe:
             modulated=self.modulated,
             norm=self.norm,
             weights=self.weights,
+            reduce_channels=reduce_channels,
         )
-        return DeepLab(backbone, num_classes)
 
     def lr_factor(self, iteration: int) -> float:
         """The learning rate of an iteration (counted from 0) as a fraction of `lr`."""
@@ -123,39 +141,21 @@ class DeepLabRecipe:
         # In whole numbers, so that the drop never moves by an iteration through rounding.
         return 1.0 if 3 * iteration < 2 * self.iterations else 0.1
 
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe in plain values, as `recipe_from_dict` reads it."""
+        return {"network": self.network, **dataclasses.asdict(self)}
+
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any], *, source: str | Path) -> Self:
-        """The recipe with these fields; fields that are left out have their defaults.
-
-        Args:
-            values: as `dataclasses.asdict` or `json.loads` give them.
-            source: where the values come from, for the error messages.
-        Raises:
-            ValueError: if a field is unknown or its value is not allowed.
-        """
-        known = [field.name for field in dataclasses.fields(cls)]
-        if unknown := [name for name in values if name not in known]:
-            raise ValueError(
-                f"{source}: a recipe has no field {unknown[0]!r}; its fields are {', '.join(known)}"
-            )
-        fields: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
-        }
-        try:
-            return cls(**fields)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{source}: {error}") from error
+        return json.dumps(self.to_dict(), indent=2) + "\n"
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Reads a recipe from a JSON file, such as the `recipe.json` of a run folder.
+        """Reads a recipe of this network from a JSON file, such as the `recipe.json` of a run.
 
         Raises:
             FileNotFoundError: if there is no such file.
-            ValueError: if it is not JSON, or a field is unknown or its value is not allowed.
+            ValueError: if it is not JSON, is a recipe of another network, or a field is unknown or
+                its value is not allowed.
         """
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
@@ -163,10 +163,188 @@ class DeepLabRecipe:
             raise ValueError(f"{path}: not a JSON file ({error})") from error
         if not isinstance(values, dict):
             raise ValueError(f"{path}: a recipe is a JSON object, got {type(values).__name__}")
-        return cls.from_dict(values, source=path)
+        recipe = recipe_from_dict(values, source=path)
+        if not isinstance(recipe, cls):
+            raise ValueError(f"{path}: wanted a recipe of {cls.network}, got {recipe.network}")
+        return recipe
 
 
-def voc2012(*, deform_layers: Literal[0, 1, 2, 3, 6] = 3) -> DeepLabRecipe:
+@dataclass(frozen=True, kw_only=True)
+class DeepLabRecipe(Recipe):
+    """DeepLab on a ResNet, plain or deformable (Dai et al. 2017, section 2.3)."""
+
+    network: ClassVar[str] = "deeplab"
+
+    short_side: int = 360
+    """Shorter side of the images after resizing, in pixels, in training and evaluation."""
+    max_side: int | None = 600
+    """Longest side allowed after resizing, in pixels; such images end with a smaller short side."""
+    crop: tuple[int, int] | None = None
+    """Height and width of a random training crop, in pixels; None trains on whole images."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.crop is not None and min(self.crop) <= 0:
+            raise ValueError(f"crop must be positive, got {self.crop}")
+
+    def build_model(self, num_classes: int) -> "DeepLab":
+        from deformnet.models.deeplab import DeepLab
+
+        return DeepLab(self._backbone(1024), num_classes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectorRecipe(Recipe):
+    """What the recipes of all detectors have in common."""
+
+    convention: Literal["modern", "msra2017"] = "modern"
+    """The authors' conventions of 2017, or today's: where anchors sit and which of them train,
+    objects' boxes rounded to whole pixels after resizing or not, 11-point AP or the area."""
+    anchor_sizes: tuple[int, ...] = (128, 256, 512)
+    """Square roots of the areas of the anchors, in pixels of the resized image."""
+    proposals: int = 300
+    """Proposals of each image, in training and testing."""
+    score_threshold: float = 1e-3
+    """Detections with a lower score are left out."""
+    nms: float = 0.3
+    """Of two detections of a class with a larger IoU than this, the lower score goes."""
+    max_detections: int = 300
+    """Most detections of an image."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require_positive("proposals", "max_detections")
+        if not self.anchor_sizes or min(self.anchor_sizes) <= 0:
+            raise ValueError(f"anchor_sizes must be positive, got {self.anchor_sizes}")
+        for name in ("score_threshold", "nms"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie between 0 and 1, got {getattr(self, name)}")
+
+    def _rpn(self, backbone: "ResNetFeatures") -> "RPN":
+        from deformnet.models.rpn import RPN
+
+        return RPN(
+            backbone.conv4_channels,
+            sizes=self.anchor_sizes,
+            convention=self.convention,
+            post_nms=self.proposals,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RPNRecipe(DetectorRecipe):
+    """A region proposal network on conv4, to make proposals for other networks."""
+
+    network: ClassVar[str] = "rpn"
+
+    deform_layers: DeformLayers = 0
+    """Leave it at 0: a proposal network does not see the deformable layers of conv5."""
+
+    def build_model(self, num_classes: int) -> "RPNDetector":
+        return _rpn_detector(self, num_classes, class_aware=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassAwareRPNRecipe(DetectorRecipe):
+    """Class-aware RPN: each anchor is scored for every class (Dai et al. 2017, section 2.3)."""
+
+    network: ClassVar[str] = "class-aware-rpn"
+
+    def build_model(self, num_classes: int) -> "RPNDetector":
+        return _rpn_detector(self, num_classes, class_aware=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FasterRCNNRecipe(DetectorRecipe):
+    """Faster R-CNN with two fully connected layers (Dai et al. 2017, section 2.3)."""
+
+    network: ClassVar[str] = "faster-rcnn"
+
+    pool: Literal["max", "average", "deformable"] = "deformable"
+    """RoI pooling; plain is max, as the authors', or average, as deformable without offsets."""
+    sampling: Sampling = "bins"
+    """Rule of average and deformable pooling: the paper's, the authors' code's, RoIAlign's."""
+
+    def build_model(self, num_classes: int) -> "FasterRCNN":
+        from deformnet.models.faster_rcnn import FasterRCNN
+
+        backbone = self._backbone(256)
+        return FasterRCNN(
+            backbone, num_classes, self._rpn(backbone), pool=self.pool, sampling=self.sampling
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RFCNRecipe(DetectorRecipe):
+    """R-FCN: position-sensitive score maps and pooling (Dai et al. 2017, section 2.3)."""
+
+    network: ClassVar[str] = "rfcn"
+
+    pool: Literal["average", "deformable"] = "deformable"
+    """Position-sensitive RoI pooling."""
+    sampling: Sampling = "bins"
+    """Rule of the pooling: the paper's, the authors' code's, RoIAlign's."""
+
+    def build_model(self, num_classes: int) -> "RFCN":
+        from deformnet.models.rfcn import RFCN
+
+        backbone = self._backbone(1024)
+        return RFCN(
+            backbone, num_classes, self._rpn(backbone), pool=self.pool, sampling=self.sampling
+        )
+
+
+RECIPES = (DeepLabRecipe, RPNRecipe, ClassAwareRPNRecipe, FasterRCNNRecipe, RFCNRecipe)
+"""A recipe class for every network."""
+
+
+def recipe_from_dict(values: Mapping[str, Any], *, source: str | Path) -> Recipe:
+    """The recipe with these fields; fields that are left out have their defaults.
+
+    Args:
+        values: as `Recipe.to_dict` or `json.loads` give them. Without "network" it is DeepLab.
+        source: where the values come from, for the error messages.
+    Raises:
+        ValueError: if the network or a field is unknown or its value is not allowed.
+    """
+    by_name = {recipe.network: recipe for recipe in RECIPES}
+    network = values.get("network", DeepLabRecipe.network)
+    if network not in by_name:
+        raise ValueError(
+            f"{source}: there is no network {network!r}; the networks are {', '.join(by_name)}"
+        )
+    recipe = by_name[network]
+    known = [field.name for field in dataclasses.fields(recipe)]
+    fields: dict[str, Any] = {}
+    for name, value in values.items():
+        if name == "network":
+            continue
+        if name not in known:
+            raise ValueError(
+                f"{source}: a recipe of {network} has no field {name!r}; "
+                f"its fields are {', '.join(known)}"
+            )
+        fields[name] = tuple(value) if isinstance(value, list) else value
+    try:
+        return recipe(**fields)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{source}: {error}") from error
+
+
+def _rpn_detector(recipe: DetectorRecipe, num_classes: int, *, class_aware: bool) -> "RPNDetector":
+    from deformnet.models.rpn import RPNDetector
+
+    return RPNDetector(
+        recipe._backbone(1024),
+        num_classes,
+        class_aware=class_aware,
+        sizes=recipe.anchor_sizes,
+        convention=recipe.convention,
+        post_nms=recipe.proposals,
+    )
+
+
+def voc2012(*, deform_layers: DeformLayers = 3) -> DeepLabRecipe:
     """The paper's DeepLab on PASCAL VOC 2012 (section 4.1): 30k iterations, 360 px, 8 images."""
     return DeepLabRecipe(
         depth=101,
@@ -182,7 +360,7 @@ def voc2012(*, deform_layers: Literal[0, 1, 2, 3, 6] = 3) -> DeepLabRecipe:
     )
 
 
-def cityscapes(*, deform_layers: Literal[0, 1, 2, 3, 6] = 3) -> DeepLabRecipe:
+def cityscapes(*, deform_layers: DeformLayers = 3) -> DeepLabRecipe:
     """The paper's DeepLab on Cityscapes (section 4.1): 45k iterations, 1024 px, 8 images.
 
     The crop and the warm-up are those of the authors' code; the paper does not mention them.
@@ -202,6 +380,34 @@ def cityscapes(*, deform_layers: Literal[0, 1, 2, 3, 6] = 3) -> DeepLabRecipe:
     )
 
 
+def voc_detection(recipe: type[_Detector]) -> _Detector:
+    """The paper's settings of a detector on PASCAL VOC (section 4.2), by the authors' conventions.
+
+    30k iterations of 8 images at 600 pixels, pre-trained and frozen as for the segmentation. The
+    warm-up is that of the authors' code. `dataclasses.replace` makes a row of Table 1 or 3 of it.
+    """
+    return recipe(
+        depth=101,
+        norm="frozen",
+        weights="IMAGENET1K_V1",
+        batch=8,
+        iterations=30_000,
+        lr=1e-3,
+        warmup=1000,
+        convention="msra2017",
+    )
+
+
+def coco_detection(recipe: type[_Detector]) -> _Detector:
+    """The paper's settings of a detector on COCO (section 4.2): 240k iterations, small anchors."""
+    return dataclasses.replace(
+        voc_detection(recipe),
+        iterations=240_000,
+        anchor_sizes=(64, 128, 256, 512),
+        max_detections=100,
+    )
+
+
 def _is_a(value: object, hint: Any) -> bool:
     """Whether a value fits the annotation of a recipe field."""
     origin = typing.get_origin(hint)
@@ -211,6 +417,8 @@ def _is_a(value: object, hint: Any) -> bool:
         return any(_is_a(value, part) for part in typing.get_args(hint))
     if origin is tuple:
         parts = typing.get_args(hint)
+        if parts[-1] is Ellipsis:
+            return isinstance(value, tuple) and all(_is_a(v, parts[0]) for v in value)
         return (
             isinstance(value, tuple)
             and len(value) == len(parts)

@@ -8,6 +8,7 @@ RUN/
   tensorboard/            the same, for TensorBoard
   metrics.json            scores on the validation images, and what they took
   metrics-SPLIT.json      scores on another list of images
+  detections.jsonl        of a detector: what was scored; detections-SPLIT.jsonl likewise
 ```
 
 Every file but the logs is written under another name and renamed into place, so that a crash at any
@@ -28,9 +29,9 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from torch import nn
 
-from deformnet.models.deeplab import DeepLab
-from deformnet.recipes import DeepLabRecipe
+from deformnet.recipes import Recipe, recipe_from_dict
 
 _MODEL = "model."  # the network's prefix in the state dict of a checkpoint
 
@@ -42,13 +43,22 @@ class DataIdentity:
     classes: tuple[str, ...]
     images: int
     digest: str
+    proposals: bool = False
+    """Whether a detector was trained on stored proposals, so that it needs them again."""
 
     @classmethod
-    def of(cls, classes: tuple[str, ...], names: Iterator[str]) -> "DataIdentity":
-        """The identity of a data set with these classes and image names, in this order."""
+    def of(
+        cls, classes: tuple[str, ...], names: Iterator[str], proposals: str | None = None
+    ) -> "DataIdentity":
+        """The identity of a data set with these classes and image names, in this order.
+
+        Args:
+            proposals: digest of the stored proposals that belong to it.
+        """
         listed = list(names)
-        digest = hashlib.sha256("\n".join((*classes, "", *listed)).encode()).hexdigest()
-        return cls(classes, len(listed), digest)
+        parts = (*classes, "", *listed, *([] if proposals is None else ["", proposals]))
+        digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        return cls(classes, len(listed), digest, proposals is not None)
 
 
 def checkpoint_path(run: Path) -> Path:
@@ -56,8 +66,8 @@ def checkpoint_path(run: Path) -> Path:
     return run / "checkpoints" / "last.ckpt"
 
 
-def load_run(run: Path) -> tuple[DeepLabRecipe, DeepLab, tuple[str, ...]]:
-    """The recipe, the network (in evaluation mode, on the CPU) and the class names of a run.
+def load_run(run: Path) -> tuple[Recipe, nn.Module, DataIdentity]:
+    """The recipe, the network (in evaluation mode, on the CPU) and the training data of a run.
 
     Args:
         run: a run folder, finished or not: the last checkpoint counts.
@@ -91,7 +101,7 @@ def load_run(run: Path) -> tuple[DeepLabRecipe, DeepLab, tuple[str, ...]]:
                 f"{tuple(expected[name].shape)}, got {tuple(state[name].shape)}"
             )
     model.load_state_dict(state)
-    return recipe, model.eval(), identity.classes
+    return recipe, model.eval(), identity
 
 
 def load_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
@@ -109,19 +119,17 @@ def load_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
     return checkpoint
 
 
-def recipe_and_data(
-    checkpoint: Mapping[str, Any], path: Path
-) -> tuple[DeepLabRecipe, DataIdentity]:
+def recipe_and_data(checkpoint: Mapping[str, Any], path: Path) -> tuple[Recipe, DataIdentity]:
     """What `describe` put into a checkpoint."""
     described = checkpoint["deformnet"]
-    recipe = DeepLabRecipe.from_dict(described["recipe"], source=path)
+    recipe = recipe_from_dict(described["recipe"], source=path)
     data = described["data"]
-    return recipe, DataIdentity(tuple(data["classes"]), data["images"], data["digest"])
+    return recipe, DataIdentity(**{**data, "classes": tuple(data["classes"])})
 
 
-def describe(recipe: DeepLabRecipe, data: DataIdentity) -> dict[str, Any]:
+def describe(recipe: Recipe, data: DataIdentity) -> dict[str, Any]:
     """What makes a checkpoint readable on its own, in plain values."""
-    return {"recipe": dataclasses.asdict(recipe), "data": dataclasses.asdict(data)}
+    return {"recipe": recipe.to_dict(), "data": dataclasses.asdict(data)}
 
 
 @contextmanager

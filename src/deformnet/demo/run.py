@@ -28,7 +28,7 @@ from deformnet.demo.units import choose_scenes, locations
 from deformnet.evaluation import ObjectCounts, size_scores
 from deformnet.inference import SegmentationPredictor
 from deformnet.recipes import DeepLabRecipe
-from deformnet.runs import checkpoint_path, load_checkpoint, load_run, write_json
+from deformnet.runs import checkpoint_path, load_checkpoint, write_json
 from deformnet.training import train
 
 _PREDICTIONS, _SCENES = 6, 2  # images in the pictures
@@ -68,7 +68,7 @@ def run_demo(demo: Demo, out: Path, say: Callable[[str], None]) -> None:
         run = out / "runs" / name
         say(f"{name} network: {_state(run, demo)}")
         metrics[name] = train(recipe, data, run)
-        predictors[name] = SegmentationPredictor(*load_run(run))
+        predictors[name] = SegmentationPredictor.from_run(run)
         objects = ObjectCounts(len(images.classes), small=small, large=large)
         predictions[name] = _predict(predictors[name], images, objects)
         scores = size_scores(objects.compute())

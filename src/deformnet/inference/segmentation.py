@@ -48,7 +48,10 @@ class SegmentationPredictor:
     @classmethod
     def from_run(cls, run: Path, device: torch.device | str | None = None) -> Self:
         """The predictor of a run folder; errors as `deformnet.runs.load_run`."""
-        return cls(*load_run(run), device)
+        recipe, model, trained_on = load_run(run)
+        if not isinstance(recipe, DeepLabRecipe) or not isinstance(model, DeepLab):
+            raise ValueError(f"{run}: wanted a run of deeplab, got one of {recipe.network}")
+        return cls(recipe, model, trained_on.classes, device)
 
     @torch.inference_mode()
     def __call__(self, image: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
 """What the detectors have in common: what they take, what they give, and in which steps.
 
-Boxes are [x1, y1, x2, y2] in pixels of the network's input, x to the right and y down, and say where
-the edges are: the first pixel is the box [0, 0, 1, 1]. So width is x2 - x1, with no "+1"; a box
-that names its first and last pixel, as in the authors' code, becomes one of these by adding 1 to x2
-and y2, and all of their "+1" arithmetic then agrees with the plain one.
+Boxes are [x1, y1, x2, y2] in pixels of the network's input, x to the right and y down, and say
+where the edges are: the first pixel is the box [0, 0, 1, 1]. So width is x2 - x1, with no "+1"; a
+box that names its first and last pixel, as in the authors' code, becomes one of these by adding 1
+to x2 and y2, and all of their "+1" arithmetic then agrees with the plain one.
 
 Labels count the classes of objects from 0. Only inside a network is there a background, and there
 it comes first.

@@ -2,12 +2,11 @@
 
 import csv
 import io
-import math
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -35,8 +34,6 @@ class Checkpoints(Callback):
     Args:
         path: the checkpoint, replaced every time.
         every: iterations between checkpoints.
-    Raises:
-        FloatingPointError: instead of replacing a checkpoint, if the loss is no longer finite.
     Attributes:
         stopped: whether training was stopped before its end.
     """
@@ -46,6 +43,7 @@ class Checkpoints(Callback):
         self.every = every
         self.stopped = False
         self._asked = False
+        self._written: int | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if threading.current_thread() is not threading.main_thread():
@@ -69,13 +67,23 @@ class Checkpoints(Callback):
         if self.stopped:
             trainer.should_stop = True
         if self.stopped or finished or trainer.global_step % self.every == 0:
-            loss = float(trainer.callback_metrics["loss"])
-            if not math.isfinite(loss):
-                raise FloatingPointError(
-                    f"the loss is {loss} after {trainer.global_step} iterations and no checkpoint "
-                    "was written; a lower lr, a clip or a longer warmup may help"
-                )
+            for name, parameter in pl_module.named_parameters():
+                # The loss was finite, but its gradient need not have been.
+                if not parameter.isfinite().all():
+                    raise FloatingPointError(
+                        f"{name} is not finite after iteration {trainer.global_step}; "
+                        "a lower lr, a clip or a longer warmup may help"
+                    )
             trainer.save_checkpoint(self.path, weights_only=False)
+            self._written = trainer.global_step
+
+    def state(self) -> str:
+        """Which checkpoint there is, in words."""
+        if not self.path.is_file():
+            return "there is no checkpoint yet"
+        if self._written is None:
+            return f"the last checkpoint is the one that training went on from, {self.path}"
+        return f"the last checkpoint is that of iteration {self._written}, {self.path}"
 
     def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
         if self._asked and number == signal.SIGINT:
@@ -162,17 +170,17 @@ class CSVLog(Logger):
 
     Args:
         path: the file.
+        terms: names of the loss's terms, if it has several.
         every: iterations between rows. (Lightning logs once more when it is stopped.)
         keep: the iteration that the run is resumed from; later rows are dropped.
     Raises:
         OSError: if the file cannot be written.
     """
 
-    COLUMNS = ("iteration", "loss", "learning_rate", "seconds")
-
-    def __init__(self, path: Path, every: int, keep: int) -> None:
+    def __init__(self, path: Path, terms: Sequence[str], every: int, keep: int) -> None:
         super().__init__()
         self.path = path
+        self.columns = ("iteration", "loss", *terms, "learning_rate", "seconds")
         self.every = every
         self._begin(keep)
 
@@ -191,15 +199,16 @@ class CSVLog(Logger):
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         if "loss" not in metrics or step is None or (step + 1) % self.every != 0:
             return
-        row = {"iteration": step + 1} | {k: f"{metrics[k]:.9g}" for k in self.COLUMNS[1:]}
+        row = {"iteration": step + 1} | {k: f"{metrics[k]:.9g}" for k in self.columns[1:]}
         with naming(self.path), self.path.open("a", encoding="utf-8", newline="") as file:
-            file.write(_csv_text([row]))
+            file.write(_csv_text(self.columns, [row]))
 
     @rank_zero_only
     def _begin(self, keep: int) -> None:
         rows = [row for row in read_log(self.path) if int(row["iteration"]) <= keep]
         with replacing(self.path) as file:
-            file.write((",".join(self.COLUMNS) + "\n" + _csv_text(rows)).encode())
+            header = ",".join(self.columns) + "\n"
+            file.write((header + _csv_text(self.columns, rows)).encode())
 
 
 def read_log(path: Path) -> list[dict[str, str]]:
@@ -211,10 +220,10 @@ def read_log(path: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO(whole)))
 
 
-def _csv_text(rows: Iterable[Mapping[str, Any]]) -> str:
+def _csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(
-        [row[column] for column in CSVLog.COLUMNS] for row in rows
+        [row[column] for column in columns] for row in rows
     )
     return text.getvalue()
 

@@ -7,34 +7,44 @@ iteration i with a batch of B is made of the draws i*B to i*B + B - 1, whoever l
 """
 
 import signal
-from collections.abc import Iterator, Sized
-from typing import Protocol
+from collections.abc import Iterator, Sequence, Sized
+from contextlib import contextmanager
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-_ORDER, _AUGMENTATION = 0, 1  # the two independent streams of random numbers
+# The independent streams of random numbers.
+_ORDER, _AUGMENTATION, _NETWORK = 0, 1, 2
 
 
-class _Images(Sized, Protocol):
-    def __getitem__(self, index: int, /) -> tuple[Tensor, Tensor]: ...
+class Images(Sized, Protocol):
+    """A data set, whatever its samples are."""
+
+    def __getitem__(self, index: int, /) -> Any: ...
 
 
-class Draws(Dataset[tuple[Tensor, Tensor]]):
+class Draws(Dataset[Any]):
     """A data set of images seen as the endless sequence of draws of a training run.
 
     Args:
         images: the images, with transforms that take their randomness from torch's generator.
         seed: of the whole sequence.
+        batch: draws per iteration; it matters to `groups` alone.
+        groups: a number for each image. Every batch is made of images of one number, but for those
+            that are left over, which come at both ends of an epoch. None puts any together.
     """
 
-    def __init__(self, images: _Images, seed: int) -> None:
+    def __init__(
+        self, images: Images, seed: int, batch: int = 1, groups: Sequence[int] | None = None
+    ) -> None:
         if len(images) == 0:
             raise ValueError("images: the data set is empty")
         self.images = images
         self.seed = seed
+        self.batch = batch
+        self.groups = None if groups is None else np.asarray(groups)
         self._epoch = -1
         self._order: list[int] = []
 
@@ -43,15 +53,52 @@ class Draws(Dataset[tuple[Tensor, Tensor]]):
         epoch, position = divmod(draw, len(self.images))
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(_seed(self.seed, _ORDER, epoch))
-            self._order = torch.randperm(len(self.images), generator=generator).tolist()
+            order = torch.randperm(len(self.images), generator=generator)
+            if self.groups is not None:
+                order = self._grouped(order.numpy(), epoch, generator)
+            self._order = order.tolist()
             self._epoch = epoch
         return self._order[position]
 
-    def __getitem__(self, draw: int) -> tuple[Tensor, Tensor]:
+    def _grouped(self, order: np.ndarray, epoch: int, generator: torch.Generator) -> np.ndarray:
+        """The order of an epoch, with images of one group moved together into its batches."""
+        assert self.groups is not None
+        size = self.batch
+        # Draws of the epoch that belong to the batch in which the one before ended.
+        head = -epoch * len(order) % size
+        batches, left_over = [], []
+        for group in np.unique(self.groups):
+            members = order[self.groups[order] == group]
+            whole = len(members) // size * size
+            batches.extend(members[:whole].reshape(-1, size))
+            left_over.append(members[whole:])
+        rest = np.concatenate(left_over)
+        if len(rest) < head and batches:  # a batch of its own must fill the one that is begun
+            rest = np.concatenate([rest, batches.pop()])
+        places = torch.randperm(len(batches), generator=generator).tolist()
+        return np.concatenate([rest[:head], *(batches[i] for i in places), rest[head:]])
+
+    def __getitem__(self, draw: int) -> Any:
         index = self.image_index(draw)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(_seed(self.seed, _AUGMENTATION, draw))
             return self.images[index]
+
+
+@contextmanager
+def drawing(seed: int, iteration: int, rank: int, device: torch.device) -> Iterator[None]:
+    """Random numbers for the network itself (which RoIs train): the same whenever it is repeated.
+
+    Args:
+        seed: of the run.
+        iteration: the iteration, counted from 0.
+        rank: this process.
+        device: where the network computes.
+    """
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(_seed(seed, _NETWORK, (iteration << 20) + rank))
+        yield
 
 
 class DrawSampler(Sampler[list[int]]):

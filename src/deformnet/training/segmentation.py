@@ -1,28 +1,27 @@
 """DeepLab for Lightning: the training step, the scoring of images, and the data of both."""
 
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.optim import SGD
-from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader, Dataset, Sampler
 
 from deformnet.data.base import IGNORE, SegmentationDataset
-from deformnet.data.transforms import evaluation_transforms
+from deformnet.data.segmentation import open_segmentation, segmentation_splits
+from deformnet.data.transforms import evaluation_transforms, training_transforms
 from deformnet.evaluation.segmentation import (
     SegmentationScores,
     confusion_matrix,
     segmentation_scores,
 )
 from deformnet.models.deeplab import DeepLab
-from deformnet.nn import parameter_groups
 from deformnet.recipes import DeepLabRecipe
-from deformnet.runs import DataIdentity, describe
-from deformnet.training.sampling import Draws, DrawSampler, ignore_interrupts
+from deformnet.runs import DataIdentity
+from deformnet.training.loading import ScoringData, TrainingData
+from deformnet.training.module import TrainingModule
 
 ScoreAt = Literal["truth", "network"]
 """The size at which predictions meet the truth: that of the label map on disk, to which the logits
@@ -30,17 +29,17 @@ are upsampled; or that at which the network sees the image, to which the label m
 authors' rule on VOC: mean IoU at 360 pixels)."""
 
 
-class SegmentationModule(pl.LightningModule):
+class SegmentationModule(TrainingModule):
     """Trains and scores a DeepLab.
 
     Args:
-        recipe: the schedule.
-        model: the network of that recipe.
-        data: what is written into checkpoints about the training data.
+        recipe, model, data: see `TrainingModule`.
         score_at: see `ScoreAt`.
     Attributes:
         scores: after `Trainer.validate`, over all images and processes.
     """
+
+    model: DeepLab
 
     def __init__(
         self,
@@ -50,11 +49,7 @@ class SegmentationModule(pl.LightningModule):
         *,
         score_at: ScoreAt = "truth",
     ) -> None:
-        super().__init__()
-        self.recipe = recipe
-        # Convolutions run faster on this layout, on CPUs and GPUs alike.
-        self.model = model.to(memory_format=torch.channels_last)
-        self.data = data
+        super().__init__(recipe, model, data)
         self.score_at = score_at
         self.confusion = confusion_matrix(len(data.classes))
         self.scores: SegmentationScores | None = None
@@ -62,11 +57,9 @@ class SegmentationModule(pl.LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, targets = batch
         logits = self.model(images.contiguous(memory_format=torch.channels_last))
-        loss = torch.stack(list(self.model.losses(logits, targets).values())).sum()
-        loss = loss * self._share(targets)
-        self.log("loss", loss.detach(), prog_bar=True, sync_dist=True)
-        self.log("learning_rate", self.recipe.lr * self.recipe.lr_factor(self.trainer.global_step))
-        return loss
+        share = self._share(targets)
+        terms = self.model.losses(logits, targets)
+        return self.total({name: term * share for name, term in terms.items()})
 
     def _share(self, targets: Tensor) -> Tensor | float:
         """This process's weight in the mean over the valid pixels of the whole batch.
@@ -78,23 +71,6 @@ class SegmentationModule(pl.LightningModule):
         valid = (targets != IGNORE).sum().to(torch.float64)
         total = self.trainer.strategy.reduce(valid.clone(), reduce_op="sum")
         return (valid * self.trainer.world_size / total.clamp(min=1)).to(torch.float32)
-
-    def configure_optimizers(self) -> Any:
-        groups = parameter_groups(
-            self.model,
-            self.recipe.lr,
-            offset_lr_scale=self.recipe.offset_lr_scale,
-            weight_decay=self.recipe.weight_decay,
-        )
-        optimizer = SGD(groups, lr=self.recipe.lr, momentum=self.recipe.momentum)
-        schedule = LambdaLR(optimizer, self.recipe.lr_factor)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
-        }
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["deformnet"] = describe(self.recipe, self.data)
 
     def on_validation_epoch_start(self) -> None:
         self.confusion.reset()
@@ -113,82 +89,62 @@ class SegmentationModule(pl.LightningModule):
         self.scores = segmentation_scores(self.confusion.compute())
 
 
-class TrainingData(pl.LightningDataModule):
-    """The draws of a training run, from wherever its checkpoint left off."""
+@dataclass(frozen=True)
+class SegmentationJob:
+    """What training and scoring do for a DeepLab; see `deformnet.training.train`."""
 
-    def __init__(self, recipe: DeepLabRecipe, images: SegmentationDataset, workers: int) -> None:
-        super().__init__()
-        self.recipe = recipe
-        self.images = images
-        self.workers = workers
+    recipe: DeepLabRecipe
+    score_at: ScoreAt = "truth"
 
-    def train_dataloader(self) -> DataLoader:
-        assert self.trainer is not None
-        sampler = DrawSampler(
-            self.trainer.global_step,
-            self.recipe.iterations,
-            self.recipe.batch,
-            self.trainer.global_rank,
-            self.trainer.world_size,
+    loss_terms: ClassVar[tuple[str, ...]] = ()
+
+    def splits(self, data: Path) -> list[str]:
+        return segmentation_splits(data)
+
+    def open(self, data: Path, split: str) -> SegmentationDataset:
+        return open_segmentation(data, split)
+
+    def identity(self, images: SegmentationDataset) -> DataIdentity:
+        return DataIdentity.of(images.classes, (images.name(i) for i in range(len(images))))
+
+    def training_data(self, images: SegmentationDataset, workers: int) -> TrainingData:
+        images.transforms = training_transforms(
+            short_side=self.recipe.short_side,
+            max_side=self.recipe.max_side,
+            crop=self.recipe.crop,
+            flip=self.recipe.flip,
         )
-        return DataLoader(
-            Draws(self.images, self.recipe.seed),
-            batch_sampler=sampler,
-            collate_fn=pad_to_batch,
-            num_workers=self.workers,
-            worker_init_fn=ignore_interrupts,
-            pin_memory=self.trainer.strategy.root_device.type == "cuda",
-        )
+        return TrainingData(self.recipe, images, pad_to_batch, workers)
+
+    def scoring_data(self, images: SegmentationDataset, workers: int) -> ScoringData:
+        return ScoringData(_ScoredImages(self.recipe, images), workers)
+
+    def module(self, model: DeepLab, identity: DataIdentity) -> SegmentationModule:
+        return SegmentationModule(self.recipe, model, identity, score_at=self.score_at)
+
+    def metrics(
+        self, module: SegmentationModule, images: SegmentationDataset, detections: Path
+    ) -> dict[str, Any]:
+        assert module.scores is not None
+        return {"score_at": self.score_at, **module.scores.to_json(images.classes)}
 
 
-class ScoringData(pl.LightningDataModule):
-    """Images one by one with their label maps at both sizes, each once, shared among processes.
+class _ScoredImages:
+    """Each image at the size of the network, with its label map at both sizes."""
 
-    Args:
-        images: without transforms.
-    """
-
-    def __init__(self, recipe: DeepLabRecipe, images: SegmentationDataset, workers: int) -> None:
-        super().__init__()
-        self.recipe = recipe
-        self.images = images
-        self.workers = workers
-
-    def val_dataloader(self) -> DataLoader:
-        assert self.trainer is not None
-        share = range(self.trainer.global_rank, len(self.images), self.trainer.world_size)
-        return DataLoader(
-            _ScoredImages(self.recipe, self.images),
-            sampler=_InOrder(share),
-            batch_size=None,
-            num_workers=self.workers,
-            worker_init_fn=ignore_interrupts,
-            pin_memory=self.trainer.strategy.root_device.type == "cuda",
-        )
-
-
-class _ScoredImages(Dataset[tuple[Tensor, Tensor, Tensor]]):
     def __init__(self, recipe: DeepLabRecipe, images: SegmentationDataset) -> None:
         self.images = images
         self.transforms = evaluation_transforms(
             short_side=recipe.short_side, max_side=recipe.max_side
         )
 
+    def __len__(self) -> int:
+        return len(self.images)
+
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
         image, truth = self.images[index]
         prepared, resized = self.transforms(image, truth)
         return prepared, truth.as_subclass(Tensor).long(), resized
-
-
-class _InOrder(Sampler[int]):
-    def __init__(self, indices: range) -> None:
-        self.indices = indices
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.indices)
-
-    def __len__(self) -> int:
-        return len(self.indices)
 
 
 def pad_to_batch(samples: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ import logging
 import os
 import statistics
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -15,11 +15,8 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from deformnet.data.base import SegmentationDataset
-from deformnet.data.segmentation import open_segmentation
-from deformnet.data.transforms import training_transforms
-from deformnet.data.voc import find_voc, voc_splits
-from deformnet.recipes import DeepLabRecipe
+from deformnet.inference import DetectionTesting
+from deformnet.recipes import DeepLabRecipe, DetectorRecipe, Recipe
 from deformnet.runs import (
     DataIdentity,
     checkpoint_path,
@@ -40,14 +37,13 @@ from deformnet.training.callbacks import (
     own_signals,
     read_log,
 )
-from deformnet.training.segmentation import (
-    ScoreAt,
-    ScoringData,
-    SegmentationModule,
-    TrainingData,
-)
+from deformnet.training.detection import DetectionJob
+from deformnet.training.module import TrainingModule
+from deformnet.training.proposals import StoredProposals
+from deformnet.training.segmentation import ScoreAt, SegmentationJob
 
 Accelerator = Literal["auto", "cpu", "gpu"]
+_ONE_LOOK = DetectionTesting()
 
 
 class TrainingStopped(Exception):
@@ -55,12 +51,13 @@ class TrainingStopped(Exception):
 
 
 def train(
-    recipe: DeepLabRecipe,
+    recipe: Recipe,
     data: Path,
     out: Path,
     *,
     split: str = "train",
     val_split: str | None = "val",
+    proposals: Sequence[Path] = (),
     devices: int | None = None,
     nodes: int | None = None,
     accelerator: Accelerator = "auto",
@@ -81,11 +78,13 @@ def train(
 
     Args:
         recipe: network, image size and schedule.
-        data: a folder in VOC or Cityscapes layout.
+        data: a folder in VOC or Cityscapes layout for DeepLab, in VOC or COCO layout for detectors.
         out: the run folder; see `deformnet.runs` for what it holds.
         split: the images to train on.
         val_split: the images to score at the end; None for none. Those of a folder without this
             list are not scored either, if it is the default.
+        proposals: files of stored proposals, of the images to train on and of those to score, that
+            take the place of the detector's own; see `deformnet.training.propose`.
         devices: processes (CPU) or GPUs on each node; None is what torchrun started, or else 1.
         nodes: machines; None is what torchrun spans, or else 1.
         workers: processes that load images, for each training process; None chooses.
@@ -114,15 +113,13 @@ def train(
         raise ValueError(
             f"batch {recipe.batch} cannot be shared evenly by {devices * nodes} processes"
         )
-    transforms = training_transforms(
-        short_side=recipe.short_side,
-        max_side=recipe.max_side,
-        crop=recipe.crop,
-        flip=recipe.flip,
-    )
-    images = open_segmentation(data, split, transforms)
-    scored = _open_scored(data, val_split)
-    identity = DataIdentity.of(images.classes, (images.name(i) for i in range(len(images))))
+    job = _job(recipe, proposals=proposals)
+    images = job.open(data, split)
+    scored = None
+    # The default list need not be there.
+    if val_split is not None and (val_split != "val" or val_split in job.splits(data)):
+        scored = job.open(data, val_split)
+    identity = job.identity(images)
 
     checkpoint = checkpoint_path(out)
     done = _iterations_done(checkpoint, recipe, identity) if checkpoint.is_file() else None
@@ -142,12 +139,14 @@ def train(
             devices=devices,
             num_nodes=nodes,
             precision=recipe.precision,
+            # Where no image of a process shows an object, a part of the network has no gradient.
+            strategy=_strategy(recipe, devices * nodes),
             sync_batchnorm=recipe.norm == "trained" and _uses_gpu(accelerator),
             max_steps=recipe.iterations,
             gradient_clip_val=recipe.clip,
             log_every_n_steps=log_every,
             logger=[
-                CSVLog(out / "metrics.csv", every=log_every, keep=done or 0),
+                CSVLog(out / "metrics.csv", job.loss_terms, every=log_every, keep=done or 0),
                 TensorBoardLogger(out, "tensorboard", "", purge_step=done),
             ],
             callbacks=[Timer(log_every), checkpoints, *([ProgressBar()] if progress else [])],
@@ -158,14 +157,17 @@ def train(
             enable_progress_bar=progress,
             num_sanity_val_steps=0,
         )
-        module = SegmentationModule(recipe, model, identity)
+        module = job.module(model, identity)
         if done is None or done < recipe.iterations:
-            trainer.fit(
-                module,
-                datamodule=TrainingData(recipe, images, workers),
-                ckpt_path=None if done is None else checkpoint,
-                weights_only=True,
-            )
+            try:
+                trainer.fit(
+                    module,
+                    datamodule=job.training_data(images, workers),
+                    ckpt_path=None if done is None else checkpoint,
+                    weights_only=True,
+                )
+            except FloatingPointError as error:
+                raise FloatingPointError(f"{error}; {checkpoints.state()}") from error
             if checkpoints.stopped:
                 raise TrainingStopped(
                     f"stopped after {trainer.global_step} of {recipe.iterations} iterations; "
@@ -173,8 +175,8 @@ def train(
                 )
         metrics = _facts(recipe, model, out)
         if scored is not None:
-            trainer.validate(module, datamodule=ScoringData(recipe, scored, workers), verbose=False)
-            metrics = _scores(module, val_split, scored) | metrics
+            trainer.validate(module, datamodule=job.scoring_data(scored, workers), verbose=False)
+            metrics = _scores(job, module, val_split, scored, out / "detections.jsonl") | metrics
     if trainer.is_global_zero:
         write_json(out / "metrics.json", metrics)
     return metrics
@@ -186,6 +188,8 @@ def evaluate(
     split: str,
     *,
     score_at: ScoreAt = "truth",
+    testing: DetectionTesting = _ONE_LOOK,
+    proposals: Sequence[Path] = (),
     devices: int | None = None,
     accelerator: Accelerator = "auto",
     workers: int | None = None,
@@ -195,9 +199,12 @@ def evaluate(
 
     Args:
         run: a run folder.
-        data: a folder in VOC or Cityscapes layout, with the classes that the run was trained on.
+        data: a folder as for `train`, with the classes that the run was trained on.
         split: the list.
-        score_at: at which size predictions meet the truth; see `ScoreAt`.
+        score_at: of DeepLab: at which size predictions meet the truth; see `ScoreAt`.
+        testing: of detectors: several sizes, mirrored images, refined and averaged boxes. What is
+            found goes into `detections-SPLIT.jsonl`.
+        proposals: files of stored proposals, for a detector that was trained on such.
         devices, accelerator, workers, progress: as for `train`.
     Returns:
         What the file holds.
@@ -206,16 +213,18 @@ def evaluate(
         ValueError: if the checkpoint or an image is damaged, or the classes differ.
     """
     devices, _ = _processes(devices, None)
-    recipe, model, classes = load_run(run)
-    images = open_segmentation(data, split)
-    if images.classes != classes:
+    recipe, model, trained_on = load_run(run)
+    job = _job(recipe, score_at=score_at, testing=testing, proposals=proposals)
+    if trained_on.proposals and not proposals:
+        raise ValueError(f"{run}: was trained on stored proposals, so scoring it needs some too")
+    images = job.open(data, split)
+    if images.classes != trained_on.classes:
         raise ValueError(
             f"{data}: has the classes {', '.join(images.classes)}; "
-            f"{run} was trained on {', '.join(classes)}"
+            f"{run} was trained on {', '.join(trained_on.classes)}"
         )
     workers = _default_workers(devices) if workers is None else workers
-    identity = DataIdentity.of(classes, iter(()))
-    module = SegmentationModule(recipe, model, identity, score_at=score_at)
+    module = job.module(model, trained_on)
     with _lightning():
         trainer = pl.Trainer(
             accelerator=accelerator,
@@ -228,8 +237,9 @@ def evaluate(
             enable_model_summary=False,
             enable_progress_bar=progress,
         )
-        trainer.validate(module, datamodule=ScoringData(recipe, images, workers), verbose=False)
-    metrics = _scores(module, split, images) | _facts(recipe, model, run)
+        trainer.validate(module, datamodule=job.scoring_data(images, workers), verbose=False)
+    found = run / f"detections-{split}.jsonl"
+    metrics = _scores(job, module, split, images, found) | _facts(recipe, model, run)
     if trainer.is_global_zero:
         write_json(run / f"metrics-{split}.json", metrics)
     return metrics
@@ -245,12 +255,12 @@ def _processes(devices: int | None, nodes: int | None) -> tuple[int, int]:
 
 
 @rank_zero_only
-def _write_recipe(path: Path, recipe: DeepLabRecipe) -> None:
+def _write_recipe(path: Path, recipe: Recipe) -> None:
     with replacing(path) as file:
         file.write(recipe.to_json().encode())
 
 
-def _iterations_done(path: Path, recipe: DeepLabRecipe, data: DataIdentity) -> int:
+def _iterations_done(path: Path, recipe: Recipe, data: DataIdentity) -> int:
     """How far a run has come.
 
     Raises:
@@ -259,6 +269,11 @@ def _iterations_done(path: Path, recipe: DeepLabRecipe, data: DataIdentity) -> i
     checkpoint = load_checkpoint(path)
     old_recipe, old_data = recipe_and_data(checkpoint, path)
     run = path.parent.parent
+    if type(old_recipe) is not type(recipe):
+        raise ValueError(
+            f"{run}: holds a run of {old_recipe.network}, but {recipe.network} is asked for; "
+            "choose another folder"
+        )
     for field in dataclasses.fields(recipe):
         old, new = getattr(old_recipe, field.name), getattr(recipe, field.name)
         if old != new:
@@ -274,33 +289,45 @@ def _iterations_done(path: Path, recipe: DeepLabRecipe, data: DataIdentity) -> i
     return checkpoint["global_step"]
 
 
-def _open_scored(data: Path, split: str | None) -> SegmentationDataset | None:
-    """The images to score; None if none are asked for or the default list is not there."""
-    if split is None or (split == "val" and not _has_split(data, split)):
-        return None
-    return open_segmentation(data, split)
+def _job(
+    recipe: Recipe,
+    *,
+    score_at: ScoreAt = "truth",
+    testing: DetectionTesting = _ONE_LOOK,
+    proposals: Sequence[Path] = (),
+) -> Any:
+    """What the loop needs to know of a kind of network: a SegmentationJob or a DetectionJob.
+
+    Raises:
+        ValueError: for options that the network does not have.
+    """
+    if isinstance(recipe, DeepLabRecipe):
+        if testing != _ONE_LOOK or proposals:
+            raise ValueError("proposals and options of testing are for detectors, not for deeplab")
+        return SegmentationJob(recipe, score_at)
+    assert isinstance(recipe, DetectorRecipe)
+    if score_at != "truth":
+        raise ValueError(f"score_at is for deeplab, not for {recipe.network}")
+    return DetectionJob(recipe, testing, StoredProposals(proposals) if proposals else None)
 
 
-def _has_split(data: Path, split: str) -> bool:
-    cityscapes = data / "leftImg8bit"
-    if cityscapes.is_dir():
-        return (cityscapes / split).is_dir()
-    return split in voc_splits(find_voc(data))
+def _scores(job: Any, module: TrainingModule, split: str | None, images: Any, found: Path) -> dict:
+    """The scores, computed (and what was found written) by one process for all."""
+    if not module.trainer.is_global_zero:
+        return {}
+    return {"split": split, "images": len(images), **job.metrics(module, images, found)}
 
 
-def _scores(module: SegmentationModule, split: str | None, images: SegmentationDataset) -> dict:
-    assert module.scores is not None
-    return {
-        "split": split,
-        "images": len(images),
-        "score_at": module.score_at,
-        **module.scores.to_json(images.classes),
-    }
+def _strategy(recipe: Recipe, processes: int) -> str:
+    if processes == 1 or isinstance(recipe, DeepLabRecipe):
+        return "auto"
+    return "ddp_find_unused_parameters_true"
 
 
-def _facts(recipe: DeepLabRecipe, model: torch.nn.Module, run: Path) -> dict[str, Any]:
+def _facts(recipe: Recipe, model: torch.nn.Module, run: Path) -> dict[str, Any]:
     seconds = [float(row["seconds"]) for row in read_log(run / "metrics.csv")]
     return {
+        "network": recipe.network,
         "iterations": recipe.iterations,
         "seconds_per_iteration": statistics.median(seconds) if seconds else None,
         "parameters": sum(p.numel() for p in model.parameters()),

@@ -1,0 +1,288 @@
+"""The detectors for Lightning: the training step, the scoring of images, and the data of both."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.ops import box_iou
+
+from deformnet.data.boxes import BoxAnnotations
+from deformnet.data.coco import COCODetection
+from deformnet.data.detection import detection_splits, open_detection
+from deformnet.data.transforms import detection_transforms
+from deformnet.data.voc import VOCDetection
+from deformnet.detections import ImageDetections, score, write_detections
+from deformnet.inference import DetectionPredictor, DetectionTesting, detection_predictor
+from deformnet.models.detector import Detections, Detector, Size, Target
+from deformnet.recipes import DetectorRecipe, FasterRCNNRecipe, RFCNRecipe, RPNRecipe
+from deformnet.runs import DataIdentity
+from deformnet.training.loading import ScoringData, TrainingData
+from deformnet.training.module import TrainingModule
+from deformnet.training.proposals import StoredProposals
+from deformnet.training.sampling import drawing
+
+DetectionImages = VOCDetection | COCODetection
+_OBJECT = "object"  # the class of what a region proposal network finds
+_PROPOSAL = -1  # label of a proposal that goes through the transforms among the objects
+
+
+class Sample(NamedTuple):
+    """An image ready for the network.
+
+    Attributes:
+        image: float32 [3, h, w], normalised.
+        target: its objects.
+        proposals: boxes [P, 4] to train on, if they are stored.
+    """
+
+    image: Tensor
+    target: Target
+    proposals: Tensor | None
+
+
+class Batch(NamedTuple):
+    """Samples of different sizes side by side.
+
+    Attributes:
+        images: [N, 3, H, W] of the largest height and width; what was added to the right and below
+            is the mean colour (0).
+        sizes: of the images in it.
+        targets: their objects.
+        proposals: their stored proposals, if there are any.
+    """
+
+    images: Tensor
+    sizes: list[Size]
+    targets: list[Target]
+    proposals: list[Tensor] | None
+
+
+class DetectionModule(TrainingModule):
+    """Trains and scores a detector.
+
+    Args:
+        recipe, model, data: see `TrainingModule`.
+        testing: how images are looked at when they are scored.
+    Attributes:
+        found: after `Trainer.validate`, the detections of every image by its index, of all
+            processes.
+    """
+
+    model: Detector
+    recipe: DetectorRecipe
+
+    def __init__(
+        self,
+        recipe: DetectorRecipe,
+        model: Detector,
+        data: DataIdentity,
+        *,
+        testing: DetectionTesting,
+    ) -> None:
+        super().__init__(recipe, model, data)
+        self.testing = testing
+        self.found: dict[int, Detections] = {}
+        self._predictor: DetectionPredictor | None = None
+        if data.proposals:  # it learns nothing from them, and other processes would wait for it
+            for name, module in model.named_children():
+                if name == "rpn":
+                    module.requires_grad_(False)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        images = batch.images.contiguous(memory_format=torch.channels_last)
+        iteration, rank = self.trainer.global_step, self.trainer.global_rank
+        with drawing(self.recipe.seed, iteration, rank, self.device):
+            terms = self.model.losses(images, batch.sizes, batch.targets, batch.proposals)
+        return self.total(terms)
+
+    def on_validation_epoch_start(self) -> None:
+        self.found = {}
+        names = (_OBJECT,) if isinstance(self.recipe, RPNRecipe) else self.data.classes
+        self._predictor = detection_predictor(
+            self.recipe, self.model, names, self.testing, self.device
+        )
+
+    def validation_step(self, batch: tuple[int, Tensor, Tensor | None], batch_idx: int) -> None:
+        assert self._predictor is not None
+        index, image, proposals = batch
+        self.found[index] = self._predictor(image, proposals)
+
+    def on_validation_epoch_end(self) -> None:
+        if self.trainer.world_size > 1:
+            everyone: list[Any] = [None] * self.trainer.world_size
+            torch.distributed.all_gather_object(everyone, self.found)
+            self.found = {index: one for found in everyone for index, one in found.items()}
+
+
+@dataclass(frozen=True)
+class DetectionJob:
+    """What training and scoring do for a detector; see `deformnet.training.train`."""
+
+    recipe: DetectorRecipe
+    testing: DetectionTesting
+    proposals: StoredProposals | None = None
+
+    def __post_init__(self) -> None:
+        two_stages = isinstance(self.recipe, (FasterRCNNRecipe, RFCNRecipe))
+        if self.proposals is not None and not two_stages:
+            raise ValueError(f"proposals: {self.recipe.network} takes none, it makes its own")
+
+    @property
+    def loss_terms(self) -> tuple[str, ...]:
+        """Columns of the log."""
+        own = () if self.proposals is not None else ("rpn_class", "rpn_box")
+        two_stages = isinstance(self.recipe, (FasterRCNNRecipe, RFCNRecipe))
+        return (*own, "class", "box") if two_stages else own
+
+    def splits(self, data: Path) -> list[str]:
+        return detection_splits(data)
+
+    def open(self, data: Path, split: str) -> DetectionImages:
+        images = open_detection(data, split)
+        if self.proposals is not None:
+            for index in range(len(images)):
+                self.proposals[images.name(index)]
+        return images
+
+    def identity(self, images: DetectionImages) -> DataIdentity:
+        names = (images.name(index) for index in range(len(images)))
+        stored = None if self.proposals is None else self.proposals.digest
+        return DataIdentity.of(images.classes, names, stored)
+
+    def training_data(self, images: DetectionImages, workers: int) -> TrainingData:
+        groups = None
+        if self.recipe.batch > 1:  # so that less of a batch is padding
+            sizes = [images.size(index) for index in range(len(images))]
+            groups = [int(width >= height) for height, width in sizes]
+        prepared = _TrainingImages(self.recipe, images, self.proposals)
+        return TrainingData(self.recipe, prepared, collate, workers, groups)
+
+    def scoring_data(self, images: DetectionImages, workers: int) -> ScoringData:
+        return ScoringData(_ScoredImages(images, self.proposals), workers)
+
+    def module(self, model: Detector, identity: DataIdentity) -> DetectionModule:
+        return DetectionModule(self.recipe, model, identity, testing=self.testing)
+
+    def metrics(
+        self, module: DetectionModule, images: DetectionImages, detections: Path
+    ) -> dict[str, Any]:
+        """Writes the detections to a file, and compares them with the truth.
+
+        Returns:
+            AP: "voc" with both methods, and "mean_ap" by IoU as the recipe's convention has it; or
+            "coco" with the twelve numbers. Of proposals "recall": the share of objects that one of
+            them overlaps, by IoU.
+        """
+        names = (_OBJECT,) if isinstance(self.recipe, RPNRecipe) else images.classes
+        write_detections(
+            detections,
+            (
+                ImageDetections(
+                    images.name(index),
+                    found.boxes.float(),
+                    found.scores.float(),
+                    [names[label] for label in found.labels.tolist()],
+                )
+                for index, found in sorted(module.found.items())
+            ),
+        )
+        if isinstance(self.recipe, RPNRecipe):
+            return {"recall": _recall(module.found, images)}
+        scores = score(detections, Path(images.root), split=images.split)
+        method = "11-point" if self.recipe.convention == "msra2017" else "area"
+        means = {
+            f"{iou:g}": value
+            for voc in scores.voc
+            if voc.method == method
+            for iou, value in zip(voc.ious, voc.mean_ap, strict=True)
+        }
+        return {**scores.to_json(), **({"method": method, "mean_ap": means} if means else {})}
+
+
+def _recall(found: Mapping[int, Detections], images: DetectionImages) -> dict[str, float]:
+    """The share of objects that a proposal overlaps by at least an IoU of 0.5 and of 0.7."""
+    best = []
+    for index, proposals in found.items():
+        objects = images.annotations(index)
+        boxes = objects.boxes.as_subclass(Tensor)[~objects.ignored]
+        nothing = boxes.new_zeros(len(boxes), 1)
+        best.append(torch.cat([nothing, box_iou(boxes, proposals.boxes)], dim=1).amax(dim=1))
+    overlaps = torch.cat(best)
+    return {str(iou): float((overlaps >= iou).float().mean()) for iou in (0.5, 0.7)}
+
+
+class _TrainingImages:
+    """Images with their objects, and their stored proposals, after the random transforms."""
+
+    def __init__(
+        self, recipe: DetectorRecipe, images: DetectionImages, proposals: StoredProposals | None
+    ) -> None:
+        self.images = images
+        self.proposals = proposals
+        self.round = recipe.convention == "msra2017"
+        self.transforms = detection_transforms(
+            short_side=recipe.short_side, max_side=recipe.max_side, flip=recipe.flip
+        )
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Sample:
+        image, objects = self.images[index]
+        if self.proposals is not None:
+            objects = _with_proposals(objects, self.proposals[self.images.name(index)])
+        pixels, (boxes, labels, ignored) = self.transforms(image, objects)
+        learned = ~ignored & (labels != _PROPOSAL)
+        target = Target(boxes[learned], labels[learned])
+        if self.round:
+            target = target._replace(boxes=_to_whole_pixels(target.boxes))
+        stored = None if self.proposals is None else boxes[labels == _PROPOSAL]
+        return Sample(pixels, target, stored)
+
+
+class _ScoredImages:
+    """Images as they are stored, with their index and their stored proposals."""
+
+    def __init__(self, images: DetectionImages, proposals: StoredProposals | None) -> None:
+        self.images = images
+        self.proposals = proposals
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[int, Tensor, Tensor | None]:
+        image, _ = self.images[index]
+        stored = None if self.proposals is None else self.proposals[self.images.name(index)]
+        return index, image.as_subclass(Tensor), stored
+
+
+def _with_proposals(objects: BoxAnnotations, proposals: Tensor) -> BoxAnnotations:
+    """The proposals behind the objects, so that the same transforms move them."""
+    count = len(proposals)
+    return BoxAnnotations(
+        tv_tensors.wrap(torch.cat([objects.boxes, proposals]), like=objects.boxes),
+        torch.cat([objects.labels, objects.labels.new_full((count,), _PROPOSAL)]),
+        torch.cat([objects.ignored, objects.ignored.new_zeros(count)]),
+    )
+
+
+def _to_whole_pixels(boxes: Tensor) -> Tensor:
+    """Boxes whose first and last pixels are rounded, as the authors' code does after resizing."""
+    first, last = boxes[:, :2].round(), (boxes[:, 2:] - 1).round()
+    return torch.cat([first, torch.maximum(last, first) + 1], dim=1)
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """Makes a batch of images of different sizes."""
+    sizes = [(sample.image.shape[1], sample.image.shape[2]) for sample in samples]
+    height, width = (max(side) for side in zip(*sizes, strict=True))
+    images = samples[0].image.new_zeros(len(samples), 3, height, width)
+    for n, (sample, (h, w)) in enumerate(zip(samples, sizes, strict=True)):
+        images[n, :, :h, :w] = sample.image
+    proposals = [sample.proposals for sample in samples if sample.proposals is not None]
+    return Batch(images, sizes, [sample.target for sample in samples], proposals or None)

@@ -1,0 +1,114 @@
+"""Proposals on disk: those of a trained network, for others to train and to be scored on.
+
+The paper's ablation on VOC trains all detectors on the same proposals of a separately trained
+region proposal network, so that only what follows it differs.
+
+A file is one safetensors: `boxes` float32 [M, 4] in pixels of the images as stored, `scores`
+float32 [M] and `starts` int64 [I + 1]; image i, by the i-th of the names in its metadata, has the
+boxes from starts[i] to starts[i + 1], best first.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+from tqdm import tqdm
+
+from deformnet.data.detection import open_detection
+from deformnet.inference import DetectionPredictor
+from deformnet.runs import replacing
+
+
+class StoredProposals:
+    """The proposals of one or more files, by image.
+
+    Args:
+        files: as `propose` writes them.
+    Attributes:
+        digest: of all boxes and names.
+    Raises:
+        FileNotFoundError: if a file is not there.
+        ValueError: if one is damaged or no file of proposals, or an image is in two.
+    """
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        digest = hashlib.sha256()
+        self.files = tuple(files)
+        self._boxes: list[Tensor] = []
+        self._places: dict[str, tuple[int, int, int]] = {}
+        for number, path in enumerate(files):
+            if not path.is_file():
+                raise FileNotFoundError(f"{path}: no such file of proposals")
+            try:
+                with safe_open(path, framework="pt") as file:
+                    boxes, starts = file.get_tensor("boxes"), file.get_tensor("starts")
+                    names = json.loads(file.metadata()["names"])
+            except (SafetensorError, KeyError, TypeError, ValueError) as error:
+                raise ValueError(f"{path}: damaged, or not a file of proposals") from error
+            places = starts.tolist()
+            if (
+                boxes.shape != (places[-1], 4)
+                or len(places) != len(names) + 1
+                or not boxes.isfinite().all()
+            ):
+                raise ValueError(f"{path}: damaged, its boxes do not fit its images")
+            self._boxes.append(boxes)
+            for name, start, end in zip(names, places[:-1], places[1:], strict=True):
+                if name in self._places:
+                    other = files[self._places[name][0]]
+                    raise ValueError(f"{path}: image {name} has proposals in {other} already")
+                self._places[name] = (number, start, end)
+            digest.update(json.dumps([names, places]).encode())
+            digest.update(boxes.numpy().tobytes())
+        self.digest = digest.hexdigest()
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Boxes [P, 4] of an image, in its pixels.
+
+        Raises:
+            ValueError: if the files have no such image.
+        """
+        if name not in self._places:
+            raise ValueError(f"{self.files[0]}: has no proposals for image {name}")
+        number, start, end = self._places[name]
+        return self._boxes[number][start:end]
+
+
+def propose(
+    predictor: DetectionPredictor, data: Path, split: str, out: Path, *, progress: bool = True
+) -> int:
+    """Writes the proposals of a network for all images of a list.
+
+    Args:
+        predictor: of a trained detector.
+        data: a folder in VOC or COCO layout; its boxes and classes are not used.
+        split: the list.
+        out: the file.
+        progress: show a bar.
+    Returns:
+        The number of images.
+    Raises:
+        FileNotFoundError: if data are missing.
+        ValueError: if an image cannot be read.
+        OSError: if the file cannot be written.
+    """
+    images = open_detection(data, split)
+    boxes, scores, starts = [], [], [0]
+    for index in tqdm(range(len(images)), desc="proposing", disable=None if progress else True):
+        image, _ = images[index]
+        found = predictor.propose(image)
+        boxes.append(found.boxes)
+        scores.append(found.scores)
+        starts.append(starts[-1] + len(found.boxes))
+    content = save(
+        {"boxes": torch.cat(boxes), "scores": torch.cat(scores), "starts": torch.tensor(starts)},
+        metadata={"names": json.dumps([images.name(i) for i in range(len(images))])},
+    )
+    with replacing(out) as file:
+        file.write(content)
+    return len(images)
