@@ -12,24 +12,25 @@ detections has empty lists.
 
 import json
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 from torch import Tensor
 
+from deformnet.data.boxes import DetectionDataset
 from deformnet.data.coco import COCODetection
 from deformnet.data.detection import detection_splits, open_detection
 from deformnet.data.files import read_lines
 from deformnet.evaluation.coco import coco_ap, coco_table
-from deformnet.evaluation.voc import Found, Truth, VOCScores, voc_ap
+from deformnet.evaluation.voc import Found, Method, Truth, voc_ap, voc_table
+from deformnet.runs import replacing
 
 _IMAGE_FILES = (".jpg", ".jpeg", ".png")
 
 
-class ImageDetections(NamedTuple):
+class Record(NamedTuple):
     """What was found in one image."""
 
     image: str
@@ -42,67 +43,25 @@ class ImageDetections(NamedTuple):
     """The name of each detection's class, d."""
 
 
-@dataclass(frozen=True)
-class DetectionScores:
-    """Attributes:
-    images: in the set.
-    images_with_detections: images that have at least one; fewer than expected hint at a file that
-        is not complete.
-    detections: in all images.
-    voc: VOC AP in both methods, or nothing for a COCO set.
-    coco: COCO's twelve numbers, or nothing for another set.
-    """
-
-    images: int
-    images_with_detections: int
-    detections: int
-    voc: tuple[VOCScores, ...]
-    coco: Mapping[str, float]
-
-    def to_json(self) -> dict[str, object]:
-        """Plain numbers for a JSON file, with None for NaN."""
-        scores: dict[str, object] = {
-            "images": self.images,
-            "images_with_detections": self.images_with_detections,
-            "detections": self.detections,
-        }
-        if self.coco:
-            numbers = self.coco.items()
-            scores["coco"] = {k: None if math.isnan(value) else value for k, value in numbers}
-        else:
-            scores["voc"] = [of_method.to_json() for of_method in self.voc]
-        return scores
-
-    def table(self) -> str:
-        """All of it as text."""
-        counts = (
-            f"{self.detections} detections in {self.images_with_detections} of {self.images} images"
-        )
-        tables = [scores.table() for scores in self.voc] or [coco_table(self.coco)]
-        return "\n\n".join([counts, *tables])
-
-
-def to_line(detections: ImageDetections) -> str:
+def to_line(record: Record) -> str:
     """The line of our own format, without the line's end. Numbers are written as float32."""
     return json.dumps(
         {
-            "image": detections.image,
-            "boxes": [_short(box) for box in np.asarray(detections.boxes, np.float32)],
-            "scores": _short(np.asarray(detections.scores, np.float32)),
-            "classes": list(detections.classes),
+            "image": record.image,
+            "boxes": [_short(box) for box in np.asarray(record.boxes, np.float32)],
+            "scores": _short(np.asarray(record.scores, np.float32)),
+            "classes": list(record.classes),
         }
     )
 
 
-def write_detections(path: Path, detections: Iterable[ImageDetections]) -> None:
-    """Writes our own format. The file appears when it is complete: none is left half written."""
-    part = path.with_name(path.name + ".part")
-    with part.open("w", encoding="utf-8") as file:
-        file.writelines(to_line(of_image) + "\n" for of_image in detections)
-    part.replace(path)
+def write_detections(path: Path, records: Iterable[Record]) -> None:
+    """Writes our own format. The file appears when it is whole: none is left half written."""
+    with replacing(path) as file:
+        file.writelines(f"{to_line(record)}\n".encode() for record in records)
 
 
-def read_detections(path: Path, classes: Collection[str] = ()) -> list[ImageDetections]:
+def read_detections(path: Path, classes: Collection[str] = ()) -> list[Record]:
     """Reads detections that name their images; each image comes once.
 
     `path` is one of
@@ -141,8 +100,8 @@ def read_detections(path: Path, classes: Collection[str] = ()) -> list[ImageDete
 
 def score(
     boxes: Path, data: Path, *, split: str | None = None, ious: Sequence[float] = (0.5, 0.7)
-) -> DetectionScores:
-    """Scores detections as the benchmark of the data does.
+) -> dict[str, Any]:
+    """Scores detections from files as the benchmark of the data does.
 
     Args:
         boxes: what `read_detections` reads, or for COCO data also a `.json` file in COCO's result
@@ -152,6 +111,8 @@ def score(
             `class x y width height` for each object (see `read_detections`).
         split: the part of a folder in the VOC or the COCO layout; others have none.
         ious: thresholds of VOC AP. COCO's are fixed.
+    Returns:
+        As `score_records`, with VOC AP in both methods.
     Raises:
         FileNotFoundError: if a file or folder is missing.
         ValueError: one line that says which file is malformed; for detections of images or classes
@@ -159,24 +120,54 @@ def score(
     """
     boxes, data = Path(boxes).expanduser(), Path(data).expanduser()
     truth = _open(data, split)
-    if isinstance(truth, _COCOTruth):
-        return _score_coco(boxes, truth)
-    if boxes.suffix == ".json":
+    if boxes.suffix != ".json":
+        records = read_detections(boxes, truth.classes)
+        return _score(records, truth, str(boxes), ious, get_args(Method))
+    if isinstance(truth, _NamedTruth):
         raise ValueError(
             f"{boxes}: COCO results give images by number, but {data} is not COCO data; "
             "wanted a .jsonl file or a folder of .txt files"
         )
-    found, count = {}, 0
-    labels = {name: label for label, name in enumerate(truth.classes)}
-    for name, of_image in _known(boxes, truth.images, truth.classes).items():
-        places = np.array([labels[c] for c in of_image.classes], dtype=np.int64)
-        found[name] = Found(of_image.boxes, of_image.scores, places)
-        count += len(places)
-    with_detections = sum(len(of_image.labels) > 0 for of_image in found.values())
-    scores = tuple(
-        voc_ap(truth.images, found, truth.classes, ious, method) for method in ("11-point", "area")
+    results = _read_json(boxes)
+    if not isinstance(results, list):
+        raise ValueError(f"{boxes}: wanted COCO results, a list of detections")
+    return _score_results(results, truth, str(boxes))
+
+
+def score_records(
+    records: Sequence[Record],
+    dataset: DetectionDataset,
+    *,
+    ious: Sequence[float] = (0.5, 0.7),
+    method: Method,
+) -> dict[str, Any]:
+    """Scores detections in memory: COCO AP for COCO data, VOC AP for other.
+
+    Args:
+        records: at most one for each image.
+        dataset: the ground truth.
+        ious: thresholds of VOC AP. COCO's are fixed.
+        method: of VOC AP.
+    Returns:
+        Plain numbers for a JSON file, None for NaN: "images" in the set, "images_with_detections"
+        (fewer than expected hint at detections that are not complete), "detections", and either
+        "coco" with the numbers of `coco_ap` or "voc" with those of `VOCScores.to_json` by method.
+    Raises:
+        ValueError: for detections of images or classes that are not in the ground truth.
+    """
+    return _score(records, _truth_of(dataset), "detections", ious, (method,))
+
+
+def score_table(scores: Mapping[str, Any]) -> str:
+    """What `score` and `score_records` return, as text."""
+    counts = (
+        f"{scores['detections']} detections in {scores['images_with_detections']} of "
+        f"{scores['images']} images"
     )
-    return DetectionScores(len(truth.images), with_detections, count, scores, {})
+    if "coco" in scores:
+        return f"{counts}\n\n{coco_table(scores['coco'])}"
+    tables = [voc_table(of_method, method) for method, of_method in scores["voc"].items()]
+    return "\n\n".join([counts, *tables])
 
 
 class _NamedTruth(NamedTuple):
@@ -191,7 +182,7 @@ class _COCOTruth(NamedTuple):
 
     file: Path
     images: dict[str, int]
-    categories: dict[str, int]
+    classes: dict[str, int]
 
 
 def _open(data: Path, split: str | None) -> _NamedTruth | _COCOTruth:
@@ -205,7 +196,7 @@ def _open(data: Path, split: str | None) -> _NamedTruth | _COCOTruth:
             if split is None:
                 known = ", ".join(splits) or "none"
                 raise ValueError(f"{data}: wanted a split; those here are: {known}")
-            return _open_layout(data, split)
+            return _truth_of(open_detection(data, split))
     if split is not None:
         raise ValueError(f"{data}: has no splits, got {split!r}")
     if data.is_dir():
@@ -215,8 +206,7 @@ def _open(data: Path, split: str | None) -> _NamedTruth | _COCOTruth:
     return _open_coco(data)
 
 
-def _open_layout(data: Path, split: str) -> _NamedTruth | _COCOTruth:
-    dataset = open_detection(data, split)
+def _truth_of(dataset: DetectionDataset) -> _NamedTruth | _COCOTruth:
     names = [dataset.name(i) for i in range(len(dataset))]
     if isinstance(dataset, COCODetection):
         images = dict(zip(names, dataset.image_ids.tolist(), strict=True))
@@ -228,13 +218,13 @@ def _open_layout(data: Path, split: str) -> _NamedTruth | _COCOTruth:
 
 def _open_texts(data: Path) -> _NamedTruth:
     objects = [_read_text(file, scored=False) for file in _text_files(data)]
-    classes = tuple(sorted({name for of_image in objects for name in of_image.classes}))
+    classes = tuple(sorted({name for record in objects for name in record.classes}))
     if not classes:
         raise ValueError(f"{data}: no object in any of the {len(objects)} text files")
     truths = {}
-    for of_image in objects:
-        labels = np.array([classes.index(name) for name in of_image.classes], dtype=np.int64)
-        truths[of_image.image] = Truth(of_image.boxes, labels, np.zeros(len(labels), dtype=bool))
+    for record in objects:
+        labels = np.array([classes.index(name) for name in record.classes], dtype=np.int64)
+        truths[record.image] = Truth(record.boxes, labels, np.zeros(len(labels), dtype=bool))
     return _NamedTruth(truths, classes)
 
 
@@ -252,84 +242,115 @@ def _open_coco(file: Path) -> _COCOTruth:
     return _COCOTruth(file, dict(zip(names, ids, strict=True)), categories)
 
 
-def _score_coco(boxes: Path, truth: _COCOTruth) -> DetectionScores:
-    if boxes.suffix == ".json":
-        results = _read_json(boxes)
-        if not isinstance(results, list):
-            raise ValueError(f"{boxes}: wanted COCO results, a list of detections")
-    else:
-        known = _known(boxes, truth.images, truth.categories)
-        results = [
-            {
+def _score(
+    records: Sequence[Record],
+    truth: _NamedTruth | _COCOTruth,
+    source: str,
+    ious: Sequence[float],
+    methods: Sequence[Method],
+) -> dict[str, Any]:
+    """Scores records; errors begin with `source`."""
+    known = _known(records, truth, source)
+    if isinstance(truth, _COCOTruth):
+        return _score_results(list(_to_results(known, truth)), truth, source)
+    labels = {name: label for label, name in enumerate(truth.classes)}
+    found = {
+        name: Found(
+            record.boxes, record.scores, np.array([labels[c] for c in record.classes], np.int64)
+        )
+        for name, record in known.items()
+    }
+    by_method = {
+        method: voc_ap(truth.images, found, truth.classes, ious, method).to_json()
+        for method in methods
+    }
+    counts = [len(record.classes) for record in known.values() if record.classes]
+    return {**_counts(truth, len(counts), sum(counts)), "voc": by_method}
+
+
+def _score_results(
+    results: Sequence[Mapping[str, Any]], truth: _COCOTruth, source: str
+) -> dict[str, Any]:
+    try:
+        numbers = coco_ap(truth.file, results)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+    with_detections = len({result["image_id"] for result in results})
+    by_name = {name: None if math.isnan(value) else value for name, value in numbers.items()}
+    return {**_counts(truth, with_detections, len(results)), "coco": by_name}
+
+
+def _counts(truth: _NamedTruth | _COCOTruth, images: int, detections: int) -> dict[str, int]:
+    return {
+        "images": len(truth.images),
+        "images_with_detections": images,
+        "detections": detections,
+    }
+
+
+def _to_results(known: Mapping[str, Record], truth: _COCOTruth) -> Iterator[dict[str, Any]]:
+    """Records in COCO's result format."""
+    for name, record in known.items():
+        rows = zip(record.boxes.tolist(), record.scores.tolist(), record.classes, strict=True)
+        for (x1, y1, x2, y2), value, class_name in rows:
+            yield {
                 "image_id": truth.images[name],
-                "category_id": truth.categories[class_name],
+                "category_id": truth.classes[class_name],
                 "bbox": [x1, y1, x2 - x1, y2 - y1],
                 "score": value,
             }
-            for name, of_image in known.items()
-            for (x1, y1, x2, y2), value, class_name in zip(
-                of_image.boxes.tolist(), of_image.scores.tolist(), of_image.classes, strict=True
-            )
-        ]
-    try:
-        scores = coco_ap(truth.file, results)
-    except ValueError as error:
-        raise ValueError(f"{boxes}: {error}") from error
-    with_detections = len({result["image_id"] for result in results})
-    return DetectionScores(len(truth.images), with_detections, len(results), (), scores)
 
 
 def _known(
-    path: Path, images: Collection[str], classes: Collection[str]
-) -> dict[str, ImageDetections]:
-    """The detections by the names of the ground truth, which must have all images and classes."""
-    found: dict[str, ImageDetections] = {}
+    records: Sequence[Record], truth: _NamedTruth | _COCOTruth, source: str
+) -> dict[str, Record]:
+    """Records by the names of the ground truth, which must have all their images and classes."""
+    known: dict[str, Record] = {}
     unknown = []
-    detections = read_detections(path, classes)
-    for of_image in detections:
-        name = of_image.image
-        if name not in images and Path(name).suffix.lower() in _IMAGE_FILES:
+    for record in records:
+        name = record.image
+        if name not in truth.images and Path(name).suffix.lower() in _IMAGE_FILES:
             name = Path(name).stem
-        if name in found:
-            raise ValueError(f"{path}: image {name!r} comes more than once")
-        if name in images:
-            found[name] = of_image
+        if name in known:
+            raise ValueError(f"{source}: image {name!r} comes more than once")
+        if name in truth.images:
+            known[name] = record
         else:
-            unknown.append(of_image.image)
+            unknown.append(record.image)
     if unknown:
         raise ValueError(
-            f"{path}: {len(unknown)} of {len(detections)} images are not in the ground truth, "
+            f"{source}: {len(unknown)} of {len(records)} images are not in the ground truth, "
             f"such as {unknown[0]!r}"
         )
-    names = [name for of_image in detections for name in of_image.classes]
-    foreign = [name for name in names if name not in classes]
+    names = [name for record in records for name in record.classes]
+    foreign = [name for name in names if name not in truth.classes]
     if foreign:
         raise ValueError(
-            f"{path}: {len(foreign)} of {len(names)} detections are of classes that are not in "
-            f"the ground truth, such as {foreign[0]!r}; its classes: {', '.join(classes)}"
+            f"{source}: {len(foreign)} of {len(names)} detections are of classes that are not in "
+            f"the ground truth, such as {foreign[0]!r}; its classes: {', '.join(truth.classes)}"
         )
-    return found
+    return known
 
 
-def _read_json_lines(path: Path) -> list[ImageDetections]:
-    detections: dict[str, ImageDetections] = {}
+def _read_json_lines(path: Path) -> list[Record]:
+    detections: dict[str, Record] = {}
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             try:
-                of_image = _from_line(line)
+                record = _from_line(line)
             except ValueError as error:  # broken json and other encodings are that, too
                 raise ValueError(f"{path}: line {number}: {error}") from error
-            if of_image.image in detections:
-                raise ValueError(f"{path}: line {number}: {of_image.image!r} comes a second time")
-            detections[of_image.image] = of_image
+            if record.image in detections:
+                raise ValueError(f"{path}: line {number}: {record.image!r} comes a second time")
+            detections[record.image] = record
     if not detections:
         raise ValueError(f"{path}: holds no image")
     return list(detections.values())
 
 
-def _from_line(line: bytes) -> ImageDetections:
+def _from_line(line: bytes) -> Record:
     content = json.loads(line)
     wanted = ("image", "boxes", "scores", "classes")
     if not isinstance(content, dict) or any(key not in content for key in wanted):
@@ -342,7 +363,7 @@ def _from_line(line: bytes) -> ImageDetections:
     return _checked(image, boxes, scores, classes)
 
 
-def _read_voc_results(files: Sequence[Path], classes: Collection[str]) -> list[ImageDetections]:
+def _read_voc_results(files: Sequence[Path], classes: Collection[str]) -> list[Record]:
     by_image: dict[str, list[tuple[str, list[float]]]] = {}
     for file in files:
         _, separator, tail = file.stem.partition("_det_")
@@ -359,7 +380,7 @@ def _read_voc_results(files: Sequence[Path], classes: Collection[str]) -> list[I
         raise ValueError(f"{files[0].parent}: {error}") from error
 
 
-def _read_text(file: Path, *, scored: bool) -> ImageDetections:
+def _read_text(file: Path, *, scored: bool) -> Record:
     """The boxes of one image; the score of each is 1 if the file has none."""
     form = "class score x y width height" if scored else "class x y width height"
     rows = []
@@ -372,14 +393,14 @@ def _read_text(file: Path, *, scored: bool) -> ImageDetections:
         raise ValueError(f"{file}: {error}") from error
 
 
-def _from_pixels(image: str, rows: Sequence[tuple[str, Sequence[float]]]) -> ImageDetections:
+def _from_pixels(image: str, rows: Sequence[tuple[str, Sequence[float]]]) -> Record:
     """From class, score, and first and last pixel counted from 1."""
     numbers = np.array([row for _, row in rows], dtype=np.float64).reshape(-1, 5)
     edges = numbers[:, 1:] - (1, 1, 0, 0)
     return _checked(image, edges, numbers[:, 0], [name for name, _ in rows])
 
 
-def _checked(image: str, boxes: Any, scores: Any, classes: Sequence[str]) -> ImageDetections:
+def _checked(image: str, boxes: Any, scores: Any, classes: Sequence[str]) -> Record:
     try:
         # Scores in double precision: files may tell apart what float32 does not.
         edges, values = np.asarray(boxes, np.float32), np.asarray(scores, np.float64)
@@ -399,7 +420,7 @@ def _checked(image: str, boxes: Any, scores: Any, classes: Sequence[str]) -> Ima
     inverted = (edges[:, 2:] < edges[:, :2]).any(1)
     if inverted.any():
         raise ValueError(f"{image}: box {edges[inverted][0].tolist()} ends before it begins")
-    return ImageDetections(image, edges, values, classes)
+    return Record(image, edges, values, classes)
 
 
 def _fields(file: Path, line: str, form: str) -> tuple[str, list[float]]:

@@ -9,7 +9,7 @@ from deformnet.evaluation.segmentation import (
     segmentation_scores,
     size_scores,
 )
-from deformnet.evaluation.voc import Found, Method, Truth, VOCScores, voc_ap
+from deformnet.evaluation.voc import Found, Method, Truth, VOCScores, voc_ap, voc_table
 
 __all__ = [
     "Found",
@@ -25,4 +25,5 @@ __all__ = [
     "segmentation_scores",
     "size_scores",
     "voc_ap",
+    "voc_table",
 ]

@@ -71,11 +71,11 @@ def coco_ap(
     }
 
 
-def coco_table(scores: Mapping[str, float]) -> str:
-    """The numbers of `coco_ap` in percent as text, a line for each."""
+def coco_table(scores: Mapping[str, float | None]) -> str:
+    """The numbers of `coco_ap` (None for NaN) in percent as text, a line for each."""
     width = max(map(len, scores))
     lines = [
-        f"{name:{width}} {'-' if math.isnan(value) else f'{100 * value:.2f}':>6}"
+        f"{name:{width}} {'-' if value is None else f'{100 * value:.2f}':>6}"
         for name, value in scores.items()
     ]
     return "\n".join(["COCO AP in percent", *lines])

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from torch import Tensor
@@ -65,29 +65,17 @@ class VOCScores:
     mean_ap: tuple[float, ...]
 
     def to_json(self) -> dict[str, object]:
-        """Plain numbers for a JSON file, with None for NaN; thresholds and classes by name."""
+        """Plain numbers for a JSON file, None for NaN, by thresholds ("0.5") and classes."""
         keys = [f"{iou:g}" for iou in self.ious]
         by_class = [
             {name: _or_none(value) for name, value in zip(self.classes, values, strict=True)}
             for values in self.ap
         ]
         return {
-            "method": self.method,
             "mean_ap": dict(zip(keys, map(_or_none, self.mean_ap), strict=True)),
             "ap": dict(zip(keys, by_class, strict=True)),
             "objects": dict(zip(self.classes, self.objects, strict=True)),
         }
-
-    def table(self) -> str:
-        """AP in percent as text: a line for each class and one for the mean."""
-        width = max(len("class"), *map(len, self.classes))
-        lines = [_line("class", "objects", [f"AP@{iou:g}" for iou in self.ious], width)]
-        for c, name in enumerate(self.classes):
-            values = [_percent(ap[c]) for ap in self.ap]
-            lines.append(_line(name, str(self.objects[c]), values, width))
-        total = str(sum(self.objects))
-        lines.append(_line("mean", total, [_percent(value) for value in self.mean_ap], width))
-        return "\n".join([f"VOC AP in percent, {self.method}", *lines])
 
 
 def voc_ap(
@@ -143,6 +131,21 @@ def voc_ap(
     means = tuple(_mean([value for value in values if not math.isnan(value)]) for values in ap)
     counts = tuple(objects.tolist())
     return VOCScores(tuple(classes), counts, tuple(ious), method, tuple(ap), means)
+
+
+def voc_table(scores: Mapping[str, Any], method: Method) -> str:
+    """Scores as `VOCScores.to_json` has them, in percent as text: a line for each class."""
+    objects, mean, ap = scores["objects"], scores["mean_ap"], scores["ap"]
+    rows = [("class", "objects", [f"AP@{iou}" for iou in mean])]
+    for name, count in objects.items():
+        rows.append((name, str(count), [_percent(by_class[name]) for by_class in ap.values()]))
+    rows.append(("mean", str(sum(objects.values())), [_percent(value) for value in mean.values()]))
+    width = max(len(name) for name, _, _ in rows)
+    lines = [
+        f"{name:{width}} {count:>8}" + "".join(f" {value:>8}" for value in values)
+        for name, count, values in rows
+    ]
+    return "\n".join([f"VOC AP in percent, {method}", *lines])
 
 
 class _Matches(NamedTuple):
@@ -282,9 +285,5 @@ def _or_none(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 
-def _percent(value: float) -> str:
-    return "-" if math.isnan(value) else f"{100 * value:.2f}"
-
-
-def _line(name: str, objects: str, values: Sequence[str], width: int) -> str:
-    return f"{name:{width}} {objects:>8}" + "".join(f" {value:>8}" for value in values)
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.2f}"
