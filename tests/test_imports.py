@@ -24,7 +24,7 @@ for part, below in {
     "data": (),
     "evaluation": (),
     "analysis": ("nn",),
-    "detections": ("data", "evaluation"),
+    "detections": ("data", "evaluation", "runs"),
     "inference": ("runs", "detections"),
     # Scoring a run is predicting as a user would, and comparing.
     "training": ("inference",),
