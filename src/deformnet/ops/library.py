@@ -12,12 +12,20 @@ from torch.autograd import forward_ad
 from torch.library import Library
 
 from deformnet.ops import cpu, reference
-from deformnet.ops.checks import Pair, check_image_indices, deform_conv2d_shape
+from deformnet.ops.checks import (
+    Pair,
+    check_image_indices,
+    deform_conv2d_shape,
+    roi_pool_shape,
+)
 
 _TensorOrNone = TypeVar("_TensorOrNone", Tensor, Tensor | None)
 
 # Asked once: a compiler may then take the answer for a constant.
 CPU_UNAVAILABLE: str | None = cpu.why_unavailable()
+
+# Until the kernels are there.
+HAS_ROI_POOL = hasattr(cpu, "roi_pool")
 
 _GEOMETRY = "int[2] stride, int[2] padding, int[2] dilation, str border"
 _library = Library("deformnet", "DEF")
@@ -34,9 +42,22 @@ _library.define(
     tags=torch.Tag.pt2_compliant_tag,
 )
 
-# The overload, resolved once and not in every call.
+_ROI_POOL = (
+    "Tensor input, Tensor boxes, Tensor? offset, int[2] output_size, float spatial_scale, "
+    "float gamma, str sampling, int samples_per_bin, bool position_sensitive"
+)
+_library.define(f"roi_pool({_ROI_POOL}) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
+# `needs` in the order input, offset; boxes have no gradient.
+_library.define(
+    f"roi_pool_backward(Tensor grad_output, {_ROI_POOL}, bool[2] needs) -> Tensor[]",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+# The overloads, resolved once and not in every call.
 deform_conv2d = torch.ops.deformnet.deform_conv2d.default
 deform_conv2d_backward = torch.ops.deformnet.deform_conv2d_backward.default
+roi_pool = torch.ops.deformnet.roi_pool.default
+roi_pool_backward = torch.ops.deformnet.roi_pool_backward.default
 
 
 def reference_deform_conv2d(
@@ -57,11 +78,6 @@ def reference_deform_conv2d(
     return output.contiguous(memory_format=_memory_format(input))
 
 
-# Until the kernels are there.
-HAS_ROI_POOL = False
-roi_pool = None
-
-
 def reference_roi_pool(
     input: Tensor,
     boxes: Tensor,
@@ -73,7 +89,7 @@ def reference_roi_pool(
     samples_per_bin: int,
     position_sensitive: bool,
 ) -> Tensor:
-    """The definition, where it may look at the boxes."""
+    """The definition, for boxes of images that exist."""
     check_image_indices(boxes, input.shape[0])
     return reference.roi_pool(
         *(input, boxes, offset, output_size, spatial_scale, gamma),
@@ -237,6 +253,12 @@ def _check_backward(
     shape = deform_conv2d_shape(
         input, offset, weight, None, mask, stride, padding, dilation, border
     )
+    _check_gradient(grad_output, input, shape)
+    if mask is None and needs[4]:
+        raise ValueError("needs: want no gradient of mask where there is no mask, got True")
+
+
+def _check_gradient(grad_output: Tensor, input: Tensor, shape: tuple[int, ...]) -> None:
     if grad_output.dtype != input.dtype:
         raise TypeError(f"grad_output: want {input.dtype}, as input, got {grad_output.dtype}")
     if grad_output.device != input.device:
@@ -245,8 +267,6 @@ def _check_backward(
         )
     if grad_output.dim() != 4 or grad_output.shape != shape:
         raise ValueError(f"grad_output: want {list(shape)}, got {list(grad_output.shape)}")
-    if mask is None and needs[4]:
-        raise ValueError("needs: want no gradient of mask where there is no mask, got True")
 
 
 class _DeformConv2d(torch.autograd.Function):
@@ -294,7 +314,7 @@ class _DeformConv2dBackward(torch.autograd.Function):
 
 
 def _autograd(*arguments: Any) -> Tensor:
-    _refuse_tangents(arguments[:5])
+    _refuse_tangents("deform_conv2d", arguments[:5])
     if _needs_gradient(arguments[:5]):
         return _DeformConv2d.apply(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
@@ -302,20 +322,20 @@ def _autograd(*arguments: Any) -> Tensor:
 
 
 def _autograd_backward(*arguments: Any) -> list[Tensor]:
-    _refuse_tangents(arguments[:5])
+    _refuse_tangents("deform_conv2d", arguments[:5])
     if _needs_gradient(arguments[:5]):
         return list(_DeformConv2dBackward.apply(*arguments))
     with torch._C._AutoDispatchBelowAutograd():
         return deform_conv2d_backward(*arguments)
 
 
-def _refuse_tangents(tensors: tuple[Tensor | None, ...]) -> None:
+def _refuse_tangents(operator: str, tensors: tuple[Tensor | None, ...]) -> None:
     # Below autograd a tangent is dropped without a word, and the derivative would come out as zero.
     if forward_ad._current_level < 0:
         return
     if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
         raise NotImplementedError(
-            "deform_conv2d: the fast kernels have no forward-mode derivative; "
+            f"{operator}: the fast kernels have no forward-mode derivative; "
             'pass backend="reference" for torch.func.jvp, jacfwd and the like'
         )
 
@@ -345,6 +365,167 @@ def _autocast_on(device: str) -> Callable[..., Tensor]:
     return kernel
 
 
+def _cpu_roi_pool(
+    input: Tensor,
+    boxes: Tensor,
+    offset: Tensor | None,
+    output_size: Pair,
+    spatial_scale: float,
+    gamma: float,
+    sampling: str,
+    samples_per_bin: int,
+    position_sensitive: bool,
+) -> Tensor:
+    if CPU_UNAVAILABLE is not None:
+        raise RuntimeError(CPU_UNAVAILABLE)
+    arguments = (
+        *(input, boxes, offset, output_size, spatial_scale, gamma),
+        *(sampling, samples_per_bin, position_sensitive),
+    )
+    # Again, after the public function's: a compiled or exported program comes straight here.
+    roi_pool_shape(*arguments)
+    check_image_indices(boxes, input.shape[0])
+    return cpu.roi_pool(*arguments)
+
+
+def _fake_roi_pool(
+    input: Tensor,
+    boxes: Tensor,
+    offset: Tensor | None,
+    output_size: Pair,
+    spatial_scale: float,
+    gamma: float,
+    sampling: str,
+    samples_per_bin: int,
+    position_sensitive: bool,
+) -> Tensor:
+    shape = roi_pool_shape(
+        *(input, boxes, offset, output_size, spatial_scale, gamma),
+        *(sampling, samples_per_bin, position_sensitive),
+    )
+    return input.new_empty(shape)
+
+
+def _cpu_roi_pool_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    boxes: Tensor,
+    offset: Tensor | None,
+    output_size: Pair,
+    spatial_scale: float,
+    gamma: float,
+    sampling: str,
+    samples_per_bin: int,
+    position_sensitive: bool,
+    needs: list[bool],
+) -> list[Tensor]:
+    if CPU_UNAVAILABLE is not None:
+        raise RuntimeError(CPU_UNAVAILABLE)
+    arguments = (
+        *(input, boxes, offset, output_size, spatial_scale, gamma),
+        *(sampling, samples_per_bin, position_sensitive),
+    )
+    _check_gradient(grad_output, input, roi_pool_shape(*arguments))
+    _check_roi_pool_needs(offset, needs)
+    check_image_indices(boxes, input.shape[0])
+    gradients = cpu.roi_pool_backward(grad_output, *arguments, (needs[0], needs[1]))
+    return [gradient for gradient in gradients if gradient is not None]
+
+
+def _fake_roi_pool_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    boxes: Tensor,
+    offset: Tensor | None,
+    output_size: Pair,
+    spatial_scale: float,
+    gamma: float,
+    sampling: str,
+    samples_per_bin: int,
+    position_sensitive: bool,
+    needs: list[bool],
+) -> list[Tensor]:
+    shape = roi_pool_shape(
+        *(input, boxes, offset, output_size, spatial_scale, gamma),
+        *(sampling, samples_per_bin, position_sensitive),
+    )
+    _check_gradient(grad_output, input, shape)
+    _check_roi_pool_needs(offset, needs)
+    gradients = []
+    if needs[0]:
+        gradients.append(torch.empty_like(input, memory_format=_memory_format(input)))
+    if offset is not None and needs[1]:
+        gradients.append(torch.empty_like(offset, memory_format=torch.contiguous_format))
+    return gradients
+
+
+def _check_roi_pool_needs(offset: Tensor | None, needs: list[bool]) -> None:
+    if offset is None and needs[1]:
+        raise ValueError("needs: want no gradient of offset where there is no offset, got True")
+
+
+class _RoIPool(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, boxes: Tensor, offset: Tensor | None, *rule: Any
+    ) -> Tensor:
+        ctx.save_for_backward(input, boxes, offset)
+        ctx.rule = rule
+        with torch._C._AutoDispatchBelowAutograd():
+            return roi_pool(input, boxes, offset, *rule)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
+        (grad_output,) = grad_outputs
+        input, boxes, offset = ctx.saved_tensors
+        needs = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
+        gradients = iter(roi_pool_backward(grad_output, input, boxes, offset, *ctx.rule, needs))
+        by_input, by_offset = (next(gradients) if need else None for need in needs)
+        return (by_input, None, by_offset, *(None for _ in ctx.rule))
+
+
+class _RoIPoolBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        with torch._C._AutoDispatchBelowAutograd():
+            return tuple(roi_pool_backward(*arguments))
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        raise NotImplementedError(
+            "RoI pooling: the fast kernels have no second derivative; "
+            'pass backend="reference" to differentiate twice'
+        )
+
+
+def _autograd_roi_pool(*arguments: Any) -> Tensor:
+    # Boxes are no part of it: no derivative goes to them.
+    input, _, offset = arguments[:3]
+    _refuse_tangents("RoI pooling", (input, offset))
+    if _needs_gradient((input, offset)):
+        return _RoIPool.apply(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return roi_pool(*arguments)
+
+
+def _autograd_roi_pool_backward(*arguments: Any) -> list[Tensor]:
+    grad_output, input, _, offset = arguments[:4]
+    _refuse_tangents("RoI pooling", (grad_output, input, offset))
+    if _needs_gradient((grad_output, input, offset)):
+        return list(_RoIPoolBackward.apply(*arguments))
+    with torch._C._AutoDispatchBelowAutograd():
+        return roi_pool_backward(*arguments)
+
+
+def _autocast_roi_pool_on(device: str) -> Callable[..., Tensor]:
+    def kernel(input: Tensor, boxes: Tensor, offset: Tensor | None, *rule: Any) -> Tensor:
+        tensors = autocast_roi_pool(device, input, boxes, offset)
+        with torch.autocast(device, enabled=False):
+            return roi_pool(*tensors, *rule)
+
+    return kernel
+
+
 _library.impl("deform_conv2d", _cpu, "CPU")
 _library.impl("deform_conv2d", _autocast_on("cpu"), "AutocastCPU")
 _library.impl("deform_conv2d", _autocast_on("cuda"), "AutocastCUDA")
@@ -353,3 +534,12 @@ _library.impl("deform_conv2d_backward", _cpu_backward, "CPU")
 _library.impl("deform_conv2d_backward", _autograd_backward, "Autograd")
 torch.library.register_fake("deformnet::deform_conv2d", _fake, lib=_library)
 torch.library.register_fake("deformnet::deform_conv2d_backward", _fake_backward, lib=_library)
+
+_library.impl("roi_pool", _cpu_roi_pool, "CPU")
+_library.impl("roi_pool", _autocast_roi_pool_on("cpu"), "AutocastCPU")
+_library.impl("roi_pool", _autocast_roi_pool_on("cuda"), "AutocastCUDA")
+_library.impl("roi_pool", _autograd_roi_pool, "Autograd")
+_library.impl("roi_pool_backward", _cpu_roi_pool_backward, "CPU")
+_library.impl("roi_pool_backward", _autograd_roi_pool_backward, "Autograd")
+torch.library.register_fake("deformnet::roi_pool", _fake_roi_pool, lib=_library)
+torch.library.register_fake("deformnet::roi_pool_backward", _fake_roi_pool_backward, lib=_library)

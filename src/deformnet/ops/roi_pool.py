@@ -139,7 +139,7 @@ def _pool(
     size = pair("output_size", output_size)
     if not isinstance(input, Tensor):
         raise TypeError(f"input: want a tensor, got {type(input).__name__}")
-    if isinstance(boxes, (list, tuple)):
+    if not isinstance(boxes, Tensor):
         boxes = _joined(boxes, input)
     device = input.device.type
     fast = backends.resolve(backend, device) != "reference"
@@ -158,6 +158,8 @@ def _pool(
 
 def _joined(boxes: Sequence[Tensor], input: Tensor) -> Tensor:
     """One tensor [R, 5] of the boxes [r, 4] of each image."""
+    if not isinstance(boxes, (list, tuple)):
+        raise TypeError(f"boxes: want a tensor or a list of them, got {type(boxes).__name__}")
     if input.dim() == 4 and len(boxes) > input.shape[0]:
         raise ValueError(
             f"boxes: want at most one tensor for each of the {input.shape[0]} images, "

@@ -5,7 +5,6 @@ time. Letters: R boxes, C output channels, G offset groups, K = ph*pw bins, H W 
 the map, B = R*G*K bins of all boxes and groups, S samples on one axis of a bin.
 """
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -65,12 +64,12 @@ def roi_pool(
     y_grid = _Grid(
         y_start.expand(shape).flatten(),
         y.step[:, None, :, None].expand(shape).flatten(),
-        y.count[:, None, :, None].expand(shape).flatten(),
+        y.number[:, None, :, None].expand(shape).flatten(),
     )
     x_grid = _Grid(
         x_start.expand(shape).flatten(),
         x.step[:, None, None, :].expand(shape).flatten(),
-        x.count[:, None, None, :].expand(shape).flatten(),
+        x.number[:, None, None, :].expand(shape).flatten(),
     )
 
     # One row of the table is what a sample reads at one pixel: the channels of its group, and of
@@ -111,7 +110,7 @@ def roi_pool(
         output, inside = output[back], inside[back]
 
     # What the sum is divided by: the samples inside, or all of them.
-    number = inside if sampling == "msra" else y_grid.count * x_grid.count
+    number = inside if sampling == "msra" else y_grid.number * x_grid.number
     output = output / number.clamp_min(1).to(dtype)[:, None]
 
     # Where a position is not a number, so is the mean, and its derivative by the position: it is
@@ -127,13 +126,13 @@ def roi_pool(
 class _Axis(NamedTuple):
     """How boxes lie on one axis of the map, and where the k bins have their samples there.
 
-    Sample s of a bin, s = 0 .. count - 1, is at start + s * step, before the shift.
+    Sample s of a bin, s = 0 .. number - 1, is at start + s * step, before the shift.
     """
 
     size: Tensor  # [R], what the shift is measured in
     start: Tensor  # [R, k]
     step: Tensor  # [R, k]
-    count: Tensor  # [R, k], whole numbers
+    number: Tensor  # [R, k], of samples
 
 
 class _Grid(NamedTuple):
@@ -141,10 +140,10 @@ class _Grid(NamedTuple):
 
     start: Tensor
     step: Tensor
-    count: Tensor
+    number: Tensor
 
     def at(self, chosen: Tensor | slice) -> "_Grid":
-        return _Grid(self.start[chosen], self.step[chosen], self.count[chosen])
+        return _Grid(self.start[chosen], self.step[chosen], self.number[chosen])
 
 
 def _axis(
@@ -223,15 +222,15 @@ class _Needed(NamedTuple):
 def _needed(grid: _Grid, size: int, sampling: str, samples_per_bin: int) -> _Needed:
     """Keeps a box of any size from costing more than a box of the map's size."""
     if sampling == "msra" or (sampling == "aligned" and samples_per_bin > 0):
-        samples = torch.full_like(grid.count, samples_per_bin)
+        samples = torch.full_like(grid.number, samples_per_bin)
         return _Needed(torch.zeros_like(grid.start), samples, samples_per_bin)
     # One sample more at each end than lies within [-1, size], for the sake of rounding. The step
     # is 1 for "bins", and more than a half wherever an adapting bin has several samples.
     start = grid.start.detach()
     first = ((-1 - start) / grid.step).floor() - 1
     last = ((size - start) / grid.step).floor() + 1
-    first = torch.minimum(first.nan_to_num(0).clamp_min(0), grid.count)
-    last = torch.minimum(last.nan_to_num(-1).clamp_min(-1), grid.count - 1)
+    first = torch.minimum(first.nan_to_num(0).clamp_min(0), grid.number)
+    last = torch.minimum(last.nan_to_num(-1).clamp_min(-1), grid.number - 1)
     most = size + 5 if sampling == "bins" else 2 * size + 7
     return _Needed(first, (last - first + 1).clamp(0, most), most)
 
@@ -239,36 +238,27 @@ def _needed(grid: _Grid, size: int, sampling: str, samples_per_bin: int) -> _Nee
 def _chunks(
     rows: Tensor, columns: Tensor, channels: int
 ) -> tuple[Tensor, list[tuple[Tensor, int, int]]]:
-    """All bins by the number of their samples, and in chunks of about `_CHUNK` numbers to read.
+    """All bins, in chunks of equal numbers of samples and at most `_CHUNK` numbers to read.
 
     Args:
         rows, columns: [B], samples on the two axes.
         channels: how many numbers there are at a pixel.
 
     Returns:
-        The order of the bins [B], and of each chunk its bins and the most rows and columns.
+        The order of the bins [B]; and of each chunk its bins, rows and columns.
     """
-    order = (rows * columns).argsort(stable=True)
-    chunks, begin = [], 0
-    sizes = list(_sizes(((rows * columns)[order] * 4 * channels).tolist()))
-    for size in sizes:
-        chosen = order[begin : begin + size]
-        chunks.append((chosen, int(rows[chosen].max()), int(columns[chosen].max())))
-        begin += size
+    kinds, kind, sizes = torch.stack([rows, columns], dim=1).unique(
+        dim=0, return_inverse=True, return_counts=True
+    )
+    order = kind.argsort(stable=True)
+    chunks = []
+    for chosen, (height, width) in zip(
+        order.split(sizes.tolist()), kinds.long().tolist(), strict=True
+    ):
+        length = max(1, _CHUNK // max(1, 4 * height * width * channels))
+        chunks.extend((some, height, width) for some in chosen.split(length))
     # Without a bin there is nothing to read, but a result to be made all the same.
     return order, chunks or [(order, 0, 0)]
-
-
-def _sizes(costs: list[float]) -> Iterator[int]:
-    """Lengths of runs of ascending `costs`, such that length times the last stays bounded."""
-    length = 0
-    for cost in costs:
-        if length and (length + 1) * cost > _CHUNK:
-            yield length
-            length = 0
-        length += 1
-    if length:
-        yield length
 
 
 class _AxisRead(NamedTuple):
@@ -294,7 +284,7 @@ def _read_axis(grid: _Grid, first: Tensor, samples: int, size: int, sampling: st
         within = (position >= -0.5) & (position <= size - 0.5)
     else:
         within = (position >= -1) & (position <= size)
-    within = within & (sample < grid.count[:, None])
+    within = within & (sample < grid.number[:, None])
     # From here on all positions are finite and small; where() keeps the others' gradients out.
     position = torch.where(within, position, 0)
     if sampling != "bins":
