@@ -5,8 +5,9 @@ Dai et al. 2017, section 4.3 and Table 5: testing at several sizes, and iterativ
 CNN model", section 5).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,8 +16,12 @@ from torchvision.ops import clip_boxes_to_image
 from torchvision.transforms import v2
 
 from deformnet.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Resize
+from deformnet.detections import Record, to_line
+from deformnet.inference.drawing import draw_boxes
+from deformnet.inference.files import read_images
 from deformnet.models.detector import Candidates, Detections, Detector, Features, Proposals, Size
 from deformnet.models.selection import merge, select
+from deformnet.runs import replacing
 
 _BOXES_AT_ONCE = 1000  # pooled features of so many boxes are in memory; refinement asks for more
 
@@ -221,6 +226,41 @@ class DetectionPredictor:
             for some in proposals.split(_BOXES_AT_ONCE)
         ]
         return Candidates(*(values.float() for values in merge(parts)))
+
+
+def predict_detections(
+    predictor: DetectionPredictor, images: Sequence[Path], out: Path, *, threshold: float = 0.5
+) -> Iterator[tuple[Path, str | None]]:
+    """Finds the objects in image files, one file after another, into a folder.
+
+    It writes `detections.jsonl`, a line for each image that could be read, with everything that
+    the predictor reports (see `deformnet.detections`); and for `photo.jpg` the picture
+    `pictures/photo.jpg` with boxes around what scores most. The lines get their name when all
+    images are done: until then, and if the prediction is broken off, an older file stays.
+
+    Args:
+        images: files as `find_images` returns them.
+        out: the folder.
+        threshold: what scores less is not drawn.
+    Yields:
+        Each file as it is done, with None or with what was wrong with it.
+    Raises:
+        OSError: if a result cannot be written.
+    """
+    with replacing(out / "detections.jsonl") as lines:
+        for path, image in read_images(images):
+            if isinstance(image, str):
+                yield path, image
+                continue
+            boxes, scores, labels = predictor(image)
+            names = [predictor.classes[label] for label in labels.tolist()]
+            line = to_line(Record(path.stem, boxes, scores, names))
+            lines.write(f"{line}\n".encode())
+            shown = scores >= threshold
+            drawn = draw_boxes(image, boxes[shown], labels[shown], predictor.classes, scores[shown])
+            with replacing(out / "pictures" / f"{path.stem}.jpg") as file:
+                drawn.save(file, format="JPEG", quality=92, subsampling=0)
+            yield path, None
 
 
 def _preparation(short_side: int, max_side: int | None) -> v2.Compose:

@@ -1,4 +1,4 @@
-"""Label maps as pictures: colours that can be told apart, overlays, legends."""
+"""Label maps and boxes as pictures: colours that can be told apart, overlays, legends."""
 
 import functools
 import math
@@ -86,13 +86,112 @@ def overlay(image: Tensor, labels: Tensor, classes: Sequence[str]) -> Image.Imag
     if classes[0] == "background":
         opacity[truth == 0] = 0.0
     tinted = pixels + opacity[..., None] * (colours[truth] - pixels)
-    picture = Image.fromarray(tinted.round().astype(np.uint8))
-    if picture.width < _SMALLEST:
-        scale = math.ceil(_SMALLEST / picture.width)
-        size = (scale * picture.width, scale * picture.height)
-        picture = picture.resize(size, Image.Resampling.NEAREST)
+    picture, _ = _enlarged(Image.fromarray(tinted.round().astype(np.uint8)))
     shown = [k for k in np.unique(truth) if classes[k] != "background"]
     return _with_legend(picture, [(str(classes[k]), colours[k]) for k in shown])
+
+
+def draw_boxes(
+    image: Tensor,
+    boxes: Tensor,
+    labels: Tensor,
+    classes: Sequence[str],
+    scores: Tensor | None = None,
+) -> Image.Image:
+    """An image with boxes around its objects, each with a tag, and a legend of the classes below.
+
+    A tag says class and score, or what has room on a small box. Where boxes overlap, those with
+    higher scores lie on top (without scores, the earlier ones).
+
+    Args:
+        image: uint8 [3, H, W], RGB.
+        boxes: [n, 4], x1, y1, x2, y2 in pixels of the image.
+        labels: int [n], places in `classes`.
+        classes: names of the labels.
+        scores: [n], 0 to 1; None for objects that are known, as in a data set.
+    """
+    picture, scale = _enlarged(Image.fromarray(image.permute(1, 2, 0).numpy()))
+    draw = ImageDraw.Draw(picture)
+    font = ImageFont.load_default(size=max(11, picture.width // 60))
+    line = max(2, picture.width // 320)
+    colours = [(int(r), int(g), int(b)) for r, g, b in palette(classes)]
+    kinds: list[int] = labels.tolist()
+    order = list(range(len(boxes)))
+    if scores is not None:
+        order = scores.argsort(descending=True, stable=True).tolist()
+    edges = (scale * boxes).round().int().tolist()
+    for k in reversed(order):
+        x1, y1, x2, y2 = edges[k]
+        # PIL counts the last pixel in; a box without pixels is drawn as a point.
+        place = (x1, y1, max(x1, x2 - 1), max(y1, y2 - 1))
+        dark = (place[0] - 1, place[1] - 1, place[2] + 1, place[3] + 1)
+        draw.rectangle(dark, outline="black", width=line + 2)
+        draw.rectangle(place, outline=colours[kinds[k]], width=line)
+
+    tags: list[tuple[int, _Place]] = []
+    texts: dict[int, str] = {}
+    for k in order:
+        name = classes[kinds[k]]
+        score = "" if scores is None else f"{scores[k]:.2f}"
+        for text in (f"{name}  {score}".strip(), score):
+            left, top, right, bottom = font.getbbox(text)
+            size = (math.ceil(right - left) + 6, math.ceil(bottom - top) + 6)
+            if size[0] <= max(edges[k][2] - edges[k][0], 4 * size[1]):
+                break
+        if not text:
+            continue
+        texts[k] = text
+        tags.append((k, _tag_place(edges[k], size, picture.size, [place for _, place in tags])))
+    for k, (x1, y1, x2, y2) in reversed(tags):
+        colour = colours[kinds[k]]
+        draw.rectangle((x1, y1, x2 - 1, y2 - 1), fill=colour, outline="black")
+        middle = ((x1 + x2) / 2, (y1 + y2) / 2)
+        draw.text(middle, texts[k], fill=legible_on(colour), font=font, anchor="mm")
+    return _with_legend(picture, [(classes[k], palette(classes)[k]) for k in sorted(set(kinds))])
+
+
+_Place = tuple[int, int, int, int]
+
+
+def _tag_place(
+    box: Sequence[int], size: tuple[int, int], picture: tuple[int, int], taken: Sequence[_Place]
+) -> _Place:
+    """Where the tag of a box hides the fewest others: at a corner, outside it or inside."""
+    width, height = size
+    x1, y1, x2, y2 = box
+    best, least = (0, 0, width, height), math.inf
+    for left in (x1, x2 - width):
+        for top in (y1 - height, y1, y2, y2 - height):
+            x = max(0, min(left, picture[0] - width))
+            y = max(0, min(top, picture[1] - height))
+            place = (x, y, x + width, y + height)
+            hidden = sum(_shared(place, other) for other in taken)
+            if hidden < least:
+                best, least = place, hidden
+    return best
+
+
+def _shared(a: _Place, b: _Place) -> int:
+    """Pixels that two rectangles have in common."""
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
+    return max(0, width) * max(0, height)
+
+
+def legible_on(colour: tuple[int, int, int]) -> str:
+    """Black or white: the one in which text on this colour has more contrast, always above 4.5."""
+    # At this lightness both have the same, by the formula of WCAG 2.
+    return "black" if _lab(np.array([colour]))[0, 0] > 49.4 else "white"
+
+
+def _enlarged(picture: Image.Image) -> tuple[Image.Image, int]:
+    """A picture that is large enough for a legend, and how many times as large it is now."""
+    scale = math.ceil(_SMALLEST / picture.width)
+    scale = min(scale, 4 * _SMALLEST // max(picture.size))  # a strip would become a huge picture
+    if scale <= 1:
+        return picture, 1
+    size = (scale * picture.width, scale * picture.height)
+    return picture.resize(size, Image.Resampling.NEAREST), scale
 
 
 def _with_legend(picture: Image.Image, entries: Sequence[tuple[str, np.ndarray]]) -> Image.Image:

@@ -9,14 +9,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision import tv_tensors
 
-from deformnet.data.files import read_image
 from deformnet.data.transforms import evaluation_transforms
 from deformnet.inference.drawing import label_image, overlay
+from deformnet.inference.files import read_images
 from deformnet.models.deeplab import DeepLab
 from deformnet.recipes import DeepLabRecipe
 from deformnet.runs import load_run, replacing
-
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 
 
 class SegmentationPredictor:
@@ -101,14 +99,9 @@ def predict_files(
     Raises:
         OSError: if a result cannot be written.
     """
-    for path in images:
-        try:
-            image = read_image(path, upright=True)  # as a photograph is meant to be seen
-        except OSError as error:
-            yield path, f"{path}: {error.strerror or error}"
-            continue
-        except ValueError as error:
-            yield path, str(error)
+    for path, image in read_images(images):
+        if isinstance(image, str):
+            yield path, image
             continue
         labels = predictor(image)
         with replacing(out / "labels" / f"{path.stem}.png") as file:
@@ -117,29 +110,3 @@ def predict_files(
             drawn = overlay(image, labels, predictor.classes)
             drawn.save(file, format="JPEG", quality=92, subsampling=0)
         yield path, None
-
-
-def find_images(paths: Sequence[Path]) -> list[Path]:
-    """The given files, and in the place of a folder its image files in the order of their names.
-
-    Raises:
-        FileNotFoundError: if a folder holds no image.
-        ValueError: if two files have the same name (their results would, too).
-    """
-    files: list[Path] = []
-    for path in paths:
-        if not path.is_dir():
-            files.append(path)
-            continue
-        inside = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
-        if not inside:
-            raise FileNotFoundError(f"{path}: no image in this folder")
-        files += inside
-    seen: dict[str, Path] = {}
-    for path in files:
-        if path.stem in seen:
-            raise ValueError(
-                f"{seen[path.stem]} and {path} have the same name: predict them into two folders"
-            )
-        seen[path.stem] = path
-    return files
