@@ -57,8 +57,8 @@ def coco_ap(
         unknown = [detection[key] for detection in detections if detection[key] not in known]
         if unknown:
             raise ValueError(
-                f"results: {len(unknown)} of {len(detections)} detections have an {key} that "
-                f"{annotation_file} does not list, such as {unknown[0]}"
+                f"results: {len(unknown)} of {len(detections)} detections are unknown to "
+                f"{annotation_file}, such as one of {key} {unknown[0]}"
             )
     truth = COCO(annotations, print_function=_silent)
     evaluation = COCOeval_faster(
