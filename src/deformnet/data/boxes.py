@@ -174,6 +174,6 @@ class _Texts:
 
 
 def _span(ends: Tensor, index: int) -> slice:
-    """Where the entries of `index` are among those of all; [] of a list for its errors."""
+    """Where the entries of `index`, which may count from the end, are among those of all."""
     index = range(len(ends))[index]
     return slice(int(ends[index - 1]) if index else 0, int(ends[index]))

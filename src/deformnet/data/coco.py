@@ -73,7 +73,7 @@ def coco_splits(root: Path) -> list[str]:
 
 def _read(path: Path) -> dict[str, list[dict[str, Any]]]:
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             content = json.load(file, object_hook=_without_outlines)
     except (ValueError, RecursionError) as error:  # not UTF-8 is a ValueError, too
         reason = str(error).splitlines()[0]
@@ -180,8 +180,9 @@ def _objects(
 
 
 def _is_integer(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool)
+    # True and False are ints to Python, and json's ints have no bound.
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, float) or _is_integer(value)

@@ -144,8 +144,9 @@ class VOCDetection(DetectionDataset):
 def voc_detection_splits(folder: Path) -> list[str]:
     """The detection splits that a year's folder has lists for, without those of one class."""
     names = sorted(path.stem for path in (folder / "ImageSets/Main").glob("*.txt"))
-    prefixes = tuple(f"{name}_" for name in _read_objects(folder))
-    return [name for name in names if not name.startswith(prefixes)]
+    # Not all that begins with a class is such a list: VOC has a class `train`.
+    of_one_class = {f"{label}_{name}" for label in _read_objects(folder) for name in names}
+    return [name for name in names if name not in of_one_class]
 
 
 def voc_splits(folder: Path) -> list[str]:
@@ -317,10 +318,13 @@ def _read_annotations(
 
 def _parse(path: Path) -> Element:
     try:
-        return ElementTree.parse(path).getroot()
+        root = ElementTree.parse(path).getroot()
     except (SyntaxError, ValueError, LookupError) as error:  # the last two: of its encoding
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path}: not readable as XML ({reason})") from error
+    if root.tag != "annotation":
+        raise ValueError(f"{path}: wanted <annotation> at the top, got <{root.tag}>")
+    return root
 
 
 def _read_size(content: Element) -> tuple[int, int] | None:

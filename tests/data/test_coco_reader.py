@@ -1,0 +1,395 @@
+"""Boxes in the COCO layout: what is read, what a worker costs, and what is said about bad input."""
+
+import gc
+import json
+import logging
+from multiprocessing.reduction import ForkingPickler
+
+import numpy as np
+import pytest
+import torch
+from detection_sets import coco_content, write_coco
+from faster_coco_eval import mask as rle
+from PIL import Image
+from small_sets import one_line
+from torch.utils.data import DataLoader
+from torchvision import tv_tensors
+
+from deformnet.data import BoxAnnotations, COCODetection, detection_splits
+
+
+@pytest.fixture
+def content():
+    return coco_content()
+
+
+@pytest.fixture
+def coco(tmp_path, content):
+    write_coco(tmp_path / "set", content)
+    return tmp_path / "set"
+
+
+def test_reads_image_and_objects_of_it(coco):
+    images = COCODetection(coco, "train")
+    assert len(images) == 3
+    assert images.classes == ("one", "two")  # in the order of their ids, 4 and 90
+    assert images.category_ids == (4, 90)
+    assert images.image_ids.tolist() == [7, 3, 5]
+    assert images.annotation_file == coco / "annotations/instances_train.json"
+    assert [images.name(i) for i in range(3)] == ["0007", "0003", "0005"]
+    assert images.image_path(2) == coco / "train/0005.jpg"
+    assert images.size(0) == (12, 16)
+    assert images.dropped == 0
+
+    image, annotations = images[0]
+    assert isinstance(image, tv_tensors.Image)
+    expected = np.asarray(Image.open(coco / "train/0007.jpg"))
+    np.testing.assert_array_equal(image.permute(1, 2, 0).numpy(), expected)
+    assert isinstance(annotations, BoxAnnotations)
+    assert isinstance(annotations.boxes, tv_tensors.BoundingBoxes)
+    assert annotations.boxes.dtype == torch.float32
+    assert annotations.boxes.tolist() == [[2, 1, 9, 10], [1, 0, 3, 12], [0.5, 1.25, 4, 1.75]]
+    assert annotations.labels.tolist() == [0, 1, 0]
+    assert annotations.ignored.tolist() == [False, True, False]
+    assert images.annotations(1).boxes.shape == (0, 4)
+    assert images.annotations(2).labels.tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    ("split", "folder"),
+    [("train_small", "train"), ("a_b_c", "a_b"), ("train", ""), ("train", "images")],
+)
+def test_places_of_the_images(tmp_path, content, split, folder):
+    write_coco(tmp_path, content, split, folder)
+    assert COCODetection(tmp_path, split).image_path(0) == tmp_path / folder / "0007.jpg"
+
+
+def test_file_names_with_folders(tmp_path, content):
+    for entry, name in zip(content["images"], ("x/1.jpg", "y/1.jpg", "y/2.jpg"), strict=True):
+        entry["file_name"] = name
+    write_coco(tmp_path, content)
+    images = COCODetection(tmp_path, "train")
+    assert images.image_path(1) == tmp_path / "train/y/1.jpg"
+    assert [images.name(i) for i in range(3)] == ["7", "3", "5"]  # two are called 1
+
+
+def test_names_beyond_ascii(tmp_path, content):
+    content["images"][0]["file_name"] = "Äpfel ©.jpg"
+    content["categories"][0]["name"] = "größer"
+    write_coco(tmp_path, content)
+    images = COCODetection(tmp_path, "train")
+    assert images.name(0) == "Äpfel ©"
+    assert images[0][0].shape == (3, 12, 16)
+    assert images.classes == ("one", "größer")
+
+
+def test_size_from_the_image_where_the_file_lacks_it(tmp_path, content):
+    del content["images"][0]["height"]
+    content["images"][1]["width"] = 0
+    write_coco(tmp_path, content)
+    images = COCODetection(tmp_path, "train")
+    assert [images.size(i) for i in range(3)] == [(12, 16)] * 3
+
+
+def test_set_without_annotations(tmp_path, content):
+    content["annotations"] = []
+    write_coco(tmp_path, content)
+    images = COCODetection(tmp_path, "train")
+    assert [len(images.annotations(i).labels) for i in range(3)] == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "box",
+    [
+        [3, 3, 0, 4],
+        [3, 3, 4, -2],
+        [16, 0, 5, 5],
+        [-5, -5, 5, 5],
+        [float("nan"), 1, 5, 5],
+        [1, 1, float("inf"), 5],
+    ],
+)
+def test_boxes_without_area_are_dropped(tmp_path, content, box, caplog):
+    content["annotations"][0]["bbox"] = box
+    write_coco(tmp_path, content)
+    with caplog.at_level(logging.WARNING):
+        images = COCODetection(tmp_path, "train")
+    assert images.dropped == 1
+    assert images.annotations(0).labels.tolist() == [1, 0]
+    (record,) = caplog.records
+    assert "1 of 4 boxes" in record.getMessage()
+    assert record.getMessage().endswith("0007")
+
+
+def test_boxes_are_clipped(tmp_path, content):
+    content["annotations"][0]["bbox"] = [-3, 2, 100, 100]
+    write_coco(tmp_path, content)
+    images = COCODetection(tmp_path, "train")
+    assert images.annotations(0).boxes[0].tolist() == [0, 2, 16, 12]
+    assert images.dropped == 0
+
+
+# What the set costs in a worker process.
+
+
+def repeated(path, content, times):
+    """The same with many more images and objects, all of one file."""
+    images, objects = content["images"], content["annotations"]
+    for number in range(100, 100 + times):
+        images.append({"id": number, "file_name": f"{number}.jpg", "height": 12, "width": 16})
+        (path / f"train/{number}.jpg").touch()
+        objects.append({**objects[1], "id": number, "image_id": number})
+    write = path / "annotations/instances_large.json"
+    write.write_text(json.dumps(content))
+    (path / "large").symlink_to("train")
+    return COCODetection(path, "large")
+
+
+def objects_in(dataset):
+    """How many Python objects hang on the data set, classes and modules apart."""
+    seen, todo = set(), [vars(dataset)]
+    while todo:
+        item = todo.pop()
+        if id(item) not in seen and not isinstance(item, type):
+            seen.add(id(item))
+            todo += gc.get_referents(item) if isinstance(item, dict | list | tuple | set) else []
+            todo += [vars(item)] if hasattr(item, "__dict__") else []
+    return len(seen)
+
+
+def test_no_object_for_an_image(coco, content):
+    small = COCODetection(coco, "train")
+    large = repeated(coco, content, 3000)
+    assert len(large) == 3003
+    assert objects_in(large) == objects_in(small) < 200
+    sent = [len(bytes(ForkingPickler.dumps(images))) for images in (small, large)]
+    assert sent[1] < 4000
+    assert sent[1] - sent[0] < 100
+    assert large.name(3002) == "3099"
+    assert large.annotations(3002).boxes.tolist() == [[0, 0, 16, 12]]
+    assert large.annotations(0).labels.tolist() == [0, 1, 0]
+
+
+def as_they_are(samples):
+    return samples
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_workers_read_the_same(coco, context):
+    images = COCODetection(coco, "train")
+    loader = DataLoader(
+        images, num_workers=1, multiprocessing_context=context, collate_fn=as_they_are
+    )
+    for i, ((image, annotations),) in enumerate(loader):
+        expected_image, expected = images[i]
+        assert torch.equal(image, expected_image)
+        for value, wanted in zip(annotations, expected, strict=True):
+            assert torch.equal(value, wanted)
+
+
+# Bad input. All but the pixels is looked at when the set is opened.
+
+
+def refused(tmp_path, content, error, *parts):
+    write_coco(tmp_path, content)
+    with one_line(error, "instances_train.json", *parts):
+        COCODetection(tmp_path, "train")
+
+
+def test_missing_split_lists_the_others(coco):
+    with one_line(FileNotFoundError, "instances_test.json", "here are: train"):
+        COCODetection(coco, "test")
+
+
+def test_missing_folder(tmp_path):
+    with one_line(FileNotFoundError, tmp_path / "nowhere", "no such folder"):
+        COCODetection(tmp_path / "nowhere", "train")
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"\xff\xfe\x00", b"[" * 100000, b'{"a": 1,}'])
+def test_broken_json(coco, text):
+    (coco / "annotations/instances_train.json").write_bytes(text)
+    with one_line(ValueError, "instances_train.json", "not readable as json"):
+        COCODetection(coco, "train")
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
+def test_truncated_json(coco, share):
+    path = coco / "annotations/instances_train.json"
+    text = path.read_text()
+    path.write_text(text[: int(share * len(text))])
+    with one_line(ValueError, path, "not readable as json"):
+        COCODetection(coco, "train")
+
+
+def test_byte_order_mark(coco):
+    path = coco / "annotations/instances_train.json"
+    path.write_text("\ufeff" + path.read_text())
+    assert len(COCODetection(coco, "train")) == 3
+
+
+@pytest.mark.parametrize("key", ["images", "annotations", "categories"])
+@pytest.mark.parametrize("value", [None, {}, [1]])
+def test_lists_that_are_none(coco, content, key, value):
+    content[key] = value
+    path = coco / "annotations/instances_train.json"
+    path.write_text(json.dumps(content))
+    with one_line(ValueError, path, f"list of objects under '{key}'"):
+        COCODetection(coco, "train")
+
+
+def test_results_in_place_of_annotations(coco, content):
+    path = coco / "annotations/instances_train.json"
+    path.write_text(json.dumps(content["annotations"]))
+    with one_line(ValueError, path, "list of objects under 'images'"):
+        COCODetection(coco, "train")
+
+
+@pytest.mark.parametrize("key", ["images", "categories"])
+def test_empty_lists(coco, content, key):
+    content[key] = []
+    path = coco / "annotations/instances_train.json"
+    path.write_text(json.dumps(content))
+    with one_line(ValueError, path, f"'{key}' is empty"):
+        COCODetection(coco, "train")
+
+
+def test_images_found_nowhere(coco):
+    for path in (coco / "train").iterdir():
+        path.unlink()
+    with one_line(FileNotFoundError, "instances_train.json", "lists 0007.jpg", coco / "images"):
+        COCODetection(coco, "train")
+
+
+def test_one_missing_image(coco):
+    (coco / "train/0005.jpg").unlink()
+    with one_line(FileNotFoundError, "lists 0005.jpg", "not in", coco / "train"):
+        COCODetection(coco, "train")
+
+
+def test_missing_images_are_counted(coco):
+    for name in ("0003", "0005"):
+        (coco / f"train/{name}.jpg").unlink()
+    with one_line(FileNotFoundError, "lists 0003.jpg", "and 1 more"):
+        COCODetection(coco, "train")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "parts"),
+    [
+        ("image_id", 8, ["of image 8"]),
+        ("image_id", None, ["of image None"]),
+        ("image_id", [7], ["of image [7]"]),
+        ("category_id", 1, ["of category 1"]),
+        ("category_id", "4", ["of category '4'"]),
+        ("bbox", [1, 2, 3], ["bbox", "[1, 2, 3]"]),
+        ("bbox", None, ["bbox", "None"]),
+        ("bbox", [1, 2, "3", 4], ["bbox", "'3'"]),
+        ("bbox", [1, 2, 10**400, 4], ["bbox"]),
+        ("iscrowd", 2, ["iscrowd", "0 or 1, got 2"]),
+    ],
+)
+def test_bad_annotations(tmp_path, content, key, value, parts):
+    content["annotations"][1][key] = value
+    refused(tmp_path, content, ValueError, "annotation 2:", *parts)
+
+
+def test_bad_ids(tmp_path, content):
+    content["images"][1]["id"] = "3"
+    content["images"][1]["file_name"] = "3.jpg"
+    path = tmp_path / "annotations/instances_train.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(content))
+    with one_line(ValueError, path, "'images'", "integer 'id'", "'3'"):
+        COCODetection(tmp_path, "train")
+
+
+@pytest.mark.parametrize("key", ["images", "categories"])
+def test_ids_given_twice(tmp_path, content, key):
+    content[key][1]["id"] = content[key][0]["id"]
+    refused(tmp_path, content, ValueError, f"'{key}'", "more than once")
+
+
+def test_files_given_twice(tmp_path, content):
+    content["images"][1]["file_name"] = "0007.jpg"
+    refused(tmp_path, content, ValueError, "'images'", "'0007.jpg' more than once")
+
+
+def test_classes_given_twice(tmp_path, content):
+    content["categories"][1]["name"] = "two"
+    refused(tmp_path, content, ValueError, "'categories'", "'two' more than once")
+
+
+def test_unnamed_class(tmp_path, content):
+    del content["categories"][1]["name"]
+    refused(tmp_path, content, ValueError, "'categories'", "'name'", "None")
+
+
+def test_image_of_another_size(tmp_path, content):
+    content["images"][0].update(height=16, width=12)
+    write_coco(tmp_path, content)
+    images = COCODetection(tmp_path, "train")
+    with one_line(ValueError, "0007.jpg", "16x12 image", "for 12x16"):
+        images[0]
+
+
+def test_image_that_is_none(coco):
+    (coco / "train/0005.jpg").write_text("text")
+    images = COCODetection(coco, "train")
+    with one_line(ValueError, "0005.jpg", "not a readable image"):
+        images[2]
+
+
+# Real sets.
+
+
+def test_coco_tiny(real_data):
+    root = real_data / "coco_tiny"
+    assert detection_splits(root) == ["train2017", "val2017"]
+    for split, sizes in {"train2017": (128, 939, 10, 2), "val2017": (100, 852, 10, 3)}.items():
+        images = COCODetection(root, split)
+        annotations = [images.annotations(i) for i in range(len(images))]
+        assert sizes == (
+            len(images),
+            sum(len(one.labels) for one in annotations),
+            sum(int(one.ignored.sum()) for one in annotations),
+            sum(len(one.labels) == 0 for one in annotations),
+        )
+        assert (len(images.classes), images.dropped) == (80, 0)
+        assert images.classes[:2] == ("person", "bicycle")
+        assert images.category_ids[-1] == 90
+    images = COCODetection(root, "train2017")
+    grey = [i for i in range(128) if Image.open(images.image_path(i)).mode == "L"]
+    assert len(grey) == 1
+    for i in [*range(0, 128, 25), *grey]:
+        assert images[i][0].shape == (3, *images.size(i))
+
+
+def test_nuclei(real_data):
+    root = real_data / "nuclei_coco"
+    expected = {
+        "train": (498, 21650),
+        "train_small": (397, 11784),
+        "val": (166, 7336),
+        "val_small": (133, 3924),
+    }
+    assert detection_splits(root) == list(expected)
+    for split, (count, objects) in expected.items():
+        images = COCODetection(root, split)
+        assert len(images) == count
+        assert sum(len(images.annotations(i).labels) for i in range(count)) == objects
+        assert images.classes == ("nucleus",)
+
+
+def test_boxes_are_the_edges_of_the_masks(real_data):
+    images = COCODetection(real_data / "nuclei_coco", "val_small")
+    content = json.loads(images.annotation_file.read_text())
+    for i in range(0, len(images), 40):
+        number = int(images.image_ids[i])
+        objects = [item for item in content["annotations"] if item["image_id"] == number]
+        assert len(objects) > 0
+        masks = rle.decode([item["segmentation"] for item in objects])
+        for k, box in enumerate(images.annotations(i).boxes.tolist()):
+            rows = np.flatnonzero(masks[:, :, k].any(1))
+            columns = np.flatnonzero(masks[:, :, k].any(0))
+            assert box == [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]

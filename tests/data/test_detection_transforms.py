@@ -1,0 +1,137 @@
+"""What becomes of an image and its boxes together."""
+
+import pytest
+import torch
+from small_sets import one_line
+from torchvision import tv_tensors
+
+from deformnet.data import BoxAnnotations, detection_transforms
+from deformnet.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+
+
+def sample(height, width, boxes):
+    """Black, with white in the boxes."""
+    image = torch.zeros(3, height, width, dtype=torch.uint8)
+    for x1, y1, x2, y2 in boxes:
+        image[:, y1:y2, x1:x2] = 255
+    values = tv_tensors.BoundingBoxes(
+        torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
+        format="XYXY",
+        canvas_size=(height, width),
+    )
+    labels = torch.arange(len(boxes))
+    return tv_tensors.Image(image), BoxAnnotations(values, labels, labels % 2 == 1)
+
+
+def brightness(image):
+    """0 to 1 again, [h, w]."""
+    return image[0] * IMAGENET_STD[0] + IMAGENET_MEAN[0]
+
+
+def white(image):
+    """The edges of the white part."""
+    rows = (brightness(image) > 0.5).any(1).nonzero().flatten().tolist()
+    columns = (brightness(image) > 0.5).any(0).nonzero().flatten().tolist()
+    return [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
+
+
+def test_same_size_is_only_normalised():
+    transforms = detection_transforms(short_side=20, max_side=None, flip=False)
+    image, annotations = sample(20, 30, [(3, 4, 10, 20), (0, 0, 30, 20)])
+    out, made = transforms(image, annotations)
+    assert isinstance(made, BoxAnnotations)
+    assert {type(value) for value in (out, *made)} == {torch.Tensor}
+    assert [value.dtype for value in (out, *made)] == [
+        torch.float32,
+        torch.float32,
+        torch.int64,
+        torch.bool,
+    ]
+    assert torch.equal(made.boxes, annotations.boxes.as_subclass(torch.Tensor))
+    assert torch.equal(made.labels, annotations.labels)
+    assert torch.equal(made.ignored, annotations.ignored)
+    for channel in range(3):
+        expected = (image[channel] / 255 - IMAGENET_MEAN[channel]) / IMAGENET_STD[channel]
+        torch.testing.assert_close(out[channel], expected.as_subclass(torch.Tensor))
+
+
+def test_boxes_move_with_the_pixels():
+    transforms = detection_transforms(short_side=60, max_side=None, flip=False)
+    out, made = transforms(*sample(20, 30, [(5, 4, 20, 16)]))
+    assert out.shape == (3, 60, 90)
+    assert made.boxes.tolist() == [[15, 12, 60, 48]] == [white(out)]
+
+
+@pytest.mark.parametrize(
+    ("size", "short", "longest", "expected"),
+    [
+        ((375, 500), 600, 1000, (600, 800)),
+        ((333, 500), 600, 1000, (600, 901)),  # 900.9, rounded
+        ((480, 1000), 600, 1000, (480, 1000)),
+        ((200, 500), 600, 1000, (400, 1000)),
+        ((500, 333), 600, 1000, (901, 600)),
+        ((9, 31), 7, None, (7, 24)),  # 24.1, rounded: the factors of the sides differ
+    ],
+)
+def test_factors_are_those_of_the_rounded_sides(size, short, longest, expected):
+    height, width = size
+    transforms = detection_transforms(short_side=short, max_side=longest, flip=False)
+    out, made = transforms(*sample(height, width, [(0, 0, width, height), (2, 3, 7, 8)]))
+    assert out.shape == (3, *expected)
+    down, across = expected[0] / height, expected[1] / width
+    assert made.boxes[0].tolist() == [0, 0, expected[1], expected[0]]
+    wanted = torch.tensor([2 * across, 3 * down, 7 * across, 8 * down])
+    torch.testing.assert_close(made.boxes[1], wanted)
+
+
+def test_whole_images_stay_inside_at_any_size():
+    for height, width in torch.randint(3, 700, (200, 2), generator=torch.manual_seed(0)).tolist():
+        transforms = detection_transforms(short_side=37, max_side=61, flip=True)
+        out, made = transforms(*sample(height, width, [(0, 0, width, height)]))
+        torch.testing.assert_close(made.boxes, torch.tensor([[0.0, 0, out.shape[2], out.shape[1]]]))
+        assert (made.boxes >= 0).all()
+        assert (made.boxes[0, 2:] <= torch.tensor(out.shape[:0:-1])).all()
+
+
+def test_flip_takes_the_boxes_along_half_of_the_time():
+    transforms = detection_transforms(short_side=40, max_side=None, flip=True)
+    torch.manual_seed(0)
+    flipped = 0
+    for _ in range(100):
+        out, made = transforms(*sample(20, 30, [(2, 4, 10, 16)]))
+        assert made.boxes.tolist() == [white(out)]
+        mirrored = made.boxes.tolist() == [[40, 8, 56, 32]]
+        assert mirrored or made.boxes.tolist() == [[4, 8, 20, 32]]
+        flipped += mirrored
+    assert 30 < flipped < 70
+
+
+def test_without_flip_nothing_is_random():
+    transforms = detection_transforms(short_side=40, max_side=None, flip=False)
+    boxes = {str(transforms(*sample(20, 30, [(2, 4, 10, 16)]))[1]) for _ in range(20)}
+    assert len(boxes) == 1
+
+
+def test_image_without_boxes():
+    transforms = detection_transforms(short_side=40, max_side=50, flip=True)
+    for _ in range(5):
+        out, made = transforms(*sample(20, 30, []))
+        assert out.shape == (3, 33, 50)
+        assert made.boxes.shape == (0, 4)
+        assert made.labels.shape == made.ignored.shape == (0,)
+
+
+def test_sample_is_left_as_it_was():
+    image, annotations = sample(20, 30, [(2, 4, 10, 16)])
+    for flip in (False, True):
+        detection_transforms(short_side=20, max_side=None, flip=flip)(image, annotations)
+        detection_transforms(short_side=40, max_side=None, flip=flip)(image, annotations)
+    assert annotations.boxes.tolist() == [[2, 4, 10, 16]]
+    assert torch.equal(image, sample(20, 30, [(2, 4, 10, 16)])[0])
+
+
+def test_sizes_that_are_none():
+    with one_line(ValueError, "short_side must be at least 1, got 0"):
+        detection_transforms(short_side=0, max_side=None, flip=False)
+    with one_line(ValueError, "max_side must be at least 1, got 0"):
+        detection_transforms(short_side=1, max_side=0, flip=False)

@@ -1,0 +1,423 @@
+"""Boxes in the VOC layout: what is read, and what is said about bad input."""
+
+import logging
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+import torch
+from detection_sets import voc_object, voc_xml, write_voc
+from PIL import Image
+from small_sets import one_line
+from torchvision import tv_tensors
+
+from deformnet.data import (
+    BoxAnnotations,
+    Shapes,
+    VOCDetection,
+    detection_splits,
+    write_shapes,
+)
+from deformnet.data.shapes import scene
+from deformnet.data.voc import VOC_CLASSES
+
+YEAR = "VOCdevkit/VOC2012"
+YEAR_2007 = "VOCdevkit/VOC2007"
+
+
+@pytest.fixture
+def boxes(tmp_path):
+    return write_voc(tmp_path / "set")
+
+
+def annotate(root, name, *objects, **size):
+    (root / YEAR / f"Annotations/{name}.xml").write_text(voc_xml(*objects, **size))
+
+
+def test_reads_image_and_objects(boxes):
+    images = VOCDetection(boxes, "train")
+    assert len(images) == 2
+    assert images.classes == ("one", "two")
+    assert images.dropped == 0
+    assert [images.name(i) for i in range(2)] == ["a", "b"]
+    assert images.image_path(1) == boxes / YEAR / "JPEGImages/b.jpg"
+    assert images.size(0) == (12, 16)
+
+    image, annotations = images[0]
+    assert isinstance(image, tv_tensors.Image)
+    expected = np.asarray(Image.open(boxes / YEAR / "JPEGImages/a.jpg"))
+    np.testing.assert_array_equal(image.permute(1, 2, 0).numpy(), expected)
+    assert isinstance(annotations, BoxAnnotations)
+    assert isinstance(annotations.boxes, tv_tensors.BoundingBoxes)
+    assert annotations.boxes.canvas_size == (12, 16)
+    assert annotations.boxes.dtype == torch.float32
+    # Pixels 3 to 9 counted from 1: edges 2 to 9. The whole image is 0 to 16.
+    assert annotations.boxes.tolist() == [[2, 1, 9, 10], [0, 0, 16, 12]]
+    assert annotations.labels.dtype == torch.int64
+    assert annotations.labels.tolist() == [0, 1]
+    assert annotations.ignored.dtype == torch.bool
+    assert annotations.ignored.tolist() == [False, False]
+
+
+def test_image_without_objects(boxes):
+    _, annotations = VOCDetection(boxes, "train")[1]
+    assert annotations.boxes.shape == (0, 4)
+    assert annotations.labels.shape == annotations.ignored.shape == (0,)
+
+
+def test_set_without_any_object(boxes):
+    annotate(boxes, "a")
+    images = VOCDetection(boxes, "train")
+    assert [len(images.annotations(i).labels) for i in range(2)] == [0, 0]
+
+
+def test_difficult_is_ignored(boxes):
+    assert VOCDetection(boxes, "val").annotations(0).ignored.tolist() == [True]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("1", True), (" 1\n", True), ("0", False), ("Unspecified", False)]
+)
+def test_forms_of_difficult(boxes, text, expected):
+    annotate(boxes, "c", voc_object((1, 1, 5, 5), difficult=text))
+    assert VOCDetection(boxes, "val").annotations(0).ignored.tolist() == [expected]
+
+
+def test_absent_difficult_is_not_difficult(boxes):
+    item = voc_object((1, 1, 5, 5)).replace("<difficult>0</difficult>", "")
+    annotate(boxes, "c", item)
+    assert VOCDetection(boxes, "val").annotations(0).ignored.tolist() == [False]
+
+
+def test_parts_are_no_objects(boxes):
+    part = voc_object((5, 5, 6, 6), "head").replace("object>", "part>")
+    whole = voc_object((1, 1, 5, 5)).replace("</object>", f"{part}</object>")
+    annotate(boxes, "c", whole.replace("<bndbox>", f"{part}<bndbox>", 1))
+    assert VOCDetection(boxes, "val").annotations(0).boxes.tolist() == [[0, 0, 5, 5]]
+
+
+@pytest.mark.parametrize("inside", ["", "VOCdevkit", "VOCdevkit/VOC2012"])
+def test_root_may_be_any_level(boxes, inside):
+    images = VOCDetection(boxes / inside, "val")
+    assert images.name(0) == "c"
+    assert images.classes == ("one", "two")
+
+
+def test_counting_from_the_end(boxes):
+    images = VOCDetection(boxes, "train")
+    assert images.name(-2) == "a"
+    assert len(images.annotations(-2).labels) == 2
+    with pytest.raises(IndexError):
+        images[2]
+
+
+def test_annotations_are_copies(boxes):
+    images = VOCDetection(boxes, "train")
+    for values in images.annotations(0):
+        values.zero_()
+    assert images.annotations(0).boxes.tolist() == [[2, 1, 9, 10], [0, 0, 16, 12]]
+    assert images.annotations(0).labels.tolist() == [0, 1]
+
+
+def test_classes_without_file_are_vocs_objects(boxes):
+    (boxes / "classes.txt").unlink()
+    for name in "ab":
+        annotate(boxes, name, voc_object((1, 1, 4, 4), "tvmonitor"))
+    images = VOCDetection(boxes, "train")
+    assert images.classes == VOC_CLASSES[1:]
+    assert images.annotations(0).labels.tolist() == [19]
+
+
+def test_background_is_no_object(boxes):
+    (boxes / "classes.txt").write_text("background\none\ntwo\n")
+    images = VOCDetection(boxes, "train")
+    assert images.classes == ("one", "two")
+    assert images.annotations(0).labels.tolist() == [0, 1]
+
+
+def test_list_of_one_class(boxes):
+    (boxes / YEAR / "ImageSets/Main/two_train.txt").write_text("a  1\nb -1\nc  0\n")
+    assert len(VOCDetection(boxes, "two_train")) == 3
+
+
+def test_splits_leave_out_lists_of_one_class(boxes):
+    lists = boxes / YEAR / "ImageSets/Main"
+    (boxes / "classes.txt").write_text("one\ntwo\ntrain\n")
+    for name in ("one_train", "two_val", "train_train", "train_small"):
+        (lists / f"{name}.txt").write_text("a\n")
+    assert detection_splits(boxes) == ["train", "train_small", "val"]
+
+
+def test_size_that_the_file_does_not_say(boxes):
+    annotate(boxes, "a", voc_object((1, 1, 99, 99)), height=0, width=0)
+    (boxes / YEAR / "Annotations/b.xml").write_text("<annotation/>")
+    images = VOCDetection(boxes, "train")
+    assert [images.size(i) for i in range(2)] == [(12, 16), (12, 16)]
+    assert images[0][1].boxes.tolist() == [[0, 0, 16, 12]]
+
+
+# Boxes that are none. The image is 16 wide and 12 high.
+
+
+@pytest.mark.parametrize(
+    ("box", "expected"),
+    [
+        ((0, 0, 5, 5), [0, 0, 5, 5]),  # written by a tool that counts from 0
+        ((-7, 3, 40, 30), [0, 2, 16, 12]),
+        ((4.5, 1, 8.25, 4), [3.5, 0, 8.25, 4]),
+        ((4, 2, 4, 9), [3, 1, 4, 9]),  # one pixel wide
+    ],
+)
+def test_clipped(boxes, box, expected):
+    annotate(boxes, "c", voc_object(box))
+    images = VOCDetection(boxes, "val")
+    assert images.annotations(0).boxes.tolist() == [expected]
+    assert images.dropped == 0
+
+
+@pytest.mark.parametrize(
+    "box",
+    [
+        (5, 5, 5, 5),
+        (9, 2, 3, 8),
+        (2, 9, 8, 3),
+        (17, 1, 30, 12),
+        (1, 13, 16, 20),
+        (-9, -9, 0, 0),
+        ("nan", 1, 5, 5),
+        (1, 1, "NaN", 5),
+        (1, 1, "inf", 5),
+    ],
+)
+def test_dropped(boxes, box, caplog):
+    annotate(boxes, "a", voc_object(box), voc_object((1, 1, 3, 3), "two"))
+    with caplog.at_level(logging.WARNING):
+        images = VOCDetection(boxes, "train")
+    assert images.dropped == 1
+    annotations = images.annotations(0)
+    assert annotations.boxes.tolist() == [[0, 0, 3, 3]]
+    assert annotations.labels.tolist() == [1]
+    assert len(annotations.ignored) == 1
+    (record,) = caplog.records
+    assert "1 of 2 boxes" in record.getMessage()
+    assert "in a" in record.getMessage()
+
+
+def test_nothing_dropped_nothing_said(boxes, caplog):
+    VOCDetection(boxes, "train")
+    assert not caplog.records
+
+
+# Bad input. All but the pixels is looked at when the set is opened.
+
+
+def test_missing_split_lists_the_others(boxes):
+    with one_line(FileNotFoundError, "ImageSets/Main/test.txt", "train, val"):
+        VOCDetection(boxes, "test")
+
+
+@pytest.mark.parametrize("line", ["a 2", "a b", "a 1 1"])
+def test_malformed_list(boxes, line):
+    (boxes / YEAR / "ImageSets/Main/train.txt").write_text(f"{line}\n")
+    with one_line(ValueError, "train.txt", f"'{line}'"):
+        VOCDetection(boxes, "train")
+
+
+def test_image_listed_twice(boxes):
+    (boxes / YEAR / "ImageSets/Main/train.txt").write_text("a\nb\na\n")
+    with one_line(ValueError, "train.txt", "a more than once"):
+        VOCDetection(boxes, "train")
+
+
+def test_empty_list(boxes):
+    (boxes / YEAR / "ImageSets/Main/train.txt").write_text("\n")
+    with one_line(ValueError, "train.txt", "empty"):
+        VOCDetection(boxes, "train")
+
+
+def test_missing_image(boxes):
+    (boxes / YEAR / "JPEGImages/b.jpg").unlink()
+    with one_line(FileNotFoundError, "train.txt", "lists b", "JPEGImages"):
+        VOCDetection(boxes, "train")
+
+
+def test_missing_xml(boxes):
+    (boxes / YEAR / "Annotations/b.xml").unlink()
+    with one_line(FileNotFoundError, "train.txt", "lists b", "b.xml", "Annotations"):
+        VOCDetection(boxes, "train")
+
+
+@pytest.mark.parametrize("share", [0, 0.1, 0.5, 0.95])
+def test_truncated_xml(boxes, share):
+    path = boxes / YEAR / "Annotations/a.xml"
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+    with one_line(ValueError, path, "not readable as XML"):
+        VOCDetection(boxes, "train")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\xff\xfe\x01", "not readable as XML"),
+        (b"<?xml version='1.0' encoding='klingon'?><annotation/>", "not readable as XML"),
+        (b"<html><body/></html>", "wanted <annotation> at the top, got <html>"),
+    ],
+)
+def test_xml_of_something_else(boxes, content, message):
+    (boxes / YEAR / "Annotations/a.xml").write_bytes(content)
+    with one_line(ValueError, "a.xml", message):
+        VOCDetection(boxes, "train")
+
+
+def test_unknown_class(boxes):
+    annotate(boxes, "a", voc_object((1, 1, 3, 3), "three"))
+    with one_line(ValueError, "a.xml", "'three'", "one, two"):
+        VOCDetection(boxes, "train")
+
+
+def test_unnamed_object(boxes):
+    annotate(boxes, "a", voc_object((1, 1, 3, 3)).replace("<name>one</name>", ""))
+    with one_line(ValueError, "a.xml", "class ''"):
+        VOCDetection(boxes, "train")
+
+
+@pytest.mark.parametrize("value", ["", "three", "1,5"])
+def test_box_that_is_no_number(boxes, value):
+    annotate(boxes, "a", voc_object((1, 1, value, 3)))
+    with one_line(ValueError, "a.xml", "bndbox", f"'{value}'"):
+        VOCDetection(boxes, "train")
+
+
+def test_object_without_a_box(boxes):
+    annotate(boxes, "a", voc_object((1, 1, 2, 3)).replace("bndbox", "polygon"))
+    with one_line(ValueError, "a.xml", "bndbox", "xmin, ymin, xmax, ymax"):
+        VOCDetection(boxes, "train")
+
+
+def test_difficult_that_is_no_flag(boxes):
+    annotate(boxes, "a", voc_object((1, 1, 2, 3), difficult=2))
+    with one_line(ValueError, "a.xml", "difficult", "'2'"):
+        VOCDetection(boxes, "train")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("\n", "names no class"),
+        ("background\n", "but the background"),
+        ("a\na\n", "more than once"),
+    ],
+)
+def test_bad_classes_file_of_objects(boxes, content, message):
+    (boxes / "classes.txt").write_text(content)
+    with one_line(ValueError, "classes.txt", message):
+        VOCDetection(boxes, "train")
+
+
+def test_image_of_another_size(boxes):
+    annotate(boxes, "a", height=16, width=12)
+    images = VOCDetection(boxes, "train")
+    with one_line(ValueError, "a.jpg", "16x12 image", "for 12x16"):
+        images[0]
+
+
+def test_truncated_image(boxes):
+    path = boxes / YEAR / "JPEGImages/a.jpg"
+    path.write_bytes(path.read_bytes()[:100])
+    images = VOCDetection(boxes, "train")
+    with one_line(ValueError, "a.jpg", "not a readable image"):
+        images[0]
+
+
+def test_size_of_a_file_that_is_no_image(boxes):
+    (boxes / YEAR / "Annotations/a.xml").write_text("<annotation/>")
+    (boxes / YEAR / "JPEGImages/a.jpg").write_text("text")
+    with one_line(ValueError, "a.jpg", "not a readable image"):
+        VOCDetection(boxes, "train")
+
+
+# The made set, and real ones.
+
+
+def test_boxes_of_the_made_set(tmp_path):
+    made = Shapes(train=12, val=1, height=48, width=64)
+    write_shapes(tmp_path / "shapes", made)
+    images = VOCDetection(tmp_path / "shapes", "train")
+    assert images.classes == VOCDetection(tmp_path / "shapes", "val").classes
+    assert "background" not in images.classes
+    count = 0
+    for i in range(12):
+        drawn = scene(made, "train", i)
+        annotations = images.annotations(i)
+        shown = [item for item in drawn.objects if item.area > 1]
+        assert annotations.boxes.tolist() == [list(map(float, item.box)) for item in shown]
+        assert annotations.labels.tolist() == [item.label - 1 for item in shown]
+        count += len(shown)
+    assert count > 12
+
+
+def counts(images):
+    labels = torch.cat([images.annotations(i).labels for i in range(len(images))])
+    return torch.bincount(labels, minlength=len(images.classes)).tolist()
+
+
+def test_bccd(real_data, caplog):
+    root = real_data / "bccd_voc"
+    splits = {split: VOCDetection(root, split) for split in ("train", "val", "test")}
+    assert {split: len(images) for split, images in splits.items()} == {
+        "train": 205,
+        "val": 87,
+        "test": 72,
+    }
+    assert {split: images.dropped for split, images in splits.items()} == {
+        "train": 1,
+        "val": 1,
+        "test": 0,
+    }
+    assert [record.getMessage().split()[-1] for record in caplog.records] == [
+        "BloodImage_00343",
+        "BloodImage_00338",
+    ]
+    assert splits["train"].classes == ("RBC", "WBC", "Platelets")
+    total = np.sum([counts(images) for images in splits.values()], axis=0)
+    assert total.tolist() == [4155 - 2, 372, 361]
+    clean = [len(VOCDetection(root, f"{split}_clean")) for split in ("train", "val", "test")]
+    assert clean == [195, 81, 68]
+    assert "trainval_clean" in detection_splits(root)
+
+
+def test_voc2012_mini(real_data):
+    root = real_data / "voc2012_mini"
+    images = VOCDetection(root, "trainval")
+    assert detection_splits(root) == ["train", "trainval", "val"]
+    assert (len(images), images.dropped) == (100, 0)
+    assert images.classes == VOC_CLASSES[1:]
+    ignored = torch.cat([images.annotations(i).ignored for i in range(100)])
+    assert (len(ignored), int(ignored.sum())) == (273, 38)
+    assert min(counts(images)) > 0
+    for i in range(0, 100, 9):
+        image, annotations = images[i]
+        assert image.shape[1:] == images.size(i)
+        path = root / YEAR / f"Annotations/{images.name(i)}.xml"
+        texts = [item.findall("bndbox/*") for item in ElementTree.parse(path).iter("object")]
+        stored = [{value.tag: float(value.text) for value in values} for values in texts]
+        for box, value in zip(annotations.boxes.tolist(), stored, strict=True):
+            assert box[2] - box[0] == value["xmax"] - value["xmin"] + 1
+            assert box[3] - box[1] == value["ymax"] - value["ymin"] + 1
+            assert (box[2], box[3]) == (value["xmax"], value["ymax"])
+
+
+def test_pennfudan_boxes_hold_their_masks(real_data):
+    """An error of one pixel would show: the edges of the masks are those of the boxes."""
+    root = real_data / "pennfudan_voc"
+    images = VOCDetection(root, "trainval")
+    assert (len(images), counts(images)) == (170, [423])
+    exact = []
+    for i in range(0, 170, 5):
+        mask = np.asarray(Image.open(root / YEAR_2007 / f"SegmentationObject/{images.name(i)}.png"))
+        for number, box in enumerate(images.annotations(i).boxes.tolist(), start=1):
+            rows = np.flatnonzero((mask == number).any(1))
+            columns = np.flatnonzero((mask == number).any(0))
+            exact.append(box == [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])
+    assert np.mean(exact) > 0.9  # a few were rounded otherwise when the images were shrunk
