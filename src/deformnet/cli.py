@@ -310,9 +310,9 @@ def score(*, boxes: Path, data: Path, split: str | None = None) -> None:
             text files (class x y w h).
         split: Images to score, of a folder in VOC or COCO layout.
     """
-    from deformnet.detections import score
+    from deformnet.detections import score, score_table
 
-    print(score(boxes, data, split=split).table())
+    print(score_table(score(boxes, data, split=split)))
 
 
 def parameters(*, classes: int = 20, depth: Literal[18, 34, 50, 101] = 101) -> None:
@@ -408,7 +408,8 @@ def _score_title(metrics: dict[str, Any]) -> str:
         return "Recall of proposals"
     if "coco" in metrics:
         return "COCO AP and AR"
-    return f"AP ({metrics['method']}) at IoU {' and '.join(metrics['mean_ap'])}"
+    ((method, voc),) = metrics["voc"].items()
+    return f"AP ({method}) at IoU {' and '.join(voc['mean_ap'])}"
 
 
 def _score_rows(metrics: dict[str, Any]) -> list[tuple[str, list[float | None]]]:
@@ -420,10 +421,9 @@ def _score_rows(metrics: dict[str, Any]) -> list[tuple[str, list[float | None]]]
         return [(f"IoU {iou}", [share]) for iou, share in metrics["recall"].items()]
     if "coco" in metrics:
         return [(name, [value]) for name, value in metrics["coco"].items()]
-    voc = next(scores for scores in metrics["voc"] if scores["method"] == metrics["method"])
-    names = voc["objects"]
-    rows = [(name, [ap[name] for ap in voc["ap"].values()]) for name in names]
-    return [*rows, ("mean", list(metrics["mean_ap"].values()))]
+    (voc,) = metrics["voc"].values()
+    rows = [(name, [ap[name] for ap in voc["ap"].values()]) for name in voc["objects"]]
+    return [*rows, ("mean", list(voc["mean_ap"].values()))]
 
 
 def _base_recipe(recipe: type[Recipe], arguments: Sequence[str]) -> Recipe:

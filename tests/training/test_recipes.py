@@ -4,7 +4,19 @@ import re
 
 import pytest
 
-from deformnet.recipes import DeepLabRecipe, cityscapes, voc2012
+from deformnet.recipes import (
+    RECIPES,
+    ClassAwareRPNRecipe,
+    DeepLabRecipe,
+    FasterRCNNRecipe,
+    Recipe,
+    RFCNRecipe,
+    RPNRecipe,
+    cityscapes,
+    coco_detection,
+    voc2012,
+    voc_detection,
+)
 
 
 def test_json_keeps_every_field(tmp_path):
@@ -14,12 +26,50 @@ def test_json_keeps_every_field(tmp_path):
     assert DeepLabRecipe.load(path) == recipe
 
 
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_json_keeps_every_recipe(tmp_path, recipe):
+    path = tmp_path / "recipe.json"
+    path.write_text(recipe(seed=3).to_json())
+    assert Recipe.load(path) == recipe(seed=3)
+
+
+def test_a_file_from_before_there_were_other_networks_is_deeplab(tmp_path):
+    path = tmp_path / "recipe.json"
+    path.write_text('{"depth": 34}')
+    assert Recipe.load(path) == DeepLabRecipe(depth=34)
+
+
+def test_a_recipe_of_another_network_is_refused(tmp_path):
+    path = tmp_path / "recipe.json"
+    path.write_text(RFCNRecipe().to_json())
+    with pytest.raises(ValueError, match="wanted a recipe of faster-rcnn, got rfcn"):
+        FasterRCNNRecipe.load(path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"convention": "modem"}, "convention must be one of 'modern', 'msra2017'"),
+        ({"anchor_sizes": ()}, "anchor_sizes must be positive, got ()"),
+        ({"anchor_sizes": (32, 0)}, "anchor_sizes must be positive, got (32, 0)"),
+        ({"nms": 1.5}, "nms must lie between 0 and 1, got 1.5"),
+        ({"score_threshold": float("nan")}, "score_threshold must lie between 0 and 1, got nan"),
+        ({"proposals": 0}, "proposals must be positive, got 0"),
+        ({"pool": "max"}, "pool must be one of 'average', 'deformable', got 'max'"),
+    ],
+)
+def test_a_detector_that_cannot_be_is_refused(fields, message):
+    with pytest.raises((TypeError, ValueError), match=re.escape(message)):
+        RFCNRecipe(**fields)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("{", "not a JSON file"),
         ("[1]", "a recipe is a JSON object, got list"),
-        ('{"deth": 18}', "a recipe has no field 'deth'; its fields are depth, "),
+        ('{"deth": 18}', "a recipe of deeplab has no field 'deth'; its fields are depth, "),
+        ('{"network": "yolo"}', "there is no network 'yolo'; the networks are deeplab, rpn, "),
         ('{"depth": 19}', "depth must be one of 18, 34, 50, 101, got 19"),
         ('{"depth": "18"}', "depth must be one of 18, 34, 50, 101, got '18'"),
         ('{"batch": 2.5}', "batch must be int, got 2.5"),
@@ -40,10 +90,12 @@ def test_a_bad_file_is_named_in_one_line(tmp_path, text, message):
     assert "\n" not in str(caught.value)
 
 
-def test_every_field_is_explained():
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_field_is_explained(recipe):
     """The command line shows these lines as its help."""
-    lines = inspect.getsource(DeepLabRecipe).splitlines()
-    for field in dataclasses.fields(DeepLabRecipe):
+    bases = [base for base in recipe.__mro__ if dataclasses.is_dataclass(base)]
+    lines = "\n".join(inspect.getsource(base) for base in bases).splitlines()
+    for field in dataclasses.fields(recipe):
         at = next(i for i, line in enumerate(lines) if line.startswith(f"    {field.name}: "))
         assert lines[at + 1].strip().startswith('"""'), field.name
 
@@ -62,3 +114,14 @@ def test_the_papers_settings():
     assert (voc2012().short_side, voc2012().iterations) == (360, 30_000)
     assert (cityscapes().short_side, cityscapes().iterations) == (1024, 45_000)
     assert voc2012(deform_layers=0).deform_layers == 0
+
+
+@pytest.mark.parametrize("recipe", [RPNRecipe, ClassAwareRPNRecipe, FasterRCNNRecipe, RFCNRecipe])
+def test_the_papers_settings_of_detectors(recipe):
+    voc, coco = voc_detection(recipe), coco_detection(recipe)
+    for settings in (voc, coco):
+        assert (settings.depth, settings.norm, settings.batch) == (101, "frozen", 8)
+        assert (settings.short_side, settings.max_side, settings.lr) == (600, 1000, 1e-3)
+        assert settings.convention == "msra2017"
+    assert (voc.iterations, voc.anchor_sizes, voc.max_detections) == (30_000, (128, 256, 512), 300)
+    assert (coco.iterations, len(coco.anchor_sizes), coco.max_detections) == (240_000, 4, 100)

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from deformnet.training.sampling import Draws, DrawSampler
+from deformnet.training.sampling import Draws, DrawSampler, drawing
 
 
 class Numbers:
@@ -51,6 +51,38 @@ def test_a_resumed_run_draws_the_rest(workers):
     indices, noise = everything()
     # In the middle of the second epoch of five images.
     assert everything(first=2, workers=workers) == (indices[8:], noise[8:])
+
+
+@pytest.mark.parametrize(("images", "batch"), [(23, 4), (24, 4), (7, 3), (2, 4), (9, 1), (30, 8)])
+def test_batches_are_of_one_group_but_where_an_epoch_ends(images, batch):
+    groups = [int(number % 3 == 0) for number in range(images)]
+    draws = Draws(range(images), 0, batch, groups)
+    order = [draws.image_index(k) for k in range(12 * images)]
+    for epoch in range(12):
+        assert sorted(order[epoch * images : (epoch + 1) * images]) == list(range(images))
+    for start in range(0, len(order) - batch + 1, batch):
+        end = start + batch
+        # Leftovers of both groups come at either end of an epoch: fewer than a batch of each.
+        into, left = start % images, images - end % images
+        if into >= 2 * batch and left >= 2 * batch and end % images > into:
+            assert len({groups[index] for index in order[start:end]}) == 1
+    assert order[:images] != order[images : 2 * images] or images < 3
+    again = Draws(range(images), 0, batch, groups)
+    assert [again.image_index(k) for k in range(images, 3 * images)] == order[images : 3 * images]
+
+
+def test_the_network_draws_the_same_whenever_an_iteration_is_repeated():
+    def numbers(iteration, rank):
+        with drawing(5, iteration, rank, torch.device("cpu")):
+            return torch.rand(4).tolist()
+
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = numbers(3, 0)
+    assert numbers(3, 0) == first
+    assert numbers(4, 0) != first
+    assert numbers(3, 1) != first
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_drawing_leaves_the_callers_random_numbers_alone():

@@ -33,7 +33,7 @@ def test_a_run_leaves_what_it_promises(trained, quick):
     assert metrics["images"] == 3
     assert metrics["iterations"] == 6
     assert 0 <= metrics["mean_iou"] <= 1
-    assert set(metrics["iou"]) == set(load_run(out)[2])
+    assert set(metrics["iou"]) == set(load_run(out)[2].classes)
     assert metrics["seconds_per_iteration"] > 0
     assert {"torch", "deformnet", "python"} <= set(metrics["versions"])
     rows = list(csv.DictReader((out / "metrics.csv").open()))
@@ -45,7 +45,7 @@ def test_a_run_leaves_what_it_promises(trained, quick):
 
 def test_training_moves_the_weights_and_the_offsets(trained, quick):
     torch.manual_seed(quick.seed)
-    start = quick.build_model(len(load_run(trained[0])[2])).state_dict()
+    start = quick.build_model(len(load_run(trained[0])[2].classes)).state_dict()
     end = load_run(trained[0])[1].state_dict()
     moved = {name for name in start if not torch.equal(start[name], end[name])}
     assert any("conv_offset.weight" in name for name in moved)
@@ -166,12 +166,12 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path):
 def test_the_log_drops_rows_after_the_resumed_iteration(tmp_path):
     path = tmp_path / "metrics.csv"
     row = {"loss": 1.5, "learning_rate": 0.1, "seconds": 0.25}
-    log = CSVLog(path, every=1, keep=0)
+    log = CSVLog(path, (), every=1, keep=0)
     for step in range(4):
         log.log_metrics(row, step)
     with path.open("a") as file:
         file.write("5,1.5,0.")  # what `kill -9` may leave
-    log = CSVLog(path, every=1, keep=2)
+    log = CSVLog(path, (), every=1, keep=2)
     log.log_metrics(row, 2)
     assert path.read_text() == (
         "iteration,loss,learning_rate,seconds\n1,1.5,0.1,0.25\n2,1.5,0.1,0.25\n3,1.5,0.1,0.25\n"
@@ -201,8 +201,33 @@ def test_a_stop_between_rows_of_the_log(shapes, quick, tmp_path, monkeypatch):
 
 def test_a_diverged_run_keeps_its_last_good_checkpoint(shapes, quick, tmp_path):
     wild = dataclasses.replace(quick, lr=1e20, warmup=0, iterations=4)
-    with pytest.raises(FloatingPointError, match="the loss is nan after 4 iterations"):
+    with pytest.raises(FloatingPointError) as caught:
         train(wild, shapes, tmp_path, val_split=None, workers=0, progress=False)
+    assert "the segmentation loss is nan in iteration 2" in str(caught.value)
+    assert "there is no checkpoint yet" in str(caught.value)
+    assert not checkpoint_path(tmp_path).exists()
+
+
+def test_weights_that_are_not_finite_never_become_a_checkpoint(
+    shapes, quick, tmp_path, monkeypatch
+):
+    step = torch.optim.SGD.step
+
+    def step_too_far(self, *arguments):
+        loss = step(self, *arguments)
+        with torch.no_grad():
+            self.param_groups[0]["params"][0].fill_(torch.inf)
+        return loss
+
+    monkeypatch.setattr(torch.optim.SGD, "step", step_too_far)
+    with pytest.raises(FloatingPointError, match=r"is not finite after iteration 1; .*; there is"):
+        train(
+            *(quick, shapes, tmp_path),
+            val_split=None,
+            workers=0,
+            progress=False,
+            checkpoint_every=1,
+        )
     assert not checkpoint_path(tmp_path).exists()
 
 

@@ -16,7 +16,7 @@ from deformnet.data.coco import COCODetection
 from deformnet.data.detection import detection_splits, open_detection
 from deformnet.data.transforms import detection_transforms
 from deformnet.data.voc import VOCDetection
-from deformnet.detections import ImageDetections, score, write_detections
+from deformnet.detections import Record, score_records, write_detections
 from deformnet.inference import DetectionPredictor, DetectionTesting, detection_predictor
 from deformnet.models.detector import Detections, Detector, Size, Target
 from deformnet.recipes import DetectorRecipe, FasterRCNNRecipe, RFCNRecipe, RPNRecipe
@@ -174,34 +174,24 @@ class DetectionJob:
         """Writes the detections to a file, and compares them with the truth.
 
         Returns:
-            AP: "voc" with both methods, and "mean_ap" by IoU as the recipe's convention has it; or
-            "coco" with the twelve numbers. Of proposals "recall": the share of objects that one of
-            them overlaps, by IoU.
+            AP: "voc" of each class by method and IoU, or "coco" with the twelve numbers. Of
+            proposals "recall": the share of objects that one of them overlaps, by IoU.
         """
         names = (_OBJECT,) if isinstance(self.recipe, RPNRecipe) else images.classes
-        write_detections(
-            detections,
-            (
-                ImageDetections(
-                    images.name(index),
-                    found.boxes.float(),
-                    found.scores.float(),
-                    [names[label] for label in found.labels.tolist()],
-                )
-                for index, found in sorted(module.found.items())
-            ),
-        )
+        records = [
+            Record(
+                images.name(index),
+                found.boxes.float(),
+                found.scores.float(),
+                [names[label] for label in found.labels.tolist()],
+            )
+            for index, found in sorted(module.found.items())
+        ]
+        write_detections(detections, records)
         if isinstance(self.recipe, RPNRecipe):
             return {"recall": _recall(module.found, images)}
-        scores = score(detections, Path(images.root), split=images.split)
         method = "11-point" if self.recipe.convention == "msra2017" else "area"
-        means = {
-            f"{iou:g}": value
-            for voc in scores.voc
-            if voc.method == method
-            for iou, value in zip(voc.ious, voc.mean_ap, strict=True)
-        }
-        return {**scores.to_json(), **({"method": method, "mean_ap": means} if means else {})}
+        return score_records(records, images, method=method)
 
 
 def _recall(found: Mapping[int, Detections], images: DetectionImages) -> dict[str, float]:

@@ -38,7 +38,7 @@ class TrainingModule(pl.LightningModule):
             FloatingPointError: if a term is not finite.
         """
         for name, term in terms.items():
-            if not math.isfinite(value := float(term)):
+            if not math.isfinite(value := float(term.detach())):
                 raise FloatingPointError(
                     f"the {name} loss is {value} in iteration {self.trainer.global_step + 1}; "
                     "a lower lr, a clip or a longer warmup may help"
