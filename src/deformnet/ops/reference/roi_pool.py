@@ -40,91 +40,82 @@ def roi_pool(
     n, channels, height, width = input.shape
     ph, pw = output_size
     bins = ph * pw
-    count = boxes.shape[0]
     if position_sensitive:
         channels = channels // bins
     groups = 1 if offset is None else offset.shape[1] // 2
+    shape = (boxes.shape[0], groups, ph, pw)
 
-    box = boxes.detach().to(torch.float64)
-    image, x1, y1, x2, y2 = box.unbind(1)
-    # Where the values cannot be seen, an image that is not there makes the box undefined.
+    image, x1, y1, x2, y2 = boxes.detach().to(torch.float64).unbind(1)
+    # Where nobody could look at the boxes before, some may be of images that do not exist.
     exists = (image >= 0) & (image < n)
-    y = _axis(y1, y2, exists, ph, spatial_scale, sampling, samples_per_bin)
-    x = _axis(x1, x2, exists, pw, spatial_scale, sampling, samples_per_bin)
+    y_axis = _axis(y1, y2, exists, ph, spatial_scale, sampling, samples_per_bin)
+    x_axis = _axis(x1, x2, exists, pw, spatial_scale, sampling, samples_per_bin)
 
-    # From here on every tensor of an axis is [B], the bins in the order R, G, ph, pw.
-    shape = (count, groups, ph, pw)
-    y_start, x_start = y.start[:, None, :, None], x.start[:, None, None, :]
+    y_start, x_start = y_axis.start[:, None, :, None], x_axis.start[:, None, None, :]
     if offset is not None:
-        shift = gamma * _of_bins(offset.to(torch.float64), output_size)
-        shift = shift.reshape(count, groups, 2, ph, pw)
+        shift = gamma * _of_bins(offset.to(torch.float64), output_size).unflatten(1, (groups, 2))
         # The pair is (x, y).
-        x_start = x_start + shift[:, :, 0] * x.size[:, None, None, None]
-        y_start = y_start + shift[:, :, 1] * y.size[:, None, None, None]
-    y_grid = _Grid(
+        x_start = x_start + shift[:, :, 0] * x_axis.size[:, None, None, None]
+        y_start = y_start + shift[:, :, 1] * y_axis.size[:, None, None, None]
+    most_rows = _most(height, sampling, samples_per_bin)
+    most_columns = _most(width, sampling, samples_per_bin)
+    y = _grid(
         y_start.expand(shape).flatten(),
-        y.step[:, None, :, None].expand(shape).flatten(),
-        y.number[:, None, :, None].expand(shape).flatten(),
+        y_axis.step[:, None, :, None].expand(shape).flatten(),
+        y_axis.number[:, None, :, None].expand(shape).flatten(),
+        height,
+        most_rows,
     )
-    x_grid = _Grid(
+    x = _grid(
         x_start.expand(shape).flatten(),
-        x.step[:, None, None, :].expand(shape).flatten(),
-        x.number[:, None, None, :].expand(shape).flatten(),
+        x_axis.step[:, None, None, :].expand(shape).flatten(),
+        x_axis.number[:, None, None, :].expand(shape).flatten(),
+        width,
+        most_columns,
     )
 
-    # One row of the table is what a sample reads at one pixel: the channels of its group, and of
-    # its bin if position-sensitive.
+    # A row of the table is what is read at a pixel: the channels of one group, and of one bin if
+    # position-sensitive. `origin` [B] is the row of the pixel (0, 0).
     dtype = torch.promote_types(input.dtype, torch.float32)
     planes = bins if position_sensitive else 1
     table = input.to(dtype).reshape(n, groups, channels // groups, planes, height, width)
     table = table.permute(0, 1, 3, 4, 5, 2).reshape(-1, channels // groups)
-    index = torch.where(exists, image, 0).long()[:, None] * groups
-    index = index + torch.arange(groups, device=input.device)
-    index = index[:, :, None] * planes + torch.arange(planes, device=input.device)
-    index = index.expand(count, groups, bins).flatten() * (height * width)
+    origin = torch.where(exists, image, 0).long()[:, None] * groups
+    origin = origin + torch.arange(groups, device=input.device)
+    origin = origin[:, :, None] * planes + torch.arange(planes, device=input.device)
+    origin = origin.expand(shape[0], groups, bins).flatten() * (height * width)
 
-    needed = (
-        _needed(y_grid, height, sampling, samples_per_bin),
-        _needed(x_grid, width, sampling, samples_per_bin),
-    )
-    pieces = []
-    order = None
     if values_known(boxes):
-        order, chunks = _chunks(needed[0].samples, needed[1].samples, channels // groups)
+        order, chunks = _chunks(y.needed, x.needed, channels // groups)
     else:
-        chunks = [(slice(None), needed[0].most, needed[1].most)]
+        order, chunks = None, [(slice(None), most_rows, most_columns)]
+    sums, insides = [], []
     for chosen, rows, columns in chunks:
-        pieces.append(
-            _pool(
-                table,
-                index[chosen],
-                _read_axis(y_grid.at(chosen), needed[0].first[chosen], rows, height, sampling),
-                _read_axis(x_grid.at(chosen), needed[1].first[chosen], columns, width, sampling),
-                width,
-            )
-        )
-    output = torch.cat([piece.total for piece in pieces])
-    inside = torch.cat([piece.inside for piece in pieces])
+        y_read = _read_axis(y.at(chosen), rows, height, sampling)
+        x_read = _read_axis(x.at(chosen), columns, width, sampling)
+        sums.append(_sum(table, origin[chosen], y_read, x_read, width))
+        insides.append(y_read.inside * x_read.inside)
+    output, inside = torch.cat(sums), torch.cat(insides)
     if order is not None:
         back = order.argsort()
         output, inside = output[back], inside[back]
 
     # What the sum is divided by: the samples inside, or all of them.
-    number = inside if sampling == "msra" else y_grid.number * x_grid.number
+    number = inside if sampling == "msra" else y.number * x.number
     output = output / number.clamp_min(1).to(dtype)[:, None]
 
-    # Where a position is not a number, so is the mean, and its derivative by the position: it is
-    # the square of a NaN.
-    undefined = y_grid.start.isnan() | x_grid.start.isnan()
-    poison = torch.where(undefined, y_grid.start + x_grid.start, 0).to(dtype)
+    # Where a position is not a number, so is the mean; the square of a NaN, because then the
+    # derivative is NaN as well.
+    undefined = y.start.isnan() | x.start.isnan()
+    poison = torch.where(undefined, y.start + x.start, 0).to(dtype)
     output = torch.where(undefined[:, None], (poison * poison)[:, None], output)
 
-    output = output.reshape(count, groups, ph, pw, channels // groups).permute(0, 1, 4, 2, 3)
-    return output.reshape(count, channels, ph, pw).to(input.dtype)
+    output = output.reshape(*shape, channels // groups).permute(0, 1, 4, 2, 3)
+    return output.reshape(shape[0], channels, ph, pw).to(input.dtype)
 
 
 class _Axis(NamedTuple):
-    """How boxes lie on one axis of the map, and where the k bins have their samples there.
+    """How boxes lie on one axis of the map, and where their k bins have samples there.
 
     Sample s of a bin, s = 0 .. number - 1, is at start + s * step, before the shift.
     """
@@ -132,18 +123,7 @@ class _Axis(NamedTuple):
     size: Tensor  # [R], what the shift is measured in
     start: Tensor  # [R, k]
     step: Tensor  # [R, k]
-    number: Tensor  # [R, k], of samples
-
-
-class _Grid(NamedTuple):
-    """The same of every bin [B], shifted."""
-
-    start: Tensor
-    step: Tensor
-    number: Tensor
-
-    def at(self, chosen: Tensor | slice) -> "_Grid":
-        return _Grid(self.start[chosen], self.step[chosen], self.number[chosen])
+    number: Tensor  # [R, k]
 
 
 def _axis(
@@ -211,28 +191,41 @@ def _of_bins(offset: Tensor, output_size: tuple[int, int]) -> Tensor:
     return offset
 
 
-class _Needed(NamedTuple):
-    """Which samples of each bin [B] can lie on the map, along one axis."""
+class _Grid(NamedTuple):
+    """The samples of all bins along one axis, shifted; every tensor is [B].
 
-    first: Tensor  # [B], whole numbers
-    samples: Tensor  # [B], how many from there on
-    most: int  # what no element of `samples` exceeds, whatever the boxes are
+    Only the samples first .. first + needed - 1 can lie on the map.
+    """
+
+    start: Tensor
+    step: Tensor
+    number: Tensor
+    first: Tensor
+    needed: Tensor
+
+    def at(self, chosen: Tensor | slice) -> "_Grid":
+        return _Grid(*(tensor[chosen] for tensor in self))
 
 
-def _needed(grid: _Grid, size: int, sampling: str, samples_per_bin: int) -> _Needed:
-    """Keeps a box of any size from costing more than a box of the map's size."""
-    if sampling == "msra" or (sampling == "aligned" and samples_per_bin > 0):
-        samples = torch.full_like(grid.number, samples_per_bin)
-        return _Needed(torch.zeros_like(grid.start), samples, samples_per_bin)
-    # One sample more at each end than lies within [-1, size], for the sake of rounding. The step
-    # is 1 for "bins", and more than a half wherever an adapting bin has several samples.
-    start = grid.start.detach()
-    first = ((-1 - start) / grid.step).floor() - 1
-    last = ((size - start) / grid.step).floor() + 1
-    first = torch.minimum(first.nan_to_num(0).clamp_min(0), grid.number)
-    last = torch.minimum(last.nan_to_num(-1).clamp_min(-1), grid.number - 1)
-    most = size + 5 if sampling == "bins" else 2 * size + 7
-    return _Needed(first, (last - first + 1).clamp(0, most), most)
+def _most(size: int, sampling: str, samples_per_bin: int) -> int:
+    """How many samples a bin can need at most, on a map of this size, however large the box is.
+
+    The step is 1 for "bins", and more than a half wherever an adapting bin has several samples.
+    """
+    if sampling == "bins":
+        return size + 5
+    return samples_per_bin if samples_per_bin > 0 else 2 * size + 7
+
+
+def _grid(start: Tensor, step: Tensor, number: Tensor, size: int, most: int) -> _Grid:
+    # One sample more at each end than lies within [-1, size], for the sake of rounding.
+    at = start.detach()
+    first, last = ((-1 - at) / step).floor() - 1, ((size - at) / step).floor() + 1
+    # Backwards, in boxes that are turned inside out, no sample is left out.
+    first = torch.where(step > 0, first.nan_to_num(0), 0).clamp_min(0)
+    last = torch.where(step > 0, last.nan_to_num(-1), number).clamp_min(-1)
+    first, last = torch.minimum(first, number), torch.minimum(last, number - 1)
+    return _Grid(start, step, number, first, (last - first + 1).clamp(0, most))
 
 
 def _chunks(
@@ -270,12 +263,13 @@ class _AxisRead(NamedTuple):
     inside: Tensor  # [B], the number of samples that are not skipped
 
 
-def _read_axis(grid: _Grid, first: Tensor, samples: int, size: int, sampling: str) -> _AxisRead:
+def _read_axis(grid: _Grid, samples: int, size: int, sampling: str) -> _AxisRead:
     """Bilinear reading, one axis of it.
 
     At whole numbers the cell is the one to the right, and so is the derivative.
     """
-    sample = first[:, None] + torch.arange(samples, dtype=first.dtype, device=first.device)
+    sample = torch.arange(samples, dtype=grid.first.dtype, device=grid.first.device)
+    sample = grid.first[:, None] + sample
     position = grid.start[:, None] + sample * grid.step[:, None]
     if sampling == "bins":
         # Equations 3-4: the map is zero outside.
@@ -304,17 +298,11 @@ def _read_axis(grid: _Grid, first: Tensor, samples: int, size: int, sampling: st
     )
 
 
-class _Sums(NamedTuple):
-    total: Tensor  # [B, C/G]
-    inside: Tensor  # [B], the number of samples that are not skipped
-
-
-def _pool(table: Tensor, index: Tensor, y: _AxisRead, x: _AxisRead, width: int) -> _Sums:
-    """Sums over the samples of each bin; `index` [B] is the row of `table` of its first pixel."""
-    pixel = index[:, None, None] + y.pixel[:, :, None] * width + x.pixel[:, None, :]
+def _sum(table: Tensor, origin: Tensor, y: _AxisRead, x: _AxisRead, width: int) -> Tensor:
+    """The sum [B, C/G] over the samples of each bin."""
+    pixel = origin[:, None, None] + y.pixel[:, :, None] * width + x.pixel[:, None, :]
     values = table.index_select(0, pixel.flatten()).reshape(*pixel.shape, table.shape[1])
     # Not a product with zero: the map may hold infinities and NaN.
     counts = y.counts[:, :, None] & x.counts[:, None, :]
     values = torch.where(counts[..., None], values, 0)
-    total = torch.einsum("byxc,by,bx->bc", values, y.weight.to(values), x.weight.to(values))
-    return _Sums(total, y.inside * x.inside)
+    return torch.einsum("byxc,by,bx->bc", values, y.weight.to(values), x.weight.to(values))
