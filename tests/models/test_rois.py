@@ -3,9 +3,15 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
+from deformnet import parameter_groups
+from deformnet.backbones import resnet
 from deformnet.models.detector import Target
+from deformnet.models.faster_rcnn import FasterRCNN
+from deformnet.models.rfcn import RFCN
 from deformnet.models.rois import RoIs, assign, boxes_to_pool, roi_losses, sample
+from deformnet.models.rpn import RPN
 
 
 def random_boxes(count, seed=0):
@@ -201,3 +207,209 @@ def test_boxes_for_pooling():
     assert boxes_to_pool(boxes, "msra").tolist() == pixels
     assert boxes_to_pool(boxes, None).tolist() == pixels
     assert boxes_to_pool([torch.zeros(0, 4)], "bins").shape == (0, 5)
+
+
+NETWORKS = {
+    "R-FCN": lambda *parts: RFCN(*parts, pool="average"),
+    "deformable R-FCN": lambda *parts: RFCN(*parts, pool="deformable"),
+    "Faster R-CNN": lambda *parts: FasterRCNN(*parts, pool="max"),
+    "deformable Faster R-CNN": lambda *parts: FasterRCNN(*parts, pool="deformable"),
+}
+SIZES = [(96, 128), (80, 100)]
+
+
+def detector(name, **rpn):
+    torch.manual_seed(0)
+    backbone = resnet(18, deform_layers=1, reduce_channels=16)
+    return NETWORKS[name](backbone, 3, RPN(backbone.conv4_channels, sizes=(32, 64), **rpn))
+
+
+def batch():
+    torch.manual_seed(1)
+    objects = torch.tensor([[10.0, 10, 60, 70], [50, 20, 120, 90]])
+    return torch.randn(2, 3, 96, 128), [Target(objects, torch.tensor([0, 2])), nothing()]
+
+
+def check_training(model, losses, names):
+    """All terms are there and finite, and so are the gradients of all parameters."""
+    assert list(losses) == names
+    assert all(loss.shape == () and loss.isfinite() for loss in losses.values())
+    sum(losses.values()).backward()
+    for name, parameter in model.named_parameters():
+        if name.startswith("rpn.") and "rpn_class" not in names:
+            assert parameter.grad is None
+        else:
+            assert parameter.grad is not None, name
+            assert parameter.grad.isfinite().all(), name
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_trains_on_its_own_proposals(name):
+    model = detector(name)
+    images, targets = batch()
+    losses = model.losses(images, SIZES, targets)
+    check_training(model, losses, ["rpn_class", "rpn_box", "class", "box"])
+    assert all(loss > 0 for loss in losses.values())
+    for parameter in model.parameters():
+        assert parameter.grad.any()
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_trains_on_stored_proposals(name):
+    model = detector(name)
+    images, targets = batch()
+    model.propose = model.rpn.forward = None  # nobody asks
+    proposals = [torch.tensor([[12.0, 8, 58, 69], [0, 0, 30, 30]]), torch.zeros(0, 4)]
+    losses = model.losses(images, SIZES, targets, proposals)
+    check_training(model, losses, ["class", "box"])
+    assert all(loss > 0 for loss in losses.values())
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_trains_without_objects_or_proposals(name):
+    model = detector(name)
+    images, _ = batch()
+    losses = model.losses(images, SIZES, [nothing(), nothing()], [torch.zeros(0, 4)] * 2)
+    check_training(model, losses, ["class", "box"])
+    assert all(loss == 0 for loss in losses.values())
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_network_that_proposes_nothing(name):
+    model = detector(name)
+    nn.init.constant_(model.rpn.regressor.bias, math.nan)  # no box is one
+    images, targets = batch()
+    with torch.no_grad():
+        features = model.eval().features(images)
+        proposals = [found.boxes for found in model.propose(features, SIZES)]
+        assert [len(boxes) for boxes in proposals] == [0, 0]
+        for found in model(images, SIZES):
+            assert found.scores.shape == (0, 3)
+            assert found.boxes.shape in ((0, 4), (0, 3, 4))
+    # The objects themselves remain to train on.
+    losses = model.train().losses(images, SIZES, targets)
+    assert losses["class"].isfinite()
+    assert losses["class"] > 0
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_odd_boxes(name):
+    model = detector(name)
+    images, _ = batch()
+    nan, inf = math.nan, math.inf
+    odd = torch.tensor(
+        [
+            [10.0, 10, 60, 70],
+            [-500, -500, -400, -400],
+            [1000, 1000, 2000, 2000],
+            [-1e30, -1e30, 1e30, 1e30],
+            [30, 30, 30, 30],
+            [60, 60, 20, 20],
+            [nan, 0, 10, 10],
+            [0, 0, inf, 10],
+        ]
+    )
+    targets = [Target(odd, torch.zeros(8, dtype=torch.int64)), nothing()]
+    losses = model.losses(images, SIZES, targets, [odd, odd])
+    check_training(model, losses, ["class", "box"])
+
+    model.eval()
+    with torch.no_grad():
+        alone = model(images, SIZES, [odd[:1], odd[:0]])[0]
+        among = model(images, SIZES, [odd, odd])[0]
+    # The good box is judged as without its neighbours; the others have no effect on it.
+    torch.testing.assert_close(among.scores[:1], alone.scores)
+    torch.testing.assert_close(among.boxes[:1], alone.boxes)
+    assert among.scores.shape == (8, 3)
+    # What is no box gives no box.
+    assert among.boxes[6:].isnan().flatten(1).any(dim=1).all()
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@torch.no_grad()
+def test_candidates_lie_in_their_image(name):
+    model = detector(name).eval()
+    images, _ = batch()
+    for (height, width), found in zip(SIZES, model(images, SIZES), strict=True):
+        assert len(found.boxes) == len(found.scores) > 20
+        assert found.boxes.dtype == found.scores.dtype == torch.float32
+        assert found.boxes.amin() >= 0
+        assert found.boxes[..., 0::2].amax() <= width
+        assert found.boxes[..., 1::2].amax() <= height
+        assert (found.scores > 0).all()
+        assert (found.scores.sum(dim=1) < 1).all()
+
+
+@torch.no_grad()
+def test_boxes_are_refined_in_their_own_units():
+    model = detector("R-FCN").eval()
+    model.box_maps.weight.zero_()
+    # (dx, dy, dw, dh), each 49 bins: half a width to the right, twice as high.
+    model.box_maps.bias[:] = torch.tensor([5, 0, 0, 5 * math.log(2)]).repeat_interleave(49)
+    images, _ = batch()
+    proposals = [torch.tensor([[32.0, 32, 64, 64]]), torch.zeros(0, 4)]
+    found = model(images, SIZES, proposals)[0]
+    torch.testing.assert_close(found.boxes, torch.tensor([[48.0, 16, 80, 80]]))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_no_gradient_goes_through_proposals(name):
+    model = detector(name)
+    images, targets = batch()
+    losses = model.losses(images, SIZES, targets)
+    (losses["class"] + losses["box"]).backward()
+    assert all(p.grad is None or not p.grad.any() for p in model.rpn.parameters())
+
+
+def test_the_same_seed_draws_the_same_sample():
+    model = detector("Faster R-CNN").eval()
+    images, targets = batch()
+    found = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        found.append(torch.stack(list(model.losses(images, SIZES, targets).values())).tolist())
+    assert found[0] == found[1] != found[2]
+
+
+def test_wrong_inputs():
+    model = detector("R-FCN")
+    images, targets = batch()
+    with pytest.raises(ValueError, match="sizes: wanted one for each of 2 images, got 1"):
+        model.losses(images, SIZES[:1], targets)
+    with pytest.raises(ValueError, match="targets: wanted one for each of 2 images, got 3"):
+        model.losses(images, SIZES, [*targets, nothing()])
+    with pytest.raises(ValueError, match="proposals: wanted one for each of 2 images, got 0"):
+        model.losses(images, SIZES, targets, [])
+    for label in (-1, 3):
+        wrong = [nothing(), Target(torch.ones(1, 4), torch.tensor([label]))]
+        message = f"targets: wanted labels 0 to 2, got {label} in image 1"
+        with pytest.raises(ValueError, match=message):
+            model.losses(images, SIZES, wrong)
+    wrong = [nothing(), Target(torch.ones(2, 4), torch.tensor([0]))]
+    with pytest.raises(ValueError, match=r"wanted boxes \[n, 4\] .*, got \[2, 4\] and \[1\] in"):
+        model.losses(images, SIZES, wrong)
+
+
+@pytest.mark.parametrize("name", ["deformable R-FCN", "deformable Faster R-CNN"])
+def test_learns(name):
+    model = detector(name, post_nms=20)
+    torch.manual_seed(0)
+    images = 0.1 * torch.randn(2, 3, 64, 64)
+    boxes = [torch.tensor([[6.0, 14, 46, 54]]), torch.tensor([[20.0, 6, 60, 62]])]
+    targets = [Target(box, torch.tensor([i])) for i, box in enumerate(boxes)]
+    for i, box in enumerate(boxes):
+        x1, y1, x2, y2 = box[0].int().tolist()
+        images[i, i, y1:y2, x1:x2] += 3
+    sizes = [(64, 64)] * 2
+    optimizer = torch.optim.Adam(parameter_groups(model, 1e-3))
+    totals = []
+    for _ in range(12):
+        optimizer.zero_grad()
+        total = sum(model.losses(images, sizes, targets).values())
+        total.backward()
+        optimizer.step()
+        totals.append(total.item())
+    assert totals[-1] < 0.75 * totals[0]
+    for parameter_name, parameter in model.named_parameters():
+        if "_offset." in parameter_name:
+            assert parameter.any(), parameter_name

@@ -2,7 +2,13 @@ import pytest
 import torch
 from torch import nn
 
-from deformnet import DeformConv2d, deform_, parameter_groups
+from deformnet import (
+    DeformConv2d,
+    DeformPSRoIPool2d,
+    DeformRoIPool2d,
+    deform_,
+    parameter_groups,
+)
 from deformnet.nn.offsets import OffsetLayer
 
 
@@ -83,3 +89,42 @@ def test_scale_zero_keeps_the_offsets():
 def test_wrong_numbers(argument, value):
     with pytest.raises(ValueError, match=f"{argument}: wanted a number of at least 0, got"):
         parameter_groups(nn.Conv2d(3, 8, 3), **{"lr": 0.1, argument: value})
+
+
+def test_layers_have_a_scale_of_their_own():
+    network = nn.ModuleList(
+        [
+            nn.Conv2d(4, 4, 1),
+            DeformConv2d(4, 4, 3),
+            DeformRoIPool2d(4, 2),
+            DeformRoIPool2d(4, 2, beta=1),
+            DeformPSRoIPool2d(4, 2),
+            DeformRoIPool2d(4, 2, beta=0),
+        ]
+    )
+    groups = parameter_groups(network, 0.1, offset_lr_scale=0.5, weight_decay=5e-4)
+    found = {
+        group["name"]: (group["lr"], group["weight_decay"], set(group["params"]))
+        for group in groups
+    }
+    offsets = [
+        network[1].conv_offset,
+        network[3].fc_offset,
+        network[4].conv_offset,
+    ]
+    assert found == {
+        "weights": (0.1, 5e-4, {network[0].weight, network[1].weight}),
+        "biases": (0.1, 0.0, {network[0].bias, network[1].bias}),
+        "offset weights": (0.05, 5e-4, {layer.weight for layer in offsets}),
+        "offset biases": (0.05, 0.0, {layer.bias for layer in offsets}),
+        "offset weights x0.01": (pytest.approx(0.0005), 5e-4, {network[2].fc_offset.weight}),
+        "offset biases x0.01": (pytest.approx(0.0005), 0.0, {network[2].fc_offset.bias}),
+        "offset weights x0.0": (0.0, 5e-4, {network[5].fc_offset.weight}),
+        "offset biases x0.0": (0.0, 0.0, {network[5].fc_offset.bias}),
+    }
+
+
+def test_scales_that_look_alike_are_told_apart():
+    network = nn.ModuleList([DeformRoIPool2d(1, 1, beta=beta) for beta in (0.3, 0.1 + 0.2)])
+    rates = [group["lr"] for group in parameter_groups(network, 1.0)]
+    assert rates == [0.3, 0.3, 0.1 + 0.2, 0.1 + 0.2]

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Literal, get_args
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import roi_pool
@@ -82,7 +83,10 @@ class FasterRCNN(RegionDetector):
         """[R, out_channels, 7, 7]"""
         scale = 1 / self.backbone.stride
         if self.pool == "max":
-            return roi_pool(last, boxes_to_pool(boxes, None), BINS, scale)
+            rois = boxes_to_pool(boxes, None)
+            # torchvision wants one type, and half precision would move the boxes.
+            dtype = torch.promote_types(last.dtype, rois.dtype)
+            return roi_pool(last.to(dtype), rois.to(dtype), BINS, scale).to(last.dtype)
         rois = boxes_to_pool(boxes, self.sampling)
         if self.deform_pool is not None:
             return self.deform_pool(last, rois)

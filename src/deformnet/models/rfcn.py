@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor, nn
 
 from deformnet.backbones.resnet import ResNetFeatures
@@ -75,18 +76,21 @@ class RFCN(RegionDetector):
 
     def judge(self, last: Tensor, boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         rois = boxes_to_pool(boxes, self.sampling)
-        scores = self._pooled(self.score_pool, self.score_maps(last), last, rois)
-        deltas = self._pooled(self.box_pool, self.box_maps(last), last, rois)
-        return scores.mean(dim=(2, 3)), deltas.mean(dim=(2, 3))
+        return (
+            self._vote(self.score_pool, self.score_maps(last), last, rois),
+            self._vote(self.box_pool, self.box_maps(last), last, rois),
+        )
 
     def choose(self, rois: RoIs) -> RoIs:
         return rois
 
-    def _pooled(
+    def _vote(
         self, pool: DeformPSRoIPool2d | None, maps: Tensor, last: Tensor, rois: Tensor
     ) -> Tensor:
-        """[R, outputs, 7, 7]"""
+        """The mean over the bins of each box, [R, outputs], float32 or better."""
         if pool is not None:
-            return pool(maps, last, rois)
-        scale = 1 / self.backbone.stride
-        return deform_ps_roi_pool(maps, rois, None, BINS, scale, sampling=self.sampling)
+            bins = pool(maps, last, rois)
+        else:
+            scale = 1 / self.backbone.stride
+            bins = deform_ps_roi_pool(maps, rois, None, BINS, scale, sampling=self.sampling)
+        return bins.mean(dim=(2, 3), dtype=torch.promote_types(bins.dtype, torch.float32))

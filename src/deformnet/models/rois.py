@@ -134,6 +134,9 @@ def boxes_to_pool(boxes: Sequence[Tensor], sampling: Sampling | None) -> Tensor:
 class RegionDetector(Detector):
     """A region proposal network on conv4, and a head that judges each proposed box. Abstract.
 
+    Both train together. On stored proposals the head trains alone with the backbone: no gradient
+    reaches `rpn` (freeze it where processes train together and would wait for one).
+
     Args:
         backbone: makes the feature maps.
         num_classes: C, classes of objects, without the background.
@@ -188,9 +191,16 @@ class RegionDetector(Detector):
         """The terms "class" and "box", and without stored proposals "rpn_class" and "rpn_box".
 
         Raises:
-            ValueError: if (seen on the CPU) a label is no class.
+            ValueError: if an argument has not one entry for each image; if a target's shapes are
+                wrong, or (seen on the CPU) a label is no class.
         """
-        self._check_labels(targets)
+        for name, values in (("sizes", sizes), ("targets", targets), ("proposals", proposals)):
+            if values is not None and len(values) != len(images):
+                raise ValueError(
+                    f"{name}: wanted one for each of {len(images)} images, got {len(values)}"
+                )
+        for i, target in enumerate(targets):
+            self._check(target, i)
         features = self.features(images)
         losses: dict[str, Tensor] = {}
         if proposals is None:
@@ -204,16 +214,21 @@ class RegionDetector(Detector):
         logits, deltas = self.judge(features.last, [image.boxes for image in rois])
         return losses | roi_losses(logits, deltas, rois, ROIS_PER_IMAGE)
 
-    def _check_labels(self, targets: Sequence[Target]) -> None:
-        for i, target in enumerate(targets):
-            # Elsewhere the device would have to wait for it, and its own assertion stops it.
-            if target.labels.device.type == "cpu":
-                wrong = target.labels[(target.labels < 0) | (target.labels >= self.num_classes)]
-                if wrong.numel():
-                    raise ValueError(
-                        f"targets: wanted labels 0 to {self.num_classes - 1}, "
-                        f"got {int(wrong[0])} in image {i}"
-                    )
+    def _check(self, target: Target, image: int) -> None:
+        boxes, labels = target
+        if labels.ndim != 1 or list(boxes.shape) != [len(labels), 4]:
+            raise ValueError(
+                f"targets: wanted boxes [n, 4] and labels [n], got {list(boxes.shape)} and "
+                f"{list(labels.shape)} in image {image}"
+            )
+        # Elsewhere the device would have to wait for it, and its own assertion stops the program.
+        if labels.device.type == "cpu":
+            wrong = labels[(labels < 0) | (labels >= self.num_classes)]
+            if wrong.numel():
+                raise ValueError(
+                    f"targets: wanted labels 0 to {self.num_classes - 1}, got {int(wrong[0])} "
+                    f"in image {image}"
+                )
 
 
 def _size(maps: Tensor) -> Size:

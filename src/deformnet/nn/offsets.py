@@ -50,7 +50,7 @@ class OffsetLinear(OffsetLayer, nn.Linear):
         if not lr_scale >= 0:
             raise ValueError(f"lr_scale: wanted a number of at least 0, got {lr_scale}")
         super().__init__(in_features, out_features)
-        self.lr_scale = lr_scale
+        self.lr_scale = float(lr_scale)
 
     def reset_parameters(self) -> None:
         _zero(self)
