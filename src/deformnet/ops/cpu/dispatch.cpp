@@ -12,6 +12,8 @@ struct Implementation {
   bool (*runs_here)();
   ForwardFn forward;
   BackwardFn backward;
+  RoiForwardFn roi_forward;
+  RoiBackwardFn roi_backward;
 };
 
 // Best first.
@@ -22,14 +24,15 @@ const Implementation kImplementations[] = {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
      },
-     avx512::forward, avx512::backward},
+     avx512::forward, avx512::backward, avx512::roi_forward, avx512::roi_backward},
 #endif
 #ifdef DEFORMNET_HAS_AVX2
     // Every processor with AVX2 and FMA has F16C.
     {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); },
-     avx2::forward, avx2::backward},
+     avx2::forward, avx2::backward, avx2::roi_forward, avx2::roi_backward},
 #endif
-    {"baseline", [] { return true; }, baseline::forward, baseline::backward},
+    {"baseline", [] { return true; }, baseline::forward, baseline::backward, baseline::roi_forward,
+     baseline::roi_backward},
 };
 
 const Implementation* best() {
@@ -63,4 +66,13 @@ DEFORMNET_EXPORT int deformnet_deform_conv2d(const Problem* problem, const Forwa
 DEFORMNET_EXPORT int deformnet_deform_conv2d_backward(const Problem* problem,
                                                       const BackwardTensors* tensors) {
   return chosen->backward(*problem, *tensors);
+}
+
+DEFORMNET_EXPORT int deformnet_roi_pool(const RoiProblem* problem, const RoiForwardTensors* tensors) {
+  return chosen->roi_forward(*problem, *tensors);
+}
+
+DEFORMNET_EXPORT int deformnet_roi_pool_backward(const RoiProblem* problem,
+                                                 const RoiBackwardTensors* tensors) {
+  return chosen->roi_backward(*problem, *tensors);
 }

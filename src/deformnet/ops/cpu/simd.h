@@ -11,6 +11,8 @@
 
 #if defined(__x86_64__) && defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace deformnet::DEFORMNET_ISA {
@@ -78,6 +80,42 @@ inline Vec<A> fold(Vec<A> a, Vec<A> b) {
     second[j] = (j & stride) ? n + j : j + stride;
   }
   return __builtin_shuffle(a, b, first) + __builtin_shuffle(a, b, second);
+}
+
+// a * b + c, in one instruction where there is one, even where the compiler may not make one of two.
+inline Vec<float> multiply_add(Vec<float> a, Vec<float> b, Vec<float> c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__AVX2__)
+  return _mm256_fmadd_ps(a, b, c);
+#elif defined(__aarch64__)
+  return vfmaq_f32(c, a, b);
+#else
+  return a * b + c;
+#endif
+}
+inline Vec<double> multiply_add(Vec<double> a, Vec<double> b, Vec<double> c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_pd(a, b, c);
+#elif defined(__AVX2__)
+  return _mm256_fmadd_pd(a, b, c);
+#elif defined(__aarch64__)
+  return vfmaq_f64(c, a, b);
+#else
+  return a * b + c;
+#endif
+}
+
+// The sum of a vector's lanes.
+template <class A, int stride = kLanes<A> / 2>
+inline A sum(Vec<A> v) {
+  if constexpr (stride == 0) {
+    return v[0];
+  } else {
+    IndexVec<A> other;
+    for (int j = 0; j < kLanes<A>; ++j) other[j] = j ^ stride;
+    return sum<A, stride / 2>(v + __builtin_shuffle(v, other));
+  }
 }
 
 // The sums of four vectors' lanes.

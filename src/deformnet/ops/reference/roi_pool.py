@@ -273,7 +273,7 @@ def _read_axis(grid: _Grid, samples: int, size: int, sampling: str) -> _AxisRead
     position = grid.start[:, None] + sample * grid.step[:, None]
     if sampling == "bins":
         # Equations 3-4: the map is zero outside.
-        within = (position > -1) & (position < size)
+        within = (position >= -1) & (position < size)
     elif sampling == "msra":
         within = (position >= -0.5) & (position <= size - 0.5)
     else:

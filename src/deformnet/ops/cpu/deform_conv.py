@@ -1,0 +1,163 @@
+"""Deformable convolution on the CPU."""
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from deformnet.ops.cpu.loading import DTYPES, address, call, dense
+
+# As `Border` of kernels.h.
+_BORDERS = {"zeros": 0, "msra2017": 1}
+
+# Pixels of a map are counted in 32 bits, where a vector has as many indices as numbers.
+_MOST_PIXELS = 2**31 - 1
+
+Pair = tuple[int, int]
+
+
+class _Problem(ctypes.Structure):
+    """`Problem` of kernels.h, field by field."""
+
+    _fields_ = [
+        *[
+            (name, ctypes.c_int64)
+            for name in (
+                *("batch", "in_channels", "in_h", "in_w", "out_channels", "out_h", "out_w"),
+                *("kernel_h", "kernel_w", "stride_h", "stride_w", "pad_h", "pad_w"),
+                *("dilation_h", "dilation_w", "groups", "offset_groups"),
+            )
+        ],
+        *[
+            (name, ctypes.c_int32)
+            for name in (
+                *("dtype", "offset_dtype", "mask_dtype", "border"),
+                *("input_channels_last", "output_channels_last", "threads"),
+            )
+        ],
+    ]
+
+
+class _ForwardTensors(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_void_p) for name in ("input", "offset", "mask", "weight", "bias", "output")
+    ]
+
+
+class _BackwardTensors(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_void_p)
+        for name in (
+            *("grad_output", "input", "offset", "mask", "weight"),
+            *("grad_input", "grad_offset", "grad_mask", "grad_weight"),
+        )
+    ]
+
+
+def deform_conv2d(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    border: str,
+) -> Tensor:
+    """Forward pass; arguments are as `deformnet.ops.deform_conv2d` has checked them.
+
+    Returns:
+        [N, C_out, Ho, Wo], channels-last where `input` is.
+    """
+    input, channels_last = dense(input)
+    output = torch.empty(
+        (input.shape[0], weight.shape[0], *offset.shape[2:]),
+        dtype=input.dtype,
+        memory_format=torch.channels_last if channels_last else torch.contiguous_format,
+    )
+    if output.numel() == 0:
+        return output
+    offset, weight = offset.contiguous(), weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    mask = None if mask is None else mask.contiguous()
+    problem = _problem(
+        input, offset, weight, mask, stride, padding, dilation, border, channels_last, channels_last
+    )
+    tensors = _ForwardTensors(*(address(t) for t in (input, offset, mask, weight, bias, output)))
+    call("deform_conv2d", problem, tensors)
+    return output
+
+
+def deform_conv2d_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    border: str,
+    needs: tuple[bool, bool, bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients by input, offset, weight, bias and mask, those that `needs` asks for."""
+    needs_input, needs_offset, needs_weight, needs_bias, needs_mask = needs
+    input, input_channels_last = dense(input)
+    grad_output, output_channels_last = dense(grad_output)
+    offset, weight = offset.contiguous(), weight.contiguous()
+    mask = None if mask is None else mask.contiguous()
+
+    grad_bias = grad_output.sum((0, 2, 3)) if needs_bias else None
+    # An empty batch runs no kernel: its gradients are zero.
+    make = torch.zeros_like if grad_output.numel() == 0 else torch.empty_like
+    grad_input = make(input) if needs_input else None
+    grad_offset = make(offset) if needs_offset else None
+    grad_weight = make(weight) if needs_weight else None
+    grad_mask = make(mask) if needs_mask and mask is not None else None
+    grads = (grad_input, grad_offset, grad_weight, grad_bias, grad_mask)
+    wanted = (grad_input, grad_offset, grad_mask, grad_weight)
+    if grad_output.numel() == 0 or all(grad is None for grad in wanted):
+        return grads
+    problem = _problem(
+        *(input, offset, weight, mask, stride, padding, dilation, border),
+        *(input_channels_last, output_channels_last),
+    )
+    tensors = _BackwardTensors(
+        *(address(t) for t in (grad_output, input, offset, mask, weight, *wanted))
+    )
+    call("deform_conv2d_backward", problem, tensors)
+    return grads
+
+
+def _problem(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    border: str,
+    input_channels_last: bool,
+    output_channels_last: bool,
+) -> _Problem:
+    batch, in_channels, in_h, in_w = input.shape
+    if in_h * in_w > _MOST_PIXELS:
+        raise ValueError(f"input: wanted at most {_MOST_PIXELS} pixels, got {in_h} x {in_w}")
+    # Columns of the padded map, too.
+    if in_w + 2 * padding[1] > _MOST_PIXELS:
+        raise ValueError(
+            f"padding: wanted at most {_MOST_PIXELS} columns of the padded map, "
+            f"got {in_w} + 2 * {padding[1]}"
+        )
+    out_channels, group_in, kernel_h, kernel_w = weight.shape
+    _, offset_channels, out_h, out_w = offset.shape
+    return _Problem(
+        *(batch, in_channels, in_h, in_w, out_channels, out_h, out_w, kernel_h, kernel_w),
+        *(*stride, *padding, *dilation),
+        *(in_channels // group_in, offset_channels // (2 * kernel_h * kernel_w)),
+        *(DTYPES[input.dtype], DTYPES[offset.dtype]),
+        *(DTYPES[offset.dtype if mask is None else mask.dtype], _BORDERS[border]),
+        *(input_channels_last, output_channels_last, torch.get_num_threads()),
+    )

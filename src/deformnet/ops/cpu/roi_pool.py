@@ -1,0 +1,183 @@
+"""Deformable RoI pooling on the CPU, plain and position-sensitive."""
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from deformnet.ops.cpu.loading import DTYPES, address, call, dense
+
+# As `Sampling` of kernels.h.
+_SAMPLINGS = {"bins": 0, "msra": 1, "aligned": 2}
+
+
+class _Problem(ctypes.Structure):
+    """`RoiProblem` of kernels.h, field by field."""
+
+    _fields_ = [
+        *[
+            (name, ctypes.c_int64)
+            for name in (
+                *("batch", "in_h", "in_w", "boxes", "out_channels", "out_h", "out_w"),
+                *("groups", "samples_per_bin"),
+            )
+        ],
+        *[(name, ctypes.c_double) for name in ("spatial_scale", "gamma")],
+        *[
+            (name, ctypes.c_int32)
+            for name in (
+                *("dtype", "boxes_dtype", "offset_dtype", "sampling", "position_sensitive"),
+                *("input_channels_last", "threads"),
+            )
+        ],
+    ]
+
+
+class _ForwardTensors(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in ("input", "boxes", "offset", "output")]
+
+
+class _BackwardTensors(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_void_p)
+        for name in ("grad_output", "input", "boxes", "offset", "grad_input", "grad_offset")
+    ]
+
+
+def roi_pool(
+    input: Tensor,
+    boxes: Tensor,
+    offset: Tensor | None,
+    output_size: tuple[int, int],
+    spatial_scale: float,
+    gamma: float,
+    sampling: str,
+    samples_per_bin: int,
+    position_sensitive: bool,
+) -> Tensor:
+    """Forward pass; arguments are as `deformnet.ops.deform_roi_pool` has checked them.
+
+    Returns:
+        [R, C, ph, pw], contiguous.
+    """
+    channels = _out_channels(input, output_size, position_sensitive)
+    output = input.new_empty((boxes.shape[0], channels, *output_size))
+    if output.numel() == 0:
+        return output
+    input, channels_last = _map(input, position_sensitive)
+    boxes = boxes.contiguous()
+    if offset is not None:
+        offset = _of_bins(offset, output_size).contiguous()
+    problem = _problem(
+        *(input, boxes, offset, output_size, spatial_scale, gamma),
+        *(sampling, samples_per_bin, position_sensitive, channels_last),
+    )
+    tensors = _ForwardTensors(*(address(t) for t in (input, boxes, offset, output)))
+    call("roi_pool", problem, tensors)
+    return output
+
+
+def roi_pool_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    boxes: Tensor,
+    offset: Tensor | None,
+    output_size: tuple[int, int],
+    spatial_scale: float,
+    gamma: float,
+    sampling: str,
+    samples_per_bin: int,
+    position_sensitive: bool,
+    needs: tuple[bool, bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients by input and offset, those that `needs` asks for."""
+    needs_input, needs_offset = needs
+    dense_input, channels_last = _map(input, position_sensitive)
+    boxes, grad_output = boxes.contiguous(), grad_output.contiguous()
+    shifts = None if offset is None else _of_bins(offset, output_size).contiguous()
+
+    # Without boxes no kernel runs: the gradients are zero.
+    make = torch.zeros_like if grad_output.numel() == 0 else torch.empty_like
+    grad_input = make(dense_input) if needs_input else None
+    grad_shifts = make(shifts) if needs_offset and shifts is not None else None
+    if grad_output.numel() > 0 and (grad_input is not None or grad_shifts is not None):
+        problem = _problem(
+            *(dense_input, boxes, shifts, output_size, spatial_scale, gamma),
+            *(sampling, samples_per_bin, position_sensitive, channels_last),
+        )
+        tensors = _BackwardTensors(
+            *(address(t) for t in (grad_output, dense_input, boxes, shifts)),
+            *(address(t) for t in (grad_input, grad_shifts)),
+        )
+        call("roi_pool_backward", problem, tensors)
+    # In the memory format of the input, where the kernel has it in another one.
+    if grad_input is not None and not channels_last and dense(input)[1]:
+        grad_input = grad_input.contiguous(memory_format=torch.channels_last)
+    if grad_shifts is None or offset is None:
+        return grad_input, None
+    return grad_input, _of_parts(grad_shifts, offset)
+
+
+def _out_channels(input: Tensor, output_size: tuple[int, int], position_sensitive: bool) -> int:
+    bins = output_size[0] * output_size[1]
+    return input.shape[1] // bins if position_sensitive else input.shape[1]
+
+
+def _map(input: Tensor, position_sensitive: bool) -> tuple[Tensor, bool]:
+    """The input in a memory format that the kernel takes, and whether that is channels-last."""
+    if position_sensitive:
+        return input.contiguous(), False
+    return dense(input)
+
+
+def _part(axis: int, offset: Tensor, bins: int) -> Tensor | None:
+    """The part that each bin has its offset from, or None if it is the bin itself."""
+    parts = offset.shape[axis]
+    return None if parts == bins else torch.arange(bins) * parts // bins
+
+
+def _of_bins(offset: Tensor, output_size: tuple[int, int]) -> Tensor:
+    """The offsets [R, 2*G, ph, pw] of the bins, from those [R, 2*G, part, part] of the parts."""
+    if offset.shape[2:] == tuple(output_size):
+        return offset
+    # Gradients of a part's bins are then summed in float32.
+    offset = offset.to(torch.promote_types(offset.dtype, torch.float32))
+    for axis in (2, 3):
+        part = _part(axis, offset, output_size[axis - 2])
+        if part is not None:
+            offset = offset.index_select(axis, part)
+    return offset
+
+
+def _of_parts(grad: Tensor, offset: Tensor) -> Tensor:
+    """The gradient of `offset`, from that of the bins' offsets."""
+    for axis in (3, 2):
+        part = _part(axis, offset, grad.shape[axis])
+        if part is not None:
+            sums = list(grad.shape)
+            sums[axis] = offset.shape[axis]
+            grad = grad.new_zeros(sums).index_add_(axis, part, grad)
+    return grad.to(offset.dtype)
+
+
+def _problem(
+    input: Tensor,
+    boxes: Tensor,
+    offset: Tensor | None,
+    output_size: tuple[int, int],
+    spatial_scale: float,
+    gamma: float,
+    sampling: str,
+    samples_per_bin: int,
+    position_sensitive: bool,
+    channels_last: bool,
+) -> _Problem:
+    batch, _, in_h, in_w = input.shape
+    return _Problem(
+        *(batch, in_h, in_w, boxes.shape[0]),
+        *(_out_channels(input, output_size, position_sensitive), *output_size),
+        *(1 if offset is None else offset.shape[1] // 2, samples_per_bin),
+        *(spatial_scale, gamma, DTYPES[input.dtype], DTYPES[boxes.dtype]),
+        *(DTYPES[input.dtype if offset is None else offset.dtype], _SAMPLINGS[sampling]),
+        *(position_sensitive, channels_last, torch.get_num_threads()),
+    )
