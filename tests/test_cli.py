@@ -214,3 +214,81 @@ def test_help_needs_no_lightning():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False False"
+
+
+DETECTOR = [*QUICK, *("--anchor-sizes", "16", "--proposals", "10", "--score-threshold", "0")]
+
+
+@pytest.fixture(scope="module")
+def detector(shapes, tmp_path_factory):
+    """A run folder of an R-FCN, trained from the command line."""
+    out = tmp_path_factory.mktemp("runs") / "rfcn"
+    main(["train", "rfcn", "--data", str(shapes), "--out", str(out), *DETECTOR])
+    return out
+
+
+def test_a_detector_from_training_to_predictions(detector, shapes, tmp_path, capsys):
+    capsys.readouterr()
+    options = ["--scales", "32", "48", "--flip", "--refine", "2", "--box-averaging"]
+    main(["evaluate", str(detector), "--data", str(shapes), *options])
+    table = capsys.readouterr().out
+    metrics = json.loads((detector / "metrics-val.json").read_text())
+    assert "AP (area) at IoU 0.5 and 0.7 on val (2 images), percent" in table
+    for name in (*metrics["voc"]["area"]["objects"], "mean"):
+        assert name in table
+
+    images = sorted((shapes / "VOCdevkit/VOC2012/JPEGImages").glob("val*.jpg"))
+    out = tmp_path / "out"
+    threshold = ["--threshold", "0.0"]
+    main(["predict", str(detector), *map(str, images), "--out", str(out), *threshold])
+    assert "2 of 2 images done" in capsys.readouterr().out
+    assert len((out / "detections.jsonl").read_text().splitlines()) == 2
+    for image in images:
+        assert (out / "pictures" / f"{image.stem}.jpg").is_file()
+
+    command = ["--data", str(shapes), "--split", "val", "--ious", "0.1", "0.5"]
+    main(["score", "--boxes", str(out / "detections.jsonl"), *command])
+    table = capsys.readouterr().out
+    assert "VOC AP in percent, 11-point" in table
+    assert "AP@0.1" in table
+
+
+def test_proposals_from_the_command_line(detector, shapes, tmp_path, capsys):
+    files = []
+    for split in ("train", "val"):
+        files.append(str(tmp_path / f"{split}.safetensors"))
+        main(
+            ["propose", str(detector), "--data", str(shapes), "--split", split, "--out", files[-1]]
+        )
+        assert "proposals for 2 images" in capsys.readouterr().out
+    command = ["train", "faster-rcnn", "--data", str(shapes), "--out", str(tmp_path / "run")]
+    main([*command, *DETECTOR, "--stored-proposals", *files])
+    assert (tmp_path / "run/metrics.json").is_file()
+
+
+def test_what_a_detector_refuses(detector, run, shapes, tmp_path, complaint):
+    data = ["--data", shapes, "--split", "val"]
+    at = ["--score-at", "network"]
+    assert complaint("evaluate", detector, *data, *at) == "score_at is for deeplab, not for rfcn"
+    assert "for detectors, not for deeplab" in complaint("evaluate", run, *data, "--flip")
+    message = complaint("propose", run, "--data", shapes, "--out", tmp_path / "p")
+    assert message.endswith("wanted a run of a detector, got one of deeplab")
+    message = complaint("train", "rfcn", "--recipe", run / "recipe.json", "--data", shapes)
+    assert message == f"{run}/recipe.json: wanted a recipe of rfcn, got deeplab"
+    lines = (detector / "detections.jsonl").read_text().splitlines()
+    other = tmp_path / "other.jsonl"
+    other.write_text(lines[0].replace("val_000000", "nowhere"))
+    message = complaint("score", "--boxes", other, "--data", shapes, "--split", "val")
+    assert "nowhere" in message
+
+
+def test_the_table_of_parameters(capsys):
+    main(["parameters"])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
+    added = {name: float(difference) for name, _, _, difference in rows}
+    assert added == {
+        "deeplab": 0.249,
+        "class-aware-rpn": 0.249,
+        "faster-rcnn": 1.478,
+        "rfcn": 2.459,
+    }

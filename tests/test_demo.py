@@ -16,7 +16,8 @@ from deformnet.demo.settings import Demo
 from deformnet.demo.units import choose_scenes
 from deformnet.runs import checkpoint_path
 
-TINY = ["--iterations", "2", "--images", "4", "--val", "3", "--size", "64"]
+TINY = ["--iterations", "2", "--detector-iterations", "2"]
+TINY += ["--images", "4", "--val", "3", "--size", "64"]
 
 
 class Page(HTMLParser):
@@ -63,9 +64,12 @@ def test_the_demo_and_the_demo_again(tmp_path, capsys):
         assert 0 <= metrics[name]["mean_iou"] <= 1
     assert metrics["deformable"]["parameters"] > metrics["plain"]["parameters"]
 
+    assert 0 <= metrics["detector"]["voc"]["area"]["mean_ap"]["0.5"] <= 1
+    assert "The detector's mean AP at IoU 0.5 is " in printed
+
     page = Page((out / "index.html").read_text())
     assert page.open == []
-    assert page.pictures == ["predictions.png", "sampling.png"]
+    assert page.pictures == ["predictions.png", "sampling.png", "parts.png"]
     for name in (*page.pictures, "overview.png"):
         with Image.open(out / name) as picture:
             picture.load()
@@ -80,7 +84,7 @@ def test_the_demo_and_the_demo_again(tmp_path, capsys):
     assert len(before) > 20
     main(["demo", "--out", str(out), *TINY])
     again = capsys.readouterr().out
-    assert again.count("before") == 3
+    assert again.count("before") == 4
     assert contents(out) == before
     assert json.loads((out / "metrics.json").read_text()) == metrics
 
@@ -98,7 +102,7 @@ def test_other_settings_do_not_touch_what_is_there(tmp_path, capsys):
     assert [path.name for path in out.iterdir()] == ["data"]
 
 
-@pytest.mark.parametrize("name", ["iterations", "images", "val", "size"])
+@pytest.mark.parametrize("name", ["iterations", "detector_iterations", "images", "val", "size"])
 def test_sizes_of_nothing_are_refused(name):
     with pytest.raises(ValueError, match=f"{name}: wanted at least"):
         Demo(**{name: 0})

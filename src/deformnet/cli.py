@@ -297,7 +297,9 @@ def propose(
     print(f"proposals for {count} images in {out}")
 
 
-def score(*, boxes: Path, data: Path, split: str | None = None) -> None:
+def score(
+    *, boxes: Path, data: Path, split: str | None = None, ious: tuple[float, ...] = (0.5, 0.7)
+) -> None:
     """Score detections from a file, whoever made them.
 
     VOC's average precision, by 11 points and by area, for data in VOC layout or text files; the 12
@@ -309,10 +311,11 @@ def score(*, boxes: Path, data: Path, split: str | None = None) -> None:
         data: Truth: a folder in VOC or COCO layout, a .json of COCO annotations, or a folder of
             text files (class x y w h).
         split: Images to score, of a folder in VOC or COCO layout.
+        ious: Overlaps from which VOC counts a detection as right; COCO's are fixed.
     """
     from deformnet.detections import score, score_table
 
-    print(score_table(score(boxes, data, split=split)))
+    print(score_table(score(boxes, data, split=split, ious=ious)))
 
 
 def parameters(*, classes: int = 20, depth: Literal[18, 34, 50, 101] = 101) -> None:

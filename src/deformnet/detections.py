@@ -76,8 +76,8 @@ def read_detections(path: Path, classes: Collection[str] = ()) -> list[Record]:
     COCO's result files give numbers to images and classes; `score` reads them.
 
     Args:
-        classes: class names, which tell a split `test_clean` with a class `cell` from a split
-            `test` with a class `clean_cell`. Without them the class follows the last underscore.
+        classes: known class names: a VOC result file is of the longest one that its name ends
+            with. If there is none the class is what follows the last underscore.
     Raises:
         FileNotFoundError: if there is no such file or folder, or no text file in the folder.
         ValueError: one line that names the file, for another format, malformed or truncated
@@ -365,12 +365,16 @@ def _from_line(line: bytes) -> Record:
 
 def _read_voc_results(files: Sequence[Path], classes: Collection[str]) -> list[Record]:
     by_image: dict[str, list[tuple[str, list[float]]]] = {}
+    by_class: dict[str, Path] = {}
     for file in files:
         _, separator, tail = file.stem.partition("_det_")
         names = [name for name in classes if tail.endswith(f"_{name}")]
         name = max(names, key=len, default=tail.rpartition("_")[2])
         if not separator or name == tail:
             raise ValueError(f"{file}: wanted <run>_det_<split>_<class>.txt as its name")
+        if name in by_class:
+            raise ValueError(f"{file}: of class {name!r}, as is {by_class[name].name} beside it")
+        by_class[name] = file
         for line in read_lines(file):
             image, numbers = _fields(file, line, "image score x1 y1 x2 y2")
             by_image.setdefault(image, []).append((name, numbers))

@@ -8,6 +8,7 @@ from deformnet.recipes import (
     FasterRCNNRecipe,
     Recipe,
     RFCNRecipe,
+    recipe_from_dict,
 )
 
 
@@ -23,12 +24,11 @@ def parameter_counts(num_classes: int, recipe: Recipe) -> tuple[int, int]:
     counts = []
     for layers, plain in ((0, True), (3, False)):
         values = recipe.to_dict() | {"deform_layers": layers}
-        values.pop("network")
         if "pool" in values:
             values["pool"] = "average" if plain else "deformable"
         classes = num_classes + isinstance(recipe, DeepLabRecipe)
         with torch.device("meta"):  # counting needs no memory
-            model = type(recipe)(**values).build_model(classes)
+            model = recipe_from_dict(values, source="parameters").build_model(classes)
         counts.append(sum(p.numel() for p in model.parameters()))
     return counts[0], counts[1]
 

@@ -264,13 +264,20 @@ class FasterRCNNRecipe(DetectorRecipe):
     """RoI pooling; plain is max, as the authors', or average, as deformable without offsets."""
     sampling: Sampling = "bins"
     """Rule of average and deformable pooling: the paper's, the authors' code's, RoIAlign's."""
+    bins: int = 7
+    """Bins of a box in height and in width."""
 
     def build_model(self, num_classes: int) -> "FasterRCNN":
         from deformnet.models.faster_rcnn import FasterRCNN
 
         backbone = self._backbone(256)
         return FasterRCNN(
-            backbone, num_classes, self._rpn(backbone), pool=self.pool, sampling=self.sampling
+            backbone,
+            num_classes,
+            self._rpn(backbone),
+            pool=self.pool,
+            sampling=self.sampling,
+            bins=self.bins,
         )
 
 
@@ -284,13 +291,20 @@ class RFCNRecipe(DetectorRecipe):
     """Position-sensitive RoI pooling."""
     sampling: Sampling = "bins"
     """Rule of the pooling: the paper's, the authors' code's, RoIAlign's."""
+    bins: int = 7
+    """Bins of a box in height and in width."""
 
     def build_model(self, num_classes: int) -> "RFCN":
         from deformnet.models.rfcn import RFCN
 
         backbone = self._backbone(1024)
         return RFCN(
-            backbone, num_classes, self._rpn(backbone), pool=self.pool, sampling=self.sampling
+            backbone,
+            num_classes,
+            self._rpn(backbone),
+            pool=self.pool,
+            sampling=self.sampling,
+            bins=self.bins,
         )
 
 

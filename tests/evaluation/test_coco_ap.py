@@ -118,7 +118,14 @@ def test_bad_results_are_named(file, results, message):
 
 @pytest.mark.parametrize(
     "text",
-    ["", '{"images": [', "[]", "{}", '{"images": [], "categories": [], "annotations": [{}]}'],
+    [
+        "",
+        '{"images": [',
+        "[]",
+        "{}",
+        '{"images": [], "categories": [], "annotations": [{}]}',
+        '{"images": [{"id": "x"}], "categories": [], "annotations": []}',
+    ],
 )
 def test_bad_annotations_are_named(tmp_path, text):
     path = tmp_path / "instances.json"

@@ -215,7 +215,7 @@ NETWORKS = {
     "Faster R-CNN": lambda *parts: FasterRCNN(*parts, pool="max"),
     "deformable Faster R-CNN": lambda *parts: FasterRCNN(*parts, pool="deformable"),
 }
-SIZES = [(96, 128), (80, 100)]
+SIZES = [(64, 96), (50, 70)]
 
 
 def detector(name, **rpn):
@@ -226,8 +226,8 @@ def detector(name, **rpn):
 
 def batch():
     torch.manual_seed(1)
-    objects = torch.tensor([[10.0, 10, 60, 70], [50, 20, 120, 90]])
-    return torch.randn(2, 3, 96, 128), [Target(objects, torch.tensor([0, 2])), nothing()]
+    objects = torch.tensor([[10.0, 10, 50, 54], [40, 8, 92, 60]])
+    return torch.randn(2, 3, 64, 96), [Target(objects, torch.tensor([0, 2])), nothing()]
 
 
 def check_training(model, losses, names):
@@ -347,9 +347,9 @@ def test_boxes_are_refined_in_their_own_units():
     # (dx, dy, dw, dh), each 49 bins: half a width to the right, twice as high.
     model.box_maps.bias[:] = torch.tensor([5, 0, 0, 5 * math.log(2)]).repeat_interleave(49)
     images, _ = batch()
-    proposals = [torch.tensor([[32.0, 32, 64, 64]]), torch.zeros(0, 4)]
+    proposals = [torch.tensor([[32.0, 16, 64, 32]]), torch.zeros(0, 4)]
     found = model(images, SIZES, proposals)[0]
-    torch.testing.assert_close(found.boxes, torch.tensor([[48.0, 16, 80, 80]]))
+    torch.testing.assert_close(found.boxes, torch.tensor([[48.0, 8, 80, 40]]))
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -403,13 +403,13 @@ def test_learns(name):
     sizes = [(64, 64)] * 2
     optimizer = torch.optim.Adam(parameter_groups(model, 1e-3))
     totals = []
-    for _ in range(12):
+    for _ in range(8):
         optimizer.zero_grad()
         total = sum(model.losses(images, sizes, targets).values())
         total.backward()
         optimizer.step()
         totals.append(total.item())
-    assert totals[-1] < 0.75 * totals[0]
+    assert totals[-1] < 0.8 * totals[0]
     for parameter_name, parameter in model.named_parameters():
         if "_offset." in parameter_name:
             assert parameter.any(), parameter_name

@@ -265,6 +265,21 @@ def test_losses_against_loops(num_classes, convention, targets):
     assert len(places) < len(trains(rpn, anchors, SIZES[0]))
 
 
+@pytest.mark.parametrize(
+    ("side", "learns"),
+    [(13.5, "object"), (13.3, None), (8.8, None), (8.7, "background")],  # IoU .71, .69, .303, .296
+)
+def test_what_an_anchor_of_a_known_overlap_learns(side, learns):
+    rpn = small(sizes=(16, side), ratios=(1,), batch=1000)
+    output = answers(rpn, images=1)
+    unit = 1 * MAP[1] + 1
+    target = Target(torch.tensor([[8.5, 8.5, 24.5, 24.5]]), torch.tensor([2]))  # its first anchor
+    rpn.losses(output, MAP, SIZES[:1], [target])["rpn_class"].backward()
+    raised = [(row < 0).nonzero().flatten().tolist() for row in output.logits.grad[0]]
+    assert raised[2 * unit] == [3]
+    assert raised[2 * unit + 1] == {"object": [3], "background": [0], None: []}[learns]
+
+
 def test_all_anchors_that_tie_for_the_best_train():
     rpn = small(sizes=(16,), ratios=(1,), batch=1000)
     output = answers(rpn, images=1)

@@ -213,8 +213,8 @@ def test_weights_that_are_not_finite_never_become_a_checkpoint(
 ):
     step = torch.optim.SGD.step
 
-    def step_too_far(self, *arguments):
-        loss = step(self, *arguments)
+    def step_too_far(self, closure=None):
+        loss = step(self, closure)
         with torch.no_grad():
             self.param_groups[0]["params"][0].fill_(torch.inf)
         return loss

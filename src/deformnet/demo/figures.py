@@ -1,6 +1,6 @@
 """The pictures of the demo."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,11 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure, FigureBase
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
+from matplotlib.patches import Patch, Rectangle
 from torch import Tensor
 
 from deformnet.analysis import SamplingLocations
+from deformnet.demo.parts import Parts
 from deformnet.inference import palette
 from deformnet.runs import replacing
 
@@ -30,6 +31,10 @@ _UNIT: dict[str, Any] = {
     "markersize": 10,
     "markeredgecolor": _EDGE,
 }
+# A detection's box, its regular bins and its moved ones, as in the paper.
+_BOX: dict[str, Any] = {"edgecolor": "#f0e442", "linewidth": 2.2}
+_PLAIN_BIN: dict[str, Any] = {"edgecolor": "#ffffff", "linewidth": 0.8, "linestyle": ":"}
+_MOVED_BIN: dict[str, Any] = {"edgecolor": "#ff3b30", "linewidth": 1.6}
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,39 @@ def draw_sampling(path: Path, looks: Sequence[Look]) -> None:
         _place_looks(grid[2 * number : 2 * number + 2], group)
     _legend(figure, _level_handles())
     _save(figure, path)
+
+
+def draw_parts(path: Path, found: Sequence[Parts]) -> None:
+    """Detections, three a row: the box, its regular bins and where they have moved."""
+    rows = max(1, -(-len(found) // 3))
+    figure = _figure(width=8, height=2.8 * rows + 0.4)
+    for axes, parts in zip(_grid(figure, rows, 3).flat, found, strict=False):
+        height, width = parts.image.shape[1:]
+        axes.imshow(0.15 + 0.65 * _pixels(parts.image), extent=(0, width, height, 0))
+        axes.set_title(parts.what, fontsize=_TEXT)
+        for bins, style in ((parts.plain, _PLAIN_BIN), (parts.moved, _MOVED_BIN)):
+            for box in bins.reshape(-1, 4):
+                axes.add_patch(_rectangle(box, style))
+        axes.add_patch(_rectangle(parts.box, _BOX))
+    kinds = (("detection", _BOX), ("its bins", _PLAIN_BIN), ("moved by their offsets", _MOVED_BIN))
+    # White would not show on the page.
+    lines = [
+        Line2D(
+            *([], []),
+            label=name,
+            color="#808080" if style is _PLAIN_BIN else style["edgecolor"],
+            linestyle=style.get("linestyle", "-"),
+            linewidth=style["linewidth"],
+        )
+        for name, style in kinds
+    ]
+    _legend(figure, lines)
+    _save(figure, path)
+
+
+def _rectangle(box: Tensor, style: Mapping[str, Any]) -> Rectangle:
+    x1, y1, x2, y2 = box.tolist()
+    return Rectangle((x1, y1), x2 - x1, y2 - y1, facecolor="none", **style)
 
 
 def draw_overview(

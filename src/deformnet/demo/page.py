@@ -47,6 +47,16 @@ def footnote(demo: Demo) -> str:
     )
 
 
+def detector_score(metrics: Mapping[str, Any]) -> str:
+    """What the detector reached, in a sentence.
+
+    Args:
+        metrics: what `train` returns.
+    """
+    mean = metrics["voc"]["area"]["mean_ap"]["0.5"]
+    return f"The detector's mean AP at IoU 0.5 is {_text(mean, '{:.1%}')} (area)."
+
+
 def text_table(rows: Sequence[Row], note: str) -> str:
     """The table for a terminal."""
     lines = [_HEADER, *rows]
@@ -58,7 +68,9 @@ def text_table(rows: Sequence[Row], note: str) -> str:
     return "\n".join([text[0], "-" * len(text[0]), *text[1:], note])
 
 
-def write_page(path: Path, demo: Demo, rows: Sequence[Row], note: str, machine: str) -> None:
+def write_page(
+    path: Path, demo: Demo, rows: Sequence[Row], note: str, found: str, machine: str
+) -> None:
     """Writes the page, which shows the pictures that lie beside it."""
     page = _PAGE.format(
         small=SMALL,
@@ -72,6 +84,8 @@ def write_page(path: Path, demo: Demo, rows: Sequence[Row], note: str, machine: 
             f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows
         ),
         note=html.escape(note),
+        detector_iterations=demo.detector_iterations,
+        found=html.escape(found),
         machine=html.escape(machine),
     )
     with replacing(path) as file:
@@ -142,6 +156,13 @@ form the same grid everywhere; the deformable one moves them for what is there (
 Figure 6). Each row of three shows one unit on the background, one on a small and one on a large
 object. Faint points lie outside the map, where there is nothing to read.</p>
 <img src="sampling.png" alt="Sampling locations of units in both networks">
+
+<h2>What a detector pools</h2>
+<p>An R-FCN with deformable convolutions and deformable pooling, {detector_iterations} iterations
+from random weights. It divides each box into 3&times;3 bins, each of which votes for the class; the
+offsets move the bins to where the parts of an object are (Figure 7). Shown is the best detection of
+each of the first images in which it is right. {found}</p>
+<img src="parts.png" alt="Detections with their bins, moved by the offsets">
 </body>
 </html>
 """

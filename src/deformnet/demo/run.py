@@ -1,12 +1,12 @@
-"""Makes images, trains a plain and a deformable network on them, compares the two.
+"""Makes images, trains a plain and a deformable network on them, compares the two; and a detector.
 
 ```
 OUT/
   index.html                the page: the table and the pictures
   metrics.json              the numbers of the table, and what they were made with
-  overview.png, predictions.png, sampling.png
+  overview.png, predictions.png, sampling.png, parts.png
   data/                     the made images, in the VOC layout
-  runs/plain, runs/deformable
+  runs/plain, runs/deformable, runs/detector
 ```
 """
 
@@ -20,21 +20,36 @@ from torch import Tensor
 from tqdm import tqdm
 
 from deformnet.data.shapes import Shapes, write_shapes
-from deformnet.data.voc import VOCSegmentation
-from deformnet.demo.figures import Look, Shown, draw_overview, draw_predictions, draw_sampling
-from deformnet.demo.page import comparison, footnote, text_table, write_page
+from deformnet.data.voc import VOCDetection, VOCSegmentation
+from deformnet.demo.figures import (
+    Look,
+    Shown,
+    draw_overview,
+    draw_parts,
+    draw_predictions,
+    draw_sampling,
+)
+from deformnet.demo.page import (
+    comparison,
+    detector_score,
+    footnote,
+    text_table,
+    write_page,
+)
+from deformnet.demo.parts import find_parts
 from deformnet.demo.settings import LARGE, SMALL, Demo
 from deformnet.demo.units import choose_scenes, locations
 from deformnet.evaluation import ObjectCounts, size_scores
-from deformnet.inference import SegmentationPredictor
-from deformnet.recipes import DeepLabRecipe
+from deformnet.inference import DetectionPredictor, SegmentationPredictor, open_predictor
+from deformnet.recipes import DeepLabRecipe, RFCNRecipe
 from deformnet.runs import checkpoint_path, load_checkpoint, write_json
 from deformnet.training import train
 
-_PREDICTIONS, _SCENES = 6, 2  # images in the pictures
+_PREDICTIONS, _SCENES, _PARTS = 6, 2, 6  # images in the pictures
 
 # Measured on two cores of a Xeon, brought to 160x160 pixels; the mean of both networks.
 _SECONDS_PER_ITERATION = 0.55
+_SECONDS_PER_DETECTOR_ITERATION = 0.5
 _SECONDS_PER_IMAGE = 0.03
 _SECONDS_BESIDE = 30
 
@@ -53,8 +68,9 @@ def run_demo(demo: Demo, out: Path, say: Callable[[str], None]) -> None:
     say(
         f"A plain and a deformable network (DeepLab on ResNet-18) learn to segment made images: "
         f"{demo.images} of {demo.size}x{demo.size} pixels, {demo.iterations} iterations each, "
-        f"scored on {demo.val} more. On two CPU cores this takes about {_minutes(demo)} min; "
-        "stopped with Ctrl-C, the same command continues."
+        f"scored on {demo.val} more. Then a deformable detector (R-FCN) learns to find the same "
+        f"objects in {demo.detector_iterations} iterations. On two CPU cores this takes about "
+        f"{_minutes(demo)} min; stopped with Ctrl-C, the same command continues."
     )
     data = out / "data"
     _make_images(demo, data, say)
@@ -66,13 +82,16 @@ def run_demo(demo: Demo, out: Path, say: Callable[[str], None]) -> None:
     predictions: dict[str, list[Tensor]] = {}
     for name, recipe in (("plain", _recipe(demo, 0)), ("deformable", _recipe(demo, 3))):
         run = out / "runs" / name
-        say(f"{name} network: {_state(run, demo)}")
+        say(f"{name} network: {_state(run, demo.iterations)}")
         metrics[name] = train(recipe, data, run)
         predictors[name] = SegmentationPredictor.from_run(run)
         objects = ObjectCounts(len(images.classes), small=small, large=large)
         predictions[name] = _predict(predictors[name], images, objects)
         scores = size_scores(objects.compute())
         metrics[name]["sizes"] = {s: score.to_json(images.classes) for s, score in scores.items()}
+    run = out / "runs/detector"
+    say(f"detector: {_state(run, demo.detector_iterations)}")
+    metrics["detector"] = train(_detector_recipe(demo), data, run)
     write_json(out / "metrics.json", {"settings": asdict(demo), **metrics})
 
     say("drawing")
@@ -91,12 +110,16 @@ def run_demo(demo: Demo, out: Path, say: Callable[[str], None]) -> None:
             }
             centre = (stride * unit.row, stride * unit.column)
             looks.append(Look(image, unit.what, centre, found["plain"], found["deformable"]))
+    detector = open_predictor(run)
+    assert isinstance(detector, DetectionPredictor)
+    draw_parts(out / "parts.png", find_parts(detector, VOCDetection(data, "val"), _PARTS))
     draw_predictions(out / "predictions.png", shown, images.classes)
     draw_sampling(out / "sampling.png", looks)
     draw_overview(out / "overview.png", shown, looks, images.classes)
     rows, note = comparison(metrics), footnote(demo)
-    write_page(out / "index.html", demo, rows, note, metrics["plain"]["machine"])
-    say(f"\n{text_table(rows, note)}\n\npictures: {out / 'index.html'}")
+    found = detector_score(metrics["detector"])
+    write_page(out / "index.html", demo, rows, note, found, metrics["plain"]["machine"])
+    say(f"\n{text_table(rows, note)}\n{found}\n\npictures: {out / 'index.html'}")
 
 
 def _recipe(demo: Demo, deform_layers: Literal[0, 3]) -> DeepLabRecipe:
@@ -113,6 +136,23 @@ def _recipe(demo: Demo, deform_layers: Literal[0, 3]) -> DeepLabRecipe:
         offset_lr_scale=0.1,
         warmup=demo.iterations // 10,
         clip=5.0,
+        seed=demo.seed,
+    )
+
+
+def _detector_recipe(demo: Demo) -> RFCNRecipe:
+    return RFCNRecipe(
+        depth=18,
+        short_side=demo.size,
+        max_side=None,
+        anchor_sizes=(16, 32, 64),
+        bins=3,  # as in Figure 7, where more would hide one another
+        batch=8,
+        iterations=demo.detector_iterations,
+        lr=0.02,
+        offset_lr_scale=0.1,
+        warmup=demo.detector_iterations // 10,
+        clip=10.0,
         seed=demo.seed,
     )
 
@@ -135,13 +175,13 @@ def _make_images(demo: Demo, data: Path, say: Callable[[str], None]) -> None:
     write_shapes(data, shapes)
 
 
-def _state(run: Path, demo: Demo) -> str:
+def _state(run: Path, iterations: int) -> str:
     """How far an earlier call came."""
     path = checkpoint_path(run)
     if not path.is_file():
         return "training"
     done = load_checkpoint(path)["global_step"]
-    if done < demo.iterations:
+    if done < iterations:
         return f"training goes on after iteration {done}"
     return f"trained before, {run}"
 
@@ -163,5 +203,6 @@ def _minutes(demo: Demo) -> int:
     """About how long it takes on two cores, rounded up."""
     images = (demo.images + 4 * demo.val) * _SECONDS_PER_IMAGE
     training = 2 * demo.iterations * _SECONDS_PER_ITERATION
+    training += demo.detector_iterations * _SECONDS_PER_DETECTOR_ITERATION
     seconds = _SECONDS_BESIDE + (images + training) * (demo.size / 160) ** 2
     return int(-(-seconds // 60))

@@ -88,34 +88,34 @@ def _read(path: Path, iou_type: str) -> dict[str, list[dict[str, Any]]]:
     of the annotations that share an id.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        annotations = [
-            {
+        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        annotations = []
+        for number, annotation in enumerate(content["annotations"], start=1):
+            box = [float(value) for value in annotation["bbox"]]
+            kept = {
                 "id": number,
-                "image_id": annotation["image_id"],
-                "category_id": annotation["category_id"],
-                "bbox": annotation["bbox"],
-                "area": annotation.get("area", annotation["bbox"][2] * annotation["bbox"][3]),
-                "iscrowd": annotation.get("iscrowd", 0),
-                **({"segmentation": annotation["segmentation"]} if iou_type == "segm" else {}),
+                "image_id": int(annotation["image_id"]),
+                "category_id": int(annotation["category_id"]),
+                "bbox": box,
+                "area": float(annotation.get("area", box[2] * box[3])),
+                "iscrowd": int(annotation.get("iscrowd", 0)),
             }
-            for number, annotation in enumerate(content["annotations"], start=1)
+            if iou_type == "segm":
+                kept["segmentation"] = annotation["segmentation"]
+            annotations.append(kept)
+        images = [
+            {"id": int(image["id"]), "height": image.get("height"), "width": image.get("width")}
+            for image in content["images"]
         ]
-        return {
-            "images": [
-                {"id": image["id"], "height": image["height"], "width": image["width"]}
-                for image in content["images"]
-            ],
-            "categories": [
-                {"id": category["id"], "name": category["name"]}
-                for category in content["categories"]
-            ],
-            "annotations": annotations,
-        }
+        categories = [
+            {"id": int(category["id"]), "name": category["name"]}
+            for category in content["categories"]
+        ]
     except KeyError as error:
         raise ValueError(f"{path}: not COCO annotations (no {error})") from error
     except (ValueError, TypeError, IndexError) as error:
         raise ValueError(f"{path}: not COCO annotations ({error})") from error
+    return {"images": images, "categories": categories, "annotations": annotations}
 
 
 def _detection(number: int, result: Mapping[str, Any], iou_type: str) -> dict[str, Any]:

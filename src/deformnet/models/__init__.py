@@ -1,5 +1,22 @@
 """Networks for tasks: tensors in, predictions and losses out."""
 
 from deformnet.models.deeplab import DeepLab
+from deformnet.models.detector import Candidates, Detections, Detector, Proposals, Target
+from deformnet.models.faster_rcnn import FasterRCNN
+from deformnet.models.rfcn import RFCN
+from deformnet.models.rpn import RPN, RPNDetector
+from deformnet.models.selection import select
 
-__all__ = ["DeepLab"]
+__all__ = [
+    "RFCN",
+    "RPN",
+    "Candidates",
+    "DeepLab",
+    "Detections",
+    "Detector",
+    "FasterRCNN",
+    "Proposals",
+    "RPNDetector",
+    "Target",
+    "select",
+]

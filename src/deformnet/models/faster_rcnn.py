@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torchvision.ops import roi_pool
 
 from deformnet.backbones.resnet import ResNetFeatures
-from deformnet.models.rois import BINS, ROIS_PER_IMAGE, RegionDetector, RoIs, boxes_to_pool, sample
+from deformnet.models.rois import ROIS_PER_IMAGE, RegionDetector, RoIs, boxes_to_pool, sample
 from deformnet.models.rpn import RPN
 from deformnet.nn import DeformRoIPool2d
 from deformnet.ops import deform_roi_pool
@@ -31,6 +31,7 @@ class FasterRCNN(RegionDetector):
         pool: how a bin is pooled. "max" is the authors' plain network, "average" what
             "deformable" computes as long as all offsets are zero.
         sampling: how a bin is read by "average" and "deformable"; see `deform_roi_pool`.
+        bins: of a box in height and in width (section 4.2: 7).
         gamma: scale of the offsets.
         beta: factor on the learning rate of the layer that makes the offsets.
 
@@ -46,23 +47,27 @@ class FasterRCNN(RegionDetector):
         *,
         pool: Pool,
         sampling: Sampling = "bins",
+        bins: int = 7,
         gamma: float = 0.1,
         beta: float = 0.01,
     ) -> None:
         if pool not in get_args(Pool):
             raise ValueError(f"pool: wanted one of {get_args(Pool)}, got {pool!r}")
+        if bins < 1:
+            raise ValueError(f"bins: wanted at least 1, got {bins}")
         super().__init__(backbone, num_classes, rpn)
+        self.bins = bins
         self.pool = pool
         self.sampling: Sampling = sampling
         channels = backbone.out_channels
         self.deform_pool = (
             DeformRoIPool2d(
-                channels, BINS, 1 / backbone.stride, gamma=gamma, beta=beta, sampling=sampling
+                channels, bins, 1 / backbone.stride, gamma=gamma, beta=beta, sampling=sampling
             )
             if pool == "deformable"
             else None
         )
-        self.fc1 = nn.Linear(channels * BINS * BINS, 1024)
+        self.fc1 = nn.Linear(channels * bins * bins, 1024)
         self.fc2 = nn.Linear(1024, 1024)
         self.classifier = nn.Linear(1024, num_classes + 1)
         # The background, which the authors give a box as well, never trains or reports one.
@@ -80,14 +85,14 @@ class FasterRCNN(RegionDetector):
         return sample(rois, ROIS_PER_IMAGE, least_iou=0.1)
 
     def _pooled(self, last: Tensor, boxes: Sequence[Tensor]) -> Tensor:
-        """[R, out_channels, 7, 7]"""
+        """[R, out_channels, bins, bins]"""
         scale = 1 / self.backbone.stride
         if self.pool == "max":
             rois = boxes_to_pool(boxes, None)
             # torchvision wants one type, and half precision would move the boxes.
             dtype = torch.promote_types(last.dtype, rois.dtype)
-            return roi_pool(last.to(dtype), rois.to(dtype), BINS, scale).to(last.dtype)
+            return roi_pool(last.to(dtype), rois.to(dtype), self.bins, scale).to(last.dtype)
         rois = boxes_to_pool(boxes, self.sampling)
         if self.deform_pool is not None:
             return self.deform_pool(last, rois)
-        return deform_roi_pool(last, rois, None, BINS, scale, sampling=self.sampling)
+        return deform_roi_pool(last, rois, None, self.bins, scale, sampling=self.sampling)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from deformnet.backbones.resnet import ResNetFeatures
-from deformnet.models.rois import BINS, RegionDetector, RoIs, boxes_to_pool
+from deformnet.models.rois import RegionDetector, RoIs, boxes_to_pool
 from deformnet.models.rpn import RPN
 from deformnet.nn import DeformPSRoIPool2d
 from deformnet.ops import deform_ps_roi_pool
@@ -30,6 +30,7 @@ class RFCN(RegionDetector):
         pool: "average", or "deformable" with offsets for every class in the maps of scores and
             common ones in the maps of boxes. Both are the same as long as all offsets are zero.
         sampling: how a bin is read; see `deform_ps_roi_pool`.
+        bins: of a box in height and in width (section 4.2: 7).
         gamma: scale of the offsets.
 
     Raises:
@@ -44,17 +45,21 @@ class RFCN(RegionDetector):
         *,
         pool: Pool,
         sampling: Sampling = "bins",
+        bins: int = 7,
         gamma: float = 0.1,
     ) -> None:
         if pool not in get_args(Pool):
             raise ValueError(f"pool: wanted one of {get_args(Pool)}, got {pool!r}")
+        if bins < 1:
+            raise ValueError(f"bins: wanted at least 1, got {bins}")
         super().__init__(backbone, num_classes, rpn)
+        self.bins = bins
         self.sampling: Sampling = sampling
         channels = backbone.out_channels
-        self.score_maps = nn.Conv2d(channels, (num_classes + 1) * BINS * BINS, 1)
+        self.score_maps = nn.Conv2d(channels, (num_classes + 1) * bins * bins, 1)
         # One box for all classes. The authors make eight maps, of which four are the background's
         # and never train or report anything.
-        self.box_maps = nn.Conv2d(channels, 4 * BINS * BINS, 1)
+        self.box_maps = nn.Conv2d(channels, 4 * bins * bins, 1)
         for layer in (self.score_maps, self.box_maps):
             nn.init.normal_(layer.weight, std=0.01)
             nn.init.zeros_(layer.get_parameter("bias"))
@@ -64,7 +69,7 @@ class RFCN(RegionDetector):
                 return None
             return DeformPSRoIPool2d(
                 channels,
-                BINS,
+                bins,
                 1 / backbone.stride,
                 offset_groups=offset_groups,
                 gamma=gamma,
@@ -92,5 +97,5 @@ class RFCN(RegionDetector):
             bins = pool(maps, last, rois)
         else:
             scale = 1 / self.backbone.stride
-            bins = deform_ps_roi_pool(maps, rois, None, BINS, scale, sampling=self.sampling)
+            bins = deform_ps_roi_pool(maps, rois, None, self.bins, scale, sampling=self.sampling)
         return bins.mean(dim=(2, 3), dtype=torch.promote_types(bins.dtype, torch.float32))

@@ -18,8 +18,6 @@ from deformnet.models.detector import Candidates, Detector, Features, Proposals,
 from deformnet.models.rpn import RPN
 from deformnet.ops.roi_pool import Sampling
 
-BINS = 7
-"""Bins of RoI pooling in height and in width (section 4.2)."""
 ROIS_PER_IMAGE = 128
 """RoIs of an image whose losses count (section 4.2)."""
 FOREGROUND = 0.25

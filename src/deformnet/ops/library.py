@@ -24,9 +24,6 @@ _TensorOrNone = TypeVar("_TensorOrNone", Tensor, Tensor | None)
 # Asked once: a compiler may then take the answer for a constant.
 CPU_UNAVAILABLE: str | None = cpu.why_unavailable()
 
-# Until the kernels are there.
-HAS_ROI_POOL = hasattr(cpu, "roi_pool")
-
 _GEOMETRY = "int[2] stride, int[2] padding, int[2] dilation, str border"
 _library = Library("deformnet", "DEF")
 _library.define(

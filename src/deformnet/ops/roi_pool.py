@@ -142,9 +142,11 @@ def _pool(
     if not isinstance(boxes, Tensor):
         boxes = _joined(boxes, input)
     device = input.device.type
-    fast = backends.resolve(backend, device) != "reference"
-    # Until the kernels are there.
-    run = library.roi_pool if fast and library.HAS_ROI_POOL else library.reference_roi_pool
+    run = (
+        library.reference_roi_pool
+        if backends.resolve(backend, device) == "reference"
+        else library.roi_pool
+    )
     rule = size, spatial_scale, gamma, sampling, samples_per_bin, position_sensitive
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         tensors = library.autocast_roi_pool(device, input, boxes, offset)

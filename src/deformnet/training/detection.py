@@ -253,9 +253,9 @@ class _ScoredImages:
 
 def _with_proposals(objects: BoxAnnotations, proposals: Tensor) -> BoxAnnotations:
     """The proposals behind the objects, so that the same transforms move them."""
-    count = len(proposals)
+    count, boxes = len(proposals), torch.cat([objects.boxes, proposals])
     return BoxAnnotations(
-        tv_tensors.wrap(torch.cat([objects.boxes, proposals]), like=objects.boxes),
+        tv_tensors.wrap(boxes, like=objects.boxes),  # pyright: ignore[reportCallIssue]
         torch.cat([objects.labels, objects.labels.new_full((count,), _PROPOSAL)]),
         torch.cat([objects.ignored, objects.ignored.new_zeros(count)]),
     )

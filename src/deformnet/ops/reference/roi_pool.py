@@ -305,4 +305,15 @@ def _sum(table: Tensor, origin: Tensor, y: _AxisRead, x: _AxisRead, width: int) 
     # Not a product with zero: the map may hold infinities and NaN.
     counts = y.counts[:, :, None] & x.counts[:, None, :]
     values = torch.where(counts[..., None], values, 0)
-    return torch.einsum("byxc,by,bx->bc", values, y.weight.to(values), x.weight.to(values))
+    y_weight, x_weight = y.weight.to(values.dtype), x.weight.to(values.dtype)
+    if not values_known(values) or values.numel() == 0:
+        return torch.einsum("byxc,by,bx->bc", values, y_weight, x_weight)
+    # The same in an order that does not depend on the number of channels: groups that move alike
+    # give the bits of a single one.
+    rows = values.new_zeros(*values.shape[:2], values.shape[3])
+    for column, weight in zip(values.unbind(2), x_weight.unbind(1), strict=True):
+        rows = rows + column * weight[:, None, None]
+    total = values.new_zeros(values.shape[0], values.shape[3])
+    for row, weight in zip(rows.unbind(1), y_weight.unbind(1), strict=True):
+        total = total + row * weight[:, None]
+    return total

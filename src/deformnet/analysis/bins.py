@@ -1,0 +1,70 @@
+"""Where the bins of deformable RoI pooling lie (Dai et al. 2017, Figure 7)."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from deformnet.nn import DeformPSRoIPool2d, DeformRoIPool2d
+
+
+class MovedBins(NamedTuple):
+    """The bins of R boxes, as boxes x1 y1 x2 y2 in pixels of the image."""
+
+    plain: Tensor
+    """[R, ph, pw, 4]: the regular partition."""
+    moved: Tensor
+    """[R, G, ph, pw, 4]: where each offset group has its bins."""
+
+
+@torch.no_grad()
+def moved_bins(model: nn.Module, layer: str, *inputs: Any) -> MovedBins:
+    """The bins of a deformable RoI pooling layer in one call of a model.
+
+    They are the exact parts of the boxes, moved by what the layer computes. (The sampling rule
+    "bins" then reads whole cells of the map, and "msra" rounds the boxes first.)
+
+    Args:
+        model: any network that has the layer and calls it once.
+        layer: its name in `model.named_modules()`.
+        inputs: what the model is called with.
+    Raises:
+        ValueError: if there is no such layer, if it is another kind of layer, or if the model does
+            not call it exactly once.
+    """
+    modules = dict(model.named_modules())
+    pool = modules.get(layer)
+    if not isinstance(pool, (DeformRoIPool2d, DeformPSRoIPool2d)):
+        kinds = (DeformRoIPool2d, DeformPSRoIPool2d)
+        known = [name for name, module in modules.items() if isinstance(module, kinds)]
+        raise ValueError(
+            f"layer: wanted one of {', '.join(known) or '(the model has none)'}, got {layer!r}"
+        )
+    calls: list[tuple[Any, ...]] = []
+    handle = pool.register_forward_pre_hook(lambda _, arguments: calls.append(arguments))
+    try:
+        model(*inputs)
+    finally:
+        handle.remove()
+    if len(calls) != 1:
+        raise ValueError(f"layer: wanted {layer} to be called once, got {len(calls)} calls")
+    *_, boxes = calls[0]
+    offsets = pool.offsets(*calls[0][-2:]).float()
+
+    if not isinstance(boxes, Tensor):
+        boxes = torch.cat([torch.cat([part.new_zeros(len(part), 1), part], 1) for part in boxes])
+    ph, pw = pool.output_size
+    corners = boxes[:, 1:].float()
+    sizes = corners[:, 2:] - corners[:, :2]  # (width, height)
+    columns = torch.arange(pw, device=boxes.device) / pw
+    rows = torch.arange(ph, device=boxes.device) / ph
+    y, x = torch.meshgrid(rows, columns, indexing="ij")
+    starts = torch.stack([x, y], dim=-1)  # shares of the box
+    ends = starts + torch.tensor([1 / pw, 1 / ph], device=boxes.device)
+    shares = torch.stack([starts, ends], dim=-2)  # [ph, pw, start or end, (x, y)]
+    origin, extent = corners[:, None, None, None, :2], sizes[:, None, None, None]
+    plain = origin + shares * extent
+    # [R, G, (x, y), ph, pw] to [R, G, ph, pw, (x, y)]
+    shifts = offsets.unflatten(1, (-1, 2)).permute(0, 1, 3, 4, 2) * pool.gamma
+    moved = plain[:, None] + (shifts * sizes[:, None, None, None])[..., None, :]
+    return MovedBins(plain.flatten(-2), moved.flatten(-2))

@@ -1,0 +1,78 @@
+import pytest
+import torch
+from torch import nn
+
+from deformnet import DeformPSRoIPool2d, DeformRoIPool2d
+from deformnet.analysis import moved_bins
+
+BOXES = torch.tensor([[0.0, 10, 20, 70, 50], [1, 5, 5, 6, 8]])
+
+
+class Head(nn.Module):
+    """Position-sensitive pooling of two classes, each with offsets of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.pool = DeformPSRoIPool2d(3, (2, 3), 0.25, offset_groups=2, gamma=0.5)
+
+    def forward(self, features, boxes):
+        maps = features.new_zeros(len(features), 12, *features.shape[2:])
+        return self.pool(maps, features, boxes)
+
+
+def expected(box, i, j, shift, ph=2, pw=3):
+    x1, y1, x2, y2 = box
+    w, h = x2 - x1, y2 - y1
+    left, top = x1 + w * j / pw + shift[0] * w, y1 + h * i / ph + shift[1] * h
+    return [left, top, left + w / pw, top + h / ph]
+
+
+def test_bins_move_by_gamma_times_the_offset_times_the_size():
+    head = Head()
+    # Constant fields: each bin's offset is the bias of its channel.
+    bias = torch.randn(2 * 2 * 6)
+    with torch.no_grad():
+        head.pool.conv_offset.bias.copy_(bias)
+    features = torch.randn(2, 3, 30, 40)
+    plain, moved = moved_bins(head, "pool", features, BOXES)
+    assert plain.shape == (2, 2, 3, 4)
+    assert moved.shape == (2, 2, 2, 3, 4)
+    for r, (_, *box) in enumerate(BOXES.tolist()):
+        for i in range(2):
+            for j in range(3):
+                assert plain[r, i, j].tolist() == pytest.approx(expected(box, i, j, (0, 0)))
+                for g in range(2):
+                    # Channel (c*ph + i)*pw + j of the fields, c = 2*g for x and 2*g + 1 for y.
+                    shift = [0.5 * float(bias[((2 * g + k) * 2 + i) * 3 + j]) for k in (0, 1)]
+                    found = moved[r, g, i, j].tolist()
+                    assert found == pytest.approx(expected(box, i, j, shift), abs=1e-4)
+
+
+def test_the_layer_of_faster_rcnn_and_lists_of_boxes():
+    model = nn.Sequential()
+    pool = DeformRoIPool2d(2, 2, 0.5)
+    with torch.no_grad():
+        pool.fc_offset.bias[0] = 1.0  # x of bin (0, 0)
+    model.add_module("pool", pool)
+
+    class Call(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.pool = pool
+
+        def forward(self, features, boxes):
+            return self.pool(features, boxes)
+
+    boxes = [BOXES[:1, 1:], BOXES[1:, 1:]]
+    plain, moved = moved_bins(Call(), "pool", torch.zeros(2, 2, 40, 40), boxes)
+    shift = moved[:, 0] - plain
+    assert shift[0, 0, 0].tolist() == pytest.approx([6, 0, 6, 0])  # a tenth of 60 pixels
+    assert shift[1, 0, 0].tolist() == pytest.approx([0.1, 0, 0.1, 0], abs=1e-6)
+    assert shift[:, 1].abs().max() == 0
+
+
+def test_a_layer_that_is_not_there():
+    with pytest.raises(ValueError, match=r"wanted one of pool, got 'poll'"):
+        moved_bins(Head(), "poll", torch.zeros(1, 3, 8, 8), BOXES[:1])
+    with pytest.raises(ValueError, match=r"\(the model has none\)"):
+        moved_bins(nn.Conv2d(1, 1, 1), "pool", torch.zeros(1, 1, 8, 8))
