@@ -377,12 +377,13 @@ void pool_channels(const Window<A, false>& w, const A* map, int64_t channels, in
   for (; c + many * kLanes<A> <= n; c += many * kLanes<A>)
     pool_vectors<A, many>(w, map + c, channels, row, to + c);
   for (; c + kLanes<A> <= n; c += kLanes<A>) pool_vectors<A, 1>(w, map + c, channels, row, to + c);
+  // To the same bits, wherever an offset group begins.
   for (; c < n; ++c) {
     A total = 0;
     for (int64_t i = 0; i < rows.count; ++i)
       for (int64_t j = 0; j < columns.count; ++j)
-        total += map[rows.pixels[i] * row + columns.pixels[j] * channels + c] *
-                 (rows.weights[i] * columns.weights[j]);
+        total = multiply_add(map[rows.pixels[i] * row + columns.pixels[j] * channels + c],
+                             rows.weights[i] * columns.weights[j], total);
     to[c] = total * w.scale;
   }
 }
@@ -509,7 +510,7 @@ void add_channels(const Window<A, true>& w, const A* grad, int64_t channels, int
       int64_t c = 0;
       for (; c + kLanes<A> <= n; c += kLanes<A>)
         store(pixel + c, multiply_add(load(grad + c), weights, load(pixel + c)));
-      for (; c < n; ++c) pixel[c] += grad[c] * weight;
+      for (; c < n; ++c) pixel[c] = multiply_add(grad[c], weight, pixel[c]);
     }
 }
 
