@@ -26,6 +26,7 @@ test: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.deform_conv
+	$(BIN)/python -m benchmarks.roi_pool
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -80,6 +80,15 @@ inline const char* element(const void* data, int32_t dtype, int64_t index) {
   return static_cast<const char*>(data) + index * size;
 }
 
+inline double read_number(const void* data, int32_t dtype, int64_t index) {
+  switch (dtype) {
+    case kFloat64: return read(static_cast<const double*>(data)[index]);
+    case kFloat32: return read(static_cast<const float*>(data)[index]);
+    case kBFloat16: return read(static_cast<const BFloat16*>(data)[index]);
+    default: return read(static_cast<const Float16*>(data)[index]);
+  }
+}
+
 template <class A>
 inline void read_run(const void* data, int32_t dtype, int64_t index, int64_t n, A* to) {
   const char* from = element(data, dtype, index);

@@ -19,7 +19,8 @@ DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 
 
 def _library_file() -> Path:
     # An editable install keeps the library apart from the sources: the package has two folders.
-    folders = [Path(folder) for folder in sys.modules[__package__].__path__]
+    package = sys.modules[__name__.rpartition(".")[0]]
+    folders = [Path(folder) for folder in package.__path__]
     for folder in folders:
         for name in ("libdeformnet_cpu.so", "libdeformnet_cpu.dylib", "deformnet_cpu.dll"):
             if (folder / name).is_file():

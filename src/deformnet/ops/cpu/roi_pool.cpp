@@ -27,6 +27,7 @@ namespace {
 
 constexpr int64_t kBinsBytes = 256 << 10;   // bins of a box with all channels: a part of the private cache
 constexpr int64_t kPlanesBytes = 1 << 20;   // planes of the map, at least one; likewise
+constexpr int64_t kAhead = 6;               // boxes whose numbers are fetched in advance
 constexpr double kNaN = __builtin_nan("");
 
 // ------------------------------------------------------------------------- where samples lie
@@ -71,42 +72,48 @@ Side side(const RoiProblem& p, double low, double high, bool exists, int64_t bin
 
 Box read_box(const RoiProblem& p, const void* boxes, int64_t r) {
   double v[5];
-  read_run<double>(boxes, p.boxes_dtype, 5 * r, 5, v);
+  for (int i = 0; i < 5; ++i) v[i] = read_number(boxes, p.boxes_dtype, 5 * r + i);
   const bool exists = v[0] >= 0 && v[0] < double(p.batch);
   return {exists ? int64_t(v[0]) : 0, side(p, v[2], v[4], exists, p.out_h),
           side(p, v[1], v[3], exists, p.out_w)};
 }
 
-// What a bin reads along one axis of the map.
-template <class A>
+// Samples are placed a few at a time.
+typedef double Doubles __attribute__((vector_size(64)));
+typedef int64_t Longs __attribute__((vector_size(64)));
+typedef int32_t Ints __attribute__((vector_size(32)));
+
+// What a bin reads along one axis of the map. Derivatives are there where `Slopes` is true.
+template <class A, bool Slopes>
 class Axis {
  public:
   static int64_t bytes(int64_t size) {
     using W = Workspace;
-    return W::bytes_of<A>(2 * (size + kLanes<A>)) + W::bytes_of<Index<A>>(size + kLanes<A>) +
-           W::bytes_of<int64_t>(size) + W::bytes_of<A>(2 * size);
+    const int64_t row = size + kLanes<A>;
+    return W::bytes_of<Index<A>>(row) + W::bytes_of<int64_t>(size) + W::bytes_of<A>(2 * row + 2 * size);
   }
 
   Axis(char* memory, int64_t size) : size_(size) {
     using W = Workspace;
     const int64_t row = size + kLanes<A>;
     std::memset(memory, 0, size_t(bytes(size)));
-    weight = reinterpret_cast<A*>(memory);
-    slope = weight + row;
-    memory += W::bytes_of<A>(2 * row);
     read = reinterpret_cast<Index<A>*>(memory);
     memory += W::bytes_of<Index<A>>(row);
     pixels = reinterpret_cast<int64_t*>(memory);
     memory += W::bytes_of<int64_t>(size);
-    weights = reinterpret_cast<A*>(memory);
+    weight = reinterpret_cast<A*>(memory);
+    slope = weight + row;
+    weights = slope + row;
     slopes = weights + size;
   }
 
   // Places the samples of a bin. False where they lie at no number.
   bool place(const RoiProblem& p, const Side& side, int64_t bin, int64_t bins, double shift) {
-    for (int64_t q = first; q < last; ++q) {
-      weight[q] = slope[q] = A(0);
-      read[q] = 0;
+    for (int64_t q = first; q < last; q += kLanes<A>) {
+      store(weight + q, Vec<A>{});
+      if constexpr (Slopes) store(slope + q, Vec<A>{});
+      const IndexVec<A> none{};
+      std::memcpy(read + q, &none, sizeof none);
     }
     first = size_;
     last = 0;
@@ -126,7 +133,7 @@ class Axis {
     for (int64_t q = first; q < last; ++q) {
       pixels[count] = q;
       weights[count] = weight[q];
-      slopes[count] = slope[q];
+      if constexpr (Slopes) slopes[count] = slope[q];
       count -= read[q];
     }
   }
@@ -151,17 +158,20 @@ class Axis {
     if (low + number < 0) return true;
     first = low < 0 ? 0 : low < end ? int64_t(low) : size_;
     last = low + number < end ? int64_t(low + number) + 1 : size_;
-    for (int64_t q = first; q < last; ++q) {
-      weight[q] = A(1);
-      read[q] = -1;
+    IndexVec<A> lanes;
+    for (int j = 0; j < kLanes<A>; ++j) lanes[j] = Index<A>(j);
+    for (int64_t q = first; q < last; q += kLanes<A>) {
+      const IndexVec<A> within = lanes < Index<A>(last - q);
+      store(weight + q, within ? Vec<A>{} + 1 : Vec<A>{});
+      std::memcpy(read + q, &within, sizeof within);
     }
     if (low >= 0 && low < end) {
       weight[first] = 1 - fraction;
-      slope[first] = A(-1);
+      if constexpr (Slopes) slope[first] = A(-1);
     }
     if (low + number < end) {
       weight[last - 1] = fraction;
-      slope[last - 1] = A(1);
+      if constexpr (Slopes) slope[last - 1] = A(1);
     }
     return true;
   }
@@ -184,37 +194,94 @@ class Axis {
       const double some = least(behind - begin, double(2 * size_ + 7));
       samples = some > 0 ? int64_t(some) : 0;
     }
-    int64_t inside = 0;
-    for (int64_t i = 0; i < samples; ++i) {
-      double at = start + (begin + double(i)) * side.step;
-      if (!(at >= lowest && at <= highest)) continue;
-      ++inside;
+    Ints inside{};
+    for (int64_t i = 0; i < samples; i += 8) {
+      const Doubles lanes = {0, 1, 2, 3, 4, 5, 6, 7};
+      Doubles at = start + (lanes + (begin + double(i))) * side.step;
+      const Longs within = (at >= lowest) & (at <= highest) & (lanes < double(samples - i));
       // Beyond the last pixel's centre the value is the last pixel's.
-      const A rise = at >= 0 && at <= end ? A(1) : A(0);
-      at = at < 0 ? 0 : at > end ? end : at;
-      const int64_t cell = int64_t(at), next = cell + (cell < size_ - 1);
-      const A fraction = A(at - double(cell));
-      weight[cell] += 1 - fraction;
-      weight[next] += fraction;
-      slope[cell] -= rise;
-      slope[next] += rise;
-      read[cell] = read[next] = -1;
-      first = least(first, cell);
-      last = most(last, next + 1);
+      const Longs moves = (at >= 0) & (at <= end);
+      at = at > 0 ? at : Doubles{};
+      at = at < end ? at : Doubles{} + end;
+      const Ints cells = __builtin_convertvector(at, Ints);
+      const Ints counts = __builtin_convertvector(within, Ints);
+      inside -= counts;
+      place_eight(cells, at - __builtin_convertvector(cells, Doubles), counts, moves,
+                  least<int64_t>(8, samples - i), i > 0);
     }
-    number = msra ? double(inside) : side.count;
+    number = side.count;
+    if (msra) {
+      inside += __builtin_shuffle(inside, Ints{4, 5, 6, 7, 0, 1, 2, 3});
+      inside += __builtin_shuffle(inside, Ints{2, 3, 0, 1, 6, 7, 4, 5});
+      number = double(inside[0] + inside[1]);
+    }
     return true;
+  }
+
+  // Places up to eight samples, each a fraction of the way from a cell to the next, where they count.
+  // `more`: beside others.
+  void place_eight(Ints cells, Doubles fractions, Ints counts, Longs moves, int64_t samples, bool more) {
+    typedef A Eight __attribute__((vector_size(8 * sizeof(A))));
+    // Arrays: a vector of which all lanes are asked for one by one is taken apart at some cost.
+    int32_t low[8], high[8];
+    A low_weight[8], high_weight[8], move[8];
+    const Eight fraction = __builtin_convertvector(fractions, Eight), rest = 1 - fraction;
+    const Eight moving = -__builtin_convertvector(moves, Eight);
+    // Samples that do not count lie on no pixel.
+    const Ints here = counts ? cells : Ints{} - 1;
+    const Ints next = counts ? cells - (cells < int32_t(size_ - 1)) : Ints{} - 1;
+    std::memcpy(low, &here, sizeof low);
+    std::memcpy(high, &next, sizeof high);
+    std::memcpy(low_weight, &rest, sizeof rest);
+    std::memcpy(high_weight, &fraction, sizeof fraction);
+    std::memcpy(move, &moving, sizeof moving);
+
+    int32_t ends[8];
+    std::memcpy(ends, &cells, sizeof ends);
+    const int64_t one = ends[0], other = ends[samples - 1];
+    const int64_t from = least(one, other), to = least(most(one, other) + 2, size_);
+    IndexVec<A> lanes;
+    for (int j = 0; j < kLanes<A>; ++j) lanes[j] = Index<A>(j);
+    for (int64_t q = from; q < to; q += kLanes<A>) {
+      const IndexVec<A> pixel = lanes + Index<A>(q);
+      // Two chains of sums take half the time of one.
+      Vec<A> lows{}, highs{}, slopes{};
+      IndexVec<A> reads{};
+#pragma GCC unroll 1
+      for (int64_t j = 0; j < samples; ++j) {
+        const IndexVec<A> is_low = pixel == Index<A>(low[j]), is_high = pixel == Index<A>(high[j]);
+        lows += is_low ? Vec<A>{} + low_weight[j] : Vec<A>{};
+        highs += is_high ? Vec<A>{} + high_weight[j] : Vec<A>{};
+        if constexpr (Slopes) {
+          const Vec<A> moves = Vec<A>{} + move[j];
+          slopes += (is_high ? moves : Vec<A>{}) - (is_low ? moves : Vec<A>{});
+        }
+        reads |= is_low | is_high;
+      }
+      if (more) {
+        lows += load(weight + q);
+        if constexpr (Slopes) slopes += load(slope + q);
+        IndexVec<A> before;
+        std::memcpy(&before, read + q, sizeof before);
+        reads |= before;
+      }
+      store(weight + q, lows + highs);
+      if constexpr (Slopes) store(slope + q, slopes);
+      std::memcpy(read + q, &reads, sizeof reads);
+    }
+    first = least(first, from);
+    last = most(last, to);
   }
 
   int64_t size_;
 };
 
 // What a bin reads of the map: rows times columns.
-template <class A>
+template <class A, bool Slopes>
 struct Window {
-  static int64_t bytes(const RoiProblem& p) { return Axis<A>::bytes(p.in_h) + Axis<A>::bytes(p.in_w); }
+  static int64_t bytes(const RoiProblem& p) { return Axis<A, Slopes>::bytes(p.in_h) + Axis<A, Slopes>::bytes(p.in_w); }
   Window(char* memory, const RoiProblem& p)
-      : rows(memory, p.in_h), columns(memory + Axis<A>::bytes(p.in_h), p.in_w) {}
+      : rows(memory, p.in_h), columns(memory + Axis<A, Slopes>::bytes(p.in_h), p.in_w) {}
 
   // Bin (i, j) of a box, for an offset group. False where its position is not a number.
   bool place(const RoiProblem& p, const Box& box, const void* offset, int64_t r, int64_t group,
@@ -222,20 +289,30 @@ struct Window {
     double shift_x = 0, shift_y = 0;
     if (offset) {
       const int64_t bins = p.out_h * p.out_w, at = (r * p.groups + group) * 2 * bins + bin;
-      read_run(offset, p.offset_dtype, at, 1, &shift_x);
-      read_run(offset, p.offset_dtype, at + bins, 1, &shift_y);
-      shift_x = p.gamma * shift_x * box.x.size;
-      shift_y = p.gamma * shift_y * box.y.size;
+      shift_x = p.gamma * read_number(offset, p.offset_dtype, at) * box.x.size;
+      shift_y = p.gamma * read_number(offset, p.offset_dtype, at + bins) * box.y.size;
     }
     if (!rows.place(p, box.y, bin / p.out_w, p.out_h, shift_y) ||
         !columns.place(p, box.x, bin % p.out_w, p.out_w, shift_x))
       return false;
-    rows.list();
     scale = A(1 / most(rows.number * columns.number, 1.0));
     return true;
   }
 
-  Axis<A> rows, columns;
+  void list() {
+    rows.list();
+    columns.list();
+  }
+
+  // Has the offset of a bin fetched, which will be placed soon.
+  static void fetch(const RoiProblem& p, const void* offset, int64_t r, int64_t group, int64_t bin) {
+    if (!offset) return;
+    const int64_t bins = p.out_h * p.out_w, at = (r * p.groups + group) * 2 * bins + bin;
+    __builtin_prefetch(element(offset, p.offset_dtype, at));
+    __builtin_prefetch(element(offset, p.offset_dtype, at + bins));
+  }
+
+  Axis<A, Slopes> rows, columns;
   A scale;  // of the mean
 };
 
@@ -277,8 +354,8 @@ struct Boxes {
 
 // Means of a bin for vectors [0, V) of channels.
 template <class A, int V>
-inline void pool_vectors(const Window<A>& w, const A* map, int64_t channels, int64_t row, A* to) {
-  const Axis<A>&rows = w.rows, &columns = w.columns;
+inline void pool_vectors(const Window<A, false>& w, const A* map, int64_t channels, int64_t row, A* to) {
+  const auto &rows = w.rows, &columns = w.columns;
   Vec<A> total[V] = {};
   for (int64_t i = 0; i < rows.count; ++i)
     for (int64_t j = 0; j < columns.count; ++j) {
@@ -293,19 +370,20 @@ inline void pool_vectors(const Window<A>& w, const A* map, int64_t channels, int
 }
 
 template <class A>
-void pool_channels(const Window<A>& w, const A* map, int64_t channels, int64_t row, int64_t n, A* to) {
-  const Axis<A>&rows = w.rows, &columns = w.columns;
+void pool_channels(const Window<A, false>& w, const A* map, int64_t channels, int64_t row, int64_t n, A* to) {
+  const auto &rows = w.rows, &columns = w.columns;
   constexpr int many = 8;
   int64_t c = 0;
   for (; c + many * kLanes<A> <= n; c += many * kLanes<A>)
     pool_vectors<A, many>(w, map + c, channels, row, to + c);
   for (; c + kLanes<A> <= n; c += kLanes<A>) pool_vectors<A, 1>(w, map + c, channels, row, to + c);
+  // To the same bits, wherever an offset group begins.
   for (; c < n; ++c) {
     A total = 0;
     for (int64_t i = 0; i < rows.count; ++i)
       for (int64_t j = 0; j < columns.count; ++j)
-        total += map[rows.pixels[i] * row + columns.pixels[j] * channels + c] *
-                 (rows.weights[i] * columns.weights[j]);
+        total = multiply_add(map[rows.pixels[i] * row + columns.pixels[j] * channels + c],
+                             rows.weights[i] * columns.weights[j], total);
     to[c] = total * w.scale;
   }
 }
@@ -323,7 +401,7 @@ int plain_forward(const RoiProblem& p, const RoiForwardTensors& tensors) {
   const int64_t block = least(bins, most<int64_t>(16, round_up(kBinsBytes / (channels * int64_t(sizeof(A))), 16)));
   const int64_t blocks = ceil_div(bins, block);
 
-  const int64_t private_bytes = Window<A>::bytes(p) + W::bytes_of<A>(block * channels);
+  const int64_t private_bytes = Window<A, false>::bytes(p) + W::bytes_of<A>(block * channels);
   if (!workspace.reserve(Boxes::bytes(p) + (copied ? W::bytes_of<A>(pixels * channels) : 0) +
                          p.threads * private_bytes))
     return 1;
@@ -334,8 +412,8 @@ int plain_forward(const RoiProblem& p, const RoiForwardTensors& tensors) {
 #pragma omp parallel num_threads(p.threads)
   {
     char* mine = private_memory + omp_get_thread_num() * private_bytes;
-    Window<A> window(mine, p);
-    A* sums = reinterpret_cast<A*>(mine + Window<A>::bytes(p));
+    Window<A, false> window(mine, p);
+    A* sums = reinterpret_cast<A*>(mine + Window<A, false>::bytes(p));
     for (int64_t n = 0; n < p.batch; ++n) {
       const int64_t count = boxes.start[n + 1] - boxes.start[n];
       if (count == 0) continue;
@@ -348,7 +426,7 @@ int plain_forward(const RoiProblem& p, const RoiForwardTensors& tensors) {
           for (int64_t g = 0; g < p.groups; ++g) {
             A* to = sums + (bin - begin) * channels + g * group_channels;
             if (window.place(p, boxes.box[r], tensors.offset, r, g, bin)) {
-              window.columns.list();
+              window.list();
               pool_channels<A>(window, map + g * group_channels, channels, row, group_channels, to);
             } else {
               for (int64_t c = 0; c < group_channels; ++c) to[c] = A(kNaN);
@@ -364,9 +442,9 @@ int plain_forward(const RoiProblem& p, const RoiForwardTensors& tensors) {
 
 // Derivatives of a bin's mean by its position, times `grad`, summed over vectors [0, V) of channels.
 template <class A, int V>
-inline void slope_vectors(const Window<A>& w, const A* map, int64_t channels, int64_t row, const A* grad,
+inline void slope_vectors(const Window<A, true>& w, const A* map, int64_t channels, int64_t row, const A* grad,
                           Vec<A>* by_x, Vec<A>* by_y) {
-  const Axis<A>&rows = w.rows, &columns = w.columns;
+  const auto &rows = w.rows, &columns = w.columns;
   Vec<A> x[V] = {}, y[V] = {};
   for (int64_t i = 0; i < rows.count; ++i) {
     Vec<A> values[V] = {}, slopes[V] = {};
@@ -396,9 +474,9 @@ inline void slope_vectors(const Window<A>& w, const A* map, int64_t channels, in
 }
 
 template <class A>
-void slope_channels(const Window<A>& w, const A* map, int64_t channels, int64_t row, int64_t n,
+void slope_channels(const Window<A, true>& w, const A* map, int64_t channels, int64_t row, int64_t n,
                     const A* grad, double* grad_x, double* grad_y) {
-  const Axis<A>&rows = w.rows, &columns = w.columns;
+  const auto &rows = w.rows, &columns = w.columns;
   constexpr int some = kVectorBytes == 64 ? 4 : 2;
   Vec<A> by_x{}, by_y{};
   int64_t c = 0;
@@ -420,9 +498,9 @@ void slope_channels(const Window<A>& w, const A* map, int64_t channels, int64_t 
 
 // Adds the gradient of a bin into channels [begin, end) of the map's; `grad` begins at `begin`.
 template <class A>
-void add_channels(const Window<A>& w, const A* grad, int64_t channels, int64_t row, int64_t begin,
+void add_channels(const Window<A, true>& w, const A* grad, int64_t channels, int64_t row, int64_t begin,
                   int64_t end, A* sums) {
-  const Axis<A>&rows = w.rows, &columns = w.columns;
+  const auto &rows = w.rows, &columns = w.columns;
   const int64_t n = end - begin;
   for (int64_t i = 0; i < rows.count; ++i)
     for (int64_t j = 0; j < columns.count; ++j) {
@@ -432,7 +510,7 @@ void add_channels(const Window<A>& w, const A* grad, int64_t channels, int64_t r
       int64_t c = 0;
       for (; c + kLanes<A> <= n; c += kLanes<A>)
         store(pixel + c, multiply_add(load(grad + c), weights, load(pixel + c)));
-      for (; c < n; ++c) pixel[c] += grad[c] * weight;
+      for (; c < n; ++c) pixel[c] = multiply_add(grad[c], weight, pixel[c]);
     }
 }
 
@@ -451,7 +529,7 @@ int plain_backward(const RoiProblem& p, const RoiBackwardTensors& tensors) {
   const int64_t slice = round_up(ceil_div(channels, p.threads), line);
 
   // One image at a time: first its map, then in the same place the gradient of it.
-  const int64_t private_bytes = Window<A>::bytes(p) + W::bytes_of<A>(block * channels);
+  const int64_t private_bytes = Window<A, true>::bytes(p) + W::bytes_of<A>(block * channels);
   if (!workspace.reserve(Boxes::bytes(p) + W::bytes_of<A>(pixels * channels) + p.threads * private_bytes))
     return 1;
   const Boxes boxes(p, tensors.boxes, workspace.take<char>(Boxes::bytes(p)));
@@ -461,8 +539,8 @@ int plain_backward(const RoiProblem& p, const RoiBackwardTensors& tensors) {
 #pragma omp parallel num_threads(p.threads)
   {
     char* mine = private_memory + omp_get_thread_num() * private_bytes;
-    Window<A> window(mine, p);
-    A* grads = reinterpret_cast<A*>(mine + Window<A>::bytes(p));
+    Window<A, true> window(mine, p);
+    A* grads = reinterpret_cast<A*>(mine + Window<A, true>::bytes(p));
     for (int64_t n = 0; n < p.batch; ++n) {
       const int64_t first = boxes.start[n], last = boxes.start[n + 1];
       if (tensors.grad_offset && first < last) {
@@ -477,7 +555,7 @@ int plain_backward(const RoiProblem& p, const RoiBackwardTensors& tensors) {
               for (int64_t g = 0; g < p.groups; ++g) {
                 double x = kNaN, y = kNaN;
                 if (window.place(p, boxes.box[r], tensors.offset, r, g, bin)) {
-                  window.columns.list();
+                  window.list();
                   slope_channels<A>(window, map + g * group_channels, channels, row, group_channels,
                                     grads + (bin - begin) * channels + g * group_channels, &x, &y);
                 }
@@ -500,7 +578,7 @@ int plain_backward(const RoiProblem& p, const RoiBackwardTensors& tensors) {
             for (int64_t bin = begin; bin < end; ++bin)
               for (int64_t g = from / group_channels; g * group_channels < to; ++g) {
                 if (!window.place(p, boxes.box[r], tensors.offset, r, g, bin)) continue;
-                window.columns.list();
+                window.list();
                 const int64_t low = most(from, g * group_channels);
                 add_channels<A>(window, grads + (bin - begin) * width + low - from, channels, row, low,
                                 least(to, (g + 1) * group_channels), sums);
@@ -523,50 +601,54 @@ int64_t plane_size(const RoiProblem& p) {
   return round_up(p.in_h * p.in_w + kLanes<A>, kCacheLine / int64_t(sizeof(A)));
 }
 
+// Zero in the columns that are not read; `columns` begins with the first lane's.
 template <class A>
-inline Vec<A> where_read(const Axis<A>& axis, int64_t at, Vec<A> values) {
+inline Vec<A> where_read(const Index<A>* columns, Vec<A> values) {
   IndexVec<A> read;
-  std::memcpy(&read, axis.read + at, sizeof read);
+  std::memcpy(&read, columns, sizeof read);
   return read ? values : Vec<A>{};
 }
 
 template <class A>
-A pool_plane(const Window<A>& w, const A* plane, int64_t width) {
-  const Axis<A>&rows = w.rows, &columns = w.columns;
+A pool_plane(const Window<A, false>& w, const A* plane, int64_t width) {
+  const auto &rows = w.rows, &columns = w.columns;
   Vec<A> total{};
   for (int64_t x = columns.first; x < columns.last; x += kLanes<A>) {
     Vec<A> column{};
-    for (int64_t i = 0; i < rows.count; ++i)
-      column = multiply_add(load(plane + rows.pixels[i] * width + x), Vec<A>{} + rows.weights[i], column);
-    total = multiply_add(where_read(columns, x, column), load(columns.weight + x), total);
+    for (int64_t y = rows.first; y < rows.last; ++y)
+      if (rows.read[y])
+        column = multiply_add(load(plane + y * width + x), Vec<A>{} + rows.weight[y], column);
+    total = multiply_add(where_read<A>(columns.read + x, column), load(columns.weight + x), total);
   }
   return sum<A>(total) * w.scale;
 }
 
 template <class A>
-inline void slope_plane(const Window<A>& w, const A* plane, int64_t width, A grad, Vec<A>* by_x,
+inline void slope_plane(const Window<A, true>& w, const A* plane, int64_t width, A grad, Vec<A>* by_x,
                         Vec<A>* by_y) {
-  const Axis<A>&rows = w.rows, &columns = w.columns;
+  const auto &rows = w.rows, &columns = w.columns;
   for (int64_t x = columns.first; x < columns.last; x += kLanes<A>) {
     Vec<A> value{}, slope{};
-    for (int64_t i = 0; i < rows.count; ++i) {
-      const Vec<A> pixels = load(plane + rows.pixels[i] * width + x);
-      value = multiply_add(pixels, Vec<A>{} + rows.weights[i], value);
-      slope = multiply_add(pixels, Vec<A>{} + rows.slopes[i], slope);
+    for (int64_t y = rows.first; y < rows.last; ++y) {
+      if (!rows.read[y]) continue;
+      const Vec<A> pixels = load(plane + y * width + x);
+      value = multiply_add(pixels, Vec<A>{} + rows.weight[y], value);
+      slope = multiply_add(pixels, Vec<A>{} + rows.slope[y], slope);
     }
-    *by_x = multiply_add(where_read(columns, x, value) * load(columns.slope + x), Vec<A>{} + grad, *by_x);
-    *by_y = multiply_add(where_read(columns, x, slope) * load(columns.weight + x), Vec<A>{} + grad, *by_y);
+    *by_x = multiply_add(where_read<A>(columns.read + x, value) * load(columns.slope + x), Vec<A>{} + grad, *by_x);
+    *by_y = multiply_add(where_read<A>(columns.read + x, slope) * load(columns.weight + x), Vec<A>{} + grad, *by_y);
   }
 }
 
 template <class A>
-inline void add_plane(const Window<A>& w, A grad, int64_t width, A* sums) {
-  const Axis<A>&rows = w.rows, &columns = w.columns;
+inline void add_plane(const Window<A, true>& w, A grad, int64_t width, A* sums) {
+  const auto &rows = w.rows, &columns = w.columns;
   for (int64_t x = columns.first; x < columns.last; x += kLanes<A>) {
-    const Vec<A> column = where_read(columns, x, load(columns.weight + x) * grad);
-    for (int64_t i = 0; i < rows.count; ++i) {
-      A* to = sums + rows.pixels[i] * width + x;
-      store(to, multiply_add(column, Vec<A>{} + rows.weights[i], load(to)));
+    const Vec<A> column = where_read<A>(columns.read + x, load(columns.weight + x) * grad);
+    for (int64_t y = rows.first; y < rows.last; ++y) {
+      if (!rows.read[y]) continue;
+      A* to = sums + y * width + x;
+      store(to, multiply_add(column, Vec<A>{} + rows.weight[y], load(to)));
     }
   }
 }
@@ -582,7 +664,7 @@ int sensitive_forward(const RoiProblem& p, const RoiForwardTensors& tensors) {
   const int64_t piece = least(group_channels, most<int64_t>(1, kPlanesBytes / (size * int64_t(sizeof(A)))));
   const int64_t pieces = ceil_div(group_channels, piece);
 
-  const int64_t private_bytes = Window<A>::bytes(p) + W::bytes_of<A>(piece * size);
+  const int64_t private_bytes = Window<A, false>::bytes(p) + W::bytes_of<A>(piece * size);
   if (!workspace.reserve(Boxes::bytes(p) + p.threads * private_bytes)) return 1;
   const Boxes boxes(p, tensors.boxes, workspace.take<char>(Boxes::bytes(p)));
   char* private_memory = workspace.take<char>(p.threads * private_bytes);
@@ -590,8 +672,8 @@ int sensitive_forward(const RoiProblem& p, const RoiForwardTensors& tensors) {
 #pragma omp parallel num_threads(p.threads)
   {
     char* mine = private_memory + omp_get_thread_num() * private_bytes;
-    Window<A> window(mine, p);
-    A* planes = reinterpret_cast<A*>(mine + Window<A>::bytes(p));
+    Window<A, false> window(mine, p);
+    A* planes = reinterpret_cast<A*>(mine + Window<A, false>::bytes(p));
     std::memset(planes, 0, size_t(piece * size) * sizeof(A));
     // Neighbouring bins, which share cache lines of the output, go to the same thread.
 #pragma omp for schedule(static)
@@ -606,6 +688,7 @@ int sensitive_forward(const RoiProblem& p, const RoiForwardTensors& tensors) {
           convert_row<A>(input + ((n * channels + c) * bins + bin) * pixels, pixels, planes + (c - begin) * size);
         for (int64_t i = first; i < last; ++i) {
           const int64_t r = boxes.order[i];
+          if (i + kAhead < last) window.fetch(p, tensors.offset, boxes.order[i + kAhead], group, bin);
           const bool defined = window.place(p, boxes.box[r], tensors.offset, r, group, bin);
           T* to = output + r * channels * bins + bin;
           for (int64_t c = begin; c < end; ++c)
@@ -630,7 +713,7 @@ int sensitive_backward(const RoiProblem& p, const RoiBackwardTensors& tensors) {
   const int64_t piece = least(group_channels, most<int64_t>(1, kPlanesBytes / (2 * size * int64_t(sizeof(A)))));
 
   const int64_t private_bytes =
-      Window<A>::bytes(p) + W::bytes_of<A>(2 * p.boxes) + 2 * W::bytes_of<A>(piece * size);
+      Window<A, true>::bytes(p) + W::bytes_of<A>(2 * p.boxes) + 2 * W::bytes_of<A>(piece * size);
   if (!workspace.reserve(Boxes::bytes(p) + p.threads * private_bytes)) return 1;
   const Boxes boxes(p, tensors.boxes, workspace.take<char>(Boxes::bytes(p)));
   char* private_memory = workspace.take<char>(p.threads * private_bytes);
@@ -638,8 +721,8 @@ int sensitive_backward(const RoiProblem& p, const RoiBackwardTensors& tensors) {
 #pragma omp parallel num_threads(p.threads)
   {
     char* mine = private_memory + omp_get_thread_num() * private_bytes;
-    Window<A> window(mine, p);
-    A* offset_sums = reinterpret_cast<A*>(mine + Window<A>::bytes(p));
+    Window<A, true> window(mine, p);
+    A* offset_sums = reinterpret_cast<A*>(mine + Window<A, true>::bytes(p));
     A* planes = offset_sums + W::bytes_of<A>(2 * p.boxes) / int64_t(sizeof(A));
     A* sums = planes + W::bytes_of<A>(piece * size) / int64_t(sizeof(A));
     std::memset(planes, 0, size_t(piece * size) * sizeof(A));
@@ -658,6 +741,11 @@ int sensitive_backward(const RoiProblem& p, const RoiBackwardTensors& tensors) {
           if (grad_input) std::memset(sums, 0, size_t(piece * size) * sizeof(A));
           for (int64_t i = first; i < last; ++i) {
             const int64_t r = boxes.order[i];
+            if (i + kAhead < last) {
+              const int64_t ahead = boxes.order[i + kAhead];
+              window.fetch(p, tensors.offset, ahead, group, bin);
+              __builtin_prefetch(grad_output + (ahead * channels + begin) * bins + bin);
+            }
             if (!window.place(p, boxes.box[r], tensors.offset, r, group, bin)) {
               offset_sums[2 * r] = offset_sums[2 * r + 1] = A(kNaN);
               continue;

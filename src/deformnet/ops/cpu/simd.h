@@ -106,6 +106,22 @@ inline Vec<double> multiply_add(Vec<double> a, Vec<double> b, Vec<double> c) {
 #endif
 }
 
+// The same number by number, to the same bits.
+inline float multiply_add(float a, float b, float c) {
+#if defined(__AVX2__) || defined(__aarch64__)
+  return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+inline double multiply_add(double a, double b, double c) {
+#if defined(__AVX2__) || defined(__aarch64__)
+  return __builtin_fma(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
 // The sum of a vector's lanes.
 template <class A, int stride = kLanes<A> / 2>
 inline A sum(Vec<A> v) {

@@ -1,0 +1,193 @@
+"""Deformable RoI pooling against torchvision's plain RoI pooling, on the CPU.
+
+    python -m benchmarks.roi_pool [--threads 2] [--rounds 9] [--json FILE]
+
+Float32, one map of 38x63 pixels (an image of 600x1000), 300 boxes of all sizes, 7x7 bins with 4x4
+samples. Ours with offsets and their gradient, torchvision's (which has none) without. Ours is
+checked against its float64 definition before it is timed.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+import torch
+import torchvision
+from torch import Tensor
+
+from benchmarks.timing import Timing, compare, geometric_mean, median_ratio, setting
+from deformnet.ops import cpu, deform_ps_roi_pool, deform_roi_pool
+from deformnet.ops.roi_pool import Sampling
+
+TORCHVISION = "torchvision"
+RULES: tuple[Sampling, ...] = get_args(Sampling)
+HEIGHT, WIDTH, BINS, SCALE, SAMPLES = 38, 63, 7, 1 / 16, 4
+BOXES = 300
+
+
+@dataclass(frozen=True)
+class Pooling:
+    """C output channels, the offsets in G groups; `sensitive` with 7x7 maps for each channel."""
+
+    name: str
+    channels: int
+    groups: int
+    sensitive: bool
+
+    def __str__(self) -> str:
+        maps = f"{self.channels}x49" if self.sensitive else f"{self.channels}"
+        return f"{self.name}: {maps} channels, {self.groups} offset group" + "s" * (self.groups > 1)
+
+
+POOLINGS = (
+    Pooling("RoI", 256, 1, sensitive=False),  # Faster R-CNN
+    Pooling("PS", 21, 21, sensitive=True),  # R-FCN's scores on VOC
+    Pooling("PS", 21, 1, sensitive=True),
+    Pooling("PS", 81, 81, sensitive=True),  # on COCO
+    Pooling("PS", 8, 1, sensitive=True),  # the authors' boxes
+)
+
+
+def random_boxes() -> Tensor:
+    """[R, 5] in an image of 600x1000: sides from 16 to 400 pixels, evenly in their logarithm."""
+    generator = torch.Generator().manual_seed(0)
+    image = torch.tensor([16.0 * WIDTH, 16.0 * HEIGHT])
+    centre = torch.rand(BOXES, 2, generator=generator) * image
+    side = (math.log(16) + torch.rand(BOXES, 2, generator=generator) * math.log(25)).exp()
+    low = (centre - side / 2).clamp(min=0)
+    high = torch.minimum(centre + side / 2, image - 1)
+    return torch.cat([torch.zeros(BOXES, 1), low, high], dim=1)
+
+
+@dataclass(frozen=True)
+class Tensors:
+    input: Tensor
+    boxes: Tensor
+    offset: Tensor
+    grad_output: Tensor
+
+
+def make_tensors(pooling: Pooling) -> Tensors:
+    """Offsets are normal with a standard deviation of 1: a tenth of the box."""
+    generator = torch.Generator().manual_seed(0)
+    maps = pooling.channels * (BINS**2 if pooling.sensitive else 1)
+    offsets = (BOXES, 2 * pooling.groups, BINS, BINS)
+    return Tensors(
+        input=torch.randn(1, maps, HEIGHT, WIDTH, generator=generator).requires_grad_(),
+        boxes=random_boxes(),
+        offset=torch.randn(offsets, generator=generator).requires_grad_(),
+        grad_output=torch.randn(BOXES, pooling.channels, BINS, BINS, generator=generator),
+    )
+
+
+def calls(pooling: Pooling, t: Tensors) -> dict[str, Callable[[], Tensor]]:
+    def ours(rule: Sampling) -> Callable[[], Tensor]:
+        pool = deform_ps_roi_pool if pooling.sensitive else deform_roi_pool
+        return lambda: pool(
+            *(t.input, t.boxes, t.offset, BINS, SCALE),
+            sampling=rule,
+            samples_per_bin=SAMPLES,
+            backend="cpu",
+        )
+
+    def theirs() -> Tensor:
+        if pooling.sensitive:
+            return torchvision.ops.ps_roi_align(t.input, t.boxes, BINS, SCALE, SAMPLES)
+        return torchvision.ops.roi_align(t.input, t.boxes, BINS, SCALE, SAMPLES, aligned=True)
+
+    return {TORCHVISION: theirs, **{rule: ours(rule) for rule in RULES}}
+
+
+def check(pooling: Pooling, t: Tensors, forward: dict[str, Callable[[], Tensor]]) -> None:
+    """Refuse to time what computes something else; some of the boxes are enough."""
+    some = 12
+    pool = deform_ps_roi_pool if pooling.sensitive else deform_roi_pool
+    for rule in RULES:
+        exact = pool(
+            *(t.input.double(), t.boxes[:some], t.offset[:some].double(), BINS, SCALE),
+            sampling=rule,
+            samples_per_bin=SAMPLES,
+            backend="reference",
+        )
+        error = (forward[rule]()[:some] - exact).abs().max().item()
+        if not error < 1e-4:
+            raise AssertionError(f"{rule} is off by {error} on {pooling}")
+
+
+def backward(name: str, call: Callable[[], Tensor], t: Tensors) -> Callable[[], object]:
+    """The backward pass alone, of a forward pass that has been."""
+    wanted = [t.input] if name == TORCHVISION else [t.input, t.offset]
+    output = call()
+    return lambda: torch.autograd.grad(output, wanted, t.grad_output, retain_graph=True)
+
+
+def measure(pooling: Pooling, *, rounds: int) -> tuple[dict[str, Timing], dict[str, Timing]]:
+    tensors = make_tensors(pooling)
+    forward = calls(pooling, tensors)
+    with torch.no_grad():
+        check(pooling, tensors, forward)
+        forward_times = compare(forward, rounds=rounds)
+    back = {name: backward(name, call, tensors) for name, call in forward.items()}
+    return forward_times, compare(back, rounds=rounds)
+
+
+def _range(timing: Timing, unit: float) -> str:
+    return f"{timing.quantile(0.2) / unit:.3f}-{timing.quantile(0.8) / unit:.3f}"
+
+
+def report(title: str, rows: dict[Pooling, dict[str, Timing]]) -> None:
+    print(f"\n{title}: milliseconds of torchvision, and how many times as long deformnet takes")
+    print("(medians; in brackets the 20 % and 80 % quantiles)")
+    print("| pooling | torchvision, ms | " + " | ".join(RULES) + " |")
+    print("|---" * (2 + len(RULES)) + "|")
+    for pooling, times in rows.items():
+        plain = times[TORCHVISION]
+        cells = [f"{1e3 * plain.median:.1f} ({1e3 * plain.quantile(0.2):.1f}-"]
+        cells[0] += f"{1e3 * plain.quantile(0.8):.1f})"
+        for rule in RULES:
+            ratio = median_ratio(times, rule, TORCHVISION)
+            cells.append(f"{ratio:.3f} ({_range(times[rule], plain.median)})")
+        print(f"| {pooling} | " + " | ".join(cells) + " |")
+    means = [
+        f"{geometric_mean([median_ratio(times, rule, TORCHVISION) for times in rows.values()]):.3f}"
+        for rule in RULES
+    ]
+    print("| geometric mean | | " + " | ".join(means) + " |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--json", type=Path, help="file for all timings")
+    options = parser.parse_args()
+
+    torch.set_num_threads(options.threads)
+    where = f"{setting()}, {cpu.instruction_set()} kernels"
+    print(where)
+    forward: dict[Pooling, dict[str, Timing]] = {}
+    back: dict[Pooling, dict[str, Timing]] = {}
+    for pooling in POOLINGS:
+        forward[pooling], back[pooling] = measure(pooling, rounds=options.rounds)
+    report("forward", forward)
+    report("backward", back)
+    if options.json:
+        content = {
+            "machine": where,
+            **{
+                key: {
+                    str(pooling): {name: timing.seconds for name, timing in times.items()}
+                    for pooling, times in rows.items()
+                }
+                for key, rows in (("forward", forward), ("backward", back))
+            },
+        }
+        options.json.write_text(json.dumps(content, indent=1))
+
+
+if __name__ == "__main__":
+    main()
