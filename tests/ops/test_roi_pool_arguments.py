@@ -612,3 +612,16 @@ def test_the_gradient_of_no_offset_is_refused(fast):
         torch.ops.deformnet.roi_pool_backward(
             torch.ones(3, 4, 2, 3), input, boxes, None, *rule, [True, True]
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_lists_of_half_precision_boxes_count_images(backend, dtype):
+    """257 is no number of bfloat16; from 2049 on float16 has every second one."""
+    images = 258 if dtype == torch.bfloat16 else 2050
+    maps = torch.zeros(images, 1, 1, 1, dtype=dtype)
+    maps[-1] = 1
+    boxes = [torch.zeros(0, 4, dtype=dtype)] * (images - 1)
+    boxes.append(torch.tensor([[0.0, 0, 0, 0]], dtype=dtype))
+    assert deform_roi_pool(maps, boxes, None, 1, backend=backend).tolist() == [[[[1]]]]
+    with torch.autocast("cpu", dtype):
+        assert deform_roi_pool(maps, boxes, None, 1, backend=backend).tolist() == [[[[1]]]]

@@ -194,6 +194,12 @@ def test_stored_proposals_of_an_image_are_sent_alone(shapes, stored):
         assert boxes.untyped_storage().nbytes() == boxes.numel() * 4
 
 
+def test_the_order_of_the_files_does_not_matter(stored):
+    files = [stored / "train.safetensors", stored / "val.safetensors"]
+    assert StoredProposals(files).digest == StoredProposals(files[::-1]).digest
+    assert StoredProposals(files).digest != StoredProposals(files[:1]).digest
+
+
 def test_stored_proposals_follow_the_image(shapes, tmp_path):
     """One proposal for each image, its first object: after the transforms both are still equal."""
     from deformnet.training.detection import DetectionJob

@@ -178,6 +178,8 @@ def _joined(boxes: Sequence[Tensor], input: Tensor) -> Tensor:
                 f"boxes: want all on one device and in one dtype, got {some.dtype} on "
                 f"{some.device} at {image} and {boxes[0].dtype} on {boxes[0].device} before"
             )
+        if some.dtype in (torch.bfloat16, torch.float16):
+            some = some.float()  # which can count the images of any batch
         rows.append(torch.cat([some.new_full((some.shape[0], 1), image), some], dim=1))
     if not rows:
         return input.new_zeros(0, 5)

@@ -37,7 +37,7 @@ class StoredProposals:
     """
 
     def __init__(self, files: Sequence[Path]) -> None:
-        digest = hashlib.sha256()
+        digests = []
         self.files = tuple(files)
         self._boxes: list[Tensor] = []
         self._places: dict[str, tuple[int, int, int]] = {}
@@ -69,9 +69,11 @@ class StoredProposals:
                     other = files[self._places[name][0]]
                     raise ValueError(f"{path}: image {name} has proposals in {other} already")
                 self._places[name] = (number, start, end)
-            digest.update(json.dumps([names, places]).encode())
+            digest = hashlib.sha256(json.dumps([names, places]).encode())
             digest.update(boxes.numpy().tobytes())
-        self.digest = digest.hexdigest()
+            digests.append(digest.hexdigest())
+        # The order of the files does not matter.
+        self.digest = hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()
 
     def __getitem__(self, name: str) -> Tensor:
         """Boxes [P, 4] of an image, in its pixels.
