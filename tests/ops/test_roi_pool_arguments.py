@@ -9,7 +9,7 @@ from deform_conv_cases import assert_same
 from roi_pool_cases import SAMPLINGS, Case, call, large_case, output_gradient, random_case, run
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from deformnet.ops import deform_ps_roi_pool, deform_roi_pool
+from deformnet.ops import backends, deform_ps_roi_pool, deform_roi_pool, library
 
 HALVES = [torch.bfloat16, torch.float16]
 ROI_OR_PS = pytest.mark.parametrize("position_sensitive", [False, True], ids=["roi", "ps"])
@@ -269,6 +269,33 @@ def test_autocast_leaves_float64_alone(backend):
     assert found.equal(call(case, backend))
 
 
+# ------------------------------------------------------------------------------------- backends
+
+
+def test_auto_falls_back_with_one_warning(monkeypatch):
+    monkeypatch.setattr(library, "CPU_UNAVAILABLE", "the file is gone")
+    monkeypatch.setattr(backends, "_warned", set())
+    case = large_case("bins", True)
+    with pytest.warns(RuntimeWarning, match="reference.*the file is gone") as caught:
+        found = [call(case, "auto") for _ in range(3)]
+    assert len([w for w in caught if "deformnet" in str(w.message)]) == 1
+    assert found[0].equal(call(case, "reference"))
+    with pytest.raises(RuntimeError, match="backend 'cpu' cannot run: the file is gone"):
+        call(case, "cpu")
+    with pytest.raises(RuntimeError, match="the file is gone"):
+        torch.ops.deformnet.roi_pool(*case.operator)
+
+
+def test_auto_takes_the_kernels(fast):
+    # Only they refuse a second derivative.
+    case = large_case("bins", True)
+    offset = case.offset.clone().requires_grad_()
+    output = call(replace(case, offset=offset), "auto")
+    (gradient,) = torch.autograd.grad(output.sum(), offset, create_graph=True)
+    with pytest.raises(NotImplementedError, match='backend="reference"'):
+        gradient.sum().backward()
+
+
 # ------------------------------------------------------------------------------------ bad input
 
 
@@ -479,15 +506,20 @@ def test_the_good_call_is_good(function):
 
 # Autocast makes the dtypes agree, so there they cannot be wrong.
 ROWS = [
-    (what, mode)
+    (what, mode, function)
     for what, (_, _, message) in BAD.items()
-    for mode in ("eager", "fake", "autocast", "compiled")
+    for mode, function in (
+        ("eager", deform_roi_pool),
+        ("eager", deform_ps_roi_pool),
+        ("fake", deform_ps_roi_pool),
+        ("autocast", deform_ps_roi_pool),
+        ("compiled", deform_roi_pool),
+    )
     if not (mode == "autocast" and "want torch." in message)
 ]
 
 
-@pytest.mark.parametrize("function", [deform_roi_pool, deform_ps_roi_pool])
-@pytest.mark.parametrize(("what", "mode"), ROWS)
+@pytest.mark.parametrize(("what", "mode", "function"), ROWS)
 def test_bad_input(what, mode, function):
     change, error, message = BAD[what]
     if mode == "compiled":

@@ -1,5 +1,6 @@
 """The RoI poolings under the compiler, export and FakeTensor."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -18,24 +19,20 @@ EVERY_SAMPLING = pytest.mark.parametrize("sampling", SAMPLINGS)
 
 
 class Network(nn.Module):
-    """Both poolings, each with offsets that come from a pooling without them."""
+    """Position-sensitive pooling with offsets that come from a pooling without them."""
 
     def __init__(self, sampling: str, backend: str) -> None:
         super().__init__()
         self.options = {"sampling": sampling, "samples_per_bin": 2, "backend": backend}
         self.features = nn.Conv2d(3, 4, 3, padding=1)
         self.scores = nn.Conv2d(4, 3 * 2 * 2, 1)
-        self.offsets = nn.Linear(16, 8)
-        self.fields = nn.Conv2d(4, 2 * 3 * 2 * 2, 1)
+        self.offsets = nn.Linear(16, 2 * 3 * 2 * 2)
 
     def forward(self, images: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
         maps = self.features(images).relu()
         plain = deform_roi_pool(maps, boxes, None, 2, 0.5, **self.options)
-        offset = self.offsets(plain.flatten(1)).reshape(-1, 2, 2, 2)
-        pooled = deform_roi_pool(maps, boxes, offset, 2, 0.5, **self.options)
-        offset = deform_ps_roi_pool(self.fields(maps), boxes, None, 2, 0.5, **self.options)
-        votes = deform_ps_roi_pool(self.scores(maps), boxes, offset, 2, 0.5, **self.options)
-        return torch.cat([pooled, votes], dim=1)
+        offset = self.offsets(plain.flatten(1)).reshape(-1, 6, 2, 2)
+        return deform_ps_roi_pool(self.scores(maps), boxes, offset, 2, 0.5, **self.options)
 
 
 def build(sampling: str, backend: str) -> Network:
@@ -98,27 +95,42 @@ def test_opcheck_backward(fast, needs, channels_last):
 def test_fullgraph_with_inductor(fast):
     network = build("bins", fast)
     compiled = torch.compile(network, fullgraph=True)
-    assert_same_step(compiled, network, *inputs(2, 11, 8, 5))
+    assert_same_step(compiled, network, *inputs(2, 7, 8, 6))
 
 
-@EVERY_SAMPLING
-def test_fullgraph(backend, sampling):
-    network = build(sampling, backend)
+def test_fullgraph(backend):
+    network = build("msra", backend)
     compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
-    images, boxes = inputs(2, 11, 8, 5)
+    images, boxes = inputs(2, 7, 8, 6)
     assert_same_step(compiled, network, images, boxes)
     last = images.contiguous(memory_format=torch.channels_last)
     assert_same_step(compiled, network, last, boxes)
 
 
 @EVERY_SAMPLING
-def test_fullgraph_with_dynamic_shapes_compiles_once(backend, sampling):
-    network = build(sampling, backend)
-    counter = CompileCounterWithBackend("aot_eager")
+def test_dynamic_shapes_compile_once(fast, sampling):
+    check_dynamic_shapes(build(sampling, fast), "aot_eager", assert_same_step)
+
+
+@pytest.mark.parametrize("sampling", ["bins", "aligned"])
+def test_dynamic_shapes_compile_the_reference_once(sampling):
+    # Traced alone: what a compiler makes of the backward pass takes long, and is no other function.
+    def assert_same_output(found, wanted, images, boxes):
+        torch.testing.assert_close(found(images, boxes), wanted(images, boxes), rtol=0, atol=1e-12)
+
+    check_dynamic_shapes(build(sampling, "reference"), "eager", assert_same_output)
+
+
+def check_dynamic_shapes(network: Network, compiler: str, check: Callable[..., None]) -> None:
+    counter = CompileCounterWithBackend(compiler)
     compiled = torch.compile(network, fullgraph=True, dynamic=True, backend=counter)
-    for shape in ((2, 11, 8, 5), (3, 9, 14, 2), (5, 32, 17, 11)):
-        assert_same_step(compiled, network, *inputs(*shape))
-    assert counter.frame_count == 1
+    # Not five boxes at first: a size that equals another one is taken for the same.
+    check(compiled, network, *inputs(2, 7, 8, 6))
+    # PyTorch starts over once it finds that gamma, a float, is a constant.
+    first = counter.frame_count
+    for shape in ((3, 4, 6, 2), (5, 9, 5, 11)):
+        check(compiled, network, *inputs(*shape))
+    assert counter.frame_count == first
 
 
 def test_a_list_of_boxes_compiles(backend):
@@ -142,7 +154,7 @@ def test_adaptive_sampling_compiles(backend):
 def test_autocast_compiles(backend):
     network = build("bins", backend).float()
     compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
-    images, boxes = inputs(2, 11, 8, 5)
+    images, boxes = inputs(2, 7, 8, 6)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found, wanted = compiled(images.float(), boxes), network(images.float(), boxes)
     assert found.dtype == torch.bfloat16
@@ -159,22 +171,21 @@ def test_a_full_graph_refuses_bad_input_with_the_same_words():
             compiled(case.input, case.boxes, case.offset, (3, 4))
 
 
-@EVERY_SAMPLING
-def test_export(backend, sampling):
-    network = build(sampling, backend).eval()
+def test_export(backend):
+    network = build("bins", backend).eval()
     dynamic = torch.export.Dim.DYNAMIC
     shapes = ({0: dynamic, 2: dynamic, 3: dynamic}, {0: dynamic})
-    program = torch.export.export(network, inputs(2, 11, 8, 5), dynamic_shapes=shapes)
+    program = torch.export.export(network, inputs(2, 7, 8, 6), dynamic_shapes=shapes)
     exported = program.module()
-    for shape in ((2, 11, 8, 5), (3, 9, 14, 2), (5, 32, 17, 11)):
+    for shape in ((2, 7, 8, 6), (3, 4, 6, 2), (5, 9, 5, 11)):
         arguments = inputs(*shape)
         torch.testing.assert_close(exported(*arguments), network(*arguments), rtol=0, atol=1e-12)
 
 
 def test_an_export_holds_the_operator_whole(fast):
-    program = torch.export.export(build("bins", fast).eval(), inputs(2, 11, 8, 5))
+    program = torch.export.export(build("bins", fast).eval(), inputs(2, 7, 8, 6))
     targets = [node.target for node in program.graph.nodes]
-    assert targets.count(torch.ops.deformnet.roi_pool.default) == 4
+    assert targets.count(torch.ops.deformnet.roi_pool.default) == 2
 
 
 @ROI_OR_PS

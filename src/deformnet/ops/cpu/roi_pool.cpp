@@ -57,10 +57,11 @@ Side side(const RoiProblem& p, double low, double high, bool exists, int64_t bin
     s.low = low * scale - 0.5;
     s.size = high * scale - 0.5 - s.low;
   }
-  // A number that is none fails every comparison.
+  // A number that is none fails every comparison. The side, too, must be looked at: the least size hides
+  // a last corner at minus infinity.
   const double largest = __DBL_MAX__;
-  if (!exists || !(__builtin_fabs(s.low) <= largest && __builtin_fabs(s.size) <= largest) ||
-      low != low || high != high)
+  const auto finite = [largest](double number) { return __builtin_fabs(number) <= largest; };
+  if (!exists || !finite(s.low) || !finite(s.size) || !finite(low) || !finite(high))
     s.low = s.size = kNaN;
   s.length = s.size / double(bins);
   s.count = double(p.samples_per_bin);

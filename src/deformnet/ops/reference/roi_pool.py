@@ -165,7 +165,8 @@ def _axis(
         step = length / count.clamp_min(1)
         start = low[:, None] + bin * length + step / 2
         step, count = step.expand_as(start), count.expand_as(start)
-    defined = exists & low.isfinite() & size.isfinite()
+    # The size may hide an infinite side.
+    defined = exists & low.isfinite() & high.isfinite() & size.isfinite()
     return _Axis(
         torch.where(defined, size, torch.nan),
         torch.where(defined[:, None], start, torch.nan),
