@@ -13,7 +13,9 @@ class Head(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.pool = DeformPSRoIPool2d(3, (2, 3), 0.25, offset_groups=2, gamma=0.5)
+        self.pool = DeformPSRoIPool2d(
+            3, (2, 3), 0.25, offset_groups=2, gamma=0.5, sampling="aligned"
+        )
 
     def forward(self, features, boxes):
         maps = features.new_zeros(len(features), 12, *features.shape[2:])
@@ -50,7 +52,7 @@ def test_bins_move_by_gamma_times_the_offset_times_the_size():
 
 def test_the_layer_of_faster_rcnn_and_lists_of_boxes():
     model = nn.Sequential()
-    pool = DeformRoIPool2d(2, 2, 0.5)
+    pool = DeformRoIPool2d(2, 2, 0.5, sampling="aligned")
     with torch.no_grad():
         pool.fc_offset.bias[0] = 1.0  # x of bin (0, 0)
     model.add_module("pool", pool)
@@ -69,6 +71,39 @@ def test_the_layer_of_faster_rcnn_and_lists_of_boxes():
     assert shift[0, 0, 0].tolist() == pytest.approx([6, 0, 6, 0])  # a tenth of 60 pixels
     assert shift[1, 0, 0].tolist() == pytest.approx([0.1, 0, 0.1, 0], abs=1e-6)
     assert shift[:, 1].abs().max() == 0
+
+
+@pytest.mark.parametrize("sampling", ["bins", "msra", "aligned"])
+def test_bins_move_as_far_as_the_samples(sampling):
+    """On a ramp the pooled value is the mean position: its change is how far a bin has moved."""
+    boxes = torch.tensor(
+        [[0.0, 101, 90, 140, 117], [0, 88, 120, 99.4, 139.7], [0, 150, 100, 151, 101]]
+    )
+    scale = 1 / 16
+    ramp = torch.arange(20.0).expand(1, 1, 20, 20)
+    for axis, maps in enumerate((ramp, ramp.mT)):
+        pool = DeformRoIPool2d(1, 2, scale, sampling=sampling)
+        plain_mean = pool(maps, boxes)
+        with torch.no_grad():
+            pool.fc_offset.bias[4 * axis : 4 * axis + 4] = torch.tensor([-1.0, 0.5, 1, 0])
+        shift = (pool(maps, boxes) - plain_mean)[:, 0] / scale
+
+        class Call(nn.Module):
+            def __init__(self, pool):
+                super().__init__()
+                self.pool = pool
+
+            def forward(self, features, boxes):
+                return self.pool(features, boxes)
+
+        plain, moved = moved_bins(Call(pool), "pool", maps, boxes)
+        torch.testing.assert_close((moved[:, 0] - plain)[..., axis], shift, rtol=0, atol=2e-3)
+        assert ((moved[:, 0] - plain)[..., 1 - axis] == 0).all()
+        # Together the bins are the box, of which "bins" and "msra" name the last pixel.
+        edges = boxes[:, 1:].clone()
+        edges[:, 2:] += sampling != "aligned"
+        torch.testing.assert_close(plain[:, 0, 0, :2], edges[:, :2])
+        torch.testing.assert_close(plain[:, 1, 1, 2:], edges[:, 2:])
 
 
 def test_a_layer_that_is_not_there():

@@ -125,6 +125,7 @@ def test_what_is_not_finite_or_has_no_area_is_never_selected(soft_nms, box_avera
         [10.0, 20.0, 30.0, 10.0],
         [30.0, 20.0, 10.0, 10.0],
         [-1e30, -1e30, 1e30, 1e30],
+        [0.0, 0.0, 1e-30, 1e-30],  # its area is zero in float32
     ]
     boxes = torch.tensor([*bad, good, good])
     scores = torch.tensor([0.9] * len(bad) + [nan, 0.4])[:, None]

@@ -198,6 +198,22 @@ def test_offsets_stay_in_float32(way):
     assert output.dtype == ps_output.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("as_list", [False, True])
+def test_boxes_in_half_precision(dtype, as_list):
+    """The operators take them beside a half-precision input, and so do the layers."""
+    x, boxes = images(4).to(dtype), BOXES[:1].to(dtype)
+    if as_list:
+        boxes = [boxes[:, 1:]]
+    layer, ps_layer = shake(DeformRoIPool2d(4, 2, 0.125)), shake(DeformPSRoIPool2d(4, 2, 0.125))
+    layer, ps_layer = layer.to(dtype), ps_layer.to(dtype)
+    wanted = ps_layer(x, x, BOXES[:1].float())
+    assert layer(x, boxes).dtype == dtype
+    assert torch.equal(ps_layer(x, x, boxes), wanted)
+    with torch.autocast("cpu", dtype=dtype):
+        assert torch.isfinite(ps_layer(x, x, boxes)).all()
+
+
 def test_state_dict_and_start():
     layer = DeformRoIPool2d(4, (3, 2))
     ps_layer = DeformPSRoIPool2d(4, (3, 2), offset_groups=5)

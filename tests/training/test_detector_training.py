@@ -6,9 +6,12 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torchvision import tv_tensors
+from torchvision.ops import box_iou
 
 from deformnet.data.boxes import BoxAnnotations
+from deformnet.data.detection import open_detection
 from deformnet.detections import read_detections, score
 from deformnet.inference import DetectionTesting, open_predictor
 from deformnet.recipes import (
@@ -164,6 +167,31 @@ def test_stored_proposals_that_do_not_fit(shapes, stored, tmp_path):
     cut.write_bytes(train_file.read_bytes()[:-8])
     with pytest.raises(ValueError, match=r"cut\.safetensors: damaged, or not a file of proposals"):
         StoredProposals([cut])
+    content = load_file(val_file)
+    names = {"names": json.dumps(["a", "b", "c"])}
+    count = len(content["boxes"])
+    for changed in (
+        {"starts": torch.zeros(0, dtype=torch.int64)},
+        {"starts": torch.tensor(count)},
+        {"starts": torch.tensor([0, count, 0, count])},
+        {"starts": torch.tensor([1, 1, 1, count])},
+        {"starts": torch.tensor([0, 0, 0, count + 1])},
+        {"starts": torch.tensor([0.0, 0, 0, count])},
+        {"boxes": content["boxes"].double()},
+        {"boxes": content["boxes"] * torch.nan},
+    ):
+        save_file(content | changed, cut, names)
+        with pytest.raises(ValueError, match=r"cut\.safetensors: damaged"):
+            StoredProposals([cut])
+
+
+def test_stored_proposals_of_an_image_are_sent_alone(shapes, stored):
+    """Loader processes send the whole storage of a tensor, be it a small part of it."""
+    proposals = StoredProposals([stored / "train.safetensors"])
+    images = open_detection(shapes, "train")
+    for index in range(len(images)):
+        boxes = proposals[images.name(index)]
+        assert boxes.untyped_storage().nbytes() == boxes.numel() * 4
 
 
 def test_stored_proposals_follow_the_image(shapes, tmp_path):
@@ -193,6 +221,26 @@ def test_stored_proposals_follow_the_image(shapes, tmp_path):
             assert sample.proposals.amax() > 1
 
 
+def test_recall_is_that_of_the_proposals(shapes, tmp_path):
+    """All of them, and not those that would be left of detections."""
+    recipe = quick(RPNRecipe, deform_layers=0, iterations=1, nms=0.1, score_threshold=0.6)
+    metrics = run(recipe, shapes, tmp_path, val_split="val")
+    out = tmp_path / "val.safetensors"
+    propose(open_predictor(tmp_path, device="cpu"), shapes, "val", out, progress=False)
+    stored, images = StoredProposals([out]), open_detection(shapes, "val")
+    records = {record.image: record for record in read_detections(tmp_path / "detections.jsonl")}
+    best = []
+    for index in range(len(images)):
+        name = images.name(index)
+        assert len(stored[name]) == 20
+        torch.testing.assert_close(torch.from_numpy(records[name].boxes), stored[name])
+        objects = images.annotations(index).boxes.as_subclass(torch.Tensor)
+        best.extend(box_iou(objects, stored[name]).amax(dim=1).tolist())
+    for iou in (0.5, 0.7):
+        share = sum(value >= iou for value in best) / len(best)
+        assert metrics["recall"][str(iou)] == pytest.approx(share)
+
+
 def test_images_without_objects_train(shapes, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(shapes, data)
@@ -201,7 +249,11 @@ def test_images_without_objects_train(shapes, tmp_path):
         file.write_text(text[: text.index("<object>")] + "</annotation>")
     for network in NETWORKS:
         out = tmp_path / network.network
-        run(quick(network, iterations=2, deform_layers=0), data, out)
+        metrics = run(quick(network, iterations=2, deform_layers=0), data, out, val_split="train")
+        if network is RPNRecipe:
+            assert metrics["recall"] == {"0.5": None, "0.7": None}
+        else:
+            assert metrics["voc"]["area"]["mean_ap"] == {"0.5": None, "0.7": None}
         for row in read_log(out / "metrics.csv"):
             assert float(row["rpn_box"]) == float(row.get("box", 0)) == 0
             assert float(row["rpn_class"]) > 0

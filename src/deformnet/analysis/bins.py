@@ -21,8 +21,9 @@ class MovedBins(NamedTuple):
 def moved_bins(model: nn.Module, layer: str, *inputs: Any) -> MovedBins:
     """The bins of a deformable RoI pooling layer in one call of a model.
 
-    They are the exact parts of the boxes, moved by what the layer computes. (The sampling rule
-    "bins" then reads whole cells of the map, and "msra" rounds the boxes first.)
+    They are the exact parts of the boxes, whose last pixel "bins" and "msra" sampling count in, and
+    they move as far as the layer moves them: by its offsets times the size that the rule of
+    sampling gives to the box. (Of the map, "bins" then reads whole cells.)
 
     Args:
         model: any network that has the layer and calls it once.
@@ -54,17 +55,35 @@ def moved_bins(model: nn.Module, layer: str, *inputs: Any) -> MovedBins:
     if not isinstance(boxes, Tensor):
         boxes = torch.cat([torch.cat([part.new_zeros(len(part), 1), part], 1) for part in boxes])
     ph, pw = pool.output_size
-    corners = boxes[:, 1:].float()
-    sizes = corners[:, 2:] - corners[:, :2]  # (width, height)
+    corners = boxes[:, 1:].double()
+    sizes = _measured(pool, corners).float()
+    corners[:, 2:] += pool.sampling != "aligned"
+    corners = corners.float()
     columns = torch.arange(pw, device=boxes.device) / pw
     rows = torch.arange(ph, device=boxes.device) / ph
     y, x = torch.meshgrid(rows, columns, indexing="ij")
     starts = torch.stack([x, y], dim=-1)  # shares of the box
     ends = starts + torch.tensor([1 / pw, 1 / ph], device=boxes.device)
     shares = torch.stack([starts, ends], dim=-2)  # [ph, pw, start or end, (x, y)]
-    origin, extent = corners[:, None, None, None, :2], sizes[:, None, None, None]
+    origin = corners[:, None, None, None, :2]
+    extent = (corners[:, 2:] - corners[:, :2])[:, None, None, None]
     plain = origin + shares * extent
     # [R, G, (x, y), ph, pw] to [R, G, ph, pw, (x, y)]
     shifts = offsets.unflatten(1, (-1, 2)).permute(0, 1, 3, 4, 2) * pool.gamma
     moved = plain[:, None] + (shifts * sizes[:, None, None, None])[..., None, :]
     return MovedBins(plain.flatten(-2), moved.flatten(-2))
+
+
+def _measured(pool: DeformRoIPool2d | DeformPSRoIPool2d, corners: Tensor) -> Tensor:
+    """Width and height [R, 2] that offsets count in, in pixels of the image."""
+    low, high, scale = corners[:, :2], corners[:, 2:], pool.spatial_scale
+    if pool.sampling == "bins":
+        return (_round(high * scale) - _round(low * scale) + 1).clamp(min=1) / scale
+    if pool.sampling == "msra":
+        return (_round(high) + 1 - _round(low)).clamp(min=0.1 / scale)
+    return high - low
+
+
+def _round(numbers: Tensor) -> Tensor:
+    """To whole numbers, halves away from zero."""
+    return numbers.sign() * (numbers.abs() + 0.5).floor()

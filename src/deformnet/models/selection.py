@@ -102,7 +102,8 @@ def _empty(candidates: Candidates) -> Detections:
 def _has_area(boxes: Tensor) -> Tensor:
     """bool [K]; False for boxes [K, 4] that are not finite, too."""
     width, height = (boxes[:, 2:] - boxes[:, :2]).unbind(dim=1)
-    return (width > 0) & (height > 0) & (width * height).isfinite()
+    area = width * height  # of a sliver it may be rounded to zero, and its IoU would be NaN
+    return (width > 0) & (height > 0) & (area > 0) & area.isfinite()
 
 
 def _soft_nms(

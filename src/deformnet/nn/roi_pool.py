@@ -1,6 +1,7 @@
 """Deformable RoI pooling, plain and position-sensitive, as layers that learn their own offsets."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -149,7 +150,7 @@ class DeformPSRoIPool2d(nn.Module):
             raise ValueError(
                 f"features: wanted [N, {self.in_channels}, H, W], got {list(features.shape)}"
             )
-        fields = self.conv_offset(features)
+        fields, boxes = self.conv_offset(features), _precise(boxes)
         device = fields.device.type
         if autocasts(device):  # the pooling, too, would be done in half precision
             with torch.autocast(device, enabled=False):
@@ -175,6 +176,14 @@ class DeformPSRoIPool2d(nn.Module):
             f"{self.in_channels}, {self.output_size}, {self.spatial_scale:g}, "
             f"offset_groups={self.offset_groups}, gamma={self.gamma}, sampling={self.sampling!r}"
         )
+
+
+def _precise(boxes: Any) -> Any:
+    """Boxes, or a list of them, as the operator takes them beside fields in float32 or better."""
+    if isinstance(boxes, (list, tuple)):
+        return [_precise(some) for some in boxes]
+    half = isinstance(boxes, Tensor) and boxes.dtype in (torch.float16, torch.bfloat16)
+    return boxes.float() if half else boxes
 
 
 def _bins(output_size: int | tuple[int, int]) -> tuple[int, int]:

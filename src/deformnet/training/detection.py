@@ -1,5 +1,6 @@
 """The detectors for Lightning: the training step, the scoring of images, and the data of both."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from deformnet.data.voc import VOCDetection
 from deformnet.detections import Record, score_records, write_detections
 from deformnet.inference import DetectionPredictor, DetectionTesting, detection_predictor
 from deformnet.models.detector import Detections, Detector, Size, Target
+from deformnet.models.rpn import RPNDetector
 from deformnet.recipes import DetectorRecipe, FasterRCNNRecipe, RFCNRecipe, RPNRecipe
 from deformnet.runs import DataIdentity
 from deformnet.training.loading import ScoringData, TrainingData
@@ -102,10 +104,17 @@ class DetectionModule(TrainingModule):
 
     def on_validation_epoch_start(self) -> None:
         self.found = {}
-        names = (_OBJECT,) if isinstance(self.recipe, RPNRecipe) else self.data.classes
-        self._predictor = detection_predictor(
-            self.recipe, self.model, names, self.testing, self.device
-        )
+        recipe, names = self.recipe, self.data.classes
+        if isinstance(self.model, RPNDetector) and not self.model.class_aware:
+            # The proposals as another network gets them, suppressed as they are made and no more.
+            names = (_OBJECT,)
+            recipe = dataclasses.replace(
+                recipe,
+                score_threshold=0.0,
+                nms=self.model.rpn.nms,
+                max_detections=recipe.proposals,
+            )
+        self._predictor = detection_predictor(recipe, self.model, names, self.testing, self.device)
 
     def validation_step(self, batch: tuple[int, Tensor, Tensor | None], batch_idx: int) -> None:
         assert self._predictor is not None
@@ -194,8 +203,11 @@ class DetectionJob:
         return score_records(records, images, method=method)
 
 
-def _recall(found: Mapping[int, Detections], images: DetectionImages) -> dict[str, float]:
-    """The share of objects that a proposal overlaps by at least an IoU of 0.5 and of 0.7."""
+def _recall(found: Mapping[int, Detections], images: DetectionImages) -> dict[str, float | None]:
+    """The share of objects that a proposal overlaps by at least an IoU of 0.5 and of 0.7.
+
+    None if there are no objects.
+    """
     best = []
     for index, proposals in found.items():
         objects = images.annotations(index)
@@ -203,6 +215,8 @@ def _recall(found: Mapping[int, Detections], images: DetectionImages) -> dict[st
         nothing = boxes.new_zeros(len(boxes), 1)
         best.append(torch.cat([nothing, box_iou(boxes, proposals.boxes)], dim=1).amax(dim=1))
     overlaps = torch.cat(best)
+    if not len(overlaps):
+        return {"0.5": None, "0.7": None}
     return {str(iou): float((overlaps >= iou).float().mean()) for iou in (0.5, 0.7)}
 
 

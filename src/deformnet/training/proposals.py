@@ -50,13 +50,19 @@ class StoredProposals:
                     names = json.loads(file.metadata()["names"])
             except (SafetensorError, KeyError, TypeError, ValueError) as error:
                 raise ValueError(f"{path}: damaged, or not a file of proposals") from error
-            places = starts.tolist()
             if (
-                boxes.shape != (places[-1], 4)
-                or len(places) != len(names) + 1
+                boxes.dtype != torch.float32
+                or boxes.ndim != 2
+                or boxes.shape[1] != 4
+                or starts.dtype != torch.int64
+                or starts.shape != (len(names) + 1,)
+                or int(starts[0]) != 0
+                or int(starts[-1]) != len(boxes)
+                or bool((starts.diff() < 0).any())
                 or not boxes.isfinite().all()
             ):
                 raise ValueError(f"{path}: damaged, its boxes do not fit its images")
+            places = starts.tolist()
             self._boxes.append(boxes)
             for name, start, end in zip(names, places[:-1], places[1:], strict=True):
                 if name in self._places:
@@ -76,7 +82,8 @@ class StoredProposals:
         if name not in self._places:
             raise ValueError(f"{self.files[0]}: has no proposals for image {name}")
         number, start, end = self._places[name]
-        return self._boxes[number][start:end]
+        # A copy: with a part of a tensor, a loader process would send all of it.
+        return self._boxes[number][start:end].clone()
 
 
 def propose(
