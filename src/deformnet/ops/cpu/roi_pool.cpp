@@ -675,8 +675,8 @@ int sensitive_forward(const RoiProblem& p, const RoiForwardTensors& tensors) {
     Window<A, false> window(mine, p);
     A* planes = reinterpret_cast<A*>(mine + Window<A, false>::bytes(p));
     std::memset(planes, 0, size_t(piece * size) * sizeof(A));
-    // Neighbouring bins, which share cache lines of the output, go to the same thread.
-#pragma omp for schedule(static)
+    // Bins of a row, which share cache lines of the output, go to the same thread.
+#pragma omp for schedule(dynamic, p.out_w)
     for (int64_t item = 0; item < p.groups * pieces * bins; ++item) {
       const int64_t bin = item % bins, group = item / bins / pieces;
       const int64_t begin = group * group_channels + item / bins % pieces * piece;
@@ -726,7 +726,7 @@ int sensitive_backward(const RoiProblem& p, const RoiBackwardTensors& tensors) {
     A* planes = offset_sums + W::bytes_of<A>(2 * p.boxes) / int64_t(sizeof(A));
     A* sums = planes + W::bytes_of<A>(piece * size) / int64_t(sizeof(A));
     std::memset(planes, 0, size_t(piece * size) * sizeof(A));
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic, p.out_w)
     for (int64_t item = 0; item < p.groups * bins; ++item) {
       const int64_t bin = item % bins, group = item / bins;
       for (int64_t i = 0; i < 2 * p.boxes; ++i) offset_sums[i] = A(0);
