@@ -80,7 +80,7 @@ inline const char* element(const void* data, int32_t dtype, int64_t index) {
   return static_cast<const char*>(data) + index * size;
 }
 
-inline double read_number(const void* data, int32_t dtype, int64_t index) {
+__attribute__((always_inline)) inline double read_number(const void* data, int32_t dtype, int64_t index) {
   switch (dtype) {
     case kFloat64: return read(static_cast<const double*>(data)[index]);
     case kFloat32: return read(static_cast<const float*>(data)[index]);

@@ -80,9 +80,9 @@ Box read_box(const RoiProblem& p, const void* boxes, int64_t r) {
 }
 
 // Samples are placed a few at a time.
-typedef double Doubles __attribute__((vector_size(64)));
-typedef int64_t Longs __attribute__((vector_size(64)));
-typedef int32_t Ints __attribute__((vector_size(32)));
+typedef double Doubles __attribute__((vector_size(32)));
+typedef int64_t Longs __attribute__((vector_size(32)));
+typedef int32_t Ints __attribute__((vector_size(16)));
 
 // What a bin reads along one axis of the map. Derivatives are there where `Slopes` is true.
 template <class A, bool Slopes>
@@ -159,20 +159,21 @@ class Axis {
     if (low + number < 0) return true;
     first = low < 0 ? 0 : low < end ? int64_t(low) : size_;
     last = low + number < end ? int64_t(low + number) + 1 : size_;
+    // The outer two cells, where they lie on the map. Whole vectors are stored: single numbers would
+    // have to reach memory before a vector of them can be read.
+    const Index<A> one = low >= 0 && low < end ? Index<A>(low) : Index<A>(-1);
+    const Index<A> other = low + number < end ? Index<A>(low + number) : Index<A>(-1);
     IndexVec<A> lanes;
     for (int j = 0; j < kLanes<A>; ++j) lanes[j] = Index<A>(j);
     for (int64_t q = first; q < last; q += kLanes<A>) {
-      const IndexVec<A> within = lanes < Index<A>(last - q);
-      store(weight + q, within ? Vec<A>{} + 1 : Vec<A>{});
+      const IndexVec<A> pixel = lanes + Index<A>(q), within = pixel < Index<A>(last);
+      Vec<A> weights = within ? Vec<A>{} + 1 : Vec<A>{};
+      weights = pixel == one ? Vec<A>{} + (1 - fraction) : weights;
+      weights = pixel == other ? Vec<A>{} + fraction : weights;
+      store(weight + q, weights);
+      if constexpr (Slopes)
+        store(slope + q, pixel == one ? Vec<A>{} - 1 : pixel == other ? Vec<A>{} + 1 : Vec<A>{});
       std::memcpy(read + q, &within, sizeof within);
-    }
-    if (low >= 0 && low < end) {
-      weight[first] = 1 - fraction;
-      if constexpr (Slopes) slope[first] = A(-1);
-    }
-    if (low + number < end) {
-      weight[last - 1] = fraction;
-      if constexpr (Slopes) slope[last - 1] = A(1);
     }
     return true;
   }
@@ -196,8 +197,8 @@ class Axis {
       samples = some > 0 ? int64_t(some) : 0;
     }
     Ints inside{};
-    for (int64_t i = 0; i < samples; i += 8) {
-      const Doubles lanes = {0, 1, 2, 3, 4, 5, 6, 7};
+    for (int64_t i = 0; i < samples; i += 4) {
+      const Doubles lanes = {0, 1, 2, 3};
       Doubles at = start + (lanes + (begin + double(i))) * side.step;
       const Longs within = (at >= lowest) & (at <= highest) & (lanes < double(samples - i));
       // Beyond the last pixel's centre the value is the last pixel's.
@@ -207,27 +208,26 @@ class Axis {
       const Ints cells = __builtin_convertvector(at, Ints);
       const Ints counts = __builtin_convertvector(within, Ints);
       inside -= counts;
-      place_eight(cells, at - __builtin_convertvector(cells, Doubles), counts, moves,
-                  least<int64_t>(8, samples - i), i > 0);
+      place_four(cells, at - __builtin_convertvector(cells, Doubles), counts, moves,
+                 least<int64_t>(4, samples - i), i > 0);
     }
     number = side.count;
     if (msra) {
-      inside += __builtin_shuffle(inside, Ints{4, 5, 6, 7, 0, 1, 2, 3});
-      inside += __builtin_shuffle(inside, Ints{2, 3, 0, 1, 6, 7, 4, 5});
+      inside += __builtin_shuffle(inside, Ints{2, 3, 0, 1});
       number = double(inside[0] + inside[1]);
     }
     return true;
   }
 
-  // Places up to eight samples, each a fraction of the way from a cell to the next, where they count.
+  // Places up to four samples, each a fraction of the way from a cell to the next, where they count.
   // `more`: beside others.
-  void place_eight(Ints cells, Doubles fractions, Ints counts, Longs moves, int64_t samples, bool more) {
-    typedef A Eight __attribute__((vector_size(8 * sizeof(A))));
+  __attribute__((always_inline)) void place_four(Ints cells, Doubles fractions, Ints counts, Longs moves, int64_t samples, bool more) {
+    typedef A Four __attribute__((vector_size(4 * sizeof(A))));
     // Arrays: a vector of which all lanes are asked for one by one is taken apart at some cost.
-    int32_t low[8], high[8];
-    A low_weight[8], high_weight[8], move[8];
-    const Eight fraction = __builtin_convertvector(fractions, Eight), rest = 1 - fraction;
-    const Eight moving = -__builtin_convertvector(moves, Eight);
+    int32_t low[4], high[4];
+    A low_weight[4], high_weight[4], move[4];
+    const Four fraction = __builtin_convertvector(fractions, Four), rest = 1 - fraction;
+    const Four moving = -__builtin_convertvector(moves, Four);
     // Samples that do not count lie on no pixel.
     const Ints here = counts ? cells : Ints{} - 1;
     const Ints next = counts ? cells - (cells < int32_t(size_ - 1)) : Ints{} - 1;
@@ -237,7 +237,7 @@ class Axis {
     std::memcpy(high_weight, &fraction, sizeof fraction);
     std::memcpy(move, &moving, sizeof moving);
 
-    int32_t ends[8];
+    int32_t ends[4];
     std::memcpy(ends, &cells, sizeof ends);
     const int64_t one = ends[0], other = ends[samples - 1];
     const int64_t from = least(one, other), to = least(most(one, other) + 2, size_);
@@ -624,32 +624,31 @@ A pool_plane(const Window<A, false>& w, const A* plane, int64_t width) {
   return sum<A>(total) * w.scale;
 }
 
+// A plane's part in the gradient of a bin: adds derivatives of the mean by its position, times `grad`,
+// to `by_x` and `by_y`, and the gradient of the map to `sums`. Null pointers: not wanted.
 template <class A>
-inline void slope_plane(const Window<A, true>& w, const A* plane, int64_t width, A grad, Vec<A>* by_x,
-                        Vec<A>* by_y) {
+inline void pool_plane_backward(const Window<A, true>& w, const A* plane, int64_t width, A grad,
+                                Vec<A>* by_x, Vec<A>* by_y, A* sums) {
   const auto &rows = w.rows, &columns = w.columns;
   for (int64_t x = columns.first; x < columns.last; x += kLanes<A>) {
+    const Vec<A> weight = load(columns.weight + x);
+    const Vec<A> grads = where_read<A>(columns.read + x, weight * grad);
     Vec<A> value{}, slope{};
     for (int64_t y = rows.first; y < rows.last; ++y) {
       if (!rows.read[y]) continue;
-      const Vec<A> pixels = load(plane + y * width + x);
-      value = multiply_add(pixels, Vec<A>{} + rows.weight[y], value);
-      slope = multiply_add(pixels, Vec<A>{} + rows.slope[y], slope);
+      const int64_t at = y * width + x;
+      if (plane) {
+        const Vec<A> pixels = load(plane + at);
+        value = multiply_add(pixels, Vec<A>{} + rows.weight[y], value);
+        slope = multiply_add(pixels, Vec<A>{} + rows.slope[y], slope);
+      }
+      if (sums) store(sums + at, multiply_add(grads, Vec<A>{} + rows.weight[y], load(sums + at)));
     }
-    *by_x = multiply_add(where_read<A>(columns.read + x, value) * load(columns.slope + x), Vec<A>{} + grad, *by_x);
-    *by_y = multiply_add(where_read<A>(columns.read + x, slope) * load(columns.weight + x), Vec<A>{} + grad, *by_y);
-  }
-}
-
-template <class A>
-inline void add_plane(const Window<A, true>& w, A grad, int64_t width, A* sums) {
-  const auto &rows = w.rows, &columns = w.columns;
-  for (int64_t x = columns.first; x < columns.last; x += kLanes<A>) {
-    const Vec<A> column = where_read<A>(columns.read + x, load(columns.weight + x) * grad);
-    for (int64_t y = rows.first; y < rows.last; ++y) {
-      if (!rows.read[y]) continue;
-      A* to = sums + y * width + x;
-      store(to, multiply_add(column, Vec<A>{} + rows.weight[y], load(to)));
+    if (plane) {
+      const Vec<A> along = where_read<A>(columns.read + x, value) * load(columns.slope + x);
+      const Vec<A> across = where_read<A>(columns.read + x, slope) * weight;
+      *by_x = multiply_add(along, Vec<A>{} + grad, *by_x);
+      *by_y = multiply_add(across, Vec<A>{} + grad, *by_y);
     }
   }
 }
@@ -676,8 +675,8 @@ int sensitive_forward(const RoiProblem& p, const RoiForwardTensors& tensors) {
     Window<A, false> window(mine, p);
     A* planes = reinterpret_cast<A*>(mine + Window<A, false>::bytes(p));
     std::memset(planes, 0, size_t(piece * size) * sizeof(A));
-    // Neighbouring bins, which share cache lines of the output, go to the same thread.
-#pragma omp for schedule(static)
+    // Bins of a row, which share cache lines of the output, go to the same thread.
+#pragma omp for schedule(dynamic, p.out_w)
     for (int64_t item = 0; item < p.groups * pieces * bins; ++item) {
       const int64_t bin = item % bins, group = item / bins / pieces;
       const int64_t begin = group * group_channels + item / bins % pieces * piece;
@@ -727,7 +726,7 @@ int sensitive_backward(const RoiProblem& p, const RoiBackwardTensors& tensors) {
     A* planes = offset_sums + W::bytes_of<A>(2 * p.boxes) / int64_t(sizeof(A));
     A* sums = planes + W::bytes_of<A>(piece * size) / int64_t(sizeof(A));
     std::memset(planes, 0, size_t(piece * size) * sizeof(A));
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic, p.out_w)
     for (int64_t item = 0; item < p.groups * bins; ++item) {
       const int64_t bin = item % bins, group = item / bins;
       for (int64_t i = 0; i < 2 * p.boxes; ++i) offset_sums[i] = A(0);
@@ -755,9 +754,9 @@ int sensitive_backward(const RoiProblem& p, const RoiBackwardTensors& tensors) {
             Vec<A> by_x{}, by_y{};
             for (int64_t c = begin; c < end; ++c) {
               const A grad = A(read(from[c * bins])) * window.scale;
-              if (tensors.grad_offset)
-                slope_plane<A>(window, planes + (c - begin) * size, p.in_w, grad, &by_x, &by_y);
-              if (grad_input) add_plane<A>(window, grad, p.in_w, sums + (c - begin) * size);
+              const int64_t at = (c - begin) * size;
+              pool_plane_backward<A>(window, tensors.grad_offset ? planes + at : nullptr, p.in_w, grad, &by_x,
+                                     &by_y, grad_input ? sums + at : nullptr);
             }
             if (tensors.grad_offset) {
               offset_sums[2 * r] += sum<A>(by_x);

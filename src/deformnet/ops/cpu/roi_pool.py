@@ -10,6 +10,9 @@ from deformnet.ops.cpu.loading import DTYPES, address, call, dense
 # As `Sampling` of kernels.h.
 _SAMPLINGS = {"bins": 0, "msra": 1, "aligned": 2}
 
+# Rows and columns are counted in 32 bits, and vectors reach beyond the last.
+_MOST_SIDE = 2**30
+
 
 class _Problem(ctypes.Structure):
     """`RoiProblem` of kernels.h, field by field."""
@@ -173,6 +176,10 @@ def _problem(
     channels_last: bool,
 ) -> _Problem:
     batch, _, in_h, in_w = input.shape
+    if max(in_h, in_w) > _MOST_SIDE:
+        raise ValueError(
+            f"input: wanted at most {_MOST_SIDE} rows and columns, got {in_h} x {in_w}"
+        )
     return _Problem(
         *(batch, in_h, in_w, boxes.shape[0]),
         *(_out_channels(input, output_size, position_sensitive), *output_size),
