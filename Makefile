@@ -27,6 +27,7 @@ test: $(READY)
 bench: $(READY)
 	$(BIN)/python -m benchmarks.deform_conv
 	$(BIN)/python -m benchmarks.roi_pool
+	$(BIN)/python -m benchmarks.detectors
 
 lint: $(READY)
 	$(BIN)/ruff check .
