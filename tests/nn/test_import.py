@@ -9,6 +9,8 @@ import deformnet
 def test_public_names():
     assert set(deformnet.__all__) == {
         "DeformConv2d",
+        "DeformPSRoIPool2d",
+        "DeformRoIPool2d",
         "__version__",
         "deform_",
         "parameter_groups",

@@ -158,10 +158,10 @@ object. Faint points lie outside the map, where there is nothing to read.</p>
 <img src="sampling.png" alt="Sampling locations of units in both networks">
 
 <h2>What a detector pools</h2>
-<p>An R-FCN with deformable convolutions and deformable pooling, {detector_iterations} iterations
-from random weights. It divides each box into 3&times;3 bins, each of which votes for the class; the
-offsets move the bins to where the parts of an object are (Figure 7). Shown is the best detection of
-each of the first images in which it is right. {found}</p>
+<p>An R-FCN with deformable pooling, {detector_iterations} iterations from random weights. It
+divides each box into 3&times;3 bins, each of which votes for the class; offsets move the bins to
+where there is most to see of the object (Figure 7). Shown is the best detection of each of the
+first images in which it is right. {found}</p>
 <img src="parts.png" alt="Detections with their bins, moved by the offsets">
 </body>
 </html>
