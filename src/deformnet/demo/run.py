@@ -68,9 +68,9 @@ def run_demo(demo: Demo, out: Path, say: Callable[[str], None]) -> None:
     say(
         f"A plain and a deformable network (DeepLab on ResNet-18) learn to segment made images: "
         f"{demo.images} of {demo.size}x{demo.size} pixels, {demo.iterations} iterations each, "
-        f"scored on {demo.val} more. Then a detector with deformable pooling (R-FCN) learns to find "
-        f"the same objects in {demo.detector_iterations} iterations. On two CPU cores this takes "
-        f"about {_minutes(demo)} min; stopped with Ctrl-C, the same command continues."
+        f"scored on {demo.val} more. Then a detector with deformable pooling (R-FCN) learns to "
+        f"find the same objects in {demo.detector_iterations} iterations. On two CPU cores this "
+        f"takes about {_minutes(demo)} min; stopped with Ctrl-C, the same command continues."
     )
     data = out / "data"
     _make_images(demo, data, say)
