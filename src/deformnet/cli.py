@@ -7,9 +7,9 @@ import argparse
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from tyro.conf import Positional
@@ -17,16 +17,15 @@ from tyro.extras import SubcommandApp
 
 from deformnet.demo.settings import Demo
 from deformnet.recipes import (
+    ONE_LOOK,
     ClassAwareRPNRecipe,
     DeepLabRecipe,
+    DetectionTesting,
     FasterRCNNRecipe,
     Recipe,
     RFCNRecipe,
     RPNRecipe,
 )
-
-if TYPE_CHECKING:
-    from deformnet.inference import DetectionTesting
 
 # Exit codes.
 FAILED = 1
@@ -167,36 +166,22 @@ def _train(run: Run, recipe: Recipe, proposals: tuple[Path, ...]) -> None:
     _print_scores(metrics)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Testing:
-    """How detectors look at images beyond once; see `deformnet.inference.DetectionTesting`."""
-
-    scales: tuple[int, ...] = ()
-    """Of detectors: shorter sides at which the network sees each image, such as 480 576 688; none
-    is the recipe's own."""
-    flip: bool = False
-    """Of detectors: look at the mirrored image as well."""
-    refine: int = 1
-    """Of detectors: how often boxes pass through the network, each time as proposals."""
-    box_averaging: bool = False
-    """Of detectors: report the mean of overlapping boxes, weighted by their scores."""
-    soft_nms: bool = False
-    """Of detectors: lower the scores of overlapping boxes in place of dropping them."""
-
-
 def evaluate(
     run: Positional[Path],
     *,
     data: Path,
     split: str = "val",
     score_at: Literal["truth", "network"] = "truth",
-    testing: Annotated[Testing, tyro.conf.arg(name="")] = Testing(),
+    testing: Annotated[DetectionTesting, tyro.conf.arg(name="")] = ONE_LOOK,
     stored_proposals: tuple[Path, ...] = (),
     devices: int | None = None,
     accelerator: Literal["auto", "cpu", "gpu"] = "auto",
     workers: int | None = None,
 ) -> None:
     """Score a trained run; writes metrics-SPLIT.json into its folder.
+
+    How often and at which sizes an image is looked at, and how boxes are merged (--scales to
+    --soft-nms), is for detectors.
 
     Args:
         run: Run folder.
@@ -216,7 +201,7 @@ def evaluate(
         data,
         split,
         score_at=score_at,
-        testing=_testing(testing),
+        testing=testing,
         proposals=stored_proposals,
         devices=devices,
         accelerator=accelerator,
@@ -231,7 +216,7 @@ def predict(
     *,
     out: Path,
     threshold: float = 0.5,
-    testing: Annotated[Testing, tyro.conf.arg(name="")] = Testing(),
+    testing: Annotated[DetectionTesting, tyro.conf.arg(name="")] = ONE_LOOK,
     device: str | None = None,
 ) -> None:
     """Segment images, or find boxes in them.
@@ -259,7 +244,7 @@ def predict(
     if not images:
         raise ValueError("images: name at least one file or folder")
     files = find_images(images)
-    predictor = open_predictor(run, testing=_testing(testing), device=device)
+    predictor = open_predictor(run, testing=testing, device=device)
     if isinstance(predictor, SegmentationPredictor):
         seen = predict_files(predictor, files, out)
     else:
@@ -437,12 +422,6 @@ def _base_recipe(recipe: type[Recipe], arguments: Sequence[str]) -> Recipe:
     if known.recipe is None or recipe.network not in arguments:
         return recipe()
     return recipe.load(known.recipe)
-
-
-def _testing(options: Testing) -> "DetectionTesting":
-    from deformnet.inference import DetectionTesting
-
-    return DetectionTesting(**asdict(options))
 
 
 def _is_about_input(error: Exception) -> bool:

@@ -308,6 +308,38 @@ class RFCNRecipe(DetectorRecipe):
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class DetectionTesting:
+    """What is done beyond looking at an image once; the defaults do nothing more.
+
+    The paper's "M" is `scales=(480, 576, 688, 864, 1200, 1400)`, and its "B" (iterative bounding
+    box average) is `refine=2, box_averaging=True`.
+    """
+
+    scales: tuple[int, ...] = ()
+    """Shorter sides, in pixels, at which the network sees the image; none: as in training."""
+    flip: bool = False
+    """Look at the mirrored image as well, at each size."""
+    refine: int = 1
+    """How often boxes pass through the detector; from the second time on, those found before are
+    its proposals. What all passes found counts."""
+    box_averaging: bool = False
+    """Report, for each box, the mean of those around it, weighted by their scores."""
+    soft_nms: bool = False
+    """Lower the scores of boxes that overlap better ones, where otherwise they are dropped."""
+
+    def __post_init__(self) -> None:
+        if any(side < 1 for side in self.scales):
+            raise ValueError(f"scales must be at least 1 pixel, got {self.scales}")
+        if len(set(self.scales)) < len(self.scales):
+            raise ValueError(f"scales must differ from one another, got {self.scales}")
+        if self.refine < 1:
+            raise ValueError(f"refine must be at least 1, got {self.refine}")
+
+
+ONE_LOOK = DetectionTesting()
+"""Nothing more."""
+
 RECIPES = (DeepLabRecipe, RPNRecipe, ClassAwareRPNRecipe, FasterRCNNRecipe, RFCNRecipe)
 """A recipe class for every network."""
 

@@ -6,7 +6,6 @@ CNN model", section 5).
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,41 +20,10 @@ from deformnet.inference.drawing import draw_boxes
 from deformnet.inference.files import read_images
 from deformnet.models.detector import Candidates, Detections, Detector, Features, Proposals, Size
 from deformnet.models.selection import merge, select
+from deformnet.recipes import ONE_LOOK, DetectionTesting
 from deformnet.runs import replacing
 
 _BOXES_AT_ONCE = 1000  # pooled features of so many boxes are in memory; refinement asks for more
-
-
-@dataclass(frozen=True, kw_only=True)
-class DetectionTesting:
-    """What is done beyond looking at an image once; the defaults do nothing more.
-
-    The paper's "M" is `scales=(480, 576, 688, 864, 1200, 1400)`, and its "B" (iterative bounding
-    box average) is `refine=2, box_averaging=True`.
-    """
-
-    scales: tuple[int, ...] = ()
-    """Shorter sides, in pixels, at which the network sees the image; none: as in training."""
-    flip: bool = False
-    """Look at the mirrored image as well, at each size."""
-    refine: int = 1
-    """How often boxes pass through the detector; from the second time on, those found before are
-    its proposals. What all passes found counts."""
-    box_averaging: bool = False
-    """Report, for each box, the mean of those around it, weighted by their scores."""
-    soft_nms: bool = False
-    """Lower the scores of boxes that overlap better ones, where otherwise they are dropped."""
-
-    def __post_init__(self) -> None:
-        if any(side < 1 for side in self.scales):
-            raise ValueError(f"scales must be at least 1 pixel, got {self.scales}")
-        if len(set(self.scales)) < len(self.scales):
-            raise ValueError(f"scales must differ from one another, got {self.scales}")
-        if self.refine < 1:
-            raise ValueError(f"refine must be at least 1, got {self.refine}")
-
-
-_ONE_LOOK = DetectionTesting()
 
 
 class DetectionPredictor:
@@ -87,7 +55,7 @@ class DetectionPredictor:
         score_threshold: float = 1e-3,
         nms: float = 0.3,
         max_detections: int = 300,
-        testing: DetectionTesting = _ONE_LOOK,
+        testing: DetectionTesting = ONE_LOOK,
         device: torch.device | str | None = None,
     ) -> None:
         if len(classes) != model.num_classes:

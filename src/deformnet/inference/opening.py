@@ -5,20 +5,19 @@ from pathlib import Path
 
 import torch
 
-from deformnet.inference.detection import DetectionPredictor, DetectionTesting
+from deformnet.inference.detection import DetectionPredictor
 from deformnet.inference.segmentation import SegmentationPredictor
 from deformnet.models.deeplab import DeepLab
 from deformnet.models.detector import Detector
-from deformnet.recipes import DeepLabRecipe, DetectorRecipe, RPNRecipe
+from deformnet.models.rpn import RPNDetector
+from deformnet.recipes import ONE_LOOK, DeepLabRecipe, DetectionTesting, DetectorRecipe
 from deformnet.runs import load_run
-
-_ONE_LOOK = DetectionTesting()
 
 
 def open_predictor(
     run: Path,
     *,
-    testing: DetectionTesting = _ONE_LOOK,
+    testing: DetectionTesting = ONE_LOOK,
     device: torch.device | str | None = None,
 ) -> SegmentationPredictor | DetectionPredictor:
     """The predictor of a run folder, whatever its network is.
@@ -33,7 +32,7 @@ def open_predictor(
     """
     recipe, model, trained_on = load_run(run)
     if isinstance(recipe, DeepLabRecipe) and isinstance(model, DeepLab):
-        if testing != _ONE_LOOK:
+        if testing != ONE_LOOK:
             raise ValueError(f"{run}: options of testing are for detectors, not for deeplab")
         return SegmentationPredictor(recipe, model, trained_on.classes, device)
     assert isinstance(recipe, DetectorRecipe)
@@ -43,27 +42,38 @@ def open_predictor(
             f"{run}: was trained on stored proposals and makes none itself; "
             "it can be scored on stored ones, but not see other images"
         )
-    # A region proposal network tells objects from background, whatever it was trained on.
-    names = ("object",) if isinstance(recipe, RPNRecipe) else trained_on.classes
-    return detection_predictor(recipe, model, names, testing, device)
+    return detection_predictor(recipe, model, trained_on.classes, testing, device)
 
 
 def detection_predictor(
     recipe: DetectorRecipe,
     model: Detector,
     classes: Sequence[str],
-    testing: DetectionTesting = _ONE_LOOK,
+    testing: DetectionTesting = ONE_LOOK,
     device: torch.device | str | None = None,
 ) -> DetectionPredictor:
-    """The predictor of a detector, with the sizes and thresholds of its recipe."""
+    """The predictor of a detector, with the sizes and thresholds of its recipe.
+
+    A plain region proposal network tells objects from background, whatever it was trained on: its
+    only class is "object", and its proposals are suppressed as another network would get them and
+    no more.
+    """
+    score_threshold, nms, max_detections = (
+        recipe.score_threshold,
+        recipe.nms,
+        recipe.max_detections,
+    )
+    if isinstance(model, RPNDetector) and not model.class_aware:
+        classes = ("object",)
+        score_threshold, nms, max_detections = 0.0, model.rpn.nms, recipe.proposals
     return DetectionPredictor(
         model,
         classes,
         short_side=recipe.short_side,
         max_side=recipe.max_side,
-        score_threshold=recipe.score_threshold,
-        nms=recipe.nms,
-        max_detections=recipe.max_detections,
+        score_threshold=score_threshold,
+        nms=nms,
+        max_detections=max_detections,
         testing=testing,
         device=device,
     )

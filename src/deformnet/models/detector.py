@@ -38,6 +38,12 @@ class Features(NamedTuple):
     last: Tensor
     """conv5 after the reduction, [N, out_channels, H, W]."""
 
+    @property
+    def size(self) -> Size:
+        """(H, W) of both."""
+        height, width = self.last.shape[-2:]
+        return height, width
+
 
 class Proposals(NamedTuple):
     """Boxes of an image that may hold an object, best first; no gradient goes to them."""

@@ -163,7 +163,7 @@ class RegionDetector(Detector):
         """The boxes of an image that go through the head in training."""
 
     def propose(self, features: Features, sizes: Sequence[Size]) -> list[Proposals]:
-        return self.rpn.proposals(self.rpn(features.conv4), _size(features.conv4), sizes)
+        return self.rpn.proposals(self.rpn(features.conv4), features.size, sizes)
 
     def candidates(
         self, features: Features, sizes: Sequence[Size], proposals: Sequence[Tensor]
@@ -202,7 +202,7 @@ class RegionDetector(Detector):
         features = self.features(images)
         losses: dict[str, Tensor] = {}
         if proposals is None:
-            output, size = self.rpn(features.conv4), _size(features.conv4)
+            output, size = self.rpn(features.conv4), features.size
             losses = self.rpn.losses(output, size, sizes, targets)
             proposals = [found.boxes for found in self.rpn.proposals(output, size, sizes)]
         rois = [
@@ -227,8 +227,3 @@ class RegionDetector(Detector):
                     f"targets: wanted labels 0 to {self.num_classes - 1}, got {int(wrong[0])} "
                     f"in image {image}"
                 )
-
-
-def _size(maps: Tensor) -> Size:
-    height, width = maps.shape[-2:]
-    return height, width

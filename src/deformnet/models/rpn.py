@@ -301,14 +301,14 @@ class RPNDetector(Detector):
 
     def propose(self, features: Features, sizes: Sequence[Size]) -> list[Proposals]:
         """Boxes that may hold an object of any class, one entry for each image."""
-        return self.rpn.proposals(self.rpn(features.last), _map_size(features), sizes)
+        return self.rpn.proposals(self.rpn(features.last), features.size, sizes)
 
     def candidates(
         self, features: Features, sizes: Sequence[Size], proposals: Sequence[Tensor]
     ) -> list[Candidates]:
         """Scores and boxes of all anchors, or the proposals as one class. Ignores `proposals`."""
         if self.class_aware:
-            return self.rpn.candidates(self.rpn(features.last), _map_size(features), sizes)
+            return self.rpn.candidates(self.rpn(features.last), features.size, sizes)
         return [
             Candidates(found.boxes, found.scores[:, None])
             for found in self.propose(features, sizes)
@@ -328,7 +328,7 @@ class RPNDetector(Detector):
         """
         _refuse(proposals)
         features = self.features(images)
-        return self.rpn.losses(self.rpn(features.last), _map_size(features), sizes, targets)
+        return self.rpn.losses(self.rpn(features.last), features.size, sizes, targets)
 
     def forward(
         self, images: Tensor, sizes: Sequence[Size], proposals: Sequence[Tensor] | None = None
@@ -341,11 +341,6 @@ class RPNDetector(Detector):
 def _refuse(proposals: Sequence[Tensor] | None) -> None:
     if proposals is not None:
         raise ValueError("proposals: a region proposal network takes none, got stored boxes")
-
-
-def _map_size(features: Features) -> Size:
-    height, width = features.last.shape[-2:]
-    return height, width
 
 
 def _by_anchor(maps: Tensor, values: int) -> Tensor:

@@ -1,6 +1,5 @@
 """The detectors for Lightning: the training step, the scoring of images, and the data of both."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from deformnet.data.voc import VOCDetection
 from deformnet.detections import Record, score_records, write_detections
 from deformnet.inference import DetectionPredictor, DetectionTesting, detection_predictor
 from deformnet.models.detector import Detections, Detector, Size, Target
-from deformnet.models.rpn import RPNDetector
+from deformnet.models.rois import RegionDetector
 from deformnet.recipes import DetectorRecipe, FasterRCNNRecipe, RFCNRecipe, RPNRecipe
 from deformnet.runs import DataIdentity
 from deformnet.training.loading import ScoringData, TrainingData
@@ -29,7 +28,6 @@ from deformnet.training.proposals import StoredProposals
 from deformnet.training.sampling import drawing
 
 DetectionImages = VOCDetection | COCODetection
-_OBJECT = "object"  # the class of what a region proposal network finds
 _PROPOSAL = -1  # label of a proposal that goes through the transforms among the objects
 
 
@@ -73,6 +71,7 @@ class DetectionModule(TrainingModule):
     Attributes:
         found: after `Trainer.validate`, the detections of every image by its index, of all
             processes.
+        reported: the names of their labels.
     """
 
     model: Detector
@@ -91,9 +90,8 @@ class DetectionModule(TrainingModule):
         self.found: dict[int, Detections] = {}
         self._predictor: DetectionPredictor | None = None
         if data.proposals:  # it learns nothing from them, and other processes would wait for it
-            for name, module in model.named_children():
-                if name == "rpn":
-                    module.requires_grad_(False)
+            assert isinstance(model, RegionDetector)
+            model.rpn.requires_grad_(False)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images = batch.images.contiguous(memory_format=torch.channels_last)
@@ -104,22 +102,19 @@ class DetectionModule(TrainingModule):
 
     def on_validation_epoch_start(self) -> None:
         self.found = {}
-        recipe, names = self.recipe, self.data.classes
-        if isinstance(self.model, RPNDetector) and not self.model.class_aware:
-            # The proposals as another network gets them, suppressed as they are made and no more.
-            names = (_OBJECT,)
-            recipe = dataclasses.replace(
-                recipe,
-                score_threshold=0.0,
-                nms=self.model.rpn.nms,
-                max_detections=recipe.proposals,
-            )
-        self._predictor = detection_predictor(recipe, self.model, names, self.testing, self.device)
+        self._predictor = detection_predictor(
+            self.recipe, self.model, self.data.classes, self.testing, self.device
+        )
 
     def validation_step(self, batch: tuple[int, Tensor, Tensor | None], batch_idx: int) -> None:
         assert self._predictor is not None
         index, image, proposals = batch
         self.found[index] = self._predictor(image, proposals)
+
+    @property
+    def reported(self) -> tuple[str, ...]:
+        assert self._predictor is not None
+        return self._predictor.classes
 
     def on_validation_epoch_end(self) -> None:
         if self.trainer.world_size > 1:
@@ -137,16 +132,18 @@ class DetectionJob:
     proposals: StoredProposals | None = None
 
     def __post_init__(self) -> None:
-        two_stages = isinstance(self.recipe, (FasterRCNNRecipe, RFCNRecipe))
-        if self.proposals is not None and not two_stages:
+        if self.proposals is not None and not self._two_stages:
             raise ValueError(f"proposals: {self.recipe.network} takes none, it makes its own")
 
     @property
     def loss_terms(self) -> tuple[str, ...]:
         """Columns of the log."""
         own = () if self.proposals is not None else ("rpn_class", "rpn_box")
-        two_stages = isinstance(self.recipe, (FasterRCNNRecipe, RFCNRecipe))
-        return (*own, "class", "box") if two_stages else own
+        return (*own, "class", "box") if self._two_stages else own
+
+    @property
+    def _two_stages(self) -> bool:
+        return isinstance(self.recipe, (FasterRCNNRecipe, RFCNRecipe))
 
     def splits(self, data: Path) -> list[str]:
         return detection_splits(data)
@@ -186,7 +183,7 @@ class DetectionJob:
             AP: "voc" of each class by method and IoU, or "coco" with the twelve numbers. Of
             proposals "recall": the share of objects that one of them overlaps, by IoU.
         """
-        names = (_OBJECT,) if isinstance(self.recipe, RPNRecipe) else images.classes
+        names = module.reported
         records = [
             Record(
                 images.name(index),

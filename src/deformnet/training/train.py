@@ -15,8 +15,7 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from deformnet.inference import DetectionTesting
-from deformnet.recipes import DeepLabRecipe, DetectorRecipe, Recipe
+from deformnet.recipes import ONE_LOOK, DeepLabRecipe, DetectionTesting, DetectorRecipe, Recipe
 from deformnet.runs import (
     DataIdentity,
     checkpoint_path,
@@ -43,7 +42,6 @@ from deformnet.training.proposals import StoredProposals
 from deformnet.training.segmentation import ScoreAt, SegmentationJob
 
 Accelerator = Literal["auto", "cpu", "gpu"]
-_ONE_LOOK = DetectionTesting()
 
 
 class TrainingStopped(Exception):
@@ -188,7 +186,7 @@ def evaluate(
     split: str,
     *,
     score_at: ScoreAt = "truth",
-    testing: DetectionTesting = _ONE_LOOK,
+    testing: DetectionTesting = ONE_LOOK,
     proposals: Sequence[Path] = (),
     devices: int | None = None,
     accelerator: Accelerator = "auto",
@@ -293,7 +291,7 @@ def _job(
     recipe: Recipe,
     *,
     score_at: ScoreAt = "truth",
-    testing: DetectionTesting = _ONE_LOOK,
+    testing: DetectionTesting = ONE_LOOK,
     proposals: Sequence[Path] = (),
 ) -> Any:
     """What the loop needs to know of a kind of network: a SegmentationJob or a DetectionJob.
@@ -302,7 +300,7 @@ def _job(
         ValueError: for options that the network does not have.
     """
     if isinstance(recipe, DeepLabRecipe):
-        if testing != _ONE_LOOK or proposals:
+        if testing != ONE_LOOK or proposals:
             raise ValueError("proposals and options of testing are for detectors, not for deeplab")
         return SegmentationJob(recipe, score_at)
     assert isinstance(recipe, DetectorRecipe)
