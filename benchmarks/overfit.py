@@ -1,12 +1,13 @@
 """Whether nothing is broken from file to score: each detector learns eight images by heart.
 
-    python -m benchmarks.overfit DIR OUT [--network rfcn] [--iterations 500]
+    python -m benchmarks.overfit DIR OUT [--network rfcn] [--iterations 300]
 
 DIR is a data set in the VOC layout; the first eight images of its list `train` are trained on,
 without flips, and scored. Both the convolutions and the pooling are deformable.
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from deformnet.data.voc import find_voc
@@ -31,7 +32,7 @@ def first_images(data: Path, out: Path) -> None:
 
 
 def recipe(network: type[DetectorRecipe], iterations: int, side: int) -> DetectorRecipe:
-    return network(
+    made = network(
         depth=18,
         short_side=side,
         max_side=2 * side,
@@ -39,11 +40,15 @@ def recipe(network: type[DetectorRecipe], iterations: int, side: int) -> Detecto
         anchor_sizes=(16, 32, 64, 128),
         batch=4,
         iterations=iterations,
-        lr=0.02,
+        lr=0.05,
         offset_lr_scale=0.1,
         warmup=50,
         clip=10.0,
     )
+    # As many bins as these small images have cells to fill.
+    if isinstance(made, RFCNRecipe | FasterRCNNRecipe):
+        made = replace(made, bins=3)
+    return made
 
 
 def main() -> None:
@@ -51,8 +56,8 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--network", choices=NETWORKS, default="rfcn")
-    parser.add_argument("--iterations", type=int, default=500)
-    parser.add_argument("--side", type=int, default=192, help="shorter side of the images, pixels")
+    parser.add_argument("--iterations", type=int, default=300)
+    parser.add_argument("--side", type=int, default=128, help="shorter side of the images, pixels")
     options = parser.parse_args()
 
     first_images(options.data, options.out / "data")

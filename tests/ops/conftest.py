@@ -1,9 +1,20 @@
-"""Fixtures of the operators' tests."""
+"""Fixtures of the operators' tests.
+
+They run over the reference and the CPU kernels. Where there is a GPU, they run over the Triton
+kernels as well, and with TRITON_INTERPRET=1 also where there is none, in Triton's interpreter (an
+hour for all of them).
+"""
+
+import os
 
 import pytest
 import torch
+from on_triton import on_triton
 
-from deformnet.ops import backends
+from deformnet.ops import backends, library
+
+TRITON = torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
+FAST = ["cpu", "triton"] if TRITON else ["cpu"]
 
 
 def _needs(backend: str) -> None:
@@ -21,15 +32,21 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(params=["reference", "cpu"])
-def backend(request) -> str:
-    """Every backend that can run on CPU tensors here."""
-    _needs(request.param)
-    return request.param
+@pytest.fixture(params=["reference", *FAST])
+def backend(request, monkeypatch) -> str:
+    """Every backend that can run here, by the name that takes tensors on the CPU."""
+    return _on_cpu(request.param, monkeypatch)
 
 
-@pytest.fixture(params=["cpu"])
-def fast(request) -> str:
-    """Every backend other than the reference that can run on CPU tensors here."""
-    _needs(request.param)
-    return request.param
+@pytest.fixture(params=FAST)
+def fast(request, monkeypatch) -> str:
+    """Every backend other than the reference that can run here, by such a name."""
+    return _on_cpu(request.param, monkeypatch)
+
+
+def _on_cpu(backend: str, monkeypatch) -> str:
+    if backend == "triton":
+        monkeypatch.setattr(library, "cpu", on_triton)
+        return "cpu"
+    _needs(backend)
+    return backend

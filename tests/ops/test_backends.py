@@ -1,5 +1,6 @@
 """Which backend runs, and what is said of those that cannot."""
 
+import importlib.util
 import subprocess
 import sys
 import warnings
@@ -24,7 +25,7 @@ def test_reasons():
     assert backends.why_unavailable("reference") is None
     assert backends.why_unavailable("reference", "cuda") is None
     assert "on cuda" in backends.why_unavailable("cpu", "cuda")
-    assert "no Triton kernels" in backends.why_unavailable("triton")
+    assert "not on cpu" in backends.why_unavailable("triton", "cpu")
     with pytest.raises(ValueError, match=r"backend: want one of .*, got 'best'"):
         backends.why_unavailable("best")
 
@@ -37,7 +38,7 @@ def test_auto_takes_the_fast_kernels_silently(fast):
 
 def test_a_backend_by_name_runs_or_says_why_not():
     case = random_case(0)
-    with pytest.raises(RuntimeError, match=r"backend 'triton' cannot run: .*no Triton kernels"):
+    with pytest.raises(RuntimeError, match=r"backend 'triton' cannot run: .*not on cpu"):
         deform_conv2d(*case.public, backend="triton")
 
 
@@ -75,9 +76,23 @@ def test_a_backend_by_name_never_falls_back(without_kernels):
 
 def test_a_device_without_kernels_falls_back_with_its_reason(monkeypatch):
     monkeypatch.setattr(backends, "_warned", set())
-    for device, reason in [("cuda", "no Triton kernels"), ("xpu", "no kernels for xpu")]:
+    monkeypatch.setattr(library.triton, "why_unavailable", lambda: "no card is plugged in")
+    for device, reason in [("cuda", "no card is plugged in"), ("xpu", "no kernels for xpu")]:
         with pytest.warns(RuntimeWarning, match=reason):
             assert backends.resolve("auto", device) == "reference"
+
+
+def test_what_triton_lacks_is_said(monkeypatch):
+    ask = library.triton.why_unavailable.__wrapped__
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "no GPU" in ask()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: ((9, 0), (7, 5))[index])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"card {index}")
+    assert "8.0, card 1 has 7.5" in ask()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "triton is not installed" in ask()
 
 
 BLOCKED = """

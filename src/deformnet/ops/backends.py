@@ -38,7 +38,9 @@ def why_unavailable(backend: str, device: str | None = None) -> str | None:
             return f"the CPU kernels take tensors on the CPU, not on {device}"
         return library.CPU_UNAVAILABLE
     if backend == "triton":
-        return "this version of deformnet has no Triton kernels"
+        if device not in (None, "cuda", "meta"):
+            return f"the Triton kernels take tensors on a GPU, not on {device}"
+        return _why_no_triton()
     raise ValueError(f"backend: want one of {', '.join(get_args(Backend))}, got {backend!r}")
 
 
@@ -65,6 +67,12 @@ def resolve(backend: str, device: str) -> str:
             return fast
     _warn_once(device, reason)
     return "reference"
+
+
+# A compiler that traces this need not ask the GPU's driver.
+@torch.compiler.assume_constant_result
+def _why_no_triton() -> str | None:
+    return library.triton.why_unavailable()
 
 
 # Without this a compiler would refuse to trace the warning; so it is given while tracing.

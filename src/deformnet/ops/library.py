@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.library import Library
 
-from deformnet.ops import cpu, reference
+from deformnet.ops import cpu, reference, triton
 from deformnet.ops.checks import (
     Pair,
     check_image_indices,
@@ -137,7 +137,22 @@ def _memory_format(input: Tensor) -> torch.memory_format:
     return torch.channels_last
 
 
-def _cpu(
+def _kernels(input: Tensor):  # noqa: ANN202 (a module, and a checker knows which)
+    """The fast implementation for the device of a tensor.
+
+    Raises:
+        RuntimeError: if it cannot run.
+    """
+    if input.is_cuda:
+        kernels, reason = triton, triton.why_unavailable()
+    else:
+        kernels, reason = cpu, CPU_UNAVAILABLE
+    if reason is not None:
+        raise RuntimeError(reason)
+    return kernels
+
+
+def _fast(
     input: Tensor,
     offset: Tensor,
     weight: Tensor,
@@ -148,11 +163,12 @@ def _cpu(
     dilation: Pair,
     border: str,
 ) -> Tensor:
-    if CPU_UNAVAILABLE is not None:
-        raise RuntimeError(CPU_UNAVAILABLE)
+    kernels = _kernels(input)
     # Again, after the public function's: a compiled or exported program comes straight here.
     deform_conv2d_shape(input, offset, weight, bias, mask, stride, padding, dilation, border)
-    return cpu.deform_conv2d(input, offset, weight, bias, mask, stride, padding, dilation, border)
+    return kernels.deform_conv2d(
+        input, offset, weight, bias, mask, stride, padding, dilation, border
+    )
 
 
 def _fake(
@@ -174,7 +190,7 @@ def _fake(
     )
 
 
-def _cpu_backward(
+def _fast_backward(
     grad_output: Tensor,
     input: Tensor,
     offset: Tensor,
@@ -186,12 +202,11 @@ def _cpu_backward(
     border: str,
     needs: list[bool],
 ) -> list[Tensor]:
-    if CPU_UNAVAILABLE is not None:
-        raise RuntimeError(CPU_UNAVAILABLE)
+    kernels = _kernels(input)
     _check_backward(
         grad_output, input, offset, weight, mask, stride, padding, dilation, border, needs
     )
-    gradients = cpu.deform_conv2d_backward(
+    gradients = kernels.deform_conv2d_backward(
         grad_output,
         input,
         offset,
@@ -362,7 +377,7 @@ def _autocast_on(device: str) -> Callable[..., Tensor]:
     return kernel
 
 
-def _cpu_roi_pool(
+def _fast_roi_pool(
     input: Tensor,
     boxes: Tensor,
     offset: Tensor | None,
@@ -373,8 +388,7 @@ def _cpu_roi_pool(
     samples_per_bin: int,
     position_sensitive: bool,
 ) -> Tensor:
-    if CPU_UNAVAILABLE is not None:
-        raise RuntimeError(CPU_UNAVAILABLE)
+    kernels = _kernels(input)
     arguments = (
         *(input, boxes, offset, output_size, spatial_scale, gamma),
         *(sampling, samples_per_bin, position_sensitive),
@@ -382,7 +396,7 @@ def _cpu_roi_pool(
     # Again, after the public function's: a compiled or exported program comes straight here.
     roi_pool_shape(*arguments)
     check_image_indices(boxes, input.shape[0])
-    return cpu.roi_pool(*arguments)
+    return kernels.roi_pool(*arguments)
 
 
 def _fake_roi_pool(
@@ -403,7 +417,7 @@ def _fake_roi_pool(
     return input.new_empty(shape)
 
 
-def _cpu_roi_pool_backward(
+def _fast_roi_pool_backward(
     grad_output: Tensor,
     input: Tensor,
     boxes: Tensor,
@@ -416,8 +430,7 @@ def _cpu_roi_pool_backward(
     position_sensitive: bool,
     needs: list[bool],
 ) -> list[Tensor]:
-    if CPU_UNAVAILABLE is not None:
-        raise RuntimeError(CPU_UNAVAILABLE)
+    kernels = _kernels(input)
     arguments = (
         *(input, boxes, offset, output_size, spatial_scale, gamma),
         *(sampling, samples_per_bin, position_sensitive),
@@ -425,7 +438,7 @@ def _cpu_roi_pool_backward(
     _check_gradient(grad_output, input, roi_pool_shape(*arguments))
     _check_roi_pool_needs(offset, needs)
     check_image_indices(boxes, input.shape[0])
-    gradients = cpu.roi_pool_backward(grad_output, *arguments, (needs[0], needs[1]))
+    gradients = kernels.roi_pool_backward(grad_output, *arguments, (needs[0], needs[1]))
     return [gradient for gradient in gradients if gradient is not None]
 
 
@@ -523,20 +536,24 @@ def _autocast_roi_pool_on(device: str) -> Callable[..., Tensor]:
     return kernel
 
 
-_library.impl("deform_conv2d", _cpu, "CPU")
+_library.impl("deform_conv2d", _fast, "CPU")
+_library.impl("deform_conv2d", _fast, "CUDA")
 _library.impl("deform_conv2d", _autocast_on("cpu"), "AutocastCPU")
 _library.impl("deform_conv2d", _autocast_on("cuda"), "AutocastCUDA")
 _library.impl("deform_conv2d", _autograd, "Autograd")
-_library.impl("deform_conv2d_backward", _cpu_backward, "CPU")
+_library.impl("deform_conv2d_backward", _fast_backward, "CPU")
+_library.impl("deform_conv2d_backward", _fast_backward, "CUDA")
 _library.impl("deform_conv2d_backward", _autograd_backward, "Autograd")
 torch.library.register_fake("deformnet::deform_conv2d", _fake, lib=_library)
 torch.library.register_fake("deformnet::deform_conv2d_backward", _fake_backward, lib=_library)
 
-_library.impl("roi_pool", _cpu_roi_pool, "CPU")
+_library.impl("roi_pool", _fast_roi_pool, "CPU")
+_library.impl("roi_pool", _fast_roi_pool, "CUDA")
 _library.impl("roi_pool", _autocast_roi_pool_on("cpu"), "AutocastCPU")
 _library.impl("roi_pool", _autocast_roi_pool_on("cuda"), "AutocastCUDA")
 _library.impl("roi_pool", _autograd_roi_pool, "Autograd")
-_library.impl("roi_pool_backward", _cpu_roi_pool_backward, "CPU")
+_library.impl("roi_pool_backward", _fast_roi_pool_backward, "CPU")
+_library.impl("roi_pool_backward", _fast_roi_pool_backward, "CUDA")
 _library.impl("roi_pool_backward", _autograd_roi_pool_backward, "Autograd")
 torch.library.register_fake("deformnet::roi_pool", _fake_roi_pool, lib=_library)
 torch.library.register_fake("deformnet::roi_pool_backward", _fake_roi_pool_backward, lib=_library)

@@ -21,6 +21,10 @@ namespace {
 
 constexpr int64_t kColumnsBytes = 256 << 10;  // columns of a tile: a part of the private cache
 constexpr int64_t kBlockDepth = 640;          // numbers of a column that are summed in one go
+// From one row of columns to the next. A cache line more keeps rows of a power of two out of each other's
+// cache sets.
+template <class A>
+constexpr int64_t kColumnsRow = kBlockDepth + kCacheLine / int64_t(sizeof(A));
 constexpr int64_t kChunkBytes = 1 << 20;      // columns of a chunk in the backward pass
 constexpr int64_t kChunkPositions = 384;      // at least: the weight's gradient is read and written once a chunk
 
@@ -32,10 +36,14 @@ struct Geometry {
         group_in(p.in_channels / p.groups),
         group_out(p.out_channels / p.groups),
         offset_group_in(p.in_channels / p.offset_groups),
+        padded_row(p.in_w + 1),
+        padded_pixels((p.in_h + 4) * padded_row + 2),
+        nowhere((p.in_h + 2) * padded_row + 1),
         depthwise(p.groups > 1 && group_in == 1 && group_out == 1) {}
 
   int64_t taps, pixels, positions;
   int64_t group_in, group_out, offset_group_in;
+  int64_t padded_row, padded_pixels, nowhere;  // of a padded map, see there
   bool depthwise;  // one filter a channel: no matrix product in it
 };
 
@@ -74,31 +82,26 @@ class Tile {
 // Corners are numbered (top, left), (top, right), (bottom, left), (bottom, right).
 template <class A>
 struct Samples {
-  Index<A>* pixel[4];  // of the corner, counted through the chunk's images; -1: outside, that is zero
-  A* weight[4];        // bilinear; NaN where the offset is
-  A *fy, *fx;          // the fractions that the weights are made of
+  Index<A>* pixel;  // of the first corner, counted through the chunk's framed maps
+  A* weights;       // of the four corners, bilinear, side by side; NaN where the offset is
+  A *fy, *fx;       // the fractions that the weights are made of
   A* mask;
 
   static int64_t bytes(int64_t capacity) {
-    return Workspace::bytes_of<Index<A>>(4 * capacity) + Workspace::bytes_of<A>(7 * capacity);
+    return Workspace::bytes_of<Index<A>>(capacity) + Workspace::bytes_of<A>(7 * capacity);
   }
   Samples(char* memory, int64_t capacity) {
-    auto* pixels = reinterpret_cast<Index<A>*>(memory);
-    auto* numbers = reinterpret_cast<A*>(memory + Workspace::bytes_of<Index<A>>(4 * capacity));
-    for (int i = 0; i < 4; ++i) {
-      pixel[i] = pixels + i * capacity;
-      weight[i] = numbers + i * capacity;
-    }
-    fy = numbers + 4 * capacity;
-    fx = numbers + 5 * capacity;
-    mask = numbers + 6 * capacity;
+    pixel = reinterpret_cast<Index<A>*>(memory);
+    weights = reinterpret_cast<A*>(memory + Workspace::bytes_of<Index<A>>(capacity));
+    fy = weights + 4 * capacity;
+    fx = weights + 5 * capacity;
+    mask = weights + 6 * capacity;
   }
 };
 
-// Coordinates as the first of their two cells, the second, and the fraction of the way to it.
+// Coordinates as the first of their two cells, and the fraction of the way to the second.
 template <class A>
-inline void split(Vec<A> at, int64_t size, bool msra, IndexVec<A>* cell, IndexVec<A>* next,
-                  Vec<A>* fraction) {
+inline void split(Vec<A> at, int64_t size, bool msra, IndexVec<A>* cell, Vec<A>* fraction) {
   const Vec<A> lowest = Vec<A>{} - 2, highest = Vec<A>{} + A(size + 1);
   // Beyond these bounds both cells are outside anyhow. NaN, too, becomes a defined number here.
   Vec<A> clamped = at > lowest ? at : lowest;
@@ -107,14 +110,8 @@ inline void split(Vec<A> at, int64_t size, bool msra, IndexVec<A>* cell, IndexVe
   low += __builtin_convertvector(low, Vec<A>) > clamped;  // true is -1
   *fraction = clamped - __builtin_convertvector(low, Vec<A>);
   *cell = low;
-  *next = low + 1;
-  if (msra) {
-    // The kernel of 2017 samples nothing before the first cell, and repeats the last one.
-    const IndexVec<A> last = low == Index<A>(size - 1), before = low < 0;
-    *fraction = last ? Vec<A>{} : *fraction;
-    *next = last ? low : low + 1;
-    *next = before ? low : *next;
-  }
+  // The kernel of 2017 repeats the last cell.
+  if (msra) *fraction = low == Index<A>(size - 1) ? Vec<A>{} : *fraction;
 }
 
 // Where the samples of a tap and an offset group lie. `scratch` has room for 3 * capacity numbers.
@@ -136,7 +133,7 @@ void locate(const Problem& p, const Geometry& geometry, const Tile& tile, const 
     Index<A>* image = images + run.start;
     read_run(offset, p.offset_dtype, plane * geometry.positions + run.position, run.length, y);
     read_run(offset, p.offset_dtype, (plane + 1) * geometry.positions + run.position, run.length, x);
-    const Index<A> first_pixel = Index<A>((run.image - tile.first_image) * geometry.pixels);
+    const Index<A> first_pixel = Index<A>((run.image - tile.first_image) * geometry.padded_pixels);
     int64_t oy = run.position / p.out_w, ox = run.position % p.out_w;
     for (int64_t i = 0; i < run.length; ++oy, ox = 0) {
       const int64_t n = least(run.length - i, p.out_w - ox);
@@ -158,30 +155,25 @@ void locate(const Problem& p, const Geometry& geometry, const Tile& tile, const 
 
   const Index<A> height = Index<A>(p.in_h), width = Index<A>(p.in_w);
   const bool msra = p.border == kMsra2017;
+  const Index<A> first = msra ? 0 : -1;  // the kernel of 2017 samples nothing before the first cell
   // Arrays have room for whole vectors; what lies behind the tile's end is computed and never used.
   for (int64_t i = 0; i < tile.count; i += kLanes<A>) {
     const V y = load(ys + i), x = load(xs + i);
     I image;
     std::memcpy(&image, images + i, sizeof image);
-    I top, bottom, left, right;
+    I top, left;
     V fy, fx;
-    split<A>(y, p.in_h, msra, &top, &bottom, &fy);
-    split<A>(x, p.in_w, msra, &left, &right, &fx);
+    split<A>(y, p.in_h, msra, &top, &fy);
+    split<A>(x, p.in_w, msra, &left, &fx);
     const I defined = (y == y) & (x == x);
     const V nan = V{} + A(__builtin_nan(""));
     fy = defined ? fy : nan;
     fx = defined ? fx : nan;
-    const I t_in = (top >= 0) & (top < height), b_in = (bottom >= 0) & (bottom < height);
-    const I l_in = (left >= 0) & (left < width), r_in = (right >= 0) & (right < width);
-    const I upper = image + top * width, lower = image + bottom * width;
-    const I outside = I{} - 1;
-    const I pixel[4] = {(t_in & l_in) ? upper + left : outside, (t_in & r_in) ? upper + right : outside,
-                        (b_in & l_in) ? lower + left : outside, (b_in & r_in) ? lower + right : outside};
-    for (int j = 0; j < 4; ++j) std::memcpy(samples.pixel[j] + i, &pixel[j], sizeof pixel[j]);
-    store(samples.weight[0] + i, (1 - fy) * (1 - fx));
-    store(samples.weight[1] + i, (1 - fy) * fx);
-    store(samples.weight[2] + i, fy * (1 - fx));
-    store(samples.weight[3] + i, fy * fx);
+    const I within = (top >= first) & (top < height) & (left >= first) & (left < width);
+    const I cell = (top + 1) * Index<A>(geometry.padded_row) + left + 1;
+    const I pixel = image + (within ? cell : I{} + Index<A>(geometry.nowhere));
+    std::memcpy(samples.pixel + i, &pixel, sizeof pixel);
+    store_side_by_side<A>((1 - fy) * (1 - fx), (1 - fy) * fx, fy * (1 - fx), fy * fx, samples.weights + 4 * i);
     store(samples.fy + i, fy);
     store(samples.fx + i, fx);
   }
@@ -189,85 +181,183 @@ void locate(const Problem& p, const Geometry& geometry, const Tile& tile, const 
 
 // ------------------------------------------------------------------------------- sampling
 
-// columns[position, tap, channel] for taps [tap_begin, tap_end) of a tile, all channels.
+// A channels-last map with a frame, so that the four corners of a sample are there wherever it lies: a row
+// above and one below, a column between the end of one row and the start of the next, and two rows of
+// zeros for whatever lies farther out, which `Geometry::nowhere` is in. Pixel (y, x) is at
+// (y + 1) * padded_row + x + 1. The frame is zero; for the kernel of 2017 it repeats the last row and
+// column, whose slope is zero then.
 template <class A>
-void sample(const Problem& p, const Geometry& geometry, const A* map, const A* zeros,
-            const Samples<A>* samples, int64_t tap_begin, int64_t tap_end, int64_t count, A* columns,
-            int64_t row) {
-  const int64_t width = geometry.offset_group_in;
-  for (int64_t tap = tap_begin; tap < tap_end; ++tap)
-    for (int64_t g = 0; g < p.offset_groups; ++g) {
-      const Samples<A>& at = samples[g * geometry.taps + tap];
-      const int64_t channel = g * width;
-      for (int64_t i = 0; i < count; ++i) {
-        const A* corner[4];
-        A weight[4];
-        for (int j = 0; j < 4; ++j) {
-          const int64_t pixel = at.pixel[j][i];
-          corner[j] = pixel < 0 ? zeros : map + pixel * p.in_channels + channel;
-          weight[j] = at.weight[j][i];
-        }
-        const A mask = at.mask[i];
-        A* to = columns + i * row + (tap - tap_begin) * p.in_channels + channel;
-        int64_t c = 0;
-        for (; c + kLanes<A> <= width; c += kLanes<A>) {
-          const Vec<A> value = load(corner[0] + c) * weight[0] + load(corner[1] + c) * weight[1] +
-                               load(corner[2] + c) * weight[2] + load(corner[3] + c) * weight[3];
-          store(to + c, value * mask);
-        }
-        for (; c < width; ++c)
-          to[c] = (corner[0][c] * weight[0] + corner[1][c] * weight[1] + corner[2][c] * weight[2] +
-                   corner[3][c] * weight[3]) *
-                  mask;
-      }
+struct Map {
+  const A* at(int64_t pixel, int64_t channel) const { return data + pixel * channels + channel; }
+
+  const A* data;
+  int64_t channels, row;  // numbers of a pixel, and of a row
+};
+
+// Makes framed maps of images [begin, end). Called by all threads of a team.
+template <class A, class T>
+void copy_maps(const Problem& p, const Geometry& geometry, const T* input, int64_t begin, int64_t end, A* maps) {
+  const int64_t channels = p.in_channels, pixels = geometry.pixels, row = geometry.padded_row;
+  constexpr int64_t strip = 256;
+  const int64_t strips = ceil_div(pixels, strip);
+#pragma omp for
+  for (int64_t item = 0; item < (end - begin) * strips; ++item) {
+    const int64_t image = item / strips, start = item % strips * strip;
+    const int64_t n = least(strip, pixels - start);
+    A* map = maps + image * geometry.padded_pixels * channels;
+    A* places[strip];
+    for (int64_t i = 0, y = start / p.in_w, x = start % p.in_w; i < n; ++i) {
+      places[i] = map + ((y + 1) * row + x + 1) * channels;
+      if (++x == p.in_w) x = 0, ++y;
     }
+    const T* from = input + (begin + image) * channels * pixels;
+    if (p.input_channels_last)
+      for (int64_t i = 0; i < n; ++i) convert_row<A>(from + (start + i) * channels, channels, places[i]);
+    else
+      transpose_between<A, A>(
+          channels, n, [&](int64_t c) { return from + c * pixels + start; },
+          [&](int64_t i) { return places[i]; });
+  }
+#pragma omp for
+  for (int64_t image = 0; image < end - begin; ++image) {
+    A* map = maps + image * geometry.padded_pixels * channels;
+    const size_t pixel = size_t(channels) * sizeof(A);
+    std::memset(map, 0, size_t(row) * pixel);
+    for (int64_t y = 0; y < p.in_h; ++y) {
+      A* after = map + ((y + 2) * row) * channels;
+      if (p.border == kMsra2017)
+        std::memcpy(after, after - channels, pixel);
+      else
+        std::memset(after, 0, pixel);
+    }
+    std::memset(map + row * channels, 0, pixel);
+    A* below = map + (p.in_h + 1) * row * channels;
+    std::memset(below + channels, 0, size_t(geometry.padded_pixels - (p.in_h + 1) * row - 1) * pixel);
+    if (p.border == kMsra2017) std::memcpy(below + channels, below - p.in_w * channels, size_t(row) * pixel);
+  }
+}
+
+// The gradient of images [begin, end), from sums in framed maps. Called by all threads of a team.
+template <class A, class T>
+void write_maps(const Problem& p, const Geometry& geometry, const A* maps, int64_t begin, int64_t end,
+                T* grad_input) {
+  const int64_t channels = p.in_channels, pixels = geometry.pixels;
+  constexpr int64_t strip = 256;
+  const int64_t strips = ceil_div(pixels, strip);
+#pragma omp for
+  for (int64_t item = 0; item < (end - begin) * strips; ++item) {
+    const int64_t image = item / strips, start = item % strips * strip;
+    const int64_t n = least(strip, pixels - start);
+    const A* map = maps + image * geometry.padded_pixels * channels;
+    const A* places[strip];
+    for (int64_t i = 0, y = start / p.in_w, x = start % p.in_w; i < n; ++i) {
+      places[i] = map + ((y + 1) * geometry.padded_row + x + 1) * channels;
+      if (++x == p.in_w) x = 0, ++y;
+    }
+    T* to = grad_input + (begin + image) * channels * pixels;
+    if (p.input_channels_last)
+      for (int64_t i = 0; i < n; ++i) convert_row<A>(places[i], channels, to + (start + i) * channels);
+    else
+      transpose_between<A, T>(
+          n, channels, [&](int64_t i) { return places[i]; },
+          [&](int64_t c) { return to + c * pixels + start; });
+  }
+}
+
+// A run of taps and channels: of several taps with all channels, or of one tap.
+struct Block {
+  int64_t tap_begin, tap_end, channel_begin, channel_end;
+
+  int64_t channels() const { return channel_end - channel_begin; }
+};
+
+// The bilinear values of a run of `width` channels, times the mask if there is one.
+template <bool modulated, class A>
+__attribute__((always_inline)) inline void read_sample(const Map<A>& map, const Samples<A>& at, int64_t i,
+                                                       int64_t channel, int64_t width, A* to) {
+  const A* v0 = map.at(at.pixel[i], channel);
+  const A *v1 = v0 + map.channels, *v2 = v0 + map.row, *v3 = v2 + map.channels;
+  const A* w = at.weights + 4 * i;
+  const Vec<A> w0 = w[0] - Vec<A>{}, w1 = w[1] - Vec<A>{}, w2 = w[2] - Vec<A>{}, w3 = w[3] - Vec<A>{};
+  const Vec<A> mask = at.mask[i] - Vec<A>{};
+  int64_t c = 0;
+  for (; c + kLanes<A> <= width; c += kLanes<A>) {
+    const Vec<A> value = load(v0 + c) * w0 + load(v1 + c) * w1 + load(v2 + c) * w2 + load(v3 + c) * w3;
+    store(to + c, modulated ? value * mask : value);
+  }
+  for (; c < width; ++c) {
+    const A value = v0[c] * w[0] + v1[c] * w[1] + v2[c] * w[2] + v3[c] * w[3];
+    to[c] = modulated ? value * at.mask[i] : value;
+  }
+}
+
+// columns[position, tap, channel] of a block, for a tile.
+template <bool modulated, class A>
+void sample_block(const Geometry& geometry, const Map<A>& map, const Samples<A>* samples, const Block& block,
+                  int64_t count, A* columns, int64_t row) {
+  const int64_t group_width = geometry.offset_group_in;
+  for (int64_t tap = block.tap_begin; tap < block.tap_end; ++tap)
+    for (int64_t g = block.channel_begin / group_width; g * group_width < block.channel_end; ++g) {
+      const Samples<A>& at = samples[g * geometry.taps + tap];
+      const int64_t channel = most(block.channel_begin, g * group_width);
+      const int64_t width = least(block.channel_end, (g + 1) * group_width) - channel;
+      A* first = columns + (tap - block.tap_begin) * block.channels() + channel - block.channel_begin;
+      for (int64_t i = 0; i < count; ++i)
+        read_sample<modulated>(map, at, i, channel, width, first + i * row);
+    }
+}
+
+template <class A>
+void sample(bool modulated, const Geometry& geometry, const Map<A>& map, const Samples<A>* samples,
+            const Block& block, int64_t count, A* columns, int64_t row) {
+  if (modulated)
+    sample_block<true>(geometry, map, samples, block, count, columns, row);
+  else
+    sample_block<false>(geometry, map, samples, block, count, columns, row);
 }
 
 // The same samples in the backward pass. `grads` holds the gradient of the columns. Writes the columns
 // where wanted, and the gradients by offset and mask into `grad_y`, `grad_x`, `grad_mask` of one tap
 // and offset group.
 template <class A>
-void sample_backward(const Problem& p, const Geometry& geometry, const A* map, const A* zeros,
-                     const Samples<A>& at, int64_t tap, int64_t g, int64_t count, const A* grads,
-                     A* columns, int64_t row, A* grad_y, A* grad_x, A* grad_mask) {
+void sample_backward(const Geometry& geometry, const Map<A>& map, const Samples<A>& at, int64_t tap, int64_t g,
+                     int64_t count, const A* grads, A* columns, int64_t row, A* grad_y, A* grad_x,
+                     A* grad_mask) {
   const int64_t width = geometry.offset_group_in, channel = g * width;
   for (int64_t i = 0; i < count; ++i) {
-    const A* corner[4];
-    A weight[4];
-    for (int j = 0; j < 4; ++j) {
-      const int64_t pixel = at.pixel[j][i];
-      corner[j] = pixel < 0 ? zeros : map + pixel * p.in_channels + channel;
-      weight[j] = at.weight[j][i];
-    }
+    const A* corner = map.at(at.pixel[i], channel);
+    const A* next = corner + map.row;
+    const A* w = at.weights + 4 * i;
+    const A w0 = w[0], w1 = w[1], w2 = w[2], w3 = w[3];
     const A mask = at.mask[i];
-    const A* grad = grads + i * row + tap * p.in_channels + channel;
-    A* to = columns ? columns + i * row + tap * p.in_channels + channel : nullptr;
+    const A* grad = grads + i * row + tap * map.channels + channel;
+    A* to = columns ? columns + i * row + tap * map.channels + channel : nullptr;
     Vec<A> dots[4] = {};
     int64_t c = 0;
     for (; c + kLanes<A> <= width; c += kLanes<A>) {
-      const Vec<A> v0 = load(corner[0] + c), v1 = load(corner[1] + c);
-      const Vec<A> v2 = load(corner[2] + c), v3 = load(corner[3] + c);
+      const Vec<A> v0 = load(corner + c), v1 = load(corner + map.channels + c);
+      const Vec<A> v2 = load(next + c), v3 = load(next + map.channels + c);
       const Vec<A> u = load(grad + c);
       dots[0] += u * v0;
       dots[1] += u * v1;
       dots[2] += u * v2;
       dots[3] += u * v3;
-      if (to)
-        store(to + c, (v0 * weight[0] + v1 * weight[1] + v2 * weight[2] + v3 * weight[3]) * mask);
+      if (to) store(to + c, (v0 * w0 + v1 * w1 + v2 * w2 + v3 * w3) * mask);
     }
     A dot[4];
     sum_each<A>(dots, dot);
     for (; c < width; ++c) {
-      for (int j = 0; j < 4; ++j) dot[j] += grad[c] * corner[j][c];
-      if (to)
-        to[c] = (corner[0][c] * weight[0] + corner[1][c] * weight[1] + corner[2][c] * weight[2] +
-                 corner[3][c] * weight[3]) *
-                mask;
+      const A v0 = corner[c], v1 = corner[map.channels + c], v2 = next[c], v3 = next[map.channels + c];
+      dot[0] += grad[c] * v0;
+      dot[1] += grad[c] * v1;
+      dot[2] += grad[c] * v2;
+      dot[3] += grad[c] * v3;
+      if (to) to[c] = (v0 * w0 + v1 * w1 + v2 * w2 + v3 * w3) * mask;
     }
     const A fy = at.fy[i], fx = at.fx[i];
     grad_y[i] = mask * ((1 - fx) * (dot[2] - dot[0]) + fx * (dot[3] - dot[1]));
     grad_x[i] = mask * ((1 - fy) * (dot[1] - dot[0]) + fy * (dot[3] - dot[2]));
-    grad_mask[i] = weight[0] * dot[0] + weight[1] * dot[1] + weight[2] * dot[2] + weight[3] * dot[3];
+    grad_mask[i] = w0 * dot[0] + w1 * dot[1] + w2 * dot[2] + w3 * dot[3];
   }
 }
 
@@ -284,17 +374,16 @@ void pack_forward(const Problem& p, const Geometry& geometry, const T* weight, A
 #pragma omp for
   for (int64_t item = 0; item < p.groups * panels * stretches; ++item) {
     const int64_t group = item / (panels * stretches), which = item / stretches % panels;
-    const int64_t begin = item % stretches * stretch, end = least(begin + stretch, depth);
+    const int64_t begin = item % stretches * stretch, n = least(stretch, depth - begin);
+    const int64_t outs = least<int64_t>(panel, geometry.group_out - which * panel);
+    A block[stretch * panel] = {};  // [k][lane]
+    const T* from = weight + (group * geometry.group_out + which * panel) * depth + begin;
+    transpose<A>(from, depth, outs, n, block, panel);
     A* to = packed + (group * panels + which) * depth * panel;
-    for (int64_t lane = 0; lane < panel; ++lane) {
-      const int64_t out = which * panel + lane;
-      const T* from = weight + (group * geometry.group_out + out) * depth;
-      int64_t channel = begin / geometry.taps, tap = begin % geometry.taps;
-      for (int64_t k = begin; k < end; ++k) {
-        to[(tap * geometry.group_in + channel) * panel + lane] =
-            out < geometry.group_out ? A(read(from[k])) : A(0);
-        if (++tap == geometry.taps) tap = 0, ++channel;
-      }
+    int64_t channel = begin / geometry.taps, tap = begin % geometry.taps;
+    for (int64_t k = 0; k < n; ++k) {
+      std::memcpy(to + (tap * geometry.group_in + channel) * panel, block + k * panel, sizeof(A) * panel);
+      if (++tap == geometry.taps) tap = 0, ++channel;
     }
   }
 }
@@ -347,6 +436,40 @@ void write_tile(const Problem& p, const Geometry& geometry, const Tile& tile, co
   });
 }
 
+// The columns of a block times the weights, added to `sums`, or else in their place.
+template <class A>
+void add_product(const Geometry& geometry, const Block& block, int64_t count, const A* columns,
+                 const A* packed, A* sums, int64_t sums_row, bool accumulate) {
+  constexpr int panel = kPanel<A>;
+  const int64_t panels = ceil_div(geometry.group_out, panel), group_in = geometry.group_in;
+  for (int64_t group = block.channel_begin / group_in; group * group_in < block.channel_end; ++group) {
+    const int64_t begin = most(block.channel_begin, group * group_in);
+    const int64_t end = least(block.channel_end, (group + 1) * group_in);
+    const LeftFactor<A, kColumnsRow<A>> left{columns + begin - block.channel_begin, 1, block.channels(),
+                                             block.tap_end - block.tap_begin, end - begin};
+    for (int64_t which = 0; which < panels; ++which) {
+      const int64_t at = ((group * panels + which) * geometry.taps + block.tap_begin) * group_in + begin -
+                         group * group_in;
+      multiply(count, left, packed + at * panel, sums + group * geometry.group_out + which * panel, sums_row,
+               int(least<int64_t>(panel, geometry.group_out - which * panel)),
+               accumulate || begin > group * group_in);
+    }
+  }
+}
+
+// The same where every channel has a filter of its own.
+template <class A>
+void add_depthwise(const Block& block, int64_t channels, int64_t count, const A* columns, const A* packed,
+                   A* sums, int64_t sums_row) {
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t tap = block.tap_begin; tap < block.tap_end; ++tap) {
+      const A* from = columns + i * kColumnsRow<A> + (tap - block.tap_begin) * block.channels();
+      const A* filter = packed + tap * channels + block.channel_begin;
+      A* to = sums + i * sums_row + block.channel_begin;
+      for (int64_t c = 0; c < block.channels(); ++c) to[c] += from[c] * filter[c];
+    }
+}
+
 template <class T>
 int forward_of(const Problem& p, const ForwardTensors& tensors) {
   using A = typename ComputeOf<T>::type;
@@ -359,22 +482,19 @@ int forward_of(const Problem& p, const ForwardTensors& tensors) {
 
   const int64_t channels = p.in_channels, taps = geometry.taps;
   const int64_t block_taps = most<int64_t>(1, least(taps, kBlockDepth / channels));
-  const int64_t depth = block_taps * channels;
-  const bool copied = !p.input_channels_last || !kSame<A, T>;
-  const int64_t image_bytes = geometry.pixels * channels * int64_t(sizeof(A));
-  const int64_t images = least(p.batch, most<int64_t>(1, copied ? kImagesBytes / image_bytes
-                                                                : INT32_MAX / geometry.pixels));
+  const int64_t block_channels = least(channels, kBlockDepth), depth = block_taps * block_channels;
+  const int64_t image_size = geometry.padded_pixels * channels;
+  const int64_t images = least(p.batch, most<int64_t>(1, kImagesBytes / (image_size * int64_t(sizeof(A)))));
 
   // Tiles of equal size, as many for every thread.
-  const int64_t wanted = round_up(
-      most<int64_t>(kTileRows, kColumnsBytes / (depth * int64_t(sizeof(A)))), kTileRows);
+  // In whole vectors, so that rows of the output are written in whole cache lines.
+  const int64_t wanted = most<int64_t>(kTileRows, kColumnsBytes / (depth * int64_t(sizeof(A))));
   const int64_t all = images * geometry.positions;
   const int64_t tiles = round_up(ceil_div(all, wanted), p.threads);
-  const int64_t tile_rows = round_up(ceil_div(all, tiles), kTileRows);
+  const int64_t tile_rows = round_up(ceil_div(all, tiles), kLanes<A>);
 
-  // A cache line more a row keeps rows of a power of two out of each other's cache sets.
-  const int64_t line = kCacheLine / int64_t(sizeof(A));
-  const int64_t columns_row = depth + line, sums_row = p.out_channels + line;
+  constexpr int64_t line = kCacheLine / int64_t(sizeof(A)), columns_row = kColumnsRow<A>;
+  const int64_t sums_row = p.out_channels + line;
   const int64_t packed_panels = ceil_div(geometry.group_out, panel);
   const int64_t packed_size = geometry.depthwise
                                   ? taps * channels
@@ -389,17 +509,16 @@ int forward_of(const Problem& p, const ForwardTensors& tensors) {
                                 W::bytes_of<A>(3 * capacity) + samples_count * samples_bytes +
                                 W::bytes_of<Samples<A>>(samples_count);
   const int64_t shared_bytes =
-      W::bytes_of<A>(packed_size) + W::bytes_of<A>(channels) + W::bytes_of<A>(p.out_channels) +
-      (copied ? W::bytes_of<A>(images * geometry.pixels * channels) : 0);
+      W::bytes_of<A>(packed_size) + W::bytes_of<A>(p.out_channels) + W::bytes_of<A>(images * image_size);
   if (!workspace.reserve(shared_bytes + p.threads * private_bytes)) return 1;
 
   A* packed = workspace.take<A>(packed_size);
-  A* zeros = workspace.take<A>(channels);
   A* biases = workspace.take<A>(p.out_channels);
-  A* copy = copied ? workspace.take<A>(images * geometry.pixels * channels) : nullptr;
+  A* maps = workspace.take<A>(images * image_size);
   char* private_memory = workspace.take<char>(p.threads * private_bytes);
-  for (int64_t c = 0; c < channels; ++c) zeros[c] = A(0);
   for (int64_t c = 0; c < p.out_channels; ++c) biases[c] = bias ? A(read(bias[c])) : A(0);
+
+  const Map<A> map{maps, channels, geometry.padded_row * channels};
 
 #pragma omp parallel num_threads(p.threads)
   {
@@ -422,7 +541,7 @@ int forward_of(const Problem& p, const ForwardTensors& tensors) {
 
     for (int64_t first = 0; first < p.batch; first += images) {
       const int64_t last = least(first + images, p.batch);
-      const A* map = channels_last<A, T>(input, p.input_channels_last, channels, geometry.pixels, first, last, copy);
+      copy_maps<A, T>(p, geometry, input, first, last, maps);
       const int64_t total = (last - first) * geometry.positions;
 #pragma omp for schedule(dynamic, 1)
       for (int64_t begin = 0; begin < total; begin += tile_rows) {
@@ -431,32 +550,22 @@ int forward_of(const Problem& p, const ForwardTensors& tensors) {
           for (int64_t tap = 0; tap < taps; ++tap)
             locate<A>(p, geometry, tile, tensors.offset, tensors.mask, g, tap, scratch, capacity,
                       samples[g * taps + tap]);
-        for (int64_t i = 0; i < tile.count; ++i)
-          for (int64_t c = 0; c < p.out_channels; ++c) sums[i * sums_row + c] = biases[c];
+        const bool add = bias || geometry.depthwise;
+        if (add)
+          for (int64_t i = 0; i < tile.count; ++i)
+            for (int64_t c = 0; c < p.out_channels; ++c) sums[i * sums_row + c] = biases[c];
 
-        for (int64_t tap = 0; tap < taps; tap += block_taps) {
-          const int64_t tap_end = least(tap + block_taps, taps);
-          sample<A>(p, geometry, map, zeros, samples, tap, tap_end, tile.count, columns, columns_row);
-          if (geometry.depthwise) {
-            for (int64_t i = 0; i < tile.count; ++i)
-              for (int64_t t = tap; t < tap_end; ++t) {
-                const A* from = columns + i * columns_row + (t - tap) * channels;
-                for (int64_t c = 0; c < channels; ++c)
-                  sums[i * sums_row + c] += from[c] * packed[t * channels + c];
-              }
-            continue;
+        for (int64_t tap = 0; tap < taps; tap += block_taps)
+          for (int64_t channel = 0; channel < channels; channel += block_channels) {
+            const Block block{tap, least(tap + block_taps, taps), channel,
+                              least(channel + block_channels, channels)};
+            sample<A>(tensors.mask, geometry, map, samples, block, tile.count, columns, columns_row);
+            if (geometry.depthwise)
+              add_depthwise<A>(block, channels, tile.count, columns, packed, sums, sums_row);
+            else
+              add_product<A>(geometry, block, tile.count, columns, packed, sums, sums_row,
+                             add || tap > 0);
           }
-          for (int64_t group = 0; group < p.groups; ++group) {
-            const LeftFactor<A> left{columns + group * geometry.group_in, columns_row, 1, channels,
-                                     tap_end - tap, geometry.group_in};
-            for (int64_t which = 0; which < packed_panels; ++which) {
-              const int64_t at = (group * packed_panels + which) * taps + tap;
-              multiply<A, true>(tile.count, left, packed + at * geometry.group_in * panel,
-                                sums + group * geometry.group_out + which * panel, sums_row,
-                                int(least<int64_t>(panel, geometry.group_out - which * panel)), true);
-            }
-          }
-        }
         write_tile<A, T>(p, geometry, tile, sums, sums_row, output);
       }
     }
@@ -518,10 +627,8 @@ void add_to_map(const Problem& p, const Geometry& geometry, const Samples<A>* sa
         const Samples<A>& s = tile[g * geometry.taps + tap];
         const A* grad = grads + at * row + tap * p.in_channels;
         for (int j = 0; j < 4; ++j) {
-          const int64_t pixel = s.pixel[j][i];
-          if (pixel < 0) continue;
-          const A weight = s.weight[j][i] * s.mask[i];
-          A* sum = sums + pixel * p.in_channels;
+          const A weight = s.weights[4 * i + j] * s.mask[i];
+          A* sum = sums + (s.pixel[i] + j / 2 * geometry.padded_row + j % 2) * p.in_channels;
           int64_t c = from;
           for (; c + kLanes<A> <= to; c += kLanes<A>)
             store(sum + c, load(sum + c) + load(grad + c) * weight);
@@ -555,9 +662,9 @@ int backward_of(const Problem& p, const BackwardTensors& tensors) {
       most(row * int64_t(sizeof(A)), samples_count * Samples<A>::bytes(16) / 16);
   const int64_t chunk_positions =
       round_up(most<int64_t>(kChunkPositions, kChunkBytes / position_bytes), kTileRows);
-  const int64_t image_bytes = geometry.pixels * channels * int64_t(sizeof(A));
-  const int64_t images = most<int64_t>(
-      1, least(least(chunk_positions / positions, p.batch), kImagesBytes / image_bytes));
+  const int64_t image_size = geometry.padded_pixels * channels;
+  const int64_t images = most<int64_t>(1, least(least(chunk_positions / positions, p.batch),
+                                                kImagesBytes / (image_size * int64_t(sizeof(A)))));
   const int64_t longest = least(chunk_positions, images * positions);
 
   const int64_t wanted = round_up(
@@ -573,32 +680,30 @@ int backward_of(const Problem& p, const BackwardTensors& tensors) {
       depthwise ? taps * channels : p.groups * taps * in_panels * outs * panel;
   const int64_t packed_grad_size = longest * (depthwise ? channels : p.groups * outs);
   const int64_t weight_sums_size = depthwise ? taps * channels : p.groups * taps * geometry.group_in * outs;
-  const bool copied = !p.input_channels_last || !kSame<A, T>;
-  const int64_t map_size = images * geometry.pixels * channels;
+  const int64_t map_size = images * image_size;
   const int64_t capacity = round_up(tile_rows, kLanes<A>);
   const int64_t samples_bytes = Samples<A>::bytes(capacity);
 
   using W = Workspace;
   const int64_t private_bytes = W::bytes_of<A>(6 * capacity);
   const int64_t shared_bytes =
-      W::bytes_of<A>(packed_size) + W::bytes_of<A>(packed_grad_size) + W::bytes_of<A>(channels) +
+      W::bytes_of<A>(packed_size) + W::bytes_of<A>(packed_grad_size) +
       2 * W::bytes_of<A>(longest * row) + W::bytes_of<A>(weight_sums_size) + 2 * W::bytes_of<A>(map_size) +
       W::bytes_of<Samples<A>>(tile_count * samples_count) + tile_count * samples_count * samples_bytes;
   if (!workspace.reserve(shared_bytes + p.threads * private_bytes)) return 1;
   A* packed = workspace.take<A>(packed_size);
   A* packed_grad = workspace.take<A>(packed_grad_size);
-  A* zeros = workspace.take<A>(channels);
   A* columns = want_weight ? workspace.take<A>(longest * row) : nullptr;
   A* grads = workspace.take<A>(longest * row);
   A* weight_sums = workspace.take<A>(weight_sums_size);
-  A* copy = copied ? workspace.take<A>(map_size) : nullptr;
+  A* maps = workspace.take<A>(map_size);
   A* map_sums = workspace.take<A>(map_size);
   auto* samples = workspace.take<Samples<A>>(tile_count * samples_count);
   char* samples_memory = workspace.take<char>(tile_count * samples_count * samples_bytes);
   char* private_memory = workspace.take<char>(p.threads * private_bytes);
   for (int64_t i = 0; i < tile_count * samples_count; ++i)
     samples[i] = Samples<A>(samples_memory + i * samples_bytes, capacity);
-  for (int64_t c = 0; c < channels; ++c) zeros[c] = A(0);
+  const Map<A> map{maps, channels, geometry.padded_row * channels};
 
   // Channels of the map are split among threads in whole cache lines.
   const int64_t slices_wanted = ceil_div(p.threads, images);
@@ -622,14 +727,12 @@ int backward_of(const Problem& p, const BackwardTensors& tensors) {
     for (int64_t first = 0; first < p.batch; first += images) {
       const int64_t last = least(first + images, p.batch);
       const int64_t total = (last - first) * positions;
-      const A* map = channels_last<A, T>(input, p.input_channels_last, channels, geometry.pixels, first, last, copy);
+      copy_maps<A, T>(p, geometry, input, first, last, maps);
       if (want_input) {
-        const int64_t lines = ceil_div((last - first) * geometry.pixels * channels, 4096);
+        const int64_t numbers = (last - first) * image_size, lines = ceil_div(numbers, 4096);
 #pragma omp for
         for (int64_t i = 0; i < lines; ++i)
-          std::memset(map_sums + i * 4096, 0,
-                      size_t(least<int64_t>(4096, (last - first) * geometry.pixels * channels - i * 4096)) *
-                          sizeof(A));
+          std::memset(map_sums + i * 4096, 0, size_t(least<int64_t>(4096, numbers - i * 4096)) * sizeof(A));
       }
 
       for (int64_t chunk_begin = 0; chunk_begin < total; chunk_begin += chunk_positions) {
@@ -649,7 +752,7 @@ int backward_of(const Problem& p, const BackwardTensors& tensors) {
                         mine[g * taps + tap]);
           for (int64_t tap = 0; tap < taps; ++tap) {
             if (!want_columns_grad) {
-              sample<A>(p, geometry, map, zeros, mine, tap, tap + 1, tile.count,
+              sample<A>(tensors.mask, geometry, map, mine, Block{tap, tap + 1, 0, channels}, tile.count,
                         tile_columns + tap * channels, row);
               continue;
             }
@@ -660,12 +763,12 @@ int backward_of(const Problem& p, const BackwardTensors& tensors) {
                       packed_grad[(begin + i) * channels + c] * packed[tap * channels + c];
             } else {
               for (int64_t group = 0; group < p.groups; ++group) {
-                const LeftFactor<A> left{
-                    packed_grad + (group * out_panels * chunk.count + begin) * panel, panel, 1,
-                    chunk.count * panel, out_panels, panel};
+                const LeftFactor<A, panel> left{
+                    packed_grad + (group * out_panels * chunk.count + begin) * panel, 1, chunk.count * panel,
+                    out_panels, panel};
                 for (int64_t which = 0; which < in_panels; ++which) {
                   const int64_t at = (group * taps + tap) * in_panels + which;
-                  multiply<A, true>(
+                  multiply(
                       tile.count, left, packed + at * outs * panel,
                       tile_grads + tap * channels + group * geometry.group_in + which * panel, row,
                       int(least<int64_t>(panel, geometry.group_in - which * panel)), false);
@@ -674,7 +777,7 @@ int backward_of(const Problem& p, const BackwardTensors& tensors) {
             }
             for (int64_t g = 0; g < p.offset_groups; ++g) {
               const int64_t channel = g * taps + tap;
-              sample_backward<A>(p, geometry, map, zeros, mine[channel], tap, g, tile.count, tile_grads,
+              sample_backward<A>(geometry, map, mine[channel], tap, g, tile.count, tile_grads,
                                  tile_columns, row, grad_y, grad_x, grad_mask);
               tile.for_each_run([&](const Run& run) {
                 const int64_t plane = run.image * samples_count + channel;
@@ -722,11 +825,11 @@ int backward_of(const Problem& p, const BackwardTensors& tensors) {
             const int64_t group = item / (taps * blocks), tap = item / blocks % taps;
             const int64_t channel = item % blocks * block;
             const int64_t height = least(block, geometry.group_in - channel);
-            const LeftFactor<A> left{
-                columns + tap * channels + group * geometry.group_in + channel, 1, row, 0, 1, chunk.count};
+            const LeftFactor<A, 1> left{columns + tap * channels + group * geometry.group_in + channel, row, 0,
+                                        1, chunk.count};
             A* sums = weight_sums + ((group * taps + tap) * geometry.group_in + channel) * outs;
             for (int64_t which = 0; which < out_panels; ++which)
-              multiply<A, false>(height, left,
+              multiply(height, left,
                                  packed_grad + (group * out_panels + which) * chunk.count * panel,
                                  sums + which * panel, outs, panel, accumulate);
           }
@@ -735,8 +838,7 @@ int backward_of(const Problem& p, const BackwardTensors& tensors) {
         }
       }
       if (want_input)
-        scatter_map<A, T>(map_sums, p.input_channels_last, channels, geometry.pixels, first, last,
-                          static_cast<T*>(tensors.grad_input));
+        write_maps<A, T>(p, geometry, map_sums, first, last, static_cast<T*>(tensors.grad_input));
     }
 
     if (want_weight) {

@@ -19,7 +19,7 @@ namespace deformnet::DEFORMNET_ISA {
 
 #if defined(__AVX512F__)
 constexpr int kVectorBytes = 64;
-constexpr int kTileRows = 12, kTileVectors = 2;  // 24 accumulators of 32 registers
+constexpr int kTileRows = 14, kTileVectors = 2;  // 28 accumulators of 32 registers
 #elif defined(__AVX2__)
 constexpr int kVectorBytes = 32;
 constexpr int kTileRows = 6, kTileVectors = 2;  // 12 of 16
@@ -80,6 +80,23 @@ inline Vec<A> fold(Vec<A> a, Vec<A> b) {
     second[j] = (j & stride) ? n + j : j + stride;
   }
   return __builtin_shuffle(a, b, first) + __builtin_shuffle(a, b, second);
+}
+
+// to[4 * i + j] = lane i of the j-th vector.
+template <class A>
+inline void store_side_by_side(Vec<A> a, Vec<A> b, Vec<A> c, Vec<A> d, A* to) {
+  constexpr int n = kLanes<A>;
+#pragma GCC unroll 4
+  for (int part = 0; part < 4; ++part) {
+    // Lanes of a and b, and of c and d, where the result wants them; then those that it wants.
+    IndexVec<A> pick, merge;
+    for (int k = 0; k < n; ++k) {
+      const int lane = (part * n + k) / 4, which = (part * n + k) % 4;
+      pick[k] = which % 2 ? n + lane : lane;
+      merge[k] = which < 2 ? k : n + k;
+    }
+    store(to + part * n, __builtin_shuffle(__builtin_shuffle(a, b, pick), __builtin_shuffle(c, d, pick), merge));
+  }
 }
 
 // a * b + c, in one instruction where there is one, even where the compiler may not make one of two.
@@ -285,29 +302,40 @@ inline void swap_blocks(Vec<A>* rows) {
   if constexpr (stride > 1) swap_blocks<A, stride / 2>(rows);
 }
 
-// to[c * to_stride + r] = from[r * from_stride + c], converting between number formats; A computes.
+// place(c)[r] = source(r)[c], converting between number formats; A computes. Where rows or columns do not
+// fill whole blocks, the last block overlaps the one before.
+template <class A, class To, class Source, class Place>
+inline void transpose_between(int64_t rows, int64_t columns, Source source, Place place) {
+  constexpr int n = kLanes<A>;
+  for (int64_t begin = 0; begin < columns; begin += n) {
+    const int64_t c = begin + n <= columns ? begin : columns > n ? columns - n : 0;
+    const int64_t width = columns < n ? columns : n;
+    To* to[n];
+    for (int i = 0; i < width; ++i) to[i] = place(c + i);
+    if (width < n || rows < n) {
+      for (int64_t r = 0; r < rows; ++r)
+        for (int i = 0; i < width; ++i) write(to[i] + r, A(read(source(r)[c + i])));
+      continue;
+    }
+    for (int64_t start = 0; start < rows; start += n) {
+      const int64_t r = start + n <= rows ? start : rows - n;
+      Vec<A> block[n];
+#pragma GCC unroll 16
+      for (int i = 0; i < n; ++i) block[i] = load_as<A>(source(r + i) + c);
+      swap_blocks<A, n / 2>(block);
+#pragma GCC unroll 16
+      for (int i = 0; i < n; ++i) store_as<To, A>(to[i] + r, block[i]);
+    }
+  }
+}
+
+// to[c * to_stride + r] = from[r * from_stride + c].
 template <class A, class From, class To>
 inline void transpose(const From* from, ptrdiff_t from_stride, int64_t rows, int64_t columns, To* to,
                       ptrdiff_t to_stride) {
-  constexpr int n = kLanes<A>;
-  int64_t r = 0;
-  for (; r + n <= rows; r += n) {
-    int64_t c = 0;
-    for (; c + n <= columns; c += n) {
-      Vec<A> block[n];
-#pragma GCC unroll 16
-      for (int i = 0; i < n; ++i) block[i] = load_as<A>(from + (r + i) * from_stride + c);
-      swap_blocks<A, n / 2>(block);
-#pragma GCC unroll 16
-      for (int i = 0; i < n; ++i) store_as<To, A>(to + (c + i) * to_stride + r, block[i]);
-    }
-    for (; c < columns; ++c)
-      for (int i = 0; i < n; ++i)
-        write(to + c * to_stride + r + i, A(read(from[(r + i) * from_stride + c])));
-  }
-  for (; r < rows; ++r)
-    for (int64_t c = 0; c < columns; ++c)
-      write(to + c * to_stride + r, A(read(from[r * from_stride + c])));
+  transpose_between<A, To>(
+      rows, columns, [&](int64_t r) { return from + r * from_stride; },
+      [&](int64_t c) { return to + c * to_stride; });
 }
 
 template <class A, class From, class To>
