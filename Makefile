@@ -20,9 +20,11 @@ $(READY): pyproject.toml $(NATIVE)
 demo: $(READY)
 	$(BIN)/deformnet demo --out demo
 
-# The tests' tensors are small: a process for each core, each with one thread.
+# The tests' tensors are small: a process for each core, each with one thread. Without a GPU its
+# kernels run in Triton's interpreter, which has to be chosen before they are loaded.
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto -k "not compile" tests/ops/test_triton_*.py
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.deform_conv

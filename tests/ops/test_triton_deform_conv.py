@@ -1,0 +1,242 @@
+"""The Triton kernels of deformable convolution: in the interpreter, or on a GPU where there is one."""
+
+import importlib
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from deform_conv_cases import Case, assert_same, output_gradient, random_case, run
+from on_triton import on_triton
+
+from deformnet.ops import library
+
+pytest.importorskip("triton", reason="the package triton is not installed")
+kernels = importlib.import_module("deformnet.ops.triton.deform_conv")
+
+runs = pytest.mark.skipif(
+    not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1",
+    reason="there is no GPU, and TRITON_INTERPRET=1 is not set",
+)
+# Random calls with few taps: the interpreter takes milliseconds for every line of a kernel.
+SEEDS = (2011, 2035, 2053, 2125, 2019, 2063, 2197, 2142, 2001, 2006, 2060, 2115, 2058, 2146)
+NAN, INF = float("nan"), float("inf")
+
+
+def run_here(
+    case: Case, border: str = "zeros", grad_output: torch.Tensor | None = None
+) -> dict[str, torch.Tensor]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(library, "cpu", on_triton)
+        return run(case, "cpu", border, grad_output)
+
+
+def layered(batch: int = 2) -> Case:
+    """Two groups that share channels with three offset groups, one row of taps, on a small map."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    return Case(
+        input=normal(batch, 12, 4, 5),
+        offset=normal(batch, 2 * 3 * 2, 4, 4),
+        weight=normal(10, 6, 1, 2) / 3,
+        bias=normal(10),
+        mask=normal(batch, 3 * 2, 4, 4),
+        stride=(1, 1),
+        padding=(0, 0),
+        dilation=(1, 1),
+    )
+
+
+@runs
+@pytest.mark.parametrize("seed", SEEDS)
+def test_agrees_with_the_reference(seed):
+    case = random_case(seed)
+    border = "zeros" if seed % 2 else "msra2017"
+    assert_same(run_here(case, border), run(case, "reference", border), 1e-10)
+
+
+@runs
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.float32, 2e-5), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)],
+    ids=str,
+)
+def test_other_dtypes(dtype, tolerance):
+    if dtype == torch.bfloat16 and not torch.cuda.is_available():
+        pytest.skip("Triton's interpreter takes bfloat16 for integers in a product")
+    case = layered().to(dtype, torch.float32)
+    found = run_here(case)
+    assert found["output"].dtype == dtype
+    assert found["grad_offset"].dtype == torch.float32
+    gradient = output_gradient(case).double()
+    assert_same(found, run(case.to(torch.float64), "reference", "zeros", gradient), tolerance)
+
+
+@runs
+def test_more_than_one_tile_of_everything(monkeypatch):
+    monkeypatch.setattr(kernels, "_tiles", lambda sizes, dtype: kernels._Tiles(16, 16, 16, 4))
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    case = Case(
+        input=normal(3, 37, 3, 4),
+        offset=normal(3, 2, 3, 4),
+        weight=normal(35, 37, 1, 1),
+        bias=None,
+        mask=None,
+        stride=(1, 1),
+        padding=(0, 0),
+        dilation=(1, 1),
+    )
+    assert_same(run_here(case), run(case, "reference"), 1e-10)
+
+
+@runs
+def test_wide_addresses_agree(monkeypatch):
+    narrow = run_here(layered())
+    monkeypatch.setattr(kernels, "_NARROW", 0)
+    assert_same(run_here(layered()), narrow, 0.0 if not torch.cuda.is_available() else 1e-12)
+
+
+@runs
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+def test_deterministic_gradients_are_right_and_sums_may_be_chunked(monkeypatch, dtype):
+    case = layered(2).to(dtype)
+    wanted = run_here(case)
+    monkeypatch.setattr(kernels, "_MOST_SUMS", 1)
+    torch.use_deterministic_algorithms(True)
+    try:
+        found = run_here(case)
+        again = run_here(case)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_same(found, wanted, 1e-12 if dtype == torch.float64 else 1e-2)
+    for name, tensor in found.items():
+        assert tensor.equal(again[name]), name
+
+
+@runs
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_nan_stays_where_it_belongs(deterministic):
+    case = layered()
+    offset, outside = case.offset.clone(), case.offset.clone()
+    # Image 1, offset group 1, tap 1, output position (2, 3). Its channels 4 to 7 are of both groups.
+    offset[1, 2 * 3, 2, 3] = NAN
+    outside[1, 2 * 3, 2, 3] = INF
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        found = run_here(replace(case, offset=offset))
+        clean = run_here(replace(case, offset=outside))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    reached = {name: torch.zeros(tensor.shape, dtype=torch.bool) for name, tensor in found.items()}
+    reached["output"][1, :, 2, 3] = True
+    reached["grad_offset"][1, 6:8, 2, 3] = True
+    reached["grad_mask"][1, 3, 2, 3] = True
+    reached["grad_weight"][:5, 4:, :, 1] = True
+    reached["grad_weight"][5:, :2, :, 1] = True
+    for name, tensor in found.items():
+        assert tensor.isnan().equal(reached[name]), name
+        assert clean[name].isfinite().all()
+        kept = ~reached[name]
+        torch.testing.assert_close(tensor[kept], clean[name][kept], rtol=0, atol=1e-12)
+
+
+@runs
+def test_infinities_in_the_map_reach_no_neighbour():
+    case = layered()
+    input = case.input.clone()
+    input[0, 3, 1, 2] = INF
+    found = run_here(replace(case, input=input))
+    wanted = run(replace(case, input=input), "reference")
+    for name, tensor in wanted.items():
+        assert found[name].isfinite().equal(tensor.isfinite()), name
+
+
+@runs
+def test_gradients_on_their_own():
+    case = layered()
+    gradient = output_gradient(case)
+    wanted = run_here(case)
+    tensors = gradient, case.input, case.offset, case.weight, case.mask
+    geometry = case.stride, case.padding, case.dilation, "zeros"
+    names = "grad_input", "grad_offset", "grad_weight", "grad_bias", "grad_mask"
+    for k, name in enumerate(names):
+        needs = tuple(i == k for i in range(5))
+        found = on_triton.deform_conv2d_backward(*tensors, *geometry, needs)
+        assert [tensor is not None for tensor in found] == list(needs)
+        assert_same({name: found[k]}, {name: wanted[name]}, 1e-12)
+
+
+@runs
+def test_gradients_with_strides_of_any_kind():
+    case = layered()
+    spread = output_gradient(case).transpose(2, 3).contiguous().transpose(2, 3)
+    assert_same(run_here(case, "zeros", spread), run_here(case), 1e-12)
+    column = replace(case, offset=case.offset[..., :1], mask=case.mask[..., :1])
+    column = replace(column, input=case.input[..., :2])
+    assert_same(run_here(column), run(column, "reference"), 1e-10)
+
+
+@runs
+def test_an_empty_batch():
+    found = run_here(layered(0))
+    assert found["output"].shape == (0, 10, 4, 4)
+    assert not found["grad_weight"].any()
+
+
+# In a process of its own: kernels decorated for the interpreter cannot be compiled.
+COMPILE = """
+import importlib
+import triton, triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+kernels = importlib.import_module("deformnet.ops.triton.deform_conv")
+
+def compiled(kernel, map_type, position_type, constants):
+    sums = "fp64" if map_type == "fp64" else "fp32"
+    types = dict.fromkeys(("input", "weight", "bias", "output", "grad_output"), map_type)
+    types |= dict.fromkeys(("offset", "mask", "grad_offset", "grad_mask"), position_type)
+    types |= {"floats": sums, "partial": sums, "scale": "fp64"}
+    types["integers"] = "i64" if constants.get("FIXED") else sums
+    names = kernel.arg_names
+    signature = {
+        n: "constexpr" if n in constants else "*" + types[n] if n in types else "i32" for n in names
+    }
+    values = {(names.index(n),): value for n, value in constants.items()}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=values)
+    ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 2}).asm["ptx"]
+    # The products run on the matrix units.
+    assert "mma" in ptx
+
+for map_type, position_type, wide, precision in [
+    ("bf16", "fp32", False, "ieee"), ("fp16", "fp16", True, "ieee"),
+    ("fp32", "fp32", False, "tf32"), ("fp64", "fp64", True, "ieee"),
+]:
+    shared = {"MODULATED": wide, "MSRA": not wide, "WIDE": wide, "PRECISION": precision}
+    shared |= {"DTYPE": tl.float64 if map_type == "fp64" else tl.float32}
+    shared |= dict.fromkeys(("BLOCK_M", "BLOCK_O", "BLOCK_C"), 16)
+    types = map_type, position_type
+    compiled(kernels._forward, *types, shared | {"BIAS": wide})
+    compiled(kernels._backward_weight, *types, shared)
+    wanted = {"BY_INPUT": True, "BY_POSITION": True, "FIXED": wide}
+    compiled(kernels._backward_positions, *types, shared | wanted)
+"""
+
+
+def test_the_kernels_compile_without_a_gpu(tmp_path):
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-c", COMPILE]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if "ptxas" in done.stderr and "Cannot find" in done.stderr:
+        pytest.skip("Triton has no ptxas")
+    assert done.returncode == 0, done.stderr
