@@ -1,4 +1,4 @@
-"""The Triton kernels of deformable convolution: in the interpreter, or on a GPU where there is one."""
+"""The Triton kernels of deformable convolution, in the interpreter or on a GPU."""
 
 import importlib
 import os
@@ -127,7 +127,7 @@ def test_deterministic_gradients_are_right_and_sums_may_be_chunked(monkeypatch, 
 def test_a_nan_stays_where_it_belongs(deterministic):
     case = layered()
     offset, outside = case.offset.clone(), case.offset.clone()
-    # Image 1, offset group 1, tap 1, output position (2, 3). Its channels 4 to 7 are of both groups.
+    # Image 1, offset group 1, tap 1, output position (2, 3). Channels 4 to 7 are of both groups.
     offset[1, 2 * 3, 2, 3] = NAN
     outside[1, 2 * 3, 2, 3] = INF
     torch.use_deterministic_algorithms(deterministic)
@@ -213,7 +213,8 @@ def compiled(kernel, map_type, position_type, constants):
     }
     values = {(names.index(n),): value for n, value in constants.items()}
     source = ASTSource(fn=kernel, signature=signature, constexprs=values)
-    ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 2}).asm["ptx"]
+    target = GPUTarget("cuda", 90, 32)
+    ptx = triton.compile(source, target=target, options={"num_warps": 2}).asm["ptx"]
     # The products run on the matrix units.
     assert "mma" in ptx
 
