@@ -709,8 +709,9 @@ int backward_of(const Problem& p, const BackwardTensors& tensors) {
   const int64_t slices_wanted = ceil_div(p.threads, images);
   const int64_t slice = round_up(ceil_div(channels, slices_wanted), line);
   const int64_t slices = ceil_div(channels, slice);
-  constexpr int64_t block = 16;  // of input channels: whole cache lines of the columns
-  const int64_t blocks = ceil_div(geometry.group_in, block);
+  // The gradient of the weight is split into blocks of input channels, nearly equal.
+  const int64_t blocks = ceil_div(geometry.group_in, 4 * kTileRows);
+  const int64_t block = ceil_div(geometry.group_in, blocks);
 
 #pragma omp parallel num_threads(p.threads)
   {

@@ -27,8 +27,9 @@ struct LeftFactor {
 
 // C[rows, n_valid] (+)= A * panel, rows <= kTileRows. The sum over k of one element has the same order
 // whatever the number of rows, so results do not depend on how rows are split into blocks or threads.
+// Not inlined: within a longer function the compiler runs out of registers.
 template <class A, int rows, ptrdiff_t row_stride>
-inline void multiply_block(const LeftFactor<A, row_stride>& left, const A* panel, A* c, ptrdiff_t c_stride,
+__attribute__((noinline)) void multiply_block(const LeftFactor<A, row_stride>& left, const A* panel, A* c, ptrdiff_t c_stride,
                            int n_valid, bool accumulate) {
   constexpr int lanes = kLanes<A>;
   Vec<A> total[rows][kTileVectors];

@@ -84,10 +84,10 @@ def roi_pool(
     samples_per_bin: int,
     position_sensitive: bool,
 ) -> Tensor:
-    """See `deformnet.ops.triton.roi_pool`."""
-    from deformnet.ops.triton import roi_pool
+    """See `deformnet.ops.triton.roi_pooling`."""
+    from deformnet.ops.triton import roi_pooling
 
-    return roi_pool.roi_pool(
+    return roi_pooling.roi_pool(
         *(input, boxes, offset, output_size, spatial_scale, gamma),
         *(sampling, samples_per_bin, position_sensitive),
     )
@@ -106,10 +106,10 @@ def roi_pool_backward(
     position_sensitive: bool,
     needs: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None]:
-    """See `deformnet.ops.triton.roi_pool`."""
-    from deformnet.ops.triton import roi_pool
+    """See `deformnet.ops.triton.roi_pooling`."""
+    from deformnet.ops.triton import roi_pooling
 
-    return roi_pool.roi_pool_backward(
+    return roi_pooling.roi_pool_backward(
         *(grad_output, input, boxes, offset, output_size, spatial_scale, gamma),
         *(sampling, samples_per_bin, position_sensitive, needs),
     )
