@@ -16,7 +16,7 @@ if backends.why_unavailable("cpu"):
 BEST = cpu.instruction_set()
 
 
-@pytest.fixture(params=["avx512", "avx2", "baseline"])
+@pytest.fixture(params=["amx", "avx512", "avx2", "baseline"])
 def instructions(request):
     try:
         cpu.select_instruction_set(request.param)
@@ -59,6 +59,7 @@ CASES = {
     "several images in a chunk": case(7, 48, (7, 9), groups=2),
     "images copied in two parts": case(3, 16, (257, 263), stride=9),
     "channels beyond one block": case(1, 700, (5, 6), out_channels=8),
+    "a group that starts within a block": case(1, 1000, (4, 5), out_channels=8, groups=4),
     "depthwise": case(3, 35, (13, 14), out_channels=35, groups=35, offset_groups=5),
     "depthwise, two filters a channel": case(2, 24, (9, 9), out_channels=48, groups=24),
     "one output channel": case(2, 33, (11, 12), out_channels=1),
@@ -101,6 +102,43 @@ def test_every_instruction_set_converts_halves_as_pytorch_does(instructions, dty
         wanted = (numbers.float() + biases.float()).to(dtype)
         found = cpu.deform_conv2d(numbers, offset, weight, biases, None, *steps)
         assert torch.equal(found, wanted)
+
+
+# Rows, channels and output channels that leave remainders of tiles; groups that share a block.
+TILED = {
+    "one tile": case(1, 32, (3, 5), out_channels=16),
+    "remainders of all": case(2, 64, (9, 11), out_channels=48),
+    "groups and offset groups": case(2, 128, (9, 11), out_channels=70, groups=2, offset_groups=4),
+    "groups beyond one block": case(1, 1408, (6, 7), out_channels=40, groups=2),
+    "channels beyond one block": case(1, 1312, (6, 7), out_channels=33),
+}
+
+
+@pytest.mark.parametrize("name", TILED)
+def test_tiles_of_bfloat16_are_as_exact_as_a_convolution(name):
+    if BEST != "amx":
+        pytest.skip("this machine has no tiles")
+    some = TILED[name].to(torch.bfloat16, torch.float32)
+    error, plain_error = (
+        (function() - exact).abs().max().item()
+        for function, exact in (
+            (lambda: deform_conv2d(*some.public), exact_output(some)),
+            (lambda: plain_output(some), plain_output(some.to(torch.float64))),
+        )
+    )
+    assert error <= 2 * plain_error
+    with_one_thread = deform_conv2d(*some.public)
+    torch.set_num_threads(3)
+    assert deform_conv2d(*some.public).equal(with_one_thread)
+
+
+def exact_output(some: Case) -> torch.Tensor:
+    return deform_conv2d(*some.to(torch.float64).public, backend="reference")
+
+
+def plain_output(some: Case) -> torch.Tensor:
+    groups = some.input.shape[1] // some.weight.shape[1]
+    return torch.nn.functional.conv2d(some.input, some.weight, some.bias, padding=1, groups=groups)
 
 
 @pytest.mark.parametrize("name", CASES)

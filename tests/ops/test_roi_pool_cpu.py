@@ -26,7 +26,7 @@ if backends.why_unavailable("cpu"):
 BEST = cpu.instruction_set()
 
 
-@pytest.fixture(params=["avx512", "avx2", "baseline"])
+@pytest.fixture(params=["amx", "avx512", "avx2", "baseline"])
 def instructions(request):
     try:
         cpu.select_instruction_set(request.param)

@@ -272,9 +272,9 @@ struct Block {
 };
 
 // The bilinear values of a run of `width` channels, times the mask if there is one.
-template <bool modulated, class A>
+template <bool modulated, class A, class Column>
 __attribute__((always_inline)) inline void read_sample(const Map<A>& map, const Samples<A>& at, int64_t i,
-                                                       int64_t channel, int64_t width, A* to) {
+                                                       int64_t channel, int64_t width, Column* to) {
   const A* v0 = map.at(at.pixel[i], channel);
   const A *v1 = v0 + map.channels, *v2 = v0 + map.row, *v3 = v2 + map.channels;
   const A* w = at.weights + 4 * i;
@@ -283,33 +283,33 @@ __attribute__((always_inline)) inline void read_sample(const Map<A>& map, const 
   int64_t c = 0;
   for (; c + kLanes<A> <= width; c += kLanes<A>) {
     const Vec<A> value = load(v0 + c) * w0 + load(v1 + c) * w1 + load(v2 + c) * w2 + load(v3 + c) * w3;
-    store(to + c, modulated ? value * mask : value);
+    store_as<Column, A>(to + c, modulated ? value * mask : value);
   }
   for (; c < width; ++c) {
     const A value = v0[c] * w[0] + v1[c] * w[1] + v2[c] * w[2] + v3[c] * w[3];
-    to[c] = modulated ? value * at.mask[i] : value;
+    write(to + c, modulated ? value * at.mask[i] : value);
   }
 }
 
 // columns[position, tap, channel] of a block, for a tile.
-template <bool modulated, class A>
+template <bool modulated, class A, class Column>
 void sample_block(const Geometry& geometry, const Map<A>& map, const Samples<A>* samples, const Block& block,
-                  int64_t count, A* columns, int64_t row) {
+                  int64_t count, Column* columns, int64_t row) {
   const int64_t group_width = geometry.offset_group_in;
   for (int64_t tap = block.tap_begin; tap < block.tap_end; ++tap)
     for (int64_t g = block.channel_begin / group_width; g * group_width < block.channel_end; ++g) {
       const Samples<A>& at = samples[g * geometry.taps + tap];
       const int64_t channel = most(block.channel_begin, g * group_width);
       const int64_t width = least(block.channel_end, (g + 1) * group_width) - channel;
-      A* first = columns + (tap - block.tap_begin) * block.channels() + channel - block.channel_begin;
+      Column* first = columns + (tap - block.tap_begin) * block.channels() + channel - block.channel_begin;
       for (int64_t i = 0; i < count; ++i)
         read_sample<modulated>(map, at, i, channel, width, first + i * row);
     }
 }
 
-template <class A>
+template <class A, class Column>
 void sample(bool modulated, const Geometry& geometry, const Map<A>& map, const Samples<A>* samples,
-            const Block& block, int64_t count, A* columns, int64_t row) {
+            const Block& block, int64_t count, Column* columns, int64_t row) {
   if (modulated)
     sample_block<true>(geometry, map, samples, block, count, columns, row);
   else
@@ -363,8 +363,13 @@ void sample_backward(const Geometry& geometry, const Map<A>& map, const Samples<
 
 // --------------------------------------------------------------------------- packed weights
 
-// For the forward product: [group][panel of output channels][tap][channel][lane].
-template <class A, class T>
+// How many numbers of a column are in the place of one: see `multiply_tiles`.
+template <bool pairs>
+constexpr int64_t kTogether = pairs ? 2 : 1;
+
+// For the forward product: [group][panel of output channels][tap][channel][lane], with pairs
+// [group][panel][tap][channel / 2][lane][channel % 2].
+template <class A, bool pairs, class T>
 void pack_forward(const Problem& p, const Geometry& geometry, const T* weight, A* packed) {
   constexpr int panel = kPanel<A>;
   const int64_t panels = ceil_div(geometry.group_out, panel), depth = geometry.group_in * geometry.taps;
@@ -379,10 +384,16 @@ void pack_forward(const Problem& p, const Geometry& geometry, const T* weight, A
     A block[stretch * panel] = {};  // [k][lane]
     const T* from = weight + (group * geometry.group_out + which * panel) * depth + begin;
     transpose<A>(from, depth, outs, n, block, panel);
-    A* to = packed + (group * panels + which) * depth * panel;
+    A* to = packed + (group * panels + which) * depth / kTogether<pairs> * panel;
     int64_t channel = begin / geometry.taps, tap = begin % geometry.taps;
     for (int64_t k = 0; k < n; ++k) {
-      std::memcpy(to + (tap * geometry.group_in + channel) * panel, block + k * panel, sizeof(A) * panel);
+      const int64_t row = tap * geometry.group_in + channel;
+      if constexpr (pairs) {
+        T* halves = reinterpret_cast<T*>(to + row / 2 * panel) + row % 2;
+        for (int lane = 0; lane < panel; ++lane) write(halves + 2 * lane, block[k * panel + lane]);
+      } else {
+        std::memcpy(to + row * panel, block + k * panel, sizeof(A) * panel);
+      }
       if (++tap == geometry.taps) tap = 0, ++channel;
     }
   }
@@ -436,8 +447,17 @@ void write_tile(const Problem& p, const Geometry& geometry, const Tile& tile, co
   });
 }
 
+template <class A, bool pairs>
+struct ColumnOf {
+  using type = A;
+};
+template <>
+struct ColumnOf<float, true> {
+  using type = BFloat16;
+};
+
 // The columns of a block times the weights, added to `sums`, or else in their place.
-template <class A>
+template <bool pairs, class A>
 void add_product(const Geometry& geometry, const Block& block, int64_t count, const A* columns,
                  const A* packed, A* sums, int64_t sums_row, bool accumulate) {
   constexpr int panel = kPanel<A>;
@@ -445,14 +465,24 @@ void add_product(const Geometry& geometry, const Block& block, int64_t count, co
   for (int64_t group = block.channel_begin / group_in; group * group_in < block.channel_end; ++group) {
     const int64_t begin = most(block.channel_begin, group * group_in);
     const int64_t end = least(block.channel_end, (group + 1) * group_in);
-    const LeftFactor<A, kColumnsRow<A>> left{columns + begin - block.channel_begin, 1, block.channels(),
-                                             block.tap_end - block.tap_begin, end - begin};
+    constexpr int64_t together = kTogether<pairs>;
+    const LeftFactor<A, kColumnsRow<A>> left{columns + (begin - block.channel_begin) / together, 1,
+                                             block.channels() / together, block.tap_end - block.tap_begin,
+                                             (end - begin) / together};
     for (int64_t which = 0; which < panels; ++which) {
       const int64_t at = ((group * panels + which) * geometry.taps + block.tap_begin) * group_in + begin -
                          group * group_in;
-      multiply(count, left, packed + at * panel, sums + group * geometry.group_out + which * panel, sums_row,
-               int(least<int64_t>(panel, geometry.group_out - which * panel)),
-               accumulate || begin > group * group_in);
+      const A* from = packed + at / together * panel;
+      A* to = sums + group * geometry.group_out + which * panel;
+      const int n = int(least<int64_t>(panel, geometry.group_out - which * panel));
+      const bool add = accumulate || begin > group * group_in;
+#if defined(__AMX_BF16__)
+      if constexpr (pairs) {
+        multiply_tiles(count, left, from, to, sums_row, n, add);
+        continue;
+      }
+#endif
+      multiply(count, left, from, to, sums_row, n, add);
     }
   }
 }
@@ -470,9 +500,12 @@ void add_depthwise(const Block& block, int64_t channels, int64_t count, const A*
     }
 }
 
-template <class T>
+// With `pairs`, columns and weights are bfloat16 and multiplied as such; sums are float.
+template <class T, bool pairs = false>
 int forward_of(const Problem& p, const ForwardTensors& tensors) {
   using A = typename ComputeOf<T>::type;
+  using Column = typename ColumnOf<A, pairs>::type;
+  constexpr int64_t together = kTogether<pairs>, block_depth = kBlockDepth * together;
   constexpr int panel = kPanel<A>;
   const Geometry geometry(p);
   const T* input = static_cast<const T*>(tensors.input);
@@ -481,8 +514,9 @@ int forward_of(const Problem& p, const ForwardTensors& tensors) {
   T* output = static_cast<T*>(tensors.output);
 
   const int64_t channels = p.in_channels, taps = geometry.taps;
-  const int64_t block_taps = most<int64_t>(1, least(taps, kBlockDepth / channels));
-  const int64_t block_channels = least(channels, kBlockDepth), depth = block_taps * block_channels;
+  const int64_t block_taps = most<int64_t>(1, least(taps, block_depth / channels));
+  const int64_t block_channels = least(channels, block_depth);
+  const int64_t depth = block_taps * block_channels / together;
   const int64_t image_size = geometry.padded_pixels * channels;
   const int64_t images = least(p.batch, most<int64_t>(1, kImagesBytes / (image_size * int64_t(sizeof(A)))));
 
@@ -498,7 +532,7 @@ int forward_of(const Problem& p, const ForwardTensors& tensors) {
   const int64_t packed_panels = ceil_div(geometry.group_out, panel);
   const int64_t packed_size = geometry.depthwise
                                   ? taps * channels
-                                  : p.groups * packed_panels * taps * geometry.group_in * panel;
+                                  : p.groups * packed_panels * taps * geometry.group_in / together * panel;
   const int64_t capacity = round_up(tile_rows, kLanes<A>);
   const int64_t samples_bytes = Samples<A>::bytes(capacity);
   const int64_t samples_count = p.offset_groups * taps;
@@ -522,6 +556,9 @@ int forward_of(const Problem& p, const ForwardTensors& tensors) {
 
 #pragma omp parallel num_threads(p.threads)
   {
+#if defined(__AMX_BF16__)
+    const TileUser tiles_in_use;
+#endif
     char* mine = private_memory + omp_get_thread_num() * private_bytes;
     A* columns = reinterpret_cast<A*>(mine);
     mine += W::bytes_of<A>(tile_rows * columns_row);
@@ -537,7 +574,7 @@ int forward_of(const Problem& p, const ForwardTensors& tensors) {
     if (geometry.depthwise)
       pack_depthwise<A, T>(p, geometry, weight, packed);
     else
-      pack_forward<A, T>(p, geometry, weight, packed);
+      pack_forward<A, pairs>(p, geometry, weight, packed);
 
     for (int64_t first = 0; first < p.batch; first += images) {
       const int64_t last = least(first + images, p.batch);
@@ -559,11 +596,12 @@ int forward_of(const Problem& p, const ForwardTensors& tensors) {
           for (int64_t channel = 0; channel < channels; channel += block_channels) {
             const Block block{tap, least(tap + block_taps, taps), channel,
                               least(channel + block_channels, channels)};
-            sample<A>(tensors.mask, geometry, map, samples, block, tile.count, columns, columns_row);
+            sample(tensors.mask, geometry, map, samples, block, tile.count, reinterpret_cast<Column*>(columns),
+                   columns_row * together);
             if (geometry.depthwise)
               add_depthwise<A>(block, channels, tile.count, columns, packed, sums, sums_row);
             else
-              add_product<A>(geometry, block, tile.count, columns, packed, sums, sums_row,
+              add_product<pairs>(geometry, block, tile.count, columns, packed, sums, sums_row,
                              add || tap > 0);
           }
         write_tile<A, T>(p, geometry, tile, sums, sums_row, output);
@@ -753,7 +791,7 @@ int backward_of(const Problem& p, const BackwardTensors& tensors) {
                         mine[g * taps + tap]);
           for (int64_t tap = 0; tap < taps; ++tap) {
             if (!want_columns_grad) {
-              sample<A>(tensors.mask, geometry, map, mine, Block{tap, tap + 1, 0, channels}, tile.count,
+              sample(tensors.mask, geometry, map, mine, Block{tap, tap + 1, 0, channels}, tile.count,
                         tile_columns + tap * channels, row);
               continue;
             }
@@ -862,6 +900,14 @@ int backward_of(const Problem& p, const BackwardTensors& tensors) {
 
 }  // namespace
 
+#if defined(__AMX_BF16__)
+// Only what tiles are for is compiled again. The rest is there already.
+int forward(const Problem& p, const ForwardTensors& tensors) {
+  if (p.dtype == kBFloat16 && p.in_channels / p.groups % (2 * kTileStep) == 0)
+    return forward_of<BFloat16, true>(p, tensors);
+  return avx512::forward(p, tensors);
+}
+#else
 int forward(const Problem& p, const ForwardTensors& tensors) {
   switch (p.dtype) {
     case kFloat64: return forward_of<double>(p, tensors);
@@ -879,5 +925,6 @@ int backward(const Problem& p, const BackwardTensors& tensors) {
     default: return backward_of<Float16>(p, tensors);
   }
 }
+#endif
 
 }  // namespace deformnet::DEFORMNET_ISA

@@ -1,6 +1,14 @@
 // The C interface of the library, and the choice of instruction set.
 #include <cstring>
 
+#ifdef DEFORMNET_HAS_AVX512
+#include <cpuid.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#endif
+
 #include "kernels.h"
 
 using namespace deformnet;
@@ -16,15 +24,34 @@ struct Implementation {
   RoiBackwardFn roi_backward;
 };
 
+#ifdef DEFORMNET_HAS_AVX512
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+
+// Whether there are tiles of bfloat16, and the system lets this process use them.
+bool has_amx() {
+#ifdef __linux__
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  constexpr unsigned bf16 = 1u << 22, tile = 1u << 24, avx512_bf16 = 1u << 5;
+  if (!(d & bf16) || !(d & tile)) return false;
+  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & avx512_bf16)) return false;
+  constexpr long request_permission = 0x1023, tile_data = 18;
+  return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
 // Best first.
 const Implementation kImplementations[] = {
 #ifdef DEFORMNET_HAS_AVX512
-    {"avx512",
-     [] {
-       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-     },
-     avx512::forward, avx512::backward, avx512::roi_forward, avx512::roi_backward},
+    {"amx", [] { return has_avx512() && has_amx(); }, amx::forward, avx512::backward, avx512::roi_forward,
+     avx512::roi_backward},
+    {"avx512", has_avx512, avx512::forward, avx512::backward, avx512::roi_forward, avx512::roi_backward},
 #endif
 #ifdef DEFORMNET_HAS_AVX2
     // Every processor with AVX2 and FMA has F16C.

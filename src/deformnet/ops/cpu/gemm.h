@@ -117,4 +117,88 @@ inline void multiply(int64_t rows, LeftFactor<A, row_stride> left, const A* pane
     }
 }
 
+#if defined(__AMX_BF16__)
+// ------------------------------------------------------------------- products of bfloat16 on tiles
+
+// Eight tiles of 16 rows of 64 bytes: four of sums, two of the left factor, two of a panel.
+struct TileUser {
+  TileUser() {
+    struct alignas(64) {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } const config;
+    _tile_loadconfig(&config);
+  }
+  ~TileUser() { _tile_release(); }
+};
+
+constexpr int64_t kTileStep = 16;  // floats, of two bfloat16 each
+
+// As `multiply`, where every float of the left factor and of the panel stands for two bfloat16 side by
+// side; the depth of a segment is a multiple of kTileStep. Rows are computed in blocks of 16: up to 15
+// rows more of the left factor are read, and of C written.
+template <ptrdiff_t row_stride>
+__attribute__((noinline)) void multiply_tiles(int64_t rows, const LeftFactor<float, row_stride>& left,
+                                              const float* panel, float* c, ptrdiff_t c_stride, int n_valid,
+                                              bool accumulate) {
+  constexpr ptrdiff_t lanes = 16, width = 2 * lanes, float_bytes = sizeof(float);
+  static_assert(kPanel<float> == width);
+  float whole[2 * lanes * width];
+  const bool full = n_valid == width;
+  for (int64_t s = 0; s < left.segments; ++s)
+    for (int64_t begin = 0; begin < left.depth; begin += kPanelDepth) {
+      const int64_t end = least(left.depth, begin + kPanelDepth);
+      const bool add = accumulate || s > 0 || begin > 0;
+      const float* b = panel + s * left.depth * width;
+      for (int64_t r = 0; r < rows; r += 2 * lanes) {
+        const bool two = rows - r > lanes;
+        const float* a = left.data + s * left.segment_stride + r * row_stride;
+        float* sums = full ? c + r * c_stride : whole;
+        const ptrdiff_t stride = full ? c_stride : width;
+        const int64_t height = two ? 2 * lanes : lanes;
+        if (!full && add)
+          for (int64_t i = 0; i < height; ++i)
+            std::memcpy(whole + i * width, c + (r + i) * c_stride, size_t(n_valid) * sizeof(float));
+        asm volatile("" ::: "memory");  // the intrinsics do not say what they read
+        if (add) {
+          _tile_loadd(0, sums, stride * float_bytes);
+          _tile_loadd(1, sums + lanes, stride * float_bytes);
+          if (two) {
+            _tile_loadd(2, sums + lanes * stride, stride * float_bytes);
+            _tile_loadd(3, sums + lanes * stride + lanes, stride * float_bytes);
+          }
+        } else {
+          _tile_zero(0);
+          _tile_zero(1);
+          _tile_zero(2);
+          _tile_zero(3);
+        }
+        for (int64_t k = begin; k < end; k += kTileStep) {
+          _tile_loadd(4, a + k, row_stride * float_bytes);
+          _tile_loadd(6, b + k * width, width * float_bytes);
+          _tile_loadd(7, b + k * width + lanes, width * float_bytes);
+          _tile_dpbf16ps(0, 4, 6);
+          _tile_dpbf16ps(1, 4, 7);
+          if (two) {
+            _tile_loadd(5, a + k + lanes * row_stride, row_stride * float_bytes);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+          }
+        }
+        _tile_stored(0, sums, stride * float_bytes);
+        _tile_stored(1, sums + lanes, stride * float_bytes);
+        if (two) {
+          _tile_stored(2, sums + lanes * stride, stride * float_bytes);
+          _tile_stored(3, sums + lanes * stride + lanes, stride * float_bytes);
+        }
+        asm volatile("" ::: "memory");
+        if (!full)
+          for (int64_t i = 0; i < height; ++i)
+            std::memcpy(c + (r + i) * c_stride, whole + i * width, size_t(n_valid) * sizeof(float));
+      }
+    }
+}
+#endif
+
 }  // namespace deformnet::DEFORMNET_ISA

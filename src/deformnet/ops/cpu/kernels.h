@@ -93,5 +93,8 @@ int backward(const Problem&, const BackwardTensors&);
 int roi_forward(const RoiProblem&, const RoiForwardTensors&);
 int roi_backward(const RoiProblem&, const RoiBackwardTensors&);
 }  // namespace avx512
+namespace amx {
+int forward(const Problem&, const ForwardTensors&);
+}  // namespace amx
 
 }  // namespace deformnet

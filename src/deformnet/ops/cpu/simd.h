@@ -274,6 +274,11 @@ template <class T, class A>
 inline void store_as(T* p, Vec<A> v) {
   if constexpr (kSame<A, T>) {
     store(p, v);
+#if defined(__AVX512BF16__)
+  } else if constexpr (kSame<T, BFloat16>) {
+    const __m256bh rounded = _mm512_cvtneps_pbh(v);
+    std::memcpy(p, &rounded, sizeof rounded);
+#endif
   } else {
     A values[kLanes<A>];
     store(values, v);
