@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 NATIVE := CMakeLists.txt $(wildcard src/deformnet/ops/cpu/*.cpp src/deformnet/ops/cpu/*.h)
 
-.PHONY: setup demo test bench lint clean
+.PHONY: setup demo test sanitize bench lint clean
 
 setup: $(READY)
 
@@ -25,6 +25,16 @@ demo: $(READY)
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto -k "not compile" tests/ops/test_triton_*.py
+
+# The operators' tests over kernels that stop at the first read or write out of bounds. Python and PyTorch
+# leak on their own; the sanitizer's library has to be there before them.
+SANITIZED := build/sanitize
+sanitize: $(READY)
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(SANITIZED) \
+		--config-settings=cmake.define.DEFORMNET_SANITIZE=ON .
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 DEFORMNET_TEST_LIBRARY=$(abspath $(SANITIZED))/deformnet/ops/cpu/libdeformnet_cpu.so \
+	$(BIN)/python -m pytest -n auto tests/ops -k "not compiler and not triton"
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.deform_conv

@@ -6,12 +6,19 @@ hour for all of them).
 """
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
 from on_triton import on_triton
 
 from deformnet.ops import backends, library
+from deformnet.ops.cpu import loading
+
+# `make sanitize` tests another build of the kernels.
+if "DEFORMNET_TEST_LIBRARY" in os.environ:
+    loading._library_file = lambda: Path(os.environ["DEFORMNET_TEST_LIBRARY"])
+    loading._library.cache_clear()
 
 TRITON = torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
 FAST = ["cpu", "triton"] if TRITON else ["cpu"]
