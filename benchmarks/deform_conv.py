@@ -153,6 +153,34 @@ def measure(
     return forward_times, compare(both, rounds=rounds) if backward else {}
 
 
+def measure_bfloat16(shape: Shape, *, spread: float, rounds: int) -> dict[str, Timing]:
+    """Forward passes in both formats; the bfloat16 ones are checked against float64 first."""
+    tensors = make_tensors(shape, spread)
+    x, offset, w, d = tensors.input, tensors.offset, tensors.weight, shape.dilation
+    low, low_w = x.bfloat16(), w.bfloat16()
+    calls: dict[str, Callable[[], Tensor]] = {
+        "conv2d, float32": lambda: F.conv2d(x, w, None, 1, d, d),
+        "conv2d, bfloat16": lambda: F.conv2d(low, low_w, None, 1, d, d),
+        "deformnet, float32": lambda: deform_conv2d(x, offset, w, None, 1, d, d),
+        "deformnet, bfloat16": lambda: deform_conv2d(low, offset, low_w, None, 1, d, d),
+    }
+    with torch.no_grad():
+        exact = deform_conv2d(
+            *(low.double(), offset.double(), low_w.double(), None, 1, d, d), backend="reference"
+        )
+        error = (calls["deformnet, bfloat16"]() - exact).abs().max().item()
+        if not error < 2e-2 * exact.abs().max().item():
+            raise AssertionError(f"bfloat16 is off by {error} on {shape}")
+        return compare(calls, rounds=rounds)
+
+
+def report_bfloat16(shape: Shape, times: dict[str, Timing]) -> None:
+    base = times["deformnet, float32"]
+    print(f"\nforward, {shape}: how many times as long as deformnet in float32")
+    for name, timing in times.items():
+        print(f"  {name}: {timing.median / base.median:.2f} ({_range(timing, base.median)})")
+
+
 def _range(timing: Timing, unit: float) -> str:
     return f"{timing.quantile(0.2) / unit:.2f}-{timing.quantile(0.8) / unit:.2f}"
 
@@ -200,12 +228,15 @@ def main() -> None:
             rounds=options.rounds,
             backward=True,
         )
+    halves = measure_bfloat16(SHAPES[0], spread=options.spread, rounds=options.rounds)
     report("forward", forward)
     report("forward + backward", both)
+    report_bfloat16(SHAPES[0], halves)
     if options.json:
         content = {
             "machine": where,
             "spread": options.spread,
+            "bfloat16": {name: timing.seconds for name, timing in halves.items()},
             **{
                 key: {
                     str(shape): {name: timing.seconds for name, timing in times.items()}
