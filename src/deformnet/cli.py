@@ -379,13 +379,16 @@ def _print_scores(metrics: dict[str, Any]) -> None:
         width = max(len(name) for name, _ in rows)
         where = f"{metrics['split']} ({metrics['images']} images)"
         lines.append(f"{_score_title(metrics)} on {where}, percent")
+        if "testing" in metrics:
+            changed = (f"{name} {value}" for name, value in metrics["testing"].items() if value)
+            lines.append(f"tested with {', '.join(changed)}")
         for name, values in rows:
             cells = ("    -" if value is None else f"{100 * value:5.1f}" for value in values)
             lines.append(f"  {name:{width}}  {'  '.join(cells)}")
     seconds = metrics["seconds_per_iteration"]
     pace = "" if seconds is None else f", {seconds:.3g} s each"
     size = f"{metrics['parameters'] / 1e6:.2f} M parameters"
-    lines.append(f"{metrics['iterations']} iterations{pace}; {size}")
+    lines.append(f"trained for {metrics['iterations']} iterations{pace}; {size}")
     rank_zero_only(print)("\n".join(lines))
 
 

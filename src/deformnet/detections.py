@@ -195,7 +195,7 @@ def _open(data: Path, split: str | None) -> _NamedTruth | _COCOTruth:
         else:
             if split is None:
                 known = ", ".join(splits) or "none"
-                raise ValueError(f"{data}: wanted a split; those here are: {known}")
+                raise ValueError(f"{data}: wanted a split (--split); those here are: {known}")
             return _truth_of(open_detection(data, split))
     if split is not None:
         raise ValueError(f"{data}: has no splits, got {split!r}")

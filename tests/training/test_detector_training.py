@@ -145,6 +145,15 @@ def test_training_on_stored_proposals(shapes, stored, tmp_path):
 
     again = evaluate(tmp_path, shapes, "val", proposals=files[1:], workers=0, progress=False)
     assert again["voc"] == metrics["voc"]
+    assert "testing" not in again
+    flipped = evaluate(
+        *(tmp_path, shapes, "val"),
+        testing=DetectionTesting(flip=True),
+        proposals=files[1:],
+        workers=0,
+        progress=False,
+    )
+    assert flipped["testing"]["flip"] is True
     with pytest.raises(ValueError, match="was trained on stored proposals, so scoring it needs"):
         evaluate(tmp_path, shapes, "val", workers=0, progress=False)
     with pytest.raises(ValueError, match="was trained on stored proposals and makes none"):

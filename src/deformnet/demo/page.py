@@ -34,8 +34,9 @@ def comparison(metrics: Mapping[str, Mapping[str, Any]]) -> list[Row]:
         ious = scores["mean_iou"], deformable["sizes"][size]["mean_iou"]
         rows.append(_points(f"IoU of {scores['objects']} {size} objects", *ious))
     rows.append(_ratio("parameters", "{:,.0f}", plain["parameters"], deformable["parameters"]))
-    seconds = [run["seconds_per_iteration"] for run in (plain, deformable)]
-    rows.append(_ratio("seconds per step", "{:.3f}", *seconds))
+    # One after the other on a machine that may be busy: no difference to be drawn from these.
+    paces = [_text(run["seconds_per_iteration"], "{:.3f}") for run in (plain, deformable)]
+    rows.append(Row("seconds per step", paces[0], paces[1], "-"))
     return rows
 
 
@@ -152,16 +153,18 @@ large ones more than {large:.0%}. {machine}.</p>
 <h2>Where they look</h2>
 <p>A unit at the top of the network (cross) samples the map below it at nine points, each of these
 the next map at nine, and so on: 729 points for three 3&times;3 layers. In the plain network they
-form the same grid everywhere; the deformable one moves them for what is there (Dai et al. 2017,
-Figure 6). Each row of three shows one unit on the background, one on a small and one on a large
-object. Faint points lie outside the map, where there is nothing to read.</p>
+form the same grid everywhere, most of them on one another; the deformable one can move each of
+them (Dai et al. 2017, Figure 6), which so short a training has only begun. Each row of three shows
+one unit on the background, one on a small and one on a large object. Faint points lie outside the
+map, where there is nothing to read.</p>
 <img src="sampling.png" alt="Sampling locations of units in both networks">
 
 <h2>What a detector pools</h2>
 <p>An R-FCN with deformable pooling, {detector_iterations} iterations from random weights. It
-divides each box into 3&times;3 bins, each of which votes for the class; offsets move the bins to
-where there is most to see of the object (Figure 7). Shown is the best detection of each of the
-first images in which it is right. {found}</p>
+divides each box into 3&times;3 bins, each of which votes for the class; offsets can move the bins
+to the parts of the object (Figure 7). After so short a training the bins have left the grid in
+much the same way everywhere, the scores are low and few classes are found. Shown is the best
+detection of each of the first images in which it is right. {found}</p>
 <img src="parts.png" alt="Detections with their bins, moved by the offsets">
 </body>
 </html>

@@ -238,6 +238,8 @@ def evaluate(
         trainer.validate(module, datamodule=job.scoring_data(images, workers), verbose=False)
     found = run / f"detections-{split}.jsonl"
     metrics = _scores(job, module, split, images, found) | _facts(recipe, model, run)
+    if testing != ONE_LOOK:
+        metrics["testing"] = dataclasses.asdict(testing)
     if trainer.is_global_zero:
         write_json(run / f"metrics-{split}.json", metrics)
     return metrics
