@@ -205,6 +205,12 @@ def test_doctor(capsys):
         assert f"\n{word}" in f"\n{text}"
 
 
+def test_stored_proposals_are_explained(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "rfcn", "--help"])
+    assert "Files of `deformnet propose`" in capsys.readouterr().out
+
+
 def test_help_needs_no_lightning():
     """It is asked for often, and Lightning alone takes seconds to import."""
     code = (

@@ -134,13 +134,14 @@ def _training_on_proposals(base: Recipe) -> Callable[..., None]:
     def command(
         run: Annotated[Run, tyro.conf.arg(name="")],
         options: Annotated[type(base), tyro.conf.arg(name="")] = base,  # pyright: ignore[reportInvalidTypeForm]
-        stored_proposals: tuple[Path, ...] = (),
+        stored_proposals: Annotated[
+            tuple[Path, ...],
+            tyro.conf.arg(
+                help="Files of `deformnet propose`, of the images to train on and to score, in the "
+                "place of the network's own proposals."
+            ),
+        ] = (),
     ) -> None:
-        """
-        Args:
-            stored_proposals: Files of `deformnet propose`, of the images to train on and to score,
-                in the place of the network's own proposals.
-        """
         _train(run, options, stored_proposals)
 
     return command
