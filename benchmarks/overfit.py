@@ -1,6 +1,6 @@
 """Whether nothing is broken from file to score: each detector learns eight images by heart.
 
-    python -m benchmarks.overfit DIR OUT [--network rfcn] [--iterations 300]
+    python -m benchmarks.overfit DIR OUT [--network rfcn] [--iterations 500]
 
 DIR is a data set in the VOC layout; the first eight images of its list `train` are trained on,
 without flips, and scored. Both the convolutions and the pooling are deformable.
@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--network", choices=NETWORKS, default="rfcn")
-    parser.add_argument("--iterations", type=int, default=300)
+    parser.add_argument("--iterations", type=int, default=500)
     parser.add_argument("--side", type=int, default=128, help="shorter side of the images, pixels")
     options = parser.parse_args()
 
