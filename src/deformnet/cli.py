@@ -7,7 +7,7 @@ import argparse
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -381,8 +381,9 @@ def _print_scores(metrics: dict[str, Any]) -> None:
         where = f"{metrics['split']} ({metrics['images']} images)"
         lines.append(f"{_score_title(metrics)} on {where}, percent")
         if "testing" in metrics:
-            changed = (f"{name} {value}" for name, value in metrics["testing"].items() if value)
-            lines.append(f"tested with {', '.join(changed)}")
+            usual = asdict(ONE_LOOK)
+            chosen = (f"{k} {v}" for k, v in metrics["testing"].items() if v != usual[k])
+            lines.append(f"tested with {', '.join(chosen)}")
         for name, values in rows:
             cells = ("    -" if value is None else f"{100 * value:5.1f}" for value in values)
             lines.append(f"  {name:{width}}  {'  '.join(cells)}")
