@@ -4,12 +4,11 @@ On a machine with a GPU tensors go there and back; without one the kernels run i
 interpreter.
 """
 
+import importlib
 from types import SimpleNamespace
 
 import torch
 from torch import Tensor
-
-from deformnet.ops import triton
 
 
 def _there_and_back(function):
@@ -24,9 +23,14 @@ def _there_and_back(function):
     return call
 
 
-on_triton = SimpleNamespace(
-    deform_conv2d=_there_and_back(triton.deform_conv2d),
-    deform_conv2d_backward=_there_and_back(triton.deform_conv2d_backward),
-    roi_pool=_there_and_back(triton.roi_pool),
-    roi_pool_backward=_there_and_back(triton.roi_pool_backward),
-)
+def _kernel(name):
+    # Imported at the first call: only then has TRITON_INTERPRET been chosen for good.
+    def call(*arguments):
+        kernels = importlib.import_module("deformnet.ops.triton.kernels")
+        return _there_and_back(getattr(kernels, name))(*arguments)
+
+    return call
+
+
+NAMES = ("deform_conv2d", "deform_conv2d_backward", "roi_pool", "roi_pool_backward")
+on_triton = SimpleNamespace(**{name: _kernel(name) for name in NAMES})

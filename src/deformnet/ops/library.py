@@ -143,13 +143,14 @@ def _kernels(input: Tensor):  # noqa: ANN202 (a module, and a checker knows whic
     Raises:
         RuntimeError: if it cannot run.
     """
-    if input.is_cuda:
-        kernels, reason = triton, triton.why_unavailable()
-    else:
-        kernels, reason = cpu, CPU_UNAVAILABLE
+    reason = triton.why_unavailable() if input.is_cuda else CPU_UNAVAILABLE
     if reason is not None:
         raise RuntimeError(reason)
-    return kernels
+    if input.is_cuda:
+        from deformnet.ops.triton import kernels
+
+        return kernels
+    return cpu
 
 
 def _fast(
