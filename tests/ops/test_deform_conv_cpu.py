@@ -1,5 +1,7 @@
 """What only the C++ kernels have: tiles, chunks, threads and instruction sets."""
 
+import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -196,3 +198,22 @@ def test_an_unknown_instruction_set_is_refused():
     with pytest.raises(ValueError, match="'sse9' is not available"):
         cpu.select_instruction_set("sse9")
     assert cpu.instruction_set() == BEST
+
+
+@pytest.mark.parametrize(
+    ("choice", "wanted"),
+    [
+        ("baseline", "None baseline"),
+        ("sse9", "DEFORMNET_INSTRUCTION_SET: .*'sse9' is not available"),
+    ],
+)
+def test_the_environment_names_an_instruction_set(choice, wanted):
+    script = (
+        "from deformnet.ops.cpu import instruction_set, why_unavailable as why; "
+        "print(why(), '' if why() else instruction_set())"
+    )
+    environment = os.environ | {"DEFORMNET_INSTRUCTION_SET": choice}
+    ran = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
+    )
+    assert re.search(wanted, ran.stdout)

@@ -7,11 +7,16 @@ PyTorch has loaded already.
 
 import ctypes
 import functools
+import os
 import sys
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+# Names an instruction set to use in place of the best one, as ATEN_CPU_CAPABILITY does for
+# PyTorch's own kernels.
+_CHOICE = "DEFORMNET_INSTRUCTION_SET"
 
 # As `DType` of kernels.h.
 DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -33,6 +38,9 @@ def _library() -> ctypes.CDLL:
     library = ctypes.CDLL(str(_library_file()))
     library.deformnet_instruction_set.restype = ctypes.c_char_p
     library.deformnet_select_instruction_set.argtypes = [ctypes.c_char_p]
+    choice = os.environ.get(_CHOICE)
+    if choice is not None and library.deformnet_select_instruction_set(choice.encode()):
+        raise OSError(f"{_CHOICE}: instruction set {choice!r} is not available on this machine")
     return library
 
 
@@ -47,7 +55,10 @@ def why_unavailable() -> str | None:
 
 
 def instruction_set() -> str:
-    """The instruction set in use: "avx512", "avx2" or "baseline" (SSE2, NEON)."""
+    """The instruction set in use: "amx", "avx512", "avx2" or "baseline" (SSE2, NEON).
+
+    The environment variable DEFORMNET_INSTRUCTION_SET names another than the machine's best.
+    """
     return _library().deformnet_instruction_set().decode()
 
 
