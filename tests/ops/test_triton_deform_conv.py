@@ -22,6 +22,8 @@ runs = pytest.mark.skipif(
 )
 # Random calls with few taps: the interpreter takes milliseconds for every line of a kernel.
 SEEDS = (2011, 2035, 2053, 2125, 2019, 2063, 2197, 2142, 2001, 2006, 2060, 2115, 2058, 2146)
+# Among them calls whose groups are too narrow for the matrix unit.
+NARROW_SEEDS = (2035, 2053, 2060, 2065, 2101, 2115, 2142, 2284)
 NAN, INF = float("nan"), float("inf")
 
 
@@ -52,12 +54,45 @@ def layered(batch: int = 2) -> Case:
     )
 
 
+def depthwise(batch: int = 2) -> Case:
+    """The same offsets, twelve groups of one channel and two outputs."""
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(24, 1, 1, 2, generator=generator, dtype=torch.float64)
+    bias = torch.randn(24, generator=generator, dtype=torch.float64)
+    return replace(layered(batch), weight=weight, bias=bias)
+
+
+EITHER_PATH = pytest.mark.parametrize("make", [layered, depthwise])
+
+
+def narrow(case: Case) -> bool:
+    geometry = case.stride, case.padding, case.dilation
+    return kernels._is_narrow(kernels._sizes(case.input, case.offset, case.weight, *geometry))
+
+
 @runs
 @pytest.mark.parametrize("seed", SEEDS)
-def test_agrees_with_the_reference(seed):
+def test_agrees_with_the_reference(monkeypatch, seed):
+    monkeypatch.setattr(kernels, "_NARROW_PRODUCTS", 0)
     case = random_case(seed)
     border = "zeros" if seed % 2 else "msra2017"
     assert_same(run_here(case, border), run(case, "reference", border), 1e-10)
+
+
+@runs
+@pytest.mark.parametrize("seed", NARROW_SEEDS)
+def test_narrow_groups_agree_with_the_reference(seed):
+    case = random_case(seed)
+    assert narrow(case)
+    border = "zeros" if seed % 2 else "msra2017"
+    assert_same(run_here(case, border), run(case, "reference", border), 1e-10)
+
+
+def test_what_counts_as_narrow():
+    assert narrow(depthwise())
+    assert not narrow(layered())
+    # Groups of 3 channels under offset groups of 4.
+    assert not narrow(replace(layered(), weight=torch.zeros(8, 3, 1, 2)))
 
 
 @runs
@@ -66,10 +101,11 @@ def test_agrees_with_the_reference(seed):
     [(torch.float32, 2e-5), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)],
     ids=str,
 )
-def test_other_dtypes(dtype, tolerance):
-    if dtype == torch.bfloat16 and not torch.cuda.is_available():
+@EITHER_PATH
+def test_other_dtypes(make, dtype, tolerance):
+    if make is layered and dtype == torch.bfloat16 and not torch.cuda.is_available():
         pytest.skip("Triton's interpreter takes bfloat16 for integers in a product")
-    case = layered().to(dtype, torch.float32)
+    case = make().to(dtype, torch.float32)
     found = run_here(case)
     assert found["output"].dtype == dtype
     assert found["grad_offset"].dtype == torch.float32
@@ -79,7 +115,7 @@ def test_other_dtypes(dtype, tolerance):
 
 @runs
 def test_more_than_one_tile_of_everything(monkeypatch):
-    monkeypatch.setattr(kernels, "_tiles", lambda sizes, dtype: kernels._Tiles(16, 16, 16, 4))
+    monkeypatch.setattr(kernels, "_tiles", lambda *_: kernels.Tiles(16, 16, 16, 4, 2))
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -99,16 +135,28 @@ def test_more_than_one_tile_of_everything(monkeypatch):
 
 
 @runs
-def test_wide_addresses_agree(monkeypatch):
-    narrow = run_here(layered())
-    monkeypatch.setattr(kernels, "_NARROW", 0)
-    assert_same(run_here(layered()), narrow, 0.0 if not torch.cuda.is_available() else 1e-12)
+def test_more_than_one_narrow_tile_of_everything(monkeypatch):
+    monkeypatch.setattr(kernels, "_NARROW_TILE", 32)
+    monkeypatch.setattr(kernels, "_NARROW_CHANNELS", 2)
+    # Two splits of the three tiles of rows; 3 * 2 * 4 programs each, of offset groups, taps, tiles.
+    monkeypatch.setattr(kernels, "_PROGRAMS", 2 * 3 * 2 * 4)
+    case = replace(depthwise(3), mask=None, bias=None)
+    assert_same(run_here(case), run(case, "reference"), 1e-10)
 
 
 @runs
+@EITHER_PATH
+def test_wide_addresses_agree(monkeypatch, make):
+    wanted = run_here(make())
+    monkeypatch.setattr(kernels, "_LEAST_WIDE", 0)
+    assert_same(run_here(make()), wanted, 0.0 if not torch.cuda.is_available() else 1e-12)
+
+
+@runs
+@EITHER_PATH
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
-def test_deterministic_gradients_are_right_and_sums_may_be_chunked(monkeypatch, dtype):
-    case = layered(2).to(dtype)
+def test_deterministic_gradients_are_right_and_sums_may_be_chunked(monkeypatch, dtype, make):
+    case = make().to(dtype)
     wanted = run_here(case)
     monkeypatch.setattr(kernels, "_MOST_SUMS", 1)
     torch.use_deterministic_algorithms(True)
@@ -123,11 +171,12 @@ def test_deterministic_gradients_are_right_and_sums_may_be_chunked(monkeypatch, 
 
 
 @runs
+@EITHER_PATH
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_a_nan_stays_where_it_belongs(deterministic):
-    case = layered()
+def test_a_nan_stays_where_it_belongs(deterministic, make):
+    case = make()
     offset, outside = case.offset.clone(), case.offset.clone()
-    # Image 1, offset group 1, tap 1, output position (2, 3). Channels 4 to 7 are of both groups.
+    # Image 1, offset group 1 (channels 4 to 7), tap 1, output position (2, 3).
     offset[1, 2 * 3, 2, 3] = NAN
     outside[1, 2 * 3, 2, 3] = INF
     torch.use_deterministic_algorithms(deterministic)
@@ -137,11 +186,16 @@ def test_a_nan_stays_where_it_belongs(deterministic):
     finally:
         torch.use_deterministic_algorithms(False)
     reached = {name: torch.zeros(tensor.shape, dtype=torch.bool) for name, tensor in found.items()}
-    reached["output"][1, :, 2, 3] = True
     reached["grad_offset"][1, 6:8, 2, 3] = True
     reached["grad_mask"][1, 3, 2, 3] = True
-    reached["grad_weight"][:5, 4:, :, 1] = True
-    reached["grad_weight"][5:, :2, :, 1] = True
+    if make is depthwise:
+        reached["output"][1, 8:16, 2, 3] = True
+        reached["grad_weight"][8:16, :, :, 1] = True
+    else:
+        # These channels are of both groups.
+        reached["output"][1, :, 2, 3] = True
+        reached["grad_weight"][:5, 4:, :, 1] = True
+        reached["grad_weight"][5:, :2, :, 1] = True
     for name, tensor in found.items():
         assert tensor.isnan().equal(reached[name]), name
         assert clean[name].isfinite().all()
@@ -150,8 +204,9 @@ def test_a_nan_stays_where_it_belongs(deterministic):
 
 
 @runs
-def test_infinities_in_the_map_reach_no_neighbour():
-    case = layered()
+@EITHER_PATH
+def test_infinities_in_the_map_reach_no_neighbour(make):
+    case = make()
     input = case.input.clone()
     input[0, 3, 1, 2] = INF
     found = run_here(replace(case, input=input))
@@ -161,8 +216,9 @@ def test_infinities_in_the_map_reach_no_neighbour():
 
 
 @runs
-def test_gradients_on_their_own():
-    case = layered()
+@EITHER_PATH
+def test_gradients_on_their_own(make):
+    case = make()
     gradient = output_gradient(case)
     wanted = run_here(case)
     tensors = gradient, case.input, case.offset, case.weight, case.mask
@@ -176,8 +232,9 @@ def test_gradients_on_their_own():
 
 
 @runs
-def test_gradients_with_strides_of_any_kind():
-    case = layered()
+@EITHER_PATH
+def test_gradients_with_strides_of_any_kind(make):
+    case = make()
     spread = output_gradient(case).transpose(2, 3).contiguous().transpose(2, 3)
     assert_same(run_here(case, "zeros", spread), run_here(case), 1e-12)
     column = replace(case, offset=case.offset[..., :1], mask=case.mask[..., :1])
@@ -186,9 +243,10 @@ def test_gradients_with_strides_of_any_kind():
 
 
 @runs
-def test_an_empty_batch():
-    found = run_here(layered(0))
-    assert found["output"].shape == (0, 10, 4, 4)
+@EITHER_PATH
+def test_an_empty_batch(make):
+    found = run_here(make(0))
+    assert found["output"].shape == (0, make().weight.shape[0], 4, 4)
     assert not found["grad_weight"].any()
 
 
@@ -200,8 +258,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 kernels = importlib.import_module("deformnet.ops.triton.deform_conv")
+narrow = kernels.narrow
 
-def compiled(kernel, map_type, position_type, constants):
+def compiled(kernel, map_type, position_type, constants, capability=90, warps=2, stages=2):
     sums = "fp64" if map_type == "fp64" else "fp32"
     types = dict.fromkeys(("input", "weight", "bias", "output", "grad_output"), map_type)
     types |= dict.fromkeys(("offset", "mask", "grad_offset", "grad_mask"), position_type)
@@ -213,11 +272,15 @@ def compiled(kernel, map_type, position_type, constants):
     }
     values = {(names.index(n),): value for n, value in constants.items()}
     source = ASTSource(fn=kernel, signature=signature, constexprs=values)
-    target = GPUTarget("cuda", 90, 32)
-    ptx = triton.compile(source, target=target, options={"num_warps": 2}).asm["ptx"]
-    # The products run on the matrix units.
-    assert "mma" in ptx
+    target = GPUTarget("cuda", capability, 32)
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    return triton.compile(source, target=target, options=options)
 
+def on_matrix_units(*arguments):
+    return "mma" in compiled(*arguments).asm["ptx"]
+"""
+
+EVERY_KERNEL = """
 for map_type, position_type, wide, precision in [
     ("bf16", "fp32", False, "ieee"), ("fp16", "fp16", True, "ieee"),
     ("fp32", "fp32", False, "tf32"), ("fp64", "fp64", True, "ieee"),
@@ -226,17 +289,42 @@ for map_type, position_type, wide, precision in [
     shared |= {"DTYPE": tl.float64 if map_type == "fp64" else tl.float32}
     shared |= dict.fromkeys(("BLOCK_M", "BLOCK_O", "BLOCK_C"), 16)
     types = map_type, position_type
-    compiled(kernels._forward, *types, shared | {"BIAS": wide})
-    compiled(kernels._backward_weight, *types, shared)
-    wanted = {"BY_INPUT": True, "BY_POSITION": True, "FIXED": wide}
-    compiled(kernels._backward_positions, *types, shared | wanted)
+    assert on_matrix_units(kernels._forward, *types, shared | {"BIAS": wide})
+    assert on_matrix_units(kernels._backward_weight, *types, shared)
+    wanted = {"BY_INPUT": True, "BY_POSITION": True, "FIXED": wide, "NARROW": False}
+    assert on_matrix_units(kernels._backward_positions, *types, shared | wanted)
+    wanted["NARROW"] = True
+    assert not on_matrix_units(kernels._backward_positions, *types, shared | wanted)
+    del shared["PRECISION"], shared["BLOCK_C"]
+    assert not on_matrix_units(narrow.forward, *types, shared | {"BIAS": wide})
+    assert not on_matrix_units(narrow.backward_weight, *types, shared)
+"""
+
+# The least that a card since 8.0 has for one program is that of 8.6 and 8.9.
+EVERY_TILE = """
+for size, map_type in {8: "fp64", 4: "fp32", 2: "bf16"}.items():
+    shared = dict.fromkeys(("MODULATED", "MSRA", "WIDE"), False)
+    shared |= {"DTYPE": tl.float64 if size == 8 else tl.float32, "PRECISION": "ieee"}
+    for name, kernel, more in [
+        ("forward", kernels._forward, {"BIAS": True}),
+        ("positions", kernels._backward_positions,
+         {"NARROW": False, "BY_INPUT": True, "BY_POSITION": True, "FIXED": False}),
+        ("weight", kernels._backward_weight, {}),
+    ]:
+        tile = kernels.TILES[name][size]
+        blocks = {"BLOCK_M": tile.rows, "BLOCK_O": tile.out, "BLOCK_C": tile.channels}
+        program = compiled(
+            kernel, map_type, map_type, shared | more | blocks, 86, tile.warps, tile.stages
+        )
+        assert program.metadata.shared <= 99 * 1024, (name, size, program.metadata.shared)
 """
 
 
-def test_the_kernels_compile_without_a_gpu(tmp_path):
+@pytest.mark.parametrize("program", [EVERY_KERNEL, EVERY_TILE], ids=["kernels", "tiles"])
+def test_what_compiles_without_a_gpu(tmp_path, program):
     environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
     environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-c", COMPILE]
+    command = [sys.executable, "-c", COMPILE + program]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if "ptxas" in done.stderr and "Cannot find" in done.stderr:
         pytest.skip("Triton has no ptxas")

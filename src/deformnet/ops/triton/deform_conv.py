@@ -9,13 +9,15 @@ group, K taps. A segment is a run of channels within one group and one offset gr
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from deformnet.ops.triton import narrow
+from deformnet.ops.triton.sampling import cell, corner, corners, mix, positions_read, rows
 from deformnet.ops.triton.sums import Sums, add, deterministic, largest_finite
 
 Pair = tuple[int, int]
@@ -24,107 +26,19 @@ Pair = tuple[int, int]
 _MOST_SUMS = 2**26
 # Numbers in the partial sums of the gradient of the weight.
 _MOST_PARTIAL = 2**24
-# Beyond this a place in a tensor is counted in 64 bits.
-_NARROW = 2**31
-
-
-@triton.jit
-def _rows(tile, count, positions, BLOCK: tl.constexpr, WIDE: tl.constexpr):
-    """Of the rows of a tile: whether there are so many, their images, positions within them."""
-    row = tile * BLOCK + tl.arange(0, BLOCK)
-    real = row < count
-    if WIDE:
-        row = row.to(tl.int64)
-    row = tl.where(real, row, 0)
-    image = row // positions
-    return real, image, row - image * positions
-
-
-@triton.jit
-def _where(
-    offset, image, position, real, group, tap,
-    offset_groups, taps, kernel_w, positions, out_w,
-    stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
-    DTYPE: tl.constexpr,
-):  # fmt: skip
-    """The positions (y, x) that a tap reads, in pixels."""
-    channel = (image * offset_groups + group) * taps * 2 + 2 * tap
-    shift_y = tl.load(offset + channel * positions + position, mask=real, other=0)
-    shift_x = tl.load(offset + (channel + 1) * positions + position, mask=real, other=0)
-    row, column = position // out_w, position % out_w
-    y = row * stride_h - pad_h + (tap // kernel_w) * dilation_h
-    x = column * stride_w - pad_w + (tap % kernel_w) * dilation_w
-    return y.to(DTYPE) + shift_y.to(DTYPE), x.to(DTYPE) + shift_x.to(DTYPE)
-
-
-@triton.jit
-def _cell(y, x, height, width, MSRA: tl.constexpr):
-    """The four pixels around (y, x), how far it lies from the first, and what may be read.
-
-    Returns:
-        The pixel (top, left) and the fractions (down, right); whether anything is read there;
-        whether the position is not a number.
-    """
-    first = 0.0 if MSRA else -1.0
-    undefined = (y != y) | (x != x)
-    within = (y >= first) & (y < height) & (x >= first) & (x < width)
-    # From here on all positions are finite and small.
-    y, x = tl.where(within, y, 0.0), tl.where(within, x, 0.0)
-    if MSRA:
-        # Beyond the last row or column the value stays what it is there.
-        y, x = tl.minimum(y, height - 1), tl.minimum(x, width - 1)
-    top, left = tl.floor(y), tl.floor(x)
-    return top.to(tl.int32), left.to(tl.int32), y - top, x - left, within, undefined
-
-
-@triton.jit
-def _corner(image, y, x, within, channel, real_channel, height, width, channels):
-    """Places of the pixel (y, x) in the map, [rows, channels], and whether it has them."""
-    inside = within & (y >= 0) & (y < height) & (x >= 0) & (x < width)
-    pixel = image * (height * width) + tl.where(inside, y * width + x, 0)
-    return (pixel * channels)[:, None] + channel[None, :], inside[:, None] & real_channel[None, :]
-
-
-@triton.jit
-def _corners(
-    input, image, top, left, within, channel, real_channel, height, width, channels,
-    DTYPE: tl.constexpr,
-):  # fmt: skip
-    """The four pixels around each row's position, [rows, channels]: zero outside the map."""
-    p00, m00 = _corner(image, top, left, within, channel, real_channel, height, width, channels)
-    p01, m01 = _corner(image, top, left + 1, within, channel, real_channel, height, width, channels)
-    p10, m10 = _corner(image, top + 1, left, within, channel, real_channel, height, width, channels)
-    p11, m11 = _corner(
-        image, top + 1, left + 1, within, channel, real_channel, height, width, channels
-    )
-    # Not a product with zero: the map may hold infinities and NaN.
-    v00 = tl.load(input + p00, mask=m00, other=0).to(DTYPE)
-    v01 = tl.load(input + p01, mask=m01, other=0).to(DTYPE)
-    v10 = tl.load(input + p10, mask=m10, other=0).to(DTYPE)
-    v11 = tl.load(input + p11, mask=m11, other=0).to(DTYPE)
-    return v00, v01, v10, v11
-
-
-@triton.jit
-def _mix(v00, v01, v10, v11, down, right, undefined):
-    """The bilinear value between four corners."""
-    up, before = 1 - down, 1 - right
-    value = (
-        v00 * (up * before)[:, None]
-        + v01 * (up * right)[:, None]
-        + v10 * (down * before)[:, None]
-        + v11 * (down * right)[:, None]
-    )
-    return tl.where(undefined[:, None], float("nan"), value)
+# From this size on a place in a tensor is counted in 64 bits.
+_LEAST_WIDE = 2**31
+# Programs among which the gradient of the weight is split: a few for each multiprocessor.
+_PROGRAMS = 512
 
 
 @triton.jit
 def _forward(
     input, offset, mask, weight, bias, output,
     count, positions, height, width, channels, out_w,
-    group_channels, group_out, offset_groups, segment, segments, taps, kernel_w,
+    group_channels, group_out, offset_groups, taps, kernel_w,
     stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
-    output_image, output_channel, output_position,
+    segment, segments, output_image, output_channel, output_position,
     MODULATED: tl.constexpr, BIAS: tl.constexpr, MSRA: tl.constexpr, WIDE: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -134,7 +48,7 @@ def _forward(
     program = tl.program_id(0)
     out_tile = program % tiles
     group = tl.program_id(1)
-    real, image, position = _rows(program // tiles, count, positions, BLOCK_M, WIDE)
+    real, image, position = rows(program // tiles, count, positions, BLOCK_M, WIDE)
     out = out_tile * BLOCK_O + tl.arange(0, BLOCK_O)
     real_out = out < group_out
     lane = tl.arange(0, BLOCK_C)
@@ -144,12 +58,12 @@ def _forward(
         for part in range(segments):
             first = group * group_channels + part * segment
             offset_group = first // (channels // offset_groups)
-            y, x = _where(
+            y, x = positions_read(
                 offset, image, position, real, offset_group, tap,
                 offset_groups, taps, kernel_w, positions, out_w,
                 stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, DTYPE,
             )  # fmt: skip
-            top, left, down, right, within, undefined = _cell(y, x, height, width, MSRA)
+            top, left, down, right, within, undefined = cell(y, x, height, width, MSRA)
             factor = y  # not read without a mask
             if MODULATED:
                 factor = tl.load(
@@ -159,11 +73,11 @@ def _forward(
             for start in range(0, segment, BLOCK_C):
                 within_segment = start + lane
                 real_channel = within_segment < segment
-                v00, v01, v10, v11 = _corners(
+                v00, v01, v10, v11 = corners(
                     input, image, top, left, within & real, first + within_segment, real_channel,
                     height, width, channels, DTYPE,
                 )  # fmt: skip
-                value = _mix(v00, v01, v10, v11, down, right, undefined & real)
+                value = mix(v00, v01, v10, v11, down, right, undefined & real)
                 if MODULATED:
                     value = value * factor[:, None]
                 # A NaN would otherwise meet the zeros of weights that are not there.
@@ -192,29 +106,63 @@ def _forward(
 
 
 @triton.jit
+def _backward_sample(
+    grad_output, weight, image, position, real, channel, real_channel, tap,
+    group, taps, group_channels, group_out, output_image, output_channel, output_position,
+    WIDE: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Gradient by what the tap has read, times its mask, through one group: [rows, channels]."""
+    gradient = tl.zeros((BLOCK_M, BLOCK_C), dtype=DTYPE)
+    row_of_weight = (group * taps + tap) * group_channels + (channel - group * group_channels)
+    for start in range(0, group_out, BLOCK_O):
+        out = start + tl.arange(0, BLOCK_O)
+        real_out = out < group_out
+        out_channel = group * group_out + out
+        if WIDE:
+            out_channel = out_channel.to(tl.int64)
+        above = tl.load(
+            grad_output + (image * output_image + position * output_position)[:, None]
+            + (out_channel * output_channel)[None, :],
+            mask=real[:, None] & real_out[None, :],
+            other=0,
+        )  # fmt: skip
+        filters = tl.load(
+            weight + row_of_weight[None, :] * group_out + out[:, None],
+            mask=real_channel[None, :] & real_out[:, None],
+            other=0,
+        )
+        gradient = tl.dot(above, filters, gradient, input_precision=PRECISION, out_dtype=DTYPE)
+    return gradient
+
+
+@triton.jit
 def _backward_positions(
     grad_output, input, offset, mask, weight, grad_offset, grad_mask, floats, integers, scale,
     count, positions, height, width, channels, out_w,
-    group_channels, group_out, offset_groups, segment, segments, taps, kernel_w,
+    group_channels, group_out, offset_groups, taps, kernel_w,
     stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
-    output_image, output_channel, output_position,
+    segment, segments, output_image, output_channel, output_position,
     MODULATED: tl.constexpr, MSRA: tl.constexpr, WIDE: tl.constexpr,
-    BY_INPUT: tl.constexpr, BY_POSITION: tl.constexpr, FIXED: tl.constexpr,
+    NARROW: tl.constexpr, BY_INPUT: tl.constexpr, BY_POSITION: tl.constexpr, FIXED: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Gradients by input, offset and mask: of one tap, in one offset group of `segments`."""
+    """Gradients by input, offset and mask: of one tap, in one offset group of `segments`.
+
+    NARROW: as in `narrow`, the weight being laid out as there, the whole offset group one segment.
+    """
     program = tl.program_id(0)
     tap = program % taps
     offset_group = tl.program_id(1)
-    real, image, position = _rows(program // taps, count, positions, BLOCK_M, WIDE)
-    lane, out_lane = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_O)
-    y, x = _where(
+    real, image, position = rows(program // taps, count, positions, BLOCK_M, WIDE)
+    lane = tl.arange(0, BLOCK_C)
+    y, x = positions_read(
         offset, image, position, real, offset_group, tap,
         offset_groups, taps, kernel_w, positions, out_w,
         stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, DTYPE,
     )  # fmt: skip
-    top, left, down, right, within, undefined = _cell(y, x, height, width, MSRA)
+    top, left, down, right, within, undefined = cell(y, x, height, width, MSRA)
     within, undefined = within & real, undefined & real
     up, before = 1 - down, 1 - right
     place = (image * offset_groups + offset_group) * taps + tap
@@ -228,43 +176,32 @@ def _backward_positions(
     scale_of_sums = tl.load(scale) if FIXED else 1.0
     for part in range(segments):
         first = offset_group * (channels // offset_groups) + part * segment
-        group = first // group_channels
         for start in range(0, segment, BLOCK_C):
             within_segment = start + lane
             real_channel = within_segment < segment
             channel = first + within_segment
-            # The gradient by what the tap has read, of this group's outputs.
-            gradient = tl.zeros((BLOCK_M, BLOCK_C), dtype=DTYPE)
-            row_of_weight = (group * taps + tap) * group_channels - group * group_channels
-            for out_start in range(0, group_out, BLOCK_O):
-                out = out_start + out_lane
-                real_out = out < group_out
-                out_channel = group * group_out + out
-                if WIDE:
-                    out_channel = out_channel.to(tl.int64)
-                above = tl.load(
-                    grad_output + (image * output_image + position * output_position)[:, None]
-                    + (out_channel * output_channel)[None, :],
-                    mask=real[:, None] & real_out[None, :],
-                    other=0,
+            if NARROW:
+                gradient = narrow.backward_sample(
+                    grad_output, weight, image, position, real, channel, real_channel, tap,
+                    channels, group_channels, group_out,
+                    output_image, output_channel, output_position, WIDE, DTYPE, BLOCK_M, BLOCK_C,
                 )  # fmt: skip
-                filters = tl.load(
-                    weight + (row_of_weight + channel)[None, :] * group_out + out[:, None],
-                    mask=real_channel[None, :] & real_out[:, None],
-                    other=0,
-                )
-                gradient = tl.dot(
-                    above, filters, gradient, input_precision=PRECISION, out_dtype=DTYPE
-                )
+            else:
+                gradient = _backward_sample(
+                    grad_output, weight, image, position, real, channel, real_channel, tap,
+                    first // group_channels, taps, group_channels, group_out,
+                    output_image, output_channel, output_position, WIDE, DTYPE, PRECISION,
+                    BLOCK_M, BLOCK_O, BLOCK_C,
+                )  # fmt: skip
             # Infinities times the zeros of channels that are not there.
             gradient = tl.where(real_channel[None, :], gradient, 0)
 
             if BY_POSITION:
-                v00, v01, v10, v11 = _corners(
+                v00, v01, v10, v11 = corners(
                     input, image, top, left, within, channel, real_channel,
                     height, width, channels, DTYPE,
                 )  # fmt: skip
-                value = _mix(v00, v01, v10, v11, down, right, undefined)
+                value = mix(v00, v01, v10, v11, down, right, undefined)
                 value = tl.where(real_channel[None, :], value, 0)
                 by_mask += tl.sum(gradient * value, axis=1)
                 slope_y = (v10 - v00) * before[:, None] + (v11 - v01) * right[:, None]
@@ -274,38 +211,15 @@ def _backward_positions(
             if BY_INPUT:
                 if MODULATED:
                     gradient = gradient * factor[:, None]
-                p00, m00 = _corner(
-                    image, top, left, within, channel, real_channel,
-                    height, width, channels,
-                )  # fmt: skip
-                p01, m01 = _corner(
-                    image, top, left + 1, within, channel, real_channel,
-                    height, width, channels,
-                )  # fmt: skip
-                p10, m10 = _corner(
-                    image, top + 1, left, within, channel, real_channel,
-                    height, width, channels,
-                )  # fmt: skip
-                p11, m11 = _corner(
-                    image, top + 1, left + 1, within, channel, real_channel,
-                    height, width, channels,
-                )  # fmt: skip
-                add(
-                    floats, integers, scale_of_sums, p00,
-                    gradient * (up * before)[:, None], m00, FIXED,
-                )  # fmt: skip
-                add(
-                    floats, integers, scale_of_sums, p01,
-                    gradient * (up * right)[:, None], m01, FIXED,
-                )  # fmt: skip
-                add(
-                    floats, integers, scale_of_sums, p10,
-                    gradient * (down * before)[:, None], m10, FIXED,
-                )  # fmt: skip
-                add(
-                    floats, integers, scale_of_sums, p11,
-                    gradient * (down * right)[:, None], m11, FIXED,
-                )  # fmt: skip
+                for k in tl.static_range(4):  # pyright: ignore[reportGeneralTypeIssues]
+                    share_y = down if k >= 2 else up
+                    share_x = right if k % 2 else before
+                    to, inside = corner(
+                        image, top + k // 2, left + k % 2, within, channel, real_channel,
+                        height, width, channels,
+                    )  # fmt: skip
+                    share = gradient * (share_y * share_x)[:, None]
+                    add(floats, integers, scale_of_sums, to, share, inside, FIXED)
     if BY_POSITION:
         if MODULATED:
             tl.store(
@@ -329,9 +243,9 @@ def _backward_positions(
 def _backward_weight(
     grad_output, input, offset, mask, partial,
     count, positions, height, width, channels, out_w,
-    group_channels, group_out, offset_groups, segment, segments, taps, kernel_w,
+    group_channels, group_out, offset_groups, taps, kernel_w,
     stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
-    output_image, output_channel, output_position, groups, tiles_of_split,
+    segment, segments, output_image, output_channel, output_position, groups, tiles_of_split,
     MODULATED: tl.constexpr, MSRA: tl.constexpr, WIDE: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -358,18 +272,18 @@ def _backward_weight(
     sums = tl.zeros((BLOCK_C, BLOCK_O), dtype=DTYPE)
     last = tl.minimum((split + 1) * tiles_of_split, tl.cdiv(count, BLOCK_M))
     for tile in range(split * tiles_of_split, last):
-        real, image, position = _rows(tile, count, positions, BLOCK_M, WIDE)
-        y, x = _where(
+        real, image, position = rows(tile, count, positions, BLOCK_M, WIDE)
+        y, x = positions_read(
             offset, image, position, real, offset_group, tap,
             offset_groups, taps, kernel_w, positions, out_w,
             stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, DTYPE,
         )  # fmt: skip
-        top, left, down, right, within, undefined = _cell(y, x, height, width, MSRA)
-        v00, v01, v10, v11 = _corners(
+        top, left, down, right, within, undefined = cell(y, x, height, width, MSRA)
+        v00, v01, v10, v11 = corners(
             input, image, top, left, within & real, first + within_segment, real_channel,
             height, width, channels, DTYPE,
         )  # fmt: skip
-        value = _mix(v00, v01, v10, v11, down, right, undefined & real)
+        value = mix(v00, v01, v10, v11, down, right, undefined & real)
         if MODULATED:
             place = (image * offset_groups + offset_group) * taps + tap
             factor = tl.load(mask + place * positions + position, mask=real, other=0)
@@ -404,8 +318,6 @@ class _Sizes(NamedTuple):
     group_channels: int
     group_out: int
     offset_groups: int
-    segment: int
-    segments: int
     taps: int
     kernel_w: int
     stride_h: int
@@ -415,14 +327,59 @@ class _Sizes(NamedTuple):
     dilation_h: int
     dilation_w: int
 
+    @property
+    def groups(self) -> int:
+        return self.channels // self.group_channels
 
-class _Tiles(NamedTuple):
-    """Rows, output channels and channels of a tile, and the warps that work on it."""
+    @property
+    def offset_group_channels(self) -> int:
+        return self.channels // self.offset_groups
+
+    @property
+    def offset_group_out(self) -> int:
+        """Output channels of an offset group that is whole groups."""
+        return self.offset_group_channels // self.group_channels * self.group_out
+
+    @property
+    def segment(self) -> int:
+        return math.gcd(self.group_channels, self.offset_group_channels)
+
+
+class Tiles(NamedTuple):
+    """How a kernel that multiplies matrices is launched."""
 
     rows: int
-    out: int
+    out: int  # output channels
     channels: int
     warps: int
+    stages: int  # how many rounds of a loop are under way at once
+
+
+# By kernel and the bytes of a number; smaller problems take smaller tiles. NOT measured on a GPU:
+# chosen so that on every card since compute capability 8.0 they fit into shared memory and, by what
+# ptxas reports, nearly into registers. `python -m benchmarks.gpu --tiles` times these and others.
+TILES = {
+    "forward": {
+        8: Tiles(32, 32, 16, warps=4, stages=2),
+        4: Tiles(64, 128, 32, warps=8, stages=2),
+        2: Tiles(64, 256, 64, warps=8, stages=2),
+    },
+    "positions": {
+        8: Tiles(32, 16, 16, warps=4, stages=2),
+        4: Tiles(64, 32, 32, warps=8, stages=2),
+        2: Tiles(64, 64, 32, warps=8, stages=2),
+    },
+    "weight": {
+        8: Tiles(32, 32, 16, warps=4, stages=2),
+        4: Tiles(64, 128, 32, warps=8, stages=2),
+        2: Tiles(64, 256, 64, warps=8, stages=2),
+    },
+}
+# Numbers in a tile of the kernels in `narrow`, and its channels at most; not measured either.
+_NARROW_TILE, _NARROW_CHANNELS = 512, 64
+# The matrix unit wants 16 of everything, and for a group of fewer channels samples as many all the
+# same. Up to so many products of a group, sampling anew for each of them takes no more.
+_NARROW_PRODUCTS = 16
 
 
 def deform_conv2d(
@@ -453,27 +410,41 @@ def deform_conv2d(
     offset = offset.contiguous()
     mask = None if mask is None else mask.contiguous()
     sizes = _sizes(input, offset, weight, stride, padding, dilation)
-    sizes = sizes._replace(segments=sizes.group_channels // sizes.segment)
-    tiles = _tiles(sizes, input.dtype)
-    groups = sizes.channels // sizes.group_channels
-    grid = (triton.cdiv(sizes.rows, tiles.rows) * triton.cdiv(sizes.group_out, tiles.out), groups)
+    tensors = (
+        *(maps, offset, offset if mask is None else mask, _packed(weight, sizes)),
+        *(offset if bias is None else bias.contiguous(), output),
+    )
+    constants = _constants(mask, border, maps, output, offset) | {"BIAS": bias is not None}
     with torch.cuda.device_of(input):
-        _forward[grid](
-            *(maps, offset, offset if mask is None else mask, _packed(weight, groups)),
-            *(offset if bias is None else bias.contiguous(), output),
-            *sizes,
-            *_strides(output),
-            MODULATED=mask is not None,
-            BIAS=bias is not None,
-            MSRA=border == "msra2017",
-            WIDE=_wide(maps, output, offset),
-            DTYPE=_arithmetic(input.dtype),
-            PRECISION=_precision(input.dtype),
-            BLOCK_M=tiles.rows,
-            BLOCK_O=tiles.out,
-            BLOCK_C=tiles.channels,
-            num_warps=tiles.warps,  # pyright: ignore[reportCallIssue]
-        )
+        if _is_narrow(sizes):
+            tile = _narrow_tiles(sizes.offset_group_out)
+            tiles = triton.cdiv(sizes.offset_group_out, tile.out)
+            tiles *= triton.cdiv(sizes.rows, tile.rows)
+            narrow.forward[(tiles, sizes.offset_groups)](
+                *tensors,
+                *sizes,
+                *_strides(output),
+                **constants,
+                BLOCK_M=tile.rows,
+                BLOCK_O=tile.out,
+                num_warps=tile.warps,  # pyright: ignore[reportCallIssue]
+                num_stages=tile.stages,  # pyright: ignore[reportCallIssue]
+            )
+        else:
+            tile = _tiles("forward", sizes, input.dtype)
+            tiles = triton.cdiv(sizes.rows, tile.rows) * triton.cdiv(sizes.group_out, tile.out)
+            _forward[(tiles, sizes.groups)](
+                *tensors,
+                *sizes,
+                *(sizes.segment, sizes.group_channels // sizes.segment, *_strides(output)),
+                **constants,
+                PRECISION=_precision(input.dtype),
+                BLOCK_M=tile.rows,
+                BLOCK_O=tile.out,
+                BLOCK_C=tile.channels,
+                num_warps=tile.warps,  # pyright: ignore[reportCallIssue]
+                num_stages=tile.stages,  # pyright: ignore[reportCallIssue]
+            )
     return output
 
 
@@ -532,10 +503,13 @@ def _by_input_and_positions(
     grad_offset: Tensor | None,
     grad_mask: Tensor | None,
 ) -> None:
-    groups = sizes.channels // sizes.group_channels
-    packed = _packed(weight, groups)
-    tiles = _tiles(sizes, maps.dtype)
-    sizes = sizes._replace(segments=sizes.channels // sizes.offset_groups // sizes.segment)
+    packed = _packed(weight, sizes)
+    if _is_narrow(sizes):
+        tile = _narrow_tiles(sizes.offset_group_channels)
+        segment = sizes.offset_group_channels
+    else:
+        tile = _tiles("positions", sizes, maps.dtype)
+        segment = sizes.segment
     largest = None
     if grad_input is not None and deterministic():
         # A tap's gradient is a sum over the outputs of its group, of gradient times weight.
@@ -565,26 +539,25 @@ def _by_input_and_positions(
             )
         above = grad_output[some]
         count = number * sizes.positions
-        grid = (triton.cdiv(count, tiles.rows) * sizes.taps, sizes.offset_groups)
+        grid = (triton.cdiv(count, tile.rows) * sizes.taps, sizes.offset_groups)
         _backward_positions[grid](
             *(above, maps[some], offset[some], offset if mask is None else mask[some], packed),
             offset if grad_offset is None else grad_offset[some],
             offset if grad_mask is None else grad_mask[some],
             *((offset, offset, offset) if sums is None else sums.tensors),
             *sizes._replace(rows=count),
-            *_strides(above),
-            MODULATED=mask is not None,
-            MSRA=border == "msra2017",
-            WIDE=_wide(maps, grad_output, offset),
+            *(segment, sizes.offset_group_channels // segment, *_strides(above)),
+            **_constants(mask, border, maps, grad_output, offset),
+            NARROW=_is_narrow(sizes),
             BY_INPUT=sums is not None,
             BY_POSITION=grad_offset is not None,
             FIXED=sums is not None and sums.fixed,
-            DTYPE=_arithmetic(maps.dtype),
             PRECISION=_precision(maps.dtype),
-            BLOCK_M=tiles.rows,
-            BLOCK_O=tiles.channels,
-            BLOCK_C=tiles.channels,
-            num_warps=tiles.warps,  # pyright: ignore[reportCallIssue]
+            BLOCK_M=tile.rows,
+            BLOCK_O=tile.out,
+            BLOCK_C=tile.channels,
+            num_warps=tile.warps,  # pyright: ignore[reportCallIssue]
+            num_stages=tile.stages,  # pyright: ignore[reportCallIssue]
         )
         if grad_input is not None and sums is not None:
             found = sums.result().view(number, sizes.height, sizes.width, sizes.channels)
@@ -601,79 +574,114 @@ def _by_weight(
     border: str,
     grad_weight: Tensor,
 ) -> None:
-    groups = sizes.channels // sizes.group_channels
-    sizes = sizes._replace(segments=sizes.group_channels // sizes.segment)
-    tiles = _tiles(sizes, maps.dtype)
-    row_tiles = triton.cdiv(sizes.rows, tiles.rows)
-    programs = (
-        *(groups, sizes.taps, sizes.segments),
-        *(triton.cdiv(sizes.segment, tiles.channels), triton.cdiv(sizes.group_out, tiles.out)),
-    )
-    splits = max(1, min(row_tiles, 512 // math.prod(programs), _MOST_PARTIAL // weight.numel()))
+    narrowly = _is_narrow(sizes)
+    if narrowly:
+        tile = _narrow_tiles(sizes.offset_group_out)
+        programs = sizes.offset_groups * sizes.taps * sizes.group_channels
+        programs *= triton.cdiv(sizes.offset_group_out, tile.out)
+    else:
+        tile = _tiles("weight", sizes, maps.dtype)
+        programs = sizes.groups * sizes.taps * (sizes.group_channels // sizes.segment)
+        programs *= triton.cdiv(sizes.segment, tile.channels)
+        programs *= triton.cdiv(sizes.group_out, tile.out)
+    row_tiles = triton.cdiv(sizes.rows, tile.rows)
+    splits = max(1, min(row_tiles, _PROGRAMS // programs, _MOST_PARTIAL // weight.numel()))
     tiles_of_split = triton.cdiv(row_tiles, splits)
     splits = triton.cdiv(row_tiles, tiles_of_split)
+    # One weight after another, as `_packed` lays them out.
     partial = torch.empty(
-        (splits, groups, sizes.taps, sizes.group_channels, sizes.group_out),
+        (splits, weight.numel()),
         dtype=torch.promote_types(maps.dtype, torch.float32),
         device=maps.device,
     )
-    _backward_weight[(math.prod(programs), splits)](
-        *(grad_output, maps, offset, offset if mask is None else mask, partial),
-        *sizes,
-        *_strides(grad_output),
-        *(groups, tiles_of_split),
-        MODULATED=mask is not None,
-        MSRA=border == "msra2017",
-        WIDE=_wide(maps, grad_output, offset),
-        DTYPE=_arithmetic(maps.dtype),
-        PRECISION=_precision(maps.dtype),
-        BLOCK_M=tiles.rows,
-        BLOCK_O=tiles.out,
-        BLOCK_C=tiles.channels,
-        num_warps=tiles.warps,  # pyright: ignore[reportCallIssue]
-    )
-    # [group, tap, C, O] as [group, O, C, tap].
-    found = partial.sum(0).permute(0, 3, 2, 1)
-    grad_weight.copy_(found.reshape(grad_weight.shape))
+    tensors = grad_output, maps, offset, offset if mask is None else mask, partial
+    constants = _constants(mask, border, maps, grad_output, offset)
+    if narrowly:
+        narrow.backward_weight[(programs, splits)](
+            *tensors,
+            *sizes,
+            *(*_strides(grad_output), tiles_of_split),
+            **constants,
+            BLOCK_M=tile.rows,
+            BLOCK_O=tile.out,
+            num_warps=tile.warps,  # pyright: ignore[reportCallIssue]
+            num_stages=tile.stages,  # pyright: ignore[reportCallIssue]
+        )
+    else:
+        _backward_weight[(programs, splits)](
+            *tensors,
+            *sizes,
+            *(sizes.segment, sizes.group_channels // sizes.segment),
+            *(*_strides(grad_output), sizes.groups, tiles_of_split),
+            **constants,
+            PRECISION=_precision(maps.dtype),
+            BLOCK_M=tile.rows,
+            BLOCK_O=tile.out,
+            BLOCK_C=tile.channels,
+            num_warps=tile.warps,  # pyright: ignore[reportCallIssue]
+            num_stages=tile.stages,  # pyright: ignore[reportCallIssue]
+        )
+    grad_weight.copy_(_unpacked(partial.sum(0), weight.shape, sizes))
 
 
 def _sizes(
     input: Tensor, offset: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair
 ) -> _Sizes:
-    """All sizes, with one segment; how many a kernel runs through depends on the kernel."""
     batch, channels, height, width = input.shape
     out_channels, group_channels, kernel_h, kernel_w = weight.shape
     _, offset_channels, out_h, out_w = offset.shape
     taps = kernel_h * kernel_w
-    offset_groups = offset_channels // (2 * taps)
     return _Sizes(
         *(batch * out_h * out_w, out_h * out_w, height, width, channels, out_w),
-        *(group_channels, out_channels // (channels // group_channels), offset_groups),
-        *(math.gcd(group_channels, channels // offset_groups), 1, taps, kernel_w),
-        *(*stride, *padding, *dilation),
+        *(group_channels, out_channels // (channels // group_channels)),
+        *(offset_channels // (2 * taps), taps, kernel_w, *stride, *padding, *dilation),
     )
 
 
-def _tiles(sizes: _Sizes, dtype: torch.dtype) -> _Tiles:
+def _is_narrow(sizes: _Sizes) -> bool:
+    """Whether groups are too narrow for the matrix unit; each then has one offset group."""
+    products = sizes.group_channels * sizes.group_out
+    return products <= _NARROW_PRODUCTS and sizes.segment == sizes.group_channels
+
+
+def _narrow_tiles(columns: int) -> Tiles:
+    """Tiles of the kernels in `narrow`, whose columns are one kind of channels."""
+    columns = min(_NARROW_CHANNELS, triton.next_power_of_2(columns))
+    return Tiles(_NARROW_TILE // columns, columns, columns, warps=4, stages=2)
+
+
+def _tiles(kernel: str, sizes: _Sizes, dtype: torch.dtype) -> Tiles:
     """Tiles that fit the problem; tl.dot wants at least 16 of everything."""
 
     def fitting(size: int, most: int) -> int:
         return min(most, max(16, triton.next_power_of_2(size)))
 
-    if dtype == torch.float64:
-        return _Tiles(32, fitting(sizes.group_out, 32), 16, 4)
-    rows = fitting(sizes.rows, 64)
-    if dtype == torch.float32:
-        return _Tiles(rows, fitting(sizes.group_out, 128), fitting(sizes.segment, 32), 4)
-    out = fitting(sizes.group_out, 256)
-    return _Tiles(rows, out, fitting(sizes.segment, 64), 8 if out == 256 else 4)
+    most = TILES[kernel][dtype.itemsize]
+    return Tiles(
+        fitting(sizes.rows, most.rows),
+        fitting(sizes.group_out, most.out),
+        fitting(sizes.segment, most.channels),
+        most.warps,
+        most.stages,
+    )
 
 
-def _packed(weight: Tensor, groups: int) -> Tensor:
-    """The weight as [group, tap, C, O]."""
-    out_channels, group_channels, kernel_h, kernel_w = weight.shape
-    split = weight.reshape(groups, out_channels // groups, group_channels, kernel_h * kernel_w)
-    return split.permute(0, 3, 2, 1).contiguous()
+def _packed(weight: Tensor, sizes: _Sizes) -> Tensor:
+    """The weight as the kernels read it: [group, tap, C, O], or [tap, C, all O]."""
+    weight = weight.flatten(2)
+    if _is_narrow(sizes):
+        return weight.permute(2, 1, 0).contiguous()
+    return weight.unflatten(0, (sizes.groups, -1)).permute(0, 3, 2, 1).contiguous()
+
+
+def _unpacked(packed: Tensor, shape: torch.Size, sizes: _Sizes) -> Tensor:
+    """The inverse of `_packed`, for a weight of this shape."""
+    taps, group_channels = sizes.taps, sizes.group_channels
+    if _is_narrow(sizes):
+        weight = packed.view(taps, group_channels, -1).permute(2, 1, 0)
+    else:
+        weight = packed.view(sizes.groups, taps, group_channels, -1).permute(0, 3, 2, 1)
+    return weight.reshape(shape)
 
 
 def _strides(output: Tensor) -> tuple[int, int, int]:
@@ -697,13 +705,17 @@ def _memory_format(input: Tensor) -> torch.memory_format:
     return torch.channels_last
 
 
-def _wide(*tensors: Tensor) -> bool:
-    return any(tensor.numel() >= _NARROW for tensor in tensors)
-
-
-def _arithmetic(dtype: torch.dtype) -> tl.dtype:
-    """What positions are computed and products summed in."""
-    return tl.float64 if dtype == torch.float64 else tl.float32
+def _constants(mask: Tensor | None, border: str, maps: Tensor, *others: Tensor) -> dict[str, Any]:
+    """What all kernels are compiled for, and how."""
+    return {
+        "MODULATED": mask is not None,
+        "MSRA": border == "msra2017",
+        "WIDE": any(tensor.numel() >= _LEAST_WIDE for tensor in (maps, *others)),
+        # What positions are computed and products summed in.
+        "DTYPE": tl.float64 if maps.dtype == torch.float64 else tl.float32,
+        # Said, because Triton is about to turn its default.
+        "enable_fp_fusion": True,
+    }
 
 
 def _convolutions_in_tf32() -> bool:
