@@ -281,7 +281,7 @@ def _forward(
             ) = _take(
                 x_axis, j, width, cell, left, right, left_slope, right_slope, SAMPLING, DTYPE
             )  # fmt: skip
-            at = input + (origin + top_cell * width + cell) * channels + channel
+            at = input + (origin + top_cell.to(origin.dtype) * width + cell) * channels + channel
             m00, m01 = top_done & left_done & real_lane, top_done & right_done & real_lane
             m10, m11 = bottom_done & left_done & real_lane, bottom_done & right_done & real_lane
             # Not a product with zero: the map may hold infinities and NaN.
@@ -366,7 +366,7 @@ def _backward(
                     x_axis, j, width, cell, left, right, left_slope, right_slope, SAMPLING, DTYPE
                 )  # fmt: skip
                 moved_x = moved_x | moves_x
-                pixel = top_cell * width + cell
+                pixel = top_cell.to(origin.dtype) * width + cell
                 m00, m01 = top_done & left_done & real_lane, top_done & right_done & real_lane
                 m10 = bottom_done & left_done & real_lane
                 m11 = bottom_done & right_done & real_lane
