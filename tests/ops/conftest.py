@@ -39,6 +39,12 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True)
+def float32_is_float32(monkeypatch):
+    """On a GPU PyTorch's convolutions, and so ours, take tf32 unless they are told not to."""
+    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
+
+
 @pytest.fixture(params=["reference", *FAST])
 def backend(request, monkeypatch) -> str:
     """Every backend that can run here, by the name that takes tensors on the CPU."""
