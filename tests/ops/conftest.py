@@ -40,9 +40,12 @@ def one_thread():
 
 
 @pytest.fixture(autouse=True)
-def float32_is_float32(monkeypatch):
+def float32_is_float32():
     """On a GPU PyTorch's convolutions, and so ours, take tf32 unless they are told not to."""
-    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
+    precision = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    yield
+    torch.backends.cudnn.conv.fp32_precision = precision
 
 
 @pytest.fixture(params=["reference", *FAST])

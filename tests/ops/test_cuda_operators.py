@@ -64,10 +64,10 @@ def test_agrees_with_the_reference(name, dtype, memory_format):
     assert_same(to_cpu(found), exact(case), tolerance)
 
 
-def test_tf32_where_pytorch_takes_it(monkeypatch):
+def test_tf32_where_pytorch_takes_it():
     case = on("cuda", CASES["convolution"].to(torch.float32))
     precise = to_cpu(run(case))
-    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "tf32")
+    torch.backends.cudnn.conv.fp32_precision = "tf32"  # a fixture puts it back
     found = to_cpu(run(case))
     assert not found["output"].equal(precise["output"])
     assert_same(found, exact(case), 3e-3)
