@@ -1,0 +1,450 @@
+"""Deformable convolution against plain convolution and torchvision, on a GPU.
+
+    python -m benchmarks.gpu [--rounds 50] [--json FILE] [--tiles]
+
+3x3 kernels, as many output as input channels, offsets given, in float32. Times are the GPU's own,
+between two events: what Python takes to launch is hidden behind a kernel that waits. They are taken
+with a cold L2 cache, written over before each call, and with a warm one, in which the same call has
+just run; never to be compared with each other. Everything, gradients too, is checked against
+float64 first, and what is off is not timed.
+
+The share of the floor is the time that the card needs at the least, for the products or for moving
+each tensor once, over the time taken; it is printed for cards whose rates are known.
+
+With --tiles, the kernels of deformnet alone are timed in many tile configurations, so that the best
+can be written into `deformnet.ops.triton.deform_conv.TILES`. Each has to be compiled first: this
+takes long.
+"""
+
+import argparse
+import itertools
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor
+
+from benchmarks.shapes import SHAPES, Shape, make_tensors
+from deformnet.ops import backends, deform_conv2d, library
+from deformnet.runs import versions, write_json
+from deformnet.timing import Timing
+
+LAYERS = (
+    *SHAPES,
+    Shape(8, 512, 38, 63, dilation=2, offset_groups=4),
+    Shape(1, 512, 64, 128, dilation=2, offset_groups=4),  # conv5 on 1024x2048 pixels
+    Shape(32, 256, 28, 28),
+)
+PLAIN, TORCHVISION, OURS = "conv2d", "torchvision", "deformnet"
+PASSES: tuple[str, ...] = ("forward", "backward", "forward + backward")
+CACHES = ("cold L2", "warm L2")
+# The largest error, of the largest number in each tensor.
+PRECISIONS = {"float32": 1e-4, "tf32": 5e-3, "bfloat16": 2e-2}
+WARM_UP = 5
+# Longer than Python takes to launch a forward and a backward pass; about two milliseconds.
+WAIT_CYCLES = 4_000_000
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a card can do at the most, per second."""
+
+    flops: Mapping[str, float]
+    bytes: float
+
+
+# bfloat16 and the bandwidth as measured on an H200, the others from NVIDIA's data sheets.
+_HOPPER = {"bfloat16": 790e12, "tf32": 400e12, "float32": 67e12}
+CARDS = {
+    "NVIDIA H100 80GB HBM3": Card(_HOPPER, 3.35e12),
+    "NVIDIA H200": Card(_HOPPER, 4.3e12),
+}
+
+
+@dataclass(frozen=True)
+class Call:
+    """One implementation of one layer."""
+
+    forward: Callable[[], Tensor]
+    leaves: tuple[Tensor, ...]
+    grad_output: Tensor
+
+    def both(self) -> list[Tensor]:
+        """The output and all gradients."""
+        output = self.forward()
+        return [output.detach(), *torch.autograd.grad(output, self.leaves, self.grad_output)]
+
+    def passes(self) -> dict[str, Callable[[], object]]:
+        output = self.forward()
+
+        def forward() -> Tensor:
+            with torch.no_grad():
+                return self.forward()
+
+        def backward() -> object:
+            return torch.autograd.grad(output, self.leaves, self.grad_output, retain_graph=True)
+
+        return dict(zip(PASSES, (forward, backward, self.both), strict=True))
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The tensors of a layer on the GPU."""
+
+    shape: Shape
+    input: Tensor
+    offset: Tensor
+    weight: Tensor
+    grad_output: Tensor
+
+    def call(self, name: str, backend: backends.Backend = "auto") -> Call:
+        x, offset, w = self.input, self.offset, self.weight
+        d = self.shape.dilation, self.shape.dilation
+
+        def forward() -> Tensor:
+            if name == PLAIN:
+                return F.conv2d(x, w, None, 1, d, d)
+            if name == TORCHVISION:
+                return torchvision.ops.deform_conv2d(x, offset, w, None, (1, 1), d, d)
+            return deform_conv2d(x, offset, w, None, 1, d, d, backend=backend)
+
+        leaves = (x, w) if name == PLAIN else (x, w, offset)
+        return Call(forward, leaves, self.grad_output)
+
+    def to(self, dtype: torch.dtype, memory_format: torch.memory_format) -> "Layer":
+        """In another dtype and memory format; offsets stay float32 beside half precision."""
+
+        def cast(tensor: Tensor) -> Tensor:
+            return tensor.detach().to(dtype=dtype, memory_format=memory_format)
+
+        return Layer(
+            self.shape,
+            cast(self.input).requires_grad_(),
+            self.offset.detach().to(torch.promote_types(dtype, torch.float32)).requires_grad_(),
+            cast(self.weight).requires_grad_(),
+            cast(self.grad_output),
+        )
+
+
+def make_layer(shape: Shape, precision: str) -> Layer:
+    """In NCHW, of numbers that `precision` has."""
+    tensors = make_tensors(shape)
+    # Positions are then exact in float32 and never whole, where derivatives jump.
+    offset = (256 * tensors.offset.detach()).floor() / 256 + 1 / 512
+    layer = Layer(
+        shape,
+        tensors.input.cuda(),
+        offset.cuda(),
+        tensors.weight.cuda(),
+        tensors.grad_output.cuda(),
+    )
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    return layer.to(dtype, torch.contiguous_format)
+
+
+def set_precision(precision: str) -> None:
+    """How float32 is multiplied: by convolutions, and by cuBLAS, which torchvision's takes."""
+    value = "tf32" if precision == "tf32" else "ieee"
+    torch.backends.cudnn.conv.fp32_precision = value  # pyright: ignore[reportAttributeAccessIssue]
+    torch.backends.cuda.matmul.fp32_precision = value  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def calls_of(layer: Layer) -> dict[str, Call]:
+    """All implementations that take the layer's dtype."""
+    last = layer.to(layer.input.dtype, torch.channels_last)
+    calls = {PLAIN: layer.call(PLAIN), f"{PLAIN}, channels-last": last.call(PLAIN)}
+    if layer.input.dtype == torch.float32:
+        calls[TORCHVISION] = layer.call(TORCHVISION)
+    return calls | {OURS: layer.call(OURS), f"{OURS}, channels-last": last.call(OURS)}
+
+
+def error_of(found: list[Tensor], exact: list[Tensor]) -> float:
+    """The largest error, of the largest number in each tensor."""
+    errors = (
+        ((one - other).abs().max() / other.abs().max()).item()
+        for one, other in zip(found, exact, strict=True)
+    )
+    return max(errors, key=lambda error: error if error == error else float("inf"))
+
+
+def right_ones(calls: dict[str, Call], layer: Layer, tolerance: float) -> dict[str, Call]:
+    """The calls that compute what they should; says of each other one how far it is off."""
+    double = layer.to(torch.float64, torch.contiguous_format)
+    exact = {
+        True: double.call(PLAIN).both(),
+        False: double.call(OURS, "reference").both(),
+    }
+    right = {}
+    for name, call in calls.items():
+        error = error_of(call.both(), exact[name.startswith(PLAIN)])
+        if error < tolerance:
+            right[name] = call
+        else:
+            print(f"{name} is off by {error:.2g} on {layer.shape} and not timed", file=sys.stderr)
+    return right
+
+
+def compare(
+    calls: Mapping[str, Callable[[], object]], *, rounds: int, flush: Tensor | None
+) -> dict[str, Timing]:
+    """Seconds of every call on the GPU, in an order that rotates from round to round.
+
+    Args:
+        flush: what is written before each call, to have the L2 cache cold; None leaves it warm.
+    """
+    names = list(calls)
+    for name in names:
+        for _ in range(WARM_UP):
+            calls[name]()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for i in range(rounds):
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            if flush is None:
+                calls[name]()
+            torch.cuda._sleep(WAIT_CYCLES)
+            if flush is not None:
+                flush.zero_()
+            start.record()
+            calls[name]()
+            end.record()
+            end.synchronize()
+            seconds[name].append(start.elapsed_time(end) / 1e3)
+    return {name: Timing(tuple(times)) for name, times in seconds.items()}
+
+
+def floor_seconds(shape: Shape, precision: str, step: str, card: Card, *, plain: bool) -> float:
+    """What a pass takes at the least: the products, or each tensor moved once."""
+    size = 2 if precision == "bfloat16" else 4
+    map_bytes = size * shape.channels * shape.positions
+    weight_bytes = size * 9 * shape.channels**2
+    offset_bytes = 0 if plain else 4 * 18 * shape.offset_groups * shape.positions
+    # The backward pass reads the output's gradient and what the forward pass has read, and writes
+    # as much as that.
+    read = map_bytes + weight_bytes + offset_bytes
+    forward, backward = read + map_bytes, 2 * read + map_bytes
+    moved = dict(zip(PASSES, (forward, backward, forward + backward), strict=True))
+    products = dict(zip(PASSES, (1, 2, 3), strict=True))[step] * shape.forward_flops
+    return max(products / card.flops[precision], moved[step] / card.bytes)
+
+
+def measure(rounds: int) -> list[dict[str, object]]:
+    """A dict for every figure."""
+    card = CARDS.get(torch.cuda.get_device_name())
+    flush = _larger_than_the_cache()
+    # cuDNN then looks for its fastest kernel.
+    torch.backends.cudnn.benchmark = True
+    figures: list[dict[str, object]] = []
+    for shape, (precision, tolerance) in itertools.product(LAYERS, PRECISIONS.items()):
+        set_precision(precision)
+        layer = make_layer(shape, precision)
+        calls = right_ones(calls_of(layer), layer, tolerance)
+        passes = {name: call.passes() for name, call in calls.items()}
+        for cache, step in itertools.product(CACHES, PASSES):
+            times = compare(
+                {name: passes[name][step] for name in calls},
+                rounds=rounds,
+                flush=flush if cache == "cold L2" else None,
+            )
+            for name, timing in times.items():
+                floor = None
+                if card is not None:
+                    plain = name.startswith(PLAIN)
+                    floor = floor_seconds(shape, precision, step, card, plain=plain)
+                figures.append(
+                    {
+                        "layer": _name(shape),
+                        "precision": precision,
+                        "pass": step,
+                        "cache": cache,
+                        "implementation": name,
+                        "median_ms": 1e3 * timing.median,
+                        "p20_ms": 1e3 * timing.quantile(0.2),
+                        "p80_ms": 1e3 * timing.quantile(0.8),
+                        "min_ms": 1e3 * timing.fastest,
+                        "share_of_floor": None if floor is None else floor / timing.median,
+                    }
+                )
+    return figures
+
+
+def _larger_than_the_cache() -> Tensor:
+    size = 4 * torch.cuda.get_device_properties().L2_cache_size
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+def _name(shape: Shape) -> str:
+    return f"{shape}, dilation {shape.dilation}, {shape.offset_groups} offset groups"
+
+
+def report(figures: list[dict[str, object]]) -> None:
+    """A table for each pass and state of the cache."""
+    names = list(dict.fromkeys(str(figure["implementation"]) for figure in figures))
+    for cache, step in itertools.product(CACHES, PASSES):
+        print(f"\n{step}, {cache}: median milliseconds (p20-p80, min), share of the floor\n")
+        print("| layer | precision | " + " | ".join(names) + " |")
+        print("|---" * (2 + len(names)) + "|")
+        rows: dict[tuple[str, str], dict[str, str]] = {}
+        for figure in figures:
+            if (figure["cache"], figure["pass"]) == (cache, step):
+                row = rows.setdefault((str(figure["layer"]), str(figure["precision"])), {})
+                row[str(figure["implementation"])] = _cell(figure)
+        for row, cells in rows.items():
+            print("| " + " | ".join([*row, *(cells.get(name, "-") for name in names)]) + " |")
+
+
+def _cell(figure: Mapping[str, object]) -> str:
+    median, low, high, least = (figure[f"{key}_ms"] for key in ("median", "p20", "p80", "min"))
+    text = f"{median:.3f} ({low:.3f}-{high:.3f}, {least:.3f})"
+    share = figure["share_of_floor"]
+    return text if share is None else f"{text} {share:.0%}"
+
+
+def measure_tiles(rounds: int) -> list[dict[str, object]]:
+    """A dict for every kernel, layer, precision and configuration that fits; prints the best.
+
+    They are checked against the kernel in float64, which tests hold to the reference.
+    """
+    from triton.runtime.errors import OutOfResources
+
+    from deformnet.ops.triton import deform_conv as kernels
+
+    candidates = [
+        kernels.Tiles(rows, out, channels, warps, stages)
+        for (rows, out), channels, warps, stages in itertools.product(
+            [
+                (32, 64),
+                (32, 128),
+                (64, 64),
+                (64, 128),
+                (64, 256),
+                (128, 64),
+                (128, 128),
+                (128, 256),
+            ],
+            (32, 64),
+            (4, 8),
+            (2, 3),
+        )
+    ]
+    figures: list[dict[str, object]] = []
+    for (kernel, table), (precision, tolerance) in itertools.product(
+        kernels.TILES.items(), PRECISIONS.items()
+    ):
+        size = 2 if precision == "bfloat16" else 4
+        set_precision(precision)
+        usual = table[size]
+        # Seconds of every layer, by configuration.
+        medians: dict[kernels.Tiles, list[float]] = {}
+        for shape in LAYERS:
+            # Channels-last, so that nothing is copied.
+            layer = make_layer(shape, precision).to(
+                torch.bfloat16 if size == 2 else torch.float32, torch.channels_last
+            )
+            exact = _of_kernel(kernel, layer.to(torch.float64, torch.channels_last))()
+            call = _of_kernel(kernel, layer)
+            best = None
+            for tiles in [usual, *(tiles for tiles in candidates if tiles != usual)]:
+                table[size] = tiles
+                try:
+                    if not error_of(call(), exact) < tolerance:
+                        print(f"{kernel}: {tiles} is wrong on {shape}", file=sys.stderr)
+                        continue
+                    timing = compare({"": call}, rounds=rounds, flush=None)[""]
+                except OutOfResources:
+                    continue
+                finally:
+                    table[size] = usual
+                medians.setdefault(tiles, []).append(timing.median)
+                best = min(best or (timing.median, tiles), (timing.median, tiles))
+                figures.append(
+                    {
+                        "kernel": kernel,
+                        "layer": _name(shape),
+                        "precision": precision,
+                        "tiles": tiles._asdict(),
+                        "median_ms": 1e3 * timing.median,
+                    }
+                )
+            if best is not None:
+                print(f"{kernel}, {precision}, {_name(shape)}: {1e3 * best[0]:.3f} ms, {best[1]}")
+        means = {
+            tiles: statistics.geometric_mean(times)
+            for tiles, times in medians.items()
+            if len(times) == len(LAYERS)
+        }
+        if means:
+            best_tiles = min(means, key=lambda tiles: means[tiles])
+            share = f", {means[best_tiles] / means[usual]:.2f} of the time of {usual}"
+            print(
+                f"{kernel}, {precision}, all layers: {best_tiles}"
+                + (share if usual in means else "")
+            )
+    return figures
+
+
+def _of_kernel(kernel: str, layer: Layer) -> Callable[[], list[Tensor]]:
+    """Runs one kernel of the table."""
+    x, offset, w = layer.input.detach(), layer.offset.detach(), layer.weight.detach()
+    d = layer.shape.dilation, layer.shape.dilation
+    geometry = (1, 1), d, d, "zeros"
+    if kernel == "forward":
+        return lambda: [library.deform_conv2d(x, offset, w, None, None, *geometry)]
+    positions = kernel == "positions"
+    needs = [positions, positions, not positions, False, False]
+    return lambda: library.deform_conv2d_backward(
+        layer.grad_output, x, offset, w, None, *geometry, needs
+    )
+
+
+def conditions() -> dict[str, object]:
+    """What the figures were measured on, and with."""
+    properties = torch.cuda.get_device_properties()
+    fields = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit")
+    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "--id=0"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        driver = dict(zip(fields, (field.strip() for field in answer.split(",")), strict=True))
+    except (OSError, subprocess.CalledProcessError, ValueError) as error:
+        driver = {"nvidia-smi": str(error)}
+    return {
+        "card": properties.name,
+        "multiprocessors": properties.multi_processor_count,
+        "L2 bytes": properties.L2_cache_size,
+        "driver": driver,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions() | {"cuda": torch.version.cuda, "triton": metadata.version("triton")},
+        "cudnn": torch.backends.cudnn.version(),
+        "layers": [asdict(shape) for shape in LAYERS],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=50)
+    parser.add_argument("--tiles", action="store_true", help="time tile configurations instead")
+    parser.add_argument("--json", type=Path, help="file for all figures")
+    options = parser.parse_args()
+    reason = backends.why_unavailable("triton")
+    if reason is not None:
+        sys.exit(f"benchmarks.gpu: nothing to measure on: {reason}")
+
+    found = conditions()
+    print(", ".join(f"{key} {value}" for key, value in found.items() if key != "layers"))
+    figures = measure_tiles(options.rounds) if options.tiles else measure(options.rounds)
+    if not options.tiles:
+        report(figures)
+    if options.json:
+        write_json(options.json, found | {"rounds": options.rounds, "figures": figures})
+
+
+if __name__ == "__main__":
+    main()
