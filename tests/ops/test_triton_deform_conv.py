@@ -267,9 +267,11 @@ def compiled(kernel, map_type, position_type, constants, capability=90, warps=2,
     types |= {"floats": sums, "partial": sums, "scale": "fp64"}
     types["integers"] = "i64" if constants.get("FIXED") else sums
     names = kernel.arg_names
-    signature = {
-        n: "constexpr" if n in constants else "*" + types[n] if n in types else "i32" for n in names
-    }
+    # Sizes that do not fit into 32 bits are passed in 64.
+    wide = ("count", "positions", "output_image", "output_channel") if constants["WIDE"] else ()
+    signature = {n: "i64" if n in wide else "i32" for n in names}
+    signature |= {n: "*" + types[n] for n in names if n in types}
+    signature |= dict.fromkeys(constants, "constexpr")
     values = {(names.index(n),): value for n, value in constants.items()}
     source = ASTSource(fn=kernel, signature=signature, constexprs=values)
     target = GPUTarget("cuda", capability, 32)
@@ -293,6 +295,9 @@ for map_type, position_type, wide, precision in [
     assert on_matrix_units(kernels._backward_weight, *types, shared)
     wanted = {"BY_INPUT": True, "BY_POSITION": True, "FIXED": wide, "NARROW": False}
     assert on_matrix_units(kernels._backward_positions, *types, shared | wanted)
+    # One column, or as many as there can be.
+    columns = 1 if wide else kernels._NARROW_CHANNELS
+    shared |= {"BLOCK_M": kernels._NARROW_TILE // columns, "BLOCK_O": columns, "BLOCK_C": columns}
     wanted["NARROW"] = True
     assert not on_matrix_units(kernels._backward_positions, *types, shared | wanted)
     del shared["PRECISION"], shared["BLOCK_C"]

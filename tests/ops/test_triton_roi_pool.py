@@ -232,6 +232,8 @@ def compiled(kernel, map_type, position_type, alone, constants):
     types |= dict.fromkeys(("boxes", "offset", "grad_offset"), "*" + position_type)
     types |= {"floats": sums, "integers": "*i64" if fixed else sums}
     types |= {"unit": "*fp64" if fixed else sums, "scale": "fp64", "gamma": "fp64"}
+    # A number that does not fit into 32 bits is passed in 64.
+    types["every_bin"] = "i64" if constants["WIDE"] else "i32"
     # A number that is one is made a constant.
     ones = ("channels", "group_channels", "groups", "planes", "ph", "pw") if alone else ()
     constants = constants | dict.fromkeys(ones, 1)
