@@ -21,6 +21,7 @@ for part, below in {
     "recipes": ("models",),
     "runs": ("recipes",),
     "parameters": ("recipes",),
+    "timing": (),
     "data": (),
     "evaluation": (),
     "analysis": ("nn",),

@@ -42,10 +42,11 @@ def one_thread():
 @pytest.fixture(autouse=True)
 def float32_is_float32():
     """On a GPU PyTorch's convolutions, and so ours, take tf32 unless they are told not to."""
-    precision = torch.backends.cudnn.conv.fp32_precision
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    # By the older name for it, the one that PyTorch's exporter can read.
+    allowed = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
     yield
-    torch.backends.cudnn.conv.fp32_precision = precision
+    torch.backends.cudnn.allow_tf32 = allowed
 
 
 @pytest.fixture(params=["reference", *FAST])

@@ -67,7 +67,7 @@ def test_agrees_with_the_reference(name, dtype, memory_format):
 def test_tf32_where_pytorch_takes_it():
     case = on("cuda", CASES["convolution"].to(torch.float32))
     precise = to_cpu(run(case))
-    torch.backends.cudnn.conv.fp32_precision = "tf32"  # a fixture puts it back
+    torch.backends.cudnn.allow_tf32 = True  # a fixture puts it back
     found = to_cpu(run(case))
     assert not found["output"].equal(precise["output"])
     assert_same(found, exact(case), 3e-3)

@@ -64,6 +64,11 @@ CASES = {
     "a group that starts within a block": case(1, 1000, (4, 5), out_channels=8, groups=4),
     "depthwise": case(3, 35, (13, 14), out_channels=35, groups=35, offset_groups=5),
     "depthwise, two filters a channel": case(2, 24, (9, 9), out_channels=48, groups=24),
+    "narrow groups, several to a panel": case(3, 40, (9, 8), out_channels=20, groups=5),
+    "narrow groups that fill no panel": case(
+        2, 33, (11, 9), out_channels=6, groups=3, offset_groups=3
+    ),
+    "groups wider than a panel": case(3, 80, (15, 20), out_channels=34, groups=2, offset_groups=5),
     "one output channel": case(2, 33, (11, 12), out_channels=1),
     "one channel an offset group": case(2, 6, (10, 11), offset_groups=6),
 }
@@ -76,6 +81,27 @@ def test_every_way_through_the_kernels_agrees_with_the_reference(name, channels_
     if channels_last:
         some = replace(some, input=some.input.contiguous(memory_format=torch.channels_last))
     assert_same(run(some, "cpu"), run(some, "reference"), 1e-11)
+
+
+@pytest.mark.parametrize(
+    "wanted", [("input",), ("offset",), ("weight",), ("input", "weight")], ids=str
+)
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_do_not_depend_on_which_others_are_wanted(name, wanted):
+    def gradients(names: tuple[str, ...]) -> dict[str, torch.Tensor]:
+        leaves = {key: getattr(some, key).detach().requires_grad_(key in names) for key in every}
+        output = deform_conv2d(
+            *(leaves["input"], leaves["offset"], leaves["weight"], None),
+            *(some.stride, some.padding, some.dilation),
+            mask=some.mask,
+        )
+        output.backward(torch.ones_like(output))
+        return {key: leaf.grad for key, leaf in leaves.items() if key in names}
+
+    some, every = CASES[name], ("input", "offset", "weight")
+    found, all_of_them = gradients(wanted), gradients(every)
+    for key in wanted:
+        assert torch.equal(found[key], all_of_them[key])
 
 
 @pytest.mark.parametrize("border", ["zeros", "msra2017"])

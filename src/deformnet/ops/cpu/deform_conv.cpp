@@ -5,11 +5,13 @@
 // with the packed weights. The map is channels-last here, so the four corners of a sample are four
 // runs of channels and their bilinear weights are shared by a whole offset group.
 //
-// Backward. Positions come in chunks small enough for the shared cache. First, threads split the
-// chunk's positions: gradient of the columns = grad_output * weight; the dot products of it with the
-// four corners give the gradients of offset and mask, and the columns are sampled again. Then threads
-// split channels: each one adds up its channels of grad_input and grad_weight over the positions, in
-// order. So nothing is added atomically, and the bits do not depend on the number of threads.
+// Backward. The positions are worked through from their beginning and from their middle at once, a chunk of
+// each at a time, small enough for the caches. First, threads split the chunks' positions: gradient of the
+// columns = grad_output * weight; the dot products of it with the four corners give the gradients of offset
+// and mask, and the columns are sampled again. Then each half's contribution to grad_input is added up, in
+// order, by one thread for each run of channels: the thread that made it where there are two, as memory that
+// another processor core has written is slow to read. Last, threads split channels and taps of grad_weight.
+// So nothing is added atomically, and the bits do not depend on the number of threads.
 #include <omp.h>
 
 #include "common.h"
@@ -316,48 +318,129 @@ void sample(bool modulated, const Geometry& geometry, const Map<A>& map, const S
     sample_block<false>(geometry, map, samples, block, count, columns, row);
 }
 
-// The same samples in the backward pass. `grads` holds the gradient of the columns. Writes the columns
-// where wanted, and the gradients by offset and mask into `grad_y`, `grad_x`, `grad_mask` of one tap
-// and offset group.
+// Where the columns of the backward pass lie, and their gradient: [tap][panel of channels][position][lane],
+// so that a thread that takes some channels of all positions reads runs of memory, and the product with the
+// gradient of the output finds panels. A panel has channels of one group, or several whole groups; a
+// depthwise layer is one group here.
 template <class A>
-void sample_backward(const Geometry& geometry, const Map<A>& map, const Samples<A>& at, int64_t tap, int64_t g,
-                     int64_t count, const A* grads, A* columns, int64_t row, A* grad_y, A* grad_x,
-                     A* grad_mask) {
-  const int64_t width = geometry.offset_group_in, channel = g * width;
-  for (int64_t i = 0; i < count; ++i) {
-    const A* corner = map.at(at.pixel[i], channel);
-    const A* next = corner + map.row;
-    const A* w = at.weights + 4 * i;
-    const A w0 = w[0], w1 = w[1], w2 = w[2], w3 = w[3];
-    const A mask = at.mask[i];
-    const A* grad = grads + i * row + tap * map.channels + channel;
-    A* to = columns ? columns + i * row + tap * map.channels + channel : nullptr;
-    Vec<A> dots[4] = {};
-    int64_t c = 0;
-    for (; c + kLanes<A> <= width; c += kLanes<A>) {
-      const Vec<A> v0 = load(corner + c), v1 = load(corner + map.channels + c);
-      const Vec<A> v2 = load(next + c), v3 = load(next + map.channels + c);
-      const Vec<A> u = load(grad + c);
-      dots[0] += u * v0;
-      dots[1] += u * v1;
-      dots[2] += u * v2;
-      dots[3] += u * v3;
-      if (to) store(to + c, (v0 * w0 + v1 * w1 + v2 * w2 + v3 * w3) * mask);
+struct Panels {
+  static constexpr int64_t width = kPanel<A>;
+
+  Panels(const Geometry& geometry, int64_t channels, int64_t positions)
+      : group(geometry.depthwise ? channels : geometry.group_in),
+        of_group(ceil_div(group, width)),
+        together(most<int64_t>(1, width / group)),
+        used(group < width ? together * group : width),
+        // A cache line more keeps the taps of a position out of each other's cache sets.
+        panel(positions * width + kCacheLine / int64_t(sizeof(A))),
+        tap(ceil_div(channels / group, together) * of_group * panel),
+        padded(channels % used != 0 || used != width || (group > width && group % width != 0)) {}
+
+  int64_t index(int64_t channel) const { return channel / group / together * of_group + channel % group / width; }
+  int64_t lane(int64_t channel) const { return channel / group % together * group + channel % group % width; }
+  int64_t place(int64_t channel) const { return index(channel) * panel + lane(channel); }
+
+  int64_t group, of_group;  // channels and panels of a group
+  int64_t together, used;   // groups and lanes in use of a panel
+  int64_t panel, tap;       // numbers from one panel, and from one tap, to the next
+  bool padded;              // some lanes have no channel
+};
+
+// Channels of one panel and one offset group.
+struct ChannelRun {
+  int64_t channel, width;
+  int64_t place;  // among the panels of a tap
+};
+
+// All channels in runs of at most `longest`; those of offset group g begin at first[g].
+template <class A>
+int64_t find_runs(const Problem& p, const Geometry& geometry, const Panels<A>& panels, int64_t longest,
+                  ChannelRun* runs, int64_t* first) {
+  int64_t count = 0;
+  for (int64_t g = 0; g < p.offset_groups; ++g) {
+    first[g] = count;
+    const int64_t end = (g + 1) * geometry.offset_group_in;
+    for (int64_t channel = g * geometry.offset_group_in; channel < end; channel += runs[count++].width) {
+      int64_t width = least(longest, panels.used - panels.lane(channel));
+      if (panels.together == 1) width = least(width, panels.group - channel % panels.group);
+      runs[count] = {channel, least(width, end - channel), panels.place(channel)};
     }
-    A dot[4];
-    sum_each<A>(dots, dot);
-    for (; c < width; ++c) {
-      const A v0 = corner[c], v1 = corner[map.channels + c], v2 = next[c], v3 = next[map.channels + c];
-      dot[0] += grad[c] * v0;
-      dot[1] += grad[c] * v1;
-      dot[2] += grad[c] * v2;
-      dot[3] += grad[c] * v3;
-      if (to) to[c] = (v0 * w0 + v1 * w1 + v2 * w2 + v3 * w3) * mask;
+  }
+  first[p.offset_groups] = count;
+  return count;
+}
+
+// Adds up the products of a vector of the gradient with the four corners; returns their bilinear value.
+template <class A>
+__attribute__((always_inline)) inline Vec<A> add_dots(const A* corner, ptrdiff_t right, ptrdiff_t down, Vec<A> grad,
+                                                      const Vec<A>* weights, Vec<A>* dots) {
+  const Vec<A> v0 = load(corner), v1 = load(corner + right);
+  const Vec<A> v2 = load(corner + down), v3 = load(corner + down + right);
+  dots[0] += grad * v0;
+  dots[1] += grad * v1;
+  dots[2] += grad * v2;
+  dots[3] += grad * v3;
+  return v0 * weights[0] + v1 * weights[1] + v2 * weights[2] + v3 * weights[3];
+}
+
+// The same samples in the backward pass, of one tap and offset group, whose runs of channels are `runs` to
+// `end`. `grads` holds the gradient of the columns. Writes the columns if `write`, and the gradients by
+// offset and mask into `grad_y`, `grad_x`, `grad_mask`.
+template <bool write, class A>
+void sample_backward(const Map<A>& map, const Samples<A>& at, const ChannelRun* runs, const ChannelRun* end,
+                     int64_t count, const A* grads, A* columns, A* grad_y, A* grad_x, A* grad_mask) {
+  constexpr int lanes = kLanes<A>;
+  const ptrdiff_t right = map.channels, down = map.row;
+  // As many positions at a time as sums fit into a vector.
+  for (int64_t first = 0; first < count; first += lanes) {
+    Vec<A> dots[4][lanes];
+    A rest[4][lanes] = {};
+    const int64_t some = least<int64_t>(lanes, count - first);
+    for (int64_t k = 0; k < some; ++k) {
+      const int64_t i = first + k;
+      const A* w = at.weights + 4 * i;
+      const Vec<A> weights[4] = {w[0] - Vec<A>{}, w[1] - Vec<A>{}, w[2] - Vec<A>{}, w[3] - Vec<A>{}};
+      const Vec<A> mask = at.mask[i] - Vec<A>{};
+      Vec<A> dot[4] = {};
+      for (const ChannelRun* run = runs; run != end; ++run) {
+        const A* corner = map.at(at.pixel[i], run->channel);
+        const A* grad = grads + run->place + i * kPanel<A>;
+        A* to = columns + run->place + i * kPanel<A>;
+        if (run->width == kPanel<A>) {
+#pragma GCC unroll 4
+          for (int v = 0; v < kTileVectors; ++v) {
+            const Vec<A> value = add_dots(corner + v * lanes, right, down, load(grad + v * lanes), weights, dot);
+            if (write) store(to + v * lanes, value * mask);
+          }
+          continue;
+        }
+        int64_t c = 0;
+        for (; c + lanes <= run->width; c += lanes) {
+          const Vec<A> value = add_dots(corner + c, right, down, load(grad + c), weights, dot);
+          if (write) store(to + c, value * mask);
+        }
+        for (; c < run->width; ++c) {
+          const A* v = corner + c;
+          rest[0][k] += grad[c] * v[0];
+          rest[1][k] += grad[c] * v[right];
+          rest[2][k] += grad[c] * v[down];
+          rest[3][k] += grad[c] * v[down + right];
+          if (write) to[c] = (v[0] * w[0] + v[right] * w[1] + v[down] * w[2] + v[down + right] * w[3]) * at.mask[i];
+        }
+      }
+      for (int j = 0; j < 4; ++j) dots[j][k] = dot[j];
     }
-    const A fy = at.fy[i], fx = at.fx[i];
-    grad_y[i] = mask * ((1 - fx) * (dot[2] - dot[0]) + fx * (dot[3] - dot[1]));
-    grad_x[i] = mask * ((1 - fy) * (dot[1] - dot[0]) + fy * (dot[3] - dot[2]));
-    grad_mask[i] = w0 * dot[0] + w1 * dot[1] + w2 * dot[2] + w3 * dot[3];
+    for (int64_t k = some; k < lanes; ++k)
+      for (int j = 0; j < 4; ++j) dots[j][k] = Vec<A>{};
+    Vec<A> dot[4];
+    for (int j = 0; j < 4; ++j) dot[j] = sum_each<A>(dots[j]) + load(rest[j]);
+    const Vec<A> fy = load(at.fy + first), fx = load(at.fx + first), mask = load(at.mask + first);
+    const Vec<A> by_y = mask * ((1 - fx) * (dot[2] - dot[0]) + fx * (dot[3] - dot[1]));
+    const Vec<A> by_x = mask * ((1 - fy) * (dot[1] - dot[0]) + fy * (dot[3] - dot[2]));
+    const Vec<A> by_mask = (1 - fy) * ((1 - fx) * dot[0] + fx * dot[1]) + fy * ((1 - fx) * dot[2] + fx * dot[3]);
+    std::memcpy(grad_y + first, &by_y, size_t(some) * sizeof(A));
+    std::memcpy(grad_x + first, &by_x, size_t(some) * sizeof(A));
+    std::memcpy(grad_mask + first, &by_mask, size_t(some) * sizeof(A));
   }
 }
 
@@ -580,7 +663,7 @@ int forward_of(const Problem& p, const ForwardTensors& tensors) {
       const int64_t last = least(first + images, p.batch);
       copy_maps<A, T>(p, geometry, input, first, last, maps);
       const int64_t total = (last - first) * geometry.positions;
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(static)
       for (int64_t begin = 0; begin < total; begin += tile_rows) {
         const Tile tile(geometry, first, begin, least(tile_rows, total - begin));
         for (int64_t g = 0; g < p.offset_groups; ++g)
@@ -614,10 +697,10 @@ int forward_of(const Problem& p, const ForwardTensors& tensors) {
 
 // --------------------------------------------------------------------------------- backward
 
-// grad_output of positions [begin, begin + count) as panels [group][panel][position][lane], padded with
-// zeros; for depthwise layers as rows [position][channel]. Called by all threads of a team.
+// grad_output of the positions of two tiles as panels [group][panel][position][lane], padded with zeros; for
+// depthwise layers as rows [position][channel]. Called by all threads of a team.
 template <class A, class T>
-void pack_grad_output(const Problem& p, const Geometry& geometry, const Tile& chunk, const T* grad_output,
+void pack_grad_output(const Problem& p, const Geometry& geometry, const Tile* halves, const T* grad_output,
                       A* packed) {
   const int64_t channels = p.out_channels, positions = geometry.positions;
   const int64_t panel = geometry.depthwise ? channels : kPanel<A>;
@@ -625,15 +708,18 @@ void pack_grad_output(const Problem& p, const Geometry& geometry, const Tile& ch
   const int64_t panels = ceil_div(group_out, panel);
   const int64_t groups = geometry.depthwise ? 1 : p.groups;
   constexpr int64_t strip = 256;
-  const int64_t strips = ceil_div(chunk.count, strip);
-#pragma omp for
-  for (int64_t item = 0; item < groups * panels * strips; ++item) {
-    const int64_t group = item / (panels * strips), which = item / strips % panels;
-    const int64_t start = item % strips * strip, n = least(strip, chunk.count - start);
+  const int64_t count = halves[0].count + halves[1].count, strips = ceil_div(halves[0].count, strip);
+#pragma omp for schedule(static)
+  for (int64_t item = 0; item < 2 * groups * panels * strips; ++item) {
+    const Tile& half = halves[item / (groups * panels * strips)];
+    const int64_t group = item / (panels * strips) % groups, which = item / strips % panels;
+    const int64_t start = item % strips * strip, n = least(strip, half.count - start);
+    if (n <= 0) continue;
     const int64_t channel = group * group_out + which * panel;
     const int64_t width = least(panel, group_out - which * panel);
-    A* base = packed + ((group * panels + which) * chunk.count + start) * panel;
-    const Tile part(geometry, chunk.first_image, chunk.begin + start, n);
+    const int64_t row = start + (&half == halves ? 0 : halves[0].count);
+    A* base = packed + ((group * panels + which) * count + row) * panel;
+    const Tile part(geometry, half.first_image, half.begin + start, n);
     part.for_each_run([&](const Run& run) {
       A* to = base + run.start * panel;
       if (p.output_channels_last) {
@@ -650,27 +736,40 @@ void pack_grad_output(const Problem& p, const Geometry& geometry, const Tile& ch
   }
 }
 
-// Adds the samples' gradients into the map, channels [begin, end) of one image of the chunk.
+// Adds the samples' gradients into the map: those of one image of the chunk, in some runs of channels.
 template <class A>
 void add_to_map(const Problem& p, const Geometry& geometry, const Samples<A>* samples, int64_t tile_rows,
-                int64_t position_begin, int64_t position_end, const A* grads, int64_t row, int64_t begin,
-                int64_t end, A* sums) {
-  const int64_t width = geometry.offset_group_in, per_tile = p.offset_groups * geometry.taps;
+                int64_t position_begin, int64_t position_end, const A* grads, const Panels<A>& panels,
+                const ChannelRun* run_begin, const ChannelRun* run_end, A* sums) {
+  const int64_t per_tile = p.offset_groups * geometry.taps, row = geometry.padded_row * p.in_channels;
   for (int64_t at = position_begin; at < position_end; ++at) {
     const Samples<A>* tile = samples + at / tile_rows * per_tile;
     const int64_t i = at % tile_rows;
-    for (int64_t g = begin / width; g * width < end; ++g) {
-      const int64_t from = most(begin, g * width), to = least(end, (g + 1) * width);
+    for (const ChannelRun *runs = run_begin, *end; runs != run_end; runs = end) {
+      const int64_t g = runs->channel / geometry.offset_group_in;
+      for (end = runs; end != run_end && end->channel < (g + 1) * geometry.offset_group_in;) ++end;
       for (int64_t tap = 0; tap < geometry.taps; ++tap) {
         const Samples<A>& s = tile[g * geometry.taps + tap];
-        const A* grad = grads + at * row + tap * p.in_channels;
-        for (int j = 0; j < 4; ++j) {
-          const A weight = s.weights[4 * i + j] * s.mask[i];
-          A* sum = sums + (s.pixel[i] + j / 2 * geometry.padded_row + j % 2) * p.in_channels;
-          int64_t c = from;
-          for (; c + kLanes<A> <= to; c += kLanes<A>)
-            store(sum + c, load(sum + c) + load(grad + c) * weight);
-          for (; c < to; ++c) sum[c] += grad[c] * weight;
+        const A* w = s.weights + 4 * i;
+        const A w0 = w[0] * s.mask[i], w1 = w[1] * s.mask[i], w2 = w[2] * s.mask[i], w3 = w[3] * s.mask[i];
+        A* const pixel = sums + s.pixel[i] * p.in_channels;
+        for (const ChannelRun* run = runs; run != end; ++run) {
+          const A* grad = grads + tap * panels.tap + run->place + at * panels.width;
+          A *s0 = pixel + run->channel, *s1 = s0 + p.in_channels, *s2 = s0 + row, *s3 = s2 + p.in_channels;
+          int64_t c = 0;
+          for (; c + kLanes<A> <= run->width; c += kLanes<A>) {
+            const Vec<A> u = load(grad + c);
+            store(s0 + c, load(s0 + c) + u * w0);
+            store(s1 + c, load(s1 + c) + u * w1);
+            store(s2 + c, load(s2 + c) + u * w2);
+            store(s3 + c, load(s3 + c) + u * w3);
+          }
+          for (; c < run->width; ++c) {
+            s0[c] += grad[c] * w0;
+            s1[c] += grad[c] * w1;
+            s2[c] += grad[c] * w2;
+            s3[c] += grad[c] * w3;
+          }
         }
       }
     }
@@ -691,33 +790,36 @@ int backward_of(const Problem& p, const BackwardTensors& tensors) {
   const bool want_columns_grad = want_input || want_offset;
 
   const int64_t channels = p.in_channels, taps = geometry.taps, positions = geometry.positions;
-  const int64_t line = kCacheLine / int64_t(sizeof(A));
-  const int64_t row = taps * channels + line;
   const int64_t samples_count = p.offset_groups * taps;
+  const bool depthwise = geometry.depthwise;
 
-  // A chunk is a number of whole images, or a part of one image. It depends on the shapes alone.
+  // Two halves of some images are worked through side by side, a chunk of each at a time. What is where
+  // depends on the shapes alone.
+  const int64_t depth = taps * Panels<A>(geometry, channels, 1).tap;  // nearly the numbers of a column
   const int64_t position_bytes =
-      most(row * int64_t(sizeof(A)), samples_count * Samples<A>::bytes(16) / 16);
+      most(depth * int64_t(sizeof(A)), samples_count * Samples<A>::bytes(16) / 16);
   const int64_t chunk_positions =
-      round_up(most<int64_t>(kChunkPositions, kChunkBytes / position_bytes), kTileRows);
+      round_up(most<int64_t>(kChunkPositions, kChunkBytes / position_bytes) / 2, kTileRows);
   const int64_t image_size = geometry.padded_pixels * channels;
-  const int64_t images = most<int64_t>(1, least(least(chunk_positions / positions, p.batch),
-                                                kImagesBytes / (image_size * int64_t(sizeof(A)))));
-  const int64_t longest = least(chunk_positions, images * positions);
+  const int64_t images =
+      most<int64_t>(1, least(least(most<int64_t>(2, 2 * chunk_positions / positions), p.batch),
+                             kImagesBytes / (image_size * int64_t(sizeof(A)))));
+  const int64_t longest = least(chunk_positions, ceil_div(images * positions, 2));
 
   const int64_t wanted = round_up(
-      most<int64_t>(kTileRows, kColumnsBytes / (least(row, kBlockDepth) * int64_t(sizeof(A)))), kTileRows);
-  const int64_t tiles = round_up(ceil_div(longest, wanted), p.threads);
+      most<int64_t>(kTileRows, kColumnsBytes / (least(depth, kBlockDepth) * int64_t(sizeof(A)))), kTileRows);
+  const int64_t tiles = round_up(ceil_div(longest, wanted), ceil_div(p.threads, 2));
   const int64_t tile_rows = round_up(ceil_div(longest, tiles), kTileRows);
-  const int64_t tile_count = ceil_div(longest, tile_rows);
+  const int64_t half_tiles = ceil_div(longest, tile_rows), tile_count = 2 * half_tiles;
 
-  const bool depthwise = geometry.depthwise;
-  const int64_t in_panels = ceil_div(geometry.group_in, panel);
+  const Panels<A> panels(geometry, channels, 2 * longest);
+  const int64_t columns_size = taps * panels.tap;
+  const int64_t in_panels = panels.of_group;
   const int64_t out_panels = ceil_div(geometry.group_out, panel), outs = out_panels * panel;
   const int64_t packed_size =
       depthwise ? taps * channels : p.groups * taps * in_panels * outs * panel;
-  const int64_t packed_grad_size = longest * (depthwise ? channels : p.groups * outs);
-  const int64_t weight_sums_size = depthwise ? taps * channels : p.groups * taps * geometry.group_in * outs;
+  const int64_t packed_grad_size = 2 * longest * (depthwise ? channels : p.groups * outs);
+  const int64_t weight_sums_size = depthwise ? taps * channels : packed_size;
   const int64_t map_size = images * image_size;
   const int64_t capacity = round_up(tile_rows, kLanes<A>);
   const int64_t samples_bytes = Samples<A>::bytes(capacity);
@@ -726,16 +828,20 @@ int backward_of(const Problem& p, const BackwardTensors& tensors) {
   const int64_t private_bytes = W::bytes_of<A>(6 * capacity);
   const int64_t shared_bytes =
       W::bytes_of<A>(packed_size) + W::bytes_of<A>(packed_grad_size) +
-      2 * W::bytes_of<A>(longest * row) + W::bytes_of<A>(weight_sums_size) + 2 * W::bytes_of<A>(map_size) +
+      2 * W::bytes_of<A>(columns_size) + W::bytes_of<A>(weight_sums_size) + W::bytes_of<A>(map_size) +
+      W::bytes_of<A>(map_size + image_size) +
+      W::bytes_of<ChannelRun>(channels) + W::bytes_of<int64_t>(p.offset_groups + 1) +
       W::bytes_of<Samples<A>>(tile_count * samples_count) + tile_count * samples_count * samples_bytes;
   if (!workspace.reserve(shared_bytes + p.threads * private_bytes)) return 1;
   A* packed = workspace.take<A>(packed_size);
   A* packed_grad = workspace.take<A>(packed_grad_size);
-  A* columns = want_weight ? workspace.take<A>(longest * row) : nullptr;
-  A* grads = workspace.take<A>(longest * row);
+  A* columns = want_weight ? workspace.take<A>(columns_size) : nullptr;
+  A* grads = workspace.take<A>(columns_size);
   A* weight_sums = workspace.take<A>(weight_sums_size);
   A* maps = workspace.take<A>(map_size);
-  A* map_sums = workspace.take<A>(map_size);
+  A* map_sums = workspace.take<A>(map_size + image_size);
+  auto* runs = workspace.take<ChannelRun>(channels);
+  auto* first_run = workspace.take<int64_t>(p.offset_groups + 1);
   auto* samples = workspace.take<Samples<A>>(tile_count * samples_count);
   char* samples_memory = workspace.take<char>(tile_count * samples_count * samples_bytes);
   char* private_memory = workspace.take<char>(p.threads * private_bytes);
@@ -743,13 +849,14 @@ int backward_of(const Problem& p, const BackwardTensors& tensors) {
     samples[i] = Samples<A>(samples_memory + i * samples_bytes, capacity);
   const Map<A> map{maps, channels, geometry.padded_row * channels};
 
-  // Channels of the map are split among threads in whole cache lines.
-  const int64_t slices_wanted = ceil_div(p.threads, images);
-  const int64_t slice = round_up(ceil_div(channels, slices_wanted), line);
-  const int64_t slices = ceil_div(channels, slice);
-  // The gradient of the weight is split into blocks of input channels, nearly equal.
-  const int64_t blocks = ceil_div(geometry.group_in, 4 * kTileRows);
-  const int64_t block = ceil_div(geometry.group_in, blocks);
+  // Threads split the channels of the map by runs: a panel each, or a cache line where those are too few.
+  const int64_t slices_wanted = ceil_div(p.threads, 2);
+  const int64_t longest_run = channels < slices_wanted * panel ? kCacheLine / int64_t(sizeof(A)) : panel;
+  const int64_t run_count = find_runs(p, geometry, panels, longest_run, runs, first_run);
+  const int64_t slices = least(slices_wanted, run_count);
+  // What lies in no run is multiplied as well.
+  if (columns && !depthwise && panels.padded)
+    std::memset(columns, 0, size_t(columns_size) * sizeof(A));
 
 #pragma omp parallel num_threads(p.threads)
   {
@@ -765,59 +872,77 @@ int backward_of(const Problem& p, const BackwardTensors& tensors) {
 
     for (int64_t first = 0; first < p.batch; first += images) {
       const int64_t last = least(first + images, p.batch);
-      const int64_t total = (last - first) * positions;
+      const int64_t total = (last - first) * positions, half = ceil_div(total, 2);
+      // An image that both halves share has a second map for the sums of the second one.
+      const int64_t shared = half % positions == 0 ? -1 : half / positions;
       copy_maps<A, T>(p, geometry, input, first, last, maps);
       if (want_input) {
-        const int64_t numbers = (last - first) * image_size, lines = ceil_div(numbers, 4096);
+        const int64_t numbers = (last - first + (shared >= 0)) * image_size, lines = ceil_div(numbers, 4096);
 #pragma omp for
         for (int64_t i = 0; i < lines; ++i)
           std::memset(map_sums + i * 4096, 0, size_t(least<int64_t>(4096, numbers - i * 4096)) * sizeof(A));
       }
 
-      for (int64_t chunk_begin = 0; chunk_begin < total; chunk_begin += chunk_positions) {
-        const Tile chunk(geometry, first, chunk_begin, least(chunk_positions, total - chunk_begin));
-        pack_grad_output<A, T>(p, geometry, chunk, grad_output, packed_grad);
+      for (int64_t chunk_begin = 0; chunk_begin < half; chunk_begin += chunk_positions) {
+        const Tile halves[2] = {
+            Tile(geometry, first, chunk_begin, least(chunk_positions, half - chunk_begin)),
+            Tile(geometry, first, half + chunk_begin,
+                 most<int64_t>(0, least(chunk_positions, total - half - chunk_begin)))};
+        const int64_t chunk_count = halves[0].count + halves[1].count;
+        pack_grad_output<A, T>(p, geometry, halves, grad_output, packed_grad);
 
         // Threads split positions.
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t begin = 0; begin < chunk.count; begin += tile_rows) {
-          const Tile tile(geometry, first, chunk_begin + begin, least(tile_rows, chunk.count - begin));
-          Samples<A>* mine = samples + begin / tile_rows * samples_count;
-          A* tile_grads = grads + begin * row;
-          A* tile_columns = columns ? columns + begin * row : nullptr;
+#pragma omp for schedule(static)
+        for (int64_t item = 0; item < tile_count; ++item) {
+          const Tile& part = halves[item / half_tiles];
+          const int64_t start = item % half_tiles * tile_rows;
+          if (start >= part.count) continue;
+          const Tile tile(geometry, first, part.begin + start, least(tile_rows, part.count - start));
+          const int64_t begin = start + (item < half_tiles ? 0 : halves[0].count);
+          Samples<A>* mine = samples + item * samples_count;
           for (int64_t g = 0; g < p.offset_groups; ++g)
             for (int64_t tap = 0; tap < taps; ++tap)
               locate<A>(p, geometry, tile, tensors.offset, tensors.mask, g, tap, scratch, capacity,
                         mine[g * taps + tap]);
           for (int64_t tap = 0; tap < taps; ++tap) {
+            A* tap_grads = grads + tap * panels.tap + begin * panel;
+            A* tap_columns = columns ? columns + tap * panels.tap + begin * panel : nullptr;
             if (!want_columns_grad) {
-              sample(tensors.mask, geometry, map, mine, Block{tap, tap + 1, 0, channels}, tile.count,
-                        tile_columns + tap * channels, row);
+              for (const ChannelRun* run = runs; run != runs + run_count; ++run)
+                sample(tensors.mask, geometry, map, mine,
+                       Block{tap, tap + 1, run->channel, run->channel + run->width}, tile.count,
+                       tap_columns + run->place, panel);
               continue;
             }
             if (depthwise) {
-              for (int64_t i = 0; i < tile.count; ++i)
-                for (int64_t c = 0; c < channels; ++c)
-                  tile_grads[i * row + tap * channels + c] =
-                      packed_grad[(begin + i) * channels + c] * packed[tap * channels + c];
+              for (const ChannelRun* run = runs; run != runs + run_count; ++run)
+                for (int64_t i = 0; i < tile.count; ++i)
+                  for (int64_t c = 0; c < run->width; ++c)
+                    tap_grads[run->place + i * panel + c] =
+                        packed_grad[(begin + i) * channels + run->channel + c] *
+                        packed[tap * channels + run->channel + c];
             } else {
               for (int64_t group = 0; group < p.groups; ++group) {
                 const LeftFactor<A, panel> left{
-                    packed_grad + (group * out_panels * chunk.count + begin) * panel, 1, chunk.count * panel,
+                    packed_grad + (group * out_panels * chunk_count + begin) * panel, 1, chunk_count * panel,
                     out_panels, panel};
                 for (int64_t which = 0; which < in_panels; ++which) {
                   const int64_t at = (group * taps + tap) * in_panels + which;
-                  multiply(
-                      tile.count, left, packed + at * outs * panel,
-                      tile_grads + tap * channels + group * geometry.group_in + which * panel, row,
-                      int(least<int64_t>(panel, geometry.group_in - which * panel)), false);
+                  multiply(tile.count, left, packed + at * outs * panel,
+                           tap_grads + panels.place(group * panels.group + which * panel), panel,
+                           panels.together == 1 ? panel : int(panels.group), false);
                 }
               }
             }
             for (int64_t g = 0; g < p.offset_groups; ++g) {
               const int64_t channel = g * taps + tap;
-              sample_backward<A>(geometry, map, mine[channel], tap, g, tile.count, tile_grads,
-                                 tile_columns, row, grad_y, grad_x, grad_mask);
+              const ChannelRun *from = runs + first_run[g], *to = runs + first_run[g + 1];
+              if (want_weight)
+                sample_backward<true>(map, mine[channel], from, to, tile.count, tap_grads, tap_columns, grad_y,
+                                      grad_x, grad_mask);
+              else
+                sample_backward<false, A>(map, mine[channel], from, to, tile.count, tap_grads, nullptr, grad_y,
+                                          grad_x, grad_mask);
               tile.for_each_run([&](const Run& run) {
                 const int64_t plane = run.image * samples_count + channel;
                 if (tensors.grad_offset) {
@@ -834,47 +959,56 @@ int backward_of(const Problem& p, const BackwardTensors& tensors) {
           }
         }
 
-        // Threads split channels.
+        // Threads split images, and channels.
         if (want_input) {
-#pragma omp for schedule(dynamic, 1) nowait
-          for (int64_t item = 0; item < (last - first) * slices; ++item) {
-            const int64_t image = item / slices, begin = item % slices * slice;
-            add_to_map<A>(p, geometry, samples, tile_rows,
-                          most<int64_t>(0, image * positions - chunk_begin),
-                          least(chunk.count, (image + 1) * positions - chunk_begin), grads, row, begin,
-                          least(begin + slice, channels), map_sums);
+#pragma omp for schedule(static) nowait
+          for (int64_t item = 0; item < 2 * (last - first) * slices; ++item) {
+            const bool second = item >= (last - first) * slices;
+            const int64_t image = item / slices % (last - first), slice = item % slices;
+            const Tile& part = halves[second];
+            const int64_t begin = most<int64_t>(0, image * positions - part.begin);
+            const int64_t end = least(part.count, (image + 1) * positions - part.begin);
+            A* sums = map_sums + (second && image == shared ? (last - first - shared) * image_size : 0);
+            add_to_map<A>(p, geometry, samples + (second ? half_tiles * samples_count : 0), tile_rows, begin, end,
+                          grads + (second ? halves[0].count * panel : 0), panels,
+                          runs + slice * run_count / slices, runs + (slice + 1) * run_count / slices, sums);
           }
         }
         const bool accumulate = first > 0 || chunk_begin > 0;
         if (want_weight && depthwise) {
 #pragma omp for schedule(static)
-          for (int64_t item = 0; item < taps * slices; ++item) {
-            const int64_t tap = item / slices, begin = item % slices * slice;
-            const int64_t end = least(begin + slice, channels);
-            A* sums = weight_sums + tap * channels;
+          for (int64_t item = 0; item < taps * run_count; ++item) {
+            const int64_t tap = item / run_count;
+            const ChannelRun& run = runs[item % run_count];
+            A* sums = weight_sums + tap * channels + run.channel;
             if (!accumulate)
-              for (int64_t c = begin; c < end; ++c) sums[c] = A(0);
-            for (int64_t i = 0; i < chunk.count; ++i)
-              for (int64_t c = begin; c < end; ++c)
-                sums[c] += columns[i * row + tap * channels + c] * packed_grad[i * channels + c];
+              for (int64_t c = 0; c < run.width; ++c) sums[c] = A(0);
+            for (int64_t i = 0; i < chunk_count; ++i)
+              for (int64_t c = 0; c < run.width; ++c)
+                sums[c] += columns[tap * panels.tap + run.place + i * panel + c] *
+                           packed_grad[i * channels + run.channel + c];
           }
         } else if (want_weight) {
 #pragma omp for schedule(dynamic, 1)
-          for (int64_t item = 0; item < p.groups * taps * blocks; ++item) {
-            const int64_t group = item / (taps * blocks), tap = item / blocks % taps;
-            const int64_t channel = item % blocks * block;
-            const int64_t height = least(block, geometry.group_in - channel);
-            const LeftFactor<A, 1> left{columns + tap * channels + group * geometry.group_in + channel, row, 0,
-                                        1, chunk.count};
-            A* sums = weight_sums + ((group * taps + tap) * geometry.group_in + channel) * outs;
-            for (int64_t which = 0; which < out_panels; ++which)
-              multiply(height, left,
-                                 packed_grad + (group * out_panels + which) * chunk.count * panel,
-                                 sums + which * panel, outs, panel, accumulate);
+          for (int64_t item = 0; item < p.groups * taps * in_panels; ++item) {
+            const int64_t group = item / (taps * in_panels), tap = item / in_panels % taps;
+            const A* from = columns + tap * panels.tap +
+                            panels.index(group * panels.group + item % in_panels * panel) * panels.panel;
+            for (int64_t which = 0; which < out_panels; ++which) {
+              const LeftFactor<A, 1> left{packed_grad + (group * out_panels + which) * chunk_count * panel,
+                                          panel, 0, 1, chunk_count};
+              multiply(least<int64_t>(panel, geometry.group_out - which * panel), left, from,
+                       weight_sums + (item * outs + which * panel) * panel, panel, panel, accumulate);
+            }
           }
         } else {
 #pragma omp barrier
         }
+      }
+      if (want_input && shared >= 0) {
+        A *sums = map_sums + shared * image_size, *second = map_sums + (last - first) * image_size;
+#pragma omp for
+        for (int64_t i = 0; i < image_size; ++i) sums[i] += second[i];
       }
       if (want_input)
         write_maps<A, T>(p, geometry, map_sums, first, last, static_cast<T*>(tensors.grad_input));
@@ -887,8 +1021,10 @@ int backward_of(const Problem& p, const BackwardTensors& tensors) {
         const int64_t group = out / geometry.group_out, lane = out % geometry.group_out;
         for (int64_t channel = 0; channel < geometry.group_in; ++channel)
           for (int64_t tap = 0; tap < taps; ++tap) {
+            const int64_t block = (group * taps + tap) * in_panels + channel / panel;
             const A value = depthwise ? weight_sums[tap * channels + out]
-                                      : weight_sums[((group * taps + tap) * geometry.group_in + channel) * outs + lane];
+                                      : weight_sums[(block * outs + lane) * panel +
+                                                    panels.lane(group * panels.group + channel)];
             write(grad_weight + (out * geometry.group_in + channel) * taps + tap, value);
           }
       }

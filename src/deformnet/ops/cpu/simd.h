@@ -151,27 +151,15 @@ inline A sum(Vec<A> v) {
   }
 }
 
-// The sums of four vectors' lanes.
-template <class A>
-inline void sum_each(const Vec<A>* v, A* sums) {
-  constexpr int n = kLanes<A>;
-  if constexpr (n >= 4) {
-    Vec<A> r = fold<A, n / 4>(fold<A, n / 2>(v[0], v[1]), fold<A, n / 2>(v[2], v[3]));
-    // Now runs of n / 4 lanes belong to vectors 0, 2, 1, 3.
-    A parts[n];
-    store(parts, r);
-    for (int j = 0; j < 4; ++j) {
-      const A* run = parts + ((j & 1) * 2 + (j >> 1)) * (n / 4);
-      A total = run[0];
-      for (int i = 1; i < n / 4; ++i) total += run[i];
-      sums[j] = total;
-    }
-  } else {
-    for (int j = 0; j < 4; ++j) {
-      sums[j] = v[j][0];
-      for (int i = 1; i < n; ++i) sums[j] += v[j][i];
-    }
-  }
+// Lane i is the sum of the lanes of v[i], for as many vectors as a vector has lanes; these are lost.
+template <class A, int stride = kLanes<A> / 2>
+inline Vec<A> sum_each(Vec<A>* v) {
+#pragma GCC unroll 8
+  for (int i = 0; i < stride; ++i) v[i] = fold<A, stride>(v[i], v[i + stride]);
+  if constexpr (stride == 1)
+    return v[0];
+  else
+    return sum_each<A, stride / 2>(v);
 }
 
 // ---------------------------------------------------------------------------- number formats
