@@ -36,10 +36,14 @@ sanitize: $(READY)
 	ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 DEFORMNET_TEST_LIBRARY=$(abspath $(SANITIZED))/deformnet/ops/cpu/libdeformnet_cpu.so \
 	$(BIN)/python -m pytest -n auto tests/ops -k "not compiler and not triton"
 
+# Where `make bench` leaves its figures and pictures.
+BENCH ?= bench
 bench: $(READY)
-	$(BIN)/python -m benchmarks.deform_conv
-	$(BIN)/python -m benchmarks.roi_pool
-	$(BIN)/python -m benchmarks.detectors
+	$(BIN)/python -m benchmarks.deform_conv --out $(BENCH)
+	$(BIN)/python -m benchmarks.sweeps --out $(BENCH)
+	$(BIN)/python -m benchmarks.roi_pool --out $(BENCH)
+	$(BIN)/deformnet bench table4 --out $(BENCH)/table4.json
+	$(BIN)/deformnet bench training-step --out $(BENCH)/training-step.json
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -47,4 +51,4 @@ lint: $(READY)
 	$(BIN)/basedpyright
 
 clean:
-	rm -rf build dist demo
+	rm -rf build dist demo $(BENCH)

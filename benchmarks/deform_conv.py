@@ -1,251 +1,222 @@
-"""Deformable convolution against plain convolution, torchvision and onnxruntime, on the CPU.
+"""Deformable convolution against plain convolution and every other implementation, on the CPU.
 
-    python -m benchmarks.deform_conv [--threads 2] [--rounds 15] [--json FILE]
+    python -m benchmarks.deform_conv [--threads 1 2] [--rounds 11] [--out DIR]
 
-Float32, 3x3 kernels, as many output as input channels, offsets given (no implementation computes
-them). Every implementation is checked against float64 before it is timed.
+Float32 where nothing else is said, 3x3 kernels, as many output as input channels, tensors in NCHW.
+The operator alone takes the offsets as given; the convolution that makes them has columns of its
+own. Everything is checked against float64 first, gradients too, and what is wrong is not timed.
 """
 
 import argparse
-import json
-from collections.abc import Callable
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import onnx
-import onnxruntime
 import torch
 import torch.nn.functional as F
-import torchvision
-from onnx import TensorProto, helper
 from torch import Tensor
+from tqdm import tqdm
 
-from benchmarks.timing import Timing, compare, geometric_mean, median_ratio, setting
-from deformnet.ops import cpu, deform_conv2d
-
-PLAIN, TORCHVISION, ONNXRUNTIME, OURS = "conv2d", "torchvision", "onnxruntime", "deformnet"
-
-
-@dataclass(frozen=True)
-class Shape:
-    """One layer: N images of C channels, H x W, stride 1, as much padding as dilation."""
-
-    batch: int
-    channels: int
-    height: int
-    width: int
-    dilation: int = 1
-    offset_groups: int = 1
-
-    def __str__(self) -> str:
-        return f"{self.batch}x{self.channels}x{self.height}x{self.width}"
-
-
-SHAPES = (
-    Shape(1, 512, 38, 63, dilation=2, offset_groups=4),  # conv5 of a detector, 600x1000 pixels
-    Shape(1, 64, 56, 56),
-    Shape(1, 128, 64, 128),
-    Shape(8, 128, 28, 28),
-    Shape(37, 32, 16, 16),  # a batch that no step of 32 images divides
+from benchmarks import memory
+from benchmarks.calls import (
+    OURS,
+    PLAIN,
+    Forward,
+    backward,
+    differentiable,
+    gradients,
+    wanted_gradients,
 )
+from benchmarks.peers import with_ncnn, with_onnxruntime, with_openvino
+from benchmarks.shapes import SHAPES, Offsets, Shape, Tensors, make_tensors
+from benchmarks.tables import Table, conditions, describe, save
+from deformnet.ops import deform_conv2d
+from deformnet.timing import Timing, compare
+
+OFFSET_CONV, LAYER = "offset convolution", "whole layer"
+TOLERANCE = 1e-4
+
+Rows = dict[str, dict[str, Timing]]
 
 
-@dataclass(frozen=True)
-class Tensors:
-    input: Tensor
-    offset: Tensor
-    weight: Tensor
-    grad_output: Tensor
-
-
-def make_tensors(shape: Shape, spread: float) -> Tensors:
-    """Random tensors; offsets are normal with a standard deviation of `spread` pixels."""
-    generator = torch.Generator().manual_seed(0)
-    size = (shape.batch, shape.channels, shape.height, shape.width)
-    offsets = (shape.batch, 18 * shape.offset_groups, shape.height, shape.width)
-    weight = torch.randn(shape.channels, shape.channels, 3, 3, generator=generator)
-    return Tensors(
-        input=torch.randn(size, generator=generator).requires_grad_(),
-        offset=(spread * torch.randn(offsets, generator=generator)).requires_grad_(),
-        weight=(weight / (3 * shape.channels**0.5)).requires_grad_(),
-        grad_output=torch.randn(size, generator=generator),
-    )
-
-
-def torch_calls(shape: Shape, tensors: Tensors) -> dict[str, Callable[[], Tensor]]:
-    x, offset, w, d = tensors.input, tensors.offset, tensors.weight, shape.dilation
-    return {
-        PLAIN: lambda: F.conv2d(x, w, None, 1, d, d),
-        OURS: lambda: deform_conv2d(x, offset, w, None, 1, d, d),
-        TORCHVISION: lambda: torchvision.ops.deform_conv2d(x, offset, w, None, 1, d, d),
+def forward_only(shape: Shape, tensors: Tensors, threads: int) -> dict[str, Forward]:
+    """The peers that cannot train."""
+    calls = {
+        "onnxruntime": with_onnxruntime(shape, tensors, threads),
+        "openvino": with_openvino(shape, tensors, threads),
     }
+    ncnn = with_ncnn(shape, tensors, threads)
+    return calls if ncnn is None else calls | {"ncnn": ncnn}
 
 
-def onnxruntime_call(shape: Shape, tensors: Tensors, threads: int) -> Callable[[], Tensor]:
-    feeds = {
-        "x": tensors.input.detach().numpy(),
-        "w": tensors.weight.detach().numpy(),
-        "offset": tensors.offset.detach().numpy(),
-    }
-    node = helper.make_node(
-        "DeformConv",
-        list(feeds),
-        ["y"],
-        kernel_shape=[3, 3],
-        pads=[shape.dilation] * 4,
-        dilations=[shape.dilation] * 2,
-        offset_group=shape.offset_groups,
-    )
-    inputs = [
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, array.shape)
-        for name, array in feeds.items()
-    ]
-    output = helper.make_tensor_value_info("y", TensorProto.FLOAT, list(feeds["x"].shape))
-    model = helper.make_model(
-        helper.make_graph([node], "deform_conv", inputs, [output]),
-        opset_imports=[helper.make_opsetid("", 22)],
-        ir_version=10,
-    )
-    onnx.checker.check_model(model)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    # Its threads would go on spinning into the turn of the next implementation.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-    return lambda: torch.from_numpy(session.run(None, feeds)[0])
-
-
-def check(shape: Shape, tensors: Tensors, calls: dict[str, Callable[[], Tensor]]) -> None:
-    """Refuse to time what computes something else."""
+def check(
+    shape: Shape, t: Tensors, training: dict[str, Forward], others: dict[str, Forward]
+) -> None:
+    """Stops at what computes something else than the definition in float64."""
     d = shape.dilation
-    exact = deform_conv2d(
-        *(tensors.input.double(), tensors.offset.double(), tensors.weight.double()),
-        *(None, 1, d, d),
-        backend="reference",
-    )
-    for name in (OURS, TORCHVISION, ONNXRUNTIME):
-        error = (calls[name]() - exact).abs().max().item()
-        if not error < 1e-4:
-            raise AssertionError(f"{name} is off by {error} on {shape}")
+    exact = [x.detach().double().requires_grad_() for x in (t.input, t.weight, t.offset)]
+    x, weight, offset = exact
+    output = deform_conv2d(x, offset, weight, None, 1, d, d, backend="reference")
+    by_definition = torch.autograd.grad(output, exact, t.grad_output.double())
+    for name, call in (training | others).items():
+        if name != PLAIN:
+            _check_one(f"{name}, {shape}", call(), output)
+    for name, call in training.items():
+        if name != PLAIN:
+            found = torch.autograd.grad(call(), wanted_gradients(name, t), t.grad_output)
+            for what, one, wanted in zip(
+                ("input", "weight", "offset"), found, by_definition, strict=True
+            ):
+                _check_one(f"{name}, {shape}, gradient by {what}", one, wanted)
 
 
-def with_backward(
-    call: Callable[[], Tensor], tensors: Tensors, *, plain: bool
-) -> Callable[[], object]:
-    wanted = [tensors.input, tensors.weight] + ([] if plain else [tensors.offset])
-    return lambda: torch.autograd.grad(call(), wanted, tensors.grad_output)
+def _check_one(what: str, found: Tensor, wanted: Tensor) -> None:
+    error = ((found - wanted).abs().max() / wanted.abs().max()).item()
+    if not error < TOLERANCE:
+        raise SystemExit(f"{what}: off by {error:.2g} of the largest value, not timed")
 
 
 def measure(
-    shape: Shape, *, spread: float, threads: int, rounds: int, backward: bool
-) -> tuple[dict[str, Timing], dict[str, Timing]]:
-    tensors = make_tensors(shape, spread)
-    forward = torch_calls(shape, tensors)
-    both = {
-        name: with_backward(call, tensors, plain=name == PLAIN) for name, call in forward.items()
-    }
-    forward[ONNXRUNTIME] = onnxruntime_call(shape, tensors, threads)
+    shape: Shape, offsets: Offsets, *, threads: int, rounds: int
+) -> tuple[dict[str, Timing], dict[str, Timing], dict[str, Timing]]:
+    """Forward, backward, and both."""
+    tensors = make_tensors(shape, offsets)
+    training = differentiable(shape, tensors)
+    others = forward_only(shape, tensors, threads)
+    check(shape, tensors, training, others)
     with torch.no_grad():
-        check(shape, tensors, forward)
+        forward_times = compare(training | others, rounds=rounds)
+    back, both = (
+        {
+            name: make(call, wanted_gradients(name, tensors), tensors.grad_output)
+            for name, call in training.items()
+        }
+        for make in (backward, gradients)
+    )
+    return forward_times, compare(back, rounds=rounds), compare(both, rounds=rounds)
+
+
+def measure_offsets(shape: Shape, *, rounds: int) -> tuple[dict[str, Timing], dict[str, Timing]]:
+    """Ours on every kind of offsets: forward, and forward with backward."""
+    both: dict[str, Callable[[], object]] = {}
+    forward: dict[str, Callable[[], object]] = {}
+    for kind in Offsets:
+        t = make_tensors(shape, kind)
+        calls = differentiable(shape, t)
+        forward[kind] = calls[OURS]
+        both[kind] = gradients(calls[OURS], wanted_gradients(OURS, t), t.grad_output)
+        if kind == Offsets.ZERO:
+            forward[PLAIN] = calls[PLAIN]
+            both[PLAIN] = gradients(calls[PLAIN], wanted_gradients(PLAIN, t), t.grad_output)
+    with torch.no_grad():
         forward_times = compare(forward, rounds=rounds)
-    return forward_times, compare(both, rounds=rounds) if backward else {}
+    return forward_times, compare(both, rounds=rounds)
 
 
-def measure_bfloat16(shape: Shape, *, spread: float, rounds: int) -> dict[str, Timing]:
-    """Forward passes in both formats; the bfloat16 ones are checked against float64 first."""
-    tensors = make_tensors(shape, spread)
-    x, offset, w, d = tensors.input, tensors.offset, tensors.weight, shape.dilation
-    low, low_w = x.bfloat16(), w.bfloat16()
-    calls: dict[str, Callable[[], Tensor]] = {
-        "conv2d, float32": lambda: F.conv2d(x, w, None, 1, d, d),
-        "conv2d, bfloat16": lambda: F.conv2d(low, low_w, None, 1, d, d),
-        "deformnet, float32": lambda: deform_conv2d(x, offset, w, None, 1, d, d),
-        "deformnet, bfloat16": lambda: deform_conv2d(low, offset, low_w, None, 1, d, d),
+def measure_layer(shape: Shape, *, rounds: int) -> tuple[dict[str, Timing], dict[str, Timing]]:
+    """The convolution that makes the offsets, and the layer of both: forward; with backward."""
+    t = make_tensors(shape)
+    d = shape.dilation
+    # Offsets that the network's own convolution makes would be far larger than learned ones.
+    small = (0.3 * t.offset_weight.detach()).requires_grad_()
+
+    def make_offsets() -> Tensor:
+        return F.conv2d(t.input, small, None, 1, d, d)
+
+    forward: dict[str, Forward] = {
+        PLAIN: differentiable(shape, t)[PLAIN],
+        OFFSET_CONV: make_offsets,
+        LAYER: lambda: deform_conv2d(t.input, make_offsets(), t.weight, None, 1, d, d),
+    }
+    both = {
+        PLAIN: gradients(forward[PLAIN], [t.input, t.weight], t.grad_output),
+        OFFSET_CONV: gradients(forward[OFFSET_CONV], [t.input, small], t.grad_offset),
+        LAYER: gradients(forward[LAYER], [t.input, t.weight, small], t.grad_output),
     }
     with torch.no_grad():
-        exact = deform_conv2d(
-            *(low.double(), offset.double(), low_w.double(), None, 1, d, d), backend="reference"
-        )
-        error = (calls["deformnet, bfloat16"]() - exact).abs().max().item()
-        if not error < 2e-2 * exact.abs().max().item():
-            raise AssertionError(f"bfloat16 is off by {error} on {shape}")
-        return compare(calls, rounds=rounds)
+        forward_times = compare(forward, rounds=rounds)
+    return forward_times, compare(both, rounds=rounds)
 
 
-def report_bfloat16(shape: Shape, times: dict[str, Timing]) -> None:
-    base = times["deformnet, float32"]
-    print(f"\nforward, {shape}: how many times as long as deformnet in float32")
-    for name, timing in times.items():
-        print(f"  {name}: {timing.median / base.median:.2f} ({_range(timing, base.median)})")
-
-
-def _range(timing: Timing, unit: float) -> str:
-    return f"{timing.quantile(0.2) / unit:.2f}-{timing.quantile(0.8) / unit:.2f}"
-
-
-def report(title: str, rows: dict[Shape, dict[str, Timing]]) -> None:
-    names = [name for name in (TORCHVISION, ONNXRUNTIME, OURS) if name in next(iter(rows.values()))]
-    print(f"\n{title}: milliseconds of conv2d, and how many times as long the others take")
-    print("(medians; in brackets the 20 % and 80 % quantiles)")
-    print("| shape | conv2d, ms | " + " | ".join(names) + " |")
-    print("|---" * (2 + len(names)) + "|")
-    for shape, times in rows.items():
-        plain = times[PLAIN]
-        cells = [f"{1e3 * plain.median:.2f} ({_range(plain, 1e-3)})"]
-        for name in names:
-            ratio = median_ratio(times, name, PLAIN)
-            cells.append(f"{ratio:.2f} ({_range(times[name], plain.median)})")
-        print(f"| {shape} | " + " | ".join(cells) + " |")
-    means = [
-        f"{geometric_mean([median_ratio(times, name, PLAIN) for times in rows.values()]):.2f}"
-        for name in names
-    ]
-    print("| geometric mean | | " + " | ".join(means) + " |")
+def measure_bfloat16(shape: Shape, *, rounds: int) -> tuple[dict[str, Timing], dict[str, Timing]]:
+    """Both formats: forward; forward with backward. Checked against float64 of the same numbers."""
+    t = make_tensors(shape)
+    d = shape.dilation
+    x, weight, grad_output = (
+        tensor.detach().bfloat16() for tensor in (t.input, t.weight, t.grad_output)
+    )
+    x.requires_grad_()
+    weight.requires_grad_()
+    exact = deform_conv2d(
+        *(x.double(), t.offset.double(), weight.double(), None, 1, d, d), backend="reference"
+    )
+    calls = differentiable(shape, t)
+    forward: dict[str, Forward] = {
+        "conv2d, float32": calls[PLAIN],
+        "deformnet, float32": calls[OURS],
+        "conv2d, bfloat16": lambda: F.conv2d(x, weight, None, 1, d, d),
+        "deformnet, bfloat16": lambda: deform_conv2d(x, t.offset, weight, None, 1, d, d),
+    }
+    error = (forward["deformnet, bfloat16"]() - exact).abs().max() / exact.abs().max()
+    if not error < 1e-2:
+        raise SystemExit(f"bfloat16, {shape}: off by {error:.2g} of the largest value")
+    both = {}
+    for name, call in forward.items():
+        low = "bfloat16" in name
+        wanted = [x, weight] if low else [t.input, t.weight]
+        if "deformnet" in name:
+            wanted.append(t.offset)
+        both[name] = gradients(call, wanted, grad_output if low else t.grad_output)
+    with torch.no_grad():
+        forward_times = compare(forward, rounds=rounds)
+    return forward_times, compare(both, rounds=rounds)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument(
-        "--spread", type=float, default=1.0, help="standard deviation of the offsets, in pixels"
-    )
-    parser.add_argument("--json", type=Path, help="file for all timings")
+    counts = sorted({1, os.cpu_count() or 1})
+    parser.add_argument("--threads", type=int, nargs="+", default=counts)
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--out", type=Path, help="folder for the figures as JSON and the pictures")
     options = parser.parse_args()
+    most = max(options.threads)
+    torch.set_num_threads(most)
+    found = conditions(("onnxruntime", "openvino", "ncnn"))
+    print(describe(found))
 
-    torch.set_num_threads(options.threads)
-    where = f"{setting()}, {cpu.instruction_set()} kernels"
-    print(where)
-    forward: dict[Shape, dict[str, Timing]] = {}
-    both: dict[Shape, dict[str, Timing]] = {}
-    for shape in SHAPES:
-        forward[shape], both[shape] = measure(
-            *(shape,),
-            spread=options.spread,
-            threads=options.threads,
-            rounds=options.rounds,
-            backward=True,
-        )
-    halves = measure_bfloat16(SHAPES[0], spread=options.spread, rounds=options.rounds)
-    report("forward", forward)
-    report("forward + backward", both)
-    report_bfloat16(SHAPES[0], halves)
-    if options.json:
-        content = {
-            "machine": where,
-            "spread": options.spread,
-            "bfloat16": {name: timing.seconds for name, timing in halves.items()},
-            **{
-                key: {
-                    str(shape): {name: timing.seconds for name, timing in times.items()}
-                    for shape, times in rows.items()
-                }
-                for key, rows in (("forward", forward), ("forward + backward", both))
-            },
-        }
-        options.json.write_text(json.dumps(content, indent=1))
+    parts: dict[str, Rows] = {}
+
+    def keep(row: str, ending: str, measured: Mapping[str, dict[str, Timing]]) -> None:
+        for title, times in measured.items():
+            parts.setdefault(f"{title}, {ending}", {})[row] = times
+
+    threads_word = {count: f"{count} thread" + "s" * (count > 1) for count in options.threads}
+    jobs = [(shape, count) for count in options.threads for shape in SHAPES]
+    names = ("forward", "forward and backward")
+    for shape, count in tqdm(jobs, desc="implementations", disable=None):
+        torch.set_num_threads(count)
+        one, back, both = measure(shape, Offsets.NORMAL, threads=count, rounds=options.rounds)
+        measured = {"forward": one, "backward": back, "forward and backward": both}
+        keep(str(shape), threads_word[count], measured)
+    torch.set_num_threads(most)
+    for title, function in (
+        ("kinds of offsets", measure_offsets),
+        ("layer", measure_layer),
+        ("bfloat16", measure_bfloat16),
+    ):
+        for shape in tqdm(SHAPES, desc=title, disable=None):
+            pair = function(shape, rounds=options.rounds)
+            keep(str(shape), title, dict(zip(names, pair, strict=True)))
+    megabytes = memory.in_another_process(most)
+
+    tables = []
+    for title, rows in parts.items():
+        base = "deformnet, float32" if "bfloat16" in title else PLAIN
+        tables.append(Table(title, base, rows))
+        print(tables[-1].markdown())
+    print(memory.markdown(megabytes))
+    if options.out:
+        save(options.out, "deform_conv", found, tables, {"extra megabytes": megabytes})
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Deformable RoI pooling against torchvision's plain RoI pooling, on the CPU.
 
-    python -m benchmarks.roi_pool [--threads 2] [--rounds 9] [--json FILE]
+    python -m benchmarks.roi_pool [--threads 2] [--rounds 9] [--out DIR]
 
 Float32, one map of 38x63 pixels (an image of 600x1000), 300 boxes of all sizes, 7x7 bins with 4x4
 samples. Ours with offsets and their gradient, torchvision's (which has none) without. Ours is
@@ -8,8 +8,8 @@ checked against its float64 definition before it is timed.
 """
 
 import argparse
-import json
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +18,12 @@ from typing import get_args
 import torch
 import torchvision
 from torch import Tensor
+from tqdm import tqdm
 
-from benchmarks.timing import Timing, compare, geometric_mean, median_ratio, setting
-from deformnet.ops import cpu, deform_ps_roi_pool, deform_roi_pool
+from benchmarks.tables import Table, conditions, describe, save
+from deformnet.ops import deform_ps_roi_pool, deform_roi_pool
 from deformnet.ops.roi_pool import Sampling
+from deformnet.timing import Timing, compare
 
 TORCHVISION = "torchvision"
 RULES: tuple[Sampling, ...] = get_args(Sampling)
@@ -115,7 +117,7 @@ def check(pooling: Pooling, t: Tensors, forward: dict[str, Callable[[], Tensor]]
         )
         error = (forward[rule]()[:some] - exact).abs().max().item()
         if not error < 1e-4:
-            raise AssertionError(f"{rule} is off by {error} on {pooling}")
+            raise SystemExit(f"{rule} is off by {error} on {pooling}")
 
 
 def backward(name: str, call: Callable[[], Tensor], t: Tensors) -> Callable[[], object]:
@@ -135,58 +137,26 @@ def measure(pooling: Pooling, *, rounds: int) -> tuple[dict[str, Timing], dict[s
     return forward_times, compare(back, rounds=rounds)
 
 
-def _range(timing: Timing, unit: float) -> str:
-    return f"{timing.quantile(0.2) / unit:.3f}-{timing.quantile(0.8) / unit:.3f}"
-
-
-def report(title: str, rows: dict[Pooling, dict[str, Timing]]) -> None:
-    print(f"\n{title}: milliseconds of torchvision, and how many times as long deformnet takes")
-    print("(medians; in brackets the 20 % and 80 % quantiles)")
-    print("| pooling | torchvision, ms | " + " | ".join(RULES) + " |")
-    print("|---" * (2 + len(RULES)) + "|")
-    for pooling, times in rows.items():
-        plain = times[TORCHVISION]
-        cells = [f"{1e3 * plain.median:.1f} ({1e3 * plain.quantile(0.2):.1f}-"]
-        cells[0] += f"{1e3 * plain.quantile(0.8):.1f})"
-        for rule in RULES:
-            ratio = median_ratio(times, rule, TORCHVISION)
-            cells.append(f"{ratio:.3f} ({_range(times[rule], plain.median)})")
-        print(f"| {pooling} | " + " | ".join(cells) + " |")
-    means = [
-        f"{geometric_mean([median_ratio(times, rule, TORCHVISION) for times in rows.values()]):.3f}"
-        for rule in RULES
-    ]
-    print("| geometric mean | | " + " | ".join(means) + " |")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--json", type=Path, help="file for all timings")
+    parser.add_argument("--out", type=Path, help="folder for the figures as JSON and the pictures")
     options = parser.parse_args()
 
     torch.set_num_threads(options.threads)
-    where = f"{setting()}, {cpu.instruction_set()} kernels"
-    print(where)
-    forward: dict[Pooling, dict[str, Timing]] = {}
-    back: dict[Pooling, dict[str, Timing]] = {}
-    for pooling in POOLINGS:
-        forward[pooling], back[pooling] = measure(pooling, rounds=options.rounds)
-    report("forward", forward)
-    report("backward", back)
-    if options.json:
-        content = {
-            "machine": where,
-            **{
-                key: {
-                    str(pooling): {name: timing.seconds for name, timing in times.items()}
-                    for pooling, times in rows.items()
-                }
-                for key, rows in (("forward", forward), ("backward", back))
-            },
-        }
-        options.json.write_text(json.dumps(content, indent=1))
+    found = conditions()
+    print(describe(found))
+    forward: dict[str, dict[str, Timing]] = {}
+    back: dict[str, dict[str, Timing]] = {}
+    for pooling in tqdm(POOLINGS, disable=None):
+        times = measure(pooling, rounds=options.rounds)
+        forward[str(pooling)], back[str(pooling)] = times
+    tables = [Table("forward", TORCHVISION, forward), Table("backward", TORCHVISION, back)]
+    for table in tables:
+        print(table.markdown())
+    if options.out:
+        save(options.out, "roi_pool", found, tables)
 
 
 if __name__ == "__main__":

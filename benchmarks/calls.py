@@ -1,0 +1,43 @@
+"""Plain and deformable convolution as calls that can be differentiated, on given tensors."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor
+
+from benchmarks.shapes import Shape, Tensors
+from deformnet.ops import deform_conv2d
+
+PLAIN, TORCHVISION, OURS = "conv2d", "torchvision", "deformnet"
+
+Forward = Callable[[], Tensor]
+
+
+def differentiable(shape: Shape, t: Tensors) -> dict[str, Forward]:
+    """The three of them, by name."""
+    d = shape.dilation
+    return {
+        PLAIN: lambda: F.conv2d(t.input, t.weight, None, 1, d, d),
+        OURS: lambda: deform_conv2d(t.input, t.offset, t.weight, None, 1, d, d),
+        TORCHVISION: lambda: torchvision.ops.deform_conv2d(
+            t.input, t.offset, t.weight, None, 1, d, d
+        ),
+    }
+
+
+def wanted_gradients(name: str, t: Tensors) -> list[Tensor]:
+    """By what a call of this name is differentiated: plain convolution has no offsets."""
+    return [t.input, t.weight] if name == PLAIN else [t.input, t.weight, t.offset]
+
+
+def gradients(call: Forward, wanted: list[Tensor], grad_output: Tensor) -> Callable[[], object]:
+    """Forward and backward pass."""
+    return lambda: torch.autograd.grad(call(), wanted, grad_output)
+
+
+def backward(call: Forward, wanted: list[Tensor], grad_output: Tensor) -> Callable[[], object]:
+    """The backward pass alone, of a forward pass that has been."""
+    output = call()
+    return lambda: torch.autograd.grad(output, wanted, grad_output, retain_graph=True)

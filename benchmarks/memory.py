@@ -1,0 +1,116 @@
+"""How much memory deformable convolution takes at its peak, by the system's own count (Linux).
+
+    MALLOC_MMAP_THRESHOLD_=65536 python -m benchmarks.memory
+
+Megabytes of a call beyond the tensors that it takes and returns, as JSON. The variable makes the C
+library hand memory back as soon as it is free, as what lies ready for the next call is not seen.
+`benchmarks.deform_conv` runs this as a process of its own.
+"""
+
+import gc
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.calls import backward, differentiable, wanted_gradients
+from benchmarks.shapes import Shape, make_tensors
+
+BATCHES = (1, 8, 64)
+MEGABYTE = 2**20
+_STATUS = Path("/proc/self/status")
+_SETTING = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+
+Rows = dict[str, dict[str, float]]
+
+
+def in_another_process(threads: int) -> Rows:
+    """The figures, measured where nothing else has been allocated."""
+    ran = subprocess.run(
+        [sys.executable, "-m", "benchmarks.memory", str(threads)],
+        env=os.environ | _SETTING,
+        stdout=subprocess.PIPE,
+        check=True,
+        text=True,
+    )
+    return json.loads(ran.stdout)
+
+
+def measure() -> Rows:
+    """For batches of 128x56x56 maps: forward, and backward after a forward pass."""
+    found = {}
+    for batch in BATCHES:
+        shape = Shape(batch, 128, 56, 56)
+        t = make_tensors(shape)
+        row = {}
+        for name, call in differentiable(shape, t).items():
+            back = backward(call, wanted_gradients(name, t), t.grad_output)
+            row[f"{name}, forward"] = _extra(torch.no_grad()(call)) / MEGABYTE
+            row[f"{name}, backward"] = _extra(back) / MEGABYTE
+        found[str(shape)] = row
+    return found
+
+
+def markdown(rows: Rows) -> str:
+    names = list(next(iter(rows.values())))
+    lines = [
+        "\nmegabytes of a call beyond the tensors that it takes and returns\n",
+        "| | " + " | ".join(names) + " |",
+        "|---" * (1 + len(names)) + "|",
+    ]
+    for row, values in rows.items():
+        lines.append(f"| {row} | " + " | ".join(f"{values[name]:.0f}" for name in names) + " |")
+    return "\n".join(lines)
+
+
+def _extra(call: Callable[[], object]) -> int:
+    """Bytes at the peak of a call, beyond what was there before it and what it returns."""
+    call()  # what is made once does not count
+    found = []
+
+    def measure() -> None:
+        gc.collect()
+        before = _status("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        returned = call()
+        found.append(_status("VmHWM") - before - _size(returned))
+
+    for _ in range(3):
+        # Where each thread keeps its workspace for the next call, a new one has none.
+        thread = threading.Thread(target=measure)
+        thread.start()
+        thread.join()
+    return max(0, min(found))
+
+
+def _status(field: str) -> int:
+    for line in _STATUS.read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == field:
+            return 1024 * int(value.split()[0])
+    raise RuntimeError(f"{_STATUS} has no {field}")
+
+
+def _size(returned: object) -> int:
+    if isinstance(returned, Tensor):
+        return returned.numel() * returned.element_size()
+    if isinstance(returned, (tuple, list)):
+        return sum(_size(part) for part in returned)
+    raise TypeError(f"wanted tensors, got {type(returned).__name__}")
+
+
+def main() -> None:
+    if not _SETTING.items() <= os.environ.items():
+        raise SystemExit("set MALLOC_MMAP_THRESHOLD_=65536 first: see `pydoc benchmarks.memory`")
+    torch.set_num_threads(int(sys.argv[1]) if len(sys.argv) > 1 else torch.get_num_threads())
+    print(json.dumps(measure()))
+
+
+if __name__ == "__main__":
+    main()
