@@ -1,6 +1,7 @@
-"""What deformable networks have learned, seen from outside: for any model that holds the layers."""
+"""What deformable networks have learned, and what they cost; for any model that has the layers."""
 
 from deformnet.analysis.bins import MovedBins, moved_bins
+from deformnet.analysis.cost import count_flops
 from deformnet.analysis.sampling import SamplingLocations, sampling_locations
 
-__all__ = ["MovedBins", "SamplingLocations", "moved_bins", "sampling_locations"]
+__all__ = ["MovedBins", "SamplingLocations", "count_flops", "moved_bins", "sampling_locations"]
