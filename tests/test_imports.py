@@ -29,6 +29,7 @@ for part, below in {
     "inference": ("runs", "detections"),
     # Scoring a run is predicting as a user would, and comparing.
     "training": ("inference",),
+    "bench": ("inference", "analysis", "timing"),
     "demo": ("training", "analysis"),
 }.items():
     MAY_IMPORT[part] = set(below).union(*(MAY_IMPORT[name] for name in below))

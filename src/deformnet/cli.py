@@ -15,6 +15,7 @@ import tyro
 from tyro.conf import Positional
 from tyro.extras import SubcommandApp
 
+from deformnet.bench.settings import ROWS, Bench, Row
 from deformnet.demo.settings import Demo
 from deformnet.recipes import (
     ONE_LOOK,
@@ -78,6 +79,10 @@ def _app(arguments: Sequence[str]) -> SubcommandApp:
     app.command(propose)
     app.command(score)
     app.command(parameters)
+    bench = SubcommandApp()
+    bench.command(table4)
+    bench.command(training_step)
+    app.command(bench, name="bench", help="Time deformable networks beside their plain twins.")
     # Its options are the fields of a class whose import takes a second.
     shapes = _shapes() if "shapes" in arguments else _nothing
     app.command(name="shapes", help="Make a data set of shapes, in the VOC layout.")(shapes)
@@ -314,6 +319,43 @@ def parameters(*, classes: int = 20, depth: Literal[18, 34, 50, 101] = 101) -> N
     from deformnet.parameters import parameter_table
 
     print(parameter_table(classes, depth))
+
+
+def table4(
+    bench: Annotated[Bench, tyro.conf.arg(name="")] = Bench(),  # noqa: B008 (it is frozen)
+    *,
+    rows: tuple[Row, ...] = ROWS,
+    out: Path | None = None,
+) -> None:
+    """Parameters, FLOPs and times of the networks of Table 4, and the ratios beside the paper's.
+
+    FLOPs: two for a multiply-add. Forward is the network alone; whole is what a predictor does with
+    an image, resizing and suppression included. At full size it takes minutes.
+
+    Args:
+        rows: Networks.
+        out: JSON file of the results.
+    """
+    from deformnet.bench.table4 import run_table4
+
+    run_table4(bench, rows, out)
+
+
+def training_step(
+    bench: Annotated[Bench, tyro.conf.arg(name="")] = Bench(),  # noqa: B008 (it is frozen)
+    *,
+    network: Row = "deeplab-voc",
+    out: Path | None = None,
+) -> None:
+    """A training step of a deformable network, and each deformable layer alone, beside the plain.
+
+    Args:
+        network: As in table4.
+        out: JSON file of the results.
+    """
+    from deformnet.bench.training_step import run_training_step
+
+    run_training_step(bench, network, out)
 
 
 def doctor() -> None:
