@@ -36,8 +36,8 @@ _PAPER: dict[Row, tuple[tuple[float, float], tuple[float, float]]] = {
 
 _TIMES = f"{'plain':>8} {'deform./plain':16} {'paper':>6}"
 _HEADING = (
-    f"{'':28} {'parameters, M':>16} {'GFLOP':>17} {'forward, s':^32} {'whole, s':^30}\n"
-    f"{'network':18} {'image':>9} {'plain':>8} {'deform.':>7} {'plain':>8} {'deform.':>8} "
+    f"{'':28} {'parameters, M':>16} {'GFLOP':>17} {'forward, s':^32} {'whole, s':^32}".rstrip()
+    + f"\n{'network':18} {'image':>9} {'plain':>8} {'deform.':>7} {'plain':>8} {'deform.':>8} "
     f"{_TIMES} {_TIMES}"
 )
 _STEPS = ("building", "counting", "timing forward", "timing the whole")
