@@ -206,6 +206,21 @@ def test_bad_gradients_stay_where_they_belong(backend, bad):
         assert not found[name][~elsewhere].isfinite().any()
 
 
+@pytest.mark.parametrize("border", ["zeros", "msra2017"])
+@pytest.mark.parametrize("infinite", ["weight", "mask", "grad_output"])
+def test_what_lies_outside_has_no_slope_whatever_it_is_multiplied_with(backend, infinite, border):
+    case = a_case()
+    case = replace(case, offset=torch.full_like(case.offset, 100.0))
+    gradient = torch.ones_like(output_gradient(case))
+    if infinite == "grad_output":
+        gradient[:] = INF
+    else:
+        case = replace(case, **{infinite: torch.full_like(getattr(case, infinite), INF)})
+    found = run(case, backend, border, gradient)
+    assert not found["grad_offset"].any()
+    assert not found["grad_input"].any()
+
+
 @pytest.mark.parametrize("width", [1, 6, 7, 8, 16, 17])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_any_width_survives_any_offset(backend, width, dtype):
