@@ -29,7 +29,9 @@ inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 constexpr int64_t kCacheLine = 64, kHugePage = 2 << 20;
 constexpr int64_t kImagesBytes = 16 << 20;    // channels-last copies of images, at least one image
-constexpr int64_t kKeptBytes = 64 << 20;      // workspace that stays allocated between calls
+// Workspace that stays allocated between calls: enough for the copy of one large map, whose pages take as
+// long to get from the system as a layer to compute.
+constexpr int64_t kKeptBytes = 128 << 20;
 
 // Memory for one call, handed out piece by piece. Each calling thread keeps its block for the next
 // call: fresh pages cost more than the arithmetic of a small layer.
