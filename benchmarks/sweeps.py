@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 from tqdm import tqdm
 
 from benchmarks.calls import OURS, PLAIN, differentiable, gradients, wanted_gradients
@@ -145,6 +146,9 @@ def draw(sweep: Sweep, measured: Sequence[Times], rates: Sequence[float]) -> Fig
         axes.minorticks_off()
         if sweep.unit == "call":
             axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            axes.yaxis.set_minor_locator(NullLocator())
         else:
             axes.set_ylim(bottom=0)
         axes.set_xlabel(sweep.axis)

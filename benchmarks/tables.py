@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from deformnet.ops import cpu
 from deformnet.runs import machine, replacing, versions, write_json
@@ -72,41 +74,53 @@ class Table:
         rounds = len(next(iter(next(iter(self.rows.values())).values())).rounds)
         return {"base": self.base, "rounds": rounds, "rows": rows, "geometric means": means}
 
-    def draw(self) -> Figure:
-        """Bars of the ratios with their quantiles, and the base as a line at 1."""
-        figure = Figure(
-            (8, 0.8 + 0.2 * len(self.rows) * (1 + len(self.others))), layout="constrained"
-        )
-        axes: Axes = figure.subplots()
-        height = 0.8 / len(self.others)
-        for i, name in enumerate(self.others):
-            places, ratios = [], []
-            for j, row in enumerate(self.rows):
-                if name in self.rows[row]:
-                    places.append(j + i * height - 0.4 + height / 2)
-                    ratios.append(self.ratio(row, name))
-            medians = [ratio.median for ratio in ratios]
-            low = [ratio.median - ratio.quantile(0.2) for ratio in ratios]
-            high = [ratio.quantile(0.8) - ratio.median for ratio in ratios]
-            lengths = [median - 1 for median in medians]
-            colour = COLOURS[i % len(COLOURS)]
-            axes.barh(places, lengths, height, left=1, xerr=(low, high), label=name, color=colour)
-            for place, ratio in zip(places, ratios, strict=True):
-                end = 1.03 * max(1, ratio.quantile(0.8))
-                axes.text(end, place, f"{ratio.median:.2f}", va="center", size=7)
-        axes.axvline(1, color="black", linewidth=1)
+
+def draw(title: str, table: Mapping[str, Any]) -> Figure:
+    """Bars of a table's ratios with their quantiles, from a line at 1 that stands for the base.
+
+    Args:
+        table: as `Table.to_dict` gives it, and as it lies in the file.
+    """
+    rows, base = table["rows"], table["base"]
+    names = [name for name in table["geometric means"] if name != base]
+    figure = Figure((8, 0.9 + 0.2 * len(rows) * (1 + len(names))), layout="constrained")
+    axes: Axes = figure.subplots()
+    ratios = [times[name]["ratio"] for times in rows.values() for name in names if name in times]
+    # Far apart, they are seen on a logarithmic scale, where bars begin at the base.
+    far = max(ratio["p80"] for ratio in ratios) > 4
+    begin, height = float(far), 0.8 / len(names)
+    for i, name in enumerate(names):
+        colour = COLOURS[i % len(COLOURS)]
+        axes.barh(0, 0, left=1, color=colour, label=name)
+        for j, times in enumerate(rows.values()):
+            if name not in times:
+                continue
+            ratio = times[name]["ratio"]
+            middle, low, high = ratio["median"], ratio["p20"], ratio["p80"]
+            place = j + i * height - 0.4 + height / 2
+            error = ([middle - low], [high - middle])
+            axes.barh(place, middle - begin, height, left=begin, xerr=error, color=colour)
+            axes.annotate(
+                f"{middle:.3g}" if middle < 1 else f"{middle:.2f}",
+                (max(high, begin), place),
+                xytext=(4, 0),
+                textcoords="offset points",
+                va="center",
+                size=7,
+            )
+    axes.axvline(1, color="black", linewidth=1)
+    if far:
         axes.set_xscale("log")
-        axes.margins(x=0.15)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.xaxis.set_minor_formatter(
-            lambda x, _: f"{x:g}" if f"{x:g}".strip("0.") in "25" else ""
-        )
-        axes.set_yticks(range(len(self.rows)), list(self.rows))
-        axes.invert_yaxis()
-        axes.set_xlabel(f"times as long as {self.base}")
-        axes.set_title(self.title)
-        figure.legend(loc="outside lower center", ncols=len(self.others), fontsize=8)
-        return figure
+        axes.xaxis.set_minor_locator(NullLocator())
+    axes.margins(x=0.12)
+    axes.set_yticks(range(len(rows)), list(rows))
+    axes.invert_yaxis()
+    axes.set_xlabel(f"times as long as {base}; shorter is better; lines: 20 % to 80 %")
+    axes.set_title(title)
+    figure.legend(loc="outside lower center", ncols=len(names), fontsize=8)
+    return figure
 
 
 def conditions(packages: Sequence[str] = ()) -> dict[str, object]:
@@ -139,7 +153,8 @@ def save(
     write_json(out / f"{name}.json", content)
     for table in tables:
         picture = f"{name} {table.title}.png".replace(",", "").replace(" ", "-")
-        save_figure(out / picture, table.draw)
+        heading = f"{name.replace('_', ' ')}: {table.title}"
+        save_figure(out / picture, lambda: draw(heading, table.to_dict()))  # noqa: B023 (called at once)
 
 
 def save_figure(path: Path, draw: Callable[[], Figure]) -> None:

@@ -40,7 +40,9 @@ def _library() -> ctypes.CDLL:
     library.deformnet_select_instruction_set.argtypes = [ctypes.c_char_p]
     choice = os.environ.get(_CHOICE)
     if choice is not None and library.deformnet_select_instruction_set(choice.encode()):
-        raise OSError(f"{_CHOICE}: instruction set {choice!r} is not available on this machine")
+        raise OSError(
+            f"{_CHOICE}: want amx, avx512, avx2 or baseline, one that this machine has, got {choice!r}"
+        )
     return library
 
 
