@@ -41,7 +41,8 @@ def _library() -> ctypes.CDLL:
     choice = os.environ.get(_CHOICE)
     if choice is not None and library.deformnet_select_instruction_set(choice.encode()):
         raise OSError(
-            f"{_CHOICE}: want amx, avx512, avx2 or baseline, one that this machine has, got {choice!r}"
+            f"{_CHOICE}: want amx, avx512, avx2 or baseline, as far as this machine has them, "
+            f"got {choice!r}"
         )
     return library
 
