@@ -221,6 +221,18 @@ def test_what_lies_outside_has_no_slope_whatever_it_is_multiplied_with(backend, 
     assert not found["grad_input"].any()
 
 
+def test_the_2017_kernel_has_no_slope_where_it_stays_at_the_last_cell(backend):
+    offset = torch.full((1, 2, 4, 5), 0.25, dtype=torch.float64, requires_grad=True)
+    one = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    image = torch.ones(1, 1, 4, 5, dtype=torch.float64)
+    output = deform_conv2d(image, offset, one, border="msra2017", backend=backend)
+    output.backward(torch.full_like(output, INF))
+    assert offset.grad is not None
+    assert not offset.grad[0, 0, -1].any()
+    assert not offset.grad[0, 1, :, -1].any()
+    assert offset.grad[0, :, :-1, :-1].isnan().all()  # an infinity times a slope of zero
+
+
 @pytest.mark.parametrize("width", [1, 6, 7, 8, 16, 17])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_any_width_survives_any_offset(backend, width, dtype):

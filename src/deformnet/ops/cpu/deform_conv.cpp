@@ -86,7 +86,7 @@ template <class A>
 struct Samples {
   Index<A>* pixel;  // of the first corner, counted through the chunk's framed maps
   A* weights;       // of the four corners, bilinear, side by side; NaN where the offset is
-  A *fy, *fx;       // the fractions that the weights are made of; fy is -1 where nothing is read
+  A *fy, *fx;       // the fractions that the weights are made of; negative where there is no slope
   A* mask;
 
   static int64_t bytes(int64_t capacity) {
@@ -176,9 +176,15 @@ void locate(const Problem& p, const Geometry& geometry, const Tile& tile, const 
     const I pixel = image + (within ? cell : I{} + Index<A>(geometry.nowhere));
     std::memcpy(samples.pixel + i, &pixel, sizeof pixel);
     store_side_by_side<A>((1 - fy) * (1 - fx), (1 - fy) * fx, fy * (1 - fx), fy * fx, samples.weights + 4 * i);
-    // Where nothing is read, there is no slope either: see `sample_backward`.
-    store(samples.fy + i, (within | ~defined) ? fy : V{} - 1);
-    store(samples.fx + i, fx);
+    // Where nothing is read, or the kernel of 2017 stays at the last cell, there is no slope: the sign says
+    // so to `sample_backward`, also that of a zero.
+    const V zero = {};
+    if (msra) {
+      fy = (top == height - 1) & defined ? -zero : fy;
+      fx = (left == width - 1) & defined ? -zero : fx;
+    }
+    store(samples.fy + i, (within | ~defined) ? fy : zero - 1);
+    store(samples.fx + i, (within | ~defined) ? fx : zero - 1);
   }
 }
 
@@ -437,9 +443,11 @@ void sample_backward(const Map<A>& map, const Samples<A>& at, const ChannelRun* 
     for (int j = 0; j < 4; ++j) dot[j] = sum_each<A>(dots[j]) + load(rest[j]);
     const Vec<A> fy = load(at.fy + first), fx = load(at.fx + first), mask = load(at.mask + first);
     // Not a product with zero: the gradient of the output may be infinite.
-    const IndexVec<A> read = ~(fy < 0);
-    const Vec<A> by_y = read ? mask * ((1 - fx) * (dot[2] - dot[0]) + fx * (dot[3] - dot[1])) : Vec<A>{};
-    const Vec<A> by_x = read ? mask * ((1 - fy) * (dot[1] - dot[0]) + fy * (dot[3] - dot[2])) : Vec<A>{};
+    IndexVec<A> sign_y, sign_x;
+    std::memcpy(&sign_y, &fy, sizeof fy);
+    std::memcpy(&sign_x, &fx, sizeof fx);
+    const Vec<A> by_y = sign_y >= 0 ? mask * ((1 - fx) * (dot[2] - dot[0]) + fx * (dot[3] - dot[1])) : Vec<A>{};
+    const Vec<A> by_x = sign_x >= 0 ? mask * ((1 - fy) * (dot[1] - dot[0]) + fy * (dot[3] - dot[2])) : Vec<A>{};
     const Vec<A> by_mask = (1 - fy) * ((1 - fx) * dot[0] + fx * dot[1]) + fy * ((1 - fx) * dot[2] + fx * dot[3]);
     std::memcpy(grad_y + first, &by_y, size_t(some) * sizeof(A));
     std::memcpy(grad_x + first, &by_x, size_t(some) * sizeof(A));
