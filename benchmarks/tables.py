@@ -170,11 +170,5 @@ def _spread(timing: Timing, scale: float = 1.0) -> str:
 
 
 def summary(timing: Timing, scale: float = 1.0) -> dict[str, float]:
-    """The median, the 20 % and 80 % quantiles and the least, times `scale`."""
-    values = {
-        "median": timing.median,
-        "p20": timing.quantile(0.2),
-        "p80": timing.quantile(0.8),
-        "min": timing.fastest,
-    }
-    return {name: float(f"{scale * value:.4g}") for name, value in values.items()}
+    """The timing's summary times `scale`, in as many digits as mean something."""
+    return {name: float(f"{scale * value:.4g}") for name, value in timing.summary().items()}

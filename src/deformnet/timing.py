@@ -26,6 +26,15 @@ class Timing:
         """The value that `share` of the rounds stay below."""
         return sorted(self.rounds)[round(share * (len(self.rounds) - 1))]
 
+    def summary(self) -> dict[str, float]:
+        """The median, the 20 % and 80 % quantiles, and the least."""
+        return {
+            "median": self.median,
+            "p20": self.quantile(0.2),
+            "p80": self.quantile(0.8),
+            "min": self.fastest,
+        }
+
     def relative_to(self, base: "Timing") -> "Timing":
         """How many times as long as `base`, round by round: a load that passes hits both."""
         return Timing(tuple(a / b for a, b in zip(self.rounds, base.rounds, strict=True)))

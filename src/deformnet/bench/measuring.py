@@ -87,7 +87,7 @@ def side_by_side(
     return {
         "plain": _seconds(times["plain"]),
         "deformable": _seconds(times["deformable"]),
-        "ratio": _summary(times["deformable"].relative_to(times["plain"])),
+        "ratio": times["deformable"].relative_to(times["plain"]).summary(),
     }
 
 
@@ -109,8 +109,4 @@ def _waiting(call: Callable[[], object], bench: Bench) -> Callable[[], object]:
 
 
 def _seconds(timing: Timing) -> dict[str, Any]:
-    return {**_summary(timing), "rounds": list(timing.rounds)}
-
-
-def _summary(timing: Timing) -> dict[str, float]:
-    return {"median": timing.median, "p20": timing.quantile(0.2), "p80": timing.quantile(0.8)}
+    return {**timing.summary(), "rounds": list(timing.rounds)}

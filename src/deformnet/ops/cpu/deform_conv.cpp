@@ -412,7 +412,7 @@ void sample_backward(const Map<A>& map, const Samples<A>& at, const ChannelRun* 
       for (const ChannelRun* run = runs; run != end; ++run) {
         const A* corner = map.at(at.pixel[i], run->channel);
         const A* grad = grads + run->place + i * kPanel<A>;
-        A* to = columns + run->place + i * kPanel<A>;
+        A* to = write ? columns + run->place + i * kPanel<A> : nullptr;
         if (run->width == kPanel<A>) {
 #pragma GCC unroll 4
           for (int v = 0; v < kTileVectors; ++v) {

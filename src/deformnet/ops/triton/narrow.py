@@ -23,6 +23,7 @@ def forward(
     MODULATED: tl.constexpr, BIAS: tl.constexpr, MSRA: tl.constexpr, WIDE: tl.constexpr,
     DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
+    """One tile of the output, of channels that share an offset group."""
     shared = channels // offset_groups // group_channels * group_out
     program = tl.program_id(0)
     tiles = tl.cdiv(shared, BLOCK_O)
