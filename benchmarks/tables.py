@@ -87,7 +87,8 @@ def draw(title: str, table: Mapping[str, Any]) -> Figure:
     axes: Axes = figure.subplots()
     ratios = [times[name]["ratio"] for times in rows.values() for name in names if name in times]
     # Far apart, they are seen on a logarithmic scale, where bars begin at the base.
-    far = max(ratio["p80"] for ratio in ratios) > 4
+    largest = max(1.0, *(ratio["p80"] for ratio in ratios))
+    far = largest > 4
     begin, height = float(far), 0.8 / len(names)
     for i, name in enumerate(names):
         colour = COLOURS[i % len(COLOURS)]
@@ -114,7 +115,7 @@ def draw(title: str, table: Mapping[str, Any]) -> Figure:
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.xaxis.set_minor_locator(NullLocator())
-    axes.margins(x=0.12)
+    axes.set_xlim(begin, (2.0 if far else 1.15) * largest)
     axes.set_yticks(range(len(rows)), list(rows))
     axes.invert_yaxis()
     axes.set_xlabel(f"times as long as {base}; shorter is better; lines: 20 % to 80 %")
