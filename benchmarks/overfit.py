@@ -33,7 +33,7 @@ def first_images(data: Path, out: Path) -> None:
 
 def recipe(network: type[DetectorRecipe], iterations: int, side: int) -> DetectorRecipe:
     made = network(
-        depth=18,
+        backbone="resnet18",
         short_side=side,
         max_side=2 * side,
         flip=False,

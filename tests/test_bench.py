@@ -13,7 +13,7 @@ from deformnet.models.detector import Candidates
 from deformnet.nn import DeformConv2d
 from deformnet.nn.offsets import OffsetConv2d
 
-TOY = ["--depth", "18", "--scale", "0.1", "--rounds", "3", "--threads", "1"]
+TOY = ["--backbone", "resnet18", "--scale", "0.1", "--rounds", "3", "--threads", "1"]
 
 
 @pytest.fixture(autouse=True)
@@ -114,7 +114,7 @@ def test_training_step(network, pools, tmp_path, capsys):
 
 
 def test_networks_are_twins_whose_samples_move():
-    chosen = case("faster-rcnn", 18, 0.2)
+    chosen = case("faster-rcnn", "resnet18", 0.2)
     images = torch.randn(1, 3, 120, 200)
     plain, deformable = build(chosen, images)
     weights = deformable.state_dict()

@@ -16,7 +16,7 @@ from deformnet.cli import main
 from deformnet.data.shapes import Shapes, write_shapes
 
 QUICK = [
-    *("--depth", "18", "--deform-layers", "1", "--short-side", "32", "--max-side", "None"),
+    *("--backbone", "resnet18", "--deform-layers", "1", "--short-side", "32", "--max-side", "None"),
     *("--batch", "2", "--iterations", "2", "--accelerator", "cpu", "--workers", "0"),
 ]
 

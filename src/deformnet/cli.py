@@ -19,6 +19,7 @@ from deformnet.bench.settings import ROWS, Bench, Row
 from deformnet.demo.settings import Demo
 from deformnet.recipes import (
     ONE_LOOK,
+    BackboneName,
     ClassAwareRPNRecipe,
     DeepLabRecipe,
     DetectionTesting,
@@ -309,16 +310,16 @@ def score(
     print(score_table(score(boxes, data, split=split, ious=ious)))
 
 
-def parameters(*, classes: int = 20, depth: Literal[18, 34, 50, 101] = 101) -> None:
+def parameters(*, classes: int = 20, backbone: BackboneName = "resnet101") -> None:
     """Print how many parameters deformable layers add to each network (Table 4 of the paper).
 
     Args:
         classes: Classes of objects.
-        depth: Layers of the ResNet.
+        backbone: As in training.
     """
     from deformnet.parameters import parameter_table
 
-    print(parameter_table(classes, depth))
+    print(parameter_table(classes, backbone))
 
 
 def table4(

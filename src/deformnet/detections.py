@@ -61,6 +61,41 @@ def write_detections(path: Path, records: Iterable[Record]) -> None:
         file.writelines(f"{to_line(record)}\n".encode() for record in records)
 
 
+def write_submission(
+    folder: Path, records: Sequence[Record], dataset: COCODetection, name: str
+) -> Path:
+    """Writes the json file that COCO's server scores: numbers for images and classes, x y w h.
+
+    Args:
+        folder: where to write `detections_<split>_<name>_results.json`, as the server wants it
+            called (in a zip file of the same name).
+        records: at most one for each image. Numbers are written as float32.
+        dataset: the images, with objects (val2017) or without (test-dev2017).
+        name: of the method; letters, digits, dots, dashes and underscores.
+    Returns:
+        The file.
+    Raises:
+        ValueError: for detections of images or classes that the data set has not, for a sum of
+            splits and for another name.
+    """
+    if not name or not all(sign.isalnum() or sign in "._-" for sign in name):
+        raise ValueError(f"name: wanted letters, digits, dots, dashes, underscores, got {name!r}")
+    if len(dataset.annotation_files) > 1:
+        raise ValueError(f"{dataset.split}: a submission is for one split")
+    known = _COCOTruth(dataset.annotation_files[0], *_ids(dataset))
+    path = folder / f"detections_{dataset.split}_{name}_results.json"
+    by_name = _known(records, known, "detections")
+    with replacing(path) as file:
+        file.write(b"[")
+        for number, result in enumerate(_to_results(by_name, known)):
+            result["bbox"] = _short(np.asarray(result["bbox"], np.float32))
+            result["score"] = _short(np.asarray([result["score"]], np.float32))[0]
+            file.write(b",\n" if number else b"\n")
+            file.write(json.dumps(result).encode())
+        file.write(b"\n]\n")
+    return path
+
+
 def read_detections(path: Path, classes: Collection[str] = ()) -> list[Record]:
     """Reads detections that name their images; each image comes once.
 
@@ -209,11 +244,16 @@ def _open(data: Path, split: str | None) -> _NamedTruth | _COCOTruth:
 def _truth_of(dataset: DetectionDataset) -> _NamedTruth | _COCOTruth:
     names = [dataset.name(i) for i in range(len(dataset))]
     if isinstance(dataset, COCODetection):
-        images = dict(zip(names, dataset.image_ids.tolist(), strict=True))
-        categories = dict(zip(dataset.classes, dataset.category_ids, strict=True))
-        return _COCOTruth(dataset.annotation_file, images, categories)
+        return _COCOTruth(dataset.annotation_file, *_ids(dataset))
     truths = {name: Truth(*dataset.annotations(i)) for i, name in enumerate(names)}
     return _NamedTruth(truths, dataset.classes)
+
+
+def _ids(dataset: COCODetection) -> tuple[dict[str, int], dict[str, int]]:
+    """The ids behind the names of images and classes."""
+    names = [dataset.name(i) for i in range(len(dataset))]
+    images = dict(zip(names, dataset.image_ids.tolist(), strict=True))
+    return images, dict(zip(dataset.classes, dataset.category_ids, strict=True))
 
 
 def _open_texts(data: Path) -> _NamedTruth:

@@ -3,6 +3,7 @@
 import torch
 
 from deformnet.recipes import (
+    BackboneName,
     ClassAwareRPNRecipe,
     DeepLabRecipe,
     FasterRCNNRecipe,
@@ -33,14 +34,14 @@ def parameter_counts(num_classes: int, recipe: Recipe) -> tuple[int, int]:
     return counts[0], counts[1]
 
 
-def parameter_table(num_classes: int, depth: int) -> str:
+def parameter_table(num_classes: int, backbone: BackboneName) -> str:
     """The counts of all networks, as a table for a terminal."""
     lines = [
-        f"{num_classes} classes, ResNet-{depth}, one offset group; millions of parameters",
+        f"{num_classes} classes, {backbone}, one offset group; millions of parameters",
         f"{'network':16}  {'plain':>8}  {'deformable':>10}  {'difference':>10}",
     ]
     for network in (DeepLabRecipe, ClassAwareRPNRecipe, FasterRCNNRecipe, RFCNRecipe):
-        recipe = network(depth=depth)  # pyright: ignore[reportArgumentType] (checked by it)
+        recipe = network(backbone=backbone)
         plain, deformable = parameter_counts(num_classes, recipe)
         lines.append(
             f"{recipe.network:16}  {plain / 1e6:8.3f}  {deformable / 1e6:10.3f}  "

@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar
 if TYPE_CHECKING:  # the command line reads recipes before anything heavy is needed
     from torch import nn
 
-    from deformnet.backbones.resnet import ResNetFeatures
+    from deformnet.backbones import Backbone
     from deformnet.models.deeplab import DeepLab
     from deformnet.models.faster_rcnn import FasterRCNN
     from deformnet.models.rfcn import RFCN
     from deformnet.models.rpn import RPN, RPNDetector
 
+BackboneName = Literal["resnet18", "resnet34", "resnet50", "resnet101", "aligned-inception-resnet"]
 DeformLayers = Literal[0, 1, 2, 3, 6]
 """The numbers of deformable convolutions of Table 1."""
 Sampling = Literal["bins", "msra", "aligned"]
@@ -33,7 +34,7 @@ _Detector = TypeVar("_Detector", bound="DetectorRecipe")
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe(ABC):
-    """What the recipes of all networks have in common: the backbone, the images, the schedule.
+    """What the recipes of all networks have in common: the backbone and the schedule.
 
     Their defaults train from random weights on one machine; the functions of this module give the
     paper's settings for fine-tuning.
@@ -42,25 +43,23 @@ class Recipe(ABC):
     network: ClassVar[str]
     """Name of the network, on the command line and in the file of a recipe."""
 
-    depth: Literal[18, 34, 50, 101] = 50
-    """Layers of the ResNet."""
+    backbone: BackboneName = "resnet50"
+    """The network that makes the feature maps."""
     deform_layers: DeformLayers = 3
     """How many 3x3 convolutions, counted from the end, are deformable; 0 is the plain network."""
-    dilation: int = 2
-    """Dilation of conv5, whose stride is 1."""
     offset_groups: int = 1
     """Groups of channels that share one field of offsets."""
     modulated: bool = False
     """Learn a weight for every sampling location as well (deformable convolution, version 2)."""
     norm: Literal["trained", "frozen"] = "trained"
     """Batch norm: trained, or frozen as in the paper (which needs pretrained weights)."""
-    weights: str | None = None
-    """Starting weights: a torchvision name such as IMAGENET1K_V1, or a file; None is random."""
+    stride_in_1x1: bool = False
+    """Where ResNet-50 and 101 stride: in 1x1 convolutions, as the authors' and detectron2's older
+    weights want it, or in 3x3 ones, as torchvision's do."""
+    init: str | None = None
+    """Starting weights of the backbone: the run folder of a classifier or another network, a file,
+    or a torchvision name such as IMAGENET1K_V1; None is random."""
 
-    short_side: int = 600
-    """Shorter side of the images after resizing, in pixels, in training and evaluation."""
-    max_side: int | None = 1000
-    """Longest side allowed after resizing, in pixels; such images end with a smaller short side."""
     flip: bool = True
     """Mirror every second training image, at random."""
 
@@ -93,17 +92,17 @@ class Recipe(ABC):
                 raise TypeError(
                     f"{field.name} must be {_describe(hints[field.name])}, got {value!r}"
                 )
-        self._require_positive("dilation", "offset_groups", "short_side", "batch", "iterations")
-        self._require_positive("lr")
+        self._require_positive("offset_groups", "batch", "iterations", "lr")
         for name in ("offset_lr_scale", "momentum", "weight_decay", "warmup", "seed"):
             if not 0 <= getattr(self, name) < math.inf:  # NaN is neither
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        if self.max_side is not None and self.max_side < self.short_side:
-            raise ValueError(
-                f"max_side must be at least short_side ({self.short_side}), got {self.max_side}"
-            )
         if self.clip is not None:
             self._require_positive("clip")
+        if self.stride_in_1x1 and self.backbone not in ("resnet50", "resnet101"):
+            raise ValueError(
+                f"stride_in_1x1 is for resnet50 and resnet101, whose blocks begin with a 1x1 "
+                f"convolution, not for {self.backbone}"
+            )
 
     def _require_positive(self, *names: str) -> None:
         for name in names:
@@ -117,22 +116,8 @@ class Recipe(ABC):
         Whatever is random in them comes from torch's global generator.
 
         Raises:
-            FileNotFoundError: if `weights` is neither a known name nor a file.
+            FileNotFoundError: if `init` is neither a known name nor a file.
         """
-
-    def _backbone(self, reduce_channels: int) -> "ResNetFeatures":
-        from deformnet.backbones.resnet import resnet
-
-        return resnet(
-            self.depth,
-            deform_layers=self.deform_layers,
-            dilation=self.dilation,
-            offset_groups=self.offset_groups,
-            modulated=self.modulated,
-            norm=self.norm,
-            weights=self.weights,
-            reduce_channels=reduce_channels,
-        )
 
     def lr_factor(self, iteration: int) -> float:
         """The learning rate of an iteration (counted from 0) as a fraction of `lr`."""
@@ -170,8 +155,43 @@ class Recipe(ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeepLabRecipe(Recipe):
-    """DeepLab on a ResNet, plain or deformable (Dai et al. 2017, section 2.3)."""
+class DenseRecipe(Recipe):
+    """What the recipes of networks have in common that say where something is in the image."""
+
+    dilation: int = 2
+    """Dilation of conv5, whose stride is 1."""
+    short_side: int = 600
+    """Shorter side of the images after resizing, in pixels, in training and evaluation."""
+    max_side: int | None = 1000
+    """Longest side allowed after resizing, in pixels; such images end with a smaller short side."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require_positive("dilation", "short_side")
+        if self.max_side is not None and self.max_side < self.short_side:
+            raise ValueError(
+                f"max_side must be at least short_side ({self.short_side}), got {self.max_side}"
+            )
+
+    def _backbone(self, reduce_channels: int) -> "Backbone":
+        from deformnet.backbones import backbone
+
+        return backbone(
+            self.backbone,
+            deform_layers=self.deform_layers,
+            dilation=self.dilation,
+            offset_groups=self.offset_groups,
+            modulated=self.modulated,
+            norm=self.norm,
+            stride_in_1x1=self.stride_in_1x1,
+            weights=self.init,
+            reduce_channels=reduce_channels,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeepLabRecipe(DenseRecipe):
+    """DeepLab, plain or deformable (Dai et al. 2017, section 2.3)."""
 
     network: ClassVar[str] = "deeplab"
 
@@ -194,7 +214,7 @@ class DeepLabRecipe(Recipe):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DetectorRecipe(Recipe):
+class DetectorRecipe(DenseRecipe):
     """What the recipes of all detectors have in common."""
 
     convention: Literal["modern", "msra2017"] = "modern"
@@ -220,7 +240,7 @@ class DetectorRecipe(Recipe):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie between 0 and 1, got {getattr(self, name)}")
 
-    def _rpn(self, backbone: "ResNetFeatures") -> "RPN":
+    def _rpn(self, backbone: "Backbone") -> "RPN":
         from deformnet.models.rpn import RPN
 
         return RPN(
@@ -362,7 +382,7 @@ def recipe_from_dict(values: Mapping[str, Any], *, source: str | Path) -> Recipe
     recipe = by_name[network]
     known = [field.name for field in dataclasses.fields(recipe)]
     fields: dict[str, Any] = {}
-    for name, value in values.items():
+    for name, value in _renamed(values).items():
         if name == "network":
             continue
         if name not in known:
@@ -375,6 +395,16 @@ def recipe_from_dict(values: Mapping[str, Any], *, source: str | Path) -> Recipe
         return recipe(**fields)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{source}: {error}") from error
+
+
+def _renamed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields by today's names; the runs of version 0.1 have two others."""
+    now = dict(values)
+    if "depth" in now:
+        now["backbone"] = f"resnet{now.pop('depth')}"
+    if "weights" in now:
+        now["init"] = now.pop("weights")
+    return now
 
 
 def _rpn_detector(recipe: DetectorRecipe, num_classes: int, *, class_aware: bool) -> "RPNDetector":
@@ -393,10 +423,10 @@ def _rpn_detector(recipe: DetectorRecipe, num_classes: int, *, class_aware: bool
 def voc2012(*, deform_layers: DeformLayers = 3) -> DeepLabRecipe:
     """The paper's DeepLab on PASCAL VOC 2012 (section 4.1): 30k iterations, 360 px, 8 images."""
     return DeepLabRecipe(
-        depth=101,
+        backbone="resnet101",
         deform_layers=deform_layers,
         norm="frozen",
-        weights="IMAGENET1K_V1",
+        init="IMAGENET1K_V1",
         short_side=360,
         max_side=600,
         batch=8,
@@ -412,10 +442,10 @@ def cityscapes(*, deform_layers: DeformLayers = 3) -> DeepLabRecipe:
     The crop and the warm-up are those of the authors' code; the paper does not mention them.
     """
     return DeepLabRecipe(
-        depth=101,
+        backbone="resnet101",
         deform_layers=deform_layers,
         norm="frozen",
-        weights="IMAGENET1K_V1",
+        init="IMAGENET1K_V1",
         short_side=1024,
         max_side=2048,
         crop=(768, 1024),
@@ -433,9 +463,9 @@ def voc_detection(recipe: type[_Detector]) -> _Detector:
     warm-up is that of the authors' code. `dataclasses.replace` makes a row of Table 1 or 3 of it.
     """
     return recipe(
-        depth=101,
+        backbone="resnet101",
         norm="frozen",
-        weights="IMAGENET1K_V1",
+        init="IMAGENET1K_V1",
         batch=8,
         iterations=30_000,
         lr=1e-3,

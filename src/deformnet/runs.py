@@ -83,7 +83,7 @@ def load_run(run: Path) -> tuple[Recipe, nn.Module, DataIdentity]:
     checkpoint = load_checkpoint(path)
     recipe, identity = recipe_and_data(checkpoint, path)
     # The checkpoint holds all weights; the ones that training started from need not be there.
-    model = dataclasses.replace(recipe, weights=None).build_model(len(identity.classes))
+    model = dataclasses.replace(recipe, init=None).build_model(len(identity.classes))
     state = {
         name.removeprefix(_MODEL): tensor
         for name, tensor in checkpoint["state_dict"].items()

@@ -12,7 +12,7 @@ from deformnet.recipes import ClassAwareRPNRecipe, FasterRCNNRecipe, RFCNRecipe,
 
 CLASSES = ("one", "two", "three")
 SMALL = {
-    "depth": 18,
+    "backbone": "resnet18",
     "short_side": 64,
     "max_side": 100,
     "anchor_sizes": (16, 32),

@@ -21,7 +21,7 @@ CLASSES = ("background", "one", "two")
 @pytest.fixture(scope="module")
 def predictor():
     torch.manual_seed(0)
-    recipe = DeepLabRecipe(depth=18, deform_layers=0, short_side=32, max_side=48)
+    recipe = DeepLabRecipe(backbone="resnet18", deform_layers=0, short_side=32, max_side=48)
     return SegmentationPredictor(recipe, recipe.build_model(len(CLASSES)), CLASSES, "cpu")
 
 

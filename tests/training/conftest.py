@@ -22,7 +22,7 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def quick() -> DeepLabRecipe:
     """Deformable ResNet-18 on images of 32 pixels."""
     return DeepLabRecipe(
-        depth=18,
+        backbone="resnet18",
         deform_layers=1,
         short_side=32,
         max_side=None,

@@ -32,7 +32,7 @@ NETWORKS = (RPNRecipe, ClassAwareRPNRecipe, FasterRCNNRecipe, RFCNRecipe)
 def quick(network, **changes):
     """The smallest recipe: ResNet-18 on images of 48 x 58 pixels."""
     values = {
-        "depth": 18,
+        "backbone": "resnet18",
         "short_side": 48,
         "max_side": None,
         "anchor_sizes": (16, 32),

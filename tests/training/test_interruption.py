@@ -15,7 +15,7 @@ from deformnet.training import train
 from deformnet.training.callbacks import read_log
 
 RECIPE = DeepLabRecipe(
-    depth=18,
+    backbone="resnet18",
     deform_layers=3,
     short_side=32,
     max_side=None,
@@ -110,7 +110,7 @@ def test_a_disturbed_run_ends_in_equal_weights(shapes, undisturbed, tmp_path, si
 
 def test_two_processes_are_as_good_as_one(shapes, tmp_path):
     recipe = DeepLabRecipe(
-        depth=18,
+        backbone="resnet18",
         deform_layers=3,
         norm="frozen",
         short_side=32,

@@ -20,7 +20,9 @@ from deformnet.recipes import (
 
 
 def test_json_keeps_every_field(tmp_path):
-    recipe = DeepLabRecipe(depth=34, crop=(96, 128), max_side=None, lr=1, weights="x.pth", clip=5.0)
+    recipe = DeepLabRecipe(
+        backbone="resnet34", crop=(96, 128), max_side=None, lr=1, init="x.pth", clip=5.0
+    )
     path = tmp_path / "recipe.json"
     path.write_text(recipe.to_json())
     assert DeepLabRecipe.load(path) == recipe
@@ -35,8 +37,8 @@ def test_json_keeps_every_recipe(tmp_path, recipe):
 
 def test_a_file_from_before_there_were_other_networks_is_deeplab(tmp_path):
     path = tmp_path / "recipe.json"
-    path.write_text('{"depth": 34}')
-    assert Recipe.load(path) == DeepLabRecipe(depth=34)
+    path.write_text('{"depth": 34, "weights": "x.pth"}')  # as version 0.1 called them
+    assert Recipe.load(path) == DeepLabRecipe(backbone="resnet34", init="x.pth")
 
 
 def test_a_recipe_of_another_network_is_refused(tmp_path):
@@ -68,10 +70,20 @@ def test_a_detector_that_cannot_be_is_refused(fields, message):
     [
         ("{", "not a JSON file"),
         ("[1]", "a recipe is a JSON object, got list"),
-        ('{"deth": 18}', "a recipe of deeplab has no field 'deth'; its fields are depth, "),
+        ('{"deth": 18}', "a recipe of deeplab has no field 'deth'; its fields are backbone, "),
         ('{"network": "yolo"}', "there is no network 'yolo'; the networks are deeplab, rpn, "),
-        ('{"depth": 19}', "depth must be one of 18, 34, 50, 101, got 19"),
-        ('{"depth": "18"}', "depth must be one of 18, 34, 50, 101, got '18'"),
+        (
+            '{"backbone": "resnet19"}',
+            "backbone must be one of 'resnet18', 'resnet34', 'resnet50', 'resnet101', "
+            "'aligned-inception-resnet', got 'resnet19'",
+        ),
+        (
+            '{"depth": 19}',
+            "backbone must be one of 'resnet18', 'resnet34', 'resnet50', 'resnet101', "
+            "'aligned-inception-resnet', got 'resnet19'",
+        ),
+        ('{"batch": "18"}', "batch must be int, got '18'"),
+        ('{"stride_in_1x1": true, "backbone": "resnet18"}', "stride_in_1x1 is for resnet50 and"),
         ('{"batch": 2.5}', "batch must be int, got 2.5"),
         ('{"flip": 1}', "flip must be bool, got 1"),
         ('{"crop": [3]}', "crop must be "),
@@ -110,7 +122,12 @@ def test_learning_rate_of_a_run():
 
 def test_the_papers_settings():
     for recipe in (voc2012(), cityscapes()):
-        assert (recipe.depth, recipe.norm, recipe.batch, recipe.lr) == (101, "frozen", 8, 1e-3)
+        assert (recipe.backbone, recipe.norm, recipe.batch, recipe.lr) == (
+            "resnet101",
+            "frozen",
+            8,
+            1e-3,
+        )
     assert (voc2012().short_side, voc2012().iterations) == (360, 30_000)
     assert (cityscapes().short_side, cityscapes().iterations) == (1024, 45_000)
     assert voc2012(deform_layers=0).deform_layers == 0
@@ -120,7 +137,7 @@ def test_the_papers_settings():
 def test_the_papers_settings_of_detectors(recipe):
     voc, coco = voc_detection(recipe), coco_detection(recipe)
     for settings in (voc, coco):
-        assert (settings.depth, settings.norm, settings.batch) == (101, "frozen", 8)
+        assert (settings.backbone, settings.norm, settings.batch) == ("resnet101", "frozen", 8)
         assert (settings.short_side, settings.max_side, settings.lr) == (600, 1000, 1e-3)
         assert settings.convention == "msra2017"
     assert (voc.iterations, voc.anchor_sizes, voc.max_detections) == (30_000, (128, 256, 512), 300)

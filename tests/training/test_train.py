@@ -129,7 +129,7 @@ def test_a_wrong_checkpoint_is_named_in_one_line(trained, tmp_path, damage):
         torch.save({"state_dict": {"weight": torch.zeros(3)}}, path)
     else:
         content = load_checkpoint(checkpoint_path(trained[0]))
-        content["deformnet"]["recipe"]["depth"] = 34
+        content["deformnet"]["recipe"]["backbone"] = "resnet34"
         torch.save(content, path)
     with pytest.raises(ValueError, match=r"checkpoint|does not fit") as caught:
         load_run(tmp_path)

@@ -50,7 +50,7 @@ def conditions(bench: Bench) -> dict[str, Any]:
         "device": bench.device,
         "threads": torch.get_num_threads(),
         "kernels": backends.resolve("auto", bench.device),
-        "depth": bench.depth,
+        "backbone": bench.backbone,
         "scale": bench.scale,
         "rounds": bench.rounds,
     }
@@ -63,7 +63,7 @@ def condition_lines(found: Mapping[str, Any]) -> list[str]:
     lines = [
         f"{found['machine']}{load}",
         f"{packages}; operators on {found['device']} by {found['kernels']!r}",
-        f"ResNet-{found['depth']}, random weights, random pixels, float32; median of "
+        f"{found['backbone']}, random weights, random pixels, float32; median of "
         f"{found['rounds']} rounds in turns, ratios round by round (p20-p80)",
     ]
     if found["scale"] != 1:

@@ -20,6 +20,7 @@ from deformnet.models.deeplab import DeepLab
 from deformnet.models.detector import Candidates, Detector, Size
 from deformnet.nn.offsets import OffsetLayer
 from deformnet.recipes import (
+    BackboneName,
     ClassAwareRPNRecipe,
     DeepLabRecipe,
     DetectorRecipe,
@@ -49,7 +50,7 @@ class Case:
     photo: Size
 
 
-def case(row: Row, depth: int, scale: float = 1.0) -> Case:
+def case(row: Row, backbone: BackboneName, scale: float = 1.0) -> Case:
     """The networks of a row of Table 4.
 
     DeepLab on Cityscapes sees the images as they are, 1024x2048; on VOC, 375x500 pixels become
@@ -58,7 +59,7 @@ def case(row: Row, depth: int, scale: float = 1.0) -> Case:
 
     Args:
         row: of the table.
-        depth: layers of the ResNet.
+        backbone: as in recipes.
         scale: factor on the sides of the images.
     """
     if row == "deeplab-cityscapes":
@@ -79,7 +80,7 @@ def case(row: Row, depth: int, scale: float = 1.0) -> Case:
             recipe = RFCNRecipe()
             plain = replace(recipe, deform_layers=0, pool="average")
     sides: dict[str, Any] = {
-        "depth": depth,
+        "backbone": backbone,
         "short_side": round(scale * recipe.short_side),
         "max_side": None if recipe.max_side is None else round(scale * recipe.max_side),
     }

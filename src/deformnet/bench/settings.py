@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from deformnet.recipes import BackboneName
+
 Row = Literal["deeplab-cityscapes", "deeplab-voc", "class-aware-rpn", "faster-rcnn", "rfcn"]
 """The rows of Table 4."""
 ROWS: tuple[Row, ...] = get_args(Row)
@@ -12,8 +14,8 @@ ROWS: tuple[Row, ...] = get_args(Row)
 class Bench:
     """How it is measured."""
 
-    depth: Literal[18, 34, 50, 101] = 101
-    """Layers of the ResNet; the paper has 101."""
+    backbone: BackboneName = "resnet101"
+    """What makes the feature maps; the paper has resnet101."""
     scale: float = 1.0
     """Factor on the sides of the images, 0.1 to 1: below 1 it is quicker, and not the paper's."""
     rounds: int = 5

@@ -85,7 +85,7 @@ def _measure(row: Row, bench: Bench, device: torch.device, bar: tqdm) -> dict[st
         bar.set_description(f"{row}: {next(steps)}")
 
     next_step()
-    chosen = case(row, bench.depth, bench.scale)
+    chosen = case(row, bench.backbone, bench.scale)
     photo = torch.randint(256, (3, *chosen.photo), dtype=torch.uint8)
     images = prepared(chosen, photo)[None].to(device, memory_format=torch.channels_last)
     models = build(chosen, images)

@@ -66,7 +66,7 @@ def run_training_step(bench: Bench, network: Row, out: Path | None) -> dict[str,
 def _measure(bench: Bench, network: Row, device: torch.device) -> dict[str, Any]:
     with tqdm(disable=None, leave=False) as bar:
         bar.set_description("building")
-        chosen = case(network, bench.depth, bench.scale)
+        chosen = case(network, bench.backbone, bench.scale)
         photo = torch.randint(256, (3, *chosen.photo), dtype=torch.uint8)
         images = prepared(chosen, photo)[None].to(device, memory_format=torch.channels_last)
         plain, deformable = (model.train() for model in build(chosen, images))

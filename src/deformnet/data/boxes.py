@@ -49,6 +49,13 @@ class Objects(NamedTuple):
     labels: list[int]
     ignored: list[bool]
 
+    def extend(self, other: "Objects", offset: int) -> None:
+        """Adds the objects of images that come `offset` places later than they say."""
+        self.photos.extend(photo + offset for photo in other.photos)
+        self.boxes.extend(other.boxes)
+        self.labels.extend(other.labels)
+        self.ignored.extend(other.ignored)
+
 
 class DetectionDataset(VisionDataset):
     """Images with boxes. Abstract: a subclass reads the files that list them.
@@ -64,6 +71,8 @@ class DetectionDataset(VisionDataset):
     Attributes:
         classes: names of the classes of objects, without a background.
         dropped: boxes that were left out.
+        has_truth: False if nobody but a server knows the objects: there are none here, and nothing
+            to train on or to score with.
         transforms: called with (image, annotations); None for no change.
     """
 
@@ -75,6 +84,8 @@ class DetectionDataset(VisionDataset):
         objects: Objects,
         classes: tuple[str, ...],
         transforms: Callable | None,
+        *,
+        has_truth: bool = True,
     ) -> None:
         """
         Args:
@@ -85,6 +96,7 @@ class DetectionDataset(VisionDataset):
         super().__init__(root, transforms=transforms)
         self.folder = folder
         self.classes = classes
+        self.has_truth = has_truth
         self._names = _Texts(photo.name for photo in photos)
         self._files = _Texts(photo.file for photo in photos)
         self._sizes = torch.tensor([photo.size for photo in photos], dtype=torch.int64)

@@ -10,6 +10,7 @@ from torchvision.datasets import Cityscapes
 
 from deformnet.data.base import IGNORE, Sample, SegmentationDataset, every_label, require_folder
 from deformnet.data.files import read_labels
+from deformnet.data.splits import Part, require_union, split_parts
 
 # id -> train id of the 34 stored ids; licence plates (-1) have no 8-bit id. From torchvision's copy
 # of the official table.
@@ -28,6 +29,8 @@ class CityscapesSegmentation(SegmentationDataset):
     leftImg8bit/<split>/<city>/<city>_<seq>_<frame>_leftImg8bit.png
     gtFine/<split>/<city>/<city>_<seq>_<frame>_gtFine_labelIds.png
     ```
+
+    A split is a folder, or several joined by `+` (`train+val`).
 
     Only these two kinds of file are needed. The 34 stored ids become the 19 train ids; the others
     are void. (torchvision's reader of the same layout knows three fixed splits, takes the files in
@@ -49,10 +52,17 @@ class CityscapesSegmentation(SegmentationDataset):
         Raises:
             FileNotFoundError: for a missing folder, split (the message says which exist) or label
                 file.
-            ValueError: if the split has no images.
+            ValueError: if the split has no images, or an image of the same name in two parts.
         """
         root = Path(root).expanduser()
-        samples = _find_samples(root, split)
+        by_part = {name: _find_samples(root, name) for name in split_parts(split)}
+        require_union(
+            [
+                Part(str(root / "leftImg8bit" / name), (), [sample.name for sample in samples])
+                for name, samples in by_part.items()
+            ]
+        )
+        samples = [sample for samples in by_part.values() for sample in samples]
         label_map = every_label(_UNKNOWN)
         for label, train_id in _TRAIN_ID.items():
             label_map[label] = train_id

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from deformnet.data.base import require_folder
 from deformnet.data.coco import COCODetection, coco_splits
-from deformnet.data.voc import VOCDetection, find_voc, voc_detection_splits
+from deformnet.data.voc import VOCDetection, find_years, voc_detection_splits
 
 
 def open_detection(
@@ -15,13 +15,17 @@ def open_detection(
 
     Args:
         root: the folder that holds `VOCdevkit` (or is it, or one year of it), or that holds
-            `annotations/instances_*.json`.
-        split: which part: the name of a list file (VOC) or what follows `instances_` (COCO).
+            `annotations/instances_*.json` (or `image_info_*.json`, of images whose objects are
+            not published).
+        split: which part: the name of a list file (VOC) or what follows `instances_` (COCO), or
+            several joined by `+`. In the VOC layout a name may begin with a year's folder, as in
+            `VOC2007/trainval+VOC2012/trainval`; without it is the last year's.
         transforms: called with (image, annotations), as those of `deformnet.data.transforms`.
     Raises:
         FileNotFoundError: if `root` is in neither layout, or has no such split; the message says
             what was looked for, or which splits there are.
-        ValueError: if the split is empty or an annotation is malformed.
+        ValueError: if the split is empty, an annotation is malformed, or the parts of a sum do not
+            fit together.
     """
     root = Path(root).expanduser()
     if _is_coco(root):
@@ -30,13 +34,16 @@ def open_detection(
 
 
 def detection_splits(root: Path) -> list[str]:
-    """The names that `open_detection` takes as split, VOC's lists of one class left out.
+    """The names that `open_detection` takes as split, sums and VOC's lists of one class left out.
+
+    Those of the last year of a folder in the VOC layout; with several years also those of every
+    year, with its folder.
 
     Raises:
         FileNotFoundError: if `root` is in neither layout.
     """
     root = Path(root).expanduser()
-    return coco_splits(root) if _is_coco(root) else voc_detection_splits(find_voc(root))
+    return coco_splits(root) if _is_coco(root) else voc_detection_splits(root)
 
 
 def _is_coco(root: Path) -> bool:
@@ -45,10 +52,10 @@ def _is_coco(root: Path) -> bool:
     if coco_splits(root):
         return True
     try:
-        find_voc(root)
+        find_years(root)
     except FileNotFoundError:
         raise FileNotFoundError(
             f"{root}: neither layout found; looked for VOCdevkit/VOC*/ImageSets/, VOC*/ImageSets/ "
-            "and ImageSets/ (VOC), and for annotations/instances_*.json (COCO)"
+            "and ImageSets/ (VOC), and for annotations/instances_*.json or image_info_*.json (COCO)"
         ) from None
     return False

@@ -12,6 +12,7 @@ import numpy as np
 from deformnet.data.base import IGNORE, Sample, SegmentationDataset, require_folder
 from deformnet.data.boxes import DetectionDataset, Objects, Photo
 from deformnet.data.files import Folder, read_labels, read_lines, read_size
+from deformnet.data.splits import Part, require_union, split_parts
 
 VOC_CLASSES = (
     "background",
@@ -37,7 +38,7 @@ VOC_CLASSES = (
     "tvmonitor",
 )
 
-# Masks looked at to see whether a classes.txt leaves out the background (see `_read_classes`).
+# Masks looked at to see whether a classes.txt leaves out the background (see `read_classes`).
 _MASKS_SAMPLED = 100
 
 # What the tag <difficult> holds in files of VOC and of tools that write its format.
@@ -57,10 +58,11 @@ class VOCSegmentation(SegmentationDataset):
       SegmentationClassAug/<id>.png                 optional, for `train_aug`
     ```
 
-    `root` may be the folder that holds VOCdevkit, VOCdevkit itself or one year's folder. With
-    several years the last is taken, as VOC2012 holds the segmentations of the years before.
+    `root` may be the folder that holds VOCdevkit, VOCdevkit itself or one year's folder.
 
-    A split is any list file: train, val, trainval, test, an own one. The list `train_aug` (10,582
+    A split is any list file: train, val, trainval, test, an own one; with the year's folder before
+    it (`VOC2012/train`) or of the last year, as VOC2012 holds the segmentations of the years
+    before. Several are joined by `+`. The list `train_aug` (10,582
     images) is the union of VOC's 1,464 training masks and of the masks of SBD (Hariharan et al.
     2011) less VOC's val images. Its masks are therefore looked for in SegmentationClassAug, image
     by image, and in SegmentationClass where that folder lacks one: archives differ in whether they
@@ -78,12 +80,19 @@ class VOCSegmentation(SegmentationDataset):
         Raises:
             FileNotFoundError: for a missing folder, list (the message says which splits exist),
                 image or mask.
-            ValueError: for an empty or malformed list or classes.txt.
+            ValueError: for an empty or malformed list or classes.txt, and for parts of a sum that
+                differ in their classes or share an image.
         """
         root = Path(root).expanduser()
-        folder = find_voc(root)
-        samples = list(_read_list(folder, split))
-        super().__init__(root, samples, _read_classes(folder), transforms)
+        samples: list[Sample] = []
+        parts = []
+        for folder, name in _find_lists(root, split):
+            path = folder / "ImageSets/Segmentation" / f"{name}.txt"
+            added = list(_read_list(folder, path, voc_splits(root)))
+            parts.append(Part(str(path), read_classes(folder), [sample.name for sample in added]))
+            samples += added
+        require_union(parts)
+        super().__init__(root, samples, parts[0].classes, transforms)
         self.split = split
 
     def extra_repr(self) -> str:
@@ -110,7 +119,8 @@ class VOCDetection(DetectionDataset):
       Annotations/<id>.xml
     ```
 
-    `root` as for `VOCSegmentation`. A split is any list file. Lists of one class (`cat_train`) have
+    `root` and splits as for `VOCSegmentation`, so the paper's training set is
+    `VOC2007/trainval+VOC2012/trainval`. Lists of one class (`cat_train`) have
     a second field, 1, 0 or -1, that says whether the class is in the image: it is passed over, and
     all images of the list are taken with the objects of all classes.
 
@@ -127,46 +137,77 @@ class VOCDetection(DetectionDataset):
         Raises:
             FileNotFoundError: for a missing folder, list (the message says which splits exist),
                 image or XML file.
-            ValueError: for an empty or malformed list or classes.txt, and for an XML file that is
-                broken or has an object of no class.
+            ValueError: for an empty or malformed list or classes.txt, for an XML file that is
+                broken or has an object of no class, and for parts of a sum that differ in their
+                classes or share an image.
         """
         root = Path(root).expanduser()
-        folder = find_voc(root)
-        classes = _read_objects(folder)
-        photos, objects = _read_annotations(folder, split, classes)
-        super().__init__(root, folder, photos, objects, classes, transforms)
+        photos: list[Photo] = []
+        objects = Objects([], [], [], [])
+        parts = []
+        lists = _find_lists(root, split)
+        for folder, name in lists:
+            path = folder / "ImageSets/Main" / f"{name}.txt"
+            classes = read_object_classes(folder)
+            added, of_added = _read_annotations(folder, path, classes, voc_detection_splits(root))
+            parts.append(Part(str(path), classes, [photo.name for photo in added]))
+            objects.extend(of_added, len(photos))
+            photos += added
+        require_union(parts)
+        years = lists[0][0].parent  # all lie in one folder
+        super().__init__(root, years, photos, objects, parts[0].classes, transforms)
         self.split = split
 
     def extra_repr(self) -> str:
         return f"Split: {self.split}"
 
 
-def voc_detection_splits(folder: Path) -> list[str]:
-    """The detection splits that a year's folder has lists for, without those of one class."""
+def voc_detection_splits(root: Path) -> list[str]:
+    """The detection splits that there are lists for, without those of one class.
+
+    Those of the last year; with several years also those of every year, as `VOC2007/trainval`.
+
+    Raises:
+        FileNotFoundError: if `root` is not in the VOC layout.
+    """
+    return _with_years(find_years(root), object_lists)
+
+
+def voc_splits(root: Path) -> list[str]:
+    """The segmentation splits that there are lists for; years as for detection.
+
+    Raises:
+        FileNotFoundError: if `root` is not in the VOC layout.
+    """
+    return _with_years(find_years(root), mask_lists)
+
+
+def object_lists(folder: Path) -> list[str]:
+    """Names of the lists of images with boxes in a year's folder, without those of one class."""
     names = sorted(path.stem for path in (folder / "ImageSets/Main").glob("*.txt"))
     # Not all that begins with a class is such a list: VOC has a class `train`.
-    of_one_class = {f"{label}_{name}" for label in _read_objects(folder) for name in names}
+    of_one_class = {f"{label}_{name}" for label in read_object_classes(folder) for name in names}
     return [name for name in names if name not in of_one_class]
 
 
-def voc_splits(folder: Path) -> list[str]:
-    """The segmentation splits that a year's folder has lists for."""
+def mask_lists(folder: Path) -> list[str]:
+    """Names of the lists of images with masks in a year's folder."""
     return sorted(path.stem for path in (folder / "ImageSets/Segmentation").glob("*.txt"))
 
 
-def find_voc(root: Path) -> Path:
-    """Finds the folder of one year (VOC2012) from `root`, which may lie up to two folders above.
+def find_years(root: Path) -> list[Path]:
+    """The folders of years (VOC2007, VOC2012), in order; `root` may be one or hold VOCdevkit.
 
     Raises:
         FileNotFoundError: if there is none; the message says what was looked for.
     """
     require_folder(root)
     if (root / "ImageSets").is_dir():
-        return root
+        return [root]
     for devkit in (root, root / "VOCdevkit"):
         years = sorted(path.parent for path in devkit.glob("VOC*/ImageSets"))
         if years:
-            return years[-1]
+            return years
     raise FileNotFoundError(
         f"{root}: no VOC layout here; looked for ImageSets/, VOC*/ImageSets/ and "
         "VOCdevkit/VOC*/ImageSets/"
@@ -184,30 +225,73 @@ def colour_map() -> np.ndarray:
     return colours
 
 
-def _read_list(folder: Path, split: str) -> Iterator[Sample]:
-    path = folder / "ImageSets/Segmentation" / f"{split}.txt"
-    lines = _lines(path, voc_splits(folder))
-    images = Folder(folder / "JPEGImages")
-    masks = [Folder(folder / "SegmentationClass")]
-    if split == "train_aug":
-        masks.insert(0, Folder(folder / "SegmentationClassAug"))
+def _with_years(years: list[Path], lists: Callable[[Path], list[str]]) -> list[str]:
+    """The names of the last year's lists, and of all lists with their year if there are several."""
+    names = lists(years[-1])
+    if len(years) > 1:
+        names += [f"{year.name}/{name}" for year in years for name in lists(year)]
+    return names
 
-    for fields in lines:
-        if len(fields) == 1:
-            name = fields[0]
-            image = images.find(f"{name}.jpg", f"{name}.png")
-            mask = next(filter(None, (place.find(f"{name}.png") for place in masks)), None)
-        elif len(fields) == 2:
-            image, mask = (_existing(folder / field.lstrip("/")) for field in fields)
-            name = Path(fields[0]).stem
-        else:
+
+def _find_lists(root: Path, split: str) -> list[tuple[Path, str]]:
+    """The year's folder and the name of each list in a sum.
+
+    Raises:
+        FileNotFoundError: if there is no such year.
+        ValueError: if a list comes twice.
+    """
+    years = find_years(root)
+    # A year's folder that was given as "." knows its name only when it is made absolute.
+    by_name = {year.absolute().name: year for year in years}
+    lists = []
+    for part in split_parts(split):
+        year, slash, name = part.rpartition("/")
+        if slash and year not in by_name:
+            raise FileNotFoundError(
+                f"{root}: no year {year!r} for split {part}; those here are: {', '.join(by_name)}"
+            )
+        found = (by_name[year] if slash else years[-1], name)
+        if found in lists:  # once with its year and once without
+            raise ValueError(f"split {split!r}: names {name} of {found[0].name} more than once")
+        lists.append(found)
+    return lists
+
+
+def _read_list(folder: Path, path: Path, known: list[str]) -> Iterator[Sample]:
+    find = MaskFinder(folder, path.stem)
+    for fields in _lines(path, known):
+        if len(fields) > 2:
             raise ValueError(f"{path}: wanted an id or two paths a line, got {' '.join(fields)!r}")
+        name, image, mask = find(fields)
         if image is None:
-            raise FileNotFoundError(f"{path}: lists {fields[0]}, which is not in {images.path}")
+            raise FileNotFoundError(
+                f"{path}: lists {fields[0]}, which is not in {find.images.path}"
+            )
         if mask is None:
-            places = " or ".join(str(place.path) for place in masks)
+            places = " or ".join(str(place.path) for place in find.masks)
             raise FileNotFoundError(f"{path}: lists {fields[-1]}, which has no mask in {places}")
         yield Sample(name, image, mask)
+
+
+class MaskFinder:
+    """Finds the files of an entry in a list of images with masks."""
+
+    def __init__(self, folder: Path, split: str) -> None:
+        self.folder = folder
+        self.images = Folder(folder / "JPEGImages")
+        self.masks = [Folder(folder / "SegmentationClass")]
+        if split == "train_aug":
+            self.masks.insert(0, Folder(folder / "SegmentationClassAug"))
+
+    def __call__(self, fields: list[str]) -> tuple[str, Path | None, Path | None]:
+        """The name, image and mask of a line with an id or two paths; None for what is absent."""
+        if len(fields) == 2:
+            image, mask = (_existing(self.folder / field.lstrip("/")) for field in fields)
+            return Path(fields[0]).stem, image, mask
+        name = fields[0]
+        image = self.images.find(f"{name}.jpg", f"{name}.png")
+        mask = next(filter(None, (place.find(f"{name}.png") for place in self.masks)), None)
+        return name, image, mask
 
 
 def _lines(path: Path, known: list[str]) -> list[list[str]]:
@@ -225,8 +309,9 @@ def _existing(path: Path) -> Path | None:
     return path if path.is_file() else None
 
 
-def _read_classes(folder: Path) -> tuple[str, ...]:
-    path = _classes_file(folder)
+def read_classes(folder: Path) -> tuple[str, ...]:
+    """The classes of the masks in a year's folder."""
+    path = classes_file(folder)
     if path is None:
         return VOC_CLASSES
     names = _read_names(path)
@@ -239,7 +324,8 @@ def _read_classes(folder: Path) -> tuple[str, ...]:
     return names
 
 
-def _classes_file(folder: Path) -> Path | None:
+def classes_file(folder: Path) -> Path | None:
+    """The classes.txt of a year's folder, in it or beside VOCdevkit; VOC itself has none."""
     places = [folder]
     if folder.parent.name == "VOCdevkit":
         places += [folder.parent, folder.parent.parent]
@@ -268,9 +354,9 @@ def _has_label(folder: Path, label: int) -> bool:
     return False
 
 
-def _read_objects(folder: Path) -> tuple[str, ...]:
-    """The classes of objects."""
-    path = _classes_file(folder)
+def read_object_classes(folder: Path) -> tuple[str, ...]:
+    """The classes of the boxes in a year's folder."""
+    path = classes_file(folder)
     if path is None:
         return VOC_CLASSES[1:]
     names = _read_names(path)
@@ -281,17 +367,16 @@ def _read_objects(folder: Path) -> tuple[str, ...]:
 
 
 def _read_annotations(
-    folder: Path, split: str, classes: tuple[str, ...]
+    folder: Path, path: Path, classes: tuple[str, ...], known: list[str]
 ) -> tuple[list[Photo], Objects]:
-    path = folder / "ImageSets/Main" / f"{split}.txt"
-    lines = _lines(path, voc_detection_splits(folder))
+    """The images of a list, whose paths begin above the year's folder, and their objects."""
     images, annotations = Folder(folder / "JPEGImages"), Folder(folder / "Annotations")
     labels = {name: label for label, name in enumerate(classes)}
     photos: dict[str, Photo] = {}
     objects = Objects([], [], [], [])
-    for fields in lines:
+    for fields in _lines(path, known):
         name = fields[0]
-        if len(fields) > 2 or fields[1:] not in ([], ["1"], ["0"], ["-1"]):
+        if not is_object_line(fields):
             raise ValueError(
                 f"{path}: wanted an id, or an id and 1, 0 or -1 a line, got {' '.join(fields)!r}"
             )
@@ -305,18 +390,30 @@ def _read_annotations(
             raise FileNotFoundError(
                 f"{path}: lists {name}, which has no {annotation} in {annotations.path}"
             )
-        content = _parse(xml)
+        content = parse_annotation(xml)
         for item in content.iterfind("object"):
+            box, label, ignored = read_object(xml, item, labels)
             objects.photos.append(len(photos))
-            objects.boxes.append(_read_box(xml, item))
-            objects.labels.append(_read_label(xml, item, labels))
-            objects.ignored.append(_is_difficult(xml, item))
-        size = _read_size(content) or read_size(image)
-        photos[name] = Photo(name, f"JPEGImages/{image.name}", size)
+            objects.boxes.append(box)
+            objects.labels.append(label)
+            objects.ignored.append(ignored)
+        size = annotated_size(content) or read_size(image)
+        # A folder that was given as "." has no name, and is its own parent.
+        photos[name] = Photo(name, str(Path(folder.name, "JPEGImages", image.name)), size)
     return list(photos.values()), objects
 
 
-def _parse(path: Path) -> Element:
+def is_object_line(fields: list[str]) -> bool:
+    """Whether a line of a list of images with boxes is well formed."""
+    return len(fields) <= 2 and fields[1:] in ([], ["1"], ["0"], ["-1"])
+
+
+def parse_annotation(path: Path) -> Element:
+    """The <annotation> of an XML file.
+
+    Raises:
+        ValueError: if it is no XML, or something else.
+    """
     try:
         root = ElementTree.parse(path).getroot()
     except (SyntaxError, ValueError, LookupError) as error:  # the last two: of its encoding
@@ -327,11 +424,22 @@ def _parse(path: Path) -> Element:
     return root
 
 
-def _read_size(content: Element) -> tuple[int, int] | None:
+def annotated_size(content: Element) -> tuple[int, int] | None:
     """Height and width; None where the file does not say, as zeros do not."""
     texts = [content.findtext(f"size/{tag}", "").strip() for tag in ("height", "width")]
     height, width = (int(text) if text.isdecimal() else 0 for text in texts)
     return (height, width) if height and width else None
+
+
+def read_object(
+    path: Path, item: Element, labels: dict[str, int]
+) -> tuple[tuple[float, float, float, float], int, bool]:
+    """The box (edges), the label and whether it is to be ignored, of one <object> in `path`.
+
+    Raises:
+        ValueError: if one of them is malformed, or the class is unknown.
+    """
+    return _read_box(path, item), _read_label(path, item, labels), _is_difficult(path, item)
 
 
 def _read_label(path: Path, item: Element, labels: dict[str, int]) -> int:

@@ -124,7 +124,7 @@ def run_demo(demo: Demo, out: Path, say: Callable[[str], None]) -> None:
 
 def _recipe(demo: Demo, deform_layers: Literal[0, 3]) -> DeepLabRecipe:
     return DeepLabRecipe(
-        depth=18,
+        backbone="resnet18",
         deform_layers=deform_layers,
         short_side=demo.size,
         max_side=None,
@@ -142,7 +142,7 @@ def _recipe(demo: Demo, deform_layers: Literal[0, 3]) -> DeepLabRecipe:
 
 def _detector_recipe(demo: Demo) -> RFCNRecipe:
     return RFCNRecipe(
-        depth=18,
+        backbone="resnet18",
         deform_layers=0,  # all that is deformable is the pooling, which is to be seen
         short_side=demo.size,
         max_side=None,

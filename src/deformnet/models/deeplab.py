@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deformnet.backbones.resnet import ResNetFeatures
+from deformnet.backbones import Backbone
 
 IGNORE = 255  # the label of pixels that neither train nor count
 
@@ -22,7 +22,7 @@ class DeepLab(nn.Module):
         num_classes: classes including the background, 1 to 255.
     """
 
-    def __init__(self, backbone: ResNetFeatures, num_classes: int) -> None:
+    def __init__(self, backbone: Backbone, num_classes: int) -> None:
         if not 1 <= num_classes <= IGNORE:
             raise ValueError(f"num_classes: wanted 1 to {IGNORE}, got {num_classes}")
         super().__init__()

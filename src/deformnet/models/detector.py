@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from deformnet.backbones.resnet import ResNetFeatures
+from deformnet.backbones import Backbone
 
 Size = tuple[int, int]
 """Height and width of an image inside a batch, where all are extended to the largest."""
@@ -85,7 +85,7 @@ class Detector(nn.Module):
     takes_proposals = True
     """Whether boxes can be given from outside (a class-aware RPN has anchors alone)."""
 
-    def __init__(self, backbone: ResNetFeatures, num_classes: int) -> None:
+    def __init__(self, backbone: Backbone, num_classes: int) -> None:
         if num_classes < 1:
             raise ValueError(f"num_classes: wanted at least 1, got {num_classes}")
         super().__init__()

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import roi_pool
 
-from deformnet.backbones.resnet import ResNetFeatures
+from deformnet.backbones import Backbone
 from deformnet.models.rois import ROIS_PER_IMAGE, RegionDetector, RoIs, boxes_to_pool, sample
 from deformnet.models.rpn import RPN
 from deformnet.nn import DeformRoIPool2d
@@ -41,7 +41,7 @@ class FasterRCNN(RegionDetector):
 
     def __init__(
         self,
-        backbone: ResNetFeatures,
+        backbone: Backbone,
         num_classes: int,
         rpn: RPN,
         *,

@@ -6,7 +6,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from deformnet.backbones.resnet import ResNetFeatures
+from deformnet.backbones import Backbone
 from deformnet.models.rois import RegionDetector, RoIs, boxes_to_pool
 from deformnet.models.rpn import RPN
 from deformnet.nn import DeformPSRoIPool2d
@@ -39,7 +39,7 @@ class RFCN(RegionDetector):
 
     def __init__(
         self,
-        backbone: ResNetFeatures,
+        backbone: Backbone,
         num_classes: int,
         rpn: RPN,
         *,

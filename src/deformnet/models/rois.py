@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import box_iou, clip_boxes_to_image
 
-from deformnet.backbones.resnet import ResNetFeatures
+from deformnet.backbones import Backbone
 from deformnet.models.boxes import HEAD, decode, encode
 from deformnet.models.detector import Candidates, Detector, Features, Proposals, Size, Target
 from deformnet.models.rpn import RPN
@@ -141,7 +141,7 @@ class RegionDetector(Detector):
         rpn: proposes boxes.
     """
 
-    def __init__(self, backbone: ResNetFeatures, num_classes: int, rpn: RPN) -> None:
+    def __init__(self, backbone: Backbone, num_classes: int, rpn: RPN) -> None:
         super().__init__(backbone, num_classes)
         self.rpn = rpn
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchvision.models.detection._utils import BalancedPositiveNegativeSampler, Matcher
 from torchvision.ops import box_iou, clip_boxes_to_image, nms, remove_small_boxes
 
-from deformnet.backbones.resnet import ResNetFeatures
+from deformnet.backbones import Backbone
 from deformnet.models.anchors import Convention, grid_anchors, inside_image, unit_anchors
 from deformnet.models.boxes import decode, encode
 from deformnet.models.detector import Candidates, Detector, Features, Proposals, Size, Target
@@ -260,7 +260,7 @@ class RPNDetector(Detector):
 
     def __init__(
         self,
-        backbone: ResNetFeatures,
+        backbone: Backbone,
         num_classes: int,
         *,
         class_aware: bool,
