@@ -19,6 +19,7 @@ from deformnet.detections import (
     score_table,
     to_line,
     write_detections,
+    write_submission,
 )
 
 
@@ -322,6 +323,53 @@ def test_coco_data(coco, tmp_path, form, data):
     assert scores["coco"]["APlarge"] is None
     assert (scores["images"], scores["images_with_detections"], scores["detections"]) == (2, 2, 3)
     assert "APsmall" in score_table(scores)
+
+
+@pytest.mark.parametrize("published", [True, False], ids=["with truth", "without truth"])
+def test_submission(coco, tmp_path, published):
+    instances = coco / "annotations/instances_val.json"
+    split = "val" if published else "test-dev2017"
+    if not published:
+        content = json.loads(instances.read_text())
+        del content["annotations"]
+        write(coco, {"annotations/image_info_test-dev2017.json": json.dumps(content)})
+        (coco / "val").rename(coco / "test2017")
+    dataset = open_detection(coco, split)
+    path = write_submission(tmp_path / "out", COCO_RECORDS, dataset, "R-FCN_1.0")
+    assert path == tmp_path / f"out/detections_{split}_R-FCN_1.0_results.json"
+    results = json.loads(path.read_text())
+    assert results[0] == {
+        "image_id": 20,
+        "category_id": 5,
+        "bbox": [10, 20, 20, 20],
+        "score": 0.9,
+    }
+    assert [(one["image_id"], one["category_id"]) for one in results[1:]] == [(10, 5), (10, 3)]
+    # What was written is what the benchmark reads.
+    assert score(path, instances)["coco"]["AP"] == 1
+    if not published:
+        found = tmp_path / "found.jsonl"
+        write_detections(found, COCO_RECORDS)
+        with one_line(ValueError, "test-dev2017", "no truth", "submission"):
+            score(found, coco, split=split)
+        with one_line(ValueError, "test-dev2017", "no truth", "submission"):
+            score_records(COCO_RECORDS, dataset, method="area")
+    assert json.loads(write_submission(tmp_path, [], dataset, "nothing").read_text()) == []
+    with one_line(ValueError, "not in the ground truth", "'x'"):
+        write_submission(tmp_path, [record("x")], dataset, "other")
+    for name in ("", "a/b", "a b"):
+        with one_line(ValueError, "name", repr(name)):
+            write_submission(tmp_path, COCO_RECORDS, dataset, name)
+
+
+def test_submission_of_tensors_has_short_numbers(coco, tmp_path):
+    boxes = torch.tensor([[0.1, 0.2, 10.3, 20.7]])
+    found = Record("a", boxes, torch.tensor([0.1]), ["dog"])
+    (result,) = json.loads(
+        write_submission(tmp_path, [found], open_detection(coco, "val"), "x").read_text()
+    )
+    assert result["bbox"] == pytest.approx([0.1, 0.2, 10.2, 20.5], abs=1e-6)
+    assert len(json.dumps(result)) < 100
 
 
 def test_coco_records_in_memory(coco):

@@ -20,15 +20,18 @@ for part, below in {
     "models": ("backbones",),
     "recipes": ("models",),
     "runs": ("recipes",),
+    "export": ("runs",),
     "parameters": ("recipes",),
     "timing": (),
     "data": (),
     "evaluation": (),
     "analysis": ("nn",),
+    "datacheck": ("data", "runs"),
     "detections": ("data", "evaluation", "runs"),
     "inference": ("runs", "detections"),
     # Scoring a run is predicting as a user would, and comparing.
     "training": ("inference",),
+    "reproduce": ("training",),
     "bench": ("inference", "analysis", "timing"),
     "demo": ("training", "analysis"),
 }.items():
@@ -42,7 +45,7 @@ MAY_IMPORT["__main__"] = {"cli"}
 PACKAGES = {
     "ops": {"torch"},
     "nn": {"torch"},
-    "backbones": {"torch", "torchvision"},
+    "backbones": {"torch", "torchvision", "safetensors"},
     "models": {"torch", "torchvision"},
     "data": {"torch", "torchvision", "numpy", "PIL", "tqdm"},
 }

@@ -82,17 +82,17 @@ def write_submission(
         raise ValueError(f"name: wanted letters, digits, dots, dashes, underscores, got {name!r}")
     if len(dataset.annotation_files) > 1:
         raise ValueError(f"{dataset.split}: a submission is for one split")
-    known = _COCOTruth(dataset.annotation_files[0], *_ids(dataset))
+    known = _COCOTruth(dataset.annotation_files, *_ids(dataset))
     path = folder / f"detections_{dataset.split}_{name}_results.json"
     by_name = _known(records, known, "detections")
-    with replacing(path) as file:
-        file.write(b"[")
+    with replacing(path) as output:
+        output.write(b"[")
         for number, result in enumerate(_to_results(by_name, known)):
             result["bbox"] = _short(np.asarray(result["bbox"], np.float32))
-            result["score"] = _short(np.asarray([result["score"]], np.float32))[0]
-            file.write(b",\n" if number else b"\n")
-            file.write(json.dumps(result).encode())
-        file.write(b"\n]\n")
+            (result["score"],) = _short(np.asarray([result["score"]], np.float32))
+            output.write(b",\n" if number else b"\n")
+            output.write(json.dumps(result).encode())
+        output.write(b"\n]\n")
     return path
 
 
@@ -213,9 +213,9 @@ class _NamedTruth(NamedTuple):
 
 
 class _COCOTruth(NamedTuple):
-    """Ground truth for COCO AP: the file, and the ids behind the names in it."""
+    """Ground truth for COCO AP: the files, and the ids behind the names in them."""
 
-    file: Path
+    files: tuple[Path, ...]
     images: dict[str, int]
     classes: dict[str, int]
 
@@ -242,10 +242,14 @@ def _open(data: Path, split: str | None) -> _NamedTruth | _COCOTruth:
 
 
 def _truth_of(dataset: DetectionDataset) -> _NamedTruth | _COCOTruth:
-    names = [dataset.name(i) for i in range(len(dataset))]
     if isinstance(dataset, COCODetection):
-        return _COCOTruth(dataset.annotation_file, *_ids(dataset))
-    truths = {name: Truth(*dataset.annotations(i)) for i, name in enumerate(names)}
+        if not dataset.has_truth:
+            raise ValueError(
+                f"{dataset.annotation_files[0]}: {dataset.split} has no truth to score with; "
+                "`deformnet evaluate` writes a file for its server"
+            )
+        return _COCOTruth(dataset.annotation_files, *_ids(dataset))
+    truths = {dataset.name(i): Truth(*dataset.annotations(i)) for i in range(len(dataset))}
     return _NamedTruth(truths, dataset.classes)
 
 
@@ -279,7 +283,7 @@ def _open_coco(file: Path) -> _COCOTruth:
         raise ValueError(f"{file}: not COCO annotations ({error!r})") from error
     # The names that COCODetection gives.
     names = stems if len(set(stems)) == len(stems) else map(str, ids)
-    return _COCOTruth(file, dict(zip(names, ids, strict=True)), categories)
+    return _COCOTruth((file,), dict(zip(names, ids, strict=True)), categories)
 
 
 def _score(
@@ -312,7 +316,7 @@ def _score_results(
     results: Sequence[Mapping[str, Any]], truth: _COCOTruth, source: str
 ) -> dict[str, Any]:
     try:
-        numbers = coco_ap(truth.file, results)
+        numbers = coco_ap(truth.files, results)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
     with_detections = len({result["image_id"] for result in results})

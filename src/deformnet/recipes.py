@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # the command line reads recipes before anything heavy is nee
     from torch import nn
 
     from deformnet.backbones import Backbone
+    from deformnet.models.classifier import Classifier
     from deformnet.models.deeplab import DeepLab
     from deformnet.models.faster_rcnn import FasterRCNN
     from deformnet.models.rfcn import RFCN
@@ -152,6 +153,71 @@ class Recipe(ABC):
         if not isinstance(recipe, cls):
             raise ValueError(f"{path}: wanted a recipe of {cls.network}, got {recipe.network}")
         return recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierRecipe(Recipe):
+    """Image classification, which pre-trains a backbone (Dai et al. 2017, appendix B)."""
+
+    network: ClassVar[str] = "classifier"
+
+    deform_layers: DeformLayers = 0
+    """How many 3x3 convolutions, counted from the end, are deformable; 0 is the plain network."""
+    resize: tuple[int, int] = (256, 480)
+    """Smallest and largest shorter side of the images after resizing, in pixels, in training;
+    every length between them is as likely."""
+    crop: int = 224
+    """Side of the square that the network sees, in pixels: cut at random in training, from the
+    centre in testing."""
+    test_short_side: int = 256
+    """Shorter side of the images after resizing, in pixels, in testing."""
+    colour: bool = True
+    """Shift the colours of training images at random (Krizhevsky et al. 2012, section 4.1)."""
+    batch: int = 32
+    """Images per iteration, over all processes together."""
+    lr: float = 0.01
+    """Learning rate of the first third of the iterations; each further third has a tenth of the
+    one before."""
+    weight_decay: float = 1e-4
+    """Weight decay of SGD."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require_positive("crop", "test_short_side")
+        smallest, largest = self.resize
+        if not 0 < smallest <= largest:
+            raise ValueError(f"resize must be positive and in order, got {self.resize}")
+        if self.crop > smallest:
+            raise ValueError(
+                f"crop must be at most the smallest resize ({smallest}), got {self.crop}"
+            )
+        if self.crop > self.test_short_side:
+            raise ValueError(
+                f"crop must be at most test_short_side ({self.test_short_side}), got {self.crop}"
+            )
+
+    def lr_factor(self, iteration: int) -> float:
+        if iteration < self.warmup:
+            return super().lr_factor(iteration)
+        # In whole numbers; the optimiser asks for the iteration after the last, too.
+        return (1.0, 0.1, 0.01)[min(2, 3 * iteration // self.iterations)]
+
+    def build_model(self, num_classes: int) -> "Classifier":
+        from deformnet.backbones import backbone
+        from deformnet.models.classifier import Classifier
+
+        features = backbone(
+            self.backbone,
+            deform_layers=self.deform_layers,
+            offset_groups=self.offset_groups,
+            modulated=self.modulated,
+            norm=self.norm,
+            stride_in_1x1=self.stride_in_1x1,
+            output_stride=32,
+            weights=self.init,
+            reduce_channels=None,
+        )
+        return Classifier(features, num_classes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -360,7 +426,14 @@ class DetectionTesting:
 ONE_LOOK = DetectionTesting()
 """Nothing more."""
 
-RECIPES = (DeepLabRecipe, RPNRecipe, ClassAwareRPNRecipe, FasterRCNNRecipe, RFCNRecipe)
+RECIPES = (
+    DeepLabRecipe,
+    RPNRecipe,
+    ClassAwareRPNRecipe,
+    FasterRCNNRecipe,
+    RFCNRecipe,
+    ClassifierRecipe,
+)
 """A recipe class for every network."""
 
 
@@ -453,6 +526,29 @@ def cityscapes(*, deform_layers: DeformLayers = 3) -> DeepLabRecipe:
         iterations=45_000,
         lr=1e-3,
         warmup=1000,
+    )
+
+
+def imagenet(*, backbone: BackboneName) -> ClassifierRecipe:
+    """The paper's pre-training on ImageNet (appendix B, Table 7), by the settings of its [22].
+
+    He et al. 2016, "Deep residual learning for image recognition", section 3.4: 600k iterations of
+    256 images; shorter sides from 256 to 480, crops of 224; testing with the central crop at 256.
+    Its learning rate falls tenfold whenever the error no longer does, here after each third.
+    """
+    return ClassifierRecipe(
+        backbone=backbone,
+        resize=(256, 480),
+        crop=224,
+        test_short_side=256,
+        colour=True,
+        flip=True,
+        batch=256,
+        iterations=600_000,
+        lr=0.1,
+        momentum=0.9,
+        weight_decay=1e-4,
+        warmup=0,
     )
 
 

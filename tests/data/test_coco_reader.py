@@ -35,7 +35,7 @@ def test_reads_image_and_objects_of_it(coco):
     assert images.classes == ("one", "two")  # in the order of their ids, 4 and 90
     assert images.category_ids == (4, 90)
     assert images.image_ids.tolist() == [7, 3, 5]
-    assert images.annotation_file == coco / "annotations/instances_train.json"
+    assert images.annotation_files == (coco / "annotations/instances_train.json",)
     assert [images.name(i) for i in range(3)] == ["0007", "0003", "0005"]
     assert images.image_path(2) == coco / "train/0005.jpg"
     assert images.size(0) == (12, 16)
@@ -383,7 +383,7 @@ def test_nuclei(real_data):
 
 def test_boxes_are_the_edges_of_the_masks(real_data):
     images = COCODetection(real_data / "nuclei_coco", "val_small")
-    content = json.loads(images.annotation_file.read_text())
+    content = json.loads(images.annotation_files[0].read_text())
     for i in range(0, len(images), 40):
         number = int(images.image_ids[i])
         objects = [item for item in content["annotations"] if item["image_id"] == number]

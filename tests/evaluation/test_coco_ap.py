@@ -47,6 +47,36 @@ def test_published_numbers(real_data, iou_type, name):
     assert list(scores) == list(expected)
 
 
+def test_a_set_in_several_files_scores_as_in_one(tmp_path):
+    whole = content()
+    whole["annotations"].append(
+        {"id": 3, "image_id": 2, "category_id": 7, "bbox": SMALL, "area": 400, "iscrowd": 0}
+    )
+    parts = []
+    for image in (1, 2):
+        part = {
+            **whole,
+            "images": [entry for entry in whole["images"] if entry["id"] == image],
+            # Each file counts its annotations from 1.
+            "annotations": [
+                {**entry, "id": number}
+                for number, entry in enumerate(
+                    (entry for entry in whole["annotations"] if entry["image_id"] == image), 1
+                )
+            ],
+        }
+        parts.append(tmp_path / f"{image}.json")
+        parts[-1].write_text(json.dumps(part))
+    path = tmp_path / "whole.json"
+    path.write_text(json.dumps(whole))
+    found = [detection(), detection(MEDIUM, 0.5), detection(MEDIUM, 0.7, image=2)]
+    both = coco_ap(parts, found)
+    assert both["AP"] == coco_ap(path, found)["AP"]
+    assert both["AR100"] == pytest.approx(2 / 3)
+    with pytest.raises(ValueError, match=r"unknown to .*1\.json and .*2\.json"):
+        coco_ap(parts, [detection(image=3)])
+
+
 def test_all_found_half_found_none_found(file):
     path = file(content())
     everything = [detection(SMALL), detection(MEDIUM, 0.8)]

@@ -1,13 +1,16 @@
-"""Images with labels or boxes: readers of the common layouts, transforms, and a made data set."""
+"""Images with classes, labels or boxes: readers, transforms, and a made data set."""
 
 from deformnet.data.base import IGNORE
 from deformnet.data.boxes import BoxAnnotations, DetectionDataset
 from deformnet.data.cityscapes import CityscapesSegmentation
 from deformnet.data.coco import COCODetection
 from deformnet.data.detection import detection_splits, open_detection
-from deformnet.data.segmentation import open_segmentation
+from deformnet.data.image_folder import ImageFolderClassification, image_folder_splits
+from deformnet.data.segmentation import open_segmentation, segmentation_splits
 from deformnet.data.shapes import Shapes, write_shapes
 from deformnet.data.transforms import (
+    classification_testing_transforms,
+    classification_training_transforms,
     detection_transforms,
     evaluation_transforms,
     training_transforms,
@@ -20,14 +23,19 @@ __all__ = [
     "COCODetection",
     "CityscapesSegmentation",
     "DetectionDataset",
+    "ImageFolderClassification",
     "Shapes",
     "VOCDetection",
     "VOCSegmentation",
+    "classification_testing_transforms",
+    "classification_training_transforms",
     "detection_splits",
     "detection_transforms",
     "evaluation_transforms",
+    "image_folder_splits",
     "open_detection",
     "open_segmentation",
+    "segmentation_splits",
     "training_transforms",
     "write_shapes",
 ]

@@ -16,6 +16,8 @@ from deformnet.data.splits import Part, require_union, split_parts
 # of the official table.
 _TRAIN_ID = {c.id: c.train_id for c in Cityscapes.classes if c.id >= 0}
 CITYSCAPES_CLASSES = tuple(c.name for c in Cityscapes.classes if c.train_id not in (-1, IGNORE))
+CITYSCAPES_IDS = tuple(_TRAIN_ID)
+"""The labels that label files may hold."""
 
 # Stored labels outside the table: no class and not void, so reading one is an error.
 _UNKNOWN = 254

@@ -83,25 +83,6 @@ class COCODetection(DetectionDataset):
         self.image_ids = torch.tensor(image_ids, dtype=torch.int64)
         self.category_ids = ids[0]
 
-    @property
-    def annotation_file(self) -> Path:
-        """The json file that detections are compared with.
-
-        Raises:
-            ValueError: if there is none: for a split without objects, and for a sum of splits.
-        """
-        first, *others = self.annotation_files
-        if not self.has_truth:
-            raise ValueError(
-                f"{first}: {self.split} has no truth to score with; make a submission to its server"
-            )
-        if others:
-            raise ValueError(
-                f"{self.root}: COCO AP is computed from one json file; score the parts of "
-                f"{self.split} one by one"
-            )
-        return first
-
     def extra_repr(self) -> str:
         return f"Split: {self.split}"
 

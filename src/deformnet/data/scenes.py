@@ -162,8 +162,13 @@ def draw_scene(
     clutter: int,
     mute: float,
     void_border: int,
+    label: int | None = None,
 ) -> Scene:
-    """Draws a scene; the same generator state gives the same scene. Arguments as `Shapes`."""
+    """Draws a scene; the same generator state gives the same scene.
+
+    Args:
+        label: class of all objects, from 1; None draws one for each. The others are as in `Shapes`.
+    """
     side = min(height, width)
     canvas = _background(rng, height, width)
     for _ in range(rng.integers(clutter, endpoint=True)):
@@ -179,13 +184,13 @@ def draw_scene(
     # Large ones first: what lies in front is smaller than what it hides.
     count = rng.integers(objects[0], objects[1], endpoint=True)
     for size in sorted((side * _log_uniform(rng, *radius) for _ in range(count)), reverse=True):
-        label = int(rng.integers(len(OBJECTS)))
-        shape = _Shape(rng, list(OBJECTS.values())[label], size, warp)
+        number = int(rng.integers(len(OBJECTS))) + 1 if label is None else label
+        shape = _Shape(rng, list(OBJECTS.values())[number - 1], size, warp)
         place = _find_place(rng, shape, instances)
         if place is None:
             continue
         _paint(rng, canvas, place)
-        drawn.append((label + 1, place.full_area))
+        drawn.append((number, place.full_area))
         view = instances[place.window]
         view[place.distance < 0] = len(drawn)
         view[abs(place.distance) < void_border / 2] = IGNORE

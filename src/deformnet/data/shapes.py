@@ -1,4 +1,4 @@
-"""A made data set: shapes to be told apart by outline alone, written in the VOC layout.
+"""A made data set: shapes to be told apart by outline alone, in the VOC layout or by class.
 
 Every image is drawn from its own generator, seeded by (seed, split, number): the set of 100 images
 is the beginning of the set of 1000, and any part of it can be made anywhere.
@@ -10,6 +10,7 @@ import logging
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 from xml.etree import ElementTree
 
 import numpy as np
@@ -25,6 +26,7 @@ SHAPE_CLASSES = ("background", *OBJECTS)
 _DRAWING = 1
 _SETTINGS = "shapes.json"
 _SPLITS = ("train", "val")
+_TRIES = 100  # scenes that are drawn until an object shows
 
 # An object that shows fewer pixels, or less of itself, is marked as difficult.
 _DIFFICULT_AREA = 40
@@ -53,6 +55,8 @@ class Shapes:
         mute: how far all behind the objects is drawn towards one dark grey: 0 leaves it as vivid
             as the objects, 1 makes it plain, so that only their class is to be learned.
         void_border: pixels along the outlines that are labelled 255, as in VOC; 0 for exact masks.
+        layout: label maps and boxes as VOC's; or images of one object each (whatever `objects`
+            says), as many of every class, in a folder of their class, for classification.
     """
 
     train: int = 2500
@@ -66,6 +70,7 @@ class Shapes:
     clutter: int = 3
     mute: float = 0.0
     void_border: int = 0
+    layout: Literal["voc", "image-folder"] = "voc"
 
     def __post_init__(self) -> None:
         for name in ("train", "val"):
@@ -81,6 +86,11 @@ class Shapes:
         smallest, largest = self.radius
         in_order = 0 < smallest <= largest <= 0.5
         _require(in_order, "radius", "0 < smallest <= largest <= 0.5", self.radius)
+        if self.layout == "image-folder":
+            wanted = f"at least {len(OBJECTS)} in an image folder, one of each class"
+            _require(self.train >= len(OBJECTS), "train", wanted, self.train)
+        else:
+            _require(self.layout == "voc", "layout", "voc or image-folder", self.layout)
 
 
 def write_shapes(root: Path, shapes: Shapes) -> None:
@@ -92,6 +102,13 @@ def write_shapes(root: Path, shapes: Shapes) -> None:
       JPEGImages/<id>.jpg    Annotations/<id>.xml   boxes of what shows, 1-based as VOC's
       SegmentationClass/<id>.png    SegmentationObject/<id>.png
       ImageSets/{Segmentation,Main}/{train,val,trainval}.txt
+    ```
+
+    or, in the layout "image-folder"
+
+    ```
+    root/shapes.json
+    root/{train,val}/<class>/<id>.jpg
     ```
 
     In the boxes' files, `truncated` marks objects of which the border or another object hides more
@@ -106,7 +123,7 @@ def write_shapes(root: Path, shapes: Shapes) -> None:
         OSError: if a file cannot be written; the message names it.
     """
     root = Path(root).expanduser().absolute()
-    settings = json.dumps({"drawing": _DRAWING, **asdict(shapes)}, indent=2) + "\n"
+    settings = _settings_text(shapes)
     if root.is_dir() and _text_of(root / _SETTINGS) == settings:
         _log.info("%s is there already", root)
         return
@@ -119,20 +136,22 @@ def write_shapes(root: Path, shapes: Shapes) -> None:
         if any(partial.iterdir()) and not any((partial / name).is_file() for name in begun):
             raise FileExistsError(f"{partial}: exists and is not an unfinished shapes set")
         shutil.rmtree(partial)
-    folder = partial / "VOCdevkit/VOC2012"
     partial.mkdir(parents=True, exist_ok=True)
     _write(partial / _SETTINGS, settings.encode())
-    for name in ("JPEGImages", "SegmentationClass", "SegmentationObject", "Annotations"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-
     counts = {"train": shapes.train, "val": shapes.val}
+    folder, write = partial, _write_classified
+    if shapes.layout == "voc":
+        folder, write = partial / "VOCdevkit/VOC2012", _write_sample
+        for name in ("JPEGImages", "SegmentationClass", "SegmentationObject", "Annotations"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
     with tqdm(total=sum(counts.values()), desc="shapes", unit="image", disable=None) as bar:
         for split, count in counts.items():
             for number in range(count):
-                _write_sample(folder, shapes, split, number)
+                write(folder, shapes, split, number)
                 bar.update()
-    _write_lists(folder, counts)
-    _write(partial / "classes.txt", "".join(f"{name}\n" for name in SHAPE_CLASSES).encode())
+    if shapes.layout == "voc":
+        _write_lists(folder, counts)
+        _write(partial / "classes.txt", "".join(f"{name}\n" for name in SHAPE_CLASSES).encode())
     partial.replace(root)
 
 
@@ -143,17 +162,24 @@ def scene(shapes: Shapes, split: str, number: int) -> Scene:
         ValueError: if `split` is neither train nor val.
     """
     _require(split in _SPLITS, "split", " or ".join(_SPLITS), split)
-    return draw_scene(
-        np.random.default_rng([shapes.seed, _SPLITS.index(split), number]),
-        height=shapes.height,
-        width=shapes.width,
-        warp=shapes.warp,
-        objects=shapes.objects,
-        radius=shapes.radius,
-        clutter=shapes.clutter,
-        mute=shapes.mute,
-        void_border=shapes.void_border,
-    )
+    rng = np.random.default_rng([shapes.seed, _SPLITS.index(split), number])
+    classified = shapes.layout == "image-folder"
+    for _ in range(_TRIES):
+        drawn = draw_scene(
+            rng,
+            height=shapes.height,
+            width=shapes.width,
+            warp=shapes.warp,
+            objects=(1, 1) if classified else shapes.objects,
+            radius=shapes.radius,
+            clutter=shapes.clutter,
+            mute=shapes.mute,
+            void_border=shapes.void_border,
+            label=_label(number) if classified else None,
+        )
+        if drawn.objects or not classified:
+            return drawn
+    raise ValueError(f"radius: no object of {shapes.radius} of the shorter side shows in an image")
 
 
 def _write_sample(folder: Path, shapes: Shapes, split: str, number: int) -> None:
@@ -162,12 +188,30 @@ def _write_sample(folder: Path, shapes: Shapes, split: str, number: int) -> None
     if annotation.is_file():  # written last: the others are there
         return
     drawn = scene(shapes, split, number)
-    jpeg = io.BytesIO()
-    Image.fromarray(drawn.image).save(jpeg, "JPEG", quality=92, subsampling=0)
-    _write(folder / f"JPEGImages/{name}.jpg", jpeg.getvalue())
+    _write(folder / f"JPEGImages/{name}.jpg", _jpeg(drawn.image))
     _write(folder / f"SegmentationClass/{name}.png", _palette_png(drawn.labels))
     _write(folder / f"SegmentationObject/{name}.png", _palette_png(drawn.instances))
     _write(annotation, _annotation(name, drawn))
+
+
+def _write_classified(folder: Path, shapes: Shapes, split: str, number: int) -> None:
+    path = folder / split / SHAPE_CLASSES[_label(number)] / f"{_name(split, number)}.jpg"
+    if path.is_file():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write(path, _jpeg(scene(shapes, split, number).image))
+
+
+def _label(number: int) -> int:
+    """The class of an image of the layout by class: each in turn."""
+    return 1 + number % len(OBJECTS)
+
+
+def _settings_text(shapes: Shapes) -> str:
+    values = {"drawing": _DRAWING, **asdict(shapes)}
+    if shapes.layout == "voc":  # as in the sets that were made when there was no other
+        del values["layout"]
+    return json.dumps(values, indent=2) + "\n"
 
 
 def _write_lists(folder: Path, counts: dict[str, int]) -> None:
@@ -182,6 +226,12 @@ def _write_lists(folder: Path, counts: dict[str, int]) -> None:
 
 def _name(split: str, number: int) -> str:
     return f"{split}_{number:06d}"
+
+
+def _jpeg(image: np.ndarray) -> bytes:
+    jpeg = io.BytesIO()
+    Image.fromarray(image).save(jpeg, "JPEG", quality=92, subsampling=0)
+    return jpeg.getvalue()
 
 
 def _palette_png(labels: np.ndarray) -> bytes:

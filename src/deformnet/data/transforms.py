@@ -20,6 +20,8 @@ __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
     "Resize",
+    "classification_testing_transforms",
+    "classification_training_transforms",
     "detection_transforms",
     "evaluation_transforms",
     "training_transforms",
@@ -27,9 +29,20 @@ __all__ = [
 
 Transforms = Callable[[tv_tensors.Image, tv_tensors.Mask], tuple[Tensor, Tensor]]
 DetectionTransforms = Callable[[tv_tensors.Image, BoxAnnotations], tuple[Tensor, BoxAnnotations]]
+ImageTransforms = Callable[[tv_tensors.Image], Tensor]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# Principal components of the colours of ImageNet's pixels (0 to 1): variances, and directions as
+# the columns of rows R, G, B. The numbers of Facebook's fb.resnet.torch.
+_COLOUR_VARIANCES = (0.2175, 0.0188, 0.0045)
+_COLOUR_DIRECTIONS = (
+    (-0.5675, 0.7192, 0.4009),
+    (-0.5808, -0.0045, -0.8140),
+    (-0.5836, -0.6948, 0.4203),
+)
+_COLOUR_SPREAD = 0.1
 
 
 def training_transforms(
@@ -97,6 +110,52 @@ def detection_transforms(
     return v2.Compose([*steps, *_to_network()])
 
 
+def classification_training_transforms(
+    *, resize: tuple[int, int], crop: int, flip: bool, colour: bool
+) -> ImageTransforms:
+    """Random resize, random crop, random flip, random colour, normalise.
+
+    As He et al. 2016 ("Deep residual learning for image recognition", section 3.4) train.
+
+    Args:
+        resize: smallest and largest shorter side after resizing, in pixels; every length between
+            them is as likely.
+        crop: side of the random square crop.
+        flip: mirror left and right, every second time.
+        colour: shift the colours as Krizhevsky et al. 2012 (section 4.1).
+    Returns:
+        A function of an image (uint8 [3, H, W]); it gives float32 [3, crop, crop], normalised with
+        ImageNet's mean and standard deviation.
+    Raises:
+        ValueError: for sizes that are not positive or not in order, and for a crop that is larger
+            than the resized image may be.
+    """
+    smallest, largest = resize
+    if largest < smallest:
+        raise ValueError(f"resize must be smallest and largest, got {resize}")
+    _require_crop(crop, smallest)
+    steps: list[v2.Transform] = [RandomResize(smallest, largest), v2.RandomCrop(crop)]
+    if flip:
+        steps.append(v2.RandomHorizontalFlip())
+    if colour:
+        steps += [v2.ToDtype(torch.float32, scale=True), RandomColour()]
+    return v2.Compose([*steps, *_to_network()])
+
+
+def classification_testing_transforms(*, short_side: int, crop: int) -> ImageTransforms:
+    """Resize, crop the centre, normalise; result as `classification_training_transforms`.
+
+    Args:
+        short_side: shorter side after resizing, in pixels.
+        crop: side of the square crop.
+    Raises:
+        ValueError: for sizes that are not positive, and for a crop that is larger than the resized
+            image.
+    """
+    _require_crop(crop, short_side)
+    return v2.Compose([Resize(short_side, None), v2.CenterCrop(crop), *_to_network()])
+
+
 def _to_network() -> list[v2.Transform]:
     dtypes: dict[type | str, torch.dtype | None] = {
         tv_tensors.Image: torch.float32,
@@ -146,6 +205,53 @@ class Resize(v2.Transform):
             mode = InterpolationMode.NEAREST_EXACT
             return tv_tensors.Mask(F.resize(plain, list(size), interpolation=mode)[0])
         return F.resize(inpt, list(size), interpolation=InterpolationMode.BILINEAR, antialias=True)
+
+
+class RandomResize(v2.Transform):
+    """Resizes as `Resize`, to a random shorter side.
+
+    (`v2.RandomShortestSize` may end a pixel below the side that it drew, and a crop of that size
+    would not fit.)
+
+    Args:
+        smallest, largest: bounds of the shorter side, both included, in pixels.
+    """
+
+    def __init__(self, smallest: int, largest: int) -> None:
+        super().__init__()
+        self.smallest = smallest
+        self.largest = largest
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        short_side = int(torch.randint(self.smallest, self.largest + 1, ()))
+        return {"resize": Resize(short_side, None)}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        return params["resize"].transform(inpt, {})
+
+
+class RandomColour(v2.Transform):
+    """Shifts all pixels of an image along the principal components of ImageNet's colours.
+
+    Krizhevsky et al. 2012, section 4.1: each component times its variance times a normal number of
+    standard deviation 0.1, drawn once for the image. For float images [3, H, W] from 0 to 1, which
+    are not clipped.
+    """
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        amounts = _COLOUR_SPREAD * torch.randn(3) * torch.tensor(_COLOUR_VARIANCES)
+        return {"shift": (torch.tensor(_COLOUR_DIRECTIONS) @ amounts)[:, None, None]}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        return tv_tensors.Image(inpt + params["shift"])
+
+
+def _require_crop(crop: int, short_side: int) -> None:
+    _require_positive("crop", crop)
+    if crop > short_side:
+        raise ValueError(
+            f"crop must not exceed the shorter side of the resized image ({short_side}), got {crop}"
+        )
 
 
 def _require_positive(name: str, value: int) -> None:

@@ -326,6 +326,7 @@ def read_classes(folder: Path) -> tuple[str, ...]:
 
 def classes_file(folder: Path) -> Path | None:
     """The classes.txt of a year's folder, in it or beside VOCdevkit; VOC itself has none."""
+    folder = folder.absolute()  # "." has no parents
     places = [folder]
     if folder.parent.name == "VOCdevkit":
         places += [folder.parent, folder.parent.parent]

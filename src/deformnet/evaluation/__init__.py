@@ -1,5 +1,10 @@
 """Scores of predictions against the truth. Takes tensors; knows no model and no data set."""
 
+from deformnet.evaluation.classification import (
+    ClassificationCounts,
+    ClassificationScores,
+    classification_scores,
+)
 from deformnet.evaluation.coco import coco_ap, coco_table
 from deformnet.evaluation.segmentation import (
     ObjectCounts,
@@ -12,6 +17,8 @@ from deformnet.evaluation.segmentation import (
 from deformnet.evaluation.voc import Found, Method, Truth, VOCScores, voc_ap, voc_table
 
 __all__ = [
+    "ClassificationCounts",
+    "ClassificationScores",
     "Found",
     "Method",
     "ObjectCounts",
@@ -19,6 +26,7 @@ __all__ = [
     "SizeScores",
     "Truth",
     "VOCScores",
+    "classification_scores",
     "coco_ap",
     "coco_table",
     "confusion_matrix",

@@ -31,14 +31,15 @@ large above 96^2; AR1, AR10 and AR100 are recalls with so many detections an ima
 
 
 def coco_ap(
-    annotation_file: Path,
+    annotation_file: Path | Sequence[Path],
     results: Sequence[Mapping[str, Any]],
     iou_type: Literal["bbox", "segm"] = "bbox",
 ) -> dict[str, float]:
     """COCO's twelve numbers (`NAMES`) of detections in COCO's result format.
 
     Args:
-        annotation_file: a COCO json with `images`, `annotations` and `categories`.
+        annotation_file: a COCO json with `images`, `annotations` and `categories`, or several
+            with the same categories and other images.
         results: one detection each: `image_id`, `category_id`, `score`, and `bbox` [x, y, width,
             height] or `segmentation` (RLE), whichever `iou_type` compares. Not changed.
         iou_type: compare boxes or masks.
@@ -49,7 +50,8 @@ def coco_ap(
         ValueError: if it is no COCO json; for a malformed detection, or one of an image or a
             category that the file does not list.
     """
-    annotations = _read(annotation_file, iou_type)
+    files = [annotation_file] if isinstance(annotation_file, Path) else list(annotation_file)
+    annotations = _joined([_read(file, iou_type) for file in files])
     images = {image["id"] for image in annotations["images"]}
     categories = {category["id"] for category in annotations["categories"]}
     detections = [_detection(i, result, iou_type) for i, result in enumerate(results)]
@@ -58,7 +60,7 @@ def coco_ap(
         if unknown:
             raise ValueError(
                 f"results: {len(unknown)} of {len(detections)} detections are unknown to "
-                f"{annotation_file}, such as one of {key} {unknown[0]}"
+                f"{' and '.join(map(str, files))}, such as one of {key} {unknown[0]}"
             )
     truth = COCO(annotations, print_function=_silent)
     evaluation = COCOeval_faster(
@@ -82,18 +84,13 @@ def coco_table(scores: Mapping[str, float | None]) -> str:
 
 
 def _read(path: Path, iou_type: str) -> dict[str, list[dict[str, Any]]]:
-    """What of an annotation file is needed, with new annotation ids.
-
-    The ids are given anew because the evaluation takes id 0 for "not matched" and loses all but one
-    of the annotations that share an id.
-    """
+    """What of an annotation file is needed."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
         annotations = []
-        for number, annotation in enumerate(content["annotations"], start=1):
+        for annotation in content["annotations"]:
             box = [float(value) for value in annotation["bbox"]]
             kept = {
-                "id": number,
                 "image_id": int(annotation["image_id"]),
                 "category_id": int(annotation["category_id"]),
                 "bbox": box,
@@ -116,6 +113,20 @@ def _read(path: Path, iou_type: str) -> dict[str, list[dict[str, Any]]]:
     except (ValueError, TypeError, IndexError) as error:
         raise ValueError(f"{path}: not COCO annotations ({error})") from error
     return {"images": images, "categories": categories, "annotations": annotations}
+
+
+def _joined(files: Sequence[dict[str, list[dict[str, Any]]]]) -> dict[str, list[dict[str, Any]]]:
+    """The content of all files as of one, with new annotation ids.
+
+    The ids are given anew because the evaluation takes id 0 for "not matched" and loses all but one
+    of the annotations that share an id.
+    """
+    annotations = [annotation for content in files for annotation in content["annotations"]]
+    return {
+        "images": [image for content in files for image in content["images"]],
+        "categories": files[0]["categories"],
+        "annotations": [{"id": n, **entry} for n, entry in enumerate(annotations, start=1)],
+    }
 
 
 def _detection(number: int, result: Mapping[str, Any], iou_type: str) -> dict[str, Any]:

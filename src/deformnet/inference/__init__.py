@@ -1,5 +1,6 @@
-"""Images in; label maps or boxes, and pictures out."""
+"""Images in; classes, label maps or boxes, and pictures out."""
 
+from deformnet.inference.classification import ClassificationPredictor, predict_classes
 from deformnet.inference.detection import (
     DetectionPredictor,
     DetectionTesting,
@@ -11,6 +12,7 @@ from deformnet.inference.opening import detection_predictor, open_predictor
 from deformnet.inference.segmentation import SegmentationPredictor, predict_files
 
 __all__ = [
+    "ClassificationPredictor",
     "DetectionPredictor",
     "DetectionTesting",
     "SegmentationPredictor",
@@ -21,6 +23,7 @@ __all__ = [
     "open_predictor",
     "overlay",
     "palette",
+    "predict_classes",
     "predict_detections",
     "predict_files",
 ]

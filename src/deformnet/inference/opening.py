@@ -5,12 +5,20 @@ from pathlib import Path
 
 import torch
 
+from deformnet.inference.classification import ClassificationPredictor
 from deformnet.inference.detection import DetectionPredictor
 from deformnet.inference.segmentation import SegmentationPredictor
+from deformnet.models.classifier import Classifier
 from deformnet.models.deeplab import DeepLab
 from deformnet.models.detector import Detector
 from deformnet.models.rpn import RPNDetector
-from deformnet.recipes import ONE_LOOK, DeepLabRecipe, DetectionTesting, DetectorRecipe
+from deformnet.recipes import (
+    ONE_LOOK,
+    ClassifierRecipe,
+    DeepLabRecipe,
+    DetectionTesting,
+    DetectorRecipe,
+)
 from deformnet.runs import load_run
 
 
@@ -19,7 +27,7 @@ def open_predictor(
     *,
     testing: DetectionTesting = ONE_LOOK,
     device: torch.device | str | None = None,
-) -> SegmentationPredictor | DetectionPredictor:
+) -> SegmentationPredictor | DetectionPredictor | ClassificationPredictor:
     """The predictor of a run folder, whatever its network is.
 
     Args:
@@ -31,10 +39,12 @@ def open_predictor(
             trained on stored proposals, and for options of testing that the network does not have.
     """
     recipe, model, trained_on = load_run(run)
+    if testing != ONE_LOOK and not isinstance(recipe, DetectorRecipe):
+        raise ValueError(f"{run}: options of testing are for detectors, not for {recipe.network}")
     if isinstance(recipe, DeepLabRecipe) and isinstance(model, DeepLab):
-        if testing != ONE_LOOK:
-            raise ValueError(f"{run}: options of testing are for detectors, not for deeplab")
         return SegmentationPredictor(recipe, model, trained_on.classes, device)
+    if isinstance(recipe, ClassifierRecipe) and isinstance(model, Classifier):
+        return ClassificationPredictor(recipe, model, trained_on.classes, device)
     assert isinstance(recipe, DetectorRecipe)
     assert isinstance(model, Detector)
     if trained_on.proposals:

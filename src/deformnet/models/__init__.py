@@ -1,5 +1,6 @@
 """Networks for tasks: tensors in, predictions and losses out."""
 
+from deformnet.models.classifier import Classifier
 from deformnet.models.deeplab import DeepLab
 from deformnet.models.detector import Candidates, Detections, Detector, Proposals, Target
 from deformnet.models.faster_rcnn import FasterRCNN
@@ -11,6 +12,7 @@ __all__ = [
     "RFCN",
     "RPN",
     "Candidates",
+    "Classifier",
     "DeepLab",
     "Detections",
     "Detector",

@@ -13,7 +13,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from deformnet.backbones import Backbone
 
@@ -121,10 +121,9 @@ class Detector(nn.Module):
         sizes: Sequence[Size],
         targets: Sequence[Target],
         proposals: Sequence[Tensor] | None = None,
+        generators: Sequence[Generator] | None = None,
     ) -> dict[str, Tensor]:
         """The terms of the loss by name, each a scalar, averaged over the images of the batch.
-
-        Which anchors and RoIs are sampled comes from torch's global generator.
 
         Args:
             images: normalised, [N, 3, H, W].
@@ -132,6 +131,8 @@ class Detector(nn.Module):
             targets: their objects; an image may have none.
             proposals: for each image stored boxes [P, 4] to train on in place of the network's own;
                 the region proposal network is then left alone.
+            generators: for each image, on its device: draws the anchors and RoIs that train. So an
+                image trains alike in whichever batch it is. None takes torch's global generator.
         """
 
     def forward(

@@ -5,7 +5,7 @@ from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torchvision.ops import roi_pool
 
 from deformnet.backbones import Backbone
@@ -81,8 +81,8 @@ class FasterRCNN(RegionDetector):
         x = F.relu(self.fc2(F.relu(self.fc1(x))))
         return self.classifier(x), self.refiner(x).unflatten(1, (self.num_classes, 4))
 
-    def choose(self, rois: RoIs) -> RoIs:
-        return sample(rois, ROIS_PER_IMAGE, least_iou=0.1)
+    def choose(self, rois: RoIs, generator: Generator | None = None) -> RoIs:
+        return sample(rois, ROIS_PER_IMAGE, least_iou=0.1, generator=generator)
 
     def _pooled(self, last: Tensor, boxes: Sequence[Tensor]) -> Tensor:
         """[R, out_channels, bins, bins]"""

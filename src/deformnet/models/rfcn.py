@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from deformnet.backbones import Backbone
 from deformnet.models.rois import RegionDetector, RoIs, boxes_to_pool
@@ -86,7 +86,7 @@ class RFCN(RegionDetector):
             self._vote(self.box_pool, self.box_maps(last), last, rois),
         )
 
-    def choose(self, rois: RoIs) -> RoIs:
+    def choose(self, rois: RoIs, generator: Generator | None = None) -> RoIs:
         return rois
 
     def _vote(

@@ -9,13 +9,13 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Generator, Tensor
 from torchvision.ops import box_iou, clip_boxes_to_image
 
 from deformnet.backbones import Backbone
 from deformnet.models.boxes import HEAD, decode, encode
 from deformnet.models.detector import Candidates, Detector, Features, Proposals, Size, Target
-from deformnet.models.rpn import RPN
+from deformnet.models.rpn import RPN, draw
 from deformnet.ops.roi_pool import Sampling
 
 ROIS_PER_IMAGE = 128
@@ -58,7 +58,7 @@ def assign(proposals: Tensor, target: Target) -> RoIs:
     return RoIs(boxes, labels, deltas, iou)
 
 
-def sample(rois: RoIs, count: int, least_iou: float) -> RoIs:
+def sample(rois: RoIs, count: int, least_iou: float, generator: Generator | None = None) -> RoIs:
     """At most `count` of the boxes, drawn at random.
 
     At most a quarter of `count` hold objects. The rest is background of at least `least_iou` with
@@ -66,16 +66,10 @@ def sample(rois: RoIs, count: int, least_iou: float) -> RoIs:
     """
     background = rois.labels == 0
     close = rois.iou >= least_iou
-    chosen = _draw(rois.labels > 0, int(FOREGROUND * count))
+    chosen = draw(rois.labels > 0, int(FOREGROUND * count), generator)
     for mask in (background & close, background & ~close):
-        chosen = torch.cat((chosen, _draw(mask, count - len(chosen))))
+        chosen = torch.cat((chosen, draw(mask, count - len(chosen), generator)))
     return RoIs(*(values[chosen] for values in rois))
-
-
-def _draw(mask: Tensor, count: int) -> Tensor:
-    """Indices of at most `count` true elements, at random."""
-    indices = mask.nonzero().squeeze(1)
-    return indices[torch.randperm(len(indices), device=mask.device)[:count]]
 
 
 def roi_losses(
@@ -159,7 +153,7 @@ class RegionDetector(Detector):
         """
 
     @abstractmethod
-    def choose(self, rois: RoIs) -> RoIs:
+    def choose(self, rois: RoIs, generator: Generator | None = None) -> RoIs:
         """The boxes of an image that go through the head in training."""
 
     def propose(self, features: Features, sizes: Sequence[Size]) -> list[Proposals]:
@@ -185,6 +179,7 @@ class RegionDetector(Detector):
         sizes: Sequence[Size],
         targets: Sequence[Target],
         proposals: Sequence[Tensor] | None = None,
+        generators: Sequence[Generator] | None = None,
     ) -> dict[str, Tensor]:
         """The terms "class" and "box", and without stored proposals "rpn_class" and "rpn_box".
 
@@ -192,7 +187,12 @@ class RegionDetector(Detector):
             ValueError: if an argument has not one entry for each image; if a target's shapes are
                 wrong, or (seen on the CPU) a label is no class.
         """
-        for name, values in (("sizes", sizes), ("targets", targets), ("proposals", proposals)):
+        for name, values in (
+            ("sizes", sizes),
+            ("targets", targets),
+            ("proposals", proposals),
+            ("generators", generators),
+        ):
             if values is not None and len(values) != len(images):
                 raise ValueError(
                     f"{name}: wanted one for each of {len(images)} images, got {len(values)}"
@@ -203,11 +203,13 @@ class RegionDetector(Detector):
         losses: dict[str, Tensor] = {}
         if proposals is None:
             output, size = self.rpn(features.conv4), features.size
-            losses = self.rpn.losses(output, size, sizes, targets)
+            losses = self.rpn.losses(output, size, sizes, targets, generators)
             proposals = [found.boxes for found in self.rpn.proposals(output, size, sizes)]
         rois = [
-            self.choose(assign(boxes, target))
-            for boxes, target in zip(proposals, targets, strict=True)
+            self.choose(assign(boxes, target), generator)
+            for boxes, target, generator in zip(
+                proposals, targets, generators or [None] * len(targets), strict=True
+            )
         ]
         logits, deltas = self.judge(features.last, [image.boxes for image in rois])
         return losses | roi_losses(logits, deltas, rois, ROIS_PER_IMAGE)

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torchvision.models.detection._utils import BalancedPositiveNegativeSampler, Matcher
+from torch import Generator, Tensor, nn
+from torchvision.models.detection._utils import Matcher
 from torchvision.ops import box_iou, clip_boxes_to_image, nms, remove_small_boxes
 
 from deformnet.backbones import Backbone
@@ -85,8 +85,8 @@ class RPN(nn.Module):
         for layer in (self.conv, self.classifier, self.regressor):
             nn.init.normal_(layer.weight, std=0.01)
             nn.init.zeros_(layer.get_parameter("bias"))
+        self.batch = batch
         self._matcher = Matcher(0.7, 0.3, allow_low_quality_matches=True)
-        self._sampler = BalancedPositiveNegativeSampler(batch, 0.5)
 
     def forward(self, features: Tensor) -> RPNOutput:
         """What to answer on a feature map [N, in_channels, H, W]."""
@@ -147,7 +147,12 @@ class RPN(nn.Module):
         return found
 
     def losses(
-        self, output: RPNOutput, map_size: Size, sizes: Sequence[Size], targets: Sequence[Target]
+        self,
+        output: RPNOutput,
+        map_size: Size,
+        sizes: Sequence[Size],
+        targets: Sequence[Target],
+        generators: Sequence[Generator] | None = None,
     ) -> dict[str, Tensor]:
         """Softmax loss and smooth L1 loss of anchors sampled in each image, averaged over images.
 
@@ -161,6 +166,7 @@ class RPN(nn.Module):
             sizes: of the images in the batch.
             targets: their objects. Those that no anchor overlaps (no area, NaN, outside) do not
                 train; an image without objects trains the background.
+            generators: of each image, to sample its anchors; see `Detector.losses`.
 
         Returns:
             {"rpn_class": scalar, "rpn_box": scalar}; zero, with zero gradients, if no anchor of
@@ -172,12 +178,14 @@ class RPN(nn.Module):
         anchors = self.anchors(map_size, output.logits.device)
         class_losses: list[Tensor] = []
         box_losses: list[Tensor] = []
-        for logits, deltas, size, target in zip(*output, sizes, targets, strict=True):
+        for logits, deltas, size, target, generator in zip(
+            *output, sizes, targets, generators or [None] * len(sizes), strict=True
+        ):
             labels, boxes = self._assign(anchors, map_size, size, target)
-            chosen = self._sampler([labels])
-            objects, others = (mask.bool() for (mask,) in chosen)
-            sampled = objects | others
-            count = sampled.sum().clamp(min=1)
+            objects = draw(labels > _NO_OBJECT, self.batch // 2, generator)
+            others = draw(labels == _NO_OBJECT, self.batch - len(objects), generator)
+            sampled = torch.cat((objects, others))
+            count = max(len(sampled), 1)
             class_loss = F.cross_entropy(logits[sampled], labels[sampled], reduction="sum")
             wanted = encode(boxes[objects], anchors[objects])
             # The authors' smooth L1 with sigma 3.
@@ -238,6 +246,13 @@ class RPN(nn.Module):
                     f"targets: wanted labels 0 to {self.num_classes - 1}, got {int(wrong[0])}"
                 )
         return labels + 1
+
+
+def draw(mask: Tensor, count: int, generator: Generator | None) -> Tensor:
+    """Indices of at most `count` true elements, at random."""
+    indices = mask.nonzero().squeeze(1)
+    order = torch.randperm(len(indices), generator=generator, device=mask.device)
+    return indices[order[:count]]
 
 
 class RPNDetector(Detector):
@@ -320,6 +335,7 @@ class RPNDetector(Detector):
         sizes: Sequence[Size],
         targets: Sequence[Target],
         proposals: Sequence[Tensor] | None = None,
+        generators: Sequence[Generator] | None = None,
     ) -> dict[str, Tensor]:
         """{"rpn_class": scalar, "rpn_box": scalar}, as `RPN.losses`.
 
@@ -328,7 +344,8 @@ class RPNDetector(Detector):
         """
         _refuse(proposals)
         features = self.features(images)
-        return self.rpn.losses(self.rpn(features.last), features.size, sizes, targets)
+        output = self.rpn(features.last)
+        return self.rpn.losses(output, features.size, sizes, targets, generators)
 
     def forward(
         self, images: Tensor, sizes: Sequence[Size], proposals: Sequence[Tensor] | None = None

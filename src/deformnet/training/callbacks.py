@@ -14,12 +14,46 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from deformnet.runs import load_checkpoint, naming, replacing
+
+
+class Agreement(Callback):
+    """Ends a run whose processes were not started alike, before they wait for one another forever.
+
+    Args:
+        facts: what all of them must agree upon, by name.
+    """
+
+    def __init__(self, facts: Mapping[str, Any]) -> None:
+        self.facts = {name: str(value) for name, value in facts.items()}
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """
+        Raises:
+            ValueError: in every process, with what differs and where.
+        """
+        if trainer.world_size == 1:
+            return
+        everyone: list[Any] = [None] * trainer.world_size
+        torch.distributed.all_gather_object(everyone, self.facts)
+        differences = []
+        for name in everyone[0]:
+            ranks: dict[str, list[str]] = {}
+            for rank, facts in enumerate(everyone):
+                ranks.setdefault(facts.get(name, "unknown"), []).append(str(rank))
+            if len(ranks) > 1:
+                found = (f"{value} on rank {', '.join(where)}" for value, where in ranks.items())
+                differences.append(f"{name}: {'; '.join(found)}")
+        if differences:
+            raise ValueError(
+                f"the processes of this run were not started alike: {' | '.join(differences)}"
+            )
 
 
 class Checkpoints(Callback):

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed
+import torch.nn.functional as F
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.ops import box_iou
@@ -16,7 +17,12 @@ from deformnet.data.coco import COCODetection
 from deformnet.data.detection import detection_splits, open_detection
 from deformnet.data.transforms import detection_transforms
 from deformnet.data.voc import VOCDetection
-from deformnet.detections import Record, score_records, write_detections
+from deformnet.detections import (
+    Record,
+    score_records,
+    write_detections,
+    write_submission,
+)
 from deformnet.inference import DetectionPredictor, DetectionTesting, detection_predictor
 from deformnet.models.detector import Detections, Detector, Size, Target
 from deformnet.models.rois import RegionDetector
@@ -25,7 +31,6 @@ from deformnet.runs import DataIdentity
 from deformnet.training.loading import ScoringData, TrainingData
 from deformnet.training.module import TrainingModule
 from deformnet.training.proposals import StoredProposals
-from deformnet.training.sampling import drawing
 
 DetectionImages = VOCDetection | COCODetection
 _PROPOSAL = -1  # label of a proposal that goes through the transforms among the objects
@@ -38,11 +43,13 @@ class Sample(NamedTuple):
         image: float32 [3, h, w], normalised.
         target: its objects.
         proposals: boxes [P, 4] to train on, if they are stored.
+        seed: of what the network draws in this image.
     """
 
     image: Tensor
     target: Target
     proposals: Tensor | None
+    seed: int
 
 
 class Batch(NamedTuple):
@@ -54,12 +61,22 @@ class Batch(NamedTuple):
         sizes: of the images in it.
         targets: their objects.
         proposals: their stored proposals, if there are any.
+        seeds: of what the network draws in them.
     """
 
     images: Tensor
     sizes: list[Size]
     targets: list[Target]
     proposals: list[Tensor] | None
+    seeds: list[int]
+
+    def weight(self) -> int:
+        """The images."""
+        return len(self.sizes)
+
+    def extended(self, height: int, width: int) -> "Batch":
+        h, w = self.images.shape[2:]
+        return self._replace(images=F.pad(self.images, (0, width - w, 0, height - h)))
 
 
 class DetectionModule(TrainingModule):
@@ -93,12 +110,10 @@ class DetectionModule(TrainingModule):
             assert isinstance(model, RegionDetector)
             model.rpn.requires_grad_(False)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        images = batch.images.contiguous(memory_format=torch.channels_last)
-        iteration, rank = self.trainer.global_step, self.trainer.global_rank
-        with drawing(self.recipe.seed, iteration, rank, self.device):
-            terms = self.model.losses(images, batch.sizes, batch.targets, batch.proposals)
-        return self.total(terms)
+    def terms(self, part: Batch) -> dict[str, Tensor]:
+        images = part.images.contiguous(memory_format=torch.channels_last)
+        generators = [torch.Generator(self.device).manual_seed(seed) for seed in part.seeds]
+        return self.model.losses(images, part.sizes, part.targets, part.proposals, generators)
 
     def on_validation_epoch_start(self) -> None:
         self.found = {}
@@ -160,13 +175,15 @@ class DetectionJob:
         stored = None if self.proposals is None else self.proposals.digest
         return DataIdentity.of(images.classes, names, stored)
 
-    def training_data(self, images: DetectionImages, workers: int) -> TrainingData:
+    def training_data(self, images: DetectionImages, workers: int, parts: int) -> TrainingData:
         groups = None
         if self.recipe.batch > 1:  # so that less of a batch is padding
             sizes = [images.size(index) for index in range(len(images))]
             groups = [int(width >= height) for height, width in sizes]
+        if not images.has_truth:
+            raise ValueError(f"{images.root}: {images.split} has no objects to learn from")
         prepared = _TrainingImages(self.recipe, images, self.proposals)
-        return TrainingData(self.recipe, prepared, collate, workers, groups)
+        return TrainingData(self.recipe, prepared, collate, workers, parts, groups)
 
     def scoring_data(self, images: DetectionImages, workers: int) -> ScoringData:
         return ScoringData(_ScoredImages(images, self.proposals), workers)
@@ -181,7 +198,8 @@ class DetectionJob:
 
         Returns:
             AP: "voc" of each class by method and IoU, or "coco" with the twelve numbers. Of
-            proposals "recall": the share of objects that one of them overlaps, by IoU.
+            proposals "recall": the share of objects that one of them overlaps, by IoU. Of images
+            without objects "submission": the name of a file for COCO's server, beside the other.
         """
         names = module.reported
         records = [
@@ -194,6 +212,9 @@ class DetectionJob:
             for index, found in sorted(module.found.items())
         ]
         write_detections(detections, records)
+        if isinstance(images, COCODetection) and not images.has_truth:
+            file = write_submission(detections.parent, records, images, self.recipe.network)
+            return {"submission": file.name}
         if isinstance(self.recipe, RPNRecipe):
             return {"recall": _recall(module.found, images)}
         method = "11-point" if self.recipe.convention == "msra2017" else "area"
@@ -243,7 +264,7 @@ class _TrainingImages:
         if self.round:
             target = target._replace(boxes=_to_whole_pixels(target.boxes))
         stored = None if self.proposals is None else boxes[labels == _PROPOSAL]
-        return Sample(pixels, target, stored)
+        return Sample(pixels, target, stored, int(torch.randint(2**63 - 1, ())))
 
 
 class _ScoredImages:
@@ -286,4 +307,10 @@ def collate(samples: Sequence[Sample]) -> Batch:
     for n, (sample, (h, w)) in enumerate(zip(samples, sizes, strict=True)):
         images[n, :, :h, :w] = sample.image
     proposals = [sample.proposals for sample in samples if sample.proposals is not None]
-    return Batch(images, sizes, [sample.target for sample in samples], proposals or None)
+    return Batch(
+        images,
+        sizes,
+        [sample.target for sample in samples],
+        proposals or None,
+        [sample.seed for sample in samples],
+    )

@@ -1,6 +1,7 @@
 """From data sets to the loaders of training and scoring, shared among processes."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,8 +17,9 @@ class TrainingData(pl.LightningDataModule):
     Args:
         recipe: batch, length and seed of the run.
         images: with their transforms.
-        collate: makes a batch of samples.
+        collate: makes a part of a batch of samples.
         workers: processes that load images; 0 loads in this one.
+        parts: into how many parts each process divides what it has of a batch.
         groups: a number for each image; images of different numbers share a batch only where an
             epoch ends. None puts any images together.
     """
@@ -28,6 +30,7 @@ class TrainingData(pl.LightningDataModule):
         images: Images,
         collate: Callable[[Sequence[Any]], Any],
         workers: int,
+        parts: int,
         groups: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
@@ -35,6 +38,7 @@ class TrainingData(pl.LightningDataModule):
         self.images = images
         self.collate = collate
         self.workers = workers
+        self.parts = parts
         self.groups = groups
 
     def train_dataloader(self) -> DataLoader:
@@ -49,11 +53,24 @@ class TrainingData(pl.LightningDataModule):
         return DataLoader(
             Draws(self.images, self.recipe.seed, self.recipe.batch, self.groups),
             batch_sampler=sampler,
-            collate_fn=self.collate,
+            collate_fn=_Parts(self.collate, self.parts),
             num_workers=self.workers,
             worker_init_fn=ignore_interrupts,
             pin_memory=self.trainer.strategy.root_device.type == "cuda",
         )
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """Makes the parts of a process's share of a batch."""
+
+    collate: Callable[[Sequence[Any]], Any]
+    parts: int
+
+    def __call__(self, samples: Sequence[Any]) -> list[Any]:
+        size = len(samples) // self.parts
+        starts = range(0, len(samples), size)
+        return [self.collate(samples[start : start + size]) for start in starts]
 
 
 class ScoringData(pl.LightningDataModule):

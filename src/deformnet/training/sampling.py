@@ -1,14 +1,14 @@
 """Which image is drawn when: a function of the seed and of the number of the draw alone.
 
 A training run is one endless sequence of draws. Draw k gives an image (every epoch is one
-permutation of all images) and a seed for its augmentation. So nothing has to be stored to resume a
-run in the middle of an epoch, and the number of processes or of loader workers changes nothing:
-iteration i with a batch of B is made of the draws i*B to i*B + B - 1, whoever loads them.
+permutation of all images) and a seed for whatever is random in its sample. So nothing has to be
+stored to resume a run in the middle of an epoch, and the number of processes or of loader workers
+changes nothing: iteration i with a batch of B is made of the draws i*B to i*B + B - 1, whoever
+loads them.
 """
 
 import signal
 from collections.abc import Iterator, Sequence, Sized
-from contextlib import contextmanager
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 # The independent streams of random numbers.
-_ORDER, _AUGMENTATION, _NETWORK = 0, 1, 2
+_ORDER, _SAMPLE = 0, 1
 
 
 class Images(Sized, Protocol):
@@ -29,7 +29,7 @@ class Draws(Dataset[Any]):
     """A data set of images seen as the endless sequence of draws of a training run.
 
     Args:
-        images: the images, with transforms that take their randomness from torch's generator.
+        images: the images; whatever is random in a sample comes from torch's generator.
         seed: of the whole sequence.
         batch: draws per iteration; it matters to `groups` alone.
         groups: a number for each image. Every batch is made of images of one number, but for those
@@ -81,24 +81,8 @@ class Draws(Dataset[Any]):
     def __getitem__(self, draw: int) -> Any:
         index = self.image_index(draw)
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(_seed(self.seed, _AUGMENTATION, draw))
+            torch.default_generator.manual_seed(_seed(self.seed, _SAMPLE, draw))
             return self.images[index]
-
-
-@contextmanager
-def drawing(seed: int, iteration: int, rank: int, device: torch.device) -> Iterator[None]:
-    """Random numbers for the network itself (which RoIs train): the same whenever it is repeated.
-
-    Args:
-        seed: of the run.
-        iteration: the iteration, counted from 0.
-        rank: this process.
-        device: where the network computes.
-    """
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(_seed(seed, _NETWORK, (iteration << 20) + rank))
-        yield
 
 
 class DrawSampler(Sampler[list[int]]):

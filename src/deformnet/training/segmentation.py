@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,28 @@ ScoreAt = Literal["truth", "network"]
 """The size at which predictions meet the truth: that of the label map on disk, to which the logits
 are upsampled; or that at which the network sees the image, to which the label map is resized (the
 authors' rule on VOC: mean IoU at 360 pixels)."""
+
+
+class Batch(NamedTuple):
+    """Images with the classes of their pixels.
+
+    Attributes:
+        images: [N, 3, H, W] of the largest height and width; what was added to the right and below
+            is the mean colour (0).
+        masks: int64 [N, H, W]; what was added is void.
+    """
+
+    images: Tensor
+    masks: Tensor
+
+    def weight(self) -> Tensor:
+        """The valid pixels."""
+        return (self.masks != IGNORE).sum()
+
+    def extended(self, height: int, width: int) -> "Batch":
+        h, w = self.masks.shape[1:]
+        more = (0, width - w, 0, height - h)
+        return Batch(F.pad(self.images, more), F.pad(self.masks, more, value=IGNORE))
 
 
 class SegmentationModule(TrainingModule):
@@ -54,23 +76,9 @@ class SegmentationModule(TrainingModule):
         self.confusion = confusion_matrix(len(data.classes))
         self.scores: SegmentationScores | None = None
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        images, targets = batch
-        logits = self.model(images.contiguous(memory_format=torch.channels_last))
-        share = self._share(targets)
-        terms = self.model.losses(logits, targets)
-        return self.total({name: term * share for name, term in terms.items()})
-
-    def _share(self, targets: Tensor) -> Tensor | float:
-        """This process's weight in the mean over the valid pixels of the whole batch.
-
-        Gradients are averaged over processes, each of which took the mean over its own pixels.
-        """
-        if self.trainer.world_size == 1:
-            return 1.0
-        valid = (targets != IGNORE).sum().to(torch.float64)
-        total = self.trainer.strategy.reduce(valid.clone(), reduce_op="sum")
-        return (valid * self.trainer.world_size / total.clamp(min=1)).to(torch.float32)
+    def terms(self, part: Batch) -> dict[str, Tensor]:
+        logits = self.model(part.images.contiguous(memory_format=torch.channels_last))
+        return self.model.losses(logits, part.masks)
 
     def on_validation_epoch_start(self) -> None:
         self.confusion.reset()
@@ -107,14 +115,14 @@ class SegmentationJob:
     def identity(self, images: SegmentationDataset) -> DataIdentity:
         return DataIdentity.of(images.classes, (images.name(i) for i in range(len(images))))
 
-    def training_data(self, images: SegmentationDataset, workers: int) -> TrainingData:
+    def training_data(self, images: SegmentationDataset, workers: int, parts: int) -> TrainingData:
         images.transforms = training_transforms(
             short_side=self.recipe.short_side,
             max_side=self.recipe.max_side,
             crop=self.recipe.crop,
             flip=self.recipe.flip,
         )
-        return TrainingData(self.recipe, images, pad_to_batch, workers)
+        return TrainingData(self.recipe, images, pad_to_batch, workers, parts)
 
     def scoring_data(self, images: SegmentationDataset, workers: int) -> ScoringData:
         return ScoringData(_ScoredImages(self.recipe, images), workers)
@@ -147,14 +155,11 @@ class _ScoredImages:
         return prepared, truth.as_subclass(Tensor).long(), resized
 
 
-def pad_to_batch(samples: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def pad_to_batch(samples: Sequence[tuple[Tensor, Tensor]]) -> Batch:
     """Stacks images of different sizes: smaller ones are extended to the right and below.
 
     Args:
         samples: normalised images [3, h, w] and masks [h, w].
-    Returns:
-        [N, 3, H, W] and [N, H, W] of the largest height and width; what was added is the mean
-        colour (0) in the images and void in the masks.
     """
     height = max(mask.shape[0] for _, mask in samples)
     width = max(mask.shape[1] for _, mask in samples)
@@ -164,4 +169,4 @@ def pad_to_batch(samples: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tens
         h, w = mask.shape
         images[n, :, :h, :w] = image
         masks[n, :h, :w] = mask
-    return images, masks
+    return Batch(images, masks)

@@ -12,10 +12,18 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from deformnet.recipes import ONE_LOOK, DeepLabRecipe, DetectionTesting, DetectorRecipe, Recipe
+from deformnet.recipes import (
+    ONE_LOOK,
+    ClassifierRecipe,
+    DeepLabRecipe,
+    DetectionTesting,
+    DetectorRecipe,
+    Recipe,
+)
 from deformnet.runs import (
     DataIdentity,
     checkpoint_path,
@@ -28,6 +36,7 @@ from deformnet.runs import (
     write_json,
 )
 from deformnet.training.callbacks import (
+    Agreement,
     Checkpoints,
     CSVLog,
     ProgressBar,
@@ -36,10 +45,12 @@ from deformnet.training.callbacks import (
     own_signals,
     read_log,
 )
+from deformnet.training.classification import ClassificationJob
 from deformnet.training.detection import DetectionJob
 from deformnet.training.module import TrainingModule
 from deformnet.training.proposals import StoredProposals
 from deformnet.training.segmentation import ScoreAt, SegmentationJob
+from deformnet.training.shared_norm import share_statistics
 
 Accelerator = Literal["auto", "cpu", "gpu"]
 
@@ -58,6 +69,7 @@ def train(
     proposals: Sequence[Path] = (),
     devices: int | None = None,
     nodes: int | None = None,
+    accumulate: int = 1,
     accelerator: Accelerator = "auto",
     workers: int | None = None,
     checkpoint_every: int = 200,
@@ -70,21 +82,25 @@ def train(
     as the machine's arithmetic repeats itself (on a CPU: with the same number of threads).
 
     With several devices, Lightning starts the other processes by running the program again (or
-    finds those that torchrun started), so call this under `if __name__ == "__main__":`. Gradients
-    are those of the whole batch, whoever computes them. Batch norm that is trained takes its
-    statistics over the whole batch on GPUs, over each process's images on CPUs.
+    finds those that torchrun, SLURM or Ray started), so call this under
+    `if __name__ == "__main__":`. Gradients are those of the whole batch, however it is divided
+    among processes and into parts. Batch norm that is trained takes its statistics over all
+    processes; with `accumulate`, over a part of the batch at a time.
 
     Args:
         recipe: network, image size and schedule.
-        data: a folder in VOC or Cityscapes layout for DeepLab, in VOC or COCO layout for detectors.
+        data: a folder in VOC or Cityscapes layout for DeepLab, in VOC or COCO layout for detectors,
+            of the layout SPLIT/CLASS/IMAGE for classifiers.
         out: the run folder; see `deformnet.runs` for what it holds.
         split: the images to train on.
         val_split: the images to score at the end; None for none. Those of a folder without this
             list are not scored either, if it is the default.
         proposals: files of stored proposals, of the images to train on and of those to score, that
             take the place of the detector's own; see `deformnet.training.propose`.
-        devices: processes (CPU) or GPUs on each node; None is what torchrun started, or else 1.
-        nodes: machines; None is what torchrun spans, or else 1.
+        devices: processes (CPU) or GPUs on each node; None is what a launcher started, or else 1.
+        nodes: machines; None is what a launcher spans, or else 1. All see the same `out`.
+        accumulate: parts in which each process works through its share of a batch, one after the
+            other; it takes the memory of one part.
         workers: processes that load images, for each training process; None chooses.
         checkpoint_every: iterations between checkpoints.
         log_every: iterations between rows of the logs.
@@ -93,7 +109,8 @@ def train(
         What `metrics.json` holds.
     Raises:
         FileNotFoundError: if data or weights are missing.
-        ValueError: if an image is unreadable, or `out` holds a run of another recipe or other data.
+        ValueError: if an image is unreadable, `out` holds a run of another recipe or other data,
+            or the processes of the run were not started alike.
         OSError: if a file cannot be written; the last checkpoint is whole.
         FloatingPointError: if the loss is no longer finite when a checkpoint is due.
         TrainingStopped: after Ctrl-C or SIGTERM.
@@ -102,15 +119,20 @@ def train(
     for name, value in (
         ("devices", devices),
         ("nodes", nodes),
+        ("accumulate", accumulate),
         ("checkpoint_every", checkpoint_every),
         ("log_every", log_every),
     ):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    if recipe.batch % (devices * nodes) != 0:
+    processes = devices * nodes
+    if recipe.batch % (processes * accumulate) != 0:
+        parts = f", in {accumulate} parts each" if accumulate > 1 else ""
         raise ValueError(
-            f"batch {recipe.batch} cannot be shared evenly by {devices * nodes} processes"
+            f"batch {recipe.batch} cannot be shared evenly by {processes} processes{parts}"
         )
+    if recipe.precision == "16-mixed" and not _uses_gpu(accelerator):
+        raise ValueError("precision 16-mixed needs a GPU; bf16-mixed works on CPUs, too")
     job = _job(recipe, proposals=proposals)
     images = job.open(data, split)
     scored = None
@@ -129,16 +151,22 @@ def train(
     else:
         model = load_run(out)[1].train()
 
+    if recipe.norm == "trained" and processes > 1 and not _uses_gpu(accelerator):
+        share_statistics(model)
     workers = _default_workers(devices) if workers is None else workers
     checkpoints = Checkpoints(checkpoint, checkpoint_every)
+    facts = {
+        **_described(recipe, identity, scored),
+        "accumulate": accumulate,
+        "checkpoint_every": checkpoint_every,
+        "the run folder's last iteration": done,
+    }
     with own_signals(), _lightning():
         trainer = pl.Trainer(
             accelerator=accelerator,
             devices=devices,
             num_nodes=nodes,
             precision=recipe.precision,
-            # Where no image of a process shows an object, a part of the network has no gradient.
-            strategy=_strategy(recipe, devices * nodes),
             sync_batchnorm=recipe.norm == "trained" and _uses_gpu(accelerator),
             max_steps=recipe.iterations,
             gradient_clip_val=recipe.clip,
@@ -147,7 +175,12 @@ def train(
                 CSVLog(out / "metrics.csv", job.loss_terms, every=log_every, keep=done or 0),
                 TensorBoardLogger(out, "tensorboard", "", purge_step=done),
             ],
-            callbacks=[Timer(log_every), checkpoints, *([ProgressBar()] if progress else [])],
+            callbacks=[
+                Agreement(facts),
+                Timer(log_every),
+                checkpoints,
+                *([ProgressBar()] if progress else []),
+            ],
             plugins=[WholeFileIO()],
             use_distributed_sampler=False,
             enable_checkpointing=False,
@@ -160,7 +193,7 @@ def train(
             try:
                 trainer.fit(
                     module,
-                    datamodule=job.training_data(images, workers),
+                    datamodule=job.training_data(images, workers, accumulate),
                     ckpt_path=None if done is None else checkpoint,
                     weights_only=True,
                 )
@@ -210,7 +243,7 @@ def evaluate(
         FileNotFoundError: if run or data are missing.
         ValueError: if the checkpoint or an image is damaged, or the classes differ.
     """
-    devices, _ = _processes(devices, None)
+    devices, nodes = _processes(devices, None)
     recipe, model, trained_on = load_run(run)
     job = _job(recipe, score_at=score_at, testing=testing, proposals=proposals)
     if trained_on.proposals and not proposals:
@@ -221,37 +254,62 @@ def evaluate(
             f"{data}: has the classes {', '.join(images.classes)}; "
             f"{run} was trained on {', '.join(trained_on.classes)}"
         )
+    precision = recipe.precision
+    if precision == "16-mixed" and not _uses_gpu(accelerator):
+        precision = "32-true"  # Lightning would take bfloat16
     workers = _default_workers(devices) if workers is None else workers
     module = job.module(model, trained_on)
     with _lightning():
         trainer = pl.Trainer(
             accelerator=accelerator,
             devices=devices,
-            precision=recipe.precision,
+            num_nodes=nodes,
+            precision=precision,
             logger=False,
-            callbacks=[ProgressBar()] if progress else [],
+            callbacks=[
+                Agreement(_described(recipe, trained_on, images)),
+                *([ProgressBar()] if progress else []),
+            ],
             use_distributed_sampler=False,
             enable_checkpointing=False,
             enable_model_summary=False,
             enable_progress_bar=progress,
         )
         trainer.validate(module, datamodule=job.scoring_data(images, workers), verbose=False)
-    found = run / f"detections-{split}.jsonl"
+    found = run / f"detections-{_file_part(split)}.jsonl"
     metrics = _scores(job, module, split, images, found) | _facts(recipe, model, run)
     if testing != ONE_LOOK:
         metrics["testing"] = dataclasses.asdict(testing)
     if trainer.is_global_zero:
-        write_json(run / f"metrics-{split}.json", metrics)
+        write_json(run / f"metrics-{_file_part(split)}.json", metrics)
     return metrics
 
 
+def _file_part(split: str) -> str:
+    """A split in the name of a file: that of a year of VOC has a slash."""
+    return split.replace("/", "-")
+
+
 def _processes(devices: int | None, nodes: int | None) -> tuple[int, int]:
-    """Processes on each node and nodes, as asked for or as torchrun has set them up."""
-    if devices is None:
-        devices = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if nodes is None:
-        nodes = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
-    return devices, nodes
+    """Processes on each node and nodes, as asked for or as a launcher has set them up."""
+    launched, spanned = 1, 1
+    if "LOCAL_WORLD_SIZE" in os.environ:  # torchrun, Ray
+        launched = int(os.environ["LOCAL_WORLD_SIZE"])
+        spanned = int(os.environ["WORLD_SIZE"]) // launched
+    elif "SLURM_NTASKS" in os.environ and SLURMEnvironment.detect():
+        spanned = int(os.environ["SLURM_NNODES"])
+        launched = int(os.environ["SLURM_NTASKS"]) // spanned
+    return launched if devices is None else devices, spanned if nodes is None else nodes
+
+
+def _described(recipe: Recipe, trained_on: DataIdentity, scored: Any) -> dict[str, Any]:
+    """What every process of a run must agree upon, by name."""
+    return {
+        **recipe.to_dict(),
+        "data": f"{trained_on.images} images ({trained_on.digest[:8]})",
+        "images to score": None if scored is None else len(scored),
+        **versions(),
+    }
 
 
 @rank_zero_only
@@ -296,18 +354,22 @@ def _job(
     testing: DetectionTesting = ONE_LOOK,
     proposals: Sequence[Path] = (),
 ) -> Any:
-    """What the loop needs to know of a kind of network: a SegmentationJob or a DetectionJob.
+    """What the loop needs to know of a kind of network, such as a SegmentationJob.
 
     Raises:
         ValueError: for options that the network does not have.
     """
-    if isinstance(recipe, DeepLabRecipe):
-        if testing != ONE_LOOK or proposals:
-            raise ValueError("proposals and options of testing are for detectors, not for deeplab")
-        return SegmentationJob(recipe, score_at)
-    assert isinstance(recipe, DetectorRecipe)
-    if score_at != "truth":
+    if score_at != "truth" and not isinstance(recipe, DeepLabRecipe):
         raise ValueError(f"score_at is for deeplab, not for {recipe.network}")
+    if (testing != ONE_LOOK or proposals) and not isinstance(recipe, DetectorRecipe):
+        raise ValueError(
+            f"proposals and options of testing are for detectors, not for {recipe.network}"
+        )
+    if isinstance(recipe, DeepLabRecipe):
+        return SegmentationJob(recipe, score_at)
+    if isinstance(recipe, ClassifierRecipe):
+        return ClassificationJob(recipe)
+    assert isinstance(recipe, DetectorRecipe)
     return DetectionJob(recipe, testing, StoredProposals(proposals) if proposals else None)
 
 
@@ -316,12 +378,6 @@ def _scores(job: Any, module: TrainingModule, split: str | None, images: Any, fo
     if not module.trainer.is_global_zero:
         return {}
     return {"split": split, "images": len(images), **job.metrics(module, images, found)}
-
-
-def _strategy(recipe: Recipe, processes: int) -> str:
-    if processes == 1 or isinstance(recipe, DeepLabRecipe):
-        return "auto"
-    return "ddp_find_unused_parameters_true"
 
 
 def _facts(recipe: Recipe, model: torch.nn.Module, run: Path) -> dict[str, Any]:
@@ -366,6 +422,7 @@ def _lightning() -> Iterator[None]:
             ".*GPU available but not used.*",
             ".*modules? in eval mode.*",  # frozen batch norm
             ".*sync_dist=True.*",
+            ".*`srun` command is available.*",
         ):
             warnings.filterwarnings("ignore", message)
         try:

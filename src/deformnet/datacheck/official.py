@@ -1,0 +1,189 @@
+"""The official data sets: where they come from, how they lie on disk, how many images they have.
+
+The one table of it: the check counts by it, and `where_text` prints it.
+"""
+
+import textwrap
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class OfficialSet:
+    """A data set that papers report on."""
+
+    name: str
+    page: str
+    """Where it is fetched; some ask for an account."""
+    files: Mapping[str, str]
+    """The archives and their sizes (GB = 10^9 bytes)."""
+    folders: str
+    """How it lies on disk once it is unpacked, a line for each place."""
+    splits: str
+    """What `--split` is called for it."""
+    counts: Mapping[str, int]
+    """Images of each list, by the name that the check gives it."""
+
+
+OFFICIAL_SETS = (
+    OfficialSet(
+        name="PASCAL VOC 2007",
+        page="http://host.robots.ox.ac.uk/pascal/VOC/voc2007/",
+        files={
+            "VOCtrainval_06-Nov-2007.tar": "0.46 GB",
+            "VOCtest_06-Nov-2007.tar": "0.45 GB",
+        },
+        folders=(
+            "VOCdevkit/VOC2007/ImageSets/Main/<split>.txt\n"
+            "VOCdevkit/VOC2007/JPEGImages/<id>.jpg\n"
+            "VOCdevkit/VOC2007/Annotations/<id>.xml"
+        ),
+        splits="VOC2007/trainval, VOC2007/test",
+        counts={
+            "VOC2007/Main/train": 2501,
+            "VOC2007/Main/val": 2510,
+            "VOC2007/Main/trainval": 5011,
+            "VOC2007/Main/test": 4952,
+            "VOC2007/Segmentation/train": 209,
+            "VOC2007/Segmentation/val": 213,
+            "VOC2007/Segmentation/trainval": 422,
+            "VOC2007/Segmentation/test": 210,
+        },
+    ),
+    OfficialSet(
+        name="PASCAL VOC 2012",
+        page="http://host.robots.ox.ac.uk/pascal/VOC/voc2012/",
+        files={"VOCtrainval_11-May-2012.tar": "2.0 GB"},
+        folders=(
+            "VOCdevkit/VOC2012/ImageSets/Main/<split>.txt\n"
+            "VOCdevkit/VOC2012/ImageSets/Segmentation/<split>.txt\n"
+            "VOCdevkit/VOC2012/JPEGImages/<id>.jpg\n"
+            "VOCdevkit/VOC2012/Annotations/<id>.xml\n"
+            "VOCdevkit/VOC2012/SegmentationClass/<id>.png"
+        ),
+        splits="boxes: VOC2007/trainval+VOC2012/trainval; masks: train, val",
+        counts={
+            "VOC2012/Main/train": 5717,
+            "VOC2012/Main/val": 5823,
+            "VOC2012/Main/trainval": 11540,
+            "VOC2012/Segmentation/train": 1464,
+            "VOC2012/Segmentation/val": 1449,
+            "VOC2012/Segmentation/trainval": 2913,
+        },
+    ),
+    OfficialSet(
+        name="SBD, more masks for VOC 2012",
+        page="http://home.bharathh.info/pubs/codes/SBD/download.html",
+        files={"benchmark.tgz": "1.4 GB"},
+        folders=(
+            "VOCdevkit/VOC2012/ImageSets/Segmentation/train_aug.txt\n"
+            "VOCdevkit/VOC2012/SegmentationClassAug/<id>.png"
+        ),
+        splits="train_aug",
+        counts={"VOC2012/Segmentation/train_aug": 10582},
+    ),
+    OfficialSet(
+        name="COCO 2014",
+        page="https://cocodataset.org/#download",
+        files={
+            "train2014.zip": "13.5 GB",
+            "val2014.zip": "6.6 GB",
+            "test2015.zip": "about 13 GB",
+            "annotations_trainval2014.zip": "0.25 GB",
+            "image_info_test2015.zip": "2 MB",
+        },
+        folders=(
+            "annotations/instances_<split>.json\n"
+            "annotations/image_info_test-dev2015.json\n"
+            "train2014/*.jpg, val2014/*.jpg, test2015/*.jpg"
+        ),
+        splits="train2014+val2014; test-dev2015 (to submit)",
+        counts={
+            "instances_train2014": 82783,
+            "instances_val2014": 40504,
+            "image_info_test-dev2015": 20288,
+        },
+    ),
+    OfficialSet(
+        name="COCO 2017",
+        page="https://cocodataset.org/#download",
+        files={
+            "train2017.zip": "19.3 GB",
+            "val2017.zip": "0.8 GB",
+            "test2017.zip": "6.6 GB",
+            "annotations_trainval2017.zip": "0.25 GB",
+            "image_info_test2017.zip": "1 MB",
+        },
+        folders=(
+            "annotations/instances_<split>.json\n"
+            "annotations/image_info_test-dev2017.json\n"
+            "train2017/*.jpg, val2017/*.jpg, test2017/*.jpg"
+        ),
+        splits="train2017, val2017; test-dev2017 (to submit)",
+        counts={
+            "instances_train2017": 118287,
+            "instances_val2017": 5000,
+            "image_info_test-dev2017": 20288,
+        },
+    ),
+    OfficialSet(
+        name="Cityscapes, fine labels",
+        page="https://www.cityscapes-dataset.com/downloads/",
+        files={"leftImg8bit_trainvaltest.zip": "11.6 GB", "gtFine_trainvaltest.zip": "0.25 GB"},
+        folders=(
+            "leftImg8bit/<split>/<city>/*_leftImg8bit.png\ngtFine/<split>/<city>/*_gtFine_labelIds.png"
+        ),
+        splits="train, val",
+        counts={"gtFine/train": 2975, "gtFine/val": 500, "gtFine/test": 1525},
+    ),
+    OfficialSet(
+        name="ImageNet (ILSVRC 2012)",
+        page="https://image-net.org/download.php",
+        files={
+            "ILSVRC2012_img_train.tar": "147.9 GB",
+            "ILSVRC2012_img_val.tar": "6.7 GB",
+            "ILSVRC2012_devkit_t12.tar.gz": "3 MB",
+        },
+        folders="train/<class>/*.JPEG\nval/<class>/*.JPEG",
+        splits="train, val",
+        counts={"train": 1281167, "val": 50000},
+    ),
+)
+
+IMAGENET_CLASSES = 1000
+_CITIES = """
+    aachen bochum bremen cologne darmstadt dusseldorf erfurt hamburg hanover jena krefeld
+    monchengladbach strasbourg stuttgart tubingen ulm weimar zurich
+    frankfurt lindau munster
+    berlin bielefeld bonn leverkusen mainz munich
+"""
+CITYSCAPES_CITIES = frozenset(_CITIES.split())
+"""Of train, val and test. A set in the layout of Cityscapes that has none of them is another."""
+
+
+def official_count(name: str) -> int | None:
+    """Images of an official list; None for a list of no official set."""
+    return next((one.counts[name] for one in OFFICIAL_SETS if name in one.counts), None)
+
+
+def where_text() -> str:
+    """The table as text: for each set its page, archives, folders, splits and counts."""
+    blocks = []
+    for one in OFFICIAL_SETS:
+        files = ", ".join(f"{name} ({size})" for name, size in one.files.items())
+        counts = ", ".join(f"{name} {count}" for name, count in one.counts.items())
+        facts = {"from": one.page, "files": files, "splits": one.splits, "images": counts}
+        lines = [
+            textwrap.fill(
+                text,
+                width=100,
+                initial_indent=f"  {key:8}",
+                subsequent_indent=" " * 10,
+                break_long_words=False,
+                break_on_hyphens=False,
+            )
+            for key, text in facts.items()
+        ]
+        folders = textwrap.indent(one.folders, " " * 10).replace(" " * 10, "  folders ", 1)
+        blocks.append("\n".join([one.name, *lines[:2], folders, *lines[2:]]))
+    return "\n\n".join(blocks)

@@ -1,0 +1,66 @@
+"""Batch norm over the images of all processes on CPUs, for which PyTorch has none."""
+
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+from torch.autograd import Function
+
+
+class SharedBatchNorm2d(nn.BatchNorm2d):
+    """Batch norm whose statistics in training are those of all processes together.
+
+    What `nn.SyncBatchNorm` is on GPUs, where every process has maps of the same size.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(input)
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        assert self.momentum is not None
+        x = input.to(torch.promote_types(input.dtype, torch.float32))
+        mean = _over_processes(x.mean(dim=(0, 2, 3)))
+        centred = x - mean[:, None, None]
+        variance = _over_processes(centred.square().mean(dim=(0, 2, 3)))
+        count = x.numel() // x.shape[1] * torch.distributed.get_world_size()
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            # The running variance is the unbiased one.
+            self.running_var.lerp_(variance * (count / max(count - 1, 1)), self.momentum)
+        scale = self.weight * (variance + self.eps).rsqrt()
+        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(input.dtype)
+
+
+def share_statistics(model: nn.Module) -> None:
+    """Lets all batch norm layers of a model take their statistics over all processes."""
+    for module in model.modules():
+        if type(module) is nn.BatchNorm2d:
+            # It has the same parameters and buffers and only computes in another way.
+            module.__class__ = SharedBatchNorm2d
+
+
+def _over_processes(mean: Tensor) -> Tensor:
+    """The mean over all processes of what each has averaged over as many values."""
+    total = _Sum.apply(mean)
+    assert isinstance(total, Tensor)
+    return total / torch.distributed.get_world_size()
+
+
+class _Sum(Function):
+    """The sum over all processes. What each does with it adds to the gradient of all."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor) -> Tensor:
+        total = own.clone()
+        torch.distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        total = gradients[0].clone()
+        torch.distributed.all_reduce(total)
+        return total

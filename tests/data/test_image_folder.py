@@ -1,0 +1,333 @@
+"""Images sorted by class: the reader, what it refuses, the transforms, and the made folder."""
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from small_sets import one_line, save_image
+from torchvision import tv_tensors
+from torchvision.datasets import ImageFolder
+
+from deformnet.data import (
+    ImageFolderClassification,
+    Shapes,
+    classification_testing_transforms,
+    classification_training_transforms,
+    image_folder_splits,
+    write_shapes,
+)
+from deformnet.data.scenes import OBJECTS
+from deformnet.data.shapes import scene
+from deformnet.data.transforms import IMAGENET_MEAN, IMAGENET_STD, RandomColour
+
+MADE = Shapes(train=13, val=3, height=32, width=40, layout="image-folder")
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Classes ant (2), bee (1) and cat (1) in train; bee and cat in val."""
+    names = (
+        *("train/ant/2.jpg", "train/ant/1.PNG", "train/bee/x.JPEG", "train/cat/deep/er/y.jpg"),
+        *("val/cat/1.jpg", "val/bee/1.jpg"),
+    )
+    for seed, name in enumerate(names):
+        save_image(tmp_path / "set" / name, seed=seed)
+    return tmp_path / "set"
+
+
+# The reader.
+
+
+def test_labels_and_names(root):
+    images = ImageFolderClassification(root, "train")
+    assert images.classes == ("ant", "bee", "cat")
+    assert [images.name(i) for i in range(len(images))] == [
+        *("train/ant/1.PNG", "train/ant/2.jpg", "train/bee/x.JPEG", "train/cat/deep/er/y.jpg")
+    ]
+    assert [images[i][1] for i in range(4)] == [0, 0, 1, 2]
+    # torchvision reads the same.
+    theirs = ImageFolder(root / "train")
+    for i, (image, label) in enumerate(theirs):
+        assert label == images[i][1]
+        np.testing.assert_array_equal(np.asarray(image), images[i][0].permute(1, 2, 0).numpy())
+
+
+def test_a_split_without_a_class_has_the_labels_of_train(root):
+    images = ImageFolderClassification(root, "val")
+    assert images.classes == ("ant", "bee", "cat")
+    assert [images[i][1] for i in range(len(images))] == [1, 2]
+
+
+def test_without_train_a_split_has_its_own_classes(root):
+    (root / "train").rename(root / "elsewhere")
+    assert ImageFolderClassification(root, "val").classes == ("bee", "cat")
+
+
+def test_splits_and_their_sum(root):
+    assert image_folder_splits(root) == ["train", "val"]
+    both = ImageFolderClassification(root, "train+val")
+    assert len(both) == 6
+    assert [both[i][1] for i in range(6)] == [0, 0, 1, 2, 1, 2]
+    assert both.name(5) == "val/cat/1.jpg"
+
+
+def test_hidden_files_do_not_count(root):
+    (root / ".cache").mkdir()
+    (root / "train/.ipynb_checkpoints").mkdir()
+    (root / "train/ant/._1.png").write_bytes(b"left by a Mac")
+    (root / "train/ant/notes.txt").write_text("not an image")
+    images = ImageFolderClassification(root, "train")
+    assert images.classes == ("ant", "bee", "cat")
+    assert len(images) == 4
+    assert image_folder_splits(root) == ["train", "val"]
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "CMYK", "RGBA", "1", "I;16"])
+def test_every_kind_of_image_becomes_rgb(root, mode):
+    pixels = np.full((12, 16), 200, dtype=np.uint16 if mode == "I;16" else np.uint8)
+    image = Image.fromarray(pixels)
+    image = image if mode == "I;16" else image.convert(mode)
+    path = root / "val/bee" / ("1.jpg" if mode == "CMYK" else "2.png")
+    image.save(path)
+    images = ImageFolderClassification(root, "val")
+    index = images.samples.index((str(path), 1))
+    assert images[index][0].shape == (3, 12, 16)
+    assert images[index][0].dtype == torch.uint8
+
+
+def test_photographs_are_turned_upright(root):
+    """As they are where images are predicted: no label depends on the stored pixels."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees
+    Image.new("RGB", (16, 12)).save(root / "val/bee/1.jpg", exif=exif)
+    assert ImageFolderClassification(root, "val")[0][0].shape == (3, 16, 12)
+
+
+# What it refuses.
+
+
+def test_missing_splits_are_named_with_those_there_are(root):
+    with one_line(FileNotFoundError, root / "test", "train, val"):
+        ImageFolderClassification(root, "test")
+    with one_line(FileNotFoundError, root / "nowhere", "no such folder"):
+        ImageFolderClassification(root / "nowhere", "train")
+    with one_line(NotADirectoryError, root / "train/bee/x.JPEG"):
+        ImageFolderClassification(root / "train/bee/x.JPEG", "train")
+
+
+def test_few_of_many_names_are_listed(tmp_path):
+    for number in range(30):
+        (tmp_path / f"n{number:02}").mkdir()
+    with one_line(FileNotFoundError, "n00, n01, n02, n03, n04 and 25 more"):
+        ImageFolderClassification(tmp_path, "train")
+
+
+def test_a_class_without_images(root):
+    (root / "train/bee/x.JPEG").rename(root / "train/bee/x.gif")
+    with one_line(ValueError, root / "train/bee", "no image in it"):
+        ImageFolderClassification(root, "train")
+
+
+def test_a_split_without_classes(root):
+    (root / "test").mkdir()
+    save_image(root / "test/1.jpg")
+    with one_line(ValueError, root / "test", "no folder of a class"):
+        ImageFolderClassification(root, "test")
+
+
+def test_a_class_that_train_lacks(root):
+    save_image(root / "val/dog/1.jpg")
+    with one_line(ValueError, root / "val/dog", root / "train", "no class dog"):
+        ImageFolderClassification(root, "val")
+
+
+def test_unreadable_images_are_named(root):
+    path = root / "val/bee/1.jpg"
+    path.write_bytes(path.read_bytes()[:200])
+    images = ImageFolderClassification(root, "val")
+    with one_line(ValueError, path):
+        images[0]
+
+
+# From an image to what the network takes.
+
+
+def image_of(height: int, width: int) -> tv_tensors.Image:
+    """A ramp: red is the row, green the column, in steps of one."""
+    rows = torch.arange(height)[:, None].expand(height, width)
+    columns = torch.arange(width)[None].expand(height, width)
+    return tv_tensors.Image(torch.stack([rows, columns, rows * 0]).to(torch.uint8))
+
+
+def in_pixels(prepared: torch.Tensor) -> torch.Tensor:
+    """Undoes the normalisation, to values from 0 to 255."""
+    mean, std = (torch.tensor(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
+    return 255 * (prepared * std + mean)
+
+
+def test_testing_takes_the_centre():
+    prepare = classification_testing_transforms(short_side=20, crop=10)
+    seen = in_pixels(prepare(image_of(20, 40)))
+    assert type(prepare(image_of(20, 40))) is torch.Tensor
+    assert seen.shape == (3, 10, 10)
+    torch.testing.assert_close(seen[0, :, 0], torch.arange(5.0, 15), atol=1e-3, rtol=0)
+    torch.testing.assert_close(seen[1, 0], torch.arange(15.0, 25), atol=1e-3, rtol=0)
+
+
+def test_training_takes_every_size_place_and_side():
+    prepare = classification_training_transforms(resize=(20, 24), crop=10, flip=True, colour=False)
+    ramp = tv_tensors.Image(6 * image_of(40, 40))
+    sizes, tops, flipped = set(), set(), set()
+    torch.manual_seed(0)
+    for _ in range(300):
+        seen = in_pixels(prepare(ramp)) / 6  # where in the original
+        assert seen.shape == (3, 10, 10)
+        step = float(seen[1, 0, 8] - seen[1, 0, 1]) / 7
+        flipped.add(step < 0)
+        size = round(40 / abs(step))
+        sizes.add(size)
+        # The second row of the crop: the border of the image is not on the ramp.
+        tops.add((size, round((float(seen[0, 1, 0]) + 0.5) * size / 40 - 0.5) - 1))
+    assert sizes == {20, 21, 22, 23, 24}
+    assert flipped == {False, True}
+    assert tops <= {(size, top) for size in sizes for top in range(size - 9)}
+    assert len(tops) > 50  # of 65
+
+
+def test_a_crop_as_large_as_the_image_always_fits():
+    """Also where a side times its scale falls below the wanted one through rounding."""
+    for side in range(20, 140, 7):
+        prepare = classification_training_transforms(
+            resize=(16, 16), crop=16, flip=False, colour=False
+        )
+        assert prepare(image_of(side, side + 3)).shape == (3, 16, 16)
+
+
+def test_randomness_is_the_generators():
+    prepare = classification_training_transforms(resize=(20, 40), crop=16, flip=True, colour=True)
+    torch.manual_seed(3)
+    first = prepare(image_of(50, 60))
+    other = prepare(image_of(50, 60))
+    torch.manual_seed(3)
+    assert torch.equal(prepare(image_of(50, 60)), first)
+    assert not torch.equal(first, other)
+
+
+def test_colour_moves_along_the_principal_components():
+    torch.manual_seed(0)
+    grey = tv_tensors.Image(torch.full((3, 2, 2), 0.5))
+    shifts = []
+    for _ in range(4000):
+        shift = RandomColour()(grey) - 0.5
+        assert (shift == shift[:, :1, :1]).all(), "one shift for all pixels"
+        shifts.append(shift[:, 0, 0])
+    drawn = torch.stack(shifts)
+    # 0.1 times the variances is the spread along each direction.
+    variances, directions = np.linalg.eigh(np.cov(drawn.numpy().T))
+    np.testing.assert_allclose(
+        np.sqrt(variances[::-1]), 0.1 * np.array([0.2175, 0.0188, 0.0045]), rtol=0.05
+    )
+    assert abs(directions[:, -1] @ np.array([-0.5675, -0.5808, -0.5836])) > 0.999
+    assert abs(directions[:, 0] @ np.array([0.4009, -0.8140, 0.4203])) > 0.999
+    assert abs(drawn.mean(0)).max() < 1e-3
+
+
+def test_sizes_that_cannot_be():
+    with one_line(ValueError, "crop must not exceed", 20, 21):
+        classification_testing_transforms(short_side=20, crop=21)
+    with one_line(ValueError, "crop must not exceed", 20, 21):
+        classification_training_transforms(resize=(20, 30), crop=21, flip=False, colour=False)
+    with one_line(ValueError, "resize", (30, 20)):
+        classification_training_transforms(resize=(30, 20), crop=8, flip=False, colour=False)
+    with one_line(ValueError, "crop must be at least 1"):
+        classification_testing_transforms(short_side=20, crop=0)
+
+
+# The made folder.
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("shapes") / "set"
+    write_shapes(folder, MADE)
+    return folder
+
+
+def files(folder: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*.jpg")
+    }
+
+
+def test_shapes_by_class(made):
+    images = ImageFolderClassification(made, "train")
+    assert images.classes == tuple(sorted(OBJECTS))
+    labels = [images[i][1] for i in range(len(images))]
+    assert sorted(np.bincount(labels)) == [2, 2, 2, 2, 2, 3]
+    assert len(ImageFolderClassification(made, "val")) == 3
+    assert sorted(path.name for path in made.iterdir()) == ["shapes.json", "train", "val"]
+
+
+def test_each_image_shows_one_object_of_its_class(made):
+    images = ImageFolderClassification(made, "train")
+    by_name = {Path(images.name(i)).stem: i for i in range(len(images))}
+    for number in range(13):
+        drawn = scene(MADE, "train", number)
+        image, label = images[by_name[f"train_{number:06}"]]
+        (item,) = drawn.objects
+        assert list(OBJECTS)[item.label - 1] == images.classes[label]
+        error = np.abs(image.permute(1, 2, 0).numpy().astype(int) - drawn.image)
+        assert error.mean() < 8  # JPEG
+
+
+def test_the_same_seed_gives_the_same_bytes(made, tmp_path):
+    write_shapes(tmp_path / "again", MADE)
+    assert files(tmp_path / "again") == files(made)
+    write_shapes(tmp_path / "less", replace(MADE, train=7, val=1))
+    less = files(tmp_path / "less")
+    assert len(less) == 8
+    assert less.items() < files(made).items()
+    write_shapes(tmp_path / "other", replace(MADE, seed=1))
+    assert not set(files(tmp_path / "other").values()) & set(files(made).values())
+
+
+def test_an_interrupted_folder_is_finished(made, tmp_path, monkeypatch):
+    class Stopped(BaseException):
+        pass
+
+    left, write = 6, Path.write_bytes
+
+    def stop(path, content):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise Stopped
+        return write(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", stop)
+        with pytest.raises(Stopped):
+            write_shapes(tmp_path / "set", MADE)
+    write_shapes(tmp_path / "set", MADE)
+    assert files(tmp_path / "set") == files(made)
+
+
+def test_folders_that_cannot_be_made(made, tmp_path):
+    with one_line(ValueError, "train", "at least 6", 5):
+        replace(MADE, train=5)
+    with one_line(ValueError, "layout", "coco"):
+        replace(MADE, layout="coco")
+    with one_line(FileExistsError, made):
+        write_shapes(made, replace(MADE, layout="voc"))
+    with one_line(ValueError, "radius"):
+        write_shapes(tmp_path / "set", replace(MADE, radius=(1e-9, 1e-9), clutter=0))
+
+
+def test_sets_of_the_other_layout_are_recorded_as_ever(tmp_path):
+    write_shapes(tmp_path / "voc", Shapes(train=1, val=1, height=16, width=16))
+    assert "layout" not in (tmp_path / "voc/shapes.json").read_text()

@@ -1,0 +1,342 @@
+"""Sums of splits: years of VOC, files of COCO, folders of Cityscapes; and what cannot be summed."""
+
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from detection_sets import coco_content, voc_object, voc_xml, write_coco, write_voc
+from small_sets import one_line, save_image, save_labels
+from torch.utils.data import DataLoader
+
+from deformnet.data import detection_splits, open_detection, open_segmentation, segmentation_splits
+
+UNION = "VOC2007/trainval+VOC2012/train"
+
+
+@pytest.fixture
+def years(tmp_path) -> Path:
+    """VOC2012 as `write_voc` makes it, and VOC2007 with x, y (10 x 14) in trainval, z in test."""
+    root = write_voc(tmp_path / "years")
+    folder = root / "VOCdevkit/VOC2007"
+    (folder / "Annotations").mkdir(parents=True)
+    for seed, name in enumerate("xyz", start=10):
+        save_image(folder / f"JPEGImages/{name}.jpg", 10, 14, seed)
+        text = voc_xml(voc_object((2, 3, 4 + seed - 10, 5), "two"), height=10, width=14)
+        (folder / f"Annotations/{name}.xml").write_text(text)
+    lists = folder / "ImageSets/Main"
+    lists.mkdir(parents=True)
+    (lists / "trainval.txt").write_text("x\ny\n")
+    (lists / "test.txt").write_text("z\n")
+    return root
+
+
+def test_two_years_of_boxes(years):
+    images = open_detection(years, UNION)
+    assert [images.name(i) for i in range(len(images))] == ["x", "y", "a", "b"]
+    assert images.image_path(1) == years / "VOCdevkit/VOC2007/JPEGImages/y.jpg"
+    assert images.image_path(2) == years / "VOCdevkit/VOC2012/JPEGImages/a.jpg"
+    assert [images.size(i) for i in range(4)] == [(10, 14)] * 2 + [(12, 16)] * 2
+    assert images.classes == ("one", "two")
+    assert images.has_truth
+    assert [images.annotations(i).labels.tolist() for i in range(4)] == [[1], [1], [0, 1], []]
+    assert images.annotations(1).boxes.tolist() == [[1, 2, 5, 5]]
+    assert images.annotations(2).boxes.tolist() == [[2, 1, 9, 10], [0, 0, 16, 12]]
+    # Each is what the part alone gives.
+    for split, start in (("VOC2007/trainval", 0), ("VOC2012/train", 2)):
+        alone = open_detection(years, split)
+        for i in range(len(alone)):
+            assert torch.equal(alone[i][0], images[start + i][0])
+            for one, other in zip(alone[i][1], images[start + i][1], strict=True):
+                assert torch.equal(one, other)
+
+
+def test_a_part_without_year_is_of_the_last(years):
+    images = open_detection(years, "val+VOC2007/test")
+    assert [images.name(i) for i in range(len(images))] == ["c", "z"]
+    assert len(open_detection(years, "VOC2012/train")) == len(open_detection(years, "train")) == 2
+
+
+@pytest.mark.parametrize("root", [".", "VOC2012"])
+def test_a_years_folder_as_root(years, root, monkeypatch):
+    monkeypatch.chdir(years / "VOCdevkit" / ("VOC2012" if root == "." else ""))
+    images = open_detection(root, "VOC2012/train+val")
+    assert [images[i][0].shape[1:] for i in range(3)] == [(12, 16)] * 3
+    with one_line(FileNotFoundError, "no year 'VOC2007'", "here are: VOC2012"):
+        open_detection(root, "VOC2007/trainval")
+
+
+def test_splits_of_several_years(years, voc):
+    assert detection_splits(years) == [
+        "train",
+        "val",
+        "VOC2007/test",
+        "VOC2007/trainval",
+        "VOC2012/train",
+        "VOC2012/val",
+    ]
+    for split in detection_splits(years):
+        assert len(open_detection(years, split)) > 0
+    assert segmentation_splits(str(voc)) == ["train", "val"]
+    lists = voc / "VOCdevkit/VOC2007/ImageSets/Segmentation"
+    lists.mkdir(parents=True)
+    (lists / "test.txt").write_text("a\n")
+    assert segmentation_splits(voc) == [
+        "train",
+        "val",
+        "VOC2007/test",
+        "VOC2012/train",
+        "VOC2012/val",
+    ]
+
+
+def test_a_missing_list_names_all_years(years):
+    with one_line(FileNotFoundError, "VOC2007/ImageSets/Main/val.txt", "val, VOC2007/test"):
+        open_detection(years, "VOC2007/val")
+
+
+def test_parts_must_have_the_same_classes(years):
+    (years / "VOCdevkit/VOC2007/classes.txt").write_text("two\none\n")
+    with one_line(ValueError, "VOC2007", "VOC2012", "two, one", "one, two"):
+        open_detection(years, UNION)
+
+
+def test_parts_must_not_share_an_image(years):
+    (years / "VOCdevkit/VOC2012/ImageSets/Main/both.txt").write_text("b\nc\n")
+    with one_line(ValueError, "both.txt", "image b", "train.txt"):
+        open_detection(years, "train+both")
+    with one_line(ValueError, "both.txt", "image c", "val.txt"):
+        open_detection(years, "val+VOC2007/test+both")
+
+
+@pytest.mark.parametrize(
+    "split", ["train+train", "VOC2007/trainval+train+VOC2007/trainval", "train+VOC2012/train"]
+)
+def test_a_part_named_twice(years, split):
+    with one_line(ValueError, split, "train", "more than once"):
+        open_detection(years, split)
+
+
+@pytest.mark.parametrize("split", ["", "+", "train+", "+train", "train++val"])
+def test_a_part_without_a_name(years, cityscapes, split):
+    for call in (open_detection, open_segmentation):
+        with one_line(ValueError, repr(split), "joined by +"):
+            call(years if call is open_detection else cityscapes, split)
+
+
+def as_they_are(samples):
+    return samples
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_workers_read_the_same(years, context):
+    images = open_detection(years, UNION)
+    loader = DataLoader(
+        images, num_workers=2, multiprocessing_context=context, collate_fn=as_they_are
+    )
+    for i, ((image, annotations),) in enumerate(loader):
+        assert torch.equal(image, images[i][0])
+        assert torch.equal(annotations.boxes, images[i][1].boxes)
+
+
+def test_workers_share_what_grows(years):
+    """A worker is sent tensors by reference, so what it is sent does not grow with the set."""
+    folder = years / "VOCdevkit/VOC2007"
+    names = [f"{number:06d}" for number in range(400)]
+    for name in names:
+        (folder / f"JPEGImages/{name}.jpg").hardlink_to(folder / "JPEGImages/x.jpg")
+        (folder / f"Annotations/{name}.xml").hardlink_to(folder / "Annotations/x.xml")
+    (folder / "ImageSets/Main/many.txt").write_text("\n".join(names))
+    small, large = (
+        open_detection(years, f"{split}+VOC2012/train")
+        for split in ("VOC2007/trainval", "VOC2007/many")
+    )
+    assert len(large) == 402
+
+    def held(images):
+        return {name: type(value) for name, value in vars(images).items()}
+
+    assert held(small) == held(large)
+    lists = [value for value in vars(large).values() if isinstance(value, list | dict | tuple)]
+    assert max(len(value) for value in lists) < 10
+
+
+# Masks.
+
+
+def add_2007(root: Path, names: str) -> None:
+    folder = root / "VOCdevkit/VOC2007"
+    for name in names:
+        save_image(folder / f"JPEGImages/{name}.jpg", 10, 14)
+        save_labels(folder / f"SegmentationClass/{name}.png", np.full((10, 14), 1))
+    lists = folder / "ImageSets/Segmentation"
+    lists.mkdir(parents=True)
+    (lists / "trainval.txt").write_text("\n".join(names))
+
+
+def test_two_years_of_masks(voc):
+    add_2007(voc, "xy")
+    images = open_segmentation(voc, "VOC2007/trainval+train+val")
+    assert [images.name(i) for i in range(len(images))] == ["x", "y", "a", "b", "c"]
+    assert [tuple(images[i][1].shape) for i in (0, 2)] == [(10, 14), (12, 16)]
+    assert [int(images[i][1].max()) for i in range(5)] == [1, 1, 0, 1, 2]
+    assert len(pickle.loads(pickle.dumps(images))) == 5
+
+
+def test_masks_that_cannot_be_summed(voc):
+    add_2007(voc, "xa")
+    with one_line(ValueError, "train.txt", "image a", "VOC2007"):
+        open_segmentation(voc, "VOC2007/trainval+train")
+    (voc / "VOCdevkit/VOC2007/classes.txt").write_text("background\none\n")
+    with one_line(ValueError, "VOC2007", "VOC2012", "background, one, two"):
+        open_segmentation(voc, "VOC2007/trainval+train")
+    with one_line(ValueError, "train+train", "more than once"):
+        open_segmentation(voc, "train+train")
+
+
+def test_folders_of_cityscapes(cityscapes):
+    images = open_segmentation(cityscapes, "train+val")
+    assert len(images) == 4
+    assert [images.name(i)[:5] for i in range(4)] == ["aache", "aache", "bochu", "bonn_"]
+    with one_line(ValueError, "train+train", "more than once"):
+        open_segmentation(cityscapes, "train+train")
+    name = "bochum_000000_000000"
+    save_image(cityscapes / f"leftImg8bit/val/bochum/{name}_leftImg8bit.png")
+    labels = np.full((12, 16), 7)
+    save_labels(cityscapes / f"gtFine/val/bochum/{name}_gtFine_labelIds.png", labels, mode="L")
+    with one_line(ValueError, "leftImg8bit/val", name, "leftImg8bit/train"):
+        open_segmentation(cityscapes, "train+val")
+
+
+# COCO.
+
+
+def shifted(content: dict, by: int) -> dict:
+    """The same objects in images of other names and ids."""
+    for entry in content["images"]:
+        entry["id"] += by
+        entry["file_name"] = f"{entry['id']:04d}.jpg"
+    for entry in content["annotations"]:
+        entry["image_id"] += by
+    return content
+
+
+@pytest.fixture
+def coco(tmp_path) -> Path:
+    root = tmp_path / "coco"
+    write_coco(root, coco_content(), "train2014", "train2014")
+    write_coco(root, shifted(coco_content(), 100), "val2014", "val2014")
+    return root
+
+
+def test_two_files_of_coco(coco):
+    images = open_detection(coco, "train2014+val2014")
+    assert [images.name(i) for i in range(6)] == ["0007", "0003", "0005", "0107", "0103", "0105"]
+    assert images.image_ids.tolist() == [7, 3, 5, 107, 103, 105]
+    assert images.image_path(3) == coco / "val2014/0107.jpg"
+    assert images.annotation_files == tuple(
+        coco / f"annotations/instances_{split}.json" for split in ("train2014", "val2014")
+    )
+    alone = open_detection(coco, "val2014")
+    for i in range(3):
+        assert torch.equal(images[3 + i][0], alone[i][0])
+        for one, other in zip(images.annotations(3 + i), alone.annotations(i), strict=True):
+            assert torch.equal(one, other)
+
+
+def rewrite(coco: Path, change) -> None:
+    path = coco / "annotations/instances_val2014.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def test_files_of_coco_with_other_classes(coco):
+    rewrite(coco, lambda content: content["categories"][0].update(name="three"))
+    with one_line(ValueError, "val2014.json", "train2014.json", "one, three", "one, two"):
+        open_detection(coco, "train2014+val2014")
+
+
+def test_files_of_coco_with_other_ids(coco):
+    def renumber(content):
+        content["categories"][0]["id"] = 91
+        for entry in content["annotations"]:
+            entry["category_id"] = {90: 91}.get(entry["category_id"], 4)
+
+    rewrite(coco, renumber)
+    with one_line(ValueError, "val2014.json", "other ids", "train2014.json"):
+        open_detection(coco, "train2014+val2014")
+
+
+def test_files_of_coco_that_share_an_id(coco):
+    def renumber(content):
+        content["images"][1]["id"] = 7
+
+    rewrite(coco, renumber)
+    with one_line(ValueError, "val2014.json", "one id to several images"):
+        open_detection(coco, "train2014+val2014")
+
+
+# Images whose objects are not published.
+
+
+@pytest.fixture
+def without_truth(coco) -> Path:
+    content = coco_content()
+    del content["annotations"]
+    write_coco(coco, content, "unused", "test2017")
+    path = coco / "annotations/instances_unused.json"
+    path.rename(coco / "annotations/image_info_test-dev2017.json")
+    return coco
+
+
+def test_images_without_truth(without_truth):
+    assert detection_splits(without_truth) == ["test-dev2017", "train2014", "val2014"]
+    images = open_detection(without_truth, "test-dev2017")
+    assert not images.has_truth
+    assert open_detection(without_truth, "train2014").has_truth
+    assert len(images) == 3
+    assert images.classes == ("one", "two")
+    assert images.category_ids == (4, 90)
+    assert images.image_path(0) == without_truth / "test2017/0007.jpg"
+    image, annotations = images[0]
+    assert image.shape == (3, 12, 16)
+    assert annotations.boxes.shape == (0, 4)
+    assert not images.annotations(2).labels.numel()
+
+
+def test_a_folder_of_images_without_truth_alone(without_truth):
+    for split in ("train2014", "val2014"):
+        (without_truth / f"annotations/instances_{split}.json").unlink()
+    assert len(open_detection(without_truth, "test-dev2017")) == 3
+
+
+def test_truth_comes_first_where_there_are_both(without_truth):
+    write_coco(without_truth, coco_content(), "test-dev2017", "test2017")
+    assert open_detection(without_truth, "test-dev2017").has_truth
+
+
+def test_images_without_truth_are_not_joined_with_others(without_truth):
+    path = without_truth / "annotations/image_info_test-dev2017.json"
+    content = shifted({**json.loads(path.read_text()), "annotations": []}, 200)
+    path.write_text(json.dumps(content))
+    for image in content["images"]:
+        save_image(without_truth / "test2017" / image["file_name"])
+    for split in ("train2014+test-dev2017", "test-dev2017+train2014"):
+        with one_line(ValueError, "image_info_test-dev2017.json", "no objects"):
+            open_detection(without_truth, split)
+
+
+def test_real_parts_sum_up(real_data):
+    root = real_data / "voc2012_mini"
+    images = open_detection(root, "train+VOC2012/val")
+    trainval = open_detection(root, "trainval")
+    both = {trainval.name(i): len(trainval.annotations(i).labels) for i in range(100)}
+    assert {images.name(i): len(images.annotations(i).labels) for i in range(100)} == both
+    images = open_detection(real_data / "coco_tiny", "train2017+val2017")
+    assert len(images) == 228
+    assert sum(len(images.annotations(i).labels) for i in range(228)) == 939 + 852
+    assert images[200][0].shape[1:] == images.size(200)
+    assert len(open_segmentation(real_data / "camvid_cityscapes", "train+val+test")) == 22
