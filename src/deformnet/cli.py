@@ -45,6 +45,8 @@ INTERRUPTED = 130  # as a shell reports a program that Ctrl-C ended
 _LOST_PROCESS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 # In what torch reports about the memory of a GPU and that of the machine.
 _NO_MEMORY = ("out of memory", "can't allocate memory")
+_NO_CONNECTION = "connectFullMesh failed"  # of gloo
+_LOADER_KILLED = "is killed by signal: Killed"
 _PORT_IN_USE = "EADDRINUSE"
 _FROM_LOADER = "Caught "  # how torch begins the message of an error in a loader process
 
@@ -611,13 +613,18 @@ def _keep(converted: "Converted", out: Path) -> None:
     for reason, keys in converted.left_out.items():
         print(f"left out, {reason}: {len(keys)} ({keys[0]}{', ...' if len(keys) > 1 else ''})")
     layers = converted.deform_layers
-    masks = "with masks" if converted.modulated else "without masks"
-    kind = f", {converted.offset_groups} offset groups, {masks}" if layers else ""
-    print(f"deformable: {len(converted.deformable)} of the last {layers} 3x3 layers{kind}")
-    print(
-        "strides: the file does not say where they are; weights of style='caffe' and of "
-        "STRIDE_IN_1X1 need --stride-in-1x1"
-    )
+    found = "none"
+    if layers:
+        found = (
+            f"{len(converted.deformable)} among the last {layers} 3x3 convolutions, "
+            f"offset_groups={converted.offset_groups}, modulated={converted.modulated}"
+        )
+    print(f"deformable layers: {found}")
+    if converted.backbone in ("ResNet-50", "ResNet-101"):
+        print(
+            "strides: the file does not say where they are; weights of style='caffe' and of "
+            "STRIDE_IN_1X1 need --stride-in-1x1"
+        )
     depth = converted.backbone.removeprefix("ResNet-")
     if layers in get_args(DeformLayers):
         options = [f"--backbone resnet{depth}", f"--deform-layers {layers}"]
@@ -728,6 +735,17 @@ def _lacking(error: Exception) -> str | None:
             "out of memory; in training --accumulate 2 works through each batch in two parts, and "
             "smaller images (--short-side, --max-side, --crop) or --precision bf16-mixed need less"
         )
+    if isinstance(error, RuntimeError) and _LOADER_KILLED in text:
+        return (
+            "out of memory, it seems: a process that loads images was killed; fewer --workers need "
+            "less"
+        )
+    if isinstance(error, RuntimeError) and _NO_CONNECTION in text:
+        return (
+            "the processes of this run cannot reach one another; between machines "
+            "GLOO_SOCKET_IFNAME names the network card, and torchrun --max-restarts needs "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
+        )
     if isinstance(error, RuntimeError) and _PORT_IN_USE in text:
         port = os.environ.get("MASTER_PORT", "of this run")
         return (
@@ -740,7 +758,9 @@ def _lacking(error: Exception) -> str | None:
 def _one_line(error: Exception) -> str:
     """The message of an error, without the traceback that a loader process adds to it."""
     if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
+        # TensorBoard names files in bytes.
+        name = error.filename
+        return f"{os.fsdecode(name) if isinstance(name, bytes) else name}: {error.strerror}"
     text = str(error).strip()
     if text.startswith(_FROM_LOADER):
         return text.splitlines()[-1].partition(": ")[2]

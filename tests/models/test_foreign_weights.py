@@ -557,7 +557,7 @@ def test_import_weights(tmp_path, capsys):
     assert lines[0] == f"ResNet-18: 100 tensors in {out}"
     assert "left out, neck: 1 (neck.lateral_convs.0.conv.weight)" in lines
     assert "left out, batch counts: 20 (backbone.bn1.num_batches_tracked, ...)" in lines
-    assert any("--stride-in-1x1" in line for line in lines)
+    assert "deformable layers: none" in lines
     assert "--backbone resnet18 --deform-layers 0 --init" in lines[-1]
     recipe = DeepLabRecipe(backbone="resnet18", deform_layers=2, init=str(out))
     weight = recipe.build_model(3).get_submodule("backbone.conv1").weight
@@ -569,7 +569,11 @@ def test_import_weights_with_more_deformable_layers_than_recipes_have(tmp_path, 
     file, out = tmp_path / "theirs.pth", tmp_path / "ours.safetensors"
     torch.save({"model": as_detectron2(state)}, file)
     main(["import-weights", "detectron2", str(file), str(out)])
-    *_, how = capsys.readouterr().out.splitlines()
+    *_, layers, strides, how = capsys.readouterr().out.splitlines()
+    assert layers == (
+        "deformable layers: 13 among the last 13 3x3 convolutions, offset_groups=2, modulated=True"
+    )
+    assert "--stride-in-1x1" in strides
     code = re.search(r"resnet\(.*\"\)", how)[0]
     model = eval(code, {"resnet": resnet})
     read = read_weights(out)

@@ -30,12 +30,12 @@ LIMIT = 240
 
 
 def small(recipe: type[Recipe], **changes: Any) -> Recipe:
-    """ResNet-18 on images of 48 pixels, 4 at a time, with frozen norm."""
+    """ResNet-18 on images of 32 pixels, 4 at a time, with frozen norm."""
     values: dict[str, Any] = {
         "backbone": "resnet18",
         "deform_layers": 1,
         "norm": "frozen",
-        "short_side": 48,
+        "short_side": 32,
         "max_side": None,
         "batch": 4,
         "iterations": 10,

@@ -225,7 +225,7 @@ def test_stored_proposals_follow_the_image(shapes, tmp_path):
             return objects.boxes.as_subclass(torch.Tensor)[~objects.ignored][:1]
 
     job = dataclasses.replace(job, proposals=FirstObject())
-    loader = job.training_data(images, 0)
+    loader = job.training_data(images, 0, 1)
     for index in range(len(images)):
         torch.manual_seed(index)  # some are mirrored
         sample = loader.images[index]
@@ -329,7 +329,7 @@ def test_the_authors_convention_rounds_objects():
 def test_a_batch_of_different_sizes():
     def sample(height, width, objects, proposals):
         target = Target(torch.rand(objects, 4), torch.zeros(objects, dtype=torch.int64))
-        return Sample(torch.ones(3, height, width), target, proposals)
+        return Sample(torch.ones(3, height, width), target, proposals, seed=objects)
 
     batch = collate([sample(2, 3, 2, None), sample(1, 5, 0, None)])
     assert batch.images.shape == (2, 3, 2, 5)
@@ -339,6 +339,11 @@ def test_a_batch_of_different_sizes():
     assert batch.sizes == [(2, 3), (1, 5)]
     assert [len(target.boxes) for target in batch.targets] == [2, 0]
     assert batch.proposals is None
+    assert batch.seeds == [2, 0]
+    larger = batch.extended(4, 6)
+    assert larger.images.shape == (2, 3, 4, 6)
+    assert torch.equal(larger.images[:, :, :2, :5], batch.images)
+    assert larger.images.sum() == batch.images.sum()
     given = collate([sample(2, 2, 0, torch.ones(3, 4)), sample(2, 2, 0, torch.ones(0, 4))])
     assert [len(boxes) for boxes in given.proposals] == [3, 0]
 

@@ -1,12 +1,17 @@
 """A process that is killed: torchrun starts the group anew, or one process goes on alone."""
 
+import os
 import shutil
+import signal
+import sys
+import time
 
 import pytest
 import torch
-from processes import RECIPES, curve, run, start, torchrun, wait, weights, write_images
+from processes import LIMIT, RECIPES, curve, run, start, torchrun, wait, weights, write_images
 
 from deformnet.runs import checkpoint_path, load_checkpoint
+from deformnet.training.callbacks import read_log
 
 RECIPE = RECIPES["rfcn"]
 
@@ -27,7 +32,9 @@ def runs(tmp_path_factory):
     killed = [{"do": "killed", "after": 7, **job, "out": folder / "run"}]
     two = "--nproc-per-node=2"
     wait(start(torchrun(undisturbed, folder / "undisturbed", two)))
-    (printed,) = wait(start(torchrun(killed, folder, two, "--max-restarts=2")))
+    # Without the variable torchrun gives new processes the addresses of the old ones.
+    command = torchrun(killed, folder, two, "--max-restarts=2")
+    (printed,) = wait(start(command, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1"))
     attempts = [line for line in printed.splitlines() if line.startswith("attempt ")]
     assert attempts == ["attempt 0 from iteration 0", "attempt 1 from iteration 6"], printed
     return folder
@@ -49,4 +56,23 @@ def test_one_process_goes_on_where_two_were_killed(runs, tmp_path):
     assert len(expected) == 10
     assert curve(tmp_path / "run") == pytest.approx(expected, rel=1e-5)
     for name, tensor in weights(runs / "undisturbed/run").items():
-        torch.testing.assert_close(weights(tmp_path / "run")[name], tensor, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(weights(tmp_path / "run")[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_sigterm_to_everybody_stops_in_order(shapes, tmp_path):
+    """As batch systems send it: to the processes that load images, too."""
+    options = ["--batch", "2", "--iterations", "1000", "--log-every", "1", "--workers", "1"]
+    options += ["--backbone", "resnet18", "--short-side", "32", "--max-side", "None"]
+    options += ["--data", str(shapes), "--out", str(tmp_path), "--accelerator", "cpu"]
+    process = start([sys.executable, "-m", "deformnet", "train", "deeplab", *options])
+    deadline = time.monotonic() + LIMIT
+    while len(read_log(tmp_path / "metrics.csv")) < 2:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGTERM)
+    printed, _ = process.communicate(timeout=LIMIT)
+    assert process.returncode == 130, printed
+    done = load_checkpoint(checkpoint_path(tmp_path))["global_step"]
+    assert f"deformnet: stopped after {done} of 1000 iterations" in printed
+    assert "Traceback" not in printed

@@ -241,3 +241,7 @@ def test_images_of_different_sizes_make_a_batch():
         [[1, 1, 1, 255, 255], [1, 1, 1, 255, 255]],
         [[0, 0, 0, 0, 0], [255, 255, 255, 255, 255]],
     ]
+    larger = pad_to_batch([small]).extended(2, 5)
+    assert torch.equal(larger.images, images[:1])
+    assert torch.equal(larger.masks, masks[:1])
+    assert larger.weight() == 6

@@ -7,7 +7,9 @@ changes nothing: iteration i with a batch of B is made of the draws i*B to i*B +
 loads them.
 """
 
+import os
 import signal
+import threading
 from collections.abc import Iterator, Sequence, Sized
 from typing import Any, Protocol
 
@@ -125,5 +127,17 @@ def _seed(seed: int, stream: int, number: int) -> int:
 
 
 def ignore_interrupts(worker: int) -> None:
-    """For loader workers: Ctrl-C reaches the whole group, and only the main process decides."""
+    """For loader workers: only the main process decides what a signal to the whole group means.
+
+    Such are Ctrl-C, and the SIGTERM of a batch system. One from the main process ends the worker.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # Linux; elsewhere a handler does not know the sender
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_obey_the_main_process, daemon=True).start()
+
+
+def _obey_the_main_process() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)

@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import os
 import statistics
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -251,8 +252,8 @@ def evaluate(
     images = job.open(data, split)
     if images.classes != trained_on.classes:
         raise ValueError(
-            f"{data}: has the classes {', '.join(images.classes)}; "
-            f"{run} was trained on {', '.join(trained_on.classes)}"
+            f"{data}: has the classes {_listed(images.classes)}; "
+            f"{run} was trained on {_listed(trained_on.classes)}"
         )
     precision = recipe.precision
     if precision == "16-mixed" and not _uses_gpu(accelerator):
@@ -373,6 +374,12 @@ def _job(
     return DetectionJob(recipe, testing, StoredProposals(proposals) if proposals else None)
 
 
+def _listed(names: Sequence[str]) -> str:
+    """Names in a line that can still be read where there are a thousand."""
+    more = f" and {len(names) - 30} more" if len(names) > 30 else ""
+    return ", ".join(names[:30]) + more
+
+
 def _scores(job: Any, module: TrainingModule, split: str | None, images: Any, found: Path) -> dict:
     """The scores, computed (and what was found written) by one process for all."""
     if not module.trainer.is_global_zero:
@@ -410,6 +417,14 @@ def _lightning() -> Iterator[None]:
     """
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
+    report = threading.excepthook
+
+    def report_others(error: threading.ExceptHookArgs) -> None:
+        # TensorBoard writes in a thread; what it cannot write is raised where it logs, as well.
+        if not isinstance(error.exc_value, OSError):
+            report(error)
+
+    threading.excepthook = report_others
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     with warnings.catch_warnings():
@@ -430,5 +445,6 @@ def _lightning() -> Iterator[None]:
         except SystemExit as exit:
             raise KeyboardInterrupt from exit
         finally:
+            threading.excepthook = report
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)

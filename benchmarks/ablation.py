@@ -1,0 +1,140 @@
+"""Tables 1 and 3 of the paper at small scale, from random weights, on data that fit on a desk.
+
+    python -m benchmarks.ablation camvid DIR OUT [--backbone resnet50] [--iterations 3000] [--seeds 0]
+    python -m benchmarks.ablation nuclei DIR OUT ...
+
+CamVid (VOC layout) with DeepLab at 480x360, test mean IoU; nuclei (COCO layout) with R-FCN, AP.
+Rows: 0, 1, 2, 3 and 6 deformable layers; dilation 4, 6 and 8 without any; of R-FCN deformable
+pooling alone, and with three layers. Every row has the same budget. Runs that are in OUT already
+are not repeated, a stopped one continues. Prints mean and deviation over the seeds beside the paper.
+"""
+
+import argparse
+import dataclasses
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from deformnet.recipes import BackboneName, DeepLabRecipe, DeformLayers, Recipe, RFCNRecipe
+from deformnet.reproduce.rows import find_rows
+from deformnet.runs import write_json
+from deformnet.training import evaluate, train
+
+LAYERS: tuple[DeformLayers, ...] = get_args(DeformLayers)
+DILATIONS = (4, 6, 8)
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is trained on one data set.
+
+    Attributes:
+        base: recipe of the plain network.
+        train, test: splits.
+        network: in the names of the paper's rows.
+    """
+
+    base: DeepLabRecipe | RFCNRecipe
+    train: str
+    test: str
+    network: str
+
+
+def study(name: str, backbone: BackboneName, iterations: int, batch: int) -> Study:
+    """The study of a data set.
+
+    Offsets learn at a tenth of the rate and the gradient is clipped, as random weights need.
+    """
+    common: dict[str, Any] = {
+        "backbone": backbone,
+        "deform_layers": 0,
+        "batch": batch,
+        "iterations": iterations,
+        "offset_lr_scale": 0.1,
+        "clip": 10.0,
+        "lr": 0.02,
+    }
+    if name == "camvid":
+        recipe = DeepLabRecipe(short_side=360, max_side=None, **common)
+        return Study(recipe, "train", "test", "deeplab-cityscapes")
+    recipe = RFCNRecipe(
+        pool="average",
+        short_side=512,
+        max_side=1024,
+        anchor_sizes=(16, 32, 64, 128),
+        max_detections=100,
+        **common,
+    )
+    return Study(recipe, "train_small", "val_small", "rfcn")
+
+
+def variants(chosen: Study) -> dict[str, Recipe]:
+    """The recipes by the names of the paper's rows."""
+    base = chosen.base
+    found: dict[str, Recipe] = {
+        f"table1/{chosen.network}-{layers}": dataclasses.replace(base, deform_layers=layers)
+        for layers in LAYERS
+    }
+    for dilation in DILATIONS:
+        name = f"table3/{chosen.network}-atrous-{dilation}"
+        found[name] = dataclasses.replace(base, dilation=dilation)
+    if isinstance(base, RFCNRecipe):
+        pooling = dataclasses.replace(base, pool="deformable")
+        found[f"table3/{chosen.network}-pool"] = pooling
+        found[f"table3/{chosen.network}-conv-pool"] = dataclasses.replace(pooling, deform_layers=3)
+    return found
+
+
+def scores(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """In percent."""
+    if "mean_iou" in metrics:
+        return {"mean IoU": 100 * metrics["mean_iou"]}
+    return {name: 100 * (metrics["coco"][name] or 0.0) for name in ("AP", "AP50")}
+
+
+def line(name: str, found: Sequence[Mapping[str, float]]) -> str:
+    """A row of the table."""
+    (row,) = find_rows([name])
+    cells = []
+    for metric in found[0]:
+        values = [one[metric] for one in found]
+        spread = statistics.stdev(values) if len(values) > 1 else 0.0
+        each = ", ".join(f"{value:.1f}" for value in values)
+        cells.append(f"{metric} {each} ({statistics.mean(values):.1f} +- {spread:.1f})")
+    paper = " / ".join(f"{value:.1f}" for value in row.paper.values())
+    return f"| {name.partition('-')[2]} | {' | '.join(cells)} | {paper} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("study", choices=("camvid", "nuclei"))
+    parser.add_argument("data", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--backbone", choices=get_args(BackboneName), default="resnet50")
+    parser.add_argument("--iterations", type=int, default=3000)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument(
+        "--short-side", type=int, help="pixels; smaller than the study's is quicker"
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    options = parser.parse_args()
+    chosen = study(options.study, options.backbone, options.iterations, options.batch)
+    if options.short_side is not None:
+        base = dataclasses.replace(chosen.base, short_side=options.short_side)
+        chosen = dataclasses.replace(chosen, base=base)
+    table: dict[str, list[dict[str, float]]] = {}
+    for name, recipe in variants(chosen).items():
+        for seed in options.seeds:
+            run = options.out / f"{name.replace('/', '-')}-seed{seed}"
+            seeded = dataclasses.replace(recipe, seed=seed)
+            train(seeded, options.data, run, split=chosen.train, val_split=None)
+            metrics = evaluate(run, options.data, chosen.test)
+            table.setdefault(name, []).append(scores(metrics))
+        write_json(options.out / "table.json", table)
+        print(line(name, table[name]), flush=True)
+
+
+if __name__ == "__main__":
+    main()

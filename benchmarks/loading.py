@@ -1,0 +1,133 @@
+"""Whether loading keeps up with training: images per second of both.
+
+    python -m benchmarks.loading [--rows ROW ...] [--workers 0 1 2]
+
+Loading is what a training process waits for: reading, decoding, resizing, cropping, flipping and
+normalising, by the loader processes of the run. A step is forward, backward and the update of the
+row's network at full size, one image at a time, on images that are there already.
+"""
+
+import argparse
+import dataclasses
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from deformnet.nn import parameter_groups
+from deformnet.recipes import ONE_LOOK, ClassifierRecipe, DeepLabRecipe, DetectorRecipe
+from deformnet.reproduce.made import write_made_data
+from deformnet.reproduce.rows import IMAGENET, Row, find_rows
+from deformnet.runs import machine, versions, write_json
+from deformnet.timing import Timing
+from deformnet.training.classification import ClassificationJob
+from deformnet.training.detection import DetectionJob
+from deformnet.training.segmentation import SegmentationJob
+
+# Rows with the size at which their images lie on disk.
+SIZES = {
+    "table1/deeplab-voc-3": (375, 500),
+    "table1/rfcn-3": (375, 500),
+    "table7/resnet101": (375, 500),
+    "table1/deeplab-cityscapes-3": (1024, 2048),
+}
+
+
+def job(row: Row) -> ClassificationJob | DetectionJob | SegmentationJob:
+    """What trains a row, one image at a time (the rate of loading does not depend on it)."""
+    recipe = dataclasses.replace(row.recipe, batch=1, init=None, norm="trained")
+    if isinstance(recipe, DeepLabRecipe):
+        return SegmentationJob(recipe)
+    if isinstance(recipe, ClassifierRecipe):
+        return ClassificationJob(recipe)
+    assert isinstance(recipe, DetectorRecipe)
+    return DetectionJob(recipe, ONE_LOOK)
+
+
+def batches(row: Row, data: Path, workers: int) -> Iterator[Any]:
+    """What a training process with so many loaders gets, in its order."""
+    found = job(row)
+    loading = found.training_data(found.open(data, row.data.train), workers, 1)
+    root = SimpleNamespace(root_device=torch.device("cpu"))
+    loading.trainer = SimpleNamespace(global_step=0, global_rank=0, world_size=1, strategy=root)
+    return iter(loading.train_dataloader())
+
+
+def loading_rate(row: Row, data: Path, workers: int, images: int, rounds: int) -> Timing:
+    """Images per second, once the loaders are busy."""
+    found = []
+    stream = batches(row, data, workers)
+    for _ in range(4 * max(workers, 1)):
+        next(stream)
+    for _ in range(rounds):
+        start = time.perf_counter()
+        for _ in range(images):
+            next(stream)
+        found.append(images / (time.perf_counter() - start))
+    return Timing(tuple(found))
+
+
+def step_rate(row: Row, data: Path, rounds: int) -> Timing:
+    """Images per second of training steps on one image that is there."""
+    chosen = job(row)
+    ((part,),) = (next(batches(row, data, 0)),)
+    model = chosen.recipe.build_model(row.data.classes).train()
+    model = model.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(parameter_groups(model, 1e-6), momentum=0.9)
+    module = chosen.module(model, chosen.identity(chosen.open(data, row.data.train)))
+    found = []
+    for number in range(rounds + 1):
+        start = time.perf_counter()
+        optimizer.zero_grad()
+        torch.stack(list(module.terms(part).values())).sum().backward()
+        optimizer.step()
+        if number:  # the first has in it what is done once
+            found.append(1 / (time.perf_counter() - start))
+    return Timing(tuple(found))
+
+
+def spread(timing: Timing) -> str:
+    return f"{timing.median:6.2f} ({timing.fastest:.2f}-{max(timing.rounds):.2f})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--rows", nargs="+", default=list(SIZES), choices=SIZES)
+    parser.add_argument("--workers", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--images", type=int, default=24, help="of a round")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, help="JSON file of the results")
+    options = parser.parse_args()
+    print(f"{machine()}; images per second, median of {options.rounds} rounds (least-most)")
+    heading = "  ".join(f"{f'{n} loaders':^20}" for n in options.workers)
+    print(f"{'row':28}  {'on disk':>9}  {heading}  {'training steps':^20}")
+    results = {"machine": machine(), "versions": versions(), "rows": {}}
+    for row in find_rows(options.rows):
+        height, width = SIZES[row.name]
+        with tempfile.TemporaryDirectory() as folder:
+            data = Path(folder)
+            write_made_data(row.data, data, height, width)
+            if row.data is IMAGENET:  # whose classes but one have tiny images
+                photo = (data / "train/n00000000/0.jpg").read_bytes()
+                for path in data.glob("train/*/0.jpg"):
+                    path.write_bytes(photo)
+            rates = {
+                f"{workers} loaders": loading_rate(
+                    row, data, workers, options.images, options.rounds
+                )
+                for workers in options.workers
+            }
+            rates["steps"] = step_rate(row, data, options.rounds)
+        cells = "  ".join(f"{spread(rate):20}" for rate in rates.values())
+        print(f"{row.name:28}  {f'{width}x{height}':>9}  {cells}", flush=True)
+        results["rows"][row.name] = {name: list(rate.rounds) for name, rate in rates.items()}
+    if options.out is not None:
+        write_json(options.out, results)
+
+
+if __name__ == "__main__":
+    main()
