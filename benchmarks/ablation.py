@@ -1,12 +1,12 @@
 """Tables 1 and 3 of the paper at small scale, from random weights, on data that fit on a desk.
 
-    python -m benchmarks.ablation camvid DIR OUT [--backbone resnet50] [--iterations 3000] [--seeds 0]
+    python -m benchmarks.ablation camvid DIR OUT [--backbone resnet50] [--iterations 3000]
     python -m benchmarks.ablation nuclei DIR OUT ...
 
 CamVid (VOC layout) with DeepLab at 480x360, test mean IoU; nuclei (COCO layout) with R-FCN, AP.
 Rows: 0, 1, 2, 3 and 6 deformable layers; dilation 4, 6 and 8 without any; of R-FCN deformable
 pooling alone, and with three layers. Every row has the same budget. Runs that are in OUT already
-are not repeated, a stopped one continues. Prints mean and deviation over the seeds beside the paper.
+are not repeated, a stopped one continues. Mean and deviation over the seeds beside the paper.
 """
 
 import argparse

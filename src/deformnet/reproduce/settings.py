@@ -6,17 +6,17 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True)
 class Machines:
-    """Where it is computed; nothing here changes the result."""
+    """Where and in which portions it is computed."""
 
     devices: int | None = None
     """Processes (CPU) or GPUs on each machine; None is what torchrun or SLURM started, or 1."""
     nodes: int | None = None
-    """Machines; None is what torchrun or SLURM spans, or 1."""
+    """Machines; None is what torchrun or SLURM spans, or 1. All must see the same folders."""
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     """Where to compute."""
     accumulate: int = 1
-    """Parts in which each process works through its images of an iteration: more of them take less
-    memory and more time."""
+    """Work through each batch in that many parts, one after the other, to need less memory. The
+    result is the same, but for trained batch norm, whose statistics are then those of a part."""
     workers: int | None = None
     """Processes that load images, for each computing process; None chooses."""
     checkpoint_every: int = 200
