@@ -23,7 +23,7 @@ demo: $(READY)
 # The tests' tensors are small: a process for each core, each with one thread. Without a GPU its
 # kernels run in Triton's interpreter, which has to be chosen before they are loaded.
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto -k "not compile" tests/ops/test_triton_*.py
 
 # The operators' tests over kernels that stop at the first read or write out of bounds. Python and PyTorch
