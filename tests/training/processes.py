@@ -21,7 +21,7 @@ from PIL import Image
 from deformnet.data.shapes import Shapes, write_shapes
 from deformnet.recipes import DeepLabRecipe, Recipe, RFCNRecipe, recipe_from_dict
 from deformnet.runs import load_checkpoint
-from deformnet.training import evaluate, train
+from deformnet.training import evaluate, propose, train
 from deformnet.training.callbacks import Timer, read_log
 from deformnet.training.shared_norm import share_statistics
 
@@ -136,6 +136,14 @@ def _evaluate(job: dict[str, Any]) -> None:
     )
 
 
+def _propose(job: dict[str, Any]) -> None:
+    propose_boxes(Path(job["run"]), Path(job["data"]), Path(job["out"]))
+
+
+def propose_boxes(run: Path, data: Path, out: Path) -> None:
+    propose(run, data, "val", out, accelerator="cpu", workers=0, progress=False)
+
+
 def _disagree(job: dict[str, Any]) -> None:
     """Every process writes down the message with which it refuses other data, or another recipe."""
     rank = os.environ["RANK"]
@@ -193,6 +201,7 @@ def _killed(job: dict[str, Any]) -> None:
 _JOBS: dict[str, Callable[[dict[str, Any]], None]] = {
     "train": _train,
     "evaluate": _evaluate,
+    "propose": _propose,
     "disagree": _disagree,
     "norm": _norm,
     "killed": _killed,

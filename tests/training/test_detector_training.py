@@ -123,10 +123,9 @@ def stored(shapes, tmp_path_factory):
     """Proposals of both splits, from a region proposal network."""
     folder = tmp_path_factory.mktemp("proposals")
     run(quick(RPNRecipe, iterations=1, deform_layers=0), shapes, folder / "rpn")
-    predictor = open_predictor(folder / "rpn", device="cpu")
     for split, count in (("train", 7), ("val", 3)):
         out = folder / f"{split}.safetensors"
-        assert propose(predictor, shapes, split, out, progress=False) == count
+        assert propose(folder / "rpn", shapes, split, out, workers=0, progress=False) == count
     return folder
 
 
@@ -241,7 +240,7 @@ def test_recall_is_that_of_the_proposals(shapes, tmp_path):
     recipe = quick(RPNRecipe, deform_layers=0, iterations=1, nms=0.1, score_threshold=0.6)
     metrics = run(recipe, shapes, tmp_path, val_split="val")
     out = tmp_path / "val.safetensors"
-    propose(open_predictor(tmp_path, device="cpu"), shapes, "val", out, progress=False)
+    propose(tmp_path, shapes, "val", out, workers=0, progress=False)
     stored, images = StoredProposals([out]), open_detection(shapes, "val")
     records = {record.image: record for record in read_detections(tmp_path / "detections.jsonl")}
     best = []

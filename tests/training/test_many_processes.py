@@ -10,6 +10,7 @@ from processes import (
     RECIPES,
     curve,
     norm_case,
+    propose_boxes,
     run,
     small,
     start,
@@ -68,6 +69,8 @@ def together(data, alone, tmp_path_factory):
             if processes == 2:
                 parts = {"options": {"accumulate": 2}}
                 jobs.append({"do": "train", **job, **parts, "out": out / f"parts-{name}"})
+        proposing = {"do": "propose", "run": alone / "rfcn", "data": data}
+        jobs.append(proposing | {"out": out / "proposals.safetensors"})
         if processes == 2:
             jobs.append({"do": "norm", "out": out / "norm"})
             job = {"do": "disagree", "recipe": RECIPES["deeplab"].to_dict()}
@@ -104,6 +107,13 @@ def test_processes_score_as_one(alone, together, name, processes):
     if name == "rfcn":
         files = [run / "detections-val.jsonl" for run in (alone / name, scored)]
         assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_propose_as_one(data, alone, together, tmp_path, processes):
+    propose_boxes(alone / "rfcn", data, tmp_path / "proposals.safetensors")
+    expected = (tmp_path / "proposals.safetensors").read_bytes()
+    assert (together(processes) / "proposals.safetensors").read_bytes() == expected
 
 
 @pytest.mark.parametrize(("name", "parts"), [("deeplab", 4), ("rfcn", 2)])

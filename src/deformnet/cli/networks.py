@@ -199,7 +199,14 @@ def predict(
 
 
 def propose(
-    run: Positional[Path], *, data: Path, out: Path, split: str = "train", device: str | None = None
+    run: Positional[Path],
+    *,
+    data: Path,
+    out: Path,
+    split: str = "train",
+    devices: int | None = None,
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto",
+    workers: int | None = None,
 ) -> None:
     """Write the proposals of a trained detector, for others to train on.
 
@@ -208,17 +215,18 @@ def propose(
         data: Folder of images in VOC or COCO layout.
         out: File to write.
         split: Images.
-        device: Where to compute, such as cpu or cuda:1; None takes a GPU if there is one.
+        devices: Processes (CPU) or GPUs; None is what torchrun started, or 1.
+        accelerator: Where to compute.
+        workers: Processes that load images, for each computing process; None chooses.
     """
-    from deformnet.inference import DetectionPredictor, SegmentationPredictor, open_predictor
+    from lightning.pytorch.utilities import rank_zero_only
+
     from deformnet.training import propose
 
-    predictor = open_predictor(run, device=device)
-    if not isinstance(predictor, DetectionPredictor):
-        network = "deeplab" if isinstance(predictor, SegmentationPredictor) else "classifier"
-        raise ValueError(f"{run}: wanted a run of a detector, got one of {network}")
-    count = propose(predictor, data, split, out)
-    print(f"proposals for {count} images in {out}")
+    count = propose(
+        run, data, split, out, devices=devices, accelerator=accelerator, workers=workers
+    )
+    rank_zero_only(print)(f"proposals for {count} images in {out}")
 
 
 def _print_scores(metrics: dict[str, Any]) -> None:

@@ -17,7 +17,6 @@ from tqdm import tqdm
 from deformnet.backbones import backbone
 from deformnet.data.files import read_image, read_size
 from deformnet.data.transforms import evaluation_transforms
-from deformnet.inference import DetectionPredictor, open_predictor
 from deformnet.recipes import (
     ClassifierRecipe,
     DeepLabRecipe,
@@ -136,11 +135,9 @@ def _run(row: Row, dry: DryRun, data: Path | None, folder: Path, splits: Splits)
             log_every=1,
             progress=False,
         )
-        predictor = open_predictor(rpn)
-        assert isinstance(predictor, DetectionPredictor)
         for number, split in enumerate((train_split, test_split)):
             proposals.append(folder / f"{number}.safetensors")
-            propose(predictor, data, split, proposals[-1], progress=False)
+            propose(rpn, data, split, proposals[-1], workers=0, progress=False)
         _reset_peak()
     run = folder / "run"
     train(

@@ -9,7 +9,6 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from deformnet.data import open_detection, open_segmentation
 from deformnet.data.image_folder import ImageFolderClassification
-from deformnet.inference import DetectionPredictor, open_predictor
 from deformnet.recipes import ClassifierRecipe, DeepLabRecipe, Recipe
 from deformnet.reproduce.listing import result_path
 from deformnet.reproduce.rows import Row, choices, find_rows, proposal_recipe
@@ -149,9 +148,15 @@ def _proposals(
     for split in splits:
         path = out / "proposals" / f"{row.data.key}-{split.replace('/', '_')}.safetensors"
         if not path.is_file():
-            predictor = open_predictor(run)
-            assert isinstance(predictor, DetectionPredictor)
-            propose(predictor, data, split, path)
+            propose(
+                run,
+                data,
+                split,
+                path,
+                devices=machines.devices,
+                accelerator=machines.accelerator,
+                workers=machines.workers,
+            )
         files.append(path)
     return files
 

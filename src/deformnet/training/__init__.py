@@ -1,6 +1,5 @@
 """Training and scoring, on Lightning."""
 
-from deformnet.training.proposals import propose
-from deformnet.training.train import TrainingStopped, evaluate, train
+from deformnet.training.train import TrainingStopped, evaluate, propose, train
 
 __all__ = ["TrainingStopped", "evaluate", "propose", "train"]

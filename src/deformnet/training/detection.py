@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed
@@ -24,7 +24,7 @@ from deformnet.detections import (
     write_submission,
 )
 from deformnet.inference import DetectionPredictor, DetectionTesting, detection_predictor
-from deformnet.models.detector import Detections, Detector, Size, Target
+from deformnet.models.detector import Detections, Detector, Proposals, Size, Target
 from deformnet.models.rois import RegionDetector
 from deformnet.recipes import DetectorRecipe, FasterRCNNRecipe, RFCNRecipe, RPNRecipe
 from deformnet.runs import DataIdentity
@@ -33,6 +33,7 @@ from deformnet.training.module import TrainingModule
 from deformnet.training.proposals import StoredProposals
 
 DetectionImages = VOCDetection | COCODetection
+_Found = TypeVar("_Found", Detections, Proposals)
 _PROPOSAL = -1  # label of a proposal that goes through the transforms among the objects
 
 
@@ -132,10 +133,34 @@ class DetectionModule(TrainingModule):
         return self._predictor.classes
 
     def on_validation_epoch_end(self) -> None:
-        if self.trainer.world_size > 1:
-            everyone: list[Any] = [None] * self.trainer.world_size
-            torch.distributed.all_gather_object(everyone, self.found)
-            self.found = {index: one for found in everyone for index, one in found.items()}
+        self.found = self._of_all_processes(self.found)
+
+    def _of_all_processes(self, found: dict[int, _Found]) -> dict[int, _Found]:
+        if self.trainer.world_size == 1:
+            return found
+        everyone: list[Any] = [None] * self.trainer.world_size
+        torch.distributed.all_gather_object(everyone, found)
+        return {index: one for part in everyone for index, one in part.items()}
+
+
+class ProposalModule(DetectionModule):
+    """Has a detector propose boxes in images.
+
+    Attributes:
+        proposed: after `Trainer.validate`, those of every image by its index, of all processes.
+    """
+
+    def on_validation_epoch_start(self) -> None:
+        super().on_validation_epoch_start()
+        self.proposed: dict[int, Proposals] = {}
+
+    def validation_step(self, batch: tuple[int, Tensor, Tensor | None], batch_idx: int) -> None:
+        assert self._predictor is not None
+        index, image, _ = batch
+        self.proposed[index] = self._predictor.propose(image)
+
+    def on_validation_epoch_end(self) -> None:
+        self.proposed = self._of_all_processes(self.proposed)
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
-from tqdm import tqdm
 
-from deformnet.data.detection import open_detection
-from deformnet.inference import DetectionPredictor
+from deformnet.models.detector import Proposals
 from deformnet.runs import replacing
 
 
@@ -28,7 +26,7 @@ class StoredProposals:
     """The proposals of one or more files, by image.
 
     Args:
-        files: as `propose` writes them.
+        files: as `write_proposals` writes them.
     Attributes:
         digest: of all boxes and names.
     Raises:
@@ -88,36 +86,23 @@ class StoredProposals:
         return self._boxes[number][start:end].clone()
 
 
-def propose(
-    predictor: DetectionPredictor, data: Path, split: str, out: Path, *, progress: bool = True
-) -> int:
-    """Writes the proposals of a network for all images of a list.
+def write_proposals(path: Path, names: Sequence[str], found: Sequence[Proposals]) -> None:
+    """Writes the proposals of images into a file.
 
     Args:
-        predictor: of a trained detector.
-        data: a folder in VOC or COCO layout; its boxes and classes are not used.
-        split: the list.
-        out: the file.
-        progress: show a bar.
-    Returns:
-        The number of images.
+        names: of the images.
+        found: their proposals, in pixels of the images as stored.
     Raises:
-        FileNotFoundError: if data are missing.
-        ValueError: if an image cannot be read.
         OSError: if the file cannot be written.
     """
-    images = open_detection(data, split)
-    boxes, scores, starts = [], [], [0]
-    for index in tqdm(range(len(images)), desc="proposing", disable=None if progress else True):
-        image, _ = images[index]
-        found = predictor.propose(image)
-        boxes.append(found.boxes)
-        scores.append(found.scores)
-        starts.append(starts[-1] + len(found.boxes))
+    starts = torch.tensor([0, *(len(one.boxes) for one in found)]).cumsum(0)
     content = save(
-        {"boxes": torch.cat(boxes), "scores": torch.cat(scores), "starts": torch.tensor(starts)},
-        metadata={"names": json.dumps([images.name(i) for i in range(len(images))])},
+        {
+            "boxes": torch.cat([one.boxes for one in found]).cpu(),
+            "scores": torch.cat([one.scores for one in found]).cpu(),
+            "starts": starts,
+        },
+        metadata={"names": json.dumps(list(names))},
     )
-    with replacing(out) as file:
+    with replacing(path) as file:
         file.write(content)
-    return len(images)

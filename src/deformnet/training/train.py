@@ -17,6 +17,7 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from deformnet.models.detector import Detector
 from deformnet.recipes import (
     ONE_LOOK,
     ClassifierRecipe,
@@ -47,9 +48,9 @@ from deformnet.training.callbacks import (
     read_log,
 )
 from deformnet.training.classification import ClassificationJob
-from deformnet.training.detection import DetectionJob
+from deformnet.training.detection import DetectionJob, ProposalModule
 from deformnet.training.module import TrainingModule
-from deformnet.training.proposals import StoredProposals
+from deformnet.training.proposals import StoredProposals, write_proposals
 from deformnet.training.segmentation import ScoreAt, SegmentationJob
 from deformnet.training.shared_norm import share_statistics
 
@@ -255,27 +256,11 @@ def evaluate(
             f"{data}: has the classes {_listed(images.classes)}; "
             f"{run} was trained on {_listed(trained_on.classes)}"
         )
-    precision = recipe.precision
-    if precision == "16-mixed" and not _uses_gpu(accelerator):
-        precision = "32-true"  # Lightning would take bfloat16
     workers = _default_workers(devices) if workers is None else workers
     module = job.module(model, trained_on)
     with _lightning():
-        trainer = pl.Trainer(
-            accelerator=accelerator,
-            devices=devices,
-            num_nodes=nodes,
-            precision=precision,
-            logger=False,
-            callbacks=[
-                Agreement(_described(recipe, trained_on, images)),
-                *([ProgressBar()] if progress else []),
-            ],
-            use_distributed_sampler=False,
-            enable_checkpointing=False,
-            enable_model_summary=False,
-            enable_progress_bar=progress,
-        )
+        described = _described(recipe, trained_on, images)
+        trainer = _scorer(recipe, described, devices, nodes, accelerator, progress)
         trainer.validate(module, datamodule=job.scoring_data(images, workers), verbose=False)
     found = run / f"detections-{_file_part(split)}.jsonl"
     metrics = _scores(job, module, split, images, found) | _facts(recipe, model, run)
@@ -284,6 +269,81 @@ def evaluate(
     if trainer.is_global_zero:
         write_json(run / f"metrics-{_file_part(split)}.json", metrics)
     return metrics
+
+
+def propose(
+    run: Path,
+    data: Path,
+    split: str,
+    out: Path,
+    *,
+    devices: int | None = None,
+    accelerator: Accelerator = "auto",
+    workers: int | None = None,
+    progress: bool = True,
+) -> int:
+    """Writes the proposals of a trained detector for all images of a list, for others to train on.
+
+    Args:
+        run: a run folder, of an RPN or another detector.
+        data: a folder in VOC or COCO layout; its boxes and classes are not used.
+        split: the list.
+        out: the file; see `deformnet.training.proposals`.
+        devices, accelerator, workers, progress: as for `train`.
+    Returns:
+        The number of images.
+    Raises:
+        FileNotFoundError: if run or data are missing.
+        ValueError: if the run makes no proposals, or an image cannot be read.
+        OSError: if the file cannot be written.
+    """
+    devices, nodes = _processes(devices, None)
+    recipe, model, trained_on = load_run(run)
+    if not isinstance(recipe, DetectorRecipe):
+        raise ValueError(f"{run}: wanted a run of a detector, got one of {recipe.network}")
+    if trained_on.proposals:
+        raise ValueError(f"{run}: was trained on stored proposals and makes none itself")
+    assert isinstance(model, Detector)
+    job = DetectionJob(recipe, ONE_LOOK)
+    images = job.open(data, split)
+    workers = _default_workers(devices) if workers is None else workers
+    module = ProposalModule(recipe, model, trained_on, testing=ONE_LOOK)
+    with _lightning():
+        described = _described(recipe, trained_on, images)
+        trainer = _scorer(recipe, described, devices, nodes, accelerator, progress)
+        trainer.validate(module, datamodule=job.scoring_data(images, workers), verbose=False)
+        if trainer.is_global_zero:
+            indices = range(len(images))
+            names = [images.name(index) for index in indices]
+            write_proposals(out, names, [module.proposed[index] for index in indices])
+        trainer.strategy.barrier()  # the file is there when any process goes on
+    return len(images)
+
+
+def _scorer(
+    recipe: Recipe,
+    described: dict[str, Any],
+    devices: int,
+    nodes: int,
+    accelerator: Accelerator,
+    progress: bool,
+) -> pl.Trainer:
+    """What brings images through a trained network."""
+    precision = recipe.precision
+    if precision == "16-mixed" and not _uses_gpu(accelerator):
+        precision = "32-true"  # Lightning would take bfloat16
+    return pl.Trainer(
+        accelerator=accelerator,
+        devices=devices,
+        num_nodes=nodes,
+        precision=precision,
+        logger=False,
+        callbacks=[Agreement(described), *([ProgressBar()] if progress else [])],
+        use_distributed_sampler=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=progress,
+    )
 
 
 def _file_part(split: str) -> str:
