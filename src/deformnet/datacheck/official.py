@@ -119,7 +119,7 @@ OFFICIAL_SETS = (
             "annotations/image_info_test-dev2017.json\n"
             "train2017/*.jpg, val2017/*.jpg, test2017/*.jpg"
         ),
-        splits="train2017, val2017; test-dev2017 (to submit)",
+        splits="train2017+val2017, or each; test-dev2017 (to submit)",
         counts={
             "instances_train2017": 118287,
             "instances_val2017": 5000,
@@ -150,7 +150,6 @@ OFFICIAL_SETS = (
     ),
 )
 
-IMAGENET_CLASSES = 1000
 _CITIES = """
     aachen bochum bremen cologne darmstadt dusseldorf erfurt hamburg hanover jena krefeld
     monchengladbach strasbourg stuttgart tubingen ulm weimar zurich

@@ -1,11 +1,14 @@
 """Two training steps and one evaluation of a row: it runs, in this memory and at this pace."""
 
+import ctypes
 import dataclasses
+import gc
 import json
 import resource
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -85,12 +88,14 @@ def dry_run_rows(
 def dry_run_table(results: Sequence[dict[str, Any]]) -> str:
     """The results for a terminal."""
     lines = [
-        f"{'row':38} {'parameters, M':>13} {'images':>6} {'short side':>10} {'s/step':>7} "
-        f"{'peak GB':>7}"
+        "Each was built, trained for two steps and scored. Parameters are with a detector's region",
+        "proposal network; short side in pixels; memory with the process's own half GB.",
+        f"{'row':38}  {'parameters, M':>13}  {'images':>6}  {'short side':>10}  {'s/step':>6}  "
+        f"{'peak GB':>7}",
     ]
     lines += [
-        f"{found['row']:38} {found['parameters'] / 1e6:13.3f} {found['batch']:6} "
-        f"{found['short_side']:10} {found['seconds_per_step']:7.2f} "
+        f"{found['row']:38}  {found['parameters'] / 1e6:13.3f}  {found['batch']:6}  "
+        f"{found['short_side']:10}  {found['seconds_per_step']:6.2f}  "
         f"{found['peak_memory_bytes'] / 1e9:7.2f}"
         for found in results
     ]
@@ -246,7 +251,13 @@ def _start(recipe: Recipe, photo: Path, path: Path) -> Recipe:
 
 
 def _reset_peak() -> None:
-    """Begins to watch for the largest memory anew, where the system allows it."""
+    """Begins to watch for the largest memory anew, where the system allows it.
+
+    What earlier rows had is given back to the system first, or it would count again.
+    """
+    gc.collect()
+    with suppress(OSError, AttributeError):  # glibc alone has it
+        ctypes.CDLL(None).malloc_trim(0)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     elif _CLEAR_REFS.exists():

@@ -26,11 +26,11 @@ def list_rows(rows: Sequence[Row], out: Path | None) -> str:
         metrics = list(dict.fromkeys(name for row in of_data for name in row.paper))
         lines += [
             f"{data.title}: {data.classes} classes, trained on {data.train}, tested on {data.test}",
-            f"  {'row':36} {'paper: ' + ' / '.join(metrics):44} ours",
+            f"  {'row':38} {'paper: ' + ' / '.join(metrics):44} ours",
         ]
         for row in of_data:
             paper = " / ".join(f"{row.paper[name]:.1f}" for name in row.paper)
-            lines.append(f"  {row.name:36} {paper:44} {_ours(row, out)}")
+            lines.append(f"  {row.name:38} {paper:44} {_ours(row, out)}")
         lines.append("")
     return "\n".join(lines).rstrip()
 
@@ -67,4 +67,4 @@ def _ours(row: Row, out: Path | None) -> str:
         return " / ".join(
             "-" if measured.get(name) is None else f"{measured[name]:.1f}" for name in row.paper
         )
-    return f"not measured: needs {row.data.title} and days of GPUs"
+    return "not measured: no full data set, no days of GPUs"

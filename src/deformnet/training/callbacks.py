@@ -59,7 +59,8 @@ class Agreement(Callback):
 class Checkpoints(Callback):
     """Writes a checkpoint every few iterations, after the last, and when asked to stop.
 
-    It takes over the signals; whoever runs the trainer gives them back (see `own_signals`).
+    It takes over the signals until training ends; whoever runs the trainer gives them back after an
+    error (see `own_signals`).
 
     Ctrl-C and SIGTERM (of a batch system, of torchrun) are such requests: the iteration under way
     is finished on every process, since a half-made step could not be resumed exactly. A second
@@ -69,7 +70,7 @@ class Checkpoints(Callback):
         path: the checkpoint, replaced every time.
         every: iterations between checkpoints.
     Attributes:
-        stopped: whether training was stopped before its end.
+        stopped: whether it was asked to stop; scoring is then left to the next call.
     """
 
     def __init__(self, path: Path, every: int) -> None:
@@ -77,13 +78,20 @@ class Checkpoints(Callback):
         self.every = every
         self.stopped = False
         self._asked = False
+        self._handlers: dict[int, Any] = {}
         self._written: int | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if threading.current_thread() is not threading.main_thread():
             return  # signals belong to the main thread
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._ask_to_stop)
+            self._handlers[number] = signal.signal(number, self._ask_to_stop)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Scoring, which follows, has nothing to finish first.
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers.clear()
 
     def on_train_batch_end(
         self,
@@ -95,9 +103,7 @@ class Checkpoints(Callback):
     ) -> None:
         finished = trainer.global_step >= trainer.max_steps
         # All processes must stop after the same iteration, whichever was asked first.
-        self.stopped = not finished and trainer.strategy.reduce_boolean_decision(
-            self._asked, all=False
-        )
+        self.stopped = trainer.strategy.reduce_boolean_decision(self._asked, all=False)
         if self.stopped:
             trainer.should_stop = True
         if self.stopped or finished or trainer.global_step % self.every == 0:
