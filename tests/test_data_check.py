@@ -468,6 +468,21 @@ def test_official_count(tmp_path):
     assert not any("VOC2012" in line for line in report.remarks)
 
 
+def test_a_test_list_without_labels_is_whole(tmp_path):
+    write_2007(tmp_path, 209)
+    year = tmp_path / "VOCdevkit/VOC2007"
+    ids = (year / "ImageSets/Segmentation/train.txt").read_text().split()
+    (year / "ImageSets/Segmentation/test.txt").write_text("\n".join(ids[:3]))
+    for name in ids[:3]:
+        (year / f"SegmentationClass/{name}.png").rename(year / f"{name}.hidden")
+    (year / "ImageSets/Segmentation/train.txt").write_text("\n".join(ids[3:]))
+    report = check(tmp_path, own=True)
+    assert report.ok
+    assert any("has no label maps: test images" in line for line in report.remarks)
+    (year / f"{ids[0]}.hidden").rename(year / f"SegmentationClass/{ids[0]}.png")
+    assert not check(tmp_path, own=True).ok  # some are there: the others are missing
+
+
 def test_another_count_is_a_problem_unless_the_set_is_ones_own(tmp_path):
     write_2007(tmp_path, 208)
     report = check(tmp_path)

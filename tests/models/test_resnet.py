@@ -376,3 +376,23 @@ def test_weights_of_something_else(tmp_path):
         with pytest.raises(ValueError, match=message) as error:
             resnet(18, weights=path)
         assert str(path) in one_line(error)
+
+
+def test_the_run_of_a_network_that_strides_elsewhere_is_refused(tmp_path):
+    model = resnet(50, stride_in_1x1=True, reduce_channels=None)
+    checkpoint = {
+        "deformnet": {"recipe": {"backbone": "resnet50", "stride_in_1x1": True}},
+        "state_dict": {f"model.backbone.{k}": v for k, v in model.state_dict().items()},
+    }
+    (tmp_path / "checkpoints").mkdir()
+    torch.save(checkpoint, tmp_path / "checkpoints/last.ckpt")
+    resnet(50, stride_in_1x1=True, weights=tmp_path)
+    with pytest.raises(ValueError, match=r"was trained with stride_in_1x1=True, wanted False"):
+        resnet(50, weights=tmp_path)
+
+
+def test_the_order_of_the_parameters_stays():
+    """Checkpoints hold the momentum of each by its place."""
+    names = [name for name, _ in resnet(18).named_parameters()]
+    assert names[0] == "conv1.weight"
+    assert names[-2:] == ["reduce.weight", "reduce.bias"]

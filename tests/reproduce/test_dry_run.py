@@ -2,11 +2,14 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
+import torch
 
 from deformnet.data import open_detection, open_segmentation
 from deformnet.data.image_folder import ImageFolderClassification
+from deformnet.recipes import DetectionTesting
 from deformnet.reproduce import run as running
 from deformnet.reproduce.dry_run import dry_run_rows, dry_run_table
 from deformnet.reproduce.made import write_made_data
@@ -18,7 +21,7 @@ from deformnet.reproduce.rows import (
     VOC_SEGMENTATION,
     find_rows,
 )
-from deformnet.reproduce.run import reproduce, require_fitting
+from deformnet.reproduce.run import reproduce, require_runnable
 from deformnet.reproduce.settings import DryRun, Machines, Splits
 
 
@@ -107,9 +110,9 @@ def test_a_row_is_trained_on_stored_proposals_and_scored_beside_the_paper(tmp_pa
     assert result["paper"] == {"mAP@0.5": 82.6, "mAP@0.7": 68.5}
     assert json.loads((out / "results/table3/rfcn-conv-pool.json").read_text()) == result
     stored = sorted(path.name for path in (out / "proposals").iterdir())
-    assert stored == [
-        "voc-VOC2007_test.safetensors",
-        "voc-VOC2007_trainval+VOC2012_trainval.safetensors",
+    assert [name.rpartition("-")[0] for name in stored] == [
+        "voc-VOC2007_test",
+        "voc-VOC2007_trainval+VOC2012_trainval",
     ]
     checkpoint = out / "runs" / row.run / "checkpoints/last.ckpt"
     written = checkpoint.stat().st_mtime_ns
@@ -123,7 +126,12 @@ def test_a_row_on_coco_ends_with_a_file_for_the_server(tmp_path):
     row = small(named("table5/class-aware-rpn-deformable"))
     result = reproduce(row, data, out, machines=Machines(workers=0))
     assert result["measured"] == {}
-    found = json.loads((out / "runs" / row.run / result["metrics"]["submission"]).read_text())
+    found = json.loads(Path(result["metrics"]["submission"]).read_text())
+    # That of another row of the same run is another file.
+    other = dataclasses.replace(row, name="table5/other", testing=DetectionTesting(flip=True))
+    again = reproduce(other, data, out, machines=Machines(workers=0))
+    assert again["run"] == result["run"]
+    assert again["metrics"]["submission"] != result["metrics"]["submission"]
     assert {entry["image_id"] for entry in found} <= {4, 5}
     # The labelled images can be scored at home.
     splits = Splits(train_split="train2017", test_split="val2017")
@@ -136,16 +144,22 @@ def test_data_of_another_kind_are_refused(tmp_path):
     (tmp_path / "classes.txt").write_text("cat\ndog\naeroplane\nbicycle\nbird\nboat\nbottle\nbus\n")
     row = named("table1/rfcn-3")
     with pytest.raises(ValueError, match=r"is for PASCAL VOC 2007 \+ 2012 with 20 classes; .* 8"):
-        require_fitting(row, tmp_path, ("VOC2007/test", "VOC2007/test"))
+        require_runnable([row], tmp_path, Splits(train_split="VOC2007/test"))
     with pytest.raises(FileNotFoundError, match="neither layout found"):
-        require_fitting(
-            named("table5/rfcn-plain"), tmp_path / "VOCdevkit/VOC2007/JPEGImages", ("x", "y")
+        require_runnable(
+            [named("table5/rfcn-plain")], tmp_path / "VOCdevkit/VOC2007/JPEGImages", Splits()
         )
 
 
 def test_a_row_without_public_weights_says_where_it_starts(tmp_path):
     write_made_data(COCO, tmp_path, 64, 96)
     with pytest.raises(FileNotFoundError, match=r"train it there first .*, or give --init"):
+        reproduce(named("table5/rfcn-aligned-plain"), tmp_path, tmp_path / "out")
+    base = named("table7/aligned-inception-resnet")
+    checkpoint = tmp_path / "out/runs" / base.run / "checkpoints/last.ckpt"
+    checkpoint.parent.mkdir(parents=True)
+    torch.save({"deformnet": {}, "global_step": 200}, checkpoint)
+    with pytest.raises(ValueError, match=r"has done 200 of 600000 iterations: finish it first"):
         reproduce(named("table5/rfcn-aligned-plain"), tmp_path, tmp_path / "out")
     with pytest.raises(ValueError, match=r"is not built here: a network of others"):
         reproduce(named("table7/inception-resnet-v2"), tmp_path, tmp_path / "out")

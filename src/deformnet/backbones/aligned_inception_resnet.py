@@ -120,13 +120,14 @@ class AlignedInceptionResNetFeatures(Backbone):
             stages.append(nn.Sequential(*layers))
         self.stage2, self.stage3, self.stage4, self.stage5 = stages
         for module in self.modules():
-            if isinstance(module, nn.Conv2d) and module is not self.reduce:
+            if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         # What blocks add to their shortcuts is never negative, so it piles up: the sum of all of
         # them begins at the size of one. (From 1 instead, gradients begin ten times as large.)
         for module in self.modules():
             if isinstance(module, InceptionResidualBlock):
                 nn.init.constant_(module.join.norm.weight, sum(_BLOCKS) ** -0.5)
+        self._add_reduction()
 
     def conv4(self, images: Tensor) -> Tensor:
         require_images(images)

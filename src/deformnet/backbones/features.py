@@ -71,13 +71,19 @@ class Backbone(nn.Module):
         self.conv4_channels = conv4_channels
         self.conv5_channels = conv5_channels
         self.stride: int = output_stride
+        self.out_channels = conv5_channels if reduce_channels is None else reduce_channels
+        self._reduces = reduce_channels is not None
+
+    def _add_reduction(self) -> None:
+        """Makes the 1x1 convolution, after all stages.
+
+        An optimiser knows parameters by their order, which the checkpoints of runs rely upon.
+        """
         self.reduce: nn.Conv2d | None = None
-        self.out_channels = conv5_channels
-        if reduce_channels is not None:
-            self.reduce = nn.Conv2d(conv5_channels, reduce_channels, 1)
+        if self._reduces:
+            self.reduce = nn.Conv2d(self.conv5_channels, self.out_channels, 1)
             nn.init.normal_(self.reduce.weight, std=0.01)
             nn.init.zeros_(self.reduce.get_parameter("bias"))
-            self.out_channels = reduce_channels
 
     def forward(self, images: Tensor) -> Tensor:
         """[N, 3, H, W] -> [N, out_channels, ceil(H/stride), ceil(W/stride)]: conv5, reduced."""

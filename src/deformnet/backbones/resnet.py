@@ -19,7 +19,7 @@ from deformnet.backbones.features import (
     norm_layer,
     require_images,
 )
-from deformnet.backbones.weights import load_weights, read_weights
+from deformnet.backbones.weights import load_weights, read_weights, recorded_recipe
 
 Depth = Literal[18, 34, 50, 101]
 _TRUNKS = {
@@ -56,6 +56,7 @@ class ResNetFeatures(Backbone):
         self.maxpool = trunk.maxpool
         self.layer1, self.layer2 = trunk.layer1, trunk.layer2
         self.layer3, self.layer4 = trunk.layer3, trunk.layer4
+        self._add_reduction()
 
     def conv4(self, images: Tensor) -> Tensor:
         require_images(images)
@@ -138,6 +139,7 @@ def resnet(
                     "a local file can be given instead"
                 ) from error
         elif Path(weights).exists():
+            _require_strides(Path(weights), stride_in_1x1)
             state = read_weights(Path(weights))
         else:
             raise FileNotFoundError(
@@ -146,6 +148,16 @@ def resnet(
             )
         load_weights(model, state, weights)
     return model
+
+
+def _require_strides(weights: Path, stride_in_1x1: bool) -> None:
+    """Refuses the run of a network that strides elsewhere, which its weights do not show."""
+    recipe = recorded_recipe(weights)
+    if recipe is not None and recipe.get("stride_in_1x1", False) != stride_in_1x1:
+        raise ValueError(
+            f"weights: {weights} was trained with stride_in_1x1={not stride_in_1x1}, "
+            f"wanted {stride_in_1x1}"
+        )
 
 
 def _move_strides(trunk: torchvision.models.ResNet, depth: Depth) -> None:

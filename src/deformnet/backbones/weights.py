@@ -56,6 +56,19 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return dict(content)
 
 
+def recorded_recipe(path: Path) -> Mapping[str, Any] | None:
+    """The recipe of a run, in plain values; None for whatever is no run folder.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_weights`.
+    """
+    if not path.is_dir() or not (path / _RUN_CHECKPOINT).is_file():
+        return None
+    content = _read(path / _RUN_CHECKPOINT)
+    described = content.get("deformnet") if isinstance(content, Mapping) else None
+    return None if described is None else described["recipe"]
+
+
 def load_weights(model: Backbone, state: Mapping[str, Tensor], source: str | Path) -> None:
     """Loads a state dict that may lack the new layers, and may have torchvision's classifier.
 

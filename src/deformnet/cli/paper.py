@@ -53,13 +53,16 @@ def reproduce(
         file = None if out is None else out / "dry-run.json"
         print(dry_run_table(dry_run_rows(found, dry, data=data, out=file, splits=splits)))
         return
-    from deformnet.reproduce.run import reproduce
+    from lightning.pytorch.utilities import rank_zero_only
+
+    from deformnet.reproduce.run import reproduce, require_runnable
 
     if data is None or out is None:
         raise ValueError("data, out: wanted the folder of the data set and one for the results")
+    require_runnable(found, data, splits)
     for row in found:
         result = reproduce(row, data, out, init=init, splits=splits, machines=machines)
-        print(compare(row, result))
+        rank_zero_only(print)(compare(row, result))
 
 
 def parameters(*, classes: int = 20, backbone: BackboneName = "resnet101") -> None:

@@ -279,7 +279,7 @@ def _report(
     for fault in dict.fromkeys(found):  # an image in two lists may be said to be damaged twice
         line = f"{_shown(fault.file, root)}: {fault.text}"
         if fault.left_out:
-            remarks.append(f"{line}; readers leave it out")
+            remarks.append(line)
         else:
             by_folder.setdefault(_shown(str(Path(fault.file).parent), root), []).append(line)
     for folder, lines in by_folder.items():

@@ -17,7 +17,7 @@ class Fault(NamedTuple):
     file: str
     text: str
     left_out: bool = False
-    """Whether it is only a box without area: readers leave it out and go on."""
+    """Whether it is no more than a remark, as on a box without area, which readers leave out."""
 
 
 class ImageItem(NamedTuple):
@@ -70,7 +70,7 @@ class BoxesItem(NamedTuple):
                 continue
             if not has_area(box, size):
                 text = f"object {number}: box {list(box)} has no area inside the image"
-                found.append(Fault(self.annotation, text, left_out=True))
+                found.append(Fault(self.annotation, f"{text}; readers leave it out", left_out=True))
         return found
 
 

@@ -18,7 +18,9 @@ from torchvision import tv_tensors
 from tqdm import tqdm
 
 from deformnet.backbones import backbone
+from deformnet.data import open_detection, open_segmentation
 from deformnet.data.files import read_image, read_size
+from deformnet.data.image_folder import ImageFolderClassification
 from deformnet.data.transforms import evaluation_transforms
 from deformnet.recipes import (
     ClassifierRecipe,
@@ -36,7 +38,6 @@ from deformnet.training.callbacks import read_log
 
 _STEPS = 2
 _STATISTICS_SIDE = 224  # shorter side, in pixels, of the image that batch norm sees
-_IMAGES = (".jpg", ".jpeg", ".png")
 _PROC_STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 
@@ -63,16 +64,15 @@ def dry_run_rows(
         splits: of `data`.
     Returns:
         For each row "row", "run", "parameters", "seconds_per_step", "peak_memory_bytes" (of the
-        process, or of the GPU), "batch" and "short_side".
+        process, or of the GPU), "batch", "short_side", "machine" and "versions".
     Raises:
         ValueError: if `out` is of other settings, or the data do not fit.
     """
     conditions = {
-        "machine": machine(),
-        "versions": versions(),
         "batch": dry.batch,
         "scale": dry.scale,
         "data": "made" if data is None else str(data),
+        "splits": dataclasses.asdict(splits),
     }
     found = _earlier(out, conditions)
     rows = [row for row in rows if row.recipe is not None]
@@ -106,7 +106,7 @@ def _earlier(out: Path | None, conditions: dict[str, Any]) -> dict[str, dict[str
     if out is None or not out.is_file():
         return {}
     content = json.loads(out.read_text())
-    for name in ("batch", "scale", "data"):
+    for name in conditions:
         if content["conditions"][name] != conditions[name]:
             raise ValueError(
                 f"{out}: is of a dry run with {name} {content['conditions'][name]}, not "
@@ -123,8 +123,7 @@ def _run(row: Row, dry: DryRun, data: Path | None, folder: Path, splits: Splits)
     if data is None:
         data = folder / "data"
         write_made_data(row.data, data, *_photo(row, dry))
-    photo = next(path for path in sorted(data.rglob("*.*")) if path.suffix.lower() in _IMAGES)
-    recipe = _start(recipe, photo, folder / "weights.pth")
+    recipe = _start(recipe, _image(recipe, data, train_split), folder / "weights.pth")
     _reset_peak()
     proposals = []
     if row.fixed_proposals:
@@ -173,6 +172,8 @@ def _run(row: Row, dry: DryRun, data: Path | None, folder: Path, splits: Splits)
         "peak_memory_bytes": _peak(),
         "batch": recipe.batch,
         "short_side": min(_photo(row, dry)),
+        "machine": machine(),
+        "versions": versions(),
     }
 
 
@@ -224,6 +225,15 @@ def _photo(row: Row, dry: DryRun) -> tuple[int, int]:
         return recipe.test_short_side, recipe.test_short_side
     assert isinstance(recipe, DenseRecipe)
     return recipe.short_side, recipe.max_side or recipe.short_side
+
+
+def _image(recipe: Recipe, data: Path, split: str) -> Path:
+    """The first image of a split."""
+    if isinstance(recipe, ClassifierRecipe):
+        return Path(ImageFolderClassification(data, split).samples[0][0])
+    if isinstance(recipe, DeepLabRecipe):
+        return open_segmentation(data, split).samples[0].image
+    return open_detection(data, split).image_path(0)
 
 
 def _start(recipe: Recipe, photo: Path, path: Path) -> Recipe:

@@ -1,6 +1,7 @@
 """Training and scoring a row of the paper."""
 
 import dataclasses
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from deformnet.recipes import ClassifierRecipe, DeepLabRecipe, Recipe
 from deformnet.reproduce.listing import result_path
 from deformnet.reproduce.rows import Row, choices, find_rows, proposal_recipe
 from deformnet.reproduce.settings import Machines, Splits
-from deformnet.runs import checkpoint_path, write_json
+from deformnet.runs import checkpoint_path, load_checkpoint, write_json
 from deformnet.training import evaluate, propose, train
 
 
@@ -42,11 +43,10 @@ def reproduce(
         ValueError: if the row has no recipe, or the data do not fit it.
         FileNotFoundError: if data are missing, or the run that the row starts from.
     """
-    if row.recipe is None:
-        raise ValueError(f"{row.name}: is not built here: {row.missing}")
+    require_runnable([row], data, splits)
+    assert row.recipe is not None
     train_split = splits.train_split or row.data.train
     test_split = splits.test_split or row.data.test
-    require_fitting(row, data, (train_split, test_split))
     recipe = _started(row, row.recipe, out, init)
     proposals: list[Path] = []
     if row.fixed_proposals:
@@ -60,7 +60,10 @@ def reproduce(
         score_at=row.score_at,
         testing=row.testing,
         proposals=proposals[1:],
+        # Rows that share a run differ in what they find.
+        out=result_path(row, out).with_suffix(""),
         devices=machines.devices,
+        nodes=machines.nodes,
         accelerator=machines.accelerator,
         workers=machines.workers,
     )
@@ -94,26 +97,33 @@ def measured(metrics: dict[str, Any]) -> dict[str, float | None]:
     return {name: None if value is None else 100 * value for name, value in found.items()}
 
 
-def require_fitting(row: Row, data: Path, splits: tuple[str, str]) -> None:
-    """Refuses data of another kind before hours of work.
+def require_runnable(rows: Sequence[Row], data: Path, splits: Splits) -> None:
+    """Refuses rows without a recipe and data of another kind before days of work.
 
     Raises:
         FileNotFoundError: if the folder or a split is not there.
-        ValueError: if the classes are not as many as the row's.
+        ValueError: if a row has no recipe, or the classes are not as many as a row's.
     """
-    for split in dict.fromkeys(splits):
-        if isinstance(row.recipe, ClassifierRecipe):
-            classes = ImageFolderClassification(data, split).classes
-        elif isinstance(row.recipe, DeepLabRecipe):
-            classes = open_segmentation(data, split).classes
-        else:
-            classes = open_detection(data, split).classes
-        if len(classes) != row.data.classes:
-            few = ", ".join(classes[:3])
-            raise ValueError(
-                f"{data}: {row.name} is for {row.data.title} with {row.data.classes} classes; "
-                f"{split} here has {len(classes)} ({few}, ...)"
-            )
+    seen = set()
+    for row in rows:
+        if row.recipe is None:
+            raise ValueError(f"{row.name}: is not built here: {row.missing}")
+        for split in (splits.train_split or row.data.train, splits.test_split or row.data.test):
+            if (row.data, split) in seen:
+                continue
+            seen.add((row.data, split))
+            if isinstance(row.recipe, ClassifierRecipe):
+                classes = ImageFolderClassification(data, split).classes
+            elif isinstance(row.recipe, DeepLabRecipe):
+                classes = open_segmentation(data, split).classes
+            else:
+                classes = open_detection(data, split).classes
+            if len(classes) != row.data.classes:
+                few = ", ".join(classes[:3])
+                raise ValueError(
+                    f"{data}: {row.name} is for {row.data.title} with {row.data.classes} classes; "
+                    f"{split} here has {len(classes)} ({few}, ...)"
+                )
 
 
 def _started(row: Row, recipe: Recipe, out: Path, init: str | None) -> Recipe:
@@ -129,7 +139,14 @@ def _started(row: Row, recipe: Recipe, out: Path, init: str | None) -> Recipe:
             f"{row.name}: starts from {base.name}, which has no public weights and no run in "
             f"{out}: train it there first (`deformnet reproduce {base.name}`), or give --init"
         )
-    return dataclasses.replace(recipe, init=str(run))
+    done = load_checkpoint(checkpoint_path(run))["global_step"]
+    assert base.recipe is not None
+    if done < base.recipe.iterations:
+        raise ValueError(
+            f"{row.name}: starts from {base.name}, whose run in {out} has done {done} of "
+            f"{base.recipe.iterations} iterations: finish it first, or give --init"
+        )
+    return dataclasses.replace(recipe, init=str(run.resolve()))
 
 
 def _proposals(
@@ -144,9 +161,13 @@ def _proposals(
     run = out / "runs" / f"{row.data.key}-rpn"
     rpn = dataclasses.replace(proposal_recipe(recipe), init=recipe.init)
     _train(rpn, data, run, splits[0], [], machines)
+    # Boxes of another network, trained anew, are others.
+    with checkpoint_path(run).open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()[:8]
     files = []
     for split in splits:
-        path = out / "proposals" / f"{row.data.key}-{split.replace('/', '_')}.safetensors"
+        name = f"{row.data.key}-{split.replace('/', '_')}-{digest}.safetensors"
+        path = out / "proposals" / name
         if not path.is_file():
             propose(
                 run,
@@ -154,6 +175,7 @@ def _proposals(
                 split,
                 path,
                 devices=machines.devices,
+                nodes=machines.nodes,
                 accelerator=machines.accelerator,
                 workers=machines.workers,
             )

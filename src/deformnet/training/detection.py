@@ -224,7 +224,7 @@ class DetectionJob:
         Returns:
             AP: "voc" of each class by method and IoU, or "coco" with the twelve numbers. Of
             proposals "recall": the share of objects that one of them overlaps, by IoU. Of images
-            without objects "submission": the name of a file for COCO's server, beside the other.
+            without objects "submission": a file for COCO's server, beside the other.
         """
         names = module.reported
         records = [
@@ -237,11 +237,11 @@ class DetectionJob:
             for index, found in sorted(module.found.items())
         ]
         write_detections(detections, records)
-        if isinstance(images, COCODetection) and not images.has_truth:
-            file = write_submission(detections.parent, records, images, self.recipe.network)
-            return {"submission": file.name}
         if isinstance(self.recipe, RPNRecipe):
             return {"recall": _recall(module.found, images)}
+        if isinstance(images, COCODetection) and not images.has_truth:
+            file = write_submission(detections.parent, records, images, self.recipe.network)
+            return {"submission": str(file)}
         method = "11-point" if self.recipe.convention == "msra2017" else "area"
         return score_records(records, images, method=method)
 

@@ -223,7 +223,9 @@ def evaluate(
     score_at: ScoreAt = "truth",
     testing: DetectionTesting = ONE_LOOK,
     proposals: Sequence[Path] = (),
+    out: Path | None = None,
     devices: int | None = None,
+    nodes: int | None = None,
     accelerator: Accelerator = "auto",
     workers: int | None = None,
     progress: bool = True,
@@ -238,14 +240,16 @@ def evaluate(
         testing: of detectors: several sizes, mirrored images, refined and averaged boxes. What is
             found goes into `detections-SPLIT.jsonl`.
         proposals: files of stored proposals, for a detector that was trained on such.
-        devices, accelerator, workers, progress: as for `train`.
+        out: folder of the results; None is that of the run.
+        devices, nodes, accelerator, workers, progress: as for `train`.
     Returns:
         What the file holds.
     Raises:
         FileNotFoundError: if run or data are missing.
         ValueError: if the checkpoint or an image is damaged, or the classes differ.
     """
-    devices, nodes = _processes(devices, None)
+    devices, nodes = _processes(devices, nodes)
+    out = run if out is None else out
     recipe, model, trained_on = load_run(run)
     job = _job(recipe, score_at=score_at, testing=testing, proposals=proposals)
     if trained_on.proposals and not proposals:
@@ -262,12 +266,12 @@ def evaluate(
         described = _described(recipe, trained_on, images)
         trainer = _scorer(recipe, described, devices, nodes, accelerator, progress)
         trainer.validate(module, datamodule=job.scoring_data(images, workers), verbose=False)
-    found = run / f"detections-{_file_part(split)}.jsonl"
+    found = out / f"detections-{_file_part(split)}.jsonl"
     metrics = _scores(job, module, split, images, found) | _facts(recipe, model, run)
     if testing != ONE_LOOK:
         metrics["testing"] = dataclasses.asdict(testing)
     if trainer.is_global_zero:
-        write_json(run / f"metrics-{_file_part(split)}.json", metrics)
+        write_json(out / f"metrics-{_file_part(split)}.json", metrics)
     return metrics
 
 
@@ -278,6 +282,7 @@ def propose(
     out: Path,
     *,
     devices: int | None = None,
+    nodes: int | None = None,
     accelerator: Accelerator = "auto",
     workers: int | None = None,
     progress: bool = True,
@@ -289,7 +294,7 @@ def propose(
         data: a folder in VOC or COCO layout; its boxes and classes are not used.
         split: the list.
         out: the file; see `deformnet.training.proposals`.
-        devices, accelerator, workers, progress: as for `train`.
+        devices, nodes, accelerator, workers, progress: as for `train`.
     Returns:
         The number of images.
     Raises:
@@ -297,7 +302,7 @@ def propose(
         ValueError: if the run makes no proposals, or an image cannot be read.
         OSError: if the file cannot be written.
     """
-    devices, nodes = _processes(devices, None)
+    devices, nodes = _processes(devices, nodes)
     recipe, model, trained_on = load_run(run)
     if not isinstance(recipe, DetectorRecipe):
         raise ValueError(f"{run}: wanted a run of a detector, got one of {recipe.network}")
