@@ -206,7 +206,7 @@ def train(
                     f"stopped after {trainer.global_step} of {recipe.iterations} iterations; "
                     "the same command continues"
                 )
-        metrics = _facts(recipe, model, out)
+        metrics = _facts(recipe, model, out, recipe.iterations)
         if scored is not None:
             trainer.validate(module, datamodule=job.scoring_data(scored, workers), verbose=False)
             metrics = _scores(job, module, val_split, scored, out / "detections.jsonl") | metrics
@@ -267,7 +267,7 @@ def evaluate(
         trainer = _scorer(recipe, described, devices, nodes, accelerator, progress)
         trainer.validate(module, datamodule=job.scoring_data(images, workers), verbose=False)
     found = out / f"detections-{_file_part(split)}.jsonl"
-    metrics = _scores(job, module, split, images, found) | _facts(recipe, model, run)
+    metrics = _scores(job, module, split, images, found) | _facts(recipe, model, run, _done(run))
     if testing != ONE_LOOK:
         metrics["testing"] = dataclasses.asdict(testing)
     if trainer.is_global_zero:
@@ -452,11 +452,16 @@ def _scores(job: Any, module: TrainingModule, split: str | None, images: Any, fo
     return {"split": split, "images": len(images), **job.metrics(module, images, found)}
 
 
-def _facts(recipe: Recipe, model: torch.nn.Module, run: Path) -> dict[str, Any]:
+def _done(run: Path) -> int:
+    """How many iterations the network of a run has been trained for."""
+    return load_checkpoint(checkpoint_path(run))["global_step"]
+
+
+def _facts(recipe: Recipe, model: torch.nn.Module, run: Path, iterations: int) -> dict[str, Any]:
     seconds = [float(row["seconds"]) for row in read_log(run / "metrics.csv")]
     return {
         "network": recipe.network,
-        "iterations": recipe.iterations,
+        "iterations": iterations,
         "seconds_per_iteration": statistics.median(seconds) if seconds else None,
         "parameters": sum(p.numel() for p in model.parameters()),
         "seed": recipe.seed,
