@@ -30,7 +30,7 @@ for part, below in {
     "detections": ("data", "evaluation", "runs"),
     "inference": ("runs", "detections"),
     # Scoring a run is predicting as a user would, and comparing.
-    "training": ("inference",),
+    "training": ("inference", "analysis"),
     "reproduce": ("training",),
     "bench": ("inference", "analysis", "timing"),
     "demo": ("training", "analysis"),

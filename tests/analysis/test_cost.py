@@ -1,12 +1,15 @@
 """Counted operations against numbers worked out by hand."""
 
+import dataclasses
+import json
+
 import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from deformnet import DeformConv2d, DeformPSRoIPool2d, DeformRoIPool2d, deform_
-from deformnet.analysis import count_flops
+from deformnet.analysis import count_flops, model_cost
 from deformnet.ops import deform_conv2d, deform_ps_roi_pool, deform_roi_pool
 
 # One multiply-add of a product, and the four of a bilinear read.
@@ -139,3 +142,47 @@ def test_backward_of_the_pooling(wanted, times):
     output = deform_roi_pool(tensors["input"], boxes, tensors["offset"], 2).sum()
     flops = count_flops(lambda: torch.autograd.grad(output, [tensors[name] for name in wanted]))
     assert flops == 16 * 3 * times * READ
+
+
+class Net(nn.Module):
+    """Layers that run once, twice and never, and arithmetic outside of layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())
+        self.shared = DeformConv2d(4, 4, 3, padding=1, modulated=True)
+        self.pool = DeformRoIPool2d(4, 2)
+        self.unused = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x, boxes):
+        x = self.shared(self.shared(self.stem(x)))
+        x = (x.flatten(2).mT @ x.flatten(2)).flatten(1)[:, :30].view(1, 1, 5, 6) + x
+        return self.pool(x, boxes)
+
+
+def test_the_table_of_layers():
+    model = Net()
+    x, boxes = torch.randn(1, 3, 5, 6), torch.tensor([[0, 0.0, 0, 3, 3]])
+    cost = model_cost(model, x, boxes, repeats=3)
+    rows = {row.layer: row for row in cost.layers}
+    assert list(rows) == ["stem.0", "stem.1", "shared", "pool"]
+    assert rows["stem.0"].flops == 30 * 12 * PRODUCT
+    assert rows["stem.0"].output == (1, 4, 5, 6)
+    assert rows["shared"].kind == "DeformConv2d"
+    assert rows["shared"].parameters == 4 * 4 * 9 + 4 + 27 * (4 * 9 + 1)
+    # Twice: the offsets and masks, the products, the reads.
+    each = 30 * 9 * (27 * 4 * PRODUCT + 4 * 4 * PRODUCT + 4 * READ)
+    assert rows["shared"].flops == 2 * each
+    assert rows["pool"].flops == count_flops(lambda: model.pool(torch.randn(1, 4, 5, 6), boxes))
+    assert rows["pool"].output == (1, 4, 2, 2)
+    assert cost.flops == sum(row.flops for row in cost.layers) + 30 * 30 * 4 * PRODUCT
+    assert cost.flops == count_flops(lambda: model(x, boxes))
+    assert cost.parameters == sum(p.numel() for p in model.parameters())
+    assert cost.peak_bytes is None
+    assert all(row.seconds > 0 for row in cost.layers)
+    assert cost.seconds > 0
+    assert model.training
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    json.dumps(dataclasses.asdict(cost))
+    with pytest.raises(ValueError, match="repeats: wanted at least 1, got 0"):
+        model_cost(model, x, boxes, repeats=0)

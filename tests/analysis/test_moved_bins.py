@@ -111,3 +111,32 @@ def test_a_layer_that_is_not_there():
         moved_bins(Head(), "poll", torch.zeros(1, 3, 8, 8), BOXES[:1])
     with pytest.raises(ValueError, match=r"\(the model has none\)"):
         moved_bins(nn.Conv2d(1, 1, 1), "pool", torch.zeros(1, 1, 8, 8))
+
+
+def test_each_detection_has_the_bins_of_its_class():
+    head = Head()
+    with torch.no_grad():
+        head.pool.conv_offset.bias.normal_()
+    found = moved_bins(head, "pool", torch.randn(2, 3, 30, 40), BOXES)
+    own = found.of_groups(torch.tensor([1, 0]))
+    assert torch.equal(own, torch.stack([found.moved[0, 1], found.moved[1, 0]]))
+    shared = found._replace(moved=found.moved[:, :1])
+    assert torch.equal(shared.of_groups(torch.tensor([5, 7])), found.moved[:, 0])
+    with pytest.raises(ValueError, match=r"groups: wanted 0 to 1, got \[0, 2\]"):
+        found.of_groups(torch.tensor([0, 2]))
+    with pytest.raises(ValueError, match=r"groups: wanted \[2\], got \[1\]"):
+        found.of_groups(torch.tensor([0]))
+
+
+def test_arguments_by_name_and_the_models_mode():
+    class ByName(Head):
+        def forward(self, features, boxes):
+            assert not self.training
+            maps = features.new_zeros(len(features), 12, *features.shape[2:])
+            return self.pool(boxes=boxes, maps=maps, features=features)
+
+    head = ByName()
+    features = torch.randn(2, 3, 30, 40)
+    found = moved_bins(head, "pool", features, BOXES)
+    assert torch.equal(found.plain, moved_bins(Head(), "pool", features, BOXES).plain)
+    assert head.training

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from networks import Foreign, pair_of_networks, random_offsets
 from torch import nn
 
 from deformnet import DeformConv2d
@@ -238,3 +239,208 @@ def test_a_strided_layer_left_out_is_noticed(images):
     model = nn.Sequential(DeformConv2d(3, 4, 3, padding=1), nn.MaxPool2d(2), DeformConv2d(4, 4, 3))
     with pytest.raises(ValueError, match="2 reads a map of 12x15, 0 makes one of 24x30"):
         sampling_locations(model, images, ["2", "0"], (0, 0), stride=1)
+
+
+def frozen_offsets(model, *, whole):
+    """Offsets of up to 3 pixels that the gradient takes for constants, on request whole ones."""
+
+    def fix(layer, args, output):
+        output = 3 * output.detach().tanh()
+        return output.round() if whole else output
+
+    for layer in model.modules():
+        if isinstance(layer, DeformConv2d):
+            layer.conv_offset.register_forward_hook(fix)
+        if isinstance(layer, Foreign):
+            layer.offset.register_forward_hook(fix)
+    return model
+
+
+def mixed_stack():
+    """Deformable and plain layers and pooling, one channel each; and their names from the top."""
+    torch.manual_seed(5)
+    layers = random_offsets(
+        nn.Sequential(
+            DeformConv2d(1, 1, 3, padding=1, bias=False),
+            nn.Conv2d(1, 1, (2, 3), 2, padding=(0, 2), dilation=(1, 2), bias=False),
+            DeformConv2d(1, 1, 3, padding=2, dilation=2, bias=False),
+            nn.AvgPool2d(2, 1),
+        ).double()
+    )
+    for layer in layers[:3]:
+        nn.init.ones_(layer.weight)
+    layers[2] = Foreign(layers[2]).double()
+    return layers, ["3", "2.conv", "1", "0"]
+
+
+@pytest.mark.parametrize("unit", [(4, 5), (0, 0), (8, 2)])
+def test_points_of_whole_pixels_are_the_gradient(unit):
+    """Every point inside is one path from the unit to a pixel, and the gradient counts these."""
+    model, names = mixed_stack()
+    frozen_offsets(model, whole=True)
+    generator = torch.Generator().manual_seed(6)
+    image = torch.rand(1, 1, 22, 26, generator=generator, dtype=torch.float64, requires_grad=True)
+    points, inside = sampling_locations(model, image, names, unit)
+    assert points.shape == (1, 4 * 9 * 6 * 9, 2)
+    model(image)[0, 0, unit[0], unit[1]].backward()
+    reached = torch.zeros(22, 26, dtype=torch.float64)
+    for y, x in points[0][inside[0]].round().long().tolist():
+        reached[y, x] += 1 / 4
+    torch.testing.assert_close(image.grad[0, 0], reached)
+    assert 0 < inside.sum() < inside.numel()
+    # Whole units need no rounding.
+    rounded, _ = sampling_locations(model, image, names, unit, between="rounded")
+    torch.testing.assert_close(rounded, points)
+
+
+@pytest.mark.parametrize("unit", [(4, 5), (0, 0), (9, 2)])
+def test_three_layers_are_the_support_of_the_gradient(unit):
+    """Between pixels the network reads the four around a point: so do the layers' own locations."""
+    torch.manual_seed(7)
+    layers = [
+        DeformConv2d(2, 2, 3, padding=1),
+        DeformConv2d(2, 2, 3, 2, padding=2, dilation=2, offset_groups=2),
+        DeformConv2d(2, 1, 3, padding=1, modulated=True),
+    ]
+    model = random_offsets(nn.Sequential(*layers)).double()
+    for layer in layers:
+        nn.init.uniform_(layer.weight, 0.5, 1.5)
+    frozen_offsets(model, whole=False)
+    generator = torch.Generator().manual_seed(8)
+    image = torch.rand(1, 2, 21, 25, generator=generator, dtype=torch.float64, requires_grad=True)
+    model(image)[0, 0, unit[0], unit[1]].backward()
+
+    # All units that are read, layer by layer, from the locations of one layer at a time. (Groups
+    # differ in their locations; a unit's channels are all read in the layer above.)
+    sides = [layer_map.shape[2:] for layer_map in maps_of(model, image)]
+    units = {unit}
+    for name, (height, width) in zip(("2", "1", "0"), reversed(sides[:3]), strict=True):
+        below = set()
+        for place in units:
+            points, inside = sampling_locations(model, image, [name], place, stride=1)
+            for y, x in points[0][inside[0]].tolist():
+                rows = {math.floor(y), math.ceil(y)} & set(range(height))
+                below |= {(i, j) for i in rows for j in (math.floor(x), math.ceil(x))}
+        units = {(i, j) for i, j in below if 0 <= j < width}
+    seen = {tuple(place) for place in image.grad[0].abs().sum(0).nonzero().tolist()}
+    assert units == seen
+    assert 30 < len(seen) < image[0, 0].numel()
+
+
+def maps_of(model, image):
+    """What goes into each layer of a stack, and what comes out at last."""
+    maps = [image]
+    for layer in model:
+        maps.append(layer(maps[-1]).detach())
+    return maps
+
+
+def one_tap(conv, tap):
+    """Weights that take one tap of each kernel and nothing else."""
+    nn.init.zeros_(conv.weight)
+    with torch.no_grad():
+        conv.weight.flatten(1)[:, tap] = 1
+
+
+def test_each_point_of_two_layers_is_the_middle_of_what_the_network_reads():
+    """Of one path of taps: so the offsets between units are mixed as the network mixes values."""
+    torch.manual_seed(9)
+    model = nn.Sequential(
+        DeformConv2d(1, 1, 3, padding=2, dilation=2, bias=False),
+        DeformConv2d(1, 1, 3, padding=1, bias=False),
+    )
+    frozen_offsets(random_offsets(model, 0.7).double(), whole=False)
+    generator = torch.Generator().manual_seed(10)
+    image = torch.rand(1, 1, 31, 33, generator=generator, dtype=torch.float64, requires_grad=True)
+    # The offsets come from the weights of all layers below: they are fixed first.
+    offsets = [layer.conv_offset(x) for layer, x in zip(model, maps_of(model, image), strict=False)]
+    for layer, offset in zip(model, offsets, strict=True):
+        layer.conv_offset.register_forward_hook(lambda *_, offset=offset: offset)
+    points, inside = sampling_locations(model, image, ["1", "0"], (15, 16))
+    assert inside.all()
+    place = 0
+    for top in range(9):
+        for bottom in range(9):
+            one_tap(model[1], top)
+            one_tap(model[0], bottom)
+            (read,) = torch.autograd.grad(model(image)[0, 0, 15, 16], image)
+            assert float(read.sum()) == pytest.approx(1)
+            middle = [
+                float(read[0, 0].sum(1) @ torch.arange(31).double()),
+                float(read[0, 0].sum(0) @ torch.arange(33).double()),
+            ]
+            assert points[0, place].tolist() == pytest.approx(middle, abs=1e-9)
+            place += 1
+
+
+@pytest.mark.parametrize("options", [{}, {"offset_groups": 2}, {"modulated": True}])
+def test_torchvisions_layers_have_the_same(images, options):
+    ours, theirs = pair_of_networks(**options)
+    for between in ("bilinear", "rounded"):
+        expected = sampling_locations(ours, images, ["3", "1", "0"], (2, 3), between=between)
+        found = sampling_locations(
+            theirs, images, ["3.conv", "1.conv", "0"], (2, 3), between=between
+        )
+        torch.testing.assert_close(found.points, expected.points, atol=1e-4, rtol=0)
+        assert torch.equal(found.inside, expected.inside)
+
+
+def test_the_authors_rounding(images):
+    """Each sample goes on from the nearest unit below, as if the unit were asked by itself."""
+    model = random_residual()
+    points, inside = sampling_locations(
+        model, images, ["upper", "lower"], (9, 11), stride=1, between="rounded"
+    )
+    top, top_inside = sampling_locations(model, images, ["upper"], (9, 11), stride=1)
+    assert top_inside.all()
+    for n in range(2):
+        for k, (y, x) in enumerate(top[n].round().tolist()):
+            below, reached = sampling_locations(model, images, ["lower"], (y, x), stride=1)
+            torch.testing.assert_close(points[n, 9 * k : 9 * k + 9], below[n])
+            assert torch.equal(inside[n, 9 * k : 9 * k + 9], reached[n])
+    exact, _ = sampling_locations(model, images, ["upper", "lower"], (9, 11), stride=1)
+    assert 0.1 < (points - exact).norm(dim=-1).mean() < 2
+
+
+def test_the_stride_is_found_in_the_network():
+    model = resnet(18, deform_layers=3)
+    stack = ["layer4.1.conv2", "layer4.1.conv1", "layer4.0.conv2"]
+    image = torch.rand(1, 3, 96, 128)
+    expected, inside = sampling_locations(model, image, stack, (3, 4), stride=16)
+    found = sampling_locations(model, image, stack, (3, 4))
+    assert torch.equal(found.points, expected)
+    assert torch.equal(found.inside, inside)
+
+
+def test_cells_that_lie_elsewhere_are_found_there(images):
+    """An even kernel's cells lie between pixels; without padding they begin farther inside."""
+    model = nn.Sequential(nn.MaxPool2d(2), nn.Conv2d(3, 3, 3), DeformConv2d(3, 4, 3, padding=1))
+    points, _ = sampling_locations(model, images, ["2"], (4, 5))
+    expected = 2 * (grid((4, 5)) + 1) + 0.5
+    torch.testing.assert_close(points[0], expected)
+    # Down to the pixels, the mean point of every path is the same.
+    all_points, _ = sampling_locations(model, images, ["2", "1", "0"], (4, 5))
+    assert all_points.shape == (2, 9 * 9 * 4, 2)
+    torch.testing.assert_close(all_points[0].mean(0), expected.mean(0))
+
+
+def test_a_stride_that_cannot_be_found(images):
+    class Resized(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = DeformConv2d(3, 4, 3)
+
+        def forward(self, x):
+            return self.conv(nn.functional.interpolate(x, size=(9, 9), mode="bilinear"))
+
+    with pytest.raises(ValueError, match=r"field behind aten.*upsample_bilinear2d is not known"):
+        sampling_locations(Resized(), images, ["conv"], (0, 0))
+    points, _ = sampling_locations(Resized(), images, ["conv"], (0, 0), stride=2)
+    torch.testing.assert_close(points[0], 2 * grid((1, 1)))
+
+
+def test_an_unknown_way_between_units(images):
+    with pytest.raises(ValueError, match="between: wanted 'bilinear' or 'rounded', got 'near'"):
+        sampling_locations(random_residual(), images, ["upper"], (0, 0), between="near")
+    with pytest.raises(ValueError, match="no module 'uper'; near it are upper"):
+        sampling_locations(random_residual(), images, ["uper"], (0, 0))

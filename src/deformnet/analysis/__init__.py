@@ -1,7 +1,41 @@
 """What deformable networks have learned, and what they cost; for any model that has the layers."""
 
 from deformnet.analysis.bins import MovedBins, moved_bins
-from deformnet.analysis.cost import count_flops
+from deformnet.analysis.cost import LayerCost, ModelCost, count_flops, model_cost
+from deformnet.analysis.dilation import (
+    AnnotatedImage,
+    LayerDilation,
+    Spread,
+    dilation_statistics,
+    effective_dilation,
+)
+from deformnet.analysis.fields import (
+    EffectiveField,
+    ReceptiveField,
+    effective_receptive_field,
+    receptive_field,
+)
+from deformnet.analysis.health import LayerHealth, OffsetObserver
 from deformnet.analysis.sampling import SamplingLocations, sampling_locations
 
-__all__ = ["MovedBins", "SamplingLocations", "count_flops", "moved_bins", "sampling_locations"]
+__all__ = [
+    "AnnotatedImage",
+    "EffectiveField",
+    "LayerCost",
+    "LayerDilation",
+    "LayerHealth",
+    "ModelCost",
+    "MovedBins",
+    "OffsetObserver",
+    "ReceptiveField",
+    "SamplingLocations",
+    "Spread",
+    "count_flops",
+    "dilation_statistics",
+    "effective_dilation",
+    "effective_receptive_field",
+    "model_cost",
+    "moved_bins",
+    "receptive_field",
+    "sampling_locations",
+]

@@ -1,10 +1,12 @@
 """Where the bins of deformable RoI pooling lie (Dai et al. 2017, Figure 7)."""
 
+import inspect
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from deformnet.analysis.layers import evaluating
 from deformnet.nn import DeformPSRoIPool2d, DeformRoIPool2d
 
 
@@ -16,10 +18,31 @@ class MovedBins(NamedTuple):
     moved: Tensor
     """[R, G, ph, pw, 4]: where each offset group has its bins."""
 
+    def of_groups(self, groups: Tensor) -> Tensor:
+        """The moved bins [R, ph, pw, 4] of one offset group for each box: those that it is seen by.
+
+        In an R-FCN whose offsets know the class, the group of a detection's class: 0 is the
+        background's, k + 1 that of class k.
+
+        Args:
+            groups: integers [R], 0 to G - 1. Where all classes share one group, it is that one.
+        Raises:
+            ValueError: if it has another shape, or a group does not exist.
+        """
+        boxes, count = self.moved.shape[:2]
+        if list(groups.shape) != [boxes]:
+            raise ValueError(f"groups: wanted [{boxes}], got {list(groups.shape)}")
+        if count == 1:
+            return self.moved[:, 0]
+        if boxes and not 0 <= int(groups.min()) <= int(groups.max()) < count:
+            raise ValueError(f"groups: wanted 0 to {count - 1}, got {groups.tolist()}")
+        groups = groups.to(self.moved.device)
+        return self.moved[torch.arange(boxes, device=groups.device), groups]
+
 
 @torch.no_grad()
 def moved_bins(model: nn.Module, layer: str, *inputs: Any) -> MovedBins:
-    """The bins of a deformable RoI pooling layer in one call of a model.
+    """The bins of a deformable RoI pooling layer in one call of a model, in evaluation mode.
 
     They are the exact parts of the boxes, whose last pixel "bins" and "msra" sampling count in, and
     they move as far as the layer moves them: by its offsets times the size that the rule of
@@ -41,16 +64,22 @@ def moved_bins(model: nn.Module, layer: str, *inputs: Any) -> MovedBins:
         raise ValueError(
             f"layer: wanted one of {', '.join(known) or '(the model has none)'}, got {layer!r}"
         )
+    signature = inspect.signature(pool.forward)
     calls: list[tuple[Any, ...]] = []
-    handle = pool.register_forward_pre_hook(lambda _, arguments: calls.append(arguments))
+
+    def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.append(signature.bind(*args, **kwargs).args)
+
+    handle = pool.register_forward_pre_hook(note, with_kwargs=True)
     try:
-        model(*inputs)
+        with evaluating(model):
+            model(*inputs)
     finally:
         handle.remove()
     if len(calls) != 1:
         raise ValueError(f"layer: wanted {layer} to be called once, got {len(calls)} calls")
-    *_, boxes = calls[0]
-    offsets = pool.offsets(*calls[0][-2:]).float()
+    *_, features, boxes = calls[0]  # "maps" come before in position-sensitive pooling
+    offsets = pool.offsets(features, boxes).float()
 
     if not isinstance(boxes, Tensor):
         boxes = torch.cat([torch.cat([part.new_zeros(len(part), 1), part], 1) for part in boxes])

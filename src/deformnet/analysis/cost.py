@@ -5,14 +5,21 @@ tells it what the operators of this package cost, so that its `FlopCounterMode` 
 itself, to see the modules one by one.
 """
 
-from collections.abc import Callable, Sequence
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 import deformnet.ops  # noqa: F401 (defines torch.ops.deformnet)
+from deformnet.analysis.layers import evaluating
+from deformnet.nn import DeformConv2d, DeformPSRoIPool2d, DeformRoIPool2d
 from deformnet.ops.checks import values_known
 
 _MULTIPLY_ADD = 2
@@ -50,6 +57,157 @@ def count_flops(call: Callable[[], object]) -> int:
     with FlopCounterMode(display=False) as counter:
         call()
     return counter.get_total_flops()
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """What a layer costs in one forward pass, over all its calls.
+
+    Attributes:
+        layer, kind: its name and its class.
+        parameters: how many numbers it holds.
+        flops: as `count_flops` counts them.
+        output: shape of what it made, in its last call; None if that is not one tensor.
+        seconds: median of the repeats.
+    """
+
+    layer: str
+    kind: str
+    parameters: int
+    flops: int
+    output: tuple[int, ...] | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """What a model costs in one forward pass; `dataclasses.asdict` makes it ready for JSON.
+
+    Attributes:
+        layers: those that ran, in the order of their first calls. What the model does besides, in
+            its own code, is in the totals only.
+        parameters: of the whole model.
+        flops: of the whole model.
+        seconds: of the whole model, median of the repeats; no layer is timed meanwhile.
+        peak_bytes: the most memory that the pass had on the GPU beyond what was there before it;
+            None on other devices, where PyTorch does not count it.
+    """
+
+    layers: list[LayerCost]
+    parameters: int
+    flops: int
+    seconds: float
+    peak_bytes: int | None
+
+
+def model_cost(model: nn.Module, *inputs: Any, repeats: int = 5) -> ModelCost:
+    """Parameters, arithmetic, output size and time of each layer of a model.
+
+    A layer is a module without children; the deformable layers of this package are one each, with
+    what makes their offsets. On a GPU the layers are timed one at a time, as it has to finish each
+    before the next begins, so that their times add up to more than the model's.
+
+    Args:
+        model: any network; run in evaluation mode and without gradients.
+        inputs: what it is called with.
+        repeats: timed passes, after one that warms up; at least 1.
+    Raises:
+        ValueError: if `repeats` is below 1.
+    """
+    if repeats < 1:
+        raise ValueError(f"repeats: wanted at least 1, got {repeats}")
+    layers = _layers(model)
+    device = next((leaf.device for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)), None)
+    cuda = device is not None and device.type == "cuda"
+
+    def now() -> float:
+        if cuda:
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    flops: dict[str, int] = {}
+    outputs: dict[str, tuple[int, ...] | None] = {}
+    passes: list[dict[str, float]] = []
+    with torch.no_grad(), evaluating(model):
+        with FlopCounterMode(display=False) as counter:
+
+            def note(name: str, before: float, output: Any) -> None:
+                flops[name] = flops.get(name, 0) + int(counter.get_total_flops() - before)
+                outputs[name] = tuple(output.shape) if isinstance(output, Tensor) else None
+
+            with _around(layers, counter.get_total_flops, note):
+                model(*inputs)
+        for _ in range(repeats):
+            seconds = dict.fromkeys(flops, 0.0)
+
+            def add(name: str, before: float, _: Any, seconds: dict[str, float] = seconds) -> None:
+                seconds[name] += now() - before
+
+            with _around(layers, now, add):
+                model(*inputs)
+            passes.append(seconds)
+        totals = []
+        held = torch.cuda.memory_allocated(device) if cuda else 0
+        if cuda:
+            torch.cuda.reset_peak_memory_stats(device)
+        for _ in range(repeats):
+            start = now()
+            model(*inputs)
+            totals.append(now() - start)
+        peak = torch.cuda.max_memory_allocated(device) - held if cuda else None
+    rows = [
+        LayerCost(
+            name,
+            type(layers[name]).__name__,
+            sum(parameter.numel() for parameter in layers[name].parameters()),
+            flops[name],
+            outputs[name],
+            statistics.median(seconds[name] for seconds in passes),
+        )
+        for name in flops
+    ]
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return ModelCost(rows, parameters, counter.get_total_flops(), statistics.median(totals), peak)
+
+
+def _layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that are rows of the table, each once, by name."""
+    whole = (DeformConv2d, DeformRoIPool2d, DeformPSRoIPool2d)
+    found: dict[str, nn.Module] = {}
+    inner: set[nn.Module] = set()
+    for name, module in model.named_modules():  # parents come first
+        if isinstance(module, whole):
+            inner.update(child for child in module.modules() if child is not module)
+        if module not in inner and (isinstance(module, whole) or not list(module.children())):
+            found[name] = module
+    return found
+
+
+@contextmanager
+def _around(
+    layers: dict[str, nn.Module],
+    before: Callable[[], float],
+    after: Callable[[str, float, Any], None],
+) -> Iterator[None]:
+    """Calls `before` as each layer begins, and `after` with what that said as it ends."""
+    handles = []
+    for name, layer in layers.items():
+        begun: list[float] = []
+
+        def begin(_: nn.Module, args: Any, begun: list[float] = begun) -> None:
+            begun.append(before())
+
+        def end(
+            _: nn.Module, args: Any, output: Any, name: str = name, begun: list[float] = begun
+        ) -> None:
+            after(name, begun.pop(), output)
+
+        handles += [layer.register_forward_pre_hook(begin), layer.register_forward_hook(end)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 # The formulas have the parameters of the operators' schemas; for a tensor its shape comes.

@@ -1,0 +1,233 @@
+"""Whether offsets stay useful while a model trains: where training of deformable layers fails."""
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from deformnet.analysis.layers import Call, Kernel, deformable_layers, size_of, watching
+from deformnet.nn import DeformConv2d
+
+_LOST = 0.5
+_FAR = 0.5
+
+
+@dataclass(frozen=True)
+class LayerHealth:
+    """How a layer's offsets were in one step; shifts are in cells of the layer's input.
+
+    Attributes:
+        layer: its name.
+        mean_shift, largest_shift: how far samples were moved.
+        outside: share of the samples that lay outside the map, where they read nothing and no
+            gradient brings them back.
+        outside_at_rest: the same share without offsets (in the padding).
+        gradient_ratio: norm of the gradient of the weights that make the offsets, by that of the
+            layer's own weights. None without gradients, if the latter is zero, or if the weights
+            are frozen.
+        map_side: the longer side of the map.
+    """
+
+    layer: str
+    mean_shift: float
+    largest_shift: float
+    outside: float
+    outside_at_rest: float
+    gradient_ratio: float | None
+    map_side: int
+
+    def runaway(self) -> str | None:
+        """What shows that the offsets run away, in words; None if nothing does.
+
+        Any of three signs, none of which a filter has a use for:
+
+        - a sample was moved by more than the map is long, and so off it wherever it started;
+        - the mean shift is more than half of that;
+        - of the samples that the plain filter has on the map, more than half have left it: the
+          layer mostly sees zeros, and as samples out there have no gradient, they stay.
+
+        Numbers that are not finite count as such signs.
+        """
+        # "Not at most" is also true of NaN.
+        if not self.mean_shift <= _FAR * self.map_side:
+            return (
+                f"its samples are moved by {self.mean_shift:.3g} cells in the mean, "
+                f"on a map of {self.map_side}"
+            )
+        if not self.largest_shift <= self.map_side:
+            return (
+                f"a sample is moved by {self.largest_shift:.3g} cells, on a map of {self.map_side}"
+            )
+        if not self.outside - self.outside_at_rest <= _LOST * (1 - self.outside_at_rest):
+            return (
+                f"{self.outside:.0%} of its samples lie outside the map, "
+                f"{self.outside_at_rest:.0%} without offsets"
+            )
+        return None
+
+
+class OffsetObserver:
+    """Watches the offsets of a model's deformable convolutions through a step of training.
+
+        >>> with OffsetObserver(model) as observer:
+        ...     loss(model(images)).backward()
+        >>> for layer in observer.health():
+        ...     print(layer, layer.runaway())
+
+    While it watches, it computes a few numbers for each call and keeps them on the device; only
+    `health` waits for them. When it does not watch, it costs nothing.
+
+    Args:
+        model: holds deformnet's or torchvision's `DeformConv2d`.
+    Raises:
+        ValueError: if it has none.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._layers = deformable_layers(model)
+        self._watching: ExitStack | None = None
+        self._calls: dict[str, list[_CallNumbers]] = {}
+        self._makers: dict[str, Tensor | None] = {}
+
+    def __enter__(self) -> Self:
+        """Begins anew."""
+        self.stop()
+        self._calls, self._makers = {}, {}
+        self._watching = ExitStack()
+        self._watching.enter_context(watching(self._layers, self._see))
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Ends watching; what was seen stays."""
+        if self._watching is not None:
+            self._watching.close()
+            self._watching = None
+
+    def health(self) -> list[LayerHealth]:
+        """What was seen since watching began, of all layers that ran, over all their calls.
+
+        The gradients are those that the weights have now: call it after `backward`, before they are
+        set to zero. (Clipping by norm leaves their ratio as it is.)
+        """
+        numbers: list[Tensor] = []
+        for name, calls in self._calls.items():
+            numbers += [number for call in calls for number in (call.mean, call.largest, call.off)]
+            numbers += _gradient_norms(self._makers[name], self._layers[name].weight)
+        # One wait for the device, not one for each number.
+        values = iter(torch.stack(numbers).tolist() if numbers else [])
+        found = []
+        for name, calls in self._calls.items():
+            samples = sum(call.samples for call in calls)
+            mean = outside = at_rest = 0.0
+            largest: list[float] = []
+            for call in calls:
+                share = call.samples / samples
+                mean += share * next(values)
+                largest.append(next(values))
+                outside += share * next(values)
+                at_rest += share * call.off_at_rest
+            made, own = next(values), next(values)
+            found.append(
+                LayerHealth(
+                    name,
+                    mean,
+                    # max() would pass over a NaN.
+                    next((far for far in largest if far != far), max(largest)),
+                    outside,
+                    at_rest,
+                    made / own if made >= 0 and own > 0 else None,
+                    max(call.side for call in calls),
+                )
+            )
+        return found
+
+    def _see(self, done: Call) -> None:
+        self._calls.setdefault(done.name, []).append(_measure(done))
+        if isinstance(done.layer, DeformConv2d):
+            self._makers[done.name] = done.layer.conv_offset.weight
+        elif self._makers.get(done.name) is None:
+            assert done.offset is not None
+            self._makers[done.name] = _nearest_weight(done.offset)
+
+
+@dataclass(frozen=True)
+class _CallNumbers:
+    """Of one call of a layer: numbers on the device, and what is known without it."""
+
+    mean: Tensor
+    largest: Tensor
+    off: Tensor
+    off_at_rest: float
+    samples: int
+    side: int
+
+
+@torch.no_grad()
+def _measure(done: Call) -> _CallNumbers:
+    assert done.offset is not None
+    kernel, (height, width) = Kernel.of(done.layer), size_of(done.input)
+    # [N, G, K, (y, x), Ho, Wo]
+    offset = done.offset.float().unflatten(1, (-1, kernel.taps, 2))
+    out_height, out_width = size_of(done.output)
+    steps = kernel.steps(torch.device("cpu"))
+    rows = torch.arange(out_height) * kernel.stride[0] - kernel.padding[0] + steps[:, :1]
+    columns = torch.arange(out_width) * kernel.stride[1] - kernel.padding[1] + steps[:, 1:]
+    on_map = _within(rows, height).float().mean(1) * _within(columns, width).float().mean(1)
+    device = offset.device
+    y = offset[:, :, :, 0] + rows.to(device)[:, :, None]
+    x = offset[:, :, :, 1] + columns.to(device)[:, None, :]
+    shift = torch.linalg.vector_norm(offset, dim=3)
+    on = _within(y, height) & _within(x, width)
+    empty = shift.numel() == 0
+    return _CallNumbers(
+        mean=shift.new_zeros(()) if empty else shift.mean(),
+        largest=shift.new_zeros(()) if empty else shift.amax(),
+        off=shift.new_zeros(()) if empty else 1 - on.float().mean(),
+        off_at_rest=1 - float(on_map.mean()),
+        samples=shift.numel(),
+        side=max(height, width),
+    )
+
+
+def _within(positions: Tensor, side: int) -> Tensor:
+    """Whether positions read anything of a map: those less than a cell outside do."""
+    return (positions > -1) & (positions < side)
+
+
+def _gradient_norms(made_by: Tensor | None, own: Tensor) -> list[Tensor]:
+    """Norms of two gradients; -1 where there is none."""
+    missing = torch.full((), -1.0, device=own.device)
+    grads = [None if weight is None else weight.grad for weight in (made_by, own)]
+    return [missing if g is None else torch.linalg.vector_norm(g.detach().float()) for g in grads]
+
+
+def _nearest_weight(offset: Tensor) -> Tensor | None:
+    """The weight of the convolution that made offsets, found in the graph of their gradient.
+
+    torchvision's layer is given its offsets, which may have been cut out of a larger tensor first.
+    None if there is no graph, or if the weight is frozen.
+    """
+    level: list[Any] = [offset.grad_fn]
+    seen = {None}
+    while level:
+        level = [node for node in dict.fromkeys(level) if node not in seen]
+        seen.update(level)
+        for node in level:
+            if node.name().startswith("ConvolutionBackward"):
+                weight = node.next_functions[1][0]
+                while weight is not None and not hasattr(weight, "variable"):
+                    weight = weight.next_functions[0][0]  # autocast has copied it
+                return None if weight is None else weight.variable
+        level = [before for node in level for before, _ in node.next_functions]
+    return None

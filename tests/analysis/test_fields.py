@@ -1,0 +1,177 @@
+"""Receptive fields against arithmetic, against gradients, and plain against deformable."""
+
+import pytest
+import torch
+from networks import pair_of_networks, scaling_offsets
+from torch import nn
+
+from deformnet import DeformConv2d
+from deformnet.analysis import ReceptiveField, effective_receptive_field, receptive_field
+from deformnet.backbones.resnet import resnet
+
+
+@pytest.fixture
+def images():
+    return torch.rand(2, 3, 48, 40, generator=torch.Generator().manual_seed(0))
+
+
+def test_a_chain():
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 7, 2, padding=3),
+        nn.MaxPool2d(3, 2, padding=1),
+        nn.BatchNorm2d(4),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(4, 4, (3, 1), padding=(2, 0), dilation=(2, 1)),
+        nn.AvgPool2d(2),
+    )
+    images = torch.rand(1, 3, 64, 64)
+    # 7; + 2*2; + 4*4 in height only; + 4.
+    assert receptive_field(model, images, "0") == ReceptiveField((7, 7), (2, 2), (-3, -3))
+    assert receptive_field(model, images, "1").size == (11, 11)
+    field = receptive_field(model, images, "5")
+    assert field == ReceptiveField((31, 15), (8, 8), (-13, -5))
+    assert field.centre((0, 0)) == (2, 2)
+    assert field.centre((3, 1.5)) == (26, 14)
+    assert receptive_field(model, images, "") == field
+
+
+class Branches(nn.Module):
+    """A wide and a far branch, a shortcut and a join of channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, 2, padding="valid")
+        self.wide = nn.Conv2d(4, 4, 5, padding="same")
+        self.even = nn.Conv2d(4, 4, 2, padding="same")
+        self.last = nn.Conv2d(8, 1, 1)
+
+    def forward(self, x):
+        x = self.stem(x)
+        return self.last(torch.cat([x + self.even(x), self.wide(x)], dim=1))
+
+
+def test_branches_unite(images):
+    model = Branches()
+    assert receptive_field(model, images, "stem") == ReceptiveField((3, 3), (2, 2), (0, 0))
+    assert receptive_field(model, images, "even") == ReceptiveField((5, 5), (2, 2), (0, 0))
+    assert receptive_field(model, images, "wide") == ReceptiveField((11, 11), (2, 2), (-4, -4))
+    assert receptive_field(model, images, "last") == ReceptiveField((11, 11), (2, 2), (-4, -4))
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["deformnet", "torchvision"])
+def test_it_is_the_support_of_the_gradient(which):
+    """Of a network at rest, whose maxima and rectifiers let everything through."""
+    model = pair_of_networks()[which].double()
+    for layer in model.modules():
+        name = "conv_offset" if isinstance(layer, DeformConv2d) else "offset"
+        if (offset := getattr(layer, name, None)) is not None:
+            nn.init.zeros_(offset.weight)
+            nn.init.zeros_(offset.bias)
+    model[2] = nn.Identity()
+    image = torch.rand(1, 3, 60, 60, dtype=torch.float64)
+    field = receptive_field(model, image, "3")
+    assert field == ReceptiveField((15, 15), (4, 4), (-7, -7))
+    found = effective_receptive_field(model, image, "3", (7, 6))
+    rows, columns = found.gradient.nonzero().T
+    assert (rows.min(), rows.max()) == (28 - 7, 28 + 7)
+    assert (columns.min(), columns.max()) == (24 - 7, 24 + 7)
+    assert found.share_inside == 1
+    assert found.side <= 15
+
+
+def test_a_resnet():
+    """The table that everyone knows: 435 pixels for a ResNet-18 of stride 32."""
+    model = resnet(18, output_stride=32, deform_layers=3, reduce_channels=None)
+    field = receptive_field(model, torch.rand(1, 3, 64, 64), "layer4")
+    assert field == ReceptiveField((435, 435), (32, 32), (-217, -217))
+
+
+def test_the_square_and_the_share():
+    """Of box filters, whose gradient is known: the same everywhere in a square."""
+    model = nn.Sequential(nn.Conv2d(1, 1, 9, padding=4), DeformConv2d(1, 1, 3, padding=1))
+    nn.init.ones_(model[0].weight)
+    nn.init.zeros_(model[1].weight)
+    with torch.no_grad():
+        model[1].weight[0, 0, 1, 1] = 1
+    image = torch.rand(2, 1, 40, 40)
+    found = effective_receptive_field(model, image, "1", (20, 19))
+    assert found.gradient.shape == (40, 40)
+    assert found.gradient.sum() == pytest.approx(81)
+    assert found.gradient[16:25, 15:24].min() == 1
+    assert found.side == 9  # 7 x 7 hold no more than 60 %
+    assert found.share_inside == 1
+
+    with torch.no_grad():  # the middle tap, 20 pixels to the right, is out of the plain field
+        model[1].conv_offset.bias.view(9, 2)[4, 1] = 12
+    moved = effective_receptive_field(model, image, "1", (20, 15))
+    assert moved.gradient[16:25, 23:32].min() == 1
+    assert moved.side == 2 * 16 + 1
+    assert moved.share_inside == 0
+
+
+def test_stretched_filters_look_farther(images):
+    plain = nn.Sequential(*(DeformConv2d(3, 3, 3, padding=1) for _ in range(3)))
+    torch.manual_seed(0)
+    for layer in plain:
+        nn.init.uniform_(layer.weight)
+    narrow = effective_receptive_field(plain, images, "2", (24, 20))
+    for layer in plain:
+        with torch.no_grad():
+            layer.conv_offset.bias.copy_(scaling_offsets(3, 1, 3))
+    wide = effective_receptive_field(plain, images, "2", (24, 20))
+    assert narrow.side <= 7 < 13 <= wide.side <= 19
+    assert wide.share_inside < narrow.share_inside == 1
+
+
+def test_the_model_is_left_as_it_was(images):
+    model = pair_of_networks()[0].train()
+    effective_receptive_field(model, images, "3", (3, 3), call=lambda x: model(x) * 2)
+    assert all(module.training for module in model.modules())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not images.requires_grad
+    with torch.no_grad():
+        effective_receptive_field(model, images, "3", (3, 3))
+
+
+class Mixing(nn.Module):
+    """What looks everywhere."""
+
+    def __init__(self, operation):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+        self.operation = operation
+
+    def forward(self, x):
+        x = self.conv(x)
+        return x * self.operation(x)
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        lambda x: x.mean((2, 3), keepdim=True),
+        lambda x: x.flip(3),
+        lambda x: (x.flatten(2) @ x.flatten(2).mT @ x.flatten(2)).view_as(x),
+        lambda x: nn.functional.interpolate(x[..., ::2, ::2], scale_factor=2),
+    ],
+)
+def test_fields_that_are_not_known(images, operation):
+    model = Mixing(operation)
+    assert receptive_field(model, images, "conv").size == (3, 3)
+    with pytest.raises(ValueError, match="the receptive field behind aten"):
+        receptive_field(model, images, "")
+
+
+def test_what_cannot_be_answered_is_refused(images):
+    model = pair_of_networks()[0]
+    with pytest.raises(ValueError, match=r"the model has no module '3\.cnv'"):
+        receptive_field(model, images, "3.cnv")
+    with pytest.raises(ValueError, match="wanted '3' to run once, it ran 2 times"):
+        receptive_field(model, images, "3", call=lambda x: (model(x), model(x)))
+    with pytest.raises(ValueError, match="behind something that does not depend on the image"):
+        receptive_field(model, images, "3", call=lambda x: model(torch.zeros(1, 3, 9, 9)))
+    with pytest.raises(ValueError, match=r"unit: wanted one of the 12x10 units, got \(12, 0\)"):
+        effective_receptive_field(model, images, "3", (12, 0))
+    nn.init.zeros_(model[3].weight)
+    with pytest.raises(ValueError, match=r"no gradient comes to the image from \(1, 2\) of '3'"):
+        effective_receptive_field(model, images, "3", (1, 2))

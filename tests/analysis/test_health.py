@@ -1,0 +1,134 @@
+"""What is seen of offsets in a step of training."""
+
+import math
+
+import pytest
+import torch
+from networks import Foreign, pair_of_networks
+from torch import nn
+
+from deformnet import DeformConv2d
+from deformnet.analysis import LayerHealth, OffsetObserver
+
+
+@pytest.fixture
+def images():
+    return torch.rand(2, 3, 24, 30, generator=torch.Generator().manual_seed(0))
+
+
+def health(model, *batches):
+    with OffsetObserver(model) as observer:
+        for batch in batches:
+            model(batch).square().sum().backward()
+    return observer.health()
+
+
+def test_numbers_of_one_layer(images):
+    model = nn.Sequential(DeformConv2d(3, 4, 3, 2, padding=1, offset_groups=3))
+    offsets = torch.zeros(3, 9, 2)
+    offsets[0] = torch.tensor([3.0, 4.0])  # a third of the samples is moved by 5
+    offsets[1, 0] = torch.tensor([-40.0, 0.0])  # one of 27 is moved off the map
+    with torch.no_grad():
+        model[0].conv_offset.bias.copy_(offsets.flatten())
+    (layer,) = health(model, images)
+    assert layer.layer == "0"
+    assert layer.mean_shift == pytest.approx(5 / 3 + 40 / 27)
+    assert layer.largest_shift == 40
+    assert layer.map_side == 30
+    rows, columns = torch.arange(0, 24, 2), torch.arange(0, 30, 2)
+    outside = at_rest = 0.0
+    for group in range(3):
+        for tap in range(9):
+            dy, dx = offsets[group, tap].tolist()
+            for moved in (True, False):
+                y = rows + tap // 3 - 1 + dy * moved
+                x = columns + tap % 3 - 1 + dx * moved
+                on = ((y > -1) & (y < 24)).float().mean() * ((x > -1) & (x < 30)).float().mean()
+                if moved:
+                    outside += (1 - float(on)) / 27
+                else:
+                    at_rest += (1 - float(on)) / 27
+    assert layer.outside == pytest.approx(outside, abs=1e-6)
+    assert layer.outside_at_rest == pytest.approx(at_rest, abs=1e-6)
+    made, own = model[0].conv_offset.weight.grad.norm(), model[0].weight.grad.norm()
+    assert layer.gradient_ratio == pytest.approx(float(made / own))
+
+
+@pytest.mark.parametrize("options", [{}, {"modulated": True}, {"offset_groups": 2}])
+def test_torchvisions_layers_have_the_same(images, options):
+    ours, theirs = pair_of_networks(**options)
+    for mine, other in zip(health(ours, images), health(theirs, images), strict=True):
+        assert other.layer == f"{mine.layer}.conv"
+        for name in ("mean_shift", "largest_shift", "outside", "outside_at_rest", "map_side"):
+            assert getattr(other, name) == pytest.approx(getattr(mine, name), rel=1e-3), name
+        assert other.gradient_ratio == pytest.approx(mine.gradient_ratio, rel=1e-2)
+
+
+def test_several_calls_are_taken_together(images):
+    model = pair_of_networks()[0]
+    small = images[:1, :, :12, :18]
+    both = health(model, images, small)
+    model.zero_grad()
+    first = health(model, images)
+    second = health(model, small)
+    for layer, a, b in zip(both, first, second, strict=True):
+        share = (12 * 18) / (12 * 18 + 2 * 24 * 30)
+        mean = (1 - share) * a.mean_shift + share * b.mean_shift
+        assert layer.mean_shift == pytest.approx(mean, rel=1e-2)  # sizes of maps are rounded up
+        assert layer.largest_shift == max(a.largest_shift, b.largest_shift)
+        assert layer.map_side == a.map_side
+        assert layer.gradient_ratio == pytest.approx(b.gradient_ratio)
+
+
+def test_without_gradients_there_is_no_ratio(images):
+    for model in pair_of_networks():
+        with OffsetObserver(model) as observer, torch.no_grad():
+            model(images)
+        assert [layer.gradient_ratio for layer in observer.health()] == [None, None]
+        assert not any(m._forward_hooks for m in model.modules())
+        assert observer.health()[0].mean_shift > 0  # what was seen stays
+        with observer:
+            pass
+        assert observer.health() == []
+
+
+def test_a_frozen_offset_layer_has_no_ratio(images):
+    layer = Foreign(DeformConv2d(4, 4, 3))
+    layer.offset.weight.requires_grad_(False)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), layer)
+    assert health(model, images)[0].gradient_ratio is None
+
+
+HEALTHY = LayerHealth("conv", 3.0, 20.0, 0.3, 0.1, 0.5, 30)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, None),
+        ({"mean_shift": 15.1}, "its samples are moved by 15.1 cells in the mean, on a map of 30"),
+        ({"largest_shift": 30.5}, "a sample is moved by 30.5 cells, on a map of 30"),
+        ({"outside": 0.56}, "56% of its samples lie outside the map, 10% without offsets"),
+        ({"outside": 0.54}, None),
+        ({"outside_at_rest": 0.9, "outside": 0.94}, None),
+        ({"mean_shift": math.nan}, "moved by nan cells"),
+        ({"largest_shift": math.inf}, "moved by inf cells"),
+    ],
+)
+def test_signs_that_offsets_run_away(changes, reason):
+    found = LayerHealth(**{**HEALTHY.__dict__, **changes}).runaway()
+    assert (found is None) if reason is None else reason in found
+
+
+def test_offsets_that_are_not_finite(images):
+    model = pair_of_networks()[0]
+    with torch.no_grad():
+        model[1].conv_offset.bias[3] = torch.nan
+    layer = health(model, images)[0]
+    assert layer.runaway() is not None
+    assert math.isnan(layer.largest_shift)
+
+
+def test_a_model_without_deformable_layers():
+    with pytest.raises(ValueError, match="has no deformable convolution"):
+        OffsetObserver(nn.Conv2d(3, 4, 3))
