@@ -6,6 +6,7 @@ import torchvision
 from torch import nn
 
 from deformnet import DeformConv2d
+from deformnet.analysis import sampling_locations
 from deformnet.backbones import aligned_inception_resnet, backbone
 
 # Table 6 and Figure 8 of the paper.
@@ -299,3 +300,12 @@ def test_it_does_not_stride_elsewhere():
 def test_wrong_images(model, shape):
     with pytest.raises(ValueError, match=r"images: wanted \[N, 3, H, W\], got"):
         model(torch.randn(shape))
+
+
+def test_filters_of_the_chain_read_one_another(model):
+    chain = model.filter_chain()
+    assert len(chain) == 6
+    assert all(model.get_submodule(name).kernel_size == (3, 3) for name in chain)
+    points, _ = sampling_locations(model, torch.rand(1, 3, 64, 80), chain[:3], (1, 2))
+    assert points[0].amin(0).tolist() == [16 - 96, 32 - 96]
+    assert points[0].amax(0).tolist() == [16 + 96, 32 + 96]

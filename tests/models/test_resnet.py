@@ -10,6 +10,7 @@ from torch import nn
 from torchvision.models._utils import IntermediateLayerGetter
 
 from deformnet import DeformConv2d
+from deformnet.analysis import sampling_locations
 from deformnet.backbones import resnet
 
 TORCHVISION = {
@@ -396,3 +397,18 @@ def test_the_order_of_the_parameters_stays():
     names = [name for name, _ in resnet(18).named_parameters()]
     assert names[0] == "conv1.weight"
     assert names[-2:] == ["reduce.weight", "reduce.bias"]
+
+
+@pytest.mark.parametrize("depth", [18, 50])
+@pytest.mark.parametrize("deform_layers", [0, 3])
+def test_filters_of_the_chain_read_one_another(depth, deform_layers):
+    model = resnet(depth, deform_layers=deform_layers, reduce_channels=16)
+    chain = model.filter_chain()
+    assert len(chain) == {18: 4, 50: 3}[depth]
+    image = torch.rand(1, 3, 64, 80)
+    points, _ = sampling_locations(model, image, chain[:3], (1, 2))
+    stretch = 2 * model.stride * 3  # dilation 2, three layers
+    y, x = model.stride * 1, model.stride * 2
+    assert points.shape == (1, 9**3, 2)
+    assert points[0].amin(0).tolist() == [y - stretch, x - stretch]
+    assert points[0].amax(0).tolist() == [y + stretch, x + stretch]

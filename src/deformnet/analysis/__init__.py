@@ -16,7 +16,12 @@ from deformnet.analysis.fields import (
     receptive_field,
 )
 from deformnet.analysis.health import LayerHealth, OffsetObserver
-from deformnet.analysis.sampling import SamplingLocations, sampling_locations
+from deformnet.analysis.sampling import (
+    SamplingLocations,
+    SamplingStack,
+    record_sampling,
+    sampling_locations,
+)
 
 __all__ = [
     "AnnotatedImage",
@@ -29,6 +34,7 @@ __all__ = [
     "OffsetObserver",
     "ReceptiveField",
     "SamplingLocations",
+    "SamplingStack",
     "Spread",
     "count_flops",
     "dilation_statistics",
@@ -37,5 +43,6 @@ __all__ = [
     "model_cost",
     "moved_bins",
     "receptive_field",
+    "record_sampling",
     "sampling_locations",
 ]

@@ -200,7 +200,7 @@ class FieldTracer(TorchDispatchMode):
             if kernel is None or tracked[0] is not next(iter(arguments.values())):
                 return None
             # The others are offsets and masks, which come from each unit's own place.
-            return _union([_through(kernel, fields[0]), *fields[1:]])
+            return _union([through(kernel, fields[0]), *fields[1:]])
         same_size = all(tensor.shape[-2:] == result.shape[-2:] for tensor in tracked)
         if operation in _MIXING or result.ndim < 3 or not same_size:
             return None
@@ -260,7 +260,7 @@ _KERNELS = {
 }
 
 
-def _through(kernel: Kernel, field: ReceptiveField) -> ReceptiveField:
+def through(kernel: Kernel, field: ReceptiveField) -> ReceptiveField:
     """The field of units that read others by a kernel."""
     size, stride, start = zip(
         *(

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from deformnet.analysis.fields import FieldTracer, ReceptiveField
+from deformnet.analysis.fields import FieldTracer, ReceptiveField, through
 from deformnet.analysis.layers import Call, Kernel, evaluating, find_layer, size_of, watching
 
 
@@ -23,6 +23,83 @@ class SamplingLocations(NamedTuple):
 
     points: Tensor
     inside: Tensor
+
+
+class SamplingStack:
+    """A stack of layers in one run of a model: what any unit sampled, without another run.
+
+    Made by `record_sampling`; `sampling_locations` says what the points mean.
+
+    Attributes:
+        names: of the layers, the top one first.
+        units: (height, width) of the map that the top layer makes.
+    """
+
+    def __init__(self, layers: "Sequence[_Layer]", fields: Sequence[ReceptiveField]) -> None:
+        """
+        Args:
+            layers: the top one first.
+            fields: what the units of the maps see: of the top layer's own, and of those that each
+                of the layers reads.
+        """
+        self.names = tuple(layer.name for layer in layers)
+        self.units = layers[0].output_size
+        self._layers = tuple(layers)
+        self._fields = tuple(fields)
+
+    def locations(
+        self,
+        unit: tuple[float, float],
+        *,
+        depth: int | None = None,
+        between: Literal["bilinear", "rounded"] = "bilinear",
+    ) -> SamplingLocations:
+        """
+        Args:
+            unit: (y, x) in the top layer's map; may be fractional.
+            depth: how many layers to go down; None is all.
+            between: as in `sampling_locations`.
+        Raises:
+            ValueError: if the unit is not in the map, or there are not so many layers.
+        """
+        if between not in ("bilinear", "rounded"):
+            raise ValueError(f"between: wanted 'bilinear' or 'rounded', got {between!r}")
+        depth = len(self._layers) if depth is None else depth
+        if not 1 <= depth <= len(self._layers):
+            raise ValueError(f"depth: wanted 1 to {len(self._layers)}, got {depth}")
+        height, width = self.units
+        if not (0 <= unit[0] <= height - 1 and 0 <= unit[1] <= width - 1):
+            raise ValueError(f"unit: wanted one of the {height}x{width} units, got {tuple(unit)}")
+
+        images, device = self._layers[0].images, self._layers[0].device
+        points = torch.tensor(unit, dtype=torch.float64, device=device).expand(images, 1, 2)
+        inside = torch.ones(points.shape[:2], dtype=torch.bool, device=device)
+        for layer in self._layers[:depth]:
+            if between == "rounded":
+                points = points.round()
+            points = layer.samples(points)
+            size = points.new_tensor(layer.input_size)
+            reached = ((points > -1) & (points < size)).all(-1)
+            inside = (inside[..., None] & reached).flatten(1)
+            points = points.flatten(1, 2)
+        field = self._fields[depth]
+        points = points * points.new_tensor(field.stride) + points.new_tensor(field.centre((0, 0)))
+        return SamplingLocations(points, inside)
+
+    def centre(self, unit: tuple[float, float]) -> tuple[float, float]:
+        """Where a unit of the top map lies in the image, (y, x); whole at centres of pixels."""
+        return self._fields[0].centre(unit)
+
+    def unit_at(self, point: tuple[float, float]) -> tuple[int, int]:
+        """The unit (row, column) of the top map whose centre is nearest to a point of the image."""
+        first = self.centre((0, 0))
+        row, column = (
+            min(max(round((place - start) / step), 0), size - 1)
+            for place, start, step, size in zip(
+                point, first, self._fields[0].stride, self.units, strict=True
+            )
+        )
+        return row, column
 
 
 def sampling_locations(
@@ -51,7 +128,8 @@ def sampling_locations(
     offset groups, every group of every layer is followed.
 
     Args:
-        model: holds the layers; it is run once, in evaluation mode and without gradients.
+        model: holds the layers; it is run once, in evaluation mode and without gradients. To look
+            at many units of one image, use `record_sampling`.
         images: [N, 3, H, W] as the model takes them.
         layers: names of convolutions, deformable (deformnet's `DeformConv2d` or torchvision's) or
             plain, and of max or average pooling layers; the top one first.
@@ -72,48 +150,57 @@ def sampling_locations(
             stride cannot be found.
         TypeError: if a layer is neither a convolution nor pooling.
     """
+    if between not in ("bilinear", "rounded"):
+        raise ValueError(f"between: wanted 'bilinear' or 'rounded', got {between!r}")
+    recorded = record_sampling(model, images, layers, stride=stride, call=call)
+    return recorded.locations(unit, between=between)
+
+
+def record_sampling(
+    model: nn.Module,
+    images: Tensor,
+    layers: Sequence[str],
+    *,
+    stride: int | None = None,
+    call: Callable[[Tensor], object] | None = None,
+) -> SamplingStack:
+    """Runs a model once and keeps what a stack of its layers did, to look at many units.
+
+        >>> stack = record_sampling(resnet, image[None], ["layer4.1.conv2", "layer4.1.conv1"])
+        >>> points, inside = stack.locations(stack.unit_at((120, 64)), depth=1)
+
+    Args:
+        model, images, layers, stride, call: as for `sampling_locations`.
+    Raises:
+        ValueError, TypeError: as `sampling_locations`.
+    """
     if not layers:
         raise ValueError("layers: wanted at least one name, got none")
     if stride is not None and stride < 1:
         raise ValueError(f"stride: wanted at least 1, got {stride}")
-    if between not in ("bilinear", "rounded"):
-        raise ValueError(f"between: wanted 'bilinear' or 'rounded', got {between!r}")
-    stack, field = _record(model, images, layers, stride, call)
+    stack, fields = _record(model, images, layers, stride, call)
     for above, below in pairwise(stack):
         if above.input_size != below.output_size:
             raise ValueError(
                 f"layers: {above.name} reads a map of {_size(above.input_size)}, {below.name} "
                 f"makes one of {_size(below.output_size)}: a layer between them is not named"
             )
-    height, width = stack[0].output_size
-    if not (0 <= unit[0] <= height - 1 and 0 <= unit[1] <= width - 1):
-        raise ValueError(f"unit: wanted one of the {height}x{width} units, got {tuple(unit)}")
-
-    device = images.device
-    points = torch.tensor(unit, dtype=torch.float64, device=device).expand(len(images), 1, 2)
-    inside = torch.ones(points.shape[:2], dtype=torch.bool, device=device)
-    for layer in stack:
-        if between == "rounded":
-            points = points.round()
-        points = layer.samples(points)
-        size = points.new_tensor(layer.input_size)
-        reached = ((points > -1) & (points < size)).all(-1)
-        inside = (inside[..., None] & reached).flatten(1)
-        points = points.flatten(1, 2)
-    points = points * points.new_tensor(field.stride) + points.new_tensor(field.centre((0, 0)))
-    return SamplingLocations(points, inside)
+    return SamplingStack(stack, fields)
 
 
 class _Layer(NamedTuple):
     """What one layer did in one run.
 
     Attributes:
+        images: N, of the batch.
         input_size, output_size: (height, width) of its maps.
         offset: [N, 2*G*K, Ho, Wo]; None for a plain layer.
     """
 
     name: str
     kernel: Kernel
+    images: int
+    device: torch.device
     input_size: tuple[int, int]
     output_size: tuple[int, int]
     offset: Tensor | None
@@ -155,8 +242,9 @@ def _record(
     names: Sequence[str],
     stride: int | None,
     call: Callable[[Tensor], object] | None,
-) -> tuple[list[_Layer], ReceptiveField]:
-    """What the named layers do when the model runs, and what the lowest one's cells see."""
+) -> tuple[list[_Layer], list[ReceptiveField]]:
+    """What the named layers do when the model runs, the top one first; and what is seen by the
+    units of its map and of those that the layers read."""
     found = {name: find_layer(model, name) for name in names}
     kernels: dict[str, Kernel] = {}
     for name, layer in found.items():
@@ -182,16 +270,28 @@ def _record(
         raise ValueError(
             f"layers: wanted each to run once, the first named last; they ran in the order {order}"
         )
-    if stride is not None:
-        field = ReceptiveField((1, 1), (stride, stride), (0, 0))
-    else:
-        assert tracer is not None
-        field = tracer.field(calls[0].input)
+    calls.reverse()
     layers = [
-        _Layer(it.name, kernels[it.name], size_of(it.input), size_of(it.output), it.offset)
-        for it in reversed(calls)
+        _Layer(
+            it.name,
+            kernels[it.name],
+            len(images),
+            images.device,
+            size_of(it.input),
+            size_of(it.output),
+            it.offset,
+        )
+        for it in calls
     ]
-    return layers, field
+    if tracer is not None:
+        fields = [tracer.field(calls[-1].input)]
+    else:
+        assert stride is not None
+        fields = [ReceptiveField((1, 1), (stride, stride), (0, 0))]
+    for layer in reversed(layers):
+        fields.append(through(layer.kernel, fields[-1]))
+    fields.reverse()
+    return layers, fields
 
 
 def _size(size: tuple[int, int]) -> str:

@@ -137,6 +137,11 @@ class AlignedInceptionResNetFeatures(Backbone):
     def conv5(self, conv4: Tensor) -> Tensor:
         return self.stage5(conv4)
 
+    def filter_chain(self) -> tuple[str, ...]:
+        # By the branch that reaches farther, from block to block.
+        blocks = reversed(range(len(self.stage5)))
+        return tuple(f"stage5.{block}.branch2.{place}.conv" for block in blocks for place in (2, 1))
+
     def freeze_first_stages(self) -> None:
         self.stem.requires_grad_(False)
         self.stage2.requires_grad_(False)

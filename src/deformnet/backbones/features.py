@@ -112,6 +112,14 @@ class Backbone(nn.Module):
         """The map of conv5, [N, conv5_channels, H, W], from that of conv4."""
 
     @abstractmethod
+    def filter_chain(self) -> tuple[str, ...]:
+        """Names of the 3x3 convolutions of conv5 of which each reads the next, the top one first.
+
+        Whose samples to follow in Figure 6: `deformnet.analysis.sampling_locations` takes them, or
+        the first few.
+        """
+
+    @abstractmethod
     def freeze_first_stages(self) -> None:
         """Fixes the weights of conv1 and conv2, as the authors do in fine-tuning."""
 

@@ -9,6 +9,7 @@ from typing import Literal, get_args
 import torchvision
 from torch import Tensor
 from torchvision.models import get_model_weights
+from torchvision.models.resnet import BasicBlock
 
 from deformnet.backbones.features import (
     Backbone,
@@ -65,6 +66,13 @@ class ResNetFeatures(Backbone):
 
     def conv5(self, conv4: Tensor) -> Tensor:
         return self.layer4(conv4)
+
+    def filter_chain(self) -> tuple[str, ...]:
+        # Basic blocks have two 3x3 filters, in a row; bottlenecks one, between 1x1 filters.
+        inside = ("conv2", "conv1") if isinstance(self.layer4[0], BasicBlock) else ("conv2",)
+        return tuple(
+            f"layer4.{block}.{conv}" for block in reversed(range(len(self.layer4))) for conv in inside
+        )
 
     def freeze_first_stages(self) -> None:
         self.conv1.requires_grad_(False)
