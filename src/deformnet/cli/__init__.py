@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from tyro.extras import SubcommandApp
 
 from deformnet.cli.data import check, score, shapes_command, where
-from deformnet.cli.errors import INTERRUPTED, end_with, leave
+from deformnet.cli.errors import INTERRUPTED, end_with, leave, warning_lines
 from deformnet.cli.networks import (
     base_recipe,
     evaluate,
@@ -34,11 +34,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs a command; errors of input end as one line and exit code 2."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        _app(arguments).cli(
-            prog="deformnet",
-            description="Deformable convolutional networks: train, score, predict.",
-            args=arguments,
-        )
+        with warning_lines():
+            _app(arguments).cli(
+                prog="deformnet",
+                description="Deformable convolutional networks: train, score, predict.",
+                args=arguments,
+            )
     except KeyboardInterrupt:
         leave("interrupted", INTERRUPTED)
     except Exception as error:

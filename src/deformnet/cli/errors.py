@@ -3,6 +3,12 @@
 import os
 import sys
 import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_PACKAGE = Path(__file__).parent.parent
 
 # Exit codes.
 FAILED = 1
@@ -40,6 +46,29 @@ def leave(message: str, code: int) -> None:
     """Ends the program with a line on the standard error."""
     print(f"deformnet: {message}", file=sys.stderr)
     raise SystemExit(code)
+
+
+@contextmanager
+def warning_lines() -> Iterator[None]:
+    """Prints this package's warnings as one line, without the place in its code."""
+    usual = warnings.formatwarning
+
+    def line(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        line: str | None = None,
+    ) -> str:
+        if Path(filename).is_relative_to(_PACKAGE):
+            return f"deformnet: warning: {message}\n"
+        return usual(message, category, filename, lineno, line)
+
+    warnings.formatwarning = line
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual
 
 
 def _lacking(error: Exception) -> str | None:

@@ -31,6 +31,9 @@ class Run:
     """Images to train on."""
     val_split: str | None = "val"
     """Images to score at the end; None for none."""
+    stop_on_runaway: bool = False
+    """End the run, where otherwise there is a warning, when offsets run away: when samples are moved
+    by more than the map is long, or most of them have left it."""
 
 
 def base_recipe(recipe: type[Recipe], arguments: Sequence[str]) -> Recipe:
@@ -93,6 +96,7 @@ def _train(run: Run, machines: Machines, recipe: Recipe, proposals: tuple[Path, 
         workers=machines.workers,
         checkpoint_every=machines.checkpoint_every,
         log_every=machines.log_every,
+        stop_on_runaway=run.stop_on_runaway,
     )
     _print_scores(metrics)
 

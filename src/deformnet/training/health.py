@@ -28,7 +28,7 @@ class OffsetHealth(Callback):
             have left.
         stop: end the training when a layer runs away in any process.
     Attributes:
-        ran_away: for each layer that has run away, what was seen first.
+        ran_away: for each layer that has run away, what was said.
         stopped: whether training was ended for it.
     Raises:
         ValueError: if `every` is below 1; at the start of training, if the module has no
@@ -45,6 +45,11 @@ class OffsetHealth(Callback):
         self._observer: OffsetObserver | None = None
         self._health: list[LayerHealth] | None = None
         self._watches = False
+
+    def reason(self) -> str:
+        """Why training was ended, in words."""
+        # What ran away in another process is known there.
+        return next(iter(self.ran_away.values()), "the offsets run away in another process")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._observer = OffsetObserver(pl_module)
@@ -87,11 +92,11 @@ class OffsetHealth(Callback):
                     pl_module.log(f"offsets/{layer.layer}/{name}", value)
         for name, reason in found.items():
             if name not in self.ran_away:
-                self.ran_away[name] = reason
-                rank_zero_warn(
+                self.ran_away[name] = (
                     f"the offsets of {name} run away in iteration {trainer.global_step}: "
                     f"{reason}; {REMEDY}"
                 )
+                rank_zero_warn(self.ran_away[name])
         # All processes must stop after the same iteration.
         if self.stop and trainer.strategy.reduce_boolean_decision(bool(found), all=False):
             self.stopped = True

@@ -49,6 +49,7 @@ from deformnet.training.callbacks import (
 )
 from deformnet.training.classification import ClassificationJob
 from deformnet.training.detection import DetectionJob, ProposalModule
+from deformnet.training.health import OffsetHealth
 from deformnet.training.module import TrainingModule
 from deformnet.training.proposals import StoredProposals, write_proposals
 from deformnet.training.segmentation import ScoreAt, SegmentationJob
@@ -76,6 +77,7 @@ def train(
     workers: int | None = None,
     checkpoint_every: int = 200,
     log_every: int = 10,
+    stop_on_runaway: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Trains a network into a run folder, or continues the run that is there, and scores it.
@@ -105,7 +107,10 @@ def train(
             other; it takes the memory of one part.
         workers: processes that load images, for each training process; None chooses.
         checkpoint_every: iterations between checkpoints.
-        log_every: iterations between rows of the logs.
+        log_every: iterations between rows of the logs. In those iterations the offsets of deformable
+            layers are looked at, too, and a warning names a layer whose offsets run away
+            (`OffsetHealth`); TensorBoard shows them as `offsets/...`.
+        stop_on_runaway: end the run when offsets run away.
         progress: show a bar.
     Returns:
         What `metrics.json` holds.
@@ -114,7 +119,8 @@ def train(
         ValueError: if an image is unreadable, `out` holds a run of another recipe or other data,
             or the processes of the run were not started alike.
         OSError: if a file cannot be written; the last checkpoint is whole.
-        FloatingPointError: if the loss is no longer finite when a checkpoint is due.
+        FloatingPointError: if the loss is no longer finite when a checkpoint is due, or offsets run
+            away and `stop_on_runaway` is set.
         TrainingStopped: after Ctrl-C or SIGTERM.
     """
     devices, nodes = _processes(devices, nodes)
@@ -157,6 +163,7 @@ def train(
         share_statistics(model)
     workers = _default_workers(devices) if workers is None else workers
     checkpoints = Checkpoints(checkpoint, checkpoint_every)
+    health = OffsetHealth(every=log_every, stop=stop_on_runaway)
     facts = {
         **_described(recipe, identity, scored),
         "accumulate": accumulate,
@@ -180,6 +187,7 @@ def train(
             callbacks=[
                 Agreement(facts),
                 Timer(log_every),
+                *([health] if recipe.deform_layers else []),
                 checkpoints,
                 *([ProgressBar()] if progress else []),
             ],
@@ -201,6 +209,8 @@ def train(
                 )
             except FloatingPointError as error:
                 raise FloatingPointError(f"{error}; {checkpoints.state()}") from error
+            if health.stopped:
+                raise FloatingPointError(f"{health.reason()}; {checkpoints.state()}")
             if checkpoints.stopped:
                 raise TrainingStopped(
                     f"stopped after {trainer.global_step} of {recipe.iterations} iterations; "
