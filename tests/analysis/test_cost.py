@@ -168,6 +168,7 @@ def test_the_table_of_layers():
     assert list(rows) == ["stem.0", "stem.1", "shared", "pool"]
     assert rows["stem.0"].flops == 30 * 12 * PRODUCT
     assert rows["stem.0"].output == (1, 4, 5, 6)
+    assert rows["stem.0"].output_bytes == 4 * 4 * 5 * 6
     assert rows["shared"].kind == "DeformConv2d"
     assert rows["shared"].parameters == 4 * 4 * 9 + 4 + 27 * (4 * 9 + 1)
     # Twice: the offsets and masks, the products, the reads.

@@ -68,6 +68,7 @@ class LayerCost:
         parameters: how many numbers it holds.
         flops: as `count_flops` counts them.
         output: shape of what it made, in its last call; None if that is not one tensor.
+        output_bytes: memory of all that it made; training keeps most of it for the backward pass.
         seconds: median of the repeats.
     """
 
@@ -76,6 +77,7 @@ class LayerCost:
     parameters: int
     flops: int
     output: tuple[int, ...] | None
+    output_bytes: int
     seconds: float
 
 
@@ -127,6 +129,7 @@ def model_cost(model: nn.Module, *inputs: Any, repeats: int = 5) -> ModelCost:
 
     flops: dict[str, int] = {}
     outputs: dict[str, tuple[int, ...] | None] = {}
+    made: dict[str, int] = {}
     passes: list[dict[str, float]] = []
     with torch.no_grad(), evaluating(model):
         with FlopCounterMode(display=False) as counter:
@@ -134,6 +137,8 @@ def model_cost(model: nn.Module, *inputs: Any, repeats: int = 5) -> ModelCost:
             def note(name: str, before: float, output: Any) -> None:
                 flops[name] = flops.get(name, 0) + int(counter.get_total_flops() - before)
                 outputs[name] = tuple(output.shape) if isinstance(output, Tensor) else None
+                tensors = (leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
+                made[name] = made.get(name, 0) + sum(tensor.nbytes for tensor in tensors)
 
             with _around(layers, counter.get_total_flops, note):
                 model(*inputs)
@@ -162,6 +167,7 @@ def model_cost(model: nn.Module, *inputs: Any, repeats: int = 5) -> ModelCost:
             sum(parameter.numel() for parameter in layers[name].parameters()),
             flops[name],
             outputs[name],
+            made[name],
             statistics.median(seconds[name] for seconds in passes),
         )
         for name in flops
