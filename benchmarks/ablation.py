@@ -15,13 +15,14 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from deformnet.recipes import BackboneName, DeepLabRecipe, DeformLayers, Recipe, RFCNRecipe
 from deformnet.reproduce.rows import find_rows
 from deformnet.runs import write_json
 from deformnet.training import evaluate, train
 
+Precision = Literal["32-true", "bf16-mixed"]
 LAYERS: tuple[DeformLayers, ...] = get_args(DeformLayers)
 DILATIONS = (4, 6, 8)
 
@@ -42,11 +43,19 @@ class Study:
     network: str
 
 
-def study(name: str, backbone: BackboneName, iterations: int, batch: int) -> Study:
+def study(
+    name: str,
+    backbone: BackboneName,
+    iterations: int,
+    batch: int,
+    short_side: int | None,
+    precision: Precision,
+) -> Study:
     """The study of a data set.
 
     Offsets learn at a tenth of the rate and the gradient is clipped, as random weights need.
     """
+    side = short_side or {"camvid": 360, "nuclei": 512}[name]
     common: dict[str, Any] = {
         "backbone": backbone,
         "deform_layers": 0,
@@ -55,15 +64,17 @@ def study(name: str, backbone: BackboneName, iterations: int, batch: int) -> Stu
         "offset_lr_scale": 0.1,
         "clip": 10.0,
         "lr": 0.02,
+        "warmup": iterations // 30,
+        "short_side": side,
+        "precision": precision,
     }
     if name == "camvid":
-        recipe = DeepLabRecipe(short_side=360, max_side=None, **common)
+        recipe = DeepLabRecipe(max_side=None, **common)
         return Study(recipe, "train", "test", "deeplab-cityscapes")
     recipe = RFCNRecipe(
         pool="average",
-        short_side=512,
-        max_side=1024,
-        anchor_sizes=(16, 32, 64, 128),
+        max_side=2 * side,
+        anchor_sizes=tuple(side // parts for parts in (32, 16, 8, 4)),  # 16 to 128 at 512 pixels
         max_detections=100,
         **common,
     )
@@ -118,12 +129,17 @@ def main() -> None:
     parser.add_argument(
         "--short-side", type=int, help="pixels; smaller than the study's is quicker"
     )
+    parser.add_argument("--precision", choices=get_args(Precision), default="32-true")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     options = parser.parse_args()
-    chosen = study(options.study, options.backbone, options.iterations, options.batch)
-    if options.short_side is not None:
-        base = dataclasses.replace(chosen.base, short_side=options.short_side)
-        chosen = dataclasses.replace(chosen, base=base)
+    chosen = study(
+        options.study,
+        options.backbone,
+        options.iterations,
+        options.batch,
+        options.short_side,
+        options.precision,
+    )
     table: dict[str, list[dict[str, float]]] = {}
     for name, recipe in variants(chosen).items():
         for seed in options.seeds:
