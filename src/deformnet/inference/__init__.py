@@ -9,12 +9,14 @@ from deformnet.inference.detection import (
 from deformnet.inference.drawing import draw_boxes, label_image, overlay, palette
 from deformnet.inference.files import find_images
 from deformnet.inference.opening import detection_predictor, open_predictor
+from deformnet.inference.preparing import Prepared
 from deformnet.inference.segmentation import SegmentationPredictor, predict_files
 
 __all__ = [
     "ClassificationPredictor",
     "DetectionPredictor",
     "DetectionTesting",
+    "Prepared",
     "SegmentationPredictor",
     "detection_predictor",
     "draw_boxes",

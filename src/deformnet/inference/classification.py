@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torchvision import tv_tensors
 
-from deformnet.data.transforms import classification_testing_transforms
+from deformnet.data.transforms import Resize, classification_testing_transforms
 from deformnet.inference.files import read_images
+from deformnet.inference.preparing import Prepared, choose_device, require_image
 from deformnet.models.classifier import Classifier
 from deformnet.recipes import ClassifierRecipe
 from deformnet.runs import replacing
@@ -34,14 +35,13 @@ class ClassificationPredictor:
         classes: tuple[str, ...],
         device: torch.device | str | None = None,
     ) -> None:
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.device = torch.device(device)
+        self.device = choose_device(device)
         self.classes = classes
         self.model = model.eval().to(self.device).to(memory_format=torch.channels_last)
-        self._prepare = classification_testing_transforms(
+        self._transforms = classification_testing_transforms(
             short_side=recipe.test_short_side, crop=recipe.crop
         )
+        self._resize = Resize(recipe.test_short_side, None)
 
     @torch.inference_mode()
     def __call__(self, image: Tensor) -> Tensor:
@@ -53,13 +53,18 @@ class ClassificationPredictor:
         Raises:
             ValueError: if it is not such an image.
         """
-        if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
-            raise ValueError(
-                f"image must be uint8 [3, H, W], got {image.dtype} {list(image.shape)}"
-            )
-        prepared = self._prepare(tv_tensors.Image(image))
-        batch = prepared[None].to(self.device, memory_format=torch.channels_last)
-        return self.model(batch).softmax(dim=1)[0].cpu()
+        return self.model(self.prepare(image).input).softmax(dim=1)[0].cpu()
+
+    def prepare(self, image: Tensor) -> Prepared:
+        """What the model is called with for an image uint8 [3, H, W]; errors as of a call."""
+        require_image(image)
+        seen = self._transforms(tv_tensors.Image(image))
+        batch = seen[None].to(self.device, memory_format=torch.channels_last)
+        size, resized = image.shape[1:], self._resize.size(*image.shape[1:])
+        scale = (resized[0] / size[0], resized[1] / size[1])
+        # As torchvision's CenterCrop rounds.
+        corner = (round((resized[0] - seen.shape[1]) / 2), round((resized[1] - seen.shape[2]) / 2))
+        return Prepared(batch, scale, corner)
 
 
 def predict_classes(

@@ -18,6 +18,7 @@ from deformnet.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Resize
 from deformnet.detections import Record, to_line
 from deformnet.inference.drawing import draw_boxes
 from deformnet.inference.files import read_images
+from deformnet.inference.preparing import Prepared, choose_device, require_image
 from deformnet.models.detector import Candidates, Detections, Detector, Features, Proposals, Size
 from deformnet.models.selection import merge, select
 from deformnet.recipes import ONE_LOOK, DetectionTesting
@@ -67,9 +68,7 @@ class DetectionPredictor:
                 f"refine must be 1 for {type(model).__name__}, which takes no boxes to refine, "
                 f"got {testing.refine}"
             )
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.device = torch.device(device)
+        self.device = choose_device(device)
         self.classes = tuple(classes)
         self.model = model.eval().to(self.device).to(memory_format=torch.channels_last)
         self.score_threshold = score_threshold
@@ -95,7 +94,7 @@ class DetectionPredictor:
             ValueError: if it is not such an image, if `proposals` are no such boxes or not finite,
                 or if the model takes none.
         """
-        _require_image(image)
+        require_image(image)
         size = (image.shape[1], image.shape[2])
         if proposals is not None:
             proposals = self._checked(proposals, size)
@@ -109,9 +108,31 @@ class DetectionPredictor:
                 if proposals is not None:
                     given = _rescaled(proposals, size, seen_size)
                     given = _mirrored(given, seen_size) if mirrored else given
-                for boxes, scores in self._look(seen, seen_size, given):
+                for boxes, scores in self._look(self.model.features(seen), seen_size, given):
                     there = _mirrored(boxes, seen_size) if mirrored else boxes
                     found.append(Candidates(_rescaled(there, seen_size, size), scores))
+        return self._report(found)
+
+    def prepare(self, image: Tensor) -> Prepared:
+        """An image uint8 [3, H, W] at the size of training; errors as of a call."""
+        require_image(image)
+        return Prepared.whole(self._input(self._usual, image), image)
+
+    def detect(self, features: Features, seen: Size, size: Size) -> Detections:
+        """What is found in a single look whose features are known; on the CPU.
+
+        Args:
+            features: what the model makes of a prepared image.
+            seen: height and width of that.
+            size: of the image itself, in whose pixels the boxes are.
+        """
+        looks = self._look(features, seen, None)
+        return self._report(
+            [Candidates(_rescaled(it.boxes, seen, size), it.scores) for it in looks]
+        )
+
+    def _report(self, found: list[Candidates]) -> Detections:
+        """What is left of all candidates of an image."""
         # Mixed precision would average the corners of boxes to within several pixels.
         with torch.autocast(self.device.type, enabled=False):
             detections = select(
@@ -137,9 +158,8 @@ class DetectionPredictor:
         Raises:
             ValueError: if it is not such an image.
         """
-        _require_image(image)
-        seen = self._input(self._usual, image)
-        size = (seen.shape[2], seen.shape[3])
+        prepared = self.prepare(image)
+        seen, size = prepared.input, prepared.size
         boxes, scores = self.model.propose(self.model.features(seen), [size])[0]
         boxes = _rescaled(boxes.float(), size, (image.shape[1], image.shape[2]))
         return Proposals(boxes.cpu(), scores.float().cpu())
@@ -161,16 +181,15 @@ class DetectionPredictor:
             raise ValueError("proposals must be finite, got NaN or infinity")
         return clip_boxes_to_image(proposals.to(self.device, torch.float32), size)
 
-    def _look(self, image: Tensor, size: Size, proposals: Tensor | None) -> list[Candidates]:
-        """What each pass through the detector finds, in pixels of the network's input [1, 3, h, w].
+    def _look(self, features: Features, size: Size, proposals: Tensor | None) -> list[Candidates]:
+        """What each pass through the detector finds, in pixels of the network's input.
 
         As Gidaris and Komodakis do it: the boxes of a pass are the proposals of the next, and where
         every class has its own box, the box is scored again for that class alone. Boxes that no
         longer score enough to be reported are not followed further.
         """
-        features = self.model.features(image)
         if not self.model.takes_proposals:
-            return [self._candidates(features, size, image.new_zeros(0, 4))]
+            return [self._candidates(features, size, features.last.new_zeros(0, 4))]
         if proposals is None:
             proposals = self.model.propose(features, [size])[0].boxes
         passes = [self._candidates(features, size, proposals)]
@@ -236,11 +255,6 @@ def _preparation(short_side: int, max_side: int | None) -> v2.Compose:
     to_float = v2.ToDtype(torch.float32, scale=True)
     normalise = v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)
     return v2.Compose([Resize(short_side, max_side), to_float, normalise])
-
-
-def _require_image(image: Tensor) -> None:
-    if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3 or not image.numel():
-        raise ValueError(f"image must be uint8 [3, H, W], got {image.dtype} {list(image.shape)}")
 
 
 def _mirrored(boxes: Tensor, size: Size) -> Tensor:

@@ -76,18 +76,23 @@ def overlay(image: Tensor, labels: Tensor, classes: Sequence[str]) -> Image.Imag
     Args:
         image: uint8 [3, H, W], RGB.
         labels: uint8 [H, W].
-        classes: names of the labels; `background`, if first, is not tinted.
+        classes: names of the labels; `background`, if first, is not tinted, and neither is what is
+            no class, as the void of a data set.
     """
-    colours = palette(classes)
     truth = labels.numpy()
+    void = truth >= len(classes)
+    # The last colour, which does not show.
+    colours = np.concatenate([palette(classes), np.zeros((1, 3), dtype=np.uint8)])
+    truth = np.where(void, len(classes), truth)
     pixels = image.permute(1, 2, 0).numpy().astype(np.float32)
     opacity = np.full(truth.shape, _OPACITY, dtype=np.float32)
     opacity[_outline(truth)] = 1.0
     if classes[0] == "background":
         opacity[truth == 0] = 0.0
+    opacity[void] = 0.0
     tinted = pixels + opacity[..., None] * (colours[truth] - pixels)
     picture, _ = _enlarged(Image.fromarray(tinted.round().astype(np.uint8)))
-    shown = [k for k in np.unique(truth) if classes[k] != "background"]
+    shown = [k for k in np.unique(truth[~void]) if classes[k] != "background"]
     return _with_legend(picture, [(str(classes[k]), colours[k]) for k in shown])
 
 

@@ -12,6 +12,7 @@ from torchvision import tv_tensors
 from deformnet.data.transforms import evaluation_transforms
 from deformnet.inference.drawing import label_image, overlay
 from deformnet.inference.files import read_images
+from deformnet.inference.preparing import Prepared, choose_device, require_image
 from deformnet.models.deeplab import DeepLab
 from deformnet.recipes import DeepLabRecipe
 from deformnet.runs import load_run, replacing
@@ -34,12 +35,10 @@ class SegmentationPredictor:
         classes: tuple[str, ...],
         device: torch.device | str | None = None,
     ) -> None:
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.device = torch.device(device)
+        self.device = choose_device(device)
         self.classes = classes
         self.model = model.eval().to(self.device).to(memory_format=torch.channels_last)
-        self._prepare = evaluation_transforms(
+        self._transforms = evaluation_transforms(
             short_side=recipe.short_side, max_side=recipe.max_side
         )
 
@@ -61,16 +60,24 @@ class SegmentationPredictor:
         Raises:
             ValueError: if it is not such an image.
         """
-        if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
-            raise ValueError(
-                f"image must be uint8 [3, H, W], got {image.dtype} {list(image.shape)}"
-            )
-        size = list(image.shape[1:])
+        prepared = self.prepare(image)
+        return self.labels(self.model(prepared.input), (image.shape[1], image.shape[2]))
+
+    def prepare(self, image: Tensor) -> Prepared:
+        """What the model is called with for an image uint8 [3, H, W]; errors as of a call."""
+        require_image(image)
         # The transforms are those of scoring, which come in pairs with a label map.
-        nothing = tv_tensors.Mask(torch.zeros(size, dtype=torch.uint8))
-        prepared, _ = self._prepare(tv_tensors.Image(image), nothing)
+        nothing = tv_tensors.Mask(torch.zeros(image.shape[1:], dtype=torch.uint8))
+        prepared, _ = self._transforms(tv_tensors.Image(image), nothing)
         batch = prepared[None].to(self.device, memory_format=torch.channels_last)
-        logits = self.model(batch)
+        return Prepared.whole(batch, image)
+
+    def labels(self, logits: Tensor, size: tuple[int, int]) -> Tensor:
+        """The label map of an image of (height, width) `size`, uint8 [H, W], on the CPU.
+
+        Args:
+            logits: [1, C, h, w], what the model says of the prepared image.
+        """
         # Class by class: all of them at the size of a large photograph would fill the memory.
         best = torch.full((1, 1, *size), -torch.inf, device=self.device)
         labels = torch.zeros(size, dtype=torch.uint8, device=self.device)
