@@ -16,6 +16,8 @@ from deformnet.analysis import (
     Spread,
     dilation_statistics,
     effective_dilation,
+    receptive_field,
+    record_filters,
 )
 
 
@@ -209,3 +211,30 @@ def test_what_cannot_be_answered_is_refused(images):
             dilation_statistics(model, [bad])
     with pytest.raises(ValueError, match="stride: wanted at least 1 for each of 1, 3"):
         dilation_statistics(model, annotated(), stride={"1": 4})
+
+
+def test_filters_of_one_run(images):
+    model, theirs = pair_of_networks(offset_groups=2)
+    runs = []
+
+    def call(batch):
+        runs.append(batch)
+        return model(batch)
+
+    found = record_filters(model, images, call=call)
+    assert len(runs) == 1
+    for name, dilation in effective_dilation(model, images).items():
+        filters = found[name]
+        assert torch.equal(filters.dilation, dilation)
+        assert filters.at_rest == model[int(name)].dilation
+        assert filters.field == receptive_field(model, images, name)
+        for unit in [(0, 0), (2, 5)]:
+            y, x = filters.field.centre(unit)
+            stride = filters.field.stride[0]
+            assert filters.unit_at((y + 0.4 * stride, x - 0.4 * stride)) == unit
+        assert filters.unit_at((-99, 999)) == (0, dilation.shape[3] - 1)
+    offset = model[1].conv_offset(model[0](images)).unflatten(1, (2, 9, 2))
+    expected = offset.square().sum(3).sqrt().mean(2)
+    torch.testing.assert_close(found["1"].shift, expected)
+    for ours, other in zip(found.values(), record_filters(theirs, images).values(), strict=True):
+        torch.testing.assert_close(ours.shift, other.shift)

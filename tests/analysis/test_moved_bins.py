@@ -71,6 +71,8 @@ def test_the_layer_of_faster_rcnn_and_lists_of_boxes():
     assert shift[0, 0, 0].tolist() == pytest.approx([6, 0, 6, 0])  # a tenth of 60 pixels
     assert shift[1, 0, 0].tolist() == pytest.approx([0.1, 0, 0.1, 0], abs=1e-6)
     assert shift[:, 1].abs().max() == 0
+    again = moved_bins(Call(), "pool", torch.zeros(2, 2, 40, 40), boxes, call=pool)
+    assert torch.equal(again.moved, moved)
 
 
 @pytest.mark.parametrize("sampling", ["bins", "msra", "aligned"])

@@ -4,10 +4,12 @@ from deformnet.analysis.bins import MovedBins, moved_bins
 from deformnet.analysis.cost import LayerCost, ModelCost, count_flops, model_cost
 from deformnet.analysis.dilation import (
     AnnotatedImage,
+    FilterMap,
     LayerDilation,
     Spread,
     dilation_statistics,
     effective_dilation,
+    record_filters,
 )
 from deformnet.analysis.fields import (
     EffectiveField,
@@ -26,6 +28,7 @@ from deformnet.analysis.sampling import (
 __all__ = [
     "AnnotatedImage",
     "EffectiveField",
+    "FilterMap",
     "LayerCost",
     "LayerDilation",
     "LayerHealth",
@@ -43,6 +46,7 @@ __all__ = [
     "model_cost",
     "moved_bins",
     "receptive_field",
+    "record_filters",
     "record_sampling",
     "sampling_locations",
 ]

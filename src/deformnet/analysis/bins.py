@@ -1,6 +1,7 @@
 """Where the bins of deformable RoI pooling lie (Dai et al. 2017, Figure 7)."""
 
 import inspect
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -41,7 +42,9 @@ class MovedBins(NamedTuple):
 
 
 @torch.no_grad()
-def moved_bins(model: nn.Module, layer: str, *inputs: Any) -> MovedBins:
+def moved_bins(
+    model: nn.Module, layer: str, *inputs: Any, call: Callable[..., object] | None = None
+) -> MovedBins:
     """The bins of a deformable RoI pooling layer in one call of a model, in evaluation mode.
 
     They are the exact parts of the boxes, whose last pixel "bins" and "msra" sampling count in, and
@@ -52,6 +55,8 @@ def moved_bins(model: nn.Module, layer: str, *inputs: Any) -> MovedBins:
         model: any network that has the layer and calls it once.
         layer: its name in `model.named_modules()`.
         inputs: what the model is called with.
+        call: what to call with them in the place of the model, such as a part of it whose inputs
+            are known from an earlier run.
     Raises:
         ValueError: if there is no such layer, if it is another kind of layer, or if the model does
             not call it exactly once.
@@ -73,7 +78,7 @@ def moved_bins(model: nn.Module, layer: str, *inputs: Any) -> MovedBins:
     handle = pool.register_forward_pre_hook(note, with_kwargs=True)
     try:
         with evaluating(model):
-            model(*inputs)
+            (call or model)(*inputs)
     finally:
         handle.remove()
     if len(calls) != 1:

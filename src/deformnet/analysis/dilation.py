@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ SMALL_AREA = 96**2
 """Objects of less are small (Table 2)."""
 LARGE_AREA = 224**2
 """Objects of more are large; those of neither are medium."""
+
+_Result = TypeVar("_Result")
 
 
 def effective_dilation(
@@ -53,10 +55,65 @@ def effective_dilation(
 
     with torch.no_grad(), evaluating(model), watching(found, see):
         (call or model)(images)
-    for name, times in results.items():
-        if len(times) != 1:
-            raise ValueError(f"layers: wanted {name!r} to run once, it ran {len(times)} times")
-    return {name: times[0] for name, times in results.items()}
+    return {name: _only(name, times) for name, times in results.items()}
+
+
+class FilterMap(NamedTuple):
+    """How the filters of one deformable layer lay in one run, at each of its units.
+
+    Attributes:
+        dilation: [N, G, Ho, Wo], the effective dilation; see `effective_dilation`.
+        shift: [N, G, Ho, Wo], how far the taps of a filter were moved in the mean, in cells of the
+            layer's input.
+        at_rest: the dilation of the layer, down and across.
+        field: what the units see of the image.
+    """
+
+    dilation: Tensor
+    shift: Tensor
+    at_rest: tuple[int, int]
+    field: ReceptiveField
+
+    def unit_at(self, point: tuple[float, float]) -> tuple[int, int]:
+        """The unit (row, column) whose centre is nearest to a point (y, x) of the image."""
+        return self.field.nearest(point, size_of(self.dilation))
+
+
+def record_filters(
+    model: nn.Module,
+    images: Tensor,
+    layers: Sequence[str] | None = None,
+    *,
+    call: Callable[[Tensor], object] | None = None,
+) -> dict[str, FilterMap]:
+    """Runs a model once and keeps how the filters of its deformable convolutions lay.
+
+        >>> filters = record_filters(model, image[None])["layer4.1.conv2"]
+        >>> row, column = filters.unit_at((120, 64))
+        >>> filters.dilation[0, :, row, column].mean()
+
+    Args:
+        model, images, layers, call: as for `effective_dilation`.
+    Returns:
+        For each layer, in the order of their names.
+    Raises:
+        ValueError, TypeError: as `effective_dilation`; ValueError if it is not known what the units
+            of a layer see, as in `receptive_field`.
+    """
+    found = _with_pairs(deformable_layers(model, layers), chosen=layers is not None)
+    results: dict[str, list[FilterMap]] = {name: [] for name in found}
+    tracer = FieldTracer(images)
+
+    def see(done: Call) -> None:
+        kernel = Kernel.of(done.layer)
+        maps = FilterMap(
+            _dilation(done), _mean_shift(done), kernel.dilation, tracer.field(done.output)
+        )
+        results[done.name].append(maps)
+
+    with torch.no_grad(), evaluating(model), watching(found, see), tracer:
+        (call or model)(images)
+    return {name: _only(name, times) for name, times in results.items()}
 
 
 @dataclass(frozen=True)
@@ -214,6 +271,13 @@ def _with_pairs(layers: Mapping[str, nn.Module], *, chosen: bool) -> dict[str, n
     return kept
 
 
+def _only(name: str, times: Sequence[_Result]) -> _Result:
+    """What was found in the only run of a layer."""
+    if len(times) != 1:
+        raise ValueError(f"layers: wanted {name!r} to run once, it ran {len(times)} times")
+    return times[0]
+
+
 def _dilation(done: Call) -> Tensor:
     """The effective dilation [N, G, Ho, Wo] in one call of a layer, float32 or better."""
     assert done.offset is not None
@@ -230,6 +294,15 @@ def _dilation(done: Call) -> Tensor:
         total = total + torch.linalg.vector_norm(apart, dim=4).sum((2, 3))
     kh, kw = kernel.size
     return total / ((kh - 1) * kw + kh * (kw - 1))
+
+
+def _mean_shift(done: Call) -> Tensor:
+    """How far the taps of each filter are moved, [N, G, Ho, Wo], float32 or better."""
+    assert done.offset is not None
+    offset = done.offset.detach()
+    offset = offset.to(torch.promote_types(offset.dtype, torch.float32))
+    moved = offset.unflatten(1, (-1, Kernel.of(done.layer).taps, 2))
+    return torch.linalg.vector_norm(moved, dim=3).mean(2)
 
 
 def _size_classes(

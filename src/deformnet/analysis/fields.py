@@ -45,6 +45,16 @@ class ReceptiveField(NamedTuple):
         )
         return y, x
 
+    def nearest(self, point: tuple[float, float], units: tuple[int, int]) -> tuple[int, int]:
+        """Of a map of so many units (height, width), the (row, column) centred nearest to a point
+        (y, x) of the image."""
+        first = self.centre((0, 0))
+        row, column = (
+            min(max(round((place - start) / step), 0), size - 1)
+            for place, start, step, size in zip(point, first, self.stride, units, strict=True)
+        )
+        return row, column
+
 
 @dataclass(frozen=True)
 class EffectiveField:
