@@ -33,7 +33,9 @@ for part, below in {
     "training": ("inference", "analysis"),
     "reproduce": ("training",),
     "bench": ("inference", "analysis", "timing"),
-    "demo": ("training", "analysis"),
+    "figures": ("runs", "inference", "analysis"),
+    "report": ("inference", "figures"),
+    "demo": ("training", "report"),
 }.items():
     MAY_IMPORT[part] = set(below).union(*(MAY_IMPORT[name] for name in below))
 # At the top: what users see, and the command line with the stories it tells.

@@ -8,7 +8,7 @@ from networks import Foreign, pair_of_networks, random_offsets
 from torch import nn
 
 from deformnet import DeformConv2d
-from deformnet.analysis import sampling_locations
+from deformnet.analysis import record_sampling, sampling_locations
 from deformnet.backbones.resnet import resnet
 
 
@@ -444,3 +444,20 @@ def test_an_unknown_way_between_units(images):
         sampling_locations(random_residual(), images, ["upper"], (0, 0), between="near")
     with pytest.raises(ValueError, match="no module 'uper'; near it are upper"):
         sampling_locations(random_residual(), images, ["uper"], (0, 0))
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_at_rest_the_layers_sample_as_plain_ones(images, groups):
+    torch.manual_seed(0)
+    first = DeformConv2d(3, 4, 3, stride=2, padding=2, dilation=2)
+    model = nn.Sequential(first, DeformConv2d(4, 4, 3, padding=1, offset_groups=groups))
+    random_offsets(model)
+    stack = record_sampling(model, images, ["1", "0"])
+    at_rest = stack.locations((4, 6), at_rest=True)
+    assert at_rest.points.shape == stack.locations((4, 6)).points.shape
+    plain = nn.Sequential(
+        nn.Conv2d(3, 4, 3, stride=2, padding=2, dilation=2), nn.Conv2d(4, 4, 3, padding=1)
+    )
+    wanted = record_sampling(plain, images, ["1", "0"]).locations((4, 6))
+    assert at_rest.points.equal(wanted.points.repeat(1, groups, 1))
+    assert at_rest.inside.equal(wanted.inside.repeat(1, groups))

@@ -53,12 +53,14 @@ class SamplingStack:
         *,
         depth: int | None = None,
         between: Literal["bilinear", "rounded"] = "bilinear",
+        at_rest: bool = False,
     ) -> SamplingLocations:
         """
         Args:
             unit: (y, x) in the top layer's map; may be fractional.
             depth: how many layers to go down; None is all.
             between: as in `sampling_locations`.
+            at_rest: leave the offsets out: where the same layers would sample if they were plain.
         Raises:
             ValueError: if the unit is not in the map, or there are not so many layers.
         """
@@ -77,7 +79,7 @@ class SamplingStack:
         for layer in self._layers[:depth]:
             if between == "rounded":
                 points = points.round()
-            points = layer.samples(points)
+            points = layer.samples(points, at_rest=at_rest)
             size = points.new_tensor(layer.input_size)
             reached = ((points > -1) & (points < size)).all(-1)
             inside = (inside[..., None] & reached).flatten(1)
@@ -92,14 +94,7 @@ class SamplingStack:
 
     def unit_at(self, point: tuple[float, float]) -> tuple[int, int]:
         """The unit (row, column) of the top map whose centre is nearest to a point of the image."""
-        first = self.centre((0, 0))
-        row, column = (
-            min(max(round((place - start) / step), 0), size - 1)
-            for place, start, step, size in zip(
-                point, first, self._fields[0].stride, self.units, strict=True
-            )
-        )
-        return row, column
+        return self._fields[0].nearest(point, self.units)
 
 
 def sampling_locations(
@@ -205,15 +200,15 @@ class _Layer(NamedTuple):
     output_size: tuple[int, int]
     offset: Tensor | None
 
-    def samples(self, units: Tensor) -> Tensor:
+    def samples(self, units: Tensor, *, at_rest: bool) -> Tensor:
         """Where units [N, P, 2] of the output sample the input: [N, P, G*K, 2]."""
         steps = self.kernel.steps(units.device)
         corner = units * units.new_tensor(self.kernel.stride)
         corner = (corner - units.new_tensor(self.kernel.padding))[:, :, None]
         if self.offset is None:
             return corner + steps
-        moved = self._offsets_at(self.offset, units)
-        return corner + steps.repeat(moved.shape[2] // len(steps), 1) + moved
+        steps = steps.repeat(self.offset.shape[1] // (2 * len(steps)), 1)
+        return corner + steps if at_rest else corner + steps + self._offsets_at(self.offset, units)
 
     def _offsets_at(self, offset: Tensor, units: Tensor) -> Tensor:
         """Offsets at positions [N, P, 2] between units: [N, P, G*K, 2]."""
