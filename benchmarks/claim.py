@@ -184,7 +184,7 @@ def build(network: Network, variant: Variant) -> DeepLab | RFCN:
         return DeepLab(backbone, len(SHAPE_CLASSES))
     rpn = RPN(
         backbone.conv4_channels,
-        sizes=(16, 32, 64),
+        sizes=(24, 48, 96),
         stride=backbone.stride,
         pre_nms=600,
         post_nms=100,
@@ -225,7 +225,7 @@ def flipped(target: Target, width: int) -> Target:
 
 
 def train(run: Run, budget: Budget) -> tuple[DeepLab | RFCN, float]:
-    """The trained network, and the median of the seconds that a step took."""
+    """The trained network, and the median of the processor's seconds that a step took."""
     images = make_images(run.strength, budget, "train")
     torch.manual_seed(run.seed)
     model = build(run.network, run.variant).to(memory_format=torch.channels_last)
@@ -248,7 +248,7 @@ def train(run: Run, budget: Budget) -> tuple[DeepLab | RFCN, float]:
     steps = batches(images, budget, run.seed)
     with tqdm(steps, desc=run.name, total=budget.steps, disable=None) as bar:
         for pixels, labels, targets in bar:
-            begin = time.perf_counter()
+            begin = time.process_time()
             if isinstance(model, DeepLab):
                 losses = model.losses(model(pixels), labels)
             else:
@@ -259,7 +259,7 @@ def train(run: Run, budget: Budget) -> tuple[DeepLab | RFCN, float]:
             nn.utils.clip_grad_norm_(model.parameters(), budget.clip)
             optimizer.step()
             schedule.step()
-            seconds.append(time.perf_counter() - begin)
+            seconds.append(time.process_time() - begin)
             bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
     return model.eval(), statistics.median(seconds)
 
@@ -466,17 +466,15 @@ def _plot_dilation(axes: Axes, row: Mapping[str, Any]) -> None:
     layers = row["dilation"].items()
     axes.set_title(f"effective dilation at strength {row['strength']:.2g}")
     for colour, marker, (layer, sizes) in zip(COLOURS[:DEFORM_LAYERS], "osD", layers, strict=True):
-        known = [(place, sizes[size]) for place, size in enumerate(SIZES) if sizes[size]]
-        axes.errorbar(
-            [place for place, _ in known],
-            [values["mean"] for _, values in known],
-            [values["std"] or 0.0 for _, values in known],
-            marker=marker,
-            color=colour,
-            capsize=3,
-            label=layer,
-        )
+        known = [size for size in SIZES if sizes[size]]
+        at = [SIZES.index(size) for size in known]
+        means = [sizes[size]["mean"] for size in known]
+        spreads = [sizes[size]["std"] or 0.0 for size in known]
+        axes.errorbar(at, means, spreads, fmt=marker, color=colour, capsize=3, label=layer)
+        objects = [place for place, size in enumerate(known) if size != "background"]
+        axes.plot([at[i] for i in objects], [means[i] for i in objects], color=colour)
     axes.set_xticks(range(len(SIZES)), SIZES)
+    axes.set_xlim(-0.5, len(SIZES) - 0.5)
     axes.set_xlabel("filters centred on")
     axes.legend()
 
