@@ -18,7 +18,8 @@ from deformnet.cli.networks import (
     training_command,
     training_on_proposals_command,
 )
-from deformnet.cli.paper import demo, parameters, reproduce, table4, training_step
+from deformnet.cli.paper import analyse, demo, parameters, reproduce, table4, training_step
+from deformnet.cli.view import view
 from deformnet.cli.weights import detectron2, export, mmdetection
 from deformnet.recipes import (
     ClassAwareRPNRecipe,
@@ -68,6 +69,7 @@ def _app(arguments: Sequence[str]) -> SubcommandApp:
     app.command(predict)
     app.command(propose)
     app.command(score)
+    app.command(analyse)
     app.command(export)
     app.command(reproduce)
     foreign = SubcommandApp()
@@ -92,6 +94,7 @@ def _app(arguments: Sequence[str]) -> SubcommandApp:
         shapes
     )
     app.command(demo)
+    app.command(view)
     app.command(doctor)
     return app
 

@@ -127,3 +127,46 @@ def demo(
     from deformnet.demo.run import run_demo
 
     run_demo(options, out, print)
+
+
+def analyse(
+    run: Positional[Path],
+    *,
+    data: Path,
+    out: Path,
+    split: str = "val",
+    plain: Path | None = None,
+    images: int | None = None,
+    objects: tuple[str, ...] = (),
+    device: str | None = None,
+) -> None:
+    """Show what a run's offsets have learned: Figures 5 to 7, Table 2 and more, on one page.
+
+    OUT/index.html has the pictures, which lie beside it as PNG and SVG, OUT/analysis.json the
+    numbers: sampling locations, effective dilation by size of object, moved bins, effective
+    receptive fields, how far offsets reach, and what each layer costs.
+
+    Args:
+        run: Run folder of a DeepLab or a detector with deformable layers.
+        data: Folder of images with label maps (DeepLab) or boxes (detectors), as for training.
+        out: Folder of the results.
+        split: Images to look at.
+        plain: Run folder of the same network without deformable layers, to compare with.
+        images: Only so many of the split, from its beginning.
+        objects: Of label maps, the classes whose connected regions are objects; all others are
+            background. Without names, all but the likes of sky, road and building.
+        device: Where to compute, such as cpu or cuda:1; None takes a GPU if there is one.
+    """
+    from deformnet.report import analyse
+
+    analyse(
+        run,
+        data,
+        out,
+        split=split,
+        plain=plain,
+        images=images,
+        objects=objects,
+        device=device,
+    )
+    print(f"what {run} has learned: {out / 'index.html'}")

@@ -201,7 +201,7 @@ class ObjectCounts(Metric):
     def _count_image(self, predicted: np.ndarray, truth: np.ndarray, counts: np.ndarray) -> None:
         """Adds one image (both [H, W]) to `counts`."""
         regions = connected_regions(truth)
-        for region, box in enumerate(_boxes(regions)):
+        for region, box in enumerate(region_boxes(regions)):
             inside = regions[box] == region
             label = truth[box][inside][0]
             if label in (IGNORE, self.background):
@@ -273,8 +273,12 @@ def _touching_runs(labels: np.ndarray, runs: np.ndarray) -> tuple[np.ndarray, np
     return first, second
 
 
-def _boxes(regions: np.ndarray) -> list[tuple[slice, slice]]:
-    """The bounding box (rows, columns) of each region [H, W]."""
+def region_boxes(regions: np.ndarray) -> list[tuple[slice, slice]]:
+    """The bounding box (rows, columns) of each region.
+
+    Args:
+        regions: [H, W], as `connected_regions` numbers them.
+    """
     spans = []
     for places in np.indices(regions.shape, sparse=True):
         first = np.full(regions.max(initial=-1) + 1, max(regions.shape))
