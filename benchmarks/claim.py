@@ -63,19 +63,22 @@ OBJECTS = SHAPE_CLASSES[1:]
 class Budget:
     """What every run of a network gets."""
 
-    side: int = 96
+    steps: int
+    batch: int
+    lr: float
+    side: int = 128
     images: int = 2000
     test: int = 400
     data_seed: int = 0
-    steps: int = 800
-    batch: int = 16
-    lr: float = 0.1
-    offset_lr_scale: float = 1.0
+    offset_lr_scale: float = 0.1
     weight_decay: float = 1e-4
     clip: float = 5.0
 
 
-BUDGETS: dict[Network, Budget] = {"deeplab": Budget(), "rfcn": Budget(lr=0.05, steps=500)}
+BUDGETS: dict[Network, Budget] = {
+    "deeplab": Budget(steps=400, batch=16, lr=0.3),
+    "rfcn": Budget(steps=600, batch=8, lr=0.05),
+}
 
 
 class Run(NamedTuple):
@@ -296,13 +299,15 @@ def dilations(model: DeepLab | RFCN, images: Images) -> list[dict[str, Any]]:
     return [asdict(row) for row in dilation_statistics(model.backbone, annotated, stride=stride)]
 
 
-def runs(strengths: Sequence[float], seeds: Sequence[int]) -> list[Run]:
+def runs(
+    strengths: Sequence[float], seeds: Sequence[int], networks: Sequence[Network] = NETWORKS
+) -> list[Run]:
     """All trainings, in an order in which the first ones already say something."""
     ends = (min(strengths), max(strengths))
     return [
         Run(network, variant, strength, seed)
         for seed in seeds
-        for network in NETWORKS
+        for network in networks
         for strength in sorted(set(strengths if network == "deeplab" else ends))
         for variant in VARIANTS
     ]
@@ -497,6 +502,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--strengths", type=float, nargs="+", default=[0, 1 / 3, 2 / 3, 1])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--networks", choices=NETWORKS, nargs="+", default=NETWORKS)
     parser.add_argument("--steps", type=int, help="of training; fewer than the budget's try it out")
     options = parser.parse_args()
     if not all(0 <= strength <= 1 for strength in options.strengths):
@@ -508,7 +514,7 @@ def main() -> None:
     print(describe(found), flush=True)
     results: list[dict[str, Any]] = []
     tables = ""
-    for run in runs(options.strengths, options.seeds):
+    for run in runs(options.strengths, options.seeds, options.networks):
         results.append(result(run, budgets[run.network], options.out))
         tables = report(results, found, options.out)
     print(tables)
