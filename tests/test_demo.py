@@ -3,17 +3,13 @@
 import json
 from html.parser import HTMLParser
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision import tv_tensors
 
 from deformnet.cli import main
-from deformnet.data.base import IGNORE
 from deformnet.demo.page import Row, comparison, text_table
 from deformnet.demo.settings import Demo
-from deformnet.demo.units import choose_scenes
 from deformnet.runs import checkpoint_path
 
 TINY = ["--iterations", "2", "--detector-iterations", "2"]
@@ -132,53 +128,6 @@ def test_table():
     lines = text_table(rows, "a note").splitlines()
     assert len({len(line) for line in lines[:-1]}) == 1
     assert lines[-1] == "a note"
-
-
-class Maps:
-    """A data set of label maps."""
-
-    classes = ("background", "disc", "star")
-
-    def __init__(self, *maps):
-        self.maps = maps
-
-    def __len__(self):
-        return len(self.maps)
-
-    def __getitem__(self, index):
-        labels = torch.from_numpy(self.maps[index])
-        return tv_tensors.Image(torch.zeros(3, *labels.shape)), tv_tensors.Mask(labels)
-
-
-def label_map(*objects):
-    labels = np.zeros((100, 120), dtype=np.uint8)
-    for label, rows, columns in objects:
-        labels[rows, columns] = label
-    return labels
-
-
-def test_units_lie_on_what_they_are_named_after():
-    small, large = (2, slice(14, 20), slice(44, 52)), (1, slice(40, 100), slice(60, 120))
-    maps = Maps(
-        label_map(),
-        label_map((IGNORE, slice(0, 9), slice(0, 9))),
-        label_map(large),
-        label_map(small),
-        label_map((2, slice(1, 7), slice(1, 7)), large),  # its small object holds no unit
-        label_map(small, large),
-    )
-    scenes = choose_scenes(maps, 2, small=100, large=1000, stride=16)
-    assert [scene.index for scene in scenes] == [5, 2]
-    background, star, disc = scenes[0].units
-    assert (star.what, star.row, star.column) == ("small star", 1, 3)
-    # The middle (69.5, 89.5) lies nearest to (64, 96).
-    assert (disc.what, disc.row, disc.column) == ("large disc", 4, 6)
-    # The farthest from both that is not at the border is (64, 16), 44 pixels from the disc.
-    assert (background.what, background.row, background.column) == ("background", 4, 1)
-
-
-def test_there_may_be_no_object_to_look_at():
-    assert choose_scenes(Maps(label_map()), 2, small=100, large=1000, stride=16) == []
 
 
 def test_a_stopped_run_goes_on(tmp_path, capsys, monkeypatch):

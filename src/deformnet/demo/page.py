@@ -5,7 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from deformnet.demo.settings import LARGE, SMALL, Demo
+from deformnet.demo.settings import Demo
+from deformnet.report.page import STYLE
+from deformnet.report.scenes import LARGE, SMALL
 from deformnet.runs import replacing
 
 
@@ -74,6 +76,7 @@ def write_page(
 ) -> None:
     """Writes the page, which shows the pictures that lie beside it."""
     page = _PAGE.format(
+        style=STYLE,
         small=SMALL,
         large=LARGE,
         iterations=demo.iterations,
@@ -116,20 +119,7 @@ _PAGE = """<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>deformnet: plain and deformable, side by side</title>
 <style>
-  body {{ margin: 0 auto; max-width: 60rem; padding: 2rem 1.25rem 4rem; color: #1b1b1b;
-         background: #fff; font: 1rem/1.55 system-ui, sans-serif; }}
-  h1 {{ font-size: 1.7rem; line-height: 1.2; margin: 0 0 .5rem; }}
-  h2 {{ font-size: 1.2rem; margin: 2.5rem 0 .5rem; }}
-  p {{ max-width: 46rem; }}
-  table {{ border-collapse: collapse; margin: 1.25rem 0 .75rem;
-          font-variant-numeric: tabular-nums; }}
-  th, td {{ padding: .35rem 1.1rem; text-align: right; border-bottom: 1px solid #ddd; }}
-  th {{ font-weight: 600; border-bottom: 2px solid #1b1b1b; }}
-  th:first-child, td:first-child {{ text-align: left; padding-left: 0; }}
-  tbody tr:first-child td {{ font-weight: 600; }}
-  img {{ display: block; width: 100%; height: auto; }}
-  .note {{ color: #555; font-size: .9rem; }}
-</style>
+{style}</style>
 </head>
 <body>
 <h1>Plain and deformable, side by side</h1>

@@ -10,7 +10,7 @@ OUT/
 ```
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -21,14 +21,7 @@ from tqdm import tqdm
 
 from deformnet.data.shapes import Shapes, write_shapes
 from deformnet.data.voc import VOCDetection, VOCSegmentation
-from deformnet.demo.figures import (
-    Look,
-    Shown,
-    draw_overview,
-    draw_parts,
-    draw_predictions,
-    draw_sampling,
-)
+from deformnet.demo.figures import Shown, draw_overview, draw_predictions
 from deformnet.demo.page import (
     comparison,
     detector_score,
@@ -36,12 +29,15 @@ from deformnet.demo.page import (
     text_table,
     write_page,
 )
-from deformnet.demo.parts import find_parts
-from deformnet.demo.settings import LARGE, SMALL, Demo
-from deformnet.demo.units import choose_scenes, locations
+from deformnet.demo.settings import Demo
 from deformnet.evaluation import ObjectCounts, size_scores
+from deformnet.figures import Look, parts_figure, sampling_figure, save
 from deformnet.inference import DetectionPredictor, SegmentationPredictor, open_predictor
 from deformnet.recipes import DeepLabRecipe, RFCNRecipe
+from deformnet.report.contents import of_label_map
+from deformnet.report.network import Network
+from deformnet.report.parts import find_parts
+from deformnet.report.scenes import LARGE, SMALL, choose_scenes
 from deformnet.runs import checkpoint_path, load_checkpoint, write_json
 from deformnet.training import train
 
@@ -99,22 +95,14 @@ def run_demo(demo: Demo, out: Path, say: Callable[[str], None]) -> None:
         Shown(*images[index], *(predictions[name][index] for name in predictors))
         for index in range(min(_PREDICTIONS, len(images)))
     ]
-    stride = predictors["plain"].model.backbone.stride
-    looks = []
-    for scene in choose_scenes(images, _SCENES, small=small, large=large, stride=stride):
-        image, labels = images[scene.index]
-        for unit in scene.units:
-            found = {
-                name: locations(predictor.model, image, labels, unit)
-                for name, predictor in predictors.items()
-            }
-            centre = (stride * unit.row, stride * unit.column)
-            looks.append(Look(image, unit.what, centre, found["plain"], found["deformable"]))
+    looks = _look(images, {name: Network(name, it) for name, it in predictors.items()})
     detector = open_predictor(run)
     assert isinstance(detector, DetectionPredictor)
-    draw_parts(out / "parts.png", find_parts(detector, VOCDetection(data, "val"), _PARTS))
+    objects = VOCDetection(data, "val")
+    parts = find_parts(detector, (objects[index] for index in range(len(objects))), _PARTS)
+    save(parts_figure(parts), out / "parts.png")
     draw_predictions(out / "predictions.png", shown, images.classes)
-    draw_sampling(out / "sampling.png", looks)
+    save(sampling_figure(looks), out / "sampling.png")
     draw_overview(out / "overview.png", shown, looks, images.classes)
     rows, note = comparison(metrics), footnote(demo)
     found = detector_score(metrics["detector"])
@@ -199,6 +187,21 @@ def _predict(
         objects.update(labels[None].long(), truth.as_subclass(torch.Tensor)[None].long())
         predictions.append(labels)
     return predictions
+
+
+def _look(images: VOCSegmentation, networks: Mapping[str, Network]) -> dict[str, list[Look]]:
+    """What units on the background, small and large objects sample in each network."""
+    grid_of = networks["plain"].grid
+    pairs = (images[index] for index in range(len(images)))
+    contents = (
+        (of_label_map(labels, images.classes, images.classes[1:]), grid_of(image))
+        for image, labels in pairs
+    )
+    looks: dict[str, list[Look]] = {name: [] for name in networks}
+    for scene in choose_scenes(contents, _SCENES):
+        for name, network in networks.items():
+            looks[name] += network.looks(images[scene.index][0], scene.units)
+    return looks
 
 
 def _minutes(demo: Demo) -> int:

@@ -2,10 +2,6 @@
 
 from dataclasses import dataclass
 
-SMALL, LARGE = 0.03, 0.1
-"""Small objects cover less than the first share of the image, large ones more than the second;
-each is about a third of the objects."""
-
 
 @dataclass(frozen=True)
 class Demo:

@@ -105,7 +105,7 @@ def _join(above: Axes, unit: Sequence[float], below: Axes, points: Tensor, colou
                 axesB=below,
                 color=colour,
                 linewidth=0.7,
-                alpha=0.8,
+                alpha=0.6,
                 in_layout=False,
             )
         )

@@ -172,11 +172,12 @@ def _in_middle_of(thing: Thing, grid: Grid, size: tuple[int, int]) -> tuple[int,
 
 
 def _far_from_objects(contents: Contents, grid: Grid) -> tuple[int, int]:
-    """The background's unit farthest from all else; not at the border, if it can be."""
+    """The background's unit farthest from all else; not near the border, if it can be."""
     rows, columns = grid.pixels(contents.background.shape)
     free = contents.background[rows][:, columns]
     amid = np.zeros_like(free)
-    amid[1:-1, 1:-1] = free[1:-1, 1:-1]
+    inner = tuple(slice(max(1, side // 5), side - max(1, side // 5)) for side in free.shape)
+    amid[inner] = free[inner]
     units = np.argwhere(amid if amid.any() else free if free.any() else ~free)
     edges = np.argwhere(_outline(~contents.background))
     if not len(edges):  # nothing but background
