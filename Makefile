@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 NATIVE := CMakeLists.txt $(wildcard src/deformnet/ops/cpu/*.cpp src/deformnet/ops/cpu/*.h)
 
-.PHONY: setup demo test sanitize bench lint clean
+.PHONY: setup demo test sanitize bench docs lint clean
 
 setup: $(READY)
 
@@ -45,10 +45,17 @@ bench: $(READY)
 	$(BIN)/deformnet bench table4 --out $(BENCH)/table4.json
 	$(BIN)/deformnet bench training-step --out $(BENCH)/training-step.json
 
+# The gallery's scripts run as the pages are built, and any warning is an error.
+DOCS := docs/_build/html
+docs: $(READY)
+	$(BIN)/python -c 'import furo, myst_parser, sphinx_gallery' 2> /dev/null || $(BIN)/python -m pip install --quiet --editable '.[docs]'
+	MPLBACKEND=Agg $(BIN)/python -m sphinx -W --keep-going -b html docs $(DOCS)
+	@echo "The pages: $(abspath $(DOCS))/index.html"
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright
 
 clean:
-	rm -rf build dist demo $(BENCH)
+	rm -rf build dist demo $(BENCH) docs/_build docs/_made docs/gallery

@@ -1,0 +1,102 @@
+"""
+Where does it look?
+===================
+
+Figure 6 of the paper shows which points of an image a unit reads, through three deformable layers: 9, 81 and 729
+of them. :func:`deformnet.analysis.record_sampling` finds them, in any model that has such layers.
+
+The network here is a small one, and its task is made so that it pays to look far: say, for every pixel, how large
+the disc is on which it lies. Three plain layers see 28 pixels of the image, large discs have up to 60.
+"""
+
+# %%
+# A task and a network
+# --------------------
+
+import torch
+from torch import Tensor, nn
+
+from deformnet import deform_, parameter_groups
+
+SIDE = 96
+
+
+def discs(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Noisy images [count, 1, SIDE, SIDE] of a small and a large disc, and the radius at every pixel, by 10."""
+    y, x = torch.meshgrid(torch.arange(SIDE), torch.arange(SIDE), indexing="ij")
+    images = 0.3 * torch.randn(count, 1, SIDE, SIDE, generator=generator)
+    radii = torch.zeros(count, 1, SIDE, SIDE)
+    for image, radius in zip(images, radii, strict=True):
+        for least, most, middle in ((5, 9, 18), (18, 30, 62)):
+            r = least + (most - least) * float(torch.rand((), generator=generator))
+            row = r + (SIDE - 2 * r) * float(torch.rand((), generator=generator))
+            inside = (y - row) ** 2 + (x - middle) ** 2 < r**2
+            image[0][inside] += 1
+            radius[0][inside] = r / 10
+    return images, radii
+
+
+def block(inputs: int, outputs: int, stride: int) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, padding=1), nn.BatchNorm2d(outputs), nn.ReLU())
+
+
+torch.manual_seed(0)
+model = nn.Sequential(
+    *(block(1, 16, 2), block(16, 32, 2), block(32, 32, 1), block(32, 32, 1), block(32, 32, 1)),
+    nn.Conv2d(32, 1, 1),
+)
+layers = deform_(model, "[234].0")
+
+# %%
+# Training
+# --------
+# Some seconds are enough for the offsets to move. They learn at a tenth of the rate of the rest.
+
+generator = torch.Generator().manual_seed(0)
+optimizer = torch.optim.Adam(parameter_groups(model, lr=0.01, offset_lr_scale=0.1))
+for iteration in range(200):
+    images, radii = discs(8, generator)
+    loss = (model(images) - radii[..., ::4, ::4]).abs().mean()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    if iteration % 40 == 39:
+        print(f"iteration {iteration + 1}: mean error {10 * loss.item():.2f} pixels")
+
+# %%
+# The picture
+# -----------
+# One run of the network is recorded; then any of its units can be looked at. Layers are named from the top down.
+
+from deformnet.analysis import SamplingLocations, record_sampling
+from deformnet.figures import Look, sampling_figure
+
+images, radii = discs(1, generator)
+shown = (255 * (0.3 + 0.4 * images[0]).clamp(0, 1)).to(torch.uint8).expand(3, -1, -1)
+radius = radii[0, 0]
+places = {"background": (88.0, 88.0)}
+for what, disc in (("small disc", (0 < radius) & (radius < 1)), ("large disc", radius > 1)):
+    y, x = disc.nonzero().float().mean(0).tolist()
+    places[what] = (y, x)
+stack = record_sampling(model, images, layers[::-1])
+
+
+def look(what: str, point: tuple[float, float], at_rest: bool) -> Look:
+    unit = stack.unit_at(point)
+    levels = [stack.locations(unit, depth=depth, at_rest=at_rest) for depth in (1, 2, 3)]
+    first = [SamplingLocations(points[0], inside[0]) for points, inside in levels]  # of the first image
+    return Look(shown, what, stack.centre(unit), first)
+
+
+looks = {
+    name: [look(what, point, at_rest) for what, point in places.items()]
+    for name, at_rest in (("without offsets", True), ("with them", False))
+}
+figure = sampling_figure(looks)
+
+# %%
+# Without offsets, as in the untrained network, the 729 points fall on a grid of 7x7. With those that were learned,
+# a unit on a large disc looks far around, and one on a small disc stays near it. How far offsets go depends on the task:
+# where nothing is to be gained from far away, they stay small.
+#
+# Of a trained run, ``deformnet analyse RUN --data DIR --out DIR`` makes such pictures, and all others.

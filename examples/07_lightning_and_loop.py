@@ -1,0 +1,138 @@
+"""
+In a plain loop, and in Lightning
+=================================
+
+Deformable layers are modules like any other and need no special training loop. What can go wrong is that their
+offsets run away; :class:`~deformnet.analysis.OffsetObserver` in a loop of your own, and
+:class:`~deformnet.training.health.OffsetHealth` in Lightning, see it.
+"""
+
+# %%
+# A network and a task
+# --------------------
+# Is a square or a disc in the noise? The network is a small one, with its last two convolutions made deformable.
+
+import logging
+import warnings
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
+
+from deformnet import deform_, parameter_groups
+
+
+def batch(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Images [count, 1, 32, 32] and whether they show a disc."""
+    y, x = torch.meshgrid(torch.arange(32), torch.arange(32), indexing="ij")
+    centre = torch.randint(9, 23, (count, 2, 1, 1), generator=generator)
+    dy, dx = (y - centre[:, 0]).abs(), (x - centre[:, 1]).abs()
+    square, disc = torch.maximum(dy, dx) < 7, dy**2 + dx**2 < 64
+    labels = torch.randint(2, (count,), generator=generator)
+    images = torch.where(labels[:, None, None] == 1, disc, square).float()
+    return (images + 0.3 * torch.randn(images.shape, generator=generator))[:, None], labels
+
+
+def network() -> nn.Module:
+    layers: list[nn.Module] = []
+    for inputs, outputs, stride in ((1, 16, 2), (16, 32, 1), (32, 32, 1)):
+        layers += [nn.Conv2d(inputs, outputs, 3, stride, padding=1), nn.BatchNorm2d(outputs), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 2))
+    deform_(model, "3", "6")
+    return model
+
+
+# %%
+# A plain loop
+# ------------
+# The observer looks at the offsets of the steps it is asked about. ``health()`` has, for each layer, the mean
+# and the largest shift in pixels, the share of samples outside the map, and the gradient of the offsets' weights
+# beside that of the layer's.
+
+from deformnet.analysis import OffsetObserver
+
+torch.manual_seed(0)
+generator = torch.Generator().manual_seed(0)
+model = network()
+optimizer = torch.optim.SGD(parameter_groups(model, lr=0.1, weight_decay=1e-4), momentum=0.9)
+observer = OffsetObserver(model)
+losses, shifts = [], []
+for _ in range(120):
+    images, labels = batch(16, generator)
+    with observer:
+        loss = cross_entropy(model(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+    optimizer.step()
+    losses.append(loss.item())
+    shifts.append([layer.mean_shift for layer in observer.health()])
+print(*observer.health(), sep="\n")
+
+import matplotlib.pyplot as plt
+
+figure, (left, right) = plt.subplots(1, 2, figsize=(8, 2.8), layout="constrained")
+left.plot(losses, color="#0072b2")
+left.set(xlabel="iteration", ylabel="loss")
+for values, name, colour in zip(zip(*shifts, strict=True), ("layer 3", "layer 6"), ("#d55e00", "#009e73"), strict=True):
+    right.plot(values, label=name, color=colour)
+right.set(xlabel="iteration", ylabel="mean shift (pixels of its map)")
+right.legend(frameon=False)
+plt.show()
+
+# %%
+# Lightning
+# ---------
+# The module says nothing of offsets; the callback logs them and warns. With ``stop=True`` it also ends the run.
+
+import lightning.pytorch as pl
+
+from deformnet.training.health import OffsetHealth
+
+
+class Task(pl.LightningModule):
+    def __init__(self, lr: float) -> None:
+        super().__init__()
+        self.model = network()
+        self.lr = lr
+
+    def training_step(self, images_and_labels: tuple[Tensor, Tensor], index: int) -> Tensor:
+        images, labels = images_and_labels
+        return cross_entropy(self.model(images), labels)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(parameter_groups(self.model, self.lr, offset_lr_scale=1), momentum=0.9)
+
+
+def fit(lr: float) -> tuple[pl.Trainer, OffsetHealth]:
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    health = OffsetHealth(every=5, stop=True)
+    trainer = pl.Trainer(
+        max_steps=60,
+        accelerator="cpu",
+        callbacks=[health],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        log_every_n_steps=5,
+    )
+    batches = [batch(16, generator) for _ in range(60)]
+    trainer.fit(Task(lr), DataLoader(batches, batch_size=None))  # pyright: ignore[reportArgumentType]
+    return trainer, health
+
+
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # its hints do not matter here
+warnings.filterwarnings("ignore", module="lightning")
+trainer, health = fit(lr=0.1)
+for name, value in trainer.callback_metrics.items():
+    print(f"{name:32} {float(value):.3f}")
+print("stopped:", health.stopped)
+
+# %%
+# With a learning rate far too high the offsets leave the map. The callback names the layer and says what may help.
+
+trainer, health = fit(lr=30.0)
+print("stopped:", health.stopped, "after", trainer.global_step, "iterations")
+print(health.reason())

@@ -1,0 +1,142 @@
+"""
+Move from torchvision or mmcv
+=============================
+
+The operator takes torchvision's arguments in torchvision's order, the layer has the keys of mmcv's, and
+checkpoints of mmdetection and detectron2 are converted. What differs between them is said here, and shown.
+"""
+
+# %%
+# The operator of torchvision
+# ---------------------------
+# Only the import changes. Outputs and gradients are equal up to rounding.
+
+import torch
+import torchvision.ops
+from torch import Tensor, nn
+
+from deformnet import DeformConv2d
+from deformnet.ops import deform_conv2d
+
+torch.manual_seed(0)
+x = torch.randn(2, 16, 20, 20, dtype=torch.float64)
+weight = torch.randn(8, 16, 3, 3, dtype=torch.float64)
+bias = torch.randn(8, dtype=torch.float64)
+offset = 3 * torch.randn(2, 2 * 4 * 9, 20, 20, dtype=torch.float64)  # four offset groups
+mask = torch.rand(2, 4 * 9, 20, 20, dtype=torch.float64)
+
+
+def difference(a: Tensor, b: Tensor) -> str:
+    return f"largest difference {(a - b).abs().max():.1e}"
+
+
+theirs = torchvision.ops.deform_conv2d(x, offset, weight, bias, padding=1, mask=mask)
+ours = deform_conv2d(x, offset, weight, bias, padding=1, mask=mask)
+print(difference(ours, theirs))
+
+# %%
+# The layer of torchvision
+# ------------------------
+# ``torchvision.ops.DeformConv2d`` is called with offsets that come from elsewhere. Ours makes them itself, by its
+# child ``conv_offset``. To move a network that has both, give our layer both sets of weights.
+
+
+class Theirs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.offsets = nn.Conv2d(16, 18, 3, padding=1)
+        self.conv = torchvision.ops.DeformConv2d(16, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x, self.offsets(x))
+
+
+old, new = Theirs().double(), DeformConv2d(16, 8, 3, padding=1).double()
+moved = {"conv_offset." + key: value for key, value in old.offsets.state_dict().items()}
+new.load_state_dict({**old.conv.state_dict(), **moved})
+print(difference(new(x), old(x)))
+
+# %%
+# RoI pooling: without offsets, ``sampling="aligned"`` is torchvision's ``roi_align(aligned=True)``.
+
+from deformnet.ops import deform_roi_pool
+
+boxes = torch.tensor([[0, 10.0, 20, 200, 290], [1, 33.3, 40, 120.5, 90]], dtype=torch.float64)
+theirs = torchvision.ops.roi_align(x, boxes, 7, 1 / 16, sampling_ratio=2, aligned=True)
+ours = deform_roi_pool(x, boxes, None, 7, 1 / 16, sampling="aligned", samples_per_bin=2)
+print(difference(ours, theirs))
+
+# %%
+# The layers of mmcv
+# ------------------
+# ``DeformConv2dPack`` and ``ModulatedDeformConv2dPack`` have the keys of our layer, so their state dicts load as
+# they are. One thing is not in the names: mmcv's mask is a sigmoid, ours twice that, so that a new layer starts
+# as a plain convolution. Half of the weight makes up for it. mmcv need not be installed to see that; this is
+# its modulated layer, written with torchvision's operator.
+
+
+class ModulatedDeformConv2dPack(nn.Conv2d):
+    def __init__(self, inputs: int, outputs: int, kernel_size: int, padding: int, bias: bool) -> None:
+        super().__init__(inputs, outputs, kernel_size, padding=padding, bias=bias)
+        self.conv_offset = nn.Conv2d(inputs, 3 * kernel_size**2, kernel_size, padding=padding)
+
+    def forward(self, input: Tensor) -> Tensor:
+        first, second, mask = self.conv_offset(input).chunk(3, dim=1)
+        offset = torch.cat((first, second), dim=1)
+        return torchvision.ops.deform_conv2d(
+            input, offset, self.weight, self.bias, padding=(1, 1), mask=mask.sigmoid()
+        )
+
+
+old = ModulatedDeformConv2dPack(16, 8, 3, padding=1, bias=True).double()
+new = DeformConv2d(16, 8, 3, padding=1, modulated=True).double()
+state = old.state_dict()
+new.load_state_dict({**state, "weight": state["weight"] / 2})
+print(*state, sep="\n")
+print(difference(new(x), old(x)))
+
+# %%
+# Checkpoints of mmdetection
+# --------------------------
+# :func:`deformnet.backbones.foreign.from_mmdetection` (and ``from_detectron2``) takes the ResNet out of a
+# checkpoint: it knows the names, halves the weights of modulated layers, and says what it left out. A key that no
+# rule explains is an error. ``deformnet import-weights`` is the same as a command; see :doc:`/weights`. Here the
+# network is torchvision's ResNet-18 with two layers as above, and the checkpoint is named as mmdetection names it;
+# a real one comes from ``torch.load(path, weights_only=True)``.
+
+from deformnet.backbones.foreign import from_mmdetection
+
+old = torchvision.models.resnet18().eval()
+for name in ("conv1", "conv2"):
+    layer = ModulatedDeformConv2dPack(512, 512, 3, padding=1, bias=False)
+    nn.init.normal_(layer.conv_offset.weight, std=0.01)
+    setattr(old.layer4[1], name, layer)
+checkpoint = {f"backbone.{key}": value for key, value in old.state_dict().items() if not key.startswith("fc.")}
+checkpoint["bbox_head.fc_cls.weight"] = torch.zeros(21, 512)
+
+found = from_mmdetection({"state_dict": checkpoint})
+print(found.backbone, "with", found.deform_layers, "deformable layers, modulated:", found.modulated)
+for what, keys in found.left_out.items():
+    print(f"left out, {what}: {len(keys)} keys, such as {keys[0]}")
+
+# %%
+# What came out loads into our backbone, or into a file that ``--init`` takes, and gives the same features.
+
+from deformnet.backbones import resnet
+
+new = resnet(18, deform_layers=2, modulated=True, output_stride=32, reduce_channels=None).eval()
+new.load_state_dict(found.state, strict=False)  # batch norm's counters of batches are left out
+features: list[Tensor] = []
+old.layer4.register_forward_hook(lambda module, inputs, output: features.append(output))
+images = torch.randn(1, 3, 128, 128)
+with torch.no_grad():
+    old(images)
+    ours = new.conv5(new.conv4(images))
+print(difference(ours, features[0]), f"of features up to {ours.abs().max():.1f}")
+
+import matplotlib.pyplot as plt
+
+figure, ax = plt.subplots(figsize=(4, 3.6), layout="constrained")
+ax.plot(features[0].flatten(), ours.flatten(), ".", color="#0072b2", markersize=3)
+ax.set(xlabel="mmdetection's layer", ylabel="converted", title="all features of an image")
+plt.show()
