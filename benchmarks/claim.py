@@ -61,7 +61,18 @@ OBJECTS = SHAPE_CLASSES[1:]
 
 @dataclass(frozen=True)
 class Budget:
-    """What every run of a network gets."""
+    """What every run of a network gets.
+
+    Attributes:
+        steps, batch: of training; images of a batch.
+        lr: the highest of one cycle.
+        side: height and width of the images, in pixels.
+        images, test: how many there are to train on, and to score on.
+        data_seed: of the images.
+        offset_lr_scale: of layers that make offsets, the paper's beta.
+        weight_decay: of weights.
+        clip: largest norm of the gradient.
+    """
 
     steps: int
     batch: int
@@ -164,12 +175,12 @@ def shapes(strength: float, budget: Budget) -> Shapes:
 
 
 @cache
-def make_images(strength: float, budget: Budget, split: str) -> Images:
-    drawn_from = shapes(strength, budget)
+def make_images(drawn_from: Shapes, split: Literal["train", "val"]) -> Images:
+    """A split of a made set, as drawn: without the losses of a JPEG."""
     count = drawn_from.train if split == "train" else drawn_from.val
     drawn = [
         scene(drawn_from, split, number)
-        for number in trange(count, desc=f"{split} images, strength {strength:g}", disable=None)
+        for number in trange(count, desc=f"{split} images, warp {drawn_from.warp:g}", disable=None)
     ]
     targets = []
     for one in drawn:
@@ -229,7 +240,7 @@ def flipped(target: Target, width: int) -> Target:
 
 def train(run: Run, budget: Budget) -> tuple[DeepLab | RFCN, float]:
     """The trained network, and the median of the processor's seconds that a step took."""
-    images = make_images(run.strength, budget, "train")
+    images = make_images(shapes(run.strength, budget), "train")
     torch.manual_seed(run.seed)
     model = build(run.network, run.variant).to(memory_format=torch.channels_last)
     groups = parameter_groups(
@@ -313,20 +324,28 @@ def runs(
     ]
 
 
-def result(run: Run, budget: Budget, out: Path) -> dict[str, Any]:
-    """What came of a run, which is trained if its file is not there.
+def stored_result(run: Run, budget: Budget, out: Path) -> dict[str, Any] | None:
+    """What came of a run; None if it is not finished.
 
     Raises:
-        ValueError: if the file is of another budget.
+        ValueError: if it had another budget.
     """
-    path = out / "runs" / f"{run.name}.json"
-    if path.is_file():
-        found = json.loads(path.read_bytes())
-        if found["budget"] != asdict(budget):
-            raise ValueError(f"{path}: is of another budget, {found['budget']}")
+    path = _result_path(run, out)
+    if not path.is_file():
+        return None
+    found = json.loads(path.read_bytes())
+    if found["budget"] != asdict(budget):
+        raise ValueError(f"{path}: wanted a run of {asdict(budget)}, got {found['budget']}")
+    return found
+
+
+def result(run: Run, budget: Budget, out: Path) -> dict[str, Any]:
+    """What came of a run, which is trained if it is not finished. Raises as `stored_result`."""
+    if (found := stored_result(run, budget, out)) is not None:
         return found
+    path = _result_path(run, out)
     model, seconds = train(run, budget)
-    test = make_images(run.strength, budget, "val")
+    test = make_images(shapes(run.strength, budget), "val")
     deformable = run.variant == "deformable"
     found = {
         "run": run._asdict(),
@@ -339,6 +358,10 @@ def result(run: Run, budget: Budget, out: Path) -> dict[str, Any]:
         torch.save(model.state_dict(), file)
     write_json(path, found)
     return found
+
+
+def _result_path(run: Run, out: Path) -> Path:
+    return out / "runs" / f"{run.name}.json"
 
 
 def over_seeds(values: Mapping[int, float]) -> dict[str, Any]:
@@ -510,11 +533,17 @@ def main() -> None:
     budgets = dict(BUDGETS)
     if options.steps is not None:
         budgets = {name: replace(budget, steps=options.steps) for name, budget in budgets.items()}
+    todo = runs(options.strengths, options.seeds, options.networks)
+    try:
+        for run in todo:
+            stored_result(run, budgets[run.network], options.out)
+    except ValueError as error:
+        parser.error(str(error))
     found = conditions()
     print(describe(found), flush=True)
     results: list[dict[str, Any]] = []
     tables = ""
-    for run in runs(options.strengths, options.seeds, options.networks):
+    for run in todo:
         results.append(result(run, budgets[run.network], options.out))
         tables = report(results, found, options.out)
     print(tables)

@@ -59,7 +59,7 @@ def test_strengths_change_warp_and_range_of_sizes_alone():
 
 @pytest.mark.parametrize("network", NETWORKS)
 def test_both_networks_begin_as_the_same_function(network):
-    images = claim.make_images(1.0, TOY[network], "val")
+    images = claim.make_images(claim.shapes(1, TOY[network]), "val")
     outputs = []
     for variant in VARIANTS:
         torch.manual_seed(3)
@@ -74,7 +74,7 @@ def test_both_networks_begin_as_the_same_function(network):
 
 def test_batches_are_those_of_the_seed_and_flip_all_alike():
     budget = replace(TOY["deeplab"], steps=4)
-    images = claim.make_images(1.0, budget, "train")
+    images = claim.make_images(claim.shapes(1, budget), "train")
     first, again, other = (list(claim.batches(images, budget, seed)) for seed in (0, 0, 1))
     assert all(torch.equal(a[0], b[0]) for a, b in zip(first, again, strict=True))
     assert any(not torch.equal(a[0], b[0]) for a, b in zip(first, other, strict=True))
@@ -91,16 +91,16 @@ def test_flipped_boxes():
     assert claim.flipped(target, 10).boxes.tolist() == [[6, 2, 9, 8]]
 
 
-def test_a_run_is_trained_once(tmp_path, monkeypatch):
-    for network in NETWORKS:
-        run = Run(network, "deformable", 1.0, 0)
-        found = claim.result(run, TOY[network], tmp_path)
-        assert 0 <= found["score"] <= 100
-        assert [row["layer"] for row in found["dilation"]] == list(LAYERS)
+@pytest.mark.parametrize("network", NETWORKS)
+def test_a_run_is_trained_once(network, tmp_path, monkeypatch):
+    run, budget = Run(network, "deformable", 1.0, 0), TOY[network]
+    found = claim.result(run, budget, tmp_path)
+    assert 0 <= found["score"] <= 100
+    assert [row["layer"] for row in found["dilation"]] == list(LAYERS)
     monkeypatch.setattr(claim, "train", None)
-    assert claim.result(run, TOY[network], tmp_path) == found
-    with pytest.raises(ValueError, match=r"deformable-strength1-seed0.json: is of another budget"):
-        claim.result(run, replace(TOY[network], steps=3), tmp_path)
+    assert claim.result(run, budget, tmp_path) == found
+    with pytest.raises(ValueError, match=r"strength1-seed0.json: wanted a run of .*'steps': 3"):
+        claim.result(run, replace(budget, steps=3), tmp_path)
 
 
 def test_the_gap_pairs_seeds_and_leaves_out_what_is_half_done():
