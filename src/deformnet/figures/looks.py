@@ -184,7 +184,7 @@ def contact_sheet(images: Mapping[str, Sequence[Look]], *, columns: int = 4) -> 
         draw_image(one, looks[0].image)
         one.set_title(name, fontsize=TEXT - 3)
         for look in looks:
-            scatter(one, look.levels[-1], styles[look.what]["color"], 1.8)
+            scatter(one, look.levels[-1], styles[look.what]["color"], 1.4)
         for look in looks:
             y, x = look.centre
             one.plot(x, y, **UNIT | styles[look.what])

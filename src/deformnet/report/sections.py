@@ -220,7 +220,7 @@ def _section_of_dilation(findings: Findings, rows: Sequence[LayerDilation]) -> S
         f"The mean distance between neighbouring samples of a filter, in cells of its input: mean "
         f"and standard deviation over filters (how many), by what they are centred on. Objects "
         f"whose box has less than 96² pixels of the original image are small, those of more than "
-        f"224² large. {things}.",
+        f"224² large; a dash means that there is no filter on any. {things}.",
         [
             Table(
                 ("layer", "small", "medium", "large", "background"),
@@ -266,9 +266,11 @@ def _section_of_health(health: Sequence[LayerHealth]) -> Section:
 
 
 def _section_of_sheet(findings: Findings, network: Network, source: Source) -> Section:
-    sheet = {}
+    # Neighbours in a list are often frames of one film.
     count = min(_SHEET, len(source))
-    for index in tqdm(range(count), desc="contact sheet", disable=None):
+    chosen = [number * len(source) // count for number in range(count)]
+    sheet = {}
+    for index in tqdm(chosen, desc="contact sheet", disable=None):
         image, contents = source[index]
         # The only object of an image is its smallest and its largest.
         units = {(it.row, it.column): it for it in units_of(contents, network.grid(image))}
@@ -280,8 +282,8 @@ def _section_of_sheet(findings: Findings, network: Network, source: Source) -> S
             findings.picture(
                 "contact-sheet",
                 contact_sheet(sheet),
-                f"The first {count} images, each with the lowest samples of a unit on the "
-                f"background, on the smallest and on the largest object.",
+                f"{count} images at equal distances in the list, each with the lowest samples of a "
+                f"unit on the background, on the smallest and on the largest object.",
             )
         ],
     )
