@@ -170,6 +170,15 @@ def test_figure_7_draws_the_boxes():
     assert len(texts(figure)) == 3
 
 
+def test_figure_7_shows_what_is_around_a_small_box():
+    box = torch.tensor([50.0, 2.0, 60.0, 8.0])
+    figure = parts_figure([dataclasses.replace(some_parts(), box=box)])
+    (axes,) = panels(figure)
+    # 2.5 times 10 of the 60 pixels, in the proportions of the image, and no more than is there.
+    np.testing.assert_allclose(axes.get_xlim(), [35, 60])
+    np.testing.assert_allclose(axes.get_ylim(), [40 * 25 / 60, 0])
+
+
 def some_rows():
     nothing = Spread(0, None, None)
     return [

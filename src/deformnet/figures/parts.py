@@ -28,6 +28,7 @@ from deformnet.figures.canvas import (
 _BOX: dict[str, Any] = {"edgecolor": YELLOW, "linewidth": 2.2}
 _PLAIN_BIN: dict[str, Any] = {"edgecolor": WHITE, "linewidth": 0.8, "linestyle": ":"}
 _MOVED_BIN: dict[str, Any] = {"edgecolor": VERMILLION, "linewidth": 1.6}
+_AROUND = 2.5  # times a box's side are shown of the image
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,20 @@ def draw_parts(axes: Axes, parts: Parts) -> None:
         for box in bins.reshape(-1, 4):
             axes.add_patch(_rectangle(box, style))
     axes.add_patch(_rectangle(parts.box, _BOX))
+    _look_closer(axes, parts)
+
+
+def _look_closer(axes: Axes, parts: Parts) -> None:
+    """Shows the part of the image around the box, in the image's proportions."""
+    height, width = parts.image.shape[1:]
+    x1, y1, x2, y2 = parts.box.tolist()
+    share = min(1, _AROUND * max((x2 - x1) / width, (y2 - y1) / height))
+    left, top = (
+        min(max((low + high - share * side) / 2, 0), (1 - share) * side)
+        for low, high, side in ((x1, x2, width), (y1, y2, height))
+    )
+    axes.set_xlim(left, left + share * width)
+    axes.set_ylim(top + share * height, top)
 
 
 def _rectangle(box: Tensor, style: Mapping[str, Any]) -> Rectangle:
