@@ -119,7 +119,8 @@ _PAGE = """<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>deformnet: plain and deformable, side by side</title>
 <style>
-{style}</style>
+{style}  tbody tr:first-child td {{ font-weight: 600; }}
+</style>
 </head>
 <body>
 <h1>Plain and deformable, side by side</h1>

@@ -61,10 +61,10 @@ def analyse(
     source = Source(predictor, run, data, split, images, objects)
     findings = Findings(run, plain, data, split, source, out)
     if network.deforms:
-        findings.sections += sections_of_filters(findings, network, twin, source)
+        findings.sections += sections_of_filters(findings, network, twin)
     if network.pooling is not None:
-        findings.sections.append(section_of_parts(findings, predictor, source))
-    findings.sections.append(section_of_cost(findings, network, twin, source))
+        findings.sections.append(section_of_parts(findings, predictor))
+    findings.sections.append(section_of_cost(findings, network, twin))
     return findings.write()
 
 

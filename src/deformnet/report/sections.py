@@ -43,9 +43,10 @@ _SCENES, _PARTS, _SHEET = 2, 6, 24  # images in the pictures
 
 
 def sections_of_filters(
-    findings: Findings, network: Network, twin: Network | None, source: Source
+    findings: Findings, network: Network, twin: Network | None
 ) -> Iterator[Section]:
     """All that needs deformable convolutions."""
+    source = findings.source
     rows, health = _statistics(network, source)
     findings.numbers["effective_dilation"] = [asdict(row) for row in rows]
     findings.numbers["offset_health"] = [asdict(layer) for layer in health]
@@ -55,10 +56,10 @@ def sections_of_filters(
         for scene in scenes
     ]
     if scenes:
-        yield from _sections_of_scenes(findings, network, twin, source, scenes)
+        yield from _sections_of_scenes(findings, network, twin, scenes)
     yield _section_of_dilation(findings, rows)
     yield _section_of_health(health)
-    yield _section_of_sheet(findings, network, source)
+    yield _section_of_sheet(findings, network)
 
 
 def _statistics(network: Network, source: Source) -> tuple[list[LayerDilation], list[LayerHealth]]:
@@ -86,10 +87,10 @@ def _sections_of_scenes(
     findings: Findings,
     network: Network,
     twin: Network | None,
-    source: Source,
     scenes: Sequence[Scene],
 ) -> Iterator[Section]:
     """Figures 5 and 6, and effective receptive fields."""
+    source = findings.source
     looks: dict[str, list[Look]] = {"plain": [], "deformable": []}
     for scene in scenes:
         image = source[scene.index][0]
@@ -143,7 +144,7 @@ def _sections_of_scenes(
             )
         ],
     )
-    yield _section_of_heats(findings, network, twin, source, scenes[0])
+    yield _section_of_heats(findings, network, twin, scenes[0])
 
 
 def _same_places(
@@ -162,8 +163,9 @@ def _same_places(
 
 
 def _section_of_heats(
-    findings: Findings, network: Network, twin: Network | None, source: Source, scene: Scene
+    findings: Findings, network: Network, twin: Network | None, scene: Scene
 ) -> Section:
+    source = findings.source
     image = source[scene.index][0]
     other = network.at_rest() if twin is None else twin
     units = scene.units if twin is None else _same_places(network, twin, image, scene.units)
@@ -265,7 +267,8 @@ def _section_of_health(health: Sequence[LayerHealth]) -> Section:
     )
 
 
-def _section_of_sheet(findings: Findings, network: Network, source: Source) -> Section:
+def _section_of_sheet(findings: Findings, network: Network) -> Section:
+    source = findings.source
     # Neighbours in a list are often frames of one film.
     count = min(_SHEET, len(source))
     chosen = [number * len(source) // count for number in range(count)]
@@ -289,11 +292,13 @@ def _section_of_sheet(findings: Findings, network: Network, source: Source) -> S
     )
 
 
-def section_of_parts(findings: Findings, predictor: Predictor, source: Source) -> Section:
+def section_of_parts(findings: Findings, predictor: Predictor) -> Section:
     assert isinstance(predictor, DetectionPredictor)
-    assert isinstance(source.dataset, DetectionDataset)
-    dataset = source.dataset
-    looking = (dataset[index] for index in tqdm(range(len(source)), desc="parts", disable=None))
+    dataset = findings.source.dataset
+    assert isinstance(dataset, DetectionDataset)
+    looking = (
+        dataset[index] for index in tqdm(range(len(findings.source)), desc="parts", disable=None)
+    )
     parts = find_parts(predictor, looking, _PARTS)
     findings.numbers["parts"] = [
         {
@@ -321,10 +326,8 @@ def section_of_parts(findings: Findings, predictor: Predictor, source: Source) -
     )
 
 
-def section_of_cost(
-    findings: Findings, network: Network, twin: Network | None, source: Source
-) -> Section:
-    image = source[0][0]
+def section_of_cost(findings: Findings, network: Network, twin: Network | None) -> Section:
+    image = findings.source[0][0]
     costs: dict[str, ModelCost] = {}
     sizes: dict[str, tuple[int, int]] = {}
     for it in (network, *([] if twin is None else [twin])):
