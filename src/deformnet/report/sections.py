@@ -138,7 +138,7 @@ def _sections_of_scenes(
             findings.picture(
                 "sampling",
                 sampling_figure(looks),
-                f"What three units sample through {len(network.layers)} layers "
+                f"What units sample through {len(network.layers)} layers "
                 f"({', '.join(network.layers)}), in {names}. Faint points lie outside the map, "
                 f"where there is nothing to read. {regular}",
             )
