@@ -71,7 +71,9 @@ class ResNetFeatures(Backbone):
         # Basic blocks have two 3x3 filters, in a row; bottlenecks one, between 1x1 filters.
         inside = ("conv2", "conv1") if isinstance(self.layer4[0], BasicBlock) else ("conv2",)
         return tuple(
-            f"layer4.{block}.{conv}" for block in reversed(range(len(self.layer4))) for conv in inside
+            f"layer4.{block}.{conv}"
+            for block in reversed(range(len(self.layer4)))
+            for conv in inside
         )
 
     def freeze_first_stages(self) -> None:

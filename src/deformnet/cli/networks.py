@@ -32,8 +32,8 @@ class Run:
     val_split: str | None = "val"
     """Images to score at the end; None for none."""
     stop_on_runaway: bool = False
-    """End the run, where otherwise there is a warning, when offsets run away: when samples are moved
-    by more than the map is long, or most of them have left it."""
+    """End the run when offsets run away, where otherwise there is a warning: when samples are
+    moved by more than the map is long, or most of them have left it."""
 
 
 def base_recipe(recipe: type[Recipe], arguments: Sequence[str]) -> Recipe:

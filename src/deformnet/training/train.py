@@ -107,9 +107,9 @@ def train(
             other; it takes the memory of one part.
         workers: processes that load images, for each training process; None chooses.
         checkpoint_every: iterations between checkpoints.
-        log_every: iterations between rows of the logs. In those iterations the offsets of deformable
-            layers are looked at, too, and a warning names a layer whose offsets run away
-            (`OffsetHealth`); TensorBoard shows them as `offsets/...`.
+        log_every: iterations between rows of the logs. In those iterations the offsets of
+            deformable layers are looked at, too, and a warning names a layer whose offsets run
+            away (`OffsetHealth`); TensorBoard shows them as `offsets/...`.
         stop_on_runaway: end the run when offsets run away.
         progress: show a bar.
     Returns:
