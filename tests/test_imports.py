@@ -35,6 +35,7 @@ for part, below in {
     "bench": ("inference", "analysis", "timing"),
     "figures": ("runs", "inference", "analysis"),
     "report": ("inference", "figures"),
+    "view": ("inference", "analysis"),
     "demo": ("training", "report"),
 }.items():
     MAY_IMPORT[part] = set(below).union(*(MAY_IMPORT[name] for name in below))

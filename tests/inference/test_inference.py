@@ -73,6 +73,14 @@ def test_photographs_are_turned_upright(tmp_path, orientation):
     assert np.array_equal(read_image(path, upright=True).permute(1, 2, 0).numpy(), upright)
 
 
+def test_sixteen_bits_are_not_white(tmp_path):
+    grey = np.arange(0, 65536, 17, dtype=np.uint16)[: 60 * 64].reshape(60, 64)
+    for name in ("deep.png", "deep.tif"):
+        Image.fromarray(grey).save(tmp_path / name)
+        read = read_image(tmp_path / name).numpy()
+        assert np.array_equal(read, np.broadcast_to(grey >> 8, (3, 60, 64)))
+
+
 def test_files_with_a_broken_one_among_them(predictor, tmp_path):
     first = save(tmp_path / "first.png", noise(20, 30))
     broken = save(tmp_path / "broken.jpg", noise(200, 300))

@@ -16,7 +16,7 @@ _BROKEN = (OSError, SyntaxError, ValueError, EOFError, zlib.error, struct.error)
 
 
 def read_image(path: Path, *, upright: bool = False) -> Tensor:
-    """Reads a JPEG or PNG file as RGB.
+    """Reads a JPEG or PNG file as RGB; of 16 bits the upper 8.
 
     Args:
         path: the file.
@@ -89,6 +89,9 @@ def _decode(path: Path, convert: str | None, upright: bool = False) -> Image.Ima
     with _readable(path), Image.open(path) as image:
         image.load()
         turned = ImageOps.exif_transpose(image) if upright else image.copy()
+        if convert is not None and turned.mode.startswith("I;16"):
+            # Pillow would take every value above 255 for white.
+            turned = Image.fromarray((np.asarray(turned) >> 8).astype(np.uint8))
         return turned if convert is None else turned.convert(convert)
 
 

@@ -1,0 +1,171 @@
+"""Opening runs and images, and serving the page until it is ended."""
+
+import errno
+import os
+import signal
+import socket
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+import torch
+
+from deformnet.view.images import LARGEST_FILE, ImageFiles, LabelledImages
+from deformnet.view.networks import open_networks
+
+_PORTS = range(7860, 7960)  # of which one that is free is taken
+
+
+def view(
+    run: Path,
+    images: Sequence[Path] = (),
+    *,
+    plain: Path | None = None,
+    data: Path | None = None,
+    split: str = "val",
+    host: str = "127.0.0.1",
+    port: int | None = None,
+    open: bool = False,
+    device: torch.device | str | None = None,
+) -> None:
+    """Serves the page until Ctrl-C.
+
+    Args:
+        run: with deformable layers.
+        images: files and folders to choose from; more can be sent to the page.
+        plain: run of the plain twin.
+        data, split: a data set to choose images from, whose truth is then shown.
+        host: address to listen at.
+        port: None takes one that is free.
+        open: open the page in a browser.
+        device: where to compute; None takes a GPU if there is one.
+    Raises:
+        FileNotFoundError, ValueError: as `open_networks`, `ImageFiles` and `LabelledImages`.
+        OSError: if it cannot listen there.
+        RuntimeError: if Gradio is not installed.
+    """
+    with serving(
+        run,
+        images,
+        plain=plain,
+        data=data,
+        split=split,
+        host=host,
+        port=port,
+        open=open,
+        device=device,
+    ) as address:
+        print(f"The page is at {address} (Ctrl-C ends it)", flush=True)
+        _wait()
+
+
+@contextmanager
+def serving(
+    run: Path,
+    images: Sequence[Path] = (),
+    *,
+    plain: Path | None = None,
+    data: Path | None = None,
+    split: str = "val",
+    host: str = "127.0.0.1",
+    port: int | None = None,
+    open: bool = False,
+    device: torch.device | str | None = None,
+) -> Iterator[str]:
+    """Serves the page, beside what else the program does; arguments and errors as `view`.
+
+    Yields:
+        Its address.
+    """
+    if images and data is not None:
+        raise ValueError("images, data: wanted one of them, got both")
+    port = _free_port(host, port)
+    with tempfile.TemporaryDirectory(prefix="deformnet-view-") as folder:
+        # Where Gradio keeps what it is sent and what it shows, which is to end with the page; and
+        # it asks for nothing elsewhere. It reads this when it is imported.
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+        try:
+            from deformnet.view.page import CSS, build_page, theme
+        except ModuleNotFoundError as error:
+            if (error.name or "").partition(".")[0] != "gradio":
+                raise
+            raise RuntimeError(
+                "the page needs Gradio, which is not installed: pip install 'deformnet[view]'"
+            ) from error
+        network, twin = open_networks(run, plain, device)
+        if data is not None:
+            listed = LabelledImages.open(network.predictor, data, split)
+        else:
+            listed = ImageFiles(images) if images else None
+        page = build_page(run.name, listed, network, twin)
+        try:
+            _, address, _ = page.launch(
+                server_name=host,
+                server_port=port,
+                inbrowser=open,
+                prevent_thread_lock=True,
+                quiet=True,
+                share=False,
+                enable_monitoring=False,
+                run_history=False,
+                ssr_mode=False,
+                pwa=False,
+                mcp_server=False,
+                footer_links=[],
+                max_file_size=LARGEST_FILE,
+                theme=theme(),
+                css=CSS,
+            )
+            yield address
+        finally:
+            page.close(verbose=False)
+
+
+def _free_port(host: str, port: int | None) -> int:
+    """The port, or the first that is free.
+
+    Raises:
+        OSError: if it is in use, or the host is not one of this machine.
+    """
+    for number in _PORTS if port is None else (port,):
+        try:
+            family, kind, protocol, _, address = socket.getaddrinfo(
+                host, number, type=socket.SOCK_STREAM
+            )[0]
+        except (OSError, OverflowError) as error:
+            raise OSError(f"host, port: cannot listen at {host}:{number}: {error}") from error
+        with socket.socket(family, kind, protocol) as tried:
+            # As servers do: a port whose last user has just ended is free.
+            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                tried.bind(address)
+            except (OSError, OverflowError) as error:
+                in_use = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
+                if not in_use:
+                    raise OSError(
+                        f"host, port: cannot listen at {host}:{number}: {error}"
+                    ) from error
+                continue
+        return number
+    if port is None:
+        raise OSError(f"port: all from {_PORTS[0]} to {_PORTS[-1]} are in use at {host}")
+    raise OSError(f"port: {port} is in use at {host}; name another one, or none to take a free one")
+
+
+def _wait() -> None:
+    """Until Ctrl-C, or until the system ends the program: what was sent is then removed, too."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        print()
+    finally:
+        signal.signal(signal.SIGTERM, before)
