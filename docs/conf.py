@@ -1,16 +1,11 @@
 """How Sphinx makes the pages: `make docs`."""
 
-import inspect
 import re
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
 
-from matplotlib.figure import Figure
 from sphinx.application import Sphinx
-from sphinx_gallery.scrapers import figure_rst
-from sphinx_gallery.sorting import FileNameSortKey
 
 import deformnet
 
@@ -27,7 +22,7 @@ extensions = [
     "sphinx.ext.viewcode",
     "sphinx_gallery.gen_gallery",
 ]
-exclude_patterns = ["_build", "images", "gallery/README.rst"]
+exclude_patterns = ["_build", "_made", "images"]
 
 html_theme = "furo"
 html_title = f"deformnet {release}"
@@ -39,14 +34,24 @@ default_role = "py:obj"
 nitpicky = True
 nitpick_ignore_regex = [
     ("py:obj", ".*"),
-    # No page of another project is fetched, so their names have no target; nor have our aliases.
-    ("py:.*", r"(torch|torchvision|lightning|pl|nn|np|numpy|matplotlib|PIL|pathlib|collections|tyro)\..*"),
+    # Pages of other projects are not fetched, so their names lead nowhere.
+    ("py:.*", r"(abc|collections|lightning|matplotlib|numpy|pathlib|PIL|nn|torch\w*)\..*"),
+    # Types that occur in public signatures, and are not public themselves.
+    ("py:class", r"deformnet\.(recipes|analysis\.sampling)\._\w+"),
+    ("py:class", r"deformnet\.models\.\w+\.(Features|RPNOutput|RoIs|RegionDetector)"),
+    ("py:class", r"deformnet\.data\.\w+\.(SegmentationDataset|Photo|Objects)"),
+    (
+        "py:class",
+        r"deformnet\.(datacheck\.check\.ListSummary|backbones\.features\.FrozenBatchNorm2d)",
+    ),
 ]
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
+autodoc_inherit_docstrings = False  # of torch.nn.Module.forward and the like
 autodoc_default_options = {"members": True, "show-inheritance": True}
 napoleon_use_rtype = False
-napoleon_use_ivar = True
+# "a, b: text" names two attributes there.
+napoleon_custom_sections = [("Attributes", "params_style")]
 python_maximum_signature_line_length = 88
 add_module_names = False
 
@@ -54,25 +59,12 @@ myst_enable_extensions = ["dollarmath", "colon_fence"]
 myst_heading_anchors = 3
 
 
-def shown_figures(block: tuple[Any, ...], block_vars: dict[str, Any], gallery_conf: dict[str, Any]) -> str:
-    """The figures that a cell of the gallery made, pyplot's or not."""
-    seen = block_vars.setdefault("seen_figures", [])
-    paths = []
-    for value in block_vars["example_globals"].values():
-        if isinstance(value, Figure) and not any(value is figure for figure in seen):
-            seen.append(value)
-            path = next(block_vars["image_path_iterator"])
-            value.savefig(path, dpi=130, facecolor="white")
-            paths.append(path)
-    return figure_rst(paths, gallery_conf["src_dir"])
-
-
 sphinx_gallery_conf = {
     "examples_dirs": "../examples",
     "gallery_dirs": "gallery",
     "filename_pattern": "/",
-    "within_subsection_order": FileNameSortKey,
-    "image_scrapers": (shown_figures,),
+    "within_subsection_order": "FileNameSortKey",
+    "image_scrapers": ("scraper.shown_figures",),
     "abort_on_example_error": True,
     "capture_repr": (),
     "remove_config_comments": True,
@@ -101,18 +93,26 @@ def relink(app: Sphinx, path: Path, parent: str, content: list[str]) -> None:
                 return f"]({new}{match[1].removeprefix(old)})"
         return match[0]
 
-    content[0] = re.sub(r"(?<!!)\]\(([^)]*)\)", lambda m: moved(m), content[0])
+    content[0] = re.sub(r"(?<!!)\]\(([^)]*)\)", moved, content[0])
 
 
-def fences(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
-    """Blocks between ``` in docstrings, as reStructuredText has them."""
-    result, inside = [], False
+def docstring(
+    app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]
+) -> None:
+    """Docstrings are plain text with a little Markdown: makes reStructuredText of that."""
+    # Of an attribute, napoleon takes what precedes a colon in the first line for its type: let that
+    # line be an empty one, which is an escaped space.
+    result, inside = [r"\ "] if what in ("attribute", "data", "property") else [], False
+    if lines and lines[0].startswith("Alias for field number"):
+        lines.clear()  # what a named tuple's fields are, its own docstring says
     for line in lines:
         if line.strip().startswith("```"):
             inside = not inside
             result += ["", "::", ""] if inside else [""]
+        elif inside:
+            result.append(f"    {line}")
         else:
-            result.append(f"    {line}" if inside else line)
+            result.append(line.replace("|", r"\|"))
     lines[:] = result
 
 
@@ -131,4 +131,4 @@ def setup(app: Sphinx) -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
     app.connect("builder-inited", make_parts, priority=100)
     app.connect("include-read", relink)
-    app.connect("autodoc-process-docstring", fences, priority=100)
+    app.connect("autodoc-process-docstring", docstring, priority=100)

@@ -56,14 +56,32 @@ def _border_line() -> Figure:
     values = torch.tensor([2.0, 3.0, 1.0, 2.5])
     figure = Figure(figsize=(8, 2.9), dpi=130, layout="constrained")
     axes = figure.subplots()
-    axes.bar(range(len(values)), values.tolist(), width=1, color="#e4e4e4", edgecolor="white", label="cells of the map")
+    axes.bar(
+        range(len(values)),
+        values.tolist(),
+        width=1,
+        color="#e4e4e4",
+        edgecolor="white",
+        label="cells of the map",
+    )
     y = torch.linspace(-2, len(values) + 1, 1201)
     for (border, colour), style in zip(_BORDERS, ("-", "--"), strict=True):
         read = _read(values[:, None], y, torch.zeros_like(y), border)
         # A jump is no line.
         jumps = np.abs(np.diff(read.numpy(), append=read[-1].item())) > 0.5
-        axes.plot(y.numpy(), np.where(jumps, np.nan, read.numpy()), style, color=colour, label=f'border="{border}"', linewidth=2)
-    axes.set(xlabel="position y (whole numbers are centres of cells)", ylabel="value read", xticks=range(-2, 6))
+        axes.plot(
+            y.numpy(),
+            np.where(jumps, np.nan, read.numpy()),
+            style,
+            color=colour,
+            label=f'border="{border}"',
+            linewidth=2,
+        )
+    axes.set(
+        xlabel="position y (whole numbers are centres of cells)",
+        ylabel="value read",
+        xticks=range(-2, 6),
+    )
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper center", ncols=3, frameon=False)
     return figure
@@ -85,7 +103,12 @@ def _border_plane() -> Figure:
         ax.set_title(f'border="{border}"')
     for ax in axes:
         ax.set(xlim=(-2, 5), ylim=(5, -2), xticks=[-1, 0, 3, 4], yticks=[-1, 0, 3, 4])
-        _frame(ax, (-0.5, -0.5, 3.5, 3.5), edgecolor="white" if ax is not axes[0] else "black", linestyle=":")
+        _frame(
+            ax,
+            (-0.5, -0.5, 3.5, 3.5),
+            edgecolor="white" if ax is not axes[0] else "black",
+            linestyle=":",
+        )
     assert picture is not None
     figure.colorbar(picture, ax=axes, label="value read", shrink=0.8)
     return figure
@@ -118,7 +141,9 @@ def _draw_rule(axes: Axes, rule: Sampling, *, moved: bool) -> None:
             here = moved and (row, column) == _MOVED
             if moved and not here:
                 continue
-            colour = np.array(to_rgb("#d55e00" if here else ("#56b4e9", "#009e73")[(row + column) % 2]))
+            colour = np.array(
+                to_rgb("#d55e00" if here else ("#56b4e9", "#009e73")[(row + column) % 2])
+            )
             share = (weights[row, column] / weights.max())[..., None]
             picture = picture * (1 - share * (1 - colour))
     axes.imshow(picture, vmin=0, vmax=1)
@@ -139,7 +164,13 @@ def _draw_rule(axes: Axes, rule: Sampling, *, moved: bool) -> None:
     left, top = float(x_axis.start[0, 0]) - lead, float(y_axis.start[0, 0]) - lead_y
     _frame(axes, (left, top, left + width, top + height), edgecolor="black", linewidth=1.8)
     scaled = [side * _SCALE - 0.5 for side in _BOX]
-    _frame(axes, (scaled[0], scaled[1], scaled[2], scaled[3]), edgecolor="#e69f00", linestyle="--", linewidth=1.5)
+    _frame(
+        axes,
+        (scaled[0], scaled[1], scaled[2], scaled[3]),
+        edgecolor="#e69f00",
+        linestyle="--",
+        linewidth=1.5,
+    )
     axes.set(xticks=range(0, _SIDE, 2), yticks=range(0, _SIDE, 2))
     axes.tick_params(labelsize=8)
 
@@ -156,8 +187,17 @@ def _outside() -> Figure:
         offset = torch.zeros(count, 2, _BINS, _BINS)
         offset[:, 0, 1, 2] = shifts / width
         ones = torch.ones(1, 1, _SIDE, _SIDE)
-        read = deform_roi_pool(ones, boxes, offset, _BINS, _SCALE, 1.0, sampling=rule, samples_per_bin=_SAMPLES)
-        axes.plot(shifts.numpy(), read[:, 0, 1, 2].numpy(), style, color=colour, linewidth=2, label=f'sampling="{rule}"')
+        read = deform_roi_pool(
+            ones, boxes, offset, _BINS, _SCALE, 1.0, sampling=rule, samples_per_bin=_SAMPLES
+        )
+        axes.plot(
+            shifts.numpy(),
+            read[:, 0, 1, 2].numpy(),
+            style,
+            color=colour,
+            linewidth=2,
+            label=f'sampling="{rule}"',
+        )
     axes.set(xlabel="shift of the right middle bin, in cells", ylabel="mean of a map of ones")
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper center", ncols=3, frameon=False)
@@ -184,7 +224,9 @@ def _weights(rule: Sampling, offset: Tensor) -> np.ndarray:
     """How much each cell counts in each bin, [k, k, H, W]: the gradient of the bin by the map."""
     maps = torch.zeros(1, 1, _SIDE, _SIDE, requires_grad=True)
     boxes = torch.tensor([[0, *_BOX]])
-    pooled = deform_roi_pool(maps, boxes, offset, _BINS, _SCALE, 1.0, sampling=rule, samples_per_bin=_SAMPLES)
+    pooled = deform_roi_pool(
+        maps, boxes, offset, _BINS, _SCALE, 1.0, sampling=rule, samples_per_bin=_SAMPLES
+    )
     found = [torch.autograd.grad(one, maps, retain_graph=True)[0][0, 0] for one in pooled.flatten()]
     return torch.stack(found).reshape(_BINS, _BINS, _SIDE, _SIDE).numpy()
 

@@ -2,14 +2,16 @@
 The operator in ten lines
 =========================
 
-A convolution reads its input on a grid. A deformable convolution adds an offset to every tap of that grid, at
-every position: :func:`deformnet.ops.deform_conv2d` takes them as a tensor, wherever they come from.
+A convolution reads its input on a grid. A deformable convolution adds an offset to every tap of
+that grid, at every position: :func:`deformnet.ops.deform_conv2d` takes them as a tensor, wherever
+they come from.
 """
 
 # %%
 # The ten lines
 # -------------
-# Offsets count in pixels of the input, ``(y, x)`` for each of the nine taps. Zeros give a plain convolution.
+# Offsets count in pixels of the input, ``(y, x)`` for each of the nine taps. Zeros give a plain
+# convolution.
 
 import torch
 from torch.nn.functional import conv2d
@@ -21,13 +23,17 @@ images = torch.randn(1, 3, 32, 32)
 weight = torch.randn(8, 3, 3, 3)
 offset = torch.zeros(1, 2 * 9, 32, 32)
 output = deform_conv2d(images, offset, weight, padding=1)
-print(output.shape, "equal to conv2d:", torch.allclose(output, conv2d(images, weight, padding=1), atol=1e-4))
+print(
+    output.shape,
+    "equal to conv2d:",
+    torch.allclose(output, conv2d(images, weight, padding=1), atol=1e-4),
+)
 
 # %%
 # Offsets that make a convolution another one
 # -------------------------------------------
-# If every tap moves by its own distance from the middle, the kernel is dilated by 2. Shifted taps read a
-# shifted image. Anything in between is a filter that no plain convolution has.
+# If every tap moves by its own distance from the middle, the kernel is dilated by 2. Shifted taps
+# read a shifted image. Anything in between is a filter that no plain convolution has.
 
 taps = torch.stack(torch.meshgrid(torch.arange(-1, 2), torch.arange(-1, 2), indexing="ij"), dim=-1)
 taps = taps.reshape(9, 2).float()  # (y, x) of each tap, from the middle
@@ -39,20 +45,24 @@ def field(moves: torch.Tensor) -> torch.Tensor:
 
 
 dilated = deform_conv2d(images, field(taps), weight, padding=1)
-print("dilation 2:", torch.allclose(dilated, conv2d(images, weight, padding=2, dilation=2), atol=1e-4))
+print(
+    "dilation 2:", torch.allclose(dilated, conv2d(images, weight, padding=2, dilation=2), atol=1e-4)
+)
 shifted = deform_conv2d(images, field(torch.tensor([[0.0, 5.0]]).expand(9, 2)), weight, padding=1)
 print("shifted by 5:", torch.allclose(shifted[..., 2:25], output[..., 7:30], atol=1e-4))
 
 # %%
 # What is read
 # ------------
-# The gradient of one output by the input is not zero exactly where that output reads. So it shows the taps, and
-# between pixels the four cells that the bilinear read mixes.
+# The gradient of one output by the input is not zero exactly where that output reads. So it shows
+# the taps, and between pixels the four cells that the bilinear read mixes.
 
 import matplotlib.pyplot as plt
 
 turn = torch.tensor(30.0).deg2rad()
-rotation = torch.stack([torch.stack([turn.cos(), -turn.sin()]), torch.stack([turn.sin(), turn.cos()])])
+rotation = torch.stack(
+    [torch.stack([turn.cos(), -turn.sin()]), torch.stack([turn.sin(), turn.cos()])]
+)
 kinds = {
     "zero": torch.zeros(9, 2),
     "dilated by 2": taps,
@@ -76,5 +86,5 @@ plt.show()
 # Blue is the output's own position, orange the taps, grey the weight with which a cell counts.
 #
 # Offsets have gradients as well, so a network can learn them: that is what
-# :class:`deformnet.DeformConv2d` does, with a small convolution of its own that makes them. What happens at the
-# border of the map is a rule with two names; see :doc:`/operators`.
+# :class:`deformnet.nn.DeformConv2d` does, with a small convolution of its own that makes them. What
+# happens at the border of the map is a rule with two names; see :doc:`/operators`.

@@ -2,11 +2,13 @@
 Where does it look?
 ===================
 
-Figure 6 of the paper shows which points of an image a unit reads, through three deformable layers: 9, 81 and 729
-of them. :func:`deformnet.analysis.record_sampling` finds them, in any model that has such layers.
+Figure 6 of the paper shows which points of an image a unit reads, through three deformable
+layers: 9, 81 and 729 of them. :func:`deformnet.analysis.record_sampling` finds them, in any model
+that has such layers.
 
-The network here is a small one, and its task is made so that it pays to look far: say, for every pixel, how large
-the disc is on which it lies. Three plain layers see 28 pixels of the image, large discs have up to 60.
+The network here is a small one, and its task is made so that it pays to look far: say, for every
+pixel, how large the disc is on which it lies. Three plain layers see 28 pixels of the image,
+large discs have up to 60.
 """
 
 # %%
@@ -22,7 +24,7 @@ SIDE = 96
 
 
 def discs(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Noisy images [count, 1, SIDE, SIDE] of a small and a large disc, and the radius at every pixel, by 10."""
+    """Noisy images [count, 1, SIDE, SIDE] of two discs, and a tenth of the radius at each pixel."""
     y, x = torch.meshgrid(torch.arange(SIDE), torch.arange(SIDE), indexing="ij")
     images = 0.3 * torch.randn(count, 1, SIDE, SIDE, generator=generator)
     radii = torch.zeros(count, 1, SIDE, SIDE)
@@ -37,7 +39,9 @@ def discs(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def block(inputs: int, outputs: int, stride: int) -> nn.Module:
-    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, padding=1), nn.BatchNorm2d(outputs), nn.ReLU())
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, 3, stride, padding=1), nn.BatchNorm2d(outputs), nn.ReLU()
+    )
 
 
 torch.manual_seed(0)
@@ -66,7 +70,8 @@ for iteration in range(200):
 # %%
 # The picture
 # -----------
-# One run of the network is recorded; then any of its units can be looked at. Layers are named from the top down.
+# One run of the network is recorded; then any of its units can be looked at. Layers are named from
+# the top down.
 
 from deformnet.analysis import SamplingLocations, record_sampling
 from deformnet.figures import Look, sampling_figure
@@ -75,7 +80,7 @@ images, radii = discs(1, generator)
 shown = (255 * (0.3 + 0.4 * images[0]).clamp(0, 1)).to(torch.uint8).expand(3, -1, -1)
 radius = radii[0, 0]
 places = {"background": (88.0, 88.0)}
-for what, disc in (("small disc", (0 < radius) & (radius < 1)), ("large disc", radius > 1)):
+for what, disc in (("small disc", (radius > 0) & (radius < 1)), ("large disc", radius > 1)):
     y, x = disc.nonzero().float().mean(0).tolist()
     places[what] = (y, x)
 stack = record_sampling(model, images, layers[::-1])
@@ -84,7 +89,9 @@ stack = record_sampling(model, images, layers[::-1])
 def look(what: str, point: tuple[float, float], at_rest: bool) -> Look:
     unit = stack.unit_at(point)
     levels = [stack.locations(unit, depth=depth, at_rest=at_rest) for depth in (1, 2, 3)]
-    first = [SamplingLocations(points[0], inside[0]) for points, inside in levels]  # of the first image
+    first = [
+        SamplingLocations(points[0], inside[0]) for points, inside in levels
+    ]  # of the first image
     return Look(shown, what, stack.centre(unit), first)
 
 
@@ -95,8 +102,10 @@ looks = {
 figure = sampling_figure(looks)
 
 # %%
-# Without offsets, as in the untrained network, the 729 points fall on a grid of 7x7. With those that were learned,
-# a unit on a large disc looks far around, and one on a small disc stays near it. How far offsets go depends on the task:
-# where nothing is to be gained from far away, they stay small.
+# Without offsets, as in the untrained network, the 729 points fall on a grid of 7x7. With those
+# that were learned, a unit on a large disc looks far around, and one on a small disc stays near it.
+# How far offsets go depends on the task: where nothing is to be gained from far away, they stay
+# small.
 #
-# Of a trained run, ``deformnet analyse RUN --data DIR --out DIR`` makes such pictures, and all others.
+# Of a trained run, ``deformnet analyse RUN --data DIR --out DIR`` makes such pictures, and all
+# others.

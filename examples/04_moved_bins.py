@@ -5,15 +5,16 @@ Deformable RoI bins
 Deformable RoI pooling moves the bins of a box to the parts of the object (Figure 7 of the paper).
 :func:`deformnet.analysis.moved_bins` says where they lie.
 
-The task is made so that moving pays: tell the colour of a bar that lies somewhere in a box full of other colours.
-The answer is the mean over the bins of what they read, so that only bins that lie on the bar can give it.
+The task is made so that moving pays: tell the colour of a bar that lies somewhere in a box full
+of other colours. The answer is the mean over the bins of what they read, so that only bins that
+lie on the bar can give it.
 """
 
 # %%
 # A task and a network
 # --------------------
-# The bins read the image's own colours; nothing else is learned but where to read. The offsets come from the
-# features of two convolutions, as in Figure 4 of the paper.
+# The bins read the image's own colours; nothing else is learned but where to read. The offsets come
+# from the features of two convolutions, as in Figure 4 of the paper.
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ SIDE, BOX = 64, (8.0, 8.0, 55.0, 55.0)  # the first and the last pixel of the bo
 
 
 def bars(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Images [count, 3, SIDE, SIDE] of a bright bar on dim patches, and the bar's colours [count, 3]."""
+    """Images [count, 3, SIDE, SIDE] of a bar on darker patches, and its colours [count, 3]."""
     y, x = torch.meshgrid(torch.arange(SIDE) - 31.5, torch.arange(SIDE) - 31.5, indexing="ij")
     patches = 0.4 * torch.rand(count, 3, SIDE // 8, SIDE // 8, generator=generator)
     images = patches.repeat_interleave(8, 2).repeat_interleave(8, 3)
@@ -90,6 +91,7 @@ found = [
 figure = parts_figure(found)
 
 # %%
-# Bins keep their size and cannot leave it: they can only move. In a detector the layers of the paper have offsets of
-# their own for every class, and :meth:`~deformnet.analysis.MovedBins.of_groups` picks those of a detection. They
-# learn from boxes and classes alone, so they move less clearly than here.
+# Bins keep their size and cannot leave it: they can only move. In a detector the layers of the
+# paper have offsets of their own for every class, and
+# :meth:`~deformnet.analysis.MovedBins.of_groups` picks those of a detection. They learn from boxes
+# and classes alone, so they move less clearly than here.

@@ -2,15 +2,17 @@
 Table 2 on made data
 ====================
 
-The paper's Table 2 asks how far the filters of deformable layers spread, by the size of the object on which they
-lie. The measure is the *effective dilation*: the mean distance between adjacent samples of a filter.
-:func:`deformnet.analysis.dilation_statistics` finds it over a data set, for any model.
+The paper's Table 2 asks how far the filters of deformable layers spread, by the size of the
+object on which they lie. The measure is the *effective dilation*: the mean distance between
+adjacent samples of a filter. :func:`deformnet.analysis.dilation_statistics` finds it over a data
+set, for any model.
 """
 
 # %%
 # Data and task
 # -------------
-# Scenes of the made data set, and a task made so that it pays to look far: the size of the object at every pixel.
+# Scenes of the made data set, and a task made so that it pays to look far: the size of the object
+# at every pixel.
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +25,7 @@ SHAPES = Shapes(height=96, width=96, objects=(1, 3), radius=(0.07, 0.45), clutte
 
 
 def load(split: str, number: int) -> tuple[Tensor, Tensor, Tensor]:
-    """An image [3, 96, 96], the size of the object at every pixel [96, 96], and the boxes [M, 4]."""
+    """An image [3, 96, 96], the size of the object at every pixel, and boxes [M, 4]."""
     drawn = scene(SHAPES, split, number)
     image = torch.from_numpy(drawn.image).permute(2, 0, 1) / 127.5 - 1
     instances = torch.from_numpy(drawn.instances)
@@ -36,7 +38,10 @@ def load(split: str, number: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 train = [load("train", number) for number in range(96)]
-images, sizes = torch.stack([image for image, _, _ in train]), torch.stack([size for _, size, _ in train])
+images, sizes = (
+    torch.stack([image for image, _, _ in train]),
+    torch.stack([size for _, size, _ in train]),
+)
 
 # %%
 # A network
@@ -44,7 +49,9 @@ images, sizes = torch.stack([image for image, _, _ in train]), torch.stack([size
 
 
 def block(inputs: int, outputs: int, stride: int) -> nn.Module:
-    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, padding=1), nn.BatchNorm2d(outputs), nn.ReLU())
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, 3, stride, padding=1), nn.BatchNorm2d(outputs), nn.ReLU()
+    )
 
 
 torch.manual_seed(0)
@@ -67,20 +74,22 @@ for iteration in range(200):
 # %%
 # The table
 # ---------
-# Small are objects of less than 96x96 pixels of the original image, large those of more than 224x224. The images
-# here have a side of 96, as if they were made from ones of 480: their scale is 0.2. Each cell is the mean and the
-# standard deviation over filters, and how many there are.
+# Small are objects of less than 96x96 pixels of the original image, large those of more than
+# 224x224. The images here have a side of 96, as if they were made from ones of 480: their scale is
+# 0.2. Each cell is the mean and the standard deviation over filters, and how many there are.
 
 from deformnet.analysis import dilation_statistics
 from deformnet.figures import dilation_figure, dilation_table
 
 SCALE = 0.2
 val = [load("val", number) for number in range(40)]
-rows = dilation_statistics(model, (AnnotatedImage(image, boxes / SCALE, SCALE) for image, _, boxes in val))
+rows = dilation_statistics(
+    model, (AnnotatedImage(image, boxes / SCALE, SCALE) for image, _, boxes in val)
+)
 print(dilation_table(rows))
 figure = dilation_figure(rows)
 
 # %%
-# The untrained network would have 1.0 ± 0.0 everywhere. What was learned here belongs to this task; that the
-# spread grows with the object is what it was made for. Measured on trained networks of the paper's kind,
-# ``deformnet analyse`` prints the same table for a run and its data set.
+# The untrained network would have 1.0 ± 0.0 everywhere. What was learned here belongs to this task;
+# that the spread grows with the object is what it was made for. Measured on trained networks of the
+# paper's kind, ``deformnet analyse`` prints the same table for a run and its data set.

@@ -2,11 +2,12 @@
 Train on your own folder
 ========================
 
-A folder in the layout of PASCAL VOC is all that training needs. Here it is made of drawn shapes. The command line does the same (see :doc:`/command-line`):
+A folder in the layout of PASCAL VOC is all that training needs. Here it is made of drawn shapes.
+The command line does the same (see :doc:`/command-line`):
 
 .. code-block:: bash
 
-    deformnet train deeplab --data DIR --out runs/mine --backbone resnet18 --short-side 64 --iterations 40
+    deformnet train deeplab --data DIR --out runs/mine --backbone resnet18 --iterations 2000
     deformnet evaluate runs/mine --data DIR --split val
     deformnet predict runs/mine photo.jpg --out predictions
 """
@@ -14,8 +15,9 @@ A folder in the layout of PASCAL VOC is all that training needs. Here it is made
 # %%
 # A folder
 # --------
-# Images, label maps of class indices, a list for each split, and the names of the classes where they are not VOC's.
-# Here the images come from the made data set, and all its shapes are one class: training is short.
+# Images, label maps of class indices, a list for each split, and the names of the classes where
+# they are not VOC's. Here the images come from the made data set, and all its shapes are one class:
+# training is short.
 
 import tempfile
 from pathlib import Path
@@ -36,18 +38,21 @@ for split, count in (("train", 48), ("val", 8)):
     for number, name in enumerate(names):
         drawn = scene(shapes, split, number)
         Image.fromarray(drawn.image).save(voc / f"JPEGImages/{name}.jpg")
-        Image.fromarray((drawn.labels > 0).astype("uint8")).save(voc / f"SegmentationClass/{name}.png")
+        Image.fromarray((drawn.labels > 0).astype("uint8")).save(
+            voc / f"SegmentationClass/{name}.png"
+        )
     (voc / f"ImageSets/Segmentation/{split}.txt").write_text("\n".join(names))
 (data / "classes.txt").write_text("background\nobject\n")
 
 # %%
-# What is missing or damaged in a folder, ``deformnet data check DIR`` finds; a whole made data set, ``deformnet
-# shapes DIR`` writes.
+# What is missing or damaged in a folder, ``deformnet data check DIR`` finds; a whole made data set,
+# ``deformnet shapes DIR`` writes.
 #
 # Train
 # -----
-# A recipe is all that decides the result: network, image size, schedule, seed. The run folder keeps it. Called
-# again, :func:`deformnet.training.train` continues a run that was stopped, and leaves one alone that is whole.
+# A recipe is all that decides the result: network, image size, schedule, seed. The run folder keeps
+# it. Called again, :func:`deformnet.training.train` continues a run that was stopped, and leaves
+# one alone that is whole.
 
 from deformnet.recipes import DeepLabRecipe
 from deformnet.training import evaluate, train
@@ -61,7 +66,7 @@ recipe = DeepLabRecipe(
     iterations=40,
     warmup=10,
     lr=0.03,
-    offset_lr_scale=0.1,  # from random weights, offsets that learn as fast as the rest can leave the map
+    offset_lr_scale=0.1,  # from random weights, faster offsets can leave the map
     clip=5.0,
 )
 run = folder / "run"
@@ -70,8 +75,8 @@ print(sorted(path.name for path in run.iterdir()))
 print(f"mean IoU {100 * metrics['mean_iou']:.1f} %")
 
 # %%
-# Forty iterations from random weights are few; for photographs one would start from a
-# classifier's weights (``init="IMAGENET1K_V1"``) and train for thousands.
+# Forty iterations from random weights are few; for photographs one would start from a classifier's
+# weights (``init="IMAGENET1K_V1"``) and train for thousands.
 #
 # Score and predict
 # -----------------
@@ -88,8 +93,13 @@ from deformnet.inference import SegmentationPredictor, overlay
 predictor = SegmentationPredictor.from_run(run)
 images = VOCSegmentation(data, "val")
 figure, axes = plt.subplots(3, 4, figsize=(8, 6.2), layout="constrained")
-for column, (image, truth) in zip(axes.T, images, strict=False):
-    shown = image.permute(1, 2, 0).numpy(), overlay(image, truth, images.classes), overlay(image, predictor(image), images.classes)
+for number, column in enumerate(axes.T):
+    image, truth = images[number]
+    shown = (
+        image.permute(1, 2, 0).numpy(),
+        overlay(image, truth, images.classes),
+        overlay(image, predictor(image), images.classes),
+    )
     for ax, picture in zip(column, shown, strict=True):
         ax.imshow(picture)
         ax.set(xticks=[], yticks=[])

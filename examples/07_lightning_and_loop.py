@@ -2,15 +2,16 @@
 In a plain loop, and in Lightning
 =================================
 
-Deformable layers are modules like any other and need no special training loop. What can go wrong is that their
-offsets run away; :class:`~deformnet.analysis.OffsetObserver` in a loop of your own, and
-:class:`~deformnet.training.health.OffsetHealth` in Lightning, see it.
+Deformable layers are modules like any other and need no special training loop. What can go wrong
+is that their offsets run away; :class:`~deformnet.analysis.OffsetObserver` in a loop of your own,
+and :class:`~deformnet.training.health.OffsetHealth` in Lightning, see it.
 """
 
 # %%
 # A network and a task
 # --------------------
-# Is a square or a disc in the noise? The network is a small one, with its last two convolutions made deformable.
+# Is a square or a disc in the noise? The network is a small one, with its last two convolutions
+# made deformable.
 
 import logging
 import warnings
@@ -37,7 +38,11 @@ def batch(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 def network() -> nn.Module:
     layers: list[nn.Module] = []
     for inputs, outputs, stride in ((1, 16, 2), (16, 32, 1), (32, 32, 1)):
-        layers += [nn.Conv2d(inputs, outputs, 3, stride, padding=1), nn.BatchNorm2d(outputs), nn.ReLU()]
+        layers += [
+            nn.Conv2d(inputs, outputs, 3, stride, padding=1),
+            nn.BatchNorm2d(outputs),
+            nn.ReLU(),
+        ]
     model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 2))
     deform_(model, "3", "6")
     return model
@@ -46,9 +51,9 @@ def network() -> nn.Module:
 # %%
 # A plain loop
 # ------------
-# The observer looks at the offsets of the steps it is asked about. ``health()`` has, for each layer, the mean
-# and the largest shift in pixels, the share of samples outside the map, and the gradient of the offsets' weights
-# beside that of the layer's.
+# The observer looks at the offsets of the steps it is asked about. ``health()`` has, for each
+# layer, the mean and the largest shift in pixels, the share of samples outside the map, and the
+# gradient of the offsets' weights beside that of the layer's.
 
 from deformnet.analysis import OffsetObserver
 
@@ -74,7 +79,9 @@ import matplotlib.pyplot as plt
 figure, (left, right) = plt.subplots(1, 2, figsize=(8, 2.8), layout="constrained")
 left.plot(losses, color="#0072b2")
 left.set(xlabel="iteration", ylabel="loss")
-for values, name, colour in zip(zip(*shifts, strict=True), ("layer 3", "layer 6"), ("#d55e00", "#009e73"), strict=True):
+for values, name, colour in zip(
+    zip(*shifts, strict=True), ("layer 3", "layer 6"), ("#d55e00", "#009e73"), strict=True
+):
     right.plot(values, label=name, color=colour)
 right.set(xlabel="iteration", ylabel="mean shift (pixels of its map)")
 right.legend(frameon=False)
@@ -83,7 +90,8 @@ plt.show()
 # %%
 # Lightning
 # ---------
-# The module says nothing of offsets; the callback logs them and warns. With ``stop=True`` it also ends the run.
+# The module says nothing of offsets; the callback logs them and warns. With ``stop=True`` it also
+# ends the run.
 
 import lightning.pytorch as pl
 
@@ -101,7 +109,9 @@ class Task(pl.LightningModule):
         return cross_entropy(self.model(images), labels)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(parameter_groups(self.model, self.lr, offset_lr_scale=1), momentum=0.9)
+        return torch.optim.SGD(
+            parameter_groups(self.model, self.lr, offset_lr_scale=1), momentum=0.9
+        )
 
 
 def fit(lr: float) -> tuple[pl.Trainer, OffsetHealth]:
@@ -131,7 +141,8 @@ for name, value in trainer.callback_metrics.items():
 print("stopped:", health.stopped)
 
 # %%
-# With a learning rate far too high the offsets leave the map. The callback names the layer and says what may help.
+# With a learning rate far too high the offsets leave the map. The callback names the layer and says
+# what may help.
 
 trainer, health = fit(lr=30.0)
 print("stopped:", health.stopped, "after", trainer.global_step, "iterations")

@@ -2,8 +2,9 @@
 Move from torchvision or mmcv
 =============================
 
-The operator takes torchvision's arguments in torchvision's order, the layer has the keys of mmcv's, and
-checkpoints of mmdetection and detectron2 are converted. What differs between them is said here, and shown.
+The operator takes torchvision's arguments in torchvision's order, the layer has the keys of
+mmcv's, and checkpoints of mmdetection and detectron2 are converted. What differs between them is
+said here, and shown.
 """
 
 # %%
@@ -30,15 +31,16 @@ def difference(a: Tensor, b: Tensor) -> str:
     return f"largest difference {(a - b).abs().max():.1e}"
 
 
-theirs = torchvision.ops.deform_conv2d(x, offset, weight, bias, padding=1, mask=mask)
+theirs = torchvision.ops.deform_conv2d(x, offset, weight, bias, padding=(1, 1), mask=mask)
 ours = deform_conv2d(x, offset, weight, bias, padding=1, mask=mask)
 print(difference(ours, theirs))
 
 # %%
 # The layer of torchvision
 # ------------------------
-# ``torchvision.ops.DeformConv2d`` is called with offsets that come from elsewhere. Ours makes them itself, by its
-# child ``conv_offset``. To move a network that has both, give our layer both sets of weights.
+# ``torchvision.ops.DeformConv2d`` is called with offsets that come from elsewhere. Ours makes them
+# itself, by its child ``conv_offset``. To move a network that has both, give our layer both sets of
+# weights.
 
 
 class Theirs(nn.Module):
@@ -69,14 +71,16 @@ print(difference(ours, theirs))
 # %%
 # The layers of mmcv
 # ------------------
-# ``DeformConv2dPack`` and ``ModulatedDeformConv2dPack`` have the keys of our layer, so their state dicts load as
-# they are. One thing is not in the names: mmcv's mask is a sigmoid, ours twice that, so that a new layer starts
-# as a plain convolution. Half of the weight makes up for it. mmcv need not be installed to see that; this is
-# its modulated layer, written with torchvision's operator.
+# ``DeformConv2dPack`` and ``ModulatedDeformConv2dPack`` have the keys of our layer, so their state
+# dicts load as they are. One thing is not in the names: mmcv's mask is a sigmoid, ours twice that,
+# so that a new layer starts as a plain convolution. Half of the weight makes up for it. mmcv need
+# not be installed to see that; this is its modulated layer, written with torchvision's operator.
 
 
 class ModulatedDeformConv2dPack(nn.Conv2d):
-    def __init__(self, inputs: int, outputs: int, kernel_size: int, padding: int, bias: bool) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, kernel_size: int, padding: int, bias: bool
+    ) -> None:
         super().__init__(inputs, outputs, kernel_size, padding=padding, bias=bias)
         self.conv_offset = nn.Conv2d(inputs, 3 * kernel_size**2, kernel_size, padding=padding)
 
@@ -98,11 +102,12 @@ print(difference(new(x), old(x)))
 # %%
 # Checkpoints of mmdetection
 # --------------------------
-# :func:`deformnet.backbones.foreign.from_mmdetection` (and ``from_detectron2``) takes the ResNet out of a
-# checkpoint: it knows the names, halves the weights of modulated layers, and says what it left out. A key that no
-# rule explains is an error. ``deformnet import-weights`` is the same as a command; see :doc:`/weights`. Here the
-# network is torchvision's ResNet-18 with two layers as above, and the checkpoint is named as mmdetection names it;
-# a real one comes from ``torch.load(path, weights_only=True)``.
+# :func:`deformnet.backbones.foreign.from_mmdetection` (and ``from_detectron2``) takes the ResNet
+# out of a checkpoint: it knows the names, halves the weights of modulated layers, and says what it
+# left out. A key that no rule explains is an error. ``deformnet import-weights`` is the same as a
+# command; see :doc:`/weights`. Here the network is torchvision's ResNet-18 with two layers as
+# above, and the checkpoint is named as mmdetection names it; a real one comes from
+# ``torch.load(path, weights_only=True)``.
 
 from deformnet.backbones.foreign import from_mmdetection
 
@@ -111,7 +116,9 @@ for name in ("conv1", "conv2"):
     layer = ModulatedDeformConv2dPack(512, 512, 3, padding=1, bias=False)
     nn.init.normal_(layer.conv_offset.weight, std=0.01)
     setattr(old.layer4[1], name, layer)
-checkpoint = {f"backbone.{key}": value for key, value in old.state_dict().items() if not key.startswith("fc.")}
+checkpoint = {
+    f"backbone.{key}": value for key, value in old.state_dict().items() if not key.startswith("fc.")
+}
 checkpoint["bbox_head.fc_cls.weight"] = torch.zeros(21, 512)
 
 found = from_mmdetection({"state_dict": checkpoint})
@@ -120,14 +127,21 @@ for what, keys in found.left_out.items():
     print(f"left out, {what}: {len(keys)} keys, such as {keys[0]}")
 
 # %%
-# What came out loads into our backbone, or into a file that ``--init`` takes, and gives the same features.
+# What came out loads into our backbone, or into a file that ``--init`` takes, and gives the same
+# features.
 
 from deformnet.backbones import resnet
 
 new = resnet(18, deform_layers=2, modulated=True, output_stride=32, reduce_channels=None).eval()
 new.load_state_dict(found.state, strict=False)  # batch norm's counters of batches are left out
 features: list[Tensor] = []
-old.layer4.register_forward_hook(lambda module, inputs, output: features.append(output))
+
+
+def keep(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    features.append(output)
+
+
+old.layer4.register_forward_hook(keep)
 images = torch.randn(1, 3, 128, 128)
 with torch.no_grad():
     old(images)

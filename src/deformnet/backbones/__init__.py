@@ -36,10 +36,10 @@ def backbone(
 ) -> Backbone:
     """A backbone by its name.
 
+    The other arguments are those of `resnet` and of `aligned_inception_resnet`.
+
     Args:
         name: resnet18, resnet34, resnet50, resnet101 or aligned-inception-resnet.
-        deform_layers, dilation, offset_groups, modulated, norm, output_stride, weights,
-            reduce_channels: see `resnet` and `aligned_inception_resnet`.
         stride_in_1x1: of ResNets; see `resnet`.
     Raises:
         ValueError: for an argument that the backbone cannot have, or weights of another one.

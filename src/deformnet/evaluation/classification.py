@@ -17,11 +17,12 @@ TOP = 5
 
 @dataclass(frozen=True)
 class ClassificationScores:
-    """Attributes:
-    top1_error: share of the images whose class is not the best scored one; NaN without images.
-    top5_error: share of the images whose class is not among the five best scored ones; None if
-        there are five classes or fewer, where it would always be 0.
-    class_errors: top-1 error over the images of each class; NaN for a class without images.
+    """
+    Attributes:
+        top1_error: share of the images whose class is not the best scored one; NaN without images.
+        top5_error: share of the images whose class is not among the five best scored ones; None if
+            there are five classes or fewer, where it would always be 0.
+        class_errors: top-1 error over the images of each class; NaN for a class without images.
     """
 
     top1_error: float

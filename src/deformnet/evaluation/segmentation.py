@@ -22,11 +22,12 @@ SIZES = ("small", "medium", "large")
 
 @dataclass(frozen=True)
 class SegmentationScores:
-    """Attributes:
-    mean_iou: mean of `iou` over the classes that occur; NaN if none does.
-    iou: intersection over union of each class; NaN for a class that occurs neither in the truth
-        nor in the predictions.
-    pixel_accuracy: right pixels among those that are scored; NaN if none is.
+    """
+    Attributes:
+        mean_iou: mean of `iou` over the classes that occur; NaN if none does.
+        iou: intersection over union of each class; NaN for a class that occurs neither in the truth
+            nor in the predictions.
+        pixel_accuracy: right pixels among those that are scored; NaN if none is.
     """
 
     mean_iou: float
