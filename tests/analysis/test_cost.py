@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -187,3 +188,20 @@ def test_the_table_of_layers():
     json.dumps(dataclasses.asdict(cost))
     with pytest.raises(ValueError, match="repeats: wanted at least 1, got 0"):
         model_cost(model, x, boxes, repeats=0)
+
+
+@pytest.mark.parametrize("modulated", [False, True])
+def test_torchvisions_convolution_costs_the_same(modulated):
+    ours = DeformConv2d(4, 6, 3, 2, padding=1, groups=2, modulated=modulated)
+    x = torch.randn(2, 4, 8, 9)
+    offset, mask = torch.zeros(2, 18, 4, 5), torch.ones(2, 9, 4, 5) if modulated else None
+    arguments = (ours.weight, ours.bias, 2, 1, 1, mask)
+    flops = count_flops(lambda: torchvision.ops.deform_conv2d(x, offset, *arguments))
+    assert flops == count_flops(lambda: deform_conv2d(x, offset, *arguments)) > 0
+    offset.requires_grad_()
+    x.requires_grad_()
+    backward = [
+        count_flops(operator(x, offset, *arguments).sum().backward)
+        for operator in (torchvision.ops.deform_conv2d, deform_conv2d)
+    ]
+    assert backward[0] == backward[1] > 2 * flops

@@ -5,7 +5,7 @@ import torch
 from networks import pair_of_networks, scaling_offsets
 from torch import nn
 
-from deformnet import DeformConv2d
+from deformnet import DeformConv2d, DeformRoIPool2d
 from deformnet.analysis import ReceptiveField, effective_receptive_field, receptive_field
 from deformnet.backbones.resnet import resnet
 
@@ -153,6 +153,8 @@ class Mixing(nn.Module):
         lambda x: x.flip(3),
         lambda x: (x.flatten(2) @ x.flatten(2).mT @ x.flatten(2)).view_as(x),
         lambda x: nn.functional.interpolate(x[..., ::2, ::2], scale_factor=2),
+        lambda x: nn.functional.grid_sample(x, torch.rand(2, 48, 40, 2), align_corners=False),
+        lambda x: torch.fft.fft2(x).real,
     ],
 )
 def test_fields_that_are_not_known(images, operation):
@@ -160,6 +162,19 @@ def test_fields_that_are_not_known(images, operation):
     assert receptive_field(model, images, "conv").size == (3, 3)
     with pytest.raises(ValueError, match="the receptive field behind aten"):
         receptive_field(model, images, "")
+
+
+def test_bins_that_are_as_many_as_cells():
+    class Head(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.pool = DeformRoIPool2d(3, 7)
+
+        def forward(self, x):
+            return self.pool(x, torch.tensor([[0.0, 1, 1, 5, 5]]))
+
+    with pytest.raises(ValueError, match=r"behind deformnet\.roi_pool is not known"):
+        receptive_field(Head(), torch.rand(1, 3, 7, 7), "pool")
 
 
 def test_what_cannot_be_answered_is_refused(images):
@@ -175,3 +190,54 @@ def test_what_cannot_be_answered_is_refused(images):
     nn.init.zeros_(model[3].weight)
     with pytest.raises(ValueError, match=r"no gradient comes to the image from \(1, 2\) of '3'"):
         effective_receptive_field(model, images, "3", (1, 2))
+
+
+class Written(nn.Module):
+    """A wide branch that is written into channels of a narrow one."""
+
+    def __init__(self, write):
+        super().__init__()
+        self.narrow, self.wide = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 7, padding=3)
+        self.write = write
+
+    def forward(self, x):
+        y = self.narrow(x)
+        self.write(y, self.wide(x))
+        return y.relu_()
+
+
+def write_whole(y, wide):
+    y[:, :1] = wide[:, :1]
+
+
+def write_view_of_view(y, wide):
+    y.split((1, 2), dim=1)[1][0].add_(wide[0, 1:])
+
+
+def write_every_other(y, wide):
+    y[..., ::2, ::2] += wide[..., ::2, ::2]
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_what_is_written_into_a_part_counts(images, mode):
+    with mode():
+        for write in (write_whole, write_view_of_view):
+            assert receptive_field(Written(write), images, "").size == (7, 7)
+        with pytest.raises(ValueError, match=r"behind aten\.slice is not known"):
+            receptive_field(Written(write_every_other), images, "")
+
+
+def test_in_inference_mode():
+    """Where PyTorch does not take operations apart by itself, in the run or around it."""
+    image = torch.rand(1, 3, 48, 40)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding="same"),
+        nn.MaxPool2d(3, 1, padding=1),
+        nn.Conv2d(4, 4, 3, 2, padding=1),
+        DeformConv2d(4, 4, 3, padding=1),
+    )
+    expected = ReceptiveField((11, 11), (2, 2), (-5, -5))
+    assert receptive_field(model, image, "3") == expected
+    assert receptive_field(model, image, "3", call=torch.inference_mode()(model)) == expected
+    with torch.inference_mode():
+        assert receptive_field(model, image, "3") == expected

@@ -132,3 +132,30 @@ def test_offsets_that_are_not_finite(images):
 def test_a_model_without_deformable_layers():
     with pytest.raises(ValueError, match="has no deformable convolution"):
         OffsetObserver(nn.Conv2d(3, 4, 3))
+
+
+def test_a_batch_without_images(images):
+    """Such as that of the boxes of an image in which nothing was found."""
+    model = pair_of_networks()[0]
+    for layer in health(model, images[:0]):
+        assert (layer.mean_shift, layer.outside, layer.runaway()) == (0, 0, None)
+    model.zero_grad()
+    both = health(model, images[:0], images)
+    model.zero_grad()
+    assert both == health(model, images)
+
+
+def test_a_model_that_was_compiled_before(images):
+    """Its code calls no hooks that came after it."""
+    model = pair_of_networks()[0]
+    expected = health(model, images)
+    model.zero_grad()
+    compiled = torch.compile(model, backend="eager")
+    for _ in range(2):
+        compiled(images)
+        found = health(compiled, images)
+        assert [layer.layer for layer in found] == ["_orig_mod.1", "_orig_mod.3"]
+        for one, other in zip(found, expected, strict=True):
+            assert one.mean_shift == pytest.approx(other.mean_shift)
+            assert one.gradient_ratio == pytest.approx(other.gradient_ratio, rel=1e-3)
+        model.zero_grad()

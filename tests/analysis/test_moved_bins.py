@@ -142,3 +142,17 @@ def test_arguments_by_name_and_the_models_mode():
     found = moved_bins(head, "pool", features, BOXES)
     assert torch.equal(found.plain, moved_bins(Head(), "pool", features, BOXES).plain)
     assert head.training
+
+
+def test_boxes_are_left_as_they_are():
+    class Call(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.pool = DeformRoIPool2d(2, 2)
+
+        def forward(self, features, boxes):
+            return self.pool(features, boxes)
+
+    boxes = BOXES.double()
+    moved_bins(Call().double(), "pool", torch.zeros(2, 2, 40, 40).double(), boxes)
+    assert torch.equal(boxes, BOXES.double())

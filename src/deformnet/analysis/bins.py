@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from deformnet.analysis.layers import evaluating
+from deformnet.analysis.layers import evaluating, hooks_called
 from deformnet.nn import DeformPSRoIPool2d, DeformRoIPool2d
 
 
@@ -77,7 +77,7 @@ def moved_bins(
 
     handle = pool.register_forward_pre_hook(note, with_kwargs=True)
     try:
-        with evaluating(model):
+        with evaluating(model), hooks_called():
             (call or model)(*inputs)
     finally:
         handle.remove()
@@ -89,7 +89,7 @@ def moved_bins(
     if not isinstance(boxes, Tensor):
         boxes = torch.cat([torch.cat([part.new_zeros(len(part), 1), part], 1) for part in boxes])
     ph, pw = pool.output_size
-    corners = boxes[:, 1:].double()
+    corners = boxes[:, 1:].to(torch.float64, copy=True)
     sizes = _measured(pool, corners).float()
     corners[:, 2:] += pool.sampling != "aligned"
     corners = corners.float()

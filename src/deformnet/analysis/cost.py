@@ -1,8 +1,8 @@
 """How much arithmetic a network does, its deformable layers included.
 
 PyTorch's `torch.utils.flop_counter` counts convolutions and matrix products. Importing this module
-tells it what the operators of this package cost, so that its `FlopCounterMode` can also be used by
-itself, to see the modules one by one.
+tells it what the operators of this package cost, and torchvision's deformable convolution, so that
+its `FlopCounterMode` can also be used by itself, to see the modules one by one.
 """
 
 import statistics
@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torchvision  # noqa: F401 (defines torch.ops.torchvision)
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 import deformnet.ops  # noqa: F401 (defines torch.ops.deformnet)
-from deformnet.analysis.layers import evaluating
+from deformnet.analysis.layers import evaluating, hooks_called
 from deformnet.nn import DeformConv2d, DeformPSRoIPool2d, DeformRoIPool2d
 from deformnet.ops.checks import values_known
 
@@ -34,7 +35,8 @@ def count_flops(call: Callable[[], object]) -> int:
 
     - deformable convolution: the multiply-adds of the plain convolution, and four for each channel
       of each sample, one for each pixel of the bilinear read. A mask costs nothing besides, as it
-      goes into the four weights. Its `conv_offset` is a convolution like any other.
+      goes into the four weights. Its `conv_offset` is a convolution like any other. torchvision's
+      costs the same.
     - deformable RoI pooling, plain and position-sensitive, with and without offsets: four
       multiply-adds for each channel of each sample. How many samples a box has is decided by the
       rule of sampling, whether they lie on the map or not.
@@ -43,8 +45,8 @@ def count_flops(call: Callable[[], object]) -> int:
       (for the weights), spread over the map, or compared with its pixels (for offsets and masks).
 
     It is arithmetic by definition, not what a kernel saves or adds. Not counted are element-wise
-    operations, normalisation, max pooling and interpolation; torchvision's own operators, such as
-    `nms` and `roi_align`; and the reference implementation (`backend="reference"`), but for the
+    operations, normalisation, max pooling and interpolation; torchvision's other operators, such
+    as `nms` and `roi_align`; and the reference implementation (`backend="reference"`), but for the
     matrix products inside.
 
     Args:
@@ -107,12 +109,14 @@ def model_cost(model: nn.Module, *inputs: Any, repeats: int = 5) -> ModelCost:
 
     A layer is a module without children; the deformable layers of this package are one each, with
     what makes their offsets. On a GPU the layers are timed one at a time, as it has to finish each
-    before the next begins, so that their times add up to more than the model's.
+    before the next begins, so that their times add up to more than the model's. Those of a compiled
+    model are timed as they are without compilation.
 
     Args:
         model: any network; run in evaluation mode and without gradients.
         inputs: what it is called with.
-        repeats: timed passes, after one that warms up; at least 1.
+        repeats: timed passes, of the layers and of the whole, each after one that warms up; at
+            least 1.
     Raises:
         ValueError: if `repeats` is below 1.
     """
@@ -151,6 +155,7 @@ def model_cost(model: nn.Module, *inputs: Any, repeats: int = 5) -> ModelCost:
             with _around(layers, now, add):
                 model(*inputs)
             passes.append(seconds)
+        model(*inputs)  # one that is compiled may have to be now
         totals = []
         held = torch.cuda.memory_allocated(device) if cuda else 0
         if cuda:
@@ -210,7 +215,8 @@ def _around(
 
         handles += [layer.register_forward_pre_hook(begin), layer.register_forward_hook(end)]
     try:
-        yield
+        with hooks_called():
+            yield
     finally:
         for handle in handles:
             handle.remove()
@@ -258,6 +264,30 @@ def _deform_conv2d_backward(
     if by_weight:
         total += products + reads
     return _MULTIPLY_ADD * (total + by_input * reads + by_position * reads)
+
+
+@register_flop_formula(torch.ops.torchvision.deform_conv2d)
+def _torchvision_deform_conv2d(
+    input: Sequence[int],
+    weight: Sequence[int],
+    *others: object,
+    out_shape: Sequence[int],
+) -> int:
+    products, reads = _multiply_adds(input, weight, out_shape)
+    return _MULTIPLY_ADD * (products + reads)
+
+
+@register_flop_formula(torch.ops.torchvision._deform_conv2d_backward)
+def _torchvision_deform_conv2d_backward(
+    grad_output: Sequence[int],
+    input: Sequence[int],
+    weight: Sequence[int],
+    *others: object,
+    out_shape: object,
+) -> int:
+    # It computes all gradients, whichever are wanted.
+    products, reads = _multiply_adds(input, weight, grad_output)
+    return _MULTIPLY_ADD * (2 * products + 3 * reads)
 
 
 def _multiply_adds(

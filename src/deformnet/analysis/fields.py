@@ -164,6 +164,7 @@ class FieldTracer(TorchDispatchMode):
         # A text is the name of the operation behind which the field is not known.
         self._fields: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._fields[image] = ReceptiveField((1, 1), (1, 1), (0, 0))
+        self._viewed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # of views, the whole
 
     def field(self, map: Tensor) -> ReceptiveField:
         """The field of a tensor that was computed.
@@ -184,6 +185,11 @@ class FieldTracer(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        # In inference mode a convolution, say, comes whole, and not as what it consists of.
+        with self:
+            output = func.decompose(*args, **kwargs)
+        if output is not NotImplemented:
+            return output
         output = func(*args, **kwargs)
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         tracked = [tensor for tensor in inputs if tensor in self._fields]
@@ -194,8 +200,20 @@ class FieldTracer(TorchDispatchMode):
         for result in tree_leaves(output):
             if isinstance(result, Tensor):
                 field = self._follow(func.overloadpacket, arguments, tracked, result)
-                self._fields[result] = str(func.overloadpacket) if field is None else field
+                field = str(func.overloadpacket) if field is None else field
+                self._fields[result] = field
+                if func.is_view:
+                    self._viewed[result] = self._viewed.get(tracked[0], tracked[0])
+                elif (whole := self._viewed.get(result)) is not None:
+                    self._write_part(whole, field)
         return output
+
+    def _write_part(self, whole: Tensor, written: ReceptiveField | str) -> None:
+        """Adds what was written to a view, in place, to what the tensor sees that it is of."""
+        before = self._fields[whole]
+        if isinstance(before, ReceptiveField):
+            union = written if isinstance(written, str) else _union([before, written])
+            self._fields[whole] = "parts of different strides" if union is None else union
 
     def _follow(
         self, operation: Any, arguments: dict[str, Any], tracked: list[Tensor], result: Tensor
@@ -224,7 +242,22 @@ _MIXING = {
     for name in (
         *("mm", "bmm", "addmm", "baddbmm", "permute", "transpose", "t", "roll", "flip"),
         *("_adaptive_avg_pool2d", "cumsum", "sort", "gather", "index", "index_select"),
+        *(
+            "grid_sampler_2d",
+            "_fft_c2c",
+            "index_put_",
+            "scatter",
+            "avg_pool3d",
+            "max_pool3d_with_indices",
+        ),
     )
+} | {
+    # Bins may be as many as cells.
+    torch.ops.deformnet.roi_pool,
+    torch.ops.torchvision.roi_align,
+    torch.ops.torchvision.roi_pool,
+    torch.ops.torchvision.ps_roi_align,
+    torch.ops.torchvision.ps_roi_pool,
 }
 
 

@@ -132,7 +132,7 @@ class OffsetObserver:
             mean = outside = at_rest = 0.0
             largest: list[float] = []
             for call in calls:
-                share = call.samples / samples
+                share = call.samples / max(samples, 1)
                 mean += share * next(values)
                 largest.append(next(values))
                 outside += share * next(values)

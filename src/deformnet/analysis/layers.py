@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -156,10 +156,16 @@ def watching(layers: Mapping[str, nn.Module], see: Callable[[Call], None]) -> It
             if isinstance(layer, DeformConv2d):
                 handles.append(layer.conv_offset.register_forward_hook(note_offset(name)))
             handles.append(layer.register_forward_hook(note(name), with_kwargs=True))
-        yield
+        with hooks_called():
+            yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def hooks_called() -> AbstractContextManager[None]:
+    """Compiled models run as they were written: their code knows no hooks that came later."""
+    return torch.compiler.set_stance("force_eager")
 
 
 @contextmanager
