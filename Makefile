@@ -45,11 +45,10 @@ bench: $(READY)
 	$(BIN)/deformnet bench table4 --out $(BENCH)/table4.json
 	$(BIN)/deformnet bench training-step --out $(BENCH)/training-step.json
 
-# The gallery's scripts run as the pages are built, on one thread as their tensors are small; any warning
-# is an error.
+# The gallery's scripts run as the pages are built, on one thread as their tensors are small; any
+# warning is an error.
 DOCS := docs/_build/html
 docs: $(READY)
-	$(BIN)/python -c 'import furo, myst_parser, sphinx_gallery' 2> /dev/null || $(BIN)/python -m pip install --quiet --editable '.[docs]'
 	OMP_NUM_THREADS=1 MPLBACKEND=Agg $(BIN)/python -m sphinx -W --keep-going -b html docs $(DOCS)
 	@echo "The pages: $(abspath $(DOCS))/index.html"
 
