@@ -175,6 +175,7 @@ class _Page:
                 outputs,
                 show_progress="minimal",
                 api_visibility="private",
+                trigger_mode="always_last",  # while a slider moves, only where it is now
             )
 
         on(self.blocks.load, self._choose, [self.choice, *controls], everything)
@@ -185,8 +186,7 @@ class _Page:
             on(picture.select, self._click_flat, controls, looked)
         for control in (self.which, self.score):
             on(control.input, self._redraw, controls, everything)
-        # A slider says where it is while it is drawn; the end is enough.
-        on(self.depth.release, self._redraw_picture, controls, looked)
+        on(self.depth.input, self._redraw_picture, controls, looked)
         on(self.shows.input, self._redraw_picture, controls, looked)
         self.blocks.unload(self._forget)
 

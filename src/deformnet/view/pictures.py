@@ -149,21 +149,21 @@ def draw_bins(
         what: class and score.
     """
     picture = picture.copy()
-    for bin in frame.edges(plain).reshape(-1, 4).tolist():
-        _dotted(picture, bin, PLAIN_BIN)
-    # A dark edge around each would hide its neighbours' lines: first all edges, then all lines.
-    bins = frame.edges(moved).reshape(-1, 4).tolist()
-    draw = ImageDraw.Draw(picture)
-    for x1, y1, x2, y2 in bins:
-        draw.rectangle((x1 - 1, y1 - 1, max(x1, x2) + 1, max(y1, y2) + 1), outline=_EDGE, width=4)
-    for x1, y1, x2, y2 in bins:
-        draw.rectangle((x1, y1, max(x1, x2), max(y1, y2)), outline=MOVED_BIN, width=2)
     edges = frame.edges(box).tolist()
     _rectangle(picture, edges, BOX, width=3)
+    draw = ImageDraw.Draw(picture)
     font = ImageFont.load_default(size=18)
     left, top, right, bottom = draw.textbbox((edges[0], edges[1] - 4), what, font, anchor="lb")
     draw.rectangle((left - 4, top - 3, right + 4, bottom + 3), fill=BOX, outline=_EDGE)
     draw.text((edges[0], edges[1] - 4), what, _EDGE, font, anchor="lb")
+    for bin in frame.edges(plain).reshape(-1, 4).tolist():
+        _dotted(picture, bin, PLAIN_BIN)
+    # A dark edge around each would hide its neighbours' lines: first all edges, then all lines.
+    bins = frame.edges(moved).reshape(-1, 4).tolist()
+    for x1, y1, x2, y2 in bins:
+        draw.rectangle((x1 - 1, y1 - 1, max(x1, x2) + 1, max(y1, y2) + 1), outline=_EDGE, width=4)
+    for x1, y1, x2, y2 in bins:
+        draw.rectangle((x1, y1, max(x1, x2), max(y1, y2)), outline=MOVED_BIN, width=2)
     return picture
 
 
