@@ -5,7 +5,10 @@ import sys
 import warnings
 from pathlib import Path
 
+from docutils import nodes
+from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.application import Sphinx
+from sphinx.writers.html5 import HTML5Translator
 
 import deformnet
 
@@ -28,6 +31,8 @@ html_theme = "furo"
 html_title = f"deformnet {release}"
 html_static_path = ["_static"]
 html_css_files = ["pages.css"]
+html_show_copyright = False
+html_math_renderer = "mathml"
 
 # A name in single backticks is a link where it is known, and plain code elsewhere.
 default_role = "py:obj"
@@ -93,6 +98,7 @@ def relink(app: Sphinx, path: Path, parent: str, content: list[str]) -> None:
                 return f"]({new}{match[1].removeprefix(old)})"
         return match[0]
 
+    content[0] = content[0].replace("[results](results)", "`benchmarks/results`")
     content[0] = re.sub(r"(?<!!)\]\(([^)]*)\)", moved, content[0])
 
 
@@ -116,6 +122,16 @@ def docstring(
     lines[:] = result
 
 
+def inline_math(translator: HTML5Translator, node: nodes.math) -> None:
+    translator.body.append(tex2mathml(node.astext()))
+    raise nodes.SkipNode
+
+
+def block_math(translator: HTML5Translator, node: nodes.math_block) -> None:
+    translator.body.append(f'<div class="math">{tex2mathml(node.astext(), as_block=True)}</div>')
+    raise nodes.SkipNode
+
+
 def make_parts(app: Sphinx) -> None:
     """What is computed for the pages: pictures of the rules, and the help of every command."""
     import commands
@@ -129,6 +145,8 @@ def make_parts(app: Sphinx) -> None:
 
 def setup(app: Sphinx) -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
+    # MathJax would be fetched from elsewhere whenever a page is opened; browsers know MathML.
+    app.add_html_math_renderer("mathml", (inline_math, None), (block_math, None))
     app.connect("builder-inited", make_parts, priority=100)
     app.connect("include-read", relink)
     app.connect("autodoc-process-docstring", docstring, priority=100)

@@ -79,7 +79,7 @@ for ax, (name, moves) in zip(axes, kinds.items(), strict=True):
     y, x = (16 + taps + moves).T.numpy()
     ax.scatter(x, y, s=14, color="#d55e00", zorder=2)
     ax.plot(16, 16, marker="P", color="#56b4e9", markersize=9, markeredgecolor="black")
-    ax.set(title=name, xlim=(6.5, 25.5), ylim=(25.5, 6.5), xticks=[], yticks=[])
+    ax.set(title=name, xlim=(8.5, 23.5), ylim=(23.5, 8.5), xticks=[], yticks=[])
 plt.show()
 
 # %%

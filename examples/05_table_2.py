@@ -91,5 +91,5 @@ figure = dilation_figure(rows)
 
 # %%
 # The untrained network would have 1.0 ± 0.0 everywhere. What was learned here belongs to this task;
-# that the spread grows with the object is what it was made for. Measured on trained networks of the
-# paper's kind, ``deformnet analyse`` prints the same table for a run and its data set.
+# that the spread grows with the object, most of all in the topmost layer, is what it was made for.
+# Of a trained run, ``deformnet analyse RUN --data DIR --out DIR`` makes the same table.

@@ -60,7 +60,7 @@ from deformnet.analysis import OffsetObserver
 torch.manual_seed(0)
 generator = torch.Generator().manual_seed(0)
 model = network()
-optimizer = torch.optim.SGD(parameter_groups(model, lr=0.1, weight_decay=1e-4), momentum=0.9)
+optimizer = torch.optim.SGD(parameter_groups(model, lr=0.05, offset_lr_scale=0.1), momentum=0.9)
 observer = OffsetObserver(model)
 losses, shifts = [], []
 for _ in range(120):
@@ -72,7 +72,11 @@ for _ in range(120):
     optimizer.step()
     losses.append(loss.item())
     shifts.append([layer.mean_shift for layer in observer.health()])
-print(*observer.health(), sep="\n")
+for layer in observer.health():
+    print(
+        f"layer {layer.layer}: mean shift {layer.mean_shift:.2f}, largest {layer.largest_shift:.2f}"
+    )
+    print(f"    outside the map {layer.outside:.1%}, at rest {layer.outside_at_rest:.1%}")
 
 import matplotlib.pyplot as plt
 
@@ -110,7 +114,7 @@ class Task(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(
-            parameter_groups(self.model, self.lr, offset_lr_scale=1), momentum=0.9
+            parameter_groups(self.model, self.lr, offset_lr_scale=0.1), momentum=0.9
         )
 
 
@@ -134,8 +138,8 @@ def fit(lr: float) -> tuple[pl.Trainer, OffsetHealth]:
 
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # its hints do not matter here
-warnings.filterwarnings("ignore", module="lightning")
-trainer, health = fit(lr=0.1)
+warnings.filterwarnings("ignore", module="lightning|deformnet")  # what is warned of, is printed
+trainer, health = fit(lr=0.05)
 for name, value in trainer.callback_metrics.items():
     print(f"{name:32} {float(value):.3f}")
 print("stopped:", health.stopped)
@@ -144,6 +148,6 @@ print("stopped:", health.stopped)
 # With a learning rate far too high the offsets leave the map. The callback names the layer and says
 # what may help.
 
-trainer, health = fit(lr=30.0)
+trainer, health = fit(lr=2.0)
 print("stopped:", health.stopped, "after", trainer.global_step, "iterations")
 print(health.reason())
