@@ -8,12 +8,12 @@ deformable layers learn for the same budget: the same images in the same order, 
 weights, steps and learning rates. DeepLab is trained at all strengths, R-FCN (whose pooling is
 then deformable, too) at the two ends.
 
-The networks are the library's DeepLab and R-FCN, but on a residual network of eleven layers at
-stride 8 and with a plain loop, so that a run takes two minutes on one core: a ResNet-18 learns
-next to nothing in that time, and what has not learned cannot differ. Table 2 comes from the same
-runs: effective dilation, layer by layer, by size of object.
+The networks are the library's DeepLab and R-FCN, but on a residual network of nine 3x3
+convolutions at stride 8 and with a plain loop, so that a run takes two minutes on one core: a
+ResNet-18 learns next to nothing in that time, and what has not learned cannot differ. Table 2
+comes from the same runs: effective dilation, layer by layer, by size of object.
 
-Runs that are in OUT already are not repeated; a call that was stopped goes on with the run that
+Runs that are in OUT already are not repeated; a call that was stopped begins again the run that
 it was in.
 """
 
@@ -504,7 +504,8 @@ def _plot_dilation(axes: Axes, row: Mapping[str, Any]) -> None:
     axes.set_xticks(range(len(SIZES)), SIZES)
     axes.set_xlim(-0.5, len(SIZES) - 0.5)
     axes.set_xlabel("filters centred on")
-    axes.legend()
+    axes.margins(y=0.3)  # room for the legend
+    axes.legend(loc="upper left")
 
 
 def report(results: Sequence[Mapping[str, Any]], found: Mapping[str, Any], out: Path) -> str:
