@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torchvision
 from networks import Foreign, pair_of_networks
 from torch import nn
 
@@ -97,6 +98,24 @@ def test_a_frozen_offset_layer_has_no_ratio(images):
     layer.offset.weight.requires_grad_(False)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), layer)
     assert health(model, images)[0].gradient_ratio is None
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_offsets_that_a_linear_layer_makes(images, bias):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.linear = nn.Conv2d(3, 4, 1), nn.Linear(4, 18, bias)
+            self.conv = torchvision.ops.DeformConv2d(4, 4, 3, padding=1)
+
+        def forward(self, x):
+            x = self.stem(x)
+            return self.conv(x, self.linear(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+
+    model = Model()
+    (layer,) = health(model, images)
+    made, own = model.linear.weight.grad.norm(), model.conv.weight.grad.norm()
+    assert layer.gradient_ratio == pytest.approx(float(made / own))
 
 
 HEALTHY = LayerHealth("conv", 3.0, 20.0, 0.3, 0.1, 0.5, 30)

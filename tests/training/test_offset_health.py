@@ -155,6 +155,34 @@ def test_what_is_logged_is_what_an_observer_sees(accumulate):
                 assert logged == pytest.approx(getattr(layer, name), rel=1e-5)
 
 
+class TwoOptimizers(Regression):
+    """Trained by hand; each of its two halves makes a step with every batch."""
+
+    def __init__(self):
+        super().__init__(1.0)
+        self.automatic_optimization = False
+        self.halves = nn.ModuleList(DeformConv2d(3, 3, 3, padding=1) for _ in range(2))
+        del self.net
+        for half in self.halves:
+            nn.init.constant_(half.conv_offset.bias, 100)
+
+    def training_step(self, images, batch_idx):
+        for half, optimizer in zip(self.halves, self.optimizers(), strict=True):
+            optimizer.zero_grad()
+            self.manual_backward(half(images).square().mean())
+            optimizer.step()
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(half.parameters(), lr=1e-3) for half in self.halves]
+
+
+def test_several_optimizers_are_all_seen():
+    health = OffsetHealth(every=10)
+    fit(TwoOptimizers(), health, steps=20)
+    assert set(health.ran_away) == {"halves.0", "halves.1"}
+    assert all("in iteration 12: " in text for text in health.ran_away.values())
+
+
 def test_what_cannot_be_watched_is_refused():
     with pytest.raises(ValueError, match="every: wanted at least 1, got 0"):
         OffsetHealth(0)

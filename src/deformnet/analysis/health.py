@@ -13,6 +13,8 @@ from deformnet.nn import DeformConv2d
 
 _LOST = 0.5
 _FAR = 0.5
+# Operations with a weight in the graph of the gradient, and at which place they have it.
+_WEIGHTS = {"ConvolutionBackward": 1, "AddmmBackward": 2, "MmBackward": 1}
 
 
 @dataclass(frozen=True)
@@ -213,7 +215,7 @@ def _gradient_norms(made_by: Tensor | None, own: Tensor) -> list[Tensor]:
 
 
 def _nearest_weight(offset: Tensor) -> Tensor | None:
-    """The weight of the convolution that made offsets, found in the graph of their gradient.
+    """The weight that made offsets, of a convolution or a linear layer, by their gradient's graph.
 
     torchvision's layer is given its offsets, which may have been cut out of a larger tensor first.
     None if there is no graph, or if the weight is frozen.
@@ -224,10 +226,11 @@ def _nearest_weight(offset: Tensor) -> Tensor | None:
         level = [node for node in dict.fromkeys(level) if node not in seen]
         seen.update(level)
         for node in level:
-            if node.name().startswith("ConvolutionBackward"):
-                weight = node.next_functions[1][0]
+            place = _WEIGHTS.get(node.name().removesuffix("0"))
+            if place is not None:
+                weight = node.next_functions[place][0]
                 while weight is not None and not hasattr(weight, "variable"):
-                    weight = weight.next_functions[0][0]  # autocast has copied it
+                    weight = weight.next_functions[0][0]  # copied by autocast, or transposed
                 return None if weight is None else weight.variable
         level = [before for node in level for before, _ in node.next_functions]
     return None

@@ -45,6 +45,7 @@ class OffsetHealth(Callback):
         self._observer: OffsetObserver | None = None
         self._health: list[LayerHealth] | None = None
         self._watches = False
+        self._due = every
 
     def reason(self) -> str:
         """Why training was ended, in words."""
@@ -53,12 +54,14 @@ class OffsetHealth(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._observer = OffsetObserver(pl_module)
+        self._due = self._next(trainer.global_step)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        # The batches of one iteration may be several, when gradients are accumulated.
-        if not self._watches and (trainer.global_step + 1) % self.every == 0:
+        # The batches of one iteration may be several, when gradients are accumulated; and a batch
+        # several iterations, when there are several optimizers.
+        if not self._watches and trainer.global_step + 1 >= self._due:
             assert self._observer is not None
             self._observer.__enter__()
             self._watches = True
@@ -69,9 +72,7 @@ class OffsetHealth(Callback):
         """Here all gradients are there, and not yet clipped."""
         if self._watches:
             assert self._observer is not None
-            self._observer.stop()
             self._health = self._observer.health()
-            self._watches = False
 
     def on_train_batch_end(
         self,
@@ -84,6 +85,8 @@ class OffsetHealth(Callback):
         if self._health is None:
             return
         health, self._health = self._health, None
+        self._end()
+        self._due = self._next(trainer.global_step)
         found = {layer.layer: reason for layer in health if (reason := layer.runaway())}
         for layer in health:
             for name in ("mean_shift", "largest_shift", "outside", "gradient_ratio"):
@@ -109,6 +112,10 @@ class OffsetHealth(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
         self._end()
+
+    def _next(self, iteration: int) -> int:
+        """The first one after it that is looked at."""
+        return (iteration // self.every + 1) * self.every
 
     def _end(self) -> None:
         if self._observer is not None:
