@@ -79,27 +79,32 @@ sphinx_gallery_conf = {
     "min_reported_time": 0,
 }
 
-# Lines that one source says for two readers: on the hub where the files lie, and here.
-_LINKS = {
-    "../README.md#measured": "results.md",
-    "../docs/": "",
-    "docs/": "",
-    "benchmarks/README.md": "benchmarks.md",
-    "CONTRIBUTING.md": "contributing.md",
-}
+# Where links lead from here that README.md and benchmarks/README.md have from where they are.
+_LINKS = (
+    ("../README.md#measured", "results.md"),
+    ("docs/", ""),
+    ("benchmarks/README.md", "benchmarks.md"),
+    ("benchmarks/results/", "../benchmarks/results/"),
+    ("results/", "../benchmarks/results/"),
+    ("CONTRIBUTING.md", "contributing.md"),
+)
 
 
 def relink(app: Sphinx, path: Path, parent: str, content: list[str]) -> None:
     """Links of files outside this folder, as they are from a page in it."""
 
     def moved(match: re.Match[str]) -> str:
-        for old, new in _LINKS.items():
-            if match[1].startswith(old) and not match[1].startswith("docs/images"):
-                return f"]({new}{match[1].removeprefix(old)})"
+        picture, text, target = match.groups()
+        if picture:
+            return match[0]
+        if target == "results":
+            return f"`benchmarks/{target}`"  # a folder
+        for old, new in _LINKS:
+            if target.startswith(old):
+                return f"[{text}]({new}{target.removeprefix(old)})"
         return match[0]
 
-    content[0] = content[0].replace("[results](results)", "`benchmarks/results`")
-    content[0] = re.sub(r"(?<!!)\]\(([^)]*)\)", moved, content[0])
+    content[0] = re.sub(r"(!?)\[([^\]]*)\]\(([^)]+)\)", moved, content[0])
 
 
 def docstring(
