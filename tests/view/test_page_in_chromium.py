@@ -191,7 +191,7 @@ def test_a_detection_is_clicked(folder, page):
         page.wait_for_selector("#picture img")
         page.locator("#score input[type=number]").fill("0.05")
         page.locator("#score input[type=number]").press("Enter")
-        page.get_by_label("bins of a detection").check()
+        page.get_by_label("bins of a box").check()
         page.wait_for_function("document.querySelector('#panel').innerText.includes('or a box')")
         _, source = picture(page)
         y, x = 32, 48

@@ -24,7 +24,7 @@ from deformnet.inference import (
     find_images,
 )
 
-LARGEST_FILE = 25_000_000
+LARGEST_FILE = 25 * 2**20
 """Bytes of a file."""
 MOST_PIXELS = 30_000_000
 """Of an image. A small file can claim to hold far more than the memory does."""
@@ -53,8 +53,8 @@ def open_image(path: Path) -> Tensor:
     size = path.stat().st_size
     if size > LARGEST_FILE:
         raise ValueError(
-            f"{path.name}: the file has {size / 1e6:.0f} MB; "
-            f"wanted at most {LARGEST_FILE / 1e6:.0f} MB"
+            f"{path.name}: the file has {size / 2**20:.0f} MB; "
+            f"wanted at most {LARGEST_FILE / 2**20:.0f} MB"
         )
     try:
         with Image.open(path, formats=_FORMATS) as head:

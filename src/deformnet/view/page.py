@@ -19,7 +19,7 @@ from deformnet.view.session import Controls, Session
 
 _SESSIONS = 16  # browser tabs that are remembered; of one more, the oldest is forgotten
 _CLEAN_EVERY, _CLEAN_AFTER = 30, 60  # seconds: how long pictures lie in the temporary folder
-_SAMPLES, _BINS = "sampling locations", "bins of a detection"
+_SAMPLES, _BINS = "samples", "bins of a box"
 _DEFORMABLE, _PLAIN = "deformable", "plain"
 
 CSS = """
@@ -27,7 +27,8 @@ CSS = """
 #picture img { cursor: crosshair; image-rendering: auto; }
 #message { min-height: 0; }
 #message .error { color: #b00020; font-weight: 600; }
-#panel table { border-collapse: collapse; font-variant-numeric: tabular-nums; width: 100%; }
+#panel table { border: 0; border-collapse: collapse; font-variant-numeric: tabular-nums;
+  width: 100%; }
 #panel th, #panel td { padding: .25rem .6rem; text-align: right; border: 0 solid #ddd;
   border-bottom-width: 1px; }
 #panel th:first-child, #panel td:first-child { text-align: left; padding-left: 0; }
@@ -90,7 +91,7 @@ class _Page:
                 elem_id="choice",
                 scale=3,
             )
-            self.upload = gr.UploadButton("Open an image", elem_id="upload", scale=1, min_width=140)
+            self.upload = gr.UploadButton("Open an image", elem_id="upload", scale=1, min_width=190)
             self.which = gr.Radio(
                 [_DEFORMABLE, _PLAIN],
                 value=_DEFORMABLE,
@@ -105,7 +106,7 @@ class _Page:
                 depths,
                 value=min(3, depths),
                 step=1,
-                label="Layers to look through",
+                label="Layers down",
                 elem_id="depth",
                 scale=2,
             )
@@ -122,7 +123,7 @@ class _Page:
                 0.95,
                 value=0.5,
                 step=0.05,
-                label="Least score of a box",
+                label="Least score",
                 visible=self._detects,
                 elem_id="score",
                 scale=2,
@@ -339,7 +340,7 @@ def _about_samples(session: Session, controls: Controls, sampling: Sampling) -> 
     if off := int((~inside).sum()):
         said.append(f"{off} outside the map (faint)")
     if beyond := session.beyond(sampling):
-        said.append(f"{beyond} of them beyond the picture")
+        said.append(f"{beyond} beyond the picture")
     cy, cx = (round(place) for place in sampling.centre)
     where = f"Clicked: x {x}, y {y}. Nearest unit (cross): x {cx}, y {cy}."
     return f"<p>{where}<br>{', '.join(said)}.</p>"

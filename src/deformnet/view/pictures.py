@@ -115,13 +115,13 @@ def backdrop(inner: Image.Image, frame: Frame) -> Image.Image:
 
 
 def draw_sampling(picture: Image.Image, frame: Frame, sampling: Sampling) -> Image.Image:
-    """The samples of a unit, the lowest map first, so that of those that coincide all colours show;
-    faint where the network reads nothing. The unit is a cross."""
+    """The samples of a unit, which is a cross; faint where the network reads nothing."""
     faint = picture.copy()
     dots = [
         (level, frame.to_picture(points), inside)
         for level, (points, inside) in zip(LEVELS, sampling.levels, strict=False)
     ]
+    # The lowest map first: of the points that coincide, as all of a plain grid do, the few show.
     for level, pixels, inside in reversed(dots):
         _dots(faint, pixels[~inside], level)
     picture = Image.blend(picture, faint, _FAINT)
@@ -150,14 +150,14 @@ def draw_bins(
     """
     picture = picture.copy()
     edges = frame.edges(box).tolist()
+    for bin in frame.edges(plain).reshape(-1, 4).tolist():
+        _dotted(picture, bin, PLAIN_BIN)
     _rectangle(picture, edges, BOX, width=3)
     draw = ImageDraw.Draw(picture)
     font = ImageFont.load_default(size=18)
     left, top, right, bottom = draw.textbbox((edges[0], edges[1] - 4), what, font, anchor="lb")
     draw.rectangle((left - 4, top - 3, right + 4, bottom + 3), fill=BOX, outline=_EDGE)
     draw.text((edges[0], edges[1] - 4), what, _EDGE, font, anchor="lb")
-    for bin in frame.edges(plain).reshape(-1, 4).tolist():
-        _dotted(picture, bin, PLAIN_BIN)
     # A dark edge around each would hide its neighbours' lines: first all edges, then all lines.
     bins = frame.edges(moved).reshape(-1, 4).tolist()
     for x1, y1, x2, y2 in bins:

@@ -1,7 +1,10 @@
 """Opening runs and images, and serving the page until it is ended."""
 
+import atexit
 import errno
+import functools
 import os
+import shutil
 import signal
 import socket
 import tempfile
@@ -83,11 +86,7 @@ def serving(
     if images and data is not None:
         raise ValueError("images, data: wanted one of them, got both")
     port = _free_port(host, port)
-    with tempfile.TemporaryDirectory(prefix="deformnet-view-") as folder:
-        # Where Gradio keeps what it is sent and what it shows, which is to end with the page; and
-        # it asks for nothing elsewhere. It reads this when it is imported.
-        os.environ["GRADIO_TEMP_DIR"] = folder
-        os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    with _own_folder():
         try:
             from deformnet.view.page import CSS, build_page, theme
         except ModuleNotFoundError as error:
@@ -123,6 +122,27 @@ def serving(
             yield address
         finally:
             page.close(verbose=False)
+
+
+@contextmanager
+def _own_folder() -> Iterator[None]:
+    """Gradio keeps what it is sent and what it shows in a folder that ends with the page."""
+    folder = _folder()
+    # It reads these when it is imported. Nothing is to be told to anybody.
+    os.environ["GRADIO_TEMP_DIR"] = folder
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    try:
+        yield
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@functools.cache
+def _folder() -> str:
+    """One for the whole program: Gradio goes on to use the first that it was given."""
+    folder = tempfile.mkdtemp(prefix="deformnet-view-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def _free_port(host: str, port: int | None) -> int:
