@@ -461,3 +461,24 @@ def test_at_rest_the_layers_sample_as_plain_ones(images, groups):
     wanted = record_sampling(plain, images, ["1", "0"]).locations((4, 6))
     assert at_rest.points.equal(wanted.points.repeat(1, groups, 1))
     assert at_rest.inside.equal(wanted.inside.repeat(1, groups))
+
+
+def test_the_batch_is_what_the_layers_ran_on(images):
+    """A call may look at an image in several ways, or at some of the images."""
+    model = random_residual()
+    stack, other = ["upper", "lower"], images[1:]
+    # Offsets in float32 differ a little with the size of the batch.
+    both, _ = sampling_locations(model, images, stack, (3, 4), stride=1)
+    found, _ = sampling_locations(
+        model, other, stack, (3, 4), stride=1, call=lambda x: model(torch.cat([images[:1], x]))
+    )
+    assert torch.allclose(found, both, atol=1e-5)
+    found, _ = sampling_locations(model, images, stack, (3, 4), call=lambda x: model(x[:1]))
+    assert torch.allclose(found, both[:1], atol=1e-5)
+    single = nn.Sequential(model.lower)
+    found, _ = sampling_locations(single, images[0], ["0"], (3, 4), stride=1)
+    expected, _ = sampling_locations(single, images[:1], ["0"], (3, 4), stride=1)
+    assert torch.allclose(found, expected, atol=1e-5)
+    parts = nn.Sequential(model.upper, model.lower)
+    with pytest.raises(ValueError, match="layers: 1 ran on 1 images, 0 on 2"):
+        record_sampling(parts, images, ["1", "0"], call=lambda x: parts[1](parts[0](x)[:1]))

@@ -180,6 +180,10 @@ def record_sampling(
                 f"layers: {above.name} reads a map of {_size(above.input_size)}, {below.name} "
                 f"makes one of {_size(below.output_size)}: a layer between them is not named"
             )
+        if above.images != below.images:
+            raise ValueError(
+                f"layers: {above.name} ran on {above.images} images, {below.name} on {below.images}"
+            )
     return SamplingStack(stack, fields)
 
 
@@ -187,7 +191,7 @@ class _Layer(NamedTuple):
     """What one layer did in one run.
 
     Attributes:
-        images: N, of the batch.
+        images: N, of the batch that it ran on.
         input_size, output_size: (height, width) of its maps.
         offset: [N, 2*G*K, Ho, Wo]; None for a plain layer.
     """
@@ -270,8 +274,8 @@ def _record(
         _Layer(
             it.name,
             kernels[it.name],
-            len(images),
-            images.device,
+            it.output.shape[0] if it.output.ndim == 4 else 1,
+            it.output.device,
             size_of(it.input),
             size_of(it.output),
             it.offset,
