@@ -595,7 +595,9 @@ def test_a_check_that_was_stopped_goes_on(tmp_path, end):
         (root / f"train/cat/{number}.png").hardlink_to(root / "train/cat/0.png")
     record = tmp_path / "record"
     program = (
-        "import os, sys; from pathlib import Path; from deformnet.datacheck import check\n"
+        "import os, signal, sys; from pathlib import Path; from deformnet.datacheck import check\n"
+        # A shell starts programs in the background with this signal ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "add, end = check._Record.add, int(sys.argv[3])\n"
         "def stopping(self, line):\n"
         "    add(self, line)\n"
