@@ -165,6 +165,7 @@ def test_load_upload_and_click(folder, page, asked):
         page.locator("input[type=file]").set_input_files(folder / "third.png")
         _, source = changed(page, source)
         assert page.locator("#message .error").count() == 0
+        assert page.locator("#choice input").input_value() == ""
         frame = Shown("third", Known(other)).frame
         click(page, (300, 400))
         drawn, _ = changed(page, source)

@@ -177,11 +177,14 @@ class _Page:
                 show_progress="minimal",
                 api_visibility="private",
                 trigger_mode="always_last",  # while a slider moves, only where it is now
+                # One after the other: each works on what the one before has left.
+                concurrency_limit=1,
+                concurrency_id="look",
             )
 
         on(self.blocks.load, self._choose, [self.choice, *controls], everything)
         on(self.choice.input, self._choose, [self.choice, *controls], everything)
-        on(self.upload.upload, self._upload, [self.upload, *controls], everything)
+        on(self.upload.upload, self._upload, [self.upload, *controls], [*everything, self.choice])
         on(self.picture.select, self._click, controls, looked)
         for picture in (self.prediction, self.truth):
             on(picture.select, self._click_flat, controls, looked)
@@ -216,14 +219,14 @@ class _Page:
         score: float,
         request: gr.Request,
     ) -> list[Any]:
-        session = self._session(request)
+        session, controls = self._session(request), _controls(which, depth, shows, score)
         if index is None:
-            return self._all(session, _controls(which, depth, shows, score))
+            return self._all(session, controls)
         try:
             session.choose(index)
         except (ValueError, OSError) as error:
-            return self._all(session, _controls(which, depth, shows, score), problem=_line(error))
-        return self._all(session, _controls(which, depth, shows, score))
+            return self._all(session, controls, problem=_line(error))
+        return self._all(session, controls)
 
     def _upload(
         self,
@@ -234,17 +237,17 @@ class _Page:
         score: float,
         request: gr.Request,
     ) -> list[Any]:
-        session = self._session(request)
+        session, controls = self._session(request), _controls(which, depth, shows, score)
         if path is None:
-            return self._all(session, _controls(which, depth, shows, score))
-        file, problem = Path(path), None
+            return [*self._all(session, controls), gr.skip()]
+        file = Path(path)
         try:
             session.upload(file)
         except (ValueError, OSError) as error:
-            problem = _line(error)
+            return [*self._all(session, controls, problem=_line(error)), gr.skip()]
         finally:
             file.unlink(missing_ok=True)
-        return self._all(session, _controls(which, depth, shows, score), problem=problem)
+        return [*self._all(session, controls), None]  # none of the given images is shown
 
     def _click(
         self,

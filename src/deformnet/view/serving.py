@@ -85,7 +85,7 @@ def serving(
     """
     if images and data is not None:
         raise ValueError("images, data: wanted one of them, got both")
-    port = _free_port(host, port)
+    _free_port(host, port)  # so that it is known before networks are opened
     with _own_folder():
         try:
             from deformnet.view.page import CSS, build_page, theme
@@ -104,7 +104,7 @@ def serving(
         try:
             _, address, _ = page.launch(
                 server_name=host,
-                server_port=port,
+                server_port=_free_port(host, port),
                 inbrowser=open,
                 prevent_thread_lock=True,
                 quiet=True,
