@@ -482,3 +482,33 @@ def test_the_batch_is_what_the_layers_ran_on(images):
     parts = nn.Sequential(model.upper, model.lower)
     with pytest.raises(ValueError, match="layers: 1 ran on 1 images, 0 on 2"):
         record_sampling(parts, images, ["1", "0"], call=lambda x: parts[1](parts[0](x)[:1]))
+
+
+class PadsItself(nn.Conv2d):
+    """As timm's Conv2dSame, in short."""
+
+    def forward(self, input):
+        return super().forward(nn.functional.pad(input, (0, 1, 1, 2)))
+
+
+def test_a_layer_that_pads_itself_is_refused(images):
+    model = nn.Sequential(DeformConv2d(3, 4, 3, padding=1), PadsItself(4, 4, 3))
+    with pytest.raises(ValueError, match="1 makes a map of 25x29 from one of 24x30, which its"):
+        sampling_locations(model, images, ["1", "0"], (9, 9))
+    assert sampling_locations(model, images, ["0"], (9, 9)).inside.all()
+
+
+@pytest.mark.parametrize("side", range(8, 14))
+def test_sizes_of_maps(side):
+    """All layers that keep to their own kernel, stride and padding are taken."""
+    images = torch.rand(1, 4, side, side)
+    for layer in (
+        nn.Conv2d(4, 4, (2, 3), 2, padding=1, dilation=(2, 1)),
+        nn.Conv2d(4, 4, 4, padding="same"),
+        nn.Conv2d(4, 4, 4, padding="valid"),
+        DeformConv2d(4, 4, 2, padding="same"),
+        DeformConv2d(4, 4, 3, 3, padding=1, padding_mode="reflect"),
+        nn.MaxPool2d(3, 2, ceil_mode=True),
+        nn.AvgPool2d(2, 3, padding=1, ceil_mode=True),
+    ):
+        record_sampling(nn.Sequential(layer), images, ["0"])

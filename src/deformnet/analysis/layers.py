@@ -47,6 +47,20 @@ class Kernel(NamedTuple):
         size, stride, dilation = map(_pair, (layer.kernel_size, layer.stride, layer.dilation))
         return cls(size, stride, _pair(padding), dilation)
 
+    def makes(self, layer: nn.Module, input: tuple[int, int], output: tuple[int, int]) -> bool:
+        """Whether the layer that it is of makes such an output, (height, width), of such an input.
+
+        One that pads in its own `forward`, as timm's `Conv2dSame` does, makes a larger one.
+        """
+        if layer.padding == "same":
+            return input == output
+        sizes = zip(self.size, self.stride, self.padding, self.dilation, input, output, strict=True)
+        most = 1 if getattr(layer, "ceil_mode", False) else 0
+        return all(
+            0 <= made - ((side + 2 * padding - dilation * (taps - 1) - 1) // stride + 1) <= most
+            for taps, stride, padding, dilation, side, made in sizes
+        )
+
     @property
     def taps(self) -> int:
         return self.size[0] * self.size[1]

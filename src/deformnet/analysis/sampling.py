@@ -141,8 +141,8 @@ def sampling_locations(
 
     Raises:
         ValueError: if a name is unknown, the layers do not run once each in that order, a map is
-            not the one that the next layer reads, the unit is not in the top layer's map, or the
-            stride cannot be found.
+            not the one that the next layer reads, a layer pads in its own way, the unit is not in
+            the top layer's map, or the stride cannot be found.
         TypeError: if a layer is neither a convolution nor pooling.
     """
     if between not in ("bilinear", "rounded"):
@@ -269,6 +269,12 @@ def _record(
         raise ValueError(
             f"layers: wanted each to run once, the first named last; they ran in the order {order}"
         )
+    for it in calls:
+        if not kernels[it.name].makes(it.layer, size_of(it.input), size_of(it.output)):
+            raise ValueError(
+                f"layers: {it.name} makes a map of {_size(size_of(it.output))} from one of "
+                f"{_size(size_of(it.input))}, which its kernel, stride and padding do not"
+            )
     calls.reverse()
     layers = [
         _Layer(
