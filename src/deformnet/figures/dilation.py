@@ -33,10 +33,10 @@ def dilation_table(rows: Sequence[LayerDilation]) -> str:
 
 
 def dilation_cell(spread: Spread) -> str:
-    """A cell of the table: "5.3 ± 3.3 (1,204)"; "-" if there are no filters."""
+    """A cell of the table: "5.27 ± 3.31 (1,204)"; "-" if there are no filters."""
     if spread.mean is None or spread.std is None:
         return "-"
-    return f"{spread.mean:.1f} ± {spread.std:.1f} ({spread.count:,})"
+    return f"{spread.mean:.2f} ± {spread.std:.2f} ({spread.count:,})"
 
 
 def dilation_figure(rows: Sequence[LayerDilation]) -> Figure:

@@ -73,12 +73,13 @@ def fields_figure(networks: Mapping[str, Sequence[Look]]) -> Figure:
 
 
 def _draw_two_levels(column: Sequence[Axes], look: Look, *, first: bool) -> None:
-    """A unit in three maps; highlighted is the first of its samples or the last."""
+    """A unit in three maps; highlighted is the first of its samples in the map, or the last."""
     top, middle, bottom = column
     samples, below = look.levels[:2]
     count = len(samples.points)
     each = len(below.points) // count
-    chosen = 0 if first else count - 1
+    within = samples.inside.nonzero().flatten().tolist() or range(count)
+    chosen = within[0] if first else within[-1]
     own = slice(chosen * each, (chosen + 1) * each)  # taps of the top layer vary slowest
     y, x = look.centre
     top.plot(x, y, **UNIT)

@@ -99,7 +99,8 @@ def draw_parts(axes: Axes, parts: Parts) -> None:
     # The edges of boxes are those of pixels.
     axes.imshow(dulled(parts.image), extent=(0, width, height, 0))
     axes.set_facecolor(OUTSIDE)
-    for bins, style in ((parts.plain, _PLAIN_BIN), (parts.moved, _MOVED_BIN)):
+    # The thin lines last: bins that hardly move would hide where they were.
+    for bins, style in ((parts.moved, _MOVED_BIN), (parts.plain, _PLAIN_BIN)):
         for box in bins.reshape(-1, 4):
             axes.add_patch(_rectangle(box, style))
     axes.add_patch(_rectangle(parts.box, _BOX))

@@ -53,11 +53,11 @@ def find_parts(
         if not len(found.boxes):
             continue
         box, label = found.boxes[0], int(found.labels[0])
-        what = f"{predictor.classes[label]} {float(found.scores[0]):.2f}"
-        plain, moved = _bins(predictor, layer, image, box, label)
-        parts = Parts(image.as_subclass(Tensor), what, box, plain, moved)
         same = objects.boxes.as_subclass(Tensor)[objects.labels == label]
         hit = len(same) > 0 and float(box_iou(box[None], same).max()) > _RIGHT
+        what = f"{predictor.classes[label]} {float(found.scores[0]):.2f}{'' if hit else ' (wrong)'}"
+        plain, moved = _bins(predictor, layer, image, box, label)
+        parts = Parts(image.as_subclass(Tensor), what, box, plain, moved)
         (right if hit else others).append(parts)
         if len(right) == count:
             break

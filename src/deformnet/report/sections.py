@@ -139,8 +139,8 @@ def _sections_of_scenes(
                 "sampling",
                 sampling_figure(looks),
                 f"What units sample through {len(network.layers)} layers "
-                f"({', '.join(network.layers)}), in {names}. Faint points lie outside the map, "
-                f"where there is nothing to read. {regular}",
+                f"({', '.join(network.layers)}), in {names}. Faint points lie a cell or more "
+                f"outside the map, where there is nothing to read. {regular}",
             )
         ],
     )
