@@ -27,16 +27,18 @@ CSS = """
 #picture img { cursor: crosshair; image-rendering: auto; }
 #message { min-height: 0; }
 #message .error { color: #b00020; font-weight: 600; }
-#panel table { border: 0; border-collapse: collapse; font-variant-numeric: tabular-nums;
+#panel table, #panel tr { border: 0 !important; }
+#panel table { border-collapse: collapse; font-variant-numeric: tabular-nums;
   width: 100%; }
 #panel th, #panel td { padding: .25rem .6rem; text-align: right; border: 0 solid #ddd;
   border-bottom-width: 1px; }
 #panel th:first-child, #panel td:first-child { text-align: left; padding-left: 0; }
 #panel p { margin: .4rem 0; }
-#legend { margin: -.4rem 0 0 -1rem; }
+#legend { margin-top: -.4rem; }
+#legend span.item { display: inline-block; white-space: nowrap; margin-right: 1rem; }
 #legend span.dot { display: inline-block; border-radius: 50%; border: 1px solid #000;
-  vertical-align: middle; margin: 0 .35rem 0 1rem; }
-#legend span.line { display: inline-block; width: 1.6rem; margin: 0 .35rem 0 1rem;
+  vertical-align: middle; margin-right: .35rem; }
+#legend span.line { display: inline-block; width: 1.6rem; margin-right: .35rem;
   vertical-align: middle; }
 """
 
@@ -400,20 +402,21 @@ def _legend(depths: int, *, pools: bool) -> str:
     for number, (colour, radius) in enumerate(LEVELS[:depths], start=1):
         side = 2 * radius + 3
         parts.append(
-            f'<span class="dot" style="width:{side}px;height:{side}px;'
-            f'background:rgb{colour}"></span>{number} layer{"s" if number > 1 else ""} down'
+            f'<span class="item"><span class="dot" style="width:{side}px;height:{side}px;'
+            f'background:rgb{colour}"></span>{number} layer{"s" if number > 1 else ""} down</span>'
         )
     if pools:
         parts.append(_line_sign(BOX, "detection"))
         parts.append(_line_sign(PLAIN_BIN, "its bins", dotted=True))
         parts.append(_line_sign(MOVED_BIN, "moved by their offsets"))
-    return f"<div>{''.join(parts)}</div>"
+    return f"<div>{' '.join(parts)}</div>"
 
 
 def _line_sign(colour: Colour, text: str, *, dotted: bool = False) -> str:
     style = "dotted" if dotted else "solid"
     colour = (128, 128, 128) if dotted else colour  # white would not show on the page
-    return f'<span class="line" style="border-top:4px {style} rgb{colour}"></span>{text}'
+    sign = f'<span class="line" style="border-top:4px {style} rgb{colour}"></span>'
+    return f'<span class="item">{sign}{text}</span>'
 
 
 def _controls(which: str, depth: float, shows: str, score: float) -> Controls:
