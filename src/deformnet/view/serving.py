@@ -50,7 +50,7 @@ def view(
         OSError: if it cannot listen there.
         RuntimeError: if Gradio is not installed.
     """
-    with serving(
+    served = serving(
         run,
         images,
         plain=plain,
@@ -60,7 +60,8 @@ def view(
         port=port,
         open=open,
         device=device,
-    ) as address:
+    )
+    with _ended_in_order(), served as address:
         print(f"The page is at {address} (Ctrl-C ends it)", flush=True)
         _wait()
 
@@ -176,16 +177,23 @@ def _free_port(host: str, port: int | None) -> int:
     raise OSError(f"port: {port} is in use at {host}; name another one, or none to take a free one")
 
 
-def _wait() -> None:
-    """Until Ctrl-C, or until the system ends the program: what was sent is then removed, too."""
+@contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """Where the system ends the program, too, what was sent is removed."""
 
     def end(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, end)
     try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _wait() -> None:
+    """Until Ctrl-C."""
+    try:
         threading.Event().wait()
     except KeyboardInterrupt:
         print()
-    finally:
-        signal.signal(signal.SIGTERM, before)
