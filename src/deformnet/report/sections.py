@@ -293,6 +293,7 @@ def _section_of_sheet(findings: Findings, network: Network) -> Section:
 
 
 def section_of_parts(findings: Findings, predictor: Predictor) -> Section:
+    """Figure 7, of a detector with deformable pooling."""
     assert isinstance(predictor, DetectionPredictor)
     dataset = findings.source.dataset
     assert isinstance(dataset, DetectionDataset)
@@ -327,6 +328,7 @@ def section_of_parts(findings: Findings, predictor: Predictor) -> Section:
 
 
 def section_of_cost(findings: Findings, network: Network, twin: Network | None) -> Section:
+    """Parameters, arithmetic and time of the network, of its twin, and layer by layer."""
     image = findings.source[0][0]
     costs: dict[str, ModelCost] = {}
     sizes: dict[str, tuple[int, int]] = {}
