@@ -1,7 +1,8 @@
 """Pictures of the rules by which the operators read, made by the operators themselves."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -13,7 +14,10 @@ from torch import Tensor
 
 from deformnet.figures import save
 from deformnet.ops import deform_conv2d, deform_roi_pool
-from deformnet.ops.reference.roi_pool import _axis  # the definition: where a bin has its samples
+from deformnet.ops.reference.roi_pool import (
+    _Axis,
+    _axis,
+)  # the definition: where a bin has its samples
 from deformnet.ops.roi_pool import Sampling
 
 _BORDERS: tuple[tuple[Literal["zeros", "msra2017"], str], ...] = (
@@ -103,12 +107,7 @@ def _border_plane() -> Figure:
         ax.set_title(f'border="{border}"')
     for ax in axes:
         ax.set(xlim=(-2, 5), ylim=(5, -2), xticks=[-1, 0, 3, 4], yticks=[-1, 0, 3, 4])
-        _frame(
-            ax,
-            (-0.5, -0.5, 3.5, 3.5),
-            edgecolor="white" if ax is not axes[0] else "black",
-            linestyle=":",
-        )
+        _frame(ax, (-0.5, -0.5, 3.5, 3.5), "black" if ax is axes[0] else "white", ":")
     assert picture is not None
     figure.colorbar(picture, ax=axes, label="value read", shrink=0.8)
     return figure
@@ -162,15 +161,8 @@ def _draw_rule(axes: Axes, rule: Sampling, *, moved: bool) -> None:
     lead = 0.5 if rule == "bins" else float(x_axis.step[0, 0]) / 2 if rule == "aligned" else 0.0
     lead_y = 0.5 if rule == "bins" else float(y_axis.step[0, 0]) / 2 if rule == "aligned" else 0.0
     left, top = float(x_axis.start[0, 0]) - lead, float(y_axis.start[0, 0]) - lead_y
-    _frame(axes, (left, top, left + width, top + height), edgecolor="black", linewidth=1.8)
-    scaled = [side * _SCALE - 0.5 for side in _BOX]
-    _frame(
-        axes,
-        (scaled[0], scaled[1], scaled[2], scaled[3]),
-        edgecolor="#e69f00",
-        linestyle="--",
-        linewidth=1.5,
-    )
+    _frame(axes, (left, top, left + width, top + height), "black", "-")
+    _frame(axes, [side * _SCALE - 0.5 for side in _BOX], "#e69f00", "--")
     axes.set(xticks=range(0, _SIDE, 2), yticks=range(0, _SIDE, 2))
     axes.tick_params(labelsize=8)
 
@@ -204,7 +196,7 @@ def _outside() -> Figure:
     return figure
 
 
-def _axes(rule: Sampling) -> tuple[Any, Any]:
+def _axes(rule: Sampling) -> tuple[_Axis, _Axis]:
     """How the box lies on the columns and on the rows, by the reference."""
     x1, y1, x2, y2 = (torch.tensor([side], dtype=torch.float64) for side in _BOX)
     exists = torch.tensor([True])
@@ -214,7 +206,7 @@ def _axes(rule: Sampling) -> tuple[Any, Any]:
     )
 
 
-def _positions(axis: Any, bin: int) -> np.ndarray:
+def _positions(axis: _Axis, bin: int) -> np.ndarray:
     """Where a bin has its samples on one axis."""
     number = int(axis.number[0, bin])
     return float(axis.start[0, bin]) + float(axis.step[0, bin]) * np.arange(number)
@@ -231,6 +223,10 @@ def _weights(rule: Sampling, offset: Tensor) -> np.ndarray:
     return torch.stack(found).reshape(_BINS, _BINS, _SIDE, _SIDE).numpy()
 
 
-def _frame(axes: Axes, box: tuple[float, float, float, float], **style: Any) -> None:
+def _frame(axes: Axes, box: Sequence[float], colour: str, line: str) -> None:
     x1, y1, x2, y2 = box
-    axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, facecolor="none", **style))
+    axes.add_patch(
+        Rectangle(
+            (x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, linestyle=line, linewidth=1.6
+        )
+    )

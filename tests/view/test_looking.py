@@ -326,6 +326,9 @@ def test_runs_that_cannot_be_shown(runs, tmp_path, complaint):
     assert wanted in complaint(runs / "deeplab", "--plain", runs / "deeplab")
     assert "no such run folder" in complaint(tmp_path / "missing")
     assert "missing.png: no such file" in complaint(runs / "deeplab", tmp_path / "missing.png")
+    (tmp_path / "notes.txt").write_text("these are not pixels")
+    wanted = "notes.txt: not an image that can be read"
+    assert wanted in complaint(runs / "deeplab", tmp_path / "notes.txt")
 
 
 def test_a_port_in_use(runs, complaint):

@@ -127,6 +127,9 @@ def test_load_upload_and_click(folder, page, asked):
         middle = (frame.margin + frame.inner[0] // 2, frame.margin + frame.inner[1] // 3)
         click(page, middle)
         drawn, source = changed(page, source)
+        legend = page.locator("#legend").inner_text()
+        assert "1 layer down" in legend
+        assert "2 layers" not in legend
         point = frame.to_image(middle)
         assert np.abs(np.subtract(clicked(page), point)).max() <= 1
         sampling = network.look(noise(*SIZE)).sampling(point, 1)
@@ -150,6 +153,17 @@ def test_load_upload_and_click(folder, page, asked):
         }
         page.get_by_label("deformable").check()
         drawn, source = changed(page, source)
+        assert dots(drawn, LEVELS[0].colour) == expected
+
+        # The prediction has no margin; the same place in it is the same point.
+        click(page, (5, 5))
+        _, source = changed(page, source)
+        assert clicked(page) == (0, 0)
+        wide = page.locator("#prediction img").evaluate("image => image.naturalWidth")
+        flat = tuple((place + 0.5) * wide / SIZE[1] for place in point)
+        click(page, flat, "prediction")
+        drawn, source = changed(page, source)
+        assert np.abs(np.subtract(clicked(page), point)).max() <= 1
         assert dots(drawn, LEVELS[0].colour) == expected
 
         # What is no image leaves the page as it is.
@@ -199,6 +213,7 @@ def test_a_detection_is_clicked(folder, page):
         click(page, frame.to_picture(torch.tensor([y, x])).tolist())
         page.wait_for_function("document.querySelector('#panel').innerText.includes('3 x 3 bins')")
         drawn, _ = changed(page, source)
+        assert "moved by their offsets" in page.locator("#legend").inner_text()
         chosen = look.detection_at((y, x), 0.05)
         for x1, y1, x2, y2 in frame.edges(look.bins[1][chosen]).reshape(-1, 4).tolist():
             sides = drawn[y1, x1 : x2 + 1], drawn[y2, x1 : x2 + 1]

@@ -1,6 +1,11 @@
 """The command that shows where a network looks."""
 
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 from tyro.conf import Positional
 
@@ -34,9 +39,9 @@ def view(
         open: Open the page in a browser.
         device: Where to compute, such as cpu or cuda:1; None takes a GPU if there is one.
     """
-    from deformnet.view.serving import view
+    from deformnet.view.serving import serving
 
-    view(
+    page = serving(
         run,
         images,
         plain=plain,
@@ -47,3 +52,23 @@ def view(
         open=open,
         device=device,
     )
+    with _ended_in_order(), page as address:
+        print(f"The page is at {address} (Ctrl-C ends it)", flush=True)
+        try:
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            print()
+
+
+@contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """Where the system ends the program, too, what was sent is removed."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -45,9 +45,21 @@ def open_image(path: Path) -> Tensor:
     """An image that somebody gave: upright, RGB, uint8 [3, H, W].
 
     Raises:
+        ValueError, OSError: as `require_image`, and if it is damaged.
+    """
+    require_image(path)
+    try:
+        return read_image(path, upright=True)
+    except ValueError as error:
+        raise ValueError(str(error).replace(str(path), path.name)) from error
+
+
+def require_image(path: Path) -> None:
+    """Only the head of the file is read.
+
+    Raises:
         ValueError: one line that begins with the file's name (not its folder, which may be a
-            temporary one), if the file is too large, no image, or damaged; only the head of a file
-            with too many pixels is read.
+            temporary one), if the file is too large, no image, or has too many pixels.
         OSError: if the file cannot be read.
     """
     size = path.stat().st_size
@@ -72,10 +84,6 @@ def open_image(path: Path) -> Tensor:
             f"{path.name}: the image has {width}x{height} pixels; "
             f"wanted at most {MOST_PIXELS / 1e6:.0f} million"
         )
-    try:
-        return read_image(path, upright=True)
-    except ValueError as error:
-        raise ValueError(str(error).replace(str(path), path.name)) from error
 
 
 class Images:
@@ -100,14 +108,17 @@ class ImageFiles(Images):
 
     Raises:
         FileNotFoundError: if there is no such file or folder, or a folder holds no image.
-        ValueError: if two files have the same name.
+        ValueError: if two files have the same name, or a file that is named is not an image.
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self._files = find_images(paths)
-        for path in self._files:
+        for path in paths:
+            if path.is_dir():
+                continue  # what is wrong with a file of a folder is said when it is chosen
             if not path.is_file():
                 raise FileNotFoundError(f"{path}: no such file")
+            require_image(path)
         self.names = [path.name for path in self._files]
 
     def load(self, index: int) -> Known:

@@ -141,7 +141,7 @@ class _Page:
                     buttons=["fullscreen"],
                     elem_id="picture",
                 )
-                gr.HTML(_legend(depths, pools=self._network.pool is not None), elem_id="legend")
+                self.legend = gr.HTML(elem_id="legend")
                 self.panel = gr.HTML(elem_id="panel")
             with gr.Column(scale=2, min_width=320):
                 self.prediction = gr.Image(
@@ -166,7 +166,7 @@ class _Page:
     def _connect(self) -> None:
         """Says what happens when."""
         controls = [self.which, self.depth, self.shows, self.score]
-        looked = [self.message, self.picture, self.panel]
+        looked = [self.message, self.picture, self.legend, self.panel]
         everything = [*looked, self.prediction, self.truth]
 
         def on(
@@ -187,9 +187,8 @@ class _Page:
         on(self.blocks.load, self._choose, [self.choice, *controls], everything)
         on(self.choice.input, self._choose, [self.choice, *controls], everything)
         on(self.upload.upload, self._upload, [self.upload, *controls], [*everything, self.choice])
-        on(self.picture.select, self._click, controls, looked)
-        for picture in (self.prediction, self.truth):
-            on(picture.select, self._click_flat, controls, looked)
+        for picture in (self.picture, self.prediction, self.truth):
+            on(picture.select, self._click, controls, looked)
         for control in (self.which, self.score):
             on(control.input, self._redraw, controls, everything)
         on(self.depth.input, self._redraw_picture, controls, looked)
@@ -263,22 +262,10 @@ class _Page:
         session = self._session(request)
         if session.shown is not None:
             x, y = event.index
-            session.click((int(y), int(x)))
-        return self._looked(session, _controls(which, depth, shows, score))
-
-    def _click_flat(
-        self,
-        which: str,
-        depth: float,
-        shows: str,
-        score: float,
-        request: gr.Request,
-        event: gr.SelectData,
-    ) -> list[Any]:
-        session = self._session(request)
-        if session.shown is not None:
-            x, y = event.index
-            session.click_flat((int(y), int(x)))
+            # By name: a component that was changed in a tab is another object there.
+            margin = event.target is not None and event.target.elem_id == self.picture.elem_id
+            take = session.click if margin else session.click_flat
+            take((int(y), int(x)))
         return self._looked(session, _controls(which, depth, shows, score))
 
     def _redraw(
@@ -306,7 +293,7 @@ class _Page:
         """What a click changes."""
         message = "" if problem is None else f'<p class="error">{html.escape(problem)}</p>'
         picture = gr.update(value=session.picture(controls), label=self._label(session))
-        return [message, picture, panel(session, controls)]
+        return [message, picture, _legend(session, controls), panel(session, controls)]
 
     def _label(self, session: Session) -> str:
         if session.shown is None:
@@ -396,19 +383,22 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def _legend(depths: int, *, pools: bool) -> str:
-    """What the colours mean."""
-    parts = [_line_sign(UNIT, "unit at the click")]
-    for number, (colour, radius) in enumerate(LEVELS[:depths], start=1):
-        side = 2 * radius + 3
-        parts.append(
-            f'<span class="item"><span class="dot" style="width:{side}px;height:{side}px;'
-            f'background:rgb{colour}"></span>{number} layer{"s" if number > 1 else ""} down</span>'
-        )
-    if pools:
+def _legend(session: Session, controls: Controls) -> str:
+    """What the colours of the picture mean."""
+    parts = []
+    if isinstance(session.network(controls).predictor, DetectionPredictor):
         parts.append(_line_sign(BOX, "detection"))
+    if controls.bins:
         parts.append(_line_sign(PLAIN_BIN, "its bins", dotted=True))
         parts.append(_line_sign(MOVED_BIN, "moved by their offsets"))
+    else:
+        parts.append(_line_sign(UNIT, "unit at the click"))
+        for number, (colour, radius) in enumerate(LEVELS[: session.depth(controls)], start=1):
+            side, layers = 2 * radius + 3, "layer" if number == 1 else "layers"
+            parts.append(
+                f'<span class="item"><span class="dot" style="width:{side}px;height:{side}px;'
+                f'background:rgb{colour}"></span>{number} {layers} down</span>'
+            )
     return f"<div>{' '.join(parts)}</div>"
 
 

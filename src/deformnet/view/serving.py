@@ -1,18 +1,15 @@
-"""Opening runs and images, and serving the page until it is ended."""
+"""Opening runs and images, and serving the page."""
 
 import atexit
 import errno
 import functools
 import os
 import shutil
-import signal
 import socket
 import tempfile
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 
 import torch
 
@@ -20,50 +17,6 @@ from deformnet.view.images import LARGEST_FILE, ImageFiles, LabelledImages
 from deformnet.view.networks import open_networks
 
 _PORTS = range(7860, 7960)  # of which one that is free is taken
-
-
-def view(
-    run: Path,
-    images: Sequence[Path] = (),
-    *,
-    plain: Path | None = None,
-    data: Path | None = None,
-    split: str = "val",
-    host: str = "127.0.0.1",
-    port: int | None = None,
-    open: bool = False,
-    device: torch.device | str | None = None,
-) -> None:
-    """Serves the page until Ctrl-C.
-
-    Args:
-        run: with deformable layers.
-        images: files and folders to choose from; more can be sent to the page.
-        plain: run of the plain twin.
-        data, split: a data set to choose images from, whose truth is then shown.
-        host: address to listen at.
-        port: None takes one that is free.
-        open: open the page in a browser.
-        device: where to compute; None takes a GPU if there is one.
-    Raises:
-        FileNotFoundError, ValueError: as `open_networks`, `ImageFiles` and `LabelledImages`.
-        OSError: if it cannot listen there.
-        RuntimeError: if Gradio is not installed.
-    """
-    served = serving(
-        run,
-        images,
-        plain=plain,
-        data=data,
-        split=split,
-        host=host,
-        port=port,
-        open=open,
-        device=device,
-    )
-    with _ended_in_order(), served as address:
-        print(f"The page is at {address} (Ctrl-C ends it)", flush=True)
-        _wait()
 
 
 @contextmanager
@@ -79,10 +32,23 @@ def serving(
     open: bool = False,
     device: torch.device | str | None = None,
 ) -> Iterator[str]:
-    """Serves the page, beside what else the program does; arguments and errors as `view`.
+    """Serves the page while the program goes on.
 
+    Args:
+        run: with deformable layers.
+        images: files and folders to choose from; more can be sent to the page.
+        plain: run of the plain twin.
+        data, split: a data set to choose images from, whose truth is then shown.
+        host: address to listen at.
+        port: None takes one that is free.
+        open: open the page in a browser.
+        device: where to compute; None takes a GPU if there is one.
     Yields:
         Its address.
+    Raises:
+        FileNotFoundError, ValueError: as `open_networks`, `ImageFiles` and `LabelledImages`.
+        OSError: if it cannot listen there.
+        RuntimeError: if Gradio is not installed.
     """
     if images and data is not None:
         raise ValueError("images, data: wanted one of them, got both")
@@ -175,25 +141,3 @@ def _free_port(host: str, port: int | None) -> int:
     if port is None:
         raise OSError(f"port: all from {_PORTS[0]} to {_PORTS[-1]} are in use at {host}")
     raise OSError(f"port: {port} is in use at {host}; name another one, or none to take a free one")
-
-
-@contextmanager
-def _ended_in_order() -> Iterator[None]:
-    """Where the system ends the program, too, what was sent is removed."""
-
-    def end(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _wait() -> None:
-    """Until Ctrl-C."""
-    try:
-        threading.Event().wait()
-    except KeyboardInterrupt:
-        print()

@@ -134,12 +134,16 @@ class Session:
     def network(self, controls: Controls) -> Network:
         return self._twin if controls.plain and self._twin is not None else self._network
 
+    def depth(self, controls: Controls) -> int:
+        """Layers that are followed: as many as are wanted, if the chosen network has them."""
+        return min(controls.depth, self.network(controls).depths)
+
     def sampling(self, controls: Controls) -> Sampling | None:
         """What is sampled from the clicked point."""
         look = self.look(controls)
         if look is None or self.point is None:
             return None
-        return look.sampling(self.point, min(controls.depth, self.network(controls).depths))
+        return look.sampling(self.point, self.depth(controls))
 
     def filters(self, controls: Controls) -> list[FilterRow]:
         """The deformable layers at the clicked point."""
