@@ -1,4 +1,4 @@
-"""benchmarks/claim.py at the size of a toy: what varies, what is equal, what is reported."""
+"""benchmarks/claim at the size of a toy: what varies, what is equal, what is reported."""
 
 import json
 import math
@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from benchmarks import claim
-from benchmarks.claim import BUDGETS, NETWORKS, VARIANTS, Run
+from benchmarks.claim import report, training
+from benchmarks.claim.plan import BUDGETS, NETWORKS, VARIANTS, Run, runs
+from benchmarks.claim.report import SIZES, summarise
 
 from deformnet.models import Target
 
@@ -39,7 +40,7 @@ def made_result(run, score):
 def made_results():
     """Deformable is better by 10 * strength + seed."""
     found = []
-    for run in claim.runs((0, 0.5, 1), (0, 2)):
+    for run in runs((0, 0.5, 1), (0, 2)):
         more = 10 * run.strength + run.seed if run.variant == "deformable" else 0
         found.append(made_result(run, 40 - run.strength + more))
     return found
@@ -47,10 +48,10 @@ def made_results():
 
 def test_strengths_change_warp_and_range_of_sizes_alone():
     budget = BUDGETS["deeplab"]
-    sets = [claim.shapes(strength, budget) for strength in (0, 1 / 3, 2 / 3, 1)]
+    sets = [training.shapes(strength, budget) for strength in (0, 1 / 3, 2 / 3, 1)]
     ranges = [one.radius for one in sets]
     for low, high in ranges:
-        assert math.sqrt(low * high) == pytest.approx(claim.MEAN_RADIUS)
+        assert math.sqrt(low * high) == pytest.approx(training.MEAN_RADIUS)
     widths = [math.log(high / low) for low, high in ranges]
     assert widths == pytest.approx([0, widths[3] / 3, 2 * widths[3] / 3, widths[3]])
     assert [one.warp for one in sets] == [0, 1 / 3, 2 / 3, 1]
@@ -59,12 +60,12 @@ def test_strengths_change_warp_and_range_of_sizes_alone():
 
 @pytest.mark.parametrize("network", NETWORKS)
 def test_both_networks_begin_as_the_same_function(network):
-    images = claim.make_images(claim.shapes(1, TOY[network]), "val")
+    images = training.make_images(training.shapes(1, TOY[network]), "val")
     outputs = []
     for variant in VARIANTS:
         torch.manual_seed(3)
-        model = claim.build(network, variant).eval()
-        pixels = claim.normalised(images.pixels)
+        model = training.build(network, variant).eval()
+        pixels = training.normalised(images.pixels)
         if network == "deeplab":
             outputs.append(model(pixels))
         else:
@@ -74,8 +75,8 @@ def test_both_networks_begin_as_the_same_function(network):
 
 def test_batches_are_those_of_the_seed_and_flip_all_alike():
     budget = replace(TOY["deeplab"], steps=4)
-    images = claim.make_images(claim.shapes(1, budget), "train")
-    first, again, other = (list(claim.batches(images, budget, seed)) for seed in (0, 0, 1))
+    images = training.make_images(training.shapes(1, budget), "train")
+    first, again, other = (list(training.batches(images, budget, seed)) for seed in (0, 0, 1))
     assert all(torch.equal(a[0], b[0]) for a, b in zip(first, again, strict=True))
     assert any(not torch.equal(a[0], b[0]) for a, b in zip(first, other, strict=True))
     for _, labels, targets in first:
@@ -88,26 +89,26 @@ def test_batches_are_those_of_the_seed_and_flip_all_alike():
 
 def test_flipped_boxes():
     target = Target(torch.tensor([[1.0, 2, 4, 8]]), torch.tensor([3]))
-    assert claim.flipped(target, 10).boxes.tolist() == [[6, 2, 9, 8]]
+    assert training.flipped(target, 10).boxes.tolist() == [[6, 2, 9, 8]]
 
 
 @pytest.mark.parametrize("network", NETWORKS)
 def test_a_run_is_trained_once(network, tmp_path, monkeypatch):
     run, budget = Run(network, "deformable", 1.0, 0), TOY[network]
-    found = claim.result(run, budget, tmp_path)
+    found = training.result(run, budget, tmp_path)
     assert 0 <= found["score"] <= 100
     assert [row["layer"] for row in found["dilation"]] == list(LAYERS)
-    monkeypatch.setattr(claim, "train", None)
-    assert claim.result(run, budget, tmp_path) == found
+    monkeypatch.setattr(training, "train", None)
+    assert training.result(run, budget, tmp_path) == found
     with pytest.raises(ValueError, match=r"strength1-seed0.json: wanted a run of .*'steps': 3"):
-        claim.result(run, replace(budget, steps=3), tmp_path)
+        training.result(run, replace(budget, steps=3), tmp_path)
 
 
 def test_the_gap_pairs_seeds_and_leaves_out_what_is_half_done():
     results = made_results()
     unfinished = Run("deeplab", "deformable", 1, 2)
     results = [one for one in results if Run(**one["run"]) != unfinished]
-    rows = claim.summarise(results, "deeplab")
+    rows = summarise(results, "deeplab")
     assert [row["strength"] for row in rows] == [0, 0.5, 1]
     assert rows[1]["gap"] == {"seeds": {"0": 5, "2": 7}, "mean": 6, "std": pytest.approx(2**0.5)}
     assert rows[2]["plain"] == {"seeds": {"0": 39}, "mean": 39, "std": None}
@@ -115,18 +116,18 @@ def test_the_gap_pairs_seeds_and_leaves_out_what_is_half_done():
     assert dilation["small"] is None
     assert dilation["large"]["seeds"] == {"0": 3, "2": 5}
     assert dilation["large"]["filters"] == 5
-    assert [row["strength"] for row in claim.summarise(results, "rfcn")] == [0, 1]
+    assert [row["strength"] for row in summarise(results, "rfcn")] == [0, 1]
 
 
 def test_the_figure_shows_the_numbers_of_the_file(tmp_path, monkeypatch):
-    drawn, draw = [], claim.draw
+    drawn, draw = [], report.draw
 
     def draw_and_keep(summary):
         drawn.append(draw(summary))
         return drawn[-1]
 
-    monkeypatch.setattr(claim, "draw", draw_and_keep)
-    printed = claim.report(made_results(), {"machine": "a desk"}, tmp_path)
+    monkeypatch.setattr(report, "draw", draw_and_keep)
+    printed = report.report(made_results(), {"machine": "a desk"}, tmp_path)
     summary = json.loads((tmp_path / "claim.json").read_text())["summary"]
     assert (tmp_path / "claim.png").read_bytes().startswith(b"\x89PNG")
     panels = drawn[0].axes
@@ -136,14 +137,14 @@ def test_the_figure_shows_the_numbers_of_the_file(tmp_path, monkeypatch):
         for line, name in ((scores, "plain"), (gap, "gap")):
             assert line.lines[0].get_ydata().tolist() == [row[name]["mean"] for row in rows]
         for line, sizes in zip(dilation.containers, rows[-1]["dilation"].values(), strict=True):
-            shown = [sizes[size]["mean"] for size in claim.SIZES if sizes[size]]
+            shown = [sizes[size]["mean"] for size in SIZES if sizes[size]]
             assert line.lines[0].get_ydata().tolist() == shown
     assert "| 0.5 | 39.5, 39.5 (39.5 +- 0.0) | 44.5, 46.5 (45.5 +- 1.4) | 5.0, 7.0" in printed
     assert "| 1 | layer4.0.conv2 | - | 2.00 +- 1.41 | 3.00 +- 1.41 | 2.50 +- 1.41 |" in printed
 
 
 def test_runs_come_in_pairs_seed_by_seed():
-    order = claim.runs((0, 0.5, 1), (0, 1))
+    order = runs((0, 0.5, 1), (0, 1))
     assert len(order) == 2 * (3 + 2) * 2
     assert {run.seed for run in order[:10]} == {0}
     assert {run.strength for run in order if run.network == "rfcn"} == {0, 1}

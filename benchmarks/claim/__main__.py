@@ -1,0 +1,47 @@
+"""The command; see the package."""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks import claim
+from benchmarks.claim.plan import BUDGETS, NETWORKS, runs, stored_result
+from benchmarks.claim.report import report
+from benchmarks.claim.training import result
+from benchmarks.tables import conditions, describe
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.claim", description=(claim.__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--strengths", type=float, nargs="+", default=[0, 1 / 3, 2 / 3, 1])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--networks", choices=NETWORKS, nargs="+", default=NETWORKS)
+    parser.add_argument("--steps", type=int, help="of training; fewer than the budget's try it out")
+    options = parser.parse_args()
+    if not all(0 <= strength <= 1 for strength in options.strengths):
+        parser.error(f"argument --strengths: wanted numbers from 0 to 1, got {options.strengths}")
+    budgets = dict(BUDGETS)
+    if options.steps is not None:
+        budgets = {name: replace(budget, steps=options.steps) for name, budget in budgets.items()}
+    todo = runs(options.strengths, options.seeds, options.networks)
+    try:
+        for run in todo:
+            stored_result(run, budgets[run.network], options.out)
+    except ValueError as error:
+        parser.error(str(error))
+    found = conditions()
+    print(describe(found), flush=True)
+    results: list[dict[str, Any]] = []
+    tables = ""
+    for run in todo:
+        results.append(result(run, budgets[run.network], options.out))
+        tables = report(results, found, options.out)
+    print(tables)
+
+
+if __name__ == "__main__":
+    main()

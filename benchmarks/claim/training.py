@@ -1,0 +1,264 @@
+"""One run: made images, a network, its training and what is measured of it."""
+
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock
+from tqdm import tqdm, trange
+
+from benchmarks.claim.plan import (
+    DEFORM_LAYERS,
+    Budget,
+    Network,
+    Run,
+    Variant,
+    result_path,
+    stored_result,
+)
+from deformnet.analysis import AnnotatedImage, dilation_statistics
+from deformnet.backbones.features import Backbone, deform_last, require_images
+from deformnet.data.shapes import SHAPE_CLASSES, Shapes, scene
+from deformnet.evaluation import Found, Truth, confusion_matrix, segmentation_scores, voc_ap
+from deformnet.models import RFCN, RPN, DeepLab, Target, select
+from deformnet.nn import parameter_groups
+from deformnet.runs import replacing, write_json
+
+# Radius of objects, as a share of the image's side: at strength 0 all have the first, at strength
+# 1 they lie between it divided and multiplied by the second.
+MEAN_RADIUS, RADIUS_FACTOR = 0.18, 2.45
+# Table 2's sizes are those of objects in images of about this side, which ours are taken to have.
+PAPER_SIDE = 600
+OBJECTS = SHAPE_CLASSES[1:]
+
+
+class Images(NamedTuple):
+    """A made set, in memory."""
+
+    pixels: Tensor
+    """uint8 [N, 3, H, W]."""
+    labels: Tensor
+    """uint8 [N, H, W], class of each pixel."""
+    targets: tuple[Target, ...]
+    """Objects of each image."""
+
+
+class SmallResNet(Backbone):
+    """Residual blocks of 32, 64 and, in conv5, twice 96 channels, after a 3x3 convolution of 16.
+
+    Its stride is 8, in conv4, too. `deform_layers` of its 3x3 convolutions are deformable.
+    """
+
+    name = "small ResNet"
+
+    def __init__(self, deform_layers: int) -> None:
+        super().__init__(64, 96, output_stride=16, reduce_channels=None)
+        self.stride = 8  # small images need finer maps than backbones of the paper's size offer
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, 16, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()
+        )
+        self.layer2, self.layer3 = _block(16, 32, stride=2), _block(32, 64, stride=2)
+        self.layer4 = nn.Sequential(_block(64, 96), _block(96, 96))
+        self._add_reduction()
+        deform_last(self, deform_layers, offset_groups=1, modulated=False)
+
+    def conv4(self, images: Tensor) -> Tensor:
+        require_images(images)
+        return self.layer3(self.layer2(self.stem(images)))
+
+    def conv5(self, conv4: Tensor) -> Tensor:
+        return self.layer4(conv4)
+
+    def filter_chain(self) -> tuple[str, ...]:
+        return tuple(f"layer4.{block}.{conv}" for block in (1, 0) for conv in ("conv2", "conv1"))
+
+    def freeze_first_stages(self) -> None:
+        self.stem.requires_grad_(False)
+
+
+def _block(channels: int, width: int, stride: int = 1) -> BasicBlock:
+    shortcut = None
+    if stride != 1 or channels != width:
+        conv = nn.Conv2d(channels, width, 1, stride=stride, bias=False)
+        shortcut = nn.Sequential(conv, nn.BatchNorm2d(width))
+    return BasicBlock(channels, width, stride, shortcut)
+
+
+def shapes(strength: float, budget: Budget) -> Shapes:
+    """The set of a strength: objects on a calm background, as the budget is small."""
+    factor = RADIUS_FACTOR**strength
+    return Shapes(
+        train=budget.images,
+        val=budget.test,
+        height=budget.side,
+        width=budget.side,
+        warp=strength,
+        seed=budget.data_seed,
+        objects=(1, 3),
+        radius=(MEAN_RADIUS / factor, MEAN_RADIUS * factor),
+        clutter=0,  # its size would change with that of the objects
+        mute=0.75,
+    )
+
+
+@cache
+def make_images(drawn_from: Shapes, split: Literal["train", "val"]) -> Images:
+    """A split of a made set, as drawn: without the losses of a JPEG."""
+    count = drawn_from.train if split == "train" else drawn_from.val
+    drawn = [
+        scene(drawn_from, split, number)
+        for number in trange(count, desc=f"{split} images, warp {drawn_from.warp:g}", disable=None)
+    ]
+    targets = []
+    for one in drawn:
+        boxes = torch.tensor([item.box for item in one.objects]).reshape(-1, 4).float()
+        labels = torch.tensor([item.label - 1 for item in one.objects], dtype=torch.int64)
+        targets.append(Target(boxes, labels))
+    pixels = torch.stack([torch.from_numpy(one.image) for one in drawn]).permute(0, 3, 1, 2)
+    labels = torch.stack([torch.from_numpy(one.labels) for one in drawn])
+    return Images(pixels, labels, tuple(targets))
+
+
+def build(network: Network, variant: Variant) -> DeepLab | RFCN:
+    backbone = SmallResNet(DEFORM_LAYERS if variant == "deformable" else 0)
+    if network == "deeplab":
+        return DeepLab(backbone, len(SHAPE_CLASSES))
+    rpn = RPN(
+        backbone.conv4_channels,
+        sizes=(24, 48, 96),
+        stride=backbone.stride,
+        pre_nms=600,
+        post_nms=100,
+    )
+    pool = "average" if variant == "plain" else "deformable"
+    return RFCN(backbone, len(OBJECTS), rpn, pool=pool, bins=3)
+
+
+def normalised(pixels: Tensor) -> Tensor:
+    return ((pixels.float() - 128) / 64).contiguous(memory_format=torch.channels_last)
+
+
+def batches(
+    images: Images, budget: Budget, seed: int
+) -> Iterator[tuple[Tensor, Tensor, list[Target]]]:
+    """Normalised images [N, 3, H, W], labels [N, H, W] and targets of every step.
+
+    Images come in random order, all before any comes again, and half of them are flipped.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.empty(0, dtype=torch.int64)
+    while len(order) < budget.steps * budget.batch:
+        order = torch.cat((order, torch.randperm(len(images.pixels), generator=generator)))
+    for chosen in order.split(budget.batch)[: budget.steps]:
+        flip = torch.rand(len(chosen), generator=generator) < 0.5
+        pixels, labels = images.pixels[chosen], images.labels[chosen].long()
+        pixels[flip], labels[flip] = pixels[flip].flip(-1), labels[flip].flip(-1)
+        targets = [
+            flipped(images.targets[i], budget.side) if mirrored else images.targets[i]
+            for i, mirrored in zip(chosen.tolist(), flip.tolist(), strict=True)
+        ]
+        yield normalised(pixels), labels, targets
+
+
+def flipped(target: Target, width: int) -> Target:
+    x1, y1, x2, y2 = target.boxes.unbind(1)
+    return Target(torch.stack((width - x2, y1, width - x1, y2), 1), target.labels)
+
+
+def train(run: Run, budget: Budget) -> tuple[DeepLab | RFCN, float]:
+    """The trained network, and the median of the processor's seconds that a step took."""
+    images = make_images(shapes(run.strength, budget), "train")
+    torch.manual_seed(run.seed)
+    model = build(run.network, run.variant).to(memory_format=torch.channels_last)
+    groups = parameter_groups(
+        model,
+        budget.lr,
+        offset_lr_scale=budget.offset_lr_scale,
+        weight_decay=budget.weight_decay,
+    )
+    optimizer = torch.optim.SGD(groups, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer,
+        [group["lr"] for group in groups],
+        total_steps=budget.steps,
+        cycle_momentum=False,
+    )
+    # Anchors and RoIs are drawn from the global generator, which both networks begin alike.
+    torch.manual_seed(run.seed)
+    seconds = []
+    steps = batches(images, budget, run.seed)
+    with tqdm(steps, desc=run.name, total=budget.steps, disable=None) as bar:
+        for pixels, labels, targets in bar:
+            begin = time.process_time()
+            if isinstance(model, DeepLab):
+                losses = model.losses(model(pixels), labels)
+            else:
+                losses = model.losses(pixels, [(budget.side, budget.side)] * len(pixels), targets)
+            loss = torch.stack(list(losses.values())).sum()
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), budget.clip)
+            optimizer.step()
+            schedule.step()
+            seconds.append(time.process_time() - begin)
+            bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
+    return model.eval(), statistics.median(seconds)
+
+
+@torch.no_grad()
+def score(model: DeepLab | RFCN, images: Images) -> float:
+    """Mean IoU of the classes and the background, or mean AP at IoU 0.5, in percent."""
+    side = images.pixels.shape[-1]
+    confusion = confusion_matrix(len(SHAPE_CLASSES))
+    found: dict[str, Found] = {}
+    for first in range(0, len(images.pixels), 16):
+        pixels = normalised(images.pixels[first : first + 16])
+        if isinstance(model, DeepLab):
+            confusion.update(model(pixels), images.labels[first : first + 16].long())
+            continue
+        for number, candidates in enumerate(model(pixels, [(side, side)] * len(pixels)), first):
+            found[str(number)] = Found(*select(candidates, max_detections=100))
+    if isinstance(model, DeepLab):
+        return 100 * segmentation_scores(confusion.compute()).mean_iou
+    truths = {
+        str(number): Truth(target.boxes, target.labels, torch.zeros(len(target.labels)).bool())
+        for number, target in enumerate(images.targets)
+    }
+    return 100 * voc_ap(truths, found, OBJECTS, ious=(0.5,)).mean_ap[0]
+
+
+def dilations(model: DeepLab | RFCN, images: Images) -> list[dict[str, Any]]:
+    """Table 2 on these images, as if they had the size of the paper's."""
+    scale, stride = images.pixels.shape[-1] / PAPER_SIDE, model.backbone.stride
+    annotated = (
+        AnnotatedImage(normalised(pixels[None])[0], target.boxes / scale, scale)
+        for pixels, target in zip(images.pixels, images.targets, strict=True)
+    )
+    return [asdict(row) for row in dilation_statistics(model.backbone, annotated, stride=stride)]
+
+
+def result(run: Run, budget: Budget, out: Path) -> dict[str, Any]:
+    """What came of a run, which is trained if it is not finished. Raises as `stored_result`."""
+    if (found := stored_result(run, budget, out)) is not None:
+        return found
+    path = result_path(run, out)
+    model, seconds = train(run, budget)
+    test = make_images(shapes(run.strength, budget), "val")
+    deformable = run.variant == "deformable"
+    found = {
+        "run": run._asdict(),
+        "budget": asdict(budget),
+        "score": score(model, test),
+        "seconds per step": seconds,
+        "dilation": dilations(model, test) if deformable else None,
+    }
+    with replacing(path.with_suffix(".pt")) as file:
+        torch.save(model.state_dict(), file)
+    write_json(path, found)
+    return found
