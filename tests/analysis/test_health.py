@@ -8,7 +8,7 @@ import torchvision
 from networks import Foreign, pair_of_networks
 from torch import nn
 
-from deformnet import DeformConv2d
+from deformnet import DeformConv2d, DeformPSRoIPool2d, DeformRoIPool2d
 from deformnet.analysis import LayerHealth, OffsetObserver
 
 
@@ -118,6 +118,63 @@ def test_offsets_that_a_linear_layer_makes(images, bias):
     assert layer.gradient_ratio == pytest.approx(float(made / own))
 
 
+BOXES = torch.tensor([[0.0, 8, 4, 71, 35], [1, 100, 60, 131, 91]])
+CENTRES = (0.25, 0.75)  # of two bins
+
+
+@pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.parametrize("position_sensitive", [False, True])
+def test_bins_of_deformable_pooling(position_sensitive, listed):
+    """Middles of bins count as samples; boxes of 64x32 and 32x32 pixels, cells of 4 pixels."""
+    maps, features = torch.rand(2, 8, 24, 40), torch.rand(2, 5, 24, 40)
+    wanted = torch.tensor([[2.0, -1.0, 0.0, 0.0], [0.0, 3.0, -40.0, 0.0]])  # x, y, four bins each
+    if position_sensitive:
+        pool = DeformPSRoIPool2d(5, 2, 1 / 4, sampling="msra")
+        inputs, maker = (maps, features), pool.conv_offset
+    else:
+        pool = DeformRoIPool2d(5, 2, 1 / 4, sampling="msra")
+        inputs, maker = (features,), pool.fc_offset
+    with torch.no_grad():
+        maker.bias.copy_(wanted.flatten())
+    boxes = [BOXES[:1, 1:], BOXES[1:, 1:]] if listed else BOXES
+    model = nn.ModuleDict({"pool": pool})
+    with OffsetObserver(model) as observer:
+        pool(*inputs, boxes).square().sum().backward()
+    (layer,) = observer.health()
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+    shifts, outside = [], 0
+    for _, x1, y1, x2, y2 in BOXES.tolist():
+        width, height = (x2 - x1 + 1) / 4, (y2 - y1 + 1) / 4
+        for bin in range(4):
+            dx, dy = (0.1 * wanted[0, bin] * width), (0.1 * wanted[1, bin] * height)
+            shifts.append(math.hypot(dx, dy))
+            x = x1 / 4 + CENTRES[bin % 2] * width + dx
+            y = y1 / 4 + CENTRES[bin // 2] * height + dy
+            outside += not (0 <= x <= 40 and 0 <= y <= 24)
+    assert layer.layer == "pool"
+    assert layer.mean_shift == pytest.approx(sum(shifts) / 8, rel=1e-5)
+    assert layer.largest_shift == pytest.approx(32, rel=1e-5)
+    assert outside == 2
+    assert (layer.outside, layer.outside_at_rest) == (outside / 8, 0)
+    assert (layer.gradient_ratio, layer.map_side) == (None, 40)
+    assert layer.runaway() is None
+    with torch.no_grad():
+        maker.bias.mul_(2)
+    with OffsetObserver(model) as observer:
+        pool(*inputs, boxes)
+    assert "moved by 64 cells, on a map of 40" in observer.health()[0].runaway()
+
+
+def test_pooling_without_boxes():
+    pool = DeformRoIPool2d(5, 2)
+    with OffsetObserver(pool) as observer:
+        pool(torch.rand(1, 5, 8, 8), torch.zeros(0, 5))
+    (layer,) = observer.health()
+    assert (layer.mean_shift, layer.largest_shift, layer.outside) == (0, 0, 0)
+    assert layer.runaway() is None
+
+
 HEALTHY = LayerHealth("conv", 3.0, 20.0, 0.3, 0.1, 0.5, 30)
 
 
@@ -149,7 +206,7 @@ def test_offsets_that_are_not_finite(images):
 
 
 def test_a_model_without_deformable_layers():
-    with pytest.raises(ValueError, match="has no deformable convolution"):
+    with pytest.raises(ValueError, match="has no deformable layer"):
         OffsetObserver(nn.Conv2d(3, 4, 3))
 
 

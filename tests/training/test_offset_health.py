@@ -7,11 +7,13 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.loggers.logger import Logger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 from deformnet import DeformConv2d
 from deformnet.analysis import OffsetObserver
 from deformnet.nn import parameter_groups
+from deformnet.recipes import FasterRCNNRecipe, RFCNRecipe
 from deformnet.training import train
 from deformnet.training.health import OffsetHealth
 
@@ -188,7 +190,7 @@ def test_what_cannot_be_watched_is_refused():
         OffsetHealth(0)
     module = Regression(1.0)
     module.net = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1))
-    with pytest.raises(ValueError, match="Regression has no deformable convolution"):
+    with pytest.raises(ValueError, match="Regression has no deformable layer"):
         fit(module, OffsetHealth())
 
 
@@ -220,3 +222,30 @@ def test_training_stops_when_asked_to(shapes, quick, tmp_path):
 def test_a_run_at_rest_is_not_warned_of(shapes, quick, tmp_path, recwarn):
     train(quick, shapes, tmp_path / "run", val_split=None, log_every=2, progress=False)
     assert not [one for one in recwarn if "run away" in str(one.message)]
+
+
+@pytest.mark.parametrize(
+    ("network", "pools"),
+    [(RFCNRecipe, ("score_pool", "box_pool")), (FasterRCNNRecipe, ("deform_pool",))],
+)
+def test_pooling_is_watched_where_it_alone_is_deformable(shapes, tmp_path, network, pools):
+    recipe = network(
+        backbone="resnet18",
+        deform_layers=0,
+        pool="deformable",
+        short_side=48,
+        anchor_sizes=(16, 32),
+        proposals=20,
+        iterations=2,
+        batch=2,
+        warmup=0,
+    )
+    run = tmp_path / "run"
+    train(recipe, shapes, run, val_split=None, workers=0, log_every=1, progress=False)
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    logged = {tag for tag in events.Tags()["scalars"] if tag.startswith("offsets/")}
+    names = ("mean_shift", "largest_shift", "outside")
+    assert logged == {f"offsets/model.{pool}/{name}" for pool in pools for name in names}
+    for pool in pools:
+        first, second = events.Scalars(f"offsets/model.{pool}/largest_shift")
+        assert first.value == 0 < second.value

@@ -1,7 +1,8 @@
 """Where the bins of deformable RoI pooling lie (Dai et al. 2017, Figure 7)."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor, nn
 
 from deformnet.analysis.layers import evaluating, hooks_called
 from deformnet.nn import DeformPSRoIPool2d, DeformRoIPool2d
+
+RoIPool = DeformRoIPool2d | DeformPSRoIPool2d
 
 
 class MovedBins(NamedTuple):
@@ -61,33 +64,73 @@ def moved_bins(
         ValueError: if there is no such layer, if it is another kind of layer, or if the model does
             not call it exactly once.
     """
-    modules = dict(model.named_modules())
-    pool = modules.get(layer)
-    if not isinstance(pool, (DeformRoIPool2d, DeformPSRoIPool2d)):
-        kinds = (DeformRoIPool2d, DeformPSRoIPool2d)
-        known = [name for name, module in modules.items() if isinstance(module, kinds)]
+    pools = roi_pools(model)
+    if layer not in pools:
         raise ValueError(
-            f"layer: wanted one of {', '.join(known) or '(the model has none)'}, got {layer!r}"
+            f"layer: wanted one of {', '.join(pools) or '(the model has none)'}, got {layer!r}"
         )
-    signature = inspect.signature(pool.forward)
-    calls: list[tuple[Any, ...]] = []
-
-    def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls.append(signature.bind(*args, **kwargs).args)
-
-    handle = pool.register_forward_pre_hook(note, with_kwargs=True)
-    try:
-        with evaluating(model), hooks_called():
-            (call or model)(*inputs)
-    finally:
-        handle.remove()
+    calls: list[PoolCall] = []
+    with watching_pools({layer: pools[layer]}, calls.append), evaluating(model):
+        (call or model)(*inputs)
     if len(calls) != 1:
         raise ValueError(f"layer: wanted {layer} to be called once, got {len(calls)} calls")
-    *_, features, boxes = calls[0]  # "maps" come before in position-sensitive pooling
-    offsets = pool.offsets(features, boxes).float()
+    return bins_in(calls[0])
 
-    if not isinstance(boxes, Tensor):
-        boxes = torch.cat([torch.cat([part.new_zeros(len(part), 1), part], 1) for part in boxes])
+
+class PoolCall(NamedTuple):
+    """One call of a deformable RoI pooling layer.
+
+    Attributes:
+        name: of the layer, in `model.named_modules()`.
+        features: what its offsets come from, [N, C, H, W].
+        boxes: [R, 5], in pixels of the image.
+    """
+
+    name: str
+    pool: RoIPool
+    features: Tensor
+    boxes: Tensor
+
+
+def roi_pools(model: nn.Module) -> dict[str, RoIPool]:
+    """The deformable RoI pooling layers of a model, by name."""
+    return {name: pool for name, pool in model.named_modules() if isinstance(pool, RoIPool)}
+
+
+@contextmanager
+def watching_pools(pools: Mapping[str, RoIPool], see: Callable[[PoolCall], None]) -> Iterator[None]:
+    """Shows every call of some layers to `see`, as it begins."""
+
+    def note(name: str, pool: RoIPool) -> Callable[..., None]:
+        signature = inspect.signature(pool.forward)
+
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            # "maps" come before in position-sensitive pooling.
+            features, boxes = signature.bind(*args, **kwargs).args[-2:]
+            if not isinstance(boxes, Tensor):
+                index = [part.new_full((len(part), 1), image) for image, part in enumerate(boxes)]
+                boxes = torch.cat([torch.cat(index), torch.cat(list(boxes))], dim=1)
+            see(PoolCall(name, pool, features, boxes))
+
+        return hook
+
+    handles = [
+        pool.register_forward_pre_hook(note(name, pool), with_kwargs=True)
+        for name, pool in pools.items()
+    ]
+    try:
+        with hooks_called():
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def bins_in(call: PoolCall) -> MovedBins:
+    """Where the bins lie in a call."""
+    pool, boxes = call.pool, call.boxes
+    offsets = pool.offsets(call.features, boxes).float()
     ph, pw = pool.output_size
     corners = boxes[:, 1:].to(torch.float64, copy=True)
     sizes = _measured(pool, corners).float()
@@ -108,7 +151,7 @@ def moved_bins(
     return MovedBins(plain.flatten(-2), moved.flatten(-2))
 
 
-def _measured(pool: DeformRoIPool2d | DeformPSRoIPool2d, corners: Tensor) -> Tensor:
+def _measured(pool: RoIPool, corners: Tensor) -> Tensor:
     """Width and height [R, 2] that offsets count in, in pixels of the image."""
     low, high, scale = corners[:, :2], corners[:, 2:], pool.spatial_scale
     if pool.sampling == "bins":

@@ -8,8 +8,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from deformnet.analysis.layers import Call, Kernel, deformable_layers, size_of, watching
-from deformnet.nn import DeformConv2d
+from deformnet.analysis.bins import PoolCall, bins_in, roi_pools, watching_pools
+from deformnet.analysis.layers import Call, Kernel, find_convolutions, size_of, watching
+from deformnet.nn import DeformConv2d, DeformRoIPool2d
 
 _LOST = 0.5
 _FAR = 0.5
@@ -20,6 +21,8 @@ _WEIGHTS = {"ConvolutionBackward": 1, "AddmmBackward": 2, "MmBackward": 1}
 @dataclass(frozen=True)
 class LayerHealth:
     """How a layer's offsets were in one step; shifts are in cells of the layer's input.
+
+    Of deformable RoI pooling a sample is the middle of a bin, and there are no weights of its own.
 
     Attributes:
         layer: its name.
@@ -71,8 +74,13 @@ class LayerHealth:
         return None
 
 
+def holds_offsets(model: nn.Module) -> bool:
+    """Whether a model has a deformable layer."""
+    return bool(find_convolutions(model) or roi_pools(model))
+
+
 class OffsetObserver:
-    """Watches the offsets of a model's deformable convolutions through a step of training.
+    """Watches the offsets of a model's deformable layers through a step of training.
 
         >>> with OffsetObserver(model) as observer:
         ...     loss(model(images)).backward()
@@ -83,13 +91,18 @@ class OffsetObserver:
     `health` waits for them. When it does not watch, it costs nothing.
 
     Args:
-        model: holds deformnet's or torchvision's `DeformConv2d`.
+        model: holds deformnet's or torchvision's `DeformConv2d`, or deformable RoI pooling.
     Raises:
-        ValueError: if it has none.
+        ValueError: if it has neither.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._layers = deformable_layers(model)
+        self._convolutions, self._pools = find_convolutions(model), roi_pools(model)
+        if not self._convolutions and not self._pools:
+            raise ValueError(
+                f"model: {type(model).__name__} has no deformable layer, neither deformnet's nor "
+                "torchvision's"
+            )
         self._watching: ExitStack | None = None
         self._calls: dict[str, list[_CallNumbers]] = {}
         self._makers: dict[str, Tensor | None] = {}
@@ -99,7 +112,8 @@ class OffsetObserver:
         self.stop()
         self._calls, self._makers = {}, {}
         self._watching = ExitStack()
-        self._watching.enter_context(watching(self._layers, self._see))
+        self._watching.enter_context(watching(self._convolutions, self._see))
+        self._watching.enter_context(watching_pools(self._pools, self._see_pool))
         return self
 
     def __exit__(
@@ -124,8 +138,11 @@ class OffsetObserver:
         """
         numbers: list[Tensor] = []
         for name, calls in self._calls.items():
-            numbers += [number for call in calls for number in (call.mean, call.largest, call.off)]
-            numbers += _gradient_norms(self._makers[name], self._layers[name].weight)
+            for call in calls:
+                numbers += [call.mean, call.largest, call.off, call.off_at_rest]
+            convolution = self._convolutions.get(name)
+            own = None if convolution is None else convolution.weight
+            numbers += _gradient_norms(self._makers[name], own, calls[0].mean.device)
         # One wait for the device, not one for each number.
         values = iter(torch.stack(numbers).tolist() if numbers else [])
         found = []
@@ -138,7 +155,7 @@ class OffsetObserver:
                 mean += share * next(values)
                 largest.append(next(values))
                 outside += share * next(values)
-                at_rest += share * call.off_at_rest
+                at_rest += share * next(values)
             made, own = next(values), next(values)
             found.append(
                 LayerHealth(
@@ -162,6 +179,12 @@ class OffsetObserver:
             assert done.offset is not None
             self._makers[done.name] = _nearest_weight(done.offset)
 
+    def _see_pool(self, begun: PoolCall) -> None:
+        self._calls.setdefault(begun.name, []).append(_measure_pool(begun))
+        pool = begun.pool
+        maker = pool.fc_offset if isinstance(pool, DeformRoIPool2d) else pool.conv_offset
+        self._makers[begun.name] = maker.weight
+
 
 @dataclass(frozen=True)
 class _CallNumbers:
@@ -170,7 +193,7 @@ class _CallNumbers:
     mean: Tensor
     largest: Tensor
     off: Tensor
-    off_at_rest: float
+    off_at_rest: Tensor
     samples: int
     side: int
 
@@ -191,14 +214,33 @@ def _measure(done: Call) -> _CallNumbers:
     x = offset[:, :, :, 1] + columns.to(device)[:, None, :]
     shift = torch.linalg.vector_norm(offset, dim=3)
     on = _within(y, height) & _within(x, width)
+    return _numbers(shift, on, on_map, max(height, width))
+
+
+def _measure_pool(begun: PoolCall) -> _CallNumbers:
+    bins, (height, width) = bins_in(begun), size_of(begun.features)
+    # Middles of bins, x and y, in cells from the map's edge.
+    plain, moved = (
+        (corners[..., :2] + corners[..., 2:]) / 2 * begun.pool.spatial_scale
+        for corners in (bins.plain, bins.moved)
+    )
+    sides = moved.new_tensor([width, height])
+    at_rest, on = (((at >= 0) & (at <= sides)).all(-1) for at in (plain, moved))
+    shift = torch.linalg.vector_norm(moved - plain[:, None], dim=-1)
+    return _numbers(shift, on, at_rest, max(height, width))
+
+
+def _numbers(shift: Tensor, on: Tensor, on_at_rest: Tensor, side: int) -> _CallNumbers:
+    """Of how far samples are moved, and whether they lie on the map (or to which part)."""
+    nothing = shift.new_zeros(())
     empty = shift.numel() == 0
     return _CallNumbers(
-        mean=shift.new_zeros(()) if empty else shift.mean(),
-        largest=shift.new_zeros(()) if empty else shift.amax(),
-        off=shift.new_zeros(()) if empty else 1 - on.float().mean(),
-        off_at_rest=1 - float(on_map.mean()),
+        mean=nothing if empty else shift.mean(),
+        largest=nothing if empty else shift.amax(),
+        off=nothing if empty else 1 - on.float().mean(),
+        off_at_rest=nothing if empty else 1 - on_at_rest.to(shift.device).float().mean(),
         samples=shift.numel(),
-        side=max(height, width),
+        side=side,
     )
 
 
@@ -207,9 +249,11 @@ def _within(positions: Tensor, side: int) -> Tensor:
     return (positions > -1) & (positions < side)
 
 
-def _gradient_norms(made_by: Tensor | None, own: Tensor) -> list[Tensor]:
+def _gradient_norms(
+    made_by: Tensor | None, own: Tensor | None, device: torch.device
+) -> list[Tensor]:
     """Norms of two gradients; -1 where there is none."""
-    missing = torch.full((), -1.0, device=own.device)
+    missing = torch.full((), -1.0, device=device)
     grads = [None if weight is None else weight.grad for weight in (made_by, own)]
     return [missing if g is None else torch.linalg.vector_norm(g.detach().float()) for g in grads]
 

@@ -104,10 +104,17 @@ def find_layer(model: nn.Module, name: str) -> nn.Module:
     return modules[name]
 
 
+def find_convolutions(
+    model: nn.Module,
+) -> dict[str, DeformConv2d | torchvision.ops.DeformConv2d]:
+    """The deformable convolutions of a model, deformnet's and torchvision's, by name."""
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, DEFORMABLE)}
+
+
 def deformable_layers(
     model: nn.Module, names: Sequence[str] | None = None
 ) -> dict[str, DeformConv2d | torchvision.ops.DeformConv2d]:
-    """The deformable convolutions of a model, deformnet's and torchvision's, by name.
+    """Those deformable convolutions of a model that are wanted, by name.
 
     Args:
         names: those that are wanted; None for all.
@@ -116,7 +123,7 @@ def deformable_layers(
         TypeError: if a name is that of another kind of layer.
     """
     if names is None:
-        found = {n: layer for n, layer in model.named_modules() if isinstance(layer, DEFORMABLE)}
+        found = find_convolutions(model)
         if not found:
             raise ValueError(
                 f"model: {type(model).__name__} has no deformable convolution, neither "

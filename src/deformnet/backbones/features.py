@@ -39,6 +39,9 @@ class Backbone(nn.Module):
 
     Unit (i, j) of its maps is centred on pixel (stride * i, stride * j) of the image.
 
+    A subclass makes its stages and then calls `_add_reduction`; one whose conv5 has another stride
+    than `output_stride` sets `stride`.
+
     Args:
         conv4_channels: channels of conv4.
         conv5_channels: channels of conv5.

@@ -15,10 +15,10 @@ REMEDY = "a lower offset_lr_scale, gradient clipping or a longer warm-up may hel
 class OffsetHealth(Callback):
     """Logs how far the offsets of each deformable layer reach, and warns when they run away.
 
-    For any Lightning module that holds deformnet's or torchvision's `DeformConv2d`. Logged are, by
-    the name of the layer, `offsets/NAME/` with `mean_shift`, `largest_shift`, `outside` and
-    `gradient_ratio`, as `LayerHealth` has them; with several processes, those of the first. Between
-    the logged iterations it does nothing.
+    For any Lightning module that holds deformnet's or torchvision's `DeformConv2d`, or deformable
+    RoI pooling. Logged are, by the name of the layer, `offsets/NAME/` with `mean_shift`,
+    `largest_shift`, `outside` and `gradient_ratio`, as `LayerHealth` has them; with several
+    processes, those of the first. Between the logged iterations it does nothing.
 
     What running away means, `LayerHealth.runaway` says. Each layer is warned of once.
 

@@ -17,6 +17,7 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from deformnet.analysis.health import holds_offsets
 from deformnet.models.detector import Detector
 from deformnet.recipes import (
     ONE_LOOK,
@@ -187,7 +188,7 @@ def train(
             callbacks=[
                 Agreement(facts),
                 Timer(log_every),
-                *([health] if recipe.deform_layers else []),
+                *([health] if holds_offsets(model) else []),
                 checkpoints,
                 *([ProgressBar()] if progress else []),
             ],
