@@ -1,6 +1,7 @@
 """The command; see the package."""
 
 import argparse
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,16 @@ def main() -> None:
     parser.add_argument("--strengths", type=float, nargs="+", default=[0, 1 / 3, 2 / 3, 1])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--networks", choices=NETWORKS, nargs="+", default=NETWORKS)
-    parser.add_argument("--steps", type=int, help="of training; fewer than the budget's try it out")
+    parser.add_argument("--share", type=float, default=1, help="of the steps of training")
     options = parser.parse_args()
     if not all(0 <= strength <= 1 for strength in options.strengths):
         parser.error(f"argument --strengths: wanted numbers from 0 to 1, got {options.strengths}")
-    budgets = dict(BUDGETS)
-    if options.steps is not None:
-        budgets = {name: replace(budget, steps=options.steps) for name, budget in budgets.items()}
+    if not 0 < options.share < math.inf:
+        parser.error(f"argument --share: wanted a finite number above 0, got {options.share}")
+    budgets = {
+        name: replace(budget, steps=max(1, round(options.share * budget.steps)))
+        for name, budget in BUDGETS.items()
+    }
     todo = runs(options.strengths, options.seeds, options.networks)
     try:
         for run in todo:

@@ -41,8 +41,8 @@ class Budget:
 
 
 BUDGETS: dict[Network, Budget] = {
-    "deeplab": Budget(steps=400, batch=16, lr=0.3),
-    "rfcn": Budget(steps=600, batch=8, lr=0.05),
+    "deeplab": Budget(steps=1200, batch=16, lr=0.3),
+    "rfcn": Budget(steps=1800, batch=8, lr=0.05),
 }
 
 

@@ -141,7 +141,7 @@ def test_bins_of_deformable_pooling(position_sensitive, listed):
     with OffsetObserver(model) as observer:
         pool(*inputs, boxes).square().sum().backward()
     (layer,) = observer.health()
-    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert not any(module._forward_hooks for module in model.modules())
 
     shifts, outside = [], 0
     for _, x1, y1, x2, y2 in BOXES.tolist():
@@ -166,13 +166,28 @@ def test_bins_of_deformable_pooling(position_sensitive, listed):
     assert "moved by 64 cells, on a map of 40" in observer.health()[0].runaway()
 
 
-def test_pooling_without_boxes():
+@pytest.mark.parametrize("boxes", [torch.zeros(0, 5), []])
+def test_pooling_without_boxes(boxes):
     pool = DeformRoIPool2d(5, 2)
     with OffsetObserver(pool) as observer:
-        pool(torch.rand(1, 5, 8, 8), torch.zeros(0, 5))
+        pool(torch.rand(1, 5, 8, 8), boxes)
     (layer,) = observer.health()
     assert (layer.mean_shift, layer.largest_shift, layer.outside) == (0, 0, 0)
     assert layer.runaway() is None
+
+
+def test_boxes_are_those_that_the_layer_takes():
+    pool, maps = DeformRoIPool2d(5, 2), torch.rand(2, 5, 8, 8)
+    half = [torch.tensor([[0.0, 1, 5, 6]]).half()] * 2
+    with OffsetObserver(pool) as observer:
+        expected = pool(maps, [boxes.float() for boxes in half])
+        assert torch.equal(pool(maps, half), expected)
+    assert observer.health()[0].outside == 0
+    with OffsetObserver(pool) as observer:
+        for wrong in (torch.zeros(2, 6), [torch.zeros(3, 5)]):
+            with pytest.raises(ValueError, match="boxes: want"):
+                pool(maps, wrong)
+    assert observer.health() == []
 
 
 HEALTHY = LayerHealth("conv", 3.0, 20.0, 0.3, 0.1, 0.5, 30)

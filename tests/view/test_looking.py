@@ -1,6 +1,7 @@
 """What the page shows, without the page."""
 
 import io
+import os
 import socket
 import struct
 import zlib
@@ -264,6 +265,7 @@ def damaged(tmp_path):
         ("text.png", b"not an image", "not an image that can be read"),
         ("empty.jpg", b"", "not an image that can be read"),
         ("cut.png", whole[: len(whole) // 2], "not a readable image"),
+        ("head.png", whole[:20], "not a readable image"),
         ("huge.png", huge(), "8000x8000 pixels; wanted at most 30 million"),
         ("script.eps", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
     ]
@@ -329,6 +331,8 @@ def test_runs_that_cannot_be_shown(runs, tmp_path, complaint):
     (tmp_path / "notes.txt").write_text("these are not pixels")
     wanted = "notes.txt: not an image that can be read"
     assert wanted in complaint(runs / "deeplab", tmp_path / "notes.txt")
+    os.mkfifo(tmp_path / "pipe.png")  # which would be waited for
+    assert "pipe.png: no such file" in complaint(runs / "deeplab", tmp_path / "pipe.png")
 
 
 def test_a_port_in_use(runs, complaint):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from deformnet.analysis.layers import evaluating, hooks_called
 from deformnet.nn import DeformPSRoIPool2d, DeformRoIPool2d
+from deformnet.ops.roi_pool import join_boxes
 
 RoIPool = DeformRoIPool2d | DeformPSRoIPool2d
 
@@ -99,23 +100,24 @@ def roi_pools(model: nn.Module) -> dict[str, RoIPool]:
 
 @contextmanager
 def watching_pools(pools: Mapping[str, RoIPool], see: Callable[[PoolCall], None]) -> Iterator[None]:
-    """Shows every call of some layers to `see`, as it begins."""
+    """Shows every call of some layers to `see`, when it is done."""
 
     def note(name: str, pool: RoIPool) -> Callable[..., None]:
         signature = inspect.signature(pool.forward)
 
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def hook(
+            _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+        ) -> None:
             # "maps" come before in position-sensitive pooling.
             features, boxes = signature.bind(*args, **kwargs).args[-2:]
             if not isinstance(boxes, Tensor):
-                index = [part.new_full((len(part), 1), image) for image, part in enumerate(boxes)]
-                boxes = torch.cat([torch.cat(index), torch.cat(list(boxes))], dim=1)
+                boxes = join_boxes(boxes, features)
             see(PoolCall(name, pool, features, boxes))
 
         return hook
 
     handles = [
-        pool.register_forward_pre_hook(note(name, pool), with_kwargs=True)
+        pool.register_forward_hook(note(name, pool), with_kwargs=True)
         for name, pool in pools.items()
     ]
     try:
@@ -128,7 +130,7 @@ def watching_pools(pools: Mapping[str, RoIPool], see: Callable[[PoolCall], None]
 
 @torch.no_grad()
 def bins_in(call: PoolCall) -> MovedBins:
-    """Where the bins lie in a call."""
+    """Where the bins lie in a call, by offsets that are made once more."""
     pool, boxes = call.pool, call.boxes
     offsets = pool.offsets(call.features, boxes).float()
     ph, pw = pool.output_size

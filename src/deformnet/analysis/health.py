@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from deformnet.analysis.bins import PoolCall, bins_in, roi_pools, watching_pools
 from deformnet.analysis.layers import Call, Kernel, find_convolutions, size_of, watching
-from deformnet.nn import DeformConv2d, DeformRoIPool2d
+from deformnet.nn import DeformConv2d
 
 _LOST = 0.5
 _FAR = 0.5
@@ -88,7 +88,8 @@ class OffsetObserver:
         ...     print(layer, layer.runaway())
 
     While it watches, it computes a few numbers for each call and keeps them on the device; only
-    `health` waits for them. When it does not watch, it costs nothing.
+    `health` waits for them. When it does not watch, it costs nothing. (What makes the offsets of
+    RoI pooling runs once more when it is watched.)
 
     Args:
         model: holds deformnet's or torchvision's `DeformConv2d`, or deformable RoI pooling.
@@ -172,18 +173,18 @@ class OffsetObserver:
         return found
 
     def _see(self, done: Call) -> None:
-        self._calls.setdefault(done.name, []).append(_measure(done))
+        numbers = _measure(done)
+        self._calls.setdefault(done.name, []).append(numbers)
         if isinstance(done.layer, DeformConv2d):
             self._makers[done.name] = done.layer.conv_offset.weight
         elif self._makers.get(done.name) is None:
             assert done.offset is not None
             self._makers[done.name] = _nearest_weight(done.offset)
 
-    def _see_pool(self, begun: PoolCall) -> None:
-        self._calls.setdefault(begun.name, []).append(_measure_pool(begun))
-        pool = begun.pool
-        maker = pool.fc_offset if isinstance(pool, DeformRoIPool2d) else pool.conv_offset
-        self._makers[begun.name] = maker.weight
+    def _see_pool(self, done: PoolCall) -> None:
+        numbers = _measure_pool(done)
+        self._calls.setdefault(done.name, []).append(numbers)
+        self._makers[done.name] = None  # there is no weight to compare with
 
 
 @dataclass(frozen=True)
@@ -217,11 +218,11 @@ def _measure(done: Call) -> _CallNumbers:
     return _numbers(shift, on, on_map, max(height, width))
 
 
-def _measure_pool(begun: PoolCall) -> _CallNumbers:
-    bins, (height, width) = bins_in(begun), size_of(begun.features)
+def _measure_pool(done: PoolCall) -> _CallNumbers:
+    bins, (height, width) = bins_in(done), size_of(done.features)
     # Middles of bins, x and y, in cells from the map's edge.
     plain, moved = (
-        (corners[..., :2] + corners[..., 2:]) / 2 * begun.pool.spatial_scale
+        (corners[..., :2] + corners[..., 2:]) / 2 * done.pool.spatial_scale
         for corners in (bins.plain, bins.moved)
     )
     sides = moved.new_tensor([width, height])

@@ -140,7 +140,7 @@ def _pool(
     if not isinstance(input, Tensor):
         raise TypeError(f"input: want a tensor, got {type(input).__name__}")
     if not isinstance(boxes, Tensor):
-        boxes = _joined(boxes, input)
+        boxes = join_boxes(boxes, input)
     device = input.device.type
     run = (
         library.reference_roi_pool
@@ -158,7 +158,7 @@ def _pool(
     return run(input, boxes, offset, *rule)
 
 
-def _joined(boxes: Sequence[Tensor], input: Tensor) -> Tensor:
+def join_boxes(boxes: Sequence[Tensor], input: Tensor) -> Tensor:
     """One tensor [R, 5] of the boxes [r, 4] of each image."""
     if not isinstance(boxes, (list, tuple)):
         raise TypeError(f"boxes: want a tensor or a list of them, got {type(boxes).__name__}")

@@ -60,8 +60,11 @@ def require_image(path: Path) -> None:
     Raises:
         ValueError: one line that begins with the file's name (not its folder, which may be a
             temporary one), if the file is too large, no image, or has too many pixels.
+        FileNotFoundError: if it is no file.
         OSError: if the file cannot be read.
     """
+    if not path.is_file():  # a pipe would be waited for
+        raise FileNotFoundError(f"{path.name}: no such file")
     size = path.stat().st_size
     if size > LARGEST_FILE:
         raise ValueError(
@@ -77,7 +80,9 @@ def require_image(path: Path) -> None:
             f"{path.name}: not an image that can be read; wanted one of {', '.join(_FORMATS)} "
             f"with at most {MOST_PIXELS / 1e6:.0f} million pixels"
         ) from None
-    except (SyntaxError, ValueError, EOFError) as error:
+    except (SyntaxError, ValueError, EOFError, OSError) as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            raise  # not of what is in the file
         raise ValueError(f"{path.name}: not a readable image ({error})") from error
     if width * height > MOST_PIXELS:
         raise ValueError(
@@ -114,11 +119,8 @@ class ImageFiles(Images):
     def __init__(self, paths: Sequence[Path]) -> None:
         self._files = find_images(paths)
         for path in paths:
-            if path.is_dir():
-                continue  # what is wrong with a file of a folder is said when it is chosen
-            if not path.is_file():
-                raise FileNotFoundError(f"{path}: no such file")
-            require_image(path)
+            if not path.is_dir():  # what is wrong with a file of a folder is said when it is chosen
+                require_image(path)
         self.names = [path.name for path in self._files]
 
     def load(self, index: int) -> Known:

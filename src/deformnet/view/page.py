@@ -388,10 +388,10 @@ def _legend(session: Session, controls: Controls) -> str:
     parts = []
     if isinstance(session.network(controls).predictor, DetectionPredictor):
         parts.append(_line_sign(BOX, "detection"))
-    if controls.bins:
+    if controls.bins and session.network(controls).pool is not None:
         parts.append(_line_sign(PLAIN_BIN, "its bins", dotted=True))
         parts.append(_line_sign(MOVED_BIN, "moved by their offsets"))
-    else:
+    if not controls.bins:
         parts.append(_line_sign(UNIT, "unit at the click"))
         for number, (colour, radius) in enumerate(LEVELS[: session.depth(controls)], start=1):
             side, layers = 2 * radius + 3, "layer" if number == 1 else "layers"
