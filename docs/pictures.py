@@ -14,10 +14,9 @@ from torch import Tensor
 
 from deformnet.figures import save
 from deformnet.ops import deform_conv2d, deform_roi_pool
-from deformnet.ops.reference.roi_pool import (
-    _Axis,
-    _axis,
-)  # the definition: where a bin has its samples
+
+# The definition: where a bin has its samples.
+from deformnet.ops.reference.roi_pool import _Axis, _axis
 from deformnet.ops.roi_pool import Sampling
 
 _BORDERS: tuple[tuple[Literal["zeros", "msra2017"], str], ...] = (

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from benchmarks.claim import __main__ as command
 from benchmarks.claim import report, training
 from benchmarks.claim.plan import BUDGETS, NETWORKS, VARIANTS, Run, runs
 from benchmarks.claim.report import SIZES, summarise
@@ -150,3 +151,25 @@ def test_runs_come_in_pairs_seed_by_seed():
     assert {run.strength for run in order if run.network == "rfcn"} == {0, 1}
     # A pair is complete before the next begins.
     assert all(a[2:] == b[2:] for a, b in zip(order[::2], order[1::2], strict=True))
+
+
+def test_a_share_of_the_steps(tmp_path, monkeypatch):
+    steps = {}
+
+    def note(run, budget, out):
+        steps[run.network] = budget.steps
+        return made_result(run, 50)
+
+    monkeypatch.setattr(command, "result", note)
+    call = ["claim", str(tmp_path), "--strengths", "1", "--seeds", "0", "--share"]
+    monkeypatch.setattr("sys.argv", [*call, "0.3333"])
+    command.main()
+    assert steps == {"deeplab": 400, "rfcn": 600}
+
+
+@pytest.mark.parametrize("share", ["0", "-1", "nan", "inf"])
+def test_shares_that_are_none(tmp_path, monkeypatch, capsys, share):
+    monkeypatch.setattr("sys.argv", ["claim", str(tmp_path), f"--share={share}"])
+    with pytest.raises(SystemExit):
+        command.main()
+    assert "--share: wanted a finite number above 0, got" in capsys.readouterr().err

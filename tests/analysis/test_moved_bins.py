@@ -156,3 +156,22 @@ def test_boxes_are_left_as_they_are():
     boxes = BOXES.double()
     moved_bins(Call().double(), "pool", torch.zeros(2, 2, 40, 40).double(), boxes)
     assert torch.equal(boxes, BOXES.double())
+
+
+def test_boxes_and_features_that_change_after_the_call():
+    class Changing(Head):
+        def forward(self, features, boxes):
+            pooled = super().forward(features, boxes)
+            features.zero_()
+            boxes.zero_()
+            return pooled
+
+    torch.manual_seed(0)
+    head, changing = Head(), Changing()
+    nn.init.normal_(head.pool.conv_offset.weight)
+    changing.load_state_dict(head.state_dict())
+    features = torch.randn(2, 3, 30, 40)
+    expected = moved_bins(head, "pool", features, BOXES)
+    found = moved_bins(changing, "pool", features.clone(), BOXES.clone())
+    assert torch.equal(found.moved, expected.moved)
+    assert torch.equal(found.plain, expected.plain)

@@ -35,6 +35,7 @@ def folder(tmp_path_factory):
     write_run(root / "deeplab", segmenter())
     write_run(root / "plain", segmenter(deform_layers=0))
     write_run(root / "rfcn", rfcn())
+    write_run(root / "average", rfcn(deform_layers=0, pool="average"))
     save(root / "first.png", noise(*SIZE))
     save(root / "second.png", noise(80, 64))
     (root / "notes.png").write_text("not an image")
@@ -201,7 +202,8 @@ def test_a_detection_is_clicked(folder, page):
     image = noise(*SIZE)
     look = network.look(image)
     frame = Shown("first", Known(image)).frame
-    with serving(folder / "rfcn", [folder / "first.png"], device="cpu") as address:
+    run, plain = folder / "rfcn", folder / "average"
+    with serving(run, [folder / "first.png"], plain=plain, device="cpu") as address:
         page.goto(address)
         page.wait_for_selector("#picture img")
         page.locator("#score input[type=number]").fill("0.05")
@@ -219,6 +221,10 @@ def test_a_detection_is_clicked(folder, page):
             sides = drawn[y1, x1 : x2 + 1], drawn[y2, x1 : x2 + 1]
             for side in sides:
                 assert (side == MOVED_BIN).all(-1).mean() > 0.95
+        # The twin's bins have no offsets: none are drawn, and the legend has none.
+        page.get_by_label("plain").check()
+        page.wait_for_function("document.querySelector('#legend').innerText.trim() == 'detection'")
+        assert "3 x 3 bins" not in page.locator("#panel").inner_text()
 
 
 def temporary_folder():

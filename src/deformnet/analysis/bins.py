@@ -70,12 +70,16 @@ def moved_bins(
         raise ValueError(
             f"layer: wanted one of {', '.join(pools) or '(the model has none)'}, got {layer!r}"
         )
-    calls: list[PoolCall] = []
-    with watching_pools({layer: pools[layer]}, calls.append), evaluating(model):
+    found: list[MovedBins] = []
+
+    def see(done: PoolCall) -> None:
+        found.append(bins_in(done))  # at once: the model may go on to change boxes in place
+
+    with watching_pools({layer: pools[layer]}, see), evaluating(model):
         (call or model)(*inputs)
-    if len(calls) != 1:
-        raise ValueError(f"layer: wanted {layer} to be called once, got {len(calls)} calls")
-    return bins_in(calls[0])
+    if len(found) != 1:
+        raise ValueError(f"layer: wanted {layer} to be called once, got {len(found)} calls")
+    return found[0]
 
 
 class PoolCall(NamedTuple):

@@ -98,12 +98,12 @@ class OffsetObserver:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._convolutions, self._pools = find_convolutions(model), roi_pools(model)
-        if not self._convolutions and not self._pools:
+        if not holds_offsets(model):
             raise ValueError(
                 f"model: {type(model).__name__} has no deformable layer, neither deformnet's nor "
                 "torchvision's"
             )
+        self._convolutions, self._pools = find_convolutions(model), roi_pools(model)
         self._watching: ExitStack | None = None
         self._calls: dict[str, list[_CallNumbers]] = {}
         self._makers: dict[str, Tensor | None] = {}

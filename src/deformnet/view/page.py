@@ -384,13 +384,10 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _legend(session: Session, controls: Controls) -> str:
-    """What the colours of the picture mean."""
-    parts = []
-    if isinstance(session.network(controls).predictor, DetectionPredictor):
+    """What the colours of the picture mean, as HTML."""
+    network, parts = session.network(controls), []
+    if isinstance(network.predictor, DetectionPredictor):
         parts.append(_line_sign(BOX, "detection"))
-    if controls.bins and session.network(controls).pool is not None:
-        parts.append(_line_sign(PLAIN_BIN, "its bins", dotted=True))
-        parts.append(_line_sign(MOVED_BIN, "moved by their offsets"))
     if not controls.bins:
         parts.append(_line_sign(UNIT, "unit at the click"))
         for number, (colour, radius) in enumerate(LEVELS[: session.depth(controls)], start=1):
@@ -399,6 +396,9 @@ def _legend(session: Session, controls: Controls) -> str:
                 f'<span class="item"><span class="dot" style="width:{side}px;height:{side}px;'
                 f'background:rgb{colour}"></span>{number} {layers} down</span>'
             )
+    elif network.pool is not None:
+        parts.append(_line_sign(PLAIN_BIN, "its bins", dotted=True))
+        parts.append(_line_sign(MOVED_BIN, "moved by their offsets"))
     return f"<div>{' '.join(parts)}</div>"
 
 
