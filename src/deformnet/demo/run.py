@@ -87,6 +87,10 @@ def run_demo(demo: Demo, out: Path, say: Callable[[str], None]) -> None:
         metrics[name]["sizes"] = {s: score.to_json(images.classes) for s, score in scores.items()}
     run = out / "runs/detector"
     say(f"detector: {_state(run, demo.detector_iterations)}")
+    say(
+        "(Its offsets learn at ten times the rate of the rest, so that bins move far enough to be "
+        "seen; warnings that they run away are right.)"
+    )
     metrics["detector"] = train(_detector_recipe(demo), data, run)
     write_json(out / "metrics.json", {"settings": asdict(demo), **metrics})
 
