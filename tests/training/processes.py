@@ -4,6 +4,7 @@ As a program, `processes.py JOBS` does the jobs of a JSON file one after the oth
 processes takes longer than anything that they do here.
 """
 
+import atexit
 import json
 import os
 import shutil
@@ -207,7 +208,16 @@ _JOBS: dict[str, Callable[[dict[str, Any]], None]] = {
     "killed": _killed,
 }
 
+
+def _fail_if_connected() -> None:
+    """Ends a process as failed that would come down with its connections open."""
+    if torch.distributed.is_initialized():
+        print("this process ends while it is connected to others", flush=True)
+        os._exit(1)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    atexit.register(_fail_if_connected)  # the first to be registered is the last to be called
     for one in json.loads(Path(sys.argv[1]).read_text()):
         _JOBS[one["do"]](one)

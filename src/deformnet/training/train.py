@@ -1,5 +1,6 @@
 """Training and scoring from folder to folder."""
 
+import atexit
 import dataclasses
 import logging
 import os
@@ -495,7 +496,10 @@ def _lightning() -> Iterator[None]:
     """Lightning without what it says on every run and nobody can act upon.
 
     It also ends the program on Ctrl-C, which is for the caller to decide: KeyboardInterrupt it is.
+    And of the connections between processes it closes only those of GPUs.
     """
+    atexit.unregister(_disconnect)  # of an earlier call
+    atexit.register(_disconnect)
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     report = threading.excepthook
@@ -529,3 +533,14 @@ def _lightning() -> Iterator[None]:
             threading.excepthook = report
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
+
+
+def _disconnect() -> None:
+    """Closes the connections to the other processes before the interpreter comes down.
+
+    A thread of gloo that drops its last tensor after that wants the interpreter's lock, which then
+    ends threads, and C++ takes such an end for a failure of the whole process ("terminate called
+    without an active exception"; seen with PyTorch 2.14).
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
