@@ -1,6 +1,5 @@
 """Training and scoring from folder to folder."""
 
-import atexit
 import dataclasses
 import logging
 import os
@@ -50,6 +49,7 @@ from deformnet.training.callbacks import (
     read_log,
 )
 from deformnet.training.classification import ClassificationJob
+from deformnet.training.connections import closed_at_exit
 from deformnet.training.detection import DetectionJob, ProposalModule
 from deformnet.training.health import OffsetHealth
 from deformnet.training.module import TrainingModule
@@ -172,7 +172,7 @@ def train(
         "checkpoint_every": checkpoint_every,
         "the run folder's last iteration": done,
     }
-    with own_signals(), _lightning():
+    with own_signals(), closed_at_exit(), _lightning():
         trainer = pl.Trainer(
             accelerator=accelerator,
             devices=devices,
@@ -274,7 +274,7 @@ def evaluate(
         )
     workers = _default_workers(devices) if workers is None else workers
     module = job.module(model, trained_on)
-    with _lightning():
+    with closed_at_exit(), _lightning():
         described = _described(recipe, trained_on, images)
         trainer = _scorer(recipe, described, devices, nodes, accelerator, progress)
         trainer.validate(module, datamodule=job.scoring_data(images, workers), verbose=False)
@@ -325,7 +325,7 @@ def propose(
     images = job.open(data, split)
     workers = _default_workers(devices) if workers is None else workers
     module = ProposalModule(recipe, model, trained_on, testing=ONE_LOOK)
-    with _lightning():
+    with closed_at_exit(), _lightning():
         described = _described(recipe, trained_on, images)
         trainer = _scorer(recipe, described, devices, nodes, accelerator, progress)
         trainer.validate(module, datamodule=job.scoring_data(images, workers), verbose=False)
@@ -496,10 +496,7 @@ def _lightning() -> Iterator[None]:
     """Lightning without what it says on every run and nobody can act upon.
 
     It also ends the program on Ctrl-C, which is for the caller to decide: KeyboardInterrupt it is.
-    And of the connections between processes it closes only those of GPUs.
     """
-    atexit.unregister(_disconnect)  # of an earlier call
-    atexit.register(_disconnect)
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     report = threading.excepthook
@@ -533,14 +530,3 @@ def _lightning() -> Iterator[None]:
             threading.excepthook = report
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
-
-
-def _disconnect() -> None:
-    """Closes the connections to the other processes before the interpreter comes down.
-
-    A thread of gloo that drops its last tensor after that wants the interpreter's lock, which then
-    ends threads, and C++ takes such an end for a failure of the whole process ("terminate called
-    without an active exception"; seen with PyTorch 2.14).
-    """
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
