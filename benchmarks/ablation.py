@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from deformnet.recipes import BackboneName, DeepLabRecipe, DeformLayers, Recipe, RFCNRecipe
-from deformnet.reproduce.rows import find_rows
-from deformnet.runs import write_json
-from deformnet.training import evaluate, train
+from deformnet.paper.rows import find_rows
+from deformnet._files import write_json
+from deformnet.engine import evaluate, train
 
 Precision = Literal["32-true", "bf16-mixed"]
 LAYERS: tuple[DeformLayers, ...] = get_args(DeformLayers)

@@ -31,7 +31,7 @@ from benchmarks.peers import with_ncnn, with_onnxruntime, with_openvino
 from benchmarks.shapes import SHAPES, Offsets, Shape, Tensors, make_tensors
 from benchmarks.tables import Table, conditions, describe, save
 from deformnet.ops import deform_conv2d
-from deformnet.timing import Timing, compare
+from deformnet.paper.timing import Timing, compare
 
 OFFSET_CONV, LAYER = "offset convolution", "whole layer"
 TOLERANCE = 1e-4

@@ -12,7 +12,7 @@ The share of the floor is the time that the card needs at the least, for the pro
 each tensor once, over the time taken; it is printed for cards whose rates are known.
 
 With --tiles, the kernels of deformnet alone are timed in many tile configurations, so that the best
-can be written into `deformnet.ops.triton.deform_conv.TILES`. Each has to be compiled first: this
+can be written into `deformnet.ops.deform_conv.triton.TILES`. Each has to be compiled first: this
 takes long.
 """
 
@@ -34,8 +34,9 @@ from torch import Tensor
 
 from benchmarks.shapes import SHAPES, Shape, make_tensors
 from deformnet.ops import backends, deform_conv2d, library
-from deformnet.runs import versions, write_json
-from deformnet.timing import Timing
+from deformnet._files import write_json
+from deformnet.engine.runs import versions
+from deformnet.paper.timing import Timing
 
 LAYERS = (
     *SHAPES,

@@ -20,13 +20,14 @@ import torch
 
 from deformnet.nn import parameter_groups
 from deformnet.recipes import ONE_LOOK, ClassifierRecipe, DeepLabRecipe, DetectorRecipe
-from deformnet.reproduce.made import write_made_data
-from deformnet.reproduce.rows import IMAGENET, Row, find_rows
-from deformnet.runs import machine, versions, write_json
-from deformnet.timing import Timing
-from deformnet.training.classification import ClassificationJob
-from deformnet.training.detection import DetectionJob
-from deformnet.training.segmentation import SegmentationJob
+from deformnet.paper.made import write_made_data
+from deformnet.paper.rows import IMAGENET, Row, find_rows
+from deformnet._files import write_json
+from deformnet.engine.runs import machine, versions
+from deformnet.paper.timing import Timing
+from deformnet.tasks.classification import ClassificationJob
+from deformnet.tasks.detection import DetectionJob
+from deformnet.tasks.segmentation import SegmentationJob
 
 # Rows with the size at which their images lie on disk.
 SIZES = {

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from deformnet.data.voc import find_voc
 from deformnet.recipes import ClassAwareRPNRecipe, DetectorRecipe, FasterRCNNRecipe, RFCNRecipe
-from deformnet.training import train
+from deformnet.engine import train
 
 IMAGES = 8
 NETWORKS = {r.network: r for r in (ClassAwareRPNRecipe, FasterRCNNRecipe, RFCNRecipe)}

@@ -24,8 +24,8 @@ from tqdm import tqdm
 from benchmarks.calls import OURS, PLAIN, differentiable, gradients, wanted_gradients
 from benchmarks.shapes import Shape, make_tensors
 from benchmarks.tables import COLOURS, conditions, describe, save_figure, summary
-from deformnet.runs import write_json
-from deformnet.timing import Timing, compare
+from deformnet._files import write_json
+from deformnet.paper.timing import Timing, compare
 
 FORWARD, BOTH = "forward", "forward and backward"
 WORK = {FORWARD: 1, BOTH: 3}

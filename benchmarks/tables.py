@@ -13,8 +13,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 from deformnet.ops import cpu
-from deformnet.runs import machine, replacing, versions, write_json
-from deformnet.timing import Timing
+from deformnet._files import replacing, write_json
+from deformnet.engine.runs import machine, versions
+from deformnet.paper.timing import Timing
 
 # Told apart by colour-blind readers (Okabe and Ito).
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")

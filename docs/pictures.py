@@ -12,12 +12,12 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from deformnet.figures import save
+from deformnet.visualization import save
 from deformnet.ops import deform_conv2d, deform_roi_pool
 
 # The definition: where a bin has its samples.
-from deformnet.ops.reference.roi_pool import _Axis, _axis
-from deformnet.ops.roi_pool import Sampling
+from deformnet.ops.roi_pool.reference import _Axis, _axis
+from deformnet.ops.roi_pool.api import Sampling
 
 _BORDERS: tuple[tuple[Literal["zeros", "msra2017"], str], ...] = (
     ("zeros", "#0072b2"),

@@ -74,7 +74,7 @@ for iteration in range(200):
 # the top down.
 
 from deformnet.analysis import SamplingLocations, record_sampling
-from deformnet.figures import Look, sampling_figure
+from deformnet.visualization import Look, sampling_figure
 
 images, radii = discs(1, generator)
 shown = (255 * (0.3 + 0.4 * images[0]).clamp(0, 1)).to(torch.uint8).expand(3, -1, -1)

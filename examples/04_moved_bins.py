@@ -79,7 +79,7 @@ for iteration in range(300):
 # -----------
 
 from deformnet.analysis import moved_bins
-from deformnet.figures import Parts, parts_figure
+from deformnet.visualization import Parts, parts_figure
 
 images, _ = bars(6, generator)
 boxes = boxes_of(images)

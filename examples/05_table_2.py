@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from deformnet import deform_, parameter_groups
 from deformnet.analysis import AnnotatedImage
-from deformnet.data.shapes import Shapes, scene
+from deformnet.data.synthetic.shapes import Shapes, scene
 
 SHAPES = Shapes(height=96, width=96, objects=(1, 3), radius=(0.07, 0.45), clutter=0, mute=1)
 
@@ -79,7 +79,7 @@ for iteration in range(200):
 # 0.2. Each cell is the mean and the standard deviation over filters, and how many there are.
 
 from deformnet.analysis import dilation_statistics
-from deformnet.figures import dilation_figure, dilation_table
+from deformnet.visualization import dilation_figure, dilation_table
 
 SCALE = 0.2
 val = [load("val", number) for number in range(40)]

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from deformnet.data.shapes import Shapes, scene
+from deformnet.data.synthetic.shapes import Shapes, scene
 
 folder = Path(tempfile.mkdtemp())
 data = folder / "data"
@@ -51,11 +51,11 @@ for split, count in (("train", 48), ("val", 8)):
 # Train
 # -----
 # A recipe is all that decides the result: network, image size, schedule, seed. The run folder keeps
-# it. Called again, :func:`deformnet.training.train` continues a run that was stopped, and leaves
+# it. Called again, :func:`deformnet.engine.train` continues a run that was stopped, and leaves
 # one alone that is whole.
 
 from deformnet.recipes import DeepLabRecipe
-from deformnet.training import evaluate, train
+from deformnet.engine import evaluate, train
 
 recipe = DeepLabRecipe(
     backbone="resnet18",

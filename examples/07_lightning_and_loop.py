@@ -4,7 +4,7 @@ In a plain loop, and in Lightning
 
 Deformable layers are modules like any other and need no special training loop. What can go wrong
 is that their offsets run away; :class:`~deformnet.analysis.OffsetObserver` in a loop of your own,
-and :class:`~deformnet.training.health.OffsetHealth` in Lightning, see it.
+and :class:`~deformnet.engine.health.OffsetHealth` in Lightning, see it.
 """
 
 # %%
@@ -99,7 +99,7 @@ plt.show()
 
 import lightning.pytorch as pl
 
-from deformnet.training.health import OffsetHealth
+from deformnet.engine.health import OffsetHealth
 
 
 class Task(pl.LightningModule):

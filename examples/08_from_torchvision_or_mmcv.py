@@ -102,14 +102,14 @@ print(difference(new(x), old(x)))
 # %%
 # Checkpoints of mmdetection
 # --------------------------
-# :func:`deformnet.backbones.foreign.from_mmdetection` (and ``from_detectron2``) takes the ResNet
+# :func:`deformnet.models.backbones.foreign.from_mmdetection` (and ``from_detectron2``) takes the ResNet
 # out of a checkpoint: it knows the names, halves the weights of modulated layers, and says what it
 # left out. A key that no rule explains is an error. ``deformnet import-weights`` is the same as a
 # command; see :doc:`/weights`. Here the network is torchvision's ResNet-18 with two layers as
 # above, and the checkpoint is named as mmdetection names it; a real one comes from
 # ``torch.load(path, weights_only=True)``.
 
-from deformnet.backbones.foreign import from_mmdetection
+from deformnet.models.backbones.foreign import from_mmdetection
 
 old = torchvision.models.resnet18().eval()
 for name in ("conv1", "conv2"):
@@ -130,7 +130,7 @@ for what, keys in found.left_out.items():
 # What came out loads into our backbone, or into a file that ``--init`` takes, and gives the same
 # features.
 
-from deformnet.backbones import resnet
+from deformnet.models.backbones import resnet
 
 new = resnet(18, deform_layers=2, modulated=True, output_stride=32, reduce_channels=None).eval()
 new.load_state_dict(found.state, strict=False)  # batch norm's counters of batches are left out

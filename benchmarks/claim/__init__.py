@@ -2,7 +2,7 @@
 
     python -m benchmarks.claim OUT [--strengths 0 0.33 0.67 1] [--seeds 0 1 2] [--share 1]
 
-A strength from 0 to 1 sets how far made objects (deformnet.data.shapes) are warped and how much
+A strength from 0 to 1 sets how far made objects (deformnet.data.synthetic.shapes) are warped and how much
 they differ in size; everything else is equal. At each one a plain network and one with three
 deformable layers learn for the same budget: the same images in the same order, the same initial
 weights, steps and learning rates. DeepLab is trained at all strengths, R-FCN (whose pooling is

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.claim.plan import DEFORM_LAYERS, NETWORKS, VARIANTS, Network, Run, Variant
 from benchmarks.tables import COLOURS, save_figure
-from deformnet.runs import write_json
+from deformnet._files import write_json
 
 SCORES: dict[Network, str] = {"deeplab": "mean IoU", "rfcn": "mean AP at IoU 0.5"}
 SIZES = ("small", "medium", "large", "background")

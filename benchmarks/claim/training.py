@@ -23,12 +23,12 @@ from benchmarks.claim.plan import (
     stored_result,
 )
 from deformnet.analysis import AnnotatedImage, dilation_statistics
-from deformnet.backbones.features import Backbone, deform_last, require_images
-from deformnet.data.shapes import SHAPE_CLASSES, Shapes, scene
-from deformnet.evaluation import Found, Truth, confusion_matrix, segmentation_scores, voc_ap
+from deformnet.models.backbones.features import Backbone, deform_last, require_images
+from deformnet.data.synthetic.shapes import SHAPE_CLASSES, Shapes, scene
+from deformnet.metrics import Found, Truth, confusion_matrix, segmentation_scores, voc_ap
 from deformnet.models import RFCN, RPN, DeepLab, Target, select
 from deformnet.nn import parameter_groups
-from deformnet.runs import replacing, write_json
+from deformnet._files import replacing, write_json
 
 # Radius of objects, as a share of the image's side: at strength 0 all have the first, at strength
 # 1 they lie between it divided and multiplied by the second.

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar
 if TYPE_CHECKING:  # the command line reads recipes before anything heavy is needed
     from torch import nn
 
-    from deformnet.backbones import Backbone
+    from deformnet.models.backbones import Backbone
     from deformnet.models.classifier import Classifier
     from deformnet.models.deeplab import DeepLab
-    from deformnet.models.faster_rcnn import FasterRCNN
-    from deformnet.models.rfcn import RFCN
-    from deformnet.models.rpn import RPN, RPNDetector
+    from deformnet.models.detection.faster_rcnn import FasterRCNN
+    from deformnet.models.detection.rfcn import RFCN
+    from deformnet.models.detection.rpn import RPN, RPNDetector
 
 BackboneName = Literal["resnet18", "resnet34", "resnet50", "resnet101", "aligned-inception-resnet"]
 DeformLayers = Literal[0, 1, 2, 3, 6]
@@ -203,7 +203,7 @@ class ClassifierRecipe(Recipe):
         return (1.0, 0.1, 0.01)[min(2, 3 * iteration // self.iterations)]
 
     def build_model(self, num_classes: int) -> "Classifier":
-        from deformnet.backbones import backbone
+        from deformnet.models.backbones import backbone
         from deformnet.models.classifier import Classifier
 
         features = backbone(
@@ -240,7 +240,7 @@ class DenseRecipe(Recipe):
             )
 
     def _backbone(self, reduce_channels: int) -> "Backbone":
-        from deformnet.backbones import backbone
+        from deformnet.models.backbones import backbone
 
         return backbone(
             self.backbone,
@@ -307,7 +307,7 @@ class DetectorRecipe(DenseRecipe):
                 raise ValueError(f"{name} must lie between 0 and 1, got {getattr(self, name)}")
 
     def _rpn(self, backbone: "Backbone") -> "RPN":
-        from deformnet.models.rpn import RPN
+        from deformnet.models.detection.rpn import RPN
 
         return RPN(
             backbone.conv4_channels,
@@ -354,7 +354,7 @@ class FasterRCNNRecipe(DetectorRecipe):
     """Bins of a box in height and in width."""
 
     def build_model(self, num_classes: int) -> "FasterRCNN":
-        from deformnet.models.faster_rcnn import FasterRCNN
+        from deformnet.models.detection.faster_rcnn import FasterRCNN
 
         backbone = self._backbone(256)
         return FasterRCNN(
@@ -381,7 +381,7 @@ class RFCNRecipe(DetectorRecipe):
     """Bins of a box in height and in width."""
 
     def build_model(self, num_classes: int) -> "RFCN":
-        from deformnet.models.rfcn import RFCN
+        from deformnet.models.detection.rfcn import RFCN
 
         backbone = self._backbone(1024)
         return RFCN(
@@ -481,7 +481,7 @@ def _renamed(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rpn_detector(recipe: DetectorRecipe, num_classes: int, *, class_aware: bool) -> "RPNDetector":
-    from deformnet.models.rpn import RPNDetector
+    from deformnet.models.detection.rpn import RPNDetector
 
     return RPNDetector(
         recipe._backbone(1024),

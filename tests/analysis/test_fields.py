@@ -7,7 +7,7 @@ from torch import nn
 
 from deformnet import DeformConv2d, DeformRoIPool2d
 from deformnet.analysis import ReceptiveField, effective_receptive_field, receptive_field
-from deformnet.backbones.resnet import resnet
+from deformnet.models.backbones.resnet import resnet
 
 
 @pytest.fixture

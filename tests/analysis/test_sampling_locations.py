@@ -9,7 +9,7 @@ from torch import nn
 
 from deformnet import DeformConv2d
 from deformnet.analysis import record_sampling, sampling_locations
-from deformnet.backbones.resnet import resnet
+from deformnet.models.backbones.resnet import resnet
 
 
 def grid(centre, dilation=1, reach=1):

@@ -18,7 +18,7 @@ from deformnet.data import (
     detection_splits,
     write_shapes,
 )
-from deformnet.data.shapes import scene
+from deformnet.data.synthetic.shapes import scene
 from deformnet.data.voc import VOC_CLASSES
 
 YEAR = "VOCdevkit/VOC2012"

@@ -5,7 +5,7 @@ import torch
 import torchvision
 from torch.nn import functional as F
 
-from deformnet.backbones import backbone
+from deformnet.models.backbones import backbone
 from deformnet.models import Classifier
 from deformnet.recipes import imagenet
 

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from deformnet import parameter_groups
-from deformnet.backbones import resnet
+from deformnet.models.backbones import resnet
 from deformnet.models import DeepLab
 
 

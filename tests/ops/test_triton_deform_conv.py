@@ -14,7 +14,7 @@ from on_triton import on_triton
 from deformnet.ops import library
 
 pytest.importorskip("triton", reason="the package triton is not installed")
-kernels = importlib.import_module("deformnet.ops.triton.deform_conv")
+kernels = importlib.import_module("deformnet.ops.deform_conv.triton")
 
 runs = pytest.mark.skipif(
     not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1",
@@ -257,7 +257,7 @@ import triton, triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-kernels = importlib.import_module("deformnet.ops.triton.deform_conv")
+kernels = importlib.import_module("deformnet.ops.deform_conv.triton")
 narrow = kernels.narrow
 
 def compiled(kernel, map_type, position_type, constants, capability=90, warps=2, stages=2):

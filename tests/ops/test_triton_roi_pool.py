@@ -12,7 +12,7 @@ from deform_conv_cases import assert_same
 from roi_pool_cases import SAMPLINGS, Case, call, output_gradient, random_case, run
 
 pytest.importorskip("triton", reason="the package triton is not installed")
-kernels = importlib.import_module("deformnet.ops.triton.roi_pooling")
+kernels = importlib.import_module("deformnet.ops.roi_pool.triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 runs = pytest.mark.skipif(
@@ -223,7 +223,7 @@ import triton, triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-kernels = importlib.import_module("deformnet.ops.triton.roi_pooling")
+kernels = importlib.import_module("deformnet.ops.roi_pool.triton")
 
 def compiled(kernel, map_type, position_type, alone, constants):
     fixed = constants.get("FIXED", False)

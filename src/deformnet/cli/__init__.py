@@ -102,7 +102,7 @@ def _app(arguments: Sequence[str]) -> SubcommandApp:
 def doctor() -> None:
     """Print versions, the machine, and which backends can run here (and why the others cannot)."""
     from deformnet.ops import backends, library
-    from deformnet.runs import machine, versions
+    from deformnet.engine.runs import machine, versions
 
     for package, version in versions().items():
         print(f"{package:12} {version or 'unknown'}")

@@ -26,7 +26,7 @@ def score(
         split: Images to score, of a folder in VOC or COCO layout.
         ious: Overlaps from which VOC counts a detection as right; COCO's are fixed.
     """
-    from deformnet.detections import score, score_table
+    from deformnet.metrics.detections import score, score_table
 
     print(score_table(score(boxes, data, split=split, ious=ious)))
 
@@ -51,7 +51,7 @@ def check(
         record: File of what was found good; None takes one in the user's cache.
         report: File of all that is wrong; None takes one beside the record.
     """
-    from deformnet.datacheck import check_data
+    from deformnet.data.check import check_data
 
     found = check_data(root, own=own, workers=workers, record=record, report=report)
     print(found)
@@ -61,14 +61,14 @@ def check(
 
 def where() -> None:
     """Print where the paper's data sets come from, how they must lie, and what is in them."""
-    from deformnet.datacheck import where_text
+    from deformnet.data.check import where_text
 
     print(where_text())
 
 
 def shapes_command() -> Callable[..., None]:
     """The command `shapes`."""
-    from deformnet.data.shapes import Shapes, write_shapes
+    from deformnet.data.synthetic.shapes import Shapes, write_shapes
 
     def shapes(
         root: Positional[Path],

@@ -12,7 +12,7 @@ from tyro.conf import Positional
 
 from deformnet.cli.errors import BAD_INPUT
 from deformnet.recipes import ONE_LOOK, DetectionTesting, Recipe
-from deformnet.reproduce.settings import Machines
+from deformnet.paper.settings import Machines
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,7 @@ def training_on_proposals_command(base: Recipe) -> Callable[..., None]:
 
 
 def _train(run: Run, machines: Machines, recipe: Recipe, proposals: tuple[Path, ...]) -> None:
-    from deformnet.training import train
+    from deformnet.engine import train
 
     metrics = train(
         recipe,
@@ -129,7 +129,7 @@ def evaluate(
         accelerator: Where to compute.
         workers: Processes that load images, for each computing process; None chooses.
     """
-    from deformnet.training import evaluate
+    from deformnet.engine import evaluate
 
     if run.is_file():
         raise ValueError(f"{run}: wanted a run folder, into which the scores go; got a file")
@@ -225,7 +225,7 @@ def propose(
     """
     from lightning.pytorch.utilities import rank_zero_only
 
-    from deformnet.training import propose
+    from deformnet.engine import propose
 
     count = propose(
         run, data, split, out, devices=devices, accelerator=accelerator, workers=workers

@@ -6,10 +6,10 @@ from typing import Annotated
 import tyro
 from tyro.conf import Positional
 
-from deformnet.bench.settings import ROWS, Bench, Row
+from deformnet.paper.timing_settings import ROWS, Bench, Row
 from deformnet.demo.settings import Demo
 from deformnet.recipes import BackboneName
-from deformnet.reproduce.settings import DryRun, Machines, Splits
+from deformnet.paper.settings import DryRun, Machines, Splits
 
 
 def reproduce(
@@ -38,8 +38,8 @@ def reproduce(
         out: Folder of runs, proposals and results; of a dry run for dry-run.json.
         init: What the backbone starts from, in the place of what the row names.
     """
-    from deformnet.reproduce.listing import compare, describe_row, list_rows
-    from deformnet.reproduce.rows import ROWS, find_rows
+    from deformnet.paper.listing import compare, describe_row, list_rows
+    from deformnet.paper.rows import ROWS, find_rows
 
     found = find_rows(rows) if rows else [*ROWS]
     if list:
@@ -48,14 +48,14 @@ def reproduce(
     if not rows:
         raise ValueError("rows: name at least one; --list prints all")
     if dry_run:
-        from deformnet.reproduce.dry_run import dry_run_rows, dry_run_table
+        from deformnet.paper.dry_run import dry_run_rows, dry_run_table
 
         file = None if out is None else out / "dry-run.json"
         print(dry_run_table(dry_run_rows(found, dry, data=data, out=file, splits=splits)))
         return
     from lightning.pytorch.utilities import rank_zero_only
 
-    from deformnet.reproduce.run import reproduce, require_runnable
+    from deformnet.paper.reproduce import reproduce, require_runnable
 
     if data is None or out is None:
         raise ValueError("data, out: wanted the folder of the data set and one for the results")
@@ -72,7 +72,7 @@ def parameters(*, classes: int = 20, backbone: BackboneName = "resnet101") -> No
         classes: Classes of objects.
         backbone: As in training.
     """
-    from deformnet.parameters import parameter_table
+    from deformnet.paper.parameters import parameter_table
 
     print(parameter_table(classes, backbone))
 
@@ -92,7 +92,7 @@ def table4(
         rows: Networks.
         out: JSON file of the results.
     """
-    from deformnet.bench.table4 import run_table4
+    from deformnet.paper.table4 import run_table4
 
     run_table4(bench, rows, out)
 
@@ -109,7 +109,7 @@ def training_step(
         network: As in table4.
         out: JSON file of the results.
     """
-    from deformnet.bench.training_step import run_training_step
+    from deformnet.paper.training_step import run_training_step
 
     run_training_step(bench, network, out)
 
@@ -157,7 +157,7 @@ def analyse(
             background. Without names, all but the likes of sky, road and building.
         device: Where to compute, such as cpu or cuda:1; None takes a GPU if there is one.
     """
-    from deformnet.report import analyse
+    from deformnet.inspection.report import analyse
 
     analyse(
         run,

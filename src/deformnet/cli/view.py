@@ -39,7 +39,7 @@ def view(
         open: Open the page in a browser.
         device: Where to compute, such as cpu or cuda:1; None takes a GPU if there is one.
     """
-    from deformnet.view.serving import serving
+    from deformnet.inspection.viewer.serving import serving
 
     page = serving(
         run,

@@ -8,7 +8,7 @@ from tyro.conf import Positional
 from deformnet.recipes import DeformLayers
 
 if TYPE_CHECKING:
-    from deformnet.backbones.foreign import Converted
+    from deformnet.models.backbones.foreign import Converted
 
 
 def export(run: Positional[Path], out: Positional[Path]) -> None:
@@ -20,7 +20,7 @@ def export(run: Positional[Path], out: Positional[Path]) -> None:
         run: Run folder.
         out: File to write, NAME.safetensors; recipe, scores and versions go into NAME.json.
     """
-    from deformnet.export import export_run
+    from deformnet.engine.export import export_run
 
     card = export_run(run, out)
     print(f"weights in {out}, their card in {card}")
@@ -45,7 +45,7 @@ def mmdetection(
         pixel_mean: What was subtracted from pixels of 0 to 255, in the order of the channels.
         pixel_std: What they were divided by.
     """
-    from deformnet.backbones.foreign import from_mmdetection, read_checkpoint
+    from deformnet.models.backbones.foreign import from_mmdetection, read_checkpoint
 
     checkpoint = read_checkpoint(file)
     _keep(from_mmdetection(checkpoint, bgr=bgr, pixel_mean=pixel_mean, pixel_std=pixel_std), out)
@@ -68,7 +68,7 @@ def detectron2(
         pixel_mean: MODEL.PIXEL_MEAN.
         pixel_std: MODEL.PIXEL_STD.
     """
-    from deformnet.backbones.foreign import from_detectron2, read_checkpoint
+    from deformnet.models.backbones.foreign import from_detectron2, read_checkpoint
 
     checkpoint = read_checkpoint(file)
     _keep(from_detectron2(checkpoint, bgr=bgr, pixel_mean=pixel_mean, pixel_std=pixel_std), out)
@@ -76,7 +76,7 @@ def detectron2(
 
 def _keep(converted: "Converted", out: Path) -> None:
     """Writes the backbone of a foreign checkpoint, and says what it is and how to go on."""
-    from deformnet.export import write_weights
+    from deformnet.engine.export import write_weights
 
     write_weights(converted.state, out)
     print(f"{converted.backbone}: {len(converted.state)} tensors in {out}")

@@ -7,7 +7,7 @@ from deformnet.data.coco import COCODetection
 from deformnet.data.detection import detection_splits, open_detection
 from deformnet.data.image_folder import ImageFolderClassification, image_folder_splits
 from deformnet.data.segmentation import open_segmentation, segmentation_splits
-from deformnet.data.shapes import Shapes, write_shapes
+from deformnet.data.synthetic.shapes import Shapes, write_shapes
 from deformnet.data.transforms import (
     classification_testing_transforms,
     classification_training_transforms,

@@ -9,8 +9,8 @@ from matplotlib.artist import Artist
 from matplotlib.patches import Patch
 from torch import Tensor
 
-from deformnet.figures import Look, draw_looks, save
-from deformnet.figures.canvas import TEXT, blank, grid, legend, pixels
+from deformnet.visualization import Look, draw_looks, save
+from deformnet.visualization.canvas import TEXT, blank, grid, legend, pixels
 from deformnet.inference import palette
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from deformnet.demo.settings import Demo
-from deformnet.report.page import STYLE
-from deformnet.report.scenes import LARGE, SMALL
-from deformnet.runs import replacing
+from deformnet.inspection.report.page import STYLE
+from deformnet.inspection.report.scenes import LARGE, SMALL
+from deformnet._files import replacing
 
 
 class Row(NamedTuple):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from deformnet.data.shapes import Shapes, write_shapes
+from deformnet.data.synthetic.shapes import Shapes, write_shapes
 from deformnet.data.voc import VOCDetection, VOCSegmentation
 from deformnet.demo.figures import Shown, draw_overview, draw_predictions
 from deformnet.demo.page import (
@@ -30,16 +30,17 @@ from deformnet.demo.page import (
     write_page,
 )
 from deformnet.demo.settings import Demo
-from deformnet.evaluation import ObjectCounts, size_scores
-from deformnet.figures import Look, parts_figure, sampling_figure, save
+from deformnet.metrics import ObjectCounts, size_scores
+from deformnet.visualization import Look, parts_figure, sampling_figure, save
 from deformnet.inference import DetectionPredictor, SegmentationPredictor, open_predictor
 from deformnet.recipes import DeepLabRecipe, RFCNRecipe
-from deformnet.report.contents import of_label_map
-from deformnet.report.network import Network
-from deformnet.report.parts import find_parts
-from deformnet.report.scenes import LARGE, SMALL, choose_scenes
-from deformnet.runs import checkpoint_path, load_checkpoint, write_json
-from deformnet.training import train
+from deformnet.inspection.report.contents import of_label_map
+from deformnet.inspection.report.network import Network
+from deformnet.inspection.report.parts import find_parts
+from deformnet.inspection.report.scenes import LARGE, SMALL, choose_scenes
+from deformnet._files import write_json
+from deformnet.engine.runs import checkpoint_path, load_checkpoint
+from deformnet.engine import train
 
 _PREDICTIONS, _SCENES, _PARTS = 6, 2, 6  # images in the pictures
 
@@ -59,7 +60,7 @@ def run_demo(demo: Demo, out: Path, say: Callable[[str], None]) -> None:
         say: takes the lines for the user.
     Raises:
         FileExistsError, ValueError: if `out` holds data or runs of other settings.
-        deformnet.training.TrainingStopped: after Ctrl-C.
+        deformnet.engine.TrainingStopped: after Ctrl-C.
     """
     say(
         f"A plain and a deformable network (DeepLab on ResNet-18) learn to segment made images: "

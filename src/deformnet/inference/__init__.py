@@ -6,7 +6,7 @@ from deformnet.inference.detection import (
     DetectionTesting,
     predict_detections,
 )
-from deformnet.inference.drawing import draw_boxes, label_image, overlay, palette
+from deformnet.visualization.drawing import draw_boxes, label_image, overlay, palette
 from deformnet.inference.files import find_images
 from deformnet.inference.opening import detection_predictor, open_predictor
 from deformnet.inference.preparing import Prepared

@@ -13,7 +13,7 @@ from deformnet.inference.files import read_images
 from deformnet.inference.preparing import Prepared, choose_device, require_image
 from deformnet.models.classifier import Classifier
 from deformnet.recipes import ClassifierRecipe
-from deformnet.runs import replacing
+from deformnet._files import replacing
 
 _BEST = 5  # classes of an image that are written
 

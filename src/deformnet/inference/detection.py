@@ -15,14 +15,14 @@ from torchvision.ops import clip_boxes_to_image
 from torchvision.transforms import v2
 
 from deformnet.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Resize
-from deformnet.detections import Record, to_line
-from deformnet.inference.drawing import draw_boxes
+from deformnet.metrics.detections import Record, to_line
+from deformnet.visualization.drawing import draw_boxes
 from deformnet.inference.files import read_images
 from deformnet.inference.preparing import Prepared, choose_device, require_image
-from deformnet.models.detector import Candidates, Detections, Detector, Features, Proposals, Size
-from deformnet.models.selection import merge, select
+from deformnet.models.detection.detector import Candidates, Detections, Detector, Features, Proposals, Size
+from deformnet.models.detection.postprocess import merge, select
 from deformnet.recipes import ONE_LOOK, DetectionTesting
-from deformnet.runs import replacing
+from deformnet._files import replacing
 
 _BOXES_AT_ONCE = 1000  # pooled features of so many boxes are in memory; refinement asks for more
 
@@ -221,7 +221,7 @@ def predict_detections(
     """Finds the objects in image files, one file after another, into a folder.
 
     It writes `detections.jsonl`, a line for each image that could be read, with everything that
-    the predictor reports (see `deformnet.detections`); and for `photo.jpg` the picture
+    the predictor reports (see `deformnet.metrics.detections`); and for `photo.jpg` the picture
     `pictures/photo.jpg` with boxes around what scores most. The lines get their name when all
     images are done: until then, and if the prediction is broken off, an older file stays.
 

@@ -10,8 +10,8 @@ from deformnet.inference.detection import DetectionPredictor
 from deformnet.inference.segmentation import SegmentationPredictor
 from deformnet.models.classifier import Classifier
 from deformnet.models.deeplab import DeepLab
-from deformnet.models.detector import Detector
-from deformnet.models.rpn import RPNDetector
+from deformnet.models.detection.detector import Detector
+from deformnet.models.detection.rpn import RPNDetector
 from deformnet.recipes import (
     ONE_LOOK,
     ClassifierRecipe,
@@ -19,7 +19,7 @@ from deformnet.recipes import (
     DetectionTesting,
     DetectorRecipe,
 )
-from deformnet.runs import load_run
+from deformnet.engine.runs import load_run
 
 
 def open_predictor(
@@ -35,7 +35,7 @@ def open_predictor(
         testing: of a detector: several sizes, mirrored images, refined and averaged boxes.
         device: where to compute; None takes a GPU if there is one.
     Raises:
-        FileNotFoundError, ValueError: as `deformnet.runs.load_run`; also for a detector that was
+        FileNotFoundError, ValueError: as `deformnet.engine.runs.load_run`; also for a detector that was
             trained on stored proposals, and for options of testing that the network does not have.
     """
     recipe, model, trained_on = load_run(run)

@@ -10,12 +10,13 @@ from torch.nn import functional as F
 from torchvision import tv_tensors
 
 from deformnet.data.transforms import evaluation_transforms
-from deformnet.inference.drawing import label_image, overlay
+from deformnet.visualization.drawing import label_image, overlay
 from deformnet.inference.files import read_images
 from deformnet.inference.preparing import Prepared, choose_device, require_image
 from deformnet.models.deeplab import DeepLab
 from deformnet.recipes import DeepLabRecipe
-from deformnet.runs import load_run, replacing
+from deformnet._files import replacing
+from deformnet.engine.runs import load_run
 
 
 class SegmentationPredictor:
@@ -44,7 +45,7 @@ class SegmentationPredictor:
 
     @classmethod
     def from_run(cls, run: Path, device: torch.device | str | None = None) -> Self:
-        """The predictor of a run folder; errors as `deformnet.runs.load_run`."""
+        """The predictor of a run folder; errors as `deformnet.engine.runs.load_run`."""
         recipe, model, trained_on = load_run(run)
         if not isinstance(recipe, DeepLabRecipe) or not isinstance(model, DeepLab):
             raise ValueError(f"{run}: wanted a run of deeplab, got one of {recipe.network}")

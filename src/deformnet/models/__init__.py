@@ -2,11 +2,11 @@
 
 from deformnet.models.classifier import Classifier
 from deformnet.models.deeplab import DeepLab
-from deformnet.models.detector import Candidates, Detections, Detector, Proposals, Target
-from deformnet.models.faster_rcnn import FasterRCNN
-from deformnet.models.rfcn import RFCN
-from deformnet.models.rpn import RPN, RPNDetector
-from deformnet.models.selection import select
+from deformnet.models.detection.detector import Candidates, Detections, Detector, Proposals, Target
+from deformnet.models.detection.faster_rcnn import FasterRCNN
+from deformnet.models.detection.rfcn import RFCN
+from deformnet.models.detection.rpn import RPN, RPNDetector
+from deformnet.models.detection.postprocess import select
 
 __all__ = [
     "RFCN",

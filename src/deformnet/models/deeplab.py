@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deformnet.backbones import Backbone
+from deformnet.models.backbones import Backbone
 
 IGNORE = 255  # the label of pixels that neither train nor count
 

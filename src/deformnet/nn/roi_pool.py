@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from deformnet.nn.offsets import OffsetConv2d, OffsetLinear, autocasts
 from deformnet.ops import deform_ps_roi_pool, deform_roi_pool
-from deformnet.ops.roi_pool import Sampling
+from deformnet.ops.roi_pool.api import Sampling
 
 
 class DeformRoIPool2d(nn.Module):

@@ -1,6 +1,6 @@
 """The operators: what is computed. Imports PyTorch alone."""
 
-from deformnet.ops.deform_conv import deform_conv2d
-from deformnet.ops.roi_pool import deform_ps_roi_pool, deform_roi_pool
+from deformnet.ops.deform_conv.api import deform_conv2d
+from deformnet.ops.roi_pool.api import deform_ps_roi_pool, deform_roi_pool
 
 __all__ = ["deform_conv2d", "deform_ps_roi_pool", "deform_roi_pool"]

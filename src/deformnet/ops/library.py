@@ -4,6 +4,7 @@ The one module that imports the implementations. Everything is registered at imp
 """
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
@@ -11,7 +12,12 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.library import Library
 
-from deformnet.ops import cpu, reference, triton
+from deformnet.ops import triton
+from deformnet.ops.cpu import loading as _loading
+from deformnet.ops.deform_conv import cpu as _conv_cpu
+from deformnet.ops.roi_pool import cpu as _pool_cpu
+from deformnet.ops.deform_conv import reference as _conv_reference
+from deformnet.ops.roi_pool import reference as _pool_reference
 from deformnet.ops.checks import (
     Pair,
     check_image_indices,
@@ -22,7 +28,8 @@ from deformnet.ops.checks import (
 _TensorOrNone = TypeVar("_TensorOrNone", Tensor, Tensor | None)
 
 # Asked once: a compiler may then take the answer for a constant.
-CPU_UNAVAILABLE: str | None = cpu.why_unavailable()
+CPU_UNAVAILABLE: str | None = _loading.why_unavailable()
+cpu = SimpleNamespace(instruction_set=_loading.instruction_set, select_instruction_set=_loading.select_instruction_set, deform_conv2d=_conv_cpu.deform_conv2d, deform_conv2d_backward=_conv_cpu.deform_conv2d_backward, roi_pool=_pool_cpu.roi_pool, roi_pool_backward=_pool_cpu.roi_pool_backward)
 
 _GEOMETRY = "int[2] stride, int[2] padding, int[2] dilation, str border"
 _library = Library("deformnet", "DEF")
@@ -69,7 +76,7 @@ def reference_deform_conv2d(
     border: str,
 ) -> Tensor:
     """The definition, with the memory format that the operator has."""
-    output = reference.deform_conv2d(
+    output = _conv_reference.deform_conv2d(
         input, offset, weight, bias, mask, stride, padding, dilation, border
     )
     return output.contiguous(memory_format=_memory_format(input))
@@ -88,7 +95,7 @@ def reference_roi_pool(
 ) -> Tensor:
     """The definition, for boxes of images that exist."""
     check_image_indices(boxes, input.shape[0])
-    return reference.roi_pool(
+    return _pool_reference.roi_pool(
         *(input, boxes, offset, output_size, spatial_scale, gamma),
         *(sampling, samples_per_bin, position_sensitive),
     )
@@ -147,9 +154,10 @@ def _kernels(input: Tensor):  # noqa: ANN202 (a module, and a checker knows whic
     if reason is not None:
         raise RuntimeError(reason)
     if input.is_cuda:
-        from deformnet.ops.triton import kernels
+        from deformnet.ops.deform_conv import triton as conv
+        from deformnet.ops.roi_pool import triton as pool
 
-        return kernels
+        return SimpleNamespace(deform_conv2d=conv.deform_conv2d, deform_conv2d_backward=conv.deform_conv2d_backward, roi_pool=pool.roi_pool, roi_pool_backward=pool.roi_pool_backward)
     return cpu
 
 

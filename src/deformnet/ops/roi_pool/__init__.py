@@ -1,0 +1,1 @@
+"""Deformable RoI pooling, plain and position-sensitive."""

@@ -1,5 +1,0 @@
-"""What a trained run has learned, on one page: `deformnet analyse`."""
-
-from deformnet.report.analyse import analyse
-
-__all__ = ["analyse"]

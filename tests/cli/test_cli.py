@@ -1,0 +1,307 @@
+"""The command line: what it prints, what it writes, and one line for whatever is wrong."""
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import deformnet.engine
+from deformnet.cli import main
+from deformnet.data.synthetic.shapes import Shapes, write_shapes
+
+QUICK = [
+    *("--backbone", "resnet18", "--deform-layers", "1", "--short-side", "32", "--max-side", "None"),
+    *("--batch", "2", "--iterations", "2", "--accelerator", "cpu", "--workers", "0"),
+]
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data") / "shapes"
+    write_shapes(root, Shapes(train=2, val=2, height=40, width=48))
+    return root
+
+
+@pytest.fixture(scope="module")
+def run(shapes, tmp_path_factory):
+    """A run folder, trained from the command line."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    main(["train", "deeplab", "--data", str(shapes), "--out", str(out), *QUICK])
+    return out
+
+
+@pytest.fixture
+def copy(shapes, tmp_path):
+    """A copy of the data set, to be damaged."""
+    return Path(shutil.copytree(shapes, tmp_path / "copy"))
+
+
+@pytest.fixture
+def complaint(capsys):
+    """Runs a command that must fail with one line and exit code 2; returns the line."""
+
+    def check(*arguments):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main([str(a) for a in arguments])
+        lines = capsys.readouterr().err.strip().splitlines()
+        lines = [line for line in lines if "it/s]" not in line]
+        assert ended.value.code == 2, lines
+        assert len(lines) == 1, lines
+        assert lines[0].startswith("deformnet: ")
+        return lines[0].removeprefix("deformnet: ")
+
+    return check
+
+
+def test_train_evaluate_predict(run, shapes, tmp_path, capsys):
+    assert json.loads((run / "recipe.json").read_text())["iterations"] == 2
+    main(["evaluate", str(run), "--data", str(shapes), "--split", "train"])
+    table = capsys.readouterr().out
+    metrics = json.loads((run / "metrics-train.json").read_text())
+    assert "IoU on train (2 images), percent" in table
+    assert f"{100 * metrics['mean_iou']:.1f}" in table
+    for name in metrics["iou"]:
+        assert name in table
+
+    images = sorted((shapes / "VOCdevkit/VOC2012/JPEGImages").glob("*.jpg"))
+    main(["predict", str(run), *map(str, images[:2]), "--out", str(tmp_path)])
+    for image in images[:2]:
+        with Image.open(tmp_path / "labels" / f"{image.stem}.png") as labels:
+            assert labels.size == (48, 40)
+        assert (tmp_path / "overlays" / f"{image.stem}.jpg").is_file()
+
+
+def test_a_recipe_file_repeats_a_run(run, shapes, tmp_path):
+    again = tmp_path / "again"
+    options = ["--recipe", run / "recipe.json", "--data", shapes, "--out", again, "--seed", "5"]
+    options += ["--accelerator", "cpu", "--workers", "0"]
+    main(["train", "deeplab", *map(str, options)])
+    first, second = (json.loads((r / "recipe.json").read_text()) for r in (run, again))
+    assert second == first | {"seed": 5}
+
+
+def test_broken_images_are_named_and_the_others_done(run, shapes, tmp_path, complaint):
+    good = next((shapes / "VOCdevkit/VOC2012/JPEGImages").glob("*.jpg"))
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(good.read_bytes()[:600])
+    line = complaint("predict", run, broken, good, "--out", tmp_path / "out")
+    assert line.startswith(f"{broken}: ")
+    assert [p.name for p in (tmp_path / "out/labels").iterdir()] == [f"{good.stem}.png"]
+
+
+def voc(root):
+    return root / "VOCdevkit/VOC2012"
+
+
+def no_folder(root):
+    (root / "VOCdevkit").rename(root / "elsewhere")
+    return root
+
+
+def empty_list(root):
+    path = voc(root) / "ImageSets/Segmentation/train.txt"
+    path.write_text("")
+    return path
+
+
+def absent_file(root):
+    path = voc(root) / "ImageSets/Segmentation/train.txt"
+    path.write_text("nobody\n")
+    return path
+
+
+def first_mask(root):
+    name = (voc(root) / "ImageSets/Segmentation/train.txt").read_text().split()[0]
+    return voc(root) / f"SegmentationClass/{name}.png"
+
+
+def mask_of_another_size(root):
+    path = first_mask(root)
+    Image.fromarray(np.zeros((7, 9), dtype=np.uint8)).save(path)
+    return path
+
+
+def label_above_the_classes(root):
+    path = first_mask(root)
+    Image.fromarray(np.full((40, 48), 200, dtype=np.uint8)).save(path)
+    return path
+
+
+def truncated_image(root):
+    path = voc(root) / "JPEGImages" / f"{first_mask(root).stem}.jpg"
+    path.write_bytes(path.read_bytes()[:600])
+    return path
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        no_folder,
+        empty_list,
+        absent_file,
+        mask_of_another_size,
+        label_above_the_classes,
+        truncated_image,
+    ],
+)
+def test_bad_data_ends_training_with_a_line(copy, tmp_path, complaint, damage, workers):
+    named = damage(copy)
+    options = [*QUICK, "--workers", workers]
+    line = complaint("train", "deeplab", "--data", copy, "--out", tmp_path / "run", *options)
+    assert line.startswith(f"{named}: ")
+    assert not (tmp_path / "run/checkpoints/last.ckpt").exists()
+
+
+def test_other_bad_input_ends_with_a_line(run, shapes, tmp_path, complaint):
+    train = ["train", "deeplab", "--data", shapes, *QUICK]
+    assert "batch must be positive" in complaint(*train, "--out", tmp_path, "--batch", "0")
+    assert "shared evenly" in complaint(*train, "--out", tmp_path, "--devices", "3")
+    assert "holds a run with lr=0.02" in complaint(*train, "--out", run, "--lr", "1")
+    assert "nowhere.json" in complaint(*train, "--out", tmp_path, "--recipe", "nowhere.json")
+    assert "nope: no such run folder" in complaint("evaluate", "nope", "--data", shapes)
+    assert "the splits here are: train" in complaint(
+        "evaluate", run, "--data", shapes, "--split", "x"
+    )
+    assert "at least one file" in complaint("predict", run, "--out", tmp_path)
+    assert f"{tmp_path}: no image" in complaint("predict", run, tmp_path, "--out", tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints/last.ckpt").write_bytes(b"PK")
+    assert "last.ckpt: damaged" in complaint("predict", tmp_path, "x.jpg", "--out", tmp_path)
+
+
+def test_a_mistake_of_the_program_keeps_its_traceback(monkeypatch, tmp_path):
+    def mistaken(*args, **kwargs):
+        return int("x" if args else "y") + len(kwargs)
+
+    monkeypatch.setattr(deformnet.engine, "train", mistaken)
+    with pytest.raises(ValueError, match="invalid literal"):
+        main(["train", "deeplab", "--data", str(tmp_path), "--out", str(tmp_path)])
+
+
+def test_shapes(tmp_path, capsys):
+    root = tmp_path / "made"
+    main(["shapes", str(root), "--train", "1", "--val", "1", "--height", "32", "--warp", "1"])
+    assert "1 training and 1 validation images" in capsys.readouterr().out
+    assert json.loads((root / "shapes.json").read_text())["warp"] == 1
+    shown = dataclasses.asdict(Shapes())
+    with pytest.raises(SystemExit):
+        main(["shapes", "--help"])
+    text = capsys.readouterr().out
+    assert all(f"--{name.replace('_', '-')}" in text for name in shown)
+
+
+def test_doctor(capsys):
+    main(["doctor"])
+    text = capsys.readouterr().out
+    for word in ("deformnet", "torch", "machine", "reference", "cpu", "triton"):
+        assert f"\n{word}" in f"\n{text}"
+
+
+def test_stored_proposals_are_explained(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "rfcn", "--help"])
+    assert "Files of `deformnet propose`" in capsys.readouterr().out
+
+
+def test_help_needs_no_lightning():
+    """It is asked for often, and Lightning alone takes seconds to import."""
+    code = (
+        "import sys; from deformnet.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: print('lightning' in sys.modules, 'torchvision' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False False"
+
+
+DETECTOR = [*QUICK, *("--anchor-sizes", "16", "--proposals", "10", "--score-threshold", "0")]
+
+
+@pytest.fixture(scope="module")
+def detector(shapes, tmp_path_factory):
+    """A run folder of an R-FCN, trained from the command line."""
+    out = tmp_path_factory.mktemp("runs") / "rfcn"
+    main(["train", "rfcn", "--data", str(shapes), "--out", str(out), *DETECTOR])
+    return out
+
+
+def test_a_detector_from_training_to_predictions(detector, shapes, tmp_path, capsys):
+    capsys.readouterr()
+    options = ["--scales", "32", "48", "--flip", "--refine", "2", "--box-averaging"]
+    main(["evaluate", str(detector), "--data", str(shapes), *options])
+    table = capsys.readouterr().out
+    metrics = json.loads((detector / "metrics-val.json").read_text())
+    assert "AP (area) at IoU 0.5 and 0.7 on val (2 images), percent" in table
+    for name in (*metrics["voc"]["area"]["objects"], "mean"):
+        assert name in table
+
+    images = sorted((shapes / "VOCdevkit/VOC2012/JPEGImages").glob("val*.jpg"))
+    out = tmp_path / "out"
+    threshold = ["--threshold", "0.0"]
+    main(["predict", str(detector), *map(str, images), "--out", str(out), *threshold])
+    assert "2 of 2 images done" in capsys.readouterr().out
+    assert len((out / "detections.jsonl").read_text().splitlines()) == 2
+    for image in images:
+        assert (out / "pictures" / f"{image.stem}.jpg").is_file()
+
+    command = ["--data", str(shapes), "--split", "val", "--ious", "0.1", "0.5"]
+    main(["score", "--boxes", str(out / "detections.jsonl"), *command])
+    table = capsys.readouterr().out
+    assert "VOC AP in percent, 11-point" in table
+    assert "AP@0.1" in table
+
+
+def test_proposals_from_the_command_line(detector, shapes, tmp_path, capsys):
+    files = []
+    for split in ("train", "val"):
+        files.append(str(tmp_path / f"{split}.safetensors"))
+        main(
+            ["propose", str(detector), "--data", str(shapes), "--split", split, "--out", files[-1]]
+        )
+        assert "proposals for 2 images" in capsys.readouterr().out
+    command = ["train", "faster-rcnn", "--data", str(shapes), "--out", str(tmp_path / "run")]
+    main([*command, *DETECTOR, "--stored-proposals", *files])
+    assert (tmp_path / "run/metrics.json").is_file()
+
+
+def test_what_a_detector_refuses(detector, run, shapes, tmp_path, complaint):
+    data = ["--data", shapes, "--split", "val"]
+    at = ["--score-at", "network"]
+    assert complaint("evaluate", detector, *data, *at) == "score_at is for deeplab, not for rfcn"
+    assert "for detectors, not for deeplab" in complaint("evaluate", run, *data, "--flip")
+    message = complaint("propose", run, "--data", shapes, "--out", tmp_path / "p")
+    assert message.endswith("wanted a run of a detector, got one of deeplab")
+    message = complaint("train", "rfcn", "--recipe", run / "recipe.json", "--data", shapes)
+    assert message == f"{run}/recipe.json: wanted a recipe of rfcn, got deeplab"
+    lines = (detector / "detections.jsonl").read_text().splitlines()
+    other = tmp_path / "other.jsonl"
+    other.write_text(lines[0].replace("val_000000", "nowhere"))
+    message = complaint("score", "--boxes", other, "--data", shapes, "--split", "val")
+    assert "nowhere" in message
+
+
+def test_the_table_of_parameters(capsys):
+    main(["parameters"])
+    printed = capsys.readouterr().out
+    cells = [line.replace("(", "").replace(")", "").split() for line in printed.splitlines()]
+    rows = {name: list(map(float, numbers[:6])) for name, *numbers in cells[2:6]}
+    # Ours and the paper's: plain, deformable, and what it adds.
+    assert rows == {
+        "deeplab": [44.620, 46.0, 44.869, 46.1, 0.249, 0.1],
+        "class-aware-rpn": [49.433, 46.0, 49.682, 46.1, 0.249, 0.1],
+        "faster-rcnn": [57.024, 58.3, 58.502, 59.9, 1.478, 1.6],
+        "rfcn": [45.854, 47.1, 48.313, 49.5, 2.459, 2.4],
+    }
+    assert "64.382 (64.3)" in printed
+    main(["parameters", "--classes", "3"])
+    table, classifiers = capsys.readouterr().out.split("classifiers")
+    assert "(" not in table  # the paper has no numbers for these
+    assert "64.382 (64.3)" in classifiers

@@ -1,0 +1,344 @@
+"""The made data set: what it holds, that it repeats, and that it survives interruption."""
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from PIL import Image
+from small_sets import one_line
+from torchvision.datasets import VOCDetection
+
+from deformnet.data import Shapes, VOCSegmentation, open_segmentation, shapes, write_shapes
+from deformnet.data.synthetic.scenes import OBJECTS
+from deformnet.data.synthetic.shapes import SHAPE_CLASSES, scene
+
+SMALL = Shapes(train=6, val=3, height=48, width=64)
+YEAR = "VOCdevkit/VOC2012"
+
+
+def digests(root: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(root.rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("shapes") / "set"
+    write_shapes(root, SMALL)
+    return root
+
+
+# What it holds.
+
+
+def test_reads_as_voc(made):
+    images = open_segmentation(made, "train")
+    assert isinstance(images, VOCSegmentation)
+    assert images.classes == SHAPE_CLASSES
+    assert len(images) == 6
+    assert len(open_segmentation(made, "val")) == 3
+    assert len(open_segmentation(made, "trainval")) == 9
+    image, mask = images[0]
+    assert image.shape == (3, 48, 64)
+    assert mask.shape == (48, 64)
+    assert not list(made.rglob("*.partial"))
+
+
+def test_files_hold_the_scene(made):
+    images = open_segmentation(made, "val")
+    for i in range(3):
+        drawn = scene(SMALL, "val", i)
+        image, mask = images[i]
+        np.testing.assert_array_equal(mask.numpy(), drawn.labels)
+        error = np.abs(image.permute(1, 2, 0).numpy().astype(int) - drawn.image)
+        assert error.mean() < 8  # JPEG: much less than another image's, about 60
+        instances = Image.open(made / YEAR / f"SegmentationObject/{images.name(i)}.png")
+        assert instances.mode == "P"
+        np.testing.assert_array_equal(np.asarray(instances), drawn.instances)
+
+
+def test_annotations_agree_with_the_masks(made):
+    boxes = VOCDetection(made, year="2012", image_set="trainval")
+    assert len(boxes) == 9
+    for i in range(9):
+        annotation = boxes[i][1]["annotation"]
+        name = annotation["filename"].removesuffix(".jpg")
+        labels = np.asarray(Image.open(made / YEAR / f"SegmentationClass/{name}.png"))
+        instances = np.asarray(Image.open(made / YEAR / f"SegmentationObject/{name}.png"))
+        assert annotation["size"] == {"width": "64", "height": "48", "depth": "3"}
+        objects = annotation["object"]
+        assert len(objects) == instances.max() >= 1
+        for number, item in enumerate(objects, start=1):
+            mask = instances == number
+            assert set(labels[mask]) == {SHAPE_CLASSES.index(item["name"])}
+            rows, columns = np.nonzero(mask)
+            box = {key: int(value) for key, value in item["bndbox"].items()}
+            assert (box["xmin"], box["xmax"]) == (columns.min() + 1, columns.max() + 1)
+            assert (box["ymin"], box["ymax"]) == (rows.min() + 1, rows.max() + 1)
+        assert ((labels == 0) == (instances == 0)).all()
+
+
+def test_scale_and_classes_are_spread():
+    settings = Shapes(radius=(0.04, 0.4), warp=0.0, objects=(1, 1))
+    scenes = [scene(settings, "train", i) for i in range(150)]
+    disc = SHAPE_CLASSES.index("disc")
+    discs = [o.full_area for s in scenes for o in s.objects if o.label == disc]
+    assert np.sqrt(max(discs) / min(discs)) > 6
+    counts = np.bincount([o.label for s in scenes for o in s.objects], minlength=7)
+    assert counts[0] == 0
+    assert counts[1:].min() > 10
+    inside = [o.area / o.full_area for s in scenes for o in s.objects]
+    assert min(inside) >= 0.7
+
+
+def test_default_scale_is_more_than_eightfold():
+    smallest, largest = Shapes().radius
+    assert largest / smallest > 8
+
+
+def test_classes_cannot_be_told_by_colour():
+    """Over many scenes no class has a mean colour of its own."""
+    colours = {label: [] for label in range(1, len(SHAPE_CLASSES))}
+    for i in range(250):
+        drawn = scene(Shapes(height=64, width=64), "train", i)
+        for number, item in enumerate(drawn.objects, start=1):
+            colours[item.label].append(drawn.image[drawn.instances == number].mean(0))
+    means = {label: np.mean(rows, axis=0) for label, rows in colours.items()}
+    errors = {label: np.std(rows, axis=0) / len(rows) ** 0.5 for label, rows in colours.items()}
+    overall = np.mean([row for rows in colours.values() for row in rows], axis=0)
+    for label, mean in means.items():
+        assert (np.abs(mean - overall) < 4 * errors[label]).all()
+
+
+def test_every_outline_is_one_piece_of_radius_one():
+    y, x = np.mgrid[-1.5:1.5:601j, -1.5:1.5:601j]
+    for name, outline in OBJECTS.items():
+        inside = outline(x, y) < 0
+        radius = np.hypot(x, y)[inside].max()
+        assert 0.97 < radius < 1.03, name
+        assert inside[300, 300], name
+
+
+@pytest.mark.parametrize("name", OBJECTS)
+def test_distance_does_not_vanish_inside(name):
+    """Where it does, antialiasing lets the background through: a mark of the class, inside."""
+    y, x = np.mgrid[-50:51, -50:51]
+    value = OBJECTS[name](x / 45, y / 45)
+    estimate = -value / np.maximum(np.hypot(*np.gradient(value)), 1e-6)
+    outside = np.argwhere(value >= 0)
+    for place in np.argwhere(value < 0):
+        distance = np.hypot(*(outside - place).T).min()
+        assert estimate[tuple(place)] > 0.3 * (distance - 1)
+
+
+def test_pixels_change_at_the_mask():
+    """The strongest edges along a row lie on the outlines: masks and pixels are not shifted."""
+    on = off = 0.0
+    for i in range(20):
+        drawn = scene(Shapes(clutter=0), "train", i)
+        step = np.abs(np.diff(drawn.image.astype(float), axis=1)).sum(-1)
+        outline = drawn.instances[:, 1:] != drawn.instances[:, :-1]
+        shifted = np.roll(outline, 3, axis=1) & ~outline
+        on, off = on + step[outline].mean(), off + step[shifted].mean()
+    assert on > 3 * off
+
+
+def test_mute_takes_the_colours_of_what_lies_behind_the_objects():
+    spread = []
+    for mute in (0.0, 0.5, 1.0):
+        drawn = scene(Shapes(mute=mute), "train", 4)
+        behind = drawn.image[drawn.labels == 0].astype(float)
+        spread.append((behind.max(1) - behind.min(1)).mean())
+    assert spread[0] > 1.3 * spread[1] > 1.3 * spread[2]
+
+
+def test_warp_changes_the_masks_and_not_the_rest():
+    still, bent = (scene(Shapes(warp=w, clutter=0, objects=(1, 1)), "train", 3) for w in (0, 1))
+    assert still.objects[0].label == bent.objects[0].label
+    differing = (still.labels > 0) != (bent.labels > 0)
+    assert 0.02 < differing.sum() / (still.labels > 0).sum() < 1
+
+
+def test_void_border():
+    exact = scene(SMALL, "train", 0)
+    bordered = scene(replace(SMALL, void_border=3), "train", 0)
+    void = bordered.labels == 255
+    assert void.any()
+    np.testing.assert_array_equal(bordered.labels[~void], exact.labels[~void])
+    np.testing.assert_array_equal(void, bordered.instances == 255)
+    changes = exact.instances[:, 1:] != exact.instances[:, :-1]
+    touched = void[:, 1:] | void[:, :-1]
+    assert touched[changes].mean() > 0.95
+
+
+# That it repeats.
+
+
+def test_same_seed_same_bytes(made, tmp_path):
+    write_shapes(tmp_path / "again", SMALL)
+    assert digests(tmp_path / "again") == digests(made)
+
+
+def test_other_seed_other_images(made):
+    other = scene(replace(SMALL, seed=1), "train", 0)
+    assert not np.array_equal(other.image, scene(SMALL, "train", 0).image)
+    assert not np.array_equal(scene(SMALL, "train", 0).image, scene(SMALL, "val", 0).image)
+
+
+def test_fewer_images_are_the_first_of_more(made, tmp_path):
+    write_shapes(tmp_path / "less", replace(SMALL, train=2, val=1))
+    less, more = digests(tmp_path / "less" / YEAR), digests(made / YEAR)
+    files = {name: digest for name, digest in less.items() if "ImageSets" not in name}
+    assert len(files) == 4 * 3
+    assert files.items() <= more.items()
+
+
+# Interruption.
+
+
+class _Stopped(BaseException):
+    """As KeyboardInterrupt, which pytest would take for itself."""
+
+
+def _stop_after(monkeypatch, writes: int) -> None:
+    left = writes
+    original = Path.write_bytes
+
+    def write(path, content):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            original(path, content[: len(content) // 2])
+            raise _Stopped
+        return original(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", write)
+
+
+@pytest.mark.parametrize("writes", [0, 1, 4, 7, 30, 38, 42])
+def test_interrupted_run_goes_on(made, tmp_path, monkeypatch, writes):
+    root = tmp_path / "set"
+    with monkeypatch.context() as patch:
+        _stop_after(patch, writes)
+        with pytest.raises(_Stopped):
+            write_shapes(root, SMALL)
+    assert not root.exists()
+    write_shapes(root, SMALL)
+    assert digests(root) == digests(made)
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
+def test_resuming_draws_only_what_is_missing(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        _stop_after(patch, 1 + 4 * 4)
+        with pytest.raises(_Stopped):
+            write_shapes(tmp_path / "set", SMALL)
+    drawn = []
+
+    def counted(settings, split, number):
+        drawn.append((split, number))
+        return scene(settings, split, number)
+
+    monkeypatch.setattr(shapes, "scene", counted)
+    write_shapes(tmp_path / "set", SMALL)
+    assert drawn == [("train", 4), ("train", 5), ("val", 0), ("val", 1), ("val", 2)]
+
+
+def test_interrupted_run_of_other_settings_is_begun_again(made, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        _stop_after(patch, 9)
+        with pytest.raises(_Stopped):
+            write_shapes(tmp_path / "set", replace(SMALL, seed=5))
+    write_shapes(tmp_path / "set", SMALL)
+    assert digests(tmp_path / "set") == digests(made)
+
+
+def test_whole_set_is_left_alone(made):
+    before = {path: path.stat().st_mtime_ns for path in made.rglob("*")}
+    write_shapes(made, SMALL)
+    assert {path: path.stat().st_mtime_ns for path in made.rglob("*")} == before
+
+
+def test_full_disk_names_the_file(tmp_path, monkeypatch):
+    def full(path, content):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with one_line(OSError, "No space left on device", "shapes.json"):
+        write_shapes(tmp_path / "set", SMALL)
+
+
+# Bad input.
+
+
+def test_other_folder_is_not_overwritten(made, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/photo.jpg").write_bytes(b"precious")
+    with one_line(FileExistsError, tmp_path / "mine"):
+        write_shapes(tmp_path / "mine", SMALL)
+    with one_line(FileExistsError, made):
+        write_shapes(made, replace(SMALL, seed=3))
+    (tmp_path / "set.partial/work").mkdir(parents=True)
+    with one_line(FileExistsError, tmp_path / "set.partial"):
+        write_shapes(tmp_path / "set", SMALL)
+
+
+def test_empty_folder_is_filled(made, tmp_path):
+    (tmp_path / "set").mkdir()
+    write_shapes(tmp_path / "set", SMALL)
+    assert digests(tmp_path / "set") == digests(made)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("train", 0),
+        ("val", -1),
+        ("height", 8),
+        ("width", 0),
+        ("warp", 1.5),
+        ("warp", float("nan")),
+        ("seed", -1),
+        ("objects", (0, 2)),
+        ("objects", (3, 2)),
+        ("radius", (0.3, 0.2)),
+        ("radius", (0.1, 0.7)),
+        ("clutter", -1),
+        ("void_border", -2),
+    ],
+)
+def test_bad_settings(field, value):
+    with one_line(ValueError, field, value):
+        Shapes(**{field: value})
+
+
+def test_unknown_split():
+    with one_line(ValueError, "split", "test"):
+        scene(SMALL, "test", 0)
+
+
+def test_settings_are_recorded(made):
+    recorded = json.loads((made / "shapes.json").read_text())
+    assert (recorded["train"], recorded["seed"], recorded["warp"]) == (6, 0, 0.5)
+
+
+def test_flags():
+    """An object cut by half is difficult, one cut at all truncated."""
+    seen = set()
+    for i in range(120):
+        drawn = scene(Shapes(height=96, width=96), "train", i)
+        root = ElementTree.fromstring(shapes._annotation("x", drawn))
+        for element, item in zip(root.iter("object"), drawn.objects, strict=True):
+            share = item.area / item.full_area
+            truncated, difficult = (element.findtext(t) for t in ("truncated", "difficult"))
+            assert truncated == str(int(share < 0.95))
+            assert difficult == str(int(share < 0.5 or item.area < 40))
+            seen.add((truncated, difficult))
+    assert {("0", "0"), ("1", "0")} <= seen

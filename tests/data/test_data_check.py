@@ -1,0 +1,640 @@
+"""The check of data sets: what it finds, what it says, and that it goes on where it stopped."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from deformnet.data.check import OFFICIAL_SETS, check_data, where_text
+from deformnet.data.check.items import has_area
+
+XML = (
+    "<annotation><size><width>16</width><height>12</height></size><object><name>{name}</name>"
+    "<difficult>0</difficult><bndbox><xmin>{box[0]}</xmin><ymin>{box[1]}</ymin><xmax>{box[2]}</xmax>"
+    "<ymax>{box[3]}</ymax></bndbox></object></annotation>"
+)
+
+
+def save_image(path: Path, height: int = 12, width: int = 16) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+def save_labels(path: Path, label: int, height: int = 12, width: int = 16) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((height, width), label, dtype=np.uint8)).save(path)
+
+
+def write_list(path: Path, names) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{name}\n" for name in names))
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache/deformnet/data-check"
+
+
+@pytest.fixture
+def voc(tmp_path) -> Path:
+    """An own set: boxes of a to d in trainval, a and b in train; masks of a (0) and b (1)."""
+    root = tmp_path / "voc"
+    year = root / "VOCdevkit/VOC2012"
+    for name in "abcd":
+        save_image(year / f"JPEGImages/{name}.jpg")
+        xml = year / f"Annotations/{name}.xml"
+        xml.parent.mkdir(exist_ok=True)
+        xml.write_text(XML.format(name="one", box=(2, 2, 9, 9)))
+    for label, name in enumerate("ab"):
+        save_labels(year / f"SegmentationClass/{name}.png", label)
+    write_list(year / "ImageSets/Main/trainval.txt", "abcd")
+    write_list(year / "ImageSets/Main/train.txt", "ab")
+    write_list(year / "ImageSets/Main/one_train.txt", ["a 1", "b -1"])
+    write_list(year / "ImageSets/Segmentation/train.txt", "ab")
+    (root / "classes.txt").write_text("background\none\n")
+    return root
+
+
+@pytest.fixture
+def coco(tmp_path) -> Path:
+    """Images 1 to 4 of split own, an object in each, in own/."""
+    root = tmp_path / "coco"
+    for number in range(1, 5):
+        save_image(root / f"own/{number}.jpg")
+    content = {
+        "images": [
+            {"id": i, "file_name": f"{i}.jpg", "height": 12, "width": 16} for i in range(1, 5)
+        ],
+        "categories": [{"id": 7, "name": "one"}],
+        "annotations": [
+            {"id": i, "image_id": i, "category_id": 7, "bbox": [1, 1, 5, 5]} for i in range(1, 5)
+        ],
+    }
+    (root / "annotations").mkdir()
+    (root / "annotations/instances_own.json").write_text(json.dumps(content))
+    return root
+
+
+def change_coco(coco: Path, change) -> None:
+    path = coco / "annotations/instances_own.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+@pytest.fixture
+def cityscapes(tmp_path) -> Path:
+    root = tmp_path / "cityscapes"
+    for number in range(3):
+        name = f"town_000000_{number:06d}"
+        save_image(root / f"leftImg8bit/train/town/{name}_leftImg8bit.png")
+        save_labels(root / f"gtFine/train/town/{name}_gtFine_labelIds.png", 7)
+    return root
+
+
+@pytest.fixture
+def folders(tmp_path) -> Path:
+    root = tmp_path / "folders"
+    for split in ("train", "val"):
+        for name in ("cat", "dog"):
+            save_image(root / f"{split}/{name}/1.JPEG")
+    return root
+
+
+def check(root: Path, **options):
+    return check_data(root, workers=0, progress=False, **options)
+
+
+def rows(report) -> dict:
+    return {one.name: (one.images, one.missing, one.faulty) for one in report.lists}
+
+
+# Good sets, of every layout.
+
+
+def test_good_voc(voc, cache):
+    report = check(voc)
+    assert report.ok
+    assert rows(report) == {
+        "VOC2012/Main/train": (2, 0, 0),
+        "VOC2012/Main/trainval": (4, 0, 0),
+        "VOC2012/Segmentation/train": (2, 0, 0),
+    }
+    assert (report.checked, report.remembered) == (6, 0)  # 4 with boxes, 2 with masks
+    assert not report.problems
+    assert not report.remarks
+    assert "all is well" in str(report)
+    assert report.file.parent == cache
+    assert "VOC2012/Main/trainval" in report.file.read_text()
+
+
+def test_good_others(coco, cityscapes, folders):
+    assert rows(check(coco)) == {"instances_own": (4, 0, 0)}
+    assert rows(check(cityscapes)) == {"gtFine/train": (3, 0, 0)}
+    assert rows(check(folders)) == {"train": (2, 0, 0), "val": (2, 0, 0)}
+    assert all(check(root).ok for root in (coco, cityscapes, folders))
+
+
+def test_sets_a_folder_below(voc, coco, cityscapes, folders, tmp_path):
+    (coco / "own/3.jpg").write_text("no image")
+    report = check(tmp_path)
+    assert set(rows(report)) == {
+        "cityscapes/gtFine/train",
+        "coco/instances_own",
+        "folders/train",
+        "folders/val",
+        "voc/VOC2012/Main/train",
+        "voc/VOC2012/Main/trainval",
+        "voc/VOC2012/Segmentation/train",
+    }
+    (problem,) = report.problems
+    assert problem.startswith("coco/own/3.jpg: not a readable image")
+    assert rows(report)["coco/instances_own"] == (4, 0, 1)
+
+
+def test_years_beside_other_sets(voc, coco, tmp_path):
+    root = tmp_path / "all"
+    voc.rename(root)
+    shutil.move(coco, root / "VOC_in_json")
+    (root / "lost+found").mkdir(mode=0)
+    assert set(rows(check(root))) == {
+        "VOC2012/Main/train",
+        "VOC2012/Main/trainval",
+        "VOC2012/Segmentation/train",
+        "VOC_in_json/instances_own",
+    }
+
+
+def test_any_level_of_voc(voc):
+    for place in ("VOCdevkit", "VOCdevkit/VOC2012"):
+        assert check(voc / place).ok
+        assert "VOC2012/Main/trainval" in rows(check(voc / place))
+
+
+def test_several_processes_find_the_same(voc, coco):
+    (coco / "own/3.jpg").write_text("no image")
+    for root in (voc, coco):
+        alone = check(root, record=root / "a")
+        together = check_data(root, workers=2, record=root / "b", progress=False)
+        assert together.problems == alone.problems
+        assert together.lists == alone.lists
+        assert together.checked == alone.checked
+
+
+def test_no_set(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for root in (tmp_path / "empty", tmp_path):
+        with pytest.raises(FileNotFoundError) as caught:
+            check(root)
+        message = str(caught.value)
+        assert "\n" not in message
+        for wanted in ("VOCdevkit", "instances_*.json", "leftImg8bit", "train/<class>"):
+            assert wanted in message
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        check(tmp_path / "nowhere")
+
+
+# What is missing.
+
+
+def test_missing_files_are_all_named_and_counted_in_a_line(voc):
+    year = voc / "VOCdevkit/VOC2012"
+    for name in "bcd":
+        (year / f"JPEGImages/{name}.jpg").unlink()
+    (year / "Annotations/a.xml").unlink()
+    report = check(voc)
+    assert not report.ok
+    assert report.summary == (
+        "VOCdevkit/VOC2012/Annotations: 1 of 4 annotations of VOC2012/Main/trainval are missing, "
+        "the first is a.xml",
+        "VOCdevkit/VOC2012/JPEGImages: 3 of 4 images of VOC2012/Main/trainval are missing, "
+        "the first is b.jpg",
+    )
+    files = [line.split(":")[0].rsplit("/")[-1] for line in report.problems]
+    assert files == ["a.xml", "b.jpg", "c.jpg", "d.jpg"]
+    assert rows(report) == {
+        "VOC2012/Main/train": (2, 2, 0),
+        "VOC2012/Main/trainval": (4, 4, 0),
+        "VOC2012/Segmentation/train": (2, 1, 0),
+    }
+    text = report.file.read_text()
+    assert all(line in text for line in report.problems)
+
+
+def test_masks_are_missing(voc):
+    shutil.rmtree(voc / "VOCdevkit/VOC2012/SegmentationClass")
+    (line,) = check(voc).summary
+    assert "SegmentationClass: 2 of 2 label maps of VOC2012/Segmentation/train are missing" in line
+
+
+def test_augmented_masks(voc):
+    year = voc / "VOCdevkit/VOC2012"
+    write_list(year / "ImageSets/Segmentation/train_aug.txt", "abc")
+    save_labels(year / "SegmentationClassAug/a.png", 1)
+    (line,) = check(voc).summary
+    assert "SegmentationClassAug: 1 of 3 label maps" in line
+    assert line.endswith("the first is c.png")
+    save_labels(year / "SegmentationClassAug/c.png", 2)
+    (line,) = check(voc).summary
+    assert "SegmentationClassAug/c.png: labels of no class: 2" in line
+
+
+def test_cityscapes_without_labels(cityscapes):
+    shutil.rmtree(cityscapes / "gtFine")
+    report = check(cityscapes)
+    assert report.summary == (
+        "gtFine/train: 3 of 3 label maps of gtFine/train are missing, the first is "
+        "town/town_000000_000000_gtFine_labelIds.png",
+    )
+    assert report.checked == 3  # the images themselves
+
+
+def test_cityscapes_without_images(cityscapes):
+    shutil.rmtree(cityscapes / "leftImg8bit")
+    (line,) = check(cityscapes).summary
+    assert "leftImg8bit/train: 3 of 3 images" in line
+
+
+@pytest.mark.parametrize("gone", ["1234", "1", "4"])
+def test_coco_without_images(coco, gone):
+    for number in gone:
+        (coco / f"own/{number}.jpg").unlink()
+    (line,) = check(coco).summary
+    wanted = (
+        f"own: {len(gone)} of 4 images of instances_own are missing, the first is {gone[0]}.jpg"
+    )
+    assert line == wanted
+
+
+def test_images_of_test_dev(coco):
+    path = coco / "annotations/instances_own.json"
+    content = json.loads(path.read_text())
+    del content["annotations"]
+    (coco / "annotations/image_info_test-dev2017.json").write_text(json.dumps(content))
+    path.unlink()
+    (coco / "own").rename(coco / "test2017")
+    report = check(coco, own=True)
+    assert rows(report) == {"image_info_test-dev2017": (4, 0, 0)}
+    assert report.ok
+    (line,) = check(coco).problems
+    assert "4 images" in line
+    assert "20288" in line
+
+
+# What is wrong.
+
+
+@pytest.mark.parametrize("share", [0, 0.1, 0.5])
+@pytest.mark.parametrize("file", ["JPEGImages/a.jpg", "SegmentationClass/a.png"])
+def test_damaged_files(voc, file, share):
+    path = voc / "VOCdevkit/VOC2012" / file
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+    report = check(voc)
+    (line,) = report.problems  # once, though several lists have it
+    assert line.startswith(f"VOCdevkit/VOC2012/{file}: not a readable image")
+    of_boxes = int("JPEG" in file)
+    assert rows(report) == {
+        "VOC2012/Main/train": (2, 0, of_boxes),
+        "VOC2012/Main/trainval": (4, 0, of_boxes),
+        "VOC2012/Segmentation/train": (2, 0, 1),
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("<annotation>", "not readable as XML"),
+        (XML.format(name="two", box=(2, 2, 9, 9)), "object 1: object of class 'two', wanted"),
+        (XML.format(name="one", box=(2, 2, "x", 9)), "object 1: bndbox"),
+        (XML.format(name="one", box=(2, 2, 9, 9)).replace("16<", "17<"), "annotated as 17x12"),
+    ],
+)
+def test_wrong_annotations(voc, text, message):
+    (voc / "VOCdevkit/VOC2012/Annotations/c.xml").write_text(text)
+    report = check(voc)
+    (line,) = report.problems
+    assert message in line
+    assert rows(report)["VOC2012/Main/trainval"] == (4, 0, 1)
+    assert rows(report)["VOC2012/Main/train"] == (2, 0, 0)
+
+
+def test_every_wrong_object_is_named(voc):
+    xml = XML.format(name="two", box=(2, 2, 9, 9))
+    start, end = xml.index("<object>"), xml.index("</annotation>")
+    path = voc / "VOCdevkit/VOC2012/Annotations/c.xml"
+    path.write_text(xml[:start] + xml[start:end] * 3 + xml[end:])
+    assert len(check(voc).problems) == 3
+
+
+def test_boxes_without_area_are_a_remark(voc, coco):
+    text = XML.format(name="one", box=(20, 2, 30, 9))
+    (voc / "VOCdevkit/VOC2012/Annotations/c.xml").write_text(text)
+    change_coco(coco, lambda content: content["annotations"][2].update(bbox=[1, 1, 0, 5]))
+    for root, name in ((voc, "c.xml: object 1"), (coco, "annotation 3")):
+        for _ in range(2):  # it is said every time
+            report = check(root)
+            assert report.ok
+            (line,) = report.remarks
+            assert name in line
+            assert "no area" in line
+            assert all(one.faulty == 0 for one in report.lists)
+
+
+@pytest.mark.parametrize(
+    ("box", "size", "expected"),
+    [
+        ((1, 1, 2, 2), (12, 16), True),
+        ((-5, -5, 1, 1), (12, 16), True),
+        ((-5, 1, 0, 5), (12, 16), False),
+        ((1, -5, 5, 0), (12, 16), False),
+        ((16, 1, 20, 5), (12, 16), False),
+        ((1, 12, 5, 20), (12, 16), False),
+        ((1, 12, 5, 20), None, True),
+        ((5, 1, 5, 5), None, False),
+        ((1, 1, float("nan"), 5), (12, 16), False),
+        ((1, 1, float("inf"), 5), (12, 16), False),
+    ],
+)
+def test_boxes_that_readers_keep(box, size, expected):
+    assert has_area(box, size) is expected
+
+
+def test_wrong_masks(voc):
+    masks = voc / "VOCdevkit/VOC2012/SegmentationClass"
+    save_labels(masks / "a.png", 9)
+    save_labels(masks / "b.png", 1, height=13)
+    lines = check(voc).problems
+    assert [line.split("SegmentationClass/")[1] for line in lines] == [
+        "a.png: labels of no class: 9",
+        "b.png: is 16x13, its image 16x12",
+    ]
+
+
+def test_wrong_labels_of_cityscapes(cityscapes):
+    path = next((cityscapes / "gtFine").glob("*/*/*000001*"))
+    save_labels(path, 40)
+    (line,) = check(cityscapes).problems
+    assert line.endswith("labels of no class: 40")
+
+
+def test_wrong_coco(coco):
+    def change(content):
+        content["images"][0]["width"] = 17
+        content["annotations"][1]["category_id"] = 8
+        content["annotations"][3]["image_id"] = 9
+
+    change_coco(coco, change)
+    lines = check(coco).problems
+    assert len(lines) == 3
+    for part in ("annotation 2: is of category 8", "annotation 4: is of image 9", "own/1.jpg: is"):
+        assert any(part in line for line in lines)
+    (coco / "annotations/instances_own.json").write_text("{")
+    (line,) = check(coco).problems
+    assert "not readable as json" in line
+
+
+def test_wrong_lists_of_voc(voc):
+    lists = voc / "VOCdevkit/VOC2012/ImageSets"
+    write_list(lists / "Main/train.txt", ["a", "a", "b 5"])
+    write_list(lists / "Main/empty.txt", [])
+    write_list(lists / "Segmentation/train.txt", ["a 1 2"])
+    lines = check(voc).problems
+    for part in ("lists a more than once", "'b 5'", "empty.txt: is empty", "'a 1 2'"):
+        assert any(part in line for line in lines)
+    (voc / "classes.txt").write_text("one\none\n")
+    assert any("'one' more than once" in line for line in check(voc).problems)
+
+
+def test_wrong_folders(folders):
+    save_image(folders / "val/cow/1.JPEG")
+    (folders / "train/ant").mkdir()
+    (folders / "train/.hidden").mkdir()
+    (folders / "train/cat/.2.jpg").touch()
+    lines = check(folders).problems
+    assert lines == (
+        "val/cow: is a class that train/ does not have",
+        "train/ant: has no image",
+    )
+    shutil.rmtree(folders / "val")
+    save_image(folders / "val/1.JPEG")
+    assert "val: has no folders of classes" in check(folders).problems
+
+
+def test_the_terminal_shows_a_few_and_the_file_all(folders):
+    for number in range(20):
+        (folders / f"train/cat/{number:02d}.jpg").write_text("no image")
+    report = check(folders)
+    assert len(report.problems) == 20
+    assert len(report.summary) == 6
+    assert report.summary[-1] == "... and 15 more in train/cat"
+    text = report.file.read_text()
+    assert all(line in text for line in report.problems)
+    assert "20 problems" in str(report)
+
+
+# Official sets.
+
+
+def write_2007(root: Path, count: int) -> None:
+    """Images and masks of VOC2007's list Segmentation/train, all of one file."""
+    year = root / "VOCdevkit/VOC2007"
+    names = [f"{number:06d}" for number in range(count)]
+    save_image(year / "one.jpg")
+    save_labels(year / "one.png", 20)
+    for folder, ending in (("JPEGImages", "jpg"), ("SegmentationClass", "png")):
+        (year / folder).mkdir()
+        for name in names:
+            (year / folder / f"{name}.{ending}").hardlink_to(year / f"one.{ending}")
+    write_list(year / "ImageSets/Segmentation/train.txt", names)
+
+
+def test_official_count(tmp_path):
+    write_2007(tmp_path, 209)
+    report = check(tmp_path)
+    assert report.ok
+    assert report.lists[0].official == 209
+    assert any("VOC2007/Main/test" in line and "4952" in line for line in report.remarks)
+    assert not any("VOC2012" in line for line in report.remarks)
+
+
+def test_a_test_list_without_labels_is_whole(tmp_path):
+    write_2007(tmp_path, 209)
+    year = tmp_path / "VOCdevkit/VOC2007"
+    ids = (year / "ImageSets/Segmentation/train.txt").read_text().split()
+    (year / "ImageSets/Segmentation/test.txt").write_text("\n".join(ids[:3]))
+    for name in ids[:3]:
+        (year / f"SegmentationClass/{name}.png").rename(year / f"{name}.hidden")
+    (year / "ImageSets/Segmentation/train.txt").write_text("\n".join(ids[3:]))
+    report = check(tmp_path, own=True)
+    assert report.ok
+    assert any("has no label maps: test images" in line for line in report.remarks)
+    (year / f"{ids[0]}.hidden").rename(year / f"SegmentationClass/{ids[0]}.png")
+    assert not check(tmp_path, own=True).ok  # some are there: the others are missing
+
+
+def test_another_count_is_a_problem_unless_the_set_is_ones_own(tmp_path):
+    write_2007(tmp_path, 208)
+    report = check(tmp_path)
+    (line,) = report.problems
+    assert "train.txt: lists 208 images" in line
+    assert "209" in line
+    assert "--own" in line
+    report = check(tmp_path, own=True)
+    assert report.ok
+    assert report.lists[0].official is None
+    assert not report.remarks
+    (tmp_path / "classes.txt").write_text("a\nb\n")
+    assert check(tmp_path).lists[0].official is None
+
+
+def test_cities_and_synsets_make_sets_official(cityscapes, folders):
+    for root in (cityscapes, folders):
+        assert all(one.official is None for one in check(root).lists)
+    (cityscapes / "leftImg8bit/train/town").rename(cityscapes / "leftImg8bit/train/aachen")
+    (cityscapes / "gtFine/train/town").rename(cityscapes / "gtFine/train/aachen")
+    assert check(cityscapes).lists[0].official == 2975
+    for split in ("train", "val"):
+        (folders / split / "cat").rename(folders / split / "n01440764")
+    report = check(folders)
+    assert [one.official for one in report.lists] == [1281167, 50000]
+    assert any("the official train has 1281167" in line for line in report.problems)
+    assert check(folders, own=True).ok  # a part of ImageNet
+
+
+def test_the_table_of_official_sets():
+    counts = {name: count for one in OFFICIAL_SETS for name, count in one.counts.items()}
+    assert counts["VOC2007/Main/trainval"] + counts["VOC2012/Main/trainval"] == 16551
+    for year, kinds in (("2007", ("Main", "Segmentation")), ("2012", ("Main", "Segmentation"))):
+        for kind in kinds:
+            parts = [counts[f"VOC{year}/{kind}/{name}"] for name in ("train", "val", "trainval")]
+            assert parts[0] + parts[1] == parts[2]
+    assert counts["instances_train2014"] + counts["instances_val2014"] == 123287
+    assert counts["instances_train2017"] + counts["instances_val2017"] == 123287
+    text = where_text()
+    for one in OFFICIAL_SETS:
+        assert one.name in text
+        assert one.page in text
+        assert all(file in text for file in one.files)
+    assert "VOC2012/Segmentation/train_aug 10582" in text
+    assert max(map(len, text.splitlines())) <= 100
+
+
+# Going on.
+
+
+def test_good_files_are_remembered(voc, cache):
+    assert check(voc).checked == 6
+    report = check(voc)
+    assert (report.checked, report.remembered) == (0, 6)
+    assert report.ok
+    assert len(list(cache.glob("*.jsonl"))) == 1
+    # Another folder has another record.
+    shutil.copytree(voc, voc.parent / "copy")
+    assert check(voc.parent / "copy").remembered == 0
+
+
+def test_changed_files_are_looked_at_again(voc):
+    check(voc)
+    path = voc / "VOCdevkit/VOC2012/JPEGImages/c.jpg"
+    stat = path.stat()
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    assert check(voc).checked == 1
+    xml = voc / "VOCdevkit/VOC2012/Annotations/d.xml"
+    xml.write_text(xml.read_text() + " ")
+    assert check(voc).checked == 1
+    (voc / "classes.txt").write_text("background\ntwo\n")
+    assert len(check(voc).problems) == 4
+
+
+def test_bad_files_are_looked_at_every_time(voc):
+    path = voc / "VOCdevkit/VOC2012/JPEGImages/c.jpg"
+    good = path.read_bytes()
+    path.write_text("no image")
+    for checked in (6, 1):
+        report = check(voc)
+        assert (len(report.problems), report.checked) == (1, checked)
+    path.write_bytes(good)
+    assert check(voc).ok
+
+
+def test_a_record_that_ends_in_half_a_line(voc, tmp_path):
+    record = tmp_path / "there/record"
+    check(voc, record=record)
+    text = record.read_text()
+    record.write_bytes(text[:-20].encode() + b"\xff\x00")
+    assert check(voc, record=record).checked == 1
+    assert check(voc, record=record).remembered == 6
+
+
+def test_files_where_they_are_asked_for(voc, tmp_path, cache):
+    report = check(voc, record=tmp_path / "x/record", report=tmp_path / "y/report.txt")
+    assert report.file == tmp_path / "y/report.txt"
+    assert report.file.is_file()
+    assert (tmp_path / "x/record").is_file()
+    assert not cache.exists()
+    with pytest.raises(ValueError, match="workers"):
+        check_data(voc, workers=-1)
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
+def test_a_check_that_was_stopped_goes_on(tmp_path, end):
+    count = 60
+    root = tmp_path / "large"
+    save_image(root / "train/cat/0.png", 40, 40)
+    for number in range(1, count):
+        (root / f"train/cat/{number}.png").hardlink_to(root / "train/cat/0.png")
+    record = tmp_path / "record"
+    program = (
+        "import os, signal, sys; from pathlib import Path; from deformnet.data.check import check\n"
+        # A shell starts programs in the background with this signal ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "add, end = check._Record.add, int(sys.argv[3])\n"
+        "def stopping(self, line):\n"
+        "    add(self, line)\n"
+        "    if len(Path(sys.argv[2]).read_text().splitlines()) == 20:\n"
+        "        os.kill(os.getpid(), end)\n"
+        "check._Record.add = stopping\n"
+        "check.check_data(Path(sys.argv[1]), workers=2, record=Path(sys.argv[2]))"
+    )
+    running = subprocess.run(
+        [sys.executable, "-c", program, str(root), str(record), str(int(end))],
+        stderr=subprocess.PIPE,
+        timeout=120,
+        check=False,
+    )
+    assert running.returncode != 0
+    known = len(record.read_text().splitlines())
+    assert 0 < known < count
+    report = check(root, record=record)
+    assert report.ok
+    assert known - 1 <= report.remembered <= known  # the last line may be half written
+    assert report.checked == count - report.remembered
+
+
+# Real sets.
+
+
+def test_real_sets(real_data, tmp_path):
+    expected = {
+        "voc2012_mini": (True, 0, 193),
+        "bccd_voc": (True, 2, 364),
+        "nuclei_coco": (True, 0, 664),
+        "camvid_cityscapes": (True, 0, 22),
+    }
+    for name, wanted in expected.items():
+        report = check_data(real_data / name, workers=2, progress=False)
+        assert (report.ok, len(report.remarks), report.checked) == wanted
+    report = check(real_data / "coco_tiny")
+    assert len(report.problems) == 2
+    assert all("images, the official" in line for line in report.problems)
+    assert check(real_data / "coco_tiny", own=True).ok

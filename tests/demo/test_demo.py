@@ -1,0 +1,149 @@
+"""The demo at its smallest, end to end, and its parts."""
+
+import json
+from html.parser import HTMLParser
+
+import pytest
+import torch
+from PIL import Image
+
+from deformnet.cli import main
+from deformnet.demo.page import Row, comparison, text_table
+from deformnet.demo.settings import Demo
+from deformnet.engine.runs import checkpoint_path
+
+TINY = ["--iterations", "2", "--detector-iterations", "2"]
+TINY += ["--images", "4", "--val", "3", "--size", "64"]
+
+
+class Page(HTMLParser):
+    """The pictures and the cells of the table of a page."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.pictures, self.cells, self.open = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        if tag == "img":
+            self.pictures.append(dict(attrs)["src"])
+        elif tag not in {"meta"}:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] in {"th", "td"}:
+            self.cells.append(data)
+
+
+def contents(folder):
+    """What must not change when the demo is run again."""
+    files = [*folder.glob("data/**/*.*"), *folder.glob("runs/*/checkpoints/*")]
+    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files if path.is_file()}
+
+
+def test_the_demo_and_the_demo_again(tmp_path, capsys):
+    out = tmp_path / "demo"
+    main(["demo", "--out", str(out), *TINY])
+    printed = capsys.readouterr().out
+    assert "about 1 min" in printed.splitlines()[0]
+
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["settings"]["iterations"] == 2
+    for name, layers in (("plain", 0), ("deformable", 3)):
+        recipe = json.loads((out / "runs" / name / "recipe.json").read_text())
+        assert recipe.pop("deform_layers") == layers
+        assert recipe["iterations"] == metrics[name]["iterations"] == 2
+        assert set(metrics[name]["sizes"]) == {"small", "medium", "large"}
+        assert 0 <= metrics[name]["mean_iou"] <= 1
+    assert metrics["deformable"]["parameters"] > metrics["plain"]["parameters"]
+
+    assert 0 <= metrics["detector"]["voc"]["area"]["mean_ap"]["0.5"] <= 1
+    assert "The detector's mean AP at IoU 0.5 is " in printed
+
+    page = Page((out / "index.html").read_text())
+    assert page.open == []
+    assert page.pictures == ["predictions.png", "sampling.png", "parts.png"]
+    for name in (*page.pictures, "overview.png"):
+        with Image.open(out / name) as picture:
+            picture.load()
+            assert min(picture.size) > 300
+    rows = comparison(metrics)
+    assert page.cells[3:] == [cell for row in rows for cell in row]
+    for row in rows:
+        assert any(all(cell in line for cell in row) for line in printed.splitlines()), row
+    assert "not a measurement" in printed
+
+    before = contents(out)
+    assert len(before) > 20
+    main(["demo", "--out", str(out), *TINY])
+    again = capsys.readouterr().out
+    assert again.count("before") == 4
+    assert contents(out) == before
+    assert json.loads((out / "metrics.json").read_text()) == metrics
+
+
+def test_other_settings_do_not_touch_what_is_there(tmp_path, capsys):
+    out = tmp_path / "demo"
+    (out / "data").mkdir(parents=True)
+    (out / "data/notes.txt").write_text("mine")
+    with pytest.raises(SystemExit) as stop:
+        main(["demo", "--out", str(out), *TINY])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert str(out / "data") in error
+    assert [path.name for path in out.iterdir()] == ["data"]
+
+
+@pytest.mark.parametrize("name", ["iterations", "detector_iterations", "images", "val", "size"])
+def test_sizes_of_nothing_are_refused(name):
+    with pytest.raises(ValueError, match=f"{name}: wanted at least"):
+        Demo(**{name: 0})
+
+
+def test_table():
+    def run(mean_iou, seconds):
+        sizes = {
+            "small": {"objects": 7, "mean_iou": 0.25},
+            "large": {"objects": 0, "mean_iou": None},
+        }
+        return {
+            "mean_iou": mean_iou,
+            "sizes": sizes,
+            "parameters": 1_000_000,
+            "seconds_per_iteration": seconds,
+        }
+
+    rows = comparison({"plain": run(0.5, 0.5), "deformable": run(0.4567, None)})
+    assert rows == [
+        Row("mean IoU", "50.0%", "45.7%", "-4.3"),
+        Row("IoU of 7 small objects", "25.0%", "25.0%", "+0.0"),
+        Row("IoU of 0 large objects", "-", "-", "-"),
+        Row("parameters", "1,000,000", "1,000,000", "+0.0%"),
+        Row("seconds per step", "0.500", "-", "-"),
+    ]
+    lines = text_table(rows, "a note").splitlines()
+    assert len({len(line) for line in lines[:-1]}) == 1
+    assert lines[-1] == "a note"
+
+
+def test_a_stopped_run_goes_on(tmp_path, capsys, monkeypatch):
+    out = tmp_path / "demo"
+
+    def stop(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("deformnet.demo.run.train", stop)
+    with pytest.raises(SystemExit) as stopped:
+        main(["demo", "--out", str(out), *TINY])
+    assert stopped.value.code == 130
+    assert not (out / "metrics.json").exists()
+    path = checkpoint_path(out / "runs/plain")
+    path.parent.mkdir(parents=True)
+    torch.save({"deformnet": {}, "global_step": 1}, path)
+    with pytest.raises(SystemExit):
+        main(["demo", "--out", str(out), *TINY])
+    assert "plain network: training goes on after iteration 1" in capsys.readouterr().out

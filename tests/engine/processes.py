@@ -1,0 +1,223 @@
+"""Runs in several processes, as torchrun starts them: what the tests give them to do, and how.
+
+As a program, `processes.py JOBS` does the jobs of a JSON file one after the other, since starting
+processes takes longer than anything that they do here.
+"""
+
+import atexit
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from deformnet.data.synthetic.shapes import Shapes, write_shapes
+from deformnet.recipes import DeepLabRecipe, Recipe, RFCNRecipe, recipe_from_dict
+from deformnet.engine.runs import load_checkpoint
+from deformnet.engine import evaluate, propose, train
+from deformnet.engine.callbacks import Timer, read_log
+from deformnet.engine.shared_norm import share_statistics
+
+LIMIT = 240
+"""Seconds after which processes count as hanging."""
+
+
+def small(recipe: type[Recipe], **changes: Any) -> Recipe:
+    """ResNet-18 on images of 32 pixels, 4 at a time, with frozen norm."""
+    values: dict[str, Any] = {
+        "backbone": "resnet18",
+        "deform_layers": 1,
+        "norm": "frozen",
+        "short_side": 32,
+        "max_side": None,
+        "batch": 4,
+        "iterations": 10,
+        "warmup": 0,
+        "lr": 0.002,
+    }
+    if recipe is not DeepLabRecipe:
+        values |= {"anchor_sizes": (16, 32), "proposals": 20, "score_threshold": 0.0}
+    return recipe(**(values | changes))
+
+
+RECIPES = {"deeplab": small(DeepLabRecipe), "rfcn": small(RFCNRecipe)}
+
+
+def write_images(root: Path) -> None:
+    """Seven training and five validation images, of several sizes and some without objects."""
+    write_shapes(root, Shapes(train=7, val=5, height=40, width=48))
+    voc = root / "VOCdevkit/VOC2012"
+    for number, path in enumerate(sorted((voc / "JPEGImages").glob("*.jpg"))):
+        more = 8 * (number % 3)
+        for file, colour in ((path, (90, 90, 90)), (_mask(voc, path), 0)):
+            with Image.open(file) as image:
+                wider = Image.new(image.mode, (48 + more, 40), colour)
+                wider.paste(image)
+                if (palette := image.getpalette()) is not None:
+                    wider.putpalette(palette)
+            wider.save(file)
+        objects = voc / "Annotations" / f"{path.stem}.xml"
+        text = objects.read_text().replace("<width>48</width>", f"<width>{48 + more}</width>")
+        if number % 4 == 1:
+            text = text[: text.index("<object>")] + "</annotation>"
+        objects.write_text(text)
+
+
+def _mask(voc: Path, image: Path) -> Path:
+    return voc / "SegmentationClass" / f"{image.stem}.png"
+
+
+def run(recipe: Recipe, data: Path, out: Path, **options: Any) -> dict[str, Any]:
+    """`train` with every iteration in the log."""
+    settings = {"accelerator": "cpu", "workers": 0, "progress": False, "log_every": 1}
+    return train(recipe, data, out, **({"val_split": None} | settings | options))
+
+
+def curve(out: Path) -> list[float]:
+    """The loss of each iteration."""
+    return [float(row["loss"]) for row in read_log(out / "metrics.csv")]
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return load_checkpoint(out / "checkpoints/last.ckpt")["state_dict"]
+
+
+def torchrun(jobs: list[dict[str, Any]], folder: Path, *options: str) -> list[str]:
+    """The command that does jobs under torchrun, with a free port unless options name one."""
+    file = folder / "jobs.json"
+    file.write_text(json.dumps(jobs, default=str))
+    if not any(option.startswith("--nnodes") for option in options):
+        options = ("--standalone", *options)
+    return [sys.executable, "-m", "torch.distributed.run", *options, __file__, str(file)]
+
+
+def start(command: list[str], **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait(*processes: subprocess.Popen[str]) -> list[str]:
+    """What the processes print until they end; they must end well, and in time."""
+    try:
+        printed = [process.communicate(timeout=LIMIT)[0] for process in processes]
+    finally:
+        for process in processes:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    for process, text in zip(processes, printed, strict=True):
+        assert process.returncode == 0, text
+    return printed
+
+
+def _train(job: dict[str, Any]) -> None:
+    recipe = recipe_from_dict(job["recipe"], source="job")
+    run(recipe, Path(job["data"]), Path(job["out"]), **job.get("options", {}))
+
+
+def _evaluate(job: dict[str, Any]) -> None:
+    evaluate(
+        *(Path(job["out"]), Path(job["data"]), "val"),
+        accelerator="cpu",
+        workers=0,
+        progress=False,
+    )
+
+
+def _propose(job: dict[str, Any]) -> None:
+    propose_boxes(Path(job["run"]), Path(job["data"]), Path(job["out"]))
+
+
+def propose_boxes(run: Path, data: Path, out: Path) -> None:
+    propose(run, data, "val", out, accelerator="cpu", workers=0, progress=False)
+
+
+def _disagree(job: dict[str, Any]) -> None:
+    """Every process writes down the message with which it refuses other data, or another recipe."""
+    rank = os.environ["RANK"]
+    recipe = recipe_from_dict(job["recipe"] | job["changes"][int(rank)], source="job")
+    try:
+        run(recipe, Path(job["data"][int(rank)]), Path(job["out"]))
+    except ValueError as error:
+        Path(f"{job['out']}-{rank}.txt").write_text(str(error))
+
+
+def _norm(job: dict[str, Any]) -> None:
+    """One step of batch norm in each process, on its share; after a run, which connects them."""
+    rank, processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    layer, x, direction = norm_case()
+    share_statistics(layer)
+    x = x[rank::processes].clone().requires_grad_()
+    y = layer(x)
+    (y * direction[rank::processes]).sum().backward()
+    found = {"y": y, "x": x.grad, "weight.grad": layer.weight.grad, **layer.state_dict()}
+    torch.save(found, f"{job['out']}-{rank}.pt")
+
+
+def norm_case() -> tuple[torch.nn.BatchNorm2d, torch.Tensor, torch.Tensor]:
+    """A layer, values whose mean is far from zero, and the gradient of the output."""
+    generator = torch.Generator().manual_seed(0)
+    x, direction = (torch.randn(4, 3, 5, 2, generator=generator).double() for _ in range(2))
+    layer = torch.nn.BatchNorm2d(3).double()
+    torch.nn.init.uniform_(layer.weight, generator=generator)
+    return layer, x * 3 + 100, direction
+
+
+def _killed(job: dict[str, Any]) -> None:
+    """A run in which the last process is killed once, after an iteration.
+
+    What is then in the run folder is copied before another attempt.
+    """
+    count = Timer.on_train_batch_end
+    out, attempt = Path(job["out"]), os.environ["TORCHELASTIC_RESTART_COUNT"]
+
+    def killing(self: Timer, trainer: Any, *rest: Any) -> None:
+        count(self, trainer, *rest)
+        last = trainer.global_rank == trainer.world_size - 1
+        if attempt == "0" and last and trainer.global_step == job["after"]:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Timer.on_train_batch_end = killing
+    if os.environ["RANK"] == "0":
+        done = load_checkpoint(out / "checkpoints/last.ckpt") if out.exists() else {}
+        print(f"attempt {attempt} from iteration {done.get('global_step', 0)}", flush=True)
+        if attempt == "1":
+            shutil.copytree(out, f"{out}-when-killed")
+    _train(job)
+
+
+_JOBS: dict[str, Callable[[dict[str, Any]], None]] = {
+    "train": _train,
+    "evaluate": _evaluate,
+    "propose": _propose,
+    "disagree": _disagree,
+    "norm": _norm,
+    "killed": _killed,
+}
+
+
+def _fail_if_connected() -> None:
+    """Ends a process as failed that would come down with its connections open."""
+    if torch.distributed.is_initialized():
+        print("this process ends while it is connected to others", flush=True)
+        os._exit(1)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    atexit.register(_fail_if_connected)  # the first to be registered is the last to be called
+    for one in json.loads(Path(sys.argv[1]).read_text()):
+        _JOBS[one["do"]](one)

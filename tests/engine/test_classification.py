@@ -1,0 +1,328 @@
+"""Training, scoring and predicting with a classifier, and starting another network from it."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from deformnet.cli import main
+from deformnet.data.image_folder import ImageFolderClassification
+from deformnet.data.synthetic.shapes import Shapes, write_shapes
+from deformnet.inference import find_images, open_predictor, predict_classes
+from deformnet.recipes import ClassifierRecipe, DeepLabRecipe, DetectionTesting
+from deformnet.engine.runs import checkpoint_path, load_checkpoint, load_run
+from deformnet.engine import TrainingStopped, evaluate, train
+from deformnet.engine.callbacks import Timer, read_log
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """24 training and 12 validation images of six classes: large shapes on a plain ground."""
+    root = tmp_path_factory.mktemp("data") / "folder"
+    look = {"height": 40, "width": 44, "radius": (0.4, 0.45), "clutter": 0, "warp": 0.0}
+    write_shapes(root, Shapes(train=24, val=12, mute=1.0, layout="image-folder", **look))
+    return root
+
+
+def recipe_of(**changes):
+    values = {
+        "backbone": "resnet18",
+        "resize": (32, 40),
+        "crop": 32,
+        "test_short_side": 36,
+        "batch": 4,
+        "iterations": 6,
+        "warmup": 2,
+        "lr": 0.01,
+    }
+    return ClassifierRecipe(**(values | changes))
+
+
+def run(recipe, data, out, **options):
+    settings = {"workers": 0, "progress": False, "log_every": 1, "accelerator": "cpu"}
+    return train(recipe, data, out, **(settings | options))
+
+
+@pytest.fixture(scope="module")
+def trained(folder, tmp_path_factory):
+    """A finished run and what `train` returned."""
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("runs") / "run"
+    return out, run(recipe_of(), folder, out)
+
+
+def test_a_run_leaves_what_it_promises(trained):
+    out, metrics = trained
+    assert json.loads((out / "metrics.json").read_text()) == metrics
+    assert (metrics["network"], metrics["split"], metrics["images"]) == ("classifier", "val", 12)
+    assert 0 <= metrics["top5_error"] <= metrics["top1_error"] <= 1
+    # Two images of each class.
+    mean = sum(metrics["class_errors"].values()) / 6
+    assert metrics["top1_error"] == pytest.approx(mean)
+    assert set(metrics["class_errors"]) == set(load_run(out)[2].classes)
+    rows = read_log(out / "metrics.csv")
+    rates = [float(row["learning_rate"]) for row in rows]
+    assert rates == pytest.approx([0.001, 0.0055, 0.001, 0.001, 0.0001, 0.0001])
+    state = load_run(out)[1].state_dict()
+    torch.manual_seed(recipe_of().seed)
+    start = recipe_of().build_model(6).state_dict()
+    same = {name for name in start if torch.equal(start[name], state[name])}
+    assert not same
+
+
+def test_it_learns_the_shapes(folder, tmp_path):
+    """By heart: this shows that images and labels belong together, all the way to the scores."""
+    recipe = recipe_of(iterations=60, batch=12, flip=False, colour=False, resize=(36, 36))
+    run(recipe, folder, tmp_path, val_split=None)
+    metrics = evaluate(tmp_path, folder, "train", workers=0, progress=False)
+    assert metrics["images"] == 24
+    assert metrics["top1_error"] <= 0.25  # guessing: 0.83
+
+
+def test_scores_are_those_of_the_predictor(trained, folder):
+    """Two ways to the same numbers: `evaluate`, and probabilities image by image."""
+    out, metrics = trained
+    predictor = open_predictor(out, device="cpu")
+    images = ImageFolderClassification(folder, "val")
+    places = []
+    for i in range(len(images)):
+        image, label = images[i]
+        probabilities = predictor(torch.as_tensor(image))
+        assert probabilities.sum() == pytest.approx(1)
+        places.append(int((probabilities > probabilities[label]).sum()))
+    assert metrics["top1_error"] == pytest.approx(sum(place > 0 for place in places) / 12)
+    assert metrics["top5_error"] == pytest.approx(sum(place > 4 for place in places) / 12)
+    again = evaluate(out, folder, "val", workers=1, progress=False)
+    assert again == metrics
+
+
+def test_scores_do_not_depend_on_what_was_drawn(trained, folder):
+    torch.rand(5)
+    again = evaluate(trained[0], folder, "val", workers=0, progress=False)
+    assert again["class_errors"] == trained[1]["class_errors"]
+
+
+def test_files_of_predictions(trained, folder, tmp_path):
+    predictor = open_predictor(trained[0], device="cpu")
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(b"no image")
+    files = [*find_images([folder / "val/star"]), broken]
+    results = list(predict_classes(predictor, files, tmp_path / "out"))
+    assert [problem is None for _, problem in results] == [True, True, False]
+    lines = (tmp_path / "out/predictions.jsonl").read_text().splitlines()
+    found = [json.loads(line) for line in lines]
+    assert [one["image"] for one in found] == [path.name for path in files[:2]]
+    for one, path in zip(found, files, strict=False):
+        listed = one["classes"]
+        assert len(listed) == 5
+        probabilities = [item["probability"] for item in listed]
+        assert probabilities == sorted(probabilities, reverse=True)
+        image = ImageFolderClassification(folder, "val")
+        index = image.samples.index((str(path), image.classes.index("star")))
+        expected = predictor(torch.as_tensor(image[index][0]))
+        for item in listed:
+            there = float(expected[predictor.classes.index(item["class"])])
+            assert item["probability"] == pytest.approx(there, abs=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 8), (3, 8, 8)])
+def test_the_predictor_takes_images_alone(trained, shape):
+    predictor = open_predictor(trained[0], device="cpu")
+    with pytest.raises(ValueError, match="image must be uint8"):
+        predictor(torch.zeros(shape))
+
+
+# The same weights, whatever happens.
+
+
+def weights(out):
+    return load_checkpoint(checkpoint_path(out))["state_dict"]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stopped_run_ends_in_equal_weights(trained, folder, tmp_path, monkeypatch, workers):
+    count = Timer.on_train_batch_end
+
+    def stop_after_three(self, trainer, *rest):
+        count(self, trainer, *rest)
+        if trainer.global_step == 3:
+            for callback in trainer.callbacks:
+                if hasattr(callback, "_asked"):
+                    callback._asked = True
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Timer, "on_train_batch_end", stop_after_three)
+        with pytest.raises(TrainingStopped, match="stopped after 3 of 6"):
+            run(recipe_of(), folder, tmp_path)
+    torch.rand(17)  # whatever the process has drawn meanwhile
+    run(recipe_of(), folder, tmp_path, workers=workers)
+    ended = weights(tmp_path)
+    for name, tensor in weights(trained[0]).items():
+        assert torch.equal(tensor, ended[name]), name
+
+
+def test_two_processes_are_as_good_as_one(folder, tmp_path):
+    recipe = recipe_of(norm="frozen", batch=4, iterations=12, warmup=0, lr=0.002)
+    (tmp_path / "recipe.json").write_text(recipe.to_json())
+    command = ["train", "classifier", "--recipe", tmp_path / "recipe.json", "--data", folder]
+    command += ["--out", tmp_path / "two", "--devices", "2", "--log-every", "1"]
+    command += ["--accelerator", "cpu", "--workers", "1"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "deformnet", *map(str, command)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    one = run(recipe, folder, tmp_path / "one")
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    losses = [
+        [float(row["loss"]) for row in read_log(tmp_path / out / "metrics.csv")]
+        for out in ("one", "two")
+    ]
+    assert max(losses[0]) - min(losses[0]) > 0.1, "the loss must move for this to show anything"
+    assert losses[1] == pytest.approx(losses[0], abs=1e-4)
+    # 12 images, six for each process: the counts add up.
+    two = json.loads((tmp_path / "two/metrics.json").read_text())
+    for name in ("images", "top1_error", "top5_error", "class_errors"):
+        assert two[name] == one[name]
+
+
+# Others start from it.
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "aligned-inception-resnet"])
+def test_deeplab_starts_from_a_classifier(folder, tmp_path, backbone):
+    run(recipe_of(backbone=backbone, iterations=2), folder, tmp_path / "run", val_split=None)
+    recipe = DeepLabRecipe(backbone=backbone, deform_layers=3, init=str(tmp_path / "run"))
+    loaded = recipe.build_model(7).backbone.state_dict()
+    stored = weights(tmp_path / "run")
+    own = {name for name in loaded if ".conv_offset." not in name and "reduce" not in name}
+    assert {f"model.backbone.{name}" for name in own} == {
+        name for name in stored if name.startswith("model.backbone.")
+    }
+    for name in own:
+        assert torch.equal(loaded[name], stored[f"model.backbone.{name}"]), name
+
+
+def test_deeplab_trains_from_a_classifier(trained, shapes, tmp_path):
+    recipe = DeepLabRecipe(
+        backbone="resnet18",
+        init=str(trained[0]),
+        short_side=32,
+        max_side=None,
+        batch=2,
+        iterations=2,
+        lr=1e-3,
+    )
+    metrics = run(recipe, shapes, tmp_path / "run")
+    assert 0 <= metrics["mean_iou"] <= 1
+    # Two small steps away from where it started, and not from random weights.
+    name = "model.backbone.layer3.0.conv1.weight"
+    start, end = weights(trained[0])[name], weights(tmp_path / "run")[name]
+    assert 0 < float((end - start).norm() / start.norm()) < 0.01
+
+
+# What is refused.
+
+
+def test_other_data_and_options_are_refused(trained, folder, shapes, tmp_path):
+    out, _ = trained
+    options = {"workers": 0, "progress": False}
+    with pytest.raises(FileNotFoundError, match=r"train: no such folder; wanted DIR/SPLIT/CLASS"):
+        run(recipe_of(), shapes, tmp_path)
+    with pytest.raises(ValueError, match="score_at is for deeplab, not for classifier"):
+        evaluate(out, folder, "val", score_at="network", **options)
+    with pytest.raises(ValueError, match="for detectors, not for classifier"):
+        evaluate(out, folder, "val", testing=DetectionTesting(flip=True), **options)
+    with pytest.raises(ValueError, match="for detectors, not for classifier"):
+        open_predictor(out, testing=DetectionTesting(flip=True))
+    (tmp_path / "two/val").mkdir(parents=True)
+    for name in ("star", "disc"):
+        (tmp_path / "two/val" / name).symlink_to(folder / "val" / name)
+    with pytest.raises(ValueError, match=r"has the classes disc, star; .* was trained on disc, "):
+        evaluate(out, tmp_path / "two", "val", **options)
+    with pytest.raises(ValueError, match="holds a run with crop=32, but crop=16 is asked for"):
+        run(recipe_of(crop=16), folder, out)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"crop": 257}, r"crop must be at most the smallest resize \(256\), got 257"),
+        ({"crop": 200, "test_short_side": 199}, r"at most test_short_side \(199\), got 200"),
+        ({"crop": 0}, "crop must be positive, got 0"),
+        ({"resize": (400, 300)}, r"resize must be positive and in order, got \(400, 300\)"),
+        ({"test_short_side": -1}, "test_short_side must be positive"),
+        ({"colour": 1}, "colour must be bool, got 1"),
+        ({"resize": 256}, "resize must be "),
+    ],
+)
+def test_recipes_that_cannot_be(fields, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        ClassifierRecipe(**fields)
+
+
+def test_the_learning_rate_falls_twice():
+    recipe = ClassifierRecipe(iterations=31, warmup=5)
+    factors = [recipe.lr_factor(i) for i in range(32)]
+    assert factors[:6] == pytest.approx([0.1, 0.28, 0.46, 0.64, 0.82, 1.0])
+    # 31/3 and 62/3 are not whole: a third has passed after 11, two after 21.
+    assert factors[5:11] == [1.0] * 6
+    assert factors[11:21] == [0.1] * 10
+    assert factors[21:] == [0.01] * 11
+
+
+# The command line.
+
+
+def test_from_training_to_predictions(folder, tmp_path, capsys):
+    out = tmp_path / "run"
+    command = ["train", "classifier", "--data", str(folder), "--out", str(out)]
+    command += ["--backbone", "resnet18", "--resize", "32", "40", "--crop", "32", "--batch", "4"]
+    command += ["--test-short-side", "32", "--iterations", "1", "--accelerator", "cpu"]
+    main([*command, "--workers", "0"])
+    capsys.readouterr()
+    main(["evaluate", str(out), "--data", str(folder), "--workers", "0", "--accelerator", "cpu"])
+    lines = capsys.readouterr().out.splitlines()
+    metrics = json.loads((out / "metrics-val.json").read_text())
+    assert "Error on val (12 images), percent" in lines
+    for name in ("top1", "top5"):
+        title = f"top-{name[-1]}"
+        assert f"  {title:7}  {100 * metrics[f'{name}_error']:5.1f}" in lines
+    assert any(line.startswith("  trefoil") for line in lines)
+    main(["predict", str(out), str(folder / "val/disc"), "--out", str(tmp_path / "out")])
+    assert f"2 of 2 images done, results in {tmp_path / 'out'}" in capsys.readouterr().out
+    assert len((tmp_path / "out/predictions.jsonl").read_text().splitlines()) == 2
+
+    for command, message in (
+        (["propose", out, "--data", folder, "--out", "x"], "of a detector, got one of classifier"),
+        (["train", "deeplab", "--data", folder, "--out", tmp_path / "a"], "neither layout found"),
+        (["evaluate", out, "--data", folder, "--split", "test"], "no such folder; wanted"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main([str(part) for part in command])
+        assert ended.value.code == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert message in line
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_broken_image_ends_training_with_a_line(folder, tmp_path, capsys, workers):
+    """Also from a loader process."""
+    for path in folder.rglob("*.jpg"):
+        copy = tmp_path / "data" / path.relative_to(folder)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(path.read_bytes()[:300])
+    command = ["train", "classifier", "--data", tmp_path / "data", "--out", tmp_path / "run"]
+    command += ["--backbone", "resnet18", "--workers", workers, "--accelerator", "cpu"]
+    with pytest.raises(SystemExit) as ended:
+        main([str(part) for part in command])
+    assert ended.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if "it/s]" not in line]
+    assert lines[-1].startswith(f"deformnet: {tmp_path / 'data/train'}")
+    assert "not a readable image" in lines[-1]

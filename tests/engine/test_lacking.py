@@ -1,0 +1,157 @@
+"""What a machine lacks is said in one line: memory, a port, the run folder; never a stack trace."""
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+from processes import LIMIT
+
+import deformnet.engine
+from deformnet.cli import main
+from deformnet.engine.callbacks import Timer
+
+QUICK = [
+    *("--backbone", "resnet18", "--deform-layers", "1", "--short-side", "32", "--max-side", "None"),
+    *("--batch", "2", "--iterations", "4", "--accelerator", "cpu", "--workers", "0"),
+    *("--checkpoint-every", "1", "--log-every", "1"),
+]
+
+
+@pytest.fixture
+def complaint(shapes, tmp_path, capfd):
+    """What `train` says when it must fail with one line, of all its threads, and exit code 2."""
+
+    def check():
+        with pytest.raises(SystemExit) as ended:
+            main(
+                ["train", "deeplab", "--data", str(shapes), "--out", str(tmp_path / "run"), *QUICK]
+            )
+        lines = capfd.readouterr().err.strip().splitlines()
+        lines = [line for line in lines if "it/s]" not in line]
+        assert ended.value.code == 2, lines
+        assert len(lines) == 1, lines
+        return lines[0]
+
+    return check
+
+
+def no_memory_of_the_machine():
+    torch.empty(2**60, dtype=torch.uint8)
+
+
+def no_memory_of_the_gpu():
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a ...")
+
+
+def no_memory_of_python():
+    raise MemoryError
+
+
+def no_port():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        torch.distributed.TCPStore("127.0.0.1", taken.getsockname()[1], is_master=True)
+
+
+def no_connection():
+    raise RuntimeError("Gloo connectFullMesh failed with [pair.cc:152] timed out connecting: ...")
+
+
+def killed_loader():
+    raise RuntimeError("DataLoader worker (pid 77) is killed by signal: Killed. ")
+
+
+@pytest.mark.parametrize(
+    ("lack", "said"),
+    [
+        (no_memory_of_the_machine, "out of memory; in training --accumulate 2 works through"),
+        (no_memory_of_the_gpu, "out of memory; in training --accumulate 2 works through"),
+        (no_memory_of_python, "out of memory; in training --accumulate 2 works through"),
+        (no_port, "port 29777 is in use; choose another one with --master-port"),
+        (no_connection, "the processes of this run cannot reach one another; between machines"),
+        (killed_loader, "out of memory, it seems: a process that loads images was killed; fewer"),
+    ],
+)
+def test_what_is_lacking_is_said_in_one_line(complaint, monkeypatch, lack, said):
+    def train(*arguments, **options):
+        lack()
+
+    monkeypatch.setattr(deformnet.engine, "train", train)
+    monkeypatch.setenv("MASTER_PORT", "29777")
+    assert said in complaint()
+
+
+def test_other_mistakes_keep_their_stack_trace(shapes, tmp_path, monkeypatch):
+    def train(*arguments, **options):
+        torch.ones(2) @ torch.ones(3)
+
+    monkeypatch.setattr(deformnet.engine, "train", train)
+    with pytest.raises(RuntimeError, match="size"):
+        main(["train", "deeplab", "--data", str(shapes), "--out", str(tmp_path), *QUICK])
+
+
+@pytest.mark.parametrize("becomes", ["nothing", "a file"])
+def test_a_run_folder_that_vanishes(complaint, tmp_path, monkeypatch, becomes):
+    """Its disk was unplugged, say."""
+    count = Timer.on_train_batch_end
+
+    def remove_after_two(self, trainer, *rest):
+        count(self, trainer, *rest)
+        if trainer.global_step == 2:
+            shutil.rmtree(tmp_path / "run")
+            if becomes == "a file":
+                (tmp_path / "run").touch()
+
+    monkeypatch.setattr(Timer, "on_train_batch_end", remove_after_two)
+    line = complaint()
+    assert line.startswith(f"deformnet: {tmp_path / 'run'}")
+    assert re.search("No such file or directory|Not a directory|File exists", line), line
+
+
+def test_a_port_in_use(shapes, tmp_path):
+    """As a launcher that sets the environment, such as SLURM, runs into it."""
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        command = [sys.executable, "-m", "deformnet", "train", "deeplab", *QUICK, "--devices", "2"]
+        launched = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_RANK": "0"}
+        ended = subprocess.run(
+            [*command, "--data", str(shapes), "--out", str(tmp_path / "run")],
+            env=os.environ | {"OMP_NUM_THREADS": "1"} | launched,
+            capture_output=True,
+            text=True,
+            timeout=LIMIT,
+        )
+    lines = [line for line in ended.stderr.splitlines() if line.startswith("deformnet: ")]
+    assert ended.returncode == 2, ended.stderr
+    assert lines == [
+        f"deformnet: port {port} is in use; choose another one with --master-port of torchrun or "
+        "with MASTER_PORT in the environment"
+    ]
+    assert "Traceback" not in ended.stderr
+
+
+def test_an_unreadable_image_ends_the_program(shapes, tmp_path):
+    """At once, though processes that load images are left then."""
+    data = tmp_path / "data"
+    shutil.copytree(shapes, data)
+    for image in (data / "VOCdevkit/VOC2012/JPEGImages").glob("train_*.jpg"):
+        image.write_bytes(image.read_bytes()[:600])
+    command = [sys.executable, "-m", "deformnet", "train", "deeplab", *QUICK, "--workers", "2"]
+    ended = subprocess.run(
+        [*command, "--data", str(data), "--out", str(tmp_path / "run")],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+    )
+    assert ended.returncode == 2, ended.stderr
+    assert f"deformnet: {data}" in ended.stderr
+    assert "Traceback" not in ended.stderr

@@ -1,0 +1,195 @@
+"""However the work is divided among processes and into parts, a run gives the same numbers."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+import torch
+from processes import (
+    RECIPES,
+    curve,
+    norm_case,
+    propose_boxes,
+    run,
+    small,
+    start,
+    torchrun,
+    wait,
+    weights,
+    write_images,
+)
+
+from deformnet.data.synthetic.shapes import Shapes, write_shapes
+from deformnet.recipes import DeepLabRecipe
+from deformnet.engine.runs import checkpoint_path, load_checkpoint
+from deformnet.engine import TrainingStopped, evaluate
+from deformnet.engine.callbacks import Timer
+
+TOLERANCE = 1e-5  # relative
+NAMES = list(RECIPES)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data") / "images"
+    write_images(root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def alone(data, tmp_path_factory):
+    """A folder of the runs of one process, scored."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("alone")
+    for name, recipe in RECIPES.items():
+        run(recipe, data, folder / name)
+        evaluate(folder / name, data, "val", accelerator="cpu", workers=0, progress=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def together(data, alone, tmp_path_factory):
+    """What as many processes make of everything that is tested here, in one start of them."""
+    made = {}
+
+    def folder(processes):
+        if processes in made:
+            return made[processes]
+        out = made[processes] = tmp_path_factory.mktemp(f"processes-{processes}")
+        other = out / "other"
+        write_shapes(other, Shapes(train=5, val=1, height=40, width=48))
+        jobs = []
+        for name, recipe in RECIPES.items():
+            job = {"recipe": recipe.to_dict(), "data": data}
+            jobs.append({"do": "train", **job, "out": out / name})
+            shutil.copytree(alone / name, out / f"scored-{name}")
+            (out / f"scored-{name}/metrics-val.json").unlink()
+            jobs.append({"do": "evaluate", "data": data, "out": out / f"scored-{name}"})
+            if processes == 2:
+                parts = {"options": {"accumulate": 2}}
+                jobs.append({"do": "train", **job, **parts, "out": out / f"parts-{name}"})
+        proposing = {"do": "propose", "run": alone / "rfcn", "data": data}
+        jobs.append(proposing | {"out": out / "proposals.safetensors"})
+        if processes == 2:
+            jobs.append({"do": "norm", "out": out / "norm"})
+            job = {"do": "disagree", "recipe": RECIPES["deeplab"].to_dict()}
+            changes = [{}, {"lr": 0.5}]
+            jobs.append(job | {"data": [data, data], "changes": changes, "out": out / "recipe"})
+            jobs.append(job | {"data": [data, other], "changes": [{}, {}], "out": out / "data"})
+        wait(start(torchrun(jobs, out, f"--nproc-per-node={processes}")))
+        return out
+
+    return folder
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("name", NAMES)
+def test_processes_make_the_same_curve_as_one(alone, together, name, processes):
+    expected = curve(alone / name)
+    assert len(expected) == RECIPES[name].iterations
+    assert expected[0] - expected[-1] > 0.1, "the loss must move for this to show anything"
+    assert curve(together(processes) / name) == pytest.approx(expected, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("name", NAMES)
+def test_processes_score_as_one(alone, together, name, processes):
+    """To the last digit, of five images."""
+    scored = together(processes) / f"scored-{name}"
+    first, second = (
+        json.loads((run / "metrics-val.json").read_text()) for run in (alone / name, scored)
+    )
+    for differs in ("machine", "seconds_per_iteration"):
+        del first[differs], second[differs]
+    assert first["images"] == 5
+    assert second == first
+    if name == "rfcn":
+        files = [run / "detections-val.jsonl" for run in (alone / name, scored)]
+        assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_propose_as_one(data, alone, together, tmp_path, processes):
+    propose_boxes(alone / "rfcn", data, tmp_path / "proposals.safetensors")
+    expected = (tmp_path / "proposals.safetensors").read_bytes()
+    assert (together(processes) / "proposals.safetensors").read_bytes() == expected
+
+
+@pytest.mark.parametrize(("name", "parts"), [("deeplab", 4), ("rfcn", 2)])
+def test_parts_make_the_same_curve_as_the_whole(data, alone, tmp_path, name, parts):
+    run(RECIPES[name], data, tmp_path, accumulate=parts)
+    assert curve(tmp_path) == pytest.approx(curve(alone / name), rel=TOLERANCE)
+    for key, tensor in weights(alone / name).items():
+        torch.testing.assert_close(weights(tmp_path)[key], tensor, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parts_in_two_processes(alone, together, name):
+    assert curve(together(2) / f"parts-{name}") == pytest.approx(curve(alone / name), rel=TOLERANCE)
+
+
+def test_a_stopped_run_in_parts_ends_in_equal_weights(data, tmp_path, monkeypatch):
+    recipe = dataclasses.replace(RECIPES["rfcn"], iterations=5, clip=1.0)
+    run(recipe, data, tmp_path / "whole", accumulate=2)
+    count = Timer.on_train_batch_end
+
+    def stop_after_three(self, trainer, *rest):
+        count(self, trainer, *rest)
+        if trainer.global_step == 3:
+            for callback in trainer.callbacks:
+                if hasattr(callback, "_asked"):
+                    callback._asked = True
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Timer, "on_train_batch_end", stop_after_three)
+        with pytest.raises(TrainingStopped, match="stopped after 3 of 5"):
+            run(recipe, data, tmp_path / "broken", accumulate=2)
+    run(recipe, data, tmp_path / "broken", accumulate=2)
+    assert load_checkpoint(checkpoint_path(tmp_path / "broken"))["global_step"] == 5
+    for name, tensor in weights(tmp_path / "whole").items():
+        assert torch.equal(tensor, weights(tmp_path / "broken")[name]), name
+    assert curve(tmp_path / "broken") == curve(tmp_path / "whole")
+
+
+def test_shared_batch_norm_is_that_of_the_whole_batch(together):
+    layer, x, direction = norm_case()
+    x.requires_grad_()
+    y = layer(x)
+    (y * direction).sum().backward()
+    found = [torch.load(together(2) / f"norm-{rank}.pt", weights_only=True) for rank in range(2)]
+    for rank, own in enumerate(found):
+        torch.testing.assert_close(own["y"], y[rank::2].detach(), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(own["x"], x.grad[rank::2], rtol=1e-10, atol=1e-10)
+        for name, value in layer.state_dict().items():
+            torch.testing.assert_close(own[name], value, rtol=1e-10, atol=1e-10)
+    gradient = sum(own["weight.grad"] for own in found)
+    torch.testing.assert_close(gradient, layer.weight.grad, rtol=1e-10, atol=1e-10)
+
+
+def test_processes_that_were_not_started_alike_say_how(together):
+    out = together(2)
+    for rank in range(2):
+        message = (out / f"recipe-{rank}.txt").read_text()
+        assert message == (
+            "the processes of this run were not started alike: lr: 0.002 on rank 0; 0.5 on rank 1"
+        )
+        message = (out / f"data-{rank}.txt").read_text()
+        assert "not started alike: data: 7 images (" in message
+        assert "on rank 0; 5 images (" in message
+        assert message.endswith("on rank 1")
+        assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("batch", "devices", "parts", "message"),
+    [
+        (6, 4, 1, "batch 6 cannot be shared evenly by 4 processes"),
+        (6, 2, 2, "batch 6 cannot be shared evenly by 2 processes, in 2 parts each"),
+        (6, 1, 0, "accumulate must be at least 1, got 0"),
+    ],
+)
+def test_a_batch_that_cannot_be_divided_is_refused(data, tmp_path, batch, devices, parts, message):
+    with pytest.raises(ValueError, match=message):
+        run(small(DeepLabRecipe, batch=batch), data, tmp_path, devices=devices, accumulate=parts)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,78 @@
+"""A process that is killed: torchrun starts the group anew, or one process goes on alone."""
+
+import os
+import shutil
+import signal
+import sys
+import time
+
+import pytest
+import torch
+from processes import LIMIT, RECIPES, curve, run, start, torchrun, wait, weights, write_images
+
+from deformnet.engine.runs import checkpoint_path, load_checkpoint
+from deformnet.engine.callbacks import read_log
+
+RECIPE = RECIPES["rfcn"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two processes: undisturbed, and with a `kill -9` of one of them after iteration 7 of 10."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("runs")
+    write_images(folder / "data")
+    job = {
+        "recipe": RECIPE.to_dict(),
+        "data": folder / "data",
+        "options": {"checkpoint_every": 3},
+    }
+    (folder / "undisturbed").mkdir()
+    undisturbed = [{"do": "train", **job, "out": folder / "undisturbed/run"}]
+    killed = [{"do": "killed", "after": 7, **job, "out": folder / "run"}]
+    two = "--nproc-per-node=2"
+    wait(start(torchrun(undisturbed, folder / "undisturbed", two)))
+    # Without the variable torchrun gives new processes the addresses of the old ones.
+    command = torchrun(killed, folder, two, "--max-restarts=2")
+    (printed,) = wait(start(command, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1"))
+    attempts = [line for line in printed.splitlines() if line.startswith("attempt ")]
+    assert attempts == ["attempt 0 from iteration 0", "attempt 1 from iteration 6"], printed
+    return folder
+
+
+def test_a_killed_process_changes_nothing(runs):
+    expected, found = weights(runs / "undisturbed/run"), weights(runs / "run")
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+    assert curve(runs / "run") == curve(runs / "undisturbed/run")
+
+
+def test_one_process_goes_on_where_two_were_killed(runs, tmp_path):
+    """It goes on from the very checkpoint, with the draws that would have come next."""
+    shutil.copytree(runs / "run-when-killed", tmp_path / "run")
+    assert load_checkpoint(checkpoint_path(tmp_path / "run"))["global_step"] == 6
+    run(RECIPE, runs / "data", tmp_path / "run", checkpoint_every=3)
+    expected = curve(runs / "undisturbed/run")
+    assert len(expected) == 10
+    assert curve(tmp_path / "run") == pytest.approx(expected, rel=1e-5)
+    for name, tensor in weights(runs / "undisturbed/run").items():
+        torch.testing.assert_close(weights(tmp_path / "run")[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_sigterm_to_everybody_stops_in_order(shapes, tmp_path):
+    """As batch systems send it: to the processes that load images, too."""
+    options = ["--batch", "2", "--iterations", "1000", "--log-every", "1", "--workers", "1"]
+    options += ["--backbone", "resnet18", "--short-side", "32", "--max-side", "None"]
+    options += ["--data", str(shapes), "--out", str(tmp_path), "--accelerator", "cpu"]
+    process = start([sys.executable, "-m", "deformnet", "train", "deeplab", *options])
+    deadline = time.monotonic() + LIMIT
+    while len(read_log(tmp_path / "metrics.csv")) < 2:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGTERM)
+    printed, _ = process.communicate(timeout=LIMIT)
+    assert process.returncode == 130, printed
+    done = load_checkpoint(checkpoint_path(tmp_path))["global_step"]
+    assert f"deformnet: stopped after {done} of 1000 iterations" in printed
+    assert "Traceback" not in printed

@@ -1,0 +1,80 @@
+"""Runs of tiny networks with offsets that are given, and images to look at."""
+
+import torch
+from PIL import Image
+from torch import nn
+
+from deformnet import DeformConv2d
+from deformnet.nn import DeformPSRoIPool2d
+from deformnet.recipes import ClassifierRecipe, DeepLabRecipe, FasterRCNNRecipe, Recipe, RFCNRecipe
+from deformnet.engine.runs import DataIdentity, checkpoint_path, describe
+
+CLASSES = ("background", "one", "two")
+
+
+def segmenter(deform_layers=2):
+    return DeepLabRecipe(
+        backbone="resnet18", deform_layers=deform_layers, short_side=160, max_side=240
+    )
+
+
+def rfcn(deform_layers=1, pool="deformable"):
+    options = {"anchor_sizes": (16, 32), "proposals": 20, "score_threshold": 0.0}
+    return RFCNRecipe(
+        backbone="resnet18",
+        deform_layers=deform_layers,
+        pool=pool,
+        bins=3,
+        short_side=64,
+        max_side=96,
+        **options,
+    )
+
+
+def faster_rcnn():
+    return FasterRCNNRecipe(
+        backbone="resnet18",
+        deform_layers=0,
+        bins=3,
+        short_side=64,
+        max_side=96,
+        anchor_sizes=(16, 32),
+        proposals=20,
+    )
+
+
+def classifier():
+    return ClassifierRecipe(
+        backbone="resnet18", deform_layers=1, resize=(64, 64), test_short_side=64, crop=64
+    )
+
+
+def write_run(folder, recipe: Recipe, classes=CLASSES):
+    """A run folder of random weights, with offsets of a cell or two."""
+    torch.manual_seed(7)
+    model = recipe.build_model(len(classes))
+    for layer in model.modules():
+        if isinstance(layer, DeformConv2d):
+            nn.init.normal_(layer.conv_offset.weight, std=0.02)
+            nn.init.normal_(layer.conv_offset.bias, std=0.7)
+        elif isinstance(layer, DeformPSRoIPool2d):
+            nn.init.normal_(layer.conv_offset.bias, std=2.0)
+    state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    path = checkpoint_path(folder)
+    path.parent.mkdir(parents=True)
+    identity = DataIdentity(classes, 1, "")
+    torch.save({"deformnet": describe(recipe, identity), "state_dict": state}, path)
+    return folder
+
+
+def noise(height, width):
+    """Dark: nothing in it has the colour of a dot."""
+    generator = torch.Generator().manual_seed(height * width)
+    coarse = torch.rand(1, 3, 1 + height // 8, 1 + width // 8, generator=generator)
+    fine = nn.functional.interpolate(coarse, size=(height, width), mode="bilinear")
+    return (150 * fine[0]).to(torch.uint8)
+
+
+def save(path, image):
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+    return path

@@ -1,0 +1,104 @@
+"""Top-1 and top-5 error, counted by hand and over processes."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from deformnet.metrics import ClassificationCounts, classification_scores
+
+
+def logits_of(*orders, classes=7):
+    """Scores [N, C] whose classes from best to worst begin with these."""
+    logits = torch.zeros(len(orders), classes)
+    for row, order in zip(logits, orders, strict=True):
+        for place, label in enumerate(order):
+            row[label] = classes - place
+    return logits
+
+
+def test_errors_counted_by_hand():
+    counts = ClassificationCounts(7)
+    counts.update(
+        logits_of([0, 1, 2, 3, 4, 5, 6], [1, 0, 2, 3, 4, 5, 6], [1, 2, 3, 4, 0, 5, 6]),
+        torch.tensor([0, 0, 0]),
+    )
+    counts.update(logits_of([0, 1, 2, 3, 4, 6, 5], [6, 5, 4, 3, 2, 1, 0]), torch.tensor([6, 6]))
+    assert counts.compute().tolist() == [[1, 3, 3], *[[0, 0, 0]] * 5, [1, 1, 2]]
+    scores = classification_scores(counts.compute())
+    assert scores.top1_error == 3 / 5
+    assert scores.top5_error == 1 / 5
+    assert scores.class_errors[0] == 2 / 3
+    assert scores.class_errors[6] == 1 / 2
+    assert all(math.isnan(error) for error in scores.class_errors[1:6])
+    json = scores.to_json(list("abcdefg"))
+    assert json["top1_error"] == 3 / 5
+    assert json["class_errors"] == {"a": 2 / 3, **dict.fromkeys("bcdef"), "g": 1 / 2}
+    counts.reset()
+    assert counts.compute().sum() == 0
+
+
+@pytest.mark.parametrize("classes", [1, 5, 6])
+def test_five_guesses_of_five_classes_say_nothing(classes):
+    counts = ClassificationCounts(classes)
+    counts.update(torch.zeros(1, classes), torch.tensor([classes - 1]))
+    scores = classification_scores(counts.compute())
+    assert scores.top5_error == (1.0 if classes == 6 else None)
+    assert scores.to_json([str(i) for i in range(classes)])["top5_error"] == scores.top5_error
+
+
+def test_a_network_without_a_preference_is_not_right():
+    """Equal scores are not a right guess for every class."""
+    counts = ClassificationCounts(10)
+    counts.update(torch.zeros(10, 10), torch.arange(10))
+    assert classification_scores(counts.compute()).top1_error == 0.9
+    assert classification_scores(counts.compute()).top5_error == 0.5
+
+
+def test_no_images_no_numbers():
+    json = classification_scores(ClassificationCounts(6).compute()).to_json(list("abcdef"))
+    assert json["top1_error"] is None
+    assert json["top5_error"] is None
+
+
+@pytest.mark.parametrize(
+    ("logits", "target", "message"),
+    [
+        ((2, 3), [0], "must be"),
+        ((3,), [0, 1, 2], "must be"),
+        ((2, 4), [0, 1], "wanted 3 classes, got 4"),
+        ((2, 3), [0, 3], "label 3, wanted 0 to 2"),
+        ((2, 3), [-1, 0], "label -1, wanted 0 to 2"),
+    ],
+)
+def test_what_does_not_fit(logits, target, message):
+    with pytest.raises(ValueError, match=message):
+        ClassificationCounts(3).update(torch.zeros(logits), torch.tensor(target))
+
+
+def _count(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    try:
+        logits, target = torch.load(f"{folder}/all.pt", weights_only=True)
+        counts = ClassificationCounts(8)
+        counts.update(logits[rank::2], target[rank::2])
+        torch.save(counts.compute(), f"{folder}/{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def test_two_processes_agree_with_one(tmp_path: Path):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(21, 8, generator=generator)
+    target = torch.randint(8, (21,), generator=generator)
+    torch.save((logits, target), tmp_path / "all.pt")
+    mp.spawn(_count, (str(tmp_path),), nprocs=2)
+    counts = ClassificationCounts(8)
+    counts.update(logits, target)
+    for rank in range(2):
+        counted = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert torch.equal(counted, counts.compute())

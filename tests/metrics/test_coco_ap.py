@@ -1,0 +1,170 @@
+"""COCO AP: the published numbers, what the library would get wrong or print, and bad input."""
+
+import copy
+import json
+import math
+
+import pytest
+
+from deformnet.metrics import coco_ap, coco_table
+
+SMALL, MEDIUM = [10.0, 10.0, 20.0, 20.0], [50.0, 50.0, 60.0, 40.0]
+
+
+def content():
+    """Two images; one small and one medium object in the first one."""
+    return {
+        "images": [{"id": i, "file_name": f"{i}.jpg", "height": 200, "width": 300} for i in (1, 2)],
+        "categories": [{"id": 7, "name": "cat"}],
+        "annotations": [
+            {"id": 1, "image_id": 1, "category_id": 7, "bbox": SMALL, "area": 400, "iscrowd": 0},
+            {"id": 2, "image_id": 1, "category_id": 7, "bbox": MEDIUM, "area": 2400, "iscrowd": 0},
+        ],
+    }
+
+
+def detection(box=SMALL, score=0.9, image=1, category=7):
+    return {"image_id": image, "category_id": category, "bbox": box, "score": score}
+
+
+@pytest.fixture
+def file(tmp_path):
+    def write(annotations):
+        path = tmp_path / "instances.json"
+        path.write_text(json.dumps(annotations))
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize(("iou_type", "name"), [("bbox", "fakebbox"), ("segm", "fakesegm")])
+def test_published_numbers(real_data, iou_type, name):
+    folder = real_data / "eval_vectors/coco_val2014_100"
+    results = json.loads((folder / f"instances_val2014_{name}100_results.json").read_text())
+    expected = json.loads((folder / "expected.json").read_text())[iou_type]
+    scores = coco_ap(folder / "instances_val2014_100.json", results, iou_type)
+    assert scores == pytest.approx(expected, abs=1e-12)
+    assert list(scores) == list(expected)
+
+
+def test_a_set_in_several_files_scores_as_in_one(tmp_path):
+    whole = content()
+    whole["annotations"].append(
+        {"id": 3, "image_id": 2, "category_id": 7, "bbox": SMALL, "area": 400, "iscrowd": 0}
+    )
+    parts = []
+    for image in (1, 2):
+        part = {
+            **whole,
+            "images": [entry for entry in whole["images"] if entry["id"] == image],
+            # Each file counts its annotations from 1.
+            "annotations": [
+                {**entry, "id": number}
+                for number, entry in enumerate(
+                    (entry for entry in whole["annotations"] if entry["image_id"] == image), 1
+                )
+            ],
+        }
+        parts.append(tmp_path / f"{image}.json")
+        parts[-1].write_text(json.dumps(part))
+    path = tmp_path / "whole.json"
+    path.write_text(json.dumps(whole))
+    found = [detection(), detection(MEDIUM, 0.5), detection(MEDIUM, 0.7, image=2)]
+    both = coco_ap(parts, found)
+    assert both["AP"] == coco_ap(path, found)["AP"]
+    assert both["AR100"] == pytest.approx(2 / 3)
+    with pytest.raises(ValueError, match=r"unknown to .*1\.json and .*2\.json"):
+        coco_ap(parts, [detection(image=3)])
+
+
+def test_all_found_half_found_none_found(file):
+    path = file(content())
+    everything = [detection(SMALL), detection(MEDIUM, 0.8)]
+    scores = coco_ap(path, everything)
+    assert scores["AP"] == scores["AP50"] == scores["APsmall"] == scores["AR10"] == 1
+    assert scores["AR1"] == 0.5
+    assert math.isnan(scores["APlarge"])
+    assert math.isnan(scores["ARlarge"])
+    # Found exactly, one of two: precision 1 at 51 of the 101 recalls.
+    assert coco_ap(path, everything[:1])["AP"] == pytest.approx(51 / 101)
+    assert coco_ap(path, [])["AP"] == 0
+
+
+def test_ids_of_annotations_do_not_matter(file):
+    """The library takes id 0 for "not matched" and keeps one annotation of an id."""
+    everything = [detection(SMALL), detection(MEDIUM, 0.8)]
+    annotations = content()
+    for ids in ((0, 1), (5, 5)):
+        for annotation, number in zip(annotations["annotations"], ids, strict=True):
+            annotation["id"] = number
+        assert coco_ap(file(annotations), everything)["AP"] == 1
+
+
+def test_crowds_are_ignored_and_fields_may_be_missing(file):
+    annotations = content()
+    annotations["annotations"][1]["iscrowd"] = 1
+    del annotations["annotations"][0]["iscrowd"], annotations["annotations"][0]["area"]
+    inside = [60.0, 60.0, 10.0, 10.0]  # of the crowd: neither right nor wrong
+    scores = coco_ap(file(annotations), [detection(inside, 0.99), detection(SMALL)])
+    assert scores["AP"] == scores["APsmall"] == 1
+    assert math.isnan(scores["APmedium"])
+
+
+def test_is_silent_and_leaves_the_results_alone(file, capfd, caplog):
+    results = [detection()]
+    before = copy.deepcopy(results)
+    with caplog.at_level("INFO"):
+        coco_ap(file(content()), results)
+    assert results == before
+    assert capfd.readouterr() == ("", "")
+    assert caplog.records == []
+
+
+def test_table():
+    lines = coco_table({"AP": 0.50458, "APlarge": None}).splitlines()
+    assert [line.split() for line in lines[1:]] == [["AP", "50.46"], ["APlarge", "-"]]
+
+
+@pytest.mark.parametrize(
+    ("results", "message"),
+    [
+        ([detection(), detection(image=9)], "1 of 2 detections are unknown to .* image_id 9"),
+        ([detection(category=8)], "1 of 1 detections are unknown to .* category_id 8"),
+        ([detection(score=math.nan)], r"results\[0\]: wanted a number as score, got nan"),
+        ([detection(), detection(score="0.5")], r"results\[1\]: wanted a number as score"),
+        ([detection(image=None)], r"results\[0\]: wanted a number as image_id, got None"),
+        ([detection(box=[1, 2, 3])], r"results\[0\]: wanted a box \[x, y, width, height\]"),
+        ([detection(box=[1, 2, math.inf, 3])], r"results\[0\]: wanted a box"),
+        ([detection(box=[5, 5, -1, 3])], r"results\[0\]: wanted a box"),
+        ([{"image_id": 1}], r"results\[0\]: wanted image_id, category_id, score, bbox, got"),
+        ([3], r"results\[0\]: wanted image_id"),
+    ],
+)
+def test_bad_results_are_named(file, results, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        coco_ap(file(content()), results)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        '{"images": [',
+        "[]",
+        "{}",
+        '{"images": [], "categories": [], "annotations": [{}]}',
+        '{"images": [{"id": "x"}], "categories": [], "annotations": []}',
+    ],
+)
+def test_bad_annotations_are_named(tmp_path, text):
+    path = tmp_path / "instances.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=f"{path}: not COCO annotations") as caught:
+        coco_ap(path, [])
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_annotations_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none\.json"):
+        coco_ap(tmp_path / "none.json", [])

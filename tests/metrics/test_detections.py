@@ -1,0 +1,545 @@
+"""Detections on disk: every format, scores from files, and bad files."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from deformnet.data.detection import open_detection
+from deformnet.metrics.detections import (
+    Record,
+    read_detections,
+    score,
+    score_records,
+    score_table,
+    to_line,
+    write_detections,
+    write_submission,
+)
+
+
+@contextmanager
+def one_line(error: type[Exception], *parts: object) -> Iterator[None]:
+    """The block raises `error` with a message of one line that holds all `parts`."""
+    with pytest.raises(error) as caught:
+        yield
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert str(part) in message
+
+
+def write(folder: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return folder
+
+
+def save_images(folder: Path, names: str) -> None:
+    folder.mkdir(parents=True)
+    for name in names:
+        Image.new("RGB", (100, 80)).save(folder / f"{name}.jpg")
+
+
+@pytest.fixture
+def voc(tmp_path):
+    """Images a (a cell and a difficult one) and b (a clean_cell), split test_clean; c apart."""
+    root = tmp_path / "voc"
+    folder = root / "VOCdevkit/VOC2007"
+    save_images(folder / "JPEGImages", "abc")
+    objects = {
+        "a": [("cell", 11, 21, 30, 40, 0), ("cell", 51, 51, 60, 60, 1)],
+        "b": [("clean_cell", 1, 1, 10, 10, 0)],
+        "c": [],
+    }
+    for name, of_image in objects.items():
+        text = "".join(
+            f"<object><name>{c}</name><difficult>{difficult}</difficult><bndbox><xmin>{x1}</xmin>"
+            f"<ymin>{y1}</ymin><xmax>{x2}</xmax><ymax>{y2}</ymax></bndbox></object>"
+            for c, x1, y1, x2, y2, difficult in of_image
+        )
+        size = "<size><width>100</width><height>80</height></size>"
+        write(
+            root,
+            {f"VOCdevkit/VOC2007/Annotations/{name}.xml": f"<annotation>{size}{text}</annotation>"},
+        )
+    lists = {"test_clean": "a\nb\n", "other": "c\n"}
+    write(
+        root, {f"VOCdevkit/VOC2007/ImageSets/Main/{name}.txt": text for name, text in lists.items()}
+    )
+    return write(root, {"classes.txt": "cell\nclean_cell\n"})
+
+
+@pytest.fixture
+def coco(tmp_path):
+    """Images a and b (ids 20 and 10), split val; one dog in each, and a cat in b."""
+    root = tmp_path / "coco"
+    save_images(root / "val", "ab")
+    content = {
+        "images": [
+            {"id": i, "file_name": f"{name}.jpg", "height": 80, "width": 100}
+            for name, i in (("a", 20), ("b", 10))
+        ],
+        "categories": [{"id": 5, "name": "dog"}, {"id": 3, "name": "cat"}],
+        "annotations": [
+            {"id": i, "image_id": image, "category_id": category, "bbox": box, "area": 400}
+            for i, image, category, box in (
+                (1, 20, 5, [10, 20, 20, 20]),
+                (2, 10, 5, [0, 0, 20, 20]),
+                (3, 10, 3, [50, 50, 20, 20]),
+            )
+        ],
+    }
+    return write(root, {"annotations/instances_val.json": json.dumps(content)})
+
+
+def record(image, *rows):
+    """From rows of class, score, x1, y1, x2, y2."""
+    boxes = np.array([row[2:] for row in rows], dtype=np.float32).reshape(-1, 4)
+    return Record(image, boxes, np.array([row[1] for row in rows]), [row[0] for row in rows])
+
+
+VOC_RECORDS = [
+    record("a", ("cell", 0.9, 10, 20, 30, 40), ("cell", 0.8, 50, 50, 60, 60)),
+    record("b", ("clean_cell", 0.7, 0, 0, 10, 10), ("cell", 0.95, 0, 0, 10, 10)),
+]
+"""All right but one cell, which comes first: AP 0.5 and 1."""
+
+COCO_RECORDS = [
+    record("a", ("dog", 0.9, 10, 20, 30, 40)),
+    record("b", ("dog", 0.8, 0, 0, 20, 20), ("cat", 0.7, 50, 50, 70, 70)),
+]
+"""All right."""
+
+
+def check_voc(scores):
+    assert scores["images"] == scores["images_with_detections"] == 2
+    assert scores["detections"] == 4
+    for of_method in scores["voc"].values():
+        assert of_method["ap"]["0.5"] == {"cell": 0.5, "clean_cell": 1.0}
+        assert of_method["mean_ap"] == {"0.5": 0.75, "0.7": 0.75}
+        assert of_method["objects"] == {"cell": 1, "clean_cell": 1}
+
+
+# The published vectors.
+
+
+def test_published_voc_numbers(real_data):
+    folder = real_data / "eval_vectors/voc_padilla_7img"
+    expected = json.loads((folder / "expected.json").read_text())
+    ious = [float(iou) for iou in expected["11_point"]]
+    scores = score(folder / "detections", folder / "groundtruths", ious=ious)
+    assert scores["images"] == scores["images_with_detections"] == 7
+    assert scores["detections"] == 24
+    for theirs, ours in (("11_point", "11-point"), ("every_point", "area")):
+        assert scores["voc"][ours]["mean_ap"] == pytest.approx(expected[theirs], abs=1e-9)
+    assert scores["voc"]["area"]["objects"] == {"object": 15}
+    assert "26.84" in score_table(scores)
+
+
+def test_published_coco_numbers(real_data):
+    folder = real_data / "eval_vectors/coco_val2014_100"
+    expected = json.loads((folder / "expected.json").read_text())["bbox"]
+    boxes = folder / "instances_val2014_fakebbox100_results.json"
+    scores = score(boxes, folder / "instances_val2014_100.json")
+    assert scores["coco"] == pytest.approx(expected, abs=1e-12)
+    assert (scores["images"], scores["detections"]) == (100, 734)
+    assert "50.46" in score_table(scores)
+
+
+def test_truth_as_detections_is_perfect(real_data, tmp_path):
+    for name, split in (("voc2012_mini", "val"), ("coco_tiny", "val2017")):
+        dataset = open_detection(real_data / name, split)
+        records = []
+        for i in range(len(dataset)):
+            boxes, labels, ignored = dataset.annotations(i)
+            names = [dataset.classes[label] for label in labels[~ignored].tolist()]
+            records.append(Record(dataset.name(i), boxes[~ignored], torch.ones(len(names)), names))
+        write_detections(tmp_path / "all.jsonl", records)
+        scores = score(tmp_path / "all.jsonl", real_data / name, split=split)
+        if "coco" in scores:
+            assert scores["coco"]["AP"] == 1
+        else:
+            assert scores["voc"]["area"]["mean_ap"] == {"0.5": 1, "0.7": 1}
+
+
+# Our own format.
+
+
+def test_line_has_the_documented_form():
+    line = to_line(record("a.jpg", ("cell", 0.1, 1.5, 2, 3, 40.1)))
+    assert line == (
+        '{"image": "a.jpg", "boxes": [[1.5, 2.0, 3.0, 40.1]], "scores": [0.1], "classes": ["cell"]}'
+    )
+    assert to_line(record("ü")) == (
+        '{"image": "\\u00fc", "boxes": [], "scores": [], "classes": []}'
+    )
+
+
+def test_what_is_written_is_read(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    boxes = torch.rand(50, 4, generator=generator) * 1000
+    boxes[:, 2:] += boxes[:, :2]
+    scores = torch.rand(50, generator=generator)
+    records = [Record("one", boxes, scores, ["x"] * 50), record("zwei ü")]
+    write_detections(tmp_path / "some.jsonl", iter(records))
+    one, two = read_detections(tmp_path / "some.jsonl")
+    assert (one.image, two.image) == ("one", "zwei ü")
+    assert np.array_equal(one.boxes, boxes.numpy())
+    assert np.array_equal(np.float32(one.scores), scores.numpy())
+    assert list(one.classes) == ["x"] * 50
+    assert one.boxes.dtype == np.float32
+    assert (two.boxes.shape, two.scores.shape, list(two.classes)) == ((0, 4), (0,), [])
+
+
+def test_interrupted_writing_leaves_the_old_file(tmp_path):
+    path = tmp_path / "some.jsonl"
+    write_detections(path, VOC_RECORDS)
+    before = path.read_bytes()
+
+    def broken():
+        yield VOC_RECORDS[0]
+        raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        write_detections(path, broken())
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+# Every format against every layout.
+
+
+def test_scores_of_our_format_for_voc_data(voc, tmp_path):
+    path = tmp_path / "all.jsonl"
+    write_detections(path, VOC_RECORDS)
+    scores = score(path, voc, split="test_clean")
+    check_voc(scores)
+    assert list(scores["voc"]) == ["11-point", "area"]
+    assert json.loads(json.dumps(scores)) == scores
+    in_memory = score_records(VOC_RECORDS, open_detection(voc, "test_clean"), method="area")
+    assert in_memory == scores | {"voc": {"area": scores["voc"]["area"]}}
+    text = score_table(scores)
+    assert "4 detections in 2 of 2 images" in text
+    assert "11-point" in text
+    assert "area" in text
+    assert "75.00" in text
+
+
+def test_file_names_serve_as_names(voc, tmp_path):
+    path = tmp_path / "all.jsonl"
+    write_detections(path, [r._replace(image=f"{r.image}.JPG") for r in VOC_RECORDS])
+    check_voc(score(path, voc, split="test_clean"))
+
+
+VOC_RESULTS = {
+    "comp4_det_test_cell.txt": "a 0.9 11 21 30 40\na 0.8 51 51 60 60\nb 0.95 1 1 10 10\n",
+    "comp4_det_test_clean_cell.txt": "b 0.7 1 1 10 10\n",
+}
+
+
+def test_voc_results(voc, tmp_path):
+    folder = write(tmp_path / "results", VOC_RESULTS)
+    check_voc(score(folder, voc, split="test_clean"))
+    read = {r.image: r for r in read_detections(folder, ["cell", "clean_cell"])}
+    assert sorted(read) == ["a", "b"]
+    # Pixels count from 1.
+    assert read["a"].boxes.tolist() == [[10, 20, 30, 40], [50, 50, 60, 60]]
+    assert read["a"].scores.tolist() == [0.9, 0.8]
+    assert read["b"].classes == ["cell", "clean_cell"]
+    # Where no class is known, it follows the last underscore.
+    folder = write(tmp_path / "one", {"comp4_det_test_clean_cell.txt": "b 0.7 1 1 10 10\n"})
+    assert read_detections(folder)[0].classes == ["cell"]
+
+
+def test_two_voc_results_of_one_class(tmp_path):
+    folder = write(tmp_path / "results", VOC_RESULTS)
+    with one_line(ValueError, folder, "clean_cell.txt: of class 'cell'", "comp4_det_test_cell.txt"):
+        read_detections(folder)
+
+
+def test_text_files_against_text_files_and_voc(voc, tmp_path):
+    found = write(
+        tmp_path / "found",
+        {
+            "a.txt": "cell 0.9 11 21 19 19\ncell 0.8 51 51 9 9\n",
+            "b.txt": "clean_cell .7 1 1 9 9\ncell 0.95 1 1 9 9\n",
+        },
+    )
+    check_voc(score(found, voc, split="test_clean"))
+    true = write(
+        tmp_path / "true",
+        {"a.txt": "red blood cell 11 21 19 19\n", "b.txt": "", "c.txt": "other 1 1 3 3\n"},
+    )
+    found = write(tmp_path / "named", {"a.txt": "red blood cell 0.9 11 21 19 19\n"})
+    scores = score(found, true)
+    assert (scores["images"], scores["images_with_detections"], scores["detections"]) == (3, 1, 1)
+    assert scores["voc"]["area"]["ap"]["0.5"] == {"other": 0.0, "red blood cell": 1.0}
+
+
+def test_inclusive_pixels_make_the_difference(tmp_path):
+    # In pixels 0..9 against 0..4 half of the union is common: 50 of 100, not (4 * 9) / (9 * 9).
+    true = write(tmp_path / "true", {"a.txt": "x 1 1 9 9\n"})
+    found = write(tmp_path / "found", {"a.txt": "x 0.5 1 1 4 9\n"})
+    for iou, expected in ((0.499, 1.0), (0.501, 0.0)):
+        scores = score(found, true, ious=[iou])
+        assert list(scores["voc"]["area"]["mean_ap"].values()) == [expected]
+
+
+@pytest.mark.parametrize("form", ["jsonl", "coco results", "text"])
+@pytest.mark.parametrize("data", ["folder", "json alone"])
+def test_coco_data(coco, tmp_path, form, data):
+    path = tmp_path / "found.jsonl"
+    if form == "jsonl":
+        write_detections(path, COCO_RECORDS)
+    elif form == "text":
+        path = write(
+            tmp_path / "found",
+            {"a.txt": "dog 0.9 11 21 19 19", "b.txt": "dog .8 1 1 19 19\ncat .7 51 51 19 19"},
+        )
+    else:
+        path = tmp_path / "found.json"
+        results = [
+            {"image_id": image, "category_id": category, "bbox": box, "score": 0.5}
+            for image, category, box in (
+                (20, 5, [10, 20, 20, 20]),
+                (10, 5, [0, 0, 20, 20]),
+                (10, 3, [50, 50, 20, 20]),
+            )
+        ]
+        path.write_text(json.dumps(results))
+    if data == "folder":
+        scores = score(path, coco, split="val")
+    else:
+        scores = score(path, coco / "annotations/instances_val.json")
+    assert scores["coco"]["AP"] == scores["coco"]["APsmall"] == 1
+    assert scores["coco"]["APlarge"] is None
+    assert (scores["images"], scores["images_with_detections"], scores["detections"]) == (2, 2, 3)
+    assert "APsmall" in score_table(scores)
+
+
+@pytest.mark.parametrize("published", [True, False], ids=["with truth", "without truth"])
+def test_submission(coco, tmp_path, published):
+    instances = coco / "annotations/instances_val.json"
+    split = "val" if published else "test-dev2017"
+    if not published:
+        content = json.loads(instances.read_text())
+        del content["annotations"]
+        write(coco, {"annotations/image_info_test-dev2017.json": json.dumps(content)})
+        (coco / "val").rename(coco / "test2017")
+    dataset = open_detection(coco, split)
+    path = write_submission(tmp_path / "out", COCO_RECORDS, dataset, "R-FCN_1.0")
+    assert path == tmp_path / f"out/detections_{split}_R-FCN_1.0_results.json"
+    results = json.loads(path.read_text())
+    assert results[0] == {
+        "image_id": 20,
+        "category_id": 5,
+        "bbox": [10, 20, 20, 20],
+        "score": 0.9,
+    }
+    assert [(one["image_id"], one["category_id"]) for one in results[1:]] == [(10, 5), (10, 3)]
+    # What was written is what the benchmark reads.
+    assert score(path, instances)["coco"]["AP"] == 1
+    if not published:
+        found = tmp_path / "found.jsonl"
+        write_detections(found, COCO_RECORDS)
+        with one_line(ValueError, "test-dev2017", "no truth", "submission"):
+            score(found, coco, split=split)
+        with one_line(ValueError, "test-dev2017", "no truth", "submission"):
+            score_records(COCO_RECORDS, dataset, method="area")
+    assert json.loads(write_submission(tmp_path, [], dataset, "nothing").read_text()) == []
+    with one_line(ValueError, "not in the ground truth", "'x'"):
+        write_submission(tmp_path, [record("x")], dataset, "other")
+    for name in ("", "a/b", "a b"):
+        with one_line(ValueError, "name", repr(name)):
+            write_submission(tmp_path, COCO_RECORDS, dataset, name)
+
+
+def test_submission_of_tensors_has_short_numbers(coco, tmp_path):
+    boxes = torch.tensor([[0.1, 0.2, 10.3, 20.7]])
+    found = Record("a", boxes, torch.tensor([0.1]), ["dog"])
+    (result,) = json.loads(
+        write_submission(tmp_path, [found], open_detection(coco, "val"), "x").read_text()
+    )
+    assert result["bbox"] == pytest.approx([0.1, 0.2, 10.2, 20.5], abs=1e-6)
+    assert len(json.dumps(result)) < 100
+
+
+def test_coco_records_in_memory(coco):
+    dataset = open_detection(coco, "val")
+    assert score_records(COCO_RECORDS, dataset, method="area")["coco"]["AP"] == 1
+    # The cat's class is missed altogether, the dogs' is complete.
+    only_dogs = [COCO_RECORDS[0], record("b", ("dog", 0.8, 0, 0, 20, 20))]
+    assert score_records(only_dogs, dataset, method="area")["coco"]["AP"] == 0.5
+
+
+# Bad files.
+
+
+def good_line(**changes):
+    content = {"image": "a", "boxes": [[1, 2, 3, 4]], "scores": [0.5], "classes": ["cell"]}
+    return json.dumps(content | changes) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("", ["holds no image"]),
+        (good_line() + good_line(image="b")[:-20], ["line 2"]),
+        (good_line() * 2, ["line 2", "'a' comes a second time"]),
+        ("\n[1]\n", ["line 2", "wanted image, boxes, scores, classes"]),
+        ('{"image": "a"}', ["line 1", "wanted image, boxes, scores, classes"]),
+        (good_line(image=3), ["line 1", "wanted the image's name, got 3"]),
+        (good_line(classes="cell"), ["wanted a list of class names"]),
+        (good_line(classes=[3]), ["wanted a list of class names"]),
+        (good_line(classes=["cell", "cell"]), ["a: wanted boxes [n, 4]", "[1, 4], [1] and 2"]),
+        (good_line(boxes=[[1, 2, 3]]), ["a: wanted boxes [n, 4]", "[1, 3]"]),
+        (good_line(boxes=[[1, 2, 3, 4], [1]]), ["a: wanted numbers"]),
+        (good_line(boxes=[["x", 2, 3, 4]]), ["a: wanted numbers"]),
+        (good_line(boxes=[[1, 2, float("nan"), 4]]), ["a: a box is NaN or infinite"]),
+        (good_line(boxes=[[5, 2, 3, 4]]), ["a: box [5.0, 2.0, 3.0, 4.0] ends before it begins"]),
+        (good_line(scores=[float("nan")]), ["a: a score is NaN or infinite"]),
+        (good_line(scores=[None]), ["a: "]),
+        (good_line(scores=0.5), ["a: wanted boxes"]),
+    ],
+)
+def test_bad_json_lines(tmp_path, text, parts):
+    path = tmp_path / "some.jsonl"
+    path.write_text(text)
+    with one_line(ValueError, path, *parts):
+        read_detections(path)
+
+
+def test_other_encodings_and_binary_files(tmp_path):
+    path = tmp_path / "some.jsonl"
+    path.write_bytes(b"\xff\xfe\x00\x80")
+    with one_line(ValueError, path, "line 1"):
+        read_detections(path)
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "a.txt").write_bytes(b"\xff\xfe\x00\x80")
+    with one_line(ValueError, folder / "a.txt"):
+        read_detections(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.txt", "cell 0.9 1 2 3"),
+        ("a.txt", "cell 0.9 1 2 3 4\ncell 0.8 1"),
+        ("a.txt", "cell nan 1 2 3 4"),
+        ("a.txt", "cell 0.9 1 2 inf 4"),
+        ("a.txt", "cell high 1 2 3 4"),
+        ("comp4_det_test_cell.txt", "a 0.9 1 2 3"),
+        ("comp4_det_test_cell.txt", "a 0.9 1 2 3 nan"),
+    ],
+)
+def test_bad_text_lines(tmp_path, name, text):
+    folder = write(tmp_path / "texts", {name: text})
+    with one_line(ValueError, folder / name, "wanted", text.splitlines()[-1]):
+        read_detections(folder)
+
+
+def test_boxes_the_wrong_way_round(tmp_path):
+    folder = write(tmp_path / "texts", {"a.txt": "cell 0.9 10 10 -5 4"})
+    with one_line(ValueError, folder / "a.txt", "ends before it begins"):
+        read_detections(folder)
+    folder = write(tmp_path / "voc", {"comp4_det_test_cell.txt": "a 0.9 10 10 5 5"})
+    with one_line(ValueError, folder, "a: box", "ends before it begins"):
+        read_detections(folder)
+
+
+def test_names_of_voc_results(tmp_path):
+    folder = write(tmp_path, {"comp4_det_test_cell.txt": "", "notes.txt": ""})
+    with one_line(ValueError, folder / "notes.txt", "_det_"):
+        read_detections(folder)
+    (folder / "notes.txt").rename(folder / "comp4_det_cell.txt")
+    with one_line(ValueError, folder / "comp4_det_cell.txt", "<split>_<class>"):
+        read_detections(folder)
+
+
+def test_missing_and_unknown_files(tmp_path):
+    with one_line(FileNotFoundError, tmp_path / "none.jsonl"):
+        read_detections(tmp_path / "none.jsonl")
+    with one_line(FileNotFoundError, tmp_path, "no .txt file"):
+        read_detections(tmp_path)
+    write(tmp_path, {"boxes.csv": "1,2"})
+    with one_line(ValueError, tmp_path / "boxes.csv", ".jsonl"):
+        read_detections(tmp_path / "boxes.csv")
+
+
+def test_detections_that_are_not_in_the_ground_truth(voc, coco, tmp_path):
+    path = tmp_path / "all.jsonl"
+    write_detections(path, [*VOC_RECORDS, record("c"), record("x.y.jpg")])
+    with one_line(ValueError, path, "2 of 4 images are not in the ground truth, such as 'c'"):
+        score(path, voc, split="test_clean")
+    write_detections(path, [*VOC_RECORDS[:1], record("b", ("dog", 0.5, 0, 0, 1, 1))])
+    with one_line(ValueError, path, "1 of 3 detections", "'dog'", "cell, clean_cell"):
+        score(path, voc, split="test_clean")
+    write_detections(path, [*VOC_RECORDS, record("a.jpg")])
+    with one_line(ValueError, path, "'a' comes more than once"):
+        score(path, voc, split="test_clean")
+    write_detections(path, VOC_RECORDS[:1])
+    with one_line(ValueError, path, "2 of 2 detections", "'cell'", "cat, dog"):
+        score(path, coco, split="val")
+    with one_line(ValueError, "detections: 1 of 1 images", "'c'"):
+        score_records([record("c")], open_detection(voc, "test_clean"), method="area")
+
+
+def test_bad_coco_results(voc, coco, tmp_path):
+    path = tmp_path / "results.json"
+    detection = {"image_id": 20, "category_id": 5, "bbox": [1, 2, 3, 4], "score": 0.5}
+    for content, parts in (
+        ({"annotations": []}, ["wanted COCO results"]),
+        ([detection, detection | {"image_id": 99}], ["1 of 2", "image_id 99"]),
+        ([detection | {"category_id": 99}], ["1 of 1", "category_id 99"]),
+        ([detection | {"score": float("nan")}], ["results[0]", "score"]),
+        ([{"image_id": 20}], ["results[0]"]),
+    ):
+        path.write_text(json.dumps(content))
+        with one_line(ValueError, path, *parts):
+            score(path, coco, split="val")
+    path.write_text(json.dumps([detection])[:-9])
+    with one_line(ValueError, path, "not readable as json"):
+        score(path, coco, split="val")
+    path.write_text("[]")
+    assert score(path, coco, split="val")["coco"]["AP"] == 0
+    with one_line(ValueError, path, "is not COCO data"):
+        score(path, voc, split="test_clean")
+    with one_line(FileNotFoundError, "none.json"):
+        score(tmp_path / "none.json", coco, split="val")
+
+
+def test_bad_ground_truth(voc, coco, tmp_path):
+    path = tmp_path / "all.jsonl"
+    write_detections(path, VOC_RECORDS)
+    with one_line(ValueError, voc, "wanted a split", "other, test_clean"):
+        score(path, voc)
+    with one_line(FileNotFoundError, "nope", "other, test_clean"):
+        score(path, voc, split="nope")
+    with one_line(FileNotFoundError, tmp_path / "none"):
+        score(path, tmp_path / "none")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with one_line(FileNotFoundError, empty, "neither layout"):
+        score(path, empty)
+    texts = write(tmp_path / "texts", {"a.txt": ""})
+    with one_line(ValueError, texts, "no object in any of the 1 text files"):
+        score(path, texts)
+    with one_line(ValueError, texts, "has no splits, got 'val'"):
+        score(path, texts, split="val")
+    write(texts, {"a.txt": "cell 0.9 1 2 3 4"})  # with a score: reads as class "cell 0.9"
+    with one_line(ValueError, path, "not in the ground truth"):
+        score(path, texts)
+    for text in ("[]", "{", '{"images": [{}], "categories": []}'):
+        file = tmp_path / "truth.json"
+        file.write_text(text)
+        with one_line(ValueError, file):
+            score(path, file)

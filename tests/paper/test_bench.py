@@ -1,0 +1,152 @@
+"""The benchmarks at the size of a toy: what they report, and what they refuse."""
+
+import json
+import statistics
+
+import pytest
+import torch
+
+import deformnet.paper.timing
+from deformnet.paper.cases import OFFSETS, build, case, forward, require_sound
+from deformnet.cli import main
+from deformnet.models.detection.detector import Candidates
+from deformnet.nn import DeformConv2d
+from deformnet.nn.offsets import OffsetConv2d
+
+TOY = ["--backbone", "resnet18", "--scale", "0.1", "--rounds", "3", "--threads", "1"]
+
+
+@pytest.fixture(autouse=True)
+def no_warm_up(monkeypatch):
+    monkeypatch.setattr(deformnet.paper.timing, "WARM_UP_SECONDS", 0)
+
+
+@pytest.fixture
+def complaint(capsys):
+    """Runs a command that must fail with one line and exit code 2; returns the line."""
+
+    def check(*arguments):
+        with pytest.raises(SystemExit) as ended:
+            main(["bench", *map(str, arguments)])
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert ended.value.code == 2
+        assert line.startswith("deformnet: ")
+        return line
+
+    return check
+
+
+def check_times(times):
+    plain, deformable = times["plain"]["rounds"], times["deformable"]["rounds"]
+    ratios = [b / a for a, b in zip(plain, deformable, strict=True)]
+    assert len(ratios) == 3
+    assert times["plain"]["median"] == statistics.median(plain)
+    assert times["ratio"]["median"] == statistics.median(ratios)
+    assert times["ratio"]["p20"] <= times["ratio"]["median"] <= times["ratio"]["p80"]
+
+
+def test_table4(tmp_path, capsys):
+    out = tmp_path / "results" / "table4.json"
+    threads = torch.get_num_threads()
+    main(["bench", "table4", *TOY, "--out", str(out)])
+    printed = capsys.readouterr().out
+    found = json.loads(out.read_text())
+    assert found["conditions"]["scale"] == 0.1
+    assert found["conditions"]["threads"] == 1
+    assert torch.get_num_threads() == threads
+    assert "--scale 0.1" in printed
+    assert "of 5 ratios are below the paper's" in printed
+
+    rows = {row["network"]: row for row in found["rows"]}
+    # Table 4: seconds of the deformable network over those of the plain one.
+    paper = {
+        "deeplab-cityscapes": (0.656 / 0.610, 0.696 / 0.650),
+        "deeplab-voc": (0.088 / 0.084, 0.098 / 0.094),
+        "class-aware-rpn": (0.152 / 0.142, 0.334 / 0.323),
+        "faster-rcnn": (0.192 / 0.147, 0.234 / 0.190),
+        "rfcn": (0.169 / 0.143, 0.193 / 0.170),
+    }
+    assert list(rows) == list(paper)
+    for name, row in rows.items():
+        check_times(row["forward"])
+        check_times(row["whole"])
+        assert row["forward"]["paper_ratio"] == pytest.approx(paper[name][0])
+        assert row["whole"]["paper_ratio"] == pytest.approx(paper[name][1])
+        assert row["flops"]["plain"] < row["flops"]["deformable"] < 2 * row["flops"]["plain"]
+        (line,) = (line for line in printed.splitlines() if line.startswith(f"{name} "))
+        assert f"{row['forward']['ratio']['median']:.2f} (" in line
+        assert f"{row['parameters']['deformable'] / 1e6:.2f}" in line
+    assert rows["deeplab-cityscapes"]["image"] == [102, 205]  # rounded each by itself
+    assert rows["rfcn"]["image"] == [60, 100]
+    assert rows["deeplab-voc"]["boxes"] is None
+    assert rows["rfcn"]["boxes"] >= 1
+
+    # Three 3x3 convolutions of 18 channels on 512.
+    added = {name: row["parameters"] for name, row in rows.items()}
+    assert added["deeplab-voc"]["deformable"] - added["deeplab-voc"]["plain"] == 3 * 18 * 4609
+
+
+def test_rows_can_be_chosen(capsys):
+    main(["bench", "table4", *TOY, "--rows", "rfcn"])
+    assert "1 ratios are below the paper's" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("network", "pools"),
+    [
+        ("deeplab-voc", []),
+        ("faster-rcnn", ["deform_pool"]),
+        ("rfcn", ["score_pool", "box_pool"]),
+    ],
+)
+def test_training_step(network, pools, tmp_path, capsys):
+    out = tmp_path / "step.json"
+    main(["bench", "training-step", *TOY, "--network", network, "--out", str(out)])
+    found = json.loads(out.read_text())
+    check_times(found["step"])
+    convolutions = [f"backbone.layer4.{place}" for place in ("0.conv2", "1.conv1", "1.conv2")]
+    assert [layer["name"] for layer in found["layers"]] == [*convolutions, *pools]
+    printed = capsys.readouterr().out.splitlines()
+    for layer in found["layers"]:
+        check_times(layer)
+        (line,) = (line for line in printed if line.startswith(layer["name"]))
+        assert ("above 1.5" in line) == (layer["ratio"]["median"] > 1.5)
+
+
+def test_networks_are_twins_whose_samples_move():
+    chosen = case("faster-rcnn", "resnet18", 0.2)
+    images = torch.randn(1, 3, 120, 200)
+    plain, deformable = build(chosen, images)
+    weights = deformable.state_dict()
+    for name, weight in plain.state_dict().items():
+        torch.testing.assert_close(weights[name], weight, rtol=0, atol=0)
+    spreads = []
+    for layer in deformable.modules():
+        if isinstance(layer, OffsetConv2d):
+            layer.register_forward_hook(lambda *call: spreads.append(float(call[2].std())))
+    with torch.no_grad():
+        require_sound("plain", forward(plain, images)())
+        require_sound("deformable", forward(deformable, images)())
+    assert spreads == pytest.approx([OFFSETS] * 3, rel=0.01)
+    assert not any(module.training for module in deformable.modules())
+    assert not any(isinstance(module, DeformConv2d) for module in plain.modules())
+
+
+def test_what_is_not_worth_timing_stops():
+    with pytest.raises(FloatingPointError, match="rfcn"):
+        require_sound("rfcn", torch.tensor([1.0, torch.nan]))
+    with pytest.raises(RuntimeError, match="no boxes"):
+        require_sound("rfcn", [Candidates(torch.zeros(0, 4), torch.zeros(0, 20))])
+
+
+def test_values_that_are_refused(complaint, tmp_path):
+    assert "scale: wanted 0.1 to 1, got 2.0" in complaint("table4", "--scale", 2)
+    assert "rounds" in complaint("training-step", "--rounds", 0)
+    assert "rows" in complaint("table4", "--rows")
+    assert "threads" in complaint("table4", "--threads", 0)
+    assert str(tmp_path) in complaint("table4", "--out", tmp_path)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there(complaint):
+    assert "cuda" in complaint("table4", "--device", "cuda")

@@ -1,0 +1,165 @@
+"""Running rows of the paper: dry, and for good on a tiny set with the right classes."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from deformnet.data import open_detection, open_segmentation
+from deformnet.data.image_folder import ImageFolderClassification
+from deformnet.recipes import DetectionTesting
+from deformnet.paper import run as running
+from deformnet.paper.dry_run import dry_run_rows, dry_run_table
+from deformnet.paper.made import write_made_data
+from deformnet.paper.rows import (
+    CITYSCAPES,
+    COCO,
+    IMAGENET,
+    VOC_DETECTION,
+    VOC_SEGMENTATION,
+    find_rows,
+)
+from deformnet.paper.reproduce import reproduce, require_runnable
+from deformnet.paper.settings import DryRun, Machines, Splits
+
+
+def named(name):
+    (row,) = find_rows([name])
+    return row
+
+
+def small(row):
+    """The row on a network that trains in seconds."""
+    recipe = dataclasses.replace(
+        row.recipe,
+        backbone="resnet18",
+        init=None,
+        norm="trained",
+        iterations=2,
+        short_side=64,
+        max_side=96,
+        warmup=0,
+    )
+    return dataclasses.replace(row, recipe=recipe)
+
+
+@pytest.mark.parametrize(
+    ("data", "read"),
+    [
+        (VOC_SEGMENTATION, open_segmentation),
+        (CITYSCAPES, open_segmentation),
+        (VOC_DETECTION, open_detection),
+        (COCO, open_detection),
+        (IMAGENET, ImageFolderClassification),
+    ],
+    ids=lambda value: getattr(value, "key", ""),
+)
+def test_made_data_has_the_splits_and_classes_of_the_data_set(tmp_path, data, read):
+    write_made_data(data, tmp_path, 64, 96)
+    for split in (data.train, data.test):
+        images = read(tmp_path, split)
+        assert len(images.classes) == data.classes
+        assert len(images) >= (1 if data is IMAGENET else 2)
+        assert images[0][0].shape == (3, 64, 96)
+
+
+def test_a_dry_run_reports_size_time_and_memory(tmp_path):
+    rows = find_rows(["table1/deeplab-voc-3", "table3/deeplab-voc-conv"])
+    dry = DryRun(batch=1, scale=0.15)
+    out = tmp_path / "dry-run.json"
+    first, second = dry_run_rows(rows, dry, out=out)
+    assert (first["row"], second["row"]) == tuple(row.name for row in rows)
+    assert first["run"] == second["run"]
+    assert first["parameters"] == 44_868_747  # 44.619861 M and three times 18 channels on 512
+    assert 0 < first["seconds_per_step"] < 600
+    assert first["peak_memory_bytes"] > 4 * 4 * first["parameters"]
+    assert (first["batch"], first["short_side"]) == (1, 54)
+    table = dry_run_table([first, second])
+    assert "table1/deeplab-voc-3" in table
+    assert "44.869" in table
+    # What is there is not run again, and is not mixed with other settings.
+    content = json.loads(out.read_text())
+    content["runs"][first["run"]]["seconds_per_step"] = -1.0
+    out.write_text(json.dumps(content))
+    assert dry_run_rows(rows[:1], dry, out=out)[0]["seconds_per_step"] == -1.0
+    with pytest.raises(ValueError, match=r"is of a dry run with scale 0.15, not 0.2"):
+        dry_run_rows(rows, DryRun(batch=1, scale=0.2), out=out)
+
+
+def test_a_row_is_trained_on_stored_proposals_and_scored_beside_the_paper(tmp_path, monkeypatch):
+    data, out = tmp_path / "voc", tmp_path / "out"
+    write_made_data(VOC_DETECTION, data, 64, 96)
+    rpn = running.proposal_recipe
+    monkeypatch.setattr(
+        running,
+        "proposal_recipe",
+        lambda recipe: dataclasses.replace(
+            rpn(recipe),
+            backbone="resnet18",
+            norm="trained",
+            iterations=2,
+            short_side=64,
+            max_side=96,
+        ),
+    )
+    row = small(named("table3/rfcn-conv-pool"))
+    result = reproduce(row, data, out, machines=Machines(workers=0))
+    assert set(result["measured"]) == {"mAP@0.5", "mAP@0.7"}
+    assert result["paper"] == {"mAP@0.5": 82.6, "mAP@0.7": 68.5}
+    assert json.loads((out / "results/table3/rfcn-conv-pool.json").read_text()) == result
+    stored = sorted(path.name for path in (out / "proposals").iterdir())
+    assert [name.rpartition("-")[0] for name in stored] == [
+        "voc-VOC2007_test",
+        "voc-VOC2007_trainval+VOC2012_trainval",
+    ]
+    checkpoint = out / "runs" / row.run / "checkpoints/last.ckpt"
+    written = checkpoint.stat().st_mtime_ns
+    reproduce(row, data, out, machines=Machines(workers=0))
+    assert checkpoint.stat().st_mtime_ns == written  # it was whole
+
+
+def test_a_row_on_coco_ends_with_a_file_for_the_server(tmp_path):
+    data, out = tmp_path / "coco", tmp_path / "out"
+    write_made_data(COCO, data, 64, 96)
+    row = small(named("table5/class-aware-rpn-deformable"))
+    result = reproduce(row, data, out, machines=Machines(workers=0))
+    assert result["measured"] == {}
+    found = json.loads(Path(result["metrics"]["submission"]).read_text())
+    # That of another row of the same run is another file.
+    other = dataclasses.replace(row, name="table5/other", testing=DetectionTesting(flip=True))
+    again = reproduce(other, data, out, machines=Machines(workers=0))
+    assert again["run"] == result["run"]
+    assert again["metrics"]["submission"] != result["metrics"]["submission"]
+    assert {entry["image_id"] for entry in found} <= {4, 5}
+    # The labelled images can be scored at home.
+    splits = Splits(train_split="train2017", test_split="val2017")
+    other = reproduce(row, data, tmp_path / "home", splits=splits, machines=Machines(workers=0))
+    assert set(other["paper"]) <= set(other["measured"])
+
+
+def test_data_of_another_kind_are_refused(tmp_path):
+    write_made_data(VOC_DETECTION, tmp_path, 64, 96)
+    (tmp_path / "classes.txt").write_text("cat\ndog\naeroplane\nbicycle\nbird\nboat\nbottle\nbus\n")
+    row = named("table1/rfcn-3")
+    with pytest.raises(ValueError, match=r"is for PASCAL VOC 2007 \+ 2012 with 20 classes; .* 8"):
+        require_runnable([row], tmp_path, Splits(train_split="VOC2007/test"))
+    with pytest.raises(FileNotFoundError, match="neither layout found"):
+        require_runnable(
+            [named("table5/rfcn-plain")], tmp_path / "VOCdevkit/VOC2007/JPEGImages", Splits()
+        )
+
+
+def test_a_row_without_public_weights_says_where_it_starts(tmp_path):
+    write_made_data(COCO, tmp_path, 64, 96)
+    with pytest.raises(FileNotFoundError, match=r"train it there first .*, or give --init"):
+        reproduce(named("table5/rfcn-aligned-plain"), tmp_path, tmp_path / "out")
+    base = named("table7/aligned-inception-resnet")
+    checkpoint = tmp_path / "out/runs" / base.run / "checkpoints/last.ckpt"
+    checkpoint.parent.mkdir(parents=True)
+    torch.save({"deformnet": {}, "global_step": 200}, checkpoint)
+    with pytest.raises(ValueError, match=r"has done 200 of 600000 iterations: finish it first"):
+        reproduce(named("table5/rfcn-aligned-plain"), tmp_path, tmp_path / "out")
+    with pytest.raises(ValueError, match=r"is not built here: a network of others"):
+        reproduce(named("table7/inception-resnet-v2"), tmp_path, tmp_path / "out")
