@@ -43,6 +43,8 @@ class Recipe(ABC):
 
     network: ClassVar[str]
     """Name of the network, on the command line and in the file of a recipe."""
+    takes_proposals: ClassVar[bool] = False
+    """Whether the network can train on stored proposals."""
 
     backbone: BackboneName = "resnet50"
     """The network that makes the feature maps."""
@@ -120,6 +122,19 @@ class Recipe(ABC):
             FileNotFoundError: if `init` is neither a known name nor a file.
         """
 
+    @property
+    @abstractmethod
+    def image_size(self) -> tuple[int, int]:
+        """Largest height and width of an image in evaluation, in pixels."""
+
+    @abstractmethod
+    def scaled(self, factor: float) -> Self:
+        """Return the recipe with all sizes of images multiplied by a factor."""
+
+    def baseline(self) -> Self:
+        """Return the recipe without deformable layers."""
+        return dataclasses.replace(self, deform_layers=0)
+
     def lr_factor(self, iteration: int) -> float:
         """The learning rate of an iteration (counted from 0) as a fraction of `lr`."""
         if iteration < self.warmup:
@@ -196,6 +211,19 @@ class ClassifierRecipe(Recipe):
                 f"crop must be at most test_short_side ({self.test_short_side}), got {self.crop}"
             )
 
+    @property
+    def image_size(self) -> tuple[int, int]:
+        return self.test_short_side, self.test_short_side
+
+    def scaled(self, factor: float) -> Self:
+        smallest, largest = self.resize
+        return dataclasses.replace(
+            self,
+            resize=(round(factor * smallest), round(factor * largest)),
+            crop=round(factor * self.crop),
+            test_short_side=round(factor * self.test_short_side),
+        )
+
     def lr_factor(self, iteration: int) -> float:
         if iteration < self.warmup:
             return super().lr_factor(iteration)
@@ -239,6 +267,17 @@ class DenseRecipe(Recipe):
                 f"max_side must be at least short_side ({self.short_side}), got {self.max_side}"
             )
 
+    @property
+    def image_size(self) -> tuple[int, int]:
+        return self.short_side, self.max_side or self.short_side
+
+    def scaled(self, factor: float) -> Self:
+        return dataclasses.replace(
+            self,
+            short_side=round(factor * self.short_side),
+            max_side=None if self.max_side is None else round(factor * self.max_side),
+        )
+
     def _backbone(self, reduce_channels: int) -> "Backbone":
         from deformnet.models.backbones import backbone
 
@@ -272,6 +311,13 @@ class DeepLabRecipe(DenseRecipe):
         super().__post_init__()
         if self.crop is not None and min(self.crop) <= 0:
             raise ValueError(f"crop must be positive, got {self.crop}")
+
+    def scaled(self, factor: float) -> Self:
+        recipe = super().scaled(factor)
+        if self.crop is None:
+            return recipe
+        height, width = self.crop
+        return dataclasses.replace(recipe, crop=(round(factor * height), round(factor * width)))
 
     def build_model(self, num_classes: int) -> "DeepLab":
         from deformnet.models.deeplab import DeepLab
@@ -345,6 +391,7 @@ class FasterRCNNRecipe(DetectorRecipe):
     """Faster R-CNN with two fully connected layers (Dai et al. 2017, section 2.3)."""
 
     network: ClassVar[str] = "faster-rcnn"
+    takes_proposals: ClassVar[bool] = True
 
     pool: Literal["max", "average", "deformable"] = "deformable"
     """RoI pooling; plain is max, as the authors', or average, as deformable without offsets."""
@@ -352,6 +399,9 @@ class FasterRCNNRecipe(DetectorRecipe):
     """Rule of average and deformable pooling: the paper's, the authors' code's, RoIAlign's."""
     bins: int = 7
     """Bins of a box in height and in width."""
+
+    def baseline(self) -> Self:
+        return dataclasses.replace(super().baseline(), pool="max")
 
     def build_model(self, num_classes: int) -> "FasterRCNN":
         from deformnet.models.detection.faster_rcnn import FasterRCNN
@@ -372,6 +422,7 @@ class RFCNRecipe(DetectorRecipe):
     """R-FCN: position-sensitive score maps and pooling (Dai et al. 2017, section 2.3)."""
 
     network: ClassVar[str] = "rfcn"
+    takes_proposals: ClassVar[bool] = True
 
     pool: Literal["average", "deformable"] = "deformable"
     """Position-sensitive RoI pooling."""
@@ -379,6 +430,9 @@ class RFCNRecipe(DetectorRecipe):
     """Rule of the pooling: the paper's, the authors' code's, RoIAlign's."""
     bins: int = 7
     """Bins of a box in height and in width."""
+
+    def baseline(self) -> Self:
+        return dataclasses.replace(super().baseline(), pool="average")
 
     def build_model(self, num_classes: int) -> "RFCN":
         from deformnet.models.detection.rfcn import RFCN
