@@ -1,6 +1,7 @@
-"""Who may import whom (the order that keeps the house in one piece)."""
+"""Who may import whom, and what may be asked where: the rules that keep the house in one piece."""
 
 import ast
+import builtins
 import sys
 from pathlib import Path
 
@@ -11,48 +12,32 @@ import deformnet
 ROOT = Path(deformnet.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 
-# Each part of the package with the parts that it may import, from the bottom to the top.
-MAY_IMPORT: dict[str, set[str]] = {}
-for part, below in {
-    "ops": (),
-    "nn": ("ops",),
-    "backbones": ("nn",),
-    "models": ("backbones",),
-    "recipes": ("models",),
-    "runs": ("recipes",),
-    "export": ("runs",),
-    "parameters": ("recipes",),
-    "timing": (),
-    "data": (),
-    "evaluation": (),
-    "analysis": ("nn",),
-    "datacheck": ("data", "runs"),
-    "detections": ("data", "evaluation", "runs"),
-    "inference": ("runs", "detections"),
-    # Scoring a run is predicting as a user would, and comparing.
-    "training": ("inference", "analysis"),
-    "reproduce": ("training",),
-    "bench": ("inference", "analysis", "timing"),
-    "figures": ("runs", "inference", "analysis"),
-    "report": ("inference", "figures"),
-    "view": ("inference", "analysis"),
-    "demo": ("training", "report"),
-}.items():
-    MAY_IMPORT[part] = set(below).union(*(MAY_IMPORT[name] for name in below))
-# At the top: what users see, and the command line with the stories it tells.
-MAY_IMPORT["deformnet"] = {"nn"}
-MAY_IMPORT["cli"] = set(MAY_IMPORT)
-MAY_IMPORT["__main__"] = {"cli"}
+# From the bottom to the top. A part imports parts of lower ranks: never up, never sideways.
+RANKS = (
+    ("_errors", "_files", "_text"),
+    ("ops",),
+    ("nn",),
+    ("models", "analysis"),
+    ("recipes", "metrics", "data", "visualization"),
+    ("tasks",),
+    ("engine",),
+    ("paper", "inspection"),
+    ("demo",),
+    ("deformnet",),  # the package itself, which names parts lazily
+    ("cli",),
+    ("__main__",),
+)
+RANK = {part: rank for rank, parts in enumerate(RANKS) for part in parts}
 
-# The lower parts are for everyone's networks: they must not bring other packages along.
+# The light core: whoever installs deformnet for an operator or a layer needs PyTorch alone.
+TORCH_ALONE = ("_errors", "_files", "_text", "ops", "nn", "analysis")
 PACKAGES = {
-    "ops": {"torch"},
-    "nn": {"torch"},
-    "backbones": {"torch", "torchvision", "safetensors"},
-    "models": {"torch", "torchvision"},
-    "data": {"torch", "torchvision", "numpy", "PIL", "tqdm"},
+    "models": {"torch", "torchvision", "safetensors", "numpy"},
+    "recipes": set(),  # the command line reads recipes before anything heavy is needed
 }
-IMPLEMENTATIONS = {"cpu", "reference", "triton"}
+IMPLEMENTATIONS = {"reference", "cpu", "triton"}
+# What differs between tasks is said in `tasks`: nothing above asks which kind it has.
+ABOVE_TASKS = ("engine", "paper", "inspection", "demo", "cli")
 
 
 def imported(path: Path) -> set[str]:
@@ -65,7 +50,7 @@ def imported(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             stem = package[: len(package) - node.level + 1] if node.level else []
             module = ".".join([*stem, *([node.module] if node.module else [])])
-            # `from a import b` may name a module b, or a thing in a: both count.
+            # `from a import b` may name a module b, or a name in a: both count.
             names.update(f"{module}.{alias.name}" for alias in node.names)
     return names
 
@@ -75,42 +60,80 @@ def part_of(path: Path) -> str:
     return "deformnet" if first == "__init__.py" else first.removesuffix(".py")
 
 
+def parts_imported(path: Path) -> set[str]:
+    parts = {name.split(".")[1] for name in imported(path) if name.startswith("deformnet.")}
+    return parts & set(RANK)  # names such as deformnet.__version__ belong to no part
+
+
 def identifier(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
 @pytest.mark.parametrize("path", FILES, ids=identifier)
-def test_parts_import_downwards_only(path):
+def test_parts_import_lower_parts_only(path):
     part = part_of(path)
-    assert part in MAY_IMPORT, f"{part} has no place in the order of imports: give it one"
-    own = {name.split(".")[1] for name in imported(path) if name.startswith("deformnet.")}
-    # Names like deformnet.__version__ belong to no part.
-    assert (own & set(MAY_IMPORT)) - {part} <= MAY_IMPORT[part]
+    assert part in RANK, f"{part} has no place in the order of imports: give it one"
+    for other in parts_imported(path) - {part}:
+        assert RANK[other] < RANK[part], f"{part} imports {other}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=identifier)
-def test_lower_parts_stand_on_few_packages(path):
-    if part_of(path) not in PACKAGES:
+def test_lower_parts_need_few_packages(path):
+    part = part_of(path)
+    if part not in TORCH_ALONE and part not in PACKAGES:
         return
     packages = {name.split(".")[0] for name in imported(path)}
     foreign = packages - set(sys.stdlib_module_names) - {"deformnet"}
-    allowed = PACKAGES[part_of(path)]
-    if path.relative_to(ROOT).parts[:2] == ("ops", "triton"):
+    allowed = PACKAGES.get(part, {"torch"})
+    if part == "ops" and ("triton" in path.parent.name or path.stem.startswith("triton")):
         allowed = allowed | {"triton"}
     assert foreign <= allowed
 
 
-@pytest.mark.parametrize("path", FILES, ids=identifier)
-def test_implementations_are_imported_by_the_library_alone(path):
-    used = {
-        name.split(".")[2]
-        for name in imported(path)
-        if name.startswith("deformnet.ops.") and name.split(".")[2] in IMPLEMENTATIONS
-    }
-    parts = path.relative_to(ROOT).parts
-    if parts == ("ops", "library.py"):
-        assert used == IMPLEMENTATIONS
-    elif parts[0] == "ops" and parts[1] in IMPLEMENTATIONS:
-        assert used <= {parts[1]}
-    else:
-        assert not used
+def is_operator(folder: Path) -> bool:
+    return (folder / "reference.py").is_file()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "ops").rglob("*.py")), ids=identifier)
+def test_operators_and_implementations_are_independent(path):
+    operators = {folder.name for folder in (ROOT / "ops").iterdir() if is_operator(folder)}
+    own = path.parent.name
+    for name in imported(path):
+        parts = name.split(".")
+        if parts[:2] != ["deformnet", "ops"] or len(parts) < 4 or parts[2] not in operators:
+            continue
+        if path.parent.name in operators:
+            assert parts[2] == own, f"an operator imports another's {name}"
+        # What two implementations share lies in neither.
+        kind, other = path.stem.split("_")[0], parts[3].split("_")[0]
+        if kind in IMPLEMENTATIONS and other in IMPLEMENTATIONS:
+            assert kind == other, f"{path.stem} imports {name}"
+
+
+def asked_types(path: Path) -> set[str]:
+    """The types that `isinstance` is asked about in a file."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        match node:
+            case ast.Call(func=ast.Name(id="isinstance"), args=[_, kinds]):
+                names.update(n.id for n in ast.walk(kinds) if isinstance(n, ast.Name))
+                names.update(n.attr for n in ast.walk(kinds) if isinstance(n, ast.Attribute))
+    return names
+
+
+def own_types() -> set[str]:
+    """Names of this package's classes of models, recipes, data, scores and tasks."""
+    return {
+        node.name
+        for path in FILES
+        if part_of(path) in ("models", "recipes", "data", "metrics", "tasks")
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.ClassDef)
+    } - set(dir(builtins))
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in FILES if part_of(path) in ABOVE_TASKS], ids=identifier
+)
+def test_nothing_above_tasks_asks_what_kind_it_has(path):
+    assert not asked_types(path) & own_types()
