@@ -1,5 +1,7 @@
 """Errors that are the user's to mend, as opposed to faults of this package."""
 
+import importlib.util
+
 
 class UserError(ValueError):
     """A mistake in the data, files, options or settings that a user passed in.
@@ -7,3 +9,26 @@ class UserError(ValueError):
     The command line prints the message as one line. Any other ValueError, TypeError or RuntimeError
     is a fault of this package and keeps its traceback.
     """
+
+
+class MissingExtraError(ImportError):
+    """A part of deformnet was used whose optional dependencies are not installed."""
+
+
+def require_extra(part: str, extra: str, *modules: str) -> None:
+    """Refuses to import a part whose optional dependencies are missing.
+
+    Args:
+        part: what was asked for, such as "deformnet.models".
+        extra: the extra of the package that installs the modules.
+        modules: names of the top-level modules that the part needs.
+
+    Raises:
+        MissingExtraError: if a module is not installed; the message says how to install it.
+    """
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            raise MissingExtraError(
+                f"{part} needs {module}, which is not installed: pip install 'deformnet[{extra}]'",
+                name=module,
+            )
