@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 
-from deformnet.nn import parameter_groups
-from deformnet.recipes import ONE_LOOK, ClassifierRecipe, DeepLabRecipe, DetectorRecipe
-from deformnet.paper.made import write_made_data
-from deformnet.paper.rows import IMAGENET, Row, find_rows
 from deformnet._files import write_json
 from deformnet.engine.runs import machine, versions
+from deformnet.nn import parameter_groups
+from deformnet.paper.rows import IMAGENET, Row, find_rows
+from deformnet.paper.synthetic import write_synthetic_data
 from deformnet.paper.timing import Timing
+from deformnet.recipes import ClassifierRecipe, DeepLabRecipe, DetectorRecipe
 from deformnet.tasks.classification import ClassificationJob
 from deformnet.tasks.detection import DetectionJob
 from deformnet.tasks.segmentation import SegmentationJob
@@ -46,7 +46,7 @@ def job(row: Row) -> ClassificationJob | DetectionJob | SegmentationJob:
     if isinstance(recipe, ClassifierRecipe):
         return ClassificationJob(recipe)
     assert isinstance(recipe, DetectorRecipe)
-    return DetectionJob(recipe, ONE_LOOK)
+    return DetectionJob(recipe, TestTimeAugmentation())
 
 
 def batches(row: Row, data: Path, workers: int) -> Iterator[Any]:
@@ -111,7 +111,7 @@ def main() -> None:
         height, width = SIZES[row.name]
         with tempfile.TemporaryDirectory() as folder:
             data = Path(folder)
-            write_made_data(row.data, data, height, width)
+            write_synthetic_data(row.data, data, height, width)
             if row.data is IMAGENET:  # whose classes but one have tiny images
                 photo = (data / "train/n00000000/0.jpg").read_bytes()
                 for path in data.glob("train/*/0.jpg"):

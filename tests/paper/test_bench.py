@@ -7,11 +7,11 @@ import pytest
 import torch
 
 import deformnet.paper.timing
-from deformnet.paper.cases import OFFSETS, build, case, forward, require_sound
 from deformnet.cli import main
 from deformnet.models.detection.detector import Candidates
 from deformnet.nn import DeformConv2d
 from deformnet.nn.offsets import OffsetConv2d
+from deformnet.paper.cases import OFFSETS, build, case, forward, require_sound
 
 TOY = ["--backbone", "resnet18", "--scale", "0.1", "--rounds", "3", "--threads", "1"]
 

@@ -9,10 +9,9 @@ import torch
 
 from deformnet.data import open_detection, open_segmentation
 from deformnet.data.image_folder import ImageFolderClassification
-from deformnet.recipes import DetectionTesting
 from deformnet.paper import run as running
 from deformnet.paper.dry_run import dry_run_rows, dry_run_table
-from deformnet.paper.made import write_made_data
+from deformnet.paper.reproduce import reproduce, require_runnable
 from deformnet.paper.rows import (
     CITYSCAPES,
     COCO,
@@ -21,8 +20,9 @@ from deformnet.paper.rows import (
     VOC_SEGMENTATION,
     find_rows,
 )
-from deformnet.paper.reproduce import reproduce, require_runnable
 from deformnet.paper.settings import DryRun, Machines, Splits
+from deformnet.paper.synthetic import write_synthetic_data
+from deformnet.recipes import TestTimeAugmentation
 
 
 def named(name):
@@ -57,7 +57,7 @@ def small(row):
     ids=lambda value: getattr(value, "key", ""),
 )
 def test_made_data_has_the_splits_and_classes_of_the_data_set(tmp_path, data, read):
-    write_made_data(data, tmp_path, 64, 96)
+    write_synthetic_data(data, tmp_path, 64, 96)
     for split in (data.train, data.test):
         images = read(tmp_path, split)
         assert len(images.classes) == data.classes
@@ -90,7 +90,7 @@ def test_a_dry_run_reports_size_time_and_memory(tmp_path):
 
 def test_a_row_is_trained_on_stored_proposals_and_scored_beside_the_paper(tmp_path, monkeypatch):
     data, out = tmp_path / "voc", tmp_path / "out"
-    write_made_data(VOC_DETECTION, data, 64, 96)
+    write_synthetic_data(VOC_DETECTION, data, 64, 96)
     rpn = running.proposal_recipe
     monkeypatch.setattr(
         running,
@@ -122,13 +122,13 @@ def test_a_row_is_trained_on_stored_proposals_and_scored_beside_the_paper(tmp_pa
 
 def test_a_row_on_coco_ends_with_a_file_for_the_server(tmp_path):
     data, out = tmp_path / "coco", tmp_path / "out"
-    write_made_data(COCO, data, 64, 96)
+    write_synthetic_data(COCO, data, 64, 96)
     row = small(named("table5/class-aware-rpn-deformable"))
     result = reproduce(row, data, out, machines=Machines(workers=0))
     assert result["measured"] == {}
     found = json.loads(Path(result["metrics"]["submission"]).read_text())
     # That of another row of the same run is another file.
-    other = dataclasses.replace(row, name="table5/other", testing=DetectionTesting(flip=True))
+    other = dataclasses.replace(row, name="table5/other", testing=TestTimeAugmentation(flip=True))
     again = reproduce(other, data, out, machines=Machines(workers=0))
     assert again["run"] == result["run"]
     assert again["metrics"]["submission"] != result["metrics"]["submission"]
@@ -140,7 +140,7 @@ def test_a_row_on_coco_ends_with_a_file_for_the_server(tmp_path):
 
 
 def test_data_of_another_kind_are_refused(tmp_path):
-    write_made_data(VOC_DETECTION, tmp_path, 64, 96)
+    write_synthetic_data(VOC_DETECTION, tmp_path, 64, 96)
     (tmp_path / "classes.txt").write_text("cat\ndog\naeroplane\nbicycle\nbird\nboat\nbottle\nbus\n")
     row = named("table1/rfcn-3")
     with pytest.raises(ValueError, match=r"is for PASCAL VOC 2007 \+ 2012 with 20 classes; .* 8"):
@@ -152,7 +152,7 @@ def test_data_of_another_kind_are_refused(tmp_path):
 
 
 def test_a_row_without_public_weights_says_where_it_starts(tmp_path):
-    write_made_data(COCO, tmp_path, 64, 96)
+    write_synthetic_data(COCO, tmp_path, 64, 96)
     with pytest.raises(FileNotFoundError, match=r"train it there first .*, or give --init"):
         reproduce(named("table5/rfcn-aligned-plain"), tmp_path, tmp_path / "out")
     base = named("table7/aligned-inception-resnet")

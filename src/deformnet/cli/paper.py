@@ -6,10 +6,16 @@ from typing import Annotated
 import tyro
 from tyro.conf import Positional
 
-from deformnet.paper.timing_settings import ROWS, Bench, Row
 from deformnet.demo.settings import Demo
+from deformnet.paper.settings import (
+    TABLE4_NETWORKS,
+    DryRun,
+    Machines,
+    Splits,
+    Table4Network,
+    TimingOptions,
+)
 from deformnet.recipes import BackboneName
-from deformnet.paper.settings import DryRun, Machines, Splits
 
 
 def reproduce(
@@ -78,9 +84,9 @@ def parameters(*, classes: int = 20, backbone: BackboneName = "resnet101") -> No
 
 
 def table4(
-    bench: Annotated[Bench, tyro.conf.arg(name="")] = Bench(),  # noqa: B008 (it is frozen)
+    bench: Annotated[TimingOptions, tyro.conf.arg(name="")] = TimingOptions(),  # noqa: B008 (it is frozen)
     *,
-    rows: tuple[Row, ...] = ROWS,
+    rows: tuple[Table4Network, ...] = TABLE4_NETWORKS,
     out: Path | None = None,
 ) -> None:
     """Parameters, FLOPs and times of the networks of Table 4, and the ratios beside the paper's.
@@ -98,9 +104,9 @@ def table4(
 
 
 def training_step(
-    bench: Annotated[Bench, tyro.conf.arg(name="")] = Bench(),  # noqa: B008 (it is frozen)
+    bench: Annotated[TimingOptions, tyro.conf.arg(name="")] = TimingOptions(),  # noqa: B008 (it is frozen)
     *,
-    network: Row = "deeplab-voc",
+    network: Table4Network = "deeplab-voc",
     out: Path | None = None,
 ) -> None:
     """A training step of a deformable network, and each deformable layer alone, beside the plain.

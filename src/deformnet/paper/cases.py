@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torchvision import tv_tensors
 
-from deformnet.paper.timing_settings import Row
-from deformnet.data.transforms import evaluation_transforms
+from deformnet.data.transforms import segmentation_evaluation_transforms
 from deformnet.models.deeplab import DeepLab
 from deformnet.models.detection.detector import Candidates, Detector, Size
 from deformnet.nn.offsets import OffsetLayer
+from deformnet.paper.settings import Table4Network
 from deformnet.recipes import (
     BackboneName,
     ClassAwareRPNRecipe,
@@ -50,7 +50,7 @@ class Case:
     photo: Size
 
 
-def case(row: Row, backbone: BackboneName, scale: float = 1.0) -> Case:
+def case(row: Table4Network, backbone: BackboneName, scale: float = 1.0) -> Case:
     """The networks of a row of Table 4.
 
     DeepLab on Cityscapes sees the images as they are, 1024x2048; on VOC, 375x500 pixels become
@@ -91,7 +91,9 @@ def case(row: Row, backbone: BackboneName, scale: float = 1.0) -> Case:
 def prepared(chosen: Case, photo: Tensor) -> Tensor:
     """An image uint8 [3, H, W] as the network takes it: resized, normalised, float32 [3, h, w]."""
     recipe = chosen.plain
-    prepare = evaluation_transforms(short_side=recipe.short_side, max_side=recipe.max_side)
+    prepare = segmentation_evaluation_transforms(
+        short_side=recipe.short_side, max_side=recipe.max_side
+    )
     nothing = tv_tensors.Mask(torch.zeros(photo.shape[1:], dtype=torch.uint8))
     return prepare(tv_tensors.Image(photo), nothing)[0]
 

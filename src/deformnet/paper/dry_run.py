@@ -17,25 +17,25 @@ from torch import nn
 from torchvision import tv_tensors
 from tqdm import tqdm
 
-from deformnet.models.backbones import backbone
+from deformnet._files import write_json
 from deformnet.data import open_detection, open_segmentation
 from deformnet.data.files import read_image, read_size
 from deformnet.data.image_folder import ImageFolderClassification
-from deformnet.data.transforms import evaluation_transforms
+from deformnet.data.transforms import segmentation_evaluation_transforms
+from deformnet.engine import evaluate, propose, train
+from deformnet.engine.callbacks import read_log
+from deformnet.engine.runs import machine, versions
+from deformnet.models.backbones import backbone
+from deformnet.paper.rows import Row, proposal_recipe
+from deformnet.paper.settings import DryRun, Splits
+from deformnet.paper.synthetic import write_synthetic_data
 from deformnet.recipes import (
     ClassifierRecipe,
     DeepLabRecipe,
     DenseRecipe,
-    DetectionTesting,
     Recipe,
+    TestTimeAugmentation,
 )
-from deformnet.paper.made import write_made_data
-from deformnet.paper.rows import Row, proposal_recipe
-from deformnet.paper.settings import DryRun, Splits
-from deformnet._files import write_json
-from deformnet.engine.runs import machine, versions
-from deformnet.engine import evaluate, propose, train
-from deformnet.engine.callbacks import read_log
 
 _STEPS = 2
 _STATISTICS_SIDE = 224  # shorter side, in pixels, of the image that batch norm sees
@@ -123,7 +123,7 @@ def _run(row: Row, dry: DryRun, data: Path | None, folder: Path, splits: Splits)
     test_split = splits.test_split or row.data.test
     if data is None:
         data = folder / "data"
-        write_made_data(row.data, data, *_photo(row, dry))
+        write_synthetic_data(row.data, data, *_photo(row, dry))
     recipe = _start(recipe, _image(recipe, data, train_split), folder / "weights.pth")
     _reset_peak()
     proposals = []
@@ -204,7 +204,7 @@ def _smaller(recipe: Recipe, dry: DryRun) -> Recipe:
     return recipe
 
 
-def _smaller_testing(row: Row, dry: DryRun) -> DetectionTesting:
+def _smaller_testing(row: Row, dry: DryRun) -> TestTimeAugmentation:
     scales = tuple(round(side * dry.scale) for side in row.testing.scales)
     return dataclasses.replace(row.testing, scales=scales)
 
@@ -252,7 +252,7 @@ def _start(recipe: Recipe, photo: Path, path: Path) -> Recipe:
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 1.0  # takes them over as they are
-    pixels = evaluation_transforms(short_side=_STATISTICS_SIDE, max_side=None)(
+    pixels = segmentation_evaluation_transforms(short_side=_STATISTICS_SIDE, max_side=None)(
         tv_tensors.Image(read_image(photo)), tv_tensors.Mask(torch.zeros(read_size(photo)))
     )[0]
     with torch.no_grad():

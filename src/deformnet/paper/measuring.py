@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from deformnet.paper.timing_settings import Bench
-from deformnet.ops import backends
 from deformnet.engine.runs import machine, versions
+from deformnet.ops import backends
+from deformnet.paper.settings import TimingOptions
 from deformnet.paper.timing import Timing, compare
 
 
 @contextmanager
-def running(bench: Bench) -> Iterator[torch.device]:
+def running(bench: TimingOptions) -> Iterator[torch.device]:
     """The device of a benchmark, with the threads that it asks for.
 
     Raises:
@@ -41,7 +41,7 @@ def require_writable(out: Path | None) -> None:
         raise ValueError(f"out: wanted the name of a file, got the folder {out}")
 
 
-def conditions(bench: Bench) -> dict[str, Any]:
+def conditions(bench: TimingOptions) -> dict[str, Any]:
     """What the figures depend on, in plain values; under a load of others they mean little."""
     return {
         "machine": machine(),
@@ -77,7 +77,7 @@ def condition_lines(found: Mapping[str, Any]) -> list[str]:
 def side_by_side(
     plain: Callable[[], object],
     deformable: Callable[[], object],
-    bench: Bench,
+    bench: TimingOptions,
 ) -> dict[str, Any]:
     """Seconds of both calls in every round, and how many times as long the second takes."""
     times = compare(
@@ -96,7 +96,7 @@ def spread(ratio: Mapping[str, float]) -> str:
     return f"{ratio['median']:.2f} ({ratio['p20']:.2f}-{ratio['p80']:.2f})"
 
 
-def _waiting(call: Callable[[], object], bench: Bench) -> Callable[[], object]:
+def _waiting(call: Callable[[], object], bench: TimingOptions) -> Callable[[], object]:
     """The call, over when the GPU has done all that it asked for."""
     if bench.device != "cuda":
         return call

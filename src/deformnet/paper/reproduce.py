@@ -8,15 +8,15 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_only
 
+from deformnet._files import write_json
 from deformnet.data import open_detection, open_segmentation
 from deformnet.data.image_folder import ImageFolderClassification
-from deformnet.recipes import ClassifierRecipe, DeepLabRecipe, Recipe
+from deformnet.engine import evaluate, propose, train
+from deformnet.engine.runs import checkpoint_path, load_checkpoint
 from deformnet.paper.listing import result_path
 from deformnet.paper.rows import Row, choices, find_rows, proposal_recipe
 from deformnet.paper.settings import Machines, Splits
-from deformnet._files import write_json
-from deformnet.engine.runs import checkpoint_path, load_checkpoint
-from deformnet.engine import evaluate, propose, train
+from deformnet.recipes import ClassifierRecipe, DeepLabRecipe, Recipe
 
 
 def reproduce(

@@ -1,6 +1,6 @@
-"""Every row of Tables 1, 3, 5 and 7 of Dai et al. 2017: network, data, schedule, published number.
+"""Rows of Tables 1, 3, 5 and 7 of Dai et al. 2017: network, data, schedule and published numbers.
 
-Rows that differ in testing alone, or that stand in two tables, share a training run.
+Rows that differ only in test-time augmentation, or that appear in two tables, share a training run.
 """
 
 import dataclasses
@@ -9,18 +9,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from deformnet._errors import UserError
 from deformnet.recipes import (
-    ONE_LOOK,
     BackboneName,
     ClassAwareRPNRecipe,
-    ClassifierRecipe,
-    DeepLabRecipe,
     DeformLayers,
-    DetectionTesting,
+    DetectorRecipe,
     FasterRCNNRecipe,
     Recipe,
     RFCNRecipe,
     RPNRecipe,
+    TestTimeAugmentation,
     cityscapes,
     coco_detection,
     imagenet,
@@ -30,16 +29,22 @@ from deformnet.recipes import (
 
 ScoreAt = Literal["truth", "network"]
 
+_DETECTION_CHOICE = (
+    "warmup of 1000 iterations, anchors, thresholds and rounding: authors' code; 300 proposals in "
+    "training and testing"
+)
+
 
 @dataclass(frozen=True)
 class DataSet:
-    """Data that a row is trained and tested on.
+    """A data set of the paper.
 
     Attributes:
-        key: short name, in the names of runs.
-        title: what it is.
-        classes: how many the network tells apart; DeepLab's background is one.
-        train, test: the splits, as `deformnet train` takes them.
+        key: short name, used in the names of runs.
+        title: full name.
+        classes: number of classes of the network, including the background class of DeepLab.
+        train, test: splits, as accepted by `deformnet train`.
+        choices: settings where the paper and the authors' code differ.
     """
 
     key: Literal["voc-seg", "cityscapes", "voc", "coco", "imagenet"]
@@ -47,31 +52,84 @@ class DataSet:
     classes: int
     train: str
     test: str
+    choices: tuple[str, ...]
 
 
-VOC_SEGMENTATION = DataSet("voc-seg", "PASCAL VOC 2012 with SBD's masks", 21, "train_aug", "val")
-CITYSCAPES = DataSet("cityscapes", "Cityscapes (fine)", 19, "train", "val")
-VOC_DETECTION = DataSet(
-    "voc", "PASCAL VOC 2007 + 2012", 20, "VOC2007/trainval+VOC2012/trainval", "VOC2007/test"
+VOC_SEGMENTATION = DataSet(
+    "voc-seg",
+    "PASCAL VOC 2012 with SBD's masks",
+    21,
+    "train_aug",
+    "val",
+    ("mean IoU at the size of the network's input (short side 360 pixels): authors' code",),
 )
-# The same images as the lists of 2014 and 2015, which the server no longer takes results for.
-COCO = DataSet("coco", "COCO", 80, "train2017+val2017", "test-dev2017")
-IMAGENET = DataSet("imagenet", "ImageNet-1K", 1000, "train", "val")
+CITYSCAPES = DataSet(
+    "cityscapes",
+    "Cityscapes (fine)",
+    19,
+    "train",
+    "val",
+    (
+        "19 classes, crops of 768x1024, warmup of 1000 iterations: authors' code; the paper also "
+        "counts a background class and mentions no crop",
+    ),
+)
+VOC_DETECTION = DataSet(
+    "voc",
+    "PASCAL VOC 2007 + 2012",
+    20,
+    "VOC2007/trainval+VOC2012/trainval",
+    "VOC2007/test",
+    (_DETECTION_CHOICE,),
+)
+# The same images as the splits of 2014 and 2015, for which the server accepts no results anymore.
+COCO = DataSet(
+    "coco",
+    "COCO",
+    80,
+    "train2017+val2017",
+    "test-dev2017",
+    (
+        _DETECTION_CHOICE,
+        "train2017 + val2017 and test-dev2017: the images of the paper's trainval and test-dev",
+    ),
+)
+IMAGENET = DataSet(
+    "imagenet",
+    "ImageNet-1K",
+    1000,
+    "train",
+    "val",
+    (
+        "schedule: He et al. 2016, which the paper follows; they divide the learning rate when the "
+        "error plateaus, here it drops after each third of the iterations",
+        "test: one central crop of 224 pixels, as for the published 23.6 / 7.1 of ResNet-101",
+    ),
+)
+
+_FINE_TUNING_CHOICES = (
+    "learning rate: 1e-3 on the mean loss of 8 images, 1e-4 in the last third of the iterations "
+    "(paper); the authors' code uses 5e-4 on the loss summed over GPUs, 4e-3 on the mean for eight "
+    "GPUs",
+    "momentum 0.9, weight decay 5e-4, frozen batch norm, conv1 and conv2: authors' code (not in "
+    "the paper)",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One row of a table, as a recipe with its data and its published numbers.
+    """A row of a table: a recipe, its data and its published numbers.
 
     Attributes:
         name: table and row, such as `table1/rfcn-3`.
-        recipe: network and schedule; None for a network that is not built here.
-        data: what it is trained and tested on.
-        paper: the published numbers in percent, by metric.
-        testing: of detectors.
-        score_at: of DeepLab; see `deformnet.engine.evaluate`.
-        fixed_proposals: whether it is trained on the proposals of an RPN that was trained apart.
-        starts_from: the row whose run gives the backbone its weights, where no public ones exist.
+        recipe: network and schedule; None for a network that is not implemented.
+        data: data set of training and testing.
+        paper: published numbers in percent, by metric.
+        augmentation: test-time augmentation of a detector.
+        score_at: resolution of the label maps that are scored; see `deformnet.engine.evaluate`.
+        fixed_proposals: whether it trains on the proposals of a separately trained RPN.
+        starts_from: name of the row whose run initializes the backbone, where no public weights
+            exist.
         missing: why there is no recipe.
     """
 
@@ -79,7 +137,7 @@ class Row:
     recipe: Recipe | None
     data: DataSet
     paper: Mapping[str, float]
-    testing: DetectionTesting = ONE_LOOK
+    augmentation: TestTimeAugmentation = TestTimeAugmentation()  # noqa: RUF009 (it is frozen)
     score_at: ScoreAt = "truth"
     fixed_proposals: bool = False
     starts_from: str | None = None
@@ -87,18 +145,54 @@ class Row:
 
     @property
     def run(self) -> str:
-        """Name of the training run, the same for rows that are trained alike."""
+        """Name of the training run; rows with the same training share it."""
         assert self.recipe is not None
+        settings = self.recipe.to_dict()
         parts = [self.data.key, self.recipe.network]
         if self.recipe.backbone != "resnet101" or self.data is IMAGENET:
             parts.append(self.recipe.backbone)
-        if not isinstance(self.recipe, ClassifierRecipe):
+        if self.data is not IMAGENET:
             parts.append(f"conv{self.recipe.deform_layers}")
-        if getattr(self.recipe, "dilation", 2) != 2:
-            parts.append(f"dilation{getattr(self.recipe, 'dilation')}")  # noqa: B009
-        if isinstance(self.recipe, (FasterRCNNRecipe, RFCNRecipe)):
-            parts.append(f"{self.recipe.pool}-pool")
+        if settings.get("dilation", 2) != 2:
+            parts.append(f"dilation{settings['dilation']}")
+        if "pool" in settings:
+            parts.append(f"{settings['pool']}-pool")
         return "-".join(parts)
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """Settings where the paper and the authors' code differ, or one of them is silent."""
+        if self.recipe is None or self.data is IMAGENET:
+            return () if self.recipe is None else self.data.choices
+        choices = [*_FINE_TUNING_CHOICES]
+        if self.recipe.deform_layers:
+            choices.append(
+                "one offset group; offsets use the dilation of their layer (paper, and its "
+                "parameter counts); the code uses 4 groups in detection and dilation 1 in DeepLab"
+            )
+        choices.append(
+            "initialized from torchvision's ResNet-101, which strides in 3x3 convolutions; the "
+            "authors' strides in 1x1 convolutions (see `stride_in_1x1`)"
+            if self.starts_from is None
+            else f"initialized from a run of {self.starts_from}: no public weights exist"
+        )
+        choices += self.data.choices
+        if self.recipe.network == RFCNRecipe.network:
+            choices.append(
+                "online hard example mining over all RoIs: authors' code (not in the paper)"
+            )
+        if self.recipe.to_dict().get("pool") == "max":
+            choices.append("RoI pooling without offsets is max pooling: authors' code")
+        if self.fixed_proposals:
+            choices.append(
+                "trained on the fixed proposals of a separately trained RPN (paper); the code "
+                "trains jointly"
+            )
+        if self.augmentation.scales:
+            choices.append(
+                "scales 480 576 688 864 1200 1400 (paper; the code uses 800 instead of 864)"
+            )
+        return tuple(choices)
 
 
 _MEAN_IOU = "mean IoU"
@@ -107,7 +201,7 @@ _COCO_AP = ("AP", "AP50", "APsmall", "APmedium", "APlarge")
 _ERRORS = ("top-1 error", "top-5 error")
 
 # Tables 1 and 3: mean IoU on VOC and Cityscapes; then mAP at IoU 0.5 and 0.7 of class-aware RPN,
-# Faster R-CNN and R-FCN. None where a row makes no sense for a network.
+# Faster R-CNN and R-FCN.
 _Pair = tuple[float, float]
 _TABLE1: dict[DeformLayers, tuple[_Pair, _Pair, _Pair, _Pair]] = {
     0: ((69.7, 70.4), (68.0, 44.9), (78.1, 62.1), (80.0, 61.8)),
@@ -122,7 +216,7 @@ _TABLE3_ATROUS: dict[int, tuple[_Pair, _Pair, _Pair, _Pair]] = {
     6: ((73.6, 72.7), (73.6, 55.2), (78.5, 62.3), (80.2, 63.5)),
     8: ((73.2, 72.4), (73.2, 55.1), (77.8, 61.8), (80.3, 63.2)),
 }
-# The paper disagrees with itself: three layers give DeepLab 75.2 on VOC in Table 1.
+# Table 1 has 75.2 for DeepLab with three layers on VOC.
 _TABLE3_CONV: tuple[_Pair, _Pair, _Pair, _Pair] = (
     (75.3, 75.2),
     (74.5, 57.2),
@@ -133,55 +227,58 @@ _TABLE3_POOL: tuple[_Pair, _Pair] = ((78.3, 66.6), (81.2, 65.0))
 _TABLE3_BOTH: tuple[_Pair, _Pair] = ((79.3, 66.9), (82.6, 68.5))
 
 _Five = tuple[float, float, float, float, float]
-_TABLE5: dict[str, tuple[_Five, _Five]] = {
-    "class-aware-rpn": ((23.2, 42.6, 6.9, 27.1, 35.1), (25.8, 45.9, 7.2, 28.3, 40.7)),
-    "faster-rcnn": ((29.4, 48.0, 9.0, 30.5, 47.1), (33.1, 50.3, 11.6, 34.9, 51.2)),
-    "rfcn": ((30.8, 52.6, 11.8, 33.9, 44.8), (34.5, 55.0, 14.0, 37.7, 50.3)),
-    "faster-rcnn-aligned": ((30.8, 49.6, 9.6, 32.5, 49.0), (34.1, 51.1, 12.2, 36.5, 52.4)),
-    "rfcn-aligned": ((32.9, 54.5, 12.5, 36.3, 48.3), (36.1, 56.7, 14.8, 39.8, 52.2)),
-    "rfcn-aligned-m": ((34.5, 55.0, 16.8, 37.3, 48.3), (37.1, 57.3, 18.8, 39.7, 52.3)),
-    "rfcn-aligned-m-b": ((35.5, 55.6, 17.8, 38.4, 49.3), (37.5, 58.0, 19.4, 40.1, 52.5)),
-}
+_TABLE5: tuple[tuple[type[DetectorRecipe], str, _Five, _Five], ...] = (
+    (ClassAwareRPNRecipe, "", (23.2, 42.6, 6.9, 27.1, 35.1), (25.8, 45.9, 7.2, 28.3, 40.7)),
+    (FasterRCNNRecipe, "", (29.4, 48.0, 9.0, 30.5, 47.1), (33.1, 50.3, 11.6, 34.9, 51.2)),
+    (RFCNRecipe, "", (30.8, 52.6, 11.8, 33.9, 44.8), (34.5, 55.0, 14.0, 37.7, 50.3)),
+)
+# On Aligned-Inception-ResNet: network, suffix of the row, plain, deformable.
+_TABLE5_ALIGNED: tuple[tuple[type[DetectorRecipe], str, _Five, _Five], ...] = (
+    (FasterRCNNRecipe, "", (30.8, 49.6, 9.6, 32.5, 49.0), (34.1, 51.1, 12.2, 36.5, 52.4)),
+    (RFCNRecipe, "", (32.9, 54.5, 12.5, 36.3, 48.3), (36.1, 56.7, 14.8, 39.8, 52.2)),
+    (RFCNRecipe, "-m", (34.5, 55.0, 16.8, 37.3, 48.3), (37.1, 57.3, 18.8, 39.7, 52.3)),
+    (RFCNRecipe, "-m-b", (35.5, 55.6, 17.8, 38.4, 49.3), (37.5, 58.0, 19.4, 40.1, 52.5)),
+)
 _SCALES = (480, 576, 688, 864, 1200, 1400)
-_MULTI_SCALE = DetectionTesting(scales=_SCALES)
-_AND_AVERAGING = DetectionTesting(scales=_SCALES, refine=2, box_averaging=True)
+_AUGMENTATIONS = {
+    "": TestTimeAugmentation(),
+    "-m": TestTimeAugmentation(scales=_SCALES),
+    "-m-b": TestTimeAugmentation(scales=_SCALES, refine=2, box_averaging=True),
+}
 
-_ALIGNED_CLASSIFIER = "table7/aligned-inception-resnet"
+_TABLE7: dict[BackboneName, _Pair] = {
+    "resnet101": (23.6, 7.1),
+    "aligned-inception-resnet": (22.1, 6.0),
+}
 
 
-def _in_all_networks(
-    table: str,
-    variant: str,
+def _all_networks(
+    prefix: str,
     numbers: tuple[_Pair, _Pair, _Pair, _Pair],
     *,
     layers: DeformLayers,
     dilation: int = 2,
 ) -> Iterator[Row]:
-    """A line of Table 1 or 3 for the networks that have no deformable pooling, and plain ones."""
-    (voc, city), rpn, faster, rfcn = numbers
-    yield Row(
-        name=f"{table}/deeplab-voc-{variant}",
-        recipe=dataclasses.replace(voc2012(deform_layers=layers), dilation=dilation),
-        data=VOC_SEGMENTATION,
-        paper={_MEAN_IOU: voc},
-        score_at="network",
-    )
-    yield Row(
-        name=f"{table}/deeplab-cityscapes-{variant}",
-        recipe=dataclasses.replace(cityscapes(deform_layers=layers), dilation=dilation),
-        data=CITYSCAPES,
-        paper={_MEAN_IOU: city},
-    )
-    for recipe, numbers_of in (
-        (voc_detection(ClassAwareRPNRecipe), rpn),
-        (dataclasses.replace(voc_detection(FasterRCNNRecipe), pool="max"), faster),
-        (dataclasses.replace(voc_detection(RFCNRecipe), pool="average"), rfcn),
+    """Yield a line of Table 1 or 3: five rows, none with deformable RoI pooling."""
+    (voc, city), *detectors = numbers
+    table, _, variant = prefix.partition("/")
+    for key, recipe, data, mean_iou in (
+        ("voc", voc2012(), VOC_SEGMENTATION, voc),
+        ("cityscapes", cityscapes(), CITYSCAPES, city),
     ):
-        yield _voc_row(
-            f"{table}/{recipe.network}-{variant}",
-            dataclasses.replace(recipe, deform_layers=layers, dilation=dilation),
-            numbers_of,
+        yield Row(
+            name=f"{table}/deeplab-{key}-{variant}",
+            recipe=dataclasses.replace(recipe, deform_layers=layers, dilation=dilation),
+            data=data,
+            paper={_MEAN_IOU: mean_iou},
+            score_at="network" if data is VOC_SEGMENTATION else "truth",
         )
+    networks = (ClassAwareRPNRecipe, FasterRCNNRecipe, RFCNRecipe)
+    for network, pair in zip(networks, detectors, strict=True):
+        recipe = dataclasses.replace(
+            voc_detection(network).baseline(), deform_layers=layers, dilation=dilation
+        )
+        yield _voc_row(f"{table}/{network.network}-{variant}", recipe, pair)
 
 
 def _voc_row(name: str, recipe: Recipe, numbers: _Pair) -> Row:
@@ -190,69 +287,43 @@ def _voc_row(name: str, recipe: Recipe, numbers: _Pair) -> Row:
         recipe=recipe,
         data=VOC_DETECTION,
         paper=dict(zip(_VOC_AP, numbers, strict=True)),
-        fixed_proposals=isinstance(recipe, (FasterRCNNRecipe, RFCNRecipe)),
+        fixed_proposals=recipe.takes_proposals,
     )
 
 
 def _table1() -> Iterator[Row]:
     for layers, numbers in _TABLE1.items():
-        yield from _in_all_networks("table1", str(layers), numbers, layers=layers)
+        yield from _all_networks(f"table1/{layers}", numbers, layers=layers)
 
 
 def _table3() -> Iterator[Row]:
     for dilation, numbers in _TABLE3_ATROUS.items():
-        yield from _in_all_networks(
-            "table3", f"atrous-{dilation}", numbers, layers=0, dilation=dilation
-        )
-    yield from _in_all_networks("table3", "conv", _TABLE3_CONV, layers=3)
+        yield from _all_networks(f"table3/atrous-{dilation}", numbers, layers=0, dilation=dilation)
+    yield from _all_networks("table3/conv", _TABLE3_CONV, layers=3)
     for variant, layers, numbers in (("pool", 0, _TABLE3_POOL), ("conv-pool", 3, _TABLE3_BOTH)):
         for network, pair in zip((FasterRCNNRecipe, RFCNRecipe), numbers, strict=True):
-            recipe = dataclasses.replace(
-                voc_detection(network), deform_layers=layers, pool="deformable"
-            )
+            recipe = dataclasses.replace(voc_detection(network), deform_layers=layers)
             yield _voc_row(f"table3/{network.network}-{variant}", recipe, pair)
 
 
 def _table5() -> Iterator[Row]:
-    for name, numbers in _TABLE5.items():
-        aligned = "-aligned" in name
-        for kind, five in zip(("plain", "deformable"), numbers, strict=True):
-            recipe = _coco_recipe(name, deformable=kind == "deformable")
+    for aligned, lines in (("", _TABLE5), ("-aligned", _TABLE5_ALIGNED)):
+        for network, suffix, plain, deformable in lines:
+            recipe = coco_detection(network)
             if aligned:
                 recipe = dataclasses.replace(recipe, backbone="aligned-inception-resnet", init=None)
-            base, _, testing = name.partition("-aligned")
-            yield Row(
-                name=f"table5/{base}{'-aligned' if aligned else ''}-{kind}{testing}",
-                recipe=recipe,
-                data=COCO,
-                paper=dict(zip(_COCO_AP, five, strict=True)),
-                testing={"": ONE_LOOK, "-m": _MULTI_SCALE, "-m-b": _AND_AVERAGING}[testing],
-                starts_from=_ALIGNED_CLASSIFIER if aligned else None,
-            )
-
-
-def _coco_recipe(name: str, *, deformable: bool) -> Recipe:
-    if name.startswith("class-aware-rpn"):
-        return dataclasses.replace(
-            coco_detection(ClassAwareRPNRecipe), deform_layers=3 if deformable else 0
-        )
-    if name.startswith("faster-rcnn"):
-        return dataclasses.replace(
-            coco_detection(FasterRCNNRecipe),
-            deform_layers=3 if deformable else 0,
-            pool="deformable" if deformable else "max",
-        )
-    return dataclasses.replace(
-        coco_detection(RFCNRecipe),
-        deform_layers=3 if deformable else 0,
-        pool="deformable" if deformable else "average",
-    )
-
-
-_TABLE7: dict[BackboneName, _Pair] = {
-    "resnet101": (23.6, 7.1),
-    "aligned-inception-resnet": (22.1, 6.0),
-}
+            for kind, chosen, numbers in (
+                ("plain", recipe.baseline(), plain),
+                ("deformable", recipe, deformable),
+            ):
+                yield Row(
+                    name=f"table5/{network.network}{aligned}-{kind}{suffix}",
+                    recipe=chosen,
+                    data=COCO,
+                    paper=dict(zip(_COCO_AP, numbers, strict=True)),
+                    augmentation=_AUGMENTATIONS[suffix],
+                    starts_from="table7/aligned-inception-resnet" if aligned else None,
+                )
 
 
 def _table7() -> Iterator[Row]:
@@ -268,89 +339,32 @@ def _table7() -> Iterator[Row]:
         recipe=None,
         data=IMAGENET,
         paper=dict(zip(_ERRORS, (19.6, 4.7), strict=True)),
-        missing="a network of others (Szegedy et al. 2016) that the paper only compares with",
+        missing="a network of Szegedy et al. 2016 that the paper only compares with",
     )
 
 
 ROWS: tuple[Row, ...] = (*_table1(), *_table3(), *_table5(), *_table7())
-"""In the order of the paper."""
+"""All rows, in the order of the paper."""
 
 
 def find_rows(names: Sequence[str]) -> list[Row]:
-    """Rows by their names, or by shell patterns such as `table3/*`.
+    """Find rows by name or shell pattern, such as `table3/*`.
 
     Raises:
-        ValueError: if a name matches nothing.
+        UserError: if a name matches no row.
     """
     found: dict[str, Row] = {}
     for name in names:
         matching = [row for row in ROWS if fnmatch.fnmatchcase(row.name, name)]
         if not matching:
-            raise ValueError(f"row: there is no {name!r}; `deformnet reproduce --list` names all")
+            raise UserError(
+                f"expected rows to be names or patterns of rows, but got {name!r}, which matches "
+                "none; `deformnet paper reproduce --list` shows all rows"
+            )
         found |= {row.name: row for row in matching}
     return list(found.values())
 
 
 def proposal_recipe(recipe: Recipe) -> RPNRecipe:
-    """The region proposal network, trained apart, on whose proposals a row of VOC is trained."""
+    """Return the recipe of the RPN whose fixed proposals a row of VOC is trained on."""
     return dataclasses.replace(voc_detection(RPNRecipe), seed=recipe.seed)
-
-
-def choices(row: Row) -> list[str]:
-    """Where the paper and the authors' code differ or one is silent: what the row does."""
-    recipe = row.recipe
-    if recipe is None:
-        return []
-    if isinstance(recipe, ClassifierRecipe):
-        return [
-            "schedule: He et al. 2016, whom the paper follows; they divide the learning rate when "
-            "the error stalls, here it falls after each third of the iterations",
-            "test: one central crop of 224 pixels, as ResNet-101's published 23.6 / 7.1",
-        ]
-    found = [
-        "learning rate 1e-3 on the mean loss of the 8 images, from two thirds of the iterations on "
-        "1e-4 (paper); the authors' code has 5e-4 on the loss summed over GPUs, which on eight is "
-        "4e-3 on the mean",
-        "momentum 0.9, weight decay 5e-4, frozen batch norm, conv1 and conv2: the authors' code "
-        "(not in the paper)",
-    ]
-    if recipe.deform_layers:
-        found.append(
-            "one group of offsets, made with the dilation of their layer (paper, and its count of "
-            "parameters); the code has 4 groups in detection, and dilation 1 in DeepLab"
-        )
-    if row.starts_from is None:
-        found.append(
-            "starts from torchvision's ResNet-101, which strides in 3x3 convolutions; the authors' "
-            "strides in 1x1 (`stride_in_1x1`, for weights that want it)"
-        )
-    else:
-        found.append(f"starts from a run of {row.starts_from}: there are no public weights")
-    if isinstance(recipe, DeepLabRecipe):
-        if row.data is CITYSCAPES:
-            found.append(
-                "19 classes, crops of 768x1024, warm-up of 1000 iterations: the code; the paper "
-                "counts a background besides and mentions no crop"
-            )
-        else:
-            found.append("mean IoU at the size of the network's input (360 pixels): the code")
-        return found
-    found.append(
-        "warm-up of 1000 iterations, anchors, thresholds and rounding of the authors' code; 300 "
-        "proposals in training and testing"
-    )
-    if isinstance(recipe, RFCNRecipe):
-        found.append("hard example mining over all RoIs: the code (not in the paper)")
-    if isinstance(recipe, FasterRCNNRecipe) and recipe.pool == "max":
-        found.append("plain RoI pooling takes the maximum: the code")
-    if row.fixed_proposals:
-        found.append(
-            "trained on the fixed proposals of an RPN of its own (paper); the code trains jointly"
-        )
-    if row.data is COCO:
-        found.append(
-            "train2017 + val2017 and test-dev2017: the images of the paper's trainval and test-dev"
-        )
-    if row.testing.scales:
-        found.append("sizes 480 576 688 864 1200 1400 (paper; the code has 800 for 864)")
-    return found

@@ -1,7 +1,16 @@
-"""What can be set when a row is run, without importing what runs it."""
+"""Settings of `deformnet paper`; importing them is cheap."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
+
+from deformnet._errors import UserError
+from deformnet.recipes import BackboneName
+
+Table4Network = Literal[
+    "deeplab-cityscapes", "deeplab-voc", "class-aware-rpn", "faster-rcnn", "rfcn"
+]
+"""Networks of Table 4."""
+TABLE4_NETWORKS: tuple[Table4Network, ...] = get_args(Table4Network)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,26 +36,59 @@ class Machines:
 
 @dataclass(frozen=True, kw_only=True)
 class Splits:
-    """Which images, where a data set lies otherwise than the row expects."""
+    """Splits to use in place of those of the row."""
 
     train_split: str | None = None
-    """Images to train on; None takes those of the row."""
+    """Split to train on; None uses the split of the row."""
     test_split: str | None = None
-    """Images to score; None takes those of the row."""
+    """Split to evaluate on; None uses the split of the row."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DryRun:
-    """How a dry run differs from the row."""
+    """Differences between a dry run and the row."""
 
     batch: int | None = None
-    """Images of a step; None takes the row's (8, or 256 in classification)."""
+    """Images per iteration; None uses the batch size of the row (8, or 256 for classification)."""
     scale: float = 1.0
-    """Factor on the sides of the images, 0.1 to 1: below 1 it is quicker, and steps take less time
-    and memory than the row's."""
+    """Factor on the sides of the images, 0.1 to 1; below 1, iterations take less time and memory
+    than those of the row."""
 
     def __post_init__(self) -> None:
-        if not 0.1 <= self.scale <= 1:
-            raise ValueError(f"scale: wanted 0.1 to 1, got {self.scale}")
-        if self.batch is not None and self.batch < 1:
-            raise ValueError(f"batch: wanted at least 1, got {self.batch}")
+        _require_scale(self.scale)
+        if self.batch is not None:
+            _require_positive("batch", self.batch)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimingOptions:
+    """Options of `deformnet paper table4` and `training-step`."""
+
+    backbone: BackboneName = "resnet101"
+    """Backbone; resnet101 in the paper."""
+    scale: float = 1.0
+    """Factor on the sides of the images, 0.1 to 1; below 1, timing is quicker but does not compare
+    to the paper."""
+    rounds: int = 5
+    """Rounds of timing; the networks take turns."""
+    threads: int | None = None
+    """CPU threads; None uses PyTorch's default."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Device to compute on."""
+
+    def __post_init__(self) -> None:
+        # On smaller images, conv4 has a single unit, on which batch norm cannot train.
+        _require_scale(self.scale)
+        _require_positive("rounds", self.rounds)
+        if self.threads is not None:
+            _require_positive("threads", self.threads)
+
+
+def _require_scale(scale: float) -> None:
+    if not 0.1 <= scale <= 1:
+        raise UserError(f"expected scale to be between 0.1 and 1, but got {scale}")
+
+
+def _require_positive(name: str, value: int) -> None:
+    if value < 1:
+        raise UserError(f"expected {name} to be at least 1, but got {value}")

@@ -8,7 +8,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from deformnet._files import write_json
 from deformnet.analysis import count_flops
+from deformnet.inference import DetectionPredictor, SegmentationPredictor, detection_predictor
+from deformnet.models.deeplab import DeepLab
+from deformnet.models.detection.detector import Candidates, Detector
+from deformnet.paper.cases import build, case, forward, prepared, require_sound
 from deformnet.paper.measuring import (
     condition_lines,
     conditions,
@@ -17,16 +22,11 @@ from deformnet.paper.measuring import (
     side_by_side,
     spread,
 )
-from deformnet.paper.cases import build, case, forward, prepared, require_sound
-from deformnet.paper.timing_settings import Bench, Row
-from deformnet.inference import DetectionPredictor, SegmentationPredictor, detection_predictor
-from deformnet.models.deeplab import DeepLab
-from deformnet.models.detection.detector import Candidates, Detector
+from deformnet.paper.settings import Table4Network, TimingOptions
 from deformnet.recipes import DeepLabRecipe, DetectorRecipe
-from deformnet._files import write_json
 
 # Seconds on a K40, plain and deformable: "net forward" and "runtime".
-_PAPER: dict[Row, tuple[tuple[float, float], tuple[float, float]]] = {
+_PAPER: dict[Table4Network, tuple[tuple[float, float], tuple[float, float]]] = {
     "deeplab-cityscapes": ((0.610, 0.656), (0.650, 0.696)),
     "deeplab-voc": ((0.084, 0.088), (0.094, 0.098)),
     "class-aware-rpn": ((0.142, 0.152), (0.323, 0.334)),
@@ -43,7 +43,9 @@ _HEADING = (
 _STEPS = ("building", "counting", "timing forward", "timing the whole")
 
 
-def run_table4(bench: Bench, rows: Sequence[Row], out: Path | None) -> dict[str, Any]:
+def run_table4(
+    bench: TimingOptions, rows: Sequence[Table4Network], out: Path | None
+) -> dict[str, Any]:
     """Measures the rows, prints each as it is done, and writes all of them into a file.
 
     Forward is the network alone, from a normalised image on its device to scores or boxes. Whole is
@@ -78,7 +80,9 @@ def run_table4(bench: Bench, rows: Sequence[Row], out: Path | None) -> dict[str,
     return found
 
 
-def _measure(row: Row, bench: Bench, device: torch.device, bar: tqdm) -> dict[str, Any]:
+def _measure(
+    row: Table4Network, bench: TimingOptions, device: torch.device, bar: tqdm
+) -> dict[str, Any]:
     steps = iter(_STEPS)
 
     def next_step() -> None:

@@ -1,4 +1,4 @@
-"""Side-by-side timing: what is compared runs in turns, in one process, on the same tensors."""
+"""Side-by-side timing: calls take turns in one process, on the same tensors."""
 
 import statistics
 import time
@@ -10,7 +10,7 @@ WARM_UP_SECONDS = 0.3
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds a call, or a ratio of such: one value for each round, in their order."""
+    """Seconds per call, or ratios of such; one value per round."""
 
     rounds: tuple[float, ...]
 
@@ -22,12 +22,12 @@ class Timing:
     def fastest(self) -> float:
         return min(self.rounds)
 
-    def quantile(self, share: float) -> float:
-        """The value that `share` of the rounds stay below."""
-        return sorted(self.rounds)[round(share * (len(self.rounds) - 1))]
+    def quantile(self, fraction: float) -> float:
+        """Return the value below which a fraction of the rounds lie."""
+        return sorted(self.rounds)[round(fraction * (len(self.rounds) - 1))]
 
     def summary(self) -> dict[str, float]:
-        """The median, the 20 % and 80 % quantiles, and the least."""
+        """Return the median, the 20 % and 80 % quantiles, and the minimum."""
         return {
             "median": self.median,
             "p20": self.quantile(0.2),
@@ -36,7 +36,7 @@ class Timing:
         }
 
     def relative_to(self, base: "Timing") -> "Timing":
-        """How many times as long as `base`, round by round: a load that passes hits both."""
+        """Return the ratios to `base`, round by round: a passing load affects both."""
         return Timing(tuple(a / b for a, b in zip(self.rounds, base.rounds, strict=True)))
 
 

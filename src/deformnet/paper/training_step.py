@@ -9,6 +9,12 @@ from torch import Tensor, nn
 from torchvision.ops import roi_pool
 from tqdm import tqdm
 
+from deformnet._files import write_json
+from deformnet.models.deeplab import DeepLab
+from deformnet.models.detection.detector import Detector, Target
+from deformnet.nn import DeformConv2d, DeformPSRoIPool2d, DeformRoIPool2d, parameter_groups
+from deformnet.ops import deform_ps_roi_pool
+from deformnet.paper.cases import build, case, prepared
 from deformnet.paper.measuring import (
     condition_lines,
     conditions,
@@ -17,13 +23,7 @@ from deformnet.paper.measuring import (
     side_by_side,
     spread,
 )
-from deformnet.paper.cases import build, case, prepared
-from deformnet.paper.timing_settings import Bench, Row
-from deformnet.models.deeplab import DeepLab
-from deformnet.models.detection.detector import Detector, Target
-from deformnet.nn import DeformConv2d, DeformPSRoIPool2d, DeformRoIPool2d, parameter_groups
-from deformnet.ops import deform_ps_roi_pool
-from deformnet._files import write_json
+from deformnet.paper.settings import Table4Network, TimingOptions
 
 MOST = 1.5
 """What a deformable layer may cost at most, in times of the plain one."""
@@ -32,7 +32,9 @@ _LR = 1e-4  # small enough that a few steps change nothing that counts for time
 _OBJECTS = 5  # in the image that detectors train on
 
 
-def run_training_step(bench: Bench, network: Row, out: Path | None) -> dict[str, Any]:
+def run_training_step(
+    bench: TimingOptions, network: Table4Network, out: Path | None
+) -> dict[str, Any]:
     """Measures a network, prints the result, and writes it into a file.
 
     A step is forward, loss, backward and SGD on one image. A layer is taken alone, forward and
@@ -63,7 +65,7 @@ def run_training_step(bench: Bench, network: Row, out: Path | None) -> dict[str,
     return report
 
 
-def _measure(bench: Bench, network: Row, device: torch.device) -> dict[str, Any]:
+def _measure(bench: TimingOptions, network: Table4Network, device: torch.device) -> dict[str, Any]:
     with tqdm(disable=None, leave=False) as bar:
         bar.set_description("building")
         chosen = case(network, bench.backbone, bench.scale)

@@ -24,7 +24,7 @@ for _class in Cityscapes.classes:
         _CITYSCAPES_IDS[_class.train_id] = _class.id
 
 
-def write_made_data(data: DataSet, root: Path, height: int, width: int) -> None:
+def write_synthetic_data(data: DataSet, root: Path, height: int, width: int) -> None:
     """Writes two images for each split of a data set, with the files that its readers want.
 
     The classes are all of the data set's, so that a network for them has its full size; shapes of
