@@ -30,6 +30,10 @@ DeformLayers = Literal[0, 1, 2, 3, 6]
 """The numbers of deformable convolutions of Table 1."""
 Sampling = Literal["bins", "msra", "aligned"]
 """The rules of RoI pooling; see `deformnet.ops.deform_roi_pool`."""
+ScoreAt = Literal["original", "network"]
+"""Where predicted label maps meet the ground truth: at the size of the label map on disk, to which
+the logits are upsampled, or at the size of the network's input, to which the label map is resized
+(the authors' rule on VOC: mean IoU at 360 pixels)."""
 _Detector = TypeVar("_Detector", bound="DetectorRecipe")
 
 
@@ -186,8 +190,8 @@ class ClassifierRecipe(Recipe):
     centre in testing."""
     test_short_side: int = 256
     """Shorter side of the images after resizing, in pixels, in testing."""
-    colour: bool = True
-    """Shift the colours of training images at random (Krizhevsky et al. 2012, section 4.1)."""
+    color_jitter: bool = True
+    """Shift the colors of training images randomly (Krizhevsky et al. 2012, section 4.1)."""
     batch: int = 32
     """Images per iteration, over all processes together."""
     lr: float = 0.01
@@ -449,8 +453,8 @@ class RFCNRecipe(DetectorRecipe):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DetectionTesting:
-    """What is done beyond looking at an image once; the defaults do nothing more.
+class TestTimeAugmentation:
+    """Test-time augmentation of detectors; the defaults run the network once on an image.
 
     The paper's "M" is `scales=(480, 576, 688, 864, 1200, 1400)`, and its "B" (iterative bounding
     box average) is `refine=2, box_averaging=True`.
@@ -476,9 +480,6 @@ class DetectionTesting:
         if self.refine < 1:
             raise ValueError(f"refine must be at least 1, got {self.refine}")
 
-
-ONE_LOOK = DetectionTesting()
-"""Nothing more."""
 
 RECIPES = (
     DeepLabRecipe,
@@ -595,7 +596,7 @@ def imagenet(*, backbone: BackboneName) -> ClassifierRecipe:
         resize=(256, 480),
         crop=224,
         test_short_side=256,
-        colour=True,
+        color_jitter=True,
         flip=True,
         batch=256,
         iterations=600_000,

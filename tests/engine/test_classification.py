@@ -12,7 +12,7 @@ from deformnet.cli import main
 from deformnet.data.image_folder import ImageFolderClassification
 from deformnet.data.synthetic.shapes import Shapes, write_shapes
 from deformnet.inference import find_images, open_predictor, predict_classes
-from deformnet.recipes import ClassifierRecipe, DeepLabRecipe, DetectionTesting
+from deformnet.recipes import ClassifierRecipe, DeepLabRecipe, TestTimeAugmentation
 from deformnet.engine.runs import checkpoint_path, load_checkpoint, load_run
 from deformnet.engine import TrainingStopped, evaluate, train
 from deformnet.engine.callbacks import Timer, read_log
@@ -75,7 +75,7 @@ def test_a_run_leaves_what_it_promises(trained):
 
 def test_it_learns_the_shapes(folder, tmp_path):
     """By heart: this shows that images and labels belong together, all the way to the scores."""
-    recipe = recipe_of(iterations=60, batch=12, flip=False, colour=False, resize=(36, 36))
+    recipe = recipe_of(iterations=60, batch=12, flip=False, color_jitter=False, resize=(36, 36))
     run(recipe, folder, tmp_path, val_split=None)
     metrics = evaluate(tmp_path, folder, "train", workers=0, progress=False)
     assert metrics["images"] == 24
@@ -238,9 +238,9 @@ def test_other_data_and_options_are_refused(trained, folder, shapes, tmp_path):
     with pytest.raises(ValueError, match="score_at is for deeplab, not for classifier"):
         evaluate(out, folder, "val", score_at="network", **options)
     with pytest.raises(ValueError, match="for detectors, not for classifier"):
-        evaluate(out, folder, "val", testing=DetectionTesting(flip=True), **options)
+        evaluate(out, folder, "val", testing=TestTimeAugmentation(flip=True), **options)
     with pytest.raises(ValueError, match="for detectors, not for classifier"):
-        open_predictor(out, testing=DetectionTesting(flip=True))
+        open_predictor(out, testing=TestTimeAugmentation(flip=True))
     (tmp_path / "two/val").mkdir(parents=True)
     for name in ("star", "disc"):
         (tmp_path / "two/val" / name).symlink_to(folder / "val" / name)

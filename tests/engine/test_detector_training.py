@@ -13,7 +13,7 @@ from torchvision.ops import box_iou
 from deformnet.data.boxes import BoxAnnotations
 from deformnet.data.detection import open_detection
 from deformnet.metrics.detections import read_detections, score
-from deformnet.inference import DetectionTesting, open_predictor
+from deformnet.inference import TestTimeAugmentation, open_predictor
 from deformnet.recipes import (
     ClassAwareRPNRecipe,
     FasterRCNNRecipe,
@@ -147,7 +147,7 @@ def test_training_on_stored_proposals(shapes, stored, tmp_path):
     assert "testing" not in again
     flipped = evaluate(
         *(tmp_path, shapes, "val"),
-        testing=DetectionTesting(flip=True),
+        testing=TestTimeAugmentation(flip=True),
         proposals=files[1:],
         workers=0,
         progress=False,
@@ -212,7 +212,7 @@ def test_stored_proposals_follow_the_image(shapes, tmp_path):
     """One proposal for each image, its first object: after the transforms both are still equal."""
     from deformnet.tasks.detection import DetectionJob
 
-    job = DetectionJob(quick(RFCNRecipe, short_side=96), DetectionTesting())
+    job = DetectionJob(quick(RFCNRecipe, short_side=96), TestTimeAugmentation())
     images = job.open(shapes, "train")
 
     class FirstObject:
@@ -308,7 +308,7 @@ def test_options_of_other_networks_are_refused(shapes, tmp_path):
     run(quick(ClassAwareRPNRecipe, iterations=1), shapes, tmp_path)
     with pytest.raises(ValueError, match="score_at is for deeplab, not for class-aware-rpn"):
         evaluate(tmp_path, shapes, "val", score_at="network", workers=0, progress=False)
-    testing = DetectionTesting(refine=2)
+    testing = TestTimeAugmentation(refine=2)
     with pytest.raises(ValueError, match="refine"):
         evaluate(tmp_path, shapes, "val", testing=testing, workers=0, progress=False)
 
@@ -316,7 +316,7 @@ def test_options_of_other_networks_are_refused(shapes, tmp_path):
 def test_deeplab_has_no_options_of_testing(shapes, quick, tmp_path):
     run(dataclasses.replace(quick, iterations=1), shapes, tmp_path)
     with pytest.raises(ValueError, match="for detectors, not for deeplab"):
-        evaluate(tmp_path, shapes, "val", testing=DetectionTesting(flip=True), progress=False)
+        evaluate(tmp_path, shapes, "val", testing=TestTimeAugmentation(flip=True), progress=False)
 
 
 def test_the_authors_convention_rounds_objects():

@@ -101,6 +101,6 @@ def test_the_papers_settings_on_imagenet():
         *(256, 600_000, 0.1, 1e-4),
     )
     assert (recipe.resize, recipe.crop, recipe.test_short_side) == ((256, 480), 224, 256)
-    assert (recipe.deform_layers, recipe.colour, recipe.flip) == (0, True, True)
+    assert (recipe.deform_layers, recipe.color_jitter, recipe.flip) == (0, True, True)
     rates = [recipe.lr * recipe.lr_factor(i) for i in (0, 199_999, 200_000, 399_999, 400_000)]
     assert rates == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001])

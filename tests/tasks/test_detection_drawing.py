@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from deformnet.inference import draw_boxes, palette
-from deformnet.visualization.drawing import distinct_colours, legible_on
+from deformnet.visualization.drawing import distinct_colors, legible_on
 
 CLASSES = ("cat", "dog", "hovercraft")
 
@@ -106,7 +106,7 @@ def test_text_can_be_read_on_every_colour():
         linear = np.where(c <= 0.03928, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)
         return linear @ [0.2126, 0.7152, 0.0722]
 
-    for colour in distinct_colours(80):
+    for colour in distinct_colors(80):
         text = {"black": 0.0, "white": 1.0}[legible_on(tuple(int(c) for c in colour))]
         light, dark = max(luminance(colour), text), min(luminance(colour), text)
         assert (light + 0.05) / (dark + 0.05) >= 4.5, colour

@@ -7,7 +7,7 @@ from torchvision.ops import box_iou, nms
 
 from deformnet.data.boxes import BoxAnnotations
 from deformnet.data.transforms import detection_transforms
-from deformnet.inference import DetectionTesting, detection_predictor
+from deformnet.inference import TestTimeAugmentation, detection_predictor
 from deformnet.recipes import ClassAwareRPNRecipe, FasterRCNNRecipe, RFCNRecipe, RPNRecipe
 
 CLASSES = ("one", "two", "three")
@@ -37,7 +37,7 @@ def build(recipe, testing=None):
             if not name.startswith("backbone") and parameter.ndim > 1:
                 parameter.mul_(5)
     names = ("object",) if one_class else CLASSES
-    return detection_predictor(recipe, model, names, testing or DetectionTesting(), "cpu")
+    return detection_predictor(recipe, model, names, testing or TestTimeAugmentation(), "cpu")
 
 
 def noise(height, width):
@@ -115,7 +115,7 @@ def test_everything_at_once_against_plain_loops(two_stages):
     """Sizes, mirror images, refinement and averaging (Table 5's "M" and "B"), box by box."""
     recipe = two_stages(**(SMALL | {"proposals": 3}))
     image = noise(90, 120)
-    testing = DetectionTesting(scales=(48, 80), flip=True, refine=2, box_averaging=True)
+    testing = TestTimeAugmentation(scales=(48, 80), flip=True, refine=2, box_averaging=True)
     predict = build(recipe, testing)
     model = predict.model
     everything = []  # (label, score, box in pixels of the image)
@@ -169,7 +169,7 @@ def test_everything_at_once_against_plain_loops(two_stages):
 
 @pytest.mark.parametrize("soft_nms", [False, True])
 def test_networks_without_pooling_take_sizes_and_mirror_images(soft_nms):
-    testing = DetectionTesting(scales=(48, 80), flip=True, box_averaging=True, soft_nms=soft_nms)
+    testing = TestTimeAugmentation(scales=(48, 80), flip=True, box_averaging=True, soft_nms=soft_nms)
     found = build(ClassAwareRPNRecipe(**SMALL), testing)(noise(90, 120))
     assert len(found.boxes) == 50
     assert found.boxes.isfinite().all()

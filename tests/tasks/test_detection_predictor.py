@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from deformnet.inference.detection import DetectionPredictor, DetectionTesting
+from deformnet.inference.detection import DetectionPredictor, TestTimeAugmentation
 from deformnet.models.detection.detector import Candidates, Detector, Features, Proposals
 
 RGB = ("red", "green", "blue")
@@ -94,7 +94,7 @@ def test_boxes_come_back_in_pixels_of_the_image(size, flip, scales):
     A box that a mirrored or enlarged view put elsewhere would be reported besides the right one.
     """
     boxes = [(3, 5, 21, 17), (0, 0, 8, 40), (30, 11, 40, 40)]
-    predict = predictor(ColourFinder(), DetectionTesting(scales=scales, flip=flip))
+    predict = predictor(ColourFinder(), TestTimeAugmentation(scales=scales, flip=flip))
     found = predict(coloured(*size, boxes))
     assert torch.equal(found.boxes, torch.tensor(boxes, dtype=torch.float32))
     assert torch.equal(found.labels, torch.tensor([0, 1, 2]))
@@ -110,7 +110,7 @@ def test_a_mirrored_view_is_seen_mirrored():
     model.answer = lambda view, proposals: (
         seen.append(view.clone()) or Candidates(torch.zeros(0, 4), torch.zeros(0, 3))
     )
-    predictor(model, DetectionTesting(flip=True))(image)
+    predictor(model, TestTimeAugmentation(flip=True))(image)
     assert len(seen) == 2
     mean = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
     std = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
@@ -123,7 +123,7 @@ def test_edges_of_the_image_stay_its_edges():
     """At sizes that divide nothing; nothing may be reported outside, and the edge is exact."""
     for height, width in [(37, 53), (101, 61), (333, 500), (17, 290)]:
         model = Repeater()
-        predict = predictor(model, DetectionTesting(scales=(23, 48, 57), flip=True))
+        predict = predictor(model, TestTimeAugmentation(scales=(23, 48, 57), flip=True))
         found = predict(black(height, width))
         assert len(found.boxes) == 1
         assert found.boxes[0].tolist() == [0, 0, width, height]
@@ -131,7 +131,7 @@ def test_edges_of_the_image_stay_its_edges():
 
 def test_the_bound_on_the_longer_side_grows_with_the_scale():
     model = ColourFinder()
-    testing = DetectionTesting(scales=(30, 45, 61), flip=True)
+    testing = TestTimeAugmentation(scales=(30, 45, 61), flip=True)
     predictor(model, testing, short_side=30, max_side=50)(black(100, 300))
     # 50 * 45 / 30 = 75 and 50 * 61 / 30 = 101.67, and the long side is the bound at 1:3.
     expected = [(1, 3, 17, 50), (1, 3, 25, 75), (1, 3, 34, 102)]
@@ -143,7 +143,7 @@ def test_the_bound_on_the_longer_side_grows_with_the_scale():
 
 def test_stored_proposals_reach_every_view():
     model = Repeater()
-    testing = DetectionTesting(scales=(40, 80), flip=True)
+    testing = TestTimeAugmentation(scales=(40, 80), flip=True)
     given = torch.tensor([[2.0, 3, 10, 9], [20, 10, 35, 20], [-5, -5, 70, 12]])
     found = predictor(model, testing)(black(20, 40), given)
     inside = torch.tensor([[2.0, 3, 10, 9], [20, 10, 35, 20], [0, 0, 40, 12]])
@@ -180,7 +180,7 @@ def test_proposals_come_back_in_pixels_of_the_image():
             boxes = torch.tensor([[0.0, 0, 60, 40], [10, 12, 21, 15]])
             return [Proposals(boxes, torch.tensor([0.5, 0.25]))]
 
-    predict = predictor(Proposer(), DetectionTesting(scales=(80, 160), flip=True))
+    predict = predictor(Proposer(), TestTimeAugmentation(scales=(80, 160), flip=True))
     boxes, scores = predict.propose(black(20, 30))
     assert boxes.tolist() == [[0, 0, 30, 20], [5, 6, 10.5, 7.5]]
     assert scores.tolist() == [0.5, 0.25]
@@ -190,7 +190,7 @@ def test_proposals_come_back_in_pixels_of_the_image():
 
 def test_no_proposals_no_boxes():
     for refine in (1, 3):
-        found = predictor(Repeater(), DetectionTesting(refine=refine))(
+        found = predictor(Repeater(), TestTimeAugmentation(refine=refine))(
             black(20, 20), torch.zeros(0, 4)
         )
         assert [len(values) for values in found] == [0, 0, 0]
@@ -212,7 +212,7 @@ class Walker(Spy):
 @pytest.mark.parametrize("refine", [1, 2, 4])
 def test_each_pass_starts_where_the_last_one_ended(refine):
     model = Walker()
-    found = predictor(model, DetectionTesting(refine=refine))(black(40, 40))
+    found = predictor(model, TestTimeAugmentation(refine=refine))(black(40, 40))
     assert [len(asked) for asked in model.asked] == [2] + [1] * (refine - 1)
     assert [asked[0, 0].item() for asked in model.asked] == list(range(refine))
     assert len(model.seen) == 1, "the features are made once"
@@ -223,7 +223,7 @@ def test_each_pass_starts_where_the_last_one_ended(refine):
 
 def test_averaging_takes_boxes_of_all_passes_and_views():
     model = Walker()
-    testing = DetectionTesting(refine=3, box_averaging=True)
+    testing = TestTimeAugmentation(refine=3, box_averaging=True)
     found = predictor(model, testing)(black(40, 40))
     # Boxes at x = 1, 2, 3 with scores 0.1, 0.2, 0.3; all overlap the last with IoU of 0.5 or more.
     mean = (0.1 * 1 + 0.2 * 2 + 0.3 * 3) / 0.6
@@ -234,7 +234,7 @@ def test_averaging_takes_boxes_of_all_passes_and_views():
 def test_mixed_precision_does_not_round_boxes():
     given = torch.tensor([[701.0, 1, 903, 30], [703, 1, 903, 30]])
     predict = predictor(
-        Repeater(), DetectionTesting(box_averaging=True), short_side=40, max_side=None
+        Repeater(), TestTimeAugmentation(box_averaging=True), short_side=40, max_side=None
     )
     with torch.autocast("cpu", torch.bfloat16):
         found = predict(black(40, 1000), given)
@@ -261,7 +261,7 @@ class ClassWalker(Spy):
 
 def test_where_classes_have_their_own_boxes_each_is_followed_for_its_class():
     model = ClassWalker(num_classes=2)
-    found = predictor(model, DetectionTesting(refine=2))(black(40, 60))
+    found = predictor(model, TestTimeAugmentation(refine=2))(black(40, 60))
     assert model.asked[0].tolist() == [[0, 0, 8, 8], [0, 20, 8, 28]]
     assert model.asked[1].tolist() == [[10, 0, 18, 8], [20, 20, 28, 28]]
     seen = {
@@ -301,7 +301,7 @@ class Broken(Spy):
 
 @pytest.mark.parametrize("soft_nms", [False, True])
 def test_values_that_are_not_finite_are_not_reported(soft_nms):
-    testing = DetectionTesting(refine=2, box_averaging=True, flip=True, soft_nms=soft_nms)
+    testing = TestTimeAugmentation(refine=2, box_averaging=True, flip=True, soft_nms=soft_nms)
     found = predictor(Broken(), testing)(black(40, 40))
     assert len(found.boxes) > 0
     assert found.boxes.isfinite().all()
@@ -312,7 +312,7 @@ def test_soft_nms_keeps_what_overlaps_with_a_lower_score():
     model = Repeater()
     given = torch.tensor([[0.0, 0, 20, 20], [5, 0, 25, 20]])
     hard = predictor(model)(black(40, 40), given)
-    soft = predictor(model, DetectionTesting(soft_nms=True))(black(40, 40), given)
+    soft = predictor(model, TestTimeAugmentation(soft_nms=True))(black(40, 40), given)
     assert len(hard.boxes) == 1
     iou = 15 / 25
     lowered = 0.9 * 0.9999 * math.exp(-(iou**2) / 0.6)
@@ -346,7 +346,7 @@ def test_other_images_are_refused(image):
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 90), (300, 2)])
 def test_the_smallest_images(size):
-    found = predictor(Repeater(), DetectionTesting(flip=True, refine=2))(black(*size))
+    found = predictor(Repeater(), TestTimeAugmentation(flip=True, refine=2))(black(*size))
     assert found.boxes.tolist() == [[0, 0, size[1], size[0]]]
 
 
@@ -360,14 +360,14 @@ def test_the_smallest_images(size):
 )
 def test_settings_without_meaning_are_refused(values, problem):
     with pytest.raises(ValueError, match=problem):
-        DetectionTesting(**values)
+        TestTimeAugmentation(**values)
 
 
 def test_models_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="the model's 3 classes, got 2"):
         DetectionPredictor(Repeater(), RGB[:2], short_side=40, max_side=80)
     with pytest.raises(ValueError, match="ColourFinder, which takes no boxes to refine, got 2"):
-        predictor(ColourFinder(), DetectionTesting(refine=2))
+        predictor(ColourFinder(), TestTimeAugmentation(refine=2))
     with pytest.raises(ValueError, match="ColourFinder takes none from outside"):
         predictor(ColourFinder())(black(20, 20), torch.zeros(0, 4))
 

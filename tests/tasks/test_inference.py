@@ -12,8 +12,8 @@ from deformnet.inference import (
     palette,
     predict_files,
 )
-from deformnet.visualization.drawing import distinct_colours
 from deformnet.recipes import DeepLabRecipe
+from deformnet.visualization.drawing import distinct_colors
 
 CLASSES = ("background", "one", "two")
 
@@ -122,11 +122,11 @@ def test_two_images_of_one_name_are_refused(tmp_path):
 
 
 def test_colours_can_be_told_apart():
-    colours = distinct_colours(30).astype(int)
+    colours = distinct_colors(30).astype(int)
     apart = np.abs(colours[:, None] - colours[None]).sum(axis=2) + 999 * np.eye(30, dtype=int)
     assert apart.min() > 60
-    assert np.array_equal(distinct_colours(5), distinct_colours(30)[:5])
-    assert len(distinct_colours(255)) == 255
+    assert np.array_equal(distinct_colors(5), distinct_colors(30)[:5])
+    assert len(distinct_colors(255)) == 255
 
 
 def test_overlay_tints_classes_and_leaves_the_background():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torchvision import tv_tensors
 
-from deformnet.data.transforms import classification_testing_transforms
+from deformnet.data.transforms import classification_evaluation_transforms
 from deformnet.inference import (
     ClassificationPredictor,
     SegmentationPredictor,
@@ -78,7 +78,7 @@ def test_in_parts_as_in_one():
         assert len(expected.scores) > 5
         for one, other in zip(found, expected, strict=True):
             assert torch.equal(one, other)
-        prepare = classification_testing_transforms(short_side=48, crop=33)
+        prepare = classification_evaluation_transforms(short_side=48, crop=33)
         assert torch.equal(classifier().prepare(image).input[0], prepare(tv_tensors.Image(image)))
 
 

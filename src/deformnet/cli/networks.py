@@ -11,7 +11,7 @@ import tyro
 from tyro.conf import Positional
 
 from deformnet.cli.errors import BAD_INPUT
-from deformnet.recipes import ONE_LOOK, DetectionTesting, Recipe
+from deformnet.recipes import TestTimeAugmentation, Recipe
 from deformnet.paper.settings import Machines
 
 
@@ -106,8 +106,8 @@ def evaluate(
     *,
     data: Path,
     split: str = "val",
-    score_at: Literal["truth", "network"] = "truth",
-    testing: Annotated[DetectionTesting, tyro.conf.arg(name="")] = ONE_LOOK,
+    score_at: Literal["original", "network"] = "original",
+    testing: Annotated[TestTimeAugmentation, tyro.conf.arg(name="")] = TestTimeAugmentation(),
     stored_proposals: tuple[Path, ...] = (),
     devices: int | None = None,
     accelerator: Literal["auto", "cpu", "gpu"] = "auto",
@@ -153,7 +153,7 @@ def predict(
     *,
     out: Path,
     threshold: float = 0.5,
-    testing: Annotated[DetectionTesting, tyro.conf.arg(name="")] = ONE_LOOK,
+    testing: Annotated[TestTimeAugmentation, tyro.conf.arg(name="")] = TestTimeAugmentation(),
     device: str | None = None,
 ) -> None:
     """Segment images, find boxes in them, or classify them.
@@ -246,7 +246,7 @@ def _print_scores(metrics: dict[str, Any]) -> None:
         where = f"{metrics['split']} ({metrics['images']} images)"
         lines.append(f"{_score_title(metrics)} on {where}, percent")
         if "testing" in metrics:
-            usual = asdict(ONE_LOOK)
+            usual = asdict(TestTimeAugmentation())
             chosen = (f"{k} {v}" for k, v in metrics["testing"].items() if v != usual[k])
             lines.append(f"tested with {', '.join(chosen)}")
         for name, values in rows:

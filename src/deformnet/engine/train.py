@@ -20,10 +20,9 @@ from lightning.pytorch.utilities import rank_zero_only
 from deformnet.analysis.health import holds_offsets
 from deformnet.models.detection.detector import Detector
 from deformnet.recipes import (
-    ONE_LOOK,
     ClassifierRecipe,
     DeepLabRecipe,
-    DetectionTesting,
+    TestTimeAugmentation,
     DetectorRecipe,
     Recipe,
 )
@@ -223,8 +222,8 @@ def evaluate(
     data: Path,
     split: str,
     *,
-    score_at: ScoreAt = "truth",
-    testing: DetectionTesting = ONE_LOOK,
+    score_at: ScoreAt = "original",
+    testing: TestTimeAugmentation = TestTimeAugmentation(),
     proposals: Sequence[Path] = (),
     out: Path | None = None,
     devices: int | None = None,
@@ -271,7 +270,7 @@ def evaluate(
         trainer.validate(module, datamodule=job.scoring_data(images, workers), verbose=False)
     found = out / f"detections-{_file_part(split)}.jsonl"
     metrics = _scores(job, module, split, images, found) | _facts(recipe, model, run, _done(run))
-    if testing != ONE_LOOK:
+    if testing != TestTimeAugmentation():
         metrics["testing"] = dataclasses.asdict(testing)
     if trainer.is_global_zero:
         write_json(out / f"metrics-{_file_part(split)}.json", metrics)
@@ -312,10 +311,10 @@ def propose(
     if trained_on.proposals:
         raise ValueError(f"{run}: was trained on stored proposals and makes none itself")
     assert isinstance(model, Detector)
-    job = DetectionJob(recipe, ONE_LOOK)
+    job = DetectionJob(recipe, TestTimeAugmentation())
     images = job.open(data, split)
     workers = _default_workers(devices) if workers is None else workers
-    module = ProposalModule(recipe, model, trained_on, testing=ONE_LOOK)
+    module = ProposalModule(recipe, model, trained_on, testing=TestTimeAugmentation())
     with closed_at_exit(), _lightning():
         described = _described(recipe, trained_on, images)
         trainer = _scorer(recipe, described, devices, nodes, accelerator, progress)
@@ -419,8 +418,8 @@ def _iterations_done(path: Path, recipe: Recipe, data: DataIdentity) -> int:
 def _job(
     recipe: Recipe,
     *,
-    score_at: ScoreAt = "truth",
-    testing: DetectionTesting = ONE_LOOK,
+    score_at: ScoreAt = "original",
+    testing: TestTimeAugmentation = TestTimeAugmentation(),
     proposals: Sequence[Path] = (),
 ) -> Any:
     """What the loop needs to know of a kind of network, such as a SegmentationJob.
@@ -428,9 +427,9 @@ def _job(
     Raises:
         ValueError: for options that the network does not have.
     """
-    if score_at != "truth" and not isinstance(recipe, DeepLabRecipe):
+    if score_at != "original" and not isinstance(recipe, DeepLabRecipe):
         raise ValueError(f"score_at is for deeplab, not for {recipe.network}")
-    if (testing != ONE_LOOK or proposals) and not isinstance(recipe, DetectorRecipe):
+    if (testing != TestTimeAugmentation() or proposals) and not isinstance(recipe, DetectorRecipe):
         raise ValueError(
             f"proposals and options of testing are for detectors, not for {recipe.network}"
         )

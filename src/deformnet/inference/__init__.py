@@ -3,7 +3,7 @@
 from deformnet.inference.classification import ClassificationPredictor, predict_classes
 from deformnet.inference.detection import (
     DetectionPredictor,
-    DetectionTesting,
+    TestTimeAugmentation,
     predict_detections,
 )
 from deformnet.visualization.drawing import draw_boxes, label_image, overlay, palette
@@ -15,7 +15,7 @@ from deformnet.inference.segmentation import SegmentationPredictor, predict_file
 __all__ = [
     "ClassificationPredictor",
     "DetectionPredictor",
-    "DetectionTesting",
+    "TestTimeAugmentation",
     "Prepared",
     "SegmentationPredictor",
     "detection_predictor",

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torchvision import tv_tensors
 
-from deformnet.data.transforms import Resize, classification_testing_transforms
+from deformnet._files import replacing
+from deformnet.data.transforms import Resize, classification_evaluation_transforms
 from deformnet.inference.files import read_images
 from deformnet.inference.preparing import Prepared, choose_device, require_image
 from deformnet.models.classifier import Classifier
 from deformnet.recipes import ClassifierRecipe
-from deformnet._files import replacing
 
 _BEST = 5  # classes of an image that are written
 
@@ -38,7 +38,7 @@ class ClassificationPredictor:
         self.device = choose_device(device)
         self.classes = classes
         self.model = model.eval().to(self.device).to(memory_format=torch.channels_last)
-        self._transforms = classification_testing_transforms(
+        self._transforms = classification_evaluation_transforms(
             short_side=recipe.test_short_side, crop=recipe.crop
         )
         self._resize = Resize(recipe.test_short_side, None)

@@ -21,7 +21,7 @@ from deformnet.inference.files import read_images
 from deformnet.inference.preparing import Prepared, choose_device, require_image
 from deformnet.models.detection.detector import Candidates, Detections, Detector, Features, Proposals, Size
 from deformnet.models.detection.postprocess import merge, select
-from deformnet.recipes import ONE_LOOK, DetectionTesting
+from deformnet.recipes import TestTimeAugmentation
 from deformnet._files import replacing
 
 _BOXES_AT_ONCE = 1000  # pooled features of so many boxes are in memory; refinement asks for more
@@ -56,7 +56,7 @@ class DetectionPredictor:
         score_threshold: float = 1e-3,
         nms: float = 0.3,
         max_detections: int = 300,
-        testing: DetectionTesting = ONE_LOOK,
+        testing: TestTimeAugmentation = TestTimeAugmentation(),
         device: torch.device | str | None = None,
     ) -> None:
         if len(classes) != model.num_classes:

@@ -13,10 +13,9 @@ from deformnet.models.deeplab import DeepLab
 from deformnet.models.detection.detector import Detector
 from deformnet.models.detection.rpn import RPNDetector
 from deformnet.recipes import (
-    ONE_LOOK,
     ClassifierRecipe,
     DeepLabRecipe,
-    DetectionTesting,
+    TestTimeAugmentation,
     DetectorRecipe,
 )
 from deformnet.engine.runs import load_run
@@ -25,7 +24,7 @@ from deformnet.engine.runs import load_run
 def open_predictor(
     run: Path,
     *,
-    testing: DetectionTesting = ONE_LOOK,
+    testing: TestTimeAugmentation = TestTimeAugmentation(),
     device: torch.device | str | None = None,
 ) -> SegmentationPredictor | DetectionPredictor | ClassificationPredictor:
     """The predictor of a run folder, whatever its network is.
@@ -39,7 +38,7 @@ def open_predictor(
             trained on stored proposals, and for options of testing that the network does not have.
     """
     recipe, model, trained_on = load_run(run)
-    if testing != ONE_LOOK and not isinstance(recipe, DetectorRecipe):
+    if testing != TestTimeAugmentation() and not isinstance(recipe, DetectorRecipe):
         raise ValueError(f"{run}: options of testing are for detectors, not for {recipe.network}")
     if isinstance(recipe, DeepLabRecipe) and isinstance(model, DeepLab):
         return SegmentationPredictor(recipe, model, trained_on.classes, device)
@@ -59,7 +58,7 @@ def detection_predictor(
     recipe: DetectorRecipe,
     model: Detector,
     classes: Sequence[str],
-    testing: DetectionTesting = ONE_LOOK,
+    testing: TestTimeAugmentation = TestTimeAugmentation(),
     device: torch.device | str | None = None,
 ) -> DetectionPredictor:
     """The predictor of a detector, with the sizes and thresholds of its recipe.

@@ -9,14 +9,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision import tv_tensors
 
-from deformnet.data.transforms import evaluation_transforms
-from deformnet.visualization.drawing import label_image, overlay
+from deformnet._files import replacing
+from deformnet.data.transforms import segmentation_evaluation_transforms
+from deformnet.engine.runs import load_run
 from deformnet.inference.files import read_images
 from deformnet.inference.preparing import Prepared, choose_device, require_image
 from deformnet.models.deeplab import DeepLab
 from deformnet.recipes import DeepLabRecipe
-from deformnet._files import replacing
-from deformnet.engine.runs import load_run
+from deformnet.visualization.drawing import label_image, overlay
 
 
 class SegmentationPredictor:
@@ -39,7 +39,7 @@ class SegmentationPredictor:
         self.device = choose_device(device)
         self.classes = classes
         self.model = model.eval().to(self.device).to(memory_format=torch.channels_last)
-        self._transforms = evaluation_transforms(
+        self._transforms = segmentation_evaluation_transforms(
             short_side=recipe.short_side, max_side=recipe.max_side
         )
 

@@ -10,9 +10,12 @@ from torch import Tensor
 
 from deformnet.data.image_folder import ImageFolderClassification, image_folder_splits
 from deformnet.data.transforms import (
-    classification_testing_transforms,
+    classification_evaluation_transforms,
     classification_training_transforms,
 )
+from deformnet.engine.loading import ScoringData, TrainingData
+from deformnet.engine.module import TrainingModule
+from deformnet.engine.runs import DataIdentity
 from deformnet.metrics.classification import (
     ClassificationCounts,
     ClassificationScores,
@@ -20,9 +23,6 @@ from deformnet.metrics.classification import (
 )
 from deformnet.models.classifier import Classifier
 from deformnet.recipes import ClassifierRecipe
-from deformnet.engine.runs import DataIdentity
-from deformnet.engine.loading import ScoringData, TrainingData
-from deformnet.engine.module import TrainingModule
 
 
 class Batch(NamedTuple):
@@ -100,12 +100,12 @@ class ClassificationJob:
             resize=self.recipe.resize,
             crop=self.recipe.crop,
             flip=self.recipe.flip,
-            colour=self.recipe.colour,
+            color_jitter=self.recipe.color_jitter,
         )
         return TrainingData(self.recipe, images, stack, workers, parts)
 
     def scoring_data(self, images: ImageFolderClassification, workers: int) -> ScoringData:
-        images.transform = classification_testing_transforms(
+        images.transform = classification_evaluation_transforms(
             short_side=self.recipe.test_short_side, crop=self.recipe.crop
         )
         return ScoringData(images, workers)

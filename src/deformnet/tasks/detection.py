@@ -17,19 +17,19 @@ from deformnet.data.coco import COCODetection
 from deformnet.data.detection import detection_splits, open_detection
 from deformnet.data.transforms import detection_transforms
 from deformnet.data.voc import VOCDetection
+from deformnet.engine.loading import ScoringData, TrainingData
+from deformnet.engine.module import TrainingModule
+from deformnet.engine.runs import DataIdentity
+from deformnet.inference import DetectionPredictor, TestTimeAugmentation, detection_predictor
 from deformnet.metrics.detections import (
     Record,
     score_records,
     write_detections,
     write_submission,
 )
-from deformnet.inference import DetectionPredictor, DetectionTesting, detection_predictor
 from deformnet.models.detection.detector import Detections, Detector, Proposals, Size, Target
 from deformnet.models.detection.rois import RegionDetector
 from deformnet.recipes import DetectorRecipe, FasterRCNNRecipe, RFCNRecipe, RPNRecipe
-from deformnet.engine.runs import DataIdentity
-from deformnet.engine.loading import ScoringData, TrainingData
-from deformnet.engine.module import TrainingModule
 from deformnet.tasks.proposals import StoredProposals
 
 DetectionImages = VOCDetection | COCODetection
@@ -101,7 +101,7 @@ class DetectionModule(TrainingModule):
         model: Detector,
         data: DataIdentity,
         *,
-        testing: DetectionTesting,
+        testing: TestTimeAugmentation,
     ) -> None:
         super().__init__(recipe, model, data)
         self.testing = testing
@@ -168,7 +168,7 @@ class DetectionJob:
     """What training and scoring do for a detector; see `deformnet.engine.train`."""
 
     recipe: DetectorRecipe
-    testing: DetectionTesting
+    testing: TestTimeAugmentation
     proposals: StoredProposals | None = None
 
     def __post_init__(self) -> None:
@@ -205,7 +205,7 @@ class DetectionJob:
         if self.recipe.batch > 1:  # so that less of a batch is padding
             sizes = [images.size(index) for index in range(len(images))]
             groups = [int(width >= height) for height, width in sizes]
-        if not images.has_truth:
+        if not images.has_ground_truth:
             raise ValueError(f"{images.root}: {images.split} has no objects to learn from")
         prepared = _TrainingImages(self.recipe, images, self.proposals)
         return TrainingData(self.recipe, prepared, collate, workers, parts, groups)
@@ -239,7 +239,7 @@ class DetectionJob:
         write_detections(detections, records)
         if isinstance(self.recipe, RPNRecipe):
             return {"recall": _recall(module.found, images)}
-        if isinstance(images, COCODetection) and not images.has_truth:
+        if isinstance(images, COCODetection) and not images.has_ground_truth:
             file = write_submission(detections.parent, records, images, self.recipe.network)
             return {"submission": str(file)}
         method = "11-point" if self.recipe.convention == "msra2017" else "area"

@@ -11,7 +11,13 @@ from torch.nn import functional as F
 
 from deformnet.data.base import IGNORE, SegmentationDataset
 from deformnet.data.segmentation import open_segmentation, segmentation_splits
-from deformnet.data.transforms import evaluation_transforms, training_transforms
+from deformnet.data.transforms import (
+    segmentation_evaluation_transforms,
+    segmentation_training_transforms,
+)
+from deformnet.engine.loading import ScoringData, TrainingData
+from deformnet.engine.module import TrainingModule
+from deformnet.engine.runs import DataIdentity
 from deformnet.metrics.segmentation import (
     SegmentationScores,
     confusion_matrix,
@@ -19,11 +25,8 @@ from deformnet.metrics.segmentation import (
 )
 from deformnet.models.deeplab import DeepLab
 from deformnet.recipes import DeepLabRecipe
-from deformnet.engine.runs import DataIdentity
-from deformnet.engine.loading import ScoringData, TrainingData
-from deformnet.engine.module import TrainingModule
 
-ScoreAt = Literal["truth", "network"]
+ScoreAt = Literal["original", "network"]
 """The size at which predictions meet the truth: that of the label map on disk, to which the logits
 are upsampled; or that at which the network sees the image, to which the label map is resized (the
 authors' rule on VOC: mean IoU at 360 pixels)."""
@@ -69,7 +72,7 @@ class SegmentationModule(TrainingModule):
         model: DeepLab,
         data: DataIdentity,
         *,
-        score_at: ScoreAt = "truth",
+        score_at: ScoreAt = "original",
     ) -> None:
         super().__init__(recipe, model, data)
         self.score_at = score_at
@@ -86,7 +89,7 @@ class SegmentationModule(TrainingModule):
     def validation_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> None:
         image, truth, resized = batch
         logits = self.model(image[None].contiguous(memory_format=torch.channels_last))
-        if self.score_at == "truth":
+        if self.score_at == "original":
             size = list(truth.shape)
             logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
         else:
@@ -102,7 +105,7 @@ class SegmentationJob:
     """What training and scoring do for a DeepLab; see `deformnet.engine.train`."""
 
     recipe: DeepLabRecipe
-    score_at: ScoreAt = "truth"
+    score_at: ScoreAt = "original"
 
     loss_terms: ClassVar[tuple[str, ...]] = ()
 
@@ -116,7 +119,7 @@ class SegmentationJob:
         return DataIdentity.of(images.classes, (images.name(i) for i in range(len(images))))
 
     def training_data(self, images: SegmentationDataset, workers: int, parts: int) -> TrainingData:
-        images.transforms = training_transforms(
+        images.transforms = segmentation_training_transforms(
             short_side=self.recipe.short_side,
             max_side=self.recipe.max_side,
             crop=self.recipe.crop,
@@ -142,7 +145,7 @@ class _ScoredImages:
 
     def __init__(self, recipe: DeepLabRecipe, images: SegmentationDataset) -> None:
         self.images = images
-        self.transforms = evaluation_transforms(
+        self.transforms = segmentation_evaluation_transforms(
             short_side=recipe.short_side, max_side=recipe.max_side
         )
 

@@ -1,0 +1,124 @@
+"""What is in an image, predicted or known: drawn, listed and located alike for every task."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Self
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+
+class Thing(NamedTuple):
+    """An object.
+
+    Attributes:
+        name: class name.
+        box: x1, y1, x2, y2, edges in pixels of the image.
+        mask: bool [h, w], pixels of the object among those that the box touches.
+        corner: first of these pixels, (y, x).
+    """
+
+    name: str
+    box: tuple[float, float, float, float]
+    mask: np.ndarray
+    corner: tuple[int, int]
+
+    @property
+    def area(self) -> int:
+        """Pixels of the image that it covers."""
+        return int(np.count_nonzero(self.mask))
+
+    def at(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+        """Whether it covers the pixels where rows and columns cross: bool [rows, columns]."""
+        height, width = self.mask.shape
+        y, x = rows - self.corner[0], columns - self.corner[1]
+        within = ((y >= 0) & (y < height))[:, None] & ((x >= 0) & (x < width))
+        return within & self.mask[y.clip(0, height - 1)][:, x.clip(0, width - 1)]
+
+
+@dataclass(frozen=True)
+class Contents:
+    """Objects and background of an image of H x W pixels.
+
+    Attributes:
+        things: objects.
+        background: bool [H, W], pixels of neither an object nor void.
+    """
+
+    things: Sequence[Thing]
+    background: np.ndarray
+
+    def boxes(self) -> Tensor:
+        """The boxes of the objects, [M, 4]."""
+        return torch.tensor([thing.box for thing in self.things]).reshape(-1, 4)
+
+
+class Annotation(ABC):
+    """What is in an image: predicted by a network, or known as ground truth.
+
+    Attributes:
+        boxes: float32 [D, 4] in pixels of the image; D is 0 where a task has no boxes.
+        names: class names of the boxes, D.
+        scores: [D] of predicted boxes, best first; None for ground truth.
+        label: class of the whole image, if there is one.
+    """
+
+    boxes: Tensor = torch.zeros(0, 4)
+    names: Sequence[str] = ()
+    scores: Tensor | None = None
+    label: str | None = None
+
+    @abstractmethod
+    def draw(self, image: Tensor) -> Image.Image | None:
+        """A picture of it over the image, uint8 [3, H, W] of any size; None if there is none."""
+
+    def best(self, count: int | None = None, least_score: float = 0.0) -> Self:
+        """The best predicted boxes alone: at most `count`, with at least `least_score`."""
+        return self
+
+    def captions(self) -> list[str]:
+        """Class and score of each box."""
+        if self.scores is None:
+            return list(self.names)
+        pairs = zip(self.names, self.scores.tolist(), strict=True)
+        return [f"{name} {score:.2f}" for name, score in pairs]
+
+    def ranking(self, count: int) -> list[tuple[str, float]]:
+        """Most probable classes of the whole image; empty unless a classifier predicted it."""
+        return []
+
+    @abstractmethod
+    def contents(self, objects: Collection[str]) -> Contents:
+        """Objects and background, by ground truth that locates objects.
+
+        Args:
+            objects: names of the classes whose members are objects; all else is background.
+        """
+
+
+class AnnotatedImages(ABC):
+    """Images with ground truth to look at.
+
+    Attributes:
+        classes: names of the labels.
+        countable: those whose members are single objects ("car"), not stuff ("sky").
+        objects_are: rule that finds the objects, as a sentence to format with `classes`.
+    """
+
+    classes: tuple[str, ...]
+    countable: tuple[str, ...]
+    objects_are: str = "Objects are all annotated boxes of {classes}"
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def name(self, index: int) -> str:
+        """The image's name in its set."""
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> tuple[Tensor, Annotation]:
+        """An image uint8 [3, H, W] and its ground truth."""

@@ -1,0 +1,319 @@
+"""The protocol of a task: everything that differs between segmentation, detection, classification.
+
+A task opens data sets, and what it returns carries its own behavior: a `TrainingSet` makes batches,
+a `Batch` computes its losses, an `EvaluationSet` scores a network, `Scores` print themselves, a
+`Predictor` takes images. The layers above work with these alone and never see a task's samples.
+
+A new task is one module: a subclass of `Task` with its sets, scores and predictor, and a line in
+`deformnet.tasks.task_of`.
+"""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import ClassVar, Protocol, Self, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from deformnet._errors import UserError
+from deformnet._text import Table
+from deformnet.recipes import Recipe, ScoreAt, TestTimeAugmentation
+from deformnet.tasks.annotations import AnnotatedImages
+from deformnet.tasks.predictor import Predictor
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class DataIdentity:
+    """The training data of a run: a run continues only on the same data."""
+
+    classes: tuple[str, ...]
+    images: int
+    digest: str
+    proposals: bool = False
+    """Whether a detector was trained on stored proposals, and needs them to be evaluated."""
+
+    @classmethod
+    def of(
+        cls, classes: tuple[str, ...], names: Iterable[str], proposals: str | None = None
+    ) -> "DataIdentity":
+        """The identity of a data set with these classes and image names, in this order.
+
+        Args:
+            proposals: digest of the stored proposals of a detector.
+        """
+        listed = list(names)
+        parts = (*classes, "", *listed, *([] if proposals is None else ["", proposals]))
+        digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        return cls(classes, len(listed), digest, proposals is not None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskOptions:
+    """Options of evaluation and prediction; a task refuses those that do not apply to it."""
+
+    score_at: ScoreAt = "original"
+    augmentation: TestTimeAugmentation = TestTimeAugmentation()  # noqa: RUF009 (frozen)
+    proposals: tuple[Path, ...] = ()
+    """Files of stored proposals that replace a detector's own; see `deformnet.tasks.proposals`."""
+
+
+class Processes(Protocol):
+    """The processes that share an evaluation."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def count(self) -> int: ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where this process computes."""
+        ...
+
+    def gather(self, value: _T, /) -> list[_T]:
+        """The values of all processes in order of their ranks, in every process.
+
+        Args:
+            value: picklable, with tensors on the CPU.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class SingleProcess:
+    """`Processes` of a program that runs alone."""
+
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    rank: int = 0
+    count: int = 1
+
+    def gather(self, value: _T, /) -> list[_T]:
+        return [value]
+
+
+class Batch(Protocol):
+    """Samples that pass through the network together: a `NamedTuple` of tensors."""
+
+    @property
+    def images(self) -> Tensor:
+        """[N, 3, H, W], normalized; smaller images are padded on the right and at the bottom."""
+        ...
+
+    def weight(self) -> Tensor | int:
+        """Number of items that the losses are means over: images, or valid pixels."""
+        ...
+
+    def padded(self, height: int, width: int) -> Self:
+        """The same batch with images of at least its own size."""
+        ...
+
+    def losses(self, model: nn.Module) -> dict[str, Tensor]:
+        """The terms of the loss by name, scalars; `model` is the network of the task's recipe."""
+        ...
+
+
+class TrainingSet(ABC):
+    """Images with ground truth to train on, randomly transformed.
+
+    Attributes:
+        identity: what a run remembers of the data.
+        groups: a number for each image, if a batch should hold images of one number only.
+    """
+
+    identity: DataIdentity
+    groups: Sequence[int] | None = None
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.identity.classes
+
+    def __len__(self) -> int:
+        return self.identity.images
+
+    @abstractmethod
+    def batch(self, indices: Sequence[int], seeds: Sequence[int]) -> Batch:
+        """The images of these indices as a batch.
+
+        Args:
+            seeds: one for each image; all randomness of its sample follows from it.
+        """
+
+
+class Scores(ABC):
+    """The result of an evaluation, the same in every process."""
+
+    @abstractmethod
+    def to_json(self) -> dict[str, object]:
+        """Entries of `metrics.json`: fractions from 0 to 1, None instead of NaN."""
+
+    @abstractmethod
+    def table(self) -> Table:
+        """Scores in percent, by class where there are such; the title names the metric."""
+
+    @abstractmethod
+    def summary(self) -> dict[str, float | None]:
+        """Scores in percent, by the names in the paper's tables ("mean IoU", "mAP@0.5")."""
+
+    def save(self, folder: Path, suffix: str = "") -> dict[str, str]:
+        """Writes the predictions that were scored, if the task keeps them.
+
+        Args:
+            suffix: ending of the file names, such as "-val".
+        Returns:
+            Further entries of `metrics.json`.
+        """
+        return {}
+
+
+class EvaluationSet(ABC):
+    """Images to score a network on; those without published ground truth give predictions only.
+
+    Attributes:
+        classes: names of the labels.
+    """
+
+    classes: tuple[str, ...]
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def name(self, index: int) -> str:
+        """The image's name in its set."""
+
+    @abstractmethod
+    def evaluate(
+        self, model: nn.Module, processes: Processes, *, workers: int = 0, progress: bool = False
+    ) -> Scores:
+        """Scores a network; any number of processes gives the same scores to the last bit.
+
+        Args:
+            model: the network of the task's recipe.
+            processes: share the images; all of them call this method.
+            workers: processes that load images, for each of them.
+            progress: show a progress bar, in the first process.
+        """
+
+
+class ProposalSet(ABC):
+    """Images for which a detector makes proposals."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def write(
+        self,
+        model: nn.Module,
+        path: Path,
+        processes: Processes,
+        *,
+        workers: int = 0,
+        progress: bool = False,
+    ) -> None:
+        """Writes the proposals into a file, in the first process; arguments as of `evaluate`."""
+
+
+class Task(ABC):
+    """What a kind of network is trained and evaluated for.
+
+    Args:
+        recipe: of a network for this task.
+        options: of evaluation and prediction.
+    Attributes:
+        accepts: names of the options that this task has.
+        loss_terms: names of the terms of the loss, if there are several.
+        localizes: whether its networks locate objects, so that their sampling can be analyzed
+            object by object.
+    """
+
+    accepts: ClassVar[tuple[str, ...]] = ()
+    loss_terms: tuple[str, ...] = ()
+    localizes: ClassVar[bool] = True
+
+    def __init__(self, recipe: Recipe, options: TaskOptions) -> None:
+        for option in fields(options):
+            if option.name not in self.accepts and _is_set(options, option.name):
+                raise UserError(f"{option.name} does not apply to {recipe.network}")
+        self.network = recipe.network
+        self.options = options
+
+    @abstractmethod
+    def splits(self, root: Path) -> list[str]:
+        """The splits of the data set in a folder."""
+
+    @abstractmethod
+    def training_set(self, root: Path, split: str) -> TrainingSet:
+        """Opens images to train on."""
+
+    @abstractmethod
+    def evaluation_set(
+        self, root: Path, split: str, trained_on: DataIdentity | None = None
+    ) -> EvaluationSet:
+        """Opens images to score a network on.
+
+        Args:
+            trained_on: the training data of the network, whose classes the images must have.
+        """
+
+    def proposal_set(self, root: Path, split: str, trained_on: DataIdentity) -> ProposalSet:
+        """Opens images to make proposals for; for detectors only."""
+        raise UserError(f"expected a detector, which makes proposals, but got {self.network}")
+
+    @abstractmethod
+    def annotated(
+        self, root: Path, split: str, classes: tuple[str, ...] | None = None
+    ) -> AnnotatedImages:
+        """Opens images with ground truth to look at; `classes` are those expected."""
+
+    @abstractmethod
+    def predictor(
+        self,
+        model: nn.Module,
+        trained_on: DataIdentity,
+        device: torch.device | str | None = None,
+    ) -> Predictor:
+        """The predictor of a trained network.
+
+        Args:
+            model: the network of the task's recipe.
+            device: where to compute; None takes a GPU if there is one.
+        """
+
+    def freeze(self, model: nn.Module) -> None:  # noqa: B027 (most tasks train everything)
+        """Excludes from training the parts of the network that learn nothing in this task."""
+
+
+def seeded(make: Callable[[int], _T], indices: Sequence[int], seeds: Sequence[int]) -> list[_T]:
+    """Calls `make` for each index with torch's generator seeded; its state is restored."""
+    samples = []
+    with torch.random.fork_rng(devices=[]):
+        for index, seed in zip(indices, seeds, strict=True):
+            torch.default_generator.manual_seed(seed)
+            samples.append(make(index))
+    return samples
+
+
+def require_classes(root: Path, classes: tuple[str, ...], expected: tuple[str, ...]) -> None:
+    """Refuses a data set with other classes than those a network was trained on."""
+    if tuple(classes) != tuple(expected):
+        raise UserError(
+            f"{root}: expected the classes that the network was trained on "
+            f"({_listed(expected)}), but got {_listed(classes)}"
+        )
+
+
+def _is_set(options: TaskOptions, name: str) -> bool:
+    return getattr(options, name) != getattr(TaskOptions(), name)
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Names in a line that stays readable for a thousand of them."""
+    more = f" and {len(names) - 30} more" if len(names) > 30 else ""
+    return ", ".join(names[:30]) + more

@@ -1,0 +1,178 @@
+"""The protocol of predictors: a trained network that takes images in any form."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import ClassVar, Generic, NamedTuple, TypeVar, overload
+
+import torch
+from torch import Tensor, nn
+
+from deformnet.tasks.annotations import Annotation
+from deformnet.tasks.images import ImageInput, as_image
+
+_P = TypeVar("_P", covariant=True)
+_Pair = tuple[float, float]
+Size = tuple[int, int]
+
+
+class Prepared(NamedTuple):
+    """An image as a network sees it, and the map between the pixels of both.
+
+    Places are (y, x), and whole numbers are centers of pixels.
+
+    Attributes:
+        input: [1, 3, h, w], normalized, on the device of the network.
+        scale: pixels of the resized image per pixel of the image, vertically and horizontally.
+        corner: first pixel of the input in the resized image; (0, 0) if nothing was cropped.
+    """
+
+    input: Tensor
+    scale: _Pair
+    corner: _Pair = (0, 0)
+
+    @classmethod
+    def whole(cls, input: Tensor, image: Tensor) -> "Prepared":
+        """The input that an image was resized to."""
+        (height, width), (h, w) = image.shape[-2:], input.shape[-2:]
+        return cls(input, (h / height, w / width))
+
+    @property
+    def size(self) -> Size:
+        """(h, w) of the input."""
+        height, width = self.input.shape[-2:]
+        return height, width
+
+    def to_input(self, place: _Pair) -> _Pair:
+        """A place of the image in the input; outside of it if that part was cropped."""
+        y, x = (
+            (at + 0.5) * scale - 0.5 - corner
+            for at, scale, corner in zip(place, self.scale, self.corner, strict=True)
+        )
+        return y, x
+
+    def to_image(self, places: Tensor) -> Tensor:
+        """Places [..., 2] of the input in the image."""
+        corner, scale = places.new_tensor(self.corner), places.new_tensor(self.scale)
+        return (places + corner + 0.5) / scale - 0.5
+
+
+class Bins(NamedTuple):
+    """Bins of deformable RoI pooling in pixels of the image, [D, ph, pw, 4] each."""
+
+    regular: Tensor
+    moved: Tensor
+
+
+class Inference(ABC):
+    """One pass of a network over an image, kept for further questions.
+
+    Attributes:
+        annotation: the prediction.
+    """
+
+    annotation: Annotation
+
+    def bins(self, boxes: Annotation) -> Bins | None:
+        """Bins of predicted boxes, moved as their classes move them; None without such pooling.
+
+        Args:
+            boxes: `annotation`, or the best of it.
+        """
+        return None
+
+
+class Predictor(ABC, Generic[_P]):
+    """A trained network that takes images of any size.
+
+    Attributes:
+        model: the network, in evaluation mode on `device`.
+        classes: names of the labels.
+        device: where it computes.
+        pooling: name of the deformable RoI pooling in `model`; None if it has none.
+        has_boxes: whether it predicts boxes.
+        has_picture: whether `Annotation.draw` gives pictures of its predictions.
+        sees_conv5: whether its predictions depend on conv5, where deformable layers are.
+    """
+
+    pooling: str | None = None
+    has_boxes: ClassVar[bool] = False
+    has_picture: ClassVar[bool] = True
+    sees_conv5: bool = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        classes: Sequence[str],
+        device: torch.device | str | None = None,
+    ) -> None:
+        """
+        Args:
+            device: where to compute; None takes a GPU if there is one.
+        """
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(device)
+        self.classes = tuple(classes)
+        self.model = model.eval().to(self.device).to(memory_format=torch.channels_last)
+
+    @overload
+    def __call__(self, image: ImageInput, /) -> _P: ...
+
+    @overload
+    def __call__(self, image: list[ImageInput], /) -> list[_P]: ...
+
+    def __call__(self, image: ImageInput | list[ImageInput], /) -> _P | list[_P]:
+        """The prediction of an image, or of each in a list.
+
+        Args:
+            image: path (turned as its EXIF orientation says), PIL image, uint8 array [H, W, 3], or
+                uint8 tensor [3, H, W], in RGB; or a list of those.
+        Raises:
+            ValueError, TypeError: for anything else.
+            OSError: if a file cannot be read.
+        """
+        if isinstance(image, list):
+            return [self.predict(as_image(one)) for one in image]
+        return self.predict(as_image(image))
+
+    @abstractmethod
+    def predict(self, image: Tensor) -> _P:
+        """The prediction of an image uint8 [3, H, W], on the CPU."""
+
+    @abstractmethod
+    def annotate(self, image: Tensor) -> Annotation:
+        """The same, as what can be drawn and listed."""
+
+    @abstractmethod
+    def prepare(self, image: Tensor) -> Prepared:
+        """The input of the network for an image uint8 [3, H, W]."""
+
+    @abstractmethod
+    def infer(self, prepared: Prepared, size: Size) -> Inference:
+        """Runs the network once, without test-time augmentation.
+
+        Args:
+            prepared: the image.
+            size: its height and width before it was prepared.
+        """
+
+    def arguments(self, prepared: Prepared) -> tuple[object, ...]:
+        """The arguments to call `model` with."""
+        return (prepared.input,)
+
+    @abstractmethod
+    def write(
+        self, files: Sequence[Path], out: Path, *, threshold: float = 0.5
+    ) -> Iterator[tuple[Path, str | None]]:
+        """Predicts image files into a folder.
+
+        Args:
+            files: as `find_images` returns them.
+            out: the folder.
+            threshold: least score of a box that is drawn.
+        Yields:
+            Each file when it is done, with None or one line about what is wrong with it.
+        Raises:
+            OSError: if a result cannot be written.
+        """
