@@ -1,0 +1,57 @@
+"""Settings of `train` and `evaluate` that do not change the result; importing them is cheap."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from deformnet._errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hardware:
+    """Machines and processes of a run."""
+
+    devices: int | None = None
+    """Processes (CPU) or GPUs on each node; None takes what torchrun, SLURM or Ray started, or 1."""
+    nodes: int | None = None
+    """Nodes; None takes what torchrun, SLURM or Ray spans, or 1. All need the same folders."""
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    """Hardware to compute on; auto uses GPUs if there are any."""
+    workers: int | None = None
+    """Processes that load images, for each computing process; None chooses."""
+
+    def __post_init__(self) -> None:
+        require_at_least(1, devices=self.devices, nodes=self.nodes)
+        require_at_least(0, workers=self.workers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopOptions:
+    """How the training loop proceeds."""
+
+    accumulate: int = 1
+    """Split each batch into this many parts that are processed in turn, to use less memory. The
+    result is the same, except for trained batch norm, whose statistics are then those of a part."""
+    checkpoint_every: int = 200
+    """Iterations between checkpoints."""
+    log_every: int = 10
+    """Iterations between rows of the logs, and between checks of the offsets."""
+    stop_on_runaway: bool = False
+    """Stop when the offsets of a layer run away (its samples leave the feature map), instead of
+    warning."""
+    progress: bool = True
+    """Show a progress bar."""
+
+    def __post_init__(self) -> None:
+        require_at_least(
+            1,
+            accumulate=self.accumulate,
+            checkpoint_every=self.checkpoint_every,
+            log_every=self.log_every,
+        )
+
+
+def require_at_least(least: int, **values: int | None) -> None:
+    """Refuses values below a bound, by name."""
+    for name, value in values.items():
+        if value is not None and value < least:
+            raise UserError(f"expected {name} to be at least {least}, but got {value}")
