@@ -12,12 +12,12 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from deformnet.visualization import save
 from deformnet.ops import deform_conv2d, deform_roi_pool
+from deformnet.ops.roi_pool.api import Sampling
 
 # The definition: where a bin has its samples.
 from deformnet.ops.roi_pool.reference import _Axis, _axis
-from deformnet.ops.roi_pool.api import Sampling
+from deformnet.visualization import save_figure
 
 _BORDERS: tuple[tuple[Literal["zeros", "msra2017"], str], ...] = (
     ("zeros", "#0072b2"),
@@ -39,10 +39,10 @@ _SHIFT = (0.9, 0.6)  # (x, y), in cells
 
 def make(folder: Path) -> None:
     """Writes all pictures of the page of the operators into a folder."""
-    save(_border_line(), folder / "border-line.png")
-    save(_border_plane(), folder / "border-plane.png")
-    save(_rules(), folder / "rules.png")
-    save(_outside(), folder / "outside.png")
+    save_figure(_border_line(), folder / "border-line.png")
+    save_figure(_border_plane(), folder / "border-plane.png")
+    save_figure(_rules(), folder / "rules.png")
+    save_figure(_outside(), folder / "outside.png")
 
 
 def _read(values: Tensor, y: Tensor, x: Tensor, border: Literal["zeros", "msra2017"]) -> Tensor:

@@ -74,7 +74,7 @@ for iteration in range(200):
 # the top down.
 
 from deformnet.analysis import SamplingLocations, record_sampling
-from deformnet.visualization import Look, sampling_figure
+from deformnet.visualization import SampledUnit, sampling_figure
 
 images, radii = discs(1, generator)
 shown = (255 * (0.3 + 0.4 * images[0]).clamp(0, 1)).to(torch.uint8).expand(3, -1, -1)
@@ -86,13 +86,13 @@ for what, disc in (("small disc", (radius > 0) & (radius < 1)), ("large disc", r
 stack = record_sampling(model, images, layers[::-1])
 
 
-def look(what: str, point: tuple[float, float], at_rest: bool) -> Look:
+def look(what: str, point: tuple[float, float], at_rest: bool) -> SampledUnit:
     unit = stack.unit_at(point)
     levels = [stack.locations(unit, depth=depth, at_rest=at_rest) for depth in (1, 2, 3)]
     first = [
         SamplingLocations(points[0], inside[0]) for points, inside in levels
     ]  # of the first image
-    return Look(shown, what, stack.centre(unit), first)
+    return SampledUnit(shown, what, stack.centre(unit), first)
 
 
 looks = {

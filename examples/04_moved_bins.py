@@ -79,16 +79,16 @@ for iteration in range(300):
 # -----------
 
 from deformnet.analysis import moved_bins
-from deformnet.visualization import Parts, parts_figure
+from deformnet.visualization import DetectionBins, bins_figure
 
 images, _ = bars(6, generator)
 boxes = boxes_of(images)
 bins = moved_bins(model, "pool", images, boxes)
 found = [
-    Parts((255 * image).to(torch.uint8), "a bar", box[1:], plain, moved)
+    DetectionBins((255 * image).to(torch.uint8), "a bar", box[1:], plain, moved)
     for image, box, plain, moved in zip(images, boxes, bins.plain, bins.moved[:, 0], strict=True)
 ]
-figure = parts_figure(found)
+figure = bins_figure(found)
 
 # %%
 # Bins keep their size and cannot leave it: they can only move. In a detector the layers of the

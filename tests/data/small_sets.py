@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deformnet.data.voc import colour_map
+from deformnet.data.voc import color_map
 
 
 def save_image(path: Path, height: int = 12, width: int = 16, seed: int = 0) -> None:
@@ -21,7 +21,7 @@ def save_labels(path: Path, labels: np.ndarray, mode: str = "P") -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     image = Image.fromarray(labels.astype(np.uint8))
     if mode == "P":
-        image.putpalette(colour_map().tobytes())
+        image.putpalette(color_map().tobytes())
     image.save(path)
 
 

@@ -15,14 +15,14 @@ from torchvision.datasets import ImageFolder
 from deformnet.data import (
     ImageFolderClassification,
     Shapes,
-    classification_testing_transforms,
+    classification_evaluation_transforms,
     classification_training_transforms,
     image_folder_splits,
     write_shapes,
 )
 from deformnet.data.synthetic.scenes import OBJECTS
 from deformnet.data.synthetic.shapes import scene
-from deformnet.data.transforms import IMAGENET_MEAN, IMAGENET_STD, RandomColour
+from deformnet.data.transforms import IMAGENET_MEAN, IMAGENET_STD, PCAColorJitter
 
 MADE = Shapes(train=13, val=3, height=32, width=40, layout="image-folder")
 
@@ -170,7 +170,7 @@ def in_pixels(prepared: torch.Tensor) -> torch.Tensor:
 
 
 def test_testing_takes_the_centre():
-    prepare = classification_testing_transforms(short_side=20, crop=10)
+    prepare = classification_evaluation_transforms(short_side=20, crop=10)
     seen = in_pixels(prepare(image_of(20, 40)))
     assert type(prepare(image_of(20, 40))) is torch.Tensor
     assert seen.shape == (3, 10, 10)
@@ -179,7 +179,9 @@ def test_testing_takes_the_centre():
 
 
 def test_training_takes_every_size_place_and_side():
-    prepare = classification_training_transforms(resize=(20, 24), crop=10, flip=True, colour=False)
+    prepare = classification_training_transforms(
+        resize=(20, 24), crop=10, flip=True, color_jitter=False
+    )
     ramp = tv_tensors.Image(6 * image_of(40, 40))
     sizes, tops, flipped = set(), set(), set()
     torch.manual_seed(0)
@@ -202,13 +204,15 @@ def test_a_crop_as_large_as_the_image_always_fits():
     """Also where a side times its scale falls below the wanted one through rounding."""
     for side in range(20, 140, 7):
         prepare = classification_training_transforms(
-            resize=(16, 16), crop=16, flip=False, colour=False
+            resize=(16, 16), crop=16, flip=False, color_jitter=False
         )
         assert prepare(image_of(side, side + 3)).shape == (3, 16, 16)
 
 
 def test_randomness_is_the_generators():
-    prepare = classification_training_transforms(resize=(20, 40), crop=16, flip=True, colour=True)
+    prepare = classification_training_transforms(
+        resize=(20, 40), crop=16, flip=True, color_jitter=True
+    )
     torch.manual_seed(3)
     first = prepare(image_of(50, 60))
     other = prepare(image_of(50, 60))
@@ -222,7 +226,7 @@ def test_colour_moves_along_the_principal_components():
     grey = tv_tensors.Image(torch.full((3, 2, 2), 0.5))
     shifts = []
     for _ in range(4000):
-        shift = RandomColour()(grey) - 0.5
+        shift = PCAColorJitter()(grey) - 0.5
         assert (shift == shift[:, :1, :1]).all(), "one shift for all pixels"
         shifts.append(shift[:, 0, 0])
     drawn = torch.stack(shifts)
@@ -238,13 +242,13 @@ def test_colour_moves_along_the_principal_components():
 
 def test_sizes_that_cannot_be():
     with one_line(ValueError, "crop must not exceed", 20, 21):
-        classification_testing_transforms(short_side=20, crop=21)
+        classification_evaluation_transforms(short_side=20, crop=21)
     with one_line(ValueError, "crop must not exceed", 20, 21):
-        classification_training_transforms(resize=(20, 30), crop=21, flip=False, colour=False)
+        classification_training_transforms(resize=(20, 30), crop=21, flip=False, color_jitter=False)
     with one_line(ValueError, "resize", (30, 20)):
-        classification_training_transforms(resize=(30, 20), crop=8, flip=False, colour=False)
+        classification_training_transforms(resize=(30, 20), crop=8, flip=False, color_jitter=False)
     with one_line(ValueError, "crop must be at least 1"):
-        classification_testing_transforms(short_side=20, crop=0)
+        classification_evaluation_transforms(short_side=20, crop=0)
 
 
 # The made folder.

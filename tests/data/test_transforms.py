@@ -10,8 +10,8 @@ from deformnet.data.transforms import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     Resize,
-    evaluation_transforms,
-    training_transforms,
+    segmentation_evaluation_transforms,
+    segmentation_training_transforms,
 )
 
 
@@ -40,14 +40,16 @@ def normalised(image):
     ],
 )
 def test_size_after_resizing(size, short, longest, expected):
-    image, mask = evaluation_transforms(short_side=short, max_side=longest)(*pair(*size))
+    image, mask = segmentation_evaluation_transforms(short_side=short, max_side=longest)(
+        *pair(*size)
+    )
     assert image.shape == (3, *expected)
     assert mask.shape == expected
 
 
 def test_same_size_is_only_normalised():
     image, mask = pair(24, 36)
-    out, labels = evaluation_transforms(short_side=24, max_side=None)(image, mask)
+    out, labels = segmentation_evaluation_transforms(short_side=24, max_side=None)(image, mask)
     assert (out.dtype, labels.dtype) == (torch.float32, torch.int64)
     assert type(out) is type(labels) is torch.Tensor
     torch.testing.assert_close(out, normalised(image))
@@ -80,7 +82,9 @@ def test_labels_stay_with_their_pixels():
     mask[:, 30:] = 1
     mask[20:35, 10:50] = 2
     image = 255 * torch.nn.functional.one_hot(mask.long(), 3).permute(2, 0, 1).to(torch.uint8)
-    transforms = training_transforms(short_side=100, max_side=None, crop=(90, 110), flip=True)
+    transforms = segmentation_training_transforms(
+        short_side=100, max_side=None, crop=(90, 110), flip=True
+    )
     mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
     for seed in range(5):
         torch.manual_seed(seed)
@@ -92,7 +96,9 @@ def test_labels_stay_with_their_pixels():
 
 def test_crop_of_a_smaller_image_is_padded():
     image, mask = pair(20, 30)
-    transforms = training_transforms(short_side=20, max_side=None, crop=(32, 40), flip=False)
+    transforms = segmentation_training_transforms(
+        short_side=20, max_side=None, crop=(32, 40), flip=False
+    )
     places = set()
     for seed in range(20):
         torch.manual_seed(seed)
@@ -109,7 +115,9 @@ def test_crop_of_a_smaller_image_is_padded():
 
 
 def test_crop_is_padded_along_one_side_alone():
-    transforms = training_transforms(short_side=20, max_side=None, crop=(32, 24), flip=False)
+    transforms = segmentation_training_transforms(
+        short_side=20, max_side=None, crop=(32, 24), flip=False
+    )
     out, labels = transforms(*pair(20, 30))
     assert out.shape == (3, 32, 24)
     assert (labels != 255).sum() == 20 * 24
@@ -117,7 +125,9 @@ def test_crop_is_padded_along_one_side_alone():
 
 def test_flip_mirrors_both_half_of_the_time():
     image, mask = pair(20, 30)
-    transforms = training_transforms(short_side=20, max_side=None, crop=None, flip=True)
+    transforms = segmentation_training_transforms(
+        short_side=20, max_side=None, crop=None, flip=True
+    )
     torch.manual_seed(0)
     flipped = 0
     for _ in range(100):
@@ -132,7 +142,9 @@ def test_flip_mirrors_both_half_of_the_time():
 
 def test_randomness_is_torchs():
     sample = pair(40, 60)
-    transforms = training_transforms(short_side=50, max_side=None, crop=(32, 32), flip=True)
+    transforms = segmentation_training_transforms(
+        short_side=50, max_side=None, crop=(32, 32), flip=True
+    )
     results = []
     for _ in range(2):
         torch.manual_seed(7)
@@ -152,11 +164,11 @@ def test_randomness_is_torchs():
 )
 def test_bad_sizes(name, arguments):
     with pytest.raises(ValueError, match=f"{name} must be at least 1"):
-        evaluation_transforms(**arguments)
+        segmentation_evaluation_transforms(**arguments)
     with pytest.raises(ValueError, match=f"{name} must be at least 1"):
-        training_transforms(**arguments, crop=None, flip=False)
+        segmentation_training_transforms(**arguments, crop=None, flip=False)
 
 
 def test_bad_crop():
     with pytest.raises(ValueError, match="crop must be at least 1, got 0"):
-        training_transforms(short_side=8, max_side=None, crop=(4, 0), flip=False)
+        segmentation_training_transforms(short_side=8, max_side=None, crop=(4, 0), flip=False)

@@ -40,7 +40,7 @@ def test_two_years_of_boxes(years):
     assert images.image_path(2) == years / "VOCdevkit/VOC2012/JPEGImages/a.jpg"
     assert [images.size(i) for i in range(4)] == [(10, 14)] * 2 + [(12, 16)] * 2
     assert images.classes == ("one", "two")
-    assert images.has_truth
+    assert images.has_ground_truth
     assert [images.annotations(i).labels.tolist() for i in range(4)] == [[1], [1], [0, 1], []]
     assert images.annotations(1).boxes.tolist() == [[1, 2, 5, 5]]
     assert images.annotations(2).boxes.tolist() == [[2, 1, 9, 10], [0, 0, 16, 12]]
@@ -295,8 +295,8 @@ def without_truth(coco) -> Path:
 def test_images_without_truth(without_truth):
     assert detection_splits(without_truth) == ["test-dev2017", "train2014", "val2014"]
     images = open_detection(without_truth, "test-dev2017")
-    assert not images.has_truth
-    assert open_detection(without_truth, "train2014").has_truth
+    assert not images.has_ground_truth
+    assert open_detection(without_truth, "train2014").has_ground_truth
     assert len(images) == 3
     assert images.classes == ("one", "two")
     assert images.category_ids == (4, 90)
@@ -315,7 +315,7 @@ def test_a_folder_of_images_without_truth_alone(without_truth):
 
 def test_truth_comes_first_where_there_are_both(without_truth):
     write_coco(without_truth, coco_content(), "test-dev2017", "test2017")
-    assert open_detection(without_truth, "test-dev2017").has_truth
+    assert open_detection(without_truth, "test-dev2017").has_ground_truth
 
 
 def test_images_without_truth_are_not_joined_with_others(without_truth):

@@ -11,9 +11,9 @@ from small_sets import one_line, save_image, save_labels
 from torchvision import tv_tensors
 from torchvision.datasets import VOCSegmentation as TorchvisionVOC
 
-from deformnet.data import VOCSegmentation, evaluation_transforms
+from deformnet.data import VOCSegmentation, segmentation_evaluation_transforms
 from deformnet.data.files import read_image, read_labels
-from deformnet.data.voc import VOC_CLASSES, colour_map
+from deformnet.data.voc import VOC_CLASSES, color_map
 
 YEAR = "VOCdevkit/VOC2012"
 
@@ -81,7 +81,9 @@ def test_exif_orientation_is_not_applied(voc):
 
 
 def test_goes_to_worker_processes(voc):
-    images = VOCSegmentation(voc, "train", evaluation_transforms(short_side=8, max_side=None))
+    images = VOCSegmentation(
+        voc, "train", segmentation_evaluation_transforms(short_side=8, max_side=None)
+    )
     copy = pickle.loads(pickle.dumps(images))
     assert torch.equal(copy[1][0], images[1][0])
 
@@ -298,7 +300,7 @@ def test_flipped_bytes_are_read_or_refused(tmp_path, suffix):
 
 
 def test_colours_are_vocs():
-    colours = colour_map()
+    colours = color_map()
     known = {0: (0, 0, 0), 1: (128, 0, 0), 5: (128, 0, 128), 15: (192, 128, 128)}
     known |= {20: (0, 64, 128), 255: (224, 224, 192)}
     assert {label: tuple(colours[label].tolist()) for label in known} == known

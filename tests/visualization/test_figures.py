@@ -25,19 +25,19 @@ from deformnet.analysis import (
     record_sampling,
 )
 from deformnet.visualization import (
-    Heat,
-    Look,
-    Parts,
-    contact_sheet,
+    DetectionBins,
+    ReceptiveFieldMap,
+    SampledUnit,
+    bins_figure,
+    contact_sheet_figure,
     dilation_cell,
     dilation_figure,
     dilation_table,
-    draw_look,
-    fields_figure,
-    parts_figure,
-    receptive_fields_figure,
+    draw_sampled_unit,
+    receptive_field_figure,
     sampling_figure,
-    save,
+    save_figure,
+    two_layer_figure,
 )
 
 HEIGHT, WIDTH = 40, 60
@@ -54,7 +54,7 @@ def a_look(what="car", levels=3, seed=0):
     for depth in range(1, levels + 1):
         points = torch.rand(9**depth, 2, dtype=torch.float64, generator=generator) * 50 - 5
         found.append(SamplingLocations(points, points[:, 0] > 0))
-    return Look(an_image(), what, (12.5, 30.0), found)
+    return SampledUnit(an_image(), what, (12.5, 30.0), found)
 
 
 def panels(figure):
@@ -74,7 +74,7 @@ def texts(figure):
 def test_a_look_is_drawn_where_it_is():
     axes = Figure().subplots()
     look = a_look()
-    draw_look(axes, look)
+    draw_sampled_unit(axes, look)
     for drawn, (points, _) in zip(clouds(axes), reversed(look.levels), strict=True):
         np.testing.assert_array_equal(drawn, points)
     (unit,) = axes.lines
@@ -86,7 +86,7 @@ def test_a_look_is_drawn_where_it_is():
 def test_what_cannot_be_read_is_faint():
     axes = Figure().subplots()
     look = a_look(levels=2)
-    draw_look(axes, look)
+    draw_sampled_unit(axes, look)
     opacity = axes.collections[0].get_facecolors()[:, 3]
     np.testing.assert_array_equal(opacity == 1, look.levels[1].inside)
     assert 0 < opacity.min() < 0.5
@@ -116,7 +116,7 @@ def test_figure_6_of_one_network_that_does_not_fill_its_rows():
 
 def test_figure_5_follows_one_sample_of_each_unit():
     looks = [a_look("a cat", seed=1), a_look("a bus", seed=2)]
-    figure = fields_figure({"plain": looks, "deformable": looks[::-1]})
+    figure = two_layer_figure({"plain": looks, "deformable": looks[::-1]})
     axes = np.array(panels(figure)).reshape(3, 2)
     assert [one.get_title() for one in axes[0]] == ["(a) plain", "(b) deformable"]
     top, middle, bottom = axes[:, 0]
@@ -138,7 +138,7 @@ def test_a_contact_sheet_has_a_colour_for_each_kind():
         "one": [a_look("background", seed=1), a_look("large object", seed=2)],
         "two": [a_look("large object", seed=3)],
     }
-    figure = contact_sheet(images)
+    figure = contact_sheet_figure(images)
     one, two = panels(figure)
     assert (one.get_title(), two.get_title()) == ("one", "two")
     assert texts(figure) == ["background", "large object"]
@@ -150,12 +150,12 @@ def some_parts(what="cat 0.90"):
     box = torch.tensor([5.0, 4.0, 35.0, 34.0])
     starts = torch.stack(torch.meshgrid(torch.arange(2), torch.arange(3), indexing="xy"), -1)
     plain = torch.cat([starts * 10.0, starts * 10.0 + 8], -1)
-    return Parts(an_image(), what, box, plain, plain + torch.arange(6.0).reshape(3, 2, 1))
+    return DetectionBins(an_image(), what, box, plain, plain + torch.arange(6.0).reshape(3, 2, 1))
 
 
 def test_figure_7_draws_the_boxes():
     parts = some_parts()
-    figure = parts_figure([parts, some_parts("bus 0.20")])
+    figure = bins_figure([parts, some_parts("bus 0.20")])
     first, second = panels(figure)
     assert (first.get_title(), second.get_title()) == ("cat 0.90", "bus 0.20")
     drawn = [patch for patch in first.patches if isinstance(patch, Rectangle)]
@@ -172,7 +172,7 @@ def test_figure_7_draws_the_boxes():
 
 def test_figure_7_shows_what_is_around_a_small_box():
     box = torch.tensor([50.0, 2.0, 60.0, 8.0])
-    figure = parts_figure([dataclasses.replace(some_parts(), box=box)])
+    figure = bins_figure([dataclasses.replace(some_parts(), box=box)])
     (axes,) = panels(figure)
     # 2.5 times 10 of the 60 pixels, in the proportions of the image, and no more than is there.
     np.testing.assert_allclose(axes.get_xlim(), [35, 60])
@@ -216,8 +216,8 @@ def test_table_2_as_a_plot():
 def test_effective_fields():
     gradient = torch.zeros(HEIGHT, WIDTH)
     gradient[10:20, 20:40] = 1
-    heat = Heat(an_image(), "a cat", (15.0, 30.0), EffectiveField(gradient, 11.0, 1.0))
-    figure = receptive_fields_figure({"plain": [heat], "deformable": [heat]})
+    heat = ReceptiveFieldMap(an_image(), "a cat", (15.0, 30.0), EffectiveField(gradient, 11.0, 1.0))
+    figure = receptive_field_figure({"plain": [heat], "deformable": [heat]})
     top, bottom = panels(figure)
     assert (top.get_ylabel(), bottom.get_ylabel()) == ("plain", "deformable")
     (square,) = top.patches
@@ -256,7 +256,7 @@ def test_figures_of_any_model(tmp_path):
     def look(unit, *, at_rest=False):
         levels = (stack.locations(unit, depth=depth, at_rest=at_rest) for depth in (1, 2, 3))
         levels = [SamplingLocations(points[0], inside[0]) for points, inside in levels]
-        return Look(image, f"unit {unit}", stack.centre(unit), levels)
+        return SampledUnit(image, f"unit {unit}", stack.centre(unit), levels)
 
     units = [(1, 1), (2, 3)]
     looks = {
@@ -265,7 +265,7 @@ def test_figures_of_any_model(tmp_path):
     }
     rows = dilation_statistics(model, [AnnotatedImage(batch[0], torch.zeros(0, 4), 1.0)])
     heats = [
-        Heat(
+        ReceptiveFieldMap(
             image,
             "a unit",
             stack.centre(unit),
@@ -278,17 +278,17 @@ def test_figures_of_any_model(tmp_path):
     bins = moved_bins(pooled, "pool", batch, [box[None]])
     figures = {
         "sampling": sampling_figure(looks),
-        "fields": fields_figure(looks),
-        "sheet": contact_sheet({"image": looks["deformable"]}),
+        "fields": two_layer_figure(looks),
+        "sheet": contact_sheet_figure({"image": looks["deformable"]}),
         "dilation": dilation_figure(rows),
-        "heats": receptive_fields_figure({"deformable": heats}),
-        "parts": parts_figure([Parts(image, "a box", box, bins.plain[0], bins.moved[0, 0])]),
+        "heats": receptive_field_figure({"deformable": heats}),
+        "parts": bins_figure([DetectionBins(image, "a box", box, bins.plain[0], bins.moved[0, 0])]),
     }
-    save(figures["dilation"], tmp_path / "dilation.png")
+    save_figure(figures["dilation"], tmp_path / "dilation.png")
     with Image.open(tmp_path / "dilation.png") as picture:
         assert picture.size == (1040, 520)
     for name, figure in figures.items():
-        save(figure, tmp_path / f"{name}.svg")
+        save_figure(figure, tmp_path / f"{name}.svg")
         root = ElementTree.parse(tmp_path / f"{name}.svg").getroot()
         assert root.tag == "{http://www.w3.org/2000/svg}svg"
         # Text that can be searched, and not outlines of letters.
@@ -297,19 +297,19 @@ def test_figures_of_any_model(tmp_path):
 
 def test_the_same_figure_gives_the_same_file(tmp_path):
     for name in ("one.svg", "two.svg"):
-        save(sampling_figure({"mine": [a_look()]}), tmp_path / name)
+        save_figure(sampling_figure({"mine": [a_look()]}), tmp_path / name)
     assert (tmp_path / "one.svg").read_bytes() == (tmp_path / "two.svg").read_bytes()
     assert "729 two below" in (tmp_path / "one.svg").read_text()
 
 
 def test_clouds_of_points_do_not_make_an_svg_large(tmp_path):
-    save(sampling_figure({"mine": [a_look()]}), tmp_path / "sampling.svg")
+    save_figure(sampling_figure({"mine": [a_look()]}), tmp_path / "sampling.svg")
     assert (tmp_path / "sampling.svg").read_text().count("<use") < 200
 
 
 def test_other_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"figure.pdf: wanted a name that ends in .png or .svg"):
-        save(Figure(), tmp_path / "figure.pdf")
+        save_figure(Figure(), tmp_path / "figure.pdf")
     assert not list(tmp_path.iterdir())
 
 
@@ -318,19 +318,19 @@ def test_other_files_are_refused(tmp_path):
     [
         (lambda: sampling_figure({}), "looks: wanted the same units"),
         (lambda: sampling_figure({"a": [a_look()], "b": []}), "looks: wanted the same units"),
-        (lambda: fields_figure({}), "networks: wanted at least one"),
-        (lambda: fields_figure({"a": [a_look()]}), "networks: wanted two looks of a, got 1"),
-        (lambda: fields_figure({"a": [a_look(levels=1)] * 2}), "wanted two levels of a's looks"),
-        (lambda: contact_sheet({}), "images: wanted at least one image"),
-        (lambda: contact_sheet({"a": []}), "and a unit in each"),
-        (lambda: parts_figure([]), "parts: wanted at least one detection"),
+        (lambda: two_layer_figure({}), "networks: wanted at least one"),
+        (lambda: two_layer_figure({"a": [a_look()]}), "networks: wanted two looks of a, got 1"),
+        (lambda: two_layer_figure({"a": [a_look(levels=1)] * 2}), "wanted two levels of a's looks"),
+        (lambda: contact_sheet_figure({}), "images: wanted at least one image"),
+        (lambda: contact_sheet_figure({"a": []}), "and a unit in each"),
+        (lambda: bins_figure([]), "parts: wanted at least one detection"),
         (lambda: dilation_table([]), "rows: wanted at least one layer"),
         (lambda: dilation_figure([]), "rows: wanted at least one layer"),
-        (lambda: receptive_fields_figure({}), "networks: wanted the same units of each"),
+        (lambda: receptive_field_figure({}), "networks: wanted the same units of each"),
         (lambda: a_look(levels=0), "levels: wanted 1 to 4, got 0"),
         (lambda: dataclasses.replace(a_look(), image=torch.zeros(3, 4, 5)), "image: wanted uint8"),
         (
-            lambda: Look(an_image(), "", (0, 0), [SamplingLocations(*batch_of_points())]),
+            lambda: SampledUnit(an_image(), "", (0, 0), [SamplingLocations(*batch_of_points())]),
             r"levels: wanted points \[P, 2\]",
         ),
         (lambda: dataclasses.replace(some_parts(), box=torch.zeros(1, 4)), r"box: wanted \[4\]"),

@@ -9,11 +9,11 @@ from deformnet.data.image_folder import ImageFolderClassification, image_folder_
 from deformnet.data.segmentation import open_segmentation, segmentation_splits
 from deformnet.data.synthetic.shapes import Shapes, write_shapes
 from deformnet.data.transforms import (
-    classification_testing_transforms,
+    classification_evaluation_transforms,
     classification_training_transforms,
     detection_transforms,
-    evaluation_transforms,
-    training_transforms,
+    segmentation_evaluation_transforms,
+    segmentation_training_transforms,
 )
 from deformnet.data.voc import VOCDetection, VOCSegmentation
 
@@ -27,15 +27,15 @@ __all__ = [
     "Shapes",
     "VOCDetection",
     "VOCSegmentation",
-    "classification_testing_transforms",
+    "classification_evaluation_transforms",
     "classification_training_transforms",
     "detection_splits",
     "detection_transforms",
-    "evaluation_transforms",
     "image_folder_splits",
     "open_detection",
     "open_segmentation",
+    "segmentation_evaluation_transforms",
     "segmentation_splits",
-    "training_transforms",
+    "segmentation_training_transforms",
     "write_shapes",
 ]

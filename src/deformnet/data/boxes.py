@@ -71,7 +71,7 @@ class DetectionDataset(VisionDataset):
     Attributes:
         classes: names of the classes of objects, without a background.
         dropped: boxes that were left out.
-        has_truth: False if nobody but a server knows the objects: there are none here, and nothing
+        has_ground_truth: False if nobody but a server knows the objects: there are none here, and nothing
             to train on or to score with.
         transforms: called with (image, annotations); None for no change.
     """
@@ -85,7 +85,7 @@ class DetectionDataset(VisionDataset):
         classes: tuple[str, ...],
         transforms: Callable | None,
         *,
-        has_truth: bool = True,
+        has_ground_truth: bool = True,
     ) -> None:
         """
         Args:
@@ -96,7 +96,7 @@ class DetectionDataset(VisionDataset):
         super().__init__(root, transforms=transforms)
         self.folder = folder
         self.classes = classes
-        self.has_truth = has_truth
+        self.has_ground_truth = has_ground_truth
         self._names = _Texts(photo.name for photo in photos)
         self._files = _Texts(photo.file for photo in photos)
         self._sizes = torch.tensor([photo.size for photo in photos], dtype=torch.int64)

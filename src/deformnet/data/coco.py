@@ -71,12 +71,18 @@ class COCODetection(DetectionDataset):
             image_ids += image_files
         require_union(parts)
         _require_one_numbering(files, ids, image_ids)
-        has_truth = [not is_image_info(path) for path in files]
-        if any(has_truth) and not all(has_truth):
-            bare = files[has_truth.index(False)]
+        has_ground_truth = [not is_image_info(path) for path in files]
+        if any(has_ground_truth) and not all(has_ground_truth):
+            bare = files[has_ground_truth.index(False)]
             raise ValueError(f"{bare}: has no objects, so it cannot be joined with splits that do")
         super().__init__(
-            root, root, photos, objects, parts[0].classes, transforms, has_truth=has_truth[0]
+            root,
+            root,
+            photos,
+            objects,
+            parts[0].classes,
+            transforms,
+            has_ground_truth=has_ground_truth[0],
         )
         self.split = split
         self.annotation_files = tuple(files)

@@ -20,11 +20,11 @@ __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
     "Resize",
-    "classification_testing_transforms",
+    "classification_evaluation_transforms",
     "classification_training_transforms",
     "detection_transforms",
-    "evaluation_transforms",
-    "training_transforms",
+    "segmentation_evaluation_transforms",
+    "segmentation_training_transforms",
 ]
 
 Transforms = Callable[[tv_tensors.Image, tv_tensors.Mask], tuple[Tensor, Tensor]]
@@ -45,7 +45,7 @@ _COLOUR_DIRECTIONS = (
 _COLOUR_SPREAD = 0.1
 
 
-def training_transforms(
+def segmentation_training_transforms(
     *, short_side: int, max_side: int | None, crop: tuple[int, int] | None, flip: bool
 ) -> Transforms:
     """Resize, random crop, random flip, normalise.
@@ -76,8 +76,8 @@ def training_transforms(
     return v2.Compose([*steps, *_to_network()])
 
 
-def evaluation_transforms(*, short_side: int, max_side: int | None) -> Transforms:
-    """Resize and normalise; arguments, result and errors as `training_transforms`.
+def segmentation_evaluation_transforms(*, short_side: int, max_side: int | None) -> Transforms:
+    """Resize and normalise; arguments, result and errors as `segmentation_training_transforms`.
 
     The mask is resized too: predictions are scored at the size at which the network sees the
     image, as the authors' code does (on VOC: mean IoU at 360 pixels).
@@ -111,7 +111,7 @@ def detection_transforms(
 
 
 def classification_training_transforms(
-    *, resize: tuple[int, int], crop: int, flip: bool, colour: bool
+    *, resize: tuple[int, int], crop: int, flip: bool, color_jitter: bool
 ) -> ImageTransforms:
     """Random resize, random crop, random flip, random colour, normalise.
 
@@ -122,7 +122,7 @@ def classification_training_transforms(
             them is as likely.
         crop: side of the random square crop.
         flip: mirror left and right, every second time.
-        colour: shift the colours as Krizhevsky et al. 2012 (section 4.1).
+        color_jitter: shift the colors as Krizhevsky et al. 2012 (section 4.1).
     Returns:
         A function of an image (uint8 [3, H, W]); it gives float32 [3, crop, crop], normalised with
         ImageNet's mean and standard deviation.
@@ -137,12 +137,12 @@ def classification_training_transforms(
     steps: list[v2.Transform] = [RandomResize(smallest, largest), v2.RandomCrop(crop)]
     if flip:
         steps.append(v2.RandomHorizontalFlip())
-    if colour:
-        steps += [v2.ToDtype(torch.float32, scale=True), RandomColour()]
+    if color_jitter:
+        steps += [v2.ToDtype(torch.float32, scale=True), PCAColorJitter()]
     return v2.Compose([*steps, *_to_network()])
 
 
-def classification_testing_transforms(*, short_side: int, crop: int) -> ImageTransforms:
+def classification_evaluation_transforms(*, short_side: int, crop: int) -> ImageTransforms:
     """Resize, crop the centre, normalise; result as `classification_training_transforms`.
 
     Args:
@@ -230,7 +230,7 @@ class RandomResize(v2.Transform):
         return params["resize"].transform(inpt, {})
 
 
-class RandomColour(v2.Transform):
+class PCAColorJitter(v2.Transform):
     """Shifts all pixels of an image along the principal components of ImageNet's colours.
 
     Krizhevsky et al. 2012, section 4.1: each component times its variance times a normal number of

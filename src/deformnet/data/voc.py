@@ -214,7 +214,7 @@ def find_years(root: Path) -> list[Path]:
     )
 
 
-def colour_map() -> np.ndarray:
+def color_map() -> np.ndarray:
     """VOC's colours: uint8 [256, 3], the RGB of each label, made of the label's bits."""
     labels = np.arange(256, dtype=np.uint8)
     colours = np.zeros((256, 3), dtype=np.uint8)

@@ -9,9 +9,9 @@ from matplotlib.artist import Artist
 from matplotlib.patches import Patch
 from torch import Tensor
 
-from deformnet.visualization import Look, draw_looks, save
-from deformnet.visualization.canvas import TEXT, blank, grid, legend, pixels
 from deformnet.inference import palette
+from deformnet.visualization import SampledUnit, draw_sampling_grid, save_figure
+from deformnet.visualization.canvas import TEXT, blank, grid, legend, pixels
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,13 @@ def draw_predictions(path: Path, shown: Sequence[Shown], classes: Sequence[str])
     figure = blank(width=8, height=2 * len(shown) + 0.6)
     _place_predictions(grid(figure, len(shown), 4), shown, classes)
     legend(figure, _class_handles(classes))
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_overview(
     path: Path,
     shown: Sequence[Shown],
-    looks: Mapping[str, Sequence[Look]],
+    looks: Mapping[str, Sequence[SampledUnit]],
     classes: Sequence[str],
 ) -> None:
     """One wide picture of both: two images with their predictions, three units."""
@@ -43,9 +43,9 @@ def draw_overview(
     figures = figure.subfigures(1, 2, squeeze=False, width_ratios=(4, 3))
     left, right = figures[0]
     _place_predictions(grid(left, 2, 4), shown[:2], classes)
-    draw_looks(right, {name: some[:3] for name, some in looks.items()})
+    draw_sampling_grid(right, {name: some[:3] for name, some in looks.items()})
     legend(left, _class_handles(classes))
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def _place_predictions(grid: np.ndarray, shown: Sequence[Shown], classes: Sequence[str]) -> None:

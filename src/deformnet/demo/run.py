@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from deformnet._files import write_json
 from deformnet.data.synthetic.shapes import Shapes, write_shapes
 from deformnet.data.voc import VOCDetection, VOCSegmentation
 from deformnet.demo.figures import Shown, draw_overview, draw_predictions
@@ -30,17 +31,16 @@ from deformnet.demo.page import (
     write_page,
 )
 from deformnet.demo.settings import Demo
-from deformnet.metrics import ObjectCounts, size_scores
-from deformnet.visualization import Look, parts_figure, sampling_figure, save
+from deformnet.engine import train
+from deformnet.engine.runs import checkpoint_path, load_checkpoint
 from deformnet.inference import DetectionPredictor, SegmentationPredictor, open_predictor
-from deformnet.recipes import DeepLabRecipe, RFCNRecipe
 from deformnet.inspection.report.contents import of_label_map
 from deformnet.inspection.report.network import Network
 from deformnet.inspection.report.parts import find_parts
 from deformnet.inspection.report.scenes import LARGE, SMALL, choose_scenes
-from deformnet._files import write_json
-from deformnet.engine.runs import checkpoint_path, load_checkpoint
-from deformnet.engine import train
+from deformnet.metrics import ObjectCounts, size_scores
+from deformnet.recipes import DeepLabRecipe, RFCNRecipe
+from deformnet.visualization import SampledUnit, bins_figure, sampling_figure, save_figure
 
 _PREDICTIONS, _SCENES, _PARTS = 6, 2, 6  # images in the pictures
 
@@ -105,9 +105,9 @@ def run_demo(demo: Demo, out: Path, say: Callable[[str], None]) -> None:
     assert isinstance(detector, DetectionPredictor)
     objects = VOCDetection(data, "val")
     parts = find_parts(detector, (objects[index] for index in range(len(objects))), _PARTS)
-    save(parts_figure(parts), out / "parts.png")
+    save_figure(bins_figure(parts), out / "parts.png")
     draw_predictions(out / "predictions.png", shown, images.classes)
-    save(sampling_figure(looks), out / "sampling.png")
+    save_figure(sampling_figure(looks), out / "sampling.png")
     draw_overview(out / "overview.png", shown, looks, images.classes)
     rows, note = comparison(metrics), footnote(demo)
     found = detector_score(metrics["detector"])
@@ -194,7 +194,7 @@ def _predict(
     return predictions
 
 
-def _look(images: VOCSegmentation, networks: Mapping[str, Network]) -> dict[str, list[Look]]:
+def _look(images: VOCSegmentation, networks: Mapping[str, Network]) -> dict[str, list[SampledUnit]]:
     """What units on the background, small and large objects sample in each network."""
     grid_of = networks["plain"].grid
     pairs = (images[index] for index in range(len(images)))
@@ -202,7 +202,7 @@ def _look(images: VOCSegmentation, networks: Mapping[str, Network]) -> dict[str,
         (of_label_map(labels, images.classes, images.classes[1:]), grid_of(image))
         for image, labels in pairs
     )
-    looks: dict[str, list[Look]] = {name: [] for name in networks}
+    looks: dict[str, list[SampledUnit]] = {name: [] for name in networks}
     for scene in choose_scenes(contents, _SCENES):
         for name, network in networks.items():
             looks[name] += network.looks(images[scene.index][0], scene.units)

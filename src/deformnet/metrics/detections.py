@@ -19,13 +19,13 @@ from typing import Any, NamedTuple, get_args
 import numpy as np
 from torch import Tensor
 
+from deformnet._files import replacing
 from deformnet.data.boxes import DetectionDataset
 from deformnet.data.coco import COCODetection
 from deformnet.data.detection import detection_splits, open_detection
 from deformnet.data.files import read_lines
 from deformnet.metrics.coco import coco_ap, coco_table
 from deformnet.metrics.voc import Found, Method, Truth, voc_ap, voc_table
-from deformnet._files import replacing
 
 _IMAGE_FILES = (".jpg", ".jpeg", ".png")
 
@@ -243,7 +243,7 @@ def _open(data: Path, split: str | None) -> _NamedTruth | _COCOTruth:
 
 def _truth_of(dataset: DetectionDataset) -> _NamedTruth | _COCOTruth:
     if isinstance(dataset, COCODetection):
-        if not dataset.has_truth:
+        if not dataset.has_ground_truth:
             raise ValueError(
                 f"{dataset.annotation_files[0]}: {dataset.split} has no truth to score with; "
                 "`deformnet evaluate` writes a file for its server"

@@ -1,32 +1,30 @@
-"""The networks of Table 4 (Dai et al. 2017), plain and deformable, ready to be timed.
+"""The networks of Table 4 (Dai et al. 2017), plain and deformable, prepared for timing.
 
-Random weights alone would measure something else. Through 33 residual blocks whose batch norm has
-never seen data, activations grow to tens of thousands; offsets made from them leave the map, where
-nothing is read, and no box is proposed. So batch norm gets the statistics of one image, and offsets
-a size that trained networks have.
+Random weights alone would measure something else: through 33 residual blocks whose batch norm has
+never seen data, activations grow to tens of thousands; offsets computed from them leave the map,
+where nothing is read, and no box is proposed. Therefore batch norm takes the statistics of one
+image, and offsets get a magnitude that trained networks have.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision import tv_tensors
+from torch.utils._pytree import tree_leaves
 
-from deformnet.data.transforms import segmentation_evaluation_transforms
-from deformnet.models.deeplab import DeepLab
-from deformnet.models.detection.detector import Candidates, Detector, Size
 from deformnet.nn.offsets import OffsetLayer
-from deformnet.paper.settings import Table4Network
+from deformnet.paper.rows import CITYSCAPES, VOC_DETECTION, VOC_SEGMENTATION, DataSet
+from deformnet.paper.settings import Table4Network, TimingOptions
 from deformnet.recipes import (
-    BackboneName,
     ClassAwareRPNRecipe,
     DeepLabRecipe,
-    DetectorRecipe,
     FasterRCNNRecipe,
+    Recipe,
     RFCNRecipe,
 )
+from deformnet.tasks import task_of
+from deformnet.tasks.base import DataIdentity
+from deformnet.tasks.predictor import Predictor, Prepared
 
 OFFSETS = 2.0
 """Standard deviation of the offsets: pixels of the map in a convolution, tenths of the box in
@@ -35,141 +33,120 @@ pooling."""
 
 @dataclass(frozen=True)
 class Case:
-    """Two networks that differ in their deformable layers alone, and the size of an image.
+    """A network of Table 4 with and without deformable layers.
 
     Attributes:
-        plain, deformable: their recipes; the second has three deformable convolutions, and
-            deformable pooling if it pools.
-        classes: as `build_model` counts them, with DeepLab's background.
-        photo: height and width of the image before it is resized.
+        plain, deformable: recipes; the second has three deformable convolutions, and deformable
+            RoI pooling if it pools.
+        data: data set.
+        photo: height and width of an image of the data set, before resizing.
     """
 
-    plain: DeepLabRecipe | DetectorRecipe
-    deformable: DeepLabRecipe | DetectorRecipe
-    classes: int
-    photo: Size
+    plain: Recipe
+    deformable: Recipe
+    data: DataSet
+    photo: tuple[int, int]
 
 
-def case(row: Table4Network, backbone: BackboneName, scale: float = 1.0) -> Case:
-    """The networks of a row of Table 4.
+# The paper does not state the image sizes. These follow its settings of the shorter side
+# (section 4) on an image of the data set.
+_CASES: dict[Table4Network, tuple[Recipe, DataSet, tuple[int, int]]] = {
+    "deeplab-cityscapes": (DeepLabRecipe(short_side=1024, max_side=2048), CITYSCAPES, (1024, 2048)),
+    "deeplab-voc": (DeepLabRecipe(short_side=360, max_side=600), VOC_SEGMENTATION, (375, 500)),
+    "class-aware-rpn": (ClassAwareRPNRecipe(), VOC_DETECTION, (300, 500)),
+    "faster-rcnn": (FasterRCNNRecipe(), VOC_DETECTION, (300, 500)),
+    "rfcn": (RFCNRecipe(), VOC_DETECTION, (300, 500)),
+}
 
-    DeepLab on Cityscapes sees the images as they are, 1024x2048; on VOC, 375x500 pixels become
-    360x480; detectors see 600x1000, of 300x500. The paper does not give its sizes of images; these
-    are its settings of the shorter side (section 4), on an image of the data set.
 
-    Args:
-        row: of the table.
-        backbone: as in recipes.
-        scale: factor on the sides of the images.
+def case(network: Table4Network, options: TimingOptions) -> Case:
+    """Return a network of Table 4 with the backbone and the image scale of the options."""
+    recipe, data, (height, width) = _CASES[network]
+    recipe = replace(recipe, backbone=options.backbone).scaled(options.scale)
+    photo = round(options.scale * height), round(options.scale * width)
+    return Case(recipe.baseline(), recipe, data, photo)
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The two networks of a case with an image.
+
+    Attributes:
+        plain, deformable: predictors.
+        photo: uint8 [3, H, W], random pixels.
+        prepared: input of both networks.
     """
-    if row == "deeplab-cityscapes":
-        recipe, photo, classes = DeepLabRecipe(short_side=1024, max_side=2048), (1024, 2048), 19
-        plain = replace(recipe, deform_layers=0)
-    elif row == "deeplab-voc":
-        recipe, photo, classes = DeepLabRecipe(short_side=360, max_side=600), (375, 500), 21
-        plain = replace(recipe, deform_layers=0)
-    else:
-        photo, classes = (300, 500), 20
-        if row == "class-aware-rpn":
-            recipe = ClassAwareRPNRecipe()
-            plain = replace(recipe, deform_layers=0)
-        elif row == "faster-rcnn":
-            recipe = FasterRCNNRecipe()
-            plain = replace(recipe, deform_layers=0, pool="max")
-        else:
-            recipe = RFCNRecipe()
-            plain = replace(recipe, deform_layers=0, pool="average")
-    sides: dict[str, Any] = {
-        "backbone": backbone,
-        "short_side": round(scale * recipe.short_side),
-        "max_side": None if recipe.max_side is None else round(scale * recipe.max_side),
-    }
-    height, width = (round(scale * side) for side in photo)
-    return Case(replace(plain, **sides), replace(recipe, **sides), classes, (height, width))
+
+    plain: Predictor[object]
+    deformable: Predictor[object]
+    photo: Tensor
+    prepared: Prepared
 
 
-def prepared(chosen: Case, photo: Tensor) -> Tensor:
-    """An image uint8 [3, H, W] as the network takes it: resized, normalised, float32 [3, h, w]."""
-    recipe = chosen.plain
-    prepare = segmentation_evaluation_transforms(
-        short_side=recipe.short_side, max_side=recipe.max_side
-    )
-    nothing = tv_tensors.Mask(torch.zeros(photo.shape[1:], dtype=torch.uint8))
-    return prepare(tv_tensors.Image(photo), nothing)[0]
+def build(case: Case, device: torch.device) -> Networks:
+    """Build the plain and the deformable network of a case, in evaluation mode.
 
-
-def build(chosen: Case, images: Tensor) -> tuple[DeepLab | Detector, DeepLab | Detector]:
-    """The plain and the deformable network, in evaluation mode, where the images are.
-
-    They share all weights that both have, so detectors propose the same boxes.
-
-    Args:
-        chosen: which networks.
-        images: float32 [N, 3, h, w], normalised; batch norm gets their statistics.
+    They share all weights that both have, so that detectors propose the same boxes.
     """
+    photo = torch.randint(256, (3, *case.photo), dtype=torch.uint8)
     torch.manual_seed(0)
     plain, deformable = (
-        recipe.build_model(chosen.classes)
-        .to(images.device)
-        .to(memory_format=torch.channels_last)
-        .eval()
-        for recipe in (chosen.plain, chosen.deformable)
+        _predictor(recipe, case.data, device) for recipe in (case.plain, case.deformable)
     )
-    assert isinstance(plain, (DeepLab, Detector))
-    assert isinstance(deformable, (DeepLab, Detector))
+    networks = Networks(plain, deformable, photo, plain.prepare(photo))
     with torch.no_grad():
-        _settle(plain, images)
-        deformable.load_state_dict(plain.state_dict(), strict=False)
-        layers = [layer for layer in deformable.modules() if isinstance(layer, OffsetLayer)]
+        _settle(plain.model.get_submodule("backbone"), networks.prepared.input)
+        deformable.model.load_state_dict(plain.model.state_dict(), strict=False)
+        layers = [layer for layer in deformable.model.modules() if isinstance(layer, OffsetLayer)]
         for layer in layers:
             nn.init.normal_(layer.get_parameter("weight"))
         hooks = [layer.register_forward_hook(_set_offsets) for layer in layers]
-        forward(deformable, images)()
+        forward(deformable, networks.prepared)
         for hook in hooks:
             hook.remove()
-    return plain, deformable
+    return networks
 
 
-def forward(model: DeepLab | Detector, images: Tensor) -> Callable[[], Tensor | list[Candidates]]:
-    """The network's forward pass on [N, 3, h, w]: to scores, or to boxes before suppression."""
-    if isinstance(model, DeepLab):
-        return lambda: model(images)
-    sizes = [(images.shape[2], images.shape[3])] * len(images)
-    return lambda: model(images, sizes)
+def forward(predictor: Predictor[object], prepared: Prepared) -> object:
+    """Run the network alone: to logits, or to boxes before non-maximum suppression."""
+    return predictor.model(*predictor.arguments(prepared))
 
 
-def require_sound(name: str, found: Tensor | list[Candidates]) -> None:
-    """Refuses outputs whose timing would mean nothing.
+def require_sound(name: str, output: object) -> None:
+    """Check that the output of a network is worth timing.
 
     Raises:
-        FloatingPointError: if they hold NaN or infinity.
-        RuntimeError: if a detector has found no boxes.
+        FloatingPointError: if it holds NaN or infinity.
+        RuntimeError: if it holds no boxes.
     """
-    if isinstance(found, Tensor):
-        parts = [found]
-    else:
-        parts = [part for image in found for part in image]
-        if any(not len(part) for part in parts):
-            raise RuntimeError(f"{name}: the network proposes no boxes, there is nothing to time")
-    if not all(part.isfinite().all() for part in parts):
-        raise FloatingPointError(f"{name}: the network's output is not finite")
+    tensors: list[Tensor] = tree_leaves(output)
+    if not all(tensor.numel() for tensor in tensors):
+        raise RuntimeError(f"{name}: the network proposes no boxes, nothing to time")
+    if not all(tensor.isfinite().all() for tensor in tensors):
+        raise FloatingPointError(f"{name}: the output of the network is not finite")
 
 
-def _settle(model: DeepLab | Detector, images: Tensor) -> None:
-    """Gives batch norm the statistics of the images."""
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    usual = [norm.momentum for norm in norms]
+def _predictor(recipe: Recipe, data: DataSet, device: torch.device) -> Predictor[object]:
+    classes = tuple(map(str, range(data.classes)))
+    model = recipe.build_model(data.classes)
+    return task_of(recipe).predictor(model, DataIdentity(classes, 1, ""), device)
+
+
+def _settle(backbone: nn.Module, images: Tensor) -> None:
+    """Set batch norm to the statistics of the images."""
+    norms = [module for module in backbone.modules() if isinstance(module, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
     for norm in norms:
-        norm.momentum = 1.0  # takes them over as they are
+        norm.momentum = 1.0  # replaces the old statistics
         norm.train()
-    model.backbone(images)
-    for norm, momentum in zip(norms, usual, strict=True):
+    backbone(images)
+    for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
         norm.eval()
 
 
-def _set_offsets(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-    """A hook that gives the offsets of a layer their size; they are linear in its weights."""
+def _set_offsets(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    """Scale the weights of an offset layer, in which its offsets are linear."""
     factor = OFFSETS / output.std()
     layer.get_parameter("weight").mul_(factor)
     return output * factor

@@ -3,26 +3,36 @@
 `save` writes one as PNG or SVG. Nothing here runs a network, and nothing needs pyplot.
 """
 
-from deformnet.visualization.canvas import save
+from deformnet.visualization.bins import DetectionBins, bins_figure, draw_bins
+from deformnet.visualization.canvas import save_figure
 from deformnet.visualization.dilation import dilation_cell, dilation_figure, dilation_table
-from deformnet.visualization.fields import Heat, fields_figure, receptive_fields_figure
-from deformnet.visualization.looks import Look, contact_sheet, draw_look, draw_looks, sampling_figure
-from deformnet.visualization.parts import Parts, draw_parts, parts_figure
+from deformnet.visualization.receptive_fields import (
+    ReceptiveFieldMap,
+    receptive_field_figure,
+    two_layer_figure,
+)
+from deformnet.visualization.sampling import (
+    SampledUnit,
+    contact_sheet_figure,
+    draw_sampled_unit,
+    draw_sampling_grid,
+    sampling_figure,
+)
 
 __all__ = [
-    "Heat",
-    "Look",
-    "Parts",
-    "contact_sheet",
+    "DetectionBins",
+    "ReceptiveFieldMap",
+    "SampledUnit",
+    "bins_figure",
+    "contact_sheet_figure",
     "dilation_cell",
     "dilation_figure",
     "dilation_table",
-    "draw_look",
-    "draw_looks",
-    "draw_parts",
-    "fields_figure",
-    "parts_figure",
-    "receptive_fields_figure",
+    "draw_bins",
+    "draw_sampled_unit",
+    "draw_sampling_grid",
+    "receptive_field_figure",
     "sampling_figure",
-    "save",
+    "save_figure",
+    "two_layer_figure",
 ]

@@ -69,7 +69,7 @@ def require_image(image: Tensor) -> None:
         raise ValueError(f"image: wanted uint8 [3, H, W], got {image.dtype} {list(image.shape)}")
 
 
-def save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
     """Writes a figure as a whole, as PNG or SVG after the suffix of its path.
 
     The text of an SVG stays text, and clouds of many points are pictures in it. The same figure

@@ -24,7 +24,7 @@ _OKABE_ITO = (
 
 
 @functools.cache
-def distinct_colours(count: int) -> np.ndarray:
+def distinct_colors(count: int) -> np.ndarray:
     """Colours as far apart as the eye can tell: each next one is the farthest from all before.
 
     The first seven are those of Okabe and Ito, which the colour-blind can tell apart too. Distances
@@ -54,8 +54,8 @@ def palette(classes: Sequence[str]) -> np.ndarray:
     """The colour of each class, uint8 [len(classes), 3], RGB; `background`, if first, is black."""
     if classes[0] == "background":
         black = np.zeros((1, 3), dtype=np.uint8)
-        return np.concatenate([black, distinct_colours(len(classes) - 1)])
-    return distinct_colours(len(classes))
+        return np.concatenate([black, distinct_colors(len(classes) - 1)])
+    return distinct_colors(len(classes))
 
 
 def label_image(labels: Tensor, classes: Sequence[str]) -> Image.Image:

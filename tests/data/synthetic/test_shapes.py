@@ -12,7 +12,8 @@ from PIL import Image
 from small_sets import one_line
 from torchvision.datasets import VOCDetection
 
-from deformnet.data import Shapes, VOCSegmentation, open_segmentation, shapes, write_shapes
+from deformnet.data import Shapes, VOCSegmentation, open_segmentation, write_shapes
+from deformnet.data.synthetic import shapes
 from deformnet.data.synthetic.scenes import OBJECTS
 from deformnet.data.synthetic.shapes import SHAPE_CLASSES, scene
 

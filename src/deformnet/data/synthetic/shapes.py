@@ -18,7 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from deformnet.data.synthetic.scenes import OBJECTS, Scene, draw_scene
-from deformnet.data.voc import colour_map
+from deformnet.data.voc import color_map
 
 SHAPE_CLASSES = ("background", *OBJECTS)
 
@@ -236,7 +236,7 @@ def _jpeg(image: np.ndarray) -> bytes:
 
 def _palette_png(labels: np.ndarray) -> bytes:
     image = Image.fromarray(labels)
-    image.putpalette(colour_map().tobytes())
+    image.putpalette(color_map().tobytes())
     png = io.BytesIO()
     image.save(png, "PNG")
     return png.getvalue()

@@ -7,11 +7,11 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from deformnet.visualization import save
-from deformnet.inspection.report.page import Picture, Section, write_page
-from deformnet.inspection.report.source import Source
 from deformnet._files import write_json
 from deformnet.engine.runs import machine, versions
+from deformnet.inspection.report.page import Picture, Section, write_page
+from deformnet.inspection.report.source import Source
+from deformnet.visualization import save_figure
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Findings:
     def picture(self, name: str, figure: Figure, caption: str) -> Picture:
         """Writes a picture."""
         for suffix in (".png", ".svg"):
-            save(figure, self.out / f"{name}{suffix}")
+            save_figure(figure, self.out / f"{name}{suffix}")
         return Picture(name, f"{caption} Run {self.run.name}, {self.where}.")
 
     @property

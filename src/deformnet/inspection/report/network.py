@@ -8,13 +8,13 @@ from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
 from deformnet.analysis import effective_receptive_field, record_sampling
-from deformnet.visualization import Heat, Look
 from deformnet.inference import DetectionPredictor, SegmentationPredictor
+from deformnet.inspection.report.parts import pooling_layer
+from deformnet.inspection.report.scenes import Grid, Unit, look
 from deformnet.models.deeplab import DeepLab
 from deformnet.models.detection.detector import Detector
 from deformnet.nn import DeformConv2d
-from deformnet.inspection.report.parts import pooling_layer
-from deformnet.inspection.report.scenes import Grid, Unit, look
+from deformnet.visualization import ReceptiveFieldMap, SampledUnit
 
 _DEPTH = 3  # layers whose samples are followed, as in Figure 6
 
@@ -40,7 +40,7 @@ class Network:
 
     def looks(
         self, image: Tensor, units: Sequence[Unit], *, at_rest: bool = False, kinds: bool = False
-    ) -> list[Look]:
+    ) -> list[SampledUnit]:
         """What units sample; `kinds` names them by their kind alone."""
         prepared = self.predictor.prepare(image)
         stack = record_sampling(self.model, prepared.input, self.layers, call=self.model.backbone)
@@ -49,7 +49,7 @@ class Network:
             for it in units
         ]
 
-    def heats(self, image: Tensor, units: Sequence[Unit]) -> list[Heat]:
+    def heats(self, image: Tensor, units: Sequence[Unit]) -> list[ReceptiveFieldMap]:
         """The effective receptive fields of units, over the image as the network sees it."""
         prepared = self.predictor.prepare(image)
         small = F.resize(image, list(prepared.size), antialias=True)
@@ -62,7 +62,7 @@ class Network:
             field = effective_receptive_field(
                 self.model, prepared.input, self.layers[0], place, call=self.model.backbone
             )
-            heats.append(Heat(small, unit.what, stack.centre(place), field))
+            heats.append(ReceptiveFieldMap(small, unit.what, stack.centre(place), field))
         return heats
 
     def at_rest(self) -> "Network":

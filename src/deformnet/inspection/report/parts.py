@@ -8,10 +8,10 @@ from torchvision.ops import box_iou
 
 from deformnet.analysis import moved_bins
 from deformnet.data.boxes import BoxAnnotations
-from deformnet.visualization import Parts
 from deformnet.inference import DetectionPredictor
 from deformnet.models.detection.faster_rcnn import FasterRCNN
 from deformnet.models.detection.rfcn import RFCN
+from deformnet.visualization import DetectionBins
 
 _RIGHT = 0.5  # IoU with an object of its class from which a detection counts as right
 
@@ -30,7 +30,7 @@ def find_parts(
     predictor: DetectionPredictor,
     images: Iterable[tuple[Tensor, BoxAnnotations]],
     count: int,
-) -> list[Parts]:
+) -> list[DetectionBins]:
     """The best detection of each of the first images in which it is right; or else of others.
 
     Args:
@@ -46,8 +46,8 @@ def find_parts(
         raise ValueError(
             f"{type(predictor.model).__name__}: wanted deformable pooling, it has none"
         )
-    right: list[Parts] = []
-    others: list[Parts] = []
+    right: list[DetectionBins] = []
+    others: list[DetectionBins] = []
     for image, objects in images:
         found = predictor(image)
         if not len(found.boxes):
@@ -57,7 +57,7 @@ def find_parts(
         hit = len(same) > 0 and float(box_iou(box[None], same).max()) > _RIGHT
         what = f"{predictor.classes[label]} {float(found.scores[0]):.2f}{'' if hit else ' (wrong)'}"
         plain, moved = _bins(predictor, layer, image, box, label)
-        parts = Parts(image.as_subclass(Tensor), what, box, plain, moved)
+        parts = DetectionBins(image.as_subclass(Tensor), what, box, plain, moved)
         (right if hit else others).append(parts)
         if len(right) == count:
             break

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from deformnet.analysis import SamplingLocations, SamplingStack
-from deformnet.visualization import Look
 from deformnet.inference import Prepared
 from deformnet.inspection.report.contents import Contents, Thing
+from deformnet.visualization import SampledUnit
 
 SMALL, LARGE = 0.03, 0.1
 """Small objects cover less than the first share of the image, large ones more than the second."""
@@ -135,7 +135,7 @@ def look(
     *,
     what: str | None = None,
     at_rest: bool = False,
-) -> Look:
+) -> SampledUnit:
     """What a unit samples in the map below it, in the next one, and so on down the stack.
 
     Args:
@@ -151,7 +151,7 @@ def look(
         points, inside = stack.locations(place, depth=depth, at_rest=at_rest)
         levels.append(SamplingLocations(prepared.to_image(points[0]).cpu(), inside[0].cpu()))
     y, x = prepared.to_image(torch.tensor(stack.centre(place), dtype=torch.float64)).tolist()
-    return Look(image, what or unit.what, (y, x), levels)
+    return SampledUnit(image, what or unit.what, (y, x), levels)
 
 
 def _seen(contents: Contents, grid: Grid) -> list[Thing]:

@@ -20,16 +20,7 @@ from deformnet.analysis import (
 )
 from deformnet.data import DetectionDataset
 from deformnet.data.base import SegmentationDataset
-from deformnet.visualization import (
-    Look,
-    contact_sheet,
-    dilation_cell,
-    dilation_figure,
-    fields_figure,
-    parts_figure,
-    receptive_fields_figure,
-    sampling_figure,
-)
+from deformnet.engine.runs import machine
 from deformnet.inference import DetectionPredictor
 from deformnet.inspection.report.findings import Findings
 from deformnet.inspection.report.network import Network, Predictor
@@ -37,7 +28,16 @@ from deformnet.inspection.report.page import Section, Table
 from deformnet.inspection.report.parts import find_parts
 from deformnet.inspection.report.scenes import LARGE, SMALL, Scene, Unit, choose_scenes, units_of
 from deformnet.inspection.report.source import Source
-from deformnet.engine.runs import machine
+from deformnet.visualization import (
+    SampledUnit,
+    bins_figure,
+    contact_sheet_figure,
+    dilation_cell,
+    dilation_figure,
+    receptive_field_figure,
+    sampling_figure,
+    two_layer_figure,
+)
 
 _SCENES, _PARTS, _SHEET = 2, 6, 24  # images in the pictures
 
@@ -91,7 +91,7 @@ def _sections_of_scenes(
 ) -> Iterator[Section]:
     """Figures 5 and 6, and effective receptive fields."""
     source = findings.source
-    looks: dict[str, list[Look]] = {"plain": [], "deformable": []}
+    looks: dict[str, list[SampledUnit]] = {"plain": [], "deformable": []}
     for scene in scenes:
         image = source[scene.index][0]
         looks["deformable"] += network.looks(image, scene.units)
@@ -120,7 +120,7 @@ def _sections_of_scenes(
             [
                 findings.picture(
                     "fields",
-                    fields_figure(pair),
+                    two_layer_figure(pair),
                     f"A unit on a small and one on a large object of "
                     f"{source.name(scenes[best].index)}; from top to bottom the units, their "
                     f"samples in the map below, and the samples of these in the next. Highlighted: "
@@ -195,7 +195,7 @@ def _section_of_heats(
         [
             findings.picture(
                 "receptive-fields",
-                receptive_fields_figure(heats),
+                receptive_field_figure(heats),
                 f"Units of {network.layers[0]} in {source.name(scene.index)}.",
             ),
             Table(
@@ -284,7 +284,7 @@ def _section_of_sheet(findings: Findings, network: Network) -> Section:
         [
             findings.picture(
                 "contact-sheet",
-                contact_sheet(sheet),
+                contact_sheet_figure(sheet),
                 f"{count} images at equal distances in the list, each with the lowest samples of a "
                 f"unit on the background, on the smallest and on the largest object.",
             )
@@ -320,7 +320,7 @@ def section_of_parts(findings: Findings, predictor: Predictor) -> Section:
         [
             findings.picture(
                 "parts",
-                parts_figure(parts),
+                bins_figure(parts),
                 "Detections with class and score: box, regular bins, moved bins.",
             )
         ],

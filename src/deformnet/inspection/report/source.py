@@ -30,7 +30,7 @@ class Source:
             self.dataset = open_segmentation(data, split)
         else:
             self.dataset = open_detection(data, split)
-            if not self.dataset.has_truth:
+            if not self.dataset.has_ground_truth:
                 raise ValueError(f"{data}: the objects of {split} are not published")
         if self.dataset.classes != predictor.classes:
             raise ValueError(

@@ -25,21 +25,21 @@ from deformnet.visualization.canvas import (
     require_image,
     tallness,
 )
-from deformnet.visualization.looks import UNIT, Look, draw_image, leave_room, scatter
+from deformnet.visualization.sampling import UNIT, SampledUnit, draw_image, leave_room, scatter
 
 _SAMPLE, _BELOW = 5.0, 3.5  # diameters in points
 _HIGHLIGHT = VERMILLION
 _PERCENTILE = 99.5  # of the gradients, from which on the colour is the strongest
 
 
-def fields_figure(networks: Mapping[str, Sequence[Look]]) -> Figure:
+def two_layer_figure(networks: Mapping[str, Sequence[SampledUnit]]) -> Figure:
     """Figure 5: what two layers of filters sample on two objects of different scale and shape.
 
     A column for each network. Top: two units. Middle: what they sample in the map before; one of
     these places is highlighted for each. Bottom: what all these places sample in the map before
     that, and highlighted, what the highlighted ones do.
 
-        >>> fields_figure({"plain": at_rest, "deformable": looks}).savefig("figure5.png")
+        >>> two_layer_figure({"plain": at_rest, "deformable": looks}).savefig("figure5.png")
 
     Args:
         networks: by name, plain first as in the paper: two looks at the same image, with two levels
@@ -72,7 +72,7 @@ def fields_figure(networks: Mapping[str, Sequence[Look]]) -> Figure:
     return figure
 
 
-def _draw_two_levels(column: Sequence[Axes], look: Look, *, first: bool) -> None:
+def _draw_two_levels(column: Sequence[Axes], look: SampledUnit, *, first: bool) -> None:
     """A unit in three maps; highlighted is the first of its samples in the map, or the last."""
     top, middle, bottom = column
     samples, below = look.levels[:2]
@@ -126,7 +126,7 @@ def _field_handles() -> list[Line2D]:
 
 
 @dataclass(frozen=True)
-class Heat:
+class ReceptiveFieldMap:
     """A unit over an image, with its effective receptive field.
 
     Attributes:
@@ -152,7 +152,7 @@ class Heat:
             )
 
 
-def receptive_fields_figure(networks: Mapping[str, Sequence[Heat]]) -> Figure:
+def receptive_field_figure(networks: Mapping[str, Sequence[ReceptiveFieldMap]]) -> Figure:
     """Where the gradients of units lie in the image; a row for each network.
 
     The brighter, the larger; the square around a unit holds 95 % of its gradient.
@@ -180,7 +180,7 @@ def receptive_fields_figure(networks: Mapping[str, Sequence[Heat]]) -> Figure:
     return figure
 
 
-def _draw_heat(axes: Axes, heat: Heat) -> None:
+def _draw_heat(axes: Axes, heat: ReceptiveFieldMap) -> None:
     gradient = heat.field.gradient.float().cpu().numpy()
     most = np.percentile(gradient[gradient > 0], _PERCENTILE)
     # Of a peak this narrow the root shows where the rest lies.

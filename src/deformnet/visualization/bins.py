@@ -32,7 +32,7 @@ _AROUND = 2.5  # times a box's side are shown of the image
 
 
 @dataclass(frozen=True)
-class Parts:
+class DetectionBins:
     """A detection with its bins.
 
     Attributes:
@@ -59,7 +59,7 @@ class Parts:
                 raise ValueError(f"{name}: wanted [ph, pw, 4], got {list(bins.shape)}")
 
 
-def parts_figure(parts: Sequence[Parts]) -> Figure:
+def bins_figure(parts: Sequence[DetectionBins]) -> Figure:
     """Figure 7: detections, three to a row: the box, its regular bins and where they have moved.
 
     Raises:
@@ -75,7 +75,7 @@ def parts_figure(parts: Sequence[Parts]) -> Figure:
     for one in axes.flat[len(parts) :]:
         one.set_visible(False)
     for one, found in zip(axes.flat, parts, strict=False):
-        draw_parts(one, found)
+        draw_bins(one, found)
         one.set_title(found.what, fontsize=TEXT)
     kinds = (("detection", _BOX), ("its bins", _PLAIN_BIN), ("moved by their offsets", _MOVED_BIN))
     # White would not show on the page.
@@ -93,7 +93,7 @@ def parts_figure(parts: Sequence[Parts]) -> Figure:
     return figure
 
 
-def draw_parts(axes: Axes, parts: Parts) -> None:
+def draw_bins(axes: Axes, parts: DetectionBins) -> None:
     """A detection's box and bins over its dulled image."""
     height, width = parts.image.shape[1:]
     # The edges of boxes are those of pixels.
@@ -107,7 +107,7 @@ def draw_parts(axes: Axes, parts: Parts) -> None:
     _look_closer(axes, parts)
 
 
-def _look_closer(axes: Axes, parts: Parts) -> None:
+def _look_closer(axes: Axes, parts: DetectionBins) -> None:
     """Shows the part of the image around the box, in the image's proportions."""
     height, width = parts.image.shape[1:]
     x1, y1, x2, y2 = parts.box.tolist()

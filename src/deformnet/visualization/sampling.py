@@ -52,7 +52,7 @@ _IN_TURN: tuple[dict[str, Any], ...] = (
 
 
 @dataclass(frozen=True)
-class Look:
+class SampledUnit:
     """A unit over an image, with what it samples.
 
     Attributes:
@@ -82,7 +82,7 @@ class Look:
                 )
 
 
-def sampling_figure(looks: Mapping[str, Sequence[Look]]) -> Figure:
+def sampling_figure(looks: Mapping[str, Sequence[SampledUnit]]) -> Figure:
     """Figure 6: where units look, three to a row; a row for each network.
 
     Args:
@@ -95,11 +95,11 @@ def sampling_figure(looks: Mapping[str, Sequence[Look]]) -> Figure:
     rows, columns = len(looks) * -(-count // 3), min(count, 3)
     panel = 8 / columns * tallness(look.image for some in looks.values() for look in some)
     figure = blank(width=8, height=panel * rows + 0.8)
-    draw_looks(figure, looks)
+    draw_sampling_grid(figure, looks)
     return figure
 
 
-def draw_looks(figure: FigureBase, looks: Mapping[str, Sequence[Look]]) -> None:
+def draw_sampling_grid(figure: FigureBase, looks: Mapping[str, Sequence[SampledUnit]]) -> None:
     """Fills a figure or a part of one, as `sampling_figure` does."""
     count = _same_number(looks)
     groups = -(-count // 3)
@@ -108,7 +108,7 @@ def draw_looks(figure: FigureBase, looks: Mapping[str, Sequence[Look]]) -> None:
         for number, look in enumerate(some):
             group, column = divmod(number, 3)
             one = axes[group * len(looks) + place, column]
-            draw_look(one, look)
+            draw_sampled_unit(one, look)
             if place == 0:
                 one.set_title(look.what, fontsize=TEXT)
             if column == 0 and len(looks) > 1:
@@ -118,7 +118,7 @@ def draw_looks(figure: FigureBase, looks: Mapping[str, Sequence[Look]]) -> None:
     legend(figure, _level_handles([look for some in looks.values() for look in some]))
 
 
-def draw_look(axes: Axes, look: Look) -> None:
+def draw_sampled_unit(axes: Axes, look: SampledUnit) -> None:
     """The samples of one unit over its dulled image; faint where there is nothing to read."""
     draw_image(axes, look.image)
     # The lowest map first: of the points that coincide, as all of a plain grid do, the few show.
@@ -159,7 +159,9 @@ def scatter(axes: Axes, found: SamplingLocations, colour: str, size: float) -> N
     )
 
 
-def contact_sheet(images: Mapping[str, Sequence[Look]], *, columns: int = 4) -> Figure:
+def contact_sheet_figure(
+    images: Mapping[str, Sequence[SampledUnit]], *, columns: int = 4
+) -> Figure:
     """Many images, each with what a few of its units sample in the lowest map.
 
     Args:
@@ -193,14 +195,14 @@ def contact_sheet(images: Mapping[str, Sequence[Look]], *, columns: int = 4) -> 
     return figure
 
 
-def _same_number(looks: Mapping[str, Sequence[Look]]) -> int:
+def _same_number(looks: Mapping[str, Sequence[SampledUnit]]) -> int:
     counts = {name: len(some) for name, some in looks.items()}
     if len(set(counts.values())) != 1 or 0 in counts.values():
         raise ValueError(f"looks: wanted the same units of each network, got {counts}")
     return next(iter(counts.values()))
 
 
-def _level_handles(looks: Sequence[Look]) -> list[Artist]:
+def _level_handles(looks: Sequence[SampledUnit]) -> list[Artist]:
     unit = Line2D([], [], linestyle="none", label="unit", **UNIT)
     depth = max(len(look.levels) for look in looks)
     dots = []
