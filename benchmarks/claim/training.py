@@ -22,13 +22,13 @@ from benchmarks.claim.plan import (
     result_path,
     stored_result,
 )
+from deformnet._files import replacing, write_json
 from deformnet.analysis import AnnotatedImage, dilation_statistics
-from deformnet.models.backbones.features import Backbone, deform_last, require_images
 from deformnet.data.synthetic.shapes import SHAPE_CLASSES, Shapes, scene
 from deformnet.metrics import Found, Truth, confusion_matrix, segmentation_scores, voc_ap
-from deformnet.models import RFCN, RPN, DeepLab, Target, select
+from deformnet.models import RFCN, RPN, DeepLab, Target, postprocess
+from deformnet.models.backbones.features import Backbone, deform_last, require_images
 from deformnet.nn import parameter_groups
-from deformnet._files import replacing, write_json
 
 # Radius of objects, as a share of the image's side: at strength 0 all have the first, at strength
 # 1 they lie between it divided and multiplied by the second.
@@ -223,7 +223,7 @@ def score(model: DeepLab | RFCN, images: Images) -> float:
             confusion.update(model(pixels), images.labels[first : first + 16].long())
             continue
         for number, candidates in enumerate(model(pixels, [(side, side)] * len(pixels)), first):
-            found[str(number)] = Found(*select(candidates, max_detections=100))
+            found[str(number)] = Found(*postprocess(candidates, max_detections=100))
     if isinstance(model, DeepLab):
         return 100 * segmentation_scores(confusion.compute()).mean_iou
     truths = {

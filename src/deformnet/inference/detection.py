@@ -20,7 +20,7 @@ from deformnet.visualization.drawing import draw_boxes
 from deformnet.inference.files import read_images
 from deformnet.inference.preparing import Prepared, choose_device, require_image
 from deformnet.models.detection.detector import Candidates, Detections, Detector, Features, Proposals, Size
-from deformnet.models.detection.postprocess import merge, select
+from deformnet.models.detection.postprocess import merge, postprocess
 from deformnet.recipes import TestTimeAugmentation
 from deformnet._files import replacing
 
@@ -135,7 +135,7 @@ class DetectionPredictor:
         """What is left of all candidates of an image."""
         # Mixed precision would average the corners of boxes to within several pixels.
         with torch.autocast(self.device.type, enabled=False):
-            detections = select(
+            detections = postprocess(
                 merge(found),
                 score_threshold=self.score_threshold,
                 nms=self.nms,

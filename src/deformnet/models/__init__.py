@@ -1,12 +1,13 @@
-"""Networks for tasks: tensors in, predictions and losses out."""
+"""Networks: tensors in, predictions and losses out."""
 
 from deformnet.models.classifier import Classifier
 from deformnet.models.deeplab import DeepLab
 from deformnet.models.detection.detector import Candidates, Detections, Detector, Proposals, Target
 from deformnet.models.detection.faster_rcnn import FasterRCNN
+from deformnet.models.detection.postprocess import postprocess
 from deformnet.models.detection.rfcn import RFCN
 from deformnet.models.detection.rpn import RPN, RPNDetector
-from deformnet.models.detection.postprocess import select
+from deformnet.models.network import Network
 
 __all__ = [
     "RFCN",
@@ -17,8 +18,9 @@ __all__ = [
     "Detections",
     "Detector",
     "FasterRCNN",
+    "Network",
     "Proposals",
     "RPNDetector",
     "Target",
-    "select",
+    "postprocess",
 ]

@@ -152,7 +152,7 @@ def test_all_keys_of_mmdetection(depth, offsets, old_spelling, groups, prefix):
     assert len(converted.deformable) == converted.deform_layers == layers
     assert (converted.offset_groups, converted.modulated) == (groups, modulated)
     assert converted.backbone == f"ResNet-{depth}"
-    counts = {reason: len(keys) for reason, keys in converted.left_out.items()}
+    counts = {reason: len(keys) for reason, keys in converted.ignored.items()}
     assert counts == {
         "batch counts": MM_COUNTS[depth],
         "neck": 16,
@@ -171,7 +171,7 @@ def test_all_keys_of_detectron2(offsets, modulated, prefix):
     state = {prefix + key: value for key, value in state.items()}
     converted = from_detectron2({"model": state, "optimizer": {}, "iteration": 1})
     assert (converted.deform_layers, converted.modulated) == (13, modulated)
-    counts = {reason: len(keys) for reason, keys in converted.left_out.items()}
+    counts = {reason: len(keys) for reason, keys in converted.ignored.items()}
     assert counts == {
         "image normalisation": 2,
         "feature pyramid": 16,
@@ -197,7 +197,7 @@ def test_detectron2_with_the_last_stage_in_the_head():
     assert "roi_heads.res5.2.conv2_offset.bias" in state
     converted = from_detectron2(state)
     assert fits(converted, bare(50, deform_layers=13))
-    assert len(converted.left_out["heads"]) == 4
+    assert len(converted.ignored["heads"]) == 4
 
 
 def test_mmdetection_with_the_last_stage_in_the_head():
@@ -228,7 +228,7 @@ def test_maskrcnn_benchmark(last):
     state["module.roi_heads.box.predictor.cls_score.weight"] = torch.ones(1)
     converted = from_detectron2({"model": state, "optimizer": {}})
     assert fits(converted, bare(50, deform_layers=13, modulated=True))
-    assert {k: len(v) for k, v in converted.left_out.items()} == {
+    assert {k: len(v) for k, v in converted.ignored.items()} == {
         "feature pyramid": 1,
         "proposal network": 1,
         "heads": 1,
@@ -239,7 +239,7 @@ def test_maskrcnn_benchmark(last):
 def test_a_backbone_alone_and_a_classifier():
     state = torchvision.models.resnet18(weights=None).state_dict()
     converted = from_mmdetection(state)
-    assert converted.left_out["classifier"] == ["fc.weight", "fc.bias"]
+    assert converted.ignored["classifier"] == ["fc.weight", "fc.bias"]
     assert (converted.deform_layers, converted.deformable) == (0, [])
     assert fits(converted, bare(18))
     for key, value in converted.state.items():

@@ -33,7 +33,7 @@ def head(model, pooled):
 @pytest.mark.parametrize("pool", ["max", "average", "deformable"])
 def test_a_box_of_whole_cells(pool):
     model, last = network(pool=pool), torch.randn(2, 8, 9, 10)
-    logits, deltas = model.judge(last, BOXES)
+    logits, deltas = model.box_head(last, BOXES)
     assert logits.shape == (3, 4)
     assert deltas.shape == (3, 3, 4)
     # The first box is 7 x 7 cells, from (1, 2) on: whatever the pooling, each bin is a cell.
@@ -44,7 +44,7 @@ def test_a_box_of_whole_cells(pool):
 
 def test_max_pooling():
     model, last = network(pool="max"), torch.randn(2, 8, 9, 10)
-    logits, _ = model.judge(last, BOXES)
+    logits, _ = model.box_head(last, BOXES)
     # Pixels 20 to 89 and 9 to 140 of the second image: cells 1 to 6 and 1 to 9, of which the map
     # has 1 to 8. All 7 bins of 6 columns have one or two, of 9 rows two or three.
     pooled = torch.zeros(1, 8, 7, 7)
@@ -60,7 +60,7 @@ def test_max_pooling():
 def test_aligned_boxes_are_edges():
     model, last = network(pool="average", sampling="aligned"), torch.randn(2, 8, 9, 10)
     pooled = roi_align(last, BOXES, 7, 1 / 16, sampling_ratio=4, aligned=True)
-    torch.testing.assert_close(model.judge(last, BOXES)[0], head(model, pooled)[0])
+    torch.testing.assert_close(model.box_head(last, BOXES)[0], head(model, pooled)[0])
 
 
 @pytest.mark.parametrize("sampling", ["bins", "msra", "aligned"])
@@ -74,11 +74,11 @@ def test_deformable_starts_as_average(sampling):
         "deform_pool.fc_offset.bias",
     ]
     last = torch.randn(2, 8, 9, 10)
-    before = plain.judge(last, BOXES)
-    for a, b in zip(before, deformable.judge(last, BOXES), strict=True):
+    before = plain.box_head(last, BOXES)
+    for a, b in zip(before, deformable.box_head(last, BOXES), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
     deformable.deform_pool.fc_offset.bias.data[:] = 1
-    assert not torch.equal(deformable.judge(last, BOXES)[0], before[0])
+    assert not torch.equal(deformable.box_head(last, BOXES)[0], before[0])
 
 
 def test_every_class_refines_the_box_itself():
@@ -96,7 +96,7 @@ def test_every_class_refines_the_box_itself():
     moved[1] = 0  # clipped to the image
     torch.testing.assert_close(first.boxes[1, 1], moved)
     torch.testing.assert_close(second.boxes[0, 0], torch.tensor([20.0, 9, 90, 120]))
-    logits, _ = model.judge(last, BOXES)
+    logits, _ = model.box_head(last, BOXES)
     torch.testing.assert_close(first.scores, F.softmax(logits[:2], dim=1)[:, 1:])
 
 
@@ -104,7 +104,7 @@ def test_a_sample_of_rois_trains():
     model = network(pool="average")
     iou = torch.cat((torch.full((100,), 0.05), torch.full((200,), 0.2), torch.ones(100)))
     labels = (iou == 1).long()
-    chosen = model.choose(RoIs(torch.zeros(400, 4), labels, torch.zeros(400, 4), iou))
+    chosen = model.sample_rois(RoIs(torch.zeros(400, 4), labels, torch.zeros(400, 4), iou))
     assert chosen.iou.unique(return_counts=True)[1].tolist() == [96, 32]
     assert chosen.iou.min() == pytest.approx(0.2)
 
@@ -112,9 +112,9 @@ def test_a_sample_of_rois_trains():
 @pytest.mark.parametrize("pool", ["max", "average", "deformable"])
 def test_runs_under_autocast(pool):
     model, last = network(pool=pool), torch.randn(2, 8, 9, 10)
-    wanted = model.judge(last, BOXES)
+    wanted = model.box_head(last, BOXES)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = model.judge(last, BOXES)
+        found = model.box_head(last, BOXES)
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a.float(), b, rtol=0.1, atol=0.01)
 
@@ -122,7 +122,7 @@ def test_runs_under_autocast(pool):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_weights_of_another_type(dtype):
     model, last = network(pool="max").to(dtype), torch.randn(2, 8, 9, 10).to(dtype)
-    assert all(output.dtype == dtype for output in model.judge(last, BOXES))
+    assert all(output.dtype == dtype for output in model.box_head(last, BOXES))
 
 
 def test_start():

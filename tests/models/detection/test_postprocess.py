@@ -6,7 +6,7 @@ from naive_boxes import iou, random_boxes
 from torchvision import ops
 
 from deformnet.models.detection.detector import Candidates
-from deformnet.models.detection.postprocess import merge, select
+from deformnet.models.detection.postprocess import merge, postprocess
 
 THRESHOLD = 0.05
 
@@ -76,7 +76,7 @@ def test_against_loops(own_boxes, box_averaging, soft_nms, limit):
     everything = sum(len(of_class(candidates, label)) for label in range(4))
     assert 11 < len(expected) < everything  # something is suppressed, something is left
     expected = sorted(expected, key=lambda entry: -entry[0])[:limit]
-    found = select(
+    found = postprocess(
         candidates,
         score_threshold=THRESHOLD,
         nms=0.4,
@@ -92,7 +92,7 @@ def test_against_loops(own_boxes, box_averaging, soft_nms, limit):
 
 def test_the_same_box_may_have_two_classes():
     boxes = torch.tensor([[0.0, 0.0, 10.0, 10.0], [1.0, 0.0, 10.0, 10.0]])
-    found = select(Candidates(boxes, torch.tensor([[0.3, 0.6], [0.25, 0.1]])))
+    found = postprocess(Candidates(boxes, torch.tensor([[0.3, 0.6], [0.25, 0.1]])))
     assert found.labels.tolist() == [1, 0]
     assert torch.equal(found.boxes, boxes[[0, 0]])
 
@@ -100,13 +100,13 @@ def test_the_same_box_may_have_two_classes():
 def test_an_overlap_of_exactly_the_threshold_remains():
     boxes = torch.tensor([[0.0, 0.0, 4.0, 1.0], [2.0, 0.0, 4.0, 1.0]])  # IoU 1/2
     candidates = Candidates(boxes, torch.tensor([[0.9], [0.8]]))
-    assert len(select(candidates, nms=0.5).boxes) == 2
-    assert len(select(candidates, nms=0.49).boxes) == 1
+    assert len(postprocess(candidates, nms=0.5).boxes) == 2
+    assert len(postprocess(candidates, nms=0.49).boxes) == 1
 
 
 def test_ties_keep_the_order_of_the_candidates():
     boxes = torch.tensor([[20.0 * i, 0.0, 20.0 * i + 10, 10.0] for i in range(40)])
-    found = select(Candidates(boxes, torch.full((40, 2), 0.25)), max_detections=50)
+    found = postprocess(Candidates(boxes, torch.full((40, 2), 0.25)), max_detections=50)
     assert found.labels.tolist() == [0] * 40 + [1] * 10
     assert torch.equal(found.boxes, torch.cat((boxes, boxes[:10])))
 
@@ -129,7 +129,7 @@ def test_what_is_not_finite_or_has_no_area_is_never_selected(soft_nms, box_avera
     ]
     boxes = torch.tensor([*bad, good, good])
     scores = torch.tensor([0.9] * len(bad) + [nan, 0.4])[:, None]
-    found = select(Candidates(boxes, scores), soft_nms=soft_nms, box_averaging=box_averaging)
+    found = postprocess(Candidates(boxes, scores), soft_nms=soft_nms, box_averaging=box_averaging)
     torch.testing.assert_close(found.boxes, torch.tensor([good]))
     assert found.scores.tolist() == scores[-1].tolist()
 
@@ -138,7 +138,7 @@ def test_what_is_not_finite_or_has_no_area_is_never_selected(soft_nms, box_avera
 @pytest.mark.parametrize("soft_nms", [False, True])
 def test_nothing_to_select(shape, soft_nms):
     boxes, scores = torch.ones(shape), torch.zeros(shape[0], 3)
-    found = select(Candidates(boxes, scores), soft_nms=soft_nms, box_averaging=True)
+    found = postprocess(Candidates(boxes, scores), soft_nms=soft_nms, box_averaging=True)
     assert [list(part.shape) for part in found] == [[0, 4], [0], [0]]
     assert found.labels.dtype == torch.int64
 
@@ -153,7 +153,7 @@ def test_an_untrained_network_with_many_classes_is_feasible(monkeypatch):
     monkeypatch.setattr(ops, "nms", counted)
     torch.manual_seed(0)
     scores = torch.rand(20_000, 80) / 80 + 0.002
-    found = select(Candidates(random_boxes(20_000), scores))
+    found = postprocess(Candidates(random_boxes(20_000), scores))
     assert len(found.scores) == 300
     assert len(entered) == 80
     for label in (0, 79):
@@ -191,13 +191,13 @@ def test_merged_runs_may_differ_in_whether_classes_have_boxes():
 )
 def test_wrong_numbers(changed, message):
     with pytest.raises(ValueError, match=message):
-        select(crowd(), **changed)
+        postprocess(crowd(), **changed)
 
 
 @pytest.mark.parametrize("shape", [(60,), (59, 4), (60, 3, 4), (60, 5)], ids=str)
 def test_wrong_shapes(shape):
     with pytest.raises(ValueError, match=r"candidates: wanted boxes .* for scores .*, got \["):
-        select(Candidates(torch.zeros(shape), torch.zeros(60, 4)))
+        postprocess(Candidates(torch.zeros(shape), torch.zeros(60, 4)))
 
 
 def test_merging_nothing():

@@ -20,7 +20,7 @@ def network(classes=3, **options):
 
 def test_scores_and_boxes_are_the_vote_of_the_bins():
     model, last = network(pool="average"), torch.randn(2, 16, 9, 10)
-    logits, deltas = model.judge(last, BOXES)
+    logits, deltas = model.box_head(last, BOXES)
     assert logits.shape == (3, 4)
     assert deltas.shape == (3, 4)
     # The first box is 7 x 7 cells, from (1, 2) on: each bin is a cell of its own map.
@@ -34,7 +34,7 @@ def test_scores_and_boxes_are_the_vote_of_the_bins():
 
 def test_aligned_boxes_are_edges():
     model, last = network(pool="average", sampling="aligned"), torch.randn(2, 16, 9, 10)
-    logits, _ = model.judge(last, BOXES)
+    logits, _ = model.box_head(last, BOXES)
     # All maps pooled with torchvision's RoIAlign, of which bin (i, j) takes its own.
     pooled = roi_align(model.score_maps(last), BOXES, 7, 1 / 16, sampling_ratio=4, aligned=True)
     pooled = pooled.unflatten(1, (4, 7, 7))
@@ -54,7 +54,7 @@ def test_deformable_starts_as_average(sampling):
         for name in ("weight", "bias")
     ]
     last = torch.randn(2, 16, 9, 10)
-    for a, b in zip(plain.judge(last, BOXES), deformable.judge(last, BOXES), strict=True):
+    for a, b in zip(plain.box_head(last, BOXES), deformable.box_head(last, BOXES), strict=True):
         # Bit for bit but for the order in which the bins of another memory layout are summed.
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
@@ -63,14 +63,14 @@ def test_classes_have_their_own_offsets_and_boxes_common_ones():
     model, last = network(pool="deformable"), torch.randn(2, 16, 9, 10)
     assert model.score_pool.offsets(last, BOXES).shape == (3, 2 * 4, 7, 7)
     assert model.box_pool.offsets(last, BOXES).shape == (3, 2, 7, 7)
-    before, boxes_before = model.judge(last, BOXES)
+    before, boxes_before = model.box_head(last, BOXES)
     # (x, y) of 7 x 7 bins in the group of class 2, which is the third with the background.
     model.score_pool.conv_offset.bias.data[2 * 98 : 3 * 98] = 1
-    logits, deltas = model.judge(last, BOXES)
+    logits, deltas = model.box_head(last, BOXES)
     assert (logits != before).any(dim=0).tolist() == [False, False, True, False]
     assert torch.equal(deltas, boxes_before)
     model.box_pool.conv_offset.bias.data[:] = 1
-    logits_after, deltas = model.judge(last, BOXES)
+    logits_after, deltas = model.box_head(last, BOXES)
     assert torch.equal(logits_after, logits)
     assert (deltas != boxes_before).any(dim=0).all()
 
@@ -82,7 +82,7 @@ def test_all_rois_train_and_the_hardest_count():
     proposals = [torch.cat((corners, corners + 10 + 40 * torch.rand(300, 2)), dim=1)]
     nothing = [Target(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))]
     loss = model.losses(images, sizes, nothing, proposals)["class"]
-    logits, _ = model.judge(model.features(images).last, proposals)
+    logits, _ = model.box_head(model.features(images).last, proposals)
     assert len(logits) == 300
     each = F.cross_entropy(logits, torch.zeros(300, dtype=torch.int64), reduction="none")
     torch.testing.assert_close(loss, each.sort(descending=True).values[:128].mean())
@@ -91,7 +91,7 @@ def test_all_rois_train_and_the_hardest_count():
 def test_votes_are_float32_under_autocast():
     model, last = network(pool="deformable"), torch.randn(2, 16, 9, 10)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert all(votes.dtype == torch.float32 for votes in model.judge(last, BOXES))
+        assert all(votes.dtype == torch.float32 for votes in model.box_head(last, BOXES))
 
 
 def test_start():

@@ -10,7 +10,7 @@ from deformnet.models.backbones import resnet
 from deformnet.models.detection.detector import Target
 from deformnet.models.detection.faster_rcnn import FasterRCNN
 from deformnet.models.detection.rfcn import RFCN
-from deformnet.models.detection.rois import RoIs, assign, boxes_to_pool, roi_losses, sample
+from deformnet.models.detection.rois import RoIs, assign_targets, format_rois, roi_losses, subsample
 from deformnet.models.detection.rpn import RPN
 
 
@@ -46,7 +46,7 @@ def rois_of(labels, iou=None):
 def test_boxes_belong_to_the_object_that_they_overlap_most():
     proposals, objects = random_boxes(400), random_boxes(6, seed=1)
     classes = torch.tensor([3, 0, 2, 2, 1, 0])
-    rois = assign(proposals, Target(objects, classes))
+    rois = assign_targets(proposals, Target(objects, classes))
     torch.testing.assert_close(rois.boxes, torch.cat((proposals, objects)))
     foreground = 0
     for box, label, deltas, best in zip(*rois, strict=True):
@@ -73,7 +73,7 @@ def test_boxes_belong_to_the_object_that_they_overlap_most():
 
 def test_objects_train_as_boxes_themselves():
     objects = torch.tensor([[4.0, 4, 20, 30], [40, 8, 60, 20]])
-    rois = assign(torch.zeros(0, 4), Target(objects, torch.tensor([0, 4])))
+    rois = assign_targets(torch.zeros(0, 4), Target(objects, torch.tensor([0, 4])))
     torch.testing.assert_close(rois.boxes, objects)
     assert rois.labels.tolist() == [1, 5]
     assert rois.iou.tolist() == [1, 1]
@@ -81,10 +81,10 @@ def test_objects_train_as_boxes_themselves():
 
 
 def test_an_image_without_objects_is_background():
-    rois = assign(random_boxes(5), nothing())
+    rois = assign_targets(random_boxes(5), nothing())
     assert len(rois.boxes) == 5
     assert not any(values.any() for values in rois[1:])
-    assert all(len(values) == 0 for values in assign(torch.zeros(0, 4), nothing()))
+    assert all(len(values) == 0 for values in assign_targets(torch.zeros(0, 4), nothing()))
 
 
 def test_what_is_no_box_is_left_out():
@@ -95,7 +95,7 @@ def test_what_is_no_box_is_left_out():
     proposals = torch.tensor(
         [[nan, 0, 1, 1], [0, 0, 9, inf], [10, 10, 29, 30], [7, 7, 7, 7], [-99, -99, -80, -80]]
     )
-    rois = assign(proposals, Target(objects, torch.tensor([0, 1, 2, 3, 4])))
+    rois = assign_targets(proposals, Target(objects, torch.tensor([0, 1, 2, 3, 4])))
     torch.testing.assert_close(rois.boxes, torch.cat((proposals[2:], objects[4:])))
     assert rois.labels.tolist() == [5, 0, 0, 5]
     assert all(values.isfinite().all() for values in rois)
@@ -105,26 +105,26 @@ def test_sampling_keeps_to_its_shares():
     labels = [2] * 50 + [0] * 100 + [0] * 100
     rois = rois_of(labels, [0.9] * 50 + [0.3] * 100 + [0.05] * 100)
     torch.manual_seed(0)
-    chosen = sample(rois, 128, least_iou=0.1)
+    chosen = subsample(rois, 128, min_iou=0.1)
     index = chosen.boxes[:, 0].long().tolist()
     assert len(set(index)) == len(index) == 128
     assert sum(i < 50 for i in index) == 32
     assert sum(50 <= i < 150 for i in index) == 96
     assert chosen.labels.tolist() == [labels[i] for i in index]
     # Another draw is another sample.
-    assert set(index) != set(sample(rois, 128, least_iou=0.1).boxes[:, 0].long().tolist())
+    assert set(index) != set(subsample(rois, 128, min_iou=0.1).boxes[:, 0].long().tolist())
 
 
 def test_sampling_fills_up():
     # Few objects leave their places to the background; little overlap does, after the close ones.
     rois = rois_of([1] * 5 + [0] * 20 + [0] * 300, [0.9] * 5 + [0.3] * 20 + [0.05] * 300)
-    index = sample(rois, 128, least_iou=0.1).boxes[:, 0]
+    index = subsample(rois, 128, min_iou=0.1).boxes[:, 0]
     assert sorted(index[:25].tolist()) == list(range(25))
     assert len(index.unique()) == 128
     # Where the background is short, objects do not fill up: the sample is smaller.
-    assert len(sample(rois_of([1] * 60 + [0] * 10), 128, least_iou=0.1).labels) == 42
-    assert len(sample(rois_of([0] * 3), 128, least_iou=0.1).labels) == 3
-    assert len(sample(rois_of([]), 128, least_iou=0.1).labels) == 0
+    assert len(subsample(rois_of([1] * 60 + [0] * 10), 128, min_iou=0.1).labels) == 42
+    assert len(subsample(rois_of([0] * 3), 128, min_iou=0.1).labels) == 3
+    assert len(subsample(rois_of([]), 128, min_iou=0.1).labels) == 0
 
 
 def losses_of_one(logits, deltas, label, wanted):
@@ -202,11 +202,11 @@ def test_boxes_for_pooling():
     boxes = [torch.tensor([[1.0, 2, 30, 40]]), torch.zeros(0, 4), torch.tensor([[0.0, 0, 1, 1]])]
     edges = [[0, 1, 2, 30, 40], [2, 0, 0, 1, 1]]
     pixels = [[0, 1, 2, 29, 39], [2, 0, 0, 0, 0]]
-    assert boxes_to_pool(boxes, "aligned").tolist() == edges
-    assert boxes_to_pool(boxes, "bins").tolist() == pixels
-    assert boxes_to_pool(boxes, "msra").tolist() == pixels
-    assert boxes_to_pool(boxes, None).tolist() == pixels
-    assert boxes_to_pool([torch.zeros(0, 4)], "bins").shape == (0, 5)
+    assert format_rois(boxes, "aligned").tolist() == edges
+    assert format_rois(boxes, "bins").tolist() == pixels
+    assert format_rois(boxes, "msra").tolist() == pixels
+    assert format_rois(boxes, None).tolist() == pixels
+    assert format_rois([torch.zeros(0, 4)], "bins").shape == (0, 5)
 
 
 NETWORKS = {

@@ -9,7 +9,7 @@ from deformnet.models.backbones import resnet
 from deformnet.models.detection.boxes import decode, encode
 from deformnet.models.detection.detector import Target
 from deformnet.models.detection.rpn import RPN, RPNDetector, RPNOutput
-from deformnet.models.detection.postprocess import select
+from deformnet.models.detection.postprocess import postprocess
 
 MAP = (4, 5)  # of images up to 64 x 80
 SIZES = [(64, 80), (50, 33)]  # the second has 4 x 3 units of its own
@@ -485,7 +485,7 @@ def test_learns_the_boxes_and_classes_of_a_batch():
         optimizer.step()
     found = rpn.candidates(rpn(features), MAP, SIZES)
     for candidates, target in zip(found, objects, strict=True):
-        detections = select(candidates, score_threshold=0.5)
+        detections = postprocess(candidates, score_threshold=0.5)
         assert sorted(detections.labels.tolist()) == sorted(target.labels.tolist())
         for box, label in zip(target.boxes.tolist(), target.labels, strict=True):
             (best,) = (detections.labels == label).nonzero()

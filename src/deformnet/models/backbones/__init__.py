@@ -1,4 +1,4 @@
-"""Networks that turn images into feature maps."""
+"""Backbones: networks that extract feature maps from images."""
 
 from pathlib import Path
 
@@ -34,20 +34,22 @@ def backbone(
     weights: str | Path | None = None,
     reduce_channels: int | None = 1024,
 ) -> Backbone:
-    """A backbone by its name.
-
-    The other arguments are those of `resnet` and of `aligned_inception_resnet`.
+    """Build a backbone by name.
 
     Args:
         name: resnet18, resnet34, resnet50, resnet101 or aligned-inception-resnet.
-        stride_in_1x1: of ResNets; see `resnet`.
+        deform_layers, dilation, offset_groups, modulated, norm, stride_in_1x1, output_stride:
+            See `resnet`.
+        weights, reduce_channels: See `resnet` and `aligned_inception_resnet`.
+
     Raises:
-        ValueError: for an argument that the backbone cannot have, or weights of another one.
-        FileNotFoundError: if `weights` is neither a file nor a known name.
+        ValueError: If the backbone does not have an option, or it is out of range.
+        UserError: If the weights are of another model, or not a checkpoint.
+        FileNotFoundError: If `weights` is neither a file nor a known name.
     """
     if name == "aligned-inception-resnet":
         if stride_in_1x1:
-            raise ValueError(f"stride_in_1x1: is for ResNets, not for {name}")
+            raise ValueError(f"expected stride_in_1x1 to be False for {name}, but got True")
         return aligned_inception_resnet(
             deform_layers=deform_layers,
             dilation=dilation,
@@ -60,7 +62,8 @@ def backbone(
         )
     if name not in _DEPTHS:
         raise ValueError(
-            f"name: wanted {', '.join(_DEPTHS)} or aligned-inception-resnet, got {name!r}"
+            f"expected name to be one of {', '.join(_DEPTHS)} or aligned-inception-resnet, "
+            f"but got {name!r}"
         )
     return resnet(
         _DEPTHS[name],

@@ -1,8 +1,8 @@
 """Aligned-Inception-ResNet (Dai et al. 2017, appendix B, Table 6 and Figure 8).
 
-The valid convolutions of Inception-ResNet-v2 move the centre of a unit's receptive field away from
-the place in the image that the unit stands for. Here every filter is padded by half its reach, so
-that unit (i, j) is centred on pixel (stride * i, stride * j).
+The valid convolutions of Inception-ResNet-v2 shift the receptive field of a unit away from its
+position in the image. Here every convolution has "same" padding, so that unit (i, j) is centered on
+pixel (stride * i, stride * j).
 """
 
 from pathlib import Path
@@ -15,15 +15,13 @@ from deformnet.models.backbones.features import (
     FrozenBatchNorm2d,
     Norm,
     OutputStride,
-    deform_last,
-    dilate,
+    configure,
     norm_layer,
     require_images,
 )
 from deformnet.models.backbones.weights import load_weights, read_weights
 
-# Table 6: widths and numbers of the blocks of conv2, conv3, conv4 and conv5; Figure 8: the widths
-# of the two branches inside them.
+# Table 6: channels and number of blocks of conv2 to conv5. Figure 8: channels of the two branches.
 _WIDTHS = (256, 512, 1024, 2048)
 _BLOCKS = (3, 4, 23, 3)
 _BRANCHES = ((64, 32), (128, 64), (256, 128), (512, 256))
@@ -32,7 +30,7 @@ _NormLayer = type[FrozenBatchNorm2d] | type[nn.BatchNorm2d]
 
 
 class ConvNormReLU(nn.Sequential):
-    """A convolution that keeps the place of its units, batch norm, and ReLU ("(BN, ReLU)")."""
+    """Convolution with "same" padding, batch norm and ReLU."""
 
     def __init__(
         self, inputs: int, outputs: int, kernel_size: int, norm: _NormLayer, *, stride: int = 1
@@ -46,15 +44,15 @@ class ConvNormReLU(nn.Sequential):
 
 
 class InceptionResidualBlock(nn.Module):
-    """Figure 8: one and two 3x3 filters in a row side by side, joined by a 1x1, and a shortcut.
+    """Two branches of 3x3 convolutions, a joining 1x1 convolution and a shortcut (Figure 8).
 
     Args:
-        inputs: channels that come in.
-        outputs: channels that go out.
-        one: channels of the branch with one 3x3 filter.
-        two: channels of the branch with two.
-        norm: class of the batch norm layers.
-        stride: of the 1x1 filters at the beginning.
+        inputs: Input channels.
+        outputs: Output channels.
+        one: Channels of the branch with one 3x3 convolution.
+        two: Channels of the branch with two 3x3 convolutions.
+        norm: Class of the batch norm layers.
+        stride: Stride of the first 1x1 convolutions.
     """
 
     def __init__(
@@ -87,14 +85,15 @@ class InceptionResidualBlock(nn.Module):
 
 
 class AlignedInceptionResNetFeatures(Backbone):
-    """Aligned-Inception-ResNet without its classifier; built by `aligned_inception_resnet`.
+    """Aligned-Inception-ResNet without its classifier; see `aligned_inception_resnet`.
 
-    The paper leaves open where the branches of a block stride (here in their first 1x1, like the
-    authors' ResNet) and whether shortcuts have a batch norm (here, as in ResNet, yes).
+    The paper does not say where the branches of a block stride (here in their first 1x1
+    convolution, as in the authors' ResNet) or whether shortcuts have batch norm (here they do, as
+    in ResNet).
 
     Args:
-        norm: class of the batch norm layers.
-        output_stride, reduce_channels: see `Backbone`.
+        norm: Class of the batch norm layers.
+        output_stride, reduce_channels: See `Backbone`.
     """
 
     name = "Aligned-Inception-ResNet"
@@ -122,8 +121,8 @@ class AlignedInceptionResNetFeatures(Backbone):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        # What blocks add to their shortcuts is never negative, so it piles up: the sum of all of
-        # them begins at the size of one. (From 1 instead, gradients begin ten times as large.)
+        # The residuals are non-negative and accumulate over the blocks: this scale keeps their sum
+        # at the magnitude of one. (With a scale of 1, initial gradients are ten times as large.)
         for module in self.modules():
             if isinstance(module, InceptionResidualBlock):
                 nn.init.constant_(module.join.norm.weight, sum(_BLOCKS) ** -0.5)
@@ -134,11 +133,12 @@ class AlignedInceptionResNetFeatures(Backbone):
         x = self.maxpool(self.stem(images))
         return self.stage4(self.stage3(self.stage2(x)))
 
-    def conv5(self, conv4: Tensor) -> Tensor:
-        return self.stage5(conv4)
+    @property
+    def conv5_stage(self) -> nn.Module:
+        return self.stage5
 
     def filter_chain(self) -> tuple[str, ...]:
-        # By the branch that reaches farther, from block to block.
+        # Through the branch with the larger receptive field.
         blocks = reversed(range(len(self.stage5)))
         return tuple(f"stage5.{block}.branch2.{place}.conv" for block in blocks for place in (2, 1))
 
@@ -160,35 +160,35 @@ def aligned_inception_resnet(
 ) -> AlignedInceptionResNetFeatures:
     """Build an Aligned-Inception-ResNet feature extractor, by default at output stride 16.
 
-    conv5 then has stride 1, and every 3x3 filter in it is dilated.
+    conv5 then has stride 1 and dilated 3x3 convolutions.
 
     Args:
-        deform_layers: how many 3x3 convolutions are deformable, counted from the end of the
-            network: the last block's two in a row, its single one, and so on, three in each block.
-        dilation: of conv5.
-        offset_groups: G of the deformable layers.
-        modulated: whether the deformable layers also learn a mask.
-        norm: "frozen" fixes all batch norm, conv1 and conv2; "trained" trains everything.
-        output_stride: 16; 32 leaves conv5 at stride 2 and undilated, for classification.
-        weights: a file with the state dict of such a backbone, or a run folder; there are no
-            public weights. None leaves random ones.
-        reduce_channels: width of the randomly initialised 1x1 convolution and ReLU at the end;
-            None leaves both out.
+        deform_layers: Number of deformable 3x3 convolutions, counted from the end, three in each
+            block: the two consecutive ones of the last block, its single one, and so on.
+        weights: File with the state dict of this backbone, or a run folder; there are no public
+            weights. None initializes randomly.
+        dilation, offset_groups, modulated, norm, output_stride, reduce_channels: See `resnet`.
 
     Raises:
-        ValueError: if an argument is out of its range, or if the weights are of another model.
-        FileNotFoundError: if there is no file `weights`.
+        ValueError: If an argument is out of range.
+        UserError: If the weights are of another model, or not a checkpoint.
+        FileNotFoundError: If there is no file `weights`.
     """
     model = AlignedInceptionResNetFeatures(norm_layer(norm), output_stride, reduce_channels)
-    if output_stride == 16:
-        dilate(model.stage5, dilation)
-    if norm == "frozen":
-        model.freeze_first_stages()
-    deform_last(model, deform_layers, offset_groups=offset_groups, modulated=modulated)
+    configure(
+        model,
+        deform_layers=deform_layers,
+        dilation=dilation,
+        offset_groups=offset_groups,
+        modulated=modulated,
+        norm=norm,
+        output_stride=output_stride,
+    )
     if weights is not None:
         if not Path(weights).exists():
             raise FileNotFoundError(
-                f"weights: no file {weights}, and there are no public weights of {model.name}"
+                f"{weights}: no such file; expected a file or a run folder, as there are no public "
+                f"weights of {model.name}"
             )
         load_weights(model, read_weights(Path(weights)), weights)
     return model

@@ -1,4 +1,4 @@
-"""What all backbones have in common: the maps they make and how they become deformable.
+"""The interface of backbones, and their dilation, freezing and deformable layers.
 
 Dai et al. 2017, section 2.3, "Deformable Convolution for Feature Extraction".
 """
@@ -17,10 +17,10 @@ OutputStride = Literal[16, 32]
 
 
 class FrozenBatchNorm2d(torchvision.ops.FrozenBatchNorm2d):
-    """torchvision's fixed batch norm, computed by PyTorch's own kernel.
+    """torchvision's frozen batch norm on PyTorch's own kernel.
 
-    One pass over the map in place of two, and the output keeps the type of a half-precision input
-    where torchvision's formula promotes it to float32.
+    It reads the map once rather than twice, and keeps the dtype of a half-precision input, which
+    torchvision's formula promotes to float32.
     """
 
     weight: Tensor
@@ -35,24 +35,28 @@ class FrozenBatchNorm2d(torchvision.ops.FrozenBatchNorm2d):
 
 
 class Backbone(nn.Module):
-    """A classification network without its classifier. Abstract.
+    """Abstract base class: a classification network without its classifier.
 
-    Unit (i, j) of its maps is centred on pixel (stride * i, stride * j) of the image.
+    Unit (i, j) of its feature maps is centered on pixel (stride * i, stride * j) of the image.
 
-    A subclass makes its stages and then calls `_add_reduction`; one whose conv5 has another stride
+    A subclass builds its stages and then calls `_add_reduction`; one whose conv5 has another stride
     than `output_stride` sets `stride`.
 
     Args:
-        conv4_channels: channels of conv4.
-        conv5_channels: channels of conv5.
-        output_stride: pixels of the image between units of conv5: 16 in dense prediction, where
-            conv5 keeps the resolution of conv4, or 32 as in classification.
-        reduce_channels: width of the randomly initialised 1x1 convolution and ReLU at the end;
-            None leaves both out.
+        conv4_channels: Channels of conv4.
+        conv5_channels: Channels of conv5.
+        output_stride: Stride of conv5, in pixels of the image: 16 in dense prediction, where conv5
+            keeps the resolution of conv4, or 32 in classification.
+        reduce_channels: Output channels of the randomly initialized 1x1 convolution and ReLU after
+            conv5; None leaves both out.
+
     Attributes:
-        name: what the backbone is called, in recipes and messages.
-        stride: pixels of the image between units of conv5.
-        out_channels: channels that `forward` returns.
+        name: Name of the backbone in messages.
+        stride: Stride of conv5, in pixels of the image.
+        out_channels: Channels of the output.
+
+    Raises:
+        ValueError: If `output_stride` or `reduce_channels` is out of range.
     """
 
     name: str
@@ -66,10 +70,13 @@ class Backbone(nn.Module):
     ) -> None:
         if output_stride not in get_args(OutputStride):
             raise ValueError(
-                f"output_stride: wanted one of {get_args(OutputStride)}, got {output_stride}"
+                f"expected output_stride to be one of {get_args(OutputStride)}, "
+                f"but got {output_stride}"
             )
         if reduce_channels is not None and reduce_channels < 1:
-            raise ValueError(f"reduce_channels: wanted at least 1 or None, got {reduce_channels}")
+            raise ValueError(
+                f"expected reduce_channels to be at least 1 or None, but got {reduce_channels}"
+            )
         super().__init__()
         self.conv4_channels = conv4_channels
         self.conv5_channels = conv5_channels
@@ -78,9 +85,9 @@ class Backbone(nn.Module):
         self._reduces = reduce_channels is not None
 
     def _add_reduction(self) -> None:
-        """Makes the 1x1 convolution, after all stages.
+        """Build the 1x1 convolution, after all stages.
 
-        An optimiser knows parameters by their order, which the checkpoints of runs rely upon.
+        The optimizer state of checkpoints depends on the order of parameters.
         """
         self.reduce: nn.Conv2d | None = None
         if self._reduces:
@@ -89,71 +96,83 @@ class Backbone(nn.Module):
             nn.init.zeros_(self.reduce.get_parameter("bias"))
 
     def forward(self, images: Tensor) -> Tensor:
-        """[N, 3, H, W] -> [N, out_channels, ceil(H/stride), ceil(W/stride)]: conv5, reduced."""
+        """[N, 3, H, W] -> [N, out_channels, ceil(H/stride), ceil(W/stride)]."""
         _, conv5 = self.stages(images)
         return self.reduced(conv5)
 
     def stages(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The maps of conv4 (at stride 16) and conv5 for images [N, 3, H, W].
+        """Feature maps of conv4 (at stride 16) and conv5 of normalized images [N, 3, H, W].
 
         Raises:
-            ValueError: if `images` has another number of dimensions or channels.
+            ValueError: If `images` has another number of dimensions or channels.
         """
         conv4 = self.conv4(images)
         return conv4, self.conv5(conv4)
 
     def reduced(self, conv5: Tensor) -> Tensor:
-        """The map of conv5 as `forward` returns it, [N, out_channels, H, W]."""
+        """The output of `forward` from the feature map of conv5, [N, out_channels, H, W]."""
         return conv5 if self.reduce is None else F.relu(self.reduce(conv5), inplace=True)
+
+    def conv5(self, conv4: Tensor) -> Tensor:
+        """Feature map of conv5, [N, conv5_channels, H, W], from that of conv4."""
+        return self.conv5_stage(conv4)
+
+    def freeze_conv5(self) -> None:
+        """Freeze conv5 and the channel reduction, for networks that stop at conv4."""
+        self.conv5_stage.requires_grad_(False)
+        if self.reduce is not None:
+            self.reduce.requires_grad_(False)
+
+    @property
+    @abstractmethod
+    def conv5_stage(self) -> nn.Module:
+        """The module of conv5."""
 
     @abstractmethod
     def conv4(self, images: Tensor) -> Tensor:
-        """The map of conv4 alone, [N, conv4_channels, ceil(H/16), ceil(W/16)]; as `stages`."""
-
-    @abstractmethod
-    def conv5(self, conv4: Tensor) -> Tensor:
-        """The map of conv5, [N, conv5_channels, H, W], from that of conv4."""
+        """Feature map [N, conv4_channels, ceil(H/16), ceil(W/16)] of conv4; see `stages`."""
 
     @abstractmethod
     def filter_chain(self) -> tuple[str, ...]:
-        """Names of the 3x3 convolutions of conv5 of which each reads the next, the top one first.
+        """Names of the 3x3 convolutions of conv5 along one path, from the output to the input.
 
-        Whose samples to follow in Figure 6: `deformnet.analysis.sampling_locations` takes them, or
-        the first few.
+        `deformnet.analysis.sampling_locations` takes all or the first few of them (Figure 6).
         """
 
     @abstractmethod
     def freeze_first_stages(self) -> None:
-        """Fixes the weights of conv1 and conv2, as the authors do in fine-tuning."""
+        """Freeze conv1 and conv2, as the authors do in fine-tuning."""
 
 
 def require_images(images: Tensor) -> None:
-    """
+    """Check the shape of images.
+
     Raises:
-        ValueError: if the tensor is not [N, 3, H, W].
+        ValueError: If `images` is not [N, 3, H, W].
     """
     if images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"images: wanted [N, 3, H, W], got {list(images.shape)}")
+        raise ValueError(f"expected images to be [N, 3, H, W], but got {list(images.shape)}")
 
 
 def norm_layer(norm: Norm) -> type[FrozenBatchNorm2d] | type[nn.BatchNorm2d]:
-    """
+    """The batch norm class of a `norm` option.
+
     Raises:
-        ValueError: for another word than "frozen" or "trained".
+        ValueError: If `norm` is neither "frozen" nor "trained".
     """
     if norm not in get_args(Norm):
-        raise ValueError(f"norm: wanted one of {get_args(Norm)}, got {norm!r}")
+        raise ValueError(f"expected norm to be one of {get_args(Norm)}, but got {norm!r}")
     return FrozenBatchNorm2d if norm == "frozen" else nn.BatchNorm2d
 
 
 def dilate(stage: nn.Module, dilation: int) -> None:
-    """Gives a stage stride 1, and dilates every filter larger than 1x1.
+    """Set the stride of a stage to 1 and dilate its 3x3 convolutions.
 
     Raises:
-        ValueError: if the dilation is not positive.
+        ValueError: If `dilation` is less than 1.
     """
     if dilation < 1:
-        raise ValueError(f"dilation: wanted at least 1, got {dilation}")
+        raise ValueError(f"expected dilation to be at least 1, but got {dilation}")
     for module in stage.modules():
         if isinstance(module, nn.Conv2d):
             module.stride = (1, 1)
@@ -161,11 +180,41 @@ def dilate(stage: nn.Module, dilation: int) -> None:
                 module.dilation = module.padding = (dilation, dilation)
 
 
-def deform_last(model: Backbone, layers: int, *, offset_groups: int, modulated: bool) -> None:
-    """Makes the last 3x3 convolutions of a backbone deformable, counted from the end.
+def configure(
+    model: Backbone,
+    *,
+    deform_layers: int,
+    dilation: int,
+    offset_groups: int,
+    modulated: bool,
+    norm: Norm,
+    output_stride: OutputStride,
+) -> None:
+    """Dilate conv5, freeze the first stages and add deformable layers, as the options say.
+
+    Args:
+        model: Backbone with all of its stages.
+        deform_layers: Number of deformable 3x3 convolutions, counted from the end.
+        dilation: Dilation of conv5 at output stride 16.
+        offset_groups, modulated: See `deform_`.
+        norm: "frozen" also freezes conv1 and conv2.
+        output_stride: See `Backbone`.
 
     Raises:
-        ValueError: if there are not so many.
+        ValueError: If an argument is out of range.
+    """
+    if output_stride == 16:
+        dilate(model.conv5_stage, dilation)
+    if norm == "frozen":
+        model.freeze_first_stages()
+    _deform_last(model, deform_layers, offset_groups=offset_groups, modulated=modulated)
+
+
+def _deform_last(model: Backbone, layers: int, *, offset_groups: int, modulated: bool) -> None:
+    """Convert the last 3x3 convolutions of a backbone to deformable convolutions.
+
+    Raises:
+        ValueError: If `layers` exceeds their number.
     """
     filters = [
         name
@@ -174,8 +223,8 @@ def deform_last(model: Backbone, layers: int, *, offset_groups: int, modulated: 
     ]
     if not 0 <= layers <= len(filters):
         raise ValueError(
-            f"deform_layers: wanted 0 to {len(filters)}, the 3x3 convolutions of {model.name}, "
-            f"got {layers}"
+            f"expected deform_layers to be 0 to {len(filters)}, the number of 3x3 convolutions of "
+            f"{model.name}, but got {layers}"
         )
     if layers:
         deform_(model, *filters[-layers:], offset_groups=offset_groups, modulated=modulated)

@@ -1,22 +1,23 @@
-"""torchvision's ResNet as a feature extractor, dilated and deformable.
+"""torchvision's ResNet as a dilated and deformable feature extractor.
 
 Dai et al. 2017, section 2.3, "Deformable Convolution for Feature Extraction".
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, get_args
 
 import torchvision
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.models import get_model_weights
-from torchvision.models.resnet import BasicBlock
+from torchvision.models.resnet import BasicBlock, Bottleneck
 
+from deformnet._errors import UserError
 from deformnet.models.backbones.features import (
     Backbone,
     Norm,
     OutputStride,
-    deform_last,
-    dilate,
+    configure,
     norm_layer,
     require_images,
 )
@@ -32,15 +33,15 @@ _TRUNKS = {
 
 
 class ResNetFeatures(Backbone):
-    """A ResNet without its classifier; built by `resnet`.
+    """A ResNet without its classifier; see `resnet`.
 
-    Its state dict has the keys of torchvision's ResNet without `fc`; to these come `reduce.*`, and
+    Its state dict has the keys of torchvision's ResNet without `fc`, and `reduce.*` and
     `conv_offset.*` of the deformable layers.
 
     Args:
-        trunk: the network whose stages are taken.
-        depth: its layers.
-        output_stride, reduce_channels: see `Backbone`.
+        trunk: torchvision's ResNet, whose stages are used.
+        depth: Number of layers.
+        output_stride, reduce_channels: See `Backbone`.
     """
 
     def __init__(
@@ -64,11 +65,12 @@ class ResNetFeatures(Backbone):
         x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
         return self.layer3(self.layer2(self.layer1(x)))
 
-    def conv5(self, conv4: Tensor) -> Tensor:
-        return self.layer4(conv4)
+    @property
+    def conv5_stage(self) -> nn.Module:
+        return self.layer4
 
     def filter_chain(self) -> tuple[str, ...]:
-        # Basic blocks have two 3x3 filters, in a row; bottlenecks one, between 1x1 filters.
+        # Basic blocks have two consecutive 3x3 convolutions, bottlenecks one.
         inside = ("conv2", "conv1") if isinstance(self.layer4[0], BasicBlock) else ("conv2",)
         return tuple(
             f"layer4.{block}.{conv}"
@@ -96,84 +98,95 @@ def resnet(
 ) -> ResNetFeatures:
     """Build a ResNet feature extractor, by default at output stride 16.
 
-    conv5 (torchvision's layer4) has stride 1, and every filter in it that is larger than 1x1 is
-    dilated; torchvision's own `replace_stride_with_dilation` leaves its first block undilated.
+    conv5 (torchvision's layer4) then has stride 1 and dilated 3x3 convolutions. (torchvision's
+    `replace_stride_with_dilation` leaves the first block undilated.)
 
     Args:
         depth: 18, 34, 50 or 101.
-        deform_layers: how many 3x3 convolutions are deformable, counted from the end (Table 1:
-            0, 1, 2, 3, 6). In ResNet-50 and 101 conv5 has three, so 6 includes the last three of
-            conv4; in ResNet-18 it has four, in ResNet-34 six.
-        dilation: of conv5 (2; Table 3 tries 4, 6 and 8).
-        offset_groups: G of the deformable layers.
-        modulated: whether the deformable layers also learn a mask.
-        norm: "frozen" is the authors' fine-tuning: all batch norm is fixed, statistics and
-            affine, in training too, and so are conv1 and layer1. "trained" trains everything, as
-            random weights need.
-        stride_in_1x1: put the strides of conv3 and conv4 into the first 1x1 convolution of their
-            blocks, as He et al. 2016, the authors and detectron2's older models do, and not into
-            the 3x3 convolution, as torchvision does. Weights belong to one of the two; their
+        deform_layers: Number of deformable 3x3 convolutions, counted from the end (Table 1: 0, 1,
+            2, 3, 6). conv5 has three of them in ResNet-50 and 101 (so 6 includes the last three of
+            conv4), four in ResNet-18 and six in ResNet-34.
+        dilation: Dilation of conv5 (2; Table 3 tries 4, 6 and 8).
+        offset_groups: Offset groups of the deformable layers.
+        modulated: Whether the deformable layers also learn a mask.
+        norm: "frozen" fixes the statistics and parameters of all batch norm, and conv1 and layer1,
+            as in the authors' fine-tuning. "trained" trains everything, which random weights need.
+        stride_in_1x1: Whether conv3 and conv4 stride in the first 1x1 convolution of their blocks,
+            as in He et al. 2016, the authors' code and detectron2's older models, rather than in
+            the 3x3 convolution, as in torchvision. Weights belong to one of the two, which their
             shapes do not tell.
-        output_stride: 16; 32 leaves conv5 at stride 2 and undilated, for classification.
-        weights: the name of torchvision's weights for this depth ("IMAGENET1K_V1", ..., fetched
-            once and cached by torch.hub), a file with the state dict of torchvision's ResNet (or of
-            a `ResNetFeatures`), or a run folder. None leaves random weights.
-        reduce_channels: width of the randomly initialised 1x1 convolution and ReLU at the end;
-            None leaves both out.
+        output_stride: 16, or 32 for classification, where conv5 has stride 2 and no dilation.
+        weights: Name of torchvision's weights for this depth ("IMAGENET1K_V1", ..., cached by
+            torch.hub), a file with the state dict of torchvision's ResNet or a `ResNetFeatures`,
+            or a run folder. None initializes randomly.
+        reduce_channels: Output channels of the randomly initialized 1x1 convolution and ReLU after
+            conv5; None leaves both out.
 
     Raises:
-        ValueError: if an argument is out of its range, or if the weights are of another model or
-            no checkpoint at all.
-        FileNotFoundError: if `weights` is neither a file nor a name that torchvision knows.
-        OSError: if named weights cannot be downloaded.
+        ValueError: If an argument is out of range.
+        UserError: If the weights are of another model, or not a checkpoint.
+        FileNotFoundError: If `weights` is neither a file nor the name of torchvision's weights.
+        OSError: If named weights cannot be downloaded.
     """
     if depth not in get_args(Depth):
-        raise ValueError(f"depth: wanted one of {get_args(Depth)}, got {depth}")
+        raise ValueError(f"expected depth to be one of {get_args(Depth)}, but got {depth}")
     trunk = _TRUNKS[depth](weights=None, norm_layer=norm_layer(norm))
     if stride_in_1x1:
         _move_strides(trunk, depth)
     model = ResNetFeatures(trunk, depth, output_stride, reduce_channels)
-    if output_stride == 16:
-        dilate(model.layer4, dilation)
-    if norm == "frozen":
-        model.freeze_first_stages()
-    deform_last(model, deform_layers, offset_groups=offset_groups, modulated=modulated)
+    configure(
+        model,
+        deform_layers=deform_layers,
+        dilation=dilation,
+        offset_groups=offset_groups,
+        modulated=modulated,
+        norm=norm,
+        output_stride=output_stride,
+    )
     if weights is not None:
-        known = get_model_weights(f"resnet{depth}").__members__
-        if isinstance(weights, str) and weights in known:
-            try:
-                state = known[weights].get_state_dict(check_hash=True)
-            except OSError as error:
-                raise OSError(
-                    f"weights: cannot fetch {weights} from {known[weights].url} ({error}); "
-                    "a local file can be given instead"
-                ) from error
-        elif Path(weights).exists():
-            _require_strides(Path(weights), stride_in_1x1)
-            state = read_weights(Path(weights))
-        else:
-            raise FileNotFoundError(
-                f"weights: no file {weights}, and no torchvision weights of {model.name} of that "
-                f"name (there are {', '.join(known)})"
-            )
-        load_weights(model, state, weights)
+        load_weights(model, _read_weights(model, depth, weights, stride_in_1x1), weights)
     return model
 
 
+def _read_weights(
+    model: ResNetFeatures, depth: Depth, weights: str | Path, stride_in_1x1: bool
+) -> Mapping[str, Tensor]:
+    """State dict of torchvision's weights by name, of a file or of a run folder."""
+    named = get_model_weights(f"resnet{depth}").__members__
+    if isinstance(weights, str) and weights in named:
+        try:
+            return named[weights].get_state_dict(check_hash=True)
+        except OSError as error:
+            raise OSError(
+                f"cannot download {weights} from {named[weights].url} ({error}); pass a local file "
+                "instead"
+            ) from error
+    if not Path(weights).exists():
+        raise FileNotFoundError(
+            f"{weights}: no such file, and no torchvision weights of {model.name} of that name; "
+            f"expected a file, a run folder or one of {', '.join(named)}"
+        )
+    _require_strides(Path(weights), stride_in_1x1)
+    return read_weights(Path(weights))
+
+
 def _require_strides(weights: Path, stride_in_1x1: bool) -> None:
-    """Refuses the run of a network that strides elsewhere, which its weights do not show."""
+    """Check the `stride_in_1x1` of a run, which its weights do not tell."""
     recipe = recorded_recipe(weights)
     if recipe is not None and recipe.get("stride_in_1x1", False) != stride_in_1x1:
-        raise ValueError(
-            f"weights: {weights} was trained with stride_in_1x1={not stride_in_1x1}, "
-            f"wanted {stride_in_1x1}"
+        raise UserError(
+            f"{weights}: expected weights trained with stride_in_1x1={stride_in_1x1}, "
+            f"but got {not stride_in_1x1}"
         )
 
 
 def _move_strides(trunk: torchvision.models.ResNet, depth: Depth) -> None:
-    """Strides in the 1x1 convolutions in the place of the 3x3 ones after them."""
-    blocks = [m for m in trunk.modules() if isinstance(m, torchvision.models.resnet.Bottleneck)]
+    """Move the stride of each block from its 3x3 convolution to the 1x1 convolution before it."""
+    blocks = [m for m in trunk.modules() if isinstance(m, Bottleneck)]
     if not blocks:
-        raise ValueError(f"stride_in_1x1: the blocks of ResNet-{depth} begin with no 1x1")
+        raise ValueError(
+            f"expected stride_in_1x1 to be False for ResNet-{depth}, "
+            "whose blocks do not start with a 1x1 convolution"
+        )
     for block in blocks:
         block.conv1.stride, block.conv2.stride = block.conv2.stride, (1, 1)

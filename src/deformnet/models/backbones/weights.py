@@ -1,4 +1,4 @@
-"""Starting weights of a backbone: files, run folders, and what they must hold."""
+"""Pretrained weights of a backbone, from checkpoint files and run folders."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -8,15 +8,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from deformnet._errors import UserError
 from deformnet.models.backbones.features import Backbone
 
 _RUN_CHECKPOINT = Path("checkpoints/last.ckpt")
-_IN_CHECKPOINT = "model.backbone."  # where the checkpoint of a run has the backbone
-_IN_EXPORT = "backbone."  # and where the network has it
+# Key prefixes of the backbone in the checkpoint of a run, and in an exported network.
+_IN_CHECKPOINT = "model.backbone."
+_IN_EXPORT = "backbone."
 EXPORTED = "deformnet"
-"""Key of the metadata of a safetensors file that marks it as the weights of a whole network."""
+"""Metadata key of safetensors files that hold a whole network."""
 
-# Blocks of layer1 to layer4, and whether they have three convolutions.
+# By the number of blocks of layer1 to layer4, and whether they are bottlenecks.
 _RESNETS: dict[tuple[tuple[int, ...], bool], str] = {
     ((2, 2, 2, 2), False): "ResNet-18",
     ((3, 4, 6, 3), False): "ResNet-34",
@@ -26,21 +28,23 @@ _RESNETS: dict[tuple[tuple[int, ...], bool], str] = {
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The state dict of a backbone from a file, or from a run of any network.
+    """Read the state dict of a backbone from a file or a run folder.
 
-    Of a run it is the backbone alone, without the 1x1 convolution that reduces its channels for one
-    network and not for another.
+    From a run, of any network, it is the backbone alone without the channel reduction, which
+    differs between networks.
 
     Args:
-        path: a PyTorch checkpoint, a safetensors file (of a backbone, or an exported run), or a run
-            folder.
+        path: PyTorch checkpoint, safetensors file (a backbone or an exported run) or run folder.
+
     Raises:
-        FileNotFoundError: if there is no such file, or no checkpoint in the run folder.
-        ValueError: if it is damaged, or holds no state dict.
+        FileNotFoundError: If there is no such file, or no checkpoint in the run folder.
+        UserError: If the file is damaged, or not a state dict.
     """
     if path.is_dir():
         if not (path / _RUN_CHECKPOINT).is_file():
-            raise FileNotFoundError(f"{path}: not a trained run, there is no {_RUN_CHECKPOINT}")
+            raise FileNotFoundError(
+                f"{path}: expected a trained run, but there is no {_RUN_CHECKPOINT}"
+            )
         path = path / _RUN_CHECKPOINT
     if path.suffix == ".safetensors":
         state, metadata = read_safetensors(path)
@@ -49,18 +53,18 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if isinstance(content, Mapping) and "deformnet" in content:
         return _backbone_of(content["state_dict"], _IN_CHECKPOINT)
     if not isinstance(content, Mapping) or not all(isinstance(v, Tensor) for v in content.values()):
-        found = type(content).__name__
+        kind = type(content).__name__
         if isinstance(content, Mapping):
-            found = f"keys {', '.join(map(repr, list(content)[:3]))}"
-        raise ValueError(f"weights: {path} holds no state dict but {found}")
+            kind = f"a dict with keys {', '.join(map(repr, list(content)[:3]))}"
+        raise UserError(f"{path}: expected a state dict, but got {kind}")
     return dict(content)
 
 
 def recorded_recipe(path: Path) -> Mapping[str, Any] | None:
-    """The recipe of a run, in plain values; None for whatever is no run folder.
+    """The recipe of a run folder as plain values; None for anything else.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_weights`.
+        UserError: If the checkpoint is damaged.
     """
     if not path.is_dir() or not (path / _RUN_CHECKPOINT).is_file():
         return None
@@ -70,48 +74,52 @@ def recorded_recipe(path: Path) -> Mapping[str, Any] | None:
 
 
 def load_weights(model: Backbone, state: Mapping[str, Tensor], source: str | Path) -> None:
-    """Loads a state dict that may lack the new layers, and may have torchvision's classifier.
+    """Load a state dict into a backbone.
+
+    It may lack the layers that torchvision's ResNet does not have (`conv_offset` and `reduce`), and
+    may have torchvision's classifier.
 
     Args:
-        model: the backbone.
-        state: by the names of its own state dict.
-        source: where it comes from, for the messages.
+        model: Backbone.
+        state: State dict of the same architecture.
+        source: Origin of the state dict, for messages.
+
     Raises:
-        ValueError: if it is of another model.
+        UserError: If the state dict is of another model.
     """
-    problem = f"weights: {source} is not a {model.name} of this kind"
     found = architecture(state)
+    problem = f"{source}: expected weights of {model.name}"
     if found not in (None, model.name):
-        problem = f"weights: {source} is of {found}, wanted {model.name}"
+        problem += f", but got {found}"
     own = model.state_dict()
-    # torchvision's older files have no counts of batches.
-    missing = [
-        key
-        for key in own
-        if key not in state
-        and not key.endswith(".num_batches_tracked")
-        and ".conv_offset." not in key
-        and not key.startswith("reduce.")
-    ]
-    unexpected = [
-        key
-        for key in state
-        if key not in own and not key.endswith(".num_batches_tracked") and not key.startswith("fc.")
-    ]
-    for what, keys in (("misses", missing), ("has besides", unexpected)):
+    missing = [key for key in own if key not in state and not _may_be_missing(key)]
+    unexpected = [key for key in state if key not in own and not _may_be_unexpected(key)]
+    for kind, keys in (("missing", missing), ("unexpected", unexpected)):
         if keys:
             more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
-            raise ValueError(f"{problem}: it {what} {keys[0]}{more}")
+            raise UserError(f"{problem}: {kind} key {keys[0]}{more}")
     for key, value in state.items():
         if key in own and own[key].shape != value.shape:
-            raise ValueError(
-                f"{problem}: {key} has shape {list(value.shape)}, wanted {list(own[key].shape)}"
+            raise UserError(
+                f"{problem}: expected {key} to be {list(own[key].shape)}, "
+                f"but got {list(value.shape)}"
             )
     model.load_state_dict(dict(state), strict=False)
 
 
+def _may_be_missing(key: str) -> bool:
+    # torchvision's older files have no num_batches_tracked.
+    return (
+        key.endswith(".num_batches_tracked") or ".conv_offset." in key or key.startswith("reduce.")
+    )
+
+
+def _may_be_unexpected(key: str) -> bool:
+    return key.endswith(".num_batches_tracked") or key.startswith("fc.")
+
+
 def architecture(names: Iterable[str]) -> str | None:
-    """The backbone whose state dict has these names, as `Backbone.name`, or None."""
+    """`Backbone.name` of the backbone whose state dict has these keys; None if there is none."""
     names = list(names)
     if any(name.startswith("stage5.") for name in names):
         return "Aligned-Inception-ResNet"
@@ -123,17 +131,17 @@ def architecture(names: Iterable[str]) -> str | None:
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors of a file, and its metadata.
+    """Tensors and metadata of a safetensors file.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is damaged.
+        FileNotFoundError: If there is no such file.
+        UserError: If it is damaged.
     """
     try:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(f"weights: {path} is damaged, or no safetensors file") from error
+        raise UserError(f"{path}: damaged, or not a safetensors file") from error
 
 
 def _backbone_of(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -148,6 +156,6 @@ def _read(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises anything on a damaged file
-        raise ValueError(
-            f"weights: {path} is damaged, or no PyTorch checkpoint that holds tensors alone"
+        raise UserError(
+            f"{path}: damaged, or not a PyTorch checkpoint that loads with weights_only=True"
         ) from error

@@ -1,9 +1,9 @@
-"""The boxes that a region proposal network starts from: some of each size and shape at every unit.
+"""Anchors of region proposal networks.
 
-Two conventions. "msra2017" is the authors': the boxes are centred on the cell of stride x stride
-pixels that begins at the unit, their shapes are rounded to whole pixels before they are scaled to a
-size, and those that leave the image do not train. "modern": the boxes are centred on the pixel that
-the unit is centred on, nothing is rounded, and all of them train.
+There are two conventions. "msra2017" is the authors': anchors are centered on the cell of
+stride x stride pixels that starts at the unit's pixel, their shapes are rounded to whole pixels
+before they are scaled, and those that cross the image border do not train. "modern" anchors are
+centered on the unit's pixel, are not rounded, and all train.
 """
 
 from collections.abc import Sequence
@@ -22,52 +22,57 @@ Corners = tuple[float, float, float, float]
 def unit_anchors(
     sizes: Sequence[float], ratios: Sequence[float], stride: int, convention: Convention
 ) -> tuple[Corners, ...]:
-    """The anchors of the unit at (0, 0).
+    """Anchors of the unit at (0, 0).
 
     Args:
-        sizes: side of the square whose area an anchor has, in pixels of the image.
-        ratios: height / width.
-        stride: pixels of the image between units.
+        sizes: Side of the square of the same area, in pixels of the image.
+        ratios: Aspect ratios, height / width.
+        stride: Stride of the feature map, in pixels of the image.
+        convention: "modern" or "msra2017".
 
     Returns:
-        len(ratios) * len(sizes) boxes x1, y1, x2, y2, the sizes of one ratio together.
+        len(ratios) * len(sizes) boxes (x1, y1, x2, y2), ordered by ratio, then by size.
 
     Raises:
-        ValueError: if there are no sizes or ratios, if one is not above 0, if `stride` is below 1
-            or if there is no such convention.
+        ValueError: If `sizes` or `ratios` is empty or not positive, `stride` is less than 1, or
+            the convention is unknown.
     """
     for name, values in (("sizes", sizes), ("ratios", ratios)):
         if not values or not all(0 < value < float("inf") for value in values):
-            raise ValueError(f"{name}: wanted numbers above 0, got {tuple(values)}")
+            raise ValueError(f"expected {name} to be positive numbers, but got {tuple(values)}")
     if stride < 1:
-        raise ValueError(f"stride: wanted at least 1, got {stride}")
+        raise ValueError(f"expected stride to be at least 1, but got {stride}")
     if convention not in get_args(Convention):
-        raise ValueError(f"convention: wanted one of {get_args(Convention)}, got {convention!r}")
+        raise ValueError(
+            f"expected convention to be one of {get_args(Convention)}, but got {convention!r}"
+        )
     anchors: list[Corners] = []
     for ratio in ratios:
         for size in sizes:
             if convention == "msra2017":
-                # The shape first, in whole pixels at the size of the cell; halves go to even.
+                # The shape of a cell's area is rounded first, halves to even.
                 width = round(stride / ratio**0.5)
                 height = round(width * ratio)
                 width, height = width * size / stride, height * size / stride
-                centre = stride / 2
+                center = stride / 2
             else:
                 width, height = size / ratio**0.5, size * ratio**0.5
-                centre = 0.5  # the middle of the first pixel, whose edges are 0 and 1
+                center = 0.5  # center of the first pixel, whose edges are 0 and 1
             x, y = width / 2, height / 2
-            anchors.append((centre - x, centre - y, centre + x, centre + y))
+            anchors.append((center - x, center - y, center + x, center + y))
     return tuple(anchors)
 
 
 def grid_anchors(
     anchors: Sequence[Corners], map_size: Size, stride: int, device: torch.device
 ) -> Tensor:
-    """The anchors of all units of a map.
+    """Anchors of all units of a feature map.
 
     Args:
-        anchors: A boxes of the unit at (0, 0), as `unit_anchors` gives them.
-        map_size: (H, W) of the feature map, in units.
+        anchors: The A boxes of the unit at (0, 0), from `unit_anchors`.
+        map_size: (H, W) of the feature map.
+        stride: Stride of the feature map, in pixels of the image.
+        device: Device of the result.
 
     Returns:
         float32 [H*W*A, 4], row by row, the anchors of a unit together.
@@ -83,11 +88,13 @@ def grid_anchors(
 
 
 def inside_image(map_size: Size, size: Size, stride: int, device: torch.device) -> Tensor:
-    """Which units begin inside the image: those that its map would have outside a batch.
+    """Mask of the units of a padded batch's map that the image alone would have.
 
     Args:
-        map_size: (H, W) of the batch's feature map, in units.
-        size: of the image, in pixels.
+        map_size: (H, W) of the batch's feature map.
+        size: Image size in pixels.
+        stride: Stride of the feature map, in pixels of the image.
+        device: Device of the result.
 
     Returns:
         bool [H*W]

@@ -1,8 +1,8 @@
-"""Boxes as a network predicts them: shifts and stretches of boxes that are given.
+"""Box regression: encoding of boxes relative to anchors or proposals.
 
-Girshick et al. 2014, appendix C: (dx, dy) is how far the centre moves, in widths and heights of the
-given box, and (dw, dh) the logarithm of how the size grows. To clip boxes to an image there is
-`torchvision.ops.clip_boxes_to_image`.
+Girshick et al. 2014, appendix C: (dx, dy) is the shift of the center in widths and heights of the
+anchor, and (dw, dh) the logarithm of the change in size. `torchvision.ops.clip_boxes_to_image`
+clips boxes to an image.
 """
 
 import torch
@@ -12,39 +12,39 @@ from torchvision.models.detection._utils import BoxCoder
 Stds = tuple[float, float, float, float]
 
 UNIT: Stds = (1.0, 1.0, 1.0, 1.0)
-"""No normalisation: region proposal networks."""
+"""Standard deviations of region proposal networks: no normalization."""
 
 HEAD: Stds = (0.1, 0.1, 0.2, 0.2)
-"""What the heads of Faster R-CNN and R-FCN divide (dx, dy, dw, dh) by, to even out the loss."""
+"""Standard deviations of (dx, dy, dw, dh) in the heads of Faster R-CNN and R-FCN."""
 
 
 def encode(boxes: Tensor, anchors: Tensor, stds: Stds = UNIT) -> Tensor:
-    """What a network should answer at `anchors` to give `boxes`.
+    """Regression targets of boxes relative to anchors.
 
     Args:
         boxes: [K, 4].
-        anchors: [K, 4], the given boxes.
-        stds: by which the answer is divided.
+        anchors: [K, 4].
+        stds: Standard deviations, by which the targets are divided.
 
     Returns:
-        [K, 4], (dx, dy, dw, dh). Not finite where a box or an anchor has no area.
+        (dx, dy, dw, dh), [K, 4]. Not finite where a box or an anchor has no area.
     """
     return _coder(stds).encode_single(boxes, anchors)
 
 
 def decode(deltas: Tensor, anchors: Tensor, stds: Stds = UNIT) -> Tensor:
-    """The boxes that a network's answers at `anchors` mean; not clipped to the image.
+    """Boxes of predicted deltas, not clipped to the image.
 
-    A box grows to at most 62.5 (1000 / 16) times the width and height of its anchor, so that a
-    wild answer remains finite.
+    A box has at most 62.5 (1000 / 16) times the width and height of its anchor, so that its size
+    stays finite.
 
     Args:
-        deltas: [K, 4], or [K, C, 4] where every class has its own.
-        anchors: [K, 4], the given boxes.
-        stds: as in `encode`.
+        deltas: [K, 4], or [K, C, 4] with class-specific boxes.
+        anchors: [K, 4].
+        stds: Standard deviations; see `encode`.
 
     Returns:
-        the shape of `deltas`, float32 or better.
+        Boxes in the shape of `deltas`, float32 or better.
     """
     # Half precision would round corners to several pixels.
     deltas = deltas.to(torch.promote_types(deltas.dtype, torch.float32))

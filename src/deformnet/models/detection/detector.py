@@ -1,28 +1,31 @@
-"""What the detectors have in common: what they take, what they give, and in which steps.
+"""The interface of detectors: their inputs, their outputs and the stages in between.
 
-Boxes are [x1, y1, x2, y2] in pixels of the network's input, x to the right and y down, and say
-where the edges are: the first pixel is the box [0, 0, 1, 1]. So width is x2 - x1, with no "+1"; a
-box that names its first and last pixel, as in the authors' code, becomes one of these by adding 1
-to x2 and y2, and all of their "+1" arithmetic then agrees with the plain one.
+Boxes are [x1, y1, x2, y2] in pixels of the network's input, with edge coordinates: the first pixel
+is the box [0, 0, 1, 1], and the width is x2 - x1 without "+1". A box that names its first and last
+pixel, as in the authors' code, becomes one of these by adding 1 to x2 and y2; all of their "+1"
+arithmetic then agrees.
 
-Labels count the classes of objects from 0. Only inside a network is there a background, and there
-it comes first.
+Labels count the object classes from 0. Only inside a network is there a background class, which
+comes first.
 """
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from torch import Generator, Tensor, nn
+import torch
+from torch import Generator, Tensor
 
-from deformnet.models.backbones import Backbone
+from deformnet.models.network import Network
 
 Size = tuple[int, int]
-"""Height and width of an image inside a batch, where all are extended to the largest."""
+"""Height and width of an image in a batch, in which all are padded to the largest."""
+
+_RANDOM_OBJECTS = 5
 
 
 class Target(NamedTuple):
-    """The objects of an image to learn from."""
+    """Ground truth of an image."""
 
     boxes: Tensor
     """float32 [n, 4]."""
@@ -34,9 +37,9 @@ class Features(NamedTuple):
     """Feature maps of a batch, both at the backbone's stride."""
 
     conv4: Tensor
-    """What the region proposal network looks at, [N, conv4 channels, H, W]."""
+    """Input of the region proposal network, [N, conv4 channels, H, W]."""
     last: Tensor
-    """conv5 after the reduction, [N, out_channels, H, W]."""
+    """conv5 after the channel reduction, [N, out_channels, H, W]."""
 
     @property
     def size(self) -> Size:
@@ -46,25 +49,25 @@ class Features(NamedTuple):
 
 
 class Proposals(NamedTuple):
-    """Boxes of an image that may hold an object, best first; no gradient goes to them."""
+    """Region proposals of an image, in descending order of score, detached."""
 
     boxes: Tensor
     """float32 [P, 4], inside the image."""
     scores: Tensor
-    """float32 [P]: probability of an object of any class."""
+    """float32 [P], probability of an object of any class."""
 
 
 class Candidates(NamedTuple):
-    """Everything that a detector sees in an image, before any suppression."""
+    """Scored boxes of an image before non-maximum suppression."""
 
     boxes: Tensor
-    """float32 [K, 4], or [K, C, 4] where every class has its own."""
+    """float32 [K, 4], or [K, C, 4] with class-specific boxes."""
     scores: Tensor
-    """float32 [K, C]: probability of each class; what is missing to 1 is background."""
+    """float32 [K, C], probability of each class; the rest of 1 is the background's."""
 
 
 class Detections(NamedTuple):
-    """What is reported of an image, best first."""
+    """Detections of an image, in descending order of score."""
 
     boxes: Tensor
     """float32 [D, 4]."""
@@ -74,44 +77,47 @@ class Detections(NamedTuple):
     """int64 [D], 0 to C - 1."""
 
 
-class Detector(nn.Module):
-    """A backbone and what finds boxes on its feature maps. Abstract.
+class Detector(Network):
+    """Abstract base class of the detectors.
 
     Args:
-        backbone: makes the feature maps.
-        num_classes: C, classes of objects, without the background.
+        backbone: Feature extractor.
+        num_classes: Number of object classes C, without the background.
+
+    Raises:
+        ValueError: If `num_classes` is less than 1.
     """
 
     takes_proposals = True
-    """Whether boxes can be given from outside (a class-aware RPN has anchors alone)."""
-
-    def __init__(self, backbone: Backbone, num_classes: int) -> None:
-        if num_classes < 1:
-            raise ValueError(f"num_classes: wanted at least 1, got {num_classes}")
-        super().__init__()
-        self.backbone = backbone
-        self.num_classes = num_classes
+    """Whether `candidates` scores the proposals that it is given, rather than anchors."""
 
     def features(self, images: Tensor) -> Features:
-        """Feature maps of normalised images [N, 3, H, W]."""
+        """Feature maps of normalized images [N, 3, H, W]."""
         conv4, conv5 = self.backbone.stages(images)
         return Features(conv4, self.backbone.reduced(conv5))
 
+    def freeze_rpn(self) -> None:
+        """Freeze the region proposal network, which training on stored proposals leaves out.
+
+        Distributed processes would wait for its gradients.
+        """
+        self.get_submodule("rpn").requires_grad_(False)
+
     @abstractmethod
     def propose(self, features: Features, sizes: Sequence[Size]) -> list[Proposals]:
-        """Boxes that may hold an object, one entry for each image."""
+        """Region proposals of each image."""
 
     @abstractmethod
     def candidates(
         self, features: Features, sizes: Sequence[Size], proposals: Sequence[Tensor]
     ) -> list[Candidates]:
-        """Scores and refined boxes, one entry for each image.
+        """Scores and refined boxes of each image.
 
         Args:
-            features: of the batch.
-            sizes: of its images; boxes are clipped to them.
-            proposals: for each image boxes [P, 4]: those of `propose`, stored ones, or the boxes
-                of an earlier call, which this one refines.
+            features: Feature maps of the batch.
+            sizes: Image sizes, to which boxes are clipped.
+            proposals: Boxes [P, 4] of each image: from `propose`, stored ones, or the boxes of an
+                earlier call to be refined again.
         """
 
     @abstractmethod
@@ -123,23 +129,47 @@ class Detector(nn.Module):
         proposals: Sequence[Tensor] | None = None,
         generators: Sequence[Generator] | None = None,
     ) -> dict[str, Tensor]:
-        """The terms of the loss by name, each a scalar, averaged over the images of the batch.
+        """Loss terms by name, scalars averaged over the images of the batch.
 
         Args:
-            images: normalised, [N, 3, H, W].
-            sizes: of the images inside it.
-            targets: their objects; an image may have none.
-            proposals: for each image stored boxes [P, 4] to train on in place of the network's own;
-                the region proposal network is then left alone.
-            generators: for each image, on its device: draws the anchors and RoIs that train. So an
-                image trains alike in whichever batch it is. None takes torch's global generator.
+            images: Normalized images [N, 3, H, W].
+            sizes: Image sizes inside the batch.
+            targets: Ground truth of each image, which may be empty.
+            proposals: Stored boxes [P, 4] of each image to train on in place of the network's own
+                proposals; the region proposal network then has no loss.
+            generators: A generator for each image, on its device, that samples anchors and RoIs, so
+                that an image trains alike in any batch. None uses torch's global generator.
         """
 
     def forward(
-        self, images: Tensor, sizes: Sequence[Size], proposals: Sequence[Tensor] | None = None
+        self,
+        images: Tensor,
+        sizes: Sequence[Size] | None = None,
+        proposals: Sequence[Tensor] | None = None,
     ) -> list[Candidates]:
-        """All candidates of normalised images [N, 3, H, W], from own or stored proposals."""
+        """Candidates of each image.
+
+        Args:
+            images: Normalized images [N, 3, H, W].
+            sizes: Image sizes inside the batch; None for images without padding.
+            proposals: Stored boxes [P, 4] of each image in place of the network's own proposals.
+        """
+        sizes = self._sizes(images) if sizes is None else sizes
         features = self.features(images)
         if proposals is None:
-            proposals = [found.boxes for found in self.propose(features, sizes)]
+            proposals = [image.boxes for image in self.propose(features, sizes)]
         return self.candidates(features, sizes, proposals)
+
+    def random_losses(self, images: Tensor) -> Callable[[], dict[str, Tensor]]:
+        sizes = self._sizes(images)
+        height, width = images.shape[2:]
+        start = torch.rand(_RANDOM_OBJECTS, 2) * 0.5
+        corners = torch.cat([start, start + 0.1 + torch.rand(_RANDOM_OBJECTS, 2) * 0.4], dim=1)
+        boxes = (corners * torch.tensor([width, height] * 2)).to(images.device)
+        labels = torch.arange(_RANDOM_OBJECTS, device=images.device) % self.num_classes
+        targets = [Target(boxes, labels)] * len(images)
+        return lambda: self.losses(images, sizes, targets)
+
+    @staticmethod
+    def _sizes(images: Tensor) -> list[Size]:
+        return [(images.shape[2], images.shape[3])] * len(images)

@@ -1,4 +1,4 @@
-"""Faster R-CNN in the form of Dai et al. 2017, section 2.3."""
+"""Faster R-CNN as in Dai et al. 2017, section 2.3."""
 
 from collections.abc import Sequence
 from typing import Literal, get_args
@@ -9,7 +9,13 @@ from torch import Generator, Tensor, nn
 from torchvision.ops import roi_pool
 
 from deformnet.models.backbones import Backbone
-from deformnet.models.detection.rois import ROIS_PER_IMAGE, RegionDetector, RoIs, boxes_to_pool, sample
+from deformnet.models.detection.rois import (
+    ROIS_PER_IMAGE,
+    RegionDetector,
+    RoIs,
+    format_rois,
+    subsample,
+)
 from deformnet.models.detection.rpn import RPN
 from deformnet.nn import DeformRoIPool2d
 from deformnet.ops import deform_roi_pool
@@ -19,24 +25,24 @@ Pool = Literal["max", "average", "deformable"]
 
 
 class FasterRCNN(RegionDetector):
-    """RoI pooling on the last feature map, two fully connected layers, classes and boxes.
+    """RoI pooling on the last feature map and two fully connected layers.
 
-    Every class refines a box in its own way. Of each image 128 RoIs are sampled, a quarter of
-    which may hold objects.
+    Box regression is class-specific. 128 RoIs of each image are sampled in training, at most a
+    quarter of them foreground.
 
     Args:
-        backbone: makes the feature maps; the paper reduces them to 256 channels.
-        num_classes: C, classes of objects, without the background.
-        rpn: proposes boxes.
-        pool: how a bin is pooled. "max" is the authors' plain network, "average" what
-            "deformable" computes as long as all offsets are zero.
-        sampling: how a bin is read by "average" and "deformable"; see `deform_roi_pool`.
-        bins: of a box in height and in width (section 4.2: 7).
-        gamma: scale of the offsets.
-        beta: factor on the learning rate of the layer that makes the offsets.
+        backbone: Feature extractor; the paper reduces its output to 256 channels.
+        num_classes: Number of object classes C, without the background.
+        rpn: Class-agnostic region proposal network.
+        pool: RoI pooling: "max" as in the authors' baseline, "deformable", or "average", which
+            equals "deformable" with zero offsets.
+        sampling: Sampling rule of "average" and "deformable"; see `deform_roi_pool`.
+        bins: Bins along each side of a RoI (section 4.2: 7).
+        gamma: Scale of the offsets.
+        beta: Learning rate factor of the offset layer.
 
     Raises:
-        ValueError: if `num_classes`, `pool` or `beta` is out of its range.
+        ValueError: If `num_classes`, `pool`, `bins` or `beta` is out of range.
     """
 
     def __init__(
@@ -52,9 +58,9 @@ class FasterRCNN(RegionDetector):
         beta: float = 0.01,
     ) -> None:
         if pool not in get_args(Pool):
-            raise ValueError(f"pool: wanted one of {get_args(Pool)}, got {pool!r}")
+            raise ValueError(f"expected pool to be one of {get_args(Pool)}, but got {pool!r}")
         if bins < 1:
-            raise ValueError(f"bins: wanted at least 1, got {bins}")
+            raise ValueError(f"expected bins to be at least 1, but got {bins}")
         super().__init__(backbone, num_classes, rpn)
         self.bins = bins
         self.pool = pool
@@ -70,29 +76,33 @@ class FasterRCNN(RegionDetector):
         self.fc1 = nn.Linear(channels * bins * bins, 1024)
         self.fc2 = nn.Linear(1024, 1024)
         self.classifier = nn.Linear(1024, num_classes + 1)
-        # The background, which the authors give a box as well, never trains or reports one.
+        # The authors also give the background a box, which is neither trained nor reported.
         self.refiner = nn.Linear(1024, 4 * num_classes)
         for layer in (self.fc1, self.fc2, self.classifier, self.refiner):
             nn.init.normal_(layer.weight, std=0.01)
             nn.init.zeros_(layer.bias)
 
-    def judge(self, last: Tensor, boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    @property
+    def deformable_pooling(self) -> str | None:
+        return None if self.deform_pool is None else "deform_pool"
+
+    def box_head(self, last: Tensor, boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         x = self._pooled(last, boxes).flatten(1)
         x = F.relu(self.fc2(F.relu(self.fc1(x))))
         return self.classifier(x), self.refiner(x).unflatten(1, (self.num_classes, 4))
 
-    def choose(self, rois: RoIs, generator: Generator | None = None) -> RoIs:
-        return sample(rois, ROIS_PER_IMAGE, least_iou=0.1, generator=generator)
+    def sample_rois(self, rois: RoIs, generator: Generator | None = None) -> RoIs:
+        return subsample(rois, ROIS_PER_IMAGE, min_iou=0.1, generator=generator)
 
     def _pooled(self, last: Tensor, boxes: Sequence[Tensor]) -> Tensor:
         """[R, out_channels, bins, bins]"""
         scale = 1 / self.backbone.stride
         if self.pool == "max":
-            rois = boxes_to_pool(boxes, None)
-            # torchvision wants one type, and half precision would move the boxes.
+            rois = format_rois(boxes, None)
+            # torchvision takes a single dtype, and half precision would shift the boxes.
             dtype = torch.promote_types(last.dtype, rois.dtype)
             return roi_pool(last.to(dtype), rois.to(dtype), self.bins, scale).to(last.dtype)
-        rois = boxes_to_pool(boxes, self.sampling)
+        rois = format_rois(boxes, self.sampling)
         if self.deform_pool is not None:
             return self.deform_pool(last, rois)
         return deform_roi_pool(last, rois, None, self.bins, scale, sampling=self.sampling)

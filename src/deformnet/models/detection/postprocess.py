@@ -1,4 +1,4 @@
-"""From everything that a detector sees in an image to what is reported."""
+"""Post-processing of detections: thresholds, non-maximum suppression and box averaging."""
 
 from collections.abc import Sequence
 
@@ -9,11 +9,13 @@ from torchvision import ops
 from deformnet.models.detection.detector import Candidates, Detections
 
 _PER_CLASS = 6000
-"""Candidates of a class that enter the suppression, the best: keeps 20,000 anchors x 80 classes of
-an untrained network feasible. Detectors that pool have fewer."""
+"""Maximum number of candidates of a class before non-maximum suppression.
+
+It bounds the 20,000 anchors x 80 classes of an untrained RPN; two-stage detectors have fewer.
+"""
 
 
-def select(
+def postprocess(
     candidates: Candidates,
     *,
     score_threshold: float = 1e-3,
@@ -22,66 +24,68 @@ def select(
     soft_nms: bool = False,
     box_averaging: bool = False,
 ) -> Detections:
-    """The best candidates of each class that do not overlap too much.
+    """Detections of an image by non-maximum suppression (NMS) within each class.
 
-    Candidates that are not finite or have no area are never selected. Of two equally good ones, the
-    earlier class comes first and then the earlier candidate.
+    Candidates that are not finite or have no area are dropped. Ties are broken by the lower class,
+    then by the earlier candidate.
 
     Args:
-        candidates: of one image; it may have none.
-        score_threshold: only candidates that score more than this.
-        nms: IoU above which the worse of two candidates of a class is suppressed.
-        max_detections: of the image, over all classes.
-        soft_nms: let the score of a candidate fall by exp(-IoU^2 / 0.6) for each better one of its
-            class, in place of suppressing it (Bodla et al. 2017, the authors' Gaussian); `nms` is
-            then not used.
-        box_averaging: let every box that is left become the mean of the candidates of its class
-            with an IoU of at least 0.5 to it, weighted by their scores (Gidaris and Komodakis
-            2015).
+        candidates: Candidates of one image, possibly none.
+        score_threshold: Minimum score, exclusive.
+        nms: IoU threshold of non-maximum suppression.
+        max_detections: Maximum number of detections, over all classes.
+        soft_nms: Whether to multiply the score of a candidate by exp(-IoU^2 / 0.6) for each better
+            one of its class, in place of suppressing it (Bodla et al. 2017, the authors'
+            Gaussian). `nms` is then unused.
+        box_averaging: Whether to replace each box by the mean of all candidates of its class with
+            an IoU of at least 0.5, weighted by their scores (Gidaris and Komodakis 2015).
 
     Raises:
-        ValueError: if a number is out of its range, or the shapes of the candidates disagree.
+        ValueError: If an argument is out of range, or the shapes of the candidates disagree.
     """
     if not 0 <= score_threshold <= 1:
-        raise ValueError(f"score_threshold: wanted 0 to 1, got {score_threshold}")
+        raise ValueError(f"expected score_threshold to be 0 to 1, but got {score_threshold}")
     if not 0 <= nms <= 1:
-        raise ValueError(f"nms: wanted an IoU from 0 to 1, got {nms}")
+        raise ValueError(f"expected nms to be an IoU from 0 to 1, but got {nms}")
     if max_detections < 1:
-        raise ValueError(f"max_detections: wanted at least 1, got {max_detections}")
+        raise ValueError(f"expected max_detections to be at least 1, but got {max_detections}")
     boxes, scores = candidates
     if boxes.shape not in ((len(scores), 4), (*scores.shape, 4)):
         raise ValueError(
-            f"candidates: wanted boxes [K, 4] or [K, C, 4] for scores [K, C], "
-            f"got {list(boxes.shape)} for {list(scores.shape)}"
+            "expected candidates to have boxes [K, 4] or [K, C, 4] and scores [K, C], "
+            f"but got {list(boxes.shape)} and {list(scores.shape)}"
         )
-    found = [_empty(candidates)]
-    # Class by class: suppressing all in one call would move the classes apart by adding to their
-    # coordinates, which rounds them.
+    per_class = [_empty(candidates)]
+    # batched_nms would shift the boxes of each class, which rounds their coordinates.
     for label in range(scores.shape[1]):
         own = boxes if boxes.ndim == 2 else boxes[:, label]
-        chosen = (scores[:, label] > score_threshold) & _has_area(own)
-        score, order = scores[chosen, label].sort(descending=True, stable=True)
-        score, own = score[:_PER_CLASS], own[chosen][order[:_PER_CLASS]]
+        valid = (scores[:, label] > score_threshold) & _has_area(own)
+        score, order = scores[valid, label].sort(descending=True, stable=True)
+        score, own = score[:_PER_CLASS], own[valid][order[:_PER_CLASS]]
         if soft_nms:
             kept, kept_scores = _soft_nms(own, score, score_threshold, max_detections)
         else:
             kept = ops.nms(own, score, nms)[:max_detections]
             kept_scores = score[kept]
         kept_boxes = _average(own[kept], own, score) if box_averaging else own[kept]
-        found.append(Detections(kept_boxes, kept_scores, torch.full_like(kept, label)))
-    merged = Detections(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+        per_class.append(Detections(kept_boxes, kept_scores, torch.full_like(kept, label)))
+    merged = Detections(*(torch.cat(parts) for parts in zip(*per_class, strict=True)))
     best = merged.scores.argsort(descending=True, stable=True)[:max_detections]
     return Detections(*(part[best] for part in merged))
 
 
 def merge(parts: Sequence[Candidates]) -> Candidates:
-    """The candidates of one image from several runs of a detector, as of one run.
+    """Concatenate the candidates of one image from several passes of a detector.
 
     Args:
-        parts: at least one; if the classes have boxes of their own in any, they do in the result.
+        parts: Candidates of each pass, at least one. If any has class-specific boxes, so has the
+            result.
+
+    Raises:
+        ValueError: If `parts` is empty.
     """
     if not parts:
-        raise ValueError("parts: wanted candidates of at least one run, got none")
+        raise ValueError("expected parts to have candidates of at least one pass, but got none")
     boxes = [part.boxes for part in parts]
     if any(own.ndim == 3 for own in boxes):
         boxes = [
@@ -100,9 +104,9 @@ def _empty(candidates: Candidates) -> Detections:
 
 
 def _has_area(boxes: Tensor) -> Tensor:
-    """bool [K]; False for boxes [K, 4] that are not finite, too."""
+    """Mask [K] of the finite boxes [K, 4] with a positive area."""
     width, height = (boxes[:, 2:] - boxes[:, :2]).unbind(dim=1)
-    area = width * height  # of a sliver it may be rounded to zero, and its IoU would be NaN
+    area = width * height  # may round to zero, which would make the IoU NaN
     return (width > 0) & (height > 0) & (area > 0) & area.isfinite()
 
 
@@ -112,7 +116,7 @@ def _soft_nms(
     """Gaussian soft-NMS of one class.
 
     Returns:
-        places int64 [D] of the candidates that are left, and their lowered scores, best first.
+        Indices int64 [D] of the remaining candidates and their decayed scores, best first.
     """
     scores = scores.clone()
     kept: list[Tensor] = []
@@ -132,6 +136,6 @@ def _soft_nms(
 
 
 def _average(kept: Tensor, boxes: Tensor, scores: Tensor) -> Tensor:
-    """Every box of `kept` [D, 4] as the mean of those of `boxes` [K, 4] that agree with it."""
+    """Mean of `boxes` [K, 4] that overlap each of `kept` [D, 4], weighted by their scores."""
     weights = scores * (ops.box_iou(kept, boxes) >= 0.5)
     return weights @ boxes / weights.sum(dim=1, keepdim=True)

@@ -1,4 +1,4 @@
-"""R-FCN (Dai et al. 2016) in the form of Dai et al. 2017, section 2.3."""
+"""R-FCN (Dai et al. 2016) as in Dai et al. 2017, section 2.3."""
 
 from collections.abc import Sequence
 from typing import Literal, get_args
@@ -7,7 +7,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from deformnet.models.backbones import Backbone
-from deformnet.models.detection.rois import RegionDetector, RoIs, boxes_to_pool
+from deformnet.models.detection.rois import RegionDetector, RoIs, format_rois
 from deformnet.models.detection.rpn import RPN
 from deformnet.nn import DeformPSRoIPool2d
 from deformnet.ops import deform_ps_roi_pool
@@ -17,24 +17,24 @@ Pool = Literal["average", "deformable"]
 
 
 class RFCN(RegionDetector):
-    """Maps of scores and boxes for each bin, position-sensitive pooling, and a vote of the bins.
+    """Position-sensitive score and box maps, and an average over the bins of each RoI.
 
-    Nothing is left to compute for a RoI but the mean of its bins. So all RoIs go through the head
-    in training, and the 128 of each image with the largest loss count (online hard example
-    mining, as in the authors' code; the paper does not mention it).
+    The head of a RoI has no parameters, so all RoIs of an image go through it in training, and the
+    128 with the largest loss are used (online hard example mining, as in the authors' code; the
+    paper does not mention it).
 
     Args:
-        backbone: makes the feature maps; the paper reduces them to 1024 channels.
-        num_classes: C, classes of objects, without the background.
-        rpn: proposes boxes.
-        pool: "average", or "deformable" with offsets for every class in the maps of scores and
-            common ones in the maps of boxes. Both are the same as long as all offsets are zero.
-        sampling: how a bin is read; see `deform_ps_roi_pool`.
-        bins: of a box in height and in width (section 4.2: 7).
-        gamma: scale of the offsets.
+        backbone: Feature extractor; the paper reduces its output to 1024 channels.
+        num_classes: Number of object classes C, without the background.
+        rpn: Class-agnostic region proposal network.
+        pool: "deformable", with class-aware offsets in the score maps and class-agnostic ones in
+            the box maps, or "average", which equals it with zero offsets.
+        sampling: Sampling rule; see `deform_ps_roi_pool`.
+        bins: Bins along each side of a RoI (section 4.2: 7).
+        gamma: Scale of the offsets.
 
     Raises:
-        ValueError: if `num_classes` or `pool` is out of its range.
+        ValueError: If `num_classes`, `pool` or `bins` is out of range.
     """
 
     def __init__(
@@ -49,16 +49,16 @@ class RFCN(RegionDetector):
         gamma: float = 0.1,
     ) -> None:
         if pool not in get_args(Pool):
-            raise ValueError(f"pool: wanted one of {get_args(Pool)}, got {pool!r}")
+            raise ValueError(f"expected pool to be one of {get_args(Pool)}, but got {pool!r}")
         if bins < 1:
-            raise ValueError(f"bins: wanted at least 1, got {bins}")
+            raise ValueError(f"expected bins to be at least 1, but got {bins}")
         super().__init__(backbone, num_classes, rpn)
         self.bins = bins
         self.sampling: Sampling = sampling
         channels = backbone.out_channels
         self.score_maps = nn.Conv2d(channels, (num_classes + 1) * bins * bins, 1)
-        # One box for all classes. The authors make eight maps, of which four are the background's
-        # and never train or report anything.
+        # Class-agnostic boxes. The authors have eight maps, four of them of the background, which
+        # are neither trained nor reported.
         self.box_maps = nn.Conv2d(channels, 4 * bins * bins, 1)
         for layer in (self.score_maps, self.box_maps):
             nn.init.normal_(layer.weight, std=0.01)
@@ -79,20 +79,24 @@ class RFCN(RegionDetector):
         self.score_pool = pooling(num_classes + 1)
         self.box_pool = pooling(1)
 
-    def judge(self, last: Tensor, boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        rois = boxes_to_pool(boxes, self.sampling)
+    @property
+    def deformable_pooling(self) -> str | None:
+        return None if self.score_pool is None else "score_pool"
+
+    def box_head(self, last: Tensor, boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        rois = format_rois(boxes, self.sampling)
         return (
             self._vote(self.score_pool, self.score_maps(last), last, rois),
             self._vote(self.box_pool, self.box_maps(last), last, rois),
         )
 
-    def choose(self, rois: RoIs, generator: Generator | None = None) -> RoIs:
+    def sample_rois(self, rois: RoIs, generator: Generator | None = None) -> RoIs:
         return rois
 
     def _vote(
         self, pool: DeformPSRoIPool2d | None, maps: Tensor, last: Tensor, rois: Tensor
     ) -> Tensor:
-        """The mean over the bins of each box, [R, outputs], float32 or better."""
+        """Mean over the bins of each RoI, [R, outputs], float32 or better."""
         if pool is not None:
             bins = pool(maps, last, rois)
         else:

@@ -1,7 +1,7 @@
-"""Region proposal networks: boxes found by a convolution over a feature map, no pooling.
+"""Region proposal networks (RPNs).
 
-Ren et al. 2015 tells objects from background; Dai et al. 2017, section 2.3, also tells the classes
-of objects apart ("category-aware"), which makes it a detector of its own.
+An RPN scores anchors as object or background (Ren et al. 2015). A class-aware one also predicts the
+class of the object, and so is a detector by itself (Dai et al. 2017, section 2.3).
 """
 
 from collections.abc import Sequence
@@ -16,36 +16,47 @@ from torchvision.ops import box_iou, clip_boxes_to_image, nms, remove_small_boxe
 from deformnet.models.backbones import Backbone
 from deformnet.models.detection.anchors import Convention, grid_anchors, inside_image, unit_anchors
 from deformnet.models.detection.boxes import decode, encode
-from deformnet.models.detection.detector import Candidates, Detector, Features, Proposals, Size, Target
+from deformnet.models.detection.detector import (
+    Candidates,
+    Detector,
+    Features,
+    Proposals,
+    Size,
+    Target,
+)
+from deformnet.models.network import require_labels
 
-_NO_OBJECT = 0  # labels inside the network; objects follow from 1
-_NOT_TRAINED = -1
+_BACKGROUND = 0
+_IGNORED = -1
 
 
 class RPNOutput(NamedTuple):
-    """What a region proposal network answers at each anchor, A of them at each unit."""
+    """Predictions for each anchor, A of them at each unit of the map."""
 
     logits: Tensor
-    """[N, H*W*A, C + 1], before the softmax; the background comes first. float32 or better."""
+    """float32 or better [N, H*W*A, C + 1], the background first."""
     deltas: Tensor
-    """[N, H*W*A, 4], (dx, dy, dw, dh). float32 or better."""
+    """float32 or better [N, H*W*A, 4], (dx, dy, dw, dh)."""
 
 
 class RPN(nn.Module):
-    """A 3x3 convolution of 512 and ReLU, then scores and boxes of every anchor by 1x1.
+    """A 3x3 convolution of 512 channels, ReLU, and 1x1 convolutions for scores and boxes.
 
     Args:
-        in_channels: of the feature map.
-        num_classes: C. With 1, objects are told from the background and the labels of targets
-            are ignored; with more the network is class-aware.
-        sizes: of the anchors, side of a square in pixels of the image.
-        ratios: of the anchors, height / width.
-        convention: where anchors sit, and which of them train (see `models.anchors`).
-        stride: pixels of the image between units of the feature map.
-        pre_nms: how many boxes of an image, the best, enter the suppression.
-        post_nms: how many proposals remain of an image at most.
-        nms: IoU above which the worse of two proposals is suppressed.
-        batch: anchors of an image that train at a time, at most half of them on objects.
+        in_channels: Channels of the feature map.
+        num_classes: Number of object classes C. With 1 the network is class-agnostic and ignores
+            the labels of targets; with more it is class-aware.
+        sizes: Anchor sizes: side of the square of the same area, in pixels of the image.
+        ratios: Aspect ratios of the anchors, height / width.
+        convention: Position, rounding and training of anchors; see `models.detection.anchors`.
+        stride: Stride of the feature map, in pixels of the image.
+        pre_nms: Number of proposals of an image before non-maximum suppression.
+        post_nms: Maximum number of proposals of an image after it.
+        nms: IoU threshold of non-maximum suppression.
+        batch: Number of anchors sampled from an image in training, at most half of them foreground.
+
+    Raises:
+        ValueError: If an argument is out of range.
     """
 
     def __init__(
@@ -69,9 +80,9 @@ class RPN(nn.Module):
             ("batch", batch),
         ):
             if count < 1:
-                raise ValueError(f"{name}: wanted at least 1, got {count}")
+                raise ValueError(f"expected {name} to be at least 1, but got {count}")
         if not 0 <= nms <= 1:
-            raise ValueError(f"nms: wanted an IoU from 0 to 1, got {nms}")
+            raise ValueError(f"expected nms to be an IoU from 0 to 1, but got {nms}")
         super().__init__()
         self.num_classes = num_classes
         self.convention = convention
@@ -89,35 +100,35 @@ class RPN(nn.Module):
         self._matcher = Matcher(0.7, 0.3, allow_low_quality_matches=True)
 
     def forward(self, features: Tensor) -> RPNOutput:
-        """What to answer on a feature map [N, in_channels, H, W]."""
+        """Predictions on a feature map [N, in_channels, H, W]."""
         x = F.relu(self.conv(features), inplace=True)
         return RPNOutput(
             _by_anchor(self.classifier(x), self.num_classes + 1), _by_anchor(self.regressor(x), 4)
         )
 
     def anchors(self, map_size: Size, device: torch.device) -> Tensor:
-        """The anchors of a map of H x W units, float32 [H*W*A, 4]."""
+        """Anchors of a map of H x W units, float32 [H*W*A, 4]."""
         return grid_anchors(self.unit_anchors, map_size, self.stride, device)
 
     @torch.no_grad()
     def proposals(
         self, output: RPNOutput, map_size: Size, sizes: Sequence[Size]
     ) -> list[Proposals]:
-        """The best boxes of each image that do not overlap too much.
+        """The best boxes of each image after non-maximum suppression.
 
-        Boxes that are not finite or have no area are dropped, so an image may have none.
+        Boxes that are not finite or have no area are dropped, so an image may have no proposals.
 
         Args:
-            output: for the batch.
+            output: Predictions for the batch.
             map_size: (H, W) of the feature map.
-            sizes: of the images in the batch.
+            sizes: Image sizes inside the batch.
         """
         anchors = self.anchors(map_size, output.logits.device)
-        found: list[Proposals] = []
+        proposals: list[Proposals] = []
         for logits, deltas, size in zip(*output, sizes, strict=True):
-            own = self._own(map_size, size, logits.device)
-            # The logit of "an object of any class", which does not saturate as its probability.
-            score = logits[own, 1:].logsumexp(dim=1) - logits[own, _NO_OBJECT]
+            own = self._inside(map_size, size, logits.device)
+            # The logit of "an object of any class" does not saturate as its probability does.
+            score = logits[own, 1:].logsumexp(dim=1) - logits[own, _BACKGROUND]
             boxes = clip_boxes_to_image(decode(deltas[own], anchors[own]), size)
             large = remove_small_boxes(boxes, 1e-3)
             boxes, score = boxes[large], score[large]
@@ -125,26 +136,26 @@ class RPN(nn.Module):
             score, order = score.sort(descending=True, stable=True)
             score, boxes = score[: self.pre_nms], boxes[order[: self.pre_nms]]
             kept = nms(boxes, score, self.nms)[: self.post_nms]
-            found.append(Proposals(boxes[kept], score[kept].sigmoid()))
-        return found
+            proposals.append(Proposals(boxes[kept], score[kept].sigmoid()))
+        return proposals
 
     def candidates(
         self, output: RPNOutput, map_size: Size, sizes: Sequence[Size]
     ) -> list[Candidates]:
-        """The boxes and class probabilities of all anchors of each image, clipped to it.
+        """Boxes, clipped to the image, and class probabilities of all anchors of each image.
 
         Args:
-            output: for the batch.
+            output: Predictions for the batch.
             map_size: (H, W) of the feature map.
-            sizes: of the images in the batch.
+            sizes: Image sizes inside the batch.
         """
         anchors = self.anchors(map_size, output.logits.device)
-        found: list[Candidates] = []
+        candidates: list[Candidates] = []
         for logits, deltas, size in zip(*output, sizes, strict=True):
-            own = self._own(map_size, size, logits.device)
+            own = self._inside(map_size, size, logits.device)
             boxes = clip_boxes_to_image(decode(deltas[own], anchors[own]), size)
-            found.append(Candidates(boxes, logits[own].softmax(dim=1)[:, 1:]))
-        return found
+            candidates.append(Candidates(boxes, logits[own].softmax(dim=1)[:, 1:]))
+        return candidates
 
     def losses(
         self,
@@ -154,26 +165,26 @@ class RPN(nn.Module):
         targets: Sequence[Target],
         generators: Sequence[Generator] | None = None,
     ) -> dict[str, Tensor]:
-        """Softmax loss and smooth L1 loss of anchors sampled in each image, averaged over images.
+        """Cross-entropy and smooth L1 loss of sampled anchors, averaged over the images.
 
-        An anchor trains on an object if their IoU is at least 0.7 or if no anchor has more of
-        that object, and on the background if its IoU with every object is below 0.3. Both losses
-        of an image are divided by its number of sampled anchors.
+        An anchor is foreground if its IoU with an object is at least 0.7 or the largest of any
+        anchor with that object, and background if its IoU with every object is below 0.3. Both
+        losses of an image are divided by its number of sampled anchors.
 
         Args:
-            output: for the batch.
+            output: Predictions for the batch.
             map_size: (H, W) of the feature map.
-            sizes: of the images in the batch.
-            targets: their objects. Those that no anchor overlaps (no area, NaN, outside) do not
-                train; an image without objects trains the background.
-            generators: of each image, to sample its anchors; see `Detector.losses`.
+            sizes: Image sizes inside the batch.
+            targets: Ground truth of each image. Objects that no anchor overlaps (no area, NaN,
+                outside the image) are ignored; an image without objects trains the background.
+            generators: Generator of each image that samples its anchors; see `Detector.losses`.
 
         Returns:
-            {"rpn_class": scalar, "rpn_box": scalar}; zero, with zero gradients, if no anchor of
-            the batch trains.
+            {"rpn_class": scalar, "rpn_box": scalar}; zero, with zero gradients, if no anchor is
+            sampled.
 
         Raises:
-            ValueError: if (seen on the CPU) a label is no class of a class-aware network.
+            ValueError: If a label of a class-aware network is out of range (checked on the CPU).
         """
         anchors = self.anchors(map_size, output.logits.device)
         class_losses: list[Tensor] = []
@@ -181,15 +192,19 @@ class RPN(nn.Module):
         for logits, deltas, size, target, generator in zip(
             *output, sizes, targets, generators or [None] * len(sizes), strict=True
         ):
-            labels, boxes = self._assign(anchors, map_size, size, target)
-            objects = draw(labels > _NO_OBJECT, self.batch // 2, generator)
-            others = draw(labels == _NO_OBJECT, self.batch - len(objects), generator)
-            sampled = torch.cat((objects, others))
+            labels, boxes = self._assign_targets(anchors, map_size, size, target)
+            foreground = random_indices(labels > _BACKGROUND, self.batch // 2, generator)
+            background = random_indices(
+                labels == _BACKGROUND, self.batch - len(foreground), generator
+            )
+            sampled = torch.cat((foreground, background))
             count = max(len(sampled), 1)
             class_loss = F.cross_entropy(logits[sampled], labels[sampled], reduction="sum")
-            wanted = encode(boxes[objects], anchors[objects])
-            # The authors' smooth L1 with sigma 3.
-            box_loss = F.smooth_l1_loss(deltas[objects], wanted, beta=1 / 9, reduction="sum")
+            target_deltas = encode(boxes[foreground], anchors[foreground])
+            # beta = 1 / sigma^2 with the authors' sigma of 3.
+            box_loss = F.smooth_l1_loss(
+                deltas[foreground], target_deltas, beta=1 / 9, reduction="sum"
+            )
             class_losses.append(class_loss / count)
             box_losses.append(box_loss / count)
         return {
@@ -197,78 +212,74 @@ class RPN(nn.Module):
             "rpn_box": torch.stack(box_losses).mean(),
         }
 
-    def _own(self, map_size: Size, size: Size, device: torch.device) -> Tensor:
-        """Which anchors are the image's and not those of the batch's padding: bool [H*W*A]."""
+    def _inside(self, map_size: Size, size: Size, device: torch.device) -> Tensor:
+        """Mask of the anchors outside the batch's padding, bool [H*W*A]."""
         units = inside_image(map_size, size, self.stride, device)
         return units.repeat_interleave(len(self.unit_anchors))
 
-    def _assign(
+    def _assign_targets(
         self, anchors: Tensor, map_size: Size, size: Size, target: Target
     ) -> tuple[Tensor, Tensor]:
-        """What each anchor should learn.
+        """Match the anchors of an image to its ground truth.
 
         Returns:
-            labels int64 [H*W*A]: 1 to C, or background, or not trained; and the boxes [H*W*A, 4]
-            of their objects, which mean something at objects alone.
+            Labels, int64 [H*W*A]: 1 to C, background or ignored; and the boxes [H*W*A, 4] of the
+            matched objects, only meaningful for foreground anchors.
         """
-        trained = self._own(map_size, size, anchors.device)
+        trained = self._inside(map_size, size, anchors.device)
         if self.convention == "msra2017":
             height, width = size
             trained &= (anchors[:, :2] >= 0).all(dim=1)
             trained &= (anchors[:, 2] <= width) & (anchors[:, 3] <= height)
         places = trained.nonzero().squeeze(1)
-        labels = torch.full((len(anchors),), _NOT_TRAINED, device=anchors.device)
-        labels[places] = _NO_OBJECT
+        labels = torch.full((len(anchors),), _IGNORED, device=anchors.device)
+        labels[places] = _BACKGROUND
         boxes = anchors.new_zeros(anchors.shape)
         if not len(places) or not len(target.boxes):
             return labels, boxes
         overlaps = box_iou(target.boxes.to(anchors.dtype), anchors[places])
-        # An object that no anchor overlaps is equally far from all of them: they would all be its
-        # best. NaN is not above 0 either.
+        # The best anchors of an object that none overlaps would be all of them. Also false for NaN.
         reached = overlaps.amax(dim=1) > 0
         if not reached.any():
             return labels, boxes
         matches = self._matcher(overlaps[reached])
         matched = matches >= 0
-        labels[places[matches == Matcher.BETWEEN_THRESHOLDS]] = _NOT_TRAINED
+        labels[places[matches == Matcher.BETWEEN_THRESHOLDS]] = _IGNORED
         labels[places[matched]] = self._inner_labels(target.labels)[reached][matches[matched]]
         boxes[places[matched]] = target.boxes.to(anchors.dtype)[reached][matches[matched]]
         return labels, boxes
 
     def _inner_labels(self, labels: Tensor) -> Tensor:
-        """Labels as the network counts them, the background first."""
+        """Labels with the background as class 0."""
         if self.num_classes == 1:
             return torch.ones_like(labels)
-        if labels.device.type == "cpu":
-            wrong = labels[(labels < 0) | (labels >= self.num_classes)]
-            if wrong.numel():
-                raise ValueError(
-                    f"targets: wanted labels 0 to {self.num_classes - 1}, got {int(wrong[0])}"
-                )
+        require_labels("labels of targets", labels, self.num_classes)
         return labels + 1
 
 
-def draw(mask: Tensor, count: int, generator: Generator | None) -> Tensor:
-    """Indices of at most `count` true elements, at random."""
+def random_indices(mask: Tensor, count: int, generator: Generator | None) -> Tensor:
+    """Indices of at most `count` true elements, sampled without replacement."""
     indices = mask.nonzero().squeeze(1)
     order = torch.randperm(len(indices), generator=generator, device=mask.device)
     return indices[order[:count]]
 
 
 class RPNDetector(Detector):
-    """A backbone and a region proposal network alone.
+    """A backbone and a region proposal network.
 
-    Class-aware, it is the paper's category-aware RPN: a detector that scores the classes of every
-    anchor on conv5, where the deformable layers are. Otherwise it makes proposals for training
-    another detector, as the first stage of Ren et al. 2015 does: it looks at conv4 and tells
-    objects from background, which counts as one class; conv5 is not computed, and its parameters
-    are frozen.
+    Class-aware, it is the paper's class-aware RPN: a detector that predicts the class of every
+    anchor on conv5, where the deformable layers are. Class-agnostic, it generates proposals to
+    train another detector on, as in the first stage of Ren et al. 2015: it runs on conv4 and has
+    the single class "object"; conv5 is not computed and its parameters are frozen.
 
     Args:
-        backbone: makes the feature maps.
-        num_classes: C, classes of objects, without the background.
-        class_aware: which of the two.
-        sizes, ratios, convention, pre_nms, post_nms, nms, batch: as in `RPN`.
+        backbone: Feature extractor.
+        num_classes: Number of object classes C, without the background.
+        class_aware: Whether to predict the class of objects.
+        sizes, ratios, convention, pre_nms, post_nms, nms, batch: See `RPN`.
+
+    Raises:
+        ValueError: If an argument is out of range.
     """
 
     takes_proposals = False
@@ -302,31 +313,36 @@ class RPNDetector(Detector):
             batch=batch,
         )
         if not class_aware:
-            # Processes that train together would wait for gradients that never come.
-            backbone.layer4.requires_grad_(False)
-            if backbone.reduce is not None:
-                backbone.reduce.requires_grad_(False)
+            # Distributed processes would wait for gradients that never come.
+            backbone.freeze_conv5()
+
+    @property
+    def uses_conv5(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.class_aware
+
+    def reported_classes(self, classes: Sequence[str]) -> tuple[str, ...]:
+        return tuple(classes) if self.class_aware else ("object",)
 
     def features(self, images: Tensor) -> Features:
-        """Feature maps of normalised images; without class-awareness conv4 stands for both."""
+        """Feature maps of normalized images [N, 3, H, W]; class-agnostic, conv4 is both."""
         if self.class_aware:
             return super().features(images)
         conv4 = self.backbone.conv4(images)
         return Features(conv4, conv4)
 
     def propose(self, features: Features, sizes: Sequence[Size]) -> list[Proposals]:
-        """Boxes that may hold an object of any class, one entry for each image."""
+        """Region proposals of each image, for objects of any class."""
         return self.rpn.proposals(self.rpn(features.last), features.size, sizes)
 
     def candidates(
         self, features: Features, sizes: Sequence[Size], proposals: Sequence[Tensor]
     ) -> list[Candidates]:
-        """Scores and boxes of all anchors, or the proposals as one class. Ignores `proposals`."""
+        """Class-aware, all anchors, otherwise the network's own proposals; ignores `proposals`."""
         if self.class_aware:
             return self.rpn.candidates(self.rpn(features.last), features.size, sizes)
         return [
-            Candidates(found.boxes, found.scores[:, None])
-            for found in self.propose(features, sizes)
+            Candidates(image.boxes, image.scores[:, None])
+            for image in self.propose(features, sizes)
         ]
 
     def losses(
@@ -340,7 +356,7 @@ class RPNDetector(Detector):
         """{"rpn_class": scalar, "rpn_box": scalar}, as `RPN.losses`.
 
         Raises:
-            ValueError: if `proposals` are given: there is nothing to train on them.
+            ValueError: If `proposals` is given, or a label is out of range (checked on the CPU).
         """
         _refuse(proposals)
         features = self.features(images)
@@ -348,20 +364,29 @@ class RPNDetector(Detector):
         return self.rpn.losses(output, features.size, sizes, targets, generators)
 
     def forward(
-        self, images: Tensor, sizes: Sequence[Size], proposals: Sequence[Tensor] | None = None
+        self,
+        images: Tensor,
+        sizes: Sequence[Size] | None = None,
+        proposals: Sequence[Tensor] | None = None,
     ) -> list[Candidates]:
-        """All candidates of normalised images [N, 3, H, W]; ValueError if proposals are given."""
+        """Candidates of each image; see `Detector.forward`.
+
+        Raises:
+            ValueError: If `proposals` is given.
+        """
         _refuse(proposals)
-        return self.candidates(self.features(images), sizes, ())
+        return super().forward(images, sizes, ())
 
 
 def _refuse(proposals: Sequence[Tensor] | None) -> None:
     if proposals is not None:
-        raise ValueError("proposals: a region proposal network takes none, got stored boxes")
+        raise ValueError(
+            "expected proposals to be None for a region proposal network, but got stored boxes"
+        )
 
 
 def _by_anchor(maps: Tensor, values: int) -> Tensor:
     """[N, A*values, H, W] -> [N, H*W*A, values], float32 or better."""
-    # Half precision would round corners of boxes to several pixels, and let scores tie.
+    # Half precision would round box corners to several pixels and make scores tie.
     maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
     return maps.permute(0, 2, 3, 1).reshape(len(maps), -1, values)
