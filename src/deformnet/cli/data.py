@@ -1,6 +1,6 @@
 """Commands about data sets and detections, without a network."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -13,73 +13,78 @@ from deformnet.cli.errors import BAD_INPUT
 def score(
     *, boxes: Path, data: Path, split: str | None = None, ious: tuple[float, ...] = (0.5, 0.7)
 ) -> None:
-    """Score detections from a file, whoever made them.
+    """Score detections from a file, whichever program wrote it.
 
-    VOC's average precision, by 11 points and by area, for data in VOC layout or text files; the 12
-    numbers of COCO for data in COCO layout.
+    For VOC layout and text files: VOC AP, 11-point and area. For COCO layout: the 12 COCO metrics.
 
     Args:
-        boxes: Detections: a .jsonl of `deformnet predict` or `evaluate`, a .json of COCO results,
-            or a folder of VOC's result files or of text files (class score x y w h).
-        data: Truth: a folder in VOC or COCO layout, a .json of COCO annotations, or a folder of
-            text files (class x y w h).
-        split: Images to score, of a folder in VOC or COCO layout.
-        ious: Overlaps from which VOC counts a detection as right; COCO's are fixed.
+        boxes: Detections: .jsonl of `deformnet predict` or `evaluate`, .json of COCO results, or a
+            folder of VOC result files or of text files (class score x y w h).
+        data: Ground truth: a folder in VOC or COCO layout, .json of COCO annotations, or a folder
+            of text files (class x y w h).
+        split: Split of a folder in VOC or COCO layout.
+        ious: IoU thresholds of VOC AP; those of COCO AP are fixed.
     """
-    from deformnet.metrics.detections import score, score_table
+    from deformnet.tasks.scoring import score, score_table
 
     print(score_table(score(boxes, data, split=split, ious=ious)))
 
 
 def check(
-    root: Positional[Path],
+    root: Annotated[Positional[Path], tyro.conf.arg(metavar="DIR")],
     *,
-    own: bool = False,
+    custom: bool = False,
     workers: int | None = None,
     record: Path | None = None,
     report: Path | None = None,
 ) -> None:
-    """Look at every image, label and box of a data set, and name what is wrong or missing.
+    """Check every image, label map and box of a data set, and report what is wrong or missing.
 
-    Files that were found good are remembered: a check that was stopped goes on, and a second one is
-    quick.
+    Valid files are recorded, so an interrupted check resumes and a second one is fast.
 
     Args:
         root: Folder of one or more data sets.
-        own: They are own sets in the layout of others, whose official numbers do not apply.
-        workers: Processes that look; None chooses.
-        record: File of what was found good; None takes one in the user's cache.
-        report: File of all that is wrong; None takes one beside the record.
+        custom: Custom data sets: skip the check against official image counts.
+        workers: Worker processes; None chooses.
+        record: File that records valid files; None puts it in the user's cache.
+        report: File that lists all problems; None puts it beside the record.
     """
     from deformnet.data.check import check_data
 
-    found = check_data(root, own=own, workers=workers, record=record, report=report)
-    print(found)
-    if not found.ok:
+    result = check_data(root, custom=custom, workers=workers, record=record, report=report)
+    print(result)
+    if not result.ok:
         raise SystemExit(BAD_INPUT)
 
 
 def where() -> None:
-    """Print where the paper's data sets come from, how they must lie, and what is in them."""
+    """Print where to get the paper's data sets, their expected layout, and their contents."""
     from deformnet.data.check import where_text
 
     print(where_text())
 
 
-def shapes_command() -> Callable[..., None]:
-    """The command `shapes`."""
+def synthesize_command(arguments: Sequence[str]) -> Callable[..., None]:
+    """The command `data synthesize`, whose options come from a class that is slow to import."""
+    if "synthesize" not in arguments:
+
+        def unused() -> None:
+            """Generate a data set of shapes with exact label maps and boxes."""
+
+        return unused
+
     from deformnet.data.synthetic.shapes import Shapes, write_shapes
 
-    def shapes(
-        root: Positional[Path],
+    def synthesize(
+        root: Annotated[Positional[Path], tyro.conf.arg(metavar="DIR")],
         options: Annotated[Shapes, tyro.conf.arg(name="")] = Shapes(),  # noqa: B008 (frozen)
     ) -> None:
-        """Make a data set of shapes: with exact masks and boxes, in the VOC layout, or by class.
+        """Generate a data set of shapes with exact label maps and boxes, in VOC layout or by class.
 
         Args:
-            root: Folder to make.
+            root: Folder to create.
         """
         write_shapes(root, options)
         print(f"{options.train} training and {options.val} validation images in {root}")
 
-    return shapes
+    return synthesize

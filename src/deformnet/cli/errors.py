@@ -10,7 +10,6 @@ from pathlib import Path
 from deformnet._errors import MissingExtraError, UserError
 
 _PACKAGE = Path(__file__).parent.parent
-_ISSUES = "https://github.com/deformnet/deformnet/issues"
 
 # Exit codes.
 FAILED = 1
@@ -68,7 +67,7 @@ def end_with(error: Exception) -> None:
                 leave(message.format(port=os.environ.get("MASTER_PORT", "of this run")), code)
     if isinstance(error, (UserError, OSError, FloatingPointError, MissingExtraError)):
         leave(_one_line(error), BAD_INPUT)
-    error.add_note(f"This is a fault of deformnet. Please report it with this traceback: {_ISSUES}")
+    error.add_note("This is a fault of deformnet, not of its input: please report this traceback.")
     raise error
 
 
