@@ -1,1 +1,1 @@
-"""The rows of the paper's tables, and running them."""
+"""Reproduction of the paper: its tables row by row, parameter counts and timings."""

@@ -95,7 +95,7 @@ def build(case: Case, device: torch.device) -> Networks:
     )
     networks = Networks(plain, deformable, photo, plain.prepare(photo))
     with torch.no_grad():
-        _settle(plain.model.get_submodule("backbone"), networks.prepared.input)
+        set_statistics(plain.model.get_submodule("backbone"), networks.prepared.input)
         deformable.model.load_state_dict(plain.model.state_dict(), strict=False)
         layers = [layer for layer in deformable.model.modules() if isinstance(layer, OffsetLayer)]
         for layer in layers:
@@ -132,7 +132,7 @@ def _predictor(recipe: Recipe, data: DataSet, device: torch.device) -> Predictor
     return task_of(recipe).predictor(model, DataIdentity(classes, 1, ""), device)
 
 
-def _settle(backbone: nn.Module, images: Tensor) -> None:
+def set_statistics(backbone: nn.Module, images: Tensor) -> None:
     """Set batch norm to the statistics of the images."""
     norms = [module for module in backbone.modules() if isinstance(module, nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]

@@ -1,88 +1,115 @@
-"""What the benchmarks share: where and how they run, and what is reported of a comparison."""
+"""What timings share: device and threads, conditions, and summaries of a comparison."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import torch
 
+from deformnet._errors import UserError
 from deformnet.engine.runs import machine, versions
 from deformnet.ops import backends
 from deformnet.paper.settings import TimingOptions
-from deformnet.paper.timing import Timing, compare
+from deformnet.paper.timing import Summary, Timing, compare
+
+
+class Conditions(TypedDict):
+    """What the times depend on."""
+
+    machine: str
+    load: float | None
+    versions: dict[str, str | None]
+    device: str
+    threads: int
+    kernels: str
+    backbone: str
+    scale: float
+    rounds: int
+
+
+class Seconds(Summary):
+    """Times of a call."""
+
+    rounds: list[float]
+
+
+class Comparison(TypedDict):
+    """Times of two networks, and the ratio of the second to the first."""
+
+    plain: Seconds
+    deformable: Seconds
+    ratio: Summary
 
 
 @contextmanager
-def running(bench: TimingOptions) -> Iterator[torch.device]:
-    """The device of a benchmark, with the threads that it asks for.
+def running(options: TimingOptions) -> Iterator[torch.device]:
+    """Yield the device to time on, with the number of threads of the options.
 
     Raises:
-        ValueError: if there is no such device.
+        UserError: if there is no such device.
     """
-    if bench.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device: wanted cuda, but PyTorch finds no GPU here")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("expected a GPU for device cuda, but PyTorch finds none; use cpu")
     before = torch.get_num_threads()
-    torch.set_num_threads(bench.threads or before)
+    torch.set_num_threads(options.threads or before)
     try:
-        yield torch.device(bench.device)
+        yield torch.device(options.device)
     finally:
         torch.set_num_threads(before)
 
 
 def require_writable(out: Path | None) -> None:
-    """Refuses, before minutes of work, a name that no file can have.
+    """Refuse, before minutes of work, an output file that cannot be written.
 
     Raises:
-        ValueError: if it is a folder.
+        UserError: if it is a folder.
     """
     if out is not None and out.is_dir():
-        raise ValueError(f"out: wanted the name of a file, got the folder {out}")
+        raise UserError(f"expected out to be a file, but got the folder {out}")
 
 
-def conditions(bench: TimingOptions) -> dict[str, Any]:
-    """What the figures depend on, in plain values; under a load of others they mean little."""
+def conditions(options: TimingOptions) -> Conditions:
+    """Return the conditions of a timing."""
     return {
         "machine": machine(),
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "versions": versions(),
-        "device": bench.device,
+        "device": options.device,
         "threads": torch.get_num_threads(),
-        "kernels": backends.resolve("auto", bench.device),
-        "backbone": bench.backbone,
-        "scale": bench.scale,
-        "rounds": bench.rounds,
+        "kernels": backends.resolve("auto", options.device),
+        "backbone": options.backbone,
+        "scale": options.scale,
+        "rounds": options.rounds,
     }
 
 
-def condition_lines(found: Mapping[str, Any]) -> list[str]:
-    """The same for a terminal."""
-    packages = ", ".join(f"{package} {version}" for package, version in found["versions"].items())
-    load = "" if found["load"] is None else f", load {found['load']} at the start"
+def describe(conditions: Conditions) -> str:
+    """Return the conditions as text for a terminal."""
+    packages = ", ".join(f"{name} {version}" for name, version in conditions["versions"].items())
+    load = "" if conditions["load"] is None else f", load {conditions['load']} at the start"
     lines = [
-        f"{found['machine']}{load}",
-        f"{packages}; operators on {found['device']} by {found['kernels']!r}",
-        f"{found['backbone']}, random weights, random pixels, float32; median of "
-        f"{found['rounds']} rounds in turns, ratios round by round (p20-p80)",
+        f"{conditions['machine']}{load}",
+        f"{packages}; {conditions['kernels']!r} operators on {conditions['device']}",
+        f"{conditions['backbone']}, random weights, random pixels, float32; medians of "
+        f"{conditions['rounds']} rounds, networks in turns; ratios per round (p20-p80)",
     ]
-    if found["scale"] != 1:
+    if conditions["scale"] != 1:
         lines.append(
-            f"--scale {found['scale']:g}: images are smaller than the paper's, and so is this "
-            "comparison"
+            f"--scale {conditions['scale']:g}: smaller images than the paper's, the ratios do not "
+            "compare to it"
         )
-    return lines
+    return "\n".join(lines)
 
 
 def side_by_side(
-    plain: Callable[[], object],
-    deformable: Callable[[], object],
-    bench: TimingOptions,
-) -> dict[str, Any]:
-    """Seconds of both calls in every round, and how many times as long the second takes."""
+    plain: Callable[[], object], deformable: Callable[[], object], options: TimingOptions
+) -> Comparison:
+    """Time two calls, and the ratio of the second to the first."""
     times = compare(
-        {"plain": _waiting(plain, bench), "deformable": _waiting(deformable, bench)},
-        rounds=bench.rounds,
+        {"plain": _synchronized(plain, options), "deformable": _synchronized(deformable, options)},
+        rounds=options.rounds,
     )
     return {
         "plain": _seconds(times["plain"]),
@@ -91,14 +118,14 @@ def side_by_side(
     }
 
 
-def spread(ratio: Mapping[str, float]) -> str:
-    """A ratio with its spread, as text."""
+def spread(ratio: Summary) -> str:
+    """Return a ratio with its quantiles as text."""
     return f"{ratio['median']:.2f} ({ratio['p20']:.2f}-{ratio['p80']:.2f})"
 
 
-def _waiting(call: Callable[[], object], bench: TimingOptions) -> Callable[[], object]:
-    """The call, over when the GPU has done all that it asked for."""
-    if bench.device != "cuda":
+def _synchronized(call: Callable[[], object], options: TimingOptions) -> Callable[[], object]:
+    """Return the call, extended on a GPU until all of its kernels are done."""
+    if options.device != "cuda":
         return call
 
     def run() -> None:
@@ -108,5 +135,5 @@ def _waiting(call: Callable[[], object], bench: TimingOptions) -> Callable[[], o
     return run
 
 
-def _seconds(timing: Timing) -> dict[str, Any]:
+def _seconds(timing: Timing) -> Seconds:
     return {**timing.summary(), "rounds": list(timing.rounds)}

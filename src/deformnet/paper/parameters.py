@@ -1,10 +1,11 @@
-"""How large the paper's networks are, beside its own counts (Tables 4 and 7)."""
+"""Parameter counts of the paper's networks, compared to those it publishes (Tables 4 and 7)."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from deformnet._text import Table
 from deformnet.recipes import (
     BackboneName,
     ClassAwareRPNRecipe,
@@ -13,36 +14,34 @@ from deformnet.recipes import (
     FasterRCNNRecipe,
     Recipe,
     RFCNRecipe,
-    recipe_from_dict,
 )
 
-# Millions, plain and deformable, for 20 classes on ResNet-101.
-_TABLE4: dict[type[Recipe], tuple[float, float]] = {
-    DeepLabRecipe: (46.0, 46.1),
-    ClassAwareRPNRecipe: (46.0, 46.1),
-    FasterRCNNRecipe: (58.3, 59.9),
-    RFCNRecipe: (47.1, 49.5),
-}
+# Millions, plain and deformable, for 20 classes on ResNet-101; DeepLab has a background class, too.
+_TABLE4: tuple[tuple[type[Recipe], int, tuple[float, float]], ...] = (
+    (DeepLabRecipe, 1, (46.0, 46.1)),
+    (ClassAwareRPNRecipe, 0, (46.0, 46.1)),
+    (FasterRCNNRecipe, 0, (58.3, 59.9)),
+    (RFCNRecipe, 0, (47.1, 49.5)),
+)
 # Millions, with a classifier of 1000 classes.
 _TABLE7: dict[BackboneName, float] = {"resnet101": 46.0, "aligned-inception-resnet": 64.3}
-_OF_PAPER = (20, "resnet101")
+_PUBLISHED = (20, "resnet101")
 _EXPLANATION = """\
-In brackets the paper's counts. Its region proposal networks are trained apart and are not in them.
-ResNet-101 itself has 1.45 M more in the paper (Table 7) than in torchvision's and He et al.'s
-network; but for these the plain DeepLab, Faster R-CNN and R-FCN agree to 0.2 M. What they are, the
-paper does not say. Of class-aware RPN the paper seems to leave out the 3x3 convolution of the head
-(4.72 M). What deformable layers add agrees for R-FCN (2.459 for 2.4); for the others it lies
-outside the rounding of the paper's numbers: three offset convolutions of 18 channels on 512 are
-0.249 M by themselves, and with the fully connected layer of Faster R-CNN's pooling 1.478 M."""
+In parentheses: the paper's counts, without region proposal networks, which it trains separately.
+ResNet-101 has 1.45 M more parameters in the paper (Table 7) than in torchvision and He et al.; the
+paper does not explain them. Apart from these, plain DeepLab, Faster R-CNN and R-FCN agree to 0.2 M.
+For class-aware RPN, the paper seems to leave out the 3x3 convolution of the head (4.72 M). The
+parameters that deformable layers add agree for R-FCN (2.459 for 2.4). The others differ by more
+than the rounding of the paper's numbers: three offset convolutions from 512 to 18 channels have
+0.249 M, and together with the fully connected layer of Faster R-CNN's pooling 1.478 M."""
 
 
-@dataclass(frozen=True)
-class Count:
-    """Parameters of a plain and of a deformable network that differ in nothing else.
+class Count(NamedTuple):
+    """Parameters of a network with and without deformable layers.
 
     Attributes:
-        plain, deformable: of the whole networks.
-        rpn: of the region proposal network inside each, for a detector of two stages; else 0.
+        plain, deformable: counts of the whole networks.
+        rpn: count of the region proposal network in each two-stage detector; 0 for others.
     """
 
     plain: int
@@ -51,67 +50,55 @@ class Count:
 
 
 def parameter_counts(num_classes: int, recipe: Recipe) -> Count:
-    """Parameters with and without deformable layers.
-
-    Deformable are the last three convolutions, and the pooling where there is one.
+    """Count parameters with and without deformable layers.
 
     Args:
-        num_classes: classes of objects; DeepLab has the background besides.
-        recipe: of the network.
+        num_classes: number of classes, as `Recipe.build_model` takes it.
+        recipe: recipe of the deformable network.
     """
-    classes = num_classes + isinstance(recipe, DeepLabRecipe)
-    counts, rpn = [], 0
-    for layers, pool in ((0, "average"), (3, "deformable")):
-        values = recipe.to_dict() | {"deform_layers": layers}
-        if "pool" in values:
-            values["pool"] = pool
-        with torch.device("meta"):  # counting needs no memory
-            model = recipe_from_dict(values, source="parameters").build_model(classes)
-        counts.append(_count(model))
-        if "pool" in values:
-            rpn = _count(model.get_submodule("rpn"))
-    plain, deformable = counts
-    return Count(plain, deformable, rpn)
-
-
-def classifier_parameters(backbone: BackboneName, num_classes: int = 1000) -> int:
-    """Parameters of a classification network."""
-    with torch.device("meta"):
-        return _count(ClassifierRecipe(backbone=backbone).build_model(num_classes))
+    with torch.device("meta"):  # counting needs no memory
+        plain, deformable = (it.build_model(num_classes) for it in (recipe.baseline(), recipe))
+    rpn = _count(plain.get_submodule("rpn")) if recipe.takes_proposals else 0
+    return Count(_count(plain), _count(deformable), rpn)
 
 
 def parameter_table(num_classes: int, backbone: BackboneName) -> str:
-    """The counts of all networks, as tables for a terminal, beside the paper's where it has any."""
-    compared = (num_classes, backbone) == _OF_PAPER
-    heading = f"{'plain':>14}  {'deformable':>14}  {'difference':>14}  {'RPN besides':>11}"
-    lines = [
+    """Return the counts of all networks as tables, with those of the paper if it has them.
+
+    Args:
+        num_classes: number of classes of objects.
+        backbone: backbone of the networks.
+    """
+    published = (num_classes, backbone) == _PUBLISHED
+    rows = []
+    for network, background, paper in _TABLE4:
+        count = parameter_counts(num_classes + background, network(backbone=backbone))
+        plain, deformable = count.plain - count.rpn, count.deformable - count.rpn
+        ours = (plain, deformable, deformable - plain)
+        theirs = (*paper, paper[1] - paper[0]) if published else (None, None, None)
+        cells = map(_cell, ours, theirs)
+        rows.append((network.network, *cells, f"{count.rpn / 1e6:.3f}" if count.rpn else "-"))
+    networks = Table(
         f"{num_classes} classes, {backbone}, one offset group; millions of parameters",
-        f"{'network':16}  {heading}",
-    ]
-    for network, paper in _TABLE4.items():
-        found = parameter_counts(num_classes, network(backbone=backbone))
-        plain, deformable = found.plain - found.rpn, found.deformable - found.rpn
-        published = (*paper, paper[1] - paper[0]) if compared else (None, None, None)
-        cells = (
-            _cell(ours, theirs)
-            for ours, theirs in zip((plain, deformable, deformable - plain), published, strict=True)
-        )
-        rpn = f"{found.rpn / 1e6:.3f}" if found.rpn else "-"
-        lines.append(f"{network.network:16}  {'  '.join(cells)}  {rpn:>11}")
-    lines += ["", "classifiers of 1000 classes"]
-    lines += [
-        f"{name:26}  {_cell(classifier_parameters(name), theirs)}"
-        for name, theirs in _TABLE7.items()
-    ]
-    if compared:
-        lines += ["", _EXPLANATION]
-    return "\n".join(lines)
+        ("network", "plain", "deformable", "difference", "RPN (not included)"),
+        rows,
+    )
+    classifiers = Table(
+        "classifiers with 1000 classes; millions of parameters",
+        ("backbone", "plain"),
+        [(name, _cell(_classifier_parameters(name), paper)) for name, paper in _TABLE7.items()],
+    )
+    return "\n\n".join(map(str, (networks, classifiers, *([_EXPLANATION] if published else []))))
+
+
+def _classifier_parameters(backbone: BackboneName) -> int:
+    with torch.device("meta"):
+        return _count(ClassifierRecipe(backbone=backbone).build_model(1000))
 
 
 def _count(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _cell(ours: int, theirs: float | None) -> str:
-    paper = "" if theirs is None else f" ({theirs:.1f})"
-    return f"{f'{ours / 1e6:.3f}{paper}':>14}"
+def _cell(ours: int, paper: float | None) -> str:
+    return f"{ours / 1e6:.3f}" + ("" if paper is None else f" ({paper:.1f})")

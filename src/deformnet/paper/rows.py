@@ -19,6 +19,7 @@ from deformnet.recipes import (
     Recipe,
     RFCNRecipe,
     RPNRecipe,
+    ScoreAt,
     TestTimeAugmentation,
     cityscapes,
     coco_detection,
@@ -26,8 +27,6 @@ from deformnet.recipes import (
     voc2012,
     voc_detection,
 )
-
-ScoreAt = Literal["truth", "network"]
 
 _DETECTION_CHOICE = (
     "warmup of 1000 iterations, anchors, thresholds and rounding: authors' code; 300 proposals in "
@@ -138,7 +137,7 @@ class Row:
     data: DataSet
     paper: Mapping[str, float]
     augmentation: TestTimeAugmentation = TestTimeAugmentation()  # noqa: RUF009 (it is frozen)
-    score_at: ScoreAt = "truth"
+    score_at: ScoreAt = "original"
     fixed_proposals: bool = False
     starts_from: str | None = None
     missing: str | None = None
@@ -271,7 +270,7 @@ def _all_networks(
             recipe=dataclasses.replace(recipe, deform_layers=layers, dilation=dilation),
             data=data,
             paper={_MEAN_IOU: mean_iou},
-            score_at="network" if data is VOC_SEGMENTATION else "truth",
+            score_at="network" if data is VOC_SEGMENTATION else "original",
         )
     networks = (ClassAwareRPNRecipe, FasterRCNNRecipe, RFCNRecipe)
     for network, pair in zip(networks, detectors, strict=True):

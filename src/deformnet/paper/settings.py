@@ -14,27 +14,6 @@ TABLE4_NETWORKS: tuple[Table4Network, ...] = get_args(Table4Network)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Machines:
-    """Where and in which portions it is computed."""
-
-    devices: int | None = None
-    """Processes (CPU) or GPUs on each machine; None is what torchrun or SLURM started, or 1."""
-    nodes: int | None = None
-    """Machines; None is what torchrun or SLURM spans, or 1. All must see the same folders."""
-    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
-    """Where to compute."""
-    accumulate: int = 1
-    """Work through each batch in that many parts, one after the other, to need less memory. The
-    result is the same, but for trained batch norm, whose statistics are then those of a part."""
-    workers: int | None = None
-    """Processes that load images, for each computing process; None chooses."""
-    checkpoint_every: int = 200
-    """Iterations between checkpoints."""
-    log_every: int = 10
-    """Iterations between rows of the logs."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Splits:
     """Splits to use in place of those of the row."""
 
@@ -42,6 +21,10 @@ class Splits:
     """Split to train on; None uses the split of the row."""
     test_split: str | None = None
     """Split to evaluate on; None uses the split of the row."""
+
+    def of(self, train: str, test: str) -> tuple[str, str]:
+        """Return the splits to use, given those of the row."""
+        return self.train_split or train, self.test_split or test
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""A few made images in the layout, and with the classes, of the data sets of the paper."""
+"""Synthetic images in the layout, and with the classes, of the data sets of the paper."""
 
 import json
 from collections.abc import Iterator
@@ -14,8 +14,8 @@ from deformnet.data.synthetic.shapes import Shapes, scene
 from deformnet.data.voc import VOC_CLASSES
 from deformnet.paper.rows import CITYSCAPES, COCO, IMAGENET, VOC_DETECTION, DataSet
 
-_IMAGES = 2  # of each split
-_FOLDER_PIXELS = 32  # of the images that only stand for their class
+_IMAGES = 2  # per split
+_FOLDER_PIXELS = 32  # side of the placeholders of an image folder
 
 # Label of a shape -> Cityscapes' id of the class with that train id.
 _CITYSCAPES_IDS = np.zeros(256, dtype=np.uint8)
@@ -25,15 +25,15 @@ for _class in Cityscapes.classes:
 
 
 def write_synthetic_data(data: DataSet, root: Path, height: int, width: int) -> None:
-    """Writes two images for each split of a data set, with the files that its readers want.
+    """Write two images for each split of a data set, with the files that its readers expect.
 
-    The classes are all of the data set's, so that a network for them has its full size; shapes of
-    few kinds stand for the objects.
+    All classes of the data set are declared, so that a network has its full size; shapes of a few
+    kinds represent the objects.
 
     Args:
-        data: which data set.
-        root: the folder; written over.
-        height, width: of the images, in pixels.
+        data: data set.
+        root: folder; existing files are overwritten.
+        height, width: image size in pixels.
     """
     scenes = _scenes(height, width)
     if data is COCO:
@@ -124,14 +124,14 @@ def _write_cityscapes(root: Path, scenes: Iterator[Scene]) -> None:
     for split in (CITYSCAPES.train, CITYSCAPES.test):
         for number in range(_IMAGES):
             drawn = next(scenes)
-            name = f"{split}/made/made_{number:06d}_000000"
+            name = f"{split}/synthetic/synthetic_{number:06d}_000000"
             _save(drawn.image, root / f"leftImg8bit/{name}_leftImg8bit.png")
             ids = _CITYSCAPES_IDS[drawn.labels]
             _save(ids, root / f"gtFine/{name}_gtFine_labelIds.png")
 
 
 def _write_folders(root: Path, classes: int, scenes: Iterator[Scene]) -> None:
-    """An image folder: the first class has the images, small ones stand for the others."""
+    """Write an image folder: a scene for the first class, placeholders for the others."""
     small = np.zeros((_FOLDER_PIXELS, _FOLDER_PIXELS, 3), dtype=np.uint8)
     for split in (IMAGENET.train, IMAGENET.test):
         for number in range(classes if split == IMAGENET.train else 1):

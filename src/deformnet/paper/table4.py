@@ -1,29 +1,31 @@
-"""What deformable layers cost in a network as a whole (Dai et al. 2017, Table 4)."""
+"""Cost of deformable layers in whole networks (Dai et al. 2017, Table 4)."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
+from deformnet._errors import UserError
 from deformnet._files import write_json
+from deformnet._text import Table
 from deformnet.analysis import count_flops
-from deformnet.inference import DetectionPredictor, SegmentationPredictor, detection_predictor
-from deformnet.models.deeplab import DeepLab
-from deformnet.models.detection.detector import Candidates, Detector
-from deformnet.paper.cases import build, case, forward, prepared, require_sound
+from deformnet.paper.cases import build, case, forward, require_sound
 from deformnet.paper.measuring import (
-    condition_lines,
+    Comparison,
+    Conditions,
     conditions,
+    describe,
     require_writable,
     running,
     side_by_side,
     spread,
 )
 from deformnet.paper.settings import Table4Network, TimingOptions
-from deformnet.recipes import DeepLabRecipe, DetectorRecipe
+from deformnet.tasks.predictor import Predictor, Prepared
 
 # Seconds on a K40, plain and deformable: "net forward" and "runtime".
 _PAPER: dict[Table4Network, tuple[tuple[float, float], tuple[float, float]]] = {
@@ -34,151 +36,140 @@ _PAPER: dict[Table4Network, tuple[tuple[float, float], tuple[float, float]]] = {
     "rfcn": ((0.143, 0.169), (0.170, 0.193)),
 }
 
-_TIMES = f"{'plain':>8} {'deform./plain':16} {'paper':>6}"
-_HEADING = (
-    f"{'':28} {'parameters, M':>16} {'GFLOP':>17} {'forward, s':^32} {'whole, s':^32}".rstrip()
-    + f"\n{'network':18} {'image':>9} {'plain':>8} {'deform.':>7} {'plain':>8} {'deform.':>8} "
-    f"{_TIMES} {_TIMES}"
-)
-_STEPS = ("building", "counting", "timing forward", "timing the whole")
+
+class RatedComparison(Comparison):
+    """A comparison with the ratio of the paper."""
+
+    paper_ratio: float
+
+
+class TimedRow(TypedDict):
+    """A measured row of Table 4.
+
+    Attributes:
+        photo, image: height and width before and after resizing.
+        boxes: number of boxes that a detector scores; None for DeepLab.
+        parameters, flops: of the "plain" and the "deformable" network.
+        forward, whole: seconds of the network alone, and of a predictor.
+    """
+
+    network: Table4Network
+    photo: list[int]
+    image: list[int]
+    boxes: int | None
+    parameters: dict[str, int]
+    flops: dict[str, int]
+    forward: RatedComparison
+    whole: RatedComparison
+
+
+class Report(TypedDict):
+    """Content of the JSON file."""
+
+    conditions: Conditions
+    rows: list[TimedRow]
 
 
 def run_table4(
-    bench: TimingOptions, rows: Sequence[Table4Network], out: Path | None
-) -> dict[str, Any]:
-    """Measures the rows, prints each as it is done, and writes all of them into a file.
+    options: TimingOptions, networks: Sequence[Table4Network], out: Path | None
+) -> Report:
+    """Measure networks, print them as a table, and write the numbers to a file.
 
-    Forward is the network alone, from a normalised image on its device to scores or boxes. Whole is
-    what a predictor does with an image in memory: resize, normalise, forward, and suppress boxes or
-    bring scores to the size of the image and take the best.
+    Forward is the network alone, from a normalized image on its device to logits or boxes. Whole is
+    a predictor with an image in memory: resizing, normalization, forward, and non-maximum
+    suppression, or upsampling to the size of the image and argmax.
 
     Args:
-        bench: how to measure.
-        rows: which.
-        out: JSON file; None for none.
-    Returns:
-        What the file holds: {"conditions": ..., "rows": [...]}. Of a row: "parameters" and "flops"
-        as {"plain": int, "deformable": int}; "forward" and "whole" with the seconds of both
-        networks, their "ratio", and the "paper_ratio"; and how many "boxes" a detector judges.
+        options: how to measure.
+        networks: which to measure.
+        out: JSON file; None to write none.
     Raises:
-        ValueError: if there are no rows or no such device, or if `out` is a folder.
-        FloatingPointError, RuntimeError: if a network gives nothing that is worth timing.
+        UserError: if there are no networks or no such device, or if `out` is a folder.
+        FloatingPointError, RuntimeError: if the output of a network is not worth timing.
     """
     require_writable(out)
-    if not rows:
-        raise ValueError("rows: name at least one network")
-    with running(bench) as device:
-        found = {"conditions": conditions(bench), "rows": []}
-        print("\n".join([*condition_lines(found["conditions"]), "", _HEADING]), flush=True)
-        with tqdm(total=len(rows) * len(_STEPS), disable=None, leave=False) as bar:
-            for row in rows:
-                found["rows"].append(_measure(row, bench, device, bar))
-                bar.write(_line(found["rows"][-1]))
-    print("\n".join(["", *_summary(found["rows"])]))
+    if not networks:
+        raise UserError("expected at least one network, but got none")
+    with running(options) as device:
+        report: Report = {"conditions": conditions(options), "rows": []}
+        print(describe(report["conditions"]), flush=True)
+        for network in tqdm(networks, disable=None, leave=False):
+            report["rows"].append(_measure(network, options, device))
+    print(f"\n{_table(report['rows'])}\n\n{_summary(report['rows'])}")
     if out is not None:
-        write_json(out, found)
-    return found
+        write_json(out, report)
+    return report
 
 
-def _measure(
-    row: Table4Network, bench: TimingOptions, device: torch.device, bar: tqdm
-) -> dict[str, Any]:
-    steps = iter(_STEPS)
-
-    def next_step() -> None:
-        bar.set_description(f"{row}: {next(steps)}")
-
-    next_step()
-    chosen = case(row, bench.backbone, bench.scale)
-    photo = torch.randint(256, (3, *chosen.photo), dtype=torch.uint8)
-    images = prepared(chosen, photo)[None].to(device, memory_format=torch.channels_last)
-    models = build(chosen, images)
-    bar.update()
-
-    next_step()
-    flops, boxes = {}, None
-    for name, model in zip(("plain", "deformable"), models, strict=True):
-        flops[name], output = _count(model, images)
-        require_sound(f"{row}, {name}", output)
-        boxes = None if isinstance(output, Tensor) else len(output[0].boxes)
-    bar.update()
-
-    next_step()
+def _measure(network: Table4Network, options: TimingOptions, device: torch.device) -> TimedRow:
+    chosen = case(network, options)
+    networks = build(chosen, device)
+    plain, deformable = pair = networks.plain, networks.deformable
+    prepared, photo = networks.prepared, networks.photo
+    flops: dict[str, int] = {}
+    boxes = None
+    for name, predictor in zip(("plain", "deformable"), pair, strict=True):
+        flops[name], output = _count(predictor, prepared)
+        require_sound(f"{network}, {name}", output)
+        boxes = len(tree_leaves(output)[0]) if predictor.has_boxes else None
     with torch.inference_mode():
-        alone = side_by_side(forward(models[0], images), forward(models[1], images), bench)
-    bar.update()
-
-    next_step()
-    recipes = (chosen.plain, chosen.deformable)
-    plain, deformable = (
-        _predictor(recipe, model, chosen.classes, device)
-        for recipe, model in zip(recipes, models, strict=True)
-    )
-    whole = side_by_side(lambda: plain(photo), lambda: deformable(photo), bench)
-    bar.update()
-
-    paper_forward, paper_whole = _PAPER[row]
+        alone = side_by_side(
+            lambda: forward(plain, prepared), lambda: forward(deformable, prepared), options
+        )
+    whole = side_by_side(lambda: plain(photo), lambda: deformable(photo), options)
+    paper_forward, paper_whole = (after / before for before, after in _PAPER[network])
     return {
-        "network": row,
+        "network": network,
         "photo": list(chosen.photo),
-        "image": list(images.shape[2:]),
+        "image": list(prepared.size),
         "boxes": boxes,
-        "parameters": {"plain": _parameters(models[0]), "deformable": _parameters(models[1])},
+        "parameters": {
+            "plain": _parameters(plain.model),
+            "deformable": _parameters(deformable.model),
+        },
         "flops": flops,
-        "forward": {**alone, "paper_ratio": _ratio(paper_forward)},
-        "whole": {**whole, "paper_ratio": _ratio(paper_whole)},
+        "forward": {**alone, "paper_ratio": paper_forward},
+        "whole": {**whole, "paper_ratio": paper_whole},
     }
 
 
 @torch.inference_mode()
-def _count(model: DeepLab | Detector, images: Tensor) -> tuple[int, Tensor | list[Candidates]]:
-    """The operations of a forward pass, and its output."""
-    outputs: list[Tensor | list[Candidates]] = []
-    flops = count_flops(lambda: outputs.append(forward(model, images)()))
+def _count(predictor: Predictor[object], prepared: Prepared) -> tuple[int, object]:
+    """Return the FLOPs of a forward pass, and its output."""
+    outputs: list[object] = []
+    flops = count_flops(lambda: outputs.append(forward(predictor, prepared)))
     return flops, outputs[0]
-
-
-def _predictor(
-    recipe: DeepLabRecipe | DetectorRecipe,
-    model: DeepLab | Detector,
-    num_classes: int,
-    device: torch.device,
-) -> SegmentationPredictor | DetectionPredictor:
-    classes = tuple(str(label) for label in range(num_classes))
-    if isinstance(recipe, DeepLabRecipe):
-        assert isinstance(model, DeepLab)
-        return SegmentationPredictor(recipe, model, classes, device)
-    assert isinstance(model, Detector)
-    return detection_predictor(recipe, model, classes, device=device)
 
 
 def _parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _ratio(seconds: tuple[float, float]) -> float:
-    plain, deformable = seconds
-    return deformable / plain
+def _table(rows: Sequence[TimedRow]) -> Table:
+    return Table(
+        "millions of parameters, GFLOPs, and seconds, plain and deformable; in brackets p20-p80",
+        (
+            *("network", "image", "params", "deform.", "GFLOPs", "deform."),
+            *("forward", "ratio", "paper", "whole", "ratio", "paper"),
+        ),
+        [_cells(row) for row in rows],
+    )
 
 
-def _line(row: dict[str, Any]) -> str:
-    """A row of the table, under `_HEADING`."""
+def _cells(row: TimedRow) -> list[str]:
     height, width = row["image"]
-    cells = [f"{row['network']:18} {f'{height}x{width}':>9}"]
-    parameters, flops = row["parameters"], row["flops"]
-    cells.append(f"{parameters['plain'] / 1e6:8.2f} {parameters['deformable'] / 1e6:7.2f}")
-    cells.append(f"{flops['plain'] / 1e9:8.1f} {flops['deformable'] / 1e9:8.1f}")
+    cells = [row["network"], f"{height}x{width}"]
+    cells += [f"{row['parameters'][kind] / 1e6:.2f}" for kind in ("plain", "deformable")]
+    cells += [f"{row['flops'][kind] / 1e9:.1f}" for kind in ("plain", "deformable")]
     for part in ("forward", "whole"):
         times = row[part]
-        cells.append(
-            f"{times['plain']['median']:8.3f} {spread(times['ratio']):16} "
-            f"{times['paper_ratio']:6.2f}"
-        )
-    return " ".join(cells)
+        cells += [f"{times['plain']['median']:.3f}", spread(times["ratio"])]
+        cells.append(f"{times['paper_ratio']:.2f}")
+    return cells
 
 
-def _summary(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """What the table says in words."""
+def _summary(rows: Sequence[TimedRow]) -> str:
+    """Return in words how the ratios compare to the paper's."""
     lines = []
     for part in ("forward", "whole"):
         above = [
@@ -188,4 +179,4 @@ def _summary(rows: Sequence[dict[str, Any]]) -> list[str]:
         ]
         line = f"{part}: {len(rows) - len(above)} of {len(rows)} ratios are below the paper's"
         lines.append(line + (f"; not {', '.join(above)}" if above else ""))
-    return lines
+    return "\n".join(lines)

@@ -4,8 +4,18 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypedDict
 
 WARM_UP_SECONDS = 0.3
+
+
+class Summary(TypedDict):
+    """Median, 20 % and 80 % quantiles, and minimum."""
+
+    median: float
+    p20: float
+    p80: float
+    min: float
 
 
 @dataclass(frozen=True)
@@ -26,8 +36,7 @@ class Timing:
         """Return the value below which a fraction of the rounds lie."""
         return sorted(self.rounds)[round(fraction * (len(self.rounds) - 1))]
 
-    def summary(self) -> dict[str, float]:
-        """Return the median, the 20 % and 80 % quantiles, and the minimum."""
+    def summary(self) -> Summary:
         return {
             "median": self.median,
             "p20": self.quantile(0.2),
