@@ -7,11 +7,13 @@ image, and offsets get a magnitude that trained networks have.
 """
 
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from deformnet.models import Network
 from deformnet.nn.offsets import OffsetLayer
 from deformnet.paper.rows import CITYSCAPES, VOC_DETECTION, VOC_SEGMENTATION, DataSet
 from deformnet.paper.settings import Table4Network, TimingOptions
@@ -95,7 +97,7 @@ def build(case: Case, device: torch.device) -> Networks:
     )
     networks = Networks(plain, deformable, photo, plain.prepare(photo))
     with torch.no_grad():
-        set_statistics(plain.model.get_submodule("backbone"), networks.prepared.input)
+        set_statistics(cast(Network, plain.model).backbone, networks.prepared.input)
         deformable.model.load_state_dict(plain.model.state_dict(), strict=False)
         layers = [layer for layer in deformable.model.modules() if isinstance(layer, OffsetLayer)]
         for layer in layers:

@@ -22,7 +22,7 @@ from deformnet._text import Table
 from deformnet.data.synthetic.shapes import Shapes, scene
 from deformnet.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from deformnet.engine import Hardware, LoopOptions, evaluate, propose, train
-from deformnet.engine.results import read_log
+from deformnet.engine.logs import read_log
 from deformnet.engine.runs import machine, versions
 from deformnet.models.backbones import backbone
 from deformnet.paper.cases import set_statistics

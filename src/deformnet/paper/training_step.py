@@ -1,21 +1,20 @@
 """Cost of deformable layers in training: a whole step, and each such layer alone."""
 
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypedDict
+from typing import TypedDict, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 from torchvision.ops import roi_pool
 from tqdm import tqdm
 
 from deformnet._files import write_json
 from deformnet._text import Table
+from deformnet.models import Network
 from deformnet.nn import DeformConv2d, DeformPSRoIPool2d, DeformRoIPool2d, parameter_groups
 from deformnet.ops import deform_ps_roi_pool
-from deformnet.paper.cases import Case, build, case
+from deformnet.paper.cases import build, case
 from deformnet.paper.measuring import (
     Comparison,
     Conditions,
@@ -27,9 +26,8 @@ from deformnet.paper.measuring import (
     spread,
 )
 from deformnet.paper.settings import Table4Network, TimingOptions
-from deformnet.paper.synthetic import write_synthetic_data
-from deformnet.tasks import task_of
-from deformnet.tasks.base import Batch
+
+_Losses = Callable[[], dict[str, Tensor]]
 
 LIMIT = 1.5
 """Ratio to the plain layer above which the table marks a deformable layer."""
@@ -85,12 +83,14 @@ def run_training_step(options: TimingOptions, network: Table4Network, out: Path 
 def _measure(
     options: TimingOptions, network: Table4Network, device: torch.device, found: Conditions
 ) -> Report:
-    chosen = case(network, options)
-    networks = build(chosen, device)
-    plain, deformable = (it.model.train() for it in (networks.plain, networks.deformable))
-    batch = _batch(chosen, device)
-    inputs = _layer_inputs(deformable, batch)
-    step = side_by_side(_step(plain, batch), _step(deformable, batch), options)
+    networks = build(case(network, options), device)
+    images = networks.prepared.input
+    plain, deformable = (
+        cast(Network, it.model.train()) for it in (networks.plain, networks.deformable)
+    )
+    losses = plain.random_losses(images), deformable.random_losses(images)
+    inputs = _layer_inputs(deformable, losses[1])
+    step = side_by_side(_step(plain, losses[0]), _step(deformable, losses[1]), options)
     layers: list[LayerTimes] = []
     for name, given in tqdm(inputs.items(), desc="layers", disable=None, leave=False):
         layer = deformable.get_submodule(name)
@@ -101,38 +101,29 @@ def _measure(
     return {
         "conditions": found,
         "network": network,
-        "image": list(batch.images.shape[2:]),
+        "image": list(images.shape[2:]),
         "step": step,
         "layers": layers,
     }
 
 
-def _batch(chosen: Case, device: torch.device) -> Batch:
-    """Return one synthetic image with its annotations."""
-    with tempfile.TemporaryDirectory(prefix="deformnet-") as folder:
-        write_synthetic_data(chosen.data, Path(folder), *chosen.photo)
-        images = task_of(chosen.plain).training_set(Path(folder), chosen.data.train)
-        batch = images.batch([0], [0])
-    return tree_map_only(Tensor, lambda tensor: tensor.to(device), batch)
+def _sum(losses: dict[str, Tensor]) -> Tensor:
+    return torch.stack(list(losses.values())).sum()
 
 
-def _loss(model: nn.Module, batch: Batch) -> Tensor:
-    return torch.stack(list(batch.losses(model).values())).sum()
-
-
-def _step(model: nn.Module, batch: Batch) -> Callable[[], None]:
+def _step(model: nn.Module, losses: _Losses) -> Callable[[], None]:
     """Return a training step."""
     optimizer = torch.optim.SGD(parameter_groups(model, _LR), lr=_LR, momentum=0.9)
 
     def step() -> None:
         optimizer.zero_grad()
-        _loss(model, batch).backward()
+        _sum(losses()).backward()
         optimizer.step()
 
     return step
 
 
-def _layer_inputs(model: nn.Module, batch: Batch) -> dict[str, tuple[Tensor, ...]]:
+def _layer_inputs(model: nn.Module, losses: _Losses) -> dict[str, tuple[Tensor, ...]]:
     """Return the inputs of each deformable layer in training, by its name.
 
     Raises:
@@ -152,7 +143,7 @@ def _layer_inputs(model: nn.Module, batch: Batch) -> dict[str, tuple[Tensor, ...
         if isinstance(layer, (DeformConv2d, DeformRoIPool2d, DeformPSRoIPool2d))
     ]
     with torch.no_grad():
-        loss = _loss(model, batch)
+        loss = _sum(losses())
     for hook in hooks:
         hook.remove()
     if not loss.isfinite():
