@@ -58,4 +58,4 @@ lint: $(READY)
 	$(BIN)/basedpyright
 
 clean:
-	rm -rf build dist demo $(BENCH) docs/_build docs/_made docs/gallery
+	rm -rf build dist demo $(BENCH) docs/_build docs/_generated docs/gallery

@@ -25,7 +25,7 @@ extensions = [
     "sphinx.ext.viewcode",
     "sphinx_gallery.gen_gallery",
 ]
-exclude_patterns = ["_build", "_made", "images"]
+exclude_patterns = ["_build", "_generated", "images"]
 
 html_theme = "furo"
 html_title = f"deformnet {release}"
@@ -142,10 +142,10 @@ def make_parts(app: Sphinx) -> None:
     import commands
     import pictures
 
-    made = HERE / "_made"
-    made.mkdir(exist_ok=True)
-    pictures.make(made)
-    (made / "commands.md").write_text(commands.page(), encoding="utf-8")
+    generated = HERE / "_generated"
+    generated.mkdir(exist_ok=True)
+    pictures.make(generated)
+    (generated / "commands.md").write_text(commands.page(), encoding="utf-8")
 
 
 def setup(app: Sphinx) -> None:

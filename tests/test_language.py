@@ -21,7 +21,7 @@ TEXTS = sorted(
     for path in (ROOT / folder).rglob("*")
     if path.suffix in suffixes
     and path != Path(__file__)
-    and not {"_build", "_generated", "_made", "gallery"} & set(path.relative_to(ROOT).parts)
+    and not {"_build", "_generated", "gallery"} & set(path.relative_to(ROOT).parts)
 ) + [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "Makefile")]
 
 BRITISH = re.compile(
