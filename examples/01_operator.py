@@ -2,15 +2,15 @@
 The operator in ten lines
 =========================
 
-A convolution reads its input on a grid. A deformable convolution adds an offset to every tap of
-that grid, at every position: :func:`deformnet.ops.deform_conv2d` takes them as a tensor, wherever
-they come from.
+A convolution samples its input on a regular grid. Deformable convolution adds an offset to every
+tap of that grid, at every position. :func:`deformnet.ops.deform_conv2d` takes the offsets as a
+tensor.
 """
 
 # %%
-# The ten lines
-# -------------
-# Offsets count in pixels of the input, ``(y, x)`` for each of the nine taps. Zeros give a plain
+# Ten lines
+# ---------
+# Offsets are in pixels of the input, ``(y, x)`` for each of the nine taps. Zero offsets give a plain
 # convolution.
 
 import torch
@@ -30,18 +30,18 @@ print(
 )
 
 # %%
-# Offsets that make a convolution another one
-# -------------------------------------------
-# If every tap moves by its own distance from the middle, the kernel is dilated by 2. Shifted taps
-# read a shifted image. Anything in between is a filter that no plain convolution has.
+# Special cases
+# -------------
+# If every tap shifts by its own distance from the center, the kernel is dilated by 2. If all taps move
+# alike, they sample a shifted image. Other offsets give filters that no plain convolution has.
 
 taps = torch.stack(torch.meshgrid(torch.arange(-1, 2), torch.arange(-1, 2), indexing="ij"), dim=-1)
-taps = taps.reshape(9, 2).float()  # (y, x) of each tap, from the middle
+taps = taps.reshape(9, 2).float()  # (y, x) of each tap, relative to the center
 
 
-def field(moves: torch.Tensor) -> torch.Tensor:
-    """The same moves [9, 2] at every position of a map of 32x32: [1, 18, 32, 32]."""
-    return moves.reshape(1, 18, 1, 1).expand(1, 18, 32, 32)
+def field(shifts: torch.Tensor) -> torch.Tensor:
+    """The same offsets [9, 2] at every position of a map of 32x32: [1, 18, 32, 32]."""
+    return shifts.reshape(1, 18, 1, 1).expand(1, 18, 32, 32)
 
 
 dilated = deform_conv2d(images, field(taps), weight, padding=1)
@@ -52,39 +52,39 @@ shifted = deform_conv2d(images, field(torch.tensor([[0.0, 5.0]]).expand(9, 2)), 
 print("shifted by 5:", torch.allclose(shifted[..., 2:25], output[..., 7:30], atol=1e-4))
 
 # %%
-# What is read
-# ------------
-# The gradient of one output by the input is not zero exactly where that output reads. So it shows
-# the taps, and between pixels the four cells that the bilinear read mixes.
+# Sampled pixels
+# --------------
+# The gradient of an output with respect to the input is nonzero at the pixels that contribute to it:
+# for each tap, the four pixels of its bilinear interpolation.
 
 import matplotlib.pyplot as plt
 
-turn = torch.tensor(30.0).deg2rad()
+angle = torch.tensor(30.0).deg2rad()
 rotation = torch.stack(
-    [torch.stack([turn.cos(), -turn.sin()]), torch.stack([turn.sin(), turn.cos()])]
+    [torch.stack([angle.cos(), -angle.sin()]), torch.stack([angle.sin(), angle.cos()])]
 )
 kinds = {
     "zero": torch.zeros(9, 2),
     "dilated by 2": taps,
     "shifted by (0, 5)": torch.tensor([[0.0, 5.0]]).expand(9, 2),
-    "larger and turned": 3 * taps @ rotation.T - taps,
-    "anything": 2.5 * torch.randn(9, 2),
+    "scaled and rotated": 3 * taps @ rotation.T - taps,
+    "random": 2.5 * torch.randn(9, 2),
 }
 figure, axes = plt.subplots(1, len(kinds), figsize=(11, 2.6), layout="constrained")
-for ax, (name, moves) in zip(axes, kinds.items(), strict=True):
+for ax, (name, shifts) in zip(axes, kinds.items(), strict=True):
     image = torch.zeros(1, 1, 32, 32, requires_grad=True)
-    output = deform_conv2d(image, field(moves), torch.ones(1, 1, 3, 3), padding=1)
+    output = deform_conv2d(image, field(shifts), torch.ones(1, 1, 3, 3), padding=1)
     (weights,) = torch.autograd.grad(output[0, 0, 16, 16], image)
     ax.imshow(weights[0, 0].numpy(), cmap="Greys", vmin=0, vmax=1)
-    y, x = (16 + taps + moves).T.numpy()
+    y, x = (16 + taps + shifts).T.numpy()
     ax.scatter(x, y, s=14, color="#d55e00", zorder=2)
     ax.plot(16, 16, marker="P", color="#56b4e9", markersize=9, markeredgecolor="black")
     ax.set(title=name, xlim=(8.5, 23.5), ylim=(23.5, 8.5), xticks=[], yticks=[])
 plt.show()
 
 # %%
-# Blue is the output's own position, orange the taps, grey the weight with which a cell counts.
+# Blue is the position of the output, orange its taps; gray shows the weight of each pixel.
 #
-# Offsets have gradients as well, so a network can learn them: that is what
-# :class:`deformnet.nn.DeformConv2d` does, with a small convolution of its own that makes them. What
-# happens at the border of the map is a rule with two names; see :doc:`/operators`.
+# The operator has gradients with respect to the offsets, so a network can learn them:
+# :class:`deformnet.nn.DeformConv2d` computes its offsets with a convolution of its own. See
+# :doc:`/operators` for the rules at the border of the map.

@@ -2,15 +2,15 @@
 Make any model deformable
 =========================
 
-:func:`deformnet.nn.deform_` replaces convolutions of a model in place. The weights stay, the
-offsets start at zero, and so the model computes what it did before, until it is trained on.
+:func:`deformnet.nn.deform_` converts convolutions of a model in place. Weights are kept and offsets
+start at zero, so the output of the model stays the same until it is trained further.
 """
 
 # %%
 # Convert
 # -------
-# The names are those of ``model.named_modules()``, with ``*`` for anything. A name that fits
-# nothing is an error.
+# Patterns are matched against the names of ``model.named_modules()``; ``*`` matches anything. A
+# pattern that matches nothing is an error.
 
 import copy
 
@@ -27,10 +27,10 @@ plain = copy.deepcopy(model)
 
 names = deform_(model, "layer4.*.conv*")
 print(*names, sep="\n")
-print(f"largest difference: {(model(images) - plain(images)).abs().max():.1e}")
+print(f"maximum difference: {(model(images) - plain(images)).abs().max():.1e}")
 
 # %%
-# A name with a slip in it is answered with those that are near, and nothing is changed.
+# The error for a misspelled pattern suggests similar names, and the model is unchanged.
 
 try:
     deform_(model, "layer4.*.convv2")
@@ -40,9 +40,9 @@ except ValueError as error:
 # %%
 # Train
 # -----
-# The layers that make offsets often want a smaller learning rate than the rest.
-# :func:`deformnet.nn.parameter_groups` gives the groups that an optimiser takes; weight decay goes
-# there, and not to the optimiser, since biases and batch norm have none.
+# Layers that compute offsets often need a smaller learning rate than the rest.
+# :func:`deformnet.nn.parameter_groups` returns parameter groups for an optimizer. Pass weight decay
+# there and not to the optimizer, so that biases and batch norm are excluded from it.
 
 groups = parameter_groups(model, lr=0.01, offset_lr_scale=0.1, weight_decay=5e-4)
 for group in groups:
@@ -59,15 +59,15 @@ for _ in range(5):
 for name in names:
     layer = model.get_submodule(name)
     assert isinstance(layer, DeformConv2d)
-    print(f"{name}: largest weight of the offsets {layer.conv_offset.weight.abs().max():.1e}")
+    print(f"{name}: largest weight of conv_offset {layer.conv_offset.weight.abs().max():.1e}")
 
 # %%
-# The offsets' weights are not zero any more: the model has begun to look elsewhere.
+# The weights of the offset convolutions are no longer zero: sampling locations have started to move.
 #
-# What it costs
-# -------------
-# Offsets are made by a convolution with 18 channels, and reading between pixels takes some
-# arithmetic. Times are those of the machine that built this page.
+# Cost
+# ----
+# Each layer has an offset convolution with 18 channels, and bilinear interpolation adds some
+# arithmetic. Times are from the machine that built this page.
 
 import matplotlib.pyplot as plt
 

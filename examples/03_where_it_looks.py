@@ -1,14 +1,14 @@
 """
-Where does it look?
-===================
+Sampling locations
+==================
 
-Figure 6 of the paper shows which points of an image a unit reads, through three deformable
-layers: 9, 81 and 729 of them. :func:`deformnet.analysis.record_sampling` finds them, in any model
-that has such layers.
+Figure 6 of the paper shows the image points that a unit samples through three deformable layers:
+9, 81 and 729 of them. :func:`deformnet.analysis.record_sampling` computes them for any model with
+deformable layers.
 
-The network here is a small one, and its task is made so that it pays to look far: say, for every
-pixel, how large the disc is on which it lies. Three plain layers see 28 pixels of the image,
-large discs have up to 60.
+Here a small network learns a task that needs a large receptive field: to predict, at every pixel, the
+radius of the disc that it belongs to. Three plain layers see 28 pixels of the image; discs have
+diameters of up to 60.
 """
 
 # %%
@@ -24,15 +24,15 @@ SIDE = 96
 
 
 def discs(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Noisy images [count, 1, SIDE, SIDE] of two discs, and a tenth of the radius at each pixel."""
+    """Noisy images [count, 1, SIDE, SIDE] of two discs, and a tenth of the radius for each pixel."""
     y, x = torch.meshgrid(torch.arange(SIDE), torch.arange(SIDE), indexing="ij")
     images = 0.3 * torch.randn(count, 1, SIDE, SIDE, generator=generator)
     radii = torch.zeros(count, 1, SIDE, SIDE)
     for image, radius in zip(images, radii, strict=True):
-        for least, most, middle in ((5, 9, 18), (18, 30, 62)):
-            r = least + (most - least) * float(torch.rand((), generator=generator))
+        for low, high, column in ((5, 9, 18), (18, 30, 62)):
+            r = low + (high - low) * float(torch.rand((), generator=generator))
             row = r + (SIDE - 2 * r) * float(torch.rand((), generator=generator))
-            inside = (y - row) ** 2 + (x - middle) ** 2 < r**2
+            inside = (y - row) ** 2 + (x - column) ** 2 < r**2
             image[0][inside] += 1
             radius[0][inside] = r / 10
     return images, radii
@@ -54,7 +54,7 @@ layers = deform_(model, "[234].0")
 # %%
 # Training
 # --------
-# Some seconds are enough for the offsets to move. They learn at a tenth of the rate of the rest.
+# A few seconds are enough for the offsets to move. Their learning rate is a tenth of the others'.
 
 generator = torch.Generator().manual_seed(0)
 optimizer = torch.optim.Adam(parameter_groups(model, lr=0.01, offset_lr_scale=0.1))
@@ -68,10 +68,10 @@ for iteration in range(200):
         print(f"iteration {iteration + 1}: mean error {10 * loss.item():.2f} pixels")
 
 # %%
-# The picture
-# -----------
-# One run of the network is recorded; then any of its units can be looked at. Layers are named from
-# the top down.
+# The figure
+# ----------
+# A single forward pass is recorded; then the sampling locations of any unit can be computed. Layers
+# are named from the top down.
 
 from deformnet.analysis import SamplingLocations, record_sampling
 from deformnet.visualization import SampledUnit, sampling_figure
@@ -102,10 +102,8 @@ looks = {
 figure = sampling_figure(looks)
 
 # %%
-# Without offsets, as in the untrained network, the 729 points fall on a grid of 7x7. With those
-# that were learned, a unit on a large disc looks far around, and one on a small disc stays near it.
-# How far offsets go depends on the task: where nothing is to be gained from far away, they stay
-# small.
+# Without offsets, as in the untrained network, the 729 points fall on a 7x7 grid. With the learned
+# offsets, a unit on a large disc samples a wide area, and a unit on a small disc stays close to it.
+# The range of the offsets depends on the task: where distant pixels do not help, they stay small.
 #
-# Of a trained run, ``deformnet analyse RUN --data DIR --out DIR`` makes such pictures, and all
-# others.
+# For a trained run, ``deformnet inspect analyze RUN --data DIR --out DIR`` draws this figure and more.

@@ -2,18 +2,18 @@
 Deformable RoI bins
 ===================
 
-Deformable RoI pooling moves the bins of a box to the parts of the object (Figure 7 of the paper).
-:func:`deformnet.analysis.moved_bins` says where they lie.
+Deformable RoI pooling shifts the bins of a box to the parts of the object (Figure 7 of the paper).
+:func:`deformnet.analysis.moved_bins` computes their positions.
 
-The task is made so that moving pays: tell the colour of a bar that lies somewhere in a box full
-of other colours. The answer is the mean over the bins of what they read, so that only bins that
-lie on the bar can give it.
+Here the task rewards moving bins: predict the color of a bar that lies somewhere in a box full of
+other colors. The prediction is the mean over all bins, so it is right only if the bins lie on the
+bar.
 """
 
 # %%
 # A task and a network
 # --------------------
-# The bins read the image's own colours; nothing else is learned but where to read. The offsets come
+# The bins read the colors of the image; only their positions are learned. The offsets are computed
 # from the features of two convolutions, as in Figure 4 of the paper.
 
 import torch
@@ -25,19 +25,19 @@ SIDE, BOX = 64, (8.0, 8.0, 55.0, 55.0)  # the first and the last pixel of the bo
 
 
 def bars(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Images [count, 3, SIDE, SIDE] of a bar on darker patches, and its colours [count, 3]."""
+    """Images [count, 3, SIDE, SIDE] of a bar on darker patches, and its color [count, 3]."""
     y, x = torch.meshgrid(torch.arange(SIDE) - 31.5, torch.arange(SIDE) - 31.5, indexing="ij")
     patches = 0.4 * torch.rand(count, 3, SIDE // 8, SIDE // 8, generator=generator)
     images = patches.repeat_interleave(8, 2).repeat_interleave(8, 3)
-    colours = 0.5 + 0.5 * torch.rand(count, 3, generator=generator)
+    colors = 0.5 + 0.5 * torch.rand(count, 3, generator=generator)
     angle = (torch.pi * torch.rand(count, generator=generator))[:, None, None]
     aside = 10 * (2 * torch.rand(count, generator=generator) - 1)[:, None, None]
     along, across = x * angle.cos() + y * angle.sin(), y * angle.cos() - x * angle.sin()
     bar = ((across - aside).abs() < 8) & (along.abs() < 24)
-    return torch.where(bar[:, None], colours[:, :, None, None], images), colours
+    return torch.where(bar[:, None], colors[:, :, None, None], images), colors
 
 
-class Colours(nn.Module):
+class Colors(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.features = nn.Sequential(
@@ -48,7 +48,7 @@ class Colours(nn.Module):
         self.pool = DeformPSRoIPool2d(32, output_size=3, sampling="aligned")
 
     def forward(self, images: Tensor, boxes: Tensor) -> Tensor:
-        maps = images.repeat_interleave(9, dim=1)  # nine maps, one for each bin, of every colour
+        maps = images.repeat_interleave(9, dim=1)  # nine maps of each color, one per bin
         return self.pool(maps, self.features(images), boxes).mean((2, 3))
 
 
@@ -63,11 +63,11 @@ def boxes_of(images: Tensor) -> Tensor:
 
 torch.manual_seed(0)
 generator = torch.Generator().manual_seed(0)
-model = Colours()
+model = Colors()
 optimizer = torch.optim.Adam(parameter_groups(model, lr=3e-3))
 for iteration in range(300):
-    images, colours = bars(16, generator)
-    loss = (model(images, boxes_of(images)) - colours).abs().mean()
+    images, colors = bars(16, generator)
+    loss = (model(images, boxes_of(images)) - colors).abs().mean()
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
@@ -75,8 +75,8 @@ for iteration in range(300):
         print(f"iteration {iteration}: mean error {loss.item():.3f}")
 
 # %%
-# The picture
-# -----------
+# The figure
+# ----------
 
 from deformnet.analysis import moved_bins
 from deformnet.visualization import DetectionBins, bins_figure
@@ -91,7 +91,6 @@ found = [
 figure = bins_figure(found)
 
 # %%
-# Bins keep their size and cannot leave it: they can only move. In a detector the layers of the
-# paper have offsets of their own for every class, and
-# :meth:`~deformnet.analysis.MovedBins.of_groups` picks those of a detection. They learn from boxes
-# and classes alone, so they move less clearly than here.
+# Bins keep their size; they can only move. In a detector the paper's layers have separate offsets for
+# every class, and :meth:`~deformnet.analysis.MovedBins.of_groups` selects those of a detection. They
+# are learned from boxes and classes alone, so they move less clearly than here.

@@ -2,8 +2,8 @@
 Train on your own folder
 ========================
 
-A folder in the layout of PASCAL VOC is all that training needs. Here it is made of drawn shapes.
-The command line does the same (see :doc:`/command-line`):
+Training needs a folder in the layout of PASCAL VOC, here with synthetic shapes. The command line does
+the same (see :doc:`/command-line`):
 
 .. code-block:: bash
 
@@ -15,9 +15,8 @@ The command line does the same (see :doc:`/command-line`):
 # %%
 # A folder
 # --------
-# Images, label maps of class indices, a list for each split, and the names of the classes where
-# they are not VOC's. Here the images come from the made data set, and all its shapes are one class:
-# training is short.
+# It contains images, label maps of class indices, a list of images for each split, and the names of
+# the classes unless they are VOC's. Here all shapes are one class, to keep training short.
 
 import tempfile
 from pathlib import Path
@@ -45,14 +44,12 @@ for split, count in (("train", 48), ("val", 8)):
 (data / "classes.txt").write_text("background\nobject\n")
 
 # %%
-# What is missing or damaged in a folder, ``deformnet data check DIR`` finds; a whole made data set,
-# ``deformnet shapes DIR`` writes.
+# ``deformnet data check DIR`` finds missing and damaged files in a folder.
 #
 # Train
 # -----
-# A recipe is all that decides the result: network, image size, schedule, seed. The run folder keeps
-# it. Called again, :func:`deformnet.engine.train` continues a run that was stopped, and leaves
-# one alone that is whole.
+# A recipe contains everything that determines the result: network, image size, schedule, seed. The run
+# folder keeps a copy. Calling :func:`deformnet.engine.train` again resumes an interrupted run.
 
 from deformnet.recipes import DeepLabRecipe
 from deformnet.engine import evaluate, train
@@ -66,7 +63,7 @@ recipe = DeepLabRecipe(
     iterations=40,
     warmup=10,
     lr=0.03,
-    offset_lr_scale=0.1,  # from random weights, faster offsets can leave the map
+    offset_lr_scale=0.1,  # with random initial weights, faster offsets can leave the map
     clip=5.0,
 )
 run = folder / "run"
@@ -75,15 +72,15 @@ print(sorted(path.name for path in run.iterdir()))
 print(f"mean IoU {100 * metrics['mean_iou']:.1f} %")
 
 # %%
-# Forty iterations from random weights are few; for photographs one would start from a classifier's
-# weights (``init="IMAGENET1K_V1"``) and train for thousands.
+# Forty iterations from random weights are few. For photographs, start from pretrained weights
+# (``init="IMAGENET1K_V1"``) and train for thousands of iterations.
 #
-# Score and predict
-# -----------------
-# Any split can be scored later, and the run folder is also what predicts.
+# Evaluate and predict
+# --------------------
+# A run can be evaluated on any split, and loaded for prediction.
 
 scores = evaluate(run, data, split="train", workers=0, progress=False)
-print(f"mean IoU on the images it was trained on: {100 * scores['mean_iou']:.1f} %")
+print(f"mean IoU on the training images: {100 * scores['mean_iou']:.1f} %")
 
 import matplotlib.pyplot as plt
 
@@ -103,6 +100,6 @@ for number, column in enumerate(axes.T):
     for ax, picture in zip(column, shown, strict=True):
         ax.imshow(picture)
         ax.set(xticks=[], yticks=[])
-for ax, name in zip(axes[:, 0], ("image", "truth", "prediction"), strict=True):
+for ax, name in zip(axes[:, 0], ("image", "ground truth", "prediction"), strict=True):
     ax.set_ylabel(name)
 plt.show()

@@ -1,17 +1,16 @@
 """
-In a plain loop, and in Lightning
-=================================
+Your own training loop
+======================
 
-Deformable layers are modules like any other and need no special training loop. What can go wrong
-is that their offsets run away; :class:`~deformnet.analysis.OffsetObserver` in a loop of your own,
-and :class:`~deformnet.engine.health.OffsetHealth` in Lightning, see it.
+Deformable layers need no special training loop, neither in plain PyTorch nor in Lightning. What can go
+wrong is that their offsets run away; :class:`~deformnet.analysis.OffsetObserver` detects it.
 """
 
 # %%
 # A network and a task
 # --------------------
-# Is a square or a disc in the noise? The network is a small one, with its last two convolutions
-# made deformable.
+# Does a noisy image show a square or a disc? The last two convolutions of a small network are
+# deformable.
 
 import logging
 import warnings
@@ -27,8 +26,8 @@ from deformnet import deform_, parameter_groups
 def batch(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Images [count, 1, 32, 32] and whether they show a disc."""
     y, x = torch.meshgrid(torch.arange(32), torch.arange(32), indexing="ij")
-    centre = torch.randint(9, 23, (count, 2, 1, 1), generator=generator)
-    dy, dx = (y - centre[:, 0]).abs(), (x - centre[:, 1]).abs()
+    center = torch.randint(9, 23, (count, 2, 1, 1), generator=generator)
+    dy, dx = (y - center[:, 0]).abs(), (x - center[:, 1]).abs()
     square, disc = torch.maximum(dy, dx) < 7, dy**2 + dx**2 < 64
     labels = torch.randint(2, (count,), generator=generator)
     images = torch.where(labels[:, None, None] == 1, disc, square).float()
@@ -49,11 +48,11 @@ def network() -> nn.Module:
 
 
 # %%
-# A plain loop
-# ------------
-# The observer looks at the offsets of the steps it is asked about. ``health()`` has, for each
-# layer, the mean and the largest shift in pixels, the share of samples outside the map, and the
-# gradient of the offsets' weights beside that of the layer's.
+# Plain PyTorch
+# -------------
+# The observer records the offsets of the iterations that it wraps. ``health()`` reports for each layer
+# the mean and maximum shift in pixels, the fraction of samples outside the map, and the gradient norms
+# of the offset convolution and of the layer itself.
 
 from deformnet.analysis import OffsetObserver
 
@@ -83,10 +82,10 @@ import matplotlib.pyplot as plt
 figure, (left, right) = plt.subplots(1, 2, figsize=(8, 2.8), layout="constrained")
 left.plot(losses, color="#0072b2")
 left.set(xlabel="iteration", ylabel="loss")
-for values, name, colour in zip(
+for values, name, color in zip(
     zip(*shifts, strict=True), ("layer 3", "layer 6"), ("#d55e00", "#009e73"), strict=True
 ):
-    right.plot(values, label=name, color=colour)
+    right.plot(values, label=name, color=color)
 right.set(xlabel="iteration", ylabel="mean shift (pixels of its map)")
 right.legend(frameon=False)
 plt.show()

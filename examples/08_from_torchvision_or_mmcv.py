@@ -2,14 +2,13 @@
 Move from torchvision or mmcv
 =============================
 
-The operator takes torchvision's arguments in torchvision's order, the layer has the keys of
-mmcv's, and checkpoints of mmdetection and detectron2 are converted. What differs between them is
-said here, and shown.
+The operator takes torchvision's arguments in the same order, the layer has mmcv's state-dict keys, and
+checkpoints of mmdetection and detectron2 can be converted. This page shows the differences.
 """
 
 # %%
-# The operator of torchvision
-# ---------------------------
+# torchvision's operator
+# ----------------------
 # Only the import changes. Outputs and gradients are equal up to rounding.
 
 import torch
@@ -28,7 +27,7 @@ mask = torch.rand(2, 4 * 9, 20, 20, dtype=torch.float64)
 
 
 def difference(a: Tensor, b: Tensor) -> str:
-    return f"largest difference {(a - b).abs().max():.1e}"
+    return f"maximum difference {(a - b).abs().max():.1e}"
 
 
 theirs = torchvision.ops.deform_conv2d(x, offset, weight, bias, padding=(1, 1), mask=mask)
@@ -36,11 +35,10 @@ ours = deform_conv2d(x, offset, weight, bias, padding=1, mask=mask)
 print(difference(ours, theirs))
 
 # %%
-# The layer of torchvision
-# ------------------------
-# ``torchvision.ops.DeformConv2d`` is called with offsets that come from elsewhere. Ours makes them
-# itself, by its child ``conv_offset``. To move a network that has both, give our layer both sets of
-# weights.
+# torchvision's layer
+# -------------------
+# ``torchvision.ops.DeformConv2d`` expects offsets as an argument. Ours computes them with its child
+# ``conv_offset``. To port a network that has both, load both sets of weights into our layer.
 
 
 class Theirs(nn.Module):
@@ -59,7 +57,7 @@ new.load_state_dict({**old.conv.state_dict(), **moved})
 print(difference(new(x), old(x)))
 
 # %%
-# RoI pooling: without offsets, ``sampling="aligned"`` is torchvision's ``roi_align(aligned=True)``.
+# Without offsets, RoI pooling with ``sampling="aligned"`` is torchvision's ``roi_align(aligned=True)``.
 
 from deformnet.ops import deform_roi_pool
 
@@ -69,12 +67,12 @@ ours = deform_roi_pool(x, boxes, None, 7, 1 / 16, sampling="aligned", samples_pe
 print(difference(ours, theirs))
 
 # %%
-# The layers of mmcv
-# ------------------
-# ``DeformConv2dPack`` and ``ModulatedDeformConv2dPack`` have the keys of our layer, so their state
-# dicts load as they are. One thing is not in the names: mmcv's mask is a sigmoid, ours twice that,
-# so that a new layer starts as a plain convolution. Half of the weight makes up for it. mmcv need
-# not be installed to see that; this is its modulated layer, written with torchvision's operator.
+# mmcv's layers
+# -------------
+# ``DeformConv2dPack`` and ``ModulatedDeformConv2dPack`` have the same state-dict keys as our layer, so
+# their weights load directly. mmcv's mask is a sigmoid, ours is twice a sigmoid so that a new layer
+# starts as a plain convolution; halving the weight compensates. mmcv does not need to be installed to
+# see this: here is its modulated layer, written with torchvision's operator.
 
 
 class ModulatedDeformConv2dPack(nn.Conv2d):
@@ -102,11 +100,11 @@ print(difference(new(x), old(x)))
 # %%
 # Checkpoints of mmdetection
 # --------------------------
-# :func:`deformnet.models.backbones.foreign.from_mmdetection` (and ``from_detectron2``) takes the ResNet
-# out of a checkpoint: it knows the names, halves the weights of modulated layers, and says what it
-# left out. A key that no rule explains is an error. ``deformnet import-weights`` is the same as a
-# command; see :doc:`/weights`. Here the network is torchvision's ResNet-18 with two layers as
-# above, and the checkpoint is named as mmdetection names it; a real one comes from
+# :func:`deformnet.models.backbones.foreign.from_mmdetection` (and ``from_detectron2``) extracts the
+# ResNet from a checkpoint: it renames the keys, halves the weights of modulated layers, and reports
+# the keys that it skipped. Unexpected keys are an error. ``deformnet weights import`` is the command;
+# see :doc:`/weights`. Here the network is torchvision's ResNet-18 with two modulated layers, and the
+# checkpoint uses mmdetection's key names; a real one comes from
 # ``torch.load(path, weights_only=True)``.
 
 from deformnet.models.backbones.foreign import from_mmdetection
@@ -124,16 +122,16 @@ checkpoint["bbox_head.fc_cls.weight"] = torch.zeros(21, 512)
 found = from_mmdetection({"state_dict": checkpoint})
 print(found.backbone, "with", found.deform_layers, "deformable layers, modulated:", found.modulated)
 for what, keys in found.left_out.items():
-    print(f"left out, {what}: {len(keys)} keys, such as {keys[0]}")
+    print(f"skipped, {what}: {len(keys)} keys, such as {keys[0]}")
 
 # %%
-# What came out loads into our backbone, or into a file that ``--init`` takes, and gives the same
-# features.
+# The converted weights load into our backbone, or can be saved for ``--init``. The features are the
+# same.
 
 from deformnet.models.backbones import resnet
 
 new = resnet(18, deform_layers=2, modulated=True, output_stride=32, reduce_channels=None).eval()
-new.load_state_dict(found.state, strict=False)  # batch norm's counters of batches are left out
+new.load_state_dict(found.state, strict=False)  # num_batches_tracked is not converted
 features: list[Tensor] = []
 
 
@@ -146,11 +144,11 @@ images = torch.randn(1, 3, 128, 128)
 with torch.no_grad():
     old(images)
     ours = new.conv5(new.conv4(images))
-print(difference(ours, features[0]), f"of features up to {ours.abs().max():.1f}")
+print(difference(ours, features[0]), f"for features up to {ours.abs().max():.1f}")
 
 import matplotlib.pyplot as plt
 
 figure, ax = plt.subplots(figsize=(4, 3.6), layout="constrained")
 ax.plot(features[0].flatten(), ours.flatten(), ".", color="#0072b2", markersize=3)
-ax.set(xlabel="mmdetection's layer", ylabel="converted", title="all features of an image")
+ax.set(xlabel="mmdetection's layer", ylabel="converted", title="features of an image")
 plt.show()
