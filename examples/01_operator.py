@@ -10,8 +10,8 @@ tensor.
 # %%
 # Ten lines
 # ---------
-# Offsets are in pixels of the input, ``(y, x)`` for each of the nine taps. Zero offsets give a plain
-# convolution.
+# Offsets are in pixels of the input, ``(y, x)`` for each of the nine taps. Zero offsets give a
+# plain convolution.
 
 import torch
 from torch.nn.functional import conv2d
@@ -32,8 +32,9 @@ print(
 # %%
 # Special cases
 # -------------
-# If every tap shifts by its own distance from the center, the kernel is dilated by 2. If all taps move
-# alike, they sample a shifted image. Other offsets give filters that no plain convolution has.
+# If every tap shifts by its own distance from the center, the kernel is dilated by 2. If all taps
+# move alike, they sample a shifted image. Other offsets give filters that no plain convolution
+# has.
 
 taps = torch.stack(torch.meshgrid(torch.arange(-1, 2), torch.arange(-1, 2), indexing="ij"), dim=-1)
 taps = taps.reshape(9, 2).float()  # (y, x) of each tap, relative to the center
@@ -54,8 +55,8 @@ print("shifted by 5:", torch.allclose(shifted[..., 2:25], output[..., 7:30], ato
 # %%
 # Sampled pixels
 # --------------
-# The gradient of an output with respect to the input is nonzero at the pixels that contribute to it:
-# for each tap, the four pixels of its bilinear interpolation.
+# The gradient of an output with respect to the input is nonzero at the pixels that contribute to
+# it: for each tap, the four pixels of its bilinear interpolation.
 
 import matplotlib.pyplot as plt
 

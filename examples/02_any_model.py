@@ -62,7 +62,8 @@ for name in names:
     print(f"{name}: largest weight of conv_offset {layer.conv_offset.weight.abs().max():.1e}")
 
 # %%
-# The weights of the offset convolutions are no longer zero: sampling locations have started to move.
+# The weights of the offset convolutions are no longer zero: sampling locations have started to
+# move.
 #
 # Cost
 # ----

@@ -6,9 +6,9 @@ Figure 6 of the paper shows the image points that a unit samples through three d
 9, 81 and 729 of them. :func:`deformnet.analysis.record_sampling` computes them for any model with
 deformable layers.
 
-Here a small network learns a task that needs a large receptive field: to predict, at every pixel, the
-radius of the disc that it belongs to. Three plain layers see 28 pixels of the image; discs have
-diameters of up to 60.
+Here a small network learns a task that needs a large receptive field: to predict, at every pixel,
+the radius of the disc that it belongs to. Three plain layers see 28 pixels of the image; discs
+have diameters of up to 60.
 """
 
 # %%
@@ -24,7 +24,7 @@ SIDE = 96
 
 
 def discs(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Noisy images [count, 1, SIDE, SIDE] of two discs, and a tenth of the radius for each pixel."""
+    """Noisy images [count, 1, SIDE, SIDE] of two discs, and a tenth of the radius per pixel."""
     y, x = torch.meshgrid(torch.arange(SIDE), torch.arange(SIDE), indexing="ij")
     images = 0.3 * torch.randn(count, 1, SIDE, SIDE, generator=generator)
     radii = torch.zeros(count, 1, SIDE, SIDE)
@@ -106,4 +106,5 @@ figure = sampling_figure(looks)
 # offsets, a unit on a large disc samples a wide area, and a unit on a small disc stays close to it.
 # The range of the offsets depends on the task: where distant pixels do not help, they stay small.
 #
-# For a trained run, ``deformnet inspect analyze RUN --data DIR --out DIR`` draws this figure and more.
+# For a trained run, ``deformnet inspect analyze RUN --data DIR --out DIR`` draws this figure and
+# more.

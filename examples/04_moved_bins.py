@@ -91,6 +91,6 @@ found = [
 figure = bins_figure(found)
 
 # %%
-# Bins keep their size; they can only move. In a detector the paper's layers have separate offsets for
-# every class, and :meth:`~deformnet.analysis.MovedBins.of_groups` selects those of a detection. They
-# are learned from boxes and classes alone, so they move less clearly than here.
+# Bins keep their size; they can only move. In a detector the paper's layers have separate offsets
+# for every class, and :meth:`~deformnet.analysis.MovedBins.of_groups` selects those of a
+# detection. They are learned from boxes and classes alone, so they move less clearly than here.

@@ -2,16 +2,16 @@
 Table 2 on synthetic data
 =========================
 
-The paper's Table 2 reports the *effective dilation* of deformable filters, the mean distance between
-adjacent samples, by the size of the object at their center.
+The paper's Table 2 reports the *effective dilation* of deformable filters, the mean distance
+between adjacent samples, by the size of the object at their center.
 :func:`deformnet.analysis.dilation_statistics` computes it over a data set, for any model.
 """
 
 # %%
 # Data and task
 # -------------
-# Synthetic scenes, and a task that needs a large receptive field: to predict the size of the object at
-# every pixel.
+# Synthetic scenes, and a task that needs a large receptive field: to predict the size of the
+# object at every pixel.
 
 import torch
 from torch import Tensor, nn
@@ -73,9 +73,9 @@ for iteration in range(200):
 # %%
 # The table
 # ---------
-# Small objects have less than 96x96 pixels in the original image, large ones more than 224x224. The
-# images here have a side of 96; with a scale of 0.2 they count as resized from 480. Each cell has the
-# mean, the standard deviation and the number of filters.
+# Small objects have less than 96x96 pixels in the original image, large ones more than 224x224.
+# The images here have a side of 96; with a scale of 0.2 they count as resized from 480. Each cell
+# has the mean, the standard deviation and the number of filters.
 
 from deformnet.analysis import dilation_statistics
 from deformnet.visualization import dilation_figure, dilation_table
@@ -89,6 +89,6 @@ print(dilation_table(rows))
 figure = dilation_figure(rows)
 
 # %%
-# The untrained network has 1.0 ± 0.0 everywhere. After training, effective dilation grows with object
-# size, most of all in the top layer, as the task demands. For a trained run,
-# ``deformnet inspect analyze RUN --data DIR --out DIR`` computes the same table.
+# The untrained network has 1.0 ± 0.0 everywhere. After training, effective dilation grows with
+# object size, most of all in the top layer, as the task demands. For a trained run, ``deformnet
+# inspect analyze RUN --data DIR --out DIR`` computes the same table.

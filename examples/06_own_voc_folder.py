@@ -2,8 +2,8 @@
 Train on your own folder
 ========================
 
-Training needs a folder in the layout of PASCAL VOC, here with synthetic shapes. The command line does
-the same (see :doc:`/command-line`):
+Training needs a folder in the layout of PASCAL VOC, here with synthetic shapes. The command line
+does the same (see :doc:`/command-line`):
 
 .. code-block:: bash
 
@@ -48,8 +48,9 @@ for split, count in (("train", 48), ("val", 8)):
 #
 # Train
 # -----
-# A recipe contains everything that determines the result: network, image size, schedule, seed. The run
-# folder keeps a copy. Calling :func:`deformnet.engine.train` again resumes an interrupted run.
+# A recipe contains everything that determines the result: network, image size, schedule, seed.
+# The run folder keeps a copy. Calling :func:`deformnet.engine.train` again resumes an interrupted
+# run.
 
 from deformnet.recipes import DeepLabRecipe
 from deformnet.engine import evaluate, train

@@ -2,8 +2,9 @@
 Your own training loop
 ======================
 
-Deformable layers need no special training loop, neither in plain PyTorch nor in Lightning. What can go
-wrong is that their offsets run away; :class:`~deformnet.analysis.OffsetObserver` detects it.
+Deformable layers need no special training loop, neither in plain PyTorch nor in Lightning. What
+can go wrong is that their offsets run away; :class:`~deformnet.analysis.OffsetObserver` detects
+it.
 """
 
 # %%
@@ -50,9 +51,9 @@ def network() -> nn.Module:
 # %%
 # Plain PyTorch
 # -------------
-# The observer records the offsets of the iterations that it wraps. ``health()`` reports for each layer
-# the mean and maximum shift in pixels, the fraction of samples outside the map, and the gradient norms
-# of the offset convolution and of the layer itself.
+# The observer records the offsets of the iterations that it wraps. ``health()`` reports for each
+# layer the mean and maximum shift in pixels, the fraction of samples outside the map, and the
+# gradient norms of the offset convolution and of the layer itself.
 
 from deformnet.analysis import OffsetObserver
 

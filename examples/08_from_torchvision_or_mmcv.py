@@ -2,8 +2,9 @@
 Move from torchvision or mmcv
 =============================
 
-The operator takes torchvision's arguments in the same order, the layer has mmcv's state-dict keys, and
-checkpoints of mmdetection and detectron2 can be converted. This page shows the differences.
+The operator takes torchvision's arguments in the same order, the layer has mmcv's state-dict
+keys, and checkpoints of mmdetection and detectron2 can be converted. This page shows the
+differences.
 """
 
 # %%
@@ -57,7 +58,8 @@ new.load_state_dict({**old.conv.state_dict(), **moved})
 print(difference(new(x), old(x)))
 
 # %%
-# Without offsets, RoI pooling with ``sampling="aligned"`` is torchvision's ``roi_align(aligned=True)``.
+# Without offsets, RoI pooling with ``sampling="aligned"`` is torchvision's
+# ``roi_align(aligned=True)``.
 
 from deformnet.ops import deform_roi_pool
 
@@ -69,10 +71,10 @@ print(difference(ours, theirs))
 # %%
 # mmcv's layers
 # -------------
-# ``DeformConv2dPack`` and ``ModulatedDeformConv2dPack`` have the same state-dict keys as our layer, so
-# their weights load directly. mmcv's mask is a sigmoid, ours is twice a sigmoid so that a new layer
-# starts as a plain convolution; halving the weight compensates. mmcv does not need to be installed to
-# see this: here is its modulated layer, written with torchvision's operator.
+# ``DeformConv2dPack`` and ``ModulatedDeformConv2dPack`` have the same state-dict keys as our
+# layer, so their weights load directly. mmcv's mask is a sigmoid, ours is twice a sigmoid so that
+# a new layer starts as a plain convolution; halving the weight compensates. mmcv does not need to
+# be installed to see this: here is its modulated layer, written with torchvision's operator.
 
 
 class ModulatedDeformConv2dPack(nn.Conv2d):
@@ -100,11 +102,11 @@ print(difference(new(x), old(x)))
 # %%
 # Checkpoints of mmdetection
 # --------------------------
-# :func:`deformnet.models.backbones.foreign.from_mmdetection` (and ``from_detectron2``) extracts the
-# ResNet from a checkpoint: it renames the keys, halves the weights of modulated layers, and reports
-# the keys that it skipped. Unexpected keys are an error. ``deformnet weights import`` is the command;
-# see :doc:`/weights`. Here the network is torchvision's ResNet-18 with two modulated layers, and the
-# checkpoint uses mmdetection's key names; a real one comes from
+# :func:`deformnet.models.backbones.foreign.from_mmdetection` (and ``from_detectron2``) extracts
+# the ResNet from a checkpoint: it renames the keys, halves the weights of modulated layers, and
+# reports the keys that it skipped. Unexpected keys are an error. ``deformnet weights import`` is
+# the command; see :doc:`/weights`. Here the network is torchvision's ResNet-18 with two modulated
+# layers, and the checkpoint uses mmdetection's key names; a real one comes from
 # ``torch.load(path, weights_only=True)``.
 
 from deformnet.models.backbones.foreign import from_mmdetection
