@@ -220,7 +220,7 @@ def test_a_second_run_does_not_nest():
     assert snapshot(model) == before
     with pytest.raises(ValueError, match=r"'stem.conv_offset\*' matches no module"):
         deform_(model, "stem.conv_offset*")
-    with pytest.raises(ValueError, match=r"'stem' is deformable already, with offset_groups=1"):
+    with pytest.raises(ValueError, match=r"'stem' is already deformable with offset_groups=1"):
         deform_(model, "stem", modulated=True)
 
 
@@ -250,7 +250,7 @@ def test_lists_near_misses():
         deform_(model, "layer4")
     with pytest.raises(ValueError, match=r"'zzz' matches no module, convolutions are 'conv1', "):
         deform_(model, "zzz")
-    with pytest.raises(ValueError, match=r"the model has no nn.Conv2d"):
+    with pytest.raises(ValueError, match=r"the model contains no nn.Conv2d"):
         deform_(nn.Sequential(nn.Linear(2, 2)), "0")
 
 
@@ -260,7 +260,7 @@ def test_lists_near_misses():
 def test_nothing_changes_when_one_pattern_fails(patterns):
     model = Block()
     before = snapshot(model)
-    with pytest.raises(ValueError, match="deform_ changed nothing") as error:
+    with pytest.raises(ValueError, match="deform_ left the model unchanged") as error:
         deform_(model, *patterns)
     assert "\n" not in str(error.value)
     assert snapshot(model) == before
@@ -292,16 +292,16 @@ def patched():
         (lambda: nn.ConvTranspose2d(4, 4, 3), "is a ConvTranspose2d, not an nn.Conv2d"),
         (lambda: nn.Conv1d(4, 4, 3), "is a Conv1d, not an nn.Conv2d"),
         (lambda: nn.Conv3d(4, 4, 3), "is a Conv3d, not an nn.Conv2d"),
-        (lambda: nn.LazyConv2d(4, 3), "is a LazyConv2d without weights"),
-        (lambda: StdConv2d(4, 4, 3), r"is a StdConv2d, which changes nn.Conv2d \(forward\)"),
-        (lambda: Conv2dSame(4, 4, 3), r"is a Conv2dSame, which changes nn.Conv2d \(forward\)"),
-        (lambda: Doubled(4, 4, 3), r"is a Doubled, which changes nn.Conv2d \(forward\)"),
-        (patched, r"is a Conv2d, which changes nn.Conv2d \(forward\)"),
-        (quantized, "is a Conv2d, which changes nn.Conv2d"),
+        (lambda: nn.LazyConv2d(4, 3), "is an uninitialized LazyConv2d"),
+        (lambda: StdConv2d(4, 4, 3), r"is a StdConv2d, which overrides nn.Conv2d \(forward\)"),
+        (lambda: Conv2dSame(4, 4, 3), r"is a Conv2dSame, which overrides nn.Conv2d \(forward\)"),
+        (lambda: Doubled(4, 4, 3), r"is a Doubled, which overrides nn.Conv2d \(forward\)"),
+        (patched, r"is a Conv2d, which overrides nn.Conv2d \(forward\)"),
+        (quantized, "is a Conv2d, which overrides nn.Conv2d"),
         (lambda: parametrizations.weight_norm(nn.Conv2d(4, 4, 3)), "has parametrized weights"),
         (lambda: parametrizations.spectral_norm(nn.Conv2d(4, 4, 3)), "has parametrized weights"),
         (lambda: nn.Conv2d(4, 4, 3, dtype=torch.complex64), "has weights of torch.complex64"),
-        (lambda: nn.Conv2d(3, 4, 3), "has 3 input channels, no multiple of 2 groups"),
+        (lambda: nn.Conv2d(3, 4, 3), "has 3 input channels, not a multiple of 2 groups"),
     ],
 )
 def test_refuses_by_name_and_reason(build, reason):
@@ -329,13 +329,13 @@ def test_parametrizations_go_on_afterwards():
 
 
 def test_wrong_arguments():
-    with pytest.raises(ValueError, match="patterns: wanted at least one"):
+    with pytest.raises(ValueError, match="expected patterns to be at least one"):
         deform_(Block())
-    with pytest.raises(TypeError, match="patterns: wanted strings, got 3"):
+    with pytest.raises(TypeError, match="expected patterns to be strings, but got 3"):
         deform_(Block(), 3)
-    with pytest.raises(TypeError, match=r"model: wanted an nn\.Module, got str"):
+    with pytest.raises(TypeError, match=r"expected model to be an nn\.Module, but got str"):
         deform_("layer4", "conv1")
-    with pytest.raises(ValueError, match=r"model: .* got a single Conv2d"):
+    with pytest.raises(ValueError, match=r"expected model .* but got a single Conv2d"):
         deform_(nn.Conv2d(3, 3, 3), "*")
-    with pytest.raises(ValueError, match="offset_groups: wanted at least 1, got 0"):
+    with pytest.raises(ValueError, match="expected offset_groups to be at least 1, but got 0"):
         deform_(Block(), "stem", offset_groups=0)

@@ -212,9 +212,12 @@ def test_a_meta_layer_computes_shapes():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"offset_groups": 3}, r"offset_groups: wanted a divisor of the 4 input channels, got 3"),
-        ({"offset_groups": 0}, r"offset_groups: .* got 0"),
-        ({"offset_groups": -1}, r"offset_groups: .* got -1"),
+        (
+            {"offset_groups": 3},
+            r"expected offset_groups to be a divisor of the 4 input channels, but got 3",
+        ),
+        ({"offset_groups": 0}, r"expected offset_groups .* got 0"),
+        ({"offset_groups": -1}, r"expected offset_groups .* got -1"),
         ({"padding_mode": "mirror"}, r"padding_mode.*mirror"),
         ({"padding": "full"}, r"padding.*full"),
         ({"padding": "same", "stride": 2}, r"padding='same'"),
@@ -229,7 +232,7 @@ def test_wrong_arguments(arguments, message):
 
 @pytest.mark.parametrize("shape", [(2, 5, 6, 6), (5, 6, 6), (4, 6), (1, 2, 4, 6, 6)])
 def test_wrong_input(shape):
-    with pytest.raises(ValueError, match=r"input: wanted \[N, 4, H, W\], got"):
+    with pytest.raises(ValueError, match=r"expected input to be \[N, 4, H, W\], but got"):
         DeformConv2d(4, 6, 3)(torch.randn(shape))
 
 

@@ -37,8 +37,8 @@ def test_no_parameter_is_lost_or_doubled():
     groups = parameter_groups(network, 0.1, weight_decay=1e-4)
     ids = [id(parameter) for group in groups for parameter in group["params"]]
     assert len(ids) == len(set(ids))
-    wanted = {id(parameter) for parameter in network.parameters() if parameter.requires_grad}
-    assert set(ids) == wanted
+    expected = {id(parameter) for parameter in network.parameters() if parameter.requires_grad}
+    assert set(ids) == expected
     assert id(network[0].weight) not in ids
     torch.optim.SGD(groups, momentum=0.9)
 
@@ -87,7 +87,9 @@ def test_scale_zero_keeps_the_offsets():
 @pytest.mark.parametrize("argument", ["lr", "offset_lr_scale", "weight_decay"])
 @pytest.mark.parametrize("value", [-1.0, float("nan")])
 def test_wrong_numbers(argument, value):
-    with pytest.raises(ValueError, match=f"{argument}: wanted a number of at least 0, got"):
+    with pytest.raises(
+        ValueError, match=f"expected {argument} to be a number of at least 0, but got"
+    ):
         parameter_groups(nn.Conv2d(3, 8, 3), **{"lr": 0.1, argument: value})
 
 

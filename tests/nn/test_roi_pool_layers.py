@@ -184,7 +184,7 @@ def test_offsets_stay_in_float32(way):
     x = x.bfloat16().float()
     for parameter in (*layer.parameters(), *ps_layer.parameters()):
         parameter.data = parameter.data.bfloat16().float()
-    ps_wanted = ps_layer.offsets(x, boxes)
+    ps_expected = ps_layer.offsets(x, boxes)
     if way == "autocast":
         with torch.autocast("cpu", dtype=torch.bfloat16):
             offset, ps_offset = layer.offsets(x, boxes), ps_layer.offsets(x, boxes)
@@ -194,7 +194,7 @@ def test_offsets_stay_in_float32(way):
         offset, ps_offset = layer.offsets(x, boxes), ps_layer.offsets(x, boxes)
         output, ps_output = layer(x, boxes), ps_layer(x, x, boxes)
     assert offset.dtype == ps_offset.dtype == torch.float32
-    torch.testing.assert_close(ps_offset, ps_wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ps_offset, ps_expected, rtol=1e-5, atol=1e-5)
     assert output.dtype == ps_output.dtype == torch.bfloat16
 
 
@@ -207,9 +207,9 @@ def test_boxes_in_half_precision(dtype, as_list):
         boxes = [boxes[:, 1:]]
     layer, ps_layer = shake(DeformRoIPool2d(4, 2, 0.125)), shake(DeformPSRoIPool2d(4, 2, 0.125))
     layer, ps_layer = layer.to(dtype), ps_layer.to(dtype)
-    wanted = ps_layer(x, x, BOXES[:1].float())
+    expected = ps_layer(x, x, BOXES[:1].float())
     assert layer(x, boxes).dtype == dtype
-    assert torch.equal(ps_layer(x, x, boxes), wanted)
+    assert torch.equal(ps_layer(x, x, boxes), expected)
     with torch.autocast("cpu", dtype=dtype):
         assert torch.isfinite(ps_layer(x, x, boxes)).all()
 
@@ -242,12 +242,18 @@ def test_says_what_it_is():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: DeformRoIPool2d(0, 7), "channels: wanted at least 1, got 0"),
-        (lambda: DeformRoIPool2d(4, 0), "output_size: wanted one or two sizes"),
-        (lambda: DeformRoIPool2d(4, (7, 7, 7)), "output_size: wanted one or two sizes"),
-        (lambda: DeformRoIPool2d(4, 7, beta=-1), "beta: wanted a number of at least 0, got -1"),
-        (lambda: DeformPSRoIPool2d(-1, 7), "in_channels: wanted at least 1, got -1"),
-        (lambda: DeformPSRoIPool2d(4, 7, offset_groups=0), "offset_groups: wanted at least 1"),
+        (lambda: DeformRoIPool2d(0, 7), "expected channels to be at least 1, but got 0"),
+        (lambda: DeformRoIPool2d(4, 0), "expected output_size to be"),
+        (lambda: DeformRoIPool2d(4, (7, 7, 7)), "expected output_size to be"),
+        (
+            lambda: DeformRoIPool2d(4, 7, beta=-1),
+            "expected beta to be a number of at least 0, but got -1",
+        ),
+        (lambda: DeformPSRoIPool2d(-1, 7), "expected in_channels to be at least 1, but got -1"),
+        (
+            lambda: DeformPSRoIPool2d(4, 7, offset_groups=0),
+            "expected offset_groups to be at least 1",
+        ),
     ],
 )
 def test_wrong_arguments(build, message):
@@ -256,9 +262,13 @@ def test_wrong_arguments(build, message):
 
 
 def test_wrong_inputs():
-    with pytest.raises(ValueError, match=r"input: wanted \[N, 4, H, W\], got \[2, 3, 9, 7\]"):
+    with pytest.raises(
+        ValueError, match=r"expected input to be \[N, 4, H, W\], but got \[2, 3, 9, 7\]"
+    ):
         DeformRoIPool2d(4, 7)(images(3), BOXES)
-    with pytest.raises(ValueError, match=r"features: wanted \[N, 4, H, W\], got \[2, 3, 9, 7\]"):
+    with pytest.raises(
+        ValueError, match=r"expected features to be \[N, 4, H, W\], but got \[2, 3, 9, 7\]"
+    ):
         DeformPSRoIPool2d(4, 7)(images(49), images(3), BOXES)
     with pytest.raises(ValueError, match="offset"):  # three channels in two groups
         DeformPSRoIPool2d(4, 1, offset_groups=2).double()(images(3), images(4), BOXES)

@@ -1,4 +1,4 @@
-"""Layers that learn their own offsets, and the conversion of models to them."""
+"""Deformable layers that learn their own offsets, and the conversion of models to them."""
 
 from deformnet.nn.conversion import deform_
 from deformnet.nn.deform_conv import DeformConv2d

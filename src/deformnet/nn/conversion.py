@@ -1,4 +1,4 @@
-"""Turns the convolutions of any model into deformable ones."""
+"""Conversion of the convolutions of any model to deformable convolutions."""
 
 from collections.abc import Iterator
 from difflib import get_close_matches
@@ -12,56 +12,62 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from deformnet.nn.deform_conv import DeformConv2d, make_conv_offset
 from deformnet.nn.offsets import OffsetLayer
+from deformnet.ops._arguments import integer
 
 
 def deform_(
     model: nn.Module, *patterns: str, offset_groups: int = 1, modulated: bool = False
 ) -> list[str]:
-    """Make the matching convolutions of a model deformable, in place.
+    """Convert matching convolutions of a model to deformable convolutions, in place.
 
-    Each `nn.Conv2d` whose name matches becomes a `DeformConv2d` and stays the same object with the
-    same parameters: optimizers, hooks, frozen weights and shared layers keep working. Its new
-    child `conv_offset` starts at zero, so the model computes what it did before. Give an optimizer
-    that already exists the new parameters, or make it afterwards with `parameter_groups`.
+    Each `nn.Conv2d` whose name matches becomes a `DeformConv2d`. It stays the same object with the
+    same parameters, so optimizers, hooks, frozen weights and shared layers keep working. The new
+    child `conv_offset` is zero-initialized, so the model's output does not change. Add its
+    parameters to an existing optimizer, or build the optimizer afterwards with `parameter_groups`.
 
         >>> deform_(torchvision.models.resnet50(), "layer4.*.conv2")
         ['layer4.0.conv2', 'layer4.1.conv2', 'layer4.2.conv2']
 
     Args:
-        model: any module that holds `nn.Conv2d` layers.
-        patterns: shell-style globs on the names of `model.named_modules()`; `*` matches dots too.
-            Modules that match and hold no weights of a convolution are left alone.
-        offset_groups: as in `DeformConv2d`.
-        modulated: as in `DeformConv2d`.
+        model: Any module that contains `nn.Conv2d` layers.
+        patterns: Shell-style globs on the names of `model.named_modules()`; `*` also matches dots.
+            Matching modules other than convolutions are ignored.
+        offset_groups: See `DeformConv2d`.
+        modulated: See `DeformConv2d`.
 
     Returns:
-        The names of the layers that were converted, in the model's order. Layers that were
-        deformable before are not converted again.
+        Names of the converted layers, in the order of the model. Layers that are already deformable
+        are skipped.
 
     Raises:
-        TypeError: if `model` is no module or a pattern no string.
-        ValueError: if there is no pattern; if a pattern matches no convolution; if one matches
-            a convolution that cannot be converted: one that is transposed, 1-D or 3-D, of a class
-            that changes what `nn.Conv2d` does, with channels that `offset_groups` does not divide,
-            or deformable already with other options. The model is then unchanged.
+        TypeError: If `model` is not a module, a pattern is not a string, or `offset_groups` is not
+            an integer.
+        ValueError: If there is no pattern, a pattern matches no convolution, or a matching
+            convolution cannot be converted: it is transposed, 1-D or 3-D, its class overrides
+            methods of `nn.Conv2d`, `offset_groups` does not divide its channels, or it is already
+            deformable with other options. The model is then unchanged.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model: wanted an nn.Module, got {type(model).__name__}")
+        raise TypeError(f"expected model to be an nn.Module, but got {type(model).__name__}")
     if not patterns:
-        raise ValueError('patterns: wanted at least one, such as "layer4.*.conv2", got none')
+        raise ValueError(
+            'expected patterns to be at least one glob such as "layer4.*.conv2", but got none'
+        )
     for pattern in patterns:
         if not isinstance(pattern, str):
-            raise TypeError(f"patterns: wanted strings, got {pattern!r}")
+            raise TypeError(f"expected patterns to be strings, but got {pattern!r}")
+    offset_groups, modulated = integer("offset_groups", offset_groups), bool(modulated)
     if offset_groups < 1:
-        raise ValueError(f"offset_groups: wanted at least 1, got {offset_groups}")
+        raise ValueError(f"expected offset_groups to be at least 1, but got {offset_groups}")
     if isinstance(model, _ConvNd):
         raise ValueError(
-            f"model: wanted a model that holds convolutions, got a single {type(model).__name__}; "
-            "build a DeformConv2d, or put it into nn.Sequential"
+            "expected model to be a model that contains convolutions, "
+            f"but got a single {type(model).__name__}; build a DeformConv2d, or wrap it in "
+            "nn.Sequential"
         )
 
-    modules = dict(_modules_to_match(model))
-    matched: dict[nn.Module, str] = {}  # each layer once, by the first of its names that matches
+    modules = dict(_candidates(model))
+    matched: dict[nn.Module, str] = {}  # shared layers once, by their first matching name
     for name, module in modules.items():
         if isinstance(module, _ConvNd) and any(fnmatchcase(name, p) for p in patterns):
             matched.setdefault(module, name)
@@ -73,16 +79,16 @@ def deform_(
             problems.append(f"{name!r} {reason}")
     if problems:
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ValueError(f"deform_ changed nothing: {'; '.join(problems[:5])}{more}")
+        raise ValueError(f"deform_ left the model unchanged: {'; '.join(problems[:5])}{more}")
 
-    # Everything that can fail comes before the first change.
+    # Build everything that can fail before the first change.
     converted = [
         (name, module, make_conv_offset(module, offset_groups, modulated))
         for module, name in matched.items()
         if isinstance(module, nn.Conv2d) and not isinstance(module, DeformConv2d)
     ]
     for _, module, conv_offset in converted:
-        # A new object in its place would lose hooks, attributes, and references held elsewhere.
+        # Replacing the object would lose hooks, attributes and references to it.
         module.__class__ = DeformConv2d
         layer = cast(DeformConv2d, module)
         layer.offset_groups = offset_groups
@@ -91,8 +97,8 @@ def deform_(
     return [name for name, _, _ in converted]
 
 
-def _modules_to_match(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """All modules under all their names, without the model itself and the layers of offsets."""
+def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """All submodules under all of their names, except layers that predict offsets."""
     for name, module in model.named_modules(remove_duplicate=False):
         if name and not isinstance(module, OffsetLayer):
             yield name, module
@@ -112,7 +118,7 @@ def _no_match(pattern: str, modules: dict[str, nn.Module]) -> str:
     else:
         text = f"{pattern!r} matches no module"
     if not convolutions:
-        return f"{text}, and the model has no nn.Conv2d"
+        return f"{text}, and the model contains no nn.Conv2d"
     near = get_close_matches(pattern, convolutions, n=3)
     if near:
         return f"{text}, near misses: {', '.join(map(repr, near))}"
@@ -120,34 +126,34 @@ def _no_match(pattern: str, modules: dict[str, nn.Module]) -> str:
 
 
 def _why_not(module: nn.Module, offset_groups: int, modulated: bool) -> str | None:
-    """What keeps a convolution from being converted, or None."""
+    """Why a convolution cannot be converted; None if it can."""
     kind = type(module).__name__
     if not isinstance(module, nn.Conv2d):
         return f"is a {kind}, not an nn.Conv2d"
     if isinstance(module, DeformConv2d):
         if (module.offset_groups, module.modulated) != (offset_groups, modulated):
             return (
-                f"is deformable already, with offset_groups={module.offset_groups} and "
+                f"is already deformable with offset_groups={module.offset_groups} and "
                 f"modulated={module.modulated}"
             )
         return None
     if isinstance(module, LazyModuleMixin):
-        return f"is a {kind} without weights: run the model once before"
+        return f"is an uninitialized {kind}: run the model once first"
     if is_parametrized(module):
         return "has parametrized weights: convert first, then parametrize"
-    changed = sorted(_changes(module))
-    if changed:
-        return f"is a {kind}, which changes nn.Conv2d ({', '.join(changed)})"
+    overridden = sorted(_overridden(module))
+    if overridden:
+        return f"is a {kind}, which overrides nn.Conv2d ({', '.join(overridden)})"
     if not module.weight.is_floating_point():
         return f"has weights of {module.weight.dtype}"
     if module.in_channels % offset_groups:
-        return f"has {module.in_channels} input channels, no multiple of {offset_groups} groups"
+        return f"has {module.in_channels} input channels, not a multiple of {offset_groups} groups"
     return None
 
 
-def _changes(module: nn.Conv2d) -> set[str]:
-    """What the module's own class, or the module itself, defines beside a constructor."""
-    kinds = type(module).__mro__
-    own = {name for kind in kinds[: kinds.index(nn.Conv2d)] for name in vars(kind)}
-    own = {name for name in own if not name.startswith("__") or name == "__call__"}
-    return own | ({"forward", "_conv_forward"} & set(vars(module)))
+def _overridden(module: nn.Conv2d) -> set[str]:
+    """Methods of nn.Conv2d that the class of a module, or the module itself, overrides."""
+    classes = type(module).__mro__
+    names = {name for cls in classes[: classes.index(nn.Conv2d)] for name in vars(cls)}
+    names = {name for name in names if not name.startswith("__") or name == "__call__"}
+    return names | ({"forward", "_conv_forward"} & set(vars(module)))

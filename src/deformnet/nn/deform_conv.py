@@ -1,6 +1,6 @@
 """Deformable convolution as a layer that learns its own offsets."""
 
-from typing import Literal
+from typing import Any, Literal, Never
 
 import torch
 import torch.nn.functional as F
@@ -8,53 +8,60 @@ from torch import Tensor, nn
 
 from deformnet.nn.offsets import OffsetConv2d
 from deformnet.ops import deform_conv2d
+from deformnet.ops._arguments import IntOrPair, Pair, integer, pair
 
 _PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
+# What `conv_offset` shares with its layer; the last is the padding of modes other than "zeros".
+_GEOMETRY = ("stride", "padding", "dilation", "padding_mode", "_reversed_padding_repeated_twice")
+
 
 class DeformConv2d(nn.Conv2d):
-    """Convolution whose taps are moved by offsets that it computes from its input.
+    """Deformable convolution that computes its offsets from its input.
 
-    Dai et al. 2017, section 2.1 and Figure 2: the child `conv_offset`, a convolution of the same
-    kernel size, stride, padding and dilation, makes the offsets. It starts at zero, so a new layer
-    computes what `nn.Conv2d` with the same weights does. (Initialise other convolutions by name,
-    or call `reset_parameters` afterwards, if a loop over all `nn.Conv2d` of a model would
-    overwrite `conv_offset`.)
+    Dai et al. 2017, section 2.1 and Figure 2: the child `conv_offset`, a convolution with the same
+    kernel size, stride, padding and dilation, predicts the offsets. Its weights and bias are
+    initialized to zero, so a new layer computes what `nn.Conv2d` with the same weights does.
+    (Initialize other convolutions by name, or call `reset_parameters` afterwards, if a loop over
+    all `nn.Conv2d` of a model would overwrite `conv_offset`.) Setting `stride`, `padding` or
+    `dilation` of the layer also sets it in `conv_offset`.
 
-    To see the offsets, put a forward hook on `conv_offset`: its output is
-    [N, 2*G*K, Ho, Wo], per tap (y, x) in pixels of the input; with `modulated=True` G*K more
-    channels follow, whose doubled sigmoid is the mask.
+    To read the offsets, register a forward hook on `conv_offset`: its output is
+    [N, 2*G*K, Ho, Wo], per tap (y, x) in pixels of the input. With `modulated=True` G*K more
+    channels follow, and the mask is twice their sigmoid.
 
     Args:
-        in_channels: channels C of the input.
-        out_channels: channels of the output.
-        kernel_size: height and width of the kernel, K taps together.
-        stride: step between outputs.
-        padding: pixels added on every side, or "same" or "valid", as in `nn.Conv2d`.
-        dilation: distance between the taps at rest.
-        groups: groups of the main convolution; `conv_offset` is dense in any case.
-        bias: whether the main convolution has a bias; `conv_offset` always has one.
-        offset_groups: G; each of G equal runs of input channels has its own offsets.
-        modulated: also learn a factor 2*sigmoid(.) for each tap, 1 at the start (Zhu et al. 2019).
-        padding_mode: as in `nn.Conv2d`. Other than "zeros" extends the input by `padding` before
-            it is sampled; beyond that margin it is zero.
+        in_channels: Number of input channels C.
+        out_channels: Number of output channels.
+        kernel_size: Height and width of the kernel, with K taps.
+        stride: Stride of the convolution.
+        padding: Padding added to all four sides, or "same" or "valid", as in `nn.Conv2d`.
+        dilation: Spacing between kernel taps.
+        groups: Groups of the main convolution; `conv_offset` is always dense.
+        bias: Whether the main convolution has a bias; `conv_offset` always has one.
+        offset_groups: Number of offset groups G. The input channels are divided into G equal
+            groups, each with its own offsets.
+        modulated: Whether to also learn a mask 2*sigmoid(.), initially 1 (Zhu et al. 2019).
+        padding_mode: As in `nn.Conv2d`. Modes other than "zeros" pad the input by `padding` before
+            sampling; beyond this margin the input is zero.
 
     Shape:
-        input [N, in_channels, H, W] (or without N); output [N, out_channels, Ho, Wo], as of
-        `nn.Conv2d`.
+        Input [N, C, H, W] or [C, H, W]; output [N, out_channels, Ho, Wo] or
+        [out_channels, Ho, Wo], as in `nn.Conv2d`.
 
     Raises:
-        ValueError: if `offset_groups` does not divide `in_channels`, and where `nn.Conv2d` does.
+        TypeError: If an integer argument is not an integer.
+        ValueError: If `offset_groups` does not divide `in_channels`, or where `nn.Conv2d` does.
     """
 
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 1,
-        padding: str | int | tuple[int, int] = 0,
-        dilation: int | tuple[int, int] = 1,
+        kernel_size: IntOrPair,
+        stride: IntOrPair = 1,
+        padding: str | IntOrPair = 0,
+        dilation: IntOrPair = 1,
         groups: int = 1,
         bias: bool = True,
         *,
@@ -65,56 +72,61 @@ class DeformConv2d(nn.Conv2d):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            padding,
-            dilation,
-            groups,
-            bias,
+            integer("in_channels", in_channels),
+            integer("out_channels", out_channels),
+            pair("kernel_size", kernel_size),
+            pair("stride", stride),
+            padding if isinstance(padding, str) else pair("padding", padding),
+            pair("dilation", dilation),
+            integer("groups", groups),
+            bool(bias),
             padding_mode,
             device=device,
             dtype=dtype,
         )
-        self.offset_groups = offset_groups
-        self.modulated = modulated
-        self.conv_offset = make_conv_offset(self, offset_groups, modulated)
+        self.offset_groups = integer("offset_groups", offset_groups)
+        self.modulated = bool(modulated)
+        self.conv_offset = make_conv_offset(self, self.offset_groups, self.modulated)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in _GEOMETRY and "conv_offset" in self._modules:
+            setattr(self.conv_offset, name, value)
 
     def reset_parameters(self) -> None:
-        """Draw the weights anew, as `nn.Conv2d` does, and set `conv_offset` to zero."""
+        """Reinitialize the weights as `nn.Conv2d` does, and set `conv_offset` to zero."""
         super().reset_parameters()
-        # nn.Conv2d's constructor calls this before there is a conv_offset.
+        # The constructor of nn.Conv2d calls this before there is a conv_offset.
         if "conv_offset" in self._modules:
             self.conv_offset.reset_parameters()
 
     def forward(self, input: Tensor) -> Tensor:
         if input.ndim not in (3, 4) or input.shape[-3] != self.in_channels:
             raise ValueError(
-                f"input: wanted [N, {self.in_channels}, H, W], got {list(input.shape)}"
+                f"expected input to be [N, {self.in_channels}, H, W], but got {list(input.shape)}"
             )
         if input.ndim == 3:
             return self.forward(input.unsqueeze(0)).squeeze(0)
         offset, mask = self.conv_offset(input), None
         if self.modulated:
-            taps = self.offset_groups * self.kernel_size[0] * self.kernel_size[1]
-            offset, mask = offset.split((2 * taps, taps), dim=1)
-            mask = 2 * mask.sigmoid()
+            channels = offset.shape[1] // 3
+            offset, mask = offset.split((2 * channels, channels), dim=1)
+            # Inductor fails on the strides of the slice at batch size 1 with dynamic shapes.
+            offset, mask = offset.contiguous(), 2 * mask.sigmoid()
         input, padding = self._pad(input)
-        stride, dilation = _pair(self.stride), _pair(self.dilation)
+        stride, dilation = pair("stride", self.stride), pair("dilation", self.dilation)
         return deform_conv2d(input, offset, self.weight, self.bias, stride, padding, dilation, mask)
 
-    def _pad(self, input: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """The input, extended where the operator cannot do it, and the padding that is left."""
-        if self.padding_mode == "zeros":
-            if not isinstance(self.padding, str):
-                return input, _pair(self.padding)
-            left, right, top, bottom = self._reversed_padding_repeated_twice
-            if left == right and top == bottom:
-                return input, (top, left)
-        # "same" with an even kernel pads one pixel more at the end.
-        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-        return F.pad(input, self._reversed_padding_repeated_twice, mode=mode), (0, 0)
+    def _pad(self, input: Tensor) -> tuple[Tensor, Pair]:
+        """The input, padded where the operator cannot, and the padding for the operator."""
+        if self.padding_mode != "zeros":
+            padding = self._reversed_padding_repeated_twice
+            return F.pad(input, padding, mode=self.padding_mode), (0, 0)
+        top, bottom, left, right = margins(self)
+        if left == right and top == bottom:
+            return input, (top, left)
+        # "same" padding of an even kernel has one pixel more at the end.
+        return F.pad(input, (left, right, top, bottom)), (0, 0)
 
     def extra_repr(self) -> str:
         text = super().extra_repr()
@@ -124,33 +136,51 @@ class DeformConv2d(nn.Conv2d):
             text += ", modulated=True"
         return text
 
+    def __prepare_scriptable__(self) -> Never:
+        refuse_script(self)
+
 
 def make_conv_offset(conv: nn.Conv2d, offset_groups: int, modulated: bool) -> OffsetConv2d:
-    """The convolution that makes offsets for `conv`, on its device and in its dtype.
+    """The convolution that predicts offsets for `conv`, with its geometry, device and dtype.
 
     Raises:
-        ValueError: if `offset_groups` does not divide the input channels of `conv`.
+        ValueError: If `offset_groups` does not divide the input channels of `conv`.
     """
     if offset_groups < 1 or conv.in_channels % offset_groups:
         raise ValueError(
-            f"offset_groups: wanted a divisor of the {conv.in_channels} input channels, "
-            f"got {offset_groups}"
+            f"expected offset_groups to be a divisor of the {conv.in_channels} input channels, "
+            f"but got {offset_groups}"
         )
-    taps = conv.kernel_size[0] * conv.kernel_size[1]
-    return OffsetConv2d(
-        conv.in_channels,
-        (3 if modulated else 2) * offset_groups * taps,
-        _pair(conv.kernel_size),
-        _pair(conv.stride),
-        conv.padding if isinstance(conv.padding, str) else _pair(conv.padding),
-        _pair(conv.dilation),
-        padding_mode=conv.padding_mode,
+    kernel_size = pair("kernel_size", conv.kernel_size)
+    offset = OffsetConv2d(
+        int(conv.in_channels),
+        (3 if modulated else 2) * offset_groups * kernel_size[0] * kernel_size[1],
+        kernel_size,
         device=conv.weight.device,
         dtype=conv.weight.dtype,
     )
+    for name in _GEOMETRY:
+        setattr(offset, name, getattr(conv, name))
+    return offset
 
 
-def _pair(values: tuple[int, ...]) -> tuple[int, int]:
-    """What `nn.Conv2d` keeps and types as a tuple of any length."""
-    height, width = values
-    return height, width
+def margins(conv: nn.Conv2d) -> tuple[int, int, int, int]:
+    """Rows and columns that a convolution adds to its input: top, bottom, left and right."""
+    if conv.padding == "valid":
+        return 0, 0, 0, 0
+    if conv.padding != "same":
+        vertical, horizontal = pair("padding", conv.padding)
+        return vertical, vertical, horizontal, horizontal
+    kernel_size, dilation = pair("kernel_size", conv.kernel_size), pair("dilation", conv.dilation)
+    vertical, horizontal = (
+        step * (taps - 1) for step, taps in zip(dilation, kernel_size, strict=True)
+    )
+    return vertical // 2, vertical - vertical // 2, horizontal // 2, horizontal - horizontal // 2
+
+
+def refuse_script(layer: nn.Module) -> Never:
+    """Called by `torch.jit.script`, which would fail with a message on the layer's internals."""
+    raise NotImplementedError(
+        f"{type(layer).__name__} does not support torch.jit.script; use torch.export.export, "
+        "torch.compile or torch.jit.trace"
+    )

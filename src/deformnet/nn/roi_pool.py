@@ -1,46 +1,49 @@
-"""Deformable RoI pooling, plain and position-sensitive, as layers that learn their own offsets."""
+"""Deformable and deformable position-sensitive RoI pooling as layers that learn their offsets."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Never
 
 import torch
 from torch import Tensor, nn
 
-from deformnet.nn.offsets import OffsetConv2d, OffsetLinear, autocasts
+from deformnet.nn.deform_conv import refuse_script
+from deformnet.nn.offsets import OffsetConv2d, OffsetLinear, autocast_enabled, non_negative
 from deformnet.ops import deform_ps_roi_pool, deform_roi_pool
+from deformnet.ops._arguments import IntOrPair, Pair, integer, number, pair
 from deformnet.ops.roi_pool.api import Sampling
 
 
 class DeformRoIPool2d(nn.Module):
-    """RoI pooling whose bins are moved by offsets that it computes from what it pools.
+    """Deformable RoI pooling that computes its offsets from the pooled features.
 
     Dai et al. 2017, section 2.2 and Figure 3: the boxes are pooled without offsets, the child
-    `fc_offset`, a fully connected layer, makes an offset for each bin of the result, and the boxes
-    are pooled again with them. It starts at zero, so a new layer is plain RoI pooling by the same
-    sampling rule.
+    `fc_offset`, a fully connected layer, predicts an offset for each bin, and the boxes are pooled
+    again with these offsets. `fc_offset` is initialized to zero, so a new layer computes RoI
+    pooling without offsets by the same sampling rule.
 
     Args:
-        channels: channels C of the input.
-        output_size: bins in height and width, ph and pw.
-        spatial_scale: units of the input for a pixel of the boxes.
-        gamma: scale of the offsets, which count in widths and heights of the box.
-        beta: factor on the learning rate of `fc_offset`, for `parameter_groups` (section 2.3).
-        sampling: how a bin is read, "bins", "msra" or "aligned"; see `deform_roi_pool`.
-        samples_per_bin: as in `deform_roi_pool`; "bins" takes no notice of it.
+        channels: Number of input channels C.
+        output_size: Number of bins in height and width, ph and pw.
+        spatial_scale: Scale from box coordinates to input coordinates.
+        gamma: Scale of the offsets, which are in units of the box width and height.
+        beta: Learning rate factor of `fc_offset` in `parameter_groups` (section 2.3).
+        sampling: Sampling rule, "bins", "msra" or "aligned"; see `deform_roi_pool`.
+        samples_per_bin: See `deform_roi_pool`; unused by "bins".
 
     Shape:
-        input [N, C, H, W]; boxes [R, 5] (batch index, x1, y1, x2, y2), or a list of N tensors
+        Input [N, C, H, W]; boxes [R, 5] (batch index, x1, y1, x2, y2), or a list of N tensors
         [r, 4]; output [R, C, ph, pw].
 
     Raises:
-        ValueError: if `channels`, a size or `beta` is out of its range, and where
+        TypeError: If an argument is not a number.
+        ValueError: If `channels`, `output_size` or `beta` is out of range, or where
             `deform_roi_pool` does.
     """
 
     def __init__(
         self,
         channels: int,
-        output_size: int | tuple[int, int],
+        output_size: IntOrPair,
         spatial_scale: float = 1.0,
         *,
         gamma: float = 0.1,
@@ -50,23 +53,24 @@ class DeformRoIPool2d(nn.Module):
     ) -> None:
         super().__init__()
         self.output_size = _bins(output_size)
-        self.channels = _at_least_1("channels", channels)
-        self.spatial_scale = spatial_scale
-        self.gamma = gamma
+        self.channels = _positive("channels", channels)
+        self.spatial_scale = float(number("spatial_scale", spatial_scale))
+        self.gamma = float(number("gamma", gamma))
         self.sampling: Sampling = sampling
-        self.samples_per_bin = samples_per_bin
-        if not beta >= 0:
-            raise ValueError(f"beta: wanted a number of at least 0, got {beta}")
+        self.samples_per_bin = integer("samples_per_bin", samples_per_bin)
+        beta = non_negative("beta", beta)
         bins = self.output_size[0] * self.output_size[1]
-        self.fc_offset = OffsetLinear(channels * bins, 2 * bins, lr_scale=beta)
+        self.fc_offset = OffsetLinear(self.channels * bins, 2 * bins, lr_scale=beta)
 
     def forward(self, input: Tensor, boxes: Tensor | Sequence[Tensor]) -> Tensor:
         return self._pool(input, boxes, self.offsets(input, boxes))
 
     def offsets(self, input: Tensor, boxes: Tensor | Sequence[Tensor]) -> Tensor:
-        """The offsets [R, 2, ph, pw] of the bins, (x, y), before their scaling by gamma."""
+        """Offsets [R, 2, ph, pw] of the bins, (x, y), before scaling by gamma."""
         if input.ndim != 4 or input.shape[1] != self.channels:
-            raise ValueError(f"input: wanted [N, {self.channels}, H, W], got {list(input.shape)}")
+            raise ValueError(
+                f"expected input to be [N, {self.channels}, H, W], but got {list(input.shape)}"
+            )
         pooled = self._pool(input, boxes, None)
         return self.fc_offset(pooled.flatten(1)).unflatten(1, (2, *self.output_size))
 
@@ -90,39 +94,45 @@ class DeformRoIPool2d(nn.Module):
             f"sampling={self.sampling!r}"
         )
 
+    def __prepare_scriptable__(self) -> Never:
+        refuse_script(self)
+
 
 class DeformPSRoIPool2d(nn.Module):
-    """Position-sensitive RoI pooling whose bins are moved by offsets that it computes.
+    """Deformable position-sensitive RoI pooling that computes its offsets from features.
 
-    Dai et al. 2017, section 2.2 and Figure 4: the child `conv_offset`, a 1x1 convolution, makes
-    fields of offsets from the features that the maps were made from; a field's position-sensitive
-    mean in a bin, without offsets, is the bin's offset in the maps. It starts at zero, so a new
-    layer is plain position-sensitive RoI pooling by the same sampling rule.
+    Dai et al. 2017, section 2.2 and Figure 4: the child `conv_offset`, a 1x1 convolution, predicts
+    offset fields from the features that the maps were predicted from. Position-sensitive pooling of
+    these fields, without offsets, yields the offset of each bin. `conv_offset` is initialized to
+    zero, so a new layer computes position-sensitive RoI pooling without offsets by the same
+    sampling rule.
 
     Args:
-        in_channels: channels of the features that the offsets come from.
-        output_size: bins in height and width, ph and pw.
-        spatial_scale: units of the maps for a pixel of the boxes.
-        offset_groups: G; each of G equal runs of output channels has its own offsets. In R-FCN,
-            1 is class-agnostic, and as many as there are output channels class-aware.
-        gamma: scale of the offsets, which count in widths and heights of the box.
-        sampling: how a bin is read, "bins", "msra" or "aligned"; see `deform_ps_roi_pool`.
-        samples_per_bin: as in `deform_ps_roi_pool`; "bins" takes no notice of it.
+        in_channels: Number of channels of the features.
+        output_size: Number of bins in height and width, ph and pw.
+        spatial_scale: Scale from box coordinates to map coordinates.
+        offset_groups: Number of offset groups G. The output channels are divided into G equal
+            groups, each with its own offsets. R-FCN has class-agnostic offsets with 1, and
+            class-aware ones with the number of output channels.
+        gamma: Scale of the offsets, which are in units of the box width and height.
+        sampling: Sampling rule, "bins", "msra" or "aligned"; see `deform_ps_roi_pool`.
+        samples_per_bin: See `deform_ps_roi_pool`; unused by "bins".
 
     Shape:
-        maps [N, C*ph*pw, H, W], of which channel (c*ph + i)*pw + j feeds bin (i, j) of output
-        channel c; features [N, in_channels, H, W]; boxes [R, 5] (batch index, x1, y1, x2, y2), or
-        a list of N tensors [r, 4]; output [R, C, ph, pw].
+        Maps [N, C*ph*pw, H, W], whose channel (c*ph + i)*pw + j feeds bin (i, j) of output channel
+        c; features [N, in_channels, H, W]; boxes [R, 5] (batch index, x1, y1, x2, y2), or a list of
+        N tensors [r, 4]; output [R, C, ph, pw].
 
     Raises:
-        ValueError: if a size or a number of channels is out of its range, and where
+        TypeError: If an argument is not a number.
+        ValueError: If `output_size` or a number of channels is out of range, or where
             `deform_ps_roi_pool` does.
     """
 
     def __init__(
         self,
         in_channels: int,
-        output_size: int | tuple[int, int],
+        output_size: IntOrPair,
         spatial_scale: float = 1.0,
         *,
         offset_groups: int = 1,
@@ -132,27 +142,28 @@ class DeformPSRoIPool2d(nn.Module):
     ) -> None:
         super().__init__()
         self.output_size = _bins(output_size)
-        self.in_channels = _at_least_1("in_channels", in_channels)
-        self.offset_groups = _at_least_1("offset_groups", offset_groups)
-        self.spatial_scale = spatial_scale
-        self.gamma = gamma
+        self.in_channels = _positive("in_channels", in_channels)
+        self.offset_groups = _positive("offset_groups", offset_groups)
+        self.spatial_scale = float(number("spatial_scale", spatial_scale))
+        self.gamma = float(number("gamma", gamma))
         self.sampling: Sampling = sampling
-        self.samples_per_bin = samples_per_bin
+        self.samples_per_bin = integer("samples_per_bin", samples_per_bin)
         bins = self.output_size[0] * self.output_size[1]
-        self.conv_offset = OffsetConv2d(in_channels, 2 * offset_groups * bins, 1)
+        self.conv_offset = OffsetConv2d(self.in_channels, 2 * self.offset_groups * bins, 1)
 
     def forward(self, maps: Tensor, features: Tensor, boxes: Tensor | Sequence[Tensor]) -> Tensor:
         return self._pool(maps, boxes, self.offsets(features, boxes))
 
     def offsets(self, features: Tensor, boxes: Tensor | Sequence[Tensor]) -> Tensor:
-        """The offsets [R, 2*G, ph, pw] of the bins, (x, y), before their scaling by gamma."""
+        """Offsets [R, 2*G, ph, pw] of the bins, (x, y), before scaling by gamma."""
         if features.ndim != 4 or features.shape[1] != self.in_channels:
             raise ValueError(
-                f"features: wanted [N, {self.in_channels}, H, W], got {list(features.shape)}"
+                f"expected features to be [N, {self.in_channels}, H, W], "
+                f"but got {list(features.shape)}"
             )
-        fields, boxes = self.conv_offset(features), _precise(boxes)
+        fields, boxes = self.conv_offset(features), _full_precision(boxes)
         device = fields.device.type
-        if autocasts(device):  # the pooling, too, would be done in half precision
+        if autocast_enabled(device):  # pooling would round the offsets to half precision
             with torch.autocast(device, enabled=False):
                 return self._pool(fields, boxes, None)
         return self._pool(fields, boxes, None)
@@ -177,23 +188,30 @@ class DeformPSRoIPool2d(nn.Module):
             f"offset_groups={self.offset_groups}, gamma={self.gamma}, sampling={self.sampling!r}"
         )
 
-
-def _precise(boxes: Any) -> Any:
-    """Boxes, or a list of them, as the operator takes them beside fields in float32 or better."""
-    if isinstance(boxes, (list, tuple)):
-        return [_precise(some) for some in boxes]
-    half = isinstance(boxes, Tensor) and boxes.dtype in (torch.float16, torch.bfloat16)
-    return boxes.float() if half else boxes
+    def __prepare_scriptable__(self) -> Never:
+        refuse_script(self)
 
 
-def _bins(output_size: int | tuple[int, int]) -> tuple[int, int]:
-    bins = (output_size, output_size) if isinstance(output_size, int) else tuple(output_size)
-    if len(bins) != 2 or min(bins) < 1:
-        raise ValueError(f"output_size: wanted one or two sizes of at least 1, got {output_size}")
+def _full_precision(boxes: Tensor | Sequence[Tensor]) -> Tensor | list[Tensor]:
+    """Boxes in a dtype that pooling accepts with fields in float32 or better."""
+    if not isinstance(boxes, Tensor):
+        return [_to_float(box) for box in boxes]
+    return _to_float(boxes)
+
+
+def _to_float(boxes: Tensor) -> Tensor:
+    return boxes.float() if boxes.dtype in (torch.float16, torch.bfloat16) else boxes
+
+
+def _bins(output_size: IntOrPair) -> Pair:
+    bins = pair("output_size", output_size)
+    if min(bins) < 1:
+        raise ValueError(f"expected output_size to be at least 1, but got {output_size}")
     return bins
 
 
-def _at_least_1(name: str, number: int) -> int:
-    if number < 1:
-        raise ValueError(f"{name}: wanted at least 1, got {number}")
-    return number
+def _positive(name: str, value: int) -> int:
+    value = integer(name, value)
+    if value < 1:
+        raise ValueError(f"expected {name} to be at least 1, but got {value}")
+    return value
