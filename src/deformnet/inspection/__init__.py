@@ -1,0 +1,1 @@
+"""Inspection of trained runs: a report (`deformnet inspect analyze`) and an interactive viewer."""

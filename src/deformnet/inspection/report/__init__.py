@@ -1,5 +1,5 @@
-"""What a trained run has learned, on one page: `deformnet analyse`."""
+"""A report of what a trained run has learned: `deformnet inspect analyze`."""
 
-from deformnet.inspection.report.analyse import analyse
+from deformnet.inspection.report.analyze import analyze
 
-__all__ = ["analyse"]
+__all__ = ["analyze"]

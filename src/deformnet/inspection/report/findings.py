@@ -1,66 +1,91 @@
-"""What is found, as it is written in the end."""
+"""Sections and numbers of a report, and their files."""
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from matplotlib.figure import Figure
 
 from deformnet._files import write_json
+from deformnet._text import Table
 from deformnet.engine.runs import machine, versions
-from deformnet.inspection.report.page import Picture, Section, write_page
-from deformnet.inspection.report.source import Source
+from deformnet.inspection.pages import write_page
+from deformnet.inspection.report.images import AnalyzedImages
 from deformnet.visualization import save_figure
+
+_TEMPLATE = Path(__file__).parents[1] / "templates" / "report.html"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure beside the page, as name.png and name.svg."""
+
+    name: str
+    caption: str
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page; tables with a title are folded."""
+
+    title: str
+    text: str
+    content: tuple[Table | Picture, ...]
 
 
 @dataclass
 class Findings:
-    """Sections and numbers as they come; `write` puts them into files.
+    """Collects sections and numbers; `write` writes them to files.
 
     Attributes:
-        out: the folder.
-        numbers: the content of analysis.json, besides what it is about.
+        out: output folder.
+        numbers: content of analysis.json, except what was analyzed.
     """
 
     run: Path
-    plain: Path | None
+    baseline: Path | None
     data: Path
     split: str
-    source: Source
+    images: AnalyzedImages
     out: Path
-    sections: list[Section] = dataclasses.field(default_factory=list)
-    numbers: dict[str, Any] = dataclasses.field(default_factory=dict)
+    sections: list[Section] = field(default_factory=list)
+    numbers: dict[str, object] = field(default_factory=dict)
 
     def picture(self, name: str, figure: Figure, caption: str) -> Picture:
-        """Writes a picture."""
+        """Save a figure."""
         for suffix in (".png", ".svg"):
             save_figure(figure, self.out / f"{name}{suffix}")
         return Picture(name, f"{caption} Run {self.run.name}, {self.where}.")
 
     @property
     def where(self) -> str:
-        """The images, in words."""
-        count, all_of = len(self.source), len(self.source.dataset)
-        which = f"{count} images" if count == all_of else f"the first {count} of {all_of} images"
+        """The images in words."""
+        count, total = len(self.images), len(self.images.annotated)
+        which = f"{count} images" if count == total else f"the first {count} of {total} images"
         return f"{which} of {self.split}"
 
-    def write(self) -> dict[str, Any]:
-        run = {
+    def write(self) -> dict[str, object]:
+        """Write page and numbers; return the numbers."""
+        report: dict[str, object] = {
             "run": str(self.run),
-            "plain": None if self.plain is None else str(self.plain),
+            "baseline": None if self.baseline is None else str(self.baseline),
             "data": str(self.data),
             "split": self.split,
-            "images": len(self.source),
-            "objects": list(self.source.objects),
+            "images": len(self.images),
+            "objects": list(self.images.objects),
+            **self.numbers,
+            "versions": versions(),
+            "machine": machine(),
         }
-        found = {**run, **self.numbers, "versions": versions(), "machine": machine()}
-        write_json(self.out / "analysis.json", found)
-        beside = "" if self.plain is None else f" Beside it its plain twin, {self.plain}."
-        facts = [
-            f"Run {self.run}, looked at on {self.where} in {self.data}.{beside}",
-            "The numbers are in analysis.json; a click on a picture opens it as SVG.",
-        ]
-        title = f"What {self.run.name} has learned"
-        write_page(self.out / "index.html", title, facts, self.sections)
-        return found
+        write_json(self.out / "analysis.json", report)
+        compared = "" if self.baseline is None else f" Compared to the baseline {self.baseline}."
+        write_page(
+            self.out / "index.html",
+            _TEMPLATE,
+            title=f"What {self.run.name} has learned",
+            facts=[
+                f"Run {self.run}, analyzed on {self.where} in {self.data}.{compared}",
+                "Click a figure to open it as SVG. All numbers are in analysis.json.",
+            ],
+            sections=self.sections,
+        )
+        return report

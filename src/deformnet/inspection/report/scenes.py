@@ -1,26 +1,23 @@
-"""Which units to look at, and what they sample (Dai et al. 2017, Figure 6)."""
+"""Units to show: on the background, a small and a large object (Dai et al. 2017, Figure 6)."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from deformnet.analysis import SamplingLocations, SamplingStack
-from deformnet.inference import Prepared
-from deformnet.inspection.report.contents import Contents, Thing
-from deformnet.visualization import SampledUnit
+from deformnet.tasks.annotations import Contents, Thing
+from deformnet.tasks.predictor import Prepared
 
 SMALL, LARGE = 0.03, 0.1
-"""Small objects cover less than the first share of the image, large ones more than the second."""
+"""Small objects cover a fraction of the image below the first, large ones above the second."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Where the units of a map lie in an image: (y, x) of unit (i, j) is (rows[i], columns[j]).
+    """Centers of the units of a map in an image: (rows[i], columns[j]) for unit (i, j).
 
-    In pixels of the image, whole at their centres.
+    In pixels of the image; whole numbers are centers of pixels.
     """
 
     rows: np.ndarray
@@ -28,7 +25,7 @@ class Grid:
 
     @classmethod
     def over(cls, prepared: Prepared, stride: int) -> "Grid":
-        """The grid of a backbone whose unit (i, j) is centred on pixel (stride*i, stride*j)."""
+        """Return the grid of a backbone whose unit (i, j) has its center at stride * (i, j)."""
         units = (torch.arange(0, side, stride, dtype=torch.float64) for side in prepared.size)
         rows, columns = units
         down = torch.stack([rows, torch.zeros_like(rows)], 1)
@@ -36,11 +33,11 @@ class Grid:
         return cls(prepared.to_image(down)[:, 0].numpy(), prepared.to_image(across)[:, 1].numpy())
 
     def places(self, units: np.ndarray) -> np.ndarray:
-        """Where units [U, 2] lie, [U, 2]."""
+        """Return the centers [U, 2] of units [U, 2]."""
         return np.stack([self.rows[units[:, 0]], self.columns[units[:, 1]]], 1)
 
     def pixels(self, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-        """The rows and columns of an image's pixels that the units are centred on."""
+        """Return the rows and columns of the pixels at the centers of the units."""
         rows, columns = (
             places.round().astype(int).clip(0, side - 1)
             for places, side in zip((self.rows, self.columns), size, strict=True)
@@ -54,8 +51,8 @@ class Unit:
 
     Attributes:
         kind: "background", "smallest object" or "largest object" of its image.
-        name: of the object's class; "background" if it is none.
-        row, column: its place in the map.
+        name: class of the object, or "background".
+        row, column: position in the map.
     """
 
     kind: str
@@ -65,14 +62,14 @@ class Unit:
 
     @property
     def what(self) -> str:
-        """What is there, in words."""
+        """The unit in words."""
         size = {"smallest object": "small ", "largest object": "large "}.get(self.kind, "")
         return f"{size}{self.name}"
 
 
 @dataclass(frozen=True)
 class Scene:
-    """An image with the units to look at: on the background, a small and a large object."""
+    """An image with units on the background, a small and a large object."""
 
     index: int
     units: tuple[Unit, ...]
@@ -85,15 +82,14 @@ def choose_scenes(
     small: float = SMALL,
     large: float = LARGE,
 ) -> list[Scene]:
-    """The first images that show a small and a large object; if these are too few, others.
-
-    The others are those with objects whose sizes are farthest apart.
+    """Choose the first images with a small and a large object, then those with the largest ratio
+    between the sizes of their objects.
 
     Args:
-        images: in their order; no more of them are taken than needed.
-        count: how many scenes; fewer are returned if fewer images show an object.
-        small: objects that cover a smaller share of the image are small.
-        large: objects that cover a larger share are large.
+        images: images in order; no more of them are read than needed.
+        count: maximum number of scenes; images without objects are not chosen.
+        small: small objects cover a smaller fraction of the image.
+        large: large objects cover a larger fraction.
     """
     fitting: list[Scene] = []
     others: list[tuple[float, Scene]] = []
@@ -114,9 +110,9 @@ def choose_scenes(
 
 
 def units_of(contents: Contents, grid: Grid) -> tuple[Unit, ...]:
-    """A unit on the background, and on the smallest and the largest object if there are any.
+    """Return a unit on the background, and on the smallest and the largest object, if any.
 
-    Objects that hold no unit count only if all are such.
+    Objects without a unit inside count only if there are no others.
     """
     units = [Unit("background", "background", *_far_from_objects(contents, grid))]
     objects = _seen(contents, grid)
@@ -127,42 +123,15 @@ def units_of(contents: Contents, grid: Grid) -> tuple[Unit, ...]:
     return tuple(units)
 
 
-def look(
-    image: Tensor,
-    prepared: Prepared,
-    stack: SamplingStack,
-    unit: Unit,
-    *,
-    what: str | None = None,
-    at_rest: bool = False,
-) -> SampledUnit:
-    """What a unit samples in the map below it, in the next one, and so on down the stack.
-
-    Args:
-        image: uint8 [3, H, W].
-        prepared: the image as the network saw it.
-        stack: what the network did.
-        what: what is there; None takes the unit's own words.
-        at_rest: as in `SamplingStack.locations`.
-    """
-    place = (unit.row, unit.column)
-    levels = []
-    for depth in range(1, len(stack.names) + 1):
-        points, inside = stack.locations(place, depth=depth, at_rest=at_rest)
-        levels.append(SamplingLocations(prepared.to_image(points[0]).cpu(), inside[0].cpu()))
-    y, x = prepared.to_image(torch.tensor(stack.centre(place), dtype=torch.float64)).tolist()
-    return SampledUnit(image, what or unit.what, (y, x), levels)
-
-
 def _seen(contents: Contents, grid: Grid) -> list[Thing]:
-    """The objects that hold a unit, the smallest first; all if none does."""
+    """Return the objects with a unit inside, smallest first; all objects if none has one."""
     objects = sorted(contents.things, key=lambda thing: thing.area)
     pixels = grid.pixels(contents.background.shape)
     return [thing for thing in objects if thing.at(*pixels).any()] or objects
 
 
 def _in_middle_of(thing: Thing, grid: Grid, size: tuple[int, int]) -> tuple[int, int]:
-    """The unit on an object that is nearest to its centroid; the nearest at all if none is."""
+    """Return the unit nearest to the centroid of an object, among those inside if there are any."""
     seen = thing.at(*grid.pixels(size))
     units = np.argwhere(seen if seen.any() else ~seen)
     centroid = np.argwhere(thing.mask).mean(0) + thing.corner
@@ -172,7 +141,7 @@ def _in_middle_of(thing: Thing, grid: Grid, size: tuple[int, int]) -> tuple[int,
 
 
 def _far_from_objects(contents: Contents, grid: Grid) -> tuple[int, int]:
-    """The background's unit farthest from all else; not near the border, if it can be."""
+    """Return the unit on the background farthest from all else, off the border if possible."""
     rows, columns = grid.pixels(contents.background.shape)
     free = contents.background[rows][:, columns]
     amid = np.zeros_like(free)
@@ -180,7 +149,7 @@ def _far_from_objects(contents: Contents, grid: Grid) -> tuple[int, int]:
     amid[inner] = free[inner]
     units = np.argwhere(amid if amid.any() else free if free.any() else ~free)
     edges = np.argwhere(_outline(~contents.background))
-    if not len(edges):  # nothing but background
+    if not len(edges):  # only background
         edges = np.array([[0, 0]])
     outline = torch.from_numpy(edges).float()
     distance = torch.cat(
@@ -194,7 +163,7 @@ def _far_from_objects(contents: Contents, grid: Grid) -> tuple[int, int]:
 
 
 def _outline(mask: np.ndarray) -> np.ndarray:
-    """The pixels of a mask [H, W] with a neighbour that is not in it: the nearest from outside."""
+    """Return the pixels of a mask [H, W] with a neighbor outside of it."""
     inner = mask.copy()
     inner[1:] &= mask[:-1]
     inner[:-1] &= mask[1:]

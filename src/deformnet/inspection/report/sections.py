@@ -1,16 +1,17 @@
-"""The parts of the page: each looks at the network and says what it saw."""
+"""Sections of a report: each measures a part of the network and describes it."""
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
 
 from torch import Tensor
 from tqdm import tqdm
 
+from deformnet._text import Table
 from deformnet.analysis import (
     AnnotatedImage,
+    LayerCost,
     LayerDilation,
     LayerHealth,
     ModelCost,
@@ -18,16 +19,13 @@ from deformnet.analysis import (
     dilation_statistics,
     model_cost,
 )
-from deformnet.data import DetectionDataset
-from deformnet.data.base import SegmentationDataset
 from deformnet.engine.runs import machine
-from deformnet.inference import DetectionPredictor
-from deformnet.inspection.report.findings import Findings
-from deformnet.inspection.report.network import Network, Predictor
-from deformnet.inspection.report.page import Section, Table
-from deformnet.inspection.report.parts import find_parts
+from deformnet.inspection.report.bins import find_bins
+from deformnet.inspection.report.findings import Findings, Section
+from deformnet.inspection.report.images import AnalyzedImages
+from deformnet.inspection.report.recording import UnitRecorder
 from deformnet.inspection.report.scenes import LARGE, SMALL, Scene, Unit, choose_scenes, units_of
-from deformnet.inspection.report.source import Source
+from deformnet.inspection.runs import OpenedRun
 from deformnet.visualization import (
     SampledUnit,
     bins_figure,
@@ -39,35 +37,44 @@ from deformnet.visualization import (
     two_layer_figure,
 )
 
-_SCENES, _PARTS, _SHEET = 2, 6, 24  # images in the pictures
+_SCENES, _DETECTIONS, _SHEET = 2, 6, 24  # images in the figures
+_Sampled = Mapping[str, Sequence[SampledUnit]]
 
 
-def sections_of_filters(
-    findings: Findings, network: Network, twin: Network | None
+def convolution_sections(
+    findings: Findings, network: UnitRecorder, baseline: UnitRecorder | None
 ) -> Iterator[Section]:
-    """All that needs deformable convolutions."""
-    source = findings.source
-    rows, health = _statistics(network, source)
+    """Yield the sections on deformable convolutions."""
+    images = findings.images
+    rows, health = _statistics(network, images)
     findings.numbers["effective_dilation"] = [asdict(row) for row in rows]
     findings.numbers["offset_health"] = [asdict(layer) for layer in health]
-    scenes = _find_scenes(network, source)
+    scenes = choose_scenes(
+        ((contents, network.grid(image)) for image, contents in images.contents("scenes")), _SCENES
+    )
     findings.numbers["scenes"] = [
-        {"image": source.name(scene.index), "units": [asdict(unit) for unit in scene.units]}
+        {"image": images.name(scene.index), "units": [asdict(unit) for unit in scene.units]}
         for scene in scenes
     ]
     if scenes:
-        yield from _sections_of_scenes(findings, network, twin, scenes)
-    yield _section_of_dilation(findings, rows)
-    yield _section_of_health(health)
-    yield _section_of_sheet(findings, network)
+        sampled = _sample(images, network, baseline, scenes)
+        if len(network.layers) > 1:
+            yield _two_layer_section(findings, scenes, sampled, baseline)
+        yield _sampling_section(findings, network, scenes, sampled, baseline)
+        yield _receptive_field_section(findings, network, baseline, scenes[0])
+    yield _dilation_section(findings, rows)
+    yield _offset_section(health)
+    yield _contact_sheet_section(findings, network)
 
 
-def _statistics(network: Network, source: Source) -> tuple[list[LayerDilation], list[LayerHealth]]:
-    """Effective dilation and shifts over all images."""
+def _statistics(
+    network: UnitRecorder, images: AnalyzedImages
+) -> tuple[list[LayerDilation], list[LayerHealth]]:
+    """Compute effective dilation and shifts over all images."""
 
     def annotated() -> Iterator[AnnotatedImage]:
-        for image, contents in source.contents("effective dilation"):
-            prepared = network.predictor.prepare(image)
+        for image, contents in images.contents("effective dilation"):
+            prepared = network.run.predictor.prepare(image)
             scale = math.sqrt(math.prod(prepared.scale))
             yield AnnotatedImage(prepared.input[0], contents.boxes(), scale)
 
@@ -76,82 +83,30 @@ def _statistics(network: Network, source: Source) -> tuple[list[LayerDilation], 
     return rows, observer.health()
 
 
-def _find_scenes(network: Network, source: Source) -> list[Scene]:
-    found = (
-        (contents, network.grid(image)) for image, contents in source.contents("units to look at")
-    )
-    return choose_scenes(found, _SCENES)
-
-
-def _sections_of_scenes(
-    findings: Findings,
-    network: Network,
-    twin: Network | None,
+def _sample(
+    images: AnalyzedImages,
+    network: UnitRecorder,
+    baseline: UnitRecorder | None,
     scenes: Sequence[Scene],
-) -> Iterator[Section]:
-    """Figures 5 and 6, and effective receptive fields."""
-    source = findings.source
-    looks: dict[str, list[SampledUnit]] = {"plain": [], "deformable": []}
+) -> _Sampled:
+    """Record the units of scenes in the network, and without offsets."""
+    regular: list[SampledUnit] = []
+    deformable: list[SampledUnit] = []
     for scene in scenes:
-        image = source[scene.index][0]
-        looks["deformable"] += network.looks(image, scene.units)
-        looks["plain"] += (
-            network.looks(image, scene.units, at_rest=True)
-            if twin is None
-            else twin.looks(image, _same_places(network, twin, image, scene.units))
-        )
-    names = " and ".join(source.name(scene.index) for scene in scenes)
-    regular = (
-        "Plain: the same filters without their offsets." if twin is None else "Plain: its twin."
-    )
-    if len(network.layers) > 1:
-        # Of each scene's three units two lie on objects; best seen are those far from each other.
-        ours = looks["deformable"]
-        best = max(
-            range(len(scenes)),
-            key=lambda k: math.dist(ours[3 * k + 1].centre, ours[3 * k + 2].centre),
-        )
-        pair = {name: some[3 * best + 1 : 3 * best + 3] for name, some in looks.items()}
-        yield Section(
-            "Receptive fields in two layers (Figure 5)",
-            "A unit at the top samples the map below at nine points, and each of these the next "
-            "map at nine. Without offsets the pattern is the same on every object; offsets fit it "
-            "to scale and shape.",
-            [
-                findings.picture(
-                    "fields",
-                    two_layer_figure(pair),
-                    f"A unit on a small and one on a large object of "
-                    f"{source.name(scenes[best].index)}; from top to bottom the units, their "
-                    f"samples in the map below, and the samples of these in the next. Highlighted: "
-                    f"one sample of each unit, and what it samples. {regular}",
-                )
-            ],
-        )
-    yield Section(
-        "Where units look (Figure 6)",
-        f"Units on the background, on the smallest and on the largest object of the first images "
-        f"whose smallest object covers less than {SMALL:.0%} and whose largest more than "
-        f"{LARGE:.0%} of them; where there are no such images, of those whose objects differ most "
-        f"in size. Objects that hold no unit do not count.",
-        [
-            findings.picture(
-                "sampling",
-                sampling_figure(looks),
-                f"What units sample through {len(network.layers)} layers "
-                f"({', '.join(network.layers)}), in {names}. Faint points lie a cell or more "
-                f"outside the map, where there is nothing to read. {regular}",
-            )
-        ],
-    )
-    yield _section_of_heats(findings, network, twin, scenes[0])
+        image = images[scene.index][0]
+        deformable += network.samples(image, scene.units)
+        if baseline is None:
+            regular += network.samples(image, scene.units, at_rest=True)
+        else:
+            regular += baseline.samples(image, _same_places(network, baseline, image, scene.units))
+    return {"regular" if baseline is None else "baseline": regular, "deformable": deformable}
 
 
 def _same_places(
-    network: Network, twin: Network, image: Tensor, units: Sequence[Unit]
+    network: UnitRecorder, baseline: UnitRecorder, image: Tensor, units: Sequence[Unit]
 ) -> list[Unit]:
-    """The units of the twin at the places of a network's: it may see images at another size."""
-    own, other = network.grid(image), twin.grid(image)
+    """Return the units of the baseline at the same places; it may see images at another size."""
+    own, other = network.grid(image), baseline.grid(image)
     return [
         dataclasses.replace(
             unit,
@@ -162,95 +117,145 @@ def _same_places(
     ]
 
 
-def _section_of_heats(
-    findings: Findings, network: Network, twin: Network | None, scene: Scene
+def _compared(baseline: UnitRecorder | None) -> str:
+    if baseline is None:
+        return "Regular: the same filters without their offsets."
+    return "Baseline: the network without deformable layers."
+
+
+def _two_layer_section(
+    findings: Findings, scenes: Sequence[Scene], sampled: _Sampled, baseline: UnitRecorder | None
 ) -> Section:
-    source = findings.source
-    image = source[scene.index][0]
-    other = network.at_rest() if twin is None else twin
-    units = scene.units if twin is None else _same_places(network, twin, image, scene.units)
-    heats = {other.name: other.heats(image, units), "deformable": network.heats(image, scene.units)}
-    findings.numbers["effective_receptive_fields"] = {
-        name: [
-            {
-                "image": source.name(scene.index),
-                "unit": heat.what,
-                "side": heat.field.side,
-                "share_inside": heat.field.share_inside,
-            }
-            for heat in some
-        ]
-        for name, some in heats.items()
-    }
-    beside = (
-        "beside the same weights with all offsets at zero (a network that was trained without "
-        "them would look elsewhere)"
-        if twin is None
-        else "beside its plain twin"
+    # Two of the three units of each scene are on objects; those farthest apart are seen best.
+    own = sampled["deformable"]
+    best = max(
+        range(len(scenes)),
+        key=lambda k: math.dist(own[3 * k + 1].center, own[3 * k + 2].center),
     )
+    pair = {name: units[3 * best + 1 : 3 * best + 3] for name, units in sampled.items()}
+    caption = (
+        f"A unit on a small and one on a large object of "
+        f"{findings.images.name(scenes[best].index)}; from top to bottom: the units, their samples "
+        f"one layer below, and the samples of these two layers below. Highlighted: one sample of "
+        f"each unit, and its own samples. {_compared(baseline)}"
+    )
+    return Section(
+        "Receptive fields in two layers (Figure 5)",
+        "A unit at the top samples the map below at nine points, and each of these samples the "
+        "next map at nine points. Without offsets the pattern is the same on every object; offsets "
+        "adapt it to scale and shape.",
+        (findings.picture("fields", two_layer_figure(pair), caption),),
+    )
+
+
+def _sampling_section(
+    findings: Findings,
+    network: UnitRecorder,
+    scenes: Sequence[Scene],
+    sampled: _Sampled,
+    baseline: UnitRecorder | None,
+) -> Section:
+    names = " and ".join(findings.images.name(scene.index) for scene in scenes)
+    caption = (
+        f"Sampling locations through {len(network.layers)} layers ({', '.join(network.layers)}) in "
+        f"{names}. Faint points are a cell or more outside the map, where there is nothing to "
+        f"read. {_compared(baseline)}"
+    )
+    return Section(
+        "Sampling locations (Figure 6)",
+        f"Units on the background, on the smallest and on the largest object of the first images "
+        f"whose smallest object covers less than {SMALL:.0%} and whose largest covers more than "
+        f"{LARGE:.0%} of the image; if there are too few such images, of those whose objects "
+        f"differ most in size. Objects without a unit inside do not count.",
+        (findings.picture("sampling", sampling_figure(sampled), caption),),
+    )
+
+
+def _receptive_field_section(
+    findings: Findings, network: UnitRecorder, baseline: UnitRecorder | None, scene: Scene
+) -> Section:
+    name, (image, _) = findings.images.name(scene.index), findings.images[scene.index]
+    if baseline is None:
+        other, units = network.at_rest(), scene.units
+        compared = (
+            "compared to the same weights with all offsets at zero (training without offsets would "
+            "have given other weights)"
+        )
+    else:
+        other, units = baseline, _same_places(network, baseline, image, scene.units)
+        compared = "compared to the baseline"
+    maps = {
+        other.name: other.receptive_fields(image, units),
+        network.name: network.receptive_fields(image, scene.units),
+    }
+    findings.numbers["effective_receptive_fields"] = {
+        network: [
+            {
+                "image": name,
+                "unit": it.what,
+                "side": it.field.side,
+                "fraction_inside": it.field.share_inside,
+            }
+            for it in of_network
+        ]
+        for network, of_network in maps.items()
+    }
+    caption = f"Units of {network.layers[0]} in {name}."
     return Section(
         "Effective receptive fields",
-        f"Where the gradient of a unit lies in the image, the brighter the more, {beside}. The "
-        f"square around the unit holds 95 % of it.",
-        [
-            findings.picture(
-                "receptive-fields",
-                receptive_field_figure(heats),
-                f"Units of {network.layers[0]} in {source.name(scene.index)}.",
-            ),
+        f"The gradient of a unit with respect to the image; brighter is larger; {compared}. The "
+        f"square around the unit contains 95 % of it.",
+        (
+            findings.picture("receptive-fields", receptive_field_figure(maps), caption),
             Table(
-                ("side of the square, pixels of the network's input", *heats),
+                "",
+                ("side of the square, pixels of the network's input", *maps),
                 [
-                    (ours.what, *(f"{some[k].field.side:.0f}" for some in heats.values()))
-                    for k, ours in enumerate(heats["deformable"])
+                    (units[0].what, *(f"{it.field.side:.0f}" for it in units))
+                    for units in zip(*maps.values(), strict=True)
                 ],
             ),
-        ],
+        ),
     )
 
 
-def _section_of_dilation(findings: Findings, rows: Sequence[LayerDilation]) -> Section:
-    source = findings.source
-    things = (
-        f"Objects are connected regions of {', '.join(source.objects)}; everything else is "
-        f"background, void included"
-        if isinstance(source.dataset, SegmentationDataset)
-        else "Objects are all that have a box; everything else is background"
-    )
+def _dilation_section(findings: Findings, rows: Sequence[LayerDilation]) -> Section:
+    images = findings.images
+    objects = images.annotated.objects_are.format(classes=", ".join(images.objects))
     return Section(
         "Effective dilation (Table 2)",
-        f"The mean distance between neighbouring samples of a filter, in cells of its input: mean "
-        f"and standard deviation over filters (how many), by what they are centred on. Objects "
-        f"whose box has less than 96² pixels of the original image are small, those of more than "
-        f"224² large; a dash means that there is no filter on any. {things}.",
-        [
+        f"Mean distance between adjacent samples of a filter, in cells of its input: mean and "
+        f"standard deviation over filters (number of filters), by what is at their center. The "
+        f"bounding box of a small object has less than 96² pixels of the original image, that of a "
+        f"large one more than 224²; a dash means no filters. {objects}; everything else is "
+        f"background, void included.",
+        (
             Table(
+                "",
                 ("layer", "small", "medium", "large", "background"),
                 [
-                    (
-                        row.layer,
-                        *map(dilation_cell, (row.small, row.medium, row.large, row.background)),
-                    )
-                    for row in rows
+                    (it.layer, *map(dilation_cell, (it.small, it.medium, it.large, it.background)))
+                    for it in rows
                 ],
             ),
             findings.picture(
                 "dilation",
                 dilation_figure(rows),
-                "The same: mean and standard deviation for each layer and size of object.",
+                "Mean and standard deviation of the effective dilation by layer and object size.",
             ),
-        ],
+        ),
     )
 
 
-def _section_of_health(health: Sequence[LayerHealth]) -> Section:
+def _offset_section(health: Sequence[LayerHealth]) -> Section:
     return Section(
         "Offsets",
-        "How far samples are moved over all these images, in cells of the layer's input, and which "
-        "share of them lies outside the map, where they read nothing.",
-        [
+        "How far samples are shifted over all these images, in cells of the layer's input, and the "
+        "fraction of samples outside the map, where there is nothing to read.",
+        (
             Table(
-                ("layer", "mean shift", "largest", "outside", "outside at rest", "sign of trouble"),
+                "",
+                ("layer", "mean shift", "largest", "outside", "outside at rest", "warning"),
                 [
                     (
                         layer.layer,
@@ -262,117 +267,106 @@ def _section_of_health(health: Sequence[LayerHealth]) -> Section:
                     )
                     for layer in health
                 ],
-            )
-        ],
+            ),
+        ),
     )
 
 
-def _section_of_sheet(findings: Findings, network: Network) -> Section:
-    source = findings.source
-    # Neighbours in a list are often frames of one film.
-    count = min(_SHEET, len(source))
-    chosen = [number * len(source) // count for number in range(count)]
+def _contact_sheet_section(findings: Findings, network: UnitRecorder) -> Section:
+    images = findings.images
+    # Neighbors in a list are often frames of one video.
+    count = min(_SHEET, len(images))
+    chosen = [number * len(images) // count for number in range(count)]
     sheet = {}
     for index in tqdm(chosen, desc="contact sheet", disable=None):
-        image, contents = source[index]
-        # The only object of an image is its smallest and its largest.
+        image, contents = images[index]
+        # The only object of an image is both its smallest and its largest.
         units = {(it.row, it.column): it for it in units_of(contents, network.grid(image))}
-        sheet[source.name(index)] = network.looks(image, list(units.values()), kinds=True)
-    return Section(
-        "Contact sheet",
-        "",
-        [
-            findings.picture(
-                "contact-sheet",
-                contact_sheet_figure(sheet),
-                f"{count} images at equal distances in the list, each with the lowest samples of a "
-                f"unit on the background, on the smallest and on the largest object.",
-            )
-        ],
+        sheet[images.name(index)] = network.samples(image, list(units.values()), kinds=True)
+    caption = (
+        f"{count} images at equal intervals, each with the samples in the lowest layer of units on "
+        f"the background, on the smallest and on the largest object."
     )
+    picture = findings.picture("contact-sheet", contact_sheet_figure(sheet), caption)
+    return Section("Contact sheet", "", (picture,))
 
 
-def section_of_parts(findings: Findings, predictor: Predictor) -> Section:
-    """Figure 7, of a detector with deformable pooling."""
-    assert isinstance(predictor, DetectionPredictor)
-    dataset = findings.source.dataset
-    assert isinstance(dataset, DetectionDataset)
-    looking = (
-        dataset[index] for index in tqdm(range(len(findings.source)), desc="parts", disable=None)
+def bins_section(findings: Findings, run: OpenedRun) -> Section:
+    """Return the section on deformable RoI pooling."""
+    images = findings.images
+    detections = find_bins(
+        run.predictor,
+        (images.annotated[k] for k in tqdm(range(len(images)), desc="bins", disable=None)),
+        _DETECTIONS,
     )
-    parts = find_parts(predictor, looking, _PARTS)
     findings.numbers["parts"] = [
         {
             "what": it.what,
-            **{name: getattr(it, name).tolist() for name in ("box", "plain", "moved")},
+            "box": it.box.tolist(),
+            "plain": it.plain.tolist(),
+            "moved": it.moved.tolist(),
         }
-        for it in parts
+        for it in detections
     ]
-    title = "Where bins move (Figure 7)"
-    if not parts:
-        return Section(title, "Nothing was detected in these images.", [])
+    title = "Moved bins (Figure 7)"
+    if not detections:
+        return Section(title, "Nothing was detected in these images.", ())
+    caption = "Detections with class and score: box, regular bins, moved bins."
     return Section(
         title,
-        "Deformable pooling divides each box into bins and moves them by its offsets, those of the "
-        "detection's own class where classes have their own. Shown is the best detection of each "
-        "of the first images in which it is right (IoU above 0.5 with an object of its class), "
-        "or of others if there are too few.",
-        [
-            findings.picture(
-                "parts",
-                bins_figure(parts),
-                "Detections with class and score: box, regular bins, moved bins.",
-            )
-        ],
+        "Deformable RoI pooling divides each box into bins and moves them by offsets, which belong "
+        "to the class of the detection if offsets are class-aware. Shown is the best detection of "
+        "each of the first images in which it is correct (IoU above 0.5 with an object of its "
+        "class); if there are too few, of other images.",
+        (findings.picture("parts", bins_figure(detections), caption),),
     )
 
 
-def section_of_cost(findings: Findings, network: Network, twin: Network | None) -> Section:
-    """Parameters, arithmetic and time of the network, of its twin, and layer by layer."""
-    image = findings.source[0][0]
+def cost_section(findings: Findings, run: OpenedRun, baseline: OpenedRun | None) -> Section:
+    """Return the section on parameters, FLOPs and time, of whole networks and layer by layer."""
+    image = findings.images[0][0]
     costs: dict[str, ModelCost] = {}
     sizes: dict[str, tuple[int, int]] = {}
-    for it in (network, *([] if twin is None else [twin])):
-        prepared = it.predictor.prepare(image)
-        inputs = [prepared.input]
-        if isinstance(it.predictor, DetectionPredictor):
-            inputs.append([prepared.size])  # pyright: ignore[reportArgumentType]
-        costs[it.name], sizes[it.name] = model_cost(it.model, *inputs, repeats=3), prepared.size
+    for name, it in (("deformable", run), ("baseline", baseline)):
+        if it is not None:
+            prepared = it.predictor.prepare(image)
+            costs[name] = model_cost(it.model, *it.predictor.arguments(prepared), repeats=3)
+            sizes[name] = prepared.size
     findings.numbers["cost"] = {
         name: {"input": list(sizes[name]), **asdict(cost)} for name, cost in costs.items()
     }
     layers = costs["deformable"].layers
     deformable = [layer for layer in layers if layer.kind.startswith("Deform")]
     height, width = sizes["deformable"]
-    header = ("", "parameters", "GFLOPs", "ms")
+    header = ("parameters", "GFLOPs", "ms")
     return Section(
         "Cost",
-        f"One image of {height}x{width} pixels, batch 1, on {machine()}. A multiply-add is two "
-        f"operations. Times are medians of few repeats and move with what else the machine does.",
-        [
+        f"One image of {height}x{width} pixels, batch size 1, on {machine()}. A multiply-add "
+        f"counts as two operations. Times are medians of few runs and vary with other load.",
+        (
             Table(
-                header,
+                "",
+                ("", *header),
                 [
-                    *(_cost_row(f"{name} network", cost) for name, cost in costs.items()),
-                    *(_cost_row(layer.layer, layer) for layer in deformable),
+                    *((f"{name} network", *_cost_cells(cost)) for name, cost in costs.items()),
+                    *((layer.layer, *_cost_cells(layer)) for layer in deformable),
                 ],
             ),
             Table(
-                ("layer", "kind", "output", *header[1:]),
+                f"{len(layers)} layers",
+                ("layer", "kind", "output", *header),
                 [
-                    (
-                        layer.layer,
-                        layer.kind,
-                        "-" if layer.output is None else "x".join(map(str, layer.output)),
-                        *_cost_row(layer.layer, layer)[1:],
-                    )
+                    (layer.layer, layer.kind, _shape(layer.output), *_cost_cells(layer))
                     for layer in layers
                 ],
-                folded=True,
             ),
-        ],
+        ),
     )
 
 
-def _cost_row(name: str, cost: Any) -> tuple[str, str, str, str]:
-    return name, f"{cost.parameters:,}", f"{cost.flops / 1e9:.2f}", f"{1000 * cost.seconds:.1f}"
+def _cost_cells(cost: ModelCost | LayerCost) -> tuple[str, str, str]:
+    return f"{cost.parameters:,}", f"{cost.flops / 1e9:.2f}", f"{1000 * cost.seconds:.1f}"
+
+
+def _shape(shape: Sequence[int] | None) -> str:
+    return "-" if shape is None else "x".join(map(str, shape))

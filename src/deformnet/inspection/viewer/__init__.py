@@ -1,1 +1,1 @@
-"""A local web page on which a network shows where it looks. Gradio is needed by `page` alone."""
+"""An interactive page that shows sampling locations: `deformnet inspect view`. Needs Gradio."""

@@ -1,57 +1,43 @@
-"""The page, made with Gradio: what is on it, and what happens when something is clicked."""
+"""The page in Gradio: its components and the handlers of their events."""
 
 import html
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 from gradio import themes
+from gradio.components import Component
 
-from deformnet.inference import ClassificationPredictor, DetectionPredictor
-from deformnet.models.detection.detector import Detections
+from deformnet.inspection.pages import render
+from deformnet.inspection.runs import OpenedRun
 from deformnet.inspection.viewer.images import Images
-from deformnet.inspection.viewer.networks import Network, Sampling
-from deformnet.inspection.viewer.pictures import BOX, LEVELS, MOVED_BIN, PLAIN_BIN, UNIT, Colour
+from deformnet.inspection.viewer.pictures import BOX, LEVELS, MOVED_BIN, UNIT
+from deformnet.inspection.viewer.recording import UnitSamples, depth_limit
 from deformnet.inspection.viewer.session import Controls, Session
 
-_SESSIONS = 16  # browser tabs that are remembered; of one more, the oldest is forgotten
-_CLEAN_EVERY, _CLEAN_AFTER = 30, 60  # seconds: how long pictures lie in the temporary folder
+_SESSIONS = 16  # browser tabs that are remembered; the oldest is forgotten first
+_CLEAN_EVERY, _CLEAN_AFTER = 30, 60  # seconds that pictures stay in the temporary folder
 _SAMPLES, _BINS = "samples", "bins of a box"
-_DEFORMABLE, _PLAIN = "deformable", "plain"
+_DEFORMABLE, _BASELINE = "deformable", "baseline"
+_TEMPLATES = Path(__file__).parent / "templates"
 
-CSS = """
-.gradio-container { max-width: 1500px !important; }
-#picture img { cursor: crosshair; image-rendering: auto; }
-#message { min-height: 0; }
-#message .error { color: #b00020; font-weight: 600; }
-#panel table, #panel tr { border: 0 !important; }
-#panel table { border-collapse: collapse; font-variant-numeric: tabular-nums;
-  width: 100%; }
-#panel th, #panel td { padding: .25rem .6rem; text-align: right; border: 0 solid #ddd;
-  border-bottom-width: 1px; }
-#panel th:first-child, #panel td:first-child { text-align: left; padding-left: 0; }
-#panel p { margin: .4rem 0; }
-#legend { margin-top: -.4rem; }
-#legend span.item { display: inline-block; white-space: nowrap; margin-right: 1rem; }
-#legend span.dot { display: inline-block; border-radius: 50%; border: 1px solid #000;
-  vertical-align: middle; margin-right: .35rem; }
-#legend span.line { display: inline-block; width: 1.6rem; margin-right: .35rem;
-  vertical-align: middle; }
-"""
+CSS = (_TEMPLATES / "page.css").read_text()
+
+_Values = Mapping[Component, Any]  # what Gradio passes for a set of components
 
 
 def build_page(
-    title: str, images: Images | None, network: Network, twin: Network | None
+    title: str, images: Images | None, run: OpenedRun, baseline: OpenedRun | None
 ) -> gr.Blocks:
-    """The page for a network, its plain twin and images to choose from."""
-    return _Page(title, images, network, twin).blocks
+    """Build the page for a run, its baseline, and images to choose from."""
+    return _Page(title, images, run, baseline).blocks
 
 
 def theme() -> themes.Base:
-    """One whose fonts are those of the system: nothing is fetched from the internet."""
+    """Return a theme with system fonts, which fetches nothing from the internet."""
     return themes.Base(
         primary_hue="blue",
         font=["system-ui", "sans-serif"],
@@ -64,358 +50,292 @@ class _Page:
     """The components, and the handlers of their events."""
 
     def __init__(
-        self, title: str, images: Images | None, network: Network, twin: Network | None
+        self, title: str, images: Images | None, run: OpenedRun, baseline: OpenedRun | None
     ) -> None:
-        self._images, self._network, self._twin = images, network, twin
+        self._images, self._run, self._baseline = images, run, baseline
         self._sessions: OrderedDict[str, Session] = OrderedDict()
         self._lock = threading.Lock()
-        self._classifies = isinstance(network.predictor, ClassificationPredictor)
-        self._detects = isinstance(network.predictor, DetectionPredictor)
         with gr.Blocks(
             title=f"deformnet view {title}",
             analytics_enabled=False,
             delete_cache=(_CLEAN_EVERY, _CLEAN_AFTER),
             fill_width=True,
         ) as self.blocks:
-            self._place(title)
+            gr.Markdown(f"## Sampling locations &nbsp; <small>{html.escape(title)}</small>")
+            with gr.Row(equal_height=True):
+                self._place_controls()
+            self.message = gr.HTML(elem_id="message")
+            with gr.Row():
+                self._place_pictures()
             self._connect()
 
-    def _place(self, title: str) -> None:
-        """Puts everything on the page."""
-        gr.Markdown(f"## Where does it look? &nbsp; <small>{html.escape(title)}</small>")
-        with gr.Row(equal_height=True):
-            names = [] if self._images is None else list(self._images.names)
-            self.choice = gr.Dropdown(
-                [(name, index) for index, name in enumerate(names)],
-                value=0 if names else None,
-                label="Image",
-                visible=bool(names),
-                elem_id="choice",
-                scale=3,
+    def _place_controls(self) -> None:
+        names = [] if self._images is None else list(self._images.names)
+        self.choice = gr.Dropdown(
+            [(name, index) for index, name in enumerate(names)],
+            value=0 if names else None,
+            label="Image",
+            visible=bool(names),
+            elem_id="choice",
+            scale=3,
+        )
+        self.upload = gr.UploadButton("Open an image", elem_id="upload", scale=1, min_width=190)
+        self.which = gr.Radio(
+            [_DEFORMABLE, _BASELINE],
+            value=_DEFORMABLE,
+            label="Network",
+            visible=self._baseline is not None,
+            elem_id="which",
+            scale=2,
+        )
+        depths = max(depth_limit(run) for run in (self._run, self._baseline) if run is not None)
+        self.depth = gr.Slider(
+            *(1, depths),
+            value=min(3, depths),
+            step=1,
+            label="Layers down",
+            elem_id="depth",
+            scale=2,
+        )
+        self.shows = gr.Radio(
+            [_SAMPLES, _BINS],
+            value=_SAMPLES,
+            label="A click shows",
+            visible=self._run.predictor.pooling is not None,
+            elem_id="shows",
+            scale=3,
+        )
+        self.score = gr.Slider(
+            *(0.05, 0.95),
+            value=0.5,
+            step=0.05,
+            label="Minimum score",
+            visible=self._run.predictor.has_boxes,
+            elem_id="score",
+            scale=2,
+        )
+
+    def _place_pictures(self) -> None:
+        with gr.Column(scale=3, min_width=480):
+            self.picture = _image("Click a point", "picture")
+            self.legend = gr.HTML(elem_id="legend")
+            self.panel = gr.HTML(elem_id="panel")
+        with gr.Column(scale=2, min_width=320):
+            self.prediction = _image(
+                "Prediction", "prediction", visible=self._run.predictor.has_picture
             )
-            self.upload = gr.UploadButton("Open an image", elem_id="upload", scale=1, min_width=190)
-            self.which = gr.Radio(
-                [_DEFORMABLE, _PLAIN],
-                value=_DEFORMABLE,
-                label="Network",
-                visible=self._twin is not None,
-                elem_id="which",
-                scale=2,
-            )
-            depths = max(it.depths for it in (self._network, self._twin) if it is not None)
-            self.depth = gr.Slider(
-                1,
-                depths,
-                value=min(3, depths),
-                step=1,
-                label="Layers down",
-                elem_id="depth",
-                scale=2,
-            )
-            self.shows = gr.Radio(
-                [_SAMPLES, _BINS],
-                value=_SAMPLES,
-                label="A click shows",
-                visible=self._network.pool is not None,
-                elem_id="shows",
-                scale=3,
-            )
-            self.score = gr.Slider(
-                0.05,
-                0.95,
-                value=0.5,
-                step=0.05,
-                label="Least score",
-                visible=self._detects,
-                elem_id="score",
-                scale=2,
-            )
-        self.message = gr.HTML(elem_id="message")
-        with gr.Row():
-            with gr.Column(scale=3, min_width=480):
-                self.picture = gr.Image(
-                    label="Click a point",
-                    type="pil",
-                    format="png",
-                    interactive=False,
-                    buttons=["fullscreen"],
-                    elem_id="picture",
-                )
-                self.legend = gr.HTML(elem_id="legend")
-                self.panel = gr.HTML(elem_id="panel")
-            with gr.Column(scale=2, min_width=320):
-                self.prediction = gr.Image(
-                    label="Prediction",
-                    type="pil",
-                    format="png",
-                    interactive=False,
-                    buttons=["fullscreen"],
-                    visible=not self._classifies,
-                    elem_id="prediction",
-                )
-                self.truth = gr.Image(
-                    label="Truth",
-                    type="pil",
-                    format="png",
-                    interactive=False,
-                    buttons=["fullscreen"],
-                    visible=False,
-                    elem_id="truth",
-                )
+            self.ground_truth = _image("Ground truth", "ground-truth", visible=False)
 
     def _connect(self) -> None:
-        """Says what happens when."""
-        controls = [self.which, self.depth, self.shows, self.score]
-        looked = [self.message, self.picture, self.legend, self.panel]
-        everything = [*looked, self.prediction, self.truth]
+        """Attach the handlers to the events."""
+        controls: set[Component] = {self.which, self.depth, self.shows, self.score}
+        clicked = [self.message, self.picture, self.legend, self.panel]
+        everything = [*clicked, self.prediction, self.ground_truth]
 
         def on(
-            event: Callable[..., Any], handler: Any, inputs: list[Any], outputs: list[Any]
+            event: Callable[..., object],
+            handler: Callable[..., list[Any]],
+            outputs: list[Component],
+            source: Component | None = None,
         ) -> None:
             event(
                 handler,
-                inputs,
+                controls if source is None else {source, *controls},
                 outputs,
                 show_progress="minimal",
                 api_visibility="private",
-                trigger_mode="always_last",  # while a slider moves, only where it is now
-                # One after the other: each works on what the one before has left.
+                trigger_mode="always_last",  # of a moving slider, only the last value counts
+                # In turn: each event builds on the state that the one before has left.
                 concurrency_limit=1,
-                concurrency_id="look",
+                concurrency_id="session",
             )
 
-        on(self.blocks.load, self._choose, [self.choice, *controls], everything)
-        on(self.choice.input, self._choose, [self.choice, *controls], everything)
-        on(self.upload.upload, self._upload, [self.upload, *controls], [*everything, self.choice])
-        for picture in (self.picture, self.prediction, self.truth):
-            on(picture.select, self._click, controls, looked)
+        on(self.blocks.load, self._choose, everything, self.choice)
+        on(self.choice.input, self._choose, everything, self.choice)
+        on(self.upload.upload, self._upload, [*everything, self.choice], self.upload)
+        for picture in (self.picture, self.prediction, self.ground_truth):
+            on(picture.select, self._click, clicked)
         for control in (self.which, self.score):
-            on(control.input, self._redraw, controls, everything)
-        on(self.depth.input, self._redraw_picture, controls, looked)
-        on(self.shows.input, self._redraw_picture, controls, looked)
+            on(control.input, self._redraw, everything)
+        for control in (self.depth, self.shows):
+            on(control.input, self._redraw_picture, clicked)
         self.blocks.unload(self._forget)
 
     def _session(self, request: gr.Request) -> Session:
-        """That of the browser tab."""
+        """Return the session of the browser tab."""
         key = request.session_hash or ""
         with self._lock:
             if key not in self._sessions:
-                self._sessions[key] = Session(self._images, self._network, self._twin)
+                self._sessions[key] = Session(self._images, self._run, self._baseline)
             self._sessions.move_to_end(key)
             while len(self._sessions) > _SESSIONS:
                 self._sessions.popitem(last=False)
             return self._sessions[key]
 
     def _forget(self, request: gr.Request) -> None:
-        """The tab was closed."""
+        """Drop the session of a closed tab."""
         with self._lock:
             self._sessions.pop(request.session_hash or "", None)
 
-    def _choose(
-        self,
-        index: int | None,
-        which: str,
-        depth: float,
-        shows: str,
-        score: float,
-        request: gr.Request,
-    ) -> list[Any]:
-        session, controls = self._session(request), _controls(which, depth, shows, score)
-        if index is None:
-            return self._all(session, controls)
-        try:
-            session.choose(index)
-        except (ValueError, OSError) as error:
-            return self._all(session, controls, problem=_line(error))
-        return self._all(session, controls)
+    def _controls(self, values: _Values) -> Controls:
+        return Controls(
+            baseline=values[self.which] == _BASELINE,
+            depth=int(values[self.depth]),
+            bins=values[self.shows] == _BINS,
+            least_score=values[self.score],
+        )
 
-    def _upload(
-        self,
-        path: str | None,
-        which: str,
-        depth: float,
-        shows: str,
-        score: float,
-        request: gr.Request,
-    ) -> list[Any]:
-        session, controls = self._session(request), _controls(which, depth, shows, score)
-        if path is None:
-            return [*self._all(session, controls), gr.skip()]
-        file = Path(path)
-        try:
-            session.upload(file)
-        except (ValueError, OSError) as error:
-            return [*self._all(session, controls, problem=_line(error)), gr.skip()]
-        finally:
+    def _choose(self, values: _Values, request: gr.Request) -> list[Any]:
+        session, problem = self._session(request), None
+        if values[self.choice] is not None:
+            problem = _problem(lambda: session.choose(values[self.choice]))
+        return self._everything(session, self._controls(values), problem)
+
+    def _upload(self, values: _Values, request: gr.Request) -> list[Any]:
+        session, problem = self._session(request), None
+        if values[self.upload] is not None:
+            file = Path(values[self.upload])
+            problem = _problem(lambda: session.upload(file))
             file.unlink(missing_ok=True)
-        return [*self._all(session, controls), None]  # none of the given images is shown
+        shown = values[self.upload] is not None and problem is None
+        # After an upload, none of the offered images is shown.
+        choice = None if shown else gr.skip()
+        return [*self._everything(session, self._controls(values), problem), choice]
 
-    def _click(
-        self,
-        which: str,
-        depth: float,
-        shows: str,
-        score: float,
-        request: gr.Request,
-        event: gr.SelectData,
-    ) -> list[Any]:
+    def _click(self, values: _Values, request: gr.Request, event: gr.SelectData) -> list[Any]:
         session = self._session(request)
         if session.shown is not None:
             x, y = event.index
             # By name: a component that was changed in a tab is another object there.
             margin = event.target is not None and event.target.elem_id == self.picture.elem_id
-            take = session.click if margin else session.click_flat
-            take((int(y), int(x)))
-        return self._looked(session, _controls(which, depth, shows, score))
+            session.click((int(y), int(x)), margin=margin)
+        return self._clicked(session, self._controls(values))
 
-    def _redraw(
-        self, which: str, depth: float, shows: str, score: float, request: gr.Request
-    ) -> list[Any]:
-        return self._all(self._session(request), _controls(which, depth, shows, score))
+    def _redraw(self, values: _Values, request: gr.Request) -> list[Any]:
+        return self._everything(self._session(request), self._controls(values))
 
-    def _redraw_picture(
-        self, which: str, depth: float, shows: str, score: float, request: gr.Request
-    ) -> list[Any]:
-        return self._looked(self._session(request), _controls(which, depth, shows, score))
+    def _redraw_picture(self, values: _Values, request: gr.Request) -> list[Any]:
+        return self._clicked(self._session(request), self._controls(values))
 
-    def _all(self, session: Session, controls: Controls, problem: str | None = None) -> list[Any]:
-        """All that is on the page."""
-        truth = session.truth()
-        return [
-            *self._looked(session, controls, problem),
-            session.prediction(controls),
-            gr.update(value=truth, visible=truth is not None),
-        ]
-
-    def _looked(
+    def _everything(
         self, session: Session, controls: Controls, problem: str | None = None
     ) -> list[Any]:
-        """What a click changes."""
+        """Return all outputs."""
+        ground_truth = session.ground_truth()
+        return [
+            *self._clicked(session, controls, problem),
+            session.prediction(controls),
+            gr.update(value=ground_truth, visible=ground_truth is not None),
+        ]
+
+    def _clicked(
+        self, session: Session, controls: Controls, problem: str | None = None
+    ) -> list[Any]:
+        """Return the outputs that a click changes."""
         message = "" if problem is None else f'<p class="error">{html.escape(problem)}</p>'
-        picture = gr.update(value=session.picture(controls), label=self._label(session))
+        shown = session.shown
+        label = "Choose an image" if shown is None else f"{shown.name}: click a point"
+        picture = gr.update(value=session.picture(controls), label=label)
         return [message, picture, _legend(session, controls), panel(session, controls)]
 
-    def _label(self, session: Session) -> str:
-        if session.shown is None:
-            return "Choose an image"
-        return f"{session.shown.name}: click a point"
+
+def _image(label: str, elem_id: str, *, visible: bool = True) -> gr.Image:
+    return gr.Image(
+        label=label,
+        type="pil",
+        format="png",
+        interactive=False,
+        buttons=["fullscreen"],
+        visible=visible,
+        elem_id=elem_id,
+    )
 
 
 def panel(session: Session, controls: Controls) -> str:
-    """What is said of the clicked point, as HTML."""
-    parts = []
-    best = session.best_classes(controls)
-    if best:
-        known = session.true_class()
-        truth = "" if known is None else f" (it is: <b>{html.escape(known)}</b>)"
-        rows = [(html.escape(name), f"{100 * share:.1f} %") for name, share in best]
-        parts.append(f"<p>Most probable classes{truth}</p>{_table(('class', ''), rows)}")
-    sampling = session.sampling(controls)
+    """Return what is known about the selected point, as HTML."""
+    samples = session.samples(controls)
+    filters = session.filters(controls)
+    lines: list[str] = []
     if session.shown is None:
-        parts.append("<p>Choose an image.</p>")
-    elif sampling is None or session.point is None:
-        parts.append(f"<p>Click a point of the image{' or a box' if controls.bins else ''}.</p>")
+        lines.append("Choose an image.")
+    elif samples is None:
+        lines.append(f"Click a point of the image{' or a box' if controls.bins else ''}.")
     else:
-        if controls.bins:
-            parts.append(_about_bins(session, controls))
-        else:
-            parts.append(_about_samples(session, controls, sampling))
-        parts.append(_about_filters(session, controls))
-    return "".join(parts)
+        lines += _about_bins(session, controls) if controls.bins else _about(session, samples)
+        if not filters:
+            lines.append("This network has no deformable convolutions: its filters are regular.")
+    return render(
+        _TEMPLATES / "panel.html",
+        ranking=[(name, f"{p:.1%}") for name, p in session.best_classes(controls)],
+        true_class=session.true_class(),
+        lines=lines,
+        filters=[
+            (
+                row.layer.removeprefix("backbone."),
+                f"{row.dilation:.2f}",
+                f"{row.image:.2f}",
+                str(row.at_rest),
+                f"{row.shift:.2f}",
+            )
+            for row in filters
+        ],
+    )
 
 
-def _about_samples(session: Session, controls: Controls, sampling: Sampling) -> str:
+def _about(session: Session, samples: UnitSamples) -> Sequence[str]:
+    """Describe the sampling locations of the selected point."""
     assert session.point is not None
     y, x = (round(place) for place in session.point)
-    points, inside = sampling.levels[-1]
-    said = [f"{len(points)} sampling locations, {len(sampling.levels)} layers down"]
+    points, inside = samples.levels[-1]
+    counts = [f"{len(points)} sampling locations, {len(samples.levels)} layers down"]
     if off := int((~inside).sum()):
-        said.append(f"{off} outside the map (faint)")
-    if beyond := session.beyond(sampling):
-        said.append(f"{beyond} beyond the picture")
-    cy, cx = (round(place) for place in sampling.centre)
-    where = f"Clicked: x {x}, y {y}. Nearest unit (cross): x {cx}, y {cy}."
-    return f"<p>{where}<br>{', '.join(said)}.</p>"
+        counts.append(f"{off} outside the map (faint)")
+    if beyond := session.beyond(samples):
+        counts.append(f"{beyond} beyond the picture")
+    cy, cx = (round(place) for place in samples.center)
+    clicked = f"Clicked: x {x}, y {y}. Nearest unit (cross): x {cx}, y {cy}."
+    return clicked, f"{', '.join(counts)}."
 
 
-def _about_bins(session: Session, controls: Controls) -> str:
-    chosen, look = session.detection(controls), session.look(controls)
-    if chosen is None or look is None or not isinstance(look.found, Detections):
-        return "<p>No box there; a lower least score shows more boxes.</p>"
-    what = html.escape(session.what(look.found, chosen))
-    if look.bins is None:
-        return f"<p>{what}: this network pools without offsets.</p>"
-    plain, moved = (bins[chosen] for bins in look.bins)
-    width, height = (look.found.boxes[chosen, 2:] - look.found.boxes[chosen, :2]).tolist()
-    shift = (moved - plain)[..., :2]
-    far = shift.norm(dim=-1)
+def _about_bins(session: Session, controls: Controls) -> Sequence[str]:
+    """Describe the bins of the selected detection."""
+    index, done = session.detection(controls), session.forward(controls)
+    if index is None or done is None:
+        return ("No box here; a lower minimum score shows more boxes.",)
+    caption = done.prediction.captions()[index]
+    if done.bins is None:
+        return (f"{caption}: this network pools without offsets.",)
+    regular, moved = (bins[index] for bins in done.bins)
+    width, height = (it.item() for it in done.prediction.boxes[index].reshape(2, 2).diff(dim=0)[0])
+    shift = (moved - regular)[..., :2].norm(dim=-1)
     return (
-        f"<p>{what}: {width:.0f} x {height:.0f} pixels, {plain.shape[0]} x {plain.shape[1]} bins, "
-        f"moved by {far.mean():.1f} pixels in the mean, {far.max():.1f} at most.</p>"
+        f"{caption}: {width:.0f} x {height:.0f} pixels, {regular.shape[0]} x {regular.shape[1]} "
+        f"bins, shifted by {shift.mean():.1f} pixels on average, {shift.max():.1f} at most.",
     )
-
-
-def _about_filters(session: Session, controls: Controls) -> str:
-    rows = [
-        (
-            html.escape(row.layer.removeprefix("backbone.")),
-            f"<b>{row.dilation:.2f}</b>",
-            f"{row.image:.2f}",
-            str(row.at_rest),
-            f"{row.shift:.2f}",
-        )
-        for row in session.filters(controls)
-    ]
-    if not rows:
-        return (
-            "<p>This network has no deformable convolutions: its filters are everywhere alike.</p>"
-        )
-    head = ("layer", "here", "image", "plain", "shift")
-    return (
-        f"<p>Effective dilation of the filter at this point, its mean over the image, and that of "
-        f"a plain filter; mean shift of its taps, in cells of the map.</p>{_table(head, rows)}"
-    )
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    top = "".join(f"<th>{cell}</th>" for cell in head)
-    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
-    return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def _legend(session: Session, controls: Controls) -> str:
-    """What the colours of the picture mean, as HTML."""
-    network, parts = session.network(controls), []
-    if isinstance(network.predictor, DetectionPredictor):
-        parts.append(_line_sign(BOX, "detection"))
-    if not controls.bins:
-        parts.append(_line_sign(UNIT, "unit at the click"))
-        for number, (colour, radius) in enumerate(LEVELS[: session.depth(controls)], start=1):
-            side, layers = 2 * radius + 3, "layer" if number == 1 else "layers"
-            parts.append(
-                f'<span class="item"><span class="dot" style="width:{side}px;height:{side}px;'
-                f'background:rgb{colour}"></span>{number} {layers} down</span>'
-            )
-    elif network.pool is not None:
-        parts.append(_line_sign(PLAIN_BIN, "its bins", dotted=True))
-        parts.append(_line_sign(MOVED_BIN, "moved by their offsets"))
-    return f"<div>{' '.join(parts)}</div>"
+    """Return the legend of the picture, as HTML."""
+    predictor = session.run(controls).predictor
+    return render(
+        _TEMPLATES / "legend.html",
+        boxes=predictor.has_boxes,
+        pooling=predictor.pooling is not None,
+        bins=controls.bins,
+        levels=LEVELS[: session.depth(controls)],
+        box=BOX,
+        unit=UNIT,
+        moved_bin=MOVED_BIN,
+    )
 
 
-def _line_sign(colour: Colour, text: str, *, dotted: bool = False) -> str:
-    style = "dotted" if dotted else "solid"
-    colour = (128, 128, 128) if dotted else colour  # white would not show on the page
-    sign = f'<span class="line" style="border-top:4px {style} rgb{colour}"></span>'
-    return f'<span class="item">{sign}{text}</span>'
-
-
-def _controls(which: str, depth: float, shows: str, score: float) -> Controls:
-    return Controls(which == _PLAIN, int(depth), shows == _BINS, score)
-
-
-def _line(error: Exception) -> str:
-    """The message of an error, in one line."""
-    text = str(error)
-    if isinstance(error, OSError) and error.filename is not None:
-        text = f"{Path(str(error.filename)).name}: {error.strerror}"
-    return " ".join(text.split())
+def _problem(action: Callable[[], None]) -> str | None:
+    """Run an action on an image; return what is wrong with the image in one line, or None."""
+    try:
+        action()
+    except (ValueError, OSError) as error:
+        text = str(error)
+        if isinstance(error, OSError) and error.filename is not None:
+            text = f"{Path(str(error.filename)).name}: {error.strerror}"
+        return " ".join(text.split())
+    return None

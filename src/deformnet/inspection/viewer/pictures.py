@@ -1,4 +1,4 @@
-"""The picture that is clicked: an image with a margin, sampling locations and bins on it.
+"""The picture to click: an image with a margin, sampling locations and bins.
 
 Pictures are made for each click, so they are drawn pixel by pixel and not by matplotlib.
 """
@@ -11,27 +11,26 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from deformnet.inspection.viewer.networks import Point, Sampling
+from deformnet.inspection.viewer.recording import Point, UnitSamples
 
 _LONG_SIDE = 840  # of an image in its picture, in pixels
-_MARGIN = 100  # around it: samples outside the image lie here
-_DULL, _LIGHT = 0.65, 38  # dots show better on a photograph with less contrast
+_MARGIN = 100  # around it, for samples outside the image
+_DULL, _LIGHT = 0.65, 38  # less contrast, so that dots stand out
 _OUTSIDE = (226, 226, 226)
 _EDGE = (0, 0, 0)
-_FAINT = 0.3  # opacity of what the network cannot read
+_FAINT = 0.3  # opacity of samples outside the map
 
-Colour = tuple[int, int, int]
+Color = tuple[int, int, int]
 
 
 class Level(NamedTuple):
-    """How the samples in one map are drawn."""
+    """Style of the samples in one map."""
 
-    colour: Colour
+    color: Color
     radius: int
 
 
-# The map below the unit first. Okabe and Ito's, which the colour-blind can tell apart; the sizes
-# differ as well.
+# The map below the unit first. Okabe and Ito's palette for color-blind readers; sizes differ, too.
 LEVELS = (
     Level((255, 255, 255), 6),
     Level((240, 228, 66), 4),
@@ -40,20 +39,20 @@ LEVELS = (
     Level((204, 121, 167), 2),
     Level((0, 158, 115), 2),
 )
-UNIT: Colour = (86, 180, 233)
-BOX: Colour = (240, 228, 66)
-PLAIN_BIN: Colour = (255, 255, 255)
-MOVED_BIN: Colour = (213, 94, 0)
+UNIT: Color = (86, 180, 233)
+BOX: Color = (240, 228, 66)
+REGULAR_BIN: Color = (255, 255, 255)
+MOVED_BIN: Color = (213, 94, 0)
 
 
 @dataclass(frozen=True)
 class Frame:
-    """How an image lies in its picture: resized, with a margin on all sides.
+    """Position of an image in its picture: resized, with a margin on all sides.
 
     Attributes:
         size: height and width of the image.
-        inner: the same in the picture.
-        margin: pixels of the picture on each side.
+        inner: height and width of the image in the picture.
+        margin: in pixels of the picture.
     """
 
     size: tuple[int, int]
@@ -62,7 +61,7 @@ class Frame:
 
     @classmethod
     def around(cls, size: tuple[int, int]) -> "Frame":
-        """Of an image of this height and width."""
+        """Return the frame of an image of (height, width) `size`."""
         scale = _LONG_SIDE / max(size)
         height, width = (max(1, round(scale * side)) for side in size)
         return cls(size, (height, width), _MARGIN)
@@ -74,17 +73,17 @@ class Frame:
 
     @property
     def scale(self) -> tuple[float, float]:
-        """Pixels of the picture to one of the image, down and across."""
+        """Pixels of the picture per pixel of the image, vertically and horizontally."""
         return self.inner[0] / self.size[0], self.inner[1] / self.size[1]
 
     def to_picture(self, points: Tensor) -> Tensor:
-        """The pixels, int64 [..., 2] (y, x), in which points of the image lie."""
-        # Pixels are as wide as they are: their centres are half a pixel from their edges.
+        """Return the pixels, int64 [..., 2] (y, x), that contain points of the image."""
+        # Centers of pixels are half a pixel from their edges.
         edges = (points.double() + 0.5) * torch.tensor(self.scale).double() + self.margin
         return edges.floor().long()
 
     def to_image(self, pixel: tuple[int, int]) -> Point:
-        """The point of the image at the centre of a pixel (y, x) of the picture."""
+        """Return the point of the image at the center of a pixel (y, x) of the picture."""
         y, x = (
             (place + 0.5 - self.margin) / scale - 0.5
             for place, scale in zip(pixel, self.scale, strict=True)
@@ -92,13 +91,13 @@ class Frame:
         return y, x
 
     def edges(self, boxes: Tensor) -> Tensor:
-        """Boxes [..., 4] of the image (x1 y1 x2 y2, edges) in the picture, int64."""
+        """Return boxes [..., 4] of the image (x1, y1, x2, y2) in pixels of the picture, int64."""
         scale = torch.tensor([*reversed(self.scale)] * 2)
         return (boxes * scale + self.margin).round().long()
 
 
 def shrink(image: Tensor, frame: Frame) -> Image.Image:
-    """An image uint8 [3, H, W] at the size that it has in the picture."""
+    """Resize an image uint8 [3, H, W] to its size in the picture."""
     height, width = frame.inner
     return Image.fromarray(image.permute(1, 2, 0).numpy()).resize(
         (width, height), Image.Resampling.BICUBIC
@@ -106,7 +105,7 @@ def shrink(image: Tensor, frame: Frame) -> Image.Image:
 
 
 def backdrop(inner: Image.Image, frame: Frame) -> Image.Image:
-    """The image with its margin, dulled."""
+    """Return the image with its margin, at less contrast."""
     height, width = frame.picture
     picture = Image.new("RGB", (width, height), _OUTSIDE)
     dull = inner.point([round(_LIGHT + _DULL * value) for value in range(256)] * 3)
@@ -114,25 +113,25 @@ def backdrop(inner: Image.Image, frame: Frame) -> Image.Image:
     return picture
 
 
-def draw_sampling(picture: Image.Image, frame: Frame, sampling: Sampling) -> Image.Image:
-    """The samples of a unit, which is a cross; faint where the network reads nothing."""
+def draw_samples(picture: Image.Image, frame: Frame, samples: UnitSamples) -> Image.Image:
+    """Draw a unit as a cross, and its samples; those outside the map are faint."""
     faint = picture.copy()
     dots = [
         (level, frame.to_picture(points), inside)
-        for level, (points, inside) in zip(LEVELS, sampling.levels, strict=False)
+        for level, (points, inside) in zip(LEVELS, samples.levels, strict=False)
     ]
-    # The lowest map first: of the points that coincide, as all of a plain grid do, the few show.
+    # The lowest map first: on a regular grid, whose points coincide, the upper maps stay visible.
     for level, pixels, inside in reversed(dots):
         _dots(faint, pixels[~inside], level)
     picture = Image.blend(picture, faint, _FAINT)
     for level, pixels, inside in reversed(dots):
         _dots(picture, pixels[inside], level)
-    _cross(picture, frame.to_picture(torch.tensor(sampling.centre)).tolist())
+    _cross(picture, frame.to_picture(torch.tensor(samples.center)).tolist())
     return picture
 
 
 def draw_boxes_around(picture: Image.Image, frame: Frame, boxes: Tensor) -> Image.Image:
-    """Thin boxes, to be clicked."""
+    """Draw thin boxes, to click on."""
     picture = picture.copy()
     for box in frame.edges(boxes).tolist():
         _rectangle(picture, box, BOX, width=1)
@@ -140,25 +139,25 @@ def draw_boxes_around(picture: Image.Image, frame: Frame, boxes: Tensor) -> Imag
 
 
 def draw_bins(
-    picture: Image.Image, frame: Frame, box: Tensor, what: str, plain: Tensor, moved: Tensor
+    picture: Image.Image, frame: Frame, box: Tensor, caption: str, regular: Tensor, moved: Tensor
 ) -> Image.Image:
-    """A detection with its regular bins, dotted, and where its offsets have moved them.
+    """Draw a detection with its regular bins, dotted, and its moved bins.
 
     Args:
-        box: [4]; plain, moved: [ph, pw, 4]; all in pixels of the image.
-        what: class and score.
+        box: [4]; regular, moved: [ph, pw, 4]; all in pixels of the image.
+        caption: class and score.
     """
     picture = picture.copy()
     edges = frame.edges(box).tolist()
-    for bin in frame.edges(plain).reshape(-1, 4).tolist():
-        _dotted(picture, bin, PLAIN_BIN)
+    for bin in frame.edges(regular).reshape(-1, 4).tolist():
+        _dotted(picture, bin, REGULAR_BIN)
     _rectangle(picture, edges, BOX, width=3)
     draw = ImageDraw.Draw(picture)
     font = ImageFont.load_default(size=18)
-    left, top, right, bottom = draw.textbbox((edges[0], edges[1] - 4), what, font, anchor="lb")
+    left, top, right, bottom = draw.textbbox((edges[0], edges[1] - 4), caption, font, anchor="lb")
     draw.rectangle((left - 4, top - 3, right + 4, bottom + 3), fill=BOX, outline=_EDGE)
-    draw.text((edges[0], edges[1] - 4), what, _EDGE, font, anchor="lb")
-    # A dark edge around each would hide its neighbours' lines: first all edges, then all lines.
+    draw.text((edges[0], edges[1] - 4), caption, _EDGE, font, anchor="lb")
+    # All dark edges before all lines: the edge of a bin must not hide the lines of its neighbors.
     bins = frame.edges(moved).reshape(-1, 4).tolist()
     for x1, y1, x2, y2 in bins:
         draw.rectangle((x1 - 1, y1 - 1, max(x1, x2) + 1, max(y1, y2) + 1), outline=_EDGE, width=4)
@@ -168,43 +167,43 @@ def draw_bins(
 
 
 def draw_seen(picture: Image.Image, frame: Frame, seen: Sequence[float]) -> Image.Image:
-    """A dotted line around the part of an image that the network sees."""
+    """Draw a dotted line around the part of an image that the network sees."""
     picture = picture.copy()
     _dotted(picture, frame.edges(torch.tensor(seen)).tolist(), UNIT)
     return picture
 
 
-def outside(frame: Frame, sampling: Sampling) -> int:
-    """How many of the lowest samples lie beyond the margin."""
-    pixels = frame.to_picture(sampling.levels[-1].points)
+def outside(frame: Frame, samples: UnitSamples) -> int:
+    """Return the number of samples in the lowest map that lie beyond the margin."""
+    pixels = frame.to_picture(samples.levels[-1].points)
     return int(((pixels < 0) | (pixels >= torch.tensor(frame.picture))).any(-1).sum())
 
 
 def _dots(picture: Image.Image, pixels: Tensor, level: Level) -> None:
-    """Discs with a dark edge; a pixel is drawn once, however many samples coincide there."""
+    """Draw discs with a dark edge, one for all samples in a pixel."""
     draw, r = ImageDraw.Draw(picture), level.radius
     for y, x in torch.unique(pixels, dim=0).tolist():
-        draw.ellipse((x - r, y - r, x + r, y + r), fill=level.colour, outline=_EDGE)
+        draw.ellipse((x - r, y - r, x + r, y + r), fill=level.color, outline=_EDGE)
 
 
 def _cross(picture: Image.Image, pixel: Sequence[int]) -> None:
     y, x = pixel
     draw = ImageDraw.Draw(picture)
-    for width, length, colour in ((5, 12, _EDGE), (3, 11, UNIT)):
-        draw.line((x - length, y, x + length, y), colour, width)
-        draw.line((x, y - length, x, y + length), colour, width)
+    for width, length, color in ((5, 12, _EDGE), (3, 11, UNIT)):
+        draw.line((x - length, y, x + length, y), color, width)
+        draw.line((x, y - length, x, y + length), color, width)
 
 
-def _rectangle(picture: Image.Image, box: Sequence[int], colour: Colour, width: int) -> None:
+def _rectangle(picture: Image.Image, box: Sequence[int], color: Color, width: int) -> None:
     x1, y1, x2, y2 = box
     draw = ImageDraw.Draw(picture)
     place = (x1, y1, max(x1, x2 - 1), max(y1, y2 - 1))
     dark = (place[0] - 1, place[1] - 1, place[2] + 1, place[3] + 1)
     draw.rectangle(dark, outline=_EDGE, width=width + 2)
-    draw.rectangle(place, outline=colour, width=width)
+    draw.rectangle(place, outline=color, width=width)
 
 
-def _dotted(picture: Image.Image, box: Sequence[int], colour: Colour) -> None:
+def _dotted(picture: Image.Image, box: Sequence[int], color: Color) -> None:
     x1, y1, x2, y2 = box
     draw = ImageDraw.Draw(picture)
     places = [(x, y) for x in range(x1, x2 + 1, 7) for y in (y1, y2)]
@@ -212,4 +211,4 @@ def _dotted(picture: Image.Image, box: Sequence[int], colour: Colour) -> None:
     for x, y in places:
         draw.rectangle((x - 2, y - 2, x + 2, y + 2), fill=_EDGE)
     for x, y in places:
-        draw.rectangle((x - 1, y - 1, x + 1, y + 1), fill=colour)
+        draw.rectangle((x - 1, y - 1, x + 1, y + 1), fill=color)

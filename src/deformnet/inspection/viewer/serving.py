@@ -1,4 +1,4 @@
-"""Opening runs and images, and serving the page."""
+"""Serving the page of a run and its images."""
 
 import atexit
 import errno
@@ -13,10 +13,11 @@ from pathlib import Path
 
 import torch
 
-from deformnet.inspection.viewer.images import LARGEST_FILE, ImageFiles, LabelledImages
-from deformnet.inspection.viewer.networks import open_networks
+from deformnet._errors import UserError, require_extra
+from deformnet.inspection.runs import open_runs
+from deformnet.inspection.viewer.images import LARGEST_FILE, DataSetImages, ImageFiles, Images
 
-_PORTS = range(7860, 7960)  # of which one that is free is taken
+_PORTS = range(7860, 7960)  # to pick a free one from
 
 
 @contextmanager
@@ -24,7 +25,7 @@ def serving(
     run: Path,
     images: Sequence[Path] = (),
     *,
-    plain: Path | None = None,
+    baseline: Path | None = None,
     data: Path | None = None,
     split: str = "val",
     host: str = "127.0.0.1",
@@ -32,42 +33,37 @@ def serving(
     open: bool = False,
     device: torch.device | str | None = None,
 ) -> Iterator[str]:
-    """Serves the page while the program goes on.
+    """Serve the page in the background.
 
     Args:
-        run: with deformable layers.
-        images: files and folders to choose from; more can be sent to the page.
-        plain: run of the plain twin.
-        data, split: a data set to choose images from, whose truth is then shown.
-        host: address to listen at.
-        port: None takes one that is free.
+        run: run folder of a network with deformable layers.
+        images: image files and folders to choose from; more can be uploaded on the page.
+        baseline: run folder of the same network without deformable layers.
+        data, split: data set to choose images from; its ground truth is shown.
+        host: address to listen on.
+        port: port to listen on; None picks a free one.
         open: open the page in a browser.
-        device: where to compute; None takes a GPU if there is one.
+        device: device to compute on; None uses a GPU if there is one.
     Yields:
-        Its address.
+        The address of the page.
     Raises:
-        FileNotFoundError, ValueError: as `open_networks`, `ImageFiles` and `LabelledImages`.
-        OSError: if it cannot listen there.
-        RuntimeError: if Gradio is not installed.
+        FileNotFoundError, UserError: as `open_runs` and `ImageFiles`; also if both images and data
+            are given, or the data do not fit the run.
+        OSError: if it cannot listen on host and port.
+        MissingExtraError: if Gradio is not installed.
     """
     if images and data is not None:
-        raise ValueError("images, data: wanted one of them, got both")
-    _free_port(host, port)  # so that it is known before networks are opened
-    with _own_folder():
-        try:
-            from deformnet.inspection.viewer.page import CSS, build_page, theme
-        except ModuleNotFoundError as error:
-            if (error.name or "").partition(".")[0] != "gradio":
-                raise
-            raise RuntimeError(
-                "the page needs Gradio, which is not installed: pip install 'deformnet[view]'"
-            ) from error
-        network, twin = open_networks(run, plain, device)
+        raise UserError("expected either images or data, but got both")
+    require_extra("the page", "view", "gradio")
+    _free_port(host, port)  # checked before the networks are loaded
+    with _temporary_folder():
+        from deformnet.inspection.viewer.page import CSS, build_page, theme
+
+        opened, compared = open_runs(run, baseline, device)
+        offered: Images | None = ImageFiles(images) if images else None
         if data is not None:
-            listed = LabelledImages.open(network.predictor, data, split)
-        else:
-            listed = ImageFiles(images) if images else None
-        page = build_page(run.name, listed, network, twin)
+            offered = DataSetImages(opened.task.annotated(data, split, opened.data))
+        page = build_page(run.name, offered, opened, compared)
         try:
             _, address, _ = page.launch(
                 server_name=host,
@@ -92,10 +88,10 @@ def serving(
 
 
 @contextmanager
-def _own_folder() -> Iterator[None]:
-    """Gradio keeps what it is sent and what it shows in a folder that ends with the page."""
+def _temporary_folder() -> Iterator[None]:
+    """Make Gradio keep uploads and pictures in a folder that is removed with the page."""
     folder = _folder()
-    # It reads these when it is imported. Nothing is to be told to anybody.
+    # Gradio reads these when it is imported. It must not send usage data.
     os.environ["GRADIO_TEMP_DIR"] = folder
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     try:
@@ -106,38 +102,32 @@ def _own_folder() -> Iterator[None]:
 
 @functools.cache
 def _folder() -> str:
-    """One for the whole program: Gradio goes on to use the first that it was given."""
+    """Return one folder for the whole program: Gradio keeps using the first that it was given."""
     folder = tempfile.mkdtemp(prefix="deformnet-view-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
 
 
 def _free_port(host: str, port: int | None) -> int:
-    """The port, or the first that is free.
+    """Return the port, or the first free one.
 
     Raises:
-        OSError: if it is in use, or the host is not one of this machine.
+        OSError: if it is in use, or the host is not an address of this machine.
     """
     for number in _PORTS if port is None else (port,):
         try:
             family, kind, protocol, _, address = socket.getaddrinfo(
                 host, number, type=socket.SOCK_STREAM
             )[0]
+            with socket.socket(family, kind, protocol) as candidate:
+                # As servers do: a port that was closed just now is free.
+                candidate.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                candidate.bind(address)
         except (OSError, OverflowError) as error:
-            raise OSError(f"host, port: cannot listen at {host}:{number}: {error}") from error
-        with socket.socket(family, kind, protocol) as tried:
-            # As servers do: a port whose last user has just ended is free.
-            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                tried.bind(address)
-            except (OSError, OverflowError) as error:
-                in_use = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
-                if not in_use:
-                    raise OSError(
-                        f"host, port: cannot listen at {host}:{number}: {error}"
-                    ) from error
+            if getattr(error, "errno", None) == errno.EADDRINUSE:
                 continue
+            raise OSError(f"cannot listen on {host}:{number}: {error}") from error
         return number
     if port is None:
-        raise OSError(f"port: all from {_PORTS[0]} to {_PORTS[-1]} are in use at {host}")
-    raise OSError(f"port: {port} is in use at {host}; name another one, or none to take a free one")
+        raise OSError(f"ports {_PORTS[0]} to {_PORTS[-1]} are all in use on {host}")
+    raise OSError(f"port {port} is in use on {host}; choose another one, or none for a free one")

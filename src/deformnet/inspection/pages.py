@@ -1,0 +1,32 @@
+"""HTML from Jinja templates, in one style."""
+
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from deformnet._files import replacing
+
+_SHARED = Path(__file__).parent / "templates"
+
+
+def render(template: Path, **values: object) -> str:
+    """Render a template, which may extend and include those of this package.
+
+    Args:
+        template: template file.
+        values: variables of the template; text is escaped.
+    """
+    environment = Environment(
+        loader=FileSystemLoader([template.parent, _SHARED]),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template.name).render(values)
+
+
+def write_page(path: Path, template: Path, **values: object) -> None:
+    """Render a template to a file."""
+    with replacing(path) as file:
+        file.write(render(template, **values).encode())
