@@ -1,16 +1,18 @@
-"""Files that are replaced as a whole: written beside their target, then renamed into place."""
+"""Text files, and files that are replaced as a whole: written beside, then renamed into place."""
 
 import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
+
+from deformnet._errors import UserError
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write to that takes the place of `path` once it is whole and on the disk.
+    """A file to write to, which replaces `path` once it is complete and on the disk.
 
     Raises:
         OSError: if writing fails, a full disk included; `path` is then as it was before.
@@ -31,7 +33,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Adds the name of a file to errors of writing it, which the system reports without."""
+    """Adds the name of a file to errors of writing it, which the system reports without it."""
     try:
         yield
     except OSError as error:
@@ -40,10 +42,23 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Writes a JSON file as a whole."""
+def write_json(path: Path, values: Mapping[str, object]) -> None:
+    """Writes or replaces a JSON file as a whole."""
     with replacing(path) as file:
         file.write((json.dumps(values, indent=2) + "\n").encode())
+
+
+def read_lines(path: Path) -> list[str]:
+    """Reads the non-blank lines of a text file, stripped.
+
+    Raises:
+        UserError: if the file is not UTF-8 text.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: expected UTF-8 text") from error
+    return [stripped for line in text.splitlines() if (stripped := line.strip())]
 
 
 def _sync_folder(folder: Path) -> None:

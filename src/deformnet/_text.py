@@ -1,5 +1,6 @@
 """Tables of text for a terminal."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -29,5 +30,5 @@ class Table(NamedTuple):
 
 
 def percent(value: float | None, digits: int = 2) -> str:
-    """A fraction in percent; a dash for None."""
-    return "-" if value is None else f"{100 * value:.{digits}f}"
+    """A fraction in percent; a dash for None and NaN."""
+    return "-" if value is None or math.isnan(value) else f"{100 * value:.{digits}f}"

@@ -333,6 +333,9 @@ class DeepLabRecipe(DenseRecipe):
 class DetectorRecipe(DenseRecipe):
     """What the recipes of all detectors have in common."""
 
+    class_agnostic: ClassVar[bool] = False
+    """Whether the network finds objects without telling their classes."""
+
     convention: Literal["modern", "msra2017"] = "modern"
     """The authors' conventions of 2017, or today's: where anchors sit and which of them train,
     objects' boxes rounded to whole pixels after resizing or not, 11-point AP or the area."""
@@ -372,6 +375,7 @@ class RPNRecipe(DetectorRecipe):
     """A region proposal network on conv4, to make proposals for other networks."""
 
     network: ClassVar[str] = "rpn"
+    class_agnostic: ClassVar[bool] = True
 
     deform_layers: DeformLayers = 0
     """Leave it at 0: a proposal network does not see the deformable layers of conv5."""

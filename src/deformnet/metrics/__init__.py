@@ -1,4 +1,4 @@
-"""Scores of predictions against the truth. Takes tensors; knows no model and no data set."""
+"""Scores of predictions against ground truth. Takes tensors and files; knows no model."""
 
 from deformnet.metrics.classification import (
     ClassificationCounts,
@@ -14,17 +14,17 @@ from deformnet.metrics.segmentation import (
     segmentation_scores,
     size_scores,
 )
-from deformnet.metrics.voc import Found, Method, Truth, VOCScores, voc_ap, voc_table
+from deformnet.metrics.voc import GroundTruth, Method, Predictions, VOCScores, voc_ap
 
 __all__ = [
     "ClassificationCounts",
     "ClassificationScores",
-    "Found",
+    "GroundTruth",
     "Method",
     "ObjectCounts",
+    "Predictions",
     "SegmentationScores",
     "SizeScores",
-    "Truth",
     "VOCScores",
     "classification_scores",
     "coco_ap",
@@ -33,5 +33,4 @@ __all__ = [
     "segmentation_scores",
     "size_scores",
     "voc_ap",
-    "voc_table",
 ]

@@ -1,6 +1,6 @@
 """Top-1 and top-5 error of image classification, from counts of images.
 
-Counts are 64-bit integers and add up, over batches and over processes, to the last digit.
+Counts are 64-bit integers and add up exactly, over batches and over processes.
 """
 
 import math
@@ -12,16 +12,18 @@ from torch import Tensor
 from torchmetrics import Metric
 
 TOP = 5
-"""How many guesses the looser of the two errors allows."""
+"""Number of guesses that the looser of the two errors allows."""
 
 
 @dataclass(frozen=True)
 class ClassificationScores:
-    """
+    """Errors of a set of images.
+
     Attributes:
-        top1_error: share of the images whose class is not the best scored one; NaN without images.
-        top5_error: share of the images whose class is not among the five best scored ones; None if
-            there are five classes or fewer, where it would always be 0.
+        top1_error: fraction of the images whose class does not have the best score; NaN without
+            images.
+        top5_error: fraction of the images whose class is not among the five best scores; None for
+            five classes or fewer, for which it is always 0.
         class_errors: top-1 error over the images of each class; NaN for a class without images.
     """
 
@@ -40,10 +42,11 @@ class ClassificationScores:
 
 
 class ClassificationCounts(Metric):
-    """Counts of right guesses; `classification_scores` makes the scores.
+    """Counts of correct guesses; `classification_scores` computes the scores.
 
     Args:
-        num_classes: classes.
+        num_classes: number of classes.
+        sync: whether `compute` sums over the processes of torch.distributed.
     """
 
     is_differentiable = False
@@ -51,50 +54,53 @@ class ClassificationCounts(Metric):
     full_state_update = False
     counts: Tensor
 
-    def __init__(self, num_classes: int) -> None:
-        super().__init__()
+    def __init__(self, num_classes: int, *, sync: bool = True) -> None:
+        super().__init__(sync_on_compute=sync)
         self.num_classes = num_classes
         empty = torch.zeros(num_classes, 3, dtype=torch.int64)
         self.add_state("counts", empty, dist_reduce_fx="sum")
 
     def update(self, logits: Tensor, target: Tensor) -> None:
         """
-        Of classes with equal scores the first is preferred, on every device.
+        Ties are broken by the lower class, on every device.
 
         Args:
             logits: [N, C] scores.
             target: [N] class ids.
         Raises:
-            ValueError: if the shapes disagree, or a label is no class.
+            ValueError: if the shapes disagree, or a label is out of range.
         """
         if logits.ndim != 2 or target.ndim != 1 or len(logits) != len(target):
             raise ValueError(
-                f"logits and target must be [N, C] and [N], got {list(logits.shape)} and "
+                f"expected logits [N, C] and target [N], but got {list(logits.shape)} and "
                 f"{list(target.shape)}"
             )
         if logits.shape[1] != self.num_classes:
-            raise ValueError(f"logits: wanted {self.num_classes} classes, got {logits.shape[1]}")
+            raise ValueError(
+                f"expected logits of {self.num_classes} classes, but got {logits.shape[1]}"
+            )
         wrong = (target < 0) | (target >= self.num_classes)
         if wrong.any():
             raise ValueError(
-                f"target has label {int(target[wrong][0])}, wanted 0 to {self.num_classes - 1}"
+                f"expected labels of target to be 0 to {self.num_classes - 1}, but got "
+                f"{int(target[wrong][0])}"
             )
         guesses = logits.argsort(dim=1, descending=True, stable=True)[:, :TOP]
-        right = guesses == target[:, None]
-        row = torch.stack([right[:, 0], right.any(dim=1), torch.ones_like(right[:, 0])], dim=1)
+        correct = guesses == target[:, None]
+        row = torch.stack([correct[:, 0], correct.any(dim=1), torch.ones_like(target)], dim=1)
         self.counts.index_add_(0, target, row.long())
 
     def compute(self) -> Tensor:
         """
         Returns:
-            int64 [C, 3]: for each class the images whose first guess is right, those with the
-            class among their five first guesses, and all its images.
+            int64 [C, 3]: for each class the number of images whose first guess is correct, of those
+            with the class among their five first guesses, and of all.
         """
         return self.counts
 
 
 def classification_scores(counts: Tensor) -> ClassificationScores:
-    """The errors over the whole set, and of each class.
+    """The errors of the whole set, and of each class.
 
     Args:
         counts: [C, 3], what `ClassificationCounts.compute` returns.

@@ -8,6 +8,9 @@ from typing import Any, Literal
 
 from faster_coco_eval import COCO, COCOeval_faster
 
+from deformnet._errors import UserError
+from deformnet._text import Table, percent
+
 NAMES = (
     "AP",
     "AP50",
@@ -38,17 +41,17 @@ def coco_ap(
     """COCO's twelve numbers (`NAMES`) of detections in COCO's result format.
 
     Args:
-        annotation_file: a COCO json with `images`, `annotations` and `categories`, or several
-            with the same categories and other images.
-        results: one detection each: `image_id`, `category_id`, `score`, and `bbox` [x, y, width,
-            height] or `segmentation` (RLE), whichever `iou_type` compares. Not changed.
+        annotation_file: a COCO JSON file with `images`, `annotations` and `categories`, or several
+            with the same categories and different images.
+        results: detections with `image_id`, `category_id`, `score`, and `bbox` [x, y, width,
+            height] or `segmentation` (RLE), depending on `iou_type`. Not modified.
         iou_type: compare boxes or masks.
     Returns:
         numbers from 0 to 1; NaN where the set has no such objects (COCO's own tools say -1).
     Raises:
         FileNotFoundError: if there is no such annotation file.
-        ValueError: if it is no COCO json; for a malformed detection, or one of an image or a
-            category that the file does not list.
+        ValueError: if it is not a COCO JSON file; for a malformed detection, or one of an image or
+            a category that the file does not list.
     """
     files = [annotation_file] if isinstance(annotation_file, Path) else list(annotation_file)
     annotations = _joined([_read(file, iou_type) for file in files])
@@ -62,9 +65,9 @@ def coco_ap(
                 f"results: {len(unknown)} of {len(detections)} detections are unknown to "
                 f"{' and '.join(map(str, files))}, such as one of {key} {unknown[0]}"
             )
-    truth = COCO(annotations, print_function=_silent)
+    ground_truth = COCO(annotations, print_function=_silent)
     evaluation = COCOeval_faster(
-        truth, truth.loadRes(detections), iouType=iou_type, print_function=_silent
+        ground_truth, ground_truth.loadRes(detections), iouType=iou_type, print_function=_silent
     )
     evaluation.run()
     values = [float(value) for value in evaluation.all_stats[: len(NAMES)]]
@@ -73,18 +76,15 @@ def coco_ap(
     }
 
 
-def coco_table(scores: Mapping[str, float | None]) -> str:
-    """The numbers of `coco_ap` (None for NaN) in percent as text, a line for each."""
-    width = max(map(len, scores))
-    lines = [
-        f"{name:{width}} {'-' if value is None else f'{100 * value:.2f}':>6}"
-        for name, value in scores.items()
-    ]
-    return "\n".join(["COCO AP in percent", *lines])
+def coco_table(numbers: Mapping[str, float]) -> Table:
+    """The numbers of `coco_ap` in percent."""
+    return Table(
+        "COCO AP and AR in percent", (), [(name, percent(v)) for name, v in numbers.items()]
+    )
 
 
 def _read(path: Path, iou_type: str) -> dict[str, list[dict[str, Any]]]:
-    """What of an annotation file is needed."""
+    """The content of an annotation file that the evaluation needs."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
         annotations = []
@@ -109,17 +109,17 @@ def _read(path: Path, iou_type: str) -> dict[str, list[dict[str, Any]]]:
             for category in content["categories"]
         ]
     except KeyError as error:
-        raise ValueError(f"{path}: not COCO annotations (no {error})") from error
+        raise UserError(f"{path}: expected COCO annotations, but there is no {error}") from error
     except (ValueError, TypeError, IndexError) as error:
-        raise ValueError(f"{path}: not COCO annotations ({error})") from error
+        raise UserError(f"{path}: expected COCO annotations ({error})") from error
     return {"images": images, "categories": categories, "annotations": annotations}
 
 
 def _joined(files: Sequence[dict[str, list[dict[str, Any]]]]) -> dict[str, list[dict[str, Any]]]:
     """The content of all files as of one, with new annotation ids.
 
-    The ids are given anew because the evaluation takes id 0 for "not matched" and loses all but one
-    of the annotations that share an id.
+    The evaluation would take id 0 for "not matched" and lose all but one of the annotations that
+    share an id.
     """
     annotations = [annotation for content in files for annotation in content["annotations"]]
     return {
@@ -130,14 +130,18 @@ def _joined(files: Sequence[dict[str, list[dict[str, Any]]]]) -> dict[str, list[
 
 
 def _detection(number: int, result: Mapping[str, Any], iou_type: str) -> dict[str, Any]:
-    """A checked copy of a detection: the evaluation writes into those that it is given."""
+    """A checked copy of a detection, since the evaluation modifies its input."""
     region = "bbox" if iou_type == "bbox" else "segmentation"
-    wanted = ("image_id", "category_id", "score", region)
-    if not isinstance(result, Mapping) or any(key not in result for key in wanted):
-        raise ValueError(f"results[{number}]: wanted {', '.join(wanted)}, got {str(result)[:200]}")
+    keys = ("image_id", "category_id", "score", region)
+    if not isinstance(result, Mapping) or any(key not in result for key in keys):
+        raise ValueError(
+            f"results[{number}]: expected {', '.join(keys)}, but got {str(result)[:200]}"
+        )
     for key in ("image_id", "category_id", "score"):
         if not _is_number(result[key]):
-            raise ValueError(f"results[{number}]: wanted a number as {key}, got {result[key]}")
+            raise ValueError(
+                f"results[{number}]: expected {key} to be a number, but got {result[key]}"
+            )
     box = result[region]
     if region == "bbox" and not (
         isinstance(box, Sequence)
@@ -145,8 +149,10 @@ def _detection(number: int, result: Mapping[str, Any], iou_type: str) -> dict[st
         and all(_is_number(value) for value in box)
         and min(box[2:]) >= 0
     ):
-        raise ValueError(f"results[{number}]: wanted a box [x, y, width, height], got {box}")
-    return {key: result[key] for key in wanted}
+        raise ValueError(
+            f"results[{number}]: expected bbox to be [x, y, width, height], but got {box}"
+        )
+    return {key: result[key] for key in keys}
 
 
 def _is_number(value: object) -> bool:
@@ -154,4 +160,4 @@ def _is_number(value: object) -> bool:
 
 
 def _silent(*_: object) -> None:
-    """Takes what the library would print."""
+    """Discards the output of the library."""

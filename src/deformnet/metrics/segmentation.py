@@ -1,33 +1,36 @@
 """Scores of semantic segmentation, all from counts of pixels.
 
-Counts are 64-bit integers and add up: over batches, over processes (torchmetrics sums the states),
-and over parts of a set, to the last digit.
+Counts are 64-bit integers and add up exactly: over batches, over processes (torchmetrics sums the
+states), and over parts of a set.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
+from scipy import ndimage
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 IGNORE = 255
-"""The label of pixels that are not scored."""
+"""Label of pixels that are not scored."""
 
 SIZES = ("small", "medium", "large")
 
 
 @dataclass(frozen=True)
 class SegmentationScores:
-    """
+    """Scores of a set of images.
+
     Attributes:
         mean_iou: mean of `iou` over the classes that occur; NaN if none does.
-        iou: intersection over union of each class; NaN for a class that occurs neither in the truth
-            nor in the predictions.
-        pixel_accuracy: right pixels among those that are scored; NaN if none is.
+        iou: intersection over union of each class; NaN for a class that occurs neither in the
+            ground truth nor in the predictions.
+        pixel_accuracy: fraction of the valid pixels that are correct; NaN without valid pixels.
     """
 
     mean_iou: float
@@ -46,48 +49,54 @@ class SegmentationScores:
 class _ConfusionMatrix(MulticlassConfusionMatrix):
     """With a check of every label: torchmetrics counts some labels out of range elsewhere."""
 
-    def __init__(self, num_classes: int) -> None:
-        super().__init__(num_classes, ignore_index=IGNORE, validate_args=False)
+    def __init__(self, num_classes: int, *, sync: bool) -> None:
+        super().__init__(
+            num_classes, ignore_index=IGNORE, validate_args=False, sync_on_compute=sync
+        )
 
     def update(self, preds: Tensor, target: Tensor) -> None:
         if preds.ndim == target.ndim + 1:
             preds = preds.argmax(dim=1)
         if preds.shape != target.shape:
             raise ValueError(
-                f"prediction {list(preds.shape)} and target {list(target.shape)} differ in size"
+                f"expected prediction and target to have one size, but got {list(preds.shape)} "
+                f"and {list(target.shape)}"
             )
         _check_labels("prediction", preds, self.num_classes)
         _check_labels("target", target[target != IGNORE], self.num_classes)
         super().update(preds, target)
 
 
-def confusion_matrix(num_classes: int) -> MulticlassConfusionMatrix:
+def confusion_matrix(num_classes: int, *, sync: bool = True) -> MulticlassConfusionMatrix:
     """The metric that counts: `update(prediction, target)`, then `segmentation_scores(compute())`.
 
-    `target` is [N, H, W], class ids or 255 where not scored; `prediction` is [N, H, W], class ids,
-    or logits [N, C, H, W]. The result is int64 [C, C], row truth, column prediction. Updating
-    raises ValueError for tensors of other sizes and for labels that are no class.
+    `target` is [N, H, W], class ids or 255 for void; `prediction` is [N, H, W], class ids, or
+    logits [N, C, H, W]. The result is int64 [C, C], rows ground truth, columns prediction. Updating
+    raises ValueError for tensors of other sizes and for labels out of range.
+
+    Args:
+        sync: whether `compute` sums over the processes of torch.distributed.
     """
-    return _ConfusionMatrix(num_classes)
+    return _ConfusionMatrix(num_classes, sync=sync)
 
 
 def segmentation_scores(confusion: Tensor) -> SegmentationScores:
     """Mean IoU over the classes that occur, IoU of each class and pixel accuracy.
 
     With one confusion matrix of the whole set, IoU of class c is TP / (TP + FP + FN): the measure
-    of VOC and Cityscapes, not a mean over images. A class occurs if it has a pixel in the truth or
-    in the predictions; one that does not has no IoU and is left out of the mean. (So a class that
-    is absent from the truth counts 0 as soon as one pixel is given to it.)
+    of VOC and Cityscapes, not a mean over images. A class occurs if it has a pixel in the ground
+    truth or in the predictions; one that does not has no IoU and is left out of the mean. (So a
+    class that is absent from the ground truth counts 0 as soon as one pixel is predicted as it.)
 
     Args:
-        confusion: [C, C] counts, row truth, column prediction.
+        confusion: [C, C] counts, rows ground truth, columns prediction.
     Raises:
         ValueError: if `confusion` is not a square matrix.
     """
     if confusion.numel() == 1:
         confusion = confusion.reshape(1, 1)  # torchmetrics drops the dimensions of a single count
     if confusion.ndim != 2 or confusion.shape[0] != confusion.shape[1]:
-        raise ValueError(f"confusion must be [C, C], got {list(confusion.shape)}")
+        raise ValueError(f"expected confusion to be [C, C], but got {list(confusion.shape)}")
     counts = confusion.detach().cpu().double()
     right = counts.diagonal()
     iou = _ratio(right, counts.sum(0) + counts.sum(1) - right)
@@ -102,7 +111,7 @@ class SizeScores:
     Attributes:
         mean_iou: mean of `iou` over the classes with an object of this size; NaN if none has.
         iou: of each class; NaN for a class without an object of this size.
-        objects: how many objects there are.
+        objects: number of objects.
     """
 
     mean_iou: float
@@ -121,24 +130,23 @@ class SizeScores:
 class ObjectCounts(Metric):
     """Counts for the IoU of small, medium and large objects; `size_scores` makes the scores.
 
-    An object is a connected region (8 neighbours) of one class in the truth, its size the number
-    of its pixels. That needs no instance labels, so every set can be scored; objects of a class
-    that touch count as one.
+    An object is a connected region (8 neighbors) of one class in the ground truth, its size the
+    number of its pixels. This needs no instance labels, so every set can be scored; touching
+    objects of a class count as one.
 
-    A wrongly labelled pixel belongs to no object, so what is a false positive for one size must be
-    laid down. Here each object is scored in a window around it: its bounding box, grown on every
-    side by half the box's width and height. For an object of class c, pixels of the window count
+    A false positive belongs to no object, and so has no size by itself. Here each object is scored
+    in a window around it: its bounding box, grown on every side by half the box's width and height.
+    For an object of class c, pixels of the window count
 
-    - as TP or FN where they are the object's, as they are predicted c or not;
-    - as FP where they are predicted c and the truth is another class;
-    - not at all where the truth is void, or another object of class c.
+    - as TP or FN inside the object, if they are predicted c or not;
+    - as FP if they are predicted c and the ground truth is another class;
+    - not at all if the ground truth is void, or another object of class c.
 
     TP, FP and FN are summed by class and size over the set (an FP near two objects counts for
-    both), IoU is TP / (TP + FP + FN), and the mean is over the classes that have objects of that
-    size. Growing with the object, the window
-    charges small and large objects alike for spilling over their outline; to charge all false
-    positives of an image instead would make small objects answer for those of the large ones. What
-    is far from any object of its class shows in the mean IoU alone.
+    both), IoU is TP / (TP + FP + FN), and the mean is over the classes with objects of that size.
+    As the window grows with the object, small and large objects pay alike for predictions beyond
+    their outline; if all false positives of an image counted, small objects would pay for those of
+    the large ones. False positives far from any object of their class show in the mean IoU alone.
     """
 
     is_differentiable = False
@@ -157,14 +165,14 @@ class ObjectCounts(Metric):
         """
         Args:
             small: objects of fewer pixels are small (COCO: 32^2).
-            large: objects of more pixels are large (COCO: 96^2); the others are medium.
-            background: a class that has no objects; None if all have.
+            large: objects of more pixels are large (COCO: 96^2); all others are medium.
+            background: a class without objects; None if all have them.
         Raises:
             ValueError: if not 0 < small <= large.
         """
         super().__init__()
         if not 0 < small <= large:
-            raise ValueError(f"wanted 0 < small <= large, got small={small}, large={large}")
+            raise ValueError(f"expected 0 < small <= large, but got small={small}, large={large}")
         self.num_classes = num_classes
         self.small = small
         self.large = large
@@ -176,19 +184,19 @@ class ObjectCounts(Metric):
         """
         Args:
             prediction: [N, H, W] class ids.
-            target: [N, H, W] class ids, 255 where not scored.
+            target: [N, H, W] class ids, 255 for void.
         Raises:
-            ValueError: if the shapes are not equal or not [N, H, W], or a label is no class.
+            ValueError: if the shapes are not equal or not [N, H, W], or a label is out of range.
         """
         if prediction.shape != target.shape or target.ndim != 3:
             raise ValueError(
-                "prediction and target must both be [N, H, W], got "
+                "expected prediction and target to be [N, H, W], but got "
                 f"{list(prediction.shape)} and {list(target.shape)}"
             )
         _check_labels("target", target[target != IGNORE], self.num_classes)
         counts = np.zeros(self.counts.shape, dtype=np.int64)
-        for predicted, truth in zip(prediction.cpu().numpy(), target.cpu().numpy(), strict=True):
-            self._count_image(predicted, truth, counts)
+        for pair in zip(prediction.cpu().numpy(), target.cpu().numpy(), strict=True):
+            self._count_image(*pair, counts)
         self.counts += torch.from_numpy(counts).to(self.counts.device)
 
     def compute(self) -> Tensor:
@@ -199,21 +207,21 @@ class ObjectCounts(Metric):
         """
         return self.counts
 
-    def _count_image(self, predicted: np.ndarray, truth: np.ndarray, counts: np.ndarray) -> None:
+    def _count_image(self, prediction: np.ndarray, target: np.ndarray, counts: np.ndarray) -> None:
         """Adds one image (both [H, W]) to `counts`."""
-        regions = connected_regions(truth)
+        regions = connected_regions(target)
         for region, box in enumerate(region_boxes(regions)):
             inside = regions[box] == region
-            label = truth[box][inside][0]
+            label = target[box][inside][0]
             if label in (IGNORE, self.background):
                 continue
             area = np.count_nonzero(inside)
             size = 0 if area < self.small else 2 if area > self.large else 1
-            found = np.count_nonzero(inside & (predicted[box] == label))
-            window = tuple(_grown(*pair) for pair in zip(box, truth.shape, strict=True))
-            other = (truth[window] != label) & (truth[window] != IGNORE)
-            spilled = np.count_nonzero(other & (predicted[window] == label))
-            counts[size, label] += (found, spilled, area - found, 1)
+            true = np.count_nonzero(inside & (prediction[box] == label))
+            window = tuple(_grown(*pair) for pair in zip(box, target.shape, strict=True))
+            other = (target[window] != label) & (target[window] != IGNORE)
+            false = np.count_nonzero(other & (prediction[window] == label))
+            counts[size, label] += (true, false, area - true, 1)
 
 
 def size_scores(counts: Tensor) -> dict[str, SizeScores]:
@@ -231,47 +239,24 @@ def size_scores(counts: Tensor) -> dict[str, SizeScores]:
 
 
 def connected_regions(labels: np.ndarray) -> np.ndarray:
-    """Numbers the connected regions (8 neighbours) of equal labels from 0, in reading order.
+    """Numbers the connected regions (8 neighbors) of equal labels from 0, in reading order.
 
     Args:
         labels: [H, W] integers.
     Returns:
         int64 [H, W]
     """
-    if labels.size == 0:
-        return np.zeros(labels.shape, dtype=np.int64)
-    # Nodes are the runs of equal labels within a row: far fewer than pixels.
-    starts = np.ones(labels.shape, dtype=bool)
-    starts[:, 1:] = labels[:, 1:] != labels[:, :-1]
-    runs = (np.cumsum(starts) - 1).reshape(labels.shape)
-    first, second = _touching_runs(labels, runs)
-    # A run's number falls to the least in its region. Two steps alternate and end in a few rounds:
-    # the lower number goes to the root of the higher one, then all chains are shortened.
-    root = np.arange(runs[-1, -1] + 1)
-    while True:
-        low = np.minimum(root[first], root[second])
-        high = np.maximum(root[first], root[second])
-        apart = low != high
-        if not apart.any():
-            break
-        np.minimum.at(root, high[apart], low[apart])
-        while (root[root] != root).any():
-            root = root[root]
-    return np.unique(root, return_inverse=True)[1][runs]
-
-
-def _touching_runs(labels: np.ndarray, runs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The pairs of runs in neighbouring rows that have one label and touch, also by a corner."""
-    pairs = [np.zeros((2, 0), dtype=np.int64)]
-    every, but_first, but_last = slice(None), slice(1, None), slice(None, -1)
-    for above, below in ((every, every), (but_last, but_first), (but_first, but_last)):
-        same = labels[:-1, above] == labels[1:, below]
-        pair = np.stack([runs[:-1, above][same], runs[1:, below][same]])
-        new = np.ones(pair.shape[1], dtype=bool)
-        new[1:] = (pair[:, 1:] != pair[:, :-1]).any(0)
-        pairs.append(pair[:, new])
-    first, second = np.concatenate(pairs, axis=1)
-    return first, second
+    regions = np.zeros(labels.shape, dtype=np.int64)
+    count = 0
+    for label in np.unique(labels):
+        found = ndimage.label(labels == label, structure=np.ones((3, 3)))
+        of_label, number = cast(tuple[np.ndarray, int], found)
+        np.add(of_label, count - 1, out=regions, where=of_label > 0)
+        count += number
+    first = np.zeros(count, dtype=np.int64)
+    # Of several values for a region, the last one stays: its first pixel.
+    first[regions.ravel()[::-1]] = np.arange(regions.size)[::-1]
+    return first.argsort().argsort()[regions]
 
 
 def region_boxes(regions: np.ndarray) -> list[tuple[slice, slice]]:
@@ -280,14 +265,7 @@ def region_boxes(regions: np.ndarray) -> list[tuple[slice, slice]]:
     Args:
         regions: [H, W], as `connected_regions` numbers them.
     """
-    spans = []
-    for places in np.indices(regions.shape, sparse=True):
-        first = np.full(regions.max(initial=-1) + 1, max(regions.shape))
-        last = np.zeros_like(first)
-        np.minimum.at(first, regions, places)
-        np.maximum.at(last, regions, places)
-        spans.append([slice(a, b + 1) for a, b in zip(first.tolist(), last.tolist(), strict=True)])
-    return list(zip(*spans, strict=True))
+    return ndimage.find_objects(regions + 1)
 
 
 def _grown(span: slice, length: int) -> slice:
@@ -299,7 +277,10 @@ def _grown(span: slice, length: int) -> slice:
 def _check_labels(name: str, labels: Tensor, num_classes: int) -> None:
     wrong = (labels < 0) | (labels >= num_classes)
     if wrong.any():
-        raise ValueError(f"{name} has label {int(labels[wrong][0])}, wanted 0 to {num_classes - 1}")
+        raise ValueError(
+            f"expected labels of {name} to be 0 to {num_classes - 1}, "
+            f"but got {int(labels[wrong][0])}"
+        )
 
 
 def _ratio(part: Tensor, whole: Tensor) -> Tensor:

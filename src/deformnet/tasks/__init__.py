@@ -1,0 +1,40 @@
+"""What each kind of network is trained and evaluated for: segmentation, detection, classification.
+
+`task_of` is the only place that knows which recipe belongs to which task.
+"""
+
+from deformnet.recipes import ClassifierRecipe, DeepLabRecipe, DetectorRecipe, Recipe
+from deformnet.tasks.base import DataIdentity, Processes, SingleProcess, Task, TaskOptions
+from deformnet.tasks.classification import ClassificationTask
+from deformnet.tasks.detection import DetectionTask
+from deformnet.tasks.images import find_images
+from deformnet.tasks.segmentation import SegmentationTask
+
+__all__ = [
+    "DataIdentity",
+    "Processes",
+    "SingleProcess",
+    "Task",
+    "TaskOptions",
+    "find_images",
+    "task_of",
+]
+
+
+def task_of(recipe: Recipe, options: TaskOptions | None = None) -> Task:
+    """The task of a recipe's network.
+
+    Args:
+        options: of evaluation and prediction.
+    Raises:
+        UserError: for options that the task does not have.
+    """
+    options = options or TaskOptions()
+    match recipe:
+        case DeepLabRecipe():
+            return SegmentationTask(recipe, options)
+        case DetectorRecipe():
+            return DetectionTask(recipe, options)
+        case ClassifierRecipe():
+            return ClassificationTask(recipe, options)
+    raise TypeError(f"expected the recipe of a known task, but got {type(recipe).__name__}")

@@ -268,9 +268,9 @@ class Task(ABC):
 
     @abstractmethod
     def annotated(
-        self, root: Path, split: str, classes: tuple[str, ...] | None = None
+        self, root: Path, split: str, trained_on: DataIdentity | None = None
     ) -> AnnotatedImages:
-        """Opens images with ground truth to look at; `classes` are those expected."""
+        """Opens images with ground truth to look at; arguments as of `evaluation_set`."""
 
     @abstractmethod
     def predictor(
@@ -300,12 +300,12 @@ def seeded(make: Callable[[int], _T], indices: Sequence[int], seeds: Sequence[in
     return samples
 
 
-def require_classes(root: Path, classes: tuple[str, ...], expected: tuple[str, ...]) -> None:
-    """Refuses a data set with other classes than those a network was trained on."""
-    if tuple(classes) != tuple(expected):
+def require_classes(root: Path, classes: tuple[str, ...], trained_on: DataIdentity | None) -> None:
+    """Refuses a data set whose classes are not those that a network was trained on."""
+    if trained_on is not None and tuple(classes) != tuple(trained_on.classes):
         raise UserError(
             f"{root}: expected the classes that the network was trained on "
-            f"({_listed(expected)}), but got {_listed(classes)}"
+            f"({_listed(trained_on.classes)}), but got {_listed(classes)}"
         )
 
 

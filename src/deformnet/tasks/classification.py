@@ -1,32 +1,60 @@
-"""The classifier for Lightning: the training step, the scoring of images, and the data of both."""
+"""Image classification: a class for every image."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, NoReturn, Protocol, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torchvision import tv_tensors
 
+from deformnet._files import replacing
+from deformnet._text import Table, percent
 from deformnet.data.image_folder import ImageFolderClassification, image_folder_splits
 from deformnet.data.transforms import (
+    Resize,
     classification_evaluation_transforms,
     classification_training_transforms,
 )
-from deformnet.engine.loading import ScoringData, TrainingData
-from deformnet.engine.module import TrainingModule
-from deformnet.engine.runs import DataIdentity
 from deformnet.metrics.classification import (
     ClassificationCounts,
     ClassificationScores,
     classification_scores,
 )
-from deformnet.models.classifier import Classifier
 from deformnet.recipes import ClassifierRecipe
+from deformnet.tasks.annotations import AnnotatedImages, Annotation
+from deformnet.tasks.base import (
+    DataIdentity,
+    EvaluationSet,
+    Processes,
+    Scores,
+    Task,
+    TaskOptions,
+    TrainingSet,
+    require_classes,
+    seeded,
+)
+from deformnet.tasks.images import read_images, require_image
+from deformnet.tasks.loading import shared
+from deformnet.tasks.predictor import Inference, Predictor, Prepared, Size, ready
+
+_BEST = 5  # classes of an image that are written
+
+
+class _Network(Protocol):
+    """What a recipe of this task builds."""
+
+    def __call__(self, images: Tensor, /) -> Tensor:
+        """Logits [N, C]."""
+        ...
+
+    def losses(self, logits: Tensor, labels: Tensor, /) -> dict[str, Tensor]: ...
 
 
 class Batch(NamedTuple):
-    """Images with their classes.
+    """Images and classes.
 
     Attributes:
         images: [N, 3, crop, crop]
@@ -37,90 +65,258 @@ class Batch(NamedTuple):
     labels: Tensor
 
     def weight(self) -> int:
-        """The images."""
+        """Number of images."""
         return len(self.labels)
 
-    def extended(self, height: int, width: int) -> "Batch":
-        raise AssertionError(f"all crops have one size, got another of {height} x {width}")
+    def padded(self, height: int, width: int) -> NoReturn:
+        raise AssertionError(f"all crops have one size, but got another of {height} x {width}")
+
+    def losses(self, model: nn.Module) -> dict[str, Tensor]:
+        network = cast(_Network, model)
+        logits = network(self.images.contiguous(memory_format=torch.channels_last))
+        return network.losses(logits, self.labels)
 
 
-class ClassificationModule(TrainingModule):
-    """Trains and scores a classifier.
+class ClassificationTrainingSet(TrainingSet):
+    """Images and classes with random transforms."""
 
-    Args:
-        recipe, model, data: see `TrainingModule`.
-    Attributes:
-        scores: after `Trainer.validate`, over all images and processes.
-    """
+    def __init__(self, recipe: ClassifierRecipe, images: ImageFolderClassification) -> None:
+        self.identity = DataIdentity.of(images.classes, map(images.name, range(len(images))))
+        self._images = images
+        self._transforms = classification_training_transforms(
+            resize=recipe.resize,
+            crop=recipe.crop,
+            flip=recipe.flip,
+            color_jitter=recipe.color_jitter,
+        )
 
-    model: Classifier
+    def batch(self, indices: Sequence[int], seeds: Sequence[int]) -> Batch:
+        images, labels = zip(*seeded(self._sample, indices, seeds), strict=True)
+        return Batch(torch.stack(images), torch.tensor(labels))
 
-    def __init__(self, recipe: ClassifierRecipe, model: Classifier, data: DataIdentity) -> None:
-        super().__init__(recipe, model, data)
-        self.counts = ClassificationCounts(len(data.classes))
-        self.scores: ClassificationScores | None = None
+    def _sample(self, index: int) -> tuple[Tensor, int]:
+        image, label = self._images[index]
+        return self._transforms(tv_tensors.Image(image)), label
 
-    def terms(self, part: Batch) -> dict[str, Tensor]:
-        logits = self.model(part.images.contiguous(memory_format=torch.channels_last))
-        return self.model.losses(logits, part.labels)
 
-    def on_validation_epoch_start(self) -> None:
-        self.counts.reset()
+class ClassificationEvaluationSet(EvaluationSet):
+    """Images, the square that the network sees, each with its class."""
 
-    def validation_step(self, batch: tuple[Tensor, int], batch_idx: int) -> None:
-        image, label = batch
-        logits = self.model(image[None].contiguous(memory_format=torch.channels_last))
-        self.counts.update(logits, torch.tensor([label], device=logits.device))
+    def __init__(self, recipe: ClassifierRecipe, images: ImageFolderClassification) -> None:
+        self.classes = images.classes
+        self._images = images
+        self._transforms = classification_evaluation_transforms(
+            short_side=recipe.test_short_side, crop=recipe.crop
+        )
 
-    def on_validation_epoch_end(self) -> None:
-        self.scores = classification_scores(self.counts.compute())
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def name(self, index: int) -> str:
+        return self._images.name(index)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        image, label = self._images[index]
+        return self._transforms(tv_tensors.Image(image)), torch.tensor([label])
+
+    @torch.inference_mode()
+    def evaluate(
+        self, model: nn.Module, processes: Processes, *, workers: int = 0, progress: bool = False
+    ) -> "ClassificationResult":
+        network = cast(_Network, ready(model, processes.device))
+        counts = ClassificationCounts(len(self.classes), sync=False).to(processes.device)
+        for _, sample in shared(self, processes, workers=workers, progress=progress):
+            image, label = (part.to(processes.device) for part in sample)
+            counts.update(network(image[None].contiguous(memory_format=torch.channels_last)), label)
+        total = torch.stack(processes.gather(counts.compute().cpu())).sum(dim=0)
+        return ClassificationResult(classification_scores(total), self.classes)
 
 
 @dataclass(frozen=True)
-class ClassificationJob:
-    """What training and scoring do for a classifier; see `deformnet.engine.train`."""
+class ClassificationResult(Scores):
+    """Top-1 and top-5 error, and top-1 error of each class."""
 
-    recipe: ClassifierRecipe
+    scores: ClassificationScores
+    classes: tuple[str, ...]
 
-    loss_terms: ClassVar[tuple[str, ...]] = ()
+    def to_json(self) -> dict[str, object]:
+        return self.scores.to_json(self.classes)
 
-    def splits(self, data: Path) -> list[str]:
-        return image_folder_splits(data)
+    def table(self) -> Table:
+        scores = self.scores
+        rows = [
+            *zip(self.classes, scores.class_errors, strict=True),
+            ("top-1", scores.top1_error),
+            ("top-5", scores.top5_error),
+        ]
+        return Table("Error", (), [(name, percent(error, 1)) for name, error in rows])
 
-    def open(self, data: Path, split: str) -> ImageFolderClassification:
-        return ImageFolderClassification(data, split)
+    def summary(self) -> dict[str, float | None]:
+        errors = self.scores.to_json(self.classes)
+        named = {"top-1 error": errors["top1_error"], "top-5 error": errors["top5_error"]}
+        return {name: 100 * e if isinstance(e, float) else None for name, e in named.items()}
 
-    def identity(self, images: ImageFolderClassification) -> DataIdentity:
-        return DataIdentity.of(images.classes, (images.name(i) for i in range(len(images))))
 
-    def training_data(
-        self, images: ImageFolderClassification, workers: int, parts: int
-    ) -> TrainingData:
-        images.transform = classification_training_transforms(
-            resize=self.recipe.resize,
-            crop=self.recipe.crop,
-            flip=self.recipe.flip,
-            color_jitter=self.recipe.color_jitter,
+@dataclass(frozen=True)
+class ImageClass(Annotation):
+    """The class of an image.
+
+    Attributes:
+        label: name of the class; of a prediction, the most probable one.
+        probabilities: names and probabilities of all classes, best first; empty for ground truth.
+    """
+
+    label: str | None
+    probabilities: Sequence[tuple[str, float]] = ()
+
+    def draw(self, image: Tensor) -> None:
+        """Nothing: the class of an image has no place in it."""
+
+    def ranking(self, count: int) -> list[tuple[str, float]]:
+        return list(self.probabilities[:count])
+
+    def contents(self, objects: Collection[str]) -> NoReturn:
+        raise TypeError("expected ground truth that locates objects, but got the class of an image")
+
+
+class ClassifiedImages(AnnotatedImages):
+    """Images with their classes, to look at."""
+
+    countable = ()
+
+    def __init__(self, images: ImageFolderClassification) -> None:
+        self.classes = images.classes
+        self._images = images
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def name(self, index: int) -> str:
+        return self._images.name(index)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ImageClass]:
+        image, label = self._images[index]
+        return image.as_subclass(Tensor), ImageClass(self.classes[label])
+
+
+class ClassificationPredictor(Predictor[Tensor]):
+    """Predicts the probability of each class, [C].
+
+    Args:
+        model: the network.
+        classes: names of the labels.
+        short_side: shorter side of the resized image, in pixels.
+        crop: side of the square in its middle that the network sees.
+        device: where to compute; None takes a GPU if there is one.
+    """
+
+    has_picture: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        model: nn.Module,
+        classes: Sequence[str],
+        *,
+        short_side: int,
+        crop: int,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(model, classes, device)
+        self._network = cast(_Network, self.model)
+        self._transforms = classification_evaluation_transforms(short_side=short_side, crop=crop)
+        self._resize = Resize(short_side, None)
+
+    @torch.inference_mode()
+    def predict(self, image: Tensor) -> Tensor:
+        return self._probabilities(self.prepare(image))
+
+    def annotate(self, image: Tensor) -> ImageClass:
+        return self._annotation(self.predict(image))
+
+    def prepare(self, image: Tensor) -> Prepared:
+        seen = self._transforms(tv_tensors.Image(require_image(image)))
+        batch = seen[None].to(self.device, memory_format=torch.channels_last)
+        size, resized = image.shape[1:], self._resize.size(*image.shape[1:])
+        scale = (resized[0] / size[0], resized[1] / size[1])
+        # As torchvision's CenterCrop rounds.
+        corner = (round((resized[0] - seen.shape[1]) / 2), round((resized[1] - seen.shape[2]) / 2))
+        return Prepared(batch, scale, corner)
+
+    @torch.no_grad()
+    def infer(self, prepared: Prepared, size: Size) -> Inference:
+        return Inference(self._annotation(self._probabilities(prepared)))
+
+    def _probabilities(self, prepared: Prepared) -> Tensor:
+        return self._network(prepared.input).softmax(dim=1)[0].cpu()
+
+    def _annotation(self, probabilities: Tensor) -> ImageClass:
+        best, labels = probabilities.sort(descending=True, stable=True)
+        names = (self.classes[label] for label in labels.tolist())
+        ranking = list(zip(names, best.tolist(), strict=True))
+        return ImageClass(ranking[0][0], ranking)
+
+    def write(
+        self, files: Sequence[Path], out: Path, *, threshold: float = 0.5
+    ) -> Iterator[tuple[Path, str | None]]:
+        """Writes `predictions.jsonl`: the five most probable classes of each image, best first.
+
+            {"image": "photo.jpg", "classes": [{"class": "star", "probability": 0.93}, ...]}
+
+        The file is replaced when all images are done; an interruption leaves an older one.
+        """
+        with replacing(out / "predictions.jsonl") as lines:
+            for path, image in read_images(files):
+                if isinstance(image, str):
+                    yield path, image
+                    continue
+                classes = [
+                    {"class": name, "probability": round(probability, 6)}
+                    for name, probability in self.annotate(image).ranking(_BEST)
+                ]
+                line = json.dumps({"image": path.name, "classes": classes}, ensure_ascii=False)
+                lines.write(f"{line}\n".encode())
+                yield path, None
+
+
+class ClassificationTask(Task):
+    """Image classification; data in the layout SPLIT/CLASS/IMAGE."""
+
+    localizes: ClassVar[bool] = False
+
+    def __init__(self, recipe: ClassifierRecipe, options: TaskOptions) -> None:
+        super().__init__(recipe, options)
+        self._recipe = recipe
+
+    def splits(self, root: Path) -> list[str]:
+        return image_folder_splits(root)
+
+    def training_set(self, root: Path, split: str) -> ClassificationTrainingSet:
+        return ClassificationTrainingSet(self._recipe, ImageFolderClassification(root, split))
+
+    def evaluation_set(
+        self, root: Path, split: str, trained_on: DataIdentity | None = None
+    ) -> ClassificationEvaluationSet:
+        images = ImageFolderClassification(root, split)
+        require_classes(root, images.classes, trained_on)
+        return ClassificationEvaluationSet(self._recipe, images)
+
+    def annotated(
+        self, root: Path, split: str, trained_on: DataIdentity | None = None
+    ) -> ClassifiedImages:
+        images = ImageFolderClassification(root, split)
+        require_classes(root, images.classes, trained_on)
+        return ClassifiedImages(images)
+
+    def predictor(
+        self,
+        model: nn.Module,
+        trained_on: DataIdentity,
+        device: torch.device | str | None = None,
+    ) -> ClassificationPredictor:
+        return ClassificationPredictor(
+            model,
+            trained_on.classes,
+            short_side=self._recipe.test_short_side,
+            crop=self._recipe.crop,
+            device=device,
         )
-        return TrainingData(self.recipe, images, stack, workers, parts)
-
-    def scoring_data(self, images: ImageFolderClassification, workers: int) -> ScoringData:
-        images.transform = classification_evaluation_transforms(
-            short_side=self.recipe.test_short_side, crop=self.recipe.crop
-        )
-        return ScoringData(images, workers)
-
-    def module(self, model: Classifier, identity: DataIdentity) -> ClassificationModule:
-        return ClassificationModule(self.recipe, model, identity)
-
-    def metrics(
-        self, module: ClassificationModule, images: ImageFolderClassification, detections: Path
-    ) -> dict[str, Any]:
-        assert module.scores is not None
-        return module.scores.to_json(images.classes)
-
-
-def stack(samples: Sequence[tuple[Tensor, int]]) -> Batch:
-    """Puts images [3, crop, crop] and their labels together."""
-    images, labels = zip(*samples, strict=True)
-    return Batch(torch.stack(images), torch.tensor(labels))

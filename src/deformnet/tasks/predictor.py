@@ -7,7 +7,9 @@ from typing import ClassVar, Generic, NamedTuple, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
+from torchvision.transforms import v2
 
+from deformnet.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Resize
 from deformnet.tasks.annotations import Annotation
 from deformnet.tasks.images import ImageInput, as_image
 
@@ -64,14 +66,15 @@ class Bins(NamedTuple):
     moved: Tensor
 
 
-class Inference(ABC):
+class Inference:
     """One pass of a network over an image, kept for further questions.
 
-    Attributes:
+    Args:
         annotation: the prediction.
     """
 
-    annotation: Annotation
+    def __init__(self, annotation: Annotation) -> None:
+        self.annotation = annotation
 
     def bins(self, boxes: Annotation) -> Bins | None:
         """Bins of predicted boxes, moved as their classes move them; None without such pooling.
@@ -114,7 +117,7 @@ class Predictor(ABC, Generic[_P]):
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(device)
         self.classes = tuple(classes)
-        self.model = model.eval().to(self.device).to(memory_format=torch.channels_last)
+        self.model = ready(model, self.device)
 
     @overload
     def __call__(self, image: ImageInput, /) -> _P: ...
@@ -176,3 +179,15 @@ class Predictor(ABC, Generic[_P]):
         Raises:
             OSError: if a result cannot be written.
         """
+
+
+def ready(model: nn.Module, device: torch.device) -> nn.Module:
+    """The network in evaluation mode on a device, in the memory format that is fastest."""
+    return model.eval().to(device).to(memory_format=torch.channels_last)
+
+
+def preparation(short_side: int, max_side: int | None) -> v2.Compose:
+    """The transforms of evaluation, for an image alone."""
+    to_float = v2.ToDtype(torch.float32, scale=True)
+    normalize = v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)
+    return v2.Compose([Resize(short_side, max_side), to_float, normalize])

@@ -1,0 +1,216 @@
+"""Images with boxes: to train on, and to look at."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Self, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torchvision import tv_tensors
+
+from deformnet._errors import UserError
+from deformnet.data.boxes import BoxAnnotations, DetectionDataset
+from deformnet.data.transforms import detection_transforms
+from deformnet.models.detection.detector import Detector, Size, Target
+from deformnet.recipes import DetectorRecipe
+from deformnet.tasks.annotations import AnnotatedImages, Annotation, Contents, Thing
+from deformnet.tasks.base import DataIdentity, TrainingSet, seeded
+from deformnet.tasks.proposals import StoredProposals
+from deformnet.visualization.drawing import draw_boxes
+
+_PROPOSAL = -1  # label of a proposal, which passes through the transforms with the objects
+
+
+class Sample(NamedTuple):
+    """An image ready for the network.
+
+    Attributes:
+        image: float32 [3, h, w], normalized.
+        target: its objects.
+        proposals: stored boxes [P, 4] to train on, if there are any.
+        seed: for the network's own random numbers in this image.
+    """
+
+    image: Tensor
+    target: Target
+    proposals: Tensor | None
+    seed: int
+
+
+class Batch(NamedTuple):
+    """Samples of different sizes.
+
+    Attributes:
+        images: [N, 3, H, W] of the largest height and width; the padding has the mean color (0).
+        sizes: of the images without padding.
+        targets: their objects.
+        proposals: their stored proposals, if there are any.
+        seeds: for the network's own random numbers in them.
+    """
+
+    images: Tensor
+    sizes: list[Size]
+    targets: list[Target]
+    proposals: list[Tensor] | None
+    seeds: list[int]
+
+    def weight(self) -> int:
+        """Number of images."""
+        return len(self.sizes)
+
+    def padded(self, height: int, width: int) -> "Batch":
+        h, w = self.images.shape[2:]
+        return self._replace(images=F.pad(self.images, (0, width - w, 0, height - h)))
+
+    def losses(self, model: nn.Module) -> dict[str, Tensor]:
+        images = self.images.contiguous(memory_format=torch.channels_last)
+        generators = [torch.Generator(images.device).manual_seed(seed) for seed in self.seeds]
+        network = cast(Detector, model)
+        return network.losses(images, self.sizes, self.targets, self.proposals, generators)
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """Makes a batch of images of different sizes."""
+    sizes = [(sample.image.shape[1], sample.image.shape[2]) for sample in samples]
+    height, width = (max(side) for side in zip(*sizes, strict=True))
+    images = samples[0].image.new_zeros(len(samples), 3, height, width)
+    for n, (sample, (h, w)) in enumerate(zip(samples, sizes, strict=True)):
+        images[n, :, :h, :w] = sample.image
+    proposals = [sample.proposals for sample in samples if sample.proposals is not None]
+    return Batch(
+        images,
+        sizes,
+        [sample.target for sample in samples],
+        proposals or None,
+        [sample.seed for sample in samples],
+    )
+
+
+class DetectionTrainingSet(TrainingSet):
+    """Images with their objects, and their stored proposals, with random transforms."""
+
+    def __init__(
+        self, recipe: DetectorRecipe, images: DetectionDataset, proposals: StoredProposals | None
+    ) -> None:
+        if not images.has_ground_truth:
+            raise UserError(f"{images.root}: expected objects to train on, but none are published")
+        stored = None if proposals is None else proposals.digest
+        names = map(images.name, range(len(images)))
+        self.identity = DataIdentity.of(images.classes, names, stored)
+        if recipe.batch > 1:  # landscape and portrait apart, so that less of a batch is padding
+            sizes = [images.size(index) for index in range(len(images))]
+            self.groups = [int(width >= height) for height, width in sizes]
+        self._images = images
+        self._proposals = proposals
+        self._round = recipe.convention == "msra2017"
+        self._transforms = detection_transforms(
+            short_side=recipe.short_side, max_side=recipe.max_side, flip=recipe.flip
+        )
+
+    def batch(self, indices: Sequence[int], seeds: Sequence[int]) -> Batch:
+        return collate(seeded(self.sample, indices, seeds))
+
+    def sample(self, index: int) -> Sample:
+        """An image with random transforms."""
+        image, objects = self._images[index]
+        if self._proposals is not None:
+            objects = _with_proposals(objects, self._proposals[self._images.name(index)])
+        pixels, (boxes, labels, ignored) = self._transforms(image, objects)
+        learned = ~ignored & (labels != _PROPOSAL)
+        target = Target(boxes[learned], labels[learned])
+        if self._round:
+            target = target._replace(boxes=to_whole_pixels(target.boxes))
+        stored = None if self._proposals is None else boxes[labels == _PROPOSAL]
+        return Sample(pixels, target, stored, int(torch.randint(2**63 - 1, ())))
+
+
+def _with_proposals(objects: BoxAnnotations, proposals: Tensor) -> BoxAnnotations:
+    """The proposals after the objects, for the same transforms to move them."""
+    count, boxes = len(proposals), torch.cat([objects.boxes, proposals])
+    return BoxAnnotations(
+        tv_tensors.wrap(boxes, like=objects.boxes),  # pyright: ignore[reportCallIssue]
+        torch.cat([objects.labels, objects.labels.new_full((count,), _PROPOSAL)]),
+        torch.cat([objects.ignored, objects.ignored.new_zeros(count)]),
+    )
+
+
+def to_whole_pixels(boxes: Tensor) -> Tensor:
+    """Rounds the first and last pixels of boxes, as the authors' code does after resizing."""
+    first, last = boxes[:, :2].round(), (boxes[:, 2:] - 1).round()
+    return torch.cat([first, torch.maximum(last, first) + 1], dim=1)
+
+
+@dataclass(frozen=True)
+class Boxes(Annotation):
+    """Boxes with classes, and with scores if they are predicted.
+
+    Attributes:
+        boxes: float32 [D, 4] in pixels of the image.
+        labels: int64 [D].
+        classes: names of the labels.
+        size: (height, width) of the image.
+        scores: [D], best first; None for ground truth.
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    classes: tuple[str, ...]
+    size: Size
+    scores: Tensor | None = None
+
+    @property
+    def names(self) -> list[str]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return [self.classes[label] for label in self.labels.tolist()]
+
+    def draw(self, image: Tensor) -> Image.Image:
+        """The image with boxes, tags and a legend."""
+        height, width = (now / then for now, then in zip(image.shape[1:], self.size, strict=True))
+        boxes = self.boxes * torch.tensor([width, height, width, height])
+        return draw_boxes(image, boxes, self.labels, self.classes, self.scores)
+
+    def best(self, count: int | None = None, least_score: float = 0.0) -> Self:
+        if self.scores is None:
+            return self
+        kept = (self.scores >= least_score).nonzero()[:count, 0]
+        return replace(
+            self, boxes=self.boxes[kept], labels=self.labels[kept], scores=self.scores[kept]
+        )
+
+    def contents(self, objects: Collection[str]) -> Contents:
+        """An object fills its box; all boxes count, whatever `objects` says."""
+        things = []
+        background = np.ones(self.size, dtype=bool)
+        for box, name in zip(self.boxes.tolist(), self.names, strict=True):
+            x1, y1 = (int(edge) for edge in box[:2])
+            x2, y2 = (int(np.ceil(edge)) for edge in box[2:])
+            background[y1:y2, x1:x2] = False
+            mask = np.ones((y2 - y1, x2 - x1), dtype=bool)
+            things.append(Thing(name, tuple(box), mask, (y1, x1)))
+        return Contents(things, background)
+
+
+class DetectionImages(AnnotatedImages):
+    """Images with their objects, to look at."""
+
+    objects_are = "Objects are all annotated boxes"
+
+    def __init__(self, images: DetectionDataset) -> None:
+        if not images.has_ground_truth:
+            raise UserError(f"{images.root}: expected objects to look at, but none are published")
+        self.classes = self.countable = images.classes
+        self._images = images
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def name(self, index: int) -> str:
+        return self._images.name(index)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Boxes]:
+        image, objects = self._images[index]
+        boxes = objects.boxes.as_subclass(Tensor)
+        size = (image.shape[1], image.shape[2])
+        return image.as_subclass(Tensor), Boxes(boxes, objects.labels, self.classes, size)

@@ -1,0 +1,301 @@
+"""Boxes around the objects of images.
+
+Dai et al. 2017, section 4.3 and Table 5: multi-scale testing, and iterative bounding box averaging
+(Gidaris and Komodakis 2015, "Object detection via a multi-region and semantic segmentation-aware
+CNN model", section 5).
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import ClassVar, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.ops import clip_boxes_to_image
+
+from deformnet._files import replacing
+from deformnet.analysis import moved_bins
+from deformnet.metrics.detections import Record, to_line
+from deformnet.models.detection.detector import (
+    Candidates,
+    Detections,
+    Detector,
+    Features,
+    Proposals,
+    Size,
+)
+from deformnet.models.detection.postprocess import merge, postprocess
+from deformnet.recipes import TestTimeAugmentation
+from deformnet.tasks.annotations import Annotation
+from deformnet.tasks.detection.data import Boxes
+from deformnet.tasks.images import read_images, require_image
+from deformnet.tasks.predictor import Bins, Inference, Predictor, Prepared, preparation
+
+_BOXES_AT_ONCE = 1000  # boxes whose pooled features are in memory at a time
+
+
+class DetectionPredictor(Predictor[Detections]):
+    """Predicts the objects of an image, boxes in its pixels.
+
+    Args:
+        model: the network.
+        classes: names of its labels, without a background.
+        short_side: shorter side of the training images, in pixels.
+        max_side: bound on the longer side, which wins over `short_side`; None for none. At
+            other scales it is scaled in proportion.
+        score_threshold: minimum score of a detection, exclusive.
+        nms: IoU threshold of non-maximum suppression.
+        max_detections: maximum number of detections of an image.
+        augmentation: test-time augmentation.
+        device: where to compute; None takes a GPU if there is one.
+    Raises:
+        ValueError: if the model has another number of classes, or if `augmentation` refines the
+            boxes of a model that takes no proposals.
+    """
+
+    has_boxes: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        model: Detector,
+        classes: Sequence[str],
+        *,
+        short_side: int,
+        max_side: int | None,
+        score_threshold: float = 1e-3,
+        nms: float = 0.3,
+        max_detections: int = 300,
+        augmentation: TestTimeAugmentation = TestTimeAugmentation(),  # noqa: B008 (frozen)
+        device: torch.device | str | None = None,
+    ) -> None:
+        if len(classes) != model.num_classes:
+            raise ValueError(
+                f"expected classes to name the {model.num_classes} classes of the model, but got "
+                f"{len(classes)}"
+            )
+        if augmentation.refine > 1 and not model.takes_proposals:
+            raise ValueError(
+                f"expected refine to be 1 for {type(model).__name__}, which takes no boxes to "
+                f"refine, but got {augmentation.refine}"
+            )
+        super().__init__(model, classes, device)
+        self._network = cast(Detector, self.model)
+        self.pooling = model.deformable_pooling
+        self.sees_conv5 = model.uses_conv5
+        self.score_threshold = score_threshold
+        self.nms = nms
+        self.max_detections = max_detections
+        self.augmentation = augmentation
+        self._preparation = preparation(short_side, max_side)
+        self._scales = [
+            preparation(side, None if max_side is None else round(side * max_side / short_side))
+            for side in augmentation.scales or (short_side,)
+        ]
+
+    @torch.inference_mode()
+    def predict(self, image: Tensor, proposals: Tensor | None = None) -> Detections:
+        """The detections of an image, best first, on the CPU.
+
+        Args:
+            image: uint8 [3, H, W], RGB.
+            proposals: boxes [P, 4] in pixels of `image` that replace the network's own proposals;
+                they are clipped to the image.
+        Raises:
+            ValueError: if `proposals` have another shape or dtype or are not finite, or if the
+                model takes none.
+        """
+        require_image(image)
+        size = (image.shape[1], image.shape[2])
+        if proposals is not None:
+            proposals = self._checked(proposals, size)
+        candidates: list[Candidates] = []
+        for prepare in self._scales:
+            upright = prepare(image)[None].to(self.device, memory_format=torch.channels_last)
+            for flipped in (False, True) if self.augmentation.flip else (False,):
+                batch = upright.flip(3) if flipped else upright
+                batch_size = (batch.shape[2], batch.shape[3])
+                given = None
+                if proposals is not None:
+                    given = _rescaled(proposals, size, batch_size)
+                    given = _flipped(given, batch_size) if flipped else given
+                features = self._network.features(batch)
+                for boxes, scores in self._passes(features, batch_size, given):
+                    there = _flipped(boxes, batch_size) if flipped else boxes
+                    candidates.append(Candidates(_rescaled(there, batch_size, size), scores))
+        return self._detections(candidates)
+
+    def annotate(self, image: Tensor) -> Boxes:
+        return self._annotation(self.predict(image), (image.shape[1], image.shape[2]))
+
+    def prepare(self, image: Tensor) -> Prepared:
+        batch = self._preparation(require_image(image))[None]
+        batch = batch.to(self.device, memory_format=torch.channels_last)
+        return Prepared.whole(batch, image)
+
+    def arguments(self, prepared: Prepared) -> tuple[object, ...]:
+        return prepared.input, [prepared.size]
+
+    @torch.no_grad()
+    def infer(self, prepared: Prepared, size: Size) -> "DetectionInference":
+        features = self._network.features(prepared.input)
+        candidates = [
+            Candidates(_rescaled(boxes, prepared.size, size), scores)
+            for boxes, scores in self._passes(features, prepared.size, None)
+        ]
+        annotation = self._annotation(self._detections(candidates), size)
+        return DetectionInference(annotation, self, features, prepared)
+
+    @torch.inference_mode()
+    def propose(self, image: Tensor) -> Proposals:
+        """The region proposals of an image, at the size of training without augmentation.
+
+        Args:
+            image: uint8 [3, H, W], RGB.
+        Returns:
+            Boxes in pixels of `image` and their scores, best first, on the CPU.
+        """
+        prepared = self.prepare(image)
+        features = self._network.features(prepared.input)
+        boxes, scores = self._network.propose(features, [prepared.size])[0]
+        boxes = _rescaled(boxes.float(), prepared.size, (image.shape[1], image.shape[2]))
+        return Proposals(boxes.cpu(), scores.float().cpu())
+
+    def write(
+        self, files: Sequence[Path], out: Path, *, threshold: float = 0.5
+    ) -> Iterator[tuple[Path, str | None]]:
+        """Writes `detections.jsonl`, and for `photo.jpg` the picture `pictures/photo.jpg`.
+
+        The file has a line for each image with all detections (see `deformnet.metrics.detections`);
+        the picture shows the boxes with at least the score `threshold`. The file is replaced when
+        all images are done; an interruption leaves an older one.
+        """
+        with replacing(out / "detections.jsonl") as lines:
+            for path, image in read_images(files):
+                if isinstance(image, str):
+                    yield path, image
+                    continue
+                found = self.annotate(image)
+                assert found.scores is not None
+                line = to_line(Record(path.stem, found.boxes, found.scores, found.names))
+                lines.write(f"{line}\n".encode())
+                with replacing(out / "pictures" / f"{path.stem}.jpg") as file:
+                    drawn = found.best(least_score=threshold).draw(image)
+                    drawn.save(file, format="JPEG", quality=92, subsampling=0)
+                yield path, None
+
+    def _annotation(self, detections: Detections, size: Size) -> Boxes:
+        return Boxes(detections.boxes, detections.labels, self.classes, size, detections.scores)
+
+    def _detections(self, candidates: list[Candidates]) -> Detections:
+        """Post-processes all candidates of an image."""
+        # Mixed precision would average the corners of boxes to within several pixels.
+        with torch.autocast(self.device.type, enabled=False):
+            detections = postprocess(
+                merge(candidates),
+                score_threshold=self.score_threshold,
+                nms=self.nms,
+                max_detections=self.max_detections,
+                soft_nms=self.augmentation.soft_nms,
+                box_averaging=self.augmentation.box_averaging,
+            )
+        return Detections(*(values.cpu() for values in detections))
+
+    def _checked(self, proposals: Tensor, size: Size) -> Tensor:
+        """Stored proposals as the model takes them, still in pixels of the image."""
+        if not self._network.takes_proposals:
+            raise ValueError(
+                f"expected no proposals for {type(self.model).__name__}, which takes none"
+            )
+        if proposals.ndim != 2 or proposals.shape[1] != 4 or not proposals.is_floating_point():
+            raise ValueError(
+                "expected proposals to be floating-point [P, 4], but got "
+                f"{proposals.dtype} {list(proposals.shape)}"
+            )
+        if not proposals.isfinite().all():
+            raise ValueError("expected proposals to be finite, but got NaN or infinity")
+        return clip_boxes_to_image(proposals.to(self.device, torch.float32), size)
+
+    def _passes(self, features: Features, size: Size, proposals: Tensor | None) -> list[Candidates]:
+        """The candidates of each pass through the detector, in pixels of the network's input.
+
+        As Gidaris and Komodakis do it: the boxes of a pass are the proposals of the next, and
+        class-specific boxes are scored again for their class alone. Boxes below the score threshold
+        are not passed on.
+        """
+        if not self._network.takes_proposals:
+            return [self._candidates(features, size, features.last.new_zeros(0, 4))]
+        if proposals is None:
+            proposals = self._network.propose(features, [size])[0].boxes
+        passes = [self._candidates(features, size, proposals)]
+        for _ in range(self.augmentation.refine - 1):
+            boxes, scores = passes[-1]
+            kept = scores > self.score_threshold
+            if boxes.ndim == 2:
+                kept = kept.any(dim=1) & boxes.isfinite().all(dim=-1)
+                passes.append(self._candidates(features, size, boxes[kept]))
+            else:
+                rows, labels = (kept & boxes.isfinite().all(dim=-1)).nonzero(as_tuple=True)
+                again = self._candidates(features, size, boxes[rows, labels])
+                own = F.one_hot(labels, scores.shape[1]).bool()
+                passes.append(Candidates(again.boxes, again.scores.where(own, 0.0)))
+        return passes
+
+    def _candidates(self, features: Features, size: Size, proposals: Tensor) -> Candidates:
+        """The model's candidates of one image in float32, a limited number of boxes at a time."""
+        parts = [
+            self._network.candidates(features, [size], [some])[0]
+            for some in proposals.split(_BOXES_AT_ONCE)
+        ]
+        return Candidates(*(values.float() for values in merge(parts)))
+
+
+class DetectionInference(Inference):
+    """A pass of a detector whose features are kept."""
+
+    def __init__(
+        self,
+        annotation: Boxes,
+        predictor: DetectionPredictor,
+        features: Features,
+        prepared: Prepared,
+    ) -> None:
+        super().__init__(annotation)
+        self._predictor = predictor
+        self._features = features
+        self._prepared = prepared
+
+    def bins(self, boxes: Annotation) -> Bins | None:
+        predictor, prepared = self._predictor, self._prepared
+        if predictor.pooling is None:
+            return None
+        model = cast(Detector, predictor.model)
+        scale = torch.tensor([*reversed(prepared.scale)] * 2)
+        rois = (boxes.boxes * scale).to(prepared.input)
+        bins = moved_bins(
+            model,
+            predictor.pooling,
+            *(self._features, [prepared.size], [rois]),
+            call=model.candidates,
+        )
+        # The background comes first.
+        groups = torch.tensor([predictor.classes.index(name) + 1 for name in boxes.names])
+        moved = bins.of_groups(groups.long())
+        return Bins(bins.plain.cpu() / scale, moved.cpu() / scale)
+
+
+def _flipped(boxes: Tensor, size: Size) -> Tensor:
+    """Boxes [..., 4] in an image of this height and width, after a horizontal flip."""
+    x1, y1, x2, y2 = boxes.unbind(dim=-1)
+    return torch.stack([size[1] - x2, y1, size[1] - x1, y2], dim=-1)
+
+
+def _rescaled(boxes: Tensor, size: Size, new_size: Size) -> Tensor:
+    """Boxes [..., 4] in an image of height and width `size`, after its resizing to `new_size`."""
+    (height, width), (new_height, new_width) = size, new_size
+    # Multiplied, then divided, so that edges of the image stay exact.
+    return (
+        boxes
+        * boxes.new_tensor([new_width, new_height] * 2)
+        / boxes.new_tensor([width, height] * 2)
+    )

@@ -1,0 +1,159 @@
+"""Scores of detections in files, whichever program wrote them."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deformnet._errors import UserError
+from deformnet.data.boxes import DetectionDataset
+from deformnet.data.coco import COCODetection
+from deformnet.data.detection import detection_splits, open_detection
+from deformnet.metrics.detections import read_detections, read_objects
+from deformnet.metrics.scoring import (
+    COCOGroundTruth,
+    DetectionScores,
+    GroundTruthSet,
+    NamedGroundTruth,
+)
+from deformnet.metrics.voc import GroundTruth
+
+
+def score(
+    boxes: str | Path,
+    data: str | Path,
+    *,
+    split: str | None = None,
+    ious: Sequence[float] = (0.5, 0.7),
+) -> DetectionScores:
+    """Scores detections from files with the metric of the data's benchmark.
+
+    Args:
+        boxes: a file or folder as `deformnet.metrics.detections.read_detections` takes them, or for
+            COCO data also a `.json` file in COCO's result format.
+        data: ground truth: a folder in VOC or COCO layout, a COCO JSON file of annotations, or a
+            folder of text files `<image>.txt` with a line `class x y width height` for each object.
+        split: split of a folder in VOC or COCO layout; others have none.
+        ious: IoU thresholds of VOC AP. COCO's are fixed.
+    Returns:
+        COCO AP for COCO data, VOC AP by both methods for other data.
+    Raises:
+        FileNotFoundError: if a file or folder is missing.
+        UserError: one line that names the malformed file; for detections of images or classes that
+            are not in the ground truth.
+    """
+    boxes, data = Path(boxes).expanduser(), Path(data).expanduser()
+    ground_truth = _open(data, split)
+    if boxes.suffix != ".json":
+        records = read_detections(boxes, ground_truth.classes)
+        return ground_truth.score(records, source=str(boxes), ious=ious)
+    if not isinstance(ground_truth, COCOGroundTruth):
+        raise UserError(
+            f"{boxes}: COCO results number their images, but {data} is not COCO data; "
+            "expected a .jsonl file or a folder of .txt files"
+        )
+    results = _read_json(boxes)
+    if not isinstance(results, list):
+        raise UserError(f"{boxes}: expected COCO results, a list of detections")
+    return ground_truth.score_results(results, str(boxes))
+
+
+def ground_truth_of(dataset: DetectionDataset) -> GroundTruthSet:
+    """The ground truth of a data set: COCO's for COCO data, named boxes for other.
+
+    Raises:
+        UserError: if the ground truth is not published.
+    """
+    if isinstance(dataset, COCODetection):
+        if not dataset.has_ground_truth:
+            raise UserError(
+                f"{dataset.annotation_files[0]}: expected ground truth to score with, but that of "
+                f"{dataset.split} is not published; `deformnet evaluate` writes a submission for "
+                "its server"
+            )
+        return coco_ids(dataset)
+    names = map(dataset.name, range(len(dataset)))
+    images = {name: GroundTruth(*dataset.annotations(i)) for i, name in enumerate(names)}
+    return NamedGroundTruth(images, dataset.classes)
+
+
+def coco_ids(dataset: COCODetection) -> COCOGroundTruth:
+    """The annotation files of a COCO data set, and the ids of its images and classes."""
+    names = [dataset.name(i) for i in range(len(dataset))]
+    images = dict(zip(names, dataset.image_ids.tolist(), strict=True))
+    classes = dict(zip(dataset.classes, dataset.category_ids, strict=True))
+    return COCOGroundTruth(dataset.annotation_files, images, classes)
+
+
+def submission_path(folder: Path, dataset: COCODetection, name: str) -> Path:
+    """The name that COCO's server expects of the submission of a method.
+
+    Raises:
+        UserError: for a sum of splits, and for another name than letters, digits, dots, dashes and
+            underscores.
+    """
+    if not name or not all(sign.isalnum() or sign in "._-" for sign in name):
+        raise UserError(
+            f"expected name to be letters, digits, dots, dashes and underscores, but got {name!r}"
+        )
+    if len(dataset.annotation_files) > 1:
+        raise UserError(f"expected one split in a submission, but got {dataset.split}")
+    return folder / f"detections_{dataset.split}_{name}_results.json"
+
+
+def _open(data: Path, split: str | None) -> GroundTruthSet:
+    if data.is_dir():
+        try:
+            splits = detection_splits(data)
+        except FileNotFoundError:
+            if not any(data.glob("*.txt")):
+                raise
+        else:
+            if split is None:
+                known = ", ".join(splits) or "none"
+                raise UserError(f"{data}: expected a split (--split), one of: {known}")
+            return ground_truth_of(open_detection(data, split))
+    if split is not None:
+        raise UserError(f"{data}: expected no split, as it has none, but got {split!r}")
+    if data.is_dir():
+        return _open_texts(data)
+    if not data.is_file():
+        raise FileNotFoundError(f"{data}: no such file or folder")
+    return _open_coco(data)
+
+
+def _open_texts(data: Path) -> NamedGroundTruth:
+    objects = read_objects(data)
+    classes = tuple(sorted({name for record in objects for name in record.classes}))
+    if not classes:
+        raise UserError(f"{data}: no object in any of the {len(objects)} text files")
+    images = {}
+    for record in objects:
+        labels = np.array([classes.index(name) for name in record.classes], dtype=np.int64)
+        images[record.image] = GroundTruth(record.boxes, labels, np.zeros(len(labels), dtype=bool))
+    return NamedGroundTruth(images, classes)
+
+
+def _open_coco(file: Path) -> COCOGroundTruth:
+    """A JSON file alone, without the images themselves."""
+    content = _read_json(file)
+    try:
+        ids = [int(image["id"]) for image in content["images"]]
+        stems = [Path(image["file_name"]).stem for image in content["images"]]
+        categories = {category["name"]: category["id"] for category in content["categories"]}
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{file}: expected COCO annotations ({error!r})") from error
+    # The names that COCODetection gives.
+    names = stems if len(set(stems)) == len(stems) else map(str, ids)
+    return COCOGroundTruth((file,), dict(zip(names, ids, strict=True)), categories)
+
+
+def _read_json(path: Path) -> Any:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise UserError(f"{path}: not readable as JSON ({error})") from error
