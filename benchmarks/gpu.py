@@ -33,9 +33,10 @@ import torchvision
 from torch import Tensor
 
 from benchmarks.shapes import SHAPES, Shape, make_tensors
-from deformnet.ops import backends, deform_conv2d, library
 from deformnet._files import write_json
 from deformnet.engine.runs import versions
+from deformnet.ops import backends, deform_conv2d
+from deformnet.ops.deform_conv.operator import OPERATOR
 from deformnet.paper.timing import Timing
 
 LAYERS = (
@@ -398,12 +399,10 @@ def _of_kernel(kernel: str, layer: Layer) -> Callable[[], list[Tensor]]:
     d = layer.shape.dilation, layer.shape.dilation
     geometry = (1, 1), d, d, "zeros"
     if kernel == "forward":
-        return lambda: [library.deform_conv2d(x, offset, w, None, None, *geometry)]
+        return lambda: [OPERATOR.forward(x, offset, w, None, None, *geometry)]
     positions = kernel == "positions"
     needs = [positions, positions, not positions, False, False]
-    return lambda: library.deform_conv2d_backward(
-        layer.grad_output, x, offset, w, None, *geometry, needs
-    )
+    return lambda: OPERATOR.backward(layer.grad_output, x, offset, w, None, *geometry, needs)
 
 
 def conditions() -> dict[str, object]:

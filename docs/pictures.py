@@ -13,10 +13,10 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from deformnet.ops import deform_conv2d, deform_roi_pool
-from deformnet.ops.roi_pool.api import Sampling
 
 # The definition: where a bin has its samples.
-from deformnet.ops.roi_pool.reference import _Axis, _axis
+from deformnet.ops.roi_pool.checks import Rule, Sampling
+from deformnet.ops.roi_pool.reference import Axis, axes
 from deformnet.visualization import save_figure
 
 _BORDERS: tuple[tuple[Literal["zeros", "msra2017"], str], ...] = (
@@ -195,17 +195,14 @@ def _outside() -> Figure:
     return figure
 
 
-def _axes(rule: Sampling) -> tuple[_Axis, _Axis]:
-    """How the box lies on the columns and on the rows, by the reference."""
-    x1, y1, x2, y2 = (torch.tensor([side], dtype=torch.float64) for side in _BOX)
-    exists = torch.tensor([True])
-    return (
-        _axis(x1, x2, exists, _BINS, _SCALE, rule, _SAMPLES),
-        _axis(y1, y2, exists, _BINS, _SCALE, rule, _SAMPLES),
-    )
+def _axes(rule: Sampling) -> tuple[Axis, Axis]:
+    """The box on the columns and on the rows, by the reference."""
+    pooling = Rule((_BINS, _BINS), _SCALE, 1.0, rule, _SAMPLES, position_sensitive=False)
+    rows, columns = axes(torch.tensor([[0, *_BOX]]), torch.tensor([True]), pooling)
+    return columns, rows
 
 
-def _positions(axis: _Axis, bin: int) -> np.ndarray:
+def _positions(axis: Axis, bin: int) -> np.ndarray:
     """Where a bin has its samples on one axis."""
     number = int(axis.number[0, bin])
     return float(axis.start[0, bin]) + float(axis.step[0, bin]) * np.arange(number)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from deformnet.analysis.layers import evaluating, hooks_called
 from deformnet.nn import DeformPSRoIPool2d, DeformRoIPool2d
-from deformnet.ops.roi_pool.api import join_boxes
+from deformnet.ops.roi_pool.checks import join_boxes
 
 RoIPool = DeformRoIPool2d | DeformPSRoIPool2d
 

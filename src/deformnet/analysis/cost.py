@@ -1,8 +1,7 @@
 """How much arithmetic a network does, its deformable layers included.
 
-PyTorch's `torch.utils.flop_counter` counts convolutions and matrix products. Importing this module
-tells it what the operators of this package cost, and torchvision's deformable convolution, so that
-its `FlopCounterMode` can also be used by itself, to see the modules one by one.
+PyTorch's `torch.utils.flop_counter.FlopCounterMode` counts convolutions and matrix products, and
+the operators of this package. This module also counts torchvision's deformable convolution.
 """
 
 import statistics
@@ -16,15 +15,19 @@ import torch
 import torchvision  # noqa: F401 (defines torch.ops.torchvision)
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
+from torch.utils.flop_counter import FlopCounterMode
 
-import deformnet.ops  # noqa: F401 (defines torch.ops.deformnet)
 from deformnet.analysis.layers import evaluating, hooks_called
 from deformnet.nn import DeformConv2d, DeformPSRoIPool2d, DeformRoIPool2d
-from deformnet.ops.checks import values_known
 
-_MULTIPLY_ADD = 2
-_PIXELS = 4  # of the map that a bilinear read weighs, each by one multiply-add
+
+def _flop_counter() -> FlopCounterMode:
+    """PyTorch's counter, which also knows torchvision's operator where torchvision is imported."""
+    formulas: dict[Any, Callable[..., int]] = {}
+    if hasattr(torch.ops.torchvision, "deform_conv2d"):
+        formulas[torch.ops.torchvision.deform_conv2d] = _torchvision
+        formulas[torch.ops.torchvision._deform_conv2d_backward] = _torchvision_backward
+    return FlopCounterMode(display=False, custom_mapping=formulas)
 
 
 def count_flops(call: Callable[[], object]) -> int:
@@ -56,7 +59,7 @@ def count_flops(call: Callable[[], object]) -> int:
         ValueError: if it pools boxes without values (on the meta device) by a rule whose number of
             samples depends on them.
     """
-    with FlopCounterMode(display=False) as counter:
+    with _flop_counter() as counter:
         call()
     return counter.get_total_flops()
 
@@ -136,7 +139,7 @@ def model_cost(model: nn.Module, *inputs: Any, repeats: int = 5) -> ModelCost:
     made: dict[str, int] = {}
     passes: list[dict[str, float]] = []
     with torch.no_grad(), evaluating(model):
-        with FlopCounterMode(display=False) as counter:
+        with _flop_counter() as counter:
 
             def note(name: str, before: float, output: Any) -> None:
                 flops[name] = flops.get(name, 0) + int(counter.get_total_flops() - before)
@@ -222,151 +225,32 @@ def _around(
             handle.remove()
 
 
-# The formulas have the parameters of the operators' schemas; for a tensor its shape comes.
-@register_flop_formula(torch.ops.deformnet.deform_conv2d)
-def _deform_conv2d(
-    input: Sequence[int],
-    offset: Sequence[int],
-    weight: Sequence[int],
-    bias: Sequence[int] | None,
-    mask: Sequence[int] | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    border: str,
-    *,
-    out_shape: Sequence[int],
+# torchvision's formulas take the shapes of the tensors.
+
+
+def _torchvision(
+    input: Sequence[int], weight: Sequence[int], *others: object, out_shape: Sequence[int]
 ) -> int:
     products, reads = _multiply_adds(input, weight, out_shape)
-    return _MULTIPLY_ADD * (products + reads)
+    return 2 * (products + reads)
 
 
-@register_flop_formula(torch.ops.deformnet.deform_conv2d_backward)
-def _deform_conv2d_backward(
-    grad_output: Sequence[int],
-    input: Sequence[int],
-    offset: Sequence[int],
-    weight: Sequence[int],
-    mask: Sequence[int] | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    border: str,
-    needs: Sequence[bool],
-    *,
-    out_shape: object,
-) -> int:
-    products, reads = _multiply_adds(input, weight, grad_output)
-    by_input, by_position, by_weight = needs[0], needs[1] or needs[4], needs[2]
-    total = 0
-    if by_input or by_position:
-        total += products
-    if by_weight:
-        total += products + reads
-    return _MULTIPLY_ADD * (total + by_input * reads + by_position * reads)
-
-
-@register_flop_formula(torch.ops.torchvision.deform_conv2d)
-def _torchvision_deform_conv2d(
-    input: Sequence[int],
-    weight: Sequence[int],
-    *others: object,
-    out_shape: Sequence[int],
-) -> int:
-    products, reads = _multiply_adds(input, weight, out_shape)
-    return _MULTIPLY_ADD * (products + reads)
-
-
-@register_flop_formula(torch.ops.torchvision._deform_conv2d_backward)
-def _torchvision_deform_conv2d_backward(
+def _torchvision_backward(
     grad_output: Sequence[int],
     input: Sequence[int],
     weight: Sequence[int],
     *others: object,
     out_shape: object,
 ) -> int:
-    # It computes all gradients, whichever are wanted.
+    # It computes all gradients, needed or not.
     products, reads = _multiply_adds(input, weight, grad_output)
-    return _MULTIPLY_ADD * (2 * products + 3 * reads)
+    return 2 * (2 * products + 3 * reads)
 
 
 def _multiply_adds(
     input: Sequence[int], weight: Sequence[int], output: Sequence[int]
 ) -> tuple[int, int]:
-    """Those of the convolution's products, N*P*O*C/g*K, and of the reads, N*P*C*K*4."""
-    positions = output[0] * output[2] * output[3]
+    """Those of the convolution's products, N*Ho*Wo*C_out*C/groups*K, and of the reads."""
     out_channels, group_channels, kh, kw = weight
-    taps = positions * kh * kw
-    return taps * out_channels * group_channels, taps * input[1] * _PIXELS
-
-
-# With the tensors themselves: the boxes decide how much there is to read.
-@register_flop_formula(torch.ops.deformnet.roi_pool, get_raw=True)
-def _roi_pool(
-    input: Tensor,
-    boxes: Tensor,
-    offset: Tensor | None,
-    output_size: Sequence[int],
-    spatial_scale: float,
-    gamma: float,
-    sampling: str,
-    samples_per_bin: int,
-    position_sensitive: bool,
-    *,
-    out_val: Tensor,
-) -> int:
-    samples = _samples(boxes, output_size, spatial_scale, sampling, samples_per_bin)
-    return _MULTIPLY_ADD * _PIXELS * out_val.shape[1] * samples
-
-
-@register_flop_formula(torch.ops.deformnet.roi_pool_backward, get_raw=True)
-def _roi_pool_backward(
-    grad_output: Tensor,
-    input: Tensor,
-    boxes: Tensor,
-    offset: Tensor | None,
-    output_size: Sequence[int],
-    spatial_scale: float,
-    gamma: float,
-    sampling: str,
-    samples_per_bin: int,
-    position_sensitive: bool,
-    needs: Sequence[bool],
-    *,
-    out_val: Any,
-) -> int:
-    samples = _samples(boxes, output_size, spatial_scale, sampling, samples_per_bin)
-    return _MULTIPLY_ADD * _PIXELS * grad_output.shape[1] * samples * sum(needs)
-
-
-def _samples(
-    boxes: Tensor, output_size: Sequence[int], scale: float, sampling: str, samples_per_bin: int
-) -> int:
-    """How many samples all bins of all boxes have together, by the rules of `deform_roi_pool`."""
-    ph, pw = output_size
-    if sampling != "bins" and samples_per_bin > 0:
-        return len(boxes) * ph * pw * samples_per_bin**2
-    if not values_known(boxes):
-        raise ValueError(
-            f"boxes: {sampling!r} sampling reads more for larger boxes, so their values must be "
-            "known to count it; got boxes without values"
-        )
-    x1, y1, x2, y2 = boxes.detach().double()[:, 1:].unbind(dim=1)
-    rows = _samples_along(y1 * scale, y2 * scale, ph, sampling)
-    columns = _samples_along(x1 * scale, x2 * scale, pw, sampling)
-    each = rows * columns
-    return int(each[each.isfinite()].sum())  # a box that is not finite has none
-
-
-def _samples_along(low: Tensor, high: Tensor, bins: int, sampling: str) -> Tensor:
-    """Samples of all bins of a box along one axis, where their number depends on its size."""
-    if sampling == "aligned":
-        return bins * ((high - low) / bins).ceil().clamp(min=0)
-    size = (_round(high) - _round(low) + 1).clamp(min=1)[:, None]
-    bin = torch.arange(bins, dtype=low.dtype, device=low.device)
-    return (((bin + 1) * size / bins).ceil() - (bin * size / bins).floor()).sum(dim=1)
-
-
-def _round(numbers: Tensor) -> Tensor:
-    """To whole numbers, halves away from zero."""
-    return numbers.sign() * (numbers.abs() + 0.5).floor()
+    taps = output[0] * output[2] * output[3] * kh * kw
+    return taps * out_channels * group_channels, taps * input[1] * 4

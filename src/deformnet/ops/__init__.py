@@ -1,6 +1,7 @@
-"""The operators: what is computed. Imports PyTorch alone."""
+"""Operators in plain functions. Imports PyTorch alone."""
 
+from deformnet.ops.backends import using
 from deformnet.ops.deform_conv.api import deform_conv2d
 from deformnet.ops.roi_pool.api import deform_ps_roi_pool, deform_roi_pool
 
-__all__ = ["deform_conv2d", "deform_ps_roi_pool", "deform_roi_pool"]
+__all__ = ["deform_conv2d", "deform_ps_roi_pool", "deform_roi_pool", "using"]

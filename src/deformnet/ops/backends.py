@@ -1,88 +1,149 @@
-"""Which implementation can run where, and why the others cannot."""
+"""Which implementation can run, why the others cannot, and which one a call takes."""
 
 import warnings
-from typing import Literal, TypeAlias, get_args
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Literal, ParamSpec, TypeAlias, TypeVar, get_args
 
 import torch
 
-from deformnet.ops import library
+from deformnet.ops import triton
+from deformnet.ops.cpu import loading
 
 Backend: TypeAlias = Literal["auto", "reference", "cpu", "triton"]
 
-# The fast implementation for each type of device; meta tensors take the operator's fake.
-_FAST = {"cpu": "cpu", "meta": "cpu", "cuda": "triton"}
+# Asked once: a compiler may then take the answer for a constant.
+CPU_UNAVAILABLE: str | None = loading.why_unavailable()
 
+# The fast implementation for each type of device; meta tensors take the operator's fake.
+_FAST: dict[str, Backend] = {"cpu": "cpu", "meta": "cpu", "cuda": "triton"}
+
+_default: ContextVar[Backend] = ContextVar("deformnet_default_backend", default="auto")
 _warned: set[str] = set()
 
+_P, _T = ParamSpec("_P"), TypeVar("_T")
 
-def names() -> tuple[str, ...]:
-    """The implementations by name: what `backend=` takes, less "auto"."""
+
+def names() -> tuple[Backend, ...]:
+    """The implementations by name: the values of `backend=` other than "auto"."""
     return get_args(Backend)[1:]
 
 
 def why_unavailable(backend: str, device: str | None = None) -> str | None:
-    """Why an implementation cannot run, or None if it can.
+    """The reason why an implementation cannot run, or None if it can.
 
     Args:
         backend: one of `names()`.
-        device: a type of device, such as "cpu" or "cuda"; without it, the question is whether
-            the implementation can run on this machine at all.
+        device: a type of device, such as "cpu" or "cuda". None: any device of this machine.
 
     Raises:
-        ValueError: for an unknown name.
+        ValueError: if the name is unknown.
     """
     if backend == "reference":
         return None
     if backend == "cpu":
         if device not in (None, "cpu", "meta"):
             return f"the CPU kernels take tensors on the CPU, not on {device}"
-        return library.CPU_UNAVAILABLE
+        return CPU_UNAVAILABLE
     if backend == "triton":
         if device not in (None, "cuda", "meta"):
             return f"the Triton kernels take tensors on a GPU, not on {device}"
         return _why_no_triton()
-    raise ValueError(f"backend: want one of {', '.join(get_args(Backend))}, got {backend!r}")
+    raise ValueError(
+        f"expected backend to be one of {', '.join(get_args(Backend))}, but got {backend!r}"
+    )
+
+
+@contextmanager
+def using(backend: Backend) -> Iterator[None]:
+    """Context manager that decides what `backend="auto"` means inside.
+
+    With "reference", layers and converted models can be differentiated twice, and have
+    forward-mode derivatives::
+
+        with deformnet.ops.using("reference"):
+            torch.func.jvp(model, (images,), (tangents,))
+
+    The choice is local to the thread and the asynchronous task. A call that names its backend
+    ignores it. Under `torch.compile` enter it outside of the compiled function, which is then
+    compiled once for each choice (before PyTorch 2.14, only for the choice at its first call).
+
+    Args:
+        backend: "reference", "cpu" or "triton"; "auto" restores the default inside another
+            `using`.
+
+    Raises:
+        ValueError: if the name is unknown.
+        RuntimeError: if the backend cannot run on this machine; the message says why.
+    """
+    if backend != "auto":
+        _require(backend, None)
+    token = _default.set(backend)
+    try:
+        yield
+    finally:
+        _default.reset(token)
 
 
 def resolve(backend: str, device: str) -> str:
     """The implementation that a call with `backend` runs for tensors on this type of device.
 
-    "auto" takes the fast one, or else the reference, with one warning that gives the reason.
+    "auto" takes the backend of `using`, else the fast one, else the reference with one warning
+    that gives the reason.
 
     Raises:
-        ValueError: for an unknown name.
-        RuntimeError: if an implementation is asked for by name and cannot run.
+        ValueError: if the name is unknown.
+        RuntimeError: if a backend is chosen by name and cannot run.
     """
+    if backend == "auto":
+        backend = _chosen()
     if backend != "auto":
-        reason = why_unavailable(backend, device)
-        if reason is not None:
-            raise RuntimeError(f"backend {backend!r} cannot run: {reason}")
+        _require(backend, device)
         return backend
     fast = _FAST.get(device)
-    if fast is None:
-        reason = f"there are no kernels for {device} tensors"
-    else:
-        reason = why_unavailable(fast, device)
-        if reason is None:
-            return fast
+    reason = why_unavailable(fast, device) if fast else f"there are no kernels for {device} tensors"
+    if fast and reason is None:
+        return fast
     _warn_once(device, reason)
     return "reference"
 
 
+def _require(backend: str, device: str | None) -> None:
+    reason = why_unavailable(backend, device)
+    if reason is not None:
+        raise RuntimeError(f"backend {backend!r} cannot run: {reason}")
+
+
+def _constant(function: Callable[_P, _T]) -> Callable[_P, _T]:
+    # As torch.compiler.assume_constant_result, which would import torch._dynamo (over a second).
+    function._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+    return function
+
+
 # A compiler that traces this need not ask the GPU's driver.
-@torch.compiler.assume_constant_result
+@_constant
 def _why_no_triton() -> str | None:
-    return library.triton.why_unavailable()
+    return triton.why_unavailable()
 
 
-# Without this a compiler would refuse to trace the warning; so it is given while tracing.
-@torch.compiler.assume_constant_result
-def _warn_once(device: str, reason: str) -> None:
+# A compiler would refuse to trace the warning, so it is given while tracing.
+@_constant
+def _warn_once(device: str, reason: str | None) -> None:
     if device in _warned:
         return
     _warned.add(device)
     warnings.warn(
         f"deformnet runs its slow reference implementation on {device} tensors: {reason}",
         RuntimeWarning,
-        stacklevel=4,
+        stacklevel=5,
     )
+
+
+def _chosen() -> Backend:
+    return _default.get()
+
+
+# PyTorch 2.14 traces the variable, and compiles again when it changes.
+if torch.__version__ < (2, 14):
+    _chosen = _constant(_chosen)

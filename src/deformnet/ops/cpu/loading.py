@@ -1,8 +1,7 @@
-"""The compiled library, and what goes across its border.
+"""Loading of the compiled library, and calls into it.
 
-The library needs no header of PyTorch, so one build serves every version of it; tensors cross the
-border as pointers. It runs on PyTorch's own number of threads, and on the OpenMP runtime that
-PyTorch has loaded already.
+The library needs no header of PyTorch, so one build serves every version of it; tensors are passed
+as pointers. It uses PyTorch's number of threads and the OpenMP runtime that PyTorch has loaded.
 """
 
 import ctypes
@@ -14,9 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-# Names an instruction set to use in place of the best one, as ATEN_CPU_CAPABILITY does for
-# PyTorch's own kernels.
+# Selects an instruction set, as ATEN_CPU_CAPABILITY does for PyTorch's own kernels.
 _CHOICE = "DEFORMNET_INSTRUCTION_SET"
+_FILES = ("libdeformnet_cpu.so", "libdeformnet_cpu.dylib", "deformnet_cpu.dll")
 
 # As `DType` of kernels.h.
 DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -24,13 +23,14 @@ DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 
 
 def _library_file() -> Path:
     # An editable install keeps the library apart from the sources: the package has two folders.
-    package = sys.modules[__name__.rpartition(".")[0]]
-    folders = [Path(folder) for folder in package.__path__]
-    for folder in folders:
-        for name in ("libdeformnet_cpu.so", "libdeformnet_cpu.dylib", "deformnet_cpu.dll"):
-            if (folder / name).is_file():
-                return folder / name
-    raise OSError(f"the compiled library is in none of {', '.join(map(str, folders))}")
+    folders = sys.modules[__name__.rpartition(".")[0]].__path__
+    for file in (Path(folder) / name for folder in folders for name in _FILES):
+        if file.is_file():
+            return file
+    raise FileNotFoundError(
+        "the CPU kernels were not built (no C++ compiler or no OpenMP at installation); "
+        "install a C++ compiler with OpenMP and reinstall deformnet"
+    )
 
 
 @functools.cache
@@ -41,17 +41,19 @@ def _library() -> ctypes.CDLL:
     choice = os.environ.get(_CHOICE)
     if choice is not None and library.deformnet_select_instruction_set(choice.encode()):
         raise OSError(
-            f"{_CHOICE}: want amx, avx512, avx2 or baseline, as far as this machine has them, "
-            f"got {choice!r}"
+            f"expected {_CHOICE} to be one of amx, avx512, avx2, baseline that this machine has, "
+            f"but got {choice!r}"
         )
     return library
 
 
 @functools.cache
 def why_unavailable() -> str | None:
-    """The reason why the kernels cannot run here, or None if they can."""
+    """The reason why the kernels cannot run on this machine, or None if they can."""
     try:
         _library()
+    except FileNotFoundError as error:
+        return str(error)
     except OSError as error:
         return f"the CPU kernels cannot be loaded: {error}"
     return None
@@ -60,7 +62,7 @@ def why_unavailable() -> str | None:
 def instruction_set() -> str:
     """The instruction set in use: "amx", "avx512", "avx2" or "baseline" (SSE2, NEON).
 
-    The environment variable DEFORMNET_INSTRUCTION_SET names another than the machine's best.
+    The environment variable DEFORMNET_INSTRUCTION_SET overrides the best one of the machine.
     """
     return _library().deformnet_instruction_set().decode()
 
@@ -75,10 +77,17 @@ def select_instruction_set(name: str) -> None:
         raise ValueError(f"instruction set {name!r} is not available on this machine")
 
 
+def fields(kind: type, names: str) -> list[tuple[str, type]]:
+    """Fields of one type, for a structure of kernels.h."""
+    return [(name, kind) for name in names.split()]
+
+
 def call(name: str, problem: ctypes.Structure, tensors: ctypes.Structure) -> None:
-    """Run the library's function of this name, on the structures that it takes."""
+    """Call the library's function of this name with the structures that it takes."""
     if _library()[f"deformnet_{name}"](ctypes.byref(problem), ctypes.byref(tensors)):
-        raise MemoryError(f"no memory for the workspace of {name.removesuffix('_backward')}")
+        raise MemoryError(
+            f"not enough memory for the workspace of {name.removesuffix('_backward')}"
+        )
 
 
 def dense(tensor: Tensor) -> tuple[Tensor, bool]:
@@ -91,5 +100,5 @@ def dense(tensor: Tensor) -> tuple[Tensor, bool]:
 
 
 def address(tensor: Tensor | None) -> int | None:
-    """Where the tensor's numbers lie; no tensor is a null pointer."""
+    """The pointer to a tensor's data; null for None."""
     return None if tensor is None else tensor.data_ptr()

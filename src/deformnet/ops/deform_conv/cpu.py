@@ -5,7 +5,8 @@ import ctypes
 import torch
 from torch import Tensor
 
-from deformnet.ops.cpu.loading import DTYPES, address, call, dense
+from deformnet.ops.cpu.loading import DTYPES, address, call, dense, fields
+from deformnet.ops.deform_conv.checks import Geometry
 
 # As `Border` of kernels.h.
 _BORDERS = {"zeros": 0, "msra2017": 1}
@@ -13,44 +14,27 @@ _BORDERS = {"zeros": 0, "msra2017": 1}
 # Pixels of a map are counted in 32 bits, where a vector has as many indices as numbers.
 _MOST_PIXELS = 2**31 - 1
 
-Pair = tuple[int, int]
-
 
 class _Problem(ctypes.Structure):
     """`Problem` of kernels.h, field by field."""
 
     _fields_ = [
-        *[
-            (name, ctypes.c_int64)
-            for name in (
-                *("batch", "in_channels", "in_h", "in_w", "out_channels", "out_h", "out_w"),
-                *("kernel_h", "kernel_w", "stride_h", "stride_w", "pad_h", "pad_w"),
-                *("dilation_h", "dilation_w", "groups", "offset_groups"),
-            )
-        ],
-        *[
-            (name, ctypes.c_int32)
-            for name in (
-                *("dtype", "offset_dtype", "mask_dtype", "border"),
-                *("input_channels_last", "output_channels_last", "threads"),
-            )
-        ],
+        *fields(ctypes.c_int64, "batch in_channels in_h in_w out_channels out_h out_w"),
+        *fields(ctypes.c_int64, "kernel_h kernel_w stride_h stride_w pad_h pad_w"),
+        *fields(ctypes.c_int64, "dilation_h dilation_w groups offset_groups"),
+        *fields(ctypes.c_int32, "dtype offset_dtype mask_dtype border"),
+        *fields(ctypes.c_int32, "input_channels_last output_channels_last threads"),
     ]
 
 
 class _ForwardTensors(ctypes.Structure):
-    _fields_ = [
-        (name, ctypes.c_void_p) for name in ("input", "offset", "mask", "weight", "bias", "output")
-    ]
+    _fields_ = fields(ctypes.c_void_p, "input offset mask weight bias output")
 
 
 class _BackwardTensors(ctypes.Structure):
     _fields_ = [
-        (name, ctypes.c_void_p)
-        for name in (
-            *("grad_output", "input", "offset", "mask", "weight"),
-            *("grad_input", "grad_offset", "grad_mask", "grad_weight"),
-        )
+        *fields(ctypes.c_void_p, "grad_output input offset mask weight"),
+        *fields(ctypes.c_void_p, "grad_input grad_offset grad_mask grad_weight"),
     ]
 
 
@@ -60,15 +44,12 @@ def deform_conv2d(
     weight: Tensor,
     bias: Tensor | None,
     mask: Tensor | None,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    border: str,
+    geometry: Geometry,
 ) -> Tensor:
-    """Forward pass; arguments are as `deformnet.ops.deform_conv2d` has checked them.
+    """Forward pass; the arguments are checked.
 
     Returns:
-        [N, C_out, Ho, Wo], channels-last where `input` is.
+        [N, C_out, Ho, Wo], channels-last if `input` is.
     """
     input, channels_last = dense(input)
     output = torch.empty(
@@ -81,10 +62,8 @@ def deform_conv2d(
     offset, weight = offset.contiguous(), weight.contiguous()
     bias = None if bias is None else bias.contiguous()
     mask = None if mask is None else mask.contiguous()
-    problem = _problem(
-        input, offset, weight, mask, stride, padding, dilation, border, channels_last, channels_last
-    )
-    tensors = _ForwardTensors(*(address(t) for t in (input, offset, mask, weight, bias, output)))
+    problem = _problem(input, offset, weight, mask, geometry, channels_last, channels_last)
+    tensors = _ForwardTensors(*map(address, (input, offset, mask, weight, bias, output)))
     call("deform_conv2d", problem, tensors)
     return output
 
@@ -95,13 +74,10 @@ def deform_conv2d_backward(
     offset: Tensor,
     weight: Tensor,
     mask: Tensor | None,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    border: str,
+    geometry: Geometry,
     needs: tuple[bool, bool, bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients by input, offset, weight, bias and mask, those that `needs` asks for."""
+    """Gradients of input, offset, weight, bias and mask, as far as `needs` says True."""
     needs_input, needs_offset, needs_weight, needs_bias, needs_mask = needs
     input, input_channels_last = dense(input)
     grad_output, output_channels_last = dense(grad_output)
@@ -115,19 +91,15 @@ def deform_conv2d_backward(
     grad_offset = make(offset) if needs_offset else None
     grad_weight = make(weight) if needs_weight else None
     grad_mask = make(mask) if needs_mask and mask is not None else None
-    grads = (grad_input, grad_offset, grad_weight, grad_bias, grad_mask)
-    wanted = (grad_input, grad_offset, grad_mask, grad_weight)
-    if grad_output.numel() == 0 or all(grad is None for grad in wanted):
-        return grads
-    problem = _problem(
-        *(input, offset, weight, mask, stride, padding, dilation, border),
-        *(input_channels_last, output_channels_last),
-    )
-    tensors = _BackwardTensors(
-        *(address(t) for t in (grad_output, input, offset, mask, weight, *wanted))
-    )
-    call("deform_conv2d_backward", problem, tensors)
-    return grads
+    gradients = (grad_input, grad_offset, grad_weight, grad_bias, grad_mask)
+    computed = (grad_input, grad_offset, grad_mask, grad_weight)
+    if grad_output.numel() == 0 or all(gradient is None for gradient in computed):
+        return gradients
+    formats = input_channels_last, output_channels_last
+    problem = _problem(input, offset, weight, mask, geometry, *formats)
+    tensors = (grad_output, input, offset, mask, weight, *computed)
+    call("deform_conv2d_backward", problem, _BackwardTensors(*map(address, tensors)))
+    return gradients
 
 
 def _problem(
@@ -135,21 +107,21 @@ def _problem(
     offset: Tensor,
     weight: Tensor,
     mask: Tensor | None,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    border: str,
+    geometry: Geometry,
     input_channels_last: bool,
     output_channels_last: bool,
 ) -> _Problem:
+    stride, padding, dilation, border = geometry
     batch, in_channels, in_h, in_w = input.shape
     if in_h * in_w > _MOST_PIXELS:
-        raise ValueError(f"input: wanted at most {_MOST_PIXELS} pixels, got {in_h} x {in_w}")
+        raise ValueError(
+            f"expected input to have at most {_MOST_PIXELS} pixels, but got {in_h} x {in_w}"
+        )
     # Columns of the padded map, too.
     if in_w + 2 * padding[1] > _MOST_PIXELS:
         raise ValueError(
-            f"padding: wanted at most {_MOST_PIXELS} columns of the padded map, "
-            f"got {in_w} + 2 * {padding[1]}"
+            f"expected padding to give at most {_MOST_PIXELS} columns, "
+            f"but got {in_w} + 2 * {padding[1]}"
         )
     out_channels, group_in, kernel_h, kernel_w = weight.shape
     _, offset_channels, out_h, out_w = offset.shape

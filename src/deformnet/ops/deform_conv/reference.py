@@ -1,4 +1,4 @@
-"""Deformable convolution as the paper writes it: a sum over the taps of the kernel.
+"""Deformable convolution in plain PyTorch, as the paper defines it: a sum over the kernel's taps.
 
 Letters: N batch, C channels, H W height and width of the input, G offset groups, P = Ho*Wo output
 positions, (y, x) a sampling position in pixels of the input.
@@ -7,6 +7,8 @@ positions, (y, x) a sampling position in pixels of the input.
 import torch
 from torch import Tensor
 
+from deformnet.ops.deform_conv.checks import Geometry
+
 
 def deform_conv2d(
     input: Tensor,
@@ -14,20 +16,18 @@ def deform_conv2d(
     weight: Tensor,
     bias: Tensor | None,
     mask: Tensor | None,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-    border: str,
+    geometry: Geometry,
 ) -> Tensor:
-    """Equation 2 of Dai et al. 2017, with the mask of the modulated variant (Zhu et al. 2019).
+    """Equation 2 of Dai et al. 2017, with the mask of modulated convolution (Zhu et al. 2019).
 
-    Shapes are those of `deformnet.ops.deform_conv2d`, and are taken to be right. Computes in
-    float64 for float64 and in float32 for everything else. Differentiable any number of times;
-    the memory that autograd holds grows with the number of taps.
+    Shapes are those of `deformnet.ops.deform_conv2d`, already checked. Computes in float64 for
+    float64 and in float32 for all other dtypes. Differentiable any number of times; the memory
+    that autograd holds grows with the number of taps.
 
     Returns:
         [N, C_out, Ho, Wo], contiguous, of the dtype of `input`.
     """
+    stride, padding, dilation, border = geometry
     n, channels, height, width = input.shape
     out_channels, group_channels, kh, kw = weight.shape
     out_height, out_width = offset.shape[2:]
@@ -68,14 +68,17 @@ def deform_conv2d(
 
 
 def _read(maps: Tensor, y: Tensor, x: Tensor, border: str) -> Tensor:
-    """Bilinear values of `maps` [N, G, C/G, H, W] at `y`, `x` [N, G, P]: [N, G, C/G, P].
+    """Interpolate `maps` [N, G, C/G, H, W] at `y`, `x` [N, G, P] bilinearly (Equations 3-4).
 
-    Equations 3-4. `border="zeros"`: the map is zero outside, so within one pixel of it the
-    corners that lie inside still count. `border="msra2017"`: nothing is read outside
-    [0, H) x [0, W), and beyond the last row or column the value stays what it is there.
+    `border="zeros"`: the map is zero outside, so less than one pixel outside of it the corners
+    that lie inside still count. `border="msra2017"`: nothing is read outside [0, H) x [0, W), and
+    beyond the last row or column the value is that of the last row or column.
 
-    Where a position is not a number, so is the value and its derivative by the position, and no
-    gradient reaches the map. Elsewhere outside (infinite positions too) all three are zero.
+    At a NaN position the value and its derivative by the position are NaN, and no gradient reaches
+    the map. At all other positions outside (infinite ones, too) all three are zero.
+
+    Returns:
+        [N, G, C/G, P].
     """
     height, width = maps.shape[3:]
     # On each axis the positions from which anything is read are [first, size).
@@ -90,7 +93,7 @@ def _read(maps: Tensor, y: Tensor, x: Tensor, border: str) -> Tensor:
         safe_y = torch.where(safe_y >= height - 1, height - 1, safe_y)
         safe_x = torch.where(safe_x >= width - 1, width - 1, safe_x)
 
-    # At whole numbers the cell is the one to the right, and so is the derivative.
+    # At integers the cell is the one to the right, and so is the derivative.
     top, left = safe_y.detach().floor(), safe_x.detach().floor()
     down, right = safe_y - top, safe_x - left
     values = (
@@ -105,7 +108,7 @@ def _read(maps: Tensor, y: Tensor, x: Tensor, border: str) -> Tensor:
 
 
 def _corner(maps: Tensor, y: Tensor, x: Tensor, within: Tensor) -> Tensor:
-    """Values of `maps` [N, G, C/G, H, W] at whole `y`, `x` [N, G, P], zero outside the map."""
+    """Values of `maps` [N, G, C/G, H, W] at integer `y`, `x` [N, G, P], zero outside the map."""
     channels, height, width = maps.shape[2:]
     inside = within & (y >= 0) & (y < height) & (x >= 0) & (x < width)
     index = torch.where(inside, y, 0).long() * width + torch.where(inside, x, 0).long()

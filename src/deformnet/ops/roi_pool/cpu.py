@@ -5,7 +5,8 @@ import ctypes
 import torch
 from torch import Tensor
 
-from deformnet.ops.cpu.loading import DTYPES, address, call, dense
+from deformnet.ops.cpu.loading import DTYPES, address, call, dense, fields
+from deformnet.ops.roi_pool.checks import Rule
 
 # As `Sampling` of kernels.h.
 _SAMPLINGS = {"bins": 0, "msra": 1, "aligned": 2}
@@ -18,65 +19,37 @@ class _Problem(ctypes.Structure):
     """`RoiProblem` of kernels.h, field by field."""
 
     _fields_ = [
-        *[
-            (name, ctypes.c_int64)
-            for name in (
-                *("batch", "in_h", "in_w", "boxes", "out_channels", "out_h", "out_w"),
-                *("groups", "samples_per_bin"),
-            )
-        ],
-        *[(name, ctypes.c_double) for name in ("spatial_scale", "gamma")],
-        *[
-            (name, ctypes.c_int32)
-            for name in (
-                *("dtype", "boxes_dtype", "offset_dtype", "sampling", "position_sensitive"),
-                *("input_channels_last", "threads"),
-            )
-        ],
+        *fields(ctypes.c_int64, "batch in_h in_w boxes out_channels out_h out_w"),
+        *fields(ctypes.c_int64, "groups samples_per_bin"),
+        *fields(ctypes.c_double, "spatial_scale gamma"),
+        *fields(ctypes.c_int32, "dtype boxes_dtype offset_dtype sampling position_sensitive"),
+        *fields(ctypes.c_int32, "input_channels_last threads"),
     ]
 
 
 class _ForwardTensors(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in ("input", "boxes", "offset", "output")]
+    _fields_ = fields(ctypes.c_void_p, "input boxes offset output")
 
 
 class _BackwardTensors(ctypes.Structure):
-    _fields_ = [
-        (name, ctypes.c_void_p)
-        for name in ("grad_output", "input", "boxes", "offset", "grad_input", "grad_offset")
-    ]
+    _fields_ = fields(ctypes.c_void_p, "grad_output input boxes offset grad_input grad_offset")
 
 
-def roi_pool(
-    input: Tensor,
-    boxes: Tensor,
-    offset: Tensor | None,
-    output_size: tuple[int, int],
-    spatial_scale: float,
-    gamma: float,
-    sampling: str,
-    samples_per_bin: int,
-    position_sensitive: bool,
-) -> Tensor:
-    """Forward pass; arguments are as `deformnet.ops.deform_roi_pool` has checked them.
+def roi_pool(input: Tensor, boxes: Tensor, offset: Tensor | None, rule: Rule) -> Tensor:
+    """Forward pass; the arguments are checked.
 
     Returns:
         [R, C, ph, pw], contiguous.
     """
-    channels = _out_channels(input, output_size, position_sensitive)
-    output = input.new_empty((boxes.shape[0], channels, *output_size))
+    output = input.new_empty((boxes.shape[0], rule.out_channels(input), *rule.output_size))
     if output.numel() == 0:
         return output
-    input, channels_last = _map(input, position_sensitive)
+    input, channels_last = _map(input, rule)
     boxes = boxes.contiguous()
     if offset is not None:
-        offset = _of_bins(offset, output_size).contiguous()
-    problem = _problem(
-        *(input, boxes, offset, output_size, spatial_scale, gamma),
-        *(sampling, samples_per_bin, position_sensitive, channels_last),
-    )
-    tensors = _ForwardTensors(*(address(t) for t in (input, boxes, offset, output)))
-    call("roi_pool", problem, tensors)
+        offset = _of_bins(offset, rule.output_size).contiguous()
+    problem = _problem(input, boxes, offset, rule, channels_last)
+    call("roi_pool", problem, _ForwardTensors(*map(address, (input, boxes, offset, output))))
     return output
 
 
@@ -85,34 +58,23 @@ def roi_pool_backward(
     input: Tensor,
     boxes: Tensor,
     offset: Tensor | None,
-    output_size: tuple[int, int],
-    spatial_scale: float,
-    gamma: float,
-    sampling: str,
-    samples_per_bin: int,
-    position_sensitive: bool,
+    rule: Rule,
     needs: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients by input and offset, those that `needs` asks for."""
+    """Gradients of input and offset, as far as `needs` says True."""
     needs_input, needs_offset = needs
-    dense_input, channels_last = _map(input, position_sensitive)
+    dense_input, channels_last = _map(input, rule)
     boxes, grad_output = boxes.contiguous(), grad_output.contiguous()
-    shifts = None if offset is None else _of_bins(offset, output_size).contiguous()
+    shifts = None if offset is None else _of_bins(offset, rule.output_size).contiguous()
 
     # Without boxes no kernel runs: the gradients are zero.
     make = torch.zeros_like if grad_output.numel() == 0 else torch.empty_like
     grad_input = make(dense_input) if needs_input else None
     grad_shifts = make(shifts) if needs_offset and shifts is not None else None
     if grad_output.numel() > 0 and (grad_input is not None or grad_shifts is not None):
-        problem = _problem(
-            *(dense_input, boxes, shifts, output_size, spatial_scale, gamma),
-            *(sampling, samples_per_bin, position_sensitive, channels_last),
-        )
-        tensors = _BackwardTensors(
-            *(address(t) for t in (grad_output, dense_input, boxes, shifts)),
-            *(address(t) for t in (grad_input, grad_shifts)),
-        )
-        call("roi_pool_backward", problem, tensors)
+        problem = _problem(dense_input, boxes, shifts, rule, channels_last)
+        tensors = (grad_output, dense_input, boxes, shifts, grad_input, grad_shifts)
+        call("roi_pool_backward", problem, _BackwardTensors(*map(address, tensors)))
     # In the memory format of the input, where the kernel has it in another one.
     if grad_input is not None and not channels_last and dense(input)[1]:
         grad_input = grad_input.contiguous(memory_format=torch.channels_last)
@@ -121,20 +83,13 @@ def roi_pool_backward(
     return grad_input, _of_parts(grad_shifts, offset)
 
 
-def _out_channels(input: Tensor, output_size: tuple[int, int], position_sensitive: bool) -> int:
-    bins = output_size[0] * output_size[1]
-    return input.shape[1] // bins if position_sensitive else input.shape[1]
-
-
-def _map(input: Tensor, position_sensitive: bool) -> tuple[Tensor, bool]:
+def _map(input: Tensor, rule: Rule) -> tuple[Tensor, bool]:
     """The input in a memory format that the kernel takes, and whether that is channels-last."""
-    if position_sensitive:
-        return input.contiguous(), False
-    return dense(input)
+    return (input.contiguous(), False) if rule.position_sensitive else dense(input)
 
 
 def _part(axis: int, offset: Tensor, bins: int) -> Tensor | None:
-    """The part that each bin has its offset from, or None if it is the bin itself."""
+    """The part of each bin, or None if parts are bins."""
     parts = offset.shape[axis]
     return None if parts == bins else torch.arange(bins) * parts // bins
 
@@ -164,27 +119,18 @@ def _of_parts(grad: Tensor, offset: Tensor) -> Tensor:
 
 
 def _problem(
-    input: Tensor,
-    boxes: Tensor,
-    offset: Tensor | None,
-    output_size: tuple[int, int],
-    spatial_scale: float,
-    gamma: float,
-    sampling: str,
-    samples_per_bin: int,
-    position_sensitive: bool,
-    channels_last: bool,
+    input: Tensor, boxes: Tensor, offset: Tensor | None, rule: Rule, channels_last: bool
 ) -> _Problem:
     batch, _, in_h, in_w = input.shape
     if max(in_h, in_w) > _MOST_SIDE:
         raise ValueError(
-            f"input: wanted at most {_MOST_SIDE} rows and columns, got {in_h} x {in_w}"
+            f"expected input to have at most {_MOST_SIDE} rows and columns, but got {in_h} x {in_w}"
         )
     return _Problem(
         *(batch, in_h, in_w, boxes.shape[0]),
-        *(_out_channels(input, output_size, position_sensitive), *output_size),
-        *(1 if offset is None else offset.shape[1] // 2, samples_per_bin),
-        *(spatial_scale, gamma, DTYPES[input.dtype], DTYPES[boxes.dtype]),
-        *(DTYPES[input.dtype if offset is None else offset.dtype], _SAMPLINGS[sampling]),
-        *(position_sensitive, channels_last, torch.get_num_threads()),
+        *(rule.out_channels(input), *rule.output_size),
+        *(1 if offset is None else offset.shape[1] // 2, rule.samples_per_bin),
+        *(rule.spatial_scale, rule.gamma, DTYPES[input.dtype], DTYPES[boxes.dtype]),
+        *(DTYPES[input.dtype if offset is None else offset.dtype], _SAMPLINGS[rule.sampling]),
+        *(rule.position_sensitive, channels_last, torch.get_num_threads()),
     )

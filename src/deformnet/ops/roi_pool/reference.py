@@ -1,8 +1,8 @@
-"""Deformable RoI pooling, plain and position-sensitive, under three rules of sampling.
+"""Deformable RoI pooling, plain and position-sensitive, in plain PyTorch: the definition.
 
-Each bin is the mean of samples on a grid, rows times columns; so is everything here, one axis at a
-time. Letters: R boxes, C output channels, G offset groups, K = ph*pw bins, H W height and width of
-the map, B = R*G*K bins of all boxes and groups, S samples on one axis of a bin.
+Each bin is the mean of samples on a grid, rows times columns; each axis is computed by itself.
+Letters: R boxes, C output channels, G offset groups, K = ph*pw bins, H W height and width of the
+map, B = R*G*K bins of all boxes and groups, S samples on one axis of a bin.
 """
 
 from typing import NamedTuple
@@ -10,50 +10,39 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from deformnet.ops.checks import values_known
+from deformnet.ops._arguments import values_known
+from deformnet.ops.roi_pool.checks import Rule
 
 # Numbers read from the map at a time, unless one bin alone has more of them.
 _CHUNK = 2**22
 
 
-def roi_pool(
-    input: Tensor,
-    boxes: Tensor,
-    offset: Tensor | None,
-    output_size: tuple[int, int],
-    spatial_scale: float,
-    gamma: float,
-    sampling: str,
-    samples_per_bin: int,
-    position_sensitive: bool,
-) -> Tensor:
-    """`deformnet.ops.deform_roi_pool` and `deform_ps_roi_pool`; arguments are taken to be right.
+def roi_pool(input: Tensor, boxes: Tensor, offset: Tensor | None, rule: Rule) -> Tensor:
+    """`deformnet.ops.deform_roi_pool` and `deform_ps_roi_pool`; the arguments are checked.
 
-    Positions are computed in float64, so that a box is rounded, and a sample found to lie inside
-    the map, in the same way for every dtype of the input; the rest in float64 for float64 and in
-    float32 for everything else. Differentiable any number of times by input and offset; the
-    memory that autograd holds grows with the number of samples.
+    Positions are computed in float64, so that rounding of boxes, and samples inside and outside of
+    the map, are the same for every dtype of the input; the rest is computed in float64 for float64
+    and in float32 for all other dtypes. Differentiable any number of times by input and offset;
+    the memory that autograd holds grows with the number of samples.
 
     Returns:
-        [R, C, ph, pw], contiguous, of the dtype of `input`.
+        [R, C, ph, pw] of the dtype of `input`.
     """
-    n, channels, height, width = input.shape
-    ph, pw = output_size
-    bins = ph * pw
-    if position_sensitive:
-        channels = channels // bins
+    n, _, height, width = input.shape
+    (ph, pw), _, gamma, sampling, samples_per_bin, position_sensitive = rule
+    bins, channels = ph * pw, rule.out_channels(input)
     groups = 1 if offset is None else offset.shape[1] // 2
     shape = (boxes.shape[0], groups, ph, pw)
 
-    image, x1, y1, x2, y2 = boxes.detach().to(torch.float64).unbind(1)
+    image = boxes.detach()[:, 0].to(_position_dtype(boxes))
     # Where nobody could look at the boxes before, some may be of images that do not exist.
     exists = (image >= 0) & (image < n)
-    y_axis = _axis(y1, y2, exists, ph, spatial_scale, sampling, samples_per_bin)
-    x_axis = _axis(x1, x2, exists, pw, spatial_scale, sampling, samples_per_bin)
+    y_axis, x_axis = axes(boxes, exists, rule)
 
     y_start, x_start = y_axis.start[:, None, :, None], x_axis.start[:, None, None, :]
     if offset is not None:
-        shift = gamma * _of_bins(offset.to(torch.float64), output_size).unflatten(1, (groups, 2))
+        offset = _of_bins(offset.to(_position_dtype(boxes)), rule.output_size)
+        shift = gamma * offset.unflatten(1, (groups, 2))
         # The pair is (x, y).
         x_start = x_start + shift[:, :, 0] * x_axis.size[:, None, None, None]
         y_start = y_start + shift[:, :, 1] * y_axis.size[:, None, None, None]
@@ -74,7 +63,7 @@ def roi_pool(
         most_columns,
     )
 
-    # A row of the table is what is read at a pixel: the channels of one group, and of one bin if
+    # A row of the table has the values of a pixel: the channels of one group, and of one bin if
     # position-sensitive. `origin` [B] is the row of the pixel (0, 0).
     dtype = torch.promote_types(input.dtype, torch.float32)
     planes = bins if position_sensitive else 1
@@ -100,12 +89,11 @@ def roi_pool(
         back = order.argsort()
         output, inside = output[back], inside[back]
 
-    # What the sum is divided by: the samples inside, or all of them.
+    # The divisor: the number of samples inside, or of all samples.
     number = inside if sampling == "msra" else y.number * x.number
     output = output / number.clamp_min(1).to(dtype)[:, None]
 
-    # Where a position is not a number, so is the mean; the square of a NaN, because then the
-    # derivative is NaN as well.
+    # A NaN position gives a NaN mean; the square of a NaN, because then the derivative is NaN too.
     undefined = y.start.isnan() | x.start.isnan()
     poison = torch.where(undefined, y.start + x.start, 0).to(dtype)
     output = torch.where(undefined[:, None], (poison * poison)[:, None], output)
@@ -114,31 +102,42 @@ def roi_pool(
     return output.reshape(shape[0], channels, ph, pw).to(input.dtype)
 
 
-class _Axis(NamedTuple):
-    """How boxes lie on one axis of the map, and where their k bins have samples there.
+class Axis(NamedTuple):
+    """Boxes on one axis of the map, and the samples of their k bins.
 
-    Sample s of a bin, s = 0 .. number - 1, is at start + s * step, before the shift.
+    Sample s of a bin, s = 0, ..., number - 1, is at start + s * step, before the shift.
     """
 
-    size: Tensor  # [R], what the shift is measured in
+    size: Tensor  # [R], the unit of the shift
     start: Tensor  # [R, k]
     step: Tensor  # [R, k]
     number: Tensor  # [R, k]
 
 
-def _axis(
-    low: Tensor,
-    high: Tensor,
-    exists: Tensor,
-    k: int,
-    scale: float,
-    sampling: str,
-    samples_per_bin: int,
-) -> _Axis:
-    """The rule of sampling on one axis, for the sides `low` and `high` [R] of the boxes.
+def axes(boxes: Tensor, exists: Tensor, rule: Rule) -> tuple[Axis, Axis]:
+    """How boxes [R, 5] lie on the vertical and the horizontal axis of the map.
 
-    A box that is infinite there, or not a number, starts at NaN and has the size NaN.
+    Args:
+        boxes: [R, 5].
+        exists: [R], whether the image of each box exists.
+        rule: the arguments of the pooling that are not tensors.
     """
+    _, x1, y1, x2, y2 = boxes.detach().to(_position_dtype(boxes)).unbind(1)
+    ph, pw = rule.output_size
+    return _axis(y1, y2, exists, ph, rule), _axis(x1, x2, exists, pw, rule)
+
+
+def _position_dtype(boxes: Tensor) -> torch.dtype:
+    # Apple's GPUs have no float64.
+    return torch.float32 if boxes.device.type == "mps" else torch.float64
+
+
+def _axis(low: Tensor, high: Tensor, exists: Tensor, k: int, rule: Rule) -> Axis:
+    """The sampling rule on one axis, for the sides `low` and `high` [R] of the boxes.
+
+    A box with an infinite or NaN side has start NaN and size NaN.
+    """
+    _, scale, _, sampling, samples_per_bin, _ = rule
     bin = torch.arange(k, dtype=low.dtype, device=low.device)
     if sampling == "bins":
         low, high = _round(low * scale), _round(high * scale)
@@ -167,7 +166,7 @@ def _axis(
         step, count = step.expand_as(start), count.expand_as(start)
     # The size may hide an infinite side.
     defined = exists & low.isfinite() & high.isfinite() & size.isfinite()
-    return _Axis(
+    return Axis(
         torch.where(defined, size, torch.nan),
         torch.where(defined[:, None], start, torch.nan),
         step,
@@ -176,7 +175,7 @@ def _axis(
 
 
 def _round(numbers: Tensor) -> Tensor:
-    """To whole numbers, halves away from zero."""
+    """Round to integers, halves away from zero."""
     whole = numbers.trunc()
     rest = numbers - whole
     return whole + (rest >= 0.5).to(whole.dtype) - (rest <= -0.5).to(whole.dtype)
@@ -209,7 +208,7 @@ class _Grid(NamedTuple):
 
 
 def _most(size: int, sampling: str, samples_per_bin: int) -> int:
-    """How many samples a bin can need at most, on a map of this size, however large the box is.
+    """The largest number of samples that a bin can need on a map of this size, for any box.
 
     The step is 1 for "bins", and more than a half wherever an adapting bin has several samples.
     """
@@ -232,14 +231,14 @@ def _grid(start: Tensor, step: Tensor, number: Tensor, size: int, most: int) -> 
 def _chunks(
     rows: Tensor, columns: Tensor, channels: int
 ) -> tuple[Tensor, list[tuple[Tensor, int, int]]]:
-    """All bins, in chunks of equal numbers of samples and at most `_CHUNK` numbers to read.
+    """Divide all bins into chunks of equal numbers of samples, of at most `_CHUNK` numbers to read.
 
     Args:
-        rows, columns: [B], samples on the two axes.
-        channels: how many numbers there are at a pixel.
+        rows, columns: [B], the numbers of samples on the two axes.
+        channels: the number of values at a pixel.
 
     Returns:
-        The order of the bins [B]; and of each chunk its bins, rows and columns.
+        The order of the bins [B]; and for each chunk its bins, rows and columns.
     """
     kinds, kind, sizes = torch.stack([rows, columns], dim=1).unique(
         dim=0, return_inverse=True, return_counts=True
@@ -256,7 +255,7 @@ def _chunks(
 
 
 class _AxisRead(NamedTuple):
-    """The pixels that the samples of bins read along one axis: two of each sample, [B, 2*S]."""
+    """The pixels that the samples of bins read along one axis, two for each sample: [B, 2*S]."""
 
     pixel: Tensor
     weight: Tensor
@@ -265,9 +264,9 @@ class _AxisRead(NamedTuple):
 
 
 def _read_axis(grid: _Grid, samples: int, size: int, sampling: str) -> _AxisRead:
-    """Bilinear reading, one axis of it.
+    """One axis of bilinear interpolation.
 
-    At whole numbers the cell is the one to the right, and so is the derivative.
+    At integers the cell is the one to the right, and so is the derivative.
     """
     sample = torch.arange(samples, dtype=grid.first.dtype, device=grid.first.device)
     sample = grid.first[:, None] + sample
@@ -283,7 +282,7 @@ def _read_axis(grid: _Grid, samples: int, size: int, sampling: str) -> _AxisRead
     # From here on all positions are finite and small; where() keeps the others' gradients out.
     position = torch.where(within, position, 0)
     if sampling != "bins":
-        # Beyond the last pixel's centre the value is the last pixel's.
+        # Beyond the last pixel's center the value is the last pixel's.
         position = torch.where(position < 0, 0, position)
         position = torch.where(position > size - 1, size - 1, position)
     low = position.detach().floor()

@@ -1,0 +1,134 @@
+"""Checks of arguments that several operators share.
+
+Sizes may be symbolic: these run in the public functions, in the fakes that a compiler traces, and
+in the kernels (so that a call through `torch.ops` never reads outside its tensors either).
+"""
+
+import operator
+from collections.abc import Sequence
+from typing import Any, SupportsIndex, TypeAlias
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+Pair: TypeAlias = tuple[int, int]
+IntOrPair: TypeAlias = SupportsIndex | Sequence[SupportsIndex]
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def integer(name: str, value: Any) -> int:
+    """Convert an argument to int. NumPy integers are accepted, floats are not.
+
+    Raises:
+        TypeError: if it is not an integer.
+    """
+    return _index(value, name, "an int", value)
+
+
+def pair(name: str, value: Any) -> Pair:
+    """Convert an int or a sequence of ints to (vertical, horizontal).
+
+    Raises:
+        TypeError: if it is neither an int nor a tuple or list of ints.
+        ValueError: if it is a sequence of more than two ints.
+    """
+    expected = "an int or a pair of ints"
+    if not isinstance(value, (tuple, list)):
+        both = _index(value, name, expected, value)
+        return both, both
+    if not 1 <= len(value) <= 2:
+        raise ValueError(f"expected {name} to be {expected}, but got {len(value)} values")
+    return _index(value[0], name, expected, value), _index(value[-1], name, expected, value)
+
+
+def _index(value: Any, name: str, expected: str, argument: Any) -> int:
+    # Symbolic ints stay symbolic.
+    if isinstance(value, (int, torch.SymInt)):
+        return value
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"expected {name} to be {expected}, but got {argument!r}") from None
+
+
+def number(name: str, value: Any) -> float:
+    """Convert an argument to a number; NumPy floats are accepted, strings are not.
+
+    Raises:
+        TypeError: if it is not a real number.
+    """
+    if isinstance(value, (float, int, torch.SymFloat, torch.SymInt)):
+        return value
+    if not hasattr(type(value), "__float__"):
+        raise TypeError(f"expected {name} to be a number, but got {value!r}")
+    return float(value)
+
+
+def check_tensor(
+    name: str, tensor: Any, rank: int, like: Tensor | None = None, *, or_float32: bool = False
+) -> None:
+    """Check type and rank; and dtype and device against `like`, the input.
+
+    Args:
+        or_float32: accept float32 beside a half-precision input.
+
+    Raises:
+        TypeError: if it is not a tensor or has the wrong dtype.
+        ValueError: if the rank or the device is wrong.
+    """
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"expected {name} to be a tensor, but got {type(tensor).__name__}")
+    if tensor.dim() != rank:
+        raise ValueError(
+            f"expected {name} to be {rank}-dimensional, but got shape {shape_text(tensor)}"
+        )
+    if like is None:
+        if tensor.dtype not in DTYPES:
+            raise TypeError(
+                f"expected {name} to be one of {dtype_names(DTYPES)}, but got {tensor.dtype}"
+            )
+        return
+    dtype, expected = tensor.dtype, like.dtype
+    if dtype != expected and not (
+        or_float32 and dtype == torch.float32 and expected in (torch.bfloat16, torch.float16)
+    ):
+        raise TypeError(
+            f"expected {name} to be {expected} like input"
+            f"{' or torch.float32' if or_float32 else ''}, but got {dtype}"
+        )
+    check_device(name, tensor, like)
+
+
+def check_device(name: str, tensor: Tensor, like: Tensor) -> None:
+    """Raise a ValueError unless a tensor is on the device of the input."""
+    if tensor.device != like.device:
+        raise ValueError(
+            f"expected {name} to be on {like.device} like input, but got {tensor.device}"
+        )
+
+
+def check_map(input: Tensor) -> None:
+    """Raise a ValueError if an input [N, C, H, W] has no channels, rows or columns."""
+    if input.shape[1] < 1 or input.shape[2] < 1 or input.shape[3] < 1:
+        raise ValueError(
+            "expected input to have at least one channel, row and column, "
+            f"but got shape {shape_text(input)}"
+        )
+
+
+def values_known(tensor: Tensor) -> bool:
+    """Whether a tensor has values that Python may look at: it is neither fake nor being traced."""
+    return not (torch.compiler.is_compiling() or tensor.is_meta or isinstance(tensor, FakeTensor))
+
+
+def shape_text(tensor: Tensor) -> str:
+    """The shape for a message."""
+    # Spelled out: a compiler that traces this formats symbolic sizes, but not a list of them.
+    return f"[{', '.join([f'{size}' for size in tensor.shape])}]"
+
+
+def dtype_names(dtypes: tuple[torch.dtype, ...]) -> str:
+    """The dtypes for a message."""
+    return ", ".join(str(dtype) for dtype in dtypes)

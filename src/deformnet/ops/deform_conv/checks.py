@@ -1,0 +1,119 @@
+"""What deformable convolution accepts."""
+
+from typing import Literal, NamedTuple, TypeAlias, get_args
+
+from torch import Tensor
+
+from deformnet.ops._arguments import Pair, check_map, check_tensor, shape_text
+
+Border: TypeAlias = Literal["zeros", "msra2017"]
+BORDERS = get_args(Border)
+
+
+class Geometry(NamedTuple):
+    """The arguments that are not tensors; pairs are (vertical, horizontal)."""
+
+    stride: Pair
+    padding: Pair
+    dilation: Pair
+    border: str
+
+
+def check(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    geometry: Geometry,
+) -> tuple[int, int, int, int]:
+    """Check all arguments of a convolution.
+
+    Returns:
+        The shape [N, C_out, Ho, Wo] of the output.
+
+    Raises:
+        TypeError: if an argument is not a tensor, or has the wrong dtype.
+        ValueError: if anything else is wrong; the message names the argument.
+    """
+    check_tensor("input", input, 4)
+    check_tensor("weight", weight, 4, like=input)
+    check_tensor("offset", offset, 4, like=input, or_float32=True)
+    if bias is not None:
+        check_tensor("bias", bias, 1, like=input)
+    if mask is not None:
+        check_tensor("mask", mask, 4, like=input, or_float32=True)
+    stride, padding, dilation, border = geometry
+    _check_at_least("stride", stride, 1)
+    _check_at_least("padding", padding, 0)
+    _check_at_least("dilation", dilation, 1)
+    if border not in BORDERS:
+        raise ValueError(f"expected border to be one of {', '.join(BORDERS)}, but got {border!r}")
+    check_map(input)
+    _check_weight(input, weight, bias)
+
+    batch, channels, height, width = input.shape
+    kh, kw = weight.shape[2:]
+    out_height = (height + 2 * padding[0] - dilation[0] * (kh - 1) - 1) // stride[0] + 1
+    out_width = (width + 2 * padding[1] - dilation[1] * (kw - 1) - 1) // stride[1] + 1
+    if out_height < 1 or out_width < 1:
+        raise ValueError(
+            f"expected input to be at least as large as the dilated kernel, "
+            f"[{dilation[0] * (kh - 1) + 1}, {dilation[1] * (kw - 1) + 1}], "
+            f"but got shape {shape_text(input)} with padding {tuple(padding)}"
+        )
+
+    taps = kh * kw
+    offset_batch, offset_channels, offset_height, offset_width = offset.shape
+    groups = offset_channels // (2 * taps)
+    if (
+        offset_batch != batch
+        or offset_height != out_height
+        or offset_width != out_width
+        or groups < 1
+        or groups * 2 * taps != offset_channels
+        or channels % groups
+    ):
+        raise ValueError(
+            f"expected offset to have shape [{batch}, {2 * taps} * G, {out_height}, {out_width}], "
+            f"where G divides the {channels} channels of input, "
+            f"but got shape {shape_text(offset)}"
+        )
+    if mask is not None:
+        mask_batch, mask_channels, mask_height, mask_width = mask.shape
+        if (
+            mask_batch != batch
+            or mask_channels != groups * taps
+            or mask_height != out_height
+            or mask_width != out_width
+        ):
+            raise ValueError(
+                f"expected mask to have shape [{batch}, {groups * taps}, {out_height}, "
+                f"{out_width}] ({groups} offset groups of {taps} taps), "
+                f"but got shape {shape_text(mask)}"
+            )
+    return batch, weight.shape[0], out_height, out_width
+
+
+def _check_at_least(name: str, numbers: Pair, least: int) -> None:
+    if numbers[0] < least or numbers[1] < least:
+        raise ValueError(f"expected {name} to be at least {least}, but got {tuple(numbers)}")
+
+
+def _check_weight(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    channels = input.shape[1]
+    out_channels, group_channels, kh, kw = weight.shape
+    if out_channels < 1 or group_channels < 1 or kh < 1 or kw < 1:
+        raise ValueError(
+            f"expected weight to have no dimension of size 0, but got shape {shape_text(weight)}"
+        )
+    if channels % group_channels or out_channels % (channels // group_channels):
+        raise ValueError(
+            f"expected weight to have shape [C_out, {channels} / groups, kh, kw], where groups "
+            f"divides C_out and the {channels} channels of input, "
+            f"but got shape {shape_text(weight)}"
+        )
+    if bias is not None and bias.shape[0] != out_channels:
+        raise ValueError(
+            f"expected bias to have shape [{out_channels}], but got shape {shape_text(bias)}"
+        )

@@ -1,0 +1,348 @@
+"""Registration of operators with PyTorch: schema, kernels, fakes, gradients, autocast and FLOPs.
+
+Each operator's folder declares an `Operator`; the rules that all operators share are here.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.library import Library
+
+from deformnet.ops import backends
+from deformnet.ops._arguments import check_device, shape_text
+from deformnet.ops.flops import register as register_flops
+
+_library = Library("deformnet", "DEF")
+
+
+class Kernels(NamedTuple):
+    """A fast implementation of an operator.
+
+    Attributes:
+        forward: `forward(*tensors, settings)` returns the output.
+        backward: `backward(grad_output, *saved_tensors, settings, needs)` returns a gradient for
+            each differentiable tensor, None where `needs` says False.
+    """
+
+    forward: Callable[..., Tensor]
+    backward: Callable[..., tuple[Tensor | None, ...]]
+
+
+class Operator:
+    """An operator `torch.ops.deformnet.NAME`, and NAME_backward for its gradients.
+
+    Both are registered when this is created: the kernels with the checks in front, fake
+    implementations, first derivatives (the fast kernels refuse second and forward-mode ones),
+    autocast, and FLOP formulas. Calling the operator is what its public function does with its
+    arguments.
+
+    Args:
+        name: name of the operator.
+        schema: arguments of the operator, the tensors first.
+        settings: a NamedTuple of the arguments that are not tensors.
+        check: `check(*tensors, settings)` returns the shape of the output, or raises if an
+            argument is wrong. Sizes may be symbolic, and values unknown.
+        check_values: `check_values(*tensors)` raises if a value is wrong, where that needs no
+            synchronization.
+        differentiable: names of the tensors that have gradients.
+        positions: names of the tensors that autocast casts to float32 instead of its own dtype.
+        biases: names of the tensors of one number per output channel that the output is a sum
+            with. The backward pass does not take them.
+        keeps_memory_format: whether the output is channels-last where the first tensor is.
+        reference: `reference(*tensors, settings)`, in plain PyTorch.
+        cpu: the kernels for tensors on the CPU.
+        triton: imports the kernels for tensors on a GPU.
+        flops: `flops(*tensors, settings)` returns floating-point operations of the forward pass.
+        backward_flops: `backward_flops(*saved_tensors, settings, needs)`, of the backward pass.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        schema: str,
+        settings: Callable[..., tuple[Any, ...]],
+        *,
+        check: Callable[..., tuple[int, ...]],
+        check_values: Callable[..., None] | None = None,
+        differentiable: Sequence[str],
+        positions: Sequence[str],
+        biases: Sequence[str] = (),
+        keeps_memory_format: bool,
+        reference: Callable[..., Tensor],
+        cpu: Kernels,
+        triton: Callable[[], Kernels],
+        flops: Callable[..., int],
+        backward_flops: Callable[..., int],
+    ) -> None:
+        arguments = schema.split(", ")
+        names = re.findall(r"Tensor\?? (\w+)", schema)
+        self.name, self._settings = name, settings
+        self._check, self._check_values = check, check_values
+        self._keeps_memory_format = keeps_memory_format
+        self._reference, self.cpu, self._triton = reference, cpu, triton
+        self._flops, self._backward_flops = flops, backward_flops
+        self._count = len(names)
+        self._is_position = [name in positions for name in names]
+        # Places of tensors among the arguments; None: not among those of the backward operator.
+        self._saved = [place for place, name in enumerate(names) if name not in biases]
+        self._differentiable = [names.index(name) for name in differentiable]
+        self._with_gradient = {
+            name: None if name in biases else self._saved.index(names.index(name))
+            for name in differentiable
+        }
+        saved = [argument for argument in arguments if argument.split()[1] not in biases]
+        self._define(name, f"{schema}) -> Tensor")
+        self._define(
+            f"{name}_backward",
+            f"Tensor grad_output, {', '.join(saved)}, bool[{len(differentiable)}] needs) "
+            "-> Tensor[]",
+        )
+        self._register()
+
+    def _define(self, name: str, signature: str) -> None:
+        _library.define(f"{name}({signature}", tags=torch.Tag.pt2_compliant_tag)
+
+    def _register(self) -> None:
+        name, backward = self.name, f"{self.name}_backward"
+        for key in ("CPU", "CUDA"):
+            _library.impl(name, self._kernel, key)
+            _library.impl(backward, self._backward_kernel, key)
+        for device in ("cpu", "cuda"):
+            _library.impl(name, partial(self._autocast_kernel, device), f"Autocast{device.upper()}")
+        _library.impl(name, self._autograd_kernel, "Autograd")
+        _library.impl(backward, self._backward_autograd_kernel, "Autograd")
+        torch.library.register_fake(f"deformnet::{name}", self._fake, lib=_library)
+        torch.library.register_fake(f"deformnet::{backward}", self._backward_fake, lib=_library)
+        packets = getattr(torch.ops.deformnet, name), getattr(torch.ops.deformnet, backward)
+        register_flops(packets[0], self._count_flops)
+        register_flops(packets[1], self._count_backward_flops)
+        # The overloads, resolved once and not in every call.
+        self.forward, self.backward = packets[0].default, packets[1].default
+        # By hand, as torch.library.register_autograd adds twice this overhead.
+        title = "".join(word.capitalize() for word in name.split("_"))
+        self._function = _function(title, self._save_and_call, self._differentiate)
+        self._backward_function = _function(
+            f"{title}Gradients", self._call_backward, self._refuse_second_derivative
+        )
+
+    # ------------------------------------------------------------------------ the public function
+
+    def __call__(
+        self, backend: str, tensors: tuple[Tensor | None, ...], settings: tuple[Any, ...]
+    ) -> Tensor:
+        """Check the arguments, cast them under autocast, and run an implementation."""
+        input = tensors[0]
+        if not isinstance(input, Tensor):
+            raise TypeError(f"expected input to be a tensor, but got {type(input).__name__}")
+        device = input.device.type
+        reference = backends.resolve(backend, device) == "reference"
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            tensors = self._autocast(device, tensors)
+            self._check(*tensors, settings)
+            # The casts are done; the reference must not have its own arithmetic cast as well.
+            with torch.autocast(device, enabled=False):
+                return self._run(reference, tensors, settings)
+        self._check(*tensors, settings)
+        return self._run(reference, tensors, settings)
+
+    def _run(
+        self, reference: bool, tensors: tuple[Tensor | None, ...], settings: tuple[Any, ...]
+    ) -> Tensor:
+        if not reference:
+            return self.forward(*tensors, *settings)
+        if self._check_values is not None:
+            self._check_values(*tensors)
+        output = self._reference(*tensors, settings)
+        return output.contiguous(memory_format=self._memory_format(tensors[0]))
+
+    # -------------------------------------------------------------------------------- the kernels
+
+    def _kernels(self, input: Tensor) -> Kernels:
+        if input.is_cuda:
+            reason = backends.why_unavailable("triton")
+        else:
+            reason = backends.CPU_UNAVAILABLE
+        if reason is not None:
+            raise RuntimeError(reason)
+        return self._triton() if input.is_cuda else self.cpu
+
+    def _kernel(self, *arguments: Any) -> Tensor:
+        tensors, settings = arguments[: self._count], self._settings(*arguments[self._count :])
+        kernels = self._kernels(tensors[0])
+        # Again, after the public function: a compiled or exported program comes straight here.
+        self._check(*tensors, settings)
+        if self._check_values is not None:
+            self._check_values(*tensors)
+        return kernels.forward(*tensors, settings)
+
+    def _backward_kernel(self, *arguments: Any) -> list[Tensor]:
+        grad_output, tensors, settings, needs = self._split(arguments)
+        kernels = self._kernels(grad_output)
+        self._check_backward(grad_output, tensors, settings, needs)
+        if self._check_values is not None:
+            self._check_values(*tensors)
+        gradients = kernels.backward(grad_output, *tensors, settings, tuple(needs))
+        return [gradient for gradient in gradients if gradient is not None]
+
+    def _split(self, arguments: tuple[Any, ...]) -> tuple[Tensor, tuple, tuple, Sequence[bool]]:
+        """The arguments of the backward operator: gradient, saved tensors, settings, needs."""
+        end = 1 + len(self._saved)
+        return arguments[0], arguments[1:end], self._settings(*arguments[end:-1]), arguments[-1]
+
+    def _check_backward(
+        self, grad_output: Tensor, saved: tuple, settings: tuple, needs: Sequence[bool]
+    ) -> None:
+        tensors: list[Tensor | None] = [None] * self._count
+        for place, tensor in zip(self._saved, saved, strict=True):
+            tensors[place] = tensor
+        shape, input = self._check(*tensors, settings), saved[0]
+        if grad_output.dtype != input.dtype:
+            raise TypeError(
+                f"expected grad_output to be {input.dtype} like input, but got {grad_output.dtype}"
+            )
+        check_device("grad_output", grad_output, input)
+        if grad_output.dim() != len(shape) or grad_output.shape != shape:
+            raise ValueError(
+                f"expected grad_output to have shape {list(shape)}, "
+                f"but got shape {shape_text(grad_output)}"
+            )
+        for (name, place), needed in zip(self._with_gradient.items(), needs, strict=True):
+            if needed and place is not None and saved[place] is None:
+                raise ValueError(f"expected needs to be False for {name}=None, but got True")
+
+    # ---------------------------------------------------------------------------------- the fakes
+
+    def _memory_format(self, input: Tensor | None) -> torch.memory_format:
+        if input is None or not self._keeps_memory_format:
+            return torch.contiguous_format
+        return _memory_format(input)
+
+    def _fake(self, *arguments: Any) -> Tensor:
+        tensors, settings = arguments[: self._count], self._settings(*arguments[self._count :])
+        input = tensors[0]
+        return torch.empty(
+            self._check(*tensors, settings),
+            dtype=input.dtype,
+            device=input.device,
+            memory_format=self._memory_format(input),
+        )
+
+    def _backward_fake(self, *arguments: Any) -> list[Tensor]:
+        grad_output, saved, settings, needs = self._split(arguments)
+        self._check_backward(grad_output, saved, settings, needs)
+        places = [
+            p for p, needed in zip(self._with_gradient.values(), needs, strict=True) if needed
+        ]
+        return [
+            grad_output.new_empty(grad_output.shape[1])
+            if place is None
+            else torch.empty_like(
+                saved[place],
+                memory_format=torch.contiguous_format if place else _memory_format(saved[0]),
+            )
+            for place in places
+        ]
+
+    # ------------------------------------------------------------------------------- derivatives
+
+    def _autograd_kernel(self, *arguments: Any) -> Tensor:
+        tensors = [arguments[place] for place in self._differentiable]
+        self._refuse_tangents(tensors)
+        if _needs_gradient(tensors):
+            return self._function.apply(*arguments)
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.forward(*arguments)
+
+    def _save_and_call(self, ctx: Any, *arguments: Any) -> Tensor:
+        # The inputs alone: what is interpolated from them is cheaper to compute again than to keep.
+        ctx.save_for_backward(*(arguments[place] for place in self._saved))
+        ctx.settings = arguments[self._count :]
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.forward(*arguments)
+
+    def _differentiate(self, ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        needs = [ctx.needs_input_grad[place] for place in self._differentiable]
+        found = iter(self.backward(grad_output, *ctx.saved_tensors, *ctx.settings, needs))
+        gradients: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+        for place, needed in zip(self._differentiable, needs, strict=True):
+            if needed:
+                gradients[place] = next(found)
+        return tuple(gradients)
+
+    def _backward_autograd_kernel(self, *arguments: Any) -> list[Tensor]:
+        saved = (arguments[1 + p] for p in self._with_gradient.values() if p is not None)
+        tensors = [arguments[0], *saved]
+        self._refuse_tangents(tensors)
+        if _needs_gradient(tensors):
+            return list(self._backward_function.apply(*arguments))
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.backward(*arguments)
+
+    def _call_backward(self, ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        with torch._C._AutoDispatchBelowAutograd():
+            return tuple(self.backward(*arguments))
+
+    def _refuse_second_derivative(self, ctx: Any, *grad_outputs: Any) -> Any:
+        raise NotImplementedError(
+            f"{self.name}: the fast kernels have no second derivative; "
+            f'pass backend="reference", or use deformnet.ops.using("reference")'
+        )
+
+    def _refuse_tangents(self, tensors: Sequence[Tensor | None]) -> None:
+        # Below autograd a tangent would be dropped, and the derivative would come out as zero.
+        if forward_ad._current_level < 0:
+            return
+        if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+            raise NotImplementedError(
+                f"{self.name}: the fast kernels have no forward-mode derivative; "
+                f'pass backend="reference", or use deformnet.ops.using("reference")'
+            )
+
+    # ---------------------------------------------------------------------------------- autocast
+
+    def _autocast(self, device: str, tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+        """The tensors as autocast casts them; float64 stays float64, as in PyTorch's operators."""
+        low = torch.get_autocast_dtype(device)
+        pairs = zip(tensors, self._is_position, strict=True)
+        return tuple([_cast(t, torch.float32 if position else low) for t, position in pairs])
+
+    def _autocast_kernel(self, device: str, *arguments: Any) -> Tensor:
+        tensors = self._autocast(device, arguments[: self._count])
+        with torch.autocast(device, enabled=False):
+            return self.forward(*tensors, *arguments[self._count :])
+
+    # ------------------------------------------------------------------------------------- FLOPs
+
+    def _count_flops(self, *arguments: Any, out_val: Any) -> int:
+        return self._flops(*arguments[: self._count], self._settings(*arguments[self._count :]))
+
+    def _count_backward_flops(self, *arguments: Any, out_val: Any) -> int:
+        _, saved, settings, needs = self._split(arguments)
+        return self._backward_flops(*saved, settings, needs)
+
+
+def _function(name: str, forward: Callable, backward: Callable) -> type[torch.autograd.Function]:
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return type(name, (torch.autograd.Function,), methods)
+
+
+def _needs_gradient(tensors: Sequence[Tensor | None]) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _memory_format(tensor: Tensor) -> torch.memory_format:
+    if tensor.is_contiguous() or not tensor.is_contiguous(memory_format=torch.channels_last):
+        return torch.contiguous_format
+    return torch.channels_last
+
+
+def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    # What is not a tensor at all is left for the checks to refuse.
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        return tensor
+    return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)

@@ -1,0 +1,66 @@
+"""RoI pooling as PyTorch knows it: one operator for plain and position-sensitive pooling."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from deformnet.ops._arguments import values_known
+from deformnet.ops.registration import Kernels, Operator
+from deformnet.ops.roi_pool import cpu, reference
+from deformnet.ops.roi_pool.checks import Rule, check, check_image_indices
+
+_READ = 4  # multiply-adds of a bilinear read, one for each pixel
+
+
+def _flops(input: Tensor, boxes: Tensor, offset: Tensor | None, rule: Rule) -> int:
+    return 2 * _READ * rule.out_channels(input) * _samples(boxes, rule)
+
+
+def _backward_flops(
+    input: Tensor, boxes: Tensor, offset: Tensor | None, rule: Rule, needs: Sequence[bool]
+) -> int:
+    return sum(needs) * _flops(input, boxes, offset, rule)
+
+
+def _samples(boxes: Tensor, rule: Rule) -> int:
+    """The number of samples of all bins of all boxes."""
+    ph, pw = rule.output_size
+    if rule.sampling != "bins" and rule.samples_per_bin > 0:
+        return len(boxes) * ph * pw * rule.samples_per_bin**2
+    if not values_known(boxes):
+        raise ValueError(
+            f"expected boxes to have values, as {rule.sampling!r} sampling reads more samples in "
+            "larger boxes, but got a tensor without data"
+        )
+    y_axis, x_axis = reference.axes(boxes, boxes[:, 0] >= 0, rule)
+    return int((y_axis.number.sum(1) * x_axis.number.sum(1)).sum())
+
+
+def _triton() -> Kernels:
+    from deformnet.ops.roi_pool import triton
+
+    def forward(*arguments):  # noqa: ANN002, ANN202
+        return triton.roi_pool(*arguments[:-1], *arguments[-1])
+
+    def backward(*arguments):  # noqa: ANN002, ANN202
+        return triton.roi_pool_backward(*arguments[:-2], *arguments[-2], arguments[-1])
+
+    return Kernels(forward, backward)
+
+
+OPERATOR = Operator(
+    "roi_pool",
+    "Tensor input, Tensor boxes, Tensor? offset, int[2] output_size, float spatial_scale, "
+    "float gamma, str sampling, int samples_per_bin, bool position_sensitive",
+    Rule,
+    check=check,
+    check_values=check_image_indices,
+    differentiable=("input", "offset"),
+    positions=("boxes", "offset"),
+    keeps_memory_format=False,
+    reference=reference.roi_pool,
+    cpu=Kernels(cpu.roi_pool, cpu.roi_pool_backward),
+    triton=_triton,
+    flops=_flops,
+    backward_flops=_backward_flops,
+)
