@@ -197,7 +197,7 @@ def refused(tmp_path, content, error, *parts):
 
 
 def test_missing_split_lists_the_others(coco):
-    with one_line(FileNotFoundError, "instances_test.json", "here are: train"):
+    with one_line(FileNotFoundError, "instances_test.json", "are: train"):
         COCODetection(coco, "test")
 
 
@@ -250,7 +250,7 @@ def test_empty_lists(coco, content, key):
     content[key] = []
     path = coco / "annotations/instances_train.json"
     path.write_text(json.dumps(content))
-    with one_line(ValueError, path, f"'{key}' is empty"):
+    with one_line(ValueError, path, f"entries under '{key}'", "empty"):
         COCODetection(coco, "train")
 
 
@@ -277,16 +277,16 @@ def test_missing_images_are_counted(coco):
 @pytest.mark.parametrize(
     ("key", "value", "parts"),
     [
-        ("image_id", 8, ["of image 8"]),
-        ("image_id", None, ["of image None"]),
-        ("image_id", [7], ["of image [7]"]),
-        ("category_id", 1, ["of category 1"]),
-        ("category_id", "4", ["of category '4'"]),
+        ("image_id", 8, ["but got image 8"]),
+        ("image_id", None, ["but got image None"]),
+        ("image_id", [7], ["but got image [7]"]),
+        ("category_id", 1, ["but got category 1"]),
+        ("category_id", "4", ["but got category '4'"]),
         ("bbox", [1, 2, 3], ["bbox", "[1, 2, 3]"]),
         ("bbox", None, ["bbox", "None"]),
         ("bbox", [1, 2, "3", 4], ["bbox", "'3'"]),
         ("bbox", [1, 2, 10**400, 4], ["bbox"]),
-        ("iscrowd", 2, ["iscrowd", "0 or 1, got 2"]),
+        ("iscrowd", 2, ["iscrowd", "0 or 1, but got 2"]),
     ],
 )
 def test_bad_annotations(tmp_path, content, key, value, parts):
@@ -312,12 +312,12 @@ def test_ids_given_twice(tmp_path, content, key):
 
 def test_files_given_twice(tmp_path, content):
     content["images"][1]["file_name"] = "0007.jpg"
-    refused(tmp_path, content, ValueError, "'images'", "'0007.jpg' more than once")
+    refused(tmp_path, content, ValueError, "'images'", "'0007.jpg' occurs more than once")
 
 
 def test_classes_given_twice(tmp_path, content):
     content["categories"][1]["name"] = "two"
-    refused(tmp_path, content, ValueError, "'categories'", "'two' more than once")
+    refused(tmp_path, content, ValueError, "'categories'", "'two' occurs more than once")
 
 
 def test_unnamed_class(tmp_path, content):
@@ -329,7 +329,7 @@ def test_image_of_another_size(tmp_path, content):
     content["images"][0].update(height=16, width=12)
     write_coco(tmp_path, content)
     images = COCODetection(tmp_path, "train")
-    with one_line(ValueError, "0007.jpg", "16x12 image", "for 12x16"):
+    with one_line(ValueError, "0007.jpg", "annotated size 12x16", "image of 16x12"):
         images[0]
 
 

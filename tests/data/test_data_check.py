@@ -132,7 +132,7 @@ def test_good_voc(voc, cache):
     assert (report.checked, report.remembered) == (6, 0)  # 4 with boxes, 2 with masks
     assert not report.problems
     assert not report.remarks
-    assert "all is well" in str(report)
+    assert "no problems" in str(report)
     assert report.file.parent == cache
     assert "VOC2012/Main/trainval" in report.file.read_text()
 
@@ -245,7 +245,7 @@ def test_augmented_masks(voc):
     assert line.endswith("the first is c.png")
     save_labels(year / "SegmentationClassAug/c.png", 2)
     (line,) = check(voc).summary
-    assert "SegmentationClassAug/c.png: labels of no class: 2" in line
+    assert "SegmentationClassAug/c.png: labels without a class: 2" in line
 
 
 def test_cityscapes_without_labels(cityscapes):
@@ -282,11 +282,11 @@ def test_images_of_test_dev(coco):
     (coco / "annotations/image_info_test-dev2017.json").write_text(json.dumps(content))
     path.unlink()
     (coco / "own").rename(coco / "test2017")
-    report = check(coco, own=True)
+    report = check(coco, custom=True)
     assert rows(report) == {"image_info_test-dev2017": (4, 0, 0)}
     assert report.ok
     (line,) = check(coco).problems
-    assert "4 images" in line
+    assert "but got 4" in line
     assert "20288" in line
 
 
@@ -314,9 +314,15 @@ def test_damaged_files(voc, file, share):
     ("text", "message"),
     [
         ("<annotation>", "not readable as XML"),
-        (XML.format(name="two", box=(2, 2, 9, 9)), "object 1: object of class 'two', wanted"),
-        (XML.format(name="one", box=(2, 2, "x", 9)), "object 1: bndbox"),
-        (XML.format(name="one", box=(2, 2, 9, 9)).replace("16<", "17<"), "annotated as 17x12"),
+        (
+            XML.format(name="two", box=(2, 2, 9, 9)),
+            "object 1: expected an object of one of the classes",
+        ),
+        (XML.format(name="one", box=(2, 2, "x", 9)), "object 1: expected numbers as xmin"),
+        (
+            XML.format(name="one", box=(2, 2, 9, 9)).replace("16<", "17<"),
+            "expected the annotated size 17x12, but got 16x12",
+        ),
     ],
 )
 def test_wrong_annotations(voc, text, message):
@@ -375,8 +381,8 @@ def test_wrong_masks(voc):
     save_labels(masks / "b.png", 1, height=13)
     lines = check(voc).problems
     assert [line.split("SegmentationClass/")[1] for line in lines] == [
-        "a.png: labels of no class: 9",
-        "b.png: is 16x13, its image 16x12",
+        "a.png: labels without a class: 9",
+        "b.png: expected the size of its image, 16x12, but got 16x13",
     ]
 
 
@@ -384,7 +390,7 @@ def test_wrong_labels_of_cityscapes(cityscapes):
     path = next((cityscapes / "gtFine").glob("*/*/*000001*"))
     save_labels(path, 40)
     (line,) = check(cityscapes).problems
-    assert line.endswith("labels of no class: 40")
+    assert line.endswith("labels without a class: 40")
 
 
 def test_wrong_coco(coco):
@@ -396,7 +402,13 @@ def test_wrong_coco(coco):
     change_coco(coco, change)
     lines = check(coco).problems
     assert len(lines) == 3
-    for part in ("annotation 2: is of category 8", "annotation 4: is of image 9", "own/1.jpg: is"):
+    for part in (
+        "annotation 2: expected the id of a listed category",
+        "but got category 8",
+        "annotation 4: expected the id of a listed image",
+        "but got image 9",
+        "own/1.jpg: expected the annotated size",
+    ):
         assert any(part in line for line in lines)
     (coco / "annotations/instances_own.json").write_text("{")
     (line,) = check(coco).problems
@@ -475,21 +487,21 @@ def test_a_test_list_without_labels_is_whole(tmp_path):
     for name in ids[:3]:
         (year / f"SegmentationClass/{name}.png").rename(year / f"{name}.hidden")
     (year / "ImageSets/Segmentation/train.txt").write_text("\n".join(ids[3:]))
-    report = check(tmp_path, own=True)
+    report = check(tmp_path, custom=True)
     assert report.ok
     assert any("has no label maps: test images" in line for line in report.remarks)
     (year / f"{ids[0]}.hidden").rename(year / f"SegmentationClass/{ids[0]}.png")
-    assert not check(tmp_path, own=True).ok  # some are there: the others are missing
+    assert not check(tmp_path, custom=True).ok  # some are there: the others are missing
 
 
 def test_another_count_is_a_problem_unless_the_set_is_ones_own(tmp_path):
     write_2007(tmp_path, 208)
     report = check(tmp_path)
     (line,) = report.problems
-    assert "train.txt: lists 208 images" in line
-    assert "209" in line
-    assert "--own" in line
-    report = check(tmp_path, own=True)
+    assert "train.txt: expected the 209 images" in line
+    assert "but got 208" in line
+    assert "--custom" in line
+    report = check(tmp_path, custom=True)
     assert report.ok
     assert report.lists[0].official is None
     assert not report.remarks
@@ -507,8 +519,10 @@ def test_cities_and_synsets_make_sets_official(cityscapes, folders):
         (folders / split / "cat").rename(folders / split / "n01440764")
     report = check(folders)
     assert [one.official for one in report.lists] == [1281167, 50000]
-    assert any("the official train has 1281167" in line for line in report.problems)
-    assert check(folders, own=True).ok  # a part of ImageNet
+    assert any(
+        "expected the 1281167 images of the official train" in line for line in report.problems
+    )
+    assert check(folders, custom=True).ok  # a part of ImageNet
 
 
 def test_the_table_of_official_sets():
@@ -636,5 +650,5 @@ def test_real_sets(real_data, tmp_path):
         assert (report.ok, len(report.remarks), report.checked) == wanted
     report = check(real_data / "coco_tiny")
     assert len(report.problems) == 2
-    assert all("images, the official" in line for line in report.problems)
-    assert check(real_data / "coco_tiny", own=True).ok
+    assert all("images of the official" in line for line in report.problems)
+    assert check(real_data / "coco_tiny", custom=True).ok

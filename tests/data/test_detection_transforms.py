@@ -131,7 +131,7 @@ def test_sample_is_left_as_it_was():
 
 
 def test_sizes_that_are_none():
-    with one_line(ValueError, "short_side must be at least 1, got 0"):
+    with one_line(ValueError, "expected short_side to be at least 1, but got 0"):
         detection_transforms(short_side=0, max_side=None, flip=False)
-    with one_line(ValueError, "max_side must be at least 1, got 0"):
+    with one_line(ValueError, "expected max_side to be at least 1, but got 0"):
         detection_transforms(short_side=1, max_side=0, flip=False)

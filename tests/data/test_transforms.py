@@ -163,12 +163,12 @@ def test_randomness_is_torchs():
     ],
 )
 def test_bad_sizes(name, arguments):
-    with pytest.raises(ValueError, match=f"{name} must be at least 1"):
+    with pytest.raises(ValueError, match=f"expected {name} to be at least 1, but got"):
         segmentation_evaluation_transforms(**arguments)
-    with pytest.raises(ValueError, match=f"{name} must be at least 1"):
+    with pytest.raises(ValueError, match=f"expected {name} to be at least 1, but got"):
         segmentation_training_transforms(**arguments, crop=None, flip=False)
 
 
 def test_bad_crop():
-    with pytest.raises(ValueError, match="crop must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="expected crop to be at least 1, but got 0"):
         segmentation_training_transforms(short_side=8, max_side=None, crop=(4, 0), flip=False)

@@ -64,7 +64,7 @@ def test_a_years_folder_as_root(years, root, monkeypatch):
     monkeypatch.chdir(years / "VOCdevkit" / ("VOC2012" if root == "." else ""))
     images = open_detection(root, "VOC2012/train+val")
     assert [images[i][0].shape[1:] for i in range(3)] == [(12, 16)] * 3
-    with one_line(FileNotFoundError, "no year 'VOC2007'", "here are: VOC2012"):
+    with one_line(FileNotFoundError, "no year 'VOC2007'", "years are: VOC2012"):
         open_detection(root, "VOC2007/trainval")
 
 
@@ -325,7 +325,7 @@ def test_images_without_truth_are_not_joined_with_others(without_truth):
     for image in content["images"]:
         save_image(without_truth / "test2017" / image["file_name"])
     for split in ("train2014+test-dev2017", "test-dev2017+train2014"):
-        with one_line(ValueError, "image_info_test-dev2017.json", "no objects"):
+        with one_line(ValueError, "image_info_test-dev2017.json", "no annotations"):
             open_detection(without_truth, split)
 
 

@@ -261,7 +261,7 @@ def test_truncated_xml(boxes, share):
     [
         (b"\xff\xfe\x01", "not readable as XML"),
         (b"<?xml version='1.0' encoding='klingon'?><annotation/>", "not readable as XML"),
-        (b"<html><body/></html>", "wanted <annotation> at the top, got <html>"),
+        (b"<html><body/></html>", "expected <annotation> at the top, but got <html>"),
     ],
 )
 def test_xml_of_something_else(boxes, content, message):
@@ -272,7 +272,14 @@ def test_xml_of_something_else(boxes, content, message):
 
 def test_unknown_class(boxes):
     annotate(boxes, "a", voc_object((1, 1, 3, 3), "three"))
-    with one_line(ValueError, "a.xml", "'three'", "one, two"):
+    with one_line(
+        ValueError,
+        "a.xml",
+        "'three'",
+        "one, two",
+        boxes / "classes.txt",
+        "add the class to that file",
+    ):
         VOCDetection(boxes, "train")
 
 
@@ -318,7 +325,7 @@ def test_bad_classes_file_of_objects(boxes, content, message):
 def test_image_of_another_size(boxes):
     annotate(boxes, "a", height=16, width=12)
     images = VOCDetection(boxes, "train")
-    with one_line(ValueError, "a.jpg", "16x12 image", "for 12x16"):
+    with one_line(ValueError, "a.jpg", "annotated size 12x16", "image of 16x12"):
         images[0]
 
 

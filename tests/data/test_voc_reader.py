@@ -160,7 +160,7 @@ def test_missing_folder(tmp_path):
 
 
 def test_a_file_for_a_folder(voc):
-    with one_line(NotADirectoryError, voc / "classes.txt", "wanted a folder"):
+    with one_line(NotADirectoryError, voc / "classes.txt", "expected a folder"):
         VOCSegmentation(voc / "classes.txt", "train")
 
 

@@ -1,4 +1,4 @@
-"""Images with classes, labels or boxes: readers, transforms, and a made data set."""
+"""Readers of data sets with classes, label maps or boxes; transforms; synthetic data sets."""
 
 from deformnet.data.base import IGNORE
 from deformnet.data.boxes import BoxAnnotations, DetectionDataset

@@ -1,4 +1,4 @@
-"""What the detection sets share once their files are found."""
+"""Base class of the detection data sets."""
 
 import logging
 import os
@@ -12,46 +12,56 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.datasets import VisionDataset
 
+from deformnet._errors import UserError
 from deformnet.data.files import read_image
 
 _log = logging.getLogger(__name__)
 
 
 class BoxAnnotations(NamedTuple):
-    """The objects of an image; there may be none."""
+    """Objects of an image, possibly none."""
 
     boxes: Tensor
-    """float32 [n, 4]: x1, y1, x2, y2 in pixels, edges: the first pixel is [0, 0, 1, 1]. A
-    `tv_tensors.BoundingBoxes` until transforms have made it plain."""
+    """float32 [n, 4]: x1, y1, x2, y2 in pixels, measured at edges: the first pixel is
+    [0, 0, 1, 1]. A `tv_tensors.BoundingBoxes` until transforms return plain tensors."""
     labels: Tensor
-    """int64 [n], 0 to C - 1: places in the set's `classes`."""
+    """int64 [n], 0 to C - 1: indices into the data set's `classes`."""
     ignored: Tensor
-    """bool [n]: neither trained on nor counted (VOC: difficult, COCO: a crowd)."""
+    """bool [n]: neither trained on nor scored (VOC: difficult, COCO: a crowd)."""
 
 
-class Photo(NamedTuple):
+class ImageFile(NamedTuple):
     """One image on disk."""
 
     name: str
     file: str
-    """Path from the folder of the images."""
+    """Path relative to the folder of the images."""
     size: tuple[int, int]
     """Height and width."""
 
 
-class Objects(NamedTuple):
-    """The objects of a whole set, in any order."""
+class ObjectList(NamedTuple):
+    """Objects of a whole data set, in any order."""
 
-    photos: list[int]
-    """Which image each is in."""
+    images: list[int]
+    """Index of the image of each object."""
     boxes: list[tuple[float, float, float, float]]
-    """As those of `BoxAnnotations`, and as the files have them: outside the image, empty, NaN."""
+    """As in `BoxAnnotations`, and as stored: outside the image, empty, NaN."""
     labels: list[int]
     ignored: list[bool]
 
-    def extend(self, other: "Objects", offset: int) -> None:
-        """Adds the objects of images that come `offset` places later than they say."""
-        self.photos.extend(photo + offset for photo in other.photos)
+    def add(
+        self, image: int, box: tuple[float, float, float, float], label: int, ignored: bool
+    ) -> None:
+        """Appends an object."""
+        self.images.append(image)
+        self.boxes.append(box)
+        self.labels.append(label)
+        self.ignored.append(ignored)
+
+    def extend(self, other: "ObjectList", offset: int) -> None:
+        """Appends objects whose images have indices larger by `offset`."""
+        self.images.extend(image + offset for image in other.images)
         self.boxes.extend(other.boxes)
         self.labels.extend(other.labels)
         self.ignored.extend(other.ignored)
@@ -60,19 +70,19 @@ class Objects(NamedTuple):
 class DetectionDataset(VisionDataset):
     """Images with boxes. Abstract: a subclass reads the files that list them.
 
-    All annotations are read at construction, where it is also checked that every image is there.
-    They are kept in a few flat tensors and not as an object each: a worker of a `DataLoader` that
-    is forked would copy every page with Python objects on it when it counts references to them
-    (COCO: 118,000 images, 860,000 boxes, once per worker), and one that is spawned shares tensors.
+    Construction reads all annotations and checks that every image exists. They are kept in a few
+    flat tensors instead of one object each: a forked worker of a `DataLoader` would copy every
+    memory page with Python objects when it counts references to them (COCO: 118,000 images, 860,000
+    boxes, in each worker), and a spawned one shares tensors.
 
-    Boxes are clipped to their image. What has no area then is left out and counted, and a warning
-    says so once.
+    Boxes are clipped to their image. Boxes without area are then dropped and counted, with one
+    warning.
 
     Attributes:
-        classes: names of the classes of objects, without a background.
-        dropped: boxes that were left out.
-        has_ground_truth: False if nobody but a server knows the objects: there are none here, and nothing
-            to train on or to score with.
+        classes: names of the object classes, without the background.
+        dropped: number of boxes without area.
+        has_ground_truth: False for images whose annotations are not published: they have no objects
+            here, and can be neither trained on nor scored.
         transforms: called with (image, annotations); None for no change.
     """
 
@@ -80,8 +90,8 @@ class DetectionDataset(VisionDataset):
         self,
         root: Path,
         folder: Path,
-        photos: Sequence[Photo],
-        objects: Objects,
+        images: Sequence[ImageFile],
+        objects: ObjectList,
         classes: tuple[str, ...],
         transforms: Callable | None,
         *,
@@ -89,19 +99,30 @@ class DetectionDataset(VisionDataset):
     ) -> None:
         """
         Args:
-            root: the folder that the user gave, for `repr`.
-            folder: where the paths of the images begin.
-            photos: the images; their names must be unique.
+            root: folder of the data set, for `repr`.
+            folder: folder to which the paths of the images are relative.
+            images: the images; their names must be unique.
         """
         super().__init__(root, transforms=transforms)
         self.folder = folder
         self.classes = classes
         self.has_ground_truth = has_ground_truth
-        self._names = _Texts(photo.name for photo in photos)
-        self._files = _Texts(photo.file for photo in photos)
-        self._sizes = torch.tensor([photo.size for photo in photos], dtype=torch.int64)
+        self._names = _StringList(image.name for image in images)
+        self._files = _StringList(image.file for image in images)
+        self._sizes = torch.tensor([image.size for image in images], dtype=torch.int64)
+        kept = self._keep(objects)
+        self.dropped = int((~kept).sum())
+        if self.dropped:
+            first = images[objects.images[int(kept.logical_not().nonzero()[0])]].name
+            _log.warning(
+                "%s: %d of %d boxes have no area inside their image and are dropped, "
+                "the first one in %s",
+                *(root, self.dropped, len(kept), first),
+            )
 
-        owners = torch.tensor(objects.photos, dtype=torch.int64)
+    def _keep(self, objects: ObjectList) -> Tensor:
+        """Stores objects with area by image; returns which those are."""
+        owners = torch.tensor(objects.images, dtype=torch.int64)
         edges = torch.tensor(objects.boxes, dtype=torch.float64).reshape(-1, 4)
         height, width = self._sizes[owners].unbind(1)
         bounds = torch.stack([width, height, width, height], dim=1)
@@ -111,30 +132,18 @@ class DetectionDataset(VisionDataset):
         self._boxes = boxes[kept][order]
         self._labels = torch.tensor(objects.labels, dtype=torch.int64)[kept][order]
         self._ignored = torch.tensor(objects.ignored, dtype=torch.bool)[kept][order]
-        counts = torch.bincount(kept_owners, minlength=len(photos))
-        self._ends = counts.cumsum(0)
-
-        self.dropped = int((~kept).sum())
-        if self.dropped:
-            first = photos[int(owners[~kept][0])].name
-            _log.warning(
-                "%s: %d of %d boxes have no area inside their image and are left out, "
-                "the first one in %s",
-                root,
-                self.dropped,
-                len(kept),
-                first,
-            )
+        self._ends = torch.bincount(kept_owners, minlength=len(self._sizes)).cumsum(0)
+        return kept
 
     def __len__(self) -> int:
         return len(self._names)
 
     def name(self, index: int) -> str:
-        """The image's id in the set: good as a file name."""
+        """Id of the image in the data set, usable as a file name."""
         return self._names[index]
 
     def image_path(self, index: int) -> Path:
-        """Where the image is."""
+        """File of the image."""
         return self.folder / self._files[index]
 
     def size(self, index: int) -> tuple[int, int]:
@@ -143,7 +152,7 @@ class DetectionDataset(VisionDataset):
         return height, width
 
     def annotations(self, index: int) -> BoxAnnotations:
-        """The objects of the image, without reading it."""
+        """Objects of the image, without reading it."""
         span = _span(self._ends, index)
         boxes = tv_tensors.BoundingBoxes(  # pyright: ignore[reportCallIssue] (it has a __new__)
             self._boxes[span].clone(),
@@ -157,26 +166,26 @@ class DetectionDataset(VisionDataset):
         Returns:
             image uint8 [3, H, W] and its objects, or what `transforms` makes of them.
         Raises:
-            ValueError: one line that names the file, for an image that is unreadable or of another
-                size than the annotations say.
+            UserError: one line that names the file, for an image that is unreadable or of another
+                size than annotated.
         """
-        image, size = read_image(self.image_path(index)), self.size(index)
-        if image.shape[1:] != size:
-            raise ValueError(
-                f"{self.image_path(index)}: {image.shape[2]}x{image.shape[1]} image, but its "
-                f"annotations are for {size[1]}x{size[0]}"
+        image, (height, width) = read_image(self.image_path(index)), self.size(index)
+        if image.shape[1:] != (height, width):
+            raise UserError(
+                f"{self.image_path(index)}: expected the annotated size {width}x{height}, "
+                f"but got an image of {image.shape[2]}x{image.shape[1]}"
             )
         pair = tv_tensors.Image(image), self.annotations(index)
         return pair if self.transforms is None else self.transforms(*pair)
 
 
-class _Texts:
-    """A list of texts in two tensors."""
+class _StringList:
+    """A list of strings in two tensors."""
 
-    def __init__(self, texts: Iterable[str]) -> None:
-        encoded = [os.fsencode(text) for text in texts]
+    def __init__(self, strings: Iterable[str]) -> None:
+        encoded = [os.fsencode(string) for string in strings]
         self._bytes = torch.from_numpy(np.frombuffer(bytearray(b"".join(encoded)), np.uint8))
-        self._ends = torch.tensor([len(text) for text in encoded], dtype=torch.int64).cumsum(0)
+        self._ends = torch.tensor([len(string) for string in encoded], dtype=torch.int64).cumsum(0)
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -186,6 +195,6 @@ class _Texts:
 
 
 def _span(ends: Tensor, index: int) -> slice:
-    """Where the entries of `index`, which may count from the end, are among those of all."""
+    """Range of the entries of `index`, which may be negative, in a flat tensor."""
     index = range(len(ends))[index]
     return slice(int(ends[index - 1]) if index else 0, int(ends[index]))

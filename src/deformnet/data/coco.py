@@ -2,102 +2,85 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeGuard, final
+from typing import TypeGuard, final
 
 import torch
 
-from deformnet.data.base import require_folder
-from deformnet.data.boxes import DetectionDataset, Objects, Photo
-from deformnet.data.files import Folder, read_size
+from deformnet._errors import UserError
+from deformnet.data.boxes import DetectionDataset, ImageFile, ObjectList
+from deformnet.data.files import Folder, listing, read_size, require_folder
+from deformnet.data.layouts import Layout
 from deformnet.data.splits import Part, require_union, split_parts
+
+Entry = Mapping[str, object]
+"""An object of a json file."""
+
+_INSTANCES, _IMAGE_INFO = "instances_", "image_info_"
 
 
 @final
 class COCODetection(DetectionDataset):
-    """Images and boxes in the COCO layout, of COCO itself or of any set written in it.
+    """Images and boxes in the COCO layout.
 
     ```
     annotations/instances_<split>.json
-    annotations/image_info_<split>.json  in its place: images whose objects are not published
-    <split>/<file_name>                  the images; or in one of the other places below
+    annotations/image_info_<split>.json  instead, for images without published annotations
+    <split>/<file_name>                  images, or in one of the other folders below
     ```
 
-    The images are where the first one that the json file lists is found: in `<split>/`, in
-    `<split>/` less what follows its last underscore (`train/` for `train_small`), in `test2017/`
-    for `test-dev2017`, in `root` or in `images/`.
+    The images are in the folder that has the first one of the json file: `<split>/`, `<split>/`
+    without its last underscore and what follows (`train/` for `train_small`), `test2017/` for
+    `test-dev2017`, `root` or `images/`.
 
-    Several splits are joined by `+` (`train2014+val2014`). Crowds are ignored. Outlines (polygons,
-    RLE) are not read. Labels count the categories in the order of their ids.
+    Several splits are joined by `+` (`train2014+val2014`). Crowds are ignored, segmentations
+    (polygons, RLE) not read. Labels number the categories in the order of their ids.
 
     Attributes:
-        annotation_files: the json file of each part.
-        image_ids: int64 [n], ids of the images in them.
-        category_ids: ids of the classes in them.
+        annotation_files: json file of each part.
+        image_ids: int64 [n], ids of the images in these files.
+        category_ids: ids of the classes in these files.
     """
 
-    def __init__(self, root: Path, split: str, transforms: Callable | None = None) -> None:
+    def __init__(self, root: str | Path, split: str, transforms: Callable | None = None) -> None:
         """
         Raises:
-            FileNotFoundError: for a missing folder, json file (the message says which splits
-                exist) or image.
-            ValueError: for a json file that is broken, lists no image or contradicts itself, and
-                for parts of a sum that differ in their classes or their ids, share an image, or
-                have objects in one file alone.
+            FileNotFoundError: for a missing folder, json file (the message says which splits exist)
+                or image.
+            UserError: for a json file that is broken, inconsistent or without images, and for parts
+                of a union that differ in their classes or ids, share an image, or have published
+                annotations only in some.
         """
-        root = Path(root).expanduser()
-        require_folder(root)
-        files: list[Path] = []
-        photos: list[Photo] = []
-        objects = Objects([], [], [], [])
-        image_ids: list[int] = []
+        root = require_folder(Path(root).expanduser())
+        images: list[ImageFile] = []
+        objects = ObjectList([], [], [], [])
+        files: list[COCOFile] = []
         parts: list[Part] = []
-        ids: list[tuple[int, ...]] = []
         for name in split_parts(split):
-            path = annotation_file(root, name)
-            content = read_content(path)
-            names = unique(path, "categories", content["categories"], "name")
-            category_ids = tuple(sorted(names))
-            image_files = unique(path, "images", content["images"], "file_name")
-            folder = _find_folder(path, root, name, next(iter(image_files.values())))
-            added = _photos(path, root, folder, content["images"])
-            of_added = _objects(path, content["annotations"], list(image_files), category_ids)
-            classes = tuple(names[i] for i in category_ids)
-            parts.append(Part(str(path), classes, [photo.name for photo in added]))
-            files.append(path)
-            ids.append(category_ids)
-            objects.extend(of_added, len(photos))
-            photos += added
-            image_ids += image_files
+            file = COCOFile(annotation_file(root, name))
+            added = _images(file, root, _find_folder(file, root, name))
+            objects.extend(file.objects(), len(images))
+            images += added
+            files.append(file)
+            parts.append(Part(str(file.path), file.classes, [image.name for image in added]))
         require_union(parts)
-        _require_one_numbering(files, ids, image_ids)
-        has_ground_truth = [not is_image_info(path) for path in files]
-        if any(has_ground_truth) and not all(has_ground_truth):
-            bare = files[has_ground_truth.index(False)]
-            raise ValueError(f"{bare}: has no objects, so it cannot be joined with splits that do")
+        _require_same_ids(files)
         super().__init__(
-            root,
-            root,
-            photos,
-            objects,
-            parts[0].classes,
-            transforms,
-            has_ground_truth=has_ground_truth[0],
+            *(root, root, images, objects, files[0].classes, transforms),
+            has_ground_truth=files[0].has_annotations,
         )
         self.split = split
-        self.annotation_files = tuple(files)
-        self.image_ids = torch.tensor(image_ids, dtype=torch.int64)
-        self.category_ids = ids[0]
+        self.annotation_files = tuple(file.path for file in files)
+        self.image_ids = torch.tensor([i for file in files for i in file.files], dtype=torch.int64)
+        self.category_ids = tuple(files[0].categories)
 
     def extra_repr(self) -> str:
         return f"Split: {self.split}"
 
 
-_INSTANCES, _IMAGE_INFO = "instances_", "image_info_"
-
-
 def coco_splits(root: Path) -> list[str]:
-    """The splits that have a json file of instances, or one of images alone."""
+    """Splits with a json file of instances, or of images alone."""
     names = {
         path.stem.removeprefix(prefix)
         for prefix in (_INSTANCES, _IMAGE_INFO)
@@ -106,192 +89,215 @@ def coco_splits(root: Path) -> list[str]:
     return sorted(names)
 
 
+COCO_BOXES = Layout[DetectionDataset](
+    name="COCO",
+    files="annotations/instances_*.json or image_info_*.json",
+    recognizes=lambda root: bool(coco_splits(root)),
+    splits=coco_splits,
+    open=COCODetection,
+)
+
+
 def annotation_file(root: Path, split: str) -> Path:
     """The json file of a split: of its instances, or else of its images alone.
 
     Raises:
-        FileNotFoundError: if it has neither; the message says which splits there are.
+        FileNotFoundError: if neither exists; the message says which splits do.
     """
-    instances = root / f"annotations/{_INSTANCES}{split}.json"
-    image_info = root / f"annotations/{_IMAGE_INFO}{split}.json"
-    for path in (instances, image_info):
+    paths = [root / f"annotations/{kind}{split}.json" for kind in (_INSTANCES, _IMAGE_INFO)]
+    for path in paths:
         if path.is_file():
             return path
-    known = ", ".join(coco_splits(root)) or "none"
-    raise FileNotFoundError(f"{instances}: no such file; the splits here are: {known}")
+    known = listing(coco_splits(root))
+    raise FileNotFoundError(f"{paths[0]}: no such file; the splits in {root} are: {known}")
 
 
-def is_image_info(path: Path) -> bool:
-    """Whether a json file lists images whose objects are not published."""
-    return path.name.startswith(_IMAGE_INFO)
+class COCOFile:
+    """The content of a json file, validated.
 
-
-def _require_one_numbering(
-    files: Sequence[Path], category_ids: Sequence[tuple[int, ...]], image_ids: Sequence[int]
-) -> None:
-    """Checks that an id means the same in all files: results give images and classes by id."""
-    for path, ids in zip(files, category_ids, strict=True):
-        if ids != category_ids[0]:
-            raise ValueError(
-                f"{path}: gives other ids to the classes than {files[0]}: they cannot be joined"
-            )
-    if len(set(image_ids)) < len(image_ids):
-        names = " and ".join(str(path) for path in files)
-        raise ValueError(f"{names}: give one id to several images: they cannot be joined")
-
-
-def read_content(path: Path) -> dict[str, list[dict[str, Any]]]:
-    """The lists `images`, `annotations` (empty in a file of images alone) and `categories`.
-
+    Attributes:
+        path: the file.
+        has_annotations: False for a file of images whose annotations are not published.
+        files: file names of the images by id.
+        sizes: height and width of each image; None if not given.
+        categories: names of the categories by id, in the order of the ids.
+        annotations: as stored, without segmentations.
     Raises:
-        ValueError: if the file is no json, or lacks one of them.
+        UserError: if the file is not json, lacks one of the lists, or repeats an id or a name.
     """
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            content = json.load(file, object_hook=_without_outlines)
-    except (ValueError, RecursionError) as error:  # not UTF-8 is a ValueError, too
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path}: not readable as json ({reason})") from error
-    if is_image_info(path) and isinstance(content, dict):
-        content["annotations"] = []
-    for key in ("images", "annotations", "categories"):
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.has_annotations = not path.name.startswith(_IMAGE_INFO)
+        content = _read_json(path)
+        images = self._entries(content, "images")
+        self.files = self._by_id("images", images, "file_name")
+        self.sizes = [_image_size(entry) for entry in images]
+        categories = self._by_id("categories", self._entries(content, "categories"), "name")
+        self.categories = dict(sorted(categories.items()))
+        self.annotations = self._entries(content, "annotations") if self.has_annotations else []
+        self._places = {number: place for place, number in enumerate(self.files)}
+        self._labels = {number: label for label, number in enumerate(self.categories)}
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return tuple(self.categories.values())
+
+    def objects(self) -> ObjectList:
+        """All annotations.
+
+        Raises:
+            UserError: if one is malformed.
+        """
+        objects = ObjectList([], [], [], [])
+        for entry in self.annotations:
+            objects.add(*self.parse(entry))
+        return objects
+
+    def parse(self, entry: Entry) -> tuple[int, tuple[float, float, float, float], int, bool]:
+        """Index of its image, box (edges), label and whether it is a crowd, of one annotation.
+
+        Raises:
+            UserError: if one of them is malformed or unknown.
+        """
+        where = f"{self.path}: annotation {entry.get('id')}"
+        image, category, box = (entry.get(key) for key in ("image_id", "category_id", "bbox"))
+        if not _is_integer(image) or image not in self._places:
+            raise UserError(f"{where}: expected the id of a listed image, but got image {image!r}")
+        if not _is_integer(category) or category not in self._labels:
+            raise UserError(
+                f"{where}: expected the id of a listed category, but got category {category!r}"
+            )
+        if not _is_box(box):
+            raise UserError(
+                f"{where}: expected bbox to be 4 numbers x, y, width, height, but got {box!r}"
+            )
+        crowd = entry.get("iscrowd", 0)
+        if crowd not in (0, 1):
+            raise UserError(f"{where}: expected iscrowd to be 0 or 1, but got {crowd!r}")
+        x, y, width, height = box
+        place, label = self._places[image], self._labels[category]
+        return place, (x, y, x + width, y + height), label, bool(crowd)
+
+    def _entries(self, content: object, key: str) -> list[dict[str, object]]:
         entries = content.get(key) if isinstance(content, dict) else None
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-            raise ValueError(f"{path}: wanted a list of objects under {key!r}")
+            raise UserError(f"{self.path}: expected a list of objects under {key!r}")
         if not entries and key != "annotations":
-            raise ValueError(f"{path}: {key!r} is empty")
-    return content
+            raise UserError(f"{self.path}: expected entries under {key!r}, but the list is empty")
+        return entries
+
+    def _by_id(self, key: str, entries: Sequence[Entry], value: str) -> dict[int, str]:
+        """The text `value` of every entry by its id; both must be unique."""
+        texts: dict[int, str] = {}
+        for entry in entries:
+            number, text = entry.get("id"), entry.get(value)
+            if not _is_integer(number) or not isinstance(text, str):
+                raise UserError(
+                    f"{self.path}: {key!r}: expected an integer 'id' and a string {value!r}, "
+                    f"but got {number!r} and {text!r}"
+                )
+            if number in texts:
+                raise UserError(f"{self.path}: {key!r}: id {number} occurs more than once")
+            texts[number] = text
+        for text, following in pairwise(sorted(texts.values())):
+            if text == following:
+                raise UserError(f"{self.path}: {key!r}: {value} {text!r} occurs more than once")
+        return texts
 
 
-def _without_outlines(entry: dict[str, Any]) -> dict[str, Any]:
-    """Leaves out what takes nine tenths of the memory and is not used."""
+def _read_json(path: Path) -> object:
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            return json.load(file, object_hook=_without_segmentation)
+    except (ValueError, RecursionError) as error:  # text that is not UTF-8 is a ValueError, too
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path}: not readable as json ({reason})") from error
+
+
+def _without_segmentation(entry: dict[str, object]) -> dict[str, object]:
+    """Drops what takes nine tenths of the memory and is not used."""
     entry.pop("segmentation", None)
     return entry
 
 
-def unique(path: Path, key: str, entries: Sequence[dict], value: str) -> dict[int, str]:
-    """The text `value` of every entry by its id.
-
-    Raises:
-        ValueError: if an entry lacks one of them, or two share one.
-    """
-    found: dict[int, str] = {}
-    for entry in entries:
-        number, text = entry.get("id"), entry.get(value)
-        if not _is_integer(number) or not isinstance(text, str):
-            raise ValueError(
-                f"{path}: {key!r}: wanted an integer 'id' and a text {value!r}, got {number!r} "
-                f"and {text!r}"
-            )
-        if number in found:
-            raise ValueError(f"{path}: {key!r}: id {number} more than once")
-        found[number] = text
-    if len(set(found.values())) < len(found):
-        seen: set[str] = set()
-        twice = next(text for text in found.values() if text in seen or seen.add(text))
-        raise ValueError(f"{path}: {key!r}: {value} {twice!r} more than once")
-    return found
-
-
 def image_folders(root: Path, split: str) -> list[Path]:
-    """The folders from which the file names of a split's images may count, the likeliest first."""
+    """Folders to which the file names of a split may be relative, the likeliest first."""
     shorter = split.rpartition("_")[0] or split
     # test-dev2017 is a part of test2017.
     places = [split, shorter, split.replace("-dev", ""), "", "images"]
     return list(dict.fromkeys(root / place for place in places))
 
 
-def _find_folder(path: Path, root: Path, split: str, file: str) -> Path:
+def _find_folder(file: COCOFile, root: Path, split: str) -> Path:
+    first = next(iter(file.files.values()))
     places = image_folders(root, split)
     for place in places:
-        if (place / file).is_file():
+        if (place / first).is_file():
             return place
-    looked = ", ".join(str(place) for place in places)
-    raise FileNotFoundError(f"{path}: lists {file}, which is in none of {looked}")
+    raise FileNotFoundError(
+        f"{file.path}: lists {first}, which is in none of {', '.join(map(str, places))}"
+    )
 
 
 def missing_images(folder: Path, files: Sequence[Path]) -> list[Path]:
-    """Those of `files`, paths from `folder`, that are not there."""
+    """Those of `files`, paths relative to `folder`, that do not exist."""
     folders = {parent: Folder(folder / parent) for parent in {file.parent for file in files}}
     return [file for file in files if folders[file.parent].find(file.name) is None]
 
 
-def _photos(path: Path, root: Path, folder: Path, entries: Sequence[dict[str, Any]]) -> list[Photo]:
-    """The images of a file, with paths from `root`."""
-    files = [Path(entry["file_name"]) for entry in entries]
-    missing = missing_images(folder, files)
+def _images(file: COCOFile, root: Path, folder: Path) -> list[ImageFile]:
+    """The images of a file, with paths relative to `root`."""
+    paths = [Path(name) for name in file.files.values()]
+    missing = missing_images(folder, paths)
     if missing:
         count = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise FileNotFoundError(f"{path}: lists {missing[0]}, which is not in {folder}{count}")
+        raise FileNotFoundError(f"{file.path}: lists {missing[0]}, which is not in {folder}{count}")
     place = folder.relative_to(root)
-    # File names tell people more than ids, as long as they tell the images apart.
-    by_stem = len({file.stem for file in files}) == len(files)
     return [
-        Photo(
-            name=file.stem if by_stem else str(entry["id"]),
-            file=str(place / file),
-            size=image_size(entry) or read_size(folder / file),
-        )
-        for entry, file in zip(entries, files, strict=True)
+        ImageFile(name, str(place / path), size or read_size(folder / path))
+        for name, path, size in zip(_image_names(file.files), paths, file.sizes, strict=True)
     ]
 
 
-def image_size(entry: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Height and width of an image's entry; None where it does not say."""
+def _image_names(files: Mapping[int, str]) -> list[str]:
+    """File names, which tell people more than ids, if they are unique; else the ids."""
+    stems = [Path(name).stem for name in files.values()]
+    return stems if len(set(stems)) == len(stems) else list(map(str, files))
+
+
+def _require_same_ids(files: Sequence[COCOFile]) -> None:
+    """Checks that an id means the same in all files: results name images and classes by id."""
+    for file in files:
+        if tuple(file.categories) != tuple(files[0].categories):
+            raise UserError(
+                f"{file.path}: expected the category ids of {files[0].path} to join both splits, "
+                "but got other ids for the same classes"
+            )
+        if file.has_annotations != files[0].has_annotations:
+            bare = next(file.path for file in files if not file.has_annotations)
+            raise UserError(f"{bare}: has no annotations; it cannot be joined with splits that do")
+    numbers = [number for file in files for number in file.files]
+    if len(set(numbers)) < len(numbers):
+        names = " and ".join(str(file.path) for file in files)
+        raise UserError(f"{names}: give one id to several images; they cannot be joined")
+
+
+def _image_size(entry: Entry) -> tuple[int, int] | None:
     height, width = entry.get("height"), entry.get("width")
     if _is_integer(height) and _is_integer(width) and height > 0 and width > 0:
         return height, width
     return None
 
 
-def _objects(
-    path: Path,
-    entries: Sequence[dict[str, Any]],
-    image_ids: Sequence[int],
-    category_ids: Sequence[int],
-) -> Objects:
-    places = {number: place for place, number in enumerate(image_ids)}
-    labels = {number: label for label, number in enumerate(category_ids)}
-    objects = Objects([], [], [], [])
-    for entry in entries:
-        photo, box, label, crowd = read_object(path, entry, places, labels)
-        objects.photos.append(photo)
-        objects.boxes.append(box)
-        objects.labels.append(label)
-        objects.ignored.append(crowd)
-    return objects
-
-
-def read_object(
-    path: Path, entry: dict[str, Any], places: Mapping[int, int], labels: Mapping[int, int]
-) -> tuple[int, tuple[float, float, float, float], int, bool]:
-    """The place of its image, box (edges), label and whether it is a crowd, of one annotation.
-
-    Args:
-        places: of the images, by id.
-        labels: of the categories, by id.
-    Raises:
-        ValueError: if one of them is malformed or unknown.
-    """
-    where = f"{path}: annotation {entry.get('id')}"
-    image, category, box = (entry.get(key) for key in ("image_id", "category_id", "bbox"))
-    if not _is_integer(image) or image not in places:
-        raise ValueError(f"{where}: is of image {image!r}, which the file does not list")
-    if not _is_integer(category) or category not in labels:
-        raise ValueError(f"{where}: is of category {category!r}, which the file does not list")
-    if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
-        raise ValueError(f"{where}: bbox: wanted 4 numbers x, y, width, height, got {box!r}")
-    crowd = entry.get("iscrowd", 0)
-    if crowd not in (0, 1):
-        raise ValueError(f"{where}: iscrowd: wanted 0 or 1, got {crowd!r}")
-    x, y, width, height = box
-    return places[image], (x, y, x + width, y + height), labels[category], bool(crowd)
-
-
 def _is_integer(value: object) -> TypeGuard[int]:
-    # True and False are ints to Python, and json's ints have no bound.
+    # True and False are ints in Python, and json's ints are not bounded.
     return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, float) or _is_integer(value)
+def _is_box(value: object) -> TypeGuard[list[float]]:
+    return (
+        isinstance(value, list)
+        and len(value) == 4
+        and all(isinstance(number, float) or _is_integer(number) for number in value)
+    )

@@ -1,6 +1,6 @@
-"""From an image and its label map, or its boxes, to what a network takes.
+"""Transforms from images with their label maps, boxes or classes to inputs of a network.
 
-Randomness comes from torch's global generator alone, so that a seed repeats it.
+All randomness comes from torch's global generator, so a seed reproduces it.
 """
 
 from collections.abc import Callable
@@ -12,11 +12,11 @@ from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
+from deformnet._errors import UserError
 from deformnet.data.base import IGNORE
 from deformnet.data.boxes import BoxAnnotations
 
 __all__ = [
-    "IGNORE",
     "IMAGENET_MEAN",
     "IMAGENET_STD",
     "Resize",
@@ -27,60 +27,60 @@ __all__ = [
     "segmentation_training_transforms",
 ]
 
-Transforms = Callable[[tv_tensors.Image, tv_tensors.Mask], tuple[Tensor, Tensor]]
+SegmentationTransforms = Callable[[tv_tensors.Image, tv_tensors.Mask], tuple[Tensor, Tensor]]
 DetectionTransforms = Callable[[tv_tensors.Image, BoxAnnotations], tuple[Tensor, BoxAnnotations]]
 ImageTransforms = Callable[[tv_tensors.Image], Tensor]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-# Principal components of the colours of ImageNet's pixels (0 to 1): variances, and directions as
+# Principal components of the colors of ImageNet's pixels (0 to 1): variances, and directions as
 # the columns of rows R, G, B. The numbers of Facebook's fb.resnet.torch.
-_COLOUR_VARIANCES = (0.2175, 0.0188, 0.0045)
-_COLOUR_DIRECTIONS = (
+_COLOR_VARIANCES = (0.2175, 0.0188, 0.0045)
+_COLOR_DIRECTIONS = (
     (-0.5675, 0.7192, 0.4009),
     (-0.5808, -0.0045, -0.8140),
     (-0.5836, -0.6948, 0.4203),
 )
-_COLOUR_SPREAD = 0.1
+_COLOR_SPREAD = 0.1
 
 
 def segmentation_training_transforms(
     *, short_side: int, max_side: int | None, crop: tuple[int, int] | None, flip: bool
-) -> Transforms:
-    """Resize, random crop, random flip, normalise.
+) -> SegmentationTransforms:
+    """Resize, random crop, random horizontal flip, normalize.
 
     Args:
-        short_side: pixels of the shorter side after resizing (the paper: 360 for VOC, 1024 for
-            Cityscapes).
-        max_side: bound on the longer side; it wins over `short_side`. None for no bound.
-        crop: (height, width) cut at random. An image that is smaller is put at a random place on
-            the mean colour, its mask on void. None for the whole image.
-        flip: mirror left and right, every second time.
+        short_side: length of the shorter side after resizing, in pixels (the paper: 360 for VOC,
+            1024 for Cityscapes).
+        max_side: maximum length of the longer side, which overrides `short_side`; None for no
+            limit.
+        crop: (height, width) of the random crop. A smaller image is placed at random on the mean
+            color, and its mask on void. None for the whole image.
+        flip: flip horizontally with probability 0.5.
     Returns:
-        A function of an image (uint8 [3, H, W]) and a mask ([H, W]); it gives float32 [3, h, w],
-        normalised with ImageNet's mean and standard deviation, and int64 [h, w].
+        A function of an image (uint8 [3, H, W]) and a mask ([H, W]). It returns float32 [3, h, w],
+        normalized with ImageNet's mean and standard deviation, and int64 [h, w].
     Raises:
-        ValueError: for sizes that are not positive.
+        UserError: for sizes that are not positive.
     """
-    _require_positive("short_side", short_side)
     steps: list[v2.Transform] = [Resize(short_side, max_side)]
     if crop is not None:
         for side in crop:
             _require_positive("crop", side)
-        mean_colour = [round(255 * channel) for channel in IMAGENET_MEAN]
-        fill = {tv_tensors.Image: mean_colour, tv_tensors.Mask: IGNORE}
+        mean_color = [round(255 * channel) for channel in IMAGENET_MEAN]
+        fill = {tv_tensors.Image: mean_color, tv_tensors.Mask: IGNORE}
         steps.append(v2.RandomCrop(crop, pad_if_needed=True, fill=fill))
-    if flip:
-        steps.append(v2.RandomHorizontalFlip())
-    return v2.Compose([*steps, *_to_network()])
+    return v2.Compose([*steps, *_flip(flip), *_to_network()])
 
 
-def segmentation_evaluation_transforms(*, short_side: int, max_side: int | None) -> Transforms:
-    """Resize and normalise; arguments, result and errors as `segmentation_training_transforms`.
+def segmentation_evaluation_transforms(
+    *, short_side: int, max_side: int | None
+) -> SegmentationTransforms:
+    """Resize and normalize; arguments, result and errors of `segmentation_training_transforms`.
 
-    The mask is resized too: predictions are scored at the size at which the network sees the
-    image, as the authors' code does (on VOC: mean IoU at 360 pixels).
+    The mask is resized, too: predictions are scored at the size of the network's input, as in the
+    authors' code (on VOC: mean IoU at 360 pixels).
     """
     return v2.Compose([Resize(short_side, max_side), *_to_network()])
 
@@ -88,72 +88,71 @@ def segmentation_evaluation_transforms(*, short_side: int, max_side: int | None)
 def detection_transforms(
     *, short_side: int, max_side: int | None, flip: bool
 ) -> DetectionTransforms:
-    """Resize, random flip, normalise; without the flip the same for testing.
+    """Resize, random horizontal flip, normalize; for evaluation, without the flip.
 
-    Boxes are scaled by what the image really got: its sides after rounding over those before.
+    Boxes are scaled by the factors of the image: its sides after rounding over those before.
 
     Args:
-        short_side: pixels of the shorter side after resizing (the paper: 600).
-        max_side: bound on the longer side; it wins over `short_side` (the paper: 1000). None for
-            no bound.
-        flip: mirror left and right, every second time.
+        short_side: length of the shorter side after resizing, in pixels (the paper: 600).
+        max_side: maximum length of the longer side, which overrides `short_side` (the paper: 1000);
+            None for no limit.
+        flip: flip horizontally with probability 0.5.
     Returns:
-        A function of an image (uint8 [3, H, W]) and its annotations; it gives float32 [3, h, w],
-        normalised with ImageNet's mean and standard deviation, and annotations whose boxes are in
-        its pixels, all plain tensors.
+        A function of an image (uint8 [3, H, W]) and its annotations. It returns float32 [3, h, w],
+        normalized with ImageNet's mean and standard deviation, and annotations with boxes in its
+        pixels, all plain tensors.
     Raises:
-        ValueError: for sizes that are not positive.
+        UserError: for sizes that are not positive.
     """
-    steps: list[v2.Transform] = [Resize(short_side, max_side), v2.ClampBoundingBoxes()]
-    if flip:
-        steps.append(v2.RandomHorizontalFlip())
-    return v2.Compose([*steps, *_to_network()])
+    resize = [Resize(short_side, max_side), v2.ClampBoundingBoxes()]
+    return v2.Compose([*resize, *_flip(flip), *_to_network()])
 
 
 def classification_training_transforms(
     *, resize: tuple[int, int], crop: int, flip: bool, color_jitter: bool
 ) -> ImageTransforms:
-    """Random resize, random crop, random flip, random colour, normalise.
+    """Random resize, random crop, random horizontal flip, random color shift, normalize.
 
-    As He et al. 2016 ("Deep residual learning for image recognition", section 3.4) train.
+    The augmentation of He et al. 2016 ("Deep residual learning for image recognition", section
+    3.4).
 
     Args:
-        resize: smallest and largest shorter side after resizing, in pixels; every length between
-            them is as likely.
+        resize: minimum and maximum length of the shorter side after resizing, in pixels, drawn
+            uniformly.
         crop: side of the random square crop.
-        flip: mirror left and right, every second time.
+        flip: flip horizontally with probability 0.5.
         color_jitter: shift the colors as Krizhevsky et al. 2012 (section 4.1).
     Returns:
-        A function of an image (uint8 [3, H, W]); it gives float32 [3, crop, crop], normalised with
-        ImageNet's mean and standard deviation.
+        A function of an image (uint8 [3, H, W]). It returns float32 [3, crop, crop], normalized
+        with ImageNet's mean and standard deviation.
     Raises:
-        ValueError: for sizes that are not positive or not in order, and for a crop that is larger
-            than the resized image may be.
+        UserError: for sizes that are not positive or not in order, and for a crop larger than the
+            resized image may be.
     """
     smallest, largest = resize
     if largest < smallest:
-        raise ValueError(f"resize must be smallest and largest, got {resize}")
+        raise UserError(f"expected resize to be (minimum, maximum), but got {resize}")
     _require_crop(crop, smallest)
     steps: list[v2.Transform] = [RandomResize(smallest, largest), v2.RandomCrop(crop)]
-    if flip:
-        steps.append(v2.RandomHorizontalFlip())
-    if color_jitter:
-        steps += [v2.ToDtype(torch.float32, scale=True), PCAColorJitter()]
-    return v2.Compose([*steps, *_to_network()])
+    color = [v2.ToDtype(torch.float32, scale=True), PCAColorJitter()] if color_jitter else []
+    return v2.Compose([*steps, *_flip(flip), *color, *_to_network()])
 
 
 def classification_evaluation_transforms(*, short_side: int, crop: int) -> ImageTransforms:
-    """Resize, crop the centre, normalise; result as `classification_training_transforms`.
+    """Resize, center crop, normalize; result of `classification_training_transforms`.
 
     Args:
-        short_side: shorter side after resizing, in pixels.
+        short_side: length of the shorter side after resizing, in pixels.
         crop: side of the square crop.
     Raises:
-        ValueError: for sizes that are not positive, and for a crop that is larger than the resized
-            image.
+        UserError: for sizes that are not positive, and for a crop larger than the resized image.
     """
     _require_crop(crop, short_side)
     return v2.Compose([Resize(short_side, None), v2.CenterCrop(crop), *_to_network()])
+
+
+def _flip(flip: bool) -> list[v2.Transform]:
+    return [v2.RandomHorizontalFlip()] if flip else []
 
 
 def _to_network() -> list[v2.Transform]:
@@ -170,12 +169,16 @@ def _to_network() -> list[v2.Transform]:
 
 
 class Resize(v2.Transform):
-    """Resizes so that the shorter side has a given length and the longer one a bound.
+    """Resizes the shorter side to a given length, up to a maximum of the longer one.
 
     Images bilinearly with antialiasing, masks by the nearest pixel, boxes by the same factors.
-    `v2.Resize` is not used because it takes masks at the corner of the target pixel and not at its
-    centre (before torchvision 0.29 always), which shifts the labels against the image, and because
-    it truncates the longer side where the authors' code rounds it.
+    `v2.Resize` does not serve: before torchvision 0.29 it samples masks at the corner of the target
+    pixel instead of its center, which shifts labels against the image, and it truncates the longer
+    side, which the authors' code rounds.
+
+    Args:
+        short_side: length of the shorter side, in pixels.
+        max_side: maximum length of the longer side; None for no limit.
     """
 
     def __init__(self, short_side: int, max_side: int | None) -> None:
@@ -187,7 +190,7 @@ class Resize(v2.Transform):
         self.max_side = max_side
 
     def size(self, height: int, width: int) -> tuple[int, int]:
-        """(height, width) after resizing an image of this size."""
+        """(height, width) of an image of this size after resizing."""
         short, long = min(height, width), max(height, width)
         scale = self.short_side / short
         if self.max_side is not None and scale * long > self.max_side:
@@ -208,10 +211,10 @@ class Resize(v2.Transform):
 
 
 class RandomResize(v2.Transform):
-    """Resizes as `Resize`, to a random shorter side.
+    """Resizes as `Resize`, to a random length of the shorter side.
 
-    (`v2.RandomShortestSize` may end a pixel below the side that it drew, and a crop of that size
-    would not fit.)
+    (`v2.RandomShortestSize` may end a pixel below the length that it drew, too small for a crop of
+    that size.)
 
     Args:
         smallest, largest: bounds of the shorter side, both included, in pixels.
@@ -231,16 +234,16 @@ class RandomResize(v2.Transform):
 
 
 class PCAColorJitter(v2.Transform):
-    """Shifts all pixels of an image along the principal components of ImageNet's colours.
+    """Shifts all pixels of an image along the principal components of ImageNet's colors.
 
-    Krizhevsky et al. 2012, section 4.1: each component times its variance times a normal number of
-    standard deviation 0.1, drawn once for the image. For float images [3, H, W] from 0 to 1, which
-    are not clipped.
+    Krizhevsky et al. 2012, section 4.1: the sum of the components, each times its variance and a
+    normal variable of standard deviation 0.1, drawn once per image. For float images [3, H, W] from
+    0 to 1, which are not clipped.
     """
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        amounts = _COLOUR_SPREAD * torch.randn(3) * torch.tensor(_COLOUR_VARIANCES)
-        return {"shift": (torch.tensor(_COLOUR_DIRECTIONS) @ amounts)[:, None, None]}
+        amounts = _COLOR_SPREAD * torch.randn(3) * torch.tensor(_COLOR_VARIANCES)
+        return {"shift": (torch.tensor(_COLOR_DIRECTIONS) @ amounts)[:, None, None]}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         return tv_tensors.Image(inpt + params["shift"])
@@ -249,11 +252,12 @@ class PCAColorJitter(v2.Transform):
 def _require_crop(crop: int, short_side: int) -> None:
     _require_positive("crop", crop)
     if crop > short_side:
-        raise ValueError(
-            f"crop must not exceed the shorter side of the resized image ({short_side}), got {crop}"
+        raise UserError(
+            f"expected crop to be at most the shorter side of the resized image ({short_side}), "
+            f"but got {crop}"
         )
 
 
 def _require_positive(name: str, value: int) -> None:
     if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
+        raise UserError(f"expected {name} to be at least 1, but got {value}")

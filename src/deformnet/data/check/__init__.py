@@ -1,4 +1,4 @@
-"""Is a data set on disk what it should be: the official sets, and a check of any set's files."""
+"""Check of data sets on disk, and the table of official data sets."""
 
 from deformnet.data.check.check import DataReport, check_data
 from deformnet.data.check.official import OFFICIAL_SETS, OfficialSet, where_text

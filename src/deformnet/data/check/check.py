@@ -1,4 +1,4 @@
-"""Looking at every file of the data sets in a folder, in parallel; going on where it stopped."""
+"""Check of every file of the data sets in a folder, in parallel; a stopped check resumes."""
 
 import hashlib
 import json
@@ -8,18 +8,21 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from deformnet.data.base import require_folder
+from deformnet._errors import UserError
+from deformnet._files import replacing
+from deformnet._text import Table
 from deformnet.data.check.items import Fault, Item
 from deformnet.data.check.lists import ImageList, Missing, find_lists
 from deformnet.data.check.official import OFFICIAL_SETS
-from deformnet._files import replacing
+from deformnet.data.files import require_folder
 
-_AT_ONCE = 16  # items that a process is handed at a time
+_CHUNK = 16  # items that a process is handed at a time
 _SHOWN = 5  # faults of a folder that the terminal shows
 
 
@@ -29,10 +32,10 @@ class ListSummary:
 
     Attributes:
         name: such as VOC2007/Main/trainval.
-        images: how many it lists.
-        official: how many the official list has; None if there is none.
-        missing: files that it wants and that are not there.
-        faulty: of its images, those that are damaged or do not fit their annotation.
+        images: number of its images.
+        official: number of images in the official list; None if there is none.
+        missing: number of files that it needs and that do not exist.
+        faulty: number of its images that are damaged or do not fit their annotation.
     """
 
     name: str
@@ -44,18 +47,18 @@ class ListSummary:
 
 @dataclass(frozen=True)
 class DataReport:
-    """What `check_data` found; as text it is a table and what is wrong, in a few lines.
+    """Result of `check_data`; as text, a table and a few lines of problems.
 
     Attributes:
         root: the folder.
-        lists: those found.
-        problems: a line for each thing that is wrong.
-        remarks: a line for each box that readers leave out, and each official list that is absent.
-        summary: `problems` in lines for a terminal: files of a folder that are missing are one, and
-            of other problems in a folder the first few are given.
-        checked: images that were looked at.
-        remembered: images known to be good from an earlier check.
-        file: where the report is written with all lines.
+        lists: lists that were found.
+        problems: a line for each problem.
+        remarks: a line for each box that readers drop, and each official list that is absent.
+        summary: `problems` for a terminal: one line for missing files of a folder, and the first
+            few of its other problems.
+        checked: number of images that were read.
+        remembered: number of images known to be good from an earlier check.
+        file: file of the report with all lines.
     """
 
     root: Path
@@ -69,71 +72,88 @@ class DataReport:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is wrong. Remarks are not."""
+        """Whether there are no problems; remarks do not count."""
         return not self.problems
 
     def __str__(self) -> str:
         remarks = [*self.remarks[:_SHOWN]]
         if len(self.remarks) > _SHOWN:
             remarks.append(f"... and {len(self.remarks) - _SHOWN} more remarks")
-        verdict = "all is well" if self.ok else f"{len(self.problems)} problems"
-        counts = f"{self.checked} images checked, {self.remembered} known to be good"
+        verdict = "no problems" if self.ok else f"{len(self.problems)} problems"
+        counts = f"{self.checked} images checked, {self.remembered} known from an earlier check"
         return "\n".join(
             [
-                *_table(self.lists),
+                str(self._table()),
                 *(["", "Problems:", *self.summary] if self.summary else []),
                 *(["", "Remarks:", *remarks] if remarks else []),
                 "",
-                f"{self.root}: {verdict} ({counts}); every line: {self.file}",
+                f"{self.root}: {verdict} ({counts}); full report: {self.file}",
             ]
         )
 
+    def write(self) -> None:
+        """Writes all lines into `file`."""
+        lines = [str(self._table()), "", "Problems:", *self.problems, "", "Remarks:", *self.remarks]
+        with replacing(self.file) as file:
+            file.write(("\n".join(lines) + "\n").encode(errors="surrogateescape"))
+
+    def _table(self) -> Table:
+        rows = [
+            (
+                one.name,
+                str(one.images),
+                "-" if one.official is None else str(one.official),
+                str(one.missing),
+                str(one.faulty),
+            )
+            for one in self.lists
+        ]
+        return Table("", ("list", "images", "official", "missing", "faulty"), rows)
+
 
 def check_data(
-    root: Path,
+    root: str | Path,
     *,
-    own: bool = False,
+    custom: bool = False,
     workers: int | None = None,
-    record: Path | None = None,
-    report: Path | None = None,
+    record: str | Path | None = None,
+    report: str | Path | None = None,
     progress: bool = True,
 ) -> DataReport:
-    """Checks the data sets in a folder: that they are whole, and every file.
+    """Checks that the data sets in a folder are complete and every file is valid.
 
-    Sets in the layouts of VOC, COCO, Cityscapes and ImageNet are found in the folder and one folder
-    below. Lists that bear the name of an official one must have its number of images; every listed
-    file must be there, every image decode and have its annotated size, and every label be a class.
+    Finds data sets in the layouts of VOC, COCO, Cityscapes and ImageNet in the folder and its
+    subfolders. Lists named like an official one must have its number of images; every listed file
+    must exist, every image decode and have its annotated size, and every label be a class.
 
-    A check that was stopped, however, goes on where it was, and the second check of a good set only
-    lists it: images found good are kept in a record as they are found, with the sizes and times of
-    their files.
+    Good images are recorded as they are found, with the sizes and times of their files: a stopped
+    check resumes, and a second check of a good data set only lists it.
 
     Args:
         root: the folder.
-        own: the sets are nobody's official ones, whatever they are called.
-        workers: processes that look at files; 0 looks in this one, None takes the cores there are.
-        record: the record; None puts it into the user's cache, by the name of `root`.
-        report: file of all that is found; None puts it beside the record.
-        progress: show a bar.
+        custom: skip the check against official image counts.
+        workers: processes that read files; 0 reads in this process, None takes all cores.
+        record: file of the good images; None takes one in the user's cache, named after `root`.
+        report: file of all results; None takes one beside the record.
+        progress: show a progress bar.
     Raises:
-        FileNotFoundError: if `root` is not there or no data set is in it; the message says what
-            was looked for.
+        FileNotFoundError: if `root` does not exist or holds no data set; the message says what was
+            looked for.
+        UserError: if `workers` is negative.
         OSError: if the record or the report cannot be written.
     """
-    root = Path(root).expanduser()
-    require_folder(root)
+    root = require_folder(Path(root).expanduser())
     if workers is None:
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
     if workers < 0:
-        raise ValueError(f"workers must be at least 0, got {workers}")
-    key = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]
-    record = _cache() / f"{key}.jsonl" if record is None else Path(record).expanduser()
+        raise UserError(f"expected workers to be at least 0, but got {workers}")
+    record = _default_record(root) if record is None else Path(record).expanduser()
     report = record.with_suffix(".txt") if report is None else Path(report).expanduser()
 
-    lists = find_lists(root, own=own)
-    # The longest list first: what is missing from trainval need not be said again of train and val.
-    lists.sort(key=lambda one: -one.entries)
-    items = list(dict.fromkeys(item for one in lists for item in one.items))
+    lists = find_lists(root, custom=custom)
+    # The longest list first: files missing from trainval need not be named again for train and val.
+    lists.sort(key=lambda images: -images.entries)
+    items = list(dict.fromkeys(item for images in lists for item in images.items))
     faults: dict[Item, list[Fault]] = {}
     with (
         closing(_Record(record, root)) as good,
@@ -142,24 +162,28 @@ def check_data(
         ) as bar,
     ):
         remembered = len(items)
-        for item, line, found in _look(_unknown(items, good, bar), workers):
+        for item, line, its_faults in _check(_unknown(items, good, bar), workers):
             remembered -= 1
             bar.update()
-            if found:
-                faults[item] = found
+            if its_faults:
+                faults[item] = its_faults
             elif line is not None:
                 good.add(line)
-    return _report(root, lists, faults, len(items) - remembered, remembered, report)
+    result = _report(root, lists, faults, len(items) - remembered, remembered, report)
+    result.write()
+    return result
 
 
-def _cache() -> Path:
-    """The folder of this check in the user's cache."""
+def _default_record(root: Path) -> Path:
+    """The record of a folder in the user's cache."""
     cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path.home() / ".cache") / "deformnet/data-check"
+    key = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]
+    folder = (Path(cache) if cache else Path.home() / ".cache") / "deformnet/data-check"
+    return folder / f"{key}.jsonl"
 
 
 class _Record:
-    """Lines of a file, each an item that was found good. A line half written counts for nothing."""
+    """A file with a line for each good item. A partly written line is ignored."""
 
     def __init__(self, path: Path, root: Path) -> None:
         self._root = f"{root}{os.sep}"
@@ -174,21 +198,21 @@ class _Record:
         return line in self._lines
 
     def line(self, item: Item) -> str | None:
-        """What the record says of the item as it is now: files, their sizes and times (ns), and a
-        sum of what they were compared with. None if a file cannot be read."""
+        """The line of the item as it is now: its files with their sizes and times (ns), and a
+        checksum of its other fields. None if a file cannot be read."""
         try:
-            found = [Path(file).stat() for file in item.files]
+            stats = [Path(file).stat() for file in item.files]
         except OSError:
             return None
         files = [
             [file.removeprefix(self._root), stat.st_size, stat.st_mtime_ns]
-            for file, stat in zip(item.files, found, strict=True)
+            for file, stat in zip(item.files, stats, strict=True)
         ]
-        wanted = zlib.crc32(repr(item[len(files) :]).encode())
-        return json.dumps([type(item).__name__, *files, wanted])
+        checksum = zlib.crc32(repr(item[len(files) :]).encode())
+        return json.dumps([type(item).__name__, *files, checksum])
 
     def add(self, line: str) -> None:
-        # To the system at once: what is with it survives the end of this process, however it ends.
+        # Flushed at once: what the system has survives this process, however it ends.
         self._file.write(f"{line}\n")
         self._file.flush()
 
@@ -196,11 +220,11 @@ class _Record:
         self._file.close()
 
 
-_Task = tuple[Item, str | None]  # with its line in the record, as its files were before the look
+_Task = tuple[Item, str | None]  # with its line in the record, as its files were before the check
 
 
 def _unknown(items: Iterable[Item], good: _Record, bar: tqdm) -> Iterator[list[_Task]]:
-    """The items that are not known to be good, a few at a time."""
+    """Items that are not known to be good, a few at a time."""
     tasks: list[_Task] = []
     for item in items:
         line = good.line(item)
@@ -208,37 +232,37 @@ def _unknown(items: Iterable[Item], good: _Record, bar: tqdm) -> Iterator[list[_
             bar.update()
             continue
         tasks.append((item, line))
-        if len(tasks) == _AT_ONCE:
+        if len(tasks) == _CHUNK:
             yield tasks
             tasks = []
     if tasks:
         yield tasks
 
 
-class _Looking:
-    """What a loader takes for a data set. Its "indices" are the tasks themselves, so that no
-    process holds more of a large set than it is looking at."""
+class _Checking:
+    """A data set to a loader. Its "indices" are the tasks themselves, so that no process holds more
+    of a large data set than what it is checking."""
 
     def __getitem__(self, tasks: Sequence[_Task]) -> list[tuple[Item, str | None, list[Fault]]]:
         return [(item, line, item.faults()) for item, line in tasks]
 
 
-def _look(
+def _check(
     tasks: Iterable[list[_Task]], workers: int
 ) -> Iterator[tuple[Item, str | None, list[Fault]]]:
     loader = DataLoader(
-        _Looking(),  # pyright: ignore[reportArgumentType] (a map from tasks to results)
+        _Checking(),  # pyright: ignore[reportArgumentType] (a map from tasks to results)
         batch_size=None,
         sampler=tasks,
         num_workers=workers,
-        collate_fn=_as_it_is,
+        collate_fn=_unchanged,
         worker_init_fn=_ignore_interrupts,
     )
     for results in loader:
         yield from results
 
 
-def _as_it_is(results: list) -> list:
+def _unchanged(results: list) -> list:
     return results
 
 
@@ -255,96 +279,86 @@ def _report(
     remembered: int,
     path: Path,
 ) -> DataReport:
-    problems: list[str] = []
-    summary: list[str] = []
-    seen: set[Missing] = set()
-    for one in lists:
-        # Once for a file, though several lists want it.
-        absent: dict[tuple[str, str], list[Missing]] = {}
-        for missing in one.missing:
-            if missing not in seen:
-                absent.setdefault((missing.kind, missing.folder), []).append(missing)
-        for (kind, folder), files in absent.items():
-            seen.update(files)
-            place = _shown(folder, root)
-            summary.append(
-                f"{place}: {len(files)} of {one.entries} {kind} of {one.title} are missing, "
-                f"the first is {files[0].name}"
-            )
-            problems += [f"{place}/{file.name}: missing, listed in {one.title}" for file in files]
-    of_lists = [fault for one in lists for fault in one.faults]
-    found = [*of_lists, *(fault for of_item in faults.values() for fault in of_item)]
-    by_folder: dict[str, list[str]] = {}
-    remarks: list[str] = []
-    for fault in dict.fromkeys(found):  # an image in two lists may be said to be damaged twice
-        line = f"{_shown(fault.file, root)}: {fault.text}"
-        if fault.left_out:
-            remarks.append(line)
-        else:
-            by_folder.setdefault(_shown(str(Path(fault.file).parent), root), []).append(line)
-    for folder, lines in by_folder.items():
-        problems += lines
-        summary += lines[:_SHOWN]
-        if len(lines) > _SHOWN:
-            summary.append(f"... and {len(lines) - _SHOWN} more in {folder}")
-    remarks += _absent_lists(lists)
-    bad = {item for item, of_item in faults.items() if not all(fault.left_out for fault in of_item)}
-    made = DataReport(
+    missing_problems, missing_summary = _missing_files(root, lists)
+    of_lists = (fault for images in lists for fault in images.faults)
+    all_faults = chain(of_lists, *faults.values())
+    problems, summary, remarks = _fault_lines(root, dict.fromkeys(all_faults))
+    faulty = {item for item, found in faults.items() if not all(fault.is_remark for fault in found)}
+    return DataReport(
         root=root,
         lists=tuple(
             ListSummary(
-                name=one.title,
-                images=one.entries,
-                official=one.official,
-                missing=len(one.missing),
-                faulty=sum(item in bad for item in one.items) if bad else 0,
+                name=images.title,
+                images=images.entries,
+                official=images.official,
+                missing=len(images.missing),
+                faulty=sum(item in faulty for item in images.items) if faulty else 0,
             )
-            for one in sorted(lists, key=lambda one: one.title)
+            for images in sorted(lists, key=lambda images: images.title)
         ),
-        problems=tuple(problems),
-        remarks=tuple(remarks),
-        summary=tuple(summary),
+        problems=(*missing_problems, *problems),
+        remarks=(*remarks, *_absent_lists(lists)),
+        summary=(*missing_summary, *summary),
         checked=checked,
         remembered=remembered,
         file=path,
     )
-    lines = [*_table(made.lists), "", "Problems:", *problems, "", "Remarks:", *remarks]
-    with replacing(path) as file:
-        file.write(("\n".join(lines) + "\n").encode(errors="surrogateescape"))
-    return made
+
+
+def _missing_files(root: Path, lists: Sequence[ImageList]) -> tuple[list[str], list[str]]:
+    """Lines for missing files, each once though several lists need it: all, and by folder."""
+    problems: list[str] = []
+    summary: list[str] = []
+    seen: set[Missing] = set()
+    for images in lists:
+        by_folder: dict[tuple[str, str], list[Missing]] = {}
+        for missing in images.missing:
+            if missing not in seen:
+                by_folder.setdefault((missing.kind, missing.folder), []).append(missing)
+        for (kind, folder), files in by_folder.items():
+            seen.update(files)
+            place = _relative(folder, root)
+            summary.append(
+                f"{place}: {len(files)} of {images.entries} {kind} of {images.title} are missing, "
+                f"the first is {files[0].name}"
+            )
+            problems += [
+                f"{place}/{file.name}: missing, listed in {images.title}" for file in files
+            ]
+    return problems, summary
+
+
+def _fault_lines(root: Path, faults: Iterable[Fault]) -> tuple[list[str], list[str], list[str]]:
+    """Lines for faults: all problems, those for a terminal, and remarks."""
+    by_folder: dict[str, list[str]] = {}
+    remarks: list[str] = []
+    for fault in faults:
+        line = f"{_relative(fault.file, root)}: {fault.text}"
+        if fault.is_remark:
+            remarks.append(line)
+        else:
+            by_folder.setdefault(_relative(str(Path(fault.file).parent), root), []).append(line)
+    summary: list[str] = []
+    for folder, lines in by_folder.items():
+        summary += lines[:_SHOWN]
+        if len(lines) > _SHOWN:
+            summary.append(f"... and {len(lines) - _SHOWN} more in {folder}")
+    return [line for lines in by_folder.values() for line in lines], summary, remarks
 
 
 def _absent_lists(lists: Sequence[ImageList]) -> list[str]:
-    """Official lists that are not here, of sets that are."""
-    remarks = []
-    for official in OFFICIAL_SETS:
-        here = {one.name for one in lists if one.official is not None}
-        if here & official.counts.keys():
-            remarks += [
-                f"{name} of {official.name} ({count} images) is not here"
-                for name, count in official.counts.items()
-                if name not in here
-            ]
-    return remarks
-
-
-def _table(lists: Sequence[ListSummary]) -> list[str]:
-    rows = [("list", "images", "official", "missing", "faulty")]
-    rows += [
-        (
-            one.name,
-            str(one.images),
-            "-" if one.official is None else str(one.official),
-            str(one.missing),
-            str(one.faulty),
-        )
-        for one in lists
+    """Lines for official lists that are absent, of data sets that are not."""
+    present = {images.name for images in lists if images.official is not None}
+    return [
+        f"{name} of {official.name} ({count} images) is absent"
+        for official in OFFICIAL_SETS
+        if present & official.counts.keys()
+        for name, count in official.counts.items()
+        if name not in present
     ]
-    width = max(len(row[0]) for row in rows)
-    return [f"{row[0]:{width}}" + "".join(f"{cell:>10}" for cell in row[1:]) for row in rows]
 
 
-def _shown(file: str, root: Path) -> str:
-    """A path as the report shows it."""
+def _relative(file: str, root: Path) -> str:
+    """A path relative to `root` if it is inside."""
     path = Path(file)
     return str(path.relative_to(root)) if path.is_relative_to(root) else file

@@ -1,42 +1,38 @@
-"""Files that are looked at together, and what is wrong with them."""
+"""Files that are checked together, and their faults."""
 
 import math
 from pathlib import Path
 from typing import NamedTuple
 
 from deformnet.data.files import read_image, read_labels
-from deformnet.data.voc import annotated_size, parse_annotation, read_object
+from deformnet.data.voc_files import ClassList, annotated_size, parse_annotation, read_object
 
 Size = tuple[int, int]
 """Height and width."""
 
 
 class Fault(NamedTuple):
-    """What is wrong with a file."""
+    """A fault of a file."""
 
     file: str
     text: str
-    left_out: bool = False
-    """Whether it is no more than a remark, as on a box without area, which readers leave out."""
+    is_remark: bool = False
+    """Whether it does no harm, such as a box without area, which readers drop."""
 
 
 class ImageItem(NamedTuple):
-    """An image that must decode and have a size."""
+    """An image."""
 
     image: str
     size: Size | None
-    """The annotated one; None if none is."""
+    """Annotated size; None if there is none."""
 
     @property
     def files(self) -> tuple[str, ...]:
         return (self.image,)
 
     def faults(self) -> list[Fault]:
-        found: list[Fault] = []
-        size = _image_size(self.image, found)
-        if size and self.size and size != self.size:
-            found.append(Fault(self.image, f"is {_text(size)}, annotated as {_text(self.size)}"))
-        return found
+        return _check_image(self.image, self.size)[1]
 
 
 class BoxesItem(NamedTuple):
@@ -44,34 +40,29 @@ class BoxesItem(NamedTuple):
 
     image: str
     annotation: str
-    classes: tuple[str, ...]
+    classes: ClassList
 
     @property
     def files(self) -> tuple[str, ...]:
         return self.image, self.annotation
 
     def faults(self) -> list[Fault]:
-        found: list[Fault] = []
-        size = _image_size(self.image, found)
         path = Path(self.annotation)
         try:
             content = parse_annotation(path)
         except (ValueError, OSError) as error:
-            return [*found, Fault(self.annotation, reason(error, path))]
-        stated = annotated_size(content)
-        if size and stated and size != stated:
-            found.append(Fault(self.image, f"is {_text(size)}, annotated as {_text(stated)}"))
-        labels = {name: label for label, name in enumerate(self.classes)}
+            return [*_check_image(self.image, None)[1], Fault(self.annotation, reason(error, path))]
+        size, faults = _check_image(self.image, annotated_size(content))
         for number, item in enumerate(content.iterfind("object"), start=1):
             try:
-                box, _, _ = read_object(path, item, labels)
+                box, _, _ = read_object(path, item, self.classes)
             except ValueError as error:
-                found.append(Fault(self.annotation, f"object {number}: {reason(error, path)}"))
+                faults.append(Fault(self.annotation, f"object {number}: {reason(error, path)}"))
                 continue
             if not has_area(box, size):
                 text = f"object {number}: box {list(box)} has no area inside the image"
-                found.append(Fault(self.annotation, f"{text}; readers leave it out", left_out=True))
-        return found
+                faults.append(Fault(self.annotation, f"{text}; readers drop it", is_remark=True))
+        return faults
 
 
 class LabelsItem(NamedTuple):
@@ -80,35 +71,37 @@ class LabelsItem(NamedTuple):
     image: str
     labels: str
     allowed: bytes
-    """The labels that may occur."""
+    """Labels that may occur."""
 
     @property
     def files(self) -> tuple[str, ...]:
         return self.image, self.labels
 
     def faults(self) -> list[Fault]:
-        found: list[Fault] = []
-        size = _image_size(self.image, found)
+        size, faults = _check_image(self.image, None)
         path = Path(self.labels)
         try:
             labels = read_labels(path)
         except (ValueError, OSError) as error:
-            return [*found, Fault(self.labels, reason(error, path))]
+            return [*faults, Fault(self.labels, reason(error, path))]
         height, width = labels.shape
         if size and size != (height, width):
-            text = f"is {_text((height, width))}, its image {_text(size)}"
-            found.append(Fault(self.labels, text))
+            text = (
+                f"expected the size of its image, {_text(size)}, but got {_text((height, width))}"
+            )
+            faults.append(Fault(self.labels, text))
         unknown = sorted(set(labels.unique().tolist()) - set(self.allowed))
         if unknown:
-            found.append(Fault(self.labels, f"labels of no class: {', '.join(map(str, unknown))}"))
-        return found
+            text = f"labels without a class: {', '.join(map(str, unknown))}"
+            faults.append(Fault(self.labels, text))
+        return faults
 
 
 Item = ImageItem | BoxesItem | LabelsItem
 
 
 def has_area(box: tuple[float, float, float, float], size: Size | None) -> bool:
-    """Whether readers keep a box (edges), clipped to its image; None is an image of any size."""
+    """Whether a box (edges) has area when clipped to its image; None for an unknown size."""
     x1, y1, x2, y2 = box
     height, width = size or (math.inf, math.inf)
     inside = min(x2, width) > max(x1, 0) and min(y2, height) > max(y1, 0)
@@ -116,21 +109,24 @@ def has_area(box: tuple[float, float, float, float], size: Size | None) -> bool:
 
 
 def reason(error: Exception, path: Path) -> str:
-    """What an error says about a file, without the file's name."""
+    """Message of an error about a file, without the file's name."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return str(error).removeprefix(f"{path}: ")
 
 
-def _image_size(file: str, found: list[Fault]) -> Size | None:
-    """The size of an image that decodes; None, and a fault more, if it does not."""
+def _check_image(file: str, annotated: Size | None) -> tuple[Size | None, list[Fault]]:
+    """Size of an image, None if it does not decode; and its faults."""
     path = Path(file)
     try:
         _, height, width = read_image(path).shape
     except (ValueError, OSError) as error:
-        found.append(Fault(file, reason(error, path)))
-        return None
-    return height, width
+        return None, [Fault(file, reason(error, path))]
+    size = height, width
+    if annotated is None or size == annotated:
+        return size, []
+    text = f"expected the annotated size {_text(annotated)}, but got {_text(size)}"
+    return size, [Fault(file, text)]
 
 
 def _text(size: Size) -> str:

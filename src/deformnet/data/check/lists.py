@@ -1,16 +1,14 @@
-"""Finding the sets in a folder: their lists of images, and the files that each list wants."""
+"""Data sets in a folder: their lists of images, and the files that each list needs."""
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from deformnet.data import coco, voc
+from deformnet.data import voc_files as voc
 from deformnet.data.base import IGNORE
-from deformnet.data.cityscapes import CITYSCAPES_IDS, cityscapes_splits
-from deformnet.data.files import Folder, read_lines
 from deformnet.data.check.items import (
     BoxesItem,
     Fault,
@@ -21,14 +19,23 @@ from deformnet.data.check.items import (
     reason,
 )
 from deformnet.data.check.official import CITYSCAPES_CITIES, official_count
+from deformnet.data.cityscapes import CITYSCAPES_IDS, CITYSCAPES_MASKS, cityscapes_splits
+from deformnet.data.coco import (
+    COCO_BOXES,
+    COCOFile,
+    annotation_file,
+    coco_splits,
+    image_folders,
+    missing_images,
+)
+from deformnet.data.files import Folder, read_lines
+from deformnet.data.image_folder import is_image
 
-# Of a folder for each class, as `deformnet.data.image_folder` reads them.
-_IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 _SYNSET = re.compile(r"n\d{8}")  # ImageNet's classes
 
 
 class Missing(NamedTuple):
-    """A file that a list wants and that is not there."""
+    """A file that a list needs and that does not exist."""
 
     kind: str
     """Images, annotations or label maps."""
@@ -38,17 +45,17 @@ class Missing(NamedTuple):
 
 @dataclass
 class ImageList:
-    """A list of images, and what can be said of it without opening the images.
+    """A list of images, and what can be said about it without opening the images.
 
     Attributes:
-        name: such as VOC2007/Main/trainval; official lists are known by it.
-        source: the file or folder that makes the list.
-        entries: how many images it has.
-        official: how many the official list of this name has; None if there is none.
-        items: what is to be looked at.
-        missing: what is not there.
-        faults: of the list itself.
-        place: the folder below the one that is checked in which the set lies; empty if none.
+        name: such as VOC2007/Main/trainval, by which official lists are known.
+        source: file or folder that makes the list.
+        entries: number of its images.
+        official: number of images in the official list of this name; None if there is none.
+        items: files to check.
+        missing: files that do not exist.
+        faults: faults of the list itself.
+        place: folder of the data set relative to the checked folder; empty for that folder.
     """
 
     name: str
@@ -62,56 +69,57 @@ class ImageList:
 
     @property
     def title(self) -> str:
-        """The name and where it lies."""
+        """Name with place."""
         return f"{self.place}/{self.name}" if self.place else self.name
 
-    def fault(self, text: str, *, left_out: bool = False) -> None:
-        self.faults.append(Fault(str(self.source), text, left_out))
+    def fault(self, text: str, *, is_remark: bool = False) -> None:
+        self.faults.append(Fault(str(self.source), text, is_remark))
+
+    def require_official_count(self) -> None:
+        if self.official is not None and self.entries != self.official:
+            self.fault(
+                f"expected the {self.official} images of the official {self.name}, but got "
+                f"{self.entries}; check a custom data set with --custom"
+            )
+
+    def excuse_hidden_labels(self) -> None:
+        """Accepts a test list without any labels: only its evaluation server has them."""
+        absent = [missing for missing in self.missing if missing.kind != "images"]
+        if self.name.rpartition("/")[2] == "test" and len(absent) == self.entries > 0:
+            self.missing = [missing for missing in self.missing if missing.kind == "images"]
+            text = f"has no {absent[0].kind}: test images, scored by an evaluation server"
+            self.fault(text, is_remark=True)
 
 
-def _excuse_hidden_labels(one: ImageList) -> None:
-    """Takes a test list without any labels as what it is: its server alone has them."""
-    absent = [missing for missing in one.missing if missing.kind != "images"]
-    if one.name.rpartition("/")[2] == "test" and len(absent) == one.entries > 0:
-        one.missing = [missing for missing in one.missing if missing.kind == "images"]
-        one.fault(f"has no {absent[0].kind}: test images, to be scored by a server", left_out=True)
-
-
-def find_lists(root: Path, *, own: bool) -> list[ImageList]:
-    """The lists of all sets in a folder, or in the folders in it.
+def find_lists(root: Path, *, custom: bool) -> list[ImageList]:
+    """Lists of all data sets in a folder, or in its subfolders.
 
     Args:
-        own: they are nobody's official sets, whatever they are called.
+        custom: skip the check against official image counts.
     Raises:
         FileNotFoundError: if there is none; the message says what was looked for.
     """
-    found = []
+    lists = []
     for place in _places(root):
-        for one in _lists_in(place):
-            one.place = "" if place == root else str(place.relative_to(root))
-            if own:
-                one.official = None
-            elif one.official is not None and one.entries != one.official:
-                one.fault(
-                    f"lists {one.entries} images, the official {one.name} has {one.official} "
-                    "(a set of your own? check it as such: --own)"
-                )
-            found.append(one)
-    if not found:
+        for images in _lists_in(place):
+            images.place = "" if place == root else str(place.relative_to(root))
+            if custom:
+                images.official = None
+            images.require_official_count()
+            lists.append(images)
+    if not lists:
+        expected = ", ".join(f"{layout.files} ({layout.name})" for layout in _LAYOUTS)
         raise FileNotFoundError(
-            f"{root}: no data set found, here or one folder below; looked for "
-            "VOCdevkit/VOC*/ImageSets/*/*.txt (VOC), annotations/instances_*.json or "
-            "image_info_*.json (COCO), leftImg8bit/<split>/<city>/ (Cityscapes) and "
-            "train/<class>/*.jpg or *.png (image folder)"
+            f"{root}: expected a data set here or in a subfolder, but found none of {expected}"
         )
-    return found
+    return lists
 
 
 def _places(root: Path) -> list[Path]:
-    """Where sets may lie: in `root`, and in its folders unless all of them belong to one set."""
-    if _is_coco(root) or _is_cityscapes(root) or _is_folder(root) or (root / "ImageSets").is_dir():
+    """Folders that may hold data sets: `root`, and its folders unless all belong to one set."""
+    years = voc.voc_years(root)
+    if years == [root] or any(layout.recognizes(root) for layout in _LAYOUTS[1:]):
         return [root]
-    years = _years(root)
     known = {*years, *(year.parent for year in years)}
     below = [
         path
@@ -124,195 +132,169 @@ def _places(root: Path) -> list[Path]:
     return [root, *below]
 
 
-def _years(place: Path) -> list[Path]:
-    """VOC's folders of years; there may be none."""
-    try:
-        return voc.find_years(place)
-    except FileNotFoundError:
-        return []
-
-
 def _lists_in(place: Path) -> Iterator[ImageList]:
-    years = _years(place)
-    for year in years:
-        yield from _voc_lists(year)
-    if _is_coco(place):
-        for split in coco.coco_splits(place):
-            yield _coco_list(place, split)
-    if _is_cityscapes(place):
-        yield from _cityscapes_lists(place)
-    elif not years and not _is_coco(place) and _is_folder(place):
-        yield from _folder_lists(place)
-
-
-def _is_coco(place: Path) -> bool:
-    return bool(coco.coco_splits(place))
-
-
-def _is_cityscapes(place: Path) -> bool:
-    return (place / "leftImg8bit").is_dir() or (place / "gtFine").is_dir()
-
-
-def _is_folder(place: Path) -> bool:
-    """Whether it has train/<class>/<image>."""
-    return any(_is_image(path) and path.is_file() for path in (place / "train").glob("*/*"))
+    *with_files, by_class = _LAYOUTS
+    recognized = [layout for layout in with_files if layout.recognizes(place)]
+    for layout in recognized or [by_class] * by_class.recognizes(place):
+        yield from layout.lists(place)
 
 
 # VOC.
 
 
-def _voc_lists(year: Path) -> Iterator[ImageList]:
-    # VOC itself has no classes.txt: with one, it is a set of one's own in VOC's layout.
-    is_official = voc.classes_file(year) is None
-    year_name = year.absolute().name
-    images, annotations = Folder(year / "JPEGImages"), Folder(year / "Annotations")
-    for kind, names in (("Main", _object_lists(year)), ("Segmentation", voc.mask_lists(year))):
-        for name in names:
-            path = year / f"ImageSets/{kind}/{name}.txt"
-            one = ImageList(f"{year_name}/{kind}/{name}", path)
-            one.official = official_count(one.name) if is_official else None
-            try:
-                lines = [line.split() for line in read_lines(path)]
-                if kind == "Main":
-                    _add_boxes(one, lines, images, annotations, voc.read_object_classes(year))
-                else:
-                    finder = voc.MaskFinder(year, name)
-                    _add_masks(one, lines, finder, len(voc.read_classes(year)))
-                _excuse_hidden_labels(one)
-            except (ValueError, OSError) as error:  # the list, or classes.txt
-                one.fault(reason(error, path))
-            if not one.entries:
-                one.fault("is empty")
-            yield one
+def _voc_lists(root: Path) -> Iterator[ImageList]:
+    for year in voc.voc_years(root):
+        for kind, names, add in (
+            ("Main", _box_lists(year), _add_boxes),
+            ("Segmentation", voc.mask_lists(year), _add_masks),
+        ):
+            for name in names:
+                yield _voc_list(year, kind, name, add)
 
 
-def _object_lists(year: Path) -> list[str]:
+def _voc_list(
+    year: Path, kind: str, name: str, add: Callable[[ImageList, list[list[str]], Path], None]
+) -> ImageList:
+    path = year / f"ImageSets/{kind}/{name}.txt"
+    images = ImageList(f"{year.absolute().name}/{kind}/{name}", path)
     try:
-        return voc.object_lists(year)
-    except ValueError:  # a bad classes.txt, which every list says when it is read
-        return sorted(path.stem for path in (year / "ImageSets/Main").glob("*.txt"))
+        # A data set with class names of its own is not the official one.
+        if voc.read_class_list(year).is_default:
+            images.official = official_count(images.name)
+        add(images, [line.split() for line in read_lines(path)], year)
+        images.excuse_hidden_labels()
+    except (ValueError, OSError) as error:  # the list, or classes.txt
+        images.fault(reason(error, path))
+    if not images.entries:
+        images.fault("is empty")
+    return images
 
 
-def _add_boxes(
-    one: ImageList,
-    lines: Sequence[list[str]],
-    images: Folder,
-    annotations: Folder,
-    classes: tuple[str, ...],
-) -> None:
+def _box_lists(year: Path) -> list[str]:
+    try:
+        return voc.box_lists(year)
+    except ValueError:  # a bad classes.txt, reported for every list
+        return voc.list_names(year, "Main")
+
+
+def _add_boxes(images: ImageList, lines: Sequence[list[str]], year: Path) -> None:
+    find, annotations = voc.ImageFinder(year), Folder(year / "Annotations")
+    classes = voc.read_box_classes(year)
     seen: set[str] = set()
     for fields in lines:
         name = fields[0]
-        if not voc.is_object_line(fields):
-            one.fault(f"wanted an id, or an id and 1, 0 or -1 a line, got {' '.join(fields)!r}")
+        if not voc.BOX_LINE.fits(fields):
+            images.fault(voc.BOX_LINE.error(fields))
             continue
         if name in seen:
-            one.fault(f"lists {name} more than once")
+            images.fault(f"lists {name} more than once")
             continue
         seen.add(name)
-        one.entries += 1
-        image = images.find(f"{name}.jpg", f"{name}.png")
-        annotation = annotations.find(f"{name}.xml")
+        images.entries += 1
+        image, annotation = find(name), annotations.find(f"{name}.xml")
         if image is None:
-            one.missing.append(Missing("images", str(images.path), f"{name}.jpg"))
+            images.missing.append(Missing("images", str(find.folder.path), f"{name}.jpg"))
         if annotation is None:
-            one.missing.append(Missing("annotations", str(annotations.path), f"{name}.xml"))
+            images.missing.append(Missing("annotations", str(annotations.path), f"{name}.xml"))
         if image and annotation:
-            one.items.append(BoxesItem(str(image), str(annotation), classes))
+            images.items.append(BoxesItem(str(image), str(annotation), classes))
         elif image:
-            one.items.append(ImageItem(str(image), None))
+            images.items.append(ImageItem(str(image), None))
 
 
-def _add_masks(
-    one: ImageList, lines: Sequence[list[str]], find: voc.MaskFinder, classes: int
-) -> None:
-    allowed = bytes([*range(classes), IGNORE])
+def _add_masks(images: ImageList, lines: Sequence[list[str]], year: Path) -> None:
+    find = voc.MaskFinder(year, images.source.stem)
+    allowed = bytes([*range(len(voc.read_mask_classes(year).names)), IGNORE])
     for fields in lines:
-        if len(fields) > 2:
-            one.fault(f"wanted an id or two paths a line, got {' '.join(fields)!r}")
+        if not voc.MASK_LINE.fits(fields):
+            images.fault(voc.MASK_LINE.error(fields))
             continue
-        one.entries += 1
+        images.entries += 1
         name, image, mask = find(fields)
         if image is None:
-            one.missing.append(Missing("images", str(find.images.path), f"{name}.jpg"))
+            folder = str(find.images.folder.path)
+            images.missing.append(Missing("images", folder, f"{name}.jpg"))
         if mask is None:
-            one.missing.append(Missing("label maps", str(find.masks[0].path), f"{name}.png"))
+            images.missing.append(Missing("label maps", str(find.masks[0].path), f"{name}.png"))
         if image and mask:
-            one.items.append(LabelsItem(str(image), str(mask), allowed))
+            images.items.append(LabelsItem(str(image), str(mask), allowed))
         elif image:
-            one.items.append(ImageItem(str(image), None))
+            images.items.append(ImageItem(str(image), None))
 
 
 # COCO.
 
 
-def _coco_list(root: Path, split: str) -> ImageList:
-    path = coco.annotation_file(root, split)
-    one = ImageList(path.stem, path, official=official_count(path.stem))
-    try:
-        content = coco.read_content(path)
-        files = coco.unique(path, "images", content["images"], "file_name")
-        names = coco.unique(path, "categories", content["categories"], "name")
-    except (ValueError, OSError) as error:
-        one.fault(reason(error, path))
-        return one
-    one.entries = len(files)
-    listed = [Path(file) for file in files.values()]
-    # Where most of them are: the reader's first one may be missing.
-    absent = {
-        folder: coco.missing_images(folder, listed) for folder in coco.image_folders(root, split)
-    }
+def _coco_lists(root: Path) -> Iterator[ImageList]:
+    for split in coco_splits(root):
+        path = annotation_file(root, split)
+        images = ImageList(path.stem, path, official=official_count(path.stem))
+        try:
+            _add_coco(images, COCOFile(path), root, split)
+        except (ValueError, OSError) as error:
+            images.fault(reason(error, path))
+        yield images
+
+
+def _add_coco(images: ImageList, content: COCOFile, root: Path, split: str) -> None:
+    images.entries = len(content.files)
+    files = [Path(file) for file in content.files.values()]
+    # The folder with most of them: the first image, by which the reader decides, may be missing.
+    absent = {folder: missing_images(folder, files) for folder in image_folders(root, split)}
     folder = min(absent, key=lambda place: len(absent[place]))
     missing = set(absent[folder])
-    one.missing += [Missing("images", str(folder), str(file)) for file in absent[folder]]
-    sizes = [coco.image_size(entry) for entry in content["images"]]
-    one.items += [
+    images.missing += [Missing("images", str(folder), str(file)) for file in absent[folder]]
+    images.items += [
         ImageItem(str(folder / file), size)
-        for file, size in zip(listed, sizes, strict=True)
+        for file, size in zip(files, content.sizes, strict=True)
         if file not in missing
     ]
-    places = {number: place for place, number in enumerate(files)}
-    labels = {number: label for label, number in enumerate(sorted(names))}
-    for entry in content["annotations"]:
+    for entry in content.annotations:
         try:
-            place, box, _, _ = coco.read_object(path, entry, places, labels)
+            place, box, _, _ = content.parse(entry)
         except ValueError as error:
-            one.fault(reason(error, path))
+            images.fault(reason(error, content.path))
             continue
-        if not has_area(box, sizes[place]):
-            text = f"annotation {entry.get('id')}: box {entry['bbox']} has no area inside its image"
-            one.fault(f"{text}; readers leave it out", left_out=True)
-    return one
+        if not has_area(box, content.sizes[place]):
+            text = f"annotation {entry.get('id')}: box {entry.get('bbox')} has no area inside its"
+            images.fault(f"{text} image; readers drop it", is_remark=True)
 
 
 # Cityscapes.
 
 
+def _is_cityscapes(root: Path) -> bool:
+    return (root / "leftImg8bit").is_dir() or (root / "gtFine").is_dir()
+
+
 def _cityscapes_lists(root: Path) -> Iterator[ImageList]:
     images, labels = root / "leftImg8bit", root / "gtFine"
-    allowed = bytes([*CITYSCAPES_IDS, IGNORE])
     splits = {*cityscapes_splits(root), *(path.name for path in labels.glob("*") if path.is_dir())}
     for split in sorted(splits):
-        there = _cityscapes_files(images / split, "_leftImg8bit.png")
-        labelled = _cityscapes_files(labels / split, "_gtFine_labelIds.png")
-        one = ImageList(f"gtFine/{split}", images / split)
-        one.entries = len(there.keys() | labelled.keys())
-        if {path.parent.name for path in there.values()} & CITYSCAPES_CITIES:
-            one.official = official_count(one.name)
-        for name in sorted(there.keys() | labelled.keys()):
-            city, image, mask = name[0], there.get(name), labelled.get(name)
-            if image and mask:
-                one.items.append(LabelsItem(str(image), str(mask), allowed))
-            elif image:
-                file = f"{city}/{name[1]}_gtFine_labelIds.png"
-                one.missing.append(Missing("label maps", str(labels / split), file))
-                one.items.append(ImageItem(str(image), None))
-            else:
-                file = f"{city}/{name[1]}_leftImg8bit.png"
-                one.missing.append(Missing("images", str(images / split), file))
-        if not one.entries:
-            one.fault("has no <city>/*_leftImg8bit.png")
-        yield one
+        yield _cityscapes_list(images / split, labels / split)
+
+
+def _cityscapes_list(images: Path, labels: Path) -> ImageList:
+    allowed = bytes([*CITYSCAPES_IDS, IGNORE])
+    existing = _cityscapes_files(images, "_leftImg8bit.png")
+    labeled = _cityscapes_files(labels, "_gtFine_labelIds.png")
+    listed = ImageList(f"gtFine/{images.name}", images)
+    listed.entries = len(existing.keys() | labeled.keys())
+    if {path.parent.name for path in existing.values()} & CITYSCAPES_CITIES:
+        listed.official = official_count(listed.name)
+    for key in sorted(existing.keys() | labeled.keys()):
+        name, image, mask = "/".join(key), existing.get(key), labeled.get(key)
+        if image and mask:
+            listed.items.append(LabelsItem(str(image), str(mask), allowed))
+        elif image:
+            file = f"{name}_gtFine_labelIds.png"
+            listed.missing.append(Missing("label maps", str(labels), file))
+            listed.items.append(ImageItem(str(image), None))
+        else:
+            listed.missing.append(Missing("images", str(images), f"{name}_leftImg8bit.png"))
+    if not listed.entries:
+        listed.fault("has no <city>/*_leftImg8bit.png")
+    return listed
 
 
 def _cityscapes_files(folder: Path, ending: str) -> dict[tuple[str, str], Path]:
@@ -326,32 +308,52 @@ def _cityscapes_files(folder: Path, ending: str) -> dict[tuple[str, str], Path]:
 # A folder for each class, as ImageNet.
 
 
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in _IMAGES and not path.name.startswith(".")
+def _is_image_folder(root: Path) -> bool:
+    return any(is_image(path) and path.is_file() for path in (root / "train").glob("*/*"))
 
 
-def _folder_lists(root: Path) -> Iterator[ImageList]:
+def _image_folder_lists(root: Path) -> Iterator[ImageList]:
     known: set[str] | None = None
     for split in ("train", "val"):
         folder = root / split
         if not folder.is_dir():
             continue
-        one = ImageList(split, folder)
+        images = ImageList(split, folder)
         classes = sorted(
             path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")
         )
         for path in classes:
-            files = [file for file in sorted(path.iterdir()) if _is_image(file)]
-            one.items += [ImageItem(str(file), None) for file in files]
+            files = [file for file in sorted(path.iterdir()) if is_image(file)]
+            images.items += [ImageItem(str(file), None) for file in files]
             if not files:
-                one.faults.append(Fault(str(path), "has no image"))
-        one.entries = len(one.items)
+                images.faults.append(Fault(str(path), "has no image"))
+        images.entries = len(images.items)
         if not classes:
-            one.fault("has no folders of classes")
+            images.fault("has no folders of classes")
         names = {path.name for path in classes}
         if any(_SYNSET.fullmatch(name) for name in names):
-            one.official = official_count(split)
+            images.official = official_count(split)
         known = names if known is None else known
         for name in sorted(names - known):
-            one.faults.append(Fault(str(folder / name), "is a class that train/ does not have"))
-        yield one
+            images.faults.append(Fault(str(folder / name), "is a class that train/ does not have"))
+        yield images
+
+
+class _Layout(NamedTuple):
+    """A layout whose lists of images can be checked."""
+
+    name: str
+    files: str
+    """Files by which it is recognized, for messages."""
+    recognizes: Callable[[Path], bool]
+    lists: Callable[[Path], Iterator[ImageList]]
+
+
+# VOC comes first, as other data sets may lie beside its years, and the folders of classes last, as
+# only a folder of no other layout is read that way.
+_LAYOUTS = (
+    _Layout("VOC", voc.YEARS, lambda root: bool(voc.voc_years(root)), _voc_lists),
+    _Layout("COCO", COCO_BOXES.files, COCO_BOXES.recognizes, _coco_lists),
+    _Layout("Cityscapes", CITYSCAPES_MASKS.files, _is_cityscapes, _cityscapes_lists),
+    _Layout("image folder", "train/<class>/*.jpg", _is_image_folder, _image_folder_lists),
+)

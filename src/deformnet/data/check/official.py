@@ -1,7 +1,4 @@
-"""The official data sets: where they come from, how they lie on disk, how many images they have.
-
-The one table of it: the check counts by it, and `where_text` prints it.
-"""
+"""Official data sets: their sources, layouts on disk, and numbers of images."""
 
 import textwrap
 from collections.abc import Mapping
@@ -14,15 +11,15 @@ class OfficialSet:
 
     name: str
     page: str
-    """Where it is fetched; some ask for an account."""
+    """Download page; some need an account."""
     files: Mapping[str, str]
-    """The archives and their sizes (GB = 10^9 bytes)."""
+    """Archives and their sizes (GB = 10^9 bytes)."""
     folders: str
-    """How it lies on disk once it is unpacked, a line for each place."""
+    """Layout on disk after unpacking, one line per kind of file."""
     splits: str
-    """What `--split` is called for it."""
+    """Values of `--split`."""
     counts: Mapping[str, int]
-    """Images of each list, by the name that the check gives it."""
+    """Number of images in each list, by its name in the check."""
 
 
 OFFICIAL_SETS = (
@@ -157,21 +154,21 @@ _CITIES = """
     berlin bielefeld bonn leverkusen mainz munich
 """
 CITYSCAPES_CITIES = frozenset(_CITIES.split())
-"""Of train, val and test. A set in the layout of Cityscapes that has none of them is another."""
+"""Cities of train, val and test. A data set in this layout without any of them is custom."""
 
 
 def official_count(name: str) -> int | None:
-    """Images of an official list; None for a list of no official set."""
-    return next((one.counts[name] for one in OFFICIAL_SETS if name in one.counts), None)
+    """Number of images in an official list; None for other lists."""
+    return next((data.counts[name] for data in OFFICIAL_SETS if name in data.counts), None)
 
 
 def where_text() -> str:
-    """The table as text: for each set its page, archives, folders, splits and counts."""
+    """The official data sets as text: page, archives, folders, splits and counts of each."""
     blocks = []
-    for one in OFFICIAL_SETS:
-        files = ", ".join(f"{name} ({size})" for name, size in one.files.items())
-        counts = ", ".join(f"{name} {count}" for name, count in one.counts.items())
-        facts = {"from": one.page, "files": files, "splits": one.splits, "images": counts}
+    for data in OFFICIAL_SETS:
+        files = ", ".join(f"{name} ({size})" for name, size in data.files.items())
+        counts = ", ".join(f"{name} {count}" for name, count in data.counts.items())
+        facts = {"from": data.page, "files": files, "splits": data.splits, "images": counts}
         lines = [
             textwrap.fill(
                 text,
@@ -183,6 +180,6 @@ def where_text() -> str:
             )
             for key, text in facts.items()
         ]
-        folders = textwrap.indent(one.folders, " " * 10).replace(" " * 10, "  folders ", 1)
-        blocks.append("\n".join([one.name, *lines[:2], folders, *lines[2:]]))
+        folders = textwrap.indent(data.folders, " " * 10).replace(" " * 10, "  folders ", 1)
+        blocks.append("\n".join([data.name, *lines[:2], folders, *lines[2:]]))
     return "\n\n".join(blocks)

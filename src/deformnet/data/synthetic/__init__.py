@@ -1,0 +1,1 @@
+"""Synthetic data sets: shapes that differ by outline alone."""

@@ -1,9 +1,9 @@
-"""Drawing one scene of the made data set: pixels, class of every pixel, objects.
+"""Drawing of a scene of the synthetic data set: pixels, class of every pixel, objects.
 
 Everything is drawn into arrays of the image's size. A shape is a function d(x, y) on the plane,
-negative inside, in units of its radius; it is evaluated at the pixel centres, mapped back through
-rotation, shear and warp. d < 0 is the exact mask, and d / |grad d|, the distance to the outline in
-pixels to first order, the antialiased coverage.
+negative inside, in units of its radius; it is evaluated at the pixel centers, mapped back through
+rotation, shear and warp. d < 0 gives the exact mask, and d / |grad d|, the distance to the outline
+in pixels to first order, the antialiased coverage.
 """
 
 import math
@@ -20,7 +20,7 @@ Array = np.ndarray
 Outline = Callable[[Array, Array], Array]
 
 
-# Shapes. Each has its farthest point at about distance 1 from the origin.
+# Shapes. The farthest point of each is at a distance of about 1 from the origin.
 
 
 def _disc(x: Array, y: Array) -> Array:
@@ -58,10 +58,10 @@ def _gear(x: Array, y: Array) -> Array:
 
 
 def _from(start: float, radius: Array) -> Array:
-    """1 from `start` on, falling to 0 at the centre, where the angle turns too fast.
+    """1 from `start` on, falling to 0 at the center, where the angle changes too fast.
 
-    Without it |grad d| grows without bound there, and with it the distance vanishes: a dot in the
-    middle would tell the class.
+    Without it |grad d| is unbounded there and the estimated distance vanishes: a dot in the middle
+    would give the class away.
     """
     return np.minimum(radius / start, 1) ** 3
 
@@ -95,38 +95,36 @@ OBJECTS: dict[str, Outline] = {
     "ellipse": _ellipse,
     "gear": _gear,
 }
-"""The classes, by outline. Label 1 is the first; 0 is the background."""
+"""Outlines of the classes. Label 1 is the first; 0 is the background."""
 
 _CLUTTER: tuple[Outline, ...] = (_bar, _ring, _crescent, _cross, _triangle)
 
 # The linear map of an object is rotation, shear, rotation. A disc sheared by 0.4 is an ellipse of
-# ratio 1.5, an ellipse of ratio 3.5 becomes one of 2.3 at least: the classes stay apart.
+# ratio 1.5, an ellipse of ratio 3.5 keeps at least 2.3: the classes remain distinct.
 _SHEAR = 0.4
-# Waves of a warp, their numbers per radius, and the bound on the sum of amplitude * wave number at
-# warp 1. Below 1 the warp is one-to-one: shapes bend but do not fold.
+# Waves of a warp, their wave numbers per radius, and the bound on the sum of amplitude * wave
+# number at warp 1. Below 1 the warp is one-to-one: shapes bend but do not fold.
 _WAVES = 3
 _WAVE_NUMBER = (1.8, 3.2)
 _STEEPNESS = 0.75
 
 _SHADOW = 0.06  # softness, in radii
 _TRIES = 20
-_MIN_INSIDE = 0.7  # of an object's area that must lie in the image
-_MIN_VISIBLE = 0.6  # of what an object shows that must stay visible behind a later one
-_MUTED = np.float32(
-    0.25
-)  # the grey (0 to 1) towards which `mute` draws what lies behind the objects
-_MIN_CONTRAST = 0.22  # distance of mean RGB colours (0 to 1) between a shape and what is behind it
+_MIN_INSIDE = 0.7  # smallest fraction of an object's area inside the image
+_MIN_VISIBLE = 0.6  # smallest fraction of an object's visible area that a later one may leave
+_MUTED = np.float32(0.25)  # gray (0 to 1) into which `mute` blends everything behind the objects
+_MIN_CONTRAST = 0.22  # distance of the mean RGB colors (0 to 1) of a shape and of its background
 
 
 @dataclass(frozen=True)
 class SceneObject:
-    """An object that shows in a scene.
+    """A visible object of a scene.
 
     Attributes:
-        label: its class, from 1.
-        area: how many pixels show.
-        full_area: how many would, without the border and the objects before it.
-        box: (x1, y1, x2, y2) of the pixels that show: columns x1 to x2 - 1, rows y1 to y2 - 1.
+        label: class, from 1.
+        area: number of visible pixels.
+        full_area: number of pixels without the border of the image and the objects in front.
+        box: (x1, y1, x2, y2) of the visible pixels: columns x1 to x2 - 1, rows y1 to y2 - 1.
     """
 
     label: int
@@ -137,12 +135,13 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """
+    """An image with its ground truth.
+
     Attributes:
-        image: uint8 [H, W, 3]
+        image: uint8 [H, W, 3], RGB.
         labels: uint8 [H, W], class of each pixel; 255 on void borders.
-        instances: uint8 [H, W], 1 + place in `objects`; 0 is the background, 255 void.
-        objects: what shows, from back to front.
+        instances: uint8 [H, W], 1 + index into `objects`; 0 is the background, 255 void.
+        objects: visible objects, from back to front.
     """
 
     image: Array
@@ -167,7 +166,7 @@ def draw_scene(
     """Draws a scene; the same generator state gives the same scene.
 
     Args:
-        label: class of all objects, from 1; None draws one for each. The others are as in `Shapes`.
+        label: class of all objects, from 1; None draws one for each. The others as in `Shapes`.
     """
     side = min(height, width)
     canvas = _background(rng, height, width)
@@ -181,7 +180,7 @@ def draw_scene(
 
     instances = np.zeros((height, width), dtype=np.uint8)
     drawn: list[tuple[int, int]] = []  # label and full area
-    # Large ones first: what lies in front is smaller than what it hides.
+    # Large ones first: objects in front are smaller than those that they hide.
     count = rng.integers(objects[0], objects[1], endpoint=True)
     for size in sorted((side * _log_uniform(rng, *radius) for _ in range(count)), reverse=True):
         number = int(rng.integers(len(OBJECTS))) + 1 if label is None else label
@@ -203,7 +202,7 @@ def draw_scene(
 
 
 def _finish(image: Array, instances: Array, drawn: list[tuple[int, int]]) -> Scene:
-    """Numbers the objects that show without gaps and measures them."""
+    """Numbers the visible objects consecutively and measures them."""
     labels = np.where(instances == IGNORE, IGNORE, 0).astype(np.uint8)
     numbered = labels.copy()
     shown = []
@@ -221,13 +220,13 @@ def _finish(image: Array, instances: Array, drawn: list[tuple[int, int]]) -> Sce
 
 @dataclass(frozen=True)
 class _Place:
-    """A shape at a place, as far as it lies in the image.
+    """A shape at a place, cropped to the image.
 
     Attributes:
-        window: rows and columns of the image.
+        window: rows and columns in the image.
         distance: [h, w] of the window, signed distance to the outline in pixels, negative inside.
         radius: of the shape, in pixels.
-        full_area: pixels of the whole shape, also outside the image.
+        full_area: number of pixels of the whole shape, also outside the image.
     """
 
     window: tuple[slice, slice]
@@ -253,8 +252,8 @@ class _Shape:
         self._reach = radius * np.linalg.norm(linear, 2) * farthest
 
     def place(self, x: float, y: float, height: int, width: int) -> _Place | None:
-        """The shape with its origin at (x, y); None if nothing of it is in the image."""
-        # Two pixels more for the antialiasing, and what the shadow needs.
+        """The shape with its origin at (x, y); None if it is outside the image."""
+        # Two more pixels for the antialiasing, and the width of the shadow.
         reach = self._reach + 2 + 3 * _SHADOW * self.radius
         columns = np.arange(math.floor(x - reach), math.ceil(x + reach) + 1)
         rows = np.arange(math.floor(y - reach), math.ceil(y + reach) + 1)
@@ -281,7 +280,7 @@ class _Shape:
 
 
 def _find_place(rng: Generator, shape: _Shape, instances: Array) -> _Place | None:
-    """A random place where enough of the shape, and of the objects behind it, shows."""
+    """A random place where enough of the shape, and of the objects behind it, is visible."""
     height, width = instances.shape
     before = np.bincount(instances.ravel(), minlength=256)
     margin = shape.radius / 2
@@ -300,7 +299,7 @@ def _find_place(rng: Generator, shape: _Shape, instances: Array) -> _Place | Non
 
 
 def _paint(rng: Generator, canvas: Array, place: _Place) -> None:
-    """Fills the shape with a texture that its surroundings do not hide."""
+    """Fills the shape with a texture that contrasts with its background."""
     view = canvas[place.window]
     inside = place.distance < 0
     if not inside.any():
@@ -312,8 +311,8 @@ def _paint(rng: Generator, canvas: Array, place: _Place) -> None:
             break
         texture = _texture(rng, *inside.shape)
     coverage = (0.5 - place.distance).clip(0, 1)
-    # A soft shadow around it. Nothing is shaded inside: far from the outline, where a network must
-    # look for the shape, no pixel tells the class.
+    # A soft shadow around it. Nothing is shaded inside: no pixel far from the outline gives the
+    # class away.
     blur = ImageFilter.GaussianBlur(_SHADOW * place.radius)
     shadow = np.asarray(Image.fromarray((255 * coverage).astype(np.uint8)).filter(blur))
     view *= 1 - 0.5 * shadow[..., None].astype(np.float32) / 255
@@ -321,23 +320,23 @@ def _paint(rng: Generator, canvas: Array, place: _Place) -> None:
 
 
 def _background(rng: Generator, height: int, width: int) -> Array:
-    """One texture, or two with a soft border of any form between them."""
+    """One texture, or two with a soft border of arbitrary form between them."""
     canvas = _texture(rng, height, width)
     if rng.random() < 0.5:
         border = _noise(rng, height, width, min(height, width) / rng.uniform(1, 4))
-        share = 1 / (1 + np.exp(-20 * border[..., None]))
-        canvas += share * (_texture(rng, height, width) - canvas)
+        fraction = 1 / (1 + np.exp(-20 * border[..., None]))
+        canvas += fraction * (_texture(rng, height, width) - canvas)
     return canvas
 
 
 def _texture(rng: Generator, height: int, width: int) -> Array:
-    """A surface: two colours mixed by clouds, stripes or spots; float32 [height, width, 3].
+    """A surface: two colors mixed by clouds, stripes or spots; float32 [height, width, 3].
 
-    Background, clutter and objects all come from here: no class has a colour or a pattern.
+    For background, clutter and objects alike: no class has a color or pattern of its own.
     """
     hue = rng.uniform(-0.5, 0.5, 3)
-    colour = (rng.uniform(0.2, 0.8) + rng.uniform(0.3, 1) * (hue - hue.mean())).clip(0, 1)
-    other = (colour + rng.normal(0, 0.1, 3) + rng.normal(0, 0.15)).clip(0, 1)
+    color = (rng.uniform(0.2, 0.8) + rng.uniform(0.3, 1) * (hue - hue.mean())).clip(0, 1)
+    other = (color + rng.normal(0, 0.1, 3) + rng.normal(0, 0.15)).clip(0, 1)
     scale = _log_uniform(rng, 10, 60)
     clouds = _noise(rng, height, width, scale) + 0.5 * _noise(rng, height, width, scale / 3)
     kind = rng.integers(3)
@@ -351,12 +350,12 @@ def _texture(rng: Generator, height: int, width: int) -> Array:
         mix = 4 * _noise(rng, height, width, _log_uniform(rng, 4, 10)) + clouds
     mix = 1 / (1 + np.exp(-2 * mix))
     tint = 0.06 * _noise(rng, height, width, scale)[..., None] * rng.normal(0, 1, 3)
-    surface = colour + mix[..., None] * (other - colour) + tint
+    surface = color + mix[..., None] * (other - color) + tint
     return surface.astype(np.float32)
 
 
 def _noise(rng: Generator, height: int, width: int, scale: float) -> Array:
-    """Smooth noise, about normal; float32 [height, width]. `scale`: pixels between its knots."""
+    """Smooth, roughly normal noise, float32 [height, width]; `scale`: pixels between its knots."""
     rows, columns = math.ceil(height / scale) + 3, math.ceil(width / scale) + 3
     knots = Image.fromarray(rng.standard_normal((rows, columns), dtype=np.float32))
     left, top = rng.uniform(1, 2, 2)
@@ -365,7 +364,7 @@ def _noise(rng: Generator, height: int, width: int, scale: float) -> Array:
 
 
 def _span(places: Array) -> slice:
-    """From the first to the last of consecutive places."""
+    """Slice of consecutive positions."""
     return slice(int(places[0]), int(places[-1]) + 1)
 
 

@@ -1,7 +1,7 @@
-"""A made data set: shapes to be told apart by outline alone, in the VOC layout or by class.
+"""A synthetic data set: shapes that differ by outline alone, in VOC layout or as image folder.
 
-Every image is drawn from its own generator, seeded by (seed, split, number): the set of 100 images
-is the beginning of the set of 1000, and any part of it can be made anywhere.
+Every image has its own generator, seeded by (seed, split, number): the data set of 100 images is
+the beginning of the one of 1000, and any part of it can be generated alone.
 """
 
 import io
@@ -17,46 +17,48 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from deformnet._errors import UserError
 from deformnet.data.synthetic.scenes import OBJECTS, Scene, draw_scene
 from deformnet.data.voc import color_map
 
 SHAPE_CLASSES = ("background", *OBJECTS)
 
-# To be raised whenever the same settings draw other pixels, so that no set mixes both.
+# To be increased when the same options draw other pixels, so that no data set mixes both.
 _DRAWING = 1
 _SETTINGS = "shapes.json"
 _SPLITS = ("train", "val")
-_TRIES = 100  # scenes that are drawn until an object shows
+_TRIES = 100  # scenes that are drawn until an object is visible
 
-# An object that shows fewer pixels, or less of itself, is marked as difficult.
+# Thresholds of the flags in the annotations: visible pixels, and visible fractions.
 _DIFFICULT_AREA = 40
-_DIFFICULT_SHARE = 0.5
-_TRUNCATED_SHARE = 0.95
+_DIFFICULT_FRACTION = 0.5
+_TRUNCATED_FRACTION = 0.95
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """Which set to make.
+    """Options of a synthetic data set.
 
     Attributes:
-        train: images in the split `train`.
-        val: images in the split `val`.
-        height: of an image, in pixels.
-        width: of an image, in pixels.
-        warp: strength of the smooth non-rigid deformation, 0 (none) to 1.
-        seed: of the generator; the same settings give the same bytes (with the same versions of
-            NumPy and Pillow on the same kind of processor).
-        objects: fewest and most objects in an image.
-        radius: smallest and largest distance from an object's centre to its farthest point, before
-            deformation, as a share of the shorter side; drawn log-uniformly.
-        clutter: most shapes of no class that lie behind the objects.
-        mute: how far all behind the objects is drawn towards one dark grey: 0 leaves it as vivid
-            as the objects, 1 makes it plain, so that only their class is to be learned.
-        void_border: pixels along the outlines that are labelled 255, as in VOC; 0 for exact masks.
-        layout: label maps and boxes as VOC's; or images of one object each (whatever `objects`
-            says), as many of every class, in a folder of their class, for classification.
+        train: Number of images in the split `train`.
+        val: Number of images in the split `val`.
+        height: Height of an image, in pixels.
+        width: Width of an image, in pixels.
+        warp: Strength of the smooth non-rigid deformation, 0 (none) to 1.
+        seed: Random seed; the same options give the same bytes (with the same versions of NumPy and
+            Pillow on the same kind of processor).
+        objects: Minimum and maximum number of objects in an image.
+        radius: Minimum and maximum distance from an object's center to its farthest point before
+            deformation, as a fraction of the shorter side; drawn log-uniformly.
+        clutter: Maximum number of shapes without a class behind the objects.
+        mute: Fraction by which everything behind the objects is blended into dark gray: 0 leaves it
+            as vivid as the objects, 1 makes it uniform.
+        void_border: Width of the void border (label 255) along outlines, in pixels, as in VOC; 0
+            for exact masks.
+        layout: "voc" for label maps and boxes in VOC layout; "image-folder" for classification:
+            images of one object each, whatever `objects` says, in one folder per class.
     """
 
     train: int = 2500
@@ -87,129 +89,139 @@ class Shapes:
         in_order = 0 < smallest <= largest <= 0.5
         _require(in_order, "radius", "0 < smallest <= largest <= 0.5", self.radius)
         if self.layout == "image-folder":
-            wanted = f"at least {len(OBJECTS)} in an image folder, one of each class"
-            _require(self.train >= len(OBJECTS), "train", wanted, self.train)
+            expected = f"at least {len(OBJECTS)} in an image folder, one per class"
+            _require(self.train >= len(OBJECTS), "train", expected, self.train)
         else:
             _require(self.layout == "voc", "layout", "voc or image-folder", self.layout)
 
 
-def write_shapes(root: Path, shapes: Shapes) -> None:
-    """Makes the set in the folder `root`.
+def write_shapes(root: str | Path, options: Shapes) -> None:
+    """Generates the data set in the folder `root`.
 
     ```
-    root/classes.txt, shapes.json                   names from id 0; the settings
+    root/classes.txt, shapes.json                   names from id 0; the options
     root/VOCdevkit/VOC2012/
-      JPEGImages/<id>.jpg    Annotations/<id>.xml   boxes of what shows, 1-based as VOC's
+      JPEGImages/<id>.jpg    Annotations/<id>.xml   boxes of visible pixels, 1-based as VOC's
       SegmentationClass/<id>.png    SegmentationObject/<id>.png
       ImageSets/{Segmentation,Main}/{train,val,trainval}.txt
     ```
 
-    or, in the layout "image-folder"
+    or, with the layout "image-folder"
 
     ```
     root/shapes.json
     root/{train,val}/<class>/<id>.jpg
     ```
 
-    In the boxes' files, `truncated` marks objects of which the border or another object hides more
-    than 5 %, `difficult` those of which it hides half or which show fewer than 40 pixels.
+    In the annotations, `truncated` marks objects of which the border or other objects hide more
+    than 5 %, `difficult` those of which they hide half or which show fewer than 40 pixels.
 
-    The set is made in `<root>.partial` and renamed when it is whole. If that folder is there from
-    an interrupted run with the same settings, the work goes on where it stopped; one with other
-    settings is begun again. A whole set with the same settings is left as it is.
+    The data set is generated in `<root>.partial` and renamed when it is complete. If that folder
+    exists from an interrupted run with the same options, the run resumes; with other options it
+    starts again. A complete data set with the same options is left unchanged.
 
     Raises:
-        FileExistsError: if `root` is there and is not such a set.
+        FileExistsError: if `root` exists and is not such a data set.
         OSError: if a file cannot be written; the message names it.
     """
     root = Path(root).expanduser().absolute()
-    settings = _settings_text(shapes)
+    settings = _settings_text(options)
     if root.is_dir() and _text_of(root / _SETTINGS) == settings:
-        _log.info("%s is there already", root)
+        _log.info("%s exists already", root)
         return
-    if root.exists() and not (root.is_dir() and next(root.iterdir(), None) is None):
-        raise FileExistsError(f"{root}: exists and is not a shapes set of these settings")
-
-    partial = root.with_name(f"{root.name}.partial")
-    if partial.exists() and _text_of(partial / _SETTINGS) != settings:
-        begun = {_SETTINGS, f"{_SETTINGS}.partial"}
-        if any(partial.iterdir()) and not any((partial / name).is_file() for name in begun):
-            raise FileExistsError(f"{partial}: exists and is not an unfinished shapes set")
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True, exist_ok=True)
+    partial = _partial_folder(root, settings)
     _write(partial / _SETTINGS, settings.encode())
-    counts = {"train": shapes.train, "val": shapes.val}
+    counts = {"train": options.train, "val": options.val}
     folder, write = partial, _write_classified
-    if shapes.layout == "voc":
+    if options.layout == "voc":
         folder, write = partial / "VOCdevkit/VOC2012", _write_sample
         for name in ("JPEGImages", "SegmentationClass", "SegmentationObject", "Annotations"):
             (folder / name).mkdir(parents=True, exist_ok=True)
     with tqdm(total=sum(counts.values()), desc="shapes", unit="image", disable=None) as bar:
         for split, count in counts.items():
             for number in range(count):
-                write(folder, shapes, split, number)
+                write(folder, options, split, number)
                 bar.update()
-    if shapes.layout == "voc":
+    if options.layout == "voc":
         _write_lists(folder, counts)
         _write(partial / "classes.txt", "".join(f"{name}\n" for name in SHAPE_CLASSES).encode())
     partial.replace(root)
 
 
-def scene(shapes: Shapes, split: str, number: int) -> Scene:
-    """The scene of one image, before it is written.
+def _partial_folder(root: Path, settings: str) -> Path:
+    """The folder of an unfinished data set with these settings; refuses to overwrite others."""
+    if root.exists() and not (root.is_dir() and next(root.iterdir(), None) is None):
+        raise FileExistsError(
+            f"{root}: exists and is not a data set of shapes with these options; choose another "
+            "folder"
+        )
+    partial = root.with_name(f"{root.name}.partial")
+    if partial.exists() and _text_of(partial / _SETTINGS) != settings:
+        begun = {_SETTINGS, f"{_SETTINGS}.partial"}
+        if any(partial.iterdir()) and not any((partial / name).is_file() for name in begun):
+            raise FileExistsError(f"{partial}: exists and is not an unfinished data set of shapes")
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True, exist_ok=True)
+    return partial
+
+
+def scene(options: Shapes, split: str, number: int) -> Scene:
+    """The scene of one image, before it is encoded.
 
     Raises:
-        ValueError: if `split` is neither train nor val.
+        UserError: if `split` is neither train nor val, or the objects are too small to be visible.
     """
     _require(split in _SPLITS, "split", " or ".join(_SPLITS), split)
-    rng = np.random.default_rng([shapes.seed, _SPLITS.index(split), number])
-    classified = shapes.layout == "image-folder"
+    rng = np.random.default_rng([options.seed, _SPLITS.index(split), number])
+    classified = options.layout == "image-folder"
     for _ in range(_TRIES):
         drawn = draw_scene(
             rng,
-            height=shapes.height,
-            width=shapes.width,
-            warp=shapes.warp,
-            objects=(1, 1) if classified else shapes.objects,
-            radius=shapes.radius,
-            clutter=shapes.clutter,
-            mute=shapes.mute,
-            void_border=shapes.void_border,
+            height=options.height,
+            width=options.width,
+            warp=options.warp,
+            objects=(1, 1) if classified else options.objects,
+            radius=options.radius,
+            clutter=options.clutter,
+            mute=options.mute,
+            void_border=options.void_border,
             label=_label(number) if classified else None,
         )
         if drawn.objects or not classified:
             return drawn
-    raise ValueError(f"radius: no object of {shapes.radius} of the shorter side shows in an image")
+    raise UserError(
+        f"expected radius to be large enough for a visible object, but got {options.radius}"
+    )
 
 
-def _write_sample(folder: Path, shapes: Shapes, split: str, number: int) -> None:
+def _write_sample(folder: Path, options: Shapes, split: str, number: int) -> None:
     name = _name(split, number)
     annotation = folder / f"Annotations/{name}.xml"
-    if annotation.is_file():  # written last: the others are there
+    if annotation.is_file():  # written last, so the others exist
         return
-    drawn = scene(shapes, split, number)
+    drawn = scene(options, split, number)
     _write(folder / f"JPEGImages/{name}.jpg", _jpeg(drawn.image))
     _write(folder / f"SegmentationClass/{name}.png", _palette_png(drawn.labels))
     _write(folder / f"SegmentationObject/{name}.png", _palette_png(drawn.instances))
     _write(annotation, _annotation(name, drawn))
 
 
-def _write_classified(folder: Path, shapes: Shapes, split: str, number: int) -> None:
+def _write_classified(folder: Path, options: Shapes, split: str, number: int) -> None:
     path = folder / split / SHAPE_CLASSES[_label(number)] / f"{_name(split, number)}.jpg"
     if path.is_file():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write(path, _jpeg(scene(shapes, split, number).image))
+    _write(path, _jpeg(scene(options, split, number).image))
 
 
 def _label(number: int) -> int:
-    """The class of an image of the layout by class: each in turn."""
+    """Class of an image of an image folder: each in turn."""
     return 1 + number % len(OBJECTS)
 
 
-def _settings_text(shapes: Shapes) -> str:
-    values = {"drawing": _DRAWING, **asdict(shapes)}
-    if shapes.layout == "voc":  # as in the sets that were made when there was no other
+def _settings_text(options: Shapes) -> str:
+    values = {"drawing": _DRAWING, **asdict(options)}
+    if options.layout == "voc":  # as before there was another layout
         del values["layout"]
     return json.dumps(values, indent=2) + "\n"
 
@@ -254,14 +266,14 @@ def _annotation(name: str, drawn: Scene) -> bytes:
         _add(size, tag, value)
     _add(root, "segmented", 1)
     for item in drawn.objects:
-        share = item.area / item.full_area
+        visible = item.area / item.full_area
         element = ElementTree.SubElement(root, "object")
         _add(element, "name", SHAPE_CLASSES[item.label])
         _add(element, "pose", "Unspecified")
-        _add(element, "truncated", int(share < _TRUNCATED_SHARE))
-        difficult = share < _DIFFICULT_SHARE or item.area < _DIFFICULT_AREA
+        _add(element, "truncated", int(visible < _TRUNCATED_FRACTION))
+        difficult = visible < _DIFFICULT_FRACTION or item.area < _DIFFICULT_AREA
         _add(element, "difficult", int(difficult))
-        # VOC counts pixels from 1 and both ends are inside.
+        # VOC counts pixels from 1 and includes both ends.
         x1, y1, x2, y2 = item.box
         box = ElementTree.SubElement(element, "bndbox")
         for tag, value in (("xmin", x1 + 1), ("ymin", y1 + 1), ("xmax", x2), ("ymax", y2)):
@@ -275,7 +287,7 @@ def _add(parent: ElementTree.Element, tag: str, value: object) -> None:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Writes beside and renames, so that a file is whole or absent."""
+    """Writes a file as a whole; not to the disk at once, which takes long for many files."""
     beside = path.with_name(f"{path.name}.partial")
     try:
         beside.write_bytes(content)
@@ -289,6 +301,6 @@ def _text_of(path: Path) -> str | None:
     return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
-def _require(holds: bool, name: str, wanted: str, got: object) -> None:
+def _require(holds: bool, name: str, expected: str, value: object) -> None:
     if not holds:
-        raise ValueError(f"{name}: wanted {wanted}, got {got}")
+        raise UserError(f"expected {name} to be {expected}, but got {value}")

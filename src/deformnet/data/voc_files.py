@@ -1,0 +1,335 @@
+"""Files of the PASCAL VOC layout: years, lists of images, class names and annotations."""
+
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+from xml.etree import ElementTree
+from xml.etree.ElementTree import Element
+
+import numpy as np
+
+from deformnet._errors import UserError
+from deformnet.data.base import IGNORE
+from deformnet.data.files import Folder, listing, read_labels, read_lines, require_folder
+from deformnet.data.splits import split_parts
+
+VOC_CLASSES = (
+    *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat"),
+    *("chair", "cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant"),
+    *("sheep", "sofa", "train", "tvmonitor"),
+)
+
+YEARS = "VOCdevkit/VOC*/ImageSets/, VOC*/ImageSets/ or ImageSets/"
+"""Folders by which the layout is recognized, for messages."""
+
+# Masks read to find out whether a classes.txt omits the background (see `read_mask_classes`).
+_MASKS_SAMPLED = 100
+
+# Content of the tag <difficult> in files of VOC and of tools that write its format.
+_DIFFICULT = {"1": True, "true": True, "0": False, "false": False, "": False, "unspecified": False}
+
+# Years.
+
+
+def voc_years(root: Path) -> list[Path]:
+    """Folders of years (VOC2007, VOC2012) in order, possibly none; `root` is one or holds some."""
+    if (root / "ImageSets").is_dir():
+        return [root]
+    for devkit in (root, root / "VOCdevkit"):
+        years = sorted(path.parent for path in devkit.glob("VOC*/ImageSets"))
+        if years:
+            return years
+    return []
+
+
+def find_years(root: Path) -> list[Path]:
+    """Folders of years, at least one.
+
+    Raises:
+        FileNotFoundError: if there is none; the message says what was looked for.
+    """
+    years = voc_years(require_folder(root))
+    if not years:
+        raise FileNotFoundError(f"{root}: expected a data set in the VOC layout with {YEARS}")
+    return years
+
+
+def splits_of_years(root: Path, lists: Callable[[Path], list[str]]) -> list[str]:
+    """Names of the last year's lists, and of all lists with their year if there are several."""
+    years = find_years(root)
+    names = lists(years[-1])
+    if len(years) > 1:
+        names += [f"{year.name}/{name}" for year in years for name in lists(year)]
+    return names
+
+
+# Lists of images.
+
+
+def box_lists(year: Path) -> list[str]:
+    """Names of a year's lists of images with boxes, without those of one class."""
+    names = list_names(year, "Main")
+    # Not every name that begins with a class is of one class: VOC has a class `train`.
+    of_one_class = {f"{label}_{name}" for label in read_box_classes(year).names for name in names}
+    return [name for name in names if name not in of_one_class]
+
+
+def mask_lists(year: Path) -> list[str]:
+    """Names of a year's lists of images with masks."""
+    return list_names(year, "Segmentation")
+
+
+def list_names(year: Path, kind: str) -> list[str]:
+    """Names of all lists in a folder of `ImageSets`."""
+    return sorted(path.stem for path in (year / "ImageSets" / kind).glob("*.txt"))
+
+
+def find_lists(root: Path, split: str) -> list[tuple[Path, str]]:
+    """Folder of the year and name of each list in a union of splits.
+
+    Raises:
+        FileNotFoundError: if a year does not exist.
+        UserError: if a list is repeated.
+    """
+    years = find_years(root)
+    # The folder of a year given as "." knows its name only as an absolute path.
+    by_name = {year.absolute().name: year for year in years}
+    lists: list[tuple[Path, str]] = []
+    for part in split_parts(split):
+        year, slash, name = part.rpartition("/")
+        if slash and year not in by_name:
+            raise FileNotFoundError(
+                f"{root}: no year {year!r} for split {part}; the years are: {', '.join(by_name)}"
+            )
+        entry = (by_name[year] if slash else years[-1], name)
+        if entry in lists:  # once with its year and once without
+            raise UserError(f"split {split!r}: {name} of {entry[0].name} is named more than once")
+        lists.append(entry)
+    return lists
+
+
+def read_fields(path: Path, splits: list[str]) -> list[list[str]]:
+    """Fields of each line of a list; `splits` are those that exist, for messages."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such list; the splits are: {listing(splits)}")
+    lines = [line.split() for line in read_lines(path)]
+    if not lines:
+        raise UserError(f"{path}: expected image ids, but the list is empty")
+    return lines
+
+
+class ListLine(NamedTuple):
+    """Form of the lines of a kind of list."""
+
+    form: str
+    """For messages."""
+    fits: Callable[[list[str]], bool]
+
+    def error(self, fields: list[str]) -> str:
+        return f"expected {self.form} per line, but got {' '.join(fields)!r}"
+
+
+BOX_LINE = ListLine(
+    "an id, or an id and 1, 0 or -1,",
+    lambda fields: len(fields) <= 2 and fields[1:] in ([], ["1"], ["0"], ["-1"]),
+)
+MASK_LINE = ListLine("an id or two paths", lambda fields: len(fields) <= 2)
+
+
+class ImageFinder:
+    """Finds the images of a year by id."""
+
+    def __init__(self, year: Path) -> None:
+        self.folder = Folder(year / "JPEGImages")
+
+    def __call__(self, name: str) -> Path | None:
+        return self.folder.find(f"{name}.jpg", f"{name}.png")
+
+
+class MaskFinder:
+    """Finds the files of a line in a list of images with masks."""
+
+    def __init__(self, year: Path, split: str) -> None:
+        self.year = year
+        self.images = ImageFinder(year)
+        self.masks = [Folder(year / "SegmentationClass")]
+        if split == "train_aug":
+            self.masks.insert(0, Folder(year / "SegmentationClassAug"))
+
+    def __call__(self, fields: list[str]) -> tuple[str, Path | None, Path | None]:
+        """Name, image and mask of a line with an id or two paths; None for missing files."""
+        if len(fields) == 2:
+            image, mask = (_existing(self.year / field.lstrip("/")) for field in fields)
+            return Path(fields[0]).stem, image, mask
+        name = fields[0]
+        mask = next(filter(None, (place.find(f"{name}.png") for place in self.masks)), None)
+        return name, self.images(name), mask
+
+
+def _existing(path: Path) -> Path | None:
+    return path if path.is_file() else None
+
+
+# Class names.
+
+
+class ClassList(NamedTuple):
+    """Class names and their origin."""
+
+    names: tuple[str, ...]
+    file: Path
+    """The classes.txt that names them; if there is none, where one would be read."""
+    is_default: bool
+    """Whether there is no classes.txt and the names are VOC's."""
+
+    @property
+    def origin(self) -> str:
+        """Where the names come from, for messages."""
+        return "of PASCAL VOC" if self.is_default else f"in {self.file}"
+
+    @property
+    def advice(self) -> str:
+        """What to do about a missing class, for messages."""
+        if self.is_default:
+            return f"for other classes, write their names, one per line, to {self.file}"
+        return "add the class to that file or correct the annotation"
+
+
+def read_mask_classes(year: Path) -> ClassList:
+    """Classes of the masks of a year."""
+    classes = read_class_list(year)
+    names = classes.names
+    if len(names) > IGNORE:
+        raise UserError(
+            f"{classes.file}: expected at most {IGNORE} classes, the most that 8-bit masks hold, "
+            f"but got {len(names)}"
+        )
+    if names[0] != "background" and (
+        names == VOC_CLASSES[1:] or _has_label(year / "SegmentationClass", len(names))
+    ):
+        return classes._replace(names=("background", *names))
+    return classes
+
+
+def read_box_classes(year: Path) -> ClassList:
+    """Classes of the boxes of a year."""
+    classes = read_class_list(year)
+    names = classes.names[classes.names[0] == "background" :]
+    if not names:
+        raise UserError(f"{classes.file}: names no class but the background")
+    return classes._replace(names=names)
+
+
+def read_class_list(year: Path) -> ClassList:
+    """The classes.txt in the folder of a year, or beside VOCdevkit; VOC itself has none."""
+    year = year.absolute()  # "." has no parents
+    in_devkit = year.parent.name == "VOCdevkit"
+    places = [year, *(year.parents[:2] if in_devkit else ())]
+    for path in (place / "classes.txt" for place in places):
+        if path.is_file():
+            return ClassList(_read_names(path), path, is_default=False)
+    return ClassList(VOC_CLASSES, places[-1] / "classes.txt", is_default=True)
+
+
+def _read_names(path: Path) -> tuple[str, ...]:
+    names = tuple(read_lines(path))
+    if not names:
+        raise UserError(f"{path}: names no class; write one name per line")
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise UserError(f"{path}: names {repeated[0]!r} more than once")
+    return names
+
+
+def _has_label(folder: Path, label: int) -> bool:
+    """Whether one of the first masks has `label`: in name order, so the same for every split."""
+    for path in islice(sorted(folder.glob("*.png")), _MASKS_SAMPLED):
+        try:
+            labels = read_labels(path)
+        except ValueError:
+            continue  # reported when the sample itself is read
+        if (labels == label).any():
+            return True
+    return False
+
+
+# Annotations.
+
+
+def parse_annotation(path: Path) -> Element:
+    """The <annotation> of an XML file.
+
+    Raises:
+        UserError: if the file is not XML, or of another kind.
+    """
+    try:
+        root = ElementTree.parse(path).getroot()
+    except (SyntaxError, ValueError, LookupError) as error:  # the last two: of its encoding
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path}: not readable as XML ({reason})") from error
+    if root.tag != "annotation":
+        raise UserError(f"{path}: expected <annotation> at the top, but got <{root.tag}>")
+    return root
+
+
+def annotated_size(content: Element) -> tuple[int, int] | None:
+    """Height and width; None if absent or zero."""
+    texts = [content.findtext(f"size/{tag}", "").strip() for tag in ("height", "width")]
+    height, width = (int(text) if text.isdecimal() else 0 for text in texts)
+    return (height, width) if height and width else None
+
+
+def read_object(
+    path: Path, item: Element, classes: ClassList
+) -> tuple[tuple[float, float, float, float], int, bool]:
+    """Box (edges), label, and whether to ignore it, of one <object> in `path`.
+
+    Raises:
+        UserError: if one of them is malformed, or the class is unknown.
+    """
+    return _read_box(path, item), _read_label(path, item, classes), _is_difficult(path, item)
+
+
+def _read_label(path: Path, item: Element, classes: ClassList) -> int:
+    name = item.findtext("name", "").strip()
+    try:
+        return classes.names.index(name)
+    except ValueError:
+        raise UserError(
+            f"{path}: expected an object of one of the classes {classes.origin} "
+            f"({listing(classes.names)}), but got class {name!r}; {classes.advice}"
+        ) from None
+
+
+def _read_box(path: Path, item: Element) -> tuple[float, float, float, float]:
+    """Edges, from the first and last pixel counted from 1."""
+    tags = ("xmin", "ymin", "xmax", "ymax")
+    texts = [item.findtext(f"bndbox/{tag}", "").strip() for tag in tags]
+    try:
+        x1, y1, x2, y2 = map(float, texts)
+    except ValueError as error:
+        raise UserError(
+            f"{path}: expected numbers as {', '.join(tags)} of bndbox, but got {texts}"
+        ) from error
+    if (x1, y1) == (x2, y2):
+        return x1, y1, x1, y1
+    return x1 - 1, y1 - 1, x2, y2
+
+
+def _is_difficult(path: Path, item: Element) -> bool:
+    text = item.findtext("difficult", "").strip().lower()
+    if text not in _DIFFICULT:
+        raise UserError(f"{path}: expected difficult to be 0 or 1, but got {text!r}")
+    return _DIFFICULT[text]
+
+
+def color_map() -> np.ndarray:
+    """VOC's colors: uint8 [256, 3], the RGB of each label, composed from the label's bits."""
+    labels = np.arange(256, dtype=np.uint8)
+    colors = np.zeros((256, 3), dtype=np.uint8)
+    for bit in range(8):
+        for channel in range(3):
+            colors[:, channel] |= (labels >> channel & 1) << (7 - bit)
+        labels = labels >> 3
+    return colors
