@@ -1,1 +1,1 @@
-"""The whole story on made images: `deformnet demo`."""
+"""Training, evaluation and inspection on synthetic images: `deformnet demo`."""

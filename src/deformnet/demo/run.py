@@ -1,121 +1,113 @@
-"""Makes images, trains a plain and a deformable network on them, compares the two; and a detector.
+"""Trains a baseline and a deformable network on synthetic images and compares them; and a detector.
 
 ```
 OUT/
-  index.html                the page: the table and the pictures
-  metrics.json              the numbers of the table, and what they were made with
+  index.html                the page: table and figures
+  metrics.json              the numbers of the table, and the settings
   overview.png, predictions.png, sampling.png, parts.png
-  data/                     the made images, in the VOC layout
-  runs/plain, runs/deformable, runs/detector
+  data/                     the synthetic images, in VOC layout
+  runs/baseline, runs/deformable, runs/detector
 ```
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, cast
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from deformnet._files import write_json
 from deformnet.data.synthetic.shapes import Shapes, write_shapes
-from deformnet.data.voc import VOCDetection, VOCSegmentation
-from deformnet.demo.figures import Shown, draw_overview, draw_predictions
+from deformnet.data.voc import VOCSegmentation
+from deformnet.demo.figures import Example, draw_overview, draw_predictions
 from deformnet.demo.page import (
+    NetworkMetrics,
     comparison,
     detector_score,
     footnote,
-    text_table,
-    write_page,
+    write_demo_page,
 )
 from deformnet.demo.settings import Demo
-from deformnet.engine import train
-from deformnet.engine.runs import checkpoint_path, load_checkpoint
-from deformnet.inference import DetectionPredictor, SegmentationPredictor, open_predictor
-from deformnet.inspection.report.contents import of_label_map
-from deformnet.inspection.report.network import Network
-from deformnet.inspection.report.parts import find_parts
+from deformnet.engine import Result, train
+from deformnet.engine.runs import checkpoint_path, iterations_done, machine
+from deformnet.inspection.report.bins import find_bins
+from deformnet.inspection.report.recording import UnitRecorder
 from deformnet.inspection.report.scenes import LARGE, SMALL, choose_scenes
+from deformnet.inspection.runs import OpenedRun
 from deformnet.metrics import ObjectCounts, size_scores
-from deformnet.recipes import DeepLabRecipe, RFCNRecipe
+from deformnet.recipes import DeepLabRecipe, Recipe, RFCNRecipe
+from deformnet.tasks.segmentation import SegmentationImages
 from deformnet.visualization import SampledUnit, bins_figure, sampling_figure, save_figure
 
-_PREDICTIONS, _SCENES, _PARTS = 6, 2, 6  # images in the pictures
+_EXAMPLES, _SCENES, _DETECTIONS = 6, 2, 6  # images in the figures
 
-# Measured on two cores of a Xeon, brought to 160x160 pixels; the mean of both networks.
+# Measured on two cores of a Xeon with images of 160x160 pixels; means of both networks.
 _SECONDS_PER_ITERATION = 0.55
 _SECONDS_PER_DETECTOR_ITERATION = 0.5
 _SECONDS_PER_IMAGE = 0.03
-_SECONDS_BESIDE = 30
+_OTHER_SECONDS = 30
 
 
 def run_demo(demo: Demo, out: Path, say: Callable[[str], None]) -> None:
-    """Runs the demo into a folder. What is there from an earlier call is used or continued.
+    """Run the demo into a folder. Results of an earlier call are used or continued.
 
     Args:
-        demo: how large.
-        out: the folder.
-        say: takes the lines for the user.
+        demo: size of the demo.
+        out: output folder.
+        say: receives the lines for the user.
     Raises:
-        FileExistsError, ValueError: if `out` holds data or runs of other settings.
+        FileExistsError, UserError: if `out` holds data or runs of other settings.
         deformnet.engine.TrainingStopped: after Ctrl-C.
     """
     say(
-        f"A plain and a deformable network (DeepLab on ResNet-18) learn to segment made images: "
-        f"{demo.images} of {demo.size}x{demo.size} pixels, {demo.iterations} iterations each, "
-        f"scored on {demo.val} more. Then a detector with deformable pooling (R-FCN) learns to "
-        f"find the same objects in {demo.detector_iterations} iterations. On two CPU cores this "
-        f"takes about {_minutes(demo)} min; stopped with Ctrl-C, the same command continues."
+        f"Trains DeepLab on ResNet-18 without deformable layers (baseline) and with them, on "
+        f"{demo.images} synthetic images of {demo.size}x{demo.size} pixels, for {demo.iterations} "
+        f"iterations each, and evaluates both on {demo.val} more images. Then trains R-FCN with "
+        f"deformable RoI pooling on the same images for {demo.detector_iterations} iterations. "
+        f"This takes about {_minutes(demo)} min on two CPU cores; after Ctrl-C, the same command "
+        "resumes."
     )
     data = out / "data"
-    _make_images(demo, data, say)
-    images = VOCSegmentation(data, "val")
-    small, large = (round(share * demo.size**2) for share in (SMALL, LARGE))
-
-    metrics: dict[str, dict[str, Any]] = {}
-    predictors: dict[str, SegmentationPredictor] = {}
+    _generate_images(demo, data, say)
+    images = SegmentationImages(VOCSegmentation(data, "val"))
+    runs: dict[str, OpenedRun] = {}
+    metrics: dict[str, NetworkMetrics] = {}
     predictions: dict[str, list[Tensor]] = {}
-    for name, recipe in (("plain", _recipe(demo, 0)), ("deformable", _recipe(demo, 3))):
+    for name, layers in (("baseline", 0), ("deformable", 3)):
         run = out / "runs" / name
-        say(f"{name} network: {_state(run, demo.iterations)}")
-        metrics[name] = train(recipe, data, run)
-        predictors[name] = SegmentationPredictor.from_run(run)
-        objects = ObjectCounts(len(images.classes), small=small, large=large)
-        predictions[name] = _predict(predictors[name], images, objects)
-        scores = size_scores(objects.compute())
-        metrics[name]["sizes"] = {s: score.to_json(images.classes) for s, score in scores.items()}
-    run = out / "runs/detector"
-    say(f"detector: {_state(run, demo.detector_iterations)}")
+        result = _train(f"{name} network", _segmenter(demo, layers), data, run, say)
+        runs[name] = OpenedRun(run)
+        predictions[name], sizes = _evaluate_by_size(runs[name], images, demo.size)
+        metrics[name] = cast(NetworkMetrics, {**result.to_json(), "sizes": sizes})
     say(
-        "(Its offsets learn at ten times the rate of the rest, so that bins move far enough to be "
-        "seen; warnings that they run away are right.)"
+        "(The offsets of the detector learn ten times as fast as its other layers, so that bins "
+        "move visibly; warnings about runaway offsets are expected.)"
     )
-    metrics["detector"] = train(_detector_recipe(demo), data, run)
-    write_json(out / "metrics.json", {"settings": asdict(demo), **metrics})
+    run = out / "runs/detector"
+    detector = _train("detector", _detector(demo), data, run, say)
+    assert detector.scores is not None
+    score = detector_score(detector.scores.summary()["mAP@0.5"])
+    content = {"settings": asdict(demo), **metrics, "detector": detector.to_json()}
+    write_json(out / "metrics.json", content)
 
-    say("drawing")
-    shown = [
-        Shown(*images[index], *(predictions[name][index] for name in predictors))
-        for index in range(min(_PREDICTIONS, len(images)))
+    say("drawing figures")
+    examples = [
+        Example(images[k][0], images[k][1].labels, predictions["baseline"][k], deformable)
+        for k, deformable in enumerate(predictions["deformable"])
     ]
-    looks = _look(images, {name: Network(name, it) for name, it in predictors.items()})
-    detector = open_predictor(run)
-    assert isinstance(detector, DetectionPredictor)
-    objects = VOCDetection(data, "val")
-    parts = find_parts(detector, (objects[index] for index in range(len(objects))), _PARTS)
-    save_figure(bins_figure(parts), out / "parts.png")
-    draw_predictions(out / "predictions.png", shown, images.classes)
-    save_figure(sampling_figure(looks), out / "sampling.png")
-    draw_overview(out / "overview.png", shown, looks, images.classes)
-    rows, note = comparison(metrics), footnote(demo)
-    found = detector_score(metrics["detector"])
-    write_page(out / "index.html", demo, rows, note, found, metrics["plain"]["machine"])
-    say(f"\n{text_table(rows, note)}\n{found}\n\npictures: {out / 'index.html'}")
+    sampled = _sample(images, {name: UnitRecorder(name, it) for name, it in runs.items()})
+    draw_predictions(out / "predictions.png", examples, images.classes)
+    save_figure(sampling_figure(sampled), out / "sampling.png")
+    draw_overview(out / "overview.png", examples, sampled, images.classes)
+    _draw_bins(OpenedRun(run), data, out / "parts.png")
+    table = comparison(metrics["baseline"], metrics["deformable"])
+    write_demo_page(out / "index.html", demo, table, score, machine())
+    say(f"\n{table}\n{footnote(demo)}\n{score}\n\npage: {out / 'index.html'}")
 
 
-def _recipe(demo: Demo, deform_layers: Literal[0, 3]) -> DeepLabRecipe:
+def _segmenter(demo: Demo, deform_layers: Literal[0, 3]) -> DeepLabRecipe:
     return DeepLabRecipe(
         backbone="resnet18",
         deform_layers=deform_layers,
@@ -124,8 +116,8 @@ def _recipe(demo: Demo, deform_layers: Literal[0, 3]) -> DeepLabRecipe:
         batch=8,
         iterations=demo.iterations,
         lr=0.03,
-        # From random weights, offsets that learn as fast as the rest leave the map within a few
-        # hundred iterations.
+        # From random weights, offsets that learn as fast as the other layers leave the map within
+        # a few hundred iterations.
         offset_lr_scale=0.1,
         warmup=demo.iterations // 10,
         clip=5.0,
@@ -133,18 +125,18 @@ def _recipe(demo: Demo, deform_layers: Literal[0, 3]) -> DeepLabRecipe:
     )
 
 
-def _detector_recipe(demo: Demo) -> RFCNRecipe:
+def _detector(demo: Demo) -> RFCNRecipe:
     return RFCNRecipe(
         backbone="resnet18",
-        deform_layers=0,  # all that is deformable is the pooling, which is to be seen
+        deform_layers=0,  # only the pooling is deformable
         short_side=demo.size,
         max_side=None,
         anchor_sizes=(16, 32, 64),
-        bins=3,  # as in Figure 7, where more would hide one another
+        bins=3,  # as in Figure 7; more would hide each other
         batch=8,
         iterations=demo.detector_iterations,
         lr=0.02,
-        # At the rate of the rest, bins have hardly moved after so few iterations.
+        # At the learning rate of the other layers, bins hardly move in so few iterations.
         offset_lr_scale=10.0,
         warmup=demo.detector_iterations // 10,
         clip=10.0,
@@ -152,9 +144,9 @@ def _detector_recipe(demo: Demo) -> RFCNRecipe:
     )
 
 
-def _make_images(demo: Demo, data: Path, say: Callable[[str], None]) -> None:
-    say(f"images: {'made before' if data.is_dir() else 'making'}, {data}")
-    # Easier than the usual set, since training is short: objects stand out, and are more.
+def _generate_images(demo: Demo, data: Path, say: Callable[[str], None]) -> None:
+    say(f"images: {'generated before' if data.is_dir() else 'generating'}, {data}")
+    # Easier than the default, as training is short: objects stand out, and there are more.
     shapes = Shapes(
         train=demo.images,
         val=demo.val,
@@ -170,49 +162,59 @@ def _make_images(demo: Demo, data: Path, say: Callable[[str], None]) -> None:
     write_shapes(data, shapes)
 
 
-def _state(run: Path, iterations: int) -> str:
-    """How far an earlier call came."""
-    path = checkpoint_path(run)
-    if not path.is_file():
-        return "training"
-    done = load_checkpoint(path)["global_step"]
-    if done < iterations:
-        return f"training goes on after iteration {done}"
-    return f"trained before, {run}"
+def _train(name: str, recipe: Recipe, data: Path, run: Path, say: Callable[[str], None]) -> Result:
+    """Train a network, or resume its training, and evaluate it."""
+    done = iterations_done(run) if checkpoint_path(run).is_file() else 0
+    if done == recipe.iterations:
+        say(f"{name}: trained before, {run}")
+    else:
+        say(f"{name}: {f'resuming after iteration {done}' if done else 'training'}")
+    return train(recipe, data, run)
 
 
-def _predict(
-    predictor: SegmentationPredictor, images: VOCSegmentation, objects: ObjectCounts
-) -> list[Tensor]:
-    """Label maps of all images; counts what they find of the objects."""
+def _evaluate_by_size(
+    run: OpenedRun, images: SegmentationImages, size: int
+) -> tuple[list[Tensor], dict[str, object]]:
+    """Return the label maps of the first images, and the scores of objects by their size."""
+    small, large = (round(fraction * size**2) for fraction in (SMALL, LARGE))
+    objects = ObjectCounts(len(images.classes), small=small, large=large)
     predictions = []
     for index in tqdm(range(len(images)), desc="objects by size", disable=None):
-        image, truth = images[index]
-        labels = predictor(image)
-        objects.update(labels[None].long(), truth.as_subclass(torch.Tensor)[None].long())
-        predictions.append(labels)
-    return predictions
+        image, annotation = images[index]
+        labels: Tensor = run.predictor(image)
+        objects.update(labels[None].long(), annotation.labels[None].long())
+        if index < _EXAMPLES:
+            predictions.append(labels)
+    scores = size_scores(objects.compute())
+    return predictions, {name: it.to_json(images.classes) for name, it in scores.items()}
 
 
-def _look(images: VOCSegmentation, networks: Mapping[str, Network]) -> dict[str, list[SampledUnit]]:
-    """What units on the background, small and large objects sample in each network."""
-    grid_of = networks["plain"].grid
+def _sample(
+    images: SegmentationImages, networks: Mapping[str, UnitRecorder]
+) -> dict[str, list[SampledUnit]]:
+    """Record units on the background, small and large objects in each network."""
     pairs = (images[index] for index in range(len(images)))
     contents = (
-        (of_label_map(labels, images.classes, images.classes[1:]), grid_of(image))
-        for image, labels in pairs
+        (annotation.contents(images.countable), networks["baseline"].grid(image))
+        for image, annotation in pairs
     )
-    looks: dict[str, list[SampledUnit]] = {name: [] for name in networks}
+    sampled: dict[str, list[SampledUnit]] = {name: [] for name in networks}
     for scene in choose_scenes(contents, _SCENES):
         for name, network in networks.items():
-            looks[name] += network.looks(images[scene.index][0], scene.units)
-    return looks
+            sampled[name] += network.samples(images[scene.index][0], scene.units)
+    return sampled
+
+
+def _draw_bins(run: OpenedRun, data: Path, path: Path) -> None:
+    images = run.task.annotated(data, "val", run.data)
+    pairs = (images[index] for index in range(len(images)))
+    save_figure(bins_figure(find_bins(run.predictor, pairs, _DETECTIONS)), path)
 
 
 def _minutes(demo: Demo) -> int:
-    """About how long it takes on two cores, rounded up."""
+    """Estimate the time on two cores, rounded up."""
     images = (demo.images + 4 * demo.val) * _SECONDS_PER_IMAGE
     training = 2 * demo.iterations * _SECONDS_PER_ITERATION
     training += demo.detector_iterations * _SECONDS_PER_DETECTOR_ITERATION
-    seconds = _SECONDS_BESIDE + (images + training) * (demo.size / 160) ** 2
+    seconds = _OTHER_SECONDS + (images + training) * (demo.size / 160) ** 2
     return int(-(-seconds // 60))

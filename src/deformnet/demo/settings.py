@@ -1,19 +1,21 @@
-"""What can be set in the demo."""
+"""Settings of the demo."""
 
 from dataclasses import dataclass
+
+from deformnet.engine.settings import require_at_least
 
 
 @dataclass(frozen=True)
 class Demo:
-    """The size of the demo.
+    """Size of the demo.
 
     Attributes:
-        iterations: of training, for each of the two networks that segment.
-        detector_iterations: of training, for the detector.
-        images: made images to train on.
-        val: made images to score on.
+        iterations: iterations of training for each of the two segmentation networks.
+        detector_iterations: iterations of training for the detector.
+        images: number of synthetic training images.
+        val: number of synthetic validation images.
         size: height and width of the images, in pixels.
-        seed: of the images, the initial weights and the order of training.
+        seed: seed of the images, the initial weights and the order of training.
     """
 
     iterations: int = 700
@@ -24,14 +26,12 @@ class Demo:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("iterations", 1),
-            ("detector_iterations", 1),
-            ("images", 1),
-            ("val", 1),
-            ("size", 64),
-        ):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: wanted at least {least}, got {getattr(self, name)}")
-        if self.seed < 0:
-            raise ValueError(f"seed: wanted at least 0, got {self.seed}")
+        require_at_least(
+            1,
+            iterations=self.iterations,
+            detector_iterations=self.detector_iterations,
+            images=self.images,
+            val=self.val,
+        )
+        require_at_least(64, size=self.size)
+        require_at_least(0, seed=self.seed)
