@@ -158,7 +158,7 @@ def test_a_row_without_public_weights_says_where_it_starts(tmp_path):
     base = named("table7/aligned-inception-resnet")
     checkpoint = tmp_path / "out/runs" / base.run / "checkpoints/last.ckpt"
     checkpoint.parent.mkdir(parents=True)
-    torch.save({"deformnet": {}, "global_step": 200}, checkpoint)
+    torch.save(dict.fromkeys(("deformnet", "model", "optimizer", "precision"), {}) | {"iteration": 200}, checkpoint)
     with pytest.raises(ValueError, match=r"has done 200 of 600000 iterations: finish it first"):
         reproduce(named("table5/rfcn-aligned-plain"), tmp_path, tmp_path / "out")
     with pytest.raises(ValueError, match=r"is not built here: a network of others"):

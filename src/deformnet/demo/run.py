@@ -13,7 +13,7 @@ OUT/
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal, cast
+from typing import cast
 
 from torch import Tensor
 from tqdm import tqdm
@@ -75,9 +75,10 @@ def run_demo(demo: Demo, out: Path, say: Callable[[str], None]) -> None:
     runs: dict[str, OpenedRun] = {}
     metrics: dict[str, NetworkMetrics] = {}
     predictions: dict[str, list[Tensor]] = {}
-    for name, layers in (("baseline", 0), ("deformable", 3)):
+    segmenter = _segmenter(demo)
+    for name, recipe in (("baseline", segmenter.baseline()), ("deformable", segmenter)):
         run = out / "runs" / name
-        result = _train(f"{name} network", _segmenter(demo, layers), data, run, say)
+        result = _train(f"{name} network", recipe, data, run, say)
         runs[name] = OpenedRun(run)
         predictions[name], sizes = _evaluate_by_size(runs[name], images, demo.size)
         metrics[name] = cast(NetworkMetrics, {**result.to_json(), "sizes": sizes})
@@ -107,10 +108,10 @@ def run_demo(demo: Demo, out: Path, say: Callable[[str], None]) -> None:
     say(f"\n{table}\n{footnote(demo)}\n{score}\n\npage: {out / 'index.html'}")
 
 
-def _segmenter(demo: Demo, deform_layers: Literal[0, 3]) -> DeepLabRecipe:
+def _segmenter(demo: Demo) -> DeepLabRecipe:
     return DeepLabRecipe(
         backbone="resnet18",
-        deform_layers=deform_layers,
+        deform_layers=3,
         short_side=demo.size,
         max_side=None,
         batch=8,

@@ -1,4 +1,4 @@
-"""The end of the connections between the processes of a run."""
+"""Closing of the connections between the processes of a run."""
 
 import atexit
 import threading
@@ -13,11 +13,11 @@ PATIENCE = 5.0
 
 @contextmanager
 def closed_at_exit() -> Iterator[None]:
-    """Lets connections on CPUs that are made within close before the interpreter comes down.
+    """Closes CPU connections that are made in the block before the interpreter shuts down.
 
-    A thread of gloo that drops its last tensor later than that wants the interpreter's lock, which
-    then ends the thread, and C++ takes this for the failure of the whole process ("terminate called
-    without an active exception", seen with PyTorch 2.14). Those of GPUs are closed by Lightning.
+    A thread of gloo that drops its last tensor later than that asks for the interpreter's lock,
+    which then ends the thread, and C++ takes this for the failure of the whole process ("terminate
+    called without an active exception", seen with PyTorch 2.14). Lightning closes those of GPUs.
     """
     before = _connected_by_gloo()
     try:

@@ -5,45 +5,46 @@ NAME.safetensors        the network's weights
 NAME.json               the card: recipe, training data, scores, versions, sha256 of the weights
 ```
 
-`deformnet.engine.runs.load_run` and what stands on it take NAME.safetensors in the place of a run folder.
+`deformnet.engine.load_run` and `load` take NAME.safetensors in place of a run folder.
 """
 
 import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import save
 from torch import Tensor
 
-from deformnet.models.backbones.weights import EXPORTED
+from deformnet._errors import UserError
 from deformnet._files import replacing, write_json
 from deformnet.engine.runs import card_path, describe, load_run, versions
+from deformnet.models.backbones.weights import EXPORTED
 
 
-def export_run(run: Path, out: Path) -> Path:
+def export_run(run: str | Path, out: str | Path) -> Path:
     """Writes the network of a run as safetensors, and its card beside it.
 
     The card has `sha256` of the weights; `recipe`; `data`, with the classes, the number of images
     and a digest of their names; `metrics`, the content of every metrics*.json of the run; and
-    `versions` of Python, the packages and deformnet's commit, at training ("trained", None for a
-    run that has not ended) and now ("exported").
+    `versions` of Python, the packages and deformnet's commit, at training ("trained", None for an
+    unfinished run) and now ("exported").
 
     Args:
-        run: a run folder, finished or not.
+        run: run folder, finished or not.
         out: NAME.safetensors.
     Returns:
         The path of the card.
     Raises:
         FileNotFoundError: if there is no such run, or it has no checkpoint.
-        ValueError: if `out` is not called .safetensors, or the checkpoint or a file of scores is
+        UserError: if `out` is not called .safetensors, or the checkpoint or a file of scores is
             damaged.
         OSError: if a file cannot be written.
     """
+    run, out = Path(run), Path(out)
     _require_safetensors(out)
     if run.is_file():
-        raise ValueError(f"{run}: wanted a run folder, got a file")
+        raise UserError(f"{run}: expected a run folder, but got a file")
     recipe, model, data = load_run(run)
     metrics = {path.name: _scores(path) for path in sorted(run.glob("metrics*.json"))}
     content = _packed(model.state_dict(), {EXPORTED: recipe.network})
@@ -59,29 +60,29 @@ def export_run(run: Path, out: Path) -> Path:
     }
     with replacing(out) as file:
         file.write(content)
-    # Should this fail, an older card does not fit the weights, and reading them says so.
+    # If this fails, an older card does not fit the weights, and reading them says so.
     write_json(card_path(out), card)
     return card_path(out)
 
 
-def write_weights(state: Mapping[str, Tensor], out: Path) -> None:
+def write_weights(state: Mapping[str, Tensor], out: str | Path) -> None:
     """Writes the state dict of a backbone, for `weights` of the backbones and `init` of recipes.
 
     Args:
         state: by the names of the backbone.
         out: NAME.safetensors.
     Raises:
-        ValueError: if `out` is not called .safetensors.
+        UserError: if `out` is not called .safetensors.
         OSError: if it cannot be written.
     """
-    _require_safetensors(out)
+    _require_safetensors(out := Path(out))
     with replacing(out) as file:
         file.write(_packed(state, {}))
 
 
 def _require_safetensors(out: Path) -> None:
     if out.suffix != ".safetensors":
-        raise ValueError(f"out: wanted a file NAME.safetensors, got {out}")
+        raise UserError(f"out: expected a file NAME.safetensors, but got {out}")
 
 
 def _packed(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
@@ -90,11 +91,11 @@ def _packed(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     return save(tensors, metadata={"format": "pt", **metadata})
 
 
-def _scores(path: Path) -> dict[str, Any]:
+def _scores(path: Path) -> dict[str, object]:
     try:
         scores = json.loads(path.read_bytes())
     except ValueError as error:
-        raise ValueError(f"{path}: damaged, not a JSON file ({error})") from error
+        raise UserError(f"{path}: damaged, not a JSON file ({error})") from error
     if not isinstance(scores, dict):
-        raise ValueError(f"{path}: wanted a JSON object, got {type(scores).__name__}")
+        raise UserError(f"{path}: expected a JSON object, but got {type(scores).__name__}")
     return scores

@@ -1,123 +1,83 @@
-"""Offsets that run away, seen while the model trains."""
+"""Offsets that run away, detected while a model trains."""
 
-from typing import Any
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_warn
-from torch.optim import Optimizer
+from torch import nn
 
 from deformnet.analysis import LayerHealth, OffsetObserver
+from deformnet.engine.settings import require_at_least
 
-REMEDY = "a lower offset_lr_scale, gradient clipping or a longer warm-up may help"
+_REMEDY = "a lower offset_lr_scale, gradient clipping or a longer warm-up may help"
 
 
-class OffsetHealth(Callback):
-    """Logs how far the offsets of each deformable layer reach, and warns when they run away.
+class OffsetHealth:
+    """Measures the offsets of each deformable layer, and warns when they run away.
 
-    For any Lightning module that holds deformnet's or torchvision's `DeformConv2d`, or deformable
-    RoI pooling. Logged are, by the name of the layer, `offsets/NAME/` with `mean_shift`,
-    `largest_shift`, `outside` and `gradient_ratio`, as `LayerHealth` has them; with several
-    processes, those of the first. Between the logged iterations it does nothing.
+    For any training loop and any model that holds deformnet's or torchvision's `DeformConv2d`, or
+    deformable RoI pooling. `LayerHealth.runaway` defines running away. Each layer is warned of
+    once; iterations in between cost nothing.
 
-    What running away means, `LayerHealth.runaway` says. Each layer is warned of once.
+        >>> health = OffsetHealth(model, every=10)
+        >>> for iteration, (images, labels) in enumerate(loader, start=1):
+        ...     optimizer.zero_grad()
+        ...     with health.watch(iteration):
+        ...         cross_entropy(model(images), labels).backward()
+        ...     optimizer.step()
 
     Args:
-        every: iterations between logged ones; a multiple of the trainer's `log_every_n_steps`, or
-            the loggers do not get all of them. Warnings come no later than that after the offsets
-            have left.
-        stop: end the training when a layer runs away in any process.
+        model: holds deformable layers.
+        every: iterations between measurements.
+        warn: whether to warn; False in all processes but one.
     Attributes:
-        ran_away: for each layer that has run away, what was said.
-        stopped: whether training was ended for it.
+        layers: the last measurements; empty after an iteration without.
+        messages: the warning for each layer that has run away, by its name.
     Raises:
-        ValueError: if `every` is below 1; at the start of training, if the module has no
-            deformable layer.
+        ValueError: if the model has no deformable layer, or `every` is below 1.
     """
 
-    def __init__(self, every: int = 10, *, stop: bool = False) -> None:
-        if every < 1:
-            raise ValueError(f"every: wanted at least 1, got {every}")
+    def __init__(self, model: nn.Module, every: int = 10, *, warn: bool = True) -> None:
+        require_at_least(1, every=every)
         self.every = every
-        self.stop = stop
-        self.ran_away: dict[str, str] = {}
-        self.stopped = False
-        self._observer: OffsetObserver | None = None
-        self._health: list[LayerHealth] | None = None
-        self._watches = False
-        self._due = every
+        self.warn = warn
+        self.layers: list[LayerHealth] = []
+        self.messages: dict[str, str] = {}
+        self._observer = OffsetObserver(model)
 
-    def reason(self) -> str:
-        """Why training was ended, in words."""
-        # What ran away in another process is known there.
-        return next(iter(self.ran_away.values()), "the offsets run away in another process")
+    @contextmanager
+    def watch(self, iteration: int) -> Iterator[None]:
+        """Measures the forward and backward passes in the block, if the iteration is due.
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._observer = OffsetObserver(pl_module)
-        self._due = self._next(trainer.global_step)
-
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        # The batches of one iteration may be several, when gradients are accumulated; and a batch
-        # several iterations, when there are several optimizers.
-        if not self._watches and trainer.global_step + 1 >= self._due:
-            assert self._observer is not None
-            self._observer.__enter__()
-            self._watches = True
-
-    def on_before_optimizer_step(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
-    ) -> None:
-        """Here all gradients are there, and not yet clipped."""
-        if self._watches:
-            assert self._observer is not None
-            self._health = self._observer.health()
-
-    def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
-        if self._health is None:
+        Args:
+            iteration: its number, counted from 1.
+        """
+        self.layers = []
+        if iteration % self.every != 0:
+            yield
             return
-        health, self._health = self._health, None
-        self._end()
-        self._due = self._next(trainer.global_step)
-        found = {layer.layer: reason for layer in health if (reason := layer.runaway())}
-        for layer in health:
-            for name in ("mean_shift", "largest_shift", "outside", "gradient_ratio"):
-                value = getattr(layer, name)
-                if value is not None:
-                    pl_module.log(f"offsets/{layer.layer}/{name}", value)
-        for name, reason in found.items():
-            if name not in self.ran_away:
-                self.ran_away[name] = (
-                    f"the offsets of {name} run away in iteration {trainer.global_step}: "
-                    f"{reason}; {REMEDY}"
+        with self._observer:
+            yield
+        self.layers = self._observer.health()
+        for layer in self.layers:
+            reason = layer.runaway()
+            if reason is not None and layer.layer not in self.messages:
+                self.messages[layer.layer] = (
+                    f"the offsets of {layer.layer} run away in iteration {iteration}: "
+                    f"{reason}; {_REMEDY}"
                 )
-                rank_zero_warn(self.ran_away[name])
-        # All processes must stop after the same iteration.
-        if self.stop and trainer.strategy.reduce_boolean_decision(bool(found), all=False):
-            self.stopped = True
-            trainer.should_stop = True
+                if self.warn:
+                    warnings.warn(self.messages[layer.layer], stacklevel=1)
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._end()
+    def runaway(self) -> bool:
+        """Whether the last measurements show a layer whose offsets run away."""
+        return any(layer.runaway() is not None for layer in self.layers)
 
-    def on_exception(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
-    ) -> None:
-        self._end()
-
-    def _next(self, iteration: int) -> int:
-        """The first one after it that is looked at."""
-        return (iteration // self.every + 1) * self.every
-
-    def _end(self) -> None:
-        if self._observer is not None:
-            self._observer.stop()
-        self._watches = False
+    def scalars(self) -> dict[str, float]:
+        """The last measurements by name, for a log: `offsets/LAYER/mean_shift` and others."""
+        return {
+            f"offsets/{layer.layer}/{name}": value
+            for layer in self.layers
+            for name in ("mean_shift", "largest_shift", "outside", "gradient_ratio")
+            if (value := getattr(layer, name)) is not None
+        }

@@ -1,21 +1,21 @@
-"""A run folder: what lies in it, and how its files are written and read.
+"""Run folders: their layout, and how their files are written and read.
 
 ```
 RUN/
   recipe.json             the recipe that repeats the run
-  checkpoints/last.ckpt   network, optimiser and progress; training continues from here
-  metrics.csv             one row per few iterations: loss, learning rate, seconds per iteration
-  tensorboard/            the same, for TensorBoard
-  metrics.json            scores on the validation images, and what they took
-  metrics-SPLIT.json      scores on another list of images
-  detections.jsonl        of a detector: what was scored; detections-SPLIT.jsonl likewise
+  checkpoints/last.ckpt   network, optimizer and iteration; training continues from here
+  metrics.csv             one row every few iterations: loss, learning rate, seconds per iteration
+  tensorboard/            the same for TensorBoard
+  metrics.json            scores on the validation images, and facts about the run
+  metrics-SPLIT.json      scores on another split
+  detections.jsonl        for detectors: the predictions behind the scores; detections-SPLIT.jsonl
 ```
 
 Every file but the logs is written under another name and renamed into place, so that a crash at any
 moment leaves the old file or the new one.
 
-An exported run (`deformnet.engine.export`) is two files: the weights, NAME.safetensors, and their card,
-NAME.json, which says what the checkpoint says beside the weights.
+An exported run (`deformnet.engine.export`) is two files: the weights, NAME.safetensors, and their
+card, NAME.json, with what the checkpoint holds in addition to the weights.
 """
 
 import dataclasses
@@ -26,144 +26,218 @@ import pickle
 import platform
 import subprocess
 import tomllib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import IO, Any
+from typing import NamedTuple, TypedDict, cast
 
 import torch
 from torch import Tensor, nn
 
+from deformnet._errors import UserError
+from deformnet._files import replacing
 from deformnet.models.backbones.weights import read_safetensors
 from deformnet.recipes import Recipe, recipe_from_dict
+from deformnet.tasks import task_of
+from deformnet.tasks.base import DataIdentity, TaskOptions
+from deformnet.tasks.predictor import Predictor
 
-_MODEL = "model."  # the network's prefix in the state dict of a checkpoint
+_PACKAGE = Path(__file__).parents[1]
 
 
-@dataclass(frozen=True)
-class DataIdentity:
-    """What a run remembers of its training data, to notice when it is continued on other data."""
+class TrainedRun(NamedTuple):
+    """The network of a run.
 
-    classes: tuple[str, ...]
-    images: int
-    digest: str
-    proposals: bool = False
-    """Whether a detector was trained on stored proposals, so that it needs them again."""
+    Attributes:
+        recipe: the recipe that it was trained with.
+        model: the network in evaluation mode, on the CPU.
+        data: the identity of its training data.
+    """
 
-    @classmethod
-    def of(
-        cls, classes: tuple[str, ...], names: Iterator[str], proposals: str | None = None
-    ) -> "DataIdentity":
-        """The identity of a data set with these classes and image names, in this order.
+    recipe: Recipe
+    model: nn.Module
+    data: DataIdentity
 
-        Args:
-            proposals: digest of the stored proposals that belong to it.
-        """
-        listed = list(names)
-        parts = (*classes, "", *listed, *([] if proposals is None else ["", proposals]))
-        digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()
-        return cls(classes, len(listed), digest, proposals is not None)
+
+class Description(TypedDict):
+    """A run in plain values; makes checkpoints and cards readable on their own."""
+
+    recipe: dict[str, object]
+    data: dict[str, object]
+
+
+class Checkpoint(TypedDict):
+    """The content of a checkpoint.
+
+    Attributes:
+        deformnet: recipe and training data.
+        model: state dict of the network.
+        optimizer: state dict of the optimizer.
+        precision: state of mixed precision: the scale of gradients in float16.
+        iteration: iterations done.
+    """
+
+    deformnet: Description
+    model: dict[str, Tensor]
+    optimizer: dict[str, object]
+    precision: dict[str, object]
+    iteration: int
 
 
 def checkpoint_path(run: Path) -> Path:
-    """Where a run keeps its checkpoint."""
+    """The checkpoint of a run folder."""
     return run / "checkpoints" / "last.ckpt"
 
 
 def card_path(weights: Path) -> Path:
-    """Where the card of exported weights lies."""
+    """The card of exported weights."""
     return weights.with_suffix(".json")
 
 
-def load_run(run: Path) -> tuple[Recipe, nn.Module, DataIdentity]:
-    """The recipe, the network (in evaluation mode, on the CPU) and the training data of a run.
+def load(
+    run: str | Path,
+    *,
+    options: TaskOptions = TaskOptions(),  # noqa: B008 (frozen)
+    device: torch.device | str | None = None,
+) -> Predictor:
+    """Loads a trained network as a predictor, which takes images.
+
+        >>> predictor = deformnet.load("runs/camvid")
+        >>> prediction = predictor("street.jpg")
 
     Args:
-        run: a run folder, finished or not: the last checkpoint counts; or the .safetensors file of
+        run: run folder, or the .safetensors file of an exported run.
+        options: test-time augmentation, for detectors.
+        device: where to compute; None takes a GPU if there is one.
+    Raises:
+        FileNotFoundError, UserError: as `load_run`.
+    """
+    recipe, model, data = load_run(run)
+    return task_of(recipe, options).predictor(model, data, device)
+
+
+def load_run(run: str | Path) -> TrainedRun:
+    """Loads recipe, network and identity of the training data of a run.
+
+    Args:
+        run: run folder, finished or not (the last checkpoint counts); or the .safetensors file of
             an exported run, with its card beside it.
     Raises:
         FileNotFoundError: if there is no such folder or file, no checkpoint in it, or no card.
-        ValueError: if the checkpoint, the weights or the card are damaged, do not belong together,
-            or are not deformnet's.
+        UserError: if checkpoint, weights or card are damaged, do not belong together, or are not
+            deformnet's.
     """
-    if run.suffix == ".safetensors" and run.is_file():
-        path = run
-        recipe, identity, state = _load_exported(path)
-    else:
-        path = checkpoint_path(run)
-        if not run.is_dir():
-            raise FileNotFoundError(f"{run}: no such run folder")
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"{run}: not a trained run, there is no {path.relative_to(run)}"
-            )
-        checkpoint = load_checkpoint(path)
-        recipe, identity = recipe_and_data(checkpoint, path)
-        state = {
-            name.removeprefix(_MODEL): tensor
-            for name, tensor in checkpoint["state_dict"].items()
-            if name.startswith(_MODEL)
-        }
-    # All weights are here; the ones that training started from need not be there.
-    model = dataclasses.replace(recipe, init=None).build_model(len(identity.classes))
+    path = Path(run)
+    if path.suffix == ".safetensors" and path.is_file():
+        described, state = _load_exported(path)
+        return _restored(described, state, path, card_path(path))
+    path = _existing_checkpoint(path)
+    return restored(load_checkpoint(path), path)
+
+
+def restored(checkpoint: Checkpoint, path: Path) -> TrainedRun:
+    """The network of a checkpoint that was loaded from `path`."""
+    return _restored(checkpoint["deformnet"], checkpoint["model"], path, path)
+
+
+def _restored(
+    described: Description, state: Mapping[str, Tensor], path: Path, source: Path
+) -> TrainedRun:
+    recipe, data = recipe_and_data(described, source)
+    # All weights are here; those that training started from need not exist any more.
+    model = dataclasses.replace(recipe, init=None).build_model(len(data.classes))
     expected = model.state_dict()
     for name in expected.keys() | state.keys():
+        problem = None
         if name not in state:
-            raise ValueError(f"{path}: does not fit the network of its recipe, {name} is missing")
-        if name not in expected:
-            raise ValueError(f"{path}: does not fit the network of its recipe, {name} is unknown")
-        if expected[name].shape != state[name].shape:
-            raise ValueError(
-                f"{path}: does not fit the network of its recipe, {name} must have shape "
-                f"{tuple(expected[name].shape)}, got {tuple(state[name].shape)}"
+            problem = f"missing key {name}"
+        elif name not in expected:
+            problem = f"unexpected key {name}"
+        elif expected[name].shape != state[name].shape:
+            problem = (
+                f"expected {name} to have shape {tuple(expected[name].shape)}, but got "
+                f"{tuple(state[name].shape)}"
             )
+        if problem is not None:
+            raise UserError(f"{path}: does not fit the network of its recipe: {problem}")
     model.load_state_dict(state)
-    return recipe, model.eval(), identity
+    return TrainedRun(recipe, model.eval(), data)
 
 
-def load_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
-    """The content of a checkpoint: tensors and plain Python values, never code.
+def iterations_done(run: str | Path) -> int:
+    """Number of iterations that the network of a run folder has been trained for.
 
     Raises:
-        ValueError: if the file is damaged or is not a checkpoint.
+        FileNotFoundError, UserError: as `load_run`.
+    """
+    return load_checkpoint(_existing_checkpoint(Path(run)))["iteration"]
+
+
+def load_checkpoint(path: str | Path) -> Checkpoint:
+    """Loads a checkpoint: tensors on the CPU and plain Python values, never code.
+
+    Raises:
+        UserError: if the file is damaged or not a checkpoint of deformnet.
     """
     try:
-        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
-        raise ValueError(f"{path}: damaged, or not a checkpoint") from error
-    if not isinstance(checkpoint, dict) or "deformnet" not in checkpoint:
-        raise ValueError(f"{path}: not a checkpoint of deformnet")
-    return checkpoint
+        raise UserError(f"{path}: damaged, or not a checkpoint") from error
+    if not isinstance(checkpoint, dict) or not Checkpoint.__annotations__.keys() <= set(checkpoint):
+        raise UserError(f"{path}: not a checkpoint of deformnet")
+    return cast(Checkpoint, checkpoint)
 
 
-def recipe_and_data(checkpoint: Mapping[str, Any], path: Path) -> tuple[Recipe, DataIdentity]:
-    """What `describe` put into a checkpoint."""
-    return _recipe_and_data(checkpoint["deformnet"], path)
+def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
+    """Replaces the checkpoint of a run.
+
+    Raises:
+        OSError: if it cannot be written; the previous checkpoint is then untouched.
+    """
+    try:
+        with replacing(path) as file:
+            torch.save(checkpoint, file)
+    except (OSError, RuntimeError) as error:
+        # PyTorch reports a failed write by an error of its own that follows the system's.
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        message = f"{path}: checkpoint not written, an earlier one stays ({cause.strerror})"
+        raise OSError(message) from error
 
 
-def describe(recipe: Recipe, data: DataIdentity) -> dict[str, Any]:
-    """What makes a checkpoint readable on its own, in plain values."""
+def describe(recipe: Recipe, data: DataIdentity) -> Description:
+    """Recipe and training data in plain values."""
     return {"recipe": recipe.to_dict(), "data": dataclasses.asdict(data)}
 
 
-def versions() -> dict[str, str | None]:
-    """Versions of Python and of the packages that decide numbers and speed.
+def recipe_and_data(described: Description, path: Path) -> tuple[Recipe, DataIdentity]:
+    """What `describe` put into a file."""
+    try:
+        recipe = recipe_from_dict(described["recipe"], source=path)
+        data = described["data"]
+        classes = tuple(cast(list[str], data["classes"]))
+        return recipe, DataIdentity(**{**data, "classes": classes})  # pyright: ignore[reportArgumentType]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: damaged, its training data are not described") from error
 
-    "commit" is that of deformnet's own code, with "-dirty" if it has been changed since; None where
-    the code is not a git checkout.
+
+def versions() -> dict[str, str | None]:
+    """Versions of Python and of the packages that decide numbers and speed; None if not installed.
+
+    "commit" is that of deformnet's own code, with "-dirty" if it has been changed since; None if
+    the code is not in a git checkout.
     """
     packages = ("deformnet", "torch", "torchvision", "lightning")
     return {
         "python": platform.python_version(),
-        **{package: metadata.version(package) for package in packages},
+        **{package: _version(package) for package in packages},
         "commit": _commit(),
     }
 
 
 def machine() -> str:
-    """One line that names the machine: processor, cores, threads in use, accelerator."""
+    """The machine in one line: processor, cores, threads in use, accelerator."""
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
@@ -177,42 +251,51 @@ def machine() -> str:
     return ", ".join(parts)
 
 
-def _load_exported(path: Path) -> tuple[Recipe, DataIdentity, dict[str, Tensor]]:
-    """What a checkpoint holds, from exported weights and their card."""
+def _existing_checkpoint(run: Path) -> Path:
+    path = checkpoint_path(run)
+    if not run.is_dir():
+        raise FileNotFoundError(f"{run}: no such run folder")
+    if not path.is_file():
+        raise FileNotFoundError(f"{run}: not a trained run, there is no {path.relative_to(run)}")
+    return path
+
+
+def _load_exported(path: Path) -> tuple[Description, dict[str, Tensor]]:
+    """Description and state dict of an exported run, if its weights are those of its card."""
     card_file = card_path(path)
     if not card_file.is_file():
         raise FileNotFoundError(f"{path}: its card {card_file.name} is not beside it")
     try:
         card = json.loads(card_file.read_bytes())
     except ValueError as error:
-        raise ValueError(f"{card_file}: damaged, not a JSON file") from error
-    try:
-        wanted = card["sha256"]
-        recipe, identity = _recipe_and_data(card, card_file)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{card_file}: damaged, or not the card of an exported run") from error
+        raise UserError(f"{card_file}: damaged, not a JSON file") from error
+    if not isinstance(card, dict) or not all(
+        isinstance(card.get(name), kind)
+        for name, kind in (("sha256", str), ("recipe", dict), ("data", dict))
+    ):
+        raise UserError(f"{card_file}: damaged, or not the card of an exported run")
     with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != wanted:
-        raise ValueError(
-            f"{path}: not the weights of its card, the sha256 is {found[:12]}... and "
-            f"{card_file.name} says {str(wanted)[:12]}..."
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != card["sha256"]:
+        raise UserError(
+            f"{path}: not the weights of its card: expected the sha256 {card['sha256'][:12]}... "
+            f"of {card_file.name}, but got {digest[:12]}..."
         )
-    return recipe, identity, read_safetensors(path)[0]
+    return {"recipe": card["recipe"], "data": card["data"]}, read_safetensors(path)[0]
 
 
-def _recipe_and_data(described: Mapping[str, Any], path: Path) -> tuple[Recipe, DataIdentity]:
-    recipe = recipe_from_dict(described["recipe"], source=path)
-    data = described["data"]
-    return recipe, DataIdentity(**{**data, "classes": tuple(data["classes"])})
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _commit() -> str | None:
     """The commit of the checkout that this package is imported from, or None."""
-    package = Path(__file__).parent
-    root = package.parent.parent
+    root = _PACKAGE.parents[1]
     # Not that of a project that has the package in its own tree, as in a virtual environment.
-    if package != root / "src" / "deformnet" or not (root / ".git").exists():
+    if root / "src" / "deformnet" != _PACKAGE or not (root / ".git").exists():
         return None
     try:
         with (root / "pyproject.toml").open("rb") as file:
@@ -231,5 +314,3 @@ def _git(root: Path, *arguments: str) -> str:
     return subprocess.run(
         command, capture_output=True, text=True, check=True, timeout=10
     ).stdout.strip()
-
-

@@ -11,9 +11,10 @@ class Hardware:
     """Machines and processes of a run."""
 
     devices: int | None = None
-    """Processes (CPU) or GPUs on each node; None takes what torchrun, SLURM or Ray started, or 1."""
+    """Processes (CPU) or GPUs on each node; None takes those that a launcher started, or 1."""
     nodes: int | None = None
-    """Nodes; None takes what torchrun, SLURM or Ray spans, or 1. All need the same folders."""
+    """Nodes; None takes those that a launcher (torchrun, SLURM, Ray) spans, or 1. All of them need
+    the same folders."""
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     """Hardware to compute on; auto uses GPUs if there are any."""
     workers: int | None = None

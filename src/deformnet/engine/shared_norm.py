@@ -1,4 +1,4 @@
-"""Batch norm over the images of all processes on CPUs, for which PyTorch has none."""
+"""Batch norm over the images of all processes; PyTorch has it for GPUs only."""
 
 from typing import Any
 
@@ -9,9 +9,9 @@ from torch.autograd import Function
 
 
 class SharedBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm whose statistics in training are those of all processes together.
+    """Batch norm with statistics over all processes in training, on CPUs.
 
-    What `nn.SyncBatchNorm` is on GPUs, where every process has maps of the same size.
+    Every process has to have maps of the same size.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -23,8 +23,8 @@ class SharedBatchNorm2d(nn.BatchNorm2d):
         assert self.momentum is not None
         x = input.to(torch.promote_types(input.dtype, torch.float32))
         mean = _over_processes(x.mean(dim=(0, 2, 3)))
-        centred = x - mean[:, None, None]
-        variance = _over_processes(centred.square().mean(dim=(0, 2, 3)))
+        centered = x - mean[:, None, None]
+        variance = _over_processes(centered.square().mean(dim=(0, 2, 3)))
         count = x.numel() // x.shape[1] * torch.distributed.get_world_size()
         with torch.no_grad():
             self.num_batches_tracked += 1
@@ -32,26 +32,29 @@ class SharedBatchNorm2d(nn.BatchNorm2d):
             # The running variance is the unbiased one.
             self.running_var.lerp_(variance * (count / max(count - 1, 1)), self.momentum)
         scale = self.weight * (variance + self.eps).rsqrt()
-        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(input.dtype)
+        return (centered * scale[:, None, None] + self.bias[:, None, None]).to(input.dtype)
 
 
-def share_statistics(model: nn.Module) -> None:
-    """Lets all batch norm layers of a model take their statistics over all processes."""
+def share_statistics(model: nn.Module, device: torch.device) -> None:
+    """Makes all batch norm layers of a model take their statistics over all processes."""
+    if device.type == "cuda":
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        return
     for module in model.modules():
         if type(module) is nn.BatchNorm2d:
-            # It has the same parameters and buffers and only computes in another way.
+            # Parameters and buffers are the same; only the computation differs.
             module.__class__ = SharedBatchNorm2d
 
 
 def _over_processes(mean: Tensor) -> Tensor:
-    """The mean over all processes of what each has averaged over as many values."""
+    """The mean over all processes of means over equally many values."""
     total = _Sum.apply(mean)
     assert isinstance(total, Tensor)
     return total / torch.distributed.get_world_size()
 
 
 class _Sum(Function):
-    """The sum over all processes. What each does with it adds to the gradient of all."""
+    """The sum over all processes, and of the gradients of all of them."""
 
     @staticmethod
     def forward(ctx: Any, own: Tensor) -> Tensor:

@@ -12,9 +12,7 @@ from deformnet._errors import UserError
 from deformnet.models.backbones.features import Backbone
 
 _RUN_CHECKPOINT = Path("checkpoints/last.ckpt")
-# Key prefixes of the backbone in the checkpoint of a run, and in an exported network.
-_IN_CHECKPOINT = "model.backbone."
-_IN_EXPORT = "backbone."
+_BACKBONE = "backbone."  # key prefix of the backbone in the network of a run
 EXPORTED = "deformnet"
 """Metadata key of safetensors files that hold a whole network."""
 
@@ -48,10 +46,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         path = path / _RUN_CHECKPOINT
     if path.suffix == ".safetensors":
         state, metadata = read_safetensors(path)
-        return _backbone_of(state, _IN_EXPORT) if EXPORTED in metadata else state
+        return _backbone_of(state) if EXPORTED in metadata else state
     content = _read(path)
     if isinstance(content, Mapping) and "deformnet" in content:
-        return _backbone_of(content["state_dict"], _IN_CHECKPOINT)
+        return _backbone_of(content["model"])
     if not isinstance(content, Mapping) or not all(isinstance(v, Tensor) for v in content.values()):
         kind = type(content).__name__
         if isinstance(content, Mapping):
@@ -144,11 +142,11 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise UserError(f"{path}: damaged, or not a safetensors file") from error
 
 
-def _backbone_of(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def _backbone_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {
-        key.removeprefix(prefix): value
+        key.removeprefix(_BACKBONE): value
         for key, value in state.items()
-        if key.startswith(prefix) and not key.startswith(f"{prefix}reduce.")
+        if key.startswith(_BACKBONE) and not key.startswith(f"{_BACKBONE}reduce.")
     }
 
 

@@ -1,0 +1,138 @@
+"""Evaluation of trained networks, and their proposals, from folder to folder."""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+from lightning.fabric import Fabric
+from torch import nn
+
+from deformnet._errors import UserError
+from deformnet.engine.processes import FabricProcesses, Layout, Precision, launched
+from deformnet.engine.results import Result
+from deformnet.engine.runs import iterations_done, load_run, versions
+from deformnet.engine.settings import Hardware
+from deformnet.recipes import Recipe
+from deformnet.tasks import task_of
+from deformnet.tasks.base import DataIdentity, EvaluationSet, ProposalSet, Scores, TaskOptions
+
+
+def evaluate(
+    run: str | Path,
+    data: str | Path,
+    split: str,
+    *,
+    options: TaskOptions = TaskOptions(),  # noqa: B008 (frozen)
+    out: str | Path | None = None,
+    hardware: Hardware = Hardware(),  # noqa: B008
+    progress: bool = True,
+) -> Result:
+    """Evaluates a trained network on a split, and writes `metrics-SPLIT.json` into its run folder.
+
+    Args:
+        run: run folder.
+        data: folder of a data set as for `train`, with the classes that the run was trained on.
+        split: split to evaluate on.
+        options: size at which labels are compared, test-time augmentation, stored proposals.
+        out: folder of the results; None is the run folder.
+        hardware: processes and devices.
+        progress: show a progress bar.
+    Returns:
+        The scores and facts that the file holds. Predictions of detectors go into
+        `detections-SPLIT.jsonl`.
+    Raises:
+        FileNotFoundError: if run or data are missing.
+        UserError: if checkpoint or images are damaged, the classes differ, or an option does not
+            apply to the network.
+    """
+    run, out = Path(run), Path(run if out is None else out)
+    if run.is_file():
+        raise UserError(f"{run}: expected a run folder, which the scores go into, but got a file")
+    recipe, model, trained_on = load_run(run)
+    images = task_of(recipe, options).evaluation_set(Path(data), split, trained_on)
+    layout = Layout.of(hardware)
+    facts = shared_facts(recipe, trained_on, images)
+    with launched(layout, _precision(recipe, layout), facts) as fabric:
+        result = dataclasses.replace(
+            Result.of(recipe, model, run, iterations_done(run)),
+            split=split,
+            images=len(images),
+            scores=score(fabric, model, images, layout.workers, progress=progress),
+            augmentation=options.augmentation,
+        )
+        if fabric.is_global_zero:
+            result = result.save(out, f"-{split.replace('/', '-')}")  # VOC's years have a slash
+    return result
+
+
+def propose(
+    run: str | Path,
+    data: str | Path,
+    split: str,
+    out: str | Path,
+    *,
+    hardware: Hardware = Hardware(),  # noqa: B008 (frozen)
+    progress: bool = True,
+) -> int:
+    """Writes the proposals of a trained detector for all images of a split, to train others on.
+
+    Args:
+        run: run folder of an RPN or another detector.
+        data: folder of a detection data set; its boxes and classes are not used.
+        split: split to make proposals for.
+        out: file to write; see `deformnet.tasks.proposals`.
+        hardware: processes and devices.
+        progress: show a progress bar.
+    Returns:
+        The number of images.
+    Raises:
+        FileNotFoundError: if run or data are missing.
+        UserError: if the run makes no proposals, or an image cannot be read.
+        OSError: if the file cannot be written.
+    """
+    recipe, model, trained_on = load_run(run)
+    images = task_of(recipe).proposal_set(Path(data), split, trained_on)
+    layout = Layout.of(hardware)
+    facts = shared_facts(recipe, trained_on, images)
+    with launched(layout, _precision(recipe, layout), facts) as fabric, fabric.autocast():
+        images.write(
+            _on_device(fabric, model),
+            Path(out),
+            FabricProcesses(fabric),
+            workers=layout.workers,
+            progress=progress,
+        )
+        fabric.barrier()  # the file exists when any process goes on
+    return len(images)
+
+
+def score(
+    fabric: Fabric, model: nn.Module, images: EvaluationSet, workers: int, *, progress: bool
+) -> Scores:
+    """Evaluates a network in the processes of a run; all of them get the scores."""
+    with fabric.autocast():
+        return images.evaluate(
+            _on_device(fabric, model), FabricProcesses(fabric), workers=workers, progress=progress
+        )
+
+
+def shared_facts(
+    recipe: Recipe, trained_on: DataIdentity, images: EvaluationSet | ProposalSet | None
+) -> dict[str, object]:
+    """What every process of a run must agree on, by name."""
+    return {
+        **recipe.to_dict(),
+        "data": f"{trained_on.images} images ({trained_on.digest[:8]})",
+        "images to evaluate": None if images is None else len(images),
+        **versions(),
+    }
+
+
+def _on_device(fabric: Fabric, model: nn.Module) -> nn.Module:
+    # Convolutions run faster on this layout, on CPUs and GPUs alike.
+    return model.to(fabric.device, memory_format=torch.channels_last)
+
+
+def _precision(recipe: Recipe, layout: Layout) -> Precision:
+    # CPUs have no float16 arithmetic; Fabric would take bfloat16.
+    return "32-true" if recipe.precision == "16-mixed" and not layout.gpu else recipe.precision

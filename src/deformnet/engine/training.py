@@ -1,0 +1,423 @@
+"""Training from folder to folder.
+
+The loop is written with Lightning Fabric, which starts the processes (or joins those of torchrun,
+SLURM and Ray), moves tensors, and handles mixed precision and the exchange of gradients. The order
+of steps is `_Run.fit`, to be read from top to bottom.
+"""
+
+import dataclasses
+import math
+import signal
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Self
+
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor, nn
+from torch.optim import SGD
+
+from deformnet._errors import UserError
+from deformnet._files import replacing
+from deformnet.analysis.health import holds_offsets
+from deformnet.engine.evaluation import score, shared_facts
+from deformnet.engine.health import OffsetHealth
+from deformnet.engine.logs import TrainingLog
+from deformnet.engine.processes import Layout, launched
+from deformnet.engine.results import Result
+from deformnet.engine.runs import (
+    Checkpoint,
+    checkpoint_path,
+    describe,
+    load_checkpoint,
+    recipe_and_data,
+    restored,
+    save_checkpoint,
+)
+from deformnet.engine.sampling import Iterations
+from deformnet.engine.settings import Hardware, LoopOptions
+from deformnet.engine.shared_norm import share_statistics
+from deformnet.nn import parameter_groups
+from deformnet.recipes import Recipe
+from deformnet.tasks import task_of
+from deformnet.tasks.base import Batch, DataIdentity, TaskOptions
+
+
+class TrainingStopped(Exception):
+    """Training was asked to stop; the checkpoint is written and the message says how to go on."""
+
+
+def train(
+    recipe: Recipe,
+    data: str | Path,
+    out: str | Path,
+    *,
+    split: str = "train",
+    val_split: str | None = "val",
+    proposals: Sequence[str | Path] = (),
+    hardware: Hardware = Hardware(),  # noqa: B008 (frozen)
+    loop: LoopOptions = LoopOptions(),  # noqa: B008
+) -> Result:
+    """Trains a network into a run folder, or continues the run that is there, and evaluates it.
+
+    A continued run ends with exactly the weights that it would have had without the break, as far
+    as the machine's arithmetic is reproducible (on a CPU: with the same number of threads).
+
+    With several devices and no launcher, Fabric starts the other processes by running the program
+    again, so call this under `if __name__ == "__main__":`. Gradients are those of the whole batch,
+    however it is divided among processes and into parts. Trained batch norm takes its statistics
+    over all processes; with `accumulate`, over one part of the batch at a time.
+
+    Args:
+        recipe: network, image size and schedule.
+        data: folder of the data set, in a layout that the task of the recipe reads.
+        out: run folder; see `deformnet.engine.runs` for its contents.
+        split: split to train on.
+        val_split: split to evaluate on at the end; None for none. The default may be missing.
+        proposals: files of stored proposals for both splits, which replace those of the detector;
+            see `deformnet.engine.propose`.
+        hardware: processes and devices.
+        loop: checkpoints, logs and memory.
+    Returns:
+        The scores and facts that `metrics.json` holds.
+    Raises:
+        FileNotFoundError: if data or weights are missing.
+        UserError: if an image is unreadable, `out` holds a run of another recipe or on other data,
+            the batch cannot be divided, or the processes of the run were not started alike.
+        OSError: if a file cannot be written; the last checkpoint is whole.
+        FloatingPointError: if the loss is not finite, the weights are not finite when a checkpoint
+            is due, or offsets run away and `loop.stop_on_runaway` is set.
+        TrainingStopped: after Ctrl-C or SIGTERM.
+    """
+    data, out = Path(data), Path(out)
+    layout = Layout.of(hardware)
+    _require_divisible(recipe.batch, layout.processes, loop.accumulate)
+    if recipe.precision == "16-mixed" and not layout.gpu:
+        raise UserError("precision 16-mixed needs a GPU; bf16-mixed works on CPUs, too")
+    task = task_of(recipe, TaskOptions(proposals=tuple(map(Path, proposals))))
+    images = task.training_set(data, split)
+    validation = None
+    if val_split is not None and (val_split != "val" or val_split in task.splits(data)):
+        validation = task.evaluation_set(data, val_split, images.identity)
+    checkpoint = _checkpoint_of(out, recipe, images.identity)
+    done = 0 if checkpoint is None else checkpoint["iteration"]
+    facts = {
+        **shared_facts(recipe, images.identity, validation),
+        "accumulate": loop.accumulate,
+        "checkpoint_every": loop.checkpoint_every,
+        "the run folder's last iteration": done,
+    }
+    model = (
+        _initial(recipe, len(images.classes))
+        if checkpoint is None
+        else restored(checkpoint, checkpoint_path(out)).model
+    )
+    task.freeze(model)
+    with launched(layout, recipe.precision, facts) as fabric:
+        if fabric.is_global_zero and checkpoint is None:
+            with replacing(out / "recipe.json") as file:
+                file.write(recipe.to_json().encode())
+        if done < recipe.iterations:
+            run = _Run(fabric, recipe, model, images.identity, out, loop)
+            if checkpoint is not None:
+                run.resume(checkpoint)
+            batches = Iterations(
+                images, recipe, loop.accumulate, fabric.global_rank, fabric.world_size
+            ).loader(done, recipe.iterations, workers=layout.workers, pin=layout.gpu)
+            log = nullcontext()
+            if fabric.is_global_zero:
+                log = TrainingLog(
+                    out, task.loss_terms, done, recipe.iterations, progress=loop.progress
+                )
+            with log as writer:
+                run.fit(batches, writer)
+        result = Result.of(recipe, model, out, recipe.iterations)
+        if validation is not None:
+            scores = score(fabric, model, validation, layout.workers, progress=loop.progress)
+            result = dataclasses.replace(
+                result, split=val_split, images=len(validation), scores=scores
+            )
+        if fabric.is_global_zero:
+            result = result.save(out)
+    return result
+
+
+class _Run:
+    """The training of a network in one process.
+
+    Args:
+        fabric: the processes.
+        recipe: the schedule.
+        model: the network of that recipe.
+        data: identity of the training data, for checkpoints.
+        out: run folder.
+        loop: options of the loop.
+    """
+
+    def __init__(
+        self,
+        fabric: Fabric,
+        recipe: Recipe,
+        model: nn.Module,
+        data: DataIdentity,
+        out: Path,
+        loop: LoopOptions,
+    ) -> None:
+        self.fabric, self.recipe, self.loop = fabric, recipe, loop
+        self.described, self.path = describe(recipe, data), checkpoint_path(out)
+        self.saved: int | None = None
+        self.iteration = 0
+        if recipe.norm == "trained" and fabric.world_size > 1:
+            share_statistics(model, fabric.device)
+        # Convolutions run faster on this layout, on CPUs and GPUs alike.
+        self.model = model.train().to(fabric.device, memory_format=torch.channels_last)
+        groups = parameter_groups(
+            model,
+            recipe.lr,
+            offset_lr_scale=recipe.offset_lr_scale,
+            weight_decay=recipe.weight_decay,
+        )
+        self.rates = [group["lr"] for group in groups]
+        optimizer = SGD(groups, lr=recipe.lr, momentum=recipe.momentum)
+        self.losses, self.optimizer = fabric.setup(_Losses(model), optimizer)
+        self.health = None
+        if holds_offsets(model):
+            self.health = OffsetHealth(model, loop.log_every, warn=fabric.is_global_zero)
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Continues from a checkpoint, whose weights the network has already."""
+        self.iteration = checkpoint["iteration"]
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        self.fabric.strategy.precision.load_state_dict(checkpoint["precision"])
+
+    def fit(self, batches: Iterable[list[Batch]], log: TrainingLog | None) -> None:
+        """Trains to the last iteration, or until asked to stop."""
+        recipe, loop, total = self.recipe, self.loop, self.recipe.iterations
+        with StopRequest() as request:
+            for parts in batches:
+                self.iteration += 1
+                factor = recipe.lr_factor(self.iteration - 1)
+                for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+                    group["lr"] = rate * factor
+                self.optimizer.zero_grad()
+                with self.health.watch(self.iteration) if self.health else nullcontext():
+                    losses = self._backward(self.fabric.to_device(parts))
+                if recipe.clip is not None:
+                    self.fabric.clip_gradients(
+                        self.losses, self.optimizer, max_norm=recipe.clip, error_if_nonfinite=False
+                    )
+                self.optimizer.step()
+                if log is not None:
+                    log.step()
+                if self.iteration % loop.log_every == 0:
+                    self._record(log, losses, recipe.lr * factor)
+                stopped = self._any(request.asked)
+                due = self.iteration % loop.checkpoint_every == 0
+                if stopped or due or self.iteration == total:
+                    self._save()
+                if stopped:
+                    raise TrainingStopped(
+                        f"stopped after {self.iteration} of {total} iterations; "
+                        "the same command continues"
+                    )
+
+    def _backward(self, parts: Sequence[Batch]) -> dict[str, Tensor]:
+        """Computes the gradients of a batch, the same however it is divided.
+
+        All parts are padded to one size, and each counts by its weight.
+
+        Returns:
+            The loss, and its terms if there are several, detached; their means over all processes
+            are those of the batch.
+        """
+        height, width = self._largest(parts)
+        sums: dict[str, Tensor] = {}
+        for number, (part, fraction) in enumerate(
+            zip(parts, self._fractions(parts), strict=True), start=1
+        ):
+            if part.images.shape[-2:] != (height, width):
+                part = part.padded(height, width)
+            # Processes exchange gradients in the backward pass of the last part.
+            with self.fabric.no_backward_sync(self.losses, enabled=number < len(parts)):
+                terms = self.losses(part.losses)
+                terms = {name: term * fraction for name, term in terms.items()}
+                self._require_finite(terms)
+                self.fabric.backward(torch.stack(list(terms.values())).sum())
+            for name, term in terms.items():
+                sums[name] = sums.get(name, 0) + term.detach()
+        loss = torch.stack(list(sums.values())).sum()
+        return {"loss": loss, **(sums if len(sums) > 1 else {})}
+
+    def _largest(self, parts: Sequence[Batch]) -> tuple[int, int]:
+        """Height and width of the largest images of the batch, over all processes.
+
+        The processes wait for the one with the largest images anyway.
+        """
+        sides = torch.tensor([part.images.shape[-2:] for part in parts]).amax(dim=0)
+        height, width = self._over_processes(sides.to(self.fabric.device), "max").tolist()
+        return height, width
+
+    def _fractions(self, parts: Sequence[Batch]) -> Tensor:
+        """The weight of each part in the mean over the whole batch.
+
+        The gradients of processes are averaged, those of the parts in a process added up.
+        """
+        weights = [torch.as_tensor(part.weight(), device=self.fabric.device) for part in parts]
+        counts = torch.stack(weights).double()
+        total = self._over_processes(counts.sum(), "sum")
+        return (counts * self.fabric.world_size / total.clamp(min=1)).float()
+
+    def _require_finite(self, terms: Mapping[str, Tensor]) -> None:
+        for name, term in terms.items():
+            if not math.isfinite(value := float(term.detach())):
+                raise self._diverged(f"the {name} loss is {value} in iteration {self.iteration}")
+
+    def _record(self, log: TrainingLog | None, losses: Mapping[str, Tensor], lr: float) -> None:
+        """Logs the losses of the whole batch and the health of the offsets."""
+        means = self._over_processes(torch.stack(list(losses.values())), "mean")
+        scalars = self.health.scalars() if self.health else {}
+        if log is not None:
+            values = dict(zip(losses, means.tolist(), strict=True))
+            log.record(self.iteration, {**values, "learning_rate": lr}, scalars)
+        if self.loop.stop_on_runaway and self.health and self._any(self.health.runaway()):
+            # What runs away in another process is known there.
+            messages = [*self.health.messages.values(), "the offsets run away in another process"]
+            raise FloatingPointError(f"{messages[0]}; {self._last_checkpoint()}")
+
+    def _save(self) -> None:
+        for name, parameter in self.model.named_parameters():
+            # The loss was finite, but its gradient need not have been.
+            if not parameter.isfinite().all():
+                raise self._diverged(f"{name} is not finite after iteration {self.iteration}")
+        if self.fabric.is_global_zero:
+            checkpoint: Checkpoint = {
+                "deformnet": self.described,
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "precision": self.fabric.strategy.precision.state_dict(),
+                "iteration": self.iteration,
+            }
+            save_checkpoint(checkpoint, self.path)
+        self.fabric.barrier()
+        self.saved = self.iteration
+
+    def _diverged(self, what: str) -> FloatingPointError:
+        remedy = "a lower lr, gradient clipping (clip) or a longer warmup may help"
+        return FloatingPointError(f"{what}; {remedy}; {self._last_checkpoint()}")
+
+    def _last_checkpoint(self) -> str:
+        if self.saved is not None:
+            return f"the last checkpoint is that of iteration {self.saved}, {self.path}"
+        if self.path.is_file():
+            return f"the last checkpoint is the one that training resumed from, {self.path}"
+        return "there is no checkpoint yet"
+
+    def _over_processes(self, values: Tensor, operation: str) -> Tensor:
+        reduced = self.fabric.all_reduce(values, reduce_op=operation)
+        assert isinstance(reduced, Tensor)
+        return reduced
+
+    def _any(self, decision: bool) -> bool:
+        """Whether it is so in any process: all must stop after the same iteration."""
+        return self.fabric.strategy.reduce_boolean_decision(decision, all=False)
+
+
+class _Losses(nn.Module):
+    """A network whose forward pass gives the losses of a batch, as DDP needs it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, losses: Callable[[nn.Module], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """
+        Args:
+            losses: method of a batch. (Fabric would cast the tensors of a batch to half precision,
+                boxes included, where autocast knows better.)
+        """
+        return losses(self.model)
+
+
+class StopRequest:
+    """Ctrl-C and SIGTERM (of batch systems and torchrun) as requests to stop.
+
+    The iteration under way is finished on every process, since half a step could not be resumed
+    exactly. A second Ctrl-C interrupts at once and leaves the last checkpoint.
+
+    Attributes:
+        asked: whether a signal has come.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._handlers: dict[int, signal._HANDLER] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():  # signals belong to it
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._handlers[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = True
+
+
+def _require_divisible(batch: int, processes: int, parts: int) -> None:
+    if batch % (processes * parts) != 0:
+        raise UserError(
+            f"expected batch to be a multiple of the processes ({processes}) times the parts of "
+            f"each (accumulate={parts}), but got {batch}"
+        )
+
+
+def _initial(recipe: Recipe, classes: int) -> nn.Module:
+    """The network with its starting weights, the same in every process."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(recipe.seed)
+        return recipe.build_model(classes)
+
+
+def _checkpoint_of(run: Path, recipe: Recipe, data: DataIdentity) -> Checkpoint | None:
+    """The checkpoint to continue from, if there is one.
+
+    Raises:
+        UserError: if it belongs to another recipe or to other data.
+    """
+    path = checkpoint_path(run)
+    if not path.is_file():
+        return None
+    checkpoint = load_checkpoint(path)
+    old_recipe, old_data = recipe_and_data(checkpoint["deformnet"], path)
+    if old_recipe.network != recipe.network:
+        raise UserError(
+            f"{run}: expected a run of {recipe.network}, but it holds one of {old_recipe.network}; "
+            "choose another folder"
+        )
+    for field in dataclasses.fields(recipe):
+        old, new = getattr(old_recipe, field.name), getattr(recipe, field.name)
+        if old != new:
+            raise UserError(
+                f"{run}: expected a run with {field.name}={new!r}, but it holds one with "
+                f"{field.name}={old!r}; continue it with its own recipe or choose another folder"
+            )
+    if old_data != data:
+        raise UserError(
+            f"{run}: expected a run on the same data ({data.images} images, {len(data.classes)} "
+            f"classes), but it holds one on other data ({old_data.images} and "
+            f"{len(old_data.classes)})"
+        )
+    return checkpoint
