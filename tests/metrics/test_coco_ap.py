@@ -121,7 +121,7 @@ def test_is_silent_and_leaves_the_results_alone(file, capfd, caplog):
 
 
 def test_table():
-    lines = coco_table({"AP": 0.50458, "APlarge": None}).splitlines()
+    lines = str(coco_table({"AP": 0.50458, "APlarge": math.nan})).splitlines()
     assert [line.split() for line in lines[1:]] == [["AP", "50.46"], ["APlarge", "-"]]
 
 
@@ -130,9 +130,9 @@ def test_table():
     [
         ([detection(), detection(image=9)], "1 of 2 detections are unknown to .* image_id 9"),
         ([detection(category=8)], "1 of 1 detections are unknown to .* category_id 8"),
-        ([detection(score=math.nan)], r"results\[0\]: wanted a number as score, got nan"),
-        ([detection(), detection(score="0.5")], r"results\[1\]: wanted a number as score"),
-        ([detection(image=None)], r"results\[0\]: wanted a number as image_id, got None"),
+        ([detection(score=math.nan)], r"results\[0\]: expected score to be a number, but got nan"),
+        ([detection(), detection(score="0.5")], r"results\[1\]: expected score to be a number"),
+        ([detection(image=None)], r"results\[0\]: expected image_id to be a number, but got None"),
         ([detection(box=[1, 2, 3])], r"results\[0\]: wanted a box \[x, y, width, height\]"),
         ([detection(box=[1, 2, math.inf, 3])], r"results\[0\]: wanted a box"),
         ([detection(box=[5, 5, -1, 3])], r"results\[0\]: wanted a box"),
@@ -160,7 +160,7 @@ def test_bad_results_are_named(file, results, message):
 def test_bad_annotations_are_named(tmp_path, text):
     path = tmp_path / "instances.json"
     path.write_text(text)
-    with pytest.raises(ValueError, match=f"{path}: not COCO annotations") as caught:
+    with pytest.raises(ValueError, match=f"{path}: expected COCO annotations") as caught:
         coco_ap(path, [])
     assert "\n" not in str(caught.value)
 

@@ -10,17 +10,15 @@ import pytest
 import torch
 from PIL import Image
 
+from deformnet import UserError
 from deformnet.data.detection import open_detection
 from deformnet.metrics.detections import (
     Record,
     read_detections,
-    score,
-    score_records,
-    score_table,
     to_line,
     write_detections,
-    write_submission,
 )
+from deformnet.tasks.scoring import coco_ids, ground_truth_of, score, submission_path
 
 
 @contextmanager
@@ -106,6 +104,16 @@ def record(image, *rows):
     return Record(image, boxes, np.array([row[1] for row in rows]), [row[0] for row in rows])
 
 
+def score_records(records, dataset):
+    return ground_truth_of(dataset).score(records, methods=["area"])
+
+
+def write_submission(folder, records, dataset, name):
+    path = submission_path(folder, dataset, name)
+    coco_ids(dataset).write_submission(path, records)
+    return path
+
+
 VOC_RECORDS = [
     record("a", ("cell", 0.9, 10, 20, 30, 40), ("cell", 0.8, 50, 50, 60, 60)),
     record("b", ("clean_cell", 0.7, 0, 0, 10, 10), ("cell", 0.95, 0, 0, 10, 10)),
@@ -135,26 +143,28 @@ def test_published_voc_numbers(real_data):
     folder = real_data / "eval_vectors/voc_padilla_7img"
     expected = json.loads((folder / "expected.json").read_text())
     ious = [float(iou) for iou in expected["11_point"]]
-    scores = score(folder / "detections", folder / "groundtruths", ious=ious)
+    found = score(folder / "detections", folder / "groundtruths", ious=ious)
+    scores = found.to_json()
     assert scores["images"] == scores["images_with_detections"] == 7
     assert scores["detections"] == 24
     for theirs, ours in (("11_point", "11-point"), ("every_point", "area")):
         assert scores["voc"][ours]["mean_ap"] == pytest.approx(expected[theirs], abs=1e-9)
     assert scores["voc"]["area"]["objects"] == {"object": 15}
-    assert "26.84" in score_table(scores)
+    assert "26.84" in str(found)
 
 
 def test_published_coco_numbers(real_data):
     folder = real_data / "eval_vectors/coco_val2014_100"
     expected = json.loads((folder / "expected.json").read_text())["bbox"]
     boxes = folder / "instances_val2014_fakebbox100_results.json"
-    scores = score(boxes, folder / "instances_val2014_100.json")
+    found = score(boxes, folder / "instances_val2014_100.json")
+    scores = found.to_json()
     assert scores["coco"] == pytest.approx(expected, abs=1e-12)
     assert (scores["images"], scores["detections"]) == (100, 734)
-    assert "50.46" in score_table(scores)
+    assert "50.46" in str(found)
 
 
-def test_truth_as_detections_is_perfect(real_data, tmp_path):
+def test_ground_truth_as_detections_is_perfect(real_data, tmp_path):
     for name, split in (("voc2012_mini", "val"), ("coco_tiny", "val2017")):
         dataset = open_detection(real_data / name, split)
         records = []
@@ -163,7 +173,7 @@ def test_truth_as_detections_is_perfect(real_data, tmp_path):
             names = [dataset.classes[label] for label in labels[~ignored].tolist()]
             records.append(Record(dataset.name(i), boxes[~ignored], torch.ones(len(names)), names))
         write_detections(tmp_path / "all.jsonl", records)
-        scores = score(tmp_path / "all.jsonl", real_data / name, split=split)
+        scores = score(tmp_path / "all.jsonl", real_data / name, split=split).to_json()
         if "coco" in scores:
             assert scores["coco"]["AP"] == 1
         else:
@@ -220,13 +230,14 @@ def test_interrupted_writing_leaves_the_old_file(tmp_path):
 def test_scores_of_our_format_for_voc_data(voc, tmp_path):
     path = tmp_path / "all.jsonl"
     write_detections(path, VOC_RECORDS)
-    scores = score(path, voc, split="test_clean")
+    found = score(path, voc, split="test_clean")
+    scores = found.to_json()
     check_voc(scores)
     assert list(scores["voc"]) == ["11-point", "area"]
     assert json.loads(json.dumps(scores)) == scores
-    in_memory = score_records(VOC_RECORDS, open_detection(voc, "test_clean"), method="area")
-    assert in_memory == scores | {"voc": {"area": scores["voc"]["area"]}}
-    text = score_table(scores)
+    in_memory = score_records(VOC_RECORDS, open_detection(voc, "test_clean"))
+    assert in_memory.to_json() == scores | {"voc": {"area": scores["voc"]["area"]}}
+    text = str(found)
     assert "4 detections in 2 of 2 images" in text
     assert "11-point" in text
     assert "area" in text
@@ -236,7 +247,7 @@ def test_scores_of_our_format_for_voc_data(voc, tmp_path):
 def test_file_names_serve_as_names(voc, tmp_path):
     path = tmp_path / "all.jsonl"
     write_detections(path, [r._replace(image=f"{r.image}.JPG") for r in VOC_RECORDS])
-    check_voc(score(path, voc, split="test_clean"))
+    check_voc(score(path, voc, split="test_clean").to_json())
 
 
 VOC_RESULTS = {
@@ -247,7 +258,7 @@ VOC_RESULTS = {
 
 def test_voc_results(voc, tmp_path):
     folder = write(tmp_path / "results", VOC_RESULTS)
-    check_voc(score(folder, voc, split="test_clean"))
+    check_voc(score(folder, voc, split="test_clean").to_json())
     read = {r.image: r for r in read_detections(folder, ["cell", "clean_cell"])}
     assert sorted(read) == ["a", "b"]
     # Pixels count from 1.
@@ -261,7 +272,13 @@ def test_voc_results(voc, tmp_path):
 
 def test_two_voc_results_of_one_class(tmp_path):
     folder = write(tmp_path / "results", VOC_RESULTS)
-    with one_line(ValueError, folder, "clean_cell.txt: of class 'cell'", "comp4_det_test_cell.txt"):
+    with one_line(
+        UserError,
+        folder,
+        "clean_cell.txt: expected one file for each class",
+        "class 'cell'",
+        "comp4_det_test_cell.txt",
+    ):
         read_detections(folder)
 
 
@@ -273,23 +290,23 @@ def test_text_files_against_text_files_and_voc(voc, tmp_path):
             "b.txt": "clean_cell .7 1 1 9 9\ncell 0.95 1 1 9 9\n",
         },
     )
-    check_voc(score(found, voc, split="test_clean"))
-    true = write(
-        tmp_path / "true",
+    check_voc(score(found, voc, split="test_clean").to_json())
+    target = write(
+        tmp_path / "target",
         {"a.txt": "red blood cell 11 21 19 19\n", "b.txt": "", "c.txt": "other 1 1 3 3\n"},
     )
     found = write(tmp_path / "named", {"a.txt": "red blood cell 0.9 11 21 19 19\n"})
-    scores = score(found, true)
+    scores = score(found, target).to_json()
     assert (scores["images"], scores["images_with_detections"], scores["detections"]) == (3, 1, 1)
     assert scores["voc"]["area"]["ap"]["0.5"] == {"other": 0.0, "red blood cell": 1.0}
 
 
 def test_inclusive_pixels_make_the_difference(tmp_path):
     # In pixels 0..9 against 0..4 half of the union is common: 50 of 100, not (4 * 9) / (9 * 9).
-    true = write(tmp_path / "true", {"a.txt": "x 1 1 9 9\n"})
+    target = write(tmp_path / "target", {"a.txt": "x 1 1 9 9\n"})
     found = write(tmp_path / "found", {"a.txt": "x 0.5 1 1 4 9\n"})
     for iou, expected in ((0.499, 1.0), (0.501, 0.0)):
-        scores = score(found, true, ious=[iou])
+        scores = score(found, target, ious=[iou]).to_json()
         assert list(scores["voc"]["area"]["mean_ap"].values()) == [expected]
 
 
@@ -316,16 +333,19 @@ def test_coco_data(coco, tmp_path, form, data):
         ]
         path.write_text(json.dumps(results))
     if data == "folder":
-        scores = score(path, coco, split="val")
+        found = score(path, coco, split="val")
     else:
-        scores = score(path, coco / "annotations/instances_val.json")
+        found = score(path, coco / "annotations/instances_val.json")
+    scores = found.to_json()
     assert scores["coco"]["AP"] == scores["coco"]["APsmall"] == 1
     assert scores["coco"]["APlarge"] is None
     assert (scores["images"], scores["images_with_detections"], scores["detections"]) == (2, 2, 3)
-    assert "APsmall" in score_table(scores)
+    assert "APsmall" in str(found)
 
 
-@pytest.mark.parametrize("published", [True, False], ids=["with truth", "without truth"])
+@pytest.mark.parametrize(
+    "published", [True, False], ids=["with ground truth", "without ground truth"]
+)
 def test_submission(coco, tmp_path, published):
     instances = coco / "annotations/instances_val.json"
     split = "val" if published else "test-dev2017"
@@ -346,19 +366,19 @@ def test_submission(coco, tmp_path, published):
     }
     assert [(one["image_id"], one["category_id"]) for one in results[1:]] == [(10, 5), (10, 3)]
     # What was written is what the benchmark reads.
-    assert score(path, instances)["coco"]["AP"] == 1
+    assert score(path, instances).to_json()["coco"]["AP"] == 1
     if not published:
         found = tmp_path / "found.jsonl"
         write_detections(found, COCO_RECORDS)
-        with one_line(ValueError, "test-dev2017", "no truth", "submission"):
+        with one_line(UserError, "test-dev2017", "not published", "submission"):
             score(found, coco, split=split)
-        with one_line(ValueError, "test-dev2017", "no truth", "submission"):
-            score_records(COCO_RECORDS, dataset, method="area")
+        with one_line(UserError, "test-dev2017", "not published", "submission"):
+            score_records(COCO_RECORDS, dataset)
     assert json.loads(write_submission(tmp_path, [], dataset, "nothing").read_text()) == []
-    with one_line(ValueError, "not in the ground truth", "'x'"):
+    with one_line(UserError, "not in the ground truth", "'x'"):
         write_submission(tmp_path, [record("x")], dataset, "other")
     for name in ("", "a/b", "a b"):
-        with one_line(ValueError, "name", repr(name)):
+        with one_line(UserError, "name", repr(name)):
             write_submission(tmp_path, COCO_RECORDS, dataset, name)
 
 
@@ -374,10 +394,10 @@ def test_submission_of_tensors_has_short_numbers(coco, tmp_path):
 
 def test_coco_records_in_memory(coco):
     dataset = open_detection(coco, "val")
-    assert score_records(COCO_RECORDS, dataset, method="area")["coco"]["AP"] == 1
+    assert score_records(COCO_RECORDS, dataset).to_json()["coco"]["AP"] == 1
     # The cat's class is missed altogether, the dogs' is complete.
     only_dogs = [COCO_RECORDS[0], record("b", ("dog", 0.8, 0, 0, 20, 20))]
-    assert score_records(only_dogs, dataset, method="area")["coco"]["AP"] == 0.5
+    assert score_records(only_dogs, dataset).to_json()["coco"]["AP"] == 0.5
 
 
 # Bad files.
@@ -391,41 +411,41 @@ def good_line(**changes):
 @pytest.mark.parametrize(
     ("text", "parts"),
     [
-        ("", ["holds no image"]),
+        ("", ["the file is empty"]),
         (good_line() + good_line(image="b")[:-20], ["line 2"]),
-        (good_line() * 2, ["line 2", "'a' comes a second time"]),
-        ("\n[1]\n", ["line 2", "wanted image, boxes, scores, classes"]),
-        ('{"image": "a"}', ["line 1", "wanted image, boxes, scores, classes"]),
-        (good_line(image=3), ["line 1", "wanted the image's name, got 3"]),
-        (good_line(classes="cell"), ["wanted a list of class names"]),
-        (good_line(classes=[3]), ["wanted a list of class names"]),
-        (good_line(classes=["cell", "cell"]), ["a: wanted boxes [n, 4]", "[1, 4], [1] and 2"]),
-        (good_line(boxes=[[1, 2, 3]]), ["a: wanted boxes [n, 4]", "[1, 3]"]),
-        (good_line(boxes=[[1, 2, 3, 4], [1]]), ["a: wanted numbers"]),
-        (good_line(boxes=[["x", 2, 3, 4]]), ["a: wanted numbers"]),
-        (good_line(boxes=[[1, 2, float("nan"), 4]]), ["a: a box is NaN or infinite"]),
-        (good_line(boxes=[[5, 2, 3, 4]]), ["a: box [5.0, 2.0, 3.0, 4.0] ends before it begins"]),
-        (good_line(scores=[float("nan")]), ["a: a score is NaN or infinite"]),
+        (good_line() * 2, ["line 2", "each image once, but got 'a' again"]),
+        ("\n[1]\n", ["line 2", "expected image, boxes, scores, classes, but got"]),
+        ('{"image": "a"}', ["line 1", "expected image, boxes, scores, classes, but got"]),
+        (good_line(image=3), ["line 1", "expected image to be a name, but got 3"]),
+        (good_line(classes="cell"), ["expected classes to be a list of names"]),
+        (good_line(classes=[3]), ["expected classes to be a list of names"]),
+        (good_line(classes=["cell", "cell"]), ["a: expected boxes [n, 4]", "[1, 4], [1] and 2"]),
+        (good_line(boxes=[[1, 2, 3]]), ["a: expected boxes [n, 4]", "[1, 3]"]),
+        (good_line(boxes=[[1, 2, 3, 4], [1]]), ["a: expected boxes and scores to be numbers"]),
+        (good_line(boxes=[["x", 2, 3, 4]]), ["a: expected boxes and scores to be numbers"]),
+        (good_line(boxes=[[1, 2, float("nan"), 4]]), ["a: expected finite boxes, but got NaN"]),
+        (good_line(boxes=[[5, 2, 3, 4]]), ["box [5.0, 2.0, 3.0, 4.0] ends before it begins"]),
+        (good_line(scores=[float("nan")]), ["a: expected finite scores, but got NaN"]),
         (good_line(scores=[None]), ["a: "]),
-        (good_line(scores=0.5), ["a: wanted boxes"]),
+        (good_line(scores=0.5), ["a: expected boxes"]),
     ],
 )
 def test_bad_json_lines(tmp_path, text, parts):
     path = tmp_path / "some.jsonl"
     path.write_text(text)
-    with one_line(ValueError, path, *parts):
+    with one_line(UserError, path, *parts):
         read_detections(path)
 
 
 def test_other_encodings_and_binary_files(tmp_path):
     path = tmp_path / "some.jsonl"
     path.write_bytes(b"\xff\xfe\x00\x80")
-    with one_line(ValueError, path, "line 1"):
+    with one_line(UserError, path, "line 1"):
         read_detections(path)
     folder = tmp_path / "texts"
     folder.mkdir()
     (folder / "a.txt").write_bytes(b"\xff\xfe\x00\x80")
-    with one_line(ValueError, folder / "a.txt"):
+    with one_line(UserError, folder / "a.txt"):
         read_detections(folder)
 
 
@@ -443,25 +463,25 @@ def test_other_encodings_and_binary_files(tmp_path):
 )
 def test_bad_text_lines(tmp_path, name, text):
     folder = write(tmp_path / "texts", {name: text})
-    with one_line(ValueError, folder / name, "wanted", text.splitlines()[-1]):
+    with one_line(UserError, folder / name, "expected lines like", text.splitlines()[-1]):
         read_detections(folder)
 
 
 def test_boxes_the_wrong_way_round(tmp_path):
     folder = write(tmp_path / "texts", {"a.txt": "cell 0.9 10 10 -5 4"})
-    with one_line(ValueError, folder / "a.txt", "ends before it begins"):
+    with one_line(UserError, folder / "a.txt", "ends before it begins"):
         read_detections(folder)
     folder = write(tmp_path / "voc", {"comp4_det_test_cell.txt": "a 0.9 10 10 5 5"})
-    with one_line(ValueError, folder, "a: box", "ends before it begins"):
+    with one_line(UserError, folder, "a: expected boxes", "ends before it begins"):
         read_detections(folder)
 
 
 def test_names_of_voc_results(tmp_path):
     folder = write(tmp_path, {"comp4_det_test_cell.txt": "", "notes.txt": ""})
-    with one_line(ValueError, folder / "notes.txt", "_det_"):
+    with one_line(UserError, folder / "notes.txt", "_det_"):
         read_detections(folder)
     (folder / "notes.txt").rename(folder / "comp4_det_cell.txt")
-    with one_line(ValueError, folder / "comp4_det_cell.txt", "<split>_<class>"):
+    with one_line(UserError, folder / "comp4_det_cell.txt", "<split>_<class>"):
         read_detections(folder)
 
 
@@ -471,47 +491,47 @@ def test_missing_and_unknown_files(tmp_path):
     with one_line(FileNotFoundError, tmp_path, "no .txt file"):
         read_detections(tmp_path)
     write(tmp_path, {"boxes.csv": "1,2"})
-    with one_line(ValueError, tmp_path / "boxes.csv", ".jsonl"):
+    with one_line(UserError, tmp_path / "boxes.csv", ".jsonl"):
         read_detections(tmp_path / "boxes.csv")
 
 
 def test_detections_that_are_not_in_the_ground_truth(voc, coco, tmp_path):
     path = tmp_path / "all.jsonl"
     write_detections(path, [*VOC_RECORDS, record("c"), record("x.y.jpg")])
-    with one_line(ValueError, path, "2 of 4 images are not in the ground truth, such as 'c'"):
+    with one_line(UserError, path, "2 of 4 images are not in the ground truth, such as 'c'"):
         score(path, voc, split="test_clean")
     write_detections(path, [*VOC_RECORDS[:1], record("b", ("dog", 0.5, 0, 0, 1, 1))])
-    with one_line(ValueError, path, "1 of 3 detections", "'dog'", "cell, clean_cell"):
+    with one_line(UserError, path, "1 of 3 detections", "'dog'", "cell, clean_cell"):
         score(path, voc, split="test_clean")
     write_detections(path, [*VOC_RECORDS, record("a.jpg")])
-    with one_line(ValueError, path, "'a' comes more than once"):
+    with one_line(UserError, path, "each image once, but got 'a' again"):
         score(path, voc, split="test_clean")
     write_detections(path, VOC_RECORDS[:1])
-    with one_line(ValueError, path, "2 of 2 detections", "'cell'", "cat, dog"):
+    with one_line(UserError, path, "2 of 2 detections", "'cell'", "cat, dog"):
         score(path, coco, split="val")
-    with one_line(ValueError, "detections: 1 of 1 images", "'c'"):
-        score_records([record("c")], open_detection(voc, "test_clean"), method="area")
+    with one_line(UserError, "detections: 1 of 1 images", "'c'"):
+        score_records([record("c")], open_detection(voc, "test_clean"))
 
 
 def test_bad_coco_results(voc, coco, tmp_path):
     path = tmp_path / "results.json"
     detection = {"image_id": 20, "category_id": 5, "bbox": [1, 2, 3, 4], "score": 0.5}
     for content, parts in (
-        ({"annotations": []}, ["wanted COCO results"]),
+        ({"annotations": []}, ["expected COCO results"]),
         ([detection, detection | {"image_id": 99}], ["1 of 2", "image_id 99"]),
         ([detection | {"category_id": 99}], ["1 of 1", "category_id 99"]),
         ([detection | {"score": float("nan")}], ["results[0]", "score"]),
         ([{"image_id": 20}], ["results[0]"]),
     ):
         path.write_text(json.dumps(content))
-        with one_line(ValueError, path, *parts):
+        with one_line(UserError, path, *parts):
             score(path, coco, split="val")
     path.write_text(json.dumps([detection])[:-9])
-    with one_line(ValueError, path, "not readable as json"):
+    with one_line(UserError, path, "not readable as JSON"):
         score(path, coco, split="val")
     path.write_text("[]")
-    assert score(path, coco, split="val")["coco"]["AP"] == 0
-    with one_line(ValueError, path, "is not COCO data"):
+    assert score(path, coco, split="val").to_json()["coco"]["AP"] == 0
+    with one_line(UserError, path, "is not COCO data"):
         score(path, voc, split="test_clean")
     with one_line(FileNotFoundError, "none.json"):
         score(tmp_path / "none.json", coco, split="val")
@@ -520,7 +540,7 @@ def test_bad_coco_results(voc, coco, tmp_path):
 def test_bad_ground_truth(voc, coco, tmp_path):
     path = tmp_path / "all.jsonl"
     write_detections(path, VOC_RECORDS)
-    with one_line(ValueError, voc, "wanted a split", "other, test_clean"):
+    with one_line(UserError, voc, "expected a split", "other, test_clean"):
         score(path, voc)
     with one_line(FileNotFoundError, "nope", "other, test_clean"):
         score(path, voc, split="nope")
@@ -528,18 +548,18 @@ def test_bad_ground_truth(voc, coco, tmp_path):
         score(path, tmp_path / "none")
     empty = tmp_path / "empty"
     empty.mkdir()
-    with one_line(FileNotFoundError, empty, "neither layout"):
+    with one_line(FileNotFoundError, empty, "expected a data set with"):
         score(path, empty)
     texts = write(tmp_path / "texts", {"a.txt": ""})
-    with one_line(ValueError, texts, "no object in any of the 1 text files"):
+    with one_line(UserError, texts, "no object in any of the 1 text files"):
         score(path, texts)
-    with one_line(ValueError, texts, "has no splits, got 'val'"):
+    with one_line(UserError, texts, "expected no split", "but got 'val'"):
         score(path, texts, split="val")
     write(texts, {"a.txt": "cell 0.9 1 2 3 4"})  # with a score: reads as class "cell 0.9"
-    with one_line(ValueError, path, "not in the ground truth"):
+    with one_line(UserError, path, "not in the ground truth"):
         score(path, texts)
     for text in ("[]", "{", '{"images": [{}], "categories": []}'):
-        file = tmp_path / "truth.json"
+        file = tmp_path / "annotations.json"
         file.write_text(text)
-        with one_line(ValueError, file):
+        with one_line(UserError, file):
             score(path, file)

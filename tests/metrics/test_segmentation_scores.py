@@ -136,12 +136,12 @@ def test_truth_is_in_the_rows():
 def test_label_out_of_range(bad, label):
     pair = {"prediction": labels("01"), "target": labels("01")}
     pair[bad] = torch.tensor([[[0, label]]])
-    with pytest.raises(ValueError, match=f"{bad} has label {label}, wanted 0 to 2"):
+    with pytest.raises(ValueError, match=f"labels of {bad} to be 0 to 2, but got {label}"):
         confusion_matrix(3).update(pair["prediction"], pair["target"])
 
 
 def test_void_is_no_prediction():
-    with pytest.raises(ValueError, match="prediction has label 255"):
+    with pytest.raises(ValueError, match="labels of prediction to be .* but got 255"):
         confusion_matrix(3).update(labels("0#"), labels("01"))
 
 
@@ -152,13 +152,13 @@ def test_one_class():
 
 
 def test_sizes_must_agree():
-    with pytest.raises(ValueError, match=r"\[1, 1, 2\] and target \[1, 1, 3\]"):
+    with pytest.raises(ValueError, match=r"but got \[1, 1, 2\] and \[1, 1, 3\]"):
         confusion_matrix(3).update(labels("01"), labels("012"))
 
 
 @pytest.mark.parametrize("shape", [(3,), (2, 3), (2, 2, 2)])
 def test_confusion_of_another_shape(shape):
-    with pytest.raises(ValueError, match="confusion must be"):
+    with pytest.raises(ValueError, match="expected confusion to be"):
         segmentation_scores(torch.zeros(shape))
 
 
@@ -327,11 +327,11 @@ def test_object_counts_add_up():
 
 def test_object_counts_refuse_bad_input():
     metric = ObjectCounts(3)
-    with pytest.raises(ValueError, match=r"\[N, H, W\], got \[1, 1, 2\] and \[1, 1, 3\]"):
+    with pytest.raises(ValueError, match=r"\[N, H, W\], but got \[1, 1, 2\] and \[1, 1, 3\]"):
         metric.update(labels("01"), labels("012"))
     with pytest.raises(ValueError, match=r"\[N, H, W\]"):
         metric.update(labels("01")[0], labels("01")[0])
-    with pytest.raises(ValueError, match="target has label 3"):
+    with pytest.raises(ValueError, match="labels of target to be 0 to 2, but got 3"):
         metric.update(labels("01"), labels("03"))
     with pytest.raises(ValueError, match="small=5, large=4"):
         ObjectCounts(3, small=5, large=4)

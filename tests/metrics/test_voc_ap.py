@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from deformnet.metrics import Found, Truth, voc_ap, voc_table
+from deformnet.metrics import GroundTruth, Predictions, voc_ap
 
 UNIT = [0.0, 0.0, 10.0, 10.0]
 """An object; `shifted(k)` has IoU (10 - k) / (10 + k) with it."""
@@ -19,7 +19,7 @@ def shifted(k):
 
 def truth(*boxes, labels=None, ignored=None):
     n = len(boxes)
-    return Truth(
+    return GroundTruth(
         torch.tensor(boxes).reshape(n, 4),
         torch.tensor(labels or [0] * n),
         torch.tensor(ignored or [False] * n),
@@ -28,7 +28,7 @@ def truth(*boxes, labels=None, ignored=None):
 
 def found(*boxes, scores, labels=None):
     n = len(boxes)
-    return Found(
+    return Predictions(
         torch.tensor(boxes).reshape(n, 4), torch.tensor(scores), torch.tensor(labels or [0] * n)
     )
 
@@ -99,7 +99,7 @@ def random_set(seed, images=6, classes=3):
         corners = rng.uniform(0, 40, (n, 2))
         boxes = np.concatenate([corners, corners + rng.uniform(5, 20, (n, 2))], 1)
         labels = rng.integers(0, classes, n)
-        truths[f"{i}"] = Truth(boxes, labels, rng.random(n) < 0.2)
+        truths[f"{i}"] = GroundTruth(boxes, labels, rng.random(n) < 0.2)
         near = np.repeat(np.arange(n), 2)
         moved = boxes[near] + rng.normal(0, 2, (len(near), 4))
         lost = rng.uniform(0, 40, (3, 2))
@@ -107,7 +107,7 @@ def random_set(seed, images=6, classes=3):
         all_labels = np.concatenate([labels[near], rng.integers(0, classes, 3)])
         scores = rng.integers(1, 9, len(all_boxes)) / 10
         if rng.random() < 0.8:
-            detections[f"{i}"] = Found(all_boxes, scores, all_labels)
+            detections[f"{i}"] = Predictions(all_boxes, scores, all_labels)
     return truths, detections
 
 
@@ -227,13 +227,14 @@ def test_arrays_and_tensors_give_the_same():
 def test_json_and_table():
     truths = {"a": truth(UNIT, labels=[1])}
     detections = {"a": found(UNIT, scores=[0.9], labels=[1])}
-    content = voc_ap(truths, detections, ["cat", "aeroplane"]).to_json()
+    scores = voc_ap(truths, detections, ["cat", "aeroplane"])
+    content = scores.to_json()
     assert json.loads(json.dumps(content)) == {
         "mean_ap": {"0.5": 1.0, "0.7": 1.0},
         "ap": {"0.5": {"cat": None, "aeroplane": 1.0}, "0.7": {"cat": None, "aeroplane": 1.0}},
         "objects": {"cat": 0, "aeroplane": 1},
     }
-    title, head, cat, aeroplane, mean = voc_table(content, "area").splitlines()
+    title, head, cat, aeroplane, mean = str(scores.table()).splitlines()
     assert "area" in title
     assert head.split() == ["class", "objects", "AP@0.5", "AP@0.7"]
     assert cat.split() == ["cat", "0", "-", "-"]
@@ -245,13 +246,28 @@ def test_json_and_table():
 @pytest.mark.parametrize(
     ("detections", "message"),
     [
-        ({"b": found(UNIT, scores=[1.0])}, "found: 1 of 1 images .* such as 'b'"),
-        ({"a": found(UNIT, scores=[math.nan])}, r"found\['a'\]: a score is NaN"),
-        ({"a": found(UNIT, scores=[math.inf])}, r"found\['a'\]: a score is NaN or infinite"),
-        ({"a": found([math.nan] * 4, scores=[1.0])}, r"found\['a'\]: a box is NaN"),
-        ({"a": found(UNIT, scores=[1.0], labels=[1])}, r"found\['a'\]: label 1, wanted 0 to 0"),
-        ({"a": found(UNIT, scores=[1.0], labels=[-1])}, r"found\['a'\]: label -1"),
-        ({"a": found(UNIT, scores=[1.0, 0.5])}, r"found\['a'\]: 1 labels, but scores are \[2\]"),
+        ({"b": found(UNIT, scores=[1.0])}, "predictions: 1 of 1 images .* such as 'b'"),
+        (
+            {"a": found(UNIT, scores=[math.nan])},
+            r"predictions\['a'\]: expected finite scores, but got NaN",
+        ),
+        ({"a": found(UNIT, scores=[math.inf])}, r"predictions\['a'\]: expected finite scores"),
+        (
+            {"a": found([math.nan] * 4, scores=[1.0])},
+            r"predictions\['a'\]: expected finite boxes, but got NaN",
+        ),
+        (
+            {"a": found(UNIT, scores=[1.0], labels=[1])},
+            r"predictions\['a'\]: expected labels 0 to 0, but got 1",
+        ),
+        (
+            {"a": found(UNIT, scores=[1.0], labels=[-1])},
+            r"predictions\['a'\]: expected labels 0 to 0, but got -1",
+        ),
+        (
+            {"a": found(UNIT, scores=[1.0, 0.5])},
+            r"predictions\['a'\]: expected scores to be \[1\] .* got \[2\]",
+        ),
         ({"a": found(UNIT, scores=[1.0], labels=[0, 0])}, r"\[1, 4\] and \[2\]"),
     ],
 )
@@ -261,13 +277,17 @@ def test_bad_detections_are_named(detections, message):
     assert "\n" not in str(caught.value)
 
 
-def test_bad_truth_and_settings_are_named():
-    with pytest.raises(ValueError, match=r"truths\['a'\]: label 3, wanted 0 to 0"):
+def test_bad_ground_truth_and_settings_are_named():
+    with pytest.raises(ValueError, match=r"ground_truth\['a'\]: expected labels 0 to 0, but got 3"):
         voc_ap({"a": truth(UNIT, labels=[3])}, {}, ["thing"])
-    with pytest.raises(ValueError, match=r"truths\['a'\]: 1 labels, but ignored is \[2\]"):
+    with pytest.raises(
+        ValueError, match=r"ground_truth\['a'\]: expected ignored to be \[1\] .* got \[2\]"
+    ):
         voc_ap({"a": truth(UNIT, ignored=[True, False])}, {}, ["thing"])
-    with pytest.raises(ValueError, match="method: wanted one of 11-point, area, got 'points'"):
+    with pytest.raises(
+        ValueError, match="expected method to be one of 11-point, area, but got 'points'"
+    ):
         voc_ap({}, {}, ["thing"], method="points")  # pyright: ignore[reportArgumentType]
     for ious in ([], [1.0], [-0.1], [math.nan]):
-        with pytest.raises(ValueError, match="ious: wanted thresholds from 0 to below 1"):
+        with pytest.raises(ValueError, match=r"expected ious to be thresholds in \[0, 1\)"):
             voc_ap({}, {}, ["thing"], ious)

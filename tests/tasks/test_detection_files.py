@@ -8,8 +8,9 @@ from torch import nn
 
 from deformnet.data.files import read_image
 from deformnet.metrics.detections import read_detections
-from deformnet.inference import DetectionPredictor, draw_boxes, predict_detections
 from deformnet.models.detection.detector import Candidates, Detector, Features
+from deformnet.tasks.detection import DetectionPredictor
+from deformnet.visualization.drawing import draw_boxes
 
 CLASSES = ("cell", "plate")
 
@@ -57,7 +58,7 @@ def test_files_with_a_broken_one_among_them(predictor, tmp_path):
     missing = tmp_path / "missing.jpg"
     last = save(tmp_path / "last.photo.jpg", 500, 600)
     out = tmp_path / "out"
-    results = dict(predict_detections(predictor, [first, broken, missing, last], out))
+    results = dict(predictor.write([first, broken, missing, last], out))
     assert list(results) == [first, broken, missing, last]
     assert results[first] is None
     assert results[last] is None
@@ -81,7 +82,7 @@ def test_files_with_a_broken_one_among_them(predictor, tmp_path):
 @pytest.mark.parametrize(("threshold", "drawn"), [(0.1, 3), (0.5, 2), (0.7, 1), (0.95, 0)])
 def test_pictures_show_what_scores_enough(predictor, tmp_path, threshold, drawn):
     path = save(tmp_path / "x.png", 500, 600)
-    for _, problem in predict_detections(predictor, [path], tmp_path / "out", threshold=threshold):
+    for _, problem in predictor.write([path], tmp_path / "out", threshold=threshold):
         assert problem is None
     image = read_image(path)
     boxes, scores, labels = predictor(image)
@@ -96,7 +97,7 @@ def test_photographs_are_turned_upright(predictor, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     path = save(tmp_path / "photo.jpg", 20, 30, exif=exif)
-    assert [problem for _, problem in predict_detections(predictor, [path], tmp_path)] == [None]
+    assert [problem for _, problem in predictor.write([path], tmp_path)] == [None]
     line = json.loads((tmp_path / "detections.jsonl").read_text())
     assert np.allclose(line["boxes"][1], [10, 15, 20, 30], atol=1e-4)
 
@@ -106,14 +107,14 @@ def test_an_older_file_stays_until_all_is_done(predictor, tmp_path):
     lines = tmp_path / "out/detections.jsonl"
     lines.parent.mkdir()
     lines.write_text("older")
-    results = predict_detections(predictor, paths, tmp_path / "out")
+    results = predictor.write(paths, tmp_path / "out")
     next(results)
     next(results)
     assert lines.read_text() == "older"
     results.close()  # as an interruption does
     assert lines.read_text() == "older"
     assert sorted(p.name for p in lines.parent.iterdir()) == ["detections.jsonl", "pictures"]
-    assert all(problem is None for _, problem in predict_detections(predictor, paths, lines.parent))
+    assert all(problem is None for _, problem in predictor.write(paths, lines.parent))
     assert len(lines.read_text().splitlines()) == 3
 
 
@@ -121,4 +122,4 @@ def test_a_folder_that_cannot_be_written_is_named(predictor, tmp_path):
     (tmp_path / "out").touch()
     path = save(tmp_path / "x.png", 20, 30)
     with pytest.raises(OSError, match="out"):
-        list(predict_detections(predictor, [path], tmp_path / "out"))
+        list(predictor.write([path], tmp_path / "out"))

@@ -7,8 +7,14 @@ from torchvision.ops import box_iou, nms
 
 from deformnet.data.boxes import BoxAnnotations
 from deformnet.data.transforms import detection_transforms
-from deformnet.inference import TestTimeAugmentation, detection_predictor
-from deformnet.recipes import ClassAwareRPNRecipe, FasterRCNNRecipe, RFCNRecipe, RPNRecipe
+from deformnet.recipes import (
+    ClassAwareRPNRecipe,
+    FasterRCNNRecipe,
+    RFCNRecipe,
+    RPNRecipe,
+    TestTimeAugmentation,
+)
+from deformnet.tasks.detection import detection_predictor
 
 CLASSES = ("one", "two", "three")
 SMALL = {
@@ -27,7 +33,7 @@ def recipe(request):
     return request.param(**SMALL)
 
 
-def build(recipe, testing=None):
+def build(recipe, augmentation=None):
     torch.manual_seed(0)
     one_class = isinstance(recipe, RPNRecipe)
     model = recipe.build_model(1 if one_class else len(CLASSES))
@@ -37,7 +43,7 @@ def build(recipe, testing=None):
             if not name.startswith("backbone") and parameter.ndim > 1:
                 parameter.mul_(5)
     names = ("object",) if one_class else CLASSES
-    return detection_predictor(recipe, model, names, testing or TestTimeAugmentation(), "cpu")
+    return detection_predictor(recipe, model, names, augmentation or TestTimeAugmentation(), "cpu")
 
 
 def noise(height, width):
@@ -104,7 +110,7 @@ def test_own_proposals_given_back_change_nothing(two_stages):
     assert len(proposals) == len(scores) == 20
     assert (proposals >= 0).all()
     assert (proposals <= torch.tensor([120, 90, 120, 90])).all()
-    given, own = predict(image, proposals), predict(image)
+    given, own = predict.predict(image, proposals), predict(image)
     assert torch.equal(given.labels, own.labels)
     assert torch.allclose(given.scores, own.scores, atol=1e-4)
     assert torch.allclose(given.boxes, own.boxes, atol=1e-1)
@@ -112,18 +118,18 @@ def test_own_proposals_given_back_change_nothing(two_stages):
 
 @pytest.mark.parametrize("two_stages", TWO_STAGES)
 def test_everything_at_once_against_plain_loops(two_stages):
-    """Sizes, mirror images, refinement and averaging (Table 5's "M" and "B"), box by box."""
+    """Sizes, flip images, refinement and averaging (Table 5's "M" and "B"), box by box."""
     recipe = two_stages(**(SMALL | {"proposals": 3}))
     image = noise(90, 120)
-    testing = TestTimeAugmentation(scales=(48, 80), flip=True, refine=2, box_averaging=True)
-    predict = build(recipe, testing)
+    augmentation = TestTimeAugmentation(scales=(48, 80), flip=True, refine=2, box_averaging=True)
+    predict = build(recipe, augmentation)
     model = predict.model
     everything = []  # (label, score, box in pixels of the image)
     for short_side, max_side in [(48, 75), (80, 125)]:
         upright = as_in_training(image, short_side, max_side)
         height, width = upright.shape[2:]
-        for mirrored in (False, True):
-            seen = upright.flip(3) if mirrored else upright
+        for flipped in (False, True):
+            seen = upright.flip(3) if flipped else upright
             with torch.no_grad():
                 features = model.features(seen)
                 asked = [(box, None) for box in model.propose(features, [(height, width)])[0].boxes]
@@ -138,7 +144,7 @@ def test_everything_at_once_against_plain_loops(two_stages):
                                 continue
                             new = boxes[0] if boxes.ndim == 2 else boxes[0, label]
                             x1, y1, x2, y2 = new.tolist()
-                            if mirrored:
+                            if flipped:
                                 x1, x2 = width - x2, width - x1
                             there = [x1 * 120 / width, y1 * 90 / height]
                             there += [x2 * 120 / width, y2 * 90 / height]
@@ -168,8 +174,10 @@ def test_everything_at_once_against_plain_loops(two_stages):
 
 
 @pytest.mark.parametrize("soft_nms", [False, True])
-def test_networks_without_pooling_take_sizes_and_mirror_images(soft_nms):
-    testing = TestTimeAugmentation(scales=(48, 80), flip=True, box_averaging=True, soft_nms=soft_nms)
-    found = build(ClassAwareRPNRecipe(**SMALL), testing)(noise(90, 120))
+def test_networks_without_pooling_take_sizes_and_flip_images(soft_nms):
+    augmentation = TestTimeAugmentation(
+        scales=(48, 80), flip=True, box_averaging=True, soft_nms=soft_nms
+    )
+    found = build(ClassAwareRPNRecipe(**SMALL), augmentation)(noise(90, 120))
     assert len(found.boxes) == 50
     assert found.boxes.isfinite().all()

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from deformnet.inference.detection import DetectionPredictor, TestTimeAugmentation
 from deformnet.models.detection.detector import Candidates, Detector, Features, Proposals
+from deformnet.recipes import TestTimeAugmentation
+from deformnet.tasks.detection import DetectionPredictor
 
 RGB = ("red", "green", "blue")
 
@@ -38,16 +39,16 @@ class Spy(Detector):
         raise NotImplementedError
 
 
-class ColourFinder(Spy):
+class ColorFinder(Spy):
     """Finds the box around all red, all green and all blue pixels of what it sees, surely."""
 
     takes_proposals = False
 
     def answer(self, image, proposals):
         boxes, scores = [], []
-        for channel, colour in enumerate(image[0]):
+        for channel, color in enumerate(image[0]):
             mean, std = ((0.485, 0.229), (0.456, 0.224), (0.406, 0.225))[channel]
-            rows, columns = torch.nonzero(colour * std + mean > 0.5, as_tuple=True)
+            rows, columns = torch.nonzero(color * std + mean > 0.5, as_tuple=True)
             if len(rows) == 0:
                 continue
             boxes.append([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
@@ -70,18 +71,18 @@ def black(height, width):
     return torch.zeros(3, height, width, dtype=torch.uint8)
 
 
-def coloured(height, width, boxes):
-    """A black image with a box of each colour; boxes in whole pixels."""
+def colored(height, width, boxes):
+    """A black image with a box of each color; boxes in whole pixels."""
     image = black(height, width)
     for channel, (x1, y1, x2, y2) in enumerate(boxes):
         image[channel, y1:y2, x1:x2] = 255
     return image
 
 
-def predictor(model, testing=None, **options):
+def predictor(model, augmentation=None, **options):
     settings = {"short_side": 40, "max_side": 80, "device": "cpu"} | options
-    if testing is not None:
-        settings["testing"] = testing
+    if augmentation is not None:
+        settings["augmentation"] = augmentation
     return DetectionPredictor(model, RGB[: model.num_classes], **settings)
 
 
@@ -91,11 +92,11 @@ def predictor(model, testing=None, **options):
 def test_boxes_come_back_in_pixels_of_the_image(size, flip, scales):
     """Whole factors, so that what is seen has edges on whole pixels at every size.
 
-    A box that a mirrored or enlarged view put elsewhere would be reported besides the right one.
+    A box that a flipped or enlarged view put elsewhere would be reported besides the right one.
     """
     boxes = [(3, 5, 21, 17), (0, 0, 8, 40), (30, 11, 40, 40)]
-    predict = predictor(ColourFinder(), TestTimeAugmentation(scales=scales, flip=flip))
-    found = predict(coloured(*size, boxes))
+    predict = predictor(ColorFinder(), TestTimeAugmentation(scales=scales, flip=flip))
+    found = predict(colored(*size, boxes))
     assert torch.equal(found.boxes, torch.tensor(boxes, dtype=torch.float32))
     assert torch.equal(found.labels, torch.tensor([0, 1, 2]))
     assert torch.allclose(found.scores, torch.tensor([0.9, 0.7, 0.5]))
@@ -103,10 +104,10 @@ def test_boxes_come_back_in_pixels_of_the_image(size, flip, scales):
     assert found.labels.dtype == torch.int64
 
 
-def test_a_mirrored_view_is_seen_mirrored():
+def test_flipped_input_is_flipped():
     image = torch.randint(0, 256, (3, 40, 50), dtype=torch.uint8)
     seen = []
-    model = ColourFinder()
+    model = ColorFinder()
     model.answer = lambda view, proposals: (
         seen.append(view.clone()) or Candidates(torch.zeros(0, 4), torch.zeros(0, 3))
     )
@@ -130,26 +131,26 @@ def test_edges_of_the_image_stay_its_edges():
 
 
 def test_the_bound_on_the_longer_side_grows_with_the_scale():
-    model = ColourFinder()
-    testing = TestTimeAugmentation(scales=(30, 45, 61), flip=True)
-    predictor(model, testing, short_side=30, max_side=50)(black(100, 300))
+    model = ColorFinder()
+    augmentation = TestTimeAugmentation(scales=(30, 45, 61), flip=True)
+    predictor(model, augmentation, short_side=30, max_side=50)(black(100, 300))
     # 50 * 45 / 30 = 75 and 50 * 61 / 30 = 101.67, and the long side is the bound at 1:3.
     expected = [(1, 3, 17, 50), (1, 3, 25, 75), (1, 3, 34, 102)]
     assert model.seen == [size for size in expected for _ in range(2)]
-    model = ColourFinder()
-    predictor(model, testing, short_side=30, max_side=None)(black(100, 300))
+    model = ColorFinder()
+    predictor(model, augmentation, short_side=30, max_side=None)(black(100, 300))
     assert model.seen[::2] == [(1, 3, 30, 90), (1, 3, 45, 135), (1, 3, 61, 183)]
 
 
 def test_stored_proposals_reach_every_view():
     model = Repeater()
-    testing = TestTimeAugmentation(scales=(40, 80), flip=True)
+    augmentation = TestTimeAugmentation(scales=(40, 80), flip=True)
     given = torch.tensor([[2.0, 3, 10, 9], [20, 10, 35, 20], [-5, -5, 70, 12]])
-    found = predictor(model, testing)(black(20, 40), given)
+    found = predictor(model, augmentation).predict(black(20, 40), given)
     inside = torch.tensor([[2.0, 3, 10, 9], [20, 10, 35, 20], [0, 0, 40, 12]])
-    mirrored = torch.tensor([[30.0, 3, 38, 9], [5, 10, 20, 20], [0, 0, 40, 12]])
+    flipped = torch.tensor([[30.0, 3, 38, 9], [5, 10, 20, 20], [0, 0, 40, 12]])
     for asked, expected in zip(
-        model.asked, [2 * inside, 2 * mirrored, 4 * inside, 4 * mirrored], strict=True
+        model.asked, [2 * inside, 2 * flipped, 4 * inside, 4 * flipped], strict=True
     ):
         assert torch.equal(asked, expected)
     assert torch.equal(found.boxes, inside)
@@ -159,20 +160,20 @@ def test_stored_proposals_reach_every_view():
 @pytest.mark.parametrize(
     ("proposals", "problem"),
     [
-        (torch.zeros(4), r"floating-point \[P, 4\], got torch.float32 \[4\]"),
-        (torch.zeros(3, 5), r"floating-point \[P, 4\], got torch.float32 \[3, 5\]"),
-        (torch.zeros(1, 4, dtype=torch.int64), "got torch.int64"),
-        (torch.tensor([[0, 0, 1, math.nan]]), "must be finite"),
-        (torch.tensor([[0, 0, 1, math.inf]]), "must be finite"),
+        (torch.zeros(4), r"floating-point \[P, 4\], but got torch.float32 \[4\]"),
+        (torch.zeros(3, 5), r"floating-point \[P, 4\], but got torch.float32 \[3, 5\]"),
+        (torch.zeros(1, 4, dtype=torch.int64), "but got torch.int64"),
+        (torch.tensor([[0, 0, 1, math.nan]]), "to be finite"),
+        (torch.tensor([[0, 0, 1, math.inf]]), "to be finite"),
     ],
 )
 def test_other_proposals_are_refused(proposals, problem):
     with pytest.raises(ValueError, match=problem):
-        predictor(Repeater())(black(20, 20), proposals)
+        predictor(Repeater()).predict(black(20, 20), proposals)
 
 
 def test_proposals_come_back_in_pixels_of_the_image():
-    """Seen once and upright, whatever the testing; here at twice the size of the image."""
+    """Seen once and upright, whatever the augmentation; here at twice the size of the image."""
 
     class Proposer(Repeater):
         def propose(self, features, sizes):
@@ -184,13 +185,13 @@ def test_proposals_come_back_in_pixels_of_the_image():
     boxes, scores = predict.propose(black(20, 30))
     assert boxes.tolist() == [[0, 0, 30, 20], [5, 6, 10.5, 7.5]]
     assert scores.tolist() == [0.5, 0.25]
-    with pytest.raises(ValueError, match="image must be uint8"):
+    with pytest.raises(ValueError, match="expected image to be uint8"):
         predict.propose(torch.zeros(3, 20, 30))
 
 
 def test_no_proposals_no_boxes():
     for refine in (1, 3):
-        found = predictor(Repeater(), TestTimeAugmentation(refine=refine))(
+        found = predictor(Repeater(), TestTimeAugmentation(refine=refine)).predict(
             black(20, 20), torch.zeros(0, 4)
         )
         assert [len(values) for values in found] == [0, 0, 0]
@@ -223,8 +224,8 @@ def test_each_pass_starts_where_the_last_one_ended(refine):
 
 def test_averaging_takes_boxes_of_all_passes_and_views():
     model = Walker()
-    testing = TestTimeAugmentation(refine=3, box_averaging=True)
-    found = predictor(model, testing)(black(40, 40))
+    augmentation = TestTimeAugmentation(refine=3, box_averaging=True)
+    found = predictor(model, augmentation)(black(40, 40))
     # Boxes at x = 1, 2, 3 with scores 0.1, 0.2, 0.3; all overlap the last with IoU of 0.5 or more.
     mean = (0.1 * 1 + 0.2 * 2 + 0.3 * 3) / 0.6
     assert torch.allclose(found.boxes, torch.tensor([[mean, 0, mean + 8, 8]]))
@@ -237,7 +238,7 @@ def test_mixed_precision_does_not_round_boxes():
         Repeater(), TestTimeAugmentation(box_averaging=True), short_side=40, max_side=None
     )
     with torch.autocast("cpu", torch.bfloat16):
-        found = predict(black(40, 1000), given)
+        found = predict.predict(black(40, 1000), given)
     # bfloat16 knows only whole multiples of 4 there.
     mean = (701 + 703 * 0.9999) / 1.9999
     assert torch.allclose(found.boxes, torch.tensor([[mean, 1, 903, 30]]), rtol=0, atol=1e-3)
@@ -283,7 +284,9 @@ def test_many_boxes_pass_in_parts():
     model = Repeater()
     y, x = torch.meshgrid(torch.arange(50.0), torch.arange(50.0), indexing="ij")
     given = torch.stack([x, y, x + 1, y + 1], dim=-1).reshape(-1, 4)
-    found = predictor(model, short_side=50, max_side=50, max_detections=9999)(black(50, 50), given)
+    found = predictor(model, short_side=50, max_side=50, max_detections=9999).predict(
+        black(50, 50), given
+    )
     assert max(len(asked) for asked in model.asked) <= 1000
     assert torch.equal(torch.cat(model.asked), given)
     assert {tuple(box) for box in found.boxes.tolist()} == {tuple(box) for box in given.tolist()}
@@ -301,8 +304,8 @@ class Broken(Spy):
 
 @pytest.mark.parametrize("soft_nms", [False, True])
 def test_values_that_are_not_finite_are_not_reported(soft_nms):
-    testing = TestTimeAugmentation(refine=2, box_averaging=True, flip=True, soft_nms=soft_nms)
-    found = predictor(Broken(), testing)(black(40, 40))
+    augmentation = TestTimeAugmentation(refine=2, box_averaging=True, flip=True, soft_nms=soft_nms)
+    found = predictor(Broken(), augmentation)(black(40, 40))
     assert len(found.boxes) > 0
     assert found.boxes.isfinite().all()
     assert found.scores.isfinite().all()
@@ -311,8 +314,8 @@ def test_values_that_are_not_finite_are_not_reported(soft_nms):
 def test_soft_nms_keeps_what_overlaps_with_a_lower_score():
     model = Repeater()
     given = torch.tensor([[0.0, 0, 20, 20], [5, 0, 25, 20]])
-    hard = predictor(model)(black(40, 40), given)
-    soft = predictor(model, TestTimeAugmentation(soft_nms=True))(black(40, 40), given)
+    hard = predictor(model).predict(black(40, 40), given)
+    soft = predictor(model, TestTimeAugmentation(soft_nms=True)).predict(black(40, 40), given)
     assert len(hard.boxes) == 1
     iou = 15 / 25
     lowered = 0.9 * 0.9999 * math.exp(-(iou**2) / 0.6)
@@ -323,11 +326,14 @@ def test_soft_nms_keeps_what_overlaps_with_a_lower_score():
 def test_thresholds_and_limits_are_those_asked_for():
     given = torch.tensor([[0.0, 0, 20, 20], [2, 0, 22, 20], [0, 22, 20, 39]])  # IoU 9/11 and 0
     image = black(40, 40)
-    assert len(predictor(Repeater(), nms=0.8)(image, given).boxes) == 2
-    assert len(predictor(Repeater(), nms=0.85)(image, given).boxes) == 3
-    assert len(predictor(Repeater(), max_detections=1)(image, given).boxes) == 1
+    assert len(predictor(Repeater(), nms=0.8).predict(image, given).boxes) == 2
+    assert len(predictor(Repeater(), nms=0.85).predict(image, given).boxes) == 3
+    assert len(predictor(Repeater(), max_detections=1).predict(image, given).boxes) == 1
     # Scores are 0.9, 0.89991 and 0.89982.
-    assert len(predictor(Repeater(), score_threshold=0.89985, nms=1.0)(image, given).boxes) == 2
+    assert (
+        len(predictor(Repeater(), score_threshold=0.89985, nms=1.0).predict(image, given).boxes)
+        == 2
+    )
 
 
 @pytest.mark.parametrize(
@@ -340,7 +346,7 @@ def test_thresholds_and_limits_are_those_asked_for():
     ],
 )
 def test_other_images_are_refused(image):
-    with pytest.raises(ValueError, match=r"image must be uint8 \[3, H, W\], got torch"):
+    with pytest.raises(ValueError, match=r"expected image to be uint8 \[3, H, W\], but got torch"):
         predictor(Repeater())(image)
 
 
@@ -364,12 +370,12 @@ def test_settings_without_meaning_are_refused(values, problem):
 
 
 def test_models_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match="the model's 3 classes, got 2"):
+    with pytest.raises(ValueError, match="the 3 classes of the model, but got 2"):
         DetectionPredictor(Repeater(), RGB[:2], short_side=40, max_side=80)
-    with pytest.raises(ValueError, match="ColourFinder, which takes no boxes to refine, got 2"):
-        predictor(ColourFinder(), TestTimeAugmentation(refine=2))
-    with pytest.raises(ValueError, match="ColourFinder takes none from outside"):
-        predictor(ColourFinder())(black(20, 20), torch.zeros(0, 4))
+    with pytest.raises(ValueError, match="ColorFinder, which takes no boxes to refine, but got 2"):
+        predictor(ColorFinder(), TestTimeAugmentation(refine=2))
+    with pytest.raises(ValueError, match="no proposals for ColorFinder"):
+        predictor(ColorFinder()).predict(black(20, 20), torch.zeros(0, 4))
 
 
 def test_nothing_is_recorded_for_gradients():

@@ -5,13 +5,8 @@ import torch
 from torchvision import tv_tensors
 
 from deformnet.data.transforms import classification_evaluation_transforms
-from deformnet.inference import (
-    ClassificationPredictor,
-    SegmentationPredictor,
-    detection_predictor,
-    overlay,
-)
 from deformnet.recipes import ClassifierRecipe, DeepLabRecipe, RFCNRecipe
+from deformnet.tasks import DataIdentity, task_of
 
 CLASSES = ("background", "one", "two")
 SIZES = [(40, 30), (33, 64), (100, 41)]
@@ -28,22 +23,25 @@ def ramp(height, width):
     return torch.stack([2 * y, 2 * x, 0 * y]).to(torch.uint8)
 
 
-def segmenter():
+def predictor_of(recipe):
     torch.manual_seed(0)
+    model = recipe.build_model(len(CLASSES))
+    return task_of(recipe).predictor(model, DataIdentity.of(CLASSES, []), "cpu")
+
+
+def segmenter():
     recipe = DeepLabRecipe(backbone="resnet18", deform_layers=0, short_side=48, max_side=80)
-    return SegmentationPredictor(recipe, recipe.build_model(len(CLASSES)), CLASSES, "cpu")
+    return predictor_of(recipe)
 
 
 def detector():
-    torch.manual_seed(0)
     recipe = RFCNRecipe(backbone="resnet18", short_side=48, max_side=80, anchor_sizes=(16, 32))
-    return detection_predictor(recipe, recipe.build_model(3), CLASSES, device="cpu")
+    return predictor_of(recipe)
 
 
 def classifier():
-    torch.manual_seed(0)
     recipe = ClassifierRecipe(backbone="resnet18", resize=(48, 48), test_short_side=48, crop=33)
-    return ClassificationPredictor(recipe, recipe.build_model(len(CLASSES)), CLASSES, "cpu")
+    return predictor_of(recipe)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -57,7 +55,7 @@ def test_pixels_are_where_they_are_said_to_be(build, size):
         torch.meshgrid(*(torch.arange(side) for side in prepared.size), indexing="ij"), -1
     ).double()
     told = prepared.to_image(places)
-    # At the edges resizing repeats the border; colours are whole numbers.
+    # At the edges resizing repeats the border; colors are whole numbers.
     within = ((told >= 1) & (told <= torch.tensor(size) - 2)).all(-1)
     assert within.sum() > 100
     assert (seen - told)[within].abs().max() < 0.5
@@ -65,25 +63,19 @@ def test_pixels_are_where_they_are_said_to_be(build, size):
         assert prepared.to_input(tuple(told[y, x].tolist())) == pytest.approx((y, x))
 
 
-def test_in_parts_as_in_one():
+@pytest.mark.parametrize("build", [segmenter, detector, classifier])
+def test_one_pass_gives_the_prediction(build):
+    image, predictor = noise(40, 50), build()
+    prepared = predictor.prepare(image)
+    once, expected = predictor.infer(prepared, (40, 50)).annotation, predictor.annotate(image)
+    assert vars(once).keys() == vars(expected).keys()
+    for one, other in zip(vars(once).values(), vars(expected).values(), strict=True):
+        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+    with torch.no_grad():
+        predictor.model(*predictor.arguments(prepared))
+
+
+def test_classifiers_see_the_images_of_evaluation():
     image = noise(40, 50)
-    with torch.inference_mode():
-        predictor = segmenter()
-        logits = predictor.model(predictor.prepare(image).input)
-        assert torch.equal(predictor.labels(logits, (40, 50)), predictor(image))
-        predictor = detector()
-        prepared = predictor.prepare(image)
-        features = predictor.model.features(prepared.input)
-        found, expected = predictor.detect(features, prepared.size, (40, 50)), predictor(image)
-        assert len(expected.scores) > 5
-        for one, other in zip(found, expected, strict=True):
-            assert torch.equal(one, other)
-        prepare = classification_evaluation_transforms(short_side=48, crop=33)
-        assert torch.equal(classifier().prepare(image).input[0], prepare(tv_tensors.Image(image)))
-
-
-def test_void_is_not_tinted():
-    image = noise(500, 500)
-    labels = torch.full((500, 500), 255, dtype=torch.uint8)
-    drawn = torch.tensor(list(overlay(image, labels, CLASSES[1:]).tobytes()), dtype=torch.uint8)
-    assert torch.equal(drawn.reshape(500, 500, 3), image.permute(1, 2, 0))
+    prepare = classification_evaluation_transforms(short_side=48, crop=33)
+    assert torch.equal(classifier().prepare(image).input[0], prepare(tv_tensors.Image(image)))

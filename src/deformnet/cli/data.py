@@ -25,9 +25,9 @@ def score(
         split: Split of a folder in VOC or COCO layout.
         ious: IoU thresholds of VOC AP; those of COCO AP are fixed.
     """
-    from deformnet.tasks.scoring import score, score_table
+    from deformnet.tasks.scoring import score
 
-    print(score_table(score(boxes, data, split=split, ious=ious)))
+    print(score(boxes, data, split=split, ious=ious))
 
 
 def check(

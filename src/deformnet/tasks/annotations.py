@@ -1,9 +1,9 @@
 """What is in an image, predicted or known: drawn, listed and located alike for every task."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Self
+from typing import NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
@@ -99,26 +99,48 @@ class Annotation(ABC):
         """
 
 
-class AnnotatedImages(ABC):
-    """Images with ground truth to look at.
+class Images(Protocol):
+    """A data set whose images have names.
 
     Attributes:
         classes: names of the labels.
-        countable: those whose members are single objects ("car"), not stuff ("sky").
-        objects_are: rule that finds the objects, as a sentence to format with `classes`.
     """
 
     classes: tuple[str, ...]
-    countable: tuple[str, ...]
-    objects_are: str = "Objects are all annotated boxes of {classes}"
 
-    @abstractmethod
     def __len__(self) -> int: ...
 
-    @abstractmethod
     def name(self, index: int) -> str:
-        """The image's name in its set."""
+        """The image's name in the set."""
+        ...
 
-    @abstractmethod
+
+@dataclass(frozen=True)
+class AnnotatedImages:
+    """Images with ground truth to look at.
+
+    Attributes:
+        images: the data set.
+        load: reads the image of an index and its annotation.
+        countable: names of the classes of single objects ("car"), not of stuff ("sky").
+        objects_are: rule by which objects are found, a sentence to format with `classes`.
+    """
+
+    images: Images
+    load: Callable[[int], tuple[Tensor, Annotation]]
+    countable: tuple[str, ...] = ()
+    objects_are: str = ""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.images.classes
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def name(self, index: int) -> str:
+        return self.images.name(index)
+
     def __getitem__(self, index: int) -> tuple[Tensor, Annotation]:
         """An image uint8 [3, H, W] and its ground truth."""
+        return self.load(index)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from deformnet._errors import UserError
 from deformnet._text import Table
 from deformnet.recipes import Recipe, ScoreAt, TestTimeAugmentation
-from deformnet.tasks.annotations import AnnotatedImages
+from deformnet.tasks.annotations import AnnotatedImages, Images
 from deformnet.tasks.predictor import Predictor
 
 _T = TypeVar("_T")
@@ -174,18 +174,16 @@ class Scores(ABC):
 class EvaluationSet(ABC):
     """Images to score a network on; those without published ground truth give predictions only.
 
-    Attributes:
-        classes: names of the labels.
+    Args:
+        images: the data set.
     """
 
-    classes: tuple[str, ...]
+    def __init__(self, images: Images) -> None:
+        self.classes = images.classes
+        self.names = [images.name(index) for index in range(len(images))]
 
-    @abstractmethod
-    def __len__(self) -> int: ...
-
-    @abstractmethod
-    def name(self, index: int) -> str:
-        """The image's name in its set."""
+    def __len__(self) -> int:
+        return len(self.names)
 
     @abstractmethod
     def evaluate(

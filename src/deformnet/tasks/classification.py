@@ -103,17 +103,11 @@ class ClassificationEvaluationSet(EvaluationSet):
     """Images, the square that the network sees, each with its class."""
 
     def __init__(self, recipe: ClassifierRecipe, images: ImageFolderClassification) -> None:
-        self.classes = images.classes
+        super().__init__(images)
         self._images = images
         self._transforms = classification_evaluation_transforms(
             short_side=recipe.test_short_side, crop=recipe.crop
         )
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def name(self, index: int) -> str:
-        return self._images.name(index)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         image, label = self._images[index]
@@ -177,26 +171,6 @@ class ImageClass(Annotation):
 
     def contents(self, objects: Collection[str]) -> NoReturn:
         raise TypeError("expected ground truth that locates objects, but got the class of an image")
-
-
-class ClassifiedImages(AnnotatedImages):
-    """Images with their classes, to look at."""
-
-    countable = ()
-
-    def __init__(self, images: ImageFolderClassification) -> None:
-        self.classes = images.classes
-        self._images = images
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def name(self, index: int) -> str:
-        return self._images.name(index)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, ImageClass]:
-        image, label = self._images[index]
-        return image.as_subclass(Tensor), ImageClass(self.classes[label])
 
 
 class ClassificationPredictor(Predictor[Tensor]):
@@ -302,10 +276,15 @@ class ClassificationTask(Task):
 
     def annotated(
         self, root: Path, split: str, trained_on: DataIdentity | None = None
-    ) -> ClassifiedImages:
+    ) -> AnnotatedImages:
         images = ImageFolderClassification(root, split)
         require_classes(root, images.classes, trained_on)
-        return ClassifiedImages(images)
+
+        def load(index: int) -> tuple[Tensor, ImageClass]:
+            image, label = images[index]
+            return image.as_subclass(Tensor), ImageClass(images.classes[label])
+
+        return AnnotatedImages(images, load)
 
     def predictor(
         self,

@@ -140,18 +140,12 @@ class SegmentationEvaluationSet(EvaluationSet):
     def __init__(
         self, recipe: DeepLabRecipe, images: SegmentationDataset, score_at: ScoreAt
     ) -> None:
-        self.classes = images.classes
+        super().__init__(images)
         self._images = images
         self._score_at: ScoreAt = score_at
         self._transforms = segmentation_evaluation_transforms(
             short_side=recipe.short_side, max_side=recipe.max_side
         )
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def name(self, index: int) -> str:
-        return self._images.name(index)
 
     def __getitem__(self, index: int) -> _Sample:
         image, mask = self._images[index]
@@ -230,27 +224,6 @@ class LabelMap(Annotation):
             box = (columns.start, rows.start, columns.stop, rows.stop)
             things.append(Thing(self.classes[label], box, mask, (rows.start, columns.start)))
         return Contents(things, background)
-
-
-class SegmentationImages(AnnotatedImages):
-    """Images with their label maps, to look at."""
-
-    objects_are = "Objects are connected regions of {classes}"
-
-    def __init__(self, images: SegmentationDataset) -> None:
-        self.classes = images.classes
-        self.countable = tuple(name for name in images.classes if name.lower() not in _STUFF)
-        self._images = images
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def name(self, index: int) -> str:
-        return self._images.name(index)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, LabelMap]:
-        image, mask = self._images[index]
-        return image.as_subclass(Tensor), LabelMap(mask.as_subclass(Tensor), self.classes)
 
 
 class SegmentationPredictor(Predictor[Tensor]):
@@ -353,10 +326,20 @@ class SegmentationTask(Task):
 
     def annotated(
         self, root: Path, split: str, trained_on: DataIdentity | None = None
-    ) -> SegmentationImages:
+    ) -> AnnotatedImages:
         images = open_segmentation(root, split)
         require_classes(root, images.classes, trained_on)
-        return SegmentationImages(images)
+
+        def load(index: int) -> tuple[Tensor, LabelMap]:
+            image, mask = images[index]
+            return image.as_subclass(Tensor), LabelMap(mask.as_subclass(Tensor), images.classes)
+
+        return AnnotatedImages(
+            images,
+            load,
+            tuple(name for name in images.classes if name.lower() not in _STUFF),
+            "Objects are connected regions of {classes}",
+        )
 
     def predictor(
         self,

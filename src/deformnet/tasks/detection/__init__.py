@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from deformnet._errors import UserError
 from deformnet.data.boxes import DetectionDataset
@@ -13,8 +13,9 @@ from deformnet.data.detection import detection_splits, open_detection
 from deformnet.models.detection.detector import Detector
 from deformnet.models.detection.rpn import RPNDetector
 from deformnet.recipes import DetectorRecipe, TestTimeAugmentation
+from deformnet.tasks.annotations import AnnotatedImages
 from deformnet.tasks.base import DataIdentity, Task, TaskOptions, require_classes
-from deformnet.tasks.detection.data import DetectionImages, DetectionTrainingSet
+from deformnet.tasks.detection.data import Boxes, DetectionTrainingSet
 from deformnet.tasks.detection.evaluation import (
     DetectionEvaluationSet,
     DetectionProposalSet,
@@ -76,10 +77,19 @@ class DetectionTask(Task):
 
     def annotated(
         self, root: Path, split: str, trained_on: DataIdentity | None = None
-    ) -> DetectionImages:
+    ) -> AnnotatedImages:
         images = self._open(root, split)
         require_classes(root, images.classes, trained_on)
-        return DetectionImages(images)
+        if not images.has_ground_truth:
+            raise UserError(f"{root}: expected objects to look at, but none are published")
+
+        def load(index: int) -> tuple[Tensor, Boxes]:
+            image, (boxes, labels, _) = images[index]
+            size = (image.shape[1], image.shape[2])
+            known = Boxes(boxes.as_subclass(Tensor), labels, images.classes, size)
+            return image.as_subclass(Tensor), known
+
+        return AnnotatedImages(images, load, images.classes, "Objects are all annotated boxes")
 
     def predictor(
         self,

@@ -16,7 +16,7 @@ from deformnet.data.boxes import BoxAnnotations, DetectionDataset
 from deformnet.data.transforms import detection_transforms
 from deformnet.models.detection.detector import Detector, Size, Target
 from deformnet.recipes import DetectorRecipe
-from deformnet.tasks.annotations import AnnotatedImages, Annotation, Contents, Thing
+from deformnet.tasks.annotations import Annotation, Contents, Thing
 from deformnet.tasks.base import DataIdentity, TrainingSet, seeded
 from deformnet.tasks.proposals import StoredProposals
 from deformnet.visualization.drawing import draw_boxes
@@ -190,27 +190,3 @@ class Boxes(Annotation):
             mask = np.ones((y2 - y1, x2 - x1), dtype=bool)
             things.append(Thing(name, tuple(box), mask, (y1, x1)))
         return Contents(things, background)
-
-
-class DetectionImages(AnnotatedImages):
-    """Images with their objects, to look at."""
-
-    objects_are = "Objects are all annotated boxes"
-
-    def __init__(self, images: DetectionDataset) -> None:
-        if not images.has_ground_truth:
-            raise UserError(f"{images.root}: expected objects to look at, but none are published")
-        self.classes = self.countable = images.classes
-        self._images = images
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def name(self, index: int) -> str:
-        return self._images.name(index)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Boxes]:
-        image, objects = self._images[index]
-        boxes = objects.boxes.as_subclass(Tensor)
-        size = (image.shape[1], image.shape[2])
-        return image.as_subclass(Tensor), Boxes(boxes, objects.labels, self.classes, size)

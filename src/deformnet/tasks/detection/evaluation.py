@@ -49,20 +49,14 @@ class DetectionEvaluationSet(EvaluationSet):
         proposals: StoredProposals | None,
         predictor: MakePredictor,
     ) -> None:
-        self.classes = images.classes
+        super().__init__(images)
         self._images = images
         self._proposals = proposals
         self._predictor = predictor
 
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def name(self, index: int) -> str:
-        return self._images.name(index)
-
     def __getitem__(self, index: int) -> _Sample:
         image, _ = self._images[index]
-        stored = None if self._proposals is None else self._proposals[self._images.name(index)]
+        stored = None if self._proposals is None else self._proposals[self.names[index]]
         return _Sample(image.as_subclass(Tensor), stored)
 
     def evaluate(
@@ -77,12 +71,12 @@ class DetectionEvaluationSet(EvaluationSet):
         return self._score(
             [
                 Record(
-                    self.name(index),
+                    name,
                     found.boxes.float(),
                     found.scores.float(),
                     [predictor.classes[label] for label in found.labels.tolist()],
                 )
-                for index, found in enumerate(detections)
+                for name, found in zip(self.names, detections, strict=True)
             ],
             detections,
         )

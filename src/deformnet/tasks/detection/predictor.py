@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torchvision.ops import clip_boxes_to_image
 
 from deformnet._files import replacing
-from deformnet.analysis import moved_bins
+from deformnet.analysis import bin_locations
 from deformnet.metrics.detections import Record, to_line
 from deformnet.models.detection.detector import (
     Candidates,
@@ -272,7 +272,7 @@ class DetectionInference(Inference):
         model = cast(Detector, predictor.model)
         scale = torch.tensor([*reversed(prepared.scale)] * 2)
         rois = (boxes.boxes * scale).to(prepared.input)
-        bins = moved_bins(
+        bins = bin_locations(
             model,
             predictor.pooling,
             *(self._features, [prepared.size], [rois]),
@@ -281,7 +281,7 @@ class DetectionInference(Inference):
         # The background comes first.
         groups = torch.tensor([predictor.classes.index(name) + 1 for name in boxes.names])
         moved = bins.of_groups(groups.long())
-        return Bins(bins.plain.cpu() / scale, moved.cpu() / scale)
+        return Bins(bins.regular.cpu() / scale, moved.cpu() / scale)
 
 
 def _flipped(boxes: Tensor, size: Size) -> Tensor:
