@@ -88,11 +88,11 @@ stack = record_sampling(model, images, layers[::-1])
 
 def look(what: str, point: tuple[float, float], at_rest: bool) -> SampledUnit:
     unit = stack.unit_at(point)
-    levels = [stack.locations(unit, depth=depth, at_rest=at_rest) for depth in (1, 2, 3)]
+    levels = [stack.locations(unit, depth=depth, zero_offsets=at_rest) for depth in (1, 2, 3)]
     first = [
         SamplingLocations(points[0], inside[0]) for points, inside in levels
     ]  # of the first image
-    return SampledUnit(shown, what, stack.centre(unit), first)
+    return SampledUnit(shown, what, stack.center(unit), first)
 
 
 looks = {

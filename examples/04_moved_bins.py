@@ -3,7 +3,7 @@ Deformable RoI bins
 ===================
 
 Deformable RoI pooling shifts the bins of a box to the parts of the object (Figure 7 of the paper).
-:func:`deformnet.analysis.moved_bins` computes their positions.
+:func:`deformnet.analysis.bin_locations` computes their positions.
 
 Here the task rewards moving bins: predict the color of a bar that lies somewhere in a box full of
 other colors. The prediction is the mean over all bins, so it is right only if the bins lie on the
@@ -78,19 +78,19 @@ for iteration in range(300):
 # The figure
 # ----------
 
-from deformnet.analysis import moved_bins
+from deformnet.analysis import bin_locations
 from deformnet.visualization import DetectionBins, bins_figure
 
 images, _ = bars(6, generator)
 boxes = boxes_of(images)
-bins = moved_bins(model, "pool", images, boxes)
+bins = bin_locations(model, "pool", images, boxes)
 found = [
     DetectionBins((255 * image).to(torch.uint8), "a bar", box[1:], plain, moved)
-    for image, box, plain, moved in zip(images, boxes, bins.plain, bins.moved[:, 0], strict=True)
+    for image, box, plain, moved in zip(images, boxes, bins.regular, bins.deformed[:, 0], strict=True)
 ]
 figure = bins_figure(found)
 
 # %%
 # Bins keep their size; they can only move. In a detector the paper's layers have separate offsets
-# for every class, and :meth:`~deformnet.analysis.MovedBins.of_groups` selects those of a
+# for every class, and :meth:`~deformnet.analysis.BinLocations.of_groups` selects those of a
 # detection. They are learned from boxes and classes alone, so they move less clearly than here.

@@ -74,9 +74,9 @@ for _ in range(120):
     shifts.append([layer.mean_shift for layer in observer.health()])
 for layer in observer.health():
     print(
-        f"layer {layer.layer}: mean shift {layer.mean_shift:.2f}, largest {layer.largest_shift:.2f}"
+        f"layer {layer.layer}: mean shift {layer.mean_shift:.2f}, largest {layer.max_shift:.2f}"
     )
-    print(f"    outside the map {layer.outside:.1%}, at rest {layer.outside_at_rest:.1%}")
+    print(f"    outside the map {layer.outside:.1%}, at rest {layer.outside_without_offsets:.1%}")
 
 import matplotlib.pyplot as plt
 

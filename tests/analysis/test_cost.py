@@ -53,7 +53,7 @@ def test_it_counts_in_inference_mode_too():
 
 
 @pytest.mark.parametrize(
-    ("wanted", "products", "reads"),
+    ("expected", "products", "reads"),
     [
         (("input",), 1, 1),
         (("offset",), 1, 1),
@@ -64,7 +64,7 @@ def test_it_counts_in_inference_mode_too():
         (("input", "offset", "weight", "bias", "mask"), 2, 3),
     ],
 )
-def test_backward_of_the_convolution(wanted, products, reads):
+def test_backward_of_the_convolution(expected, products, reads):
     tensors = {
         "input": torch.randn(1, 2, 4, 4),
         "offset": torch.randn(1, 18, 4, 4),
@@ -72,10 +72,10 @@ def test_backward_of_the_convolution(wanted, products, reads):
         "bias": torch.randn(5),
         "mask": torch.rand(1, 9, 4, 4),
     }
-    for name in wanted:
+    for name in expected:
         tensors[name].requires_grad_()
     output = deform_conv2d(**tensors, padding=1).sum()
-    flops = count_flops(lambda: torch.autograd.grad(output, [tensors[name] for name in wanted]))
+    flops = count_flops(lambda: torch.autograd.grad(output, [tensors[name] for name in expected]))
     assert flops == 16 * 9 * 2 * (products * 5 * PRODUCT + reads * READ)
 
 
@@ -134,14 +134,14 @@ def test_pooling_layers_pool_twice():
     assert count_flops(lambda: sensitive(maps, features, boxes)) == 16 * (3 + 6) * READ + fields
 
 
-@pytest.mark.parametrize(("wanted", "times"), [(("input",), 1), (("input", "offset"), 2)])
-def test_backward_of_the_pooling(wanted, times):
+@pytest.mark.parametrize(("expected", "times"), [(("input",), 1), (("input", "offset"), 2)])
+def test_backward_of_the_pooling(expected, times):
     tensors = {"input": torch.randn(1, 3, 6, 6), "offset": torch.randn(1, 2, 2, 2)}
-    for name in wanted:
+    for name in expected:
         tensors[name].requires_grad_()
     boxes = torch.tensor([[0, 0.0, 0, 3, 3]])
     output = deform_roi_pool(tensors["input"], boxes, tensors["offset"], 2).sum()
-    flops = count_flops(lambda: torch.autograd.grad(output, [tensors[name] for name in wanted]))
+    flops = count_flops(lambda: torch.autograd.grad(output, [tensors[name] for name in expected]))
     assert flops == 16 * 3 * times * READ
 
 
@@ -186,7 +186,7 @@ def test_the_table_of_layers():
     assert model.training
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     json.dumps(dataclasses.asdict(cost))
-    with pytest.raises(ValueError, match="repeats: wanted at least 1, got 0"):
+    with pytest.raises(ValueError, match="expected repeats to be at least 1, but got 0"):
         model_cost(model, x, boxes, repeats=0)
 
 

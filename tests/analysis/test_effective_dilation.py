@@ -13,11 +13,11 @@ from deformnet import DeformConv2d
 from deformnet.analysis import (
     AnnotatedImage,
     LayerDilation,
-    Spread,
+    MeanStd,
     dilation_statistics,
     effective_dilation,
     receptive_field,
-    record_filters,
+    dilation_maps,
 )
 
 
@@ -161,12 +161,12 @@ def test_what_there_is_none_of_is_none():
     (row,) = dilation_statistics(
         model, [AnnotatedImage(torch.rand(3, 8, 8), torch.zeros(0, 4), 1.0)]
     )
-    assert row.small == Spread(0, None, None)
-    assert row.background == Spread(64, 1.0, 0.0)
+    assert row.small == MeanStd(0, None, None)
+    assert row.background == MeanStd(64, 1.0, 0.0)
     assert json.loads(json.dumps(dataclasses.asdict(row)))["large"]["mean"] is None
-    nothing = Spread(0, None, None)
-    assert row + LayerDilation("0", nothing, nothing, nothing, Spread(64, 3.0, 0.0)) == (
-        LayerDilation("0", nothing, nothing, nothing, Spread(128, 2.0, 1.0))
+    nothing = MeanStd(0, None, None)
+    assert row + LayerDilation("0", nothing, nothing, nothing, MeanStd(64, 3.0, 0.0)) == (
+        LayerDilation("0", nothing, nothing, nothing, MeanStd(128, 2.0, 1.0))
     )
 
 
@@ -193,23 +193,23 @@ def test_what_cannot_be_answered_is_refused(images):
         effective_dilation(nn.Conv2d(3, 4, 3), images)
     with pytest.raises(ValueError, match=r"no module 'backbone.layer4'; near it are"):
         effective_dilation(nn.ModuleDict({"backbone_layer4": model}), images, ["backbone.layer4"])
-    with pytest.raises(TypeError, match="'0' is a Conv2d, wanted a deformable"):
+    with pytest.raises(TypeError, match="'0' is a Conv2d, expected a deformable"):
         effective_dilation(model, images, ["0"])
-    with pytest.raises(ValueError, match="layers: wanted at least one name"):
+    with pytest.raises(ValueError, match="expected layers to be at least one name"):
         effective_dilation(model, images, [])
     with pytest.raises(ValueError, match="'0' has one tap"):
         effective_dilation(nn.Sequential(DeformConv2d(3, 2, 1)), images)
-    with pytest.raises(ValueError, match="wanted '1' to run once, it ran 2 times"):
+    with pytest.raises(ValueError, match="expected '1' to run once, it ran 2 times"):
         effective_dilation(model, images, ["1"], call=lambda x: (model(x), model(x)))
     image, boxes = images[0], torch.zeros(0, 4)
     for bad, message in (
-        (AnnotatedImage(images, boxes, 1.0), "image: wanted"),
-        (AnnotatedImage(image, boxes[:, :3], 1.0), "boxes: wanted"),
-        (AnnotatedImage(image, boxes, 0.0), "scale: wanted a number above 0"),
+        (AnnotatedImage(images, boxes, 1.0), "image: expected"),
+        (AnnotatedImage(image, boxes[:, :3], 1.0), "boxes: expected"),
+        (AnnotatedImage(image, boxes, 0.0), "expected scale to be a number above 0"),
     ):
         with pytest.raises(ValueError, match=message):
             dilation_statistics(model, [bad])
-    with pytest.raises(ValueError, match="stride: wanted at least 1 for each of 1, 3"):
+    with pytest.raises(ValueError, match="expected stride to be at least 1 for each of 1, 3"):
         dilation_statistics(model, annotated(), stride={"1": 4})
 
 
@@ -221,7 +221,7 @@ def test_filters_of_one_run(images):
         runs.append(batch)
         return model(batch)
 
-    found = record_filters(model, images, call=call)
+    found = dilation_maps(model, images, call=call)
     assert len(runs) == 1
     for name, dilation in effective_dilation(model, images).items():
         filters = found[name]
@@ -229,12 +229,12 @@ def test_filters_of_one_run(images):
         assert filters.at_rest == model[int(name)].dilation
         assert filters.field == receptive_field(model, images, name)
         for unit in [(0, 0), (2, 5)]:
-            y, x = filters.field.centre(unit)
+            y, x = filters.field.center(unit)
             stride = filters.field.stride[0]
             assert filters.unit_at((y + 0.4 * stride, x - 0.4 * stride)) == unit
         assert filters.unit_at((-99, 999)) == (0, dilation.shape[3] - 1)
     offset = model[1].conv_offset(model[0](images)).unflatten(1, (2, 9, 2))
     expected = offset.square().sum(3).sqrt().mean(2)
     torch.testing.assert_close(found["1"].shift, expected)
-    for ours, other in zip(found.values(), record_filters(theirs, images).values(), strict=True):
+    for ours, other in zip(found.values(), dilation_maps(theirs, images).values(), strict=True):
         torch.testing.assert_close(ours.shift, other.shift)

@@ -30,8 +30,8 @@ def test_a_chain():
     assert receptive_field(model, images, "1").size == (11, 11)
     field = receptive_field(model, images, "5")
     assert field == ReceptiveField((31, 15), (8, 8), (-13, -5))
-    assert field.centre((0, 0)) == (2, 2)
-    assert field.centre((3, 1.5)) == (26, 14)
+    assert field.center((0, 0)) == (2, 2)
+    assert field.center((3, 1.5)) == (26, 14)
     assert receptive_field(model, images, "") == field
 
 
@@ -75,7 +75,7 @@ def test_it_is_the_support_of_the_gradient(which):
     rows, columns = found.gradient.nonzero().T
     assert (rows.min(), rows.max()) == (28 - 7, 28 + 7)
     assert (columns.min(), columns.max()) == (24 - 7, 24 + 7)
-    assert found.share_inside == 1
+    assert found.fraction_inside == 1
     assert found.side <= 15
 
 
@@ -99,14 +99,14 @@ def test_the_square_and_the_share():
     assert found.gradient.sum() == pytest.approx(81)
     assert found.gradient[16:25, 15:24].min() == 1
     assert found.side == 9  # 7 x 7 hold no more than 60 %
-    assert found.share_inside == 1
+    assert found.fraction_inside == 1
 
     with torch.no_grad():  # the middle tap, 20 pixels to the right, is out of the plain field
         model[1].conv_offset.bias.view(9, 2)[4, 1] = 12
     moved = effective_receptive_field(model, image, "1", (20, 15))
     assert moved.gradient[16:25, 23:32].min() == 1
     assert moved.side == 2 * 16 + 1
-    assert moved.share_inside == 0
+    assert moved.fraction_inside == 0
 
 
 def test_stretched_filters_look_farther(images):
@@ -120,7 +120,7 @@ def test_stretched_filters_look_farther(images):
             layer.conv_offset.bias.copy_(scaling_offsets(3, 1, 3))
     wide = effective_receptive_field(plain, images, "2", (24, 20))
     assert narrow.side <= 7 < 13 <= wide.side <= 19
-    assert wide.share_inside < narrow.share_inside == 1
+    assert wide.fraction_inside < narrow.fraction_inside == 1
 
 
 def test_the_model_is_left_as_it_was(images):
@@ -181,11 +181,11 @@ def test_what_cannot_be_answered_is_refused(images):
     model = pair_of_networks()[0]
     with pytest.raises(ValueError, match=r"the model has no module '3\.cnv'"):
         receptive_field(model, images, "3.cnv")
-    with pytest.raises(ValueError, match="wanted '3' to run once, it ran 2 times"):
+    with pytest.raises(ValueError, match="expected '3' to run once, it ran 2 times"):
         receptive_field(model, images, "3", call=lambda x: (model(x), model(x)))
     with pytest.raises(ValueError, match="behind something that does not depend on the image"):
         receptive_field(model, images, "3", call=lambda x: model(torch.zeros(1, 3, 9, 9)))
-    with pytest.raises(ValueError, match=r"unit: wanted one of the 12x10 units, got \(12, 0\)"):
+    with pytest.raises(ValueError, match=r"expected unit to be one of the 12x10 units, but got \(12, 0\)"):
         effective_receptive_field(model, images, "3", (12, 0))
     nn.init.zeros_(model[3].weight)
     with pytest.raises(ValueError, match=r"no gradient comes to the image from \(1, 2\) of '3'"):

@@ -34,8 +34,8 @@ def test_numbers_of_one_layer(images):
     (layer,) = health(model, images)
     assert layer.layer == "0"
     assert layer.mean_shift == pytest.approx(5 / 3 + 40 / 27)
-    assert layer.largest_shift == 40
-    assert layer.map_side == 30
+    assert layer.max_shift == 40
+    assert layer.map_size == 30
     rows, columns = torch.arange(0, 24, 2), torch.arange(0, 30, 2)
     outside = at_rest = 0.0
     for group in range(3):
@@ -50,7 +50,7 @@ def test_numbers_of_one_layer(images):
                 else:
                     at_rest += (1 - float(on)) / 27
     assert layer.outside == pytest.approx(outside, abs=1e-6)
-    assert layer.outside_at_rest == pytest.approx(at_rest, abs=1e-6)
+    assert layer.outside_without_offsets == pytest.approx(at_rest, abs=1e-6)
     made, own = model[0].conv_offset.weight.grad.norm(), model[0].weight.grad.norm()
     assert layer.gradient_ratio == pytest.approx(float(made / own))
 
@@ -60,7 +60,7 @@ def test_torchvisions_layers_have_the_same(images, options):
     ours, theirs = pair_of_networks(**options)
     for mine, other in zip(health(ours, images), health(theirs, images), strict=True):
         assert other.layer == f"{mine.layer}.conv"
-        for name in ("mean_shift", "largest_shift", "outside", "outside_at_rest", "map_side"):
+        for name in ("mean_shift", "max_shift", "outside", "outside_without_offsets", "map_size"):
             assert getattr(other, name) == pytest.approx(getattr(mine, name), rel=1e-3), name
         assert other.gradient_ratio == pytest.approx(mine.gradient_ratio, rel=1e-2)
 
@@ -76,8 +76,8 @@ def test_several_calls_are_taken_together(images):
         share = (12 * 18) / (12 * 18 + 2 * 24 * 30)
         mean = (1 - share) * a.mean_shift + share * b.mean_shift
         assert layer.mean_shift == pytest.approx(mean, rel=1e-2)  # sizes of maps are rounded up
-        assert layer.largest_shift == max(a.largest_shift, b.largest_shift)
-        assert layer.map_side == a.map_side
+        assert layer.max_shift == max(a.max_shift, b.max_shift)
+        assert layer.map_size == a.map_size
         assert layer.gradient_ratio == pytest.approx(b.gradient_ratio)
 
 
@@ -127,7 +127,7 @@ CENTRES = (0.25, 0.75)  # of two bins
 def test_bins_of_deformable_pooling(position_sensitive, listed):
     """Middles of bins count as samples; boxes of 64x32 and 32x32 pixels, cells of 4 pixels."""
     maps, features = torch.rand(2, 8, 24, 40), torch.rand(2, 5, 24, 40)
-    wanted = torch.tensor([[2.0, -1.0, 0.0, 0.0], [0.0, 3.0, -40.0, 0.0]])  # x, y, four bins each
+    expected = torch.tensor([[2.0, -1.0, 0.0, 0.0], [0.0, 3.0, -40.0, 0.0]])  # x, y, four bins each
     if position_sensitive:
         pool = DeformPSRoIPool2d(5, 2, 1 / 4, sampling="msra")
         inputs, maker = (maps, features), pool.conv_offset
@@ -135,7 +135,7 @@ def test_bins_of_deformable_pooling(position_sensitive, listed):
         pool = DeformRoIPool2d(5, 2, 1 / 4, sampling="msra")
         inputs, maker = (features,), pool.fc_offset
     with torch.no_grad():
-        maker.bias.copy_(wanted.flatten())
+        maker.bias.copy_(expected.flatten())
     boxes = [BOXES[:1, 1:], BOXES[1:, 1:]] if listed else BOXES
     model = nn.ModuleDict({"pool": pool})
     with OffsetObserver(model) as observer:
@@ -147,17 +147,17 @@ def test_bins_of_deformable_pooling(position_sensitive, listed):
     for _, x1, y1, x2, y2 in BOXES.tolist():
         width, height = (x2 - x1 + 1) / 4, (y2 - y1 + 1) / 4
         for bin in range(4):
-            dx, dy = (0.1 * wanted[0, bin] * width), (0.1 * wanted[1, bin] * height)
+            dx, dy = (0.1 * expected[0, bin] * width), (0.1 * expected[1, bin] * height)
             shifts.append(math.hypot(dx, dy))
             x = x1 / 4 + CENTRES[bin % 2] * width + dx
             y = y1 / 4 + CENTRES[bin // 2] * height + dy
             outside += not (0 <= x <= 40 and 0 <= y <= 24)
     assert layer.layer == "pool"
     assert layer.mean_shift == pytest.approx(sum(shifts) / 8, rel=1e-5)
-    assert layer.largest_shift == pytest.approx(32, rel=1e-5)
+    assert layer.max_shift == pytest.approx(32, rel=1e-5)
     assert outside == 2
-    assert (layer.outside, layer.outside_at_rest) == (outside / 8, 0)
-    assert (layer.gradient_ratio, layer.map_side) == (None, 40)
+    assert (layer.outside, layer.outside_without_offsets) == (outside / 8, 0)
+    assert (layer.gradient_ratio, layer.map_size) == (None, 40)
     assert layer.runaway() is None
     with torch.no_grad():
         maker.bias.mul_(2)
@@ -172,7 +172,7 @@ def test_pooling_without_boxes(boxes):
     with OffsetObserver(pool) as observer:
         pool(torch.rand(1, 5, 8, 8), boxes)
     (layer,) = observer.health()
-    assert (layer.mean_shift, layer.largest_shift, layer.outside) == (0, 0, 0)
+    assert (layer.mean_shift, layer.max_shift, layer.outside) == (0, 0, 0)
     assert layer.runaway() is None
 
 
@@ -198,12 +198,12 @@ HEALTHY = LayerHealth("conv", 3.0, 20.0, 0.3, 0.1, 0.5, 30)
     [
         ({}, None),
         ({"mean_shift": 15.1}, "its samples are moved by 15.1 cells in the mean, on a map of 30"),
-        ({"largest_shift": 30.5}, "a sample is moved by 30.5 cells, on a map of 30"),
+        ({"max_shift": 30.5}, "a sample is moved by 30.5 cells, on a map of 30"),
         ({"outside": 0.56}, "56% of its samples lie outside the map, 10% without offsets"),
         ({"outside": 0.54}, None),
-        ({"outside_at_rest": 0.9, "outside": 0.94}, None),
+        ({"outside_without_offsets": 0.9, "outside": 0.94}, None),
         ({"mean_shift": math.nan}, "moved by nan cells"),
-        ({"largest_shift": math.inf}, "moved by inf cells"),
+        ({"max_shift": math.inf}, "moved by inf cells"),
     ],
 )
 def test_signs_that_offsets_run_away(changes, reason):
@@ -217,7 +217,7 @@ def test_offsets_that_are_not_finite(images):
         model[1].conv_offset.bias[3] = torch.nan
     layer = health(model, images)[0]
     assert layer.runaway() is not None
-    assert math.isnan(layer.largest_shift)
+    assert math.isnan(layer.max_shift)
 
 
 def test_a_model_without_deformable_layers():

@@ -216,13 +216,13 @@ def test_offsets_of_nan_give_points_of_nan(images):
 @pytest.mark.parametrize(
     ("layers", "unit", "stride", "message"),
     [
-        ([], (0, 0), 1, "layers: wanted at least one name"),
+        ([], (0, 0), 1, "expected layers to be at least one name"),
         (["upper", "under"], (0, 0), 1, "no module 'under'"),
         (["lower", "upper"], (0, 0), 1, "the first named last"),
         (["upper", "upper"], (0, 0), 1, "each to run once"),
         (["upper", "lower"], (24, 0), 1, "24x30 units"),
         (["upper", "lower"], (math.nan, 0), 1, "24x30 units"),
-        (["upper", "lower"], (0, 0), 0, "stride: wanted at least 1"),
+        (["upper", "lower"], (0, 0), 0, "expected stride to be at least 1"),
     ],
 )
 def test_what_cannot_be_answered_is_refused(images, layers, unit, stride, message):
@@ -440,7 +440,7 @@ def test_a_stride_that_cannot_be_found(images):
 
 
 def test_an_unknown_way_between_units(images):
-    with pytest.raises(ValueError, match="between: wanted 'bilinear' or 'rounded', got 'near'"):
+    with pytest.raises(ValueError, match="expected between to be 'bilinear' or 'rounded', but got 'near'"):
         sampling_locations(random_residual(), images, ["upper"], (0, 0), between="near")
     with pytest.raises(ValueError, match="no module 'uper'; near it are upper"):
         sampling_locations(random_residual(), images, ["uper"], (0, 0))
@@ -453,14 +453,14 @@ def test_at_rest_the_layers_sample_as_plain_ones(images, groups):
     model = nn.Sequential(first, DeformConv2d(4, 4, 3, padding=1, offset_groups=groups))
     random_offsets(model)
     stack = record_sampling(model, images, ["1", "0"])
-    at_rest = stack.locations((4, 6), at_rest=True)
+    at_rest = stack.locations((4, 6), zero_offsets=True)
     assert at_rest.points.shape == stack.locations((4, 6)).points.shape
     plain = nn.Sequential(
         nn.Conv2d(3, 4, 3, stride=2, padding=2, dilation=2), nn.Conv2d(4, 4, 3, padding=1)
     )
-    wanted = record_sampling(plain, images, ["1", "0"]).locations((4, 6))
-    assert at_rest.points.equal(wanted.points.repeat(1, groups, 1))
-    assert at_rest.inside.equal(wanted.inside.repeat(1, groups))
+    expected = record_sampling(plain, images, ["1", "0"]).locations((4, 6))
+    assert at_rest.points.equal(expected.points.repeat(1, groups, 1))
+    assert at_rest.inside.equal(expected.inside.repeat(1, groups))
 
 
 def test_the_batch_is_what_the_layers_ran_on(images):

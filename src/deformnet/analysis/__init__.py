@@ -1,15 +1,15 @@
-"""What deformable networks have learned, and what they cost; for any model that has the layers."""
+"""Analysis of any model with deformable layers: sampling, dilation, receptive fields, cost."""
 
-from deformnet.analysis.bins import MovedBins, moved_bins
+from deformnet.analysis.bins import BinLocations, bin_locations
 from deformnet.analysis.cost import LayerCost, ModelCost, count_flops, model_cost
 from deformnet.analysis.dilation import (
     AnnotatedImage,
-    FilterMap,
+    DilationMap,
     LayerDilation,
-    Spread,
+    MeanStd,
+    dilation_maps,
     dilation_statistics,
     effective_dilation,
-    record_filters,
 )
 from deformnet.analysis.fields import (
     EffectiveField,
@@ -17,7 +17,7 @@ from deformnet.analysis.fields import (
     effective_receptive_field,
     receptive_field,
 )
-from deformnet.analysis.health import LayerHealth, OffsetObserver
+from deformnet.analysis.health import LayerHealth, OffsetObserver, has_deformable_layers
 from deformnet.analysis.sampling import (
     SamplingLocations,
     SamplingStack,
@@ -27,26 +27,27 @@ from deformnet.analysis.sampling import (
 
 __all__ = [
     "AnnotatedImage",
+    "BinLocations",
+    "DilationMap",
     "EffectiveField",
-    "FilterMap",
     "LayerCost",
     "LayerDilation",
     "LayerHealth",
+    "MeanStd",
     "ModelCost",
-    "MovedBins",
     "OffsetObserver",
     "ReceptiveField",
     "SamplingLocations",
     "SamplingStack",
-    "Spread",
+    "bin_locations",
     "count_flops",
+    "dilation_maps",
     "dilation_statistics",
     "effective_dilation",
     "effective_receptive_field",
+    "has_deformable_layers",
     "model_cost",
-    "moved_bins",
     "receptive_field",
-    "record_filters",
     "record_sampling",
     "sampling_locations",
 ]

@@ -1,4 +1,4 @@
-"""Where the bins of deformable RoI pooling lie (Dai et al. 2017, Figure 7)."""
+"""Bin locations of deformable RoI pooling (Dai et al. 2017, Figure 7)."""
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
@@ -8,86 +8,90 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from deformnet.analysis.layers import evaluating, hooks_called
+from deformnet.analysis.layers import eager, evaluating
 from deformnet.nn import DeformPSRoIPool2d, DeformRoIPool2d
 from deformnet.ops.roi_pool.checks import join_boxes
 
 RoIPool = DeformRoIPool2d | DeformPSRoIPool2d
 
 
-class MovedBins(NamedTuple):
-    """The bins of R boxes, as boxes x1 y1 x2 y2 in pixels of the image."""
+class BinLocations(NamedTuple):
+    """Bins of R boxes, as boxes (x1, y1, x2, y2) in pixels of the image."""
 
-    plain: Tensor
-    """[R, ph, pw, 4]: the regular partition."""
-    moved: Tensor
-    """[R, G, ph, pw, 4]: where each offset group has its bins."""
+    regular: Tensor
+    """[R, ph, pw, 4], the regular grid."""
+    deformed: Tensor
+    """[R, G, ph, pw, 4], the bins of each offset group, shifted by their offsets."""
 
     def of_groups(self, groups: Tensor) -> Tensor:
-        """The moved bins [R, ph, pw, 4] of one offset group for each box: those that it is seen by.
+        """Deformed bins [R, ph, pw, 4] of one offset group for each box.
 
-        In an R-FCN whose offsets know the class, the group of a detection's class: 0 is the
-        background's, k + 1 that of class k.
+        With the class-aware offsets of R-FCN this is the group of a detection's class: 0 for the
+        background, k + 1 for class k.
 
         Args:
-            groups: integers [R], 0 to G - 1. Where all classes share one group, it is that one.
+            groups: Integers [R], 0 to G - 1. If all classes share one group, that one is returned.
+
         Raises:
-            ValueError: if it has another shape, or a group does not exist.
+            ValueError: If the shape is wrong, or a group does not exist.
         """
-        boxes, count = self.moved.shape[:2]
+        boxes, count = self.deformed.shape[:2]
         if list(groups.shape) != [boxes]:
-            raise ValueError(f"groups: wanted [{boxes}], got {list(groups.shape)}")
+            raise ValueError(f"expected groups to be [{boxes}], but got {list(groups.shape)}")
         if count == 1:
-            return self.moved[:, 0]
+            return self.deformed[:, 0]
         if boxes and not 0 <= int(groups.min()) <= int(groups.max()) < count:
-            raise ValueError(f"groups: wanted 0 to {count - 1}, got {groups.tolist()}")
-        groups = groups.to(self.moved.device)
-        return self.moved[torch.arange(boxes, device=groups.device), groups]
+            raise ValueError(f"expected groups to be 0 to {count - 1}, but got {groups.tolist()}")
+        groups = groups.to(self.deformed.device)
+        return self.deformed[torch.arange(boxes, device=groups.device), groups]
 
 
 @torch.no_grad()
-def moved_bins(
+def bin_locations(
     model: nn.Module, layer: str, *inputs: Any, call: Callable[..., object] | None = None
-) -> MovedBins:
-    """The bins of a deformable RoI pooling layer in one call of a model, in evaluation mode.
+) -> BinLocations:
+    """Bin locations of a deformable RoI pooling layer in a forward pass, in evaluation mode.
 
-    They are the exact parts of the boxes, whose last pixel "bins" and "msra" sampling count in, and
-    they move as far as the layer moves them: by its offsets times the size that the rule of
-    sampling gives to the box. (Of the map, "bins" then reads whole cells.)
+    The regular bins divide the boxes exactly; with "bins" and "msra" sampling, boxes include their
+    last pixel. They are shifted by the offsets times the box size of the sampling rule. (The "bins"
+    rule then samples whole pixels of the feature map.)
 
     Args:
-        model: any network that has the layer and calls it once.
-        layer: its name in `model.named_modules()`.
-        inputs: what the model is called with.
-        call: what to call with them in the place of the model, such as a part of it whose inputs
-            are known from an earlier run.
+        model: Model that calls the layer once.
+        layer: Name of the layer in `model.named_modules()`.
+        inputs: Arguments of the model.
+        call: Function to call with these arguments in place of the model, such as a part of it
+            whose inputs are known from an earlier pass.
+
     Raises:
-        ValueError: if there is no such layer, if it is another kind of layer, or if the model does
+        ValueError: If there is no such layer, it is not deformable RoI pooling, or the model does
             not call it exactly once.
     """
     pools = roi_pools(model)
     if layer not in pools:
         raise ValueError(
-            f"layer: wanted one of {', '.join(pools) or '(the model has none)'}, got {layer!r}"
+            f"expected layer to be one of {', '.join(pools) or '(the model has none)'}, "
+            f"but got {layer!r}"
         )
-    found: list[MovedBins] = []
+    locations: list[BinLocations] = []
 
-    def see(done: PoolCall) -> None:
-        found.append(bins_in(done))  # at once: the model may go on to change boxes in place
+    def record(it: PoolCall) -> None:
+        locations.append(locate_bins(it))  # now, as the model may modify the boxes in place
 
-    with watching_pools({layer: pools[layer]}, see), evaluating(model):
+    with recording_pools({layer: pools[layer]}, record), evaluating(model):
         (call or model)(*inputs)
-    if len(found) != 1:
-        raise ValueError(f"layer: wanted {layer} to be called once, got {len(found)} calls")
-    return found[0]
+    if len(locations) != 1:
+        raise ValueError(f"expected {layer!r} to run once, but it ran {len(locations)} times")
+    return locations[0]
 
 
 class PoolCall(NamedTuple):
-    """One call of a deformable RoI pooling layer.
+    """A call of a deformable RoI pooling layer.
 
     Attributes:
-        name: of the layer, in `model.named_modules()`.
-        features: what its offsets come from, [N, C, H, W].
+        name: Name of the layer in `model.named_modules()`.
+        pool: The layer.
+        features: Features [N, C, H, W] that the offsets are predicted from.
         boxes: [R, 5], in pixels of the image.
     """
 
@@ -98,34 +102,36 @@ class PoolCall(NamedTuple):
 
 
 def roi_pools(model: nn.Module) -> dict[str, RoIPool]:
-    """The deformable RoI pooling layers of a model, by name."""
+    """Deformable RoI pooling layers of a model, by name."""
     return {name: pool for name, pool in model.named_modules() if isinstance(pool, RoIPool)}
 
 
 @contextmanager
-def watching_pools(pools: Mapping[str, RoIPool], see: Callable[[PoolCall], None]) -> Iterator[None]:
-    """Shows every call of some layers to `see`, when it is done."""
+def recording_pools(
+    pools: Mapping[str, RoIPool], record: Callable[[PoolCall], None]
+) -> Iterator[None]:
+    """Pass every call of the layers to `record` when it returns."""
 
-    def note(name: str, pool: RoIPool) -> Callable[..., None]:
+    def make_hook(name: str, pool: RoIPool) -> Callable[..., None]:
         signature = inspect.signature(pool.forward)
 
         def hook(
             _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
         ) -> None:
-            # "maps" come before in position-sensitive pooling.
+            # Position-sensitive pooling has "maps" as its first argument.
             features, boxes = signature.bind(*args, **kwargs).args[-2:]
             if not isinstance(boxes, Tensor):
                 boxes = join_boxes(boxes, features)
-            see(PoolCall(name, pool, features, boxes))
+            record(PoolCall(name, pool, features, boxes))
 
         return hook
 
     handles = [
-        pool.register_forward_hook(note(name, pool), with_kwargs=True)
+        pool.register_forward_hook(make_hook(name, pool), with_kwargs=True)
         for name, pool in pools.items()
     ]
     try:
-        with hooks_called():
+        with eager():
             yield
     finally:
         for handle in handles:
@@ -133,32 +139,32 @@ def watching_pools(pools: Mapping[str, RoIPool], see: Callable[[PoolCall], None]
 
 
 @torch.no_grad()
-def bins_in(call: PoolCall) -> MovedBins:
-    """Where the bins lie in a call, by offsets that are made once more."""
+def locate_bins(call: PoolCall) -> BinLocations:
+    """Bin locations of a call, whose offsets are computed again."""
     pool, boxes = call.pool, call.boxes
     offsets = pool.offsets(call.features, boxes).float()
     ph, pw = pool.output_size
     corners = boxes[:, 1:].to(torch.float64, copy=True)
-    sizes = _measured(pool, corners).float()
+    sizes = _offset_units(pool, corners).float()
     corners[:, 2:] += pool.sampling != "aligned"
     corners = corners.float()
     columns = torch.arange(pw, device=boxes.device) / pw
     rows = torch.arange(ph, device=boxes.device) / ph
     y, x = torch.meshgrid(rows, columns, indexing="ij")
-    starts = torch.stack([x, y], dim=-1)  # shares of the box
+    starts = torch.stack([x, y], dim=-1)  # in fractions of the box
     ends = starts + torch.tensor([1 / pw, 1 / ph], device=boxes.device)
-    shares = torch.stack([starts, ends], dim=-2)  # [ph, pw, start or end, (x, y)]
+    fractions = torch.stack([starts, ends], dim=-2)  # [ph, pw, start or end, (x, y)]
     origin = corners[:, None, None, None, :2]
     extent = (corners[:, 2:] - corners[:, :2])[:, None, None, None]
-    plain = origin + shares * extent
+    regular = origin + fractions * extent
     # [R, G, (x, y), ph, pw] to [R, G, ph, pw, (x, y)]
     shifts = offsets.unflatten(1, (-1, 2)).permute(0, 1, 3, 4, 2) * pool.gamma
-    moved = plain[:, None] + (shifts * sizes[:, None, None, None])[..., None, :]
-    return MovedBins(plain.flatten(-2), moved.flatten(-2))
+    deformed = regular[:, None] + (shifts * sizes[:, None, None, None])[..., None, :]
+    return BinLocations(regular.flatten(-2), deformed.flatten(-2))
 
 
-def _measured(pool: RoIPool, corners: Tensor) -> Tensor:
-    """Width and height [R, 2] that offsets count in, in pixels of the image."""
+def _offset_units(pool: RoIPool, corners: Tensor) -> Tensor:
+    """Unit of the offsets: width and height [R, 2] of the boxes by the sampling rule, in pixels."""
     low, high, scale = corners[:, :2], corners[:, 2:], pool.spatial_scale
     if pool.sampling == "bins":
         return (_round(high * scale) - _round(low * scale) + 1).clamp(min=1) / scale
@@ -168,5 +174,5 @@ def _measured(pool: RoIPool, corners: Tensor) -> Tensor:
 
 
 def _round(numbers: Tensor) -> Tensor:
-    """To whole numbers, halves away from zero."""
+    """Round halves away from zero."""
     return numbers.sign() * (numbers.abs() + 0.5).floor()

@@ -1,8 +1,4 @@
-"""How much arithmetic a network does, its deformable layers included.
-
-PyTorch's `torch.utils.flop_counter.FlopCounterMode` counts convolutions and matrix products, and
-the operators of this package. This module also counts torchvision's deformable convolution.
-"""
+"""Parameters, floating-point operations, memory and run time of networks with deformable layers."""
 
 import statistics
 import time
@@ -12,17 +8,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torchvision  # noqa: F401 (defines torch.ops.torchvision)
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from deformnet.analysis.layers import evaluating, hooks_called
+from deformnet.analysis.layers import eager, evaluating
 from deformnet.nn import DeformConv2d, DeformPSRoIPool2d, DeformRoIPool2d
 
 
 def _flop_counter() -> FlopCounterMode:
-    """PyTorch's counter, which also knows torchvision's operator where torchvision is imported."""
+    """PyTorch's counter with torchvision's deformable convolution, if torchvision is imported."""
     formulas: dict[Any, Callable[..., int]] = {}
     if hasattr(torch.ops.torchvision, "deform_conv2d"):
         formulas[torch.ops.torchvision.deform_conv2d] = _torchvision
@@ -31,33 +26,32 @@ def _flop_counter() -> FlopCounterMode:
 
 
 def count_flops(call: Callable[[], object]) -> int:
-    """The floating-point operations of whatever a call computes, forward or backward.
+    """Count the floating-point operations of a call, forward or backward.
 
-    A multiply-add is two operations. Counted are convolutions and matrix products, as PyTorch's
-    `FlopCounterMode` does (every tap counts, at the border too; biases do not), and:
+    A multiply-add is two operations. As in PyTorch's `FlopCounterMode`, convolutions and matrix
+    products count (with every tap, also at the border, and without biases), and also:
 
-    - deformable convolution: the multiply-adds of the plain convolution, and four for each channel
-      of each sample, one for each pixel of the bilinear read. A mask costs nothing besides, as it
-      goes into the four weights. Its `conv_offset` is a convolution like any other. torchvision's
-      costs the same.
-    - deformable RoI pooling, plain and position-sensitive, with and without offsets: four
-      multiply-adds for each channel of each sample. How many samples a box has is decided by the
-      rule of sampling, whether they lie on the map or not.
-    - backward, one such product for the gradients of all that is sampled and one for those of the
-      weights; and four multiply-adds for each channel of each sample wherever it is read again
-      (for the weights), spread over the map, or compared with its pixels (for offsets and masks).
+    - Deformable convolution, torchvision's included: the multiply-adds of the plain convolution,
+      and four for each channel of each sample, one for each pixel of the bilinear read. A mask is
+      free, as it is multiplied into the four weights. `conv_offset` counts as any convolution.
+    - Deformable RoI pooling, position-sensitive or not, with and without offsets: four
+      multiply-adds for each channel of each sample. The sampling rule defines the number of samples
+      of a box, whether they lie on the feature map or not.
+    - Backward: one such product for the gradients of all samples and one for those of the weights;
+      and four multiply-adds for each channel of each sample wherever it is read again (for the
+      weights), scattered to the map, or compared with its pixels (for offsets and masks).
 
-    It is arithmetic by definition, not what a kernel saves or adds. Not counted are element-wise
-    operations, normalisation, max pooling and interpolation; torchvision's other operators, such
-    as `nms` and `roi_align`; and the reference implementation (`backend="reference"`), but for the
-    matrix products inside.
+    This is arithmetic by definition, whatever a kernel saves or adds. Element-wise operations,
+    normalization, max pooling, interpolation, torchvision's other operators (such as `nms` and
+    `roi_align`) and the reference implementation (`backend="reference"`), except its matrix
+    products, do not count.
 
     Args:
-        call: computes something, such as `lambda: model(images)`; it is called once, on real or on
-            meta tensors.
+        call: Computation such as `lambda: model(images)`; called once, on real or meta tensors.
+
     Raises:
-        ValueError: if it pools boxes without values (on the meta device) by a rule whose number of
-            samples depends on them.
+        ValueError: If it pools boxes without values (on the meta device) by a sampling rule whose
+            number of samples depends on them.
     """
     with _flop_counter() as counter:
         call()
@@ -66,15 +60,16 @@ def count_flops(call: Callable[[], object]) -> int:
 
 @dataclass(frozen=True)
 class LayerCost:
-    """What a layer costs in one forward pass, over all its calls.
+    """Cost of a layer in a forward pass, over all of its calls.
 
     Attributes:
-        layer, kind: its name and its class.
-        parameters: how many numbers it holds.
-        flops: as `count_flops` counts them.
-        output: shape of what it made, in its last call; None if that is not one tensor.
-        output_bytes: memory of all that it made; training keeps most of it for the backward pass.
-        seconds: median of the repeats.
+        layer: Name of the layer.
+        kind: Class of the layer.
+        parameters: Number of parameters.
+        flops: Floating-point operations; see `count_flops`.
+        output: Shape of the output of the last call; None if it is not a single tensor.
+        output_bytes: Memory of all outputs, most of which training keeps for the backward pass.
+        seconds: Median run time.
     """
 
     layer: str
@@ -88,16 +83,15 @@ class LayerCost:
 
 @dataclass(frozen=True)
 class ModelCost:
-    """What a model costs in one forward pass; `dataclasses.asdict` makes it ready for JSON.
+    """Cost of a model in a forward pass; `dataclasses.asdict` converts it for JSON.
 
     Attributes:
-        layers: those that ran, in the order of their first calls. What the model does besides, in
-            its own code, is in the totals only.
-        parameters: of the whole model.
-        flops: of the whole model.
-        seconds: of the whole model, median of the repeats; no layer is timed meanwhile.
-        peak_bytes: the most memory that the pass had on the GPU beyond what was there before it;
-            None on other devices, where PyTorch does not count it.
+        layers: Layers in the order of their first calls. Operations outside of them are only in the
+            totals.
+        parameters: Number of parameters of the model.
+        flops: Floating-point operations of the model.
+        seconds: Median run time of the model, without timing its layers.
+        peak_bytes: Peak GPU memory of the pass above the memory before it; None on other devices.
     """
 
     layers: list[LayerCost]
@@ -108,23 +102,23 @@ class ModelCost:
 
 
 def model_cost(model: nn.Module, *inputs: Any, repeats: int = 5) -> ModelCost:
-    """Parameters, arithmetic, output size and time of each layer of a model.
+    """Measure parameters, operations, output size and run time of each layer of a model.
 
-    A layer is a module without children; the deformable layers of this package are one each, with
-    what makes their offsets. On a GPU the layers are timed one at a time, as it has to finish each
-    before the next begins, so that their times add up to more than the model's. Those of a compiled
-    model are timed as they are without compilation.
+    A layer is a module without children, or a deformable layer of this package together with the
+    layer that predicts its offsets. On a GPU, the run times of layers add up to more than the
+    model's, as each layer has to finish before the next starts. Layers of a compiled model are
+    timed without compilation.
 
     Args:
-        model: any network; run in evaluation mode and without gradients.
-        inputs: what it is called with.
-        repeats: timed passes, of the layers and of the whole, each after one that warms up; at
-            least 1.
+        model: Any network; run in evaluation mode without gradients.
+        inputs: Arguments of the model.
+        repeats: Timed passes of the layers and of the model, each after a warm-up; at least 1.
+
     Raises:
-        ValueError: if `repeats` is below 1.
+        ValueError: If `repeats` is less than 1.
     """
     if repeats < 1:
-        raise ValueError(f"repeats: wanted at least 1, got {repeats}")
+        raise ValueError(f"expected repeats to be at least 1, but got {repeats}")
     layers = _layers(model)
     device = next((leaf.device for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)), None)
     cuda = device is not None and device.type == "cuda"
@@ -136,18 +130,18 @@ def model_cost(model: nn.Module, *inputs: Any, repeats: int = 5) -> ModelCost:
 
     flops: dict[str, int] = {}
     outputs: dict[str, tuple[int, ...] | None] = {}
-    made: dict[str, int] = {}
+    output_bytes: dict[str, int] = {}
     passes: list[dict[str, float]] = []
     with torch.no_grad(), evaluating(model):
         with _flop_counter() as counter:
 
-            def note(name: str, before: float, output: Any) -> None:
+            def count(name: str, before: float, output: Any) -> None:
                 flops[name] = flops.get(name, 0) + int(counter.get_total_flops() - before)
                 outputs[name] = tuple(output.shape) if isinstance(output, Tensor) else None
                 tensors = (leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
-                made[name] = made.get(name, 0) + sum(tensor.nbytes for tensor in tensors)
+                output_bytes[name] = output_bytes.get(name, 0) + sum(t.nbytes for t in tensors)
 
-            with _around(layers, counter.get_total_flops, note):
+            with _measuring(layers, counter.get_total_flops, count):
                 model(*inputs)
         for _ in range(repeats):
             seconds = dict.fromkeys(flops, 0.0)
@@ -155,19 +149,19 @@ def model_cost(model: nn.Module, *inputs: Any, repeats: int = 5) -> ModelCost:
             def add(name: str, before: float, _: Any, seconds: dict[str, float] = seconds) -> None:
                 seconds[name] += now() - before
 
-            with _around(layers, now, add):
+            with _measuring(layers, now, add):
                 model(*inputs)
             passes.append(seconds)
-        model(*inputs)  # one that is compiled may have to be now
+        model(*inputs)  # a compiled model may compile here
         totals = []
-        held = torch.cuda.memory_allocated(device) if cuda else 0
+        held_bytes = torch.cuda.memory_allocated(device) if cuda else 0
         if cuda:
             torch.cuda.reset_peak_memory_stats(device)
         for _ in range(repeats):
             start = now()
             model(*inputs)
             totals.append(now() - start)
-        peak = torch.cuda.max_memory_allocated(device) - held if cuda else None
+        peak = torch.cuda.max_memory_allocated(device) - held_bytes if cuda else None
     rows = [
         LayerCost(
             name,
@@ -175,7 +169,7 @@ def model_cost(model: nn.Module, *inputs: Any, repeats: int = 5) -> ModelCost:
             sum(parameter.numel() for parameter in layers[name].parameters()),
             flops[name],
             outputs[name],
-            made[name],
+            output_bytes[name],
             statistics.median(seconds[name] for seconds in passes),
         )
         for name in flops
@@ -185,40 +179,40 @@ def model_cost(model: nn.Module, *inputs: Any, repeats: int = 5) -> ModelCost:
 
 
 def _layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that are rows of the table, each once, by name."""
+    """The layers to measure, each once, by name."""
     whole = (DeformConv2d, DeformRoIPool2d, DeformPSRoIPool2d)
-    found: dict[str, nn.Module] = {}
+    layers: dict[str, nn.Module] = {}
     inner: set[nn.Module] = set()
     for name, module in model.named_modules():  # parents come first
         if isinstance(module, whole):
             inner.update(child for child in module.modules() if child is not module)
         if module not in inner and (isinstance(module, whole) or not list(module.children())):
-            found[name] = module
-    return found
+            layers[name] = module
+    return layers
 
 
 @contextmanager
-def _around(
+def _measuring(
     layers: dict[str, nn.Module],
     before: Callable[[], float],
     after: Callable[[str, float, Any], None],
 ) -> Iterator[None]:
-    """Calls `before` as each layer begins, and `after` with what that said as it ends."""
+    """Call `before` when a layer starts, and `after` with its result when the layer returns."""
     handles = []
     for name, layer in layers.items():
-        begun: list[float] = []
+        stack: list[float] = []
 
-        def begin(_: nn.Module, args: Any, begun: list[float] = begun) -> None:
-            begun.append(before())
+        def start(_: nn.Module, args: Any, stack: list[float] = stack) -> None:
+            stack.append(before())
 
         def end(
-            _: nn.Module, args: Any, output: Any, name: str = name, begun: list[float] = begun
+            _: nn.Module, args: Any, output: Any, name: str = name, stack: list[float] = stack
         ) -> None:
-            after(name, begun.pop(), output)
+            after(name, stack.pop(), output)
 
-        handles += [layer.register_forward_pre_hook(begin), layer.register_forward_hook(end)]
+        handles += [layer.register_forward_pre_hook(start), layer.register_forward_hook(end)]
     try:
-        with hooks_called():
+        with eager():
             yield
     finally:
         for handle in handles:

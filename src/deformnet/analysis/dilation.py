@@ -1,7 +1,8 @@
-"""How far filters spread: effective dilation (Dai et al. 2017, section 4.2 and Table 2)."""
+"""Effective dilation of deformable filters (Dai et al. 2017, section 4.2 and Table 2)."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
@@ -9,12 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from deformnet.analysis.fields import FieldTracer, ReceptiveField
-from deformnet.analysis.layers import Call, Kernel, deformable_layers, evaluating, size_of, watching
+from deformnet.analysis.layers import (
+    Call,
+    Kernel,
+    deformable_layers,
+    evaluating,
+    recording_calls,
+    size_of,
+)
 
 SMALL_AREA = 96**2
-"""Objects of less are small (Table 2)."""
+"""Maximum area of small objects in pixels, exclusive (Table 2)."""
 LARGE_AREA = 224**2
-"""Objects of more are large; those of neither are medium."""
+"""Minimum area of large objects in pixels, exclusive; medium objects are in between."""
 
 _Result = TypeVar("_Result")
 
@@ -26,142 +34,149 @@ def effective_dilation(
     *,
     call: Callable[[Tensor], object] | None = None,
 ) -> dict[str, Tensor]:
-    """The effective dilation of every filter of the deformable convolutions, by layer.
+    """Effective dilation of every filter of the deformable convolutions, by layer.
 
-    It is the mean distance between adjacent sampling locations of a filter, side by side or one
-    above the other (12 pairs in a 3x3 kernel), in cells of the layer's input. Without offsets it is
-    the layer's dilation.
+    The effective dilation is the mean distance between horizontally or vertically adjacent sampling
+    locations of a filter (12 pairs in a 3x3 kernel), in pixels of the layer's input. Without
+    offsets it is the layer's dilation.
 
-        >>> found = effective_dilation(model, images)["layer4.2.conv2"].mean(1)  # over the groups
+        >>> dilation = effective_dilation(model, images)["layer4.2.conv2"].mean(1)  # over groups
 
     Args:
-        model: holds deformnet's or torchvision's `DeformConv2d`; run once, in evaluation mode and
+        model: Model with deformnet's or torchvision's `DeformConv2d`; run once, in evaluation mode
             without gradients.
-        images: [N, 3, H, W] as the model takes them.
-        layers: their names; None for all.
-        call: what to run in the place of `model(images)`.
+        images: Input [N, 3, H, W] of the model.
+        layers: Names of the layers; None for all.
+        call: Function to run in place of `model(images)`.
+
     Returns:
-        For each layer, in the order of their names, [N, G, Ho, Wo]: for each unit and offset group.
+        The effective dilation of each unit and offset group, [N, G, Ho, Wo], by layer in the order
+        of the names.
+
     Raises:
-        ValueError: if the model has no deformable layer, a name is unknown, a layer does not run
-            exactly once, or its kernel has one tap only.
-        TypeError: if a name is that of another kind of layer.
+        ValueError: If the model has no deformable layer, a name is unknown, a layer does not run
+            exactly once, or its kernel has a single tap.
+        TypeError: If a layer is not a deformable convolution.
     """
-    found = _with_pairs(deformable_layers(model, layers), chosen=layers is not None)
-    results: dict[str, list[Tensor]] = {name: [] for name in found}
+    convolutions = _with_pairs(deformable_layers(model, layers), named=layers is not None)
+    results: dict[str, list[Tensor]] = {name: [] for name in convolutions}
 
-    def see(done: Call) -> None:
-        results[done.name].append(_dilation(done))
+    def record(it: Call) -> None:
+        results[it.name].append(_dilation(it))
 
-    with torch.no_grad(), evaluating(model), watching(found, see):
+    with torch.no_grad(), evaluating(model), recording_calls(convolutions, record):
         (call or model)(images)
-    return {name: _only(name, times) for name, times in results.items()}
+    return {name: _only(name, runs) for name, runs in results.items()}
 
 
-class FilterMap(NamedTuple):
-    """How the filters of one deformable layer lay in one run, at each of its units.
+class DilationMap(NamedTuple):
+    """Effective dilation of a deformable layer, by position in the image.
 
     Attributes:
-        dilation: [N, G, Ho, Wo], the effective dilation; see `effective_dilation`.
-        shift: [N, G, Ho, Wo], how far the taps of a filter were moved in the mean, in cells of the
-            layer's input.
-        at_rest: the dilation of the layer, down and across.
-        field: what the units see of the image.
+        dilation: [N, G, Ho, Wo], effective dilation of each unit; see `effective_dilation`.
+        shift: [N, G, Ho, Wo], mean length of the offsets of each unit, in pixels of the layer's
+            input.
+        layer_dilation: Dilation of the layer without offsets, (y, x).
+        field: Receptive field of the units.
     """
 
     dilation: Tensor
     shift: Tensor
-    at_rest: tuple[int, int]
+    layer_dilation: tuple[int, int]
     field: ReceptiveField
 
     def unit_at(self, point: tuple[float, float]) -> tuple[int, int]:
-        """The unit (row, column) whose centre is nearest to a point (y, x) of the image."""
+        """Unit (row, column) whose center is nearest to a point (y, x) of the image."""
         return self.field.nearest(point, size_of(self.dilation))
 
 
-def record_filters(
+def dilation_maps(
     model: nn.Module,
     images: Tensor,
     layers: Sequence[str] | None = None,
     *,
     call: Callable[[Tensor], object] | None = None,
-) -> dict[str, FilterMap]:
-    """Runs a model once and keeps how the filters of its deformable convolutions lay.
+) -> dict[str, DilationMap]:
+    """Run a model once and map the effective dilation of its deformable convolutions.
 
-        >>> filters = record_filters(model, image[None])["layer4.1.conv2"]
-        >>> row, column = filters.unit_at((120, 64))
-        >>> filters.dilation[0, :, row, column].mean()
+        >>> maps = dilation_maps(model, image[None])["layer4.1.conv2"]
+        >>> row, column = maps.unit_at((120, 64))
+        >>> maps.dilation[0, :, row, column].mean()
 
     Args:
-        model, images, layers, call: as for `effective_dilation`.
+        model, images, layers, call: See `effective_dilation`.
+
     Returns:
-        For each layer, in the order of their names.
+        A map for each layer, in the order of the names.
+
     Raises:
-        ValueError, TypeError: as `effective_dilation`; ValueError if it is not known what the units
-            of a layer see, as in `receptive_field`.
+        ValueError, TypeError: As `effective_dilation`; ValueError if the receptive field of a layer
+            cannot be traced, as in `receptive_field`.
     """
-    found = _with_pairs(deformable_layers(model, layers), chosen=layers is not None)
-    results: dict[str, list[FilterMap]] = {name: [] for name in found}
+    convolutions = _with_pairs(deformable_layers(model, layers), named=layers is not None)
+    results: dict[str, list[DilationMap]] = {name: [] for name in convolutions}
     tracer = FieldTracer(images)
 
-    def see(done: Call) -> None:
-        kernel = Kernel.of(done.layer)
-        maps = FilterMap(
-            _dilation(done), _mean_shift(done), kernel.dilation, tracer.field(done.output)
+    def record(it: Call) -> None:
+        maps = DilationMap(
+            _dilation(it), _mean_shift(it), Kernel.of(it.layer).dilation, tracer.field(it.output)
         )
-        results[done.name].append(maps)
+        results[it.name].append(maps)
 
-    with torch.no_grad(), evaluating(model), watching(found, see), tracer:
+    with torch.no_grad(), evaluating(model), recording_calls(convolutions, record), tracer:
         (call or model)(images)
-    return {name: _only(name, times) for name, times in results.items()}
+    return {name: _only(name, runs) for name, runs in results.items()}
 
 
 @dataclass(frozen=True)
-class Spread:
-    """Mean and standard deviation of some numbers; None if there are none.
+class MeanStd:
+    """Mean and standard deviation of a sample; None if it is empty.
 
-    The deviation is that of the numbers themselves, not an estimate for others of their kind.
+    The standard deviation is that of the sample (divided by `count`).
     """
 
     count: int
     mean: float | None
     std: float | None
 
-    def __add__(self, other: "Spread") -> "Spread":
-        """The mean and the deviation of both together."""
+    def __add__(self, other: "MeanStd") -> "MeanStd":
+        """Mean and standard deviation of the union of two samples."""
         if self.mean is None or self.std is None:
             return other
         if other.mean is None or other.std is None:
             return self
         count = self.count + other.count
-        share = other.count / count
-        apart = other.mean - self.mean
-        variance = (1 - share) * self.std**2 + share * other.std**2
-        variance += share * (1 - share) * apart**2
-        return Spread(count, self.mean + share * apart, math.sqrt(variance))
+        fraction = other.count / count
+        difference = other.mean - self.mean
+        variance = (1 - fraction) * self.std**2 + fraction * other.std**2
+        variance += fraction * (1 - fraction) * difference**2
+        return MeanStd(count, self.mean + fraction * difference, math.sqrt(variance))
 
 
 @dataclass(frozen=True)
 class LayerDilation:
-    """A row of Table 2: the effective dilation of a layer's filters, by what they are centred on.
+    """Row of Table 2: effective dilation of a layer's filters, by the size of the object.
 
-    `dataclasses.asdict` makes it ready for JSON. Rows of the same layer on different images, found
-    one after the other or in different processes, can be added.
+    `dataclasses.asdict` converts it for JSON. Rows of the same layer on different images can be
+    added.
     """
 
     layer: str
-    small: Spread
-    medium: Spread
-    large: Spread
-    background: Spread
+    small: MeanStd
+    medium: MeanStd
+    large: MeanStd
+    background: MeanStd
 
     def __add__(self, other: "LayerDilation") -> "LayerDilation":
-        """
+        """Statistics over the images of both rows.
+
         Raises:
-            ValueError: if they are of different layers.
+            ValueError: If they are of different layers.
         """
         if self.layer != other.layer:
-            raise ValueError(f"wanted rows of one layer, got {self.layer!r} and {other.layer!r}")
+            raise ValueError(
+                f"expected rows of one layer, but got {self.layer!r} and {other.layer!r}"
+            )
         return LayerDilation(
             self.layer,
             self.small + other.small,
@@ -172,13 +187,13 @@ class LayerDilation:
 
 
 class AnnotatedImage(NamedTuple):
-    """An image of any size, with its objects.
+    """An image of any size with the boxes of its objects.
 
     Attributes:
-        image: [3, H, W] as the model takes it, without padding (which would be background).
-        boxes: [M, 4] x1, y1, x2, y2, edges in pixels of the original image: its first pixel is
+        image: Input [3, H, W] of the model, without padding (which would count as background).
+        boxes: [M, 4], edges (x1, y1, x2, y2) in pixels of the original image, whose first pixel is
             [0, 0, 1, 1].
-        scale: pixels of `image` to a pixel of the original.
+        scale: Scale factor from the original image to `image`.
     """
 
     image: Tensor
@@ -194,38 +209,43 @@ def dilation_statistics(
     stride: int | Mapping[str, int] | None = None,
     call: Callable[[Tensor], object] | None = None,
 ) -> list[LayerDilation]:
-    """Mean and spread of the effective dilation by size of object, over a data set (Table 2).
+    """Mean and standard deviation of the effective dilation by object size (Table 2).
 
-    A filter counts for the object whose box its centre at rest lies in, and else for the
-    background. Small are objects of less than 96^2 pixels of the original image, large those of
-    more than 224^2. The paper leaves two things open: where boxes overlap, the smallest of them
-    counts here, as it is the one in front more often; and a unit with several offset groups counts
-    once, with the mean over its groups.
+    A filter belongs to the object whose box contains its center without offsets, or else to the
+    background. Small objects have an area below 96^2 pixels of the original image, large ones above
+    224^2. The paper does not say which of several overlapping boxes counts (here the smallest, as
+    it is more often in front) or how offset groups count (here a unit counts once, with the mean
+    over its groups).
 
-    Images are taken one by one, and nothing is kept of them but sums.
+    Images are processed one by one; only sums are kept.
 
     Args:
-        model: holds deformnet's or torchvision's `DeformConv2d`; run in evaluation mode and without
-            gradients.
-        images: each of its own size.
-        layers: their names; None for all that have more than one tap.
-        stride: pixels between the units that the layers make, one number for all or one for each
-            name; unit (i, j) is then taken to be centred on pixel (stride*i, stride*j). None finds
-            both from the network, as `receptive_field` does.
-        call: what to run in the place of `model(image[None])`.
+        model: Model with deformnet's or torchvision's `DeformConv2d`; run in evaluation mode
+            without gradients.
+        images: Images, each of its own size.
+        layers: Names of the layers; None for all that have more than one tap.
+        stride: Stride of the layers' outputs in pixels of the image, one for all or by name, whose
+            unit (i, j) is then assumed to be centered on pixel (stride*i, stride*j). None traces
+            both through the network, as `receptive_field` does.
+        call: Function to run in place of `model(image[None])`.
+
     Returns:
-        A row for each layer, in the order of their names.
+        A row for each layer, in the order of the names.
+
     Raises:
-        ValueError: if the model has no deformable layer, a name is unknown, an image or its boxes
-            have a wrong shape, a scale or stride is not positive, or the stride cannot be found.
-        TypeError: if a name is that of another kind of layer.
+        ValueError: If the model has no deformable layer, a name is unknown, an image or its boxes
+            have a wrong shape, a scale or stride is not positive, or the stride cannot be traced.
+        TypeError: If a layer is not a deformable convolution.
     """
-    found = _with_pairs(deformable_layers(model, layers), chosen=layers is not None)
-    strides = dict.fromkeys(found, stride) if isinstance(stride, int) else dict(stride or {})
-    if stride is not None and not all(strides.get(name, 0) >= 1 for name in found):
-        raise ValueError(f"stride: wanted at least 1 for each of {', '.join(found)}, got {stride}")
-    nothing = Spread(0, None, None)
-    rows = {name: LayerDilation(name, nothing, nothing, nothing, nothing) for name in found}
+    convolutions = _with_pairs(deformable_layers(model, layers), named=layers is not None)
+    strides = dict.fromkeys(convolutions, stride) if isinstance(stride, int) else dict(stride or {})
+    if stride is not None and not all(strides.get(name, 0) >= 1 for name in convolutions):
+        raise ValueError(
+            f"expected stride to be at least 1 for each of {', '.join(convolutions)}, "
+            f"but got {stride}"
+        )
+    empty = MeanStd(0, None, None)
+    rows = {name: LayerDilation(name, empty, empty, empty, empty) for name in convolutions}
 
     for annotated in images:
         image, boxes, scale = annotated
@@ -233,88 +253,86 @@ def dilation_statistics(
         batch = image[None]
         tracer = None if stride is not None else FieldTracer(batch)
 
-        def see(
-            done: Call,
+        def record(
+            it: Call,
             boxes: Tensor = boxes,
             scale: float = scale,
             tracer: FieldTracer | None = tracer,
         ) -> None:
             if tracer is None:
-                step = strides[done.name]
+                step = strides[it.name]
                 field = ReceptiveField((1, 1), (step, step), (0, 0))
             else:
-                field = tracer.field(done.output)
-            sizes = _size_classes(size_of(done.output), field, boxes.cpu(), scale)
-            dilation = _dilation(done).cpu().double().mean((0, 1))
-            spreads = (_spread(dilation[sizes == number]) for number in range(4))
-            rows[done.name] += LayerDilation(done.name, *spreads)
+                field = tracer.field(it.output)
+            sizes = _size_classes(size_of(it.output), field, boxes.cpu(), scale)
+            dilation = _dilation(it).cpu().double().mean((0, 1))
+            statistics = (_mean_std(dilation[sizes == number]) for number in range(4))
+            rows[it.name] += LayerDilation(it.name, *statistics)
 
-        with torch.no_grad(), evaluating(model), watching(found, see):
-            if tracer is None:
-                (call or model)(batch)
-            else:
-                with tracer:
-                    (call or model)(batch)
+        tracing = nullcontext() if tracer is None else tracer
+        with torch.no_grad(), evaluating(model), recording_calls(convolutions, record), tracing:
+            (call or model)(batch)
     return list(rows.values())
 
 
-def _with_pairs(layers: Mapping[str, nn.Module], *, chosen: bool) -> dict[str, nn.Module]:
-    """Those layers whose filters have more than one tap.
+def _with_pairs(layers: Mapping[str, nn.Module], *, named: bool) -> dict[str, nn.Module]:
+    """Layers whose filters have more than one tap.
 
     Raises:
-        ValueError: if the others were chosen by name, or there are none.
+        ValueError: If another layer was named, or there are none.
     """
     kept = {name: layer for name, layer in layers.items() if Kernel.of(layer).taps > 1}
     others = [name for name in layers if name not in kept]
-    if others and (chosen or not kept):
-        raise ValueError(f"layers: {others[0]!r} has one tap: there is no distance between taps")
+    if others and (named or not kept):
+        raise ValueError(f"expected layers to have more than one tap, but {others[0]!r} has one")
     return kept
 
 
-def _only(name: str, times: Sequence[_Result]) -> _Result:
-    """What was found in the only run of a layer."""
-    if len(times) != 1:
-        raise ValueError(f"layers: wanted {name!r} to run once, it ran {len(times)} times")
-    return times[0]
+def _only(name: str, results: Sequence[_Result]) -> _Result:
+    """The result of a layer that ran once."""
+    if len(results) != 1:
+        raise ValueError(f"expected {name!r} to run once, but it ran {len(results)} times")
+    return results[0]
 
 
-def _dilation(done: Call) -> Tensor:
-    """The effective dilation [N, G, Ho, Wo] in one call of a layer, float32 or better."""
-    assert done.offset is not None
-    kernel = Kernel.of(done.layer)
-    offset = done.offset.detach()
-    offset = offset.to(torch.promote_types(offset.dtype, torch.float32))
+def _dilation(call: Call) -> Tensor:
+    """Effective dilation [N, G, Ho, Wo] in a call of a layer, float32 or better."""
+    assert call.offset is not None
+    kernel = Kernel.of(call.layer)
+    offset = _at_least_float32(call.offset)
     # [N, G, kh, kw, (y, x), Ho, Wo]
-    moved = offset.unflatten(1, (-1, *kernel.size, 2))
-    rest = moved.new_tensor(kernel.dilation)[:, None, None]
-    total = moved.new_zeros(())
+    offset = offset.unflatten(1, (-1, *kernel.size, 2))
+    spacing = offset.new_tensor(kernel.dilation)[:, None, None]
+    total = offset.new_zeros(())
     for axis in (2, 3):
-        apart = moved.diff(dim=axis)
-        apart = apart + rest * (torch.arange(2, device=apart.device) == axis - 2)[:, None, None]
-        total = total + torch.linalg.vector_norm(apart, dim=4).sum((2, 3))
+        along_axis = (torch.arange(2, device=offset.device) == axis - 2)[:, None, None]
+        difference = offset.diff(dim=axis) + spacing * along_axis
+        total = total + torch.linalg.vector_norm(difference, dim=4).sum((2, 3))
     kh, kw = kernel.size
     return total / ((kh - 1) * kw + kh * (kw - 1))
 
 
-def _mean_shift(done: Call) -> Tensor:
-    """How far the taps of each filter are moved, [N, G, Ho, Wo], float32 or better."""
-    assert done.offset is not None
-    offset = done.offset.detach()
-    offset = offset.to(torch.promote_types(offset.dtype, torch.float32))
-    moved = offset.unflatten(1, (-1, Kernel.of(done.layer).taps, 2))
-    return torch.linalg.vector_norm(moved, dim=3).mean(2)
+def _mean_shift(call: Call) -> Tensor:
+    """Mean length of the offsets of each filter, [N, G, Ho, Wo], float32 or better."""
+    assert call.offset is not None
+    offset = _at_least_float32(call.offset).unflatten(1, (-1, Kernel.of(call.layer).taps, 2))
+    return torch.linalg.vector_norm(offset, dim=3).mean(2)
+
+
+def _at_least_float32(offset: Tensor) -> Tensor:
+    return offset.detach().to(torch.promote_types(offset.dtype, torch.float32))
 
 
 def _size_classes(
     size: tuple[int, int], field: ReceptiveField, boxes: Tensor, scale: float
 ) -> Tensor:
-    """What each unit of a map [H, W] is centred on: 0 small, 1 medium, 2 large, 3 background."""
-    first = field.centre((0, 0))
-    # From centres of pixels to edges, and to the original image.
+    """Class [H, W] of each unit of a map: 0 small, 1 medium, 2 large object, 3 background."""
+    first = field.center((0, 0))
+    # From pixel centers to edges, and to the original image.
     y, x = (
         (torch.arange(size[i]).double() * field.stride[i] + first[i] + 0.5) / scale for i in (0, 1)
     )
-    # The last box that is written stays: the smallest.
+    # The smallest box is written last.
     classes = torch.full(size, 3)
     boxes = boxes.double()
     areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
@@ -326,18 +344,18 @@ def _size_classes(
     return classes
 
 
-def _spread(numbers: Tensor) -> Spread:
+def _mean_std(numbers: Tensor) -> MeanStd:
     if not len(numbers):
-        return Spread(0, None, None)
+        return MeanStd(0, None, None)
     mean, std = numbers.mean(), numbers.std(correction=0)
-    return Spread(len(numbers), float(mean), float(std))
+    return MeanStd(len(numbers), float(mean), float(std))
 
 
 def _check(annotated: AnnotatedImage) -> None:
     image, boxes, scale = annotated
     if image.ndim != 3:
-        raise ValueError(f"image: wanted [3, H, W], got {list(image.shape)}")
+        raise ValueError(f"expected image to be [3, H, W], but got {list(image.shape)}")
     if boxes.ndim != 2 or boxes.shape[1] != 4:
-        raise ValueError(f"boxes: wanted [M, 4], got {list(boxes.shape)}")
+        raise ValueError(f"expected boxes to be [M, 4], but got {list(boxes.shape)}")
     if not (scale > 0 and math.isfinite(scale)):
-        raise ValueError(f"scale: wanted a number above 0, got {scale}")
+        raise ValueError(f"expected scale to be a positive number, but got {scale}")

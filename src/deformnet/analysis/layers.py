@@ -1,25 +1,30 @@
-"""Deformable convolutions in any model, found by their type, and what they do when it runs."""
+"""Deformable convolutions of any model, and recording of their calls."""
 
 import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
-import torchvision
 from torch import Tensor, nn
 
+from deformnet.analysis._torchvision import TorchvisionConv, is_torchvision_conv
 from deformnet.nn import DeformConv2d
+from deformnet.nn.deform_conv import margins
+from deformnet.ops._arguments import pair
 
-DEFORMABLE = (DeformConv2d, torchvision.ops.DeformConv2d)
-"""The first makes its offsets itself; the second is given them in every call."""
+Deformable = DeformConv2d | TorchvisionConv
+"""The first computes its offsets itself; the second takes them as an argument."""
 
 
 class Kernel(NamedTuple):
-    """How a convolution or pooling steps over its input; pairs are (y, x).
+    """Geometry of a convolution or pooling layer; pairs are (y, x).
 
     Attributes:
-        padding: above and left of the input.
+        size: Height and width of the kernel.
+        stride: Stride.
+        padding: Padding above and left of the input.
+        dilation: Spacing between taps.
     """
 
     size: tuple[int, int]
@@ -29,44 +34,52 @@ class Kernel(NamedTuple):
 
     @classmethod
     def of(cls, layer: nn.Module) -> "Kernel":
-        """
+        """Geometry of a layer.
+
         Raises:
-            TypeError: if the layer is none of those.
+            TypeError: If the layer is not a 2-D convolution or pooling.
         """
         if isinstance(layer, nn.MaxPool2d | nn.AvgPool2d):
             dilation = layer.dilation if isinstance(layer, nn.MaxPool2d) else 1
             numbers = (layer.kernel_size, layer.stride, layer.padding, dilation)
-            return cls(*(_pair(number) for number in numbers))
-        if not isinstance(layer, nn.Conv2d | torchvision.ops.DeformConv2d):
-            raise TypeError(f"wanted a convolution or pooling layer, got a {type(layer).__name__}")
-        padding = layer.padding
-        if isinstance(padding, str):
-            assert isinstance(layer, nn.Conv2d)
-            left, _, top, _ = layer._reversed_padding_repeated_twice
+            return cls(*(pair("geometry", number) for number in numbers))
+        if isinstance(layer, nn.Conv2d):
+            top, _, left, _ = margins(layer)
             padding = (top, left)
-        size, stride, dilation = map(_pair, (layer.kernel_size, layer.stride, layer.dilation))
-        return cls(size, stride, _pair(padding), dilation)
+        elif is_torchvision_conv(layer):
+            padding = pair("padding", layer.padding)
+        else:
+            raise TypeError(
+                f"expected a convolution or pooling layer, but got a {type(layer).__name__}"
+            )
+        return cls(
+            pair("kernel_size", layer.kernel_size),
+            pair("stride", layer.stride),
+            padding,
+            pair("dilation", layer.dilation),
+        )
 
-    def makes(self, layer: nn.Module, input: tuple[int, int], output: tuple[int, int]) -> bool:
-        """Whether the layer that it is of makes such an output, (height, width), of such an input.
+    def explains(self, layer: nn.Module, input: tuple[int, int], output: tuple[int, int]) -> bool:
+        """Whether a layer with this kernel maps an input size to an output size (height, width).
 
-        One that pads in its own `forward`, as timm's `Conv2dSame` does, makes a larger one.
+        False for layers that pad in their own `forward`, such as timm's `Conv2dSame`.
         """
         if layer.padding == "same":
             return input == output
         sizes = zip(self.size, self.stride, self.padding, self.dilation, input, output, strict=True)
-        most = 1 if getattr(layer, "ceil_mode", False) else 0
+        slack = 1 if getattr(layer, "ceil_mode", False) else 0
         return all(
-            0 <= made - ((side + 2 * padding - dilation * (taps - 1) - 1) // stride + 1) <= most
-            for taps, stride, padding, dilation, side, made in sizes
+            0 <= length - ((side + 2 * padding - dilation * (taps - 1) - 1) // stride + 1) <= slack
+            for taps, stride, padding, dilation, side, length in sizes
         )
 
     @property
     def taps(self) -> int:
+        """Number of taps K."""
         return self.size[0] * self.size[1]
 
     def steps(self, device: torch.device) -> Tensor:
-        """The taps at rest, (y, x) from the first one: int64 [K, 2]."""
+        """Regular grid of the taps, (y, x) from the first one: int64 [K, 2]."""
         along = [
             torch.arange(taps, device=device) * dilation
             for taps, dilation in zip(self.size, self.dilation, strict=True)
@@ -75,12 +88,13 @@ class Kernel(NamedTuple):
 
 
 class Call(NamedTuple):
-    """One call of a layer.
+    """A call of a layer.
 
     Attributes:
-        name: of the layer, in `model.named_modules()`.
+        name: Name of the layer in `model.named_modules()`.
+        layer: The layer.
         input, output: [N, C, H, W] and [N, C_out, Ho, Wo] (or without N).
-        offset: [N, 2*G*K, Ho, Wo], per tap (y, x), in cells of the input; None if the layer is not
+        offset: [N, 2*G*K, Ho, Wo], per tap (y, x), in pixels of the input; None if the layer is not
             deformable.
     """
 
@@ -92,82 +106,93 @@ class Call(NamedTuple):
 
 
 def find_layer(model: nn.Module, name: str) -> nn.Module:
-    """
+    """A submodule by name.
+
     Raises:
-        ValueError: if there is none, with names that are nearly the same.
+        ValueError: If there is none; the message lists similar names.
     """
     modules = dict(model.named_modules())
     if name not in modules:
         near = difflib.get_close_matches(name, modules, cutoff=0.4)
-        hint = f"; near it are {', '.join(near)}" if near else ""
-        raise ValueError(f"layers: the model has no module {name!r}{hint}")
+        hint = f"; near misses: {', '.join(near)}" if near else ""
+        raise ValueError(
+            f"expected layers to be names of modules of the model, but got {name!r}{hint}"
+        )
     return modules[name]
 
 
-def find_convolutions(
-    model: nn.Module,
-) -> dict[str, DeformConv2d | torchvision.ops.DeformConv2d]:
-    """The deformable convolutions of a model, deformnet's and torchvision's, by name."""
-    return {name: layer for name, layer in model.named_modules() if isinstance(layer, DEFORMABLE)}
+def is_deformable(layer: nn.Module) -> TypeGuard[Deformable]:
+    """Whether a layer is a deformable convolution of deformnet or torchvision."""
+    return isinstance(layer, DeformConv2d) or is_torchvision_conv(layer)
+
+
+def find_convolutions(model: nn.Module) -> dict[str, Deformable]:
+    """Deformable convolutions of a model, deformnet's and torchvision's, by name."""
+    return {name: layer for name, layer in model.named_modules() if is_deformable(layer)}
 
 
 def deformable_layers(
     model: nn.Module, names: Sequence[str] | None = None
-) -> dict[str, DeformConv2d | torchvision.ops.DeformConv2d]:
-    """Those deformable convolutions of a model that are wanted, by name.
+) -> dict[str, Deformable]:
+    """Selected deformable convolutions of a model, by name.
 
     Args:
-        names: those that are wanted; None for all.
+        model: Any model.
+        names: Names of the layers; None for all.
+
     Raises:
-        ValueError: if the model has none, or a name is unknown.
-        TypeError: if a name is that of another kind of layer.
+        ValueError: If the model has none, or a name is unknown.
+        TypeError: If a layer is not a deformable convolution.
     """
     if names is None:
-        found = find_convolutions(model)
-        if not found:
+        layers = find_convolutions(model)
+        if not layers:
             raise ValueError(
-                f"model: {type(model).__name__} has no deformable convolution, neither "
-                "deformnet's DeformConv2d nor torchvision's"
+                "expected model to have a deformable convolution, deformnet's DeformConv2d or "
+                f"torchvision's, but {type(model).__name__} has none"
             )
-        return found
+        return layers
     if not names:
-        raise ValueError("layers: wanted at least one name, got none")
-    found = {}
+        raise ValueError("expected layers to be at least one name, but got none")
+    layers = {}
     for name in names:
         layer = find_layer(model, name)
-        if not isinstance(layer, DEFORMABLE):
+        if not is_deformable(layer):
             raise TypeError(
-                f"layers: {name!r} is a {type(layer).__name__}, wanted a deformable convolution"
+                f"expected {name!r} to be a deformable convolution, "
+                f"but got a {type(layer).__name__}"
             )
-        found[name] = layer
-    return found
+        layers[name] = layer
+    return layers
 
 
 @contextmanager
-def watching(layers: Mapping[str, nn.Module], see: Callable[[Call], None]) -> Iterator[None]:
-    """Shows every call of some layers to `see`, when it is done."""
+def recording_calls(
+    layers: Mapping[str, nn.Module], record: Callable[[Call], None]
+) -> Iterator[None]:
+    """Pass every call of the layers to `record` when it returns."""
     offsets: dict[str, Tensor] = {}
 
-    def note_offset(name: str) -> Callable[..., None]:
+    def offset_hook(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             offsets[name] = output
 
         return hook
 
-    def note(name: str) -> Callable[..., None]:
+    def layer_hook(name: str) -> Callable[..., None]:
         def hook(
             layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
         ) -> None:
             offset = None
             if isinstance(layer, DeformConv2d):
-                taps = layer.kernel_size[0] * layer.kernel_size[1]
-                # Masks may follow.
+                taps = layer.weight.shape[2:].numel()
+                # The channels of the mask follow.
                 offset = offsets.pop(name)[:, : 2 * layer.offset_groups * taps]
-            elif isinstance(layer, torchvision.ops.DeformConv2d):
+            elif is_torchvision_conv(layer):
                 offset = args[1] if len(args) > 1 else kwargs["offset"]
             input = args[0] if args else kwargs["input"]
             output = output if isinstance(output, Tensor) else output[0]
-            see(Call(name, layer, input, output, offset))
+            record(Call(name, layer, input, output, offset))
 
         return hook
 
@@ -175,23 +200,23 @@ def watching(layers: Mapping[str, nn.Module], see: Callable[[Call], None]) -> It
     try:
         for name, layer in layers.items():
             if isinstance(layer, DeformConv2d):
-                handles.append(layer.conv_offset.register_forward_hook(note_offset(name)))
-            handles.append(layer.register_forward_hook(note(name), with_kwargs=True))
-        with hooks_called():
+                handles.append(layer.conv_offset.register_forward_hook(offset_hook(name)))
+            handles.append(layer.register_forward_hook(layer_hook(name), with_kwargs=True))
+        with eager():
             yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-def hooks_called() -> AbstractContextManager[None]:
-    """Compiled models run as they were written: their code knows no hooks that came later."""
+def eager() -> AbstractContextManager[None]:
+    """Run compiled models eagerly, as their compiled code does not call new hooks."""
     return torch.compiler.set_stance("force_eager")
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and then each module's own mode again."""
+    """Set a model to evaluation mode, and restore the mode of each module at the end."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -202,13 +227,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def size_of(map: Tensor) -> tuple[int, int]:
-    """Height and width of a map."""
+    """Height and width of a feature map."""
     height, width = map.shape[-2:]
     return height, width
-
-
-def _pair(numbers: int | tuple[int, ...]) -> tuple[int, int]:
-    if isinstance(numbers, int):
-        return numbers, numbers
-    y, x = numbers
-    return y, x

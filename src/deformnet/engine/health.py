@@ -78,6 +78,6 @@ class OffsetHealth:
         return {
             f"offsets/{layer.layer}/{name}": value
             for layer in self.layers
-            for name in ("mean_shift", "largest_shift", "outside", "gradient_ratio")
+            for name in ("mean_shift", "max_shift", "outside", "gradient_ratio")
             if (value := getattr(layer, name)) is not None
         }

@@ -22,7 +22,7 @@ from torch.optim import SGD
 
 from deformnet._errors import UserError
 from deformnet._files import replacing
-from deformnet.analysis.health import holds_offsets
+from deformnet.analysis.health import has_deformable_layers
 from deformnet.engine.evaluation import score, shared_facts
 from deformnet.engine.health import OffsetHealth
 from deformnet.engine.logs import TrainingLog
@@ -184,7 +184,7 @@ class _Run:
         optimizer = SGD(groups, lr=recipe.lr, momentum=recipe.momentum)
         self.losses, self.optimizer = fabric.setup(_Losses(model), optimizer)
         self.health = None
-        if holds_offsets(model):
+        if has_deformable_layers(model):
             self.health = OffsetHealth(model, loop.log_every, warn=fabric.is_global_zero)
 
     def resume(self, checkpoint: Checkpoint) -> None:

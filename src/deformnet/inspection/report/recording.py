@@ -58,7 +58,7 @@ class UnitRecorder:
             place = (unit.row, unit.column)
             levels = []
             for depth in range(1, len(self.layers) + 1):
-                points, inside = stack.locations(place, depth=depth, at_rest=at_rest)
+                points, inside = stack.locations(place, depth=depth, zero_offsets=at_rest)
                 points = prepared.to_image(points[0]).cpu()
                 levels.append(SamplingLocations(points, inside[0].cpu()))
             center = torch.tensor(stack.center(place), dtype=torch.float64)

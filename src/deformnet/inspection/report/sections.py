@@ -192,9 +192,9 @@ def _receptive_field_section(
         network: [
             {
                 "image": name,
-                "unit": it.what,
+                "unit": it.title,
                 "side": it.field.side,
-                "fraction_inside": it.field.share_inside,
+                "fraction_inside": it.field.fraction_inside,
             }
             for it in of_network
         ]
@@ -260,9 +260,9 @@ def _offset_section(health: Sequence[LayerHealth]) -> Section:
                     (
                         layer.layer,
                         f"{layer.mean_shift:.2f}",
-                        f"{layer.largest_shift:.1f}",
+                        f"{layer.max_shift:.1f}",
                         f"{layer.outside:.1%}",
-                        f"{layer.outside_at_rest:.1%}",
+                        f"{layer.outside_without_offsets:.1%}",
                         layer.runaway() or "none",
                     )
                     for layer in health
@@ -301,9 +301,9 @@ def bins_section(findings: Findings, run: OpenedRun) -> Section:
     )
     findings.numbers["parts"] = [
         {
-            "what": it.what,
+            "what": it.title,
             "box": it.box.tolist(),
-            "plain": it.plain.tolist(),
+            "plain": it.regular.tolist(),
             "moved": it.moved.tolist(),
         }
         for it in detections

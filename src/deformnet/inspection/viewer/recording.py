@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from deformnet.analysis import (
-    FilterMap,
+    DilationMap,
     SamplingLocations,
     SamplingStack,
-    record_filters,
+    dilation_maps,
     record_sampling,
 )
 from deformnet.inspection.runs import OpenedRun
@@ -81,7 +81,7 @@ class ForwardPass:
     frame: tuple[float, float, float, float]
     _prepared: Prepared
     _stack: SamplingStack
-    _filters: Mapping[str, FilterMap]
+    _filters: Mapping[str, DilationMap]
 
     def samples(self, point: Point, depth: int) -> UnitSamples:
         """Return the sampling locations of the top unit nearest to a point, `depth` layers down.
@@ -101,13 +101,13 @@ class ForwardPass:
     def filters(self, point: Point) -> list[FilterRow]:
         """Return the deformable layers, the top one first, at the units nearest to a point."""
         rows = []
-        for name, maps in reversed(self._filters.items()):
+        for name, maps in reversed(list(self._filters.items())):
             row, column = maps.unit_at(self._prepared.to_input(point))
             dilation, shift = (
                 float(values[0, :, row, column].mean()) for values in (maps.dilation, maps.shift)
             )
             rows.append(
-                FilterRow(name, dilation, float(maps.dilation.mean()), maps.at_rest[0], shift)
+                FilterRow(name, dilation, float(maps.dilation.mean()), maps.layer_dilation[0], shift)
             )
         return rows
 
@@ -135,14 +135,14 @@ def _record(run: OpenedRun, image: Tensor) -> ForwardPass:
     prepared = run.predictor.prepare(image)
     height, width = image.shape[1:]
     passes: list[Inference] = []
-    filters: dict[str, FilterMap] = {}
+    filters: dict[str, DilationMap] = {}
 
     def infer(batch: Tensor) -> None:
         passes.append(run.predictor.infer(prepared._replace(input=batch), (height, width)))
 
     def infer_with_filters(batch: Tensor) -> None:
         if run.deformable:
-            filters.update(record_filters(run.model, batch, call=infer))
+            filters.update(dilation_maps(run.model, batch, call=infer))
         else:
             infer(batch)
 

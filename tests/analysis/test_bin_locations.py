@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from deformnet import DeformPSRoIPool2d, DeformRoIPool2d
-from deformnet.analysis import moved_bins
+from deformnet.analysis import bin_locations
 
 BOXES = torch.tensor([[0.0, 10, 20, 70, 50], [1, 5, 5, 6, 8]])
 
@@ -36,7 +36,7 @@ def test_bins_move_by_gamma_times_the_offset_times_the_size():
     with torch.no_grad():
         head.pool.conv_offset.bias.copy_(bias)
     features = torch.randn(2, 3, 30, 40)
-    plain, moved = moved_bins(head, "pool", features, BOXES)
+    plain, moved = bin_locations(head, "pool", features, BOXES)
     assert plain.shape == (2, 2, 3, 4)
     assert moved.shape == (2, 2, 2, 3, 4)
     for r, (_, *box) in enumerate(BOXES.tolist()):
@@ -66,12 +66,12 @@ def test_the_layer_of_faster_rcnn_and_lists_of_boxes():
             return self.pool(features, boxes)
 
     boxes = [BOXES[:1, 1:], BOXES[1:, 1:]]
-    plain, moved = moved_bins(Call(), "pool", torch.zeros(2, 2, 40, 40), boxes)
+    plain, moved = bin_locations(Call(), "pool", torch.zeros(2, 2, 40, 40), boxes)
     shift = moved[:, 0] - plain
     assert shift[0, 0, 0].tolist() == pytest.approx([6, 0, 6, 0])  # a tenth of 60 pixels
     assert shift[1, 0, 0].tolist() == pytest.approx([0.1, 0, 0.1, 0], abs=1e-6)
     assert shift[:, 1].abs().max() == 0
-    again = moved_bins(Call(), "pool", torch.zeros(2, 2, 40, 40), boxes, call=pool)
+    again = bin_locations(Call(), "pool", torch.zeros(2, 2, 40, 40), boxes, call=pool)
     assert torch.equal(again.moved, moved)
 
 
@@ -98,7 +98,7 @@ def test_bins_move_as_far_as_the_samples(sampling):
             def forward(self, features, boxes):
                 return self.pool(features, boxes)
 
-        plain, moved = moved_bins(Call(pool), "pool", maps, boxes)
+        plain, moved = bin_locations(Call(pool), "pool", maps, boxes)
         torch.testing.assert_close((moved[:, 0] - plain)[..., axis], shift, rtol=0, atol=2e-3)
         assert ((moved[:, 0] - plain)[..., 1 - axis] == 0).all()
         # Together the bins are the box, of which "bins" and "msra" name the last pixel.
@@ -109,24 +109,24 @@ def test_bins_move_as_far_as_the_samples(sampling):
 
 
 def test_a_layer_that_is_not_there():
-    with pytest.raises(ValueError, match=r"wanted one of pool, got 'poll'"):
-        moved_bins(Head(), "poll", torch.zeros(1, 3, 8, 8), BOXES[:1])
+    with pytest.raises(ValueError, match=r"expected one of pool, got 'poll'"):
+        bin_locations(Head(), "poll", torch.zeros(1, 3, 8, 8), BOXES[:1])
     with pytest.raises(ValueError, match=r"\(the model has none\)"):
-        moved_bins(nn.Conv2d(1, 1, 1), "pool", torch.zeros(1, 1, 8, 8))
+        bin_locations(nn.Conv2d(1, 1, 1), "pool", torch.zeros(1, 1, 8, 8))
 
 
 def test_each_detection_has_the_bins_of_its_class():
     head = Head()
     with torch.no_grad():
         head.pool.conv_offset.bias.normal_()
-    found = moved_bins(head, "pool", torch.randn(2, 3, 30, 40), BOXES)
+    found = bin_locations(head, "pool", torch.randn(2, 3, 30, 40), BOXES)
     own = found.of_groups(torch.tensor([1, 0]))
-    assert torch.equal(own, torch.stack([found.moved[0, 1], found.moved[1, 0]]))
-    shared = found._replace(moved=found.moved[:, :1])
-    assert torch.equal(shared.of_groups(torch.tensor([5, 7])), found.moved[:, 0])
-    with pytest.raises(ValueError, match=r"groups: wanted 0 to 1, got \[0, 2\]"):
+    assert torch.equal(own, torch.stack([found.deformed[0, 1], found.deformed[1, 0]]))
+    shared = found._replace(moved=found.deformed[:, :1])
+    assert torch.equal(shared.of_groups(torch.tensor([5, 7])), found.deformed[:, 0])
+    with pytest.raises(ValueError, match=r"expected groups to be 0 to 1, but got \[0, 2\]"):
         found.of_groups(torch.tensor([0, 2]))
-    with pytest.raises(ValueError, match=r"groups: wanted \[2\], got \[1\]"):
+    with pytest.raises(ValueError, match=r"expected groups to be \[2\], but got \[1\]"):
         found.of_groups(torch.tensor([0]))
 
 
@@ -139,8 +139,8 @@ def test_arguments_by_name_and_the_models_mode():
 
     head = ByName()
     features = torch.randn(2, 3, 30, 40)
-    found = moved_bins(head, "pool", features, BOXES)
-    assert torch.equal(found.plain, moved_bins(Head(), "pool", features, BOXES).plain)
+    found = bin_locations(head, "pool", features, BOXES)
+    assert torch.equal(found.regular, bin_locations(Head(), "pool", features, BOXES).plain)
     assert head.training
 
 
@@ -154,7 +154,7 @@ def test_boxes_are_left_as_they_are():
             return self.pool(features, boxes)
 
     boxes = BOXES.double()
-    moved_bins(Call().double(), "pool", torch.zeros(2, 2, 40, 40).double(), boxes)
+    bin_locations(Call().double(), "pool", torch.zeros(2, 2, 40, 40).double(), boxes)
     assert torch.equal(boxes, BOXES.double())
 
 
@@ -171,7 +171,7 @@ def test_boxes_and_features_that_change_after_the_call():
     nn.init.normal_(head.pool.conv_offset.weight)
     changing.load_state_dict(head.state_dict())
     features = torch.randn(2, 3, 30, 40)
-    expected = moved_bins(head, "pool", features, BOXES)
-    found = moved_bins(changing, "pool", features.clone(), BOXES.clone())
-    assert torch.equal(found.moved, expected.moved)
-    assert torch.equal(found.plain, expected.plain)
+    expected = bin_locations(head, "pool", features, BOXES)
+    found = bin_locations(changing, "pool", features.clone(), BOXES.clone())
+    assert torch.equal(found.deformed, expected.deformed)
+    assert torch.equal(found.regular, expected.regular)
