@@ -50,13 +50,7 @@ def _multiply_adds(input: Tensor, offset: Tensor, weight: Tensor) -> tuple[int, 
 def _triton() -> Kernels:
     from deformnet.ops.deform_conv import triton
 
-    def forward(*arguments):  # noqa: ANN002, ANN202
-        return triton.deform_conv2d(*arguments[:-1], *arguments[-1])
-
-    def backward(*arguments):  # noqa: ANN002, ANN202
-        return triton.deform_conv2d_backward(*arguments[:-2], *arguments[-2], arguments[-1])
-
-    return Kernels(forward, backward)
+    return Kernels(triton.deform_conv2d, triton.deform_conv2d_backward)
 
 
 OPERATOR = Operator(

@@ -1,11 +1,29 @@
-"""Deformable convolution on a GPU: a product of matrices whose left side is sampled on the way.
+"""Deformable convolution on a GPU: a matrix product whose left side is sampled on the fly.
 
-One row of the left matrix is an output position, one column a channel under one tap of the kernel.
-A tile of it is read from the map into registers and multiplied at once, so that it never lies in
-memory. The backward pass samples again.
+Row m of the left matrix [M, K*C] is an output position, column (k, c) the value that tap k of the
+kernel samples from channel c there; the right matrix [K*C, O] is the weight. A tile of the left
+matrix is sampled into registers and multiplied at once, so that it never exists in memory. The
+backward pass samples again.
 
-Letters: M = N*P rows, P = Ho*Wo output positions of an image, C channels, O output channels of a
-group, K taps. A segment is a run of channels within one group and one offset group.
+- `_forward`: output. A program sums over all taps and channels of a group for one tile [rows, O].
+- `_backward_positions`: gradients by input, offset and mask. A program has one tap of some rows.
+- `_backward_weight`: gradient by weight. A program has one tile [C, O] of a tap, over some rows.
+- `triton_narrow` has counterparts of the first and last for groups of one or a few channels.
+
+What all have in common:
+
+- Memory order. The map is read channels-last (NCHW input is copied), so that the channels of a
+  tile are one vector of each of the four pixels. The weight is repacked, offset and mask are
+  contiguous; output and its gradient are either contiguous or channels-last, by `Strides`.
+- Out of the map, NaN. `sampling.cell` decides on floating-point positions; every load is masked,
+  none is multiplied with zero instead. A NaN position gives NaN in the outputs that it feeds and
+  in its own gradients. Columns beyond the last channel are zeroed before each product: there a NaN
+  row would meet the zeros of weights that do not exist.
+- Determinism. Only the gradient by input is summed by atomics, see `ops.triton.sums`. Everything
+  else is written once, by one program, and has the same bits in every run.
+
+Letters: N C H W, O output channels of a group, K taps, G offset groups, P = Ho*Wo, M = N*P. A
+segment is a run of channels within one group and one offset group.
 """
 
 import math
@@ -17,16 +35,26 @@ import triton.language as tl
 from torch import Tensor
 
 from deformnet.ops.deform_conv import triton_narrow as narrow
-from deformnet.ops.triton.sampling import cell, corner, corners, mix, positions_read, rows
-from deformnet.ops.triton.sums import Sums, add, deterministic, largest_finite
-
-Pair = tuple[int, int]
+from deformnet.ops.deform_conv.checks import Geometry
+from deformnet.ops.deform_conv.triton_geometry import (
+    Options,
+    Segments,
+    Sizes,
+    Strides,
+    Tile,
+    mask_read,
+    outputs,
+    positions_read,
+    rows_of,
+)
+from deformnet.ops.triton.sampling import cell, corner, corners, mix
+from deformnet.ops.triton.sums import Sums, add, deterministic, largest_finite, scale_of
 
 # Numbers in a buffer for the sums of a gradient that is not summed in place.
 _MOST_SUMS = 2**26
 # Numbers in the partial sums of the gradient of the weight.
 _MOST_PARTIAL = 2**24
-# From this size on a place in a tensor is counted in 64 bits.
+# From this size on an index into a tensor takes 64 bits.
 _LEAST_WIDE = 2**31
 # Programs among which the gradient of the weight is split: a few for each multiprocessor.
 _PROGRAMS = 512
@@ -34,352 +62,353 @@ _PROGRAMS = 512
 
 @triton.jit
 def _forward(
-    input, offset, mask, weight, bias, output,
-    count, positions, height, width, channels, out_w,
-    group_channels, group_out, offset_groups, taps, kernel_w,
-    stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
-    segment, segments, output_image, output_channel, output_position,
-    MODULATED: tl.constexpr, BIAS: tl.constexpr, MSRA: tl.constexpr, WIDE: tl.constexpr,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr,
+    input, offset, mask, weight, bias, output, sizes, segments, strides,
+    OPTIONS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    # Neighbours share the rows, and so what they read of the map.
-    tiles = tl.cdiv(group_out, BLOCK_O)
+    """One tile of the output, [TILE.rows, TILE.out], of one group.
+
+    Grid: (tiles of rows x tiles of O, groups). Programs that differ only in their tile of O are
+    neighbors, so that they find offsets and pixels in the cache. Each of them samples on its own:
+    TILE.out is large, up to a whole group, for the sake of sampling less often.
+
+    For each tap and segment, positions are computed once for all channels; then TILE.channels
+    columns at a time are sampled and multiplied, [rows, channels] x [channels, O]. weight is
+    [groups, K, C, O], contiguous: a product's right side is a dense block of it.
+    """
+    tiles = tl.cdiv(sizes.group_out, TILE.out)
     program = tl.program_id(0)
     out_tile = program % tiles
     group = tl.program_id(1)
-    real, image, position = rows(program // tiles, count, positions, BLOCK_M, WIDE)
-    out = out_tile * BLOCK_O + tl.arange(0, BLOCK_O)
-    real_out = out < group_out
-    lane = tl.arange(0, BLOCK_C)
+    rows = rows_of(program // tiles, sizes, OPTIONS, TILE.rows)
+    out = out_tile * TILE.out + tl.arange(0, TILE.out)
+    real_out = out < sizes.group_out
+    lane = tl.arange(0, TILE.channels)
 
-    sums = tl.zeros((BLOCK_M, BLOCK_O), dtype=DTYPE)
-    for tap in range(taps):
-        for part in range(segments):
-            first = group * group_channels + part * segment
-            offset_group = first // (channels // offset_groups)
-            y, x = positions_read(
-                offset, image, position, real, offset_group, tap,
-                offset_groups, taps, kernel_w, positions, out_w,
-                stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, DTYPE,
-            )  # fmt: skip
-            top, left, down, right, within, undefined = cell(y, x, height, width, MSRA)
+    sums = tl.zeros((TILE.rows, TILE.out), dtype=OPTIONS.dtype)
+    for tap in range(sizes.taps):
+        for part in range(segments.number):
+            first = group * sizes.group_channels + part * segments.length
+            offset_group = first // (sizes.channels // sizes.offset_groups)
+            y, x = positions_read(offset, rows, offset_group, tap, sizes, OPTIONS)
+            at = cell(y, x, rows.real, sizes, OPTIONS.msra)
             factor = y  # not read without a mask
-            if MODULATED:
-                factor = tl.load(
-                    mask + ((image * offset_groups + offset_group) * taps + tap) * positions
-                    + position, mask=real, other=0,
-                ).to(DTYPE)  # fmt: skip
-            for start in range(0, segment, BLOCK_C):
+            if mask is not None:
+                factor = mask_read(mask, rows, offset_group, tap, sizes, OPTIONS)
+            for start in range(0, segments.length, TILE.channels):
                 within_segment = start + lane
-                real_channel = within_segment < segment
-                v00, v01, v10, v11 = corners(
-                    input, image, top, left, within & real, first + within_segment, real_channel,
-                    height, width, channels, DTYPE,
-                )  # fmt: skip
-                value = mix(v00, v01, v10, v11, down, right, undefined & real)
-                if MODULATED:
+                real_channel = within_segment < segments.length
+                channel = first + within_segment
+                values = corners(input, rows.image, at, channel, real_channel, sizes, OPTIONS.dtype)
+                value = mix(values, at)
+                if mask is not None:
                     value = value * factor[:, None]
-                # A NaN would otherwise meet the zeros of weights that are not there.
                 value = tl.where(real_channel[None, :], value, 0)
-                row_of_weight = (group * taps + tap) * group_channels + part * segment
+                row_of_weight = (group * sizes.taps + tap) * sizes.group_channels
+                row_of_weight += part * segments.length
                 filters = tl.load(
-                    weight + (row_of_weight + within_segment)[:, None] * group_out + out[None, :],
+                    weight
+                    + (row_of_weight + within_segment)[:, None] * sizes.group_out
+                    + out[None, :],
                     mask=real_channel[:, None] & real_out[None, :],
                     other=0,
                 )
                 sums = tl.dot(
                     value.to(filters.dtype), filters, sums,
-                    input_precision=PRECISION, out_dtype=DTYPE,
+                    input_precision=OPTIONS.precision, out_dtype=OPTIONS.dtype,
                 )  # fmt: skip
-    channel = group * group_out + out
-    if BIAS:
-        sums += tl.load(bias + channel, mask=real_out, other=0).to(DTYPE)[None, :]
-    if WIDE:
-        channel = channel.to(tl.int64)
-    place = (image * output_image + position * output_position)[:, None]
+    channel = group * sizes.group_out + out
+    if bias is not None:
+        sums += tl.load(bias + channel, mask=real_out, other=0).to(OPTIONS.dtype)[None, :]
     tl.store(
-        output + place + (channel * output_channel)[None, :],
+        outputs(output, rows, channel, strides, OPTIONS),
         sums.to(output.dtype.element_ty),
-        mask=real[:, None] & real_out[None, :],
+        mask=rows.real[:, None] & real_out[None, :],
     )
 
 
 @triton.jit
 def _backward_sample(
-    grad_output, weight, image, position, real, channel, real_channel, tap,
-    group, taps, group_channels, group_out, output_image, output_channel, output_position,
-    WIDE: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr,
+    grad_output, weight, rows, channel, real_channel, tap, group, sizes, strides,
+    OPTIONS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Gradient by what the tap has read, times its mask, through one group: [rows, channels]."""
-    gradient = tl.zeros((BLOCK_M, BLOCK_C), dtype=DTYPE)
-    row_of_weight = (group * taps + tap) * group_channels + (channel - group * group_channels)
-    for start in range(0, group_out, BLOCK_O):
-        out = start + tl.arange(0, BLOCK_O)
-        real_out = out < group_out
-        out_channel = group * group_out + out
-        if WIDE:
-            out_channel = out_channel.to(tl.int64)
+    """Gradient by the value that each row has sampled under a tap, times its mask factor.
+
+    A product [rows, O] x [O, channels] of one group: rows of grad_output times the tap's weight
+    transposed, TILE.out output channels at a time.
+
+    Returns:
+        [TILE.rows, TILE.channels].
+    """
+    gradient = tl.zeros((TILE.rows, TILE.channels), dtype=OPTIONS.dtype)
+    row_of_weight = (group * sizes.taps + tap) * sizes.group_channels
+    row_of_weight += channel - group * sizes.group_channels
+    for start in range(0, sizes.group_out, TILE.out):
+        out = start + tl.arange(0, TILE.out)
+        real_out = out < sizes.group_out
+        out_channel = group * sizes.group_out + out
         above = tl.load(
-            grad_output + (image * output_image + position * output_position)[:, None]
-            + (out_channel * output_channel)[None, :],
-            mask=real[:, None] & real_out[None, :],
+            outputs(grad_output, rows, out_channel, strides, OPTIONS),
+            mask=rows.real[:, None] & real_out[None, :],
             other=0,
-        )  # fmt: skip
+        )
         filters = tl.load(
-            weight + row_of_weight[None, :] * group_out + out[:, None],
+            weight + row_of_weight[None, :] * sizes.group_out + out[:, None],
             mask=real_channel[None, :] & real_out[:, None],
             other=0,
         )
-        gradient = tl.dot(above, filters, gradient, input_precision=PRECISION, out_dtype=DTYPE)
+        gradient = tl.dot(
+            above, filters, gradient,
+            input_precision=OPTIONS.precision, out_dtype=OPTIONS.dtype,
+        )  # fmt: skip
     return gradient
 
 
 @triton.jit
 def _backward_positions(
-    grad_output, input, offset, mask, weight, grad_offset, grad_mask, floats, integers, scale,
-    count, positions, height, width, channels, out_w,
-    group_channels, group_out, offset_groups, taps, kernel_w,
-    stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
-    segment, segments, output_image, output_channel, output_position,
-    MODULATED: tl.constexpr, MSRA: tl.constexpr, WIDE: tl.constexpr,
-    NARROW: tl.constexpr, BY_INPUT: tl.constexpr, BY_POSITION: tl.constexpr, FIXED: tl.constexpr,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr,
+    grad_output, input, offset, mask, weight, grad_offset, grad_mask, target,
+    sizes, segments, strides, OPTIONS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Gradients by input, offset and mask: of one tap, in one offset group of `segments`.
+    """Gradients by input, offset and mask: of one tap of TILE.rows rows, in one offset group.
 
-    NARROW: as in `narrow`, the weight being laid out as there, the whole offset group one segment.
+    Grid: (tiles of rows x K, G). The taps of the same rows are neighbors: they read the same part
+    of grad_output, and add to overlapping parts of the map. A program has all channels of its
+    offset group, since these share its offsets: it alone writes grad_offset and grad_mask, once.
+    TILE.channels of them are in registers at a time, as the gradient of what has been sampled
+    [rows, channels], the four corners, and what goes back to them; hence small tiles.
+
+    The gradient by input goes to up to four pixels of each row. Other positions, taps and rows of
+    the same tile meet there, so that it is added by atomics to `target`, the `Target` of a `Sums`
+    with the map's shape, channels-last.
+
+    What is not asked for is None: `target`; grad_offset, and grad_mask with it. With
+    OPTIONS.narrow the weight is as in `triton_narrow`, and the offset group is one segment.
     """
     program = tl.program_id(0)
-    tap = program % taps
+    tap = program % sizes.taps
     offset_group = tl.program_id(1)
-    real, image, position = rows(program // taps, count, positions, BLOCK_M, WIDE)
-    lane = tl.arange(0, BLOCK_C)
-    y, x = positions_read(
-        offset, image, position, real, offset_group, tap,
-        offset_groups, taps, kernel_w, positions, out_w,
-        stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, DTYPE,
-    )  # fmt: skip
-    top, left, down, right, within, undefined = cell(y, x, height, width, MSRA)
-    within, undefined = within & real, undefined & real
-    up, before = 1 - down, 1 - right
-    place = (image * offset_groups + offset_group) * taps + tap
+    rows = rows_of(program // sizes.taps, sizes, OPTIONS, TILE.rows)
+    lane = tl.arange(0, TILE.channels)
+    y, x = positions_read(offset, rows, offset_group, tap, sizes, OPTIONS)
+    at = cell(y, x, rows.real, sizes, OPTIONS.msra)
+    up, before = 1 - at.down, 1 - at.right
+    place = (rows.image * sizes.offset_groups + offset_group) * sizes.taps + tap
     factor = y  # not read without a mask
-    if MODULATED:
-        factor = tl.load(mask + place * positions + position, mask=real, other=0).to(DTYPE)
+    if mask is not None:
+        factor = mask_read(mask, rows, offset_group, tap, sizes, OPTIONS)
 
-    by_y = tl.zeros((BLOCK_M,), dtype=DTYPE)
-    by_x = tl.zeros((BLOCK_M,), dtype=DTYPE)
-    by_mask = tl.zeros((BLOCK_M,), dtype=DTYPE)
-    scale_of_sums = tl.load(scale) if FIXED else 1.0
-    for part in range(segments):
-        first = offset_group * (channels // offset_groups) + part * segment
-        for start in range(0, segment, BLOCK_C):
+    by_y = tl.zeros((TILE.rows,), dtype=OPTIONS.dtype)
+    by_x = tl.zeros((TILE.rows,), dtype=OPTIONS.dtype)
+    by_mask = tl.zeros((TILE.rows,), dtype=OPTIONS.dtype)
+    scale = 1.0
+    if target is not None:
+        scale = scale_of(target)
+    for part in range(segments.number):
+        first = offset_group * (sizes.channels // sizes.offset_groups) + part * segments.length
+        for start in range(0, segments.length, TILE.channels):
             within_segment = start + lane
-            real_channel = within_segment < segment
+            real_channel = within_segment < segments.length
             channel = first + within_segment
-            if NARROW:
+            if OPTIONS.narrow:
                 gradient = narrow.backward_sample(
-                    grad_output, weight, image, position, real, channel, real_channel, tap,
-                    channels, group_channels, group_out,
-                    output_image, output_channel, output_position, WIDE, DTYPE, BLOCK_M, BLOCK_C,
+                    grad_output, weight, rows, channel, real_channel, tap, sizes, strides,
+                    OPTIONS, TILE,
                 )  # fmt: skip
             else:
                 gradient = _backward_sample(
-                    grad_output, weight, image, position, real, channel, real_channel, tap,
-                    first // group_channels, taps, group_channels, group_out,
-                    output_image, output_channel, output_position, WIDE, DTYPE, PRECISION,
-                    BLOCK_M, BLOCK_O, BLOCK_C,
+                    grad_output, weight, rows, channel, real_channel, tap,
+                    first // sizes.group_channels, sizes, strides, OPTIONS, TILE,
                 )  # fmt: skip
-            # Infinities times the zeros of channels that are not there.
+            # Infinities times the zeros of channels that do not exist.
             gradient = tl.where(real_channel[None, :], gradient, 0)
 
-            if BY_POSITION:
-                v00, v01, v10, v11 = corners(
-                    input, image, top, left, within, channel, real_channel,
-                    height, width, channels, DTYPE,
-                )  # fmt: skip
-                value = mix(v00, v01, v10, v11, down, right, undefined)
-                value = tl.where(real_channel[None, :], value, 0)
+            if grad_offset is not None:
+                v = corners(input, rows.image, at, channel, real_channel, sizes, OPTIONS.dtype)
+                value = tl.where(real_channel[None, :], mix(v, at), 0)
                 by_mask += tl.sum(gradient * value, axis=1)
-                slope_y = (v10 - v00) * before[:, None] + (v11 - v01) * right[:, None]
-                slope_x = (v01 - v00) * up[:, None] + (v11 - v10) * down[:, None]
+                slope_y = (v.v10 - v.v00) * before[:, None] + (v.v11 - v.v01) * at.right[:, None]
+                slope_x = (v.v01 - v.v00) * up[:, None] + (v.v11 - v.v10) * at.down[:, None]
                 by_y += tl.sum(gradient * slope_y, axis=1)
                 by_x += tl.sum(gradient * slope_x, axis=1)
-            if BY_INPUT:
-                if MODULATED:
+            if target is not None:
+                if mask is not None:
                     gradient = gradient * factor[:, None]
                 for k in tl.static_range(4):  # pyright: ignore[reportGeneralTypeIssues]
-                    share_y = down if k >= 2 else up
-                    share_x = right if k % 2 else before
+                    weight_y = at.down if k >= 2 else up
+                    weight_x = at.right if k % 2 else before
                     to, inside = corner(
-                        image, top + k // 2, left + k % 2, within, channel, real_channel,
-                        height, width, channels,
+                        rows.image, at.top + k // 2, at.left + k % 2, at.within,
+                        channel, real_channel, sizes,
                     )  # fmt: skip
-                    share = gradient * (share_y * share_x)[:, None]
-                    add(floats, integers, scale_of_sums, to, share, inside, FIXED)
-    if BY_POSITION:
-        if MODULATED:
+                    part_of_it = gradient * (weight_y * weight_x)[:, None]
+                    add(target, scale, to, part_of_it, inside)
+    if grad_offset is not None:
+        if mask is not None:
             tl.store(
-                grad_mask + place * positions + position,
+                grad_mask + place * sizes.positions + rows.position,
                 by_mask.to(grad_mask.dtype.element_ty),
-                mask=real,
+                mask=rows.real,
             )
             by_y, by_x = by_y * factor, by_x * factor
         # A value that stays the same has no slope, also where the gradient is not finite.
-        varies_y, varies_x = within, within
-        if MSRA:
-            varies_y, varies_x = within & (y < height - 1), within & (x < width - 1)
+        varies_y, varies_x = at.within, at.within
+        if OPTIONS.msra:
+            varies_y = at.within & (y < sizes.height - 1)
+            varies_x = at.within & (x < sizes.width - 1)
         by_y, by_x = tl.where(varies_y, by_y, 0), tl.where(varies_x, by_x, 0)
-        by_y = tl.where(undefined, float("nan"), by_y).to(grad_offset.dtype.element_ty)
-        by_x = tl.where(undefined, float("nan"), by_x).to(grad_offset.dtype.element_ty)
-        tl.store(grad_offset + 2 * place * positions + position, by_y, mask=real)
-        tl.store(grad_offset + (2 * place + 1) * positions + position, by_x, mask=real)
+        dtype = grad_offset.dtype.element_ty
+        by_y = tl.where(at.undefined, float("nan"), by_y).to(dtype)
+        by_x = tl.where(at.undefined, float("nan"), by_x).to(dtype)
+        to_y = grad_offset + 2 * place * sizes.positions + rows.position
+        to_x = grad_offset + (2 * place + 1) * sizes.positions + rows.position
+        tl.store(to_y, by_y, mask=rows.real)
+        tl.store(to_x, by_x, mask=rows.real)
 
 
 @triton.jit
 def _backward_weight(
-    grad_output, input, offset, mask, partial,
-    count, positions, height, width, channels, out_w,
-    group_channels, group_out, offset_groups, taps, kernel_w,
-    stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
-    segment, segments, output_image, output_channel, output_position, groups, tiles_of_split,
-    MODULATED: tl.constexpr, MSRA: tl.constexpr, WIDE: tl.constexpr,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr,
+    grad_output, input, offset, mask, partial, sizes, segments, strides, groups, tiles_of_split,
+    OPTIONS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Gradient by the weight, summed over one split of the rows: [split, group, tap, C, O]."""
-    out_tiles, channel_tiles = tl.cdiv(group_out, BLOCK_O), tl.cdiv(segment, BLOCK_C)
-    program = tl.program_id(0)
-    out = (program % out_tiles) * BLOCK_O + tl.arange(0, BLOCK_O)
-    program = program // out_tiles
-    within_segment = (program % channel_tiles) * BLOCK_C + tl.arange(0, BLOCK_C)
-    program = program // channel_tiles
-    part = program % segments
-    program = program // segments
-    tap = program % taps
-    group = program // taps
-    split = tl.program_id(1)
-    real_out, real_channel = out < group_out, within_segment < segment
-    first = group * group_channels + part * segment
-    offset_group = first // (channels // offset_groups)
-    out_channel = group * group_out + out
-    if WIDE:
-        out_channel = out_channel.to(tl.int64)
+    """Gradient by the weight: one tile [TILE.channels, TILE.out] of a tap, over one split of rows.
 
-    sums = tl.zeros((BLOCK_C, BLOCK_O), dtype=DTYPE)
-    last = tl.minimum((split + 1) * tiles_of_split, tl.cdiv(count, BLOCK_M))
+    Grid: (groups x K x segments x tiles of a segment x tiles of O, splits). A program goes through
+    `tiles_of_split` tiles of rows and sums [channels, rows] x [rows, O] in registers: what it has
+    sampled, transposed, times grad_output. There are few tiles of the weight and many rows, hence
+    the splits. Each writes its own part of partial, [split, groups, K, C, O], and PyTorch sums
+    over the splits: no atomics, deterministic.
+    """
+    out_tiles = tl.cdiv(sizes.group_out, TILE.out)
+    channel_tiles = tl.cdiv(segments.length, TILE.channels)
+    program = tl.program_id(0)
+    out = (program % out_tiles) * TILE.out + tl.arange(0, TILE.out)
+    program = program // out_tiles
+    within_segment = (program % channel_tiles) * TILE.channels + tl.arange(0, TILE.channels)
+    program = program // channel_tiles
+    part = program % segments.number
+    program = program // segments.number
+    tap = program % sizes.taps
+    group = program // sizes.taps
+    split = tl.program_id(1)
+    real_out, real_channel = out < sizes.group_out, within_segment < segments.length
+    first = group * sizes.group_channels + part * segments.length
+    offset_group = first // (sizes.channels // sizes.offset_groups)
+    channel, out_channel = first + within_segment, group * sizes.group_out + out
+
+    sums = tl.zeros((TILE.channels, TILE.out), dtype=OPTIONS.dtype)
+    last = tl.minimum((split + 1) * tiles_of_split, tl.cdiv(sizes.rows, TILE.rows))
     for tile in range(split * tiles_of_split, last):
-        real, image, position = rows(tile, count, positions, BLOCK_M, WIDE)
-        y, x = positions_read(
-            offset, image, position, real, offset_group, tap,
-            offset_groups, taps, kernel_w, positions, out_w,
-            stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, DTYPE,
-        )  # fmt: skip
-        top, left, down, right, within, undefined = cell(y, x, height, width, MSRA)
-        v00, v01, v10, v11 = corners(
-            input, image, top, left, within & real, first + within_segment, real_channel,
-            height, width, channels, DTYPE,
-        )  # fmt: skip
-        value = mix(v00, v01, v10, v11, down, right, undefined & real)
-        if MODULATED:
-            place = (image * offset_groups + offset_group) * taps + tap
-            factor = tl.load(mask + place * positions + position, mask=real, other=0)
-            value = value * factor.to(DTYPE)[:, None]
+        rows = rows_of(tile, sizes, OPTIONS, TILE.rows)
+        y, x = positions_read(offset, rows, offset_group, tap, sizes, OPTIONS)
+        at = cell(y, x, rows.real, sizes, OPTIONS.msra)
+        value = mix(corners(input, rows.image, at, channel, real_channel, sizes, OPTIONS.dtype), at)
+        if mask is not None:
+            factor = mask_read(mask, rows, offset_group, tap, sizes, OPTIONS)
+            value = value * factor[:, None]
         above = tl.load(
-            grad_output + (image * output_image + position * output_position)[:, None]
-            + (out_channel * output_channel)[None, :],
-            mask=real[:, None] & real_out[None, :],
+            outputs(grad_output, rows, out_channel, strides, OPTIONS),
+            mask=rows.real[:, None] & real_out[None, :],
             other=0,
-        )  # fmt: skip
+        )
         sums = tl.dot(
             tl.trans(value.to(above.dtype)), above, sums,
-            input_precision=PRECISION, out_dtype=DTYPE,
+            input_precision=OPTIONS.precision, out_dtype=OPTIONS.dtype,
         )  # fmt: skip
-    place = ((split * groups + group) * taps + tap) * group_channels + part * segment
+    place = ((split * groups + group) * sizes.taps + tap) * sizes.group_channels
+    place += part * segments.length
     tl.store(
-        partial + (place + within_segment)[:, None] * group_out + out[None, :],
+        partial + (place + within_segment)[:, None] * sizes.group_out + out[None, :],
         sums,
         mask=real_channel[:, None] & real_out[None, :],
     )
 
 
-class _Sizes(NamedTuple):
-    """What all kernels take, in their order."""
-
-    rows: int
-    positions: int
-    height: int
-    width: int
-    channels: int
-    out_w: int
-    group_channels: int
-    group_out: int
-    offset_groups: int
-    taps: int
-    kernel_w: int
-    stride_h: int
-    stride_w: int
-    pad_h: int
-    pad_w: int
-    dilation_h: int
-    dilation_w: int
-
-    @property
-    def groups(self) -> int:
-        return self.channels // self.group_channels
-
-    @property
-    def offset_group_channels(self) -> int:
-        return self.channels // self.offset_groups
-
-    @property
-    def offset_group_out(self) -> int:
-        """Output channels of an offset group that is whole groups."""
-        return self.offset_group_channels // self.group_channels * self.group_out
-
-    @property
-    def segment(self) -> int:
-        return math.gcd(self.group_channels, self.offset_group_channels)
-
-
-class Tiles(NamedTuple):
-    """How a kernel that multiplies matrices is launched."""
-
-    rows: int
-    out: int  # output channels
-    channels: int
-    warps: int
-    stages: int  # how many rounds of a loop are under way at once
-
-
-# By kernel and the bytes of a number; smaller problems take smaller tiles. NOT measured on a GPU:
+# By kernel and bytes of a number; smaller problems take smaller tiles. NOT measured on a GPU:
 # chosen so that on every card since compute capability 8.0 they fit into shared memory and, by what
 # ptxas reports, nearly into registers. `python -m benchmarks.gpu --tiles` times these and others.
+# The forward kernel samples anew for every tile of output channels, the weight kernel for every
+# tile and split: their tiles are as wide in O as registers allow.
 TILES = {
     "forward": {
-        8: Tiles(32, 32, 16, warps=4, stages=2),
-        4: Tiles(64, 128, 32, warps=8, stages=2),
-        2: Tiles(64, 256, 64, warps=8, stages=2),
+        8: Tile(32, 32, 16, warps=4, stages=2),
+        4: Tile(64, 128, 32, warps=8, stages=2),
+        2: Tile(64, 256, 64, warps=8, stages=2),
     },
     "positions": {
-        8: Tiles(32, 16, 16, warps=4, stages=2),
-        4: Tiles(64, 32, 32, warps=8, stages=2),
-        2: Tiles(64, 64, 32, warps=8, stages=2),
+        8: Tile(32, 16, 16, warps=4, stages=2),
+        4: Tile(64, 32, 32, warps=8, stages=2),
+        2: Tile(64, 64, 32, warps=8, stages=2),
     },
     "weight": {
-        8: Tiles(32, 32, 16, warps=4, stages=2),
-        4: Tiles(64, 128, 32, warps=8, stages=2),
-        2: Tiles(64, 256, 64, warps=8, stages=2),
+        8: Tile(32, 32, 16, warps=4, stages=2),
+        4: Tile(64, 128, 32, warps=8, stages=2),
+        2: Tile(64, 256, 64, warps=8, stages=2),
     },
 }
-# Numbers in a tile of the kernels in `narrow`, and its channels at most; not measured either.
+# Numbers in a tile of the kernels in `triton_narrow`, and its maximum of channels; not measured.
 _NARROW_TILE, _NARROW_CHANNELS = 512, 64
-# The matrix unit wants 16 of everything, and for a group of fewer channels samples as many all the
-# same. Up to so many products of a group, sampling anew for each of them takes no more.
+# Up to so many products of a group (input times output channels) sampling anew for each of them
+# takes no more than filling the matrix unit, whose minimum is 16 channels.
 _NARROW_PRODUCTS = 16
+
+
+class _Call(NamedTuple):
+    """One call: its tensors as the kernels read them, and what follows from their shapes."""
+
+    maps: Tensor  # channels-last
+    offset: Tensor  # contiguous
+    mask: Tensor | None  # contiguous
+    weight: Tensor
+    sizes: Sizes
+    narrow: bool
+    msra: bool
+
+    @classmethod
+    def of(
+        cls,
+        input: Tensor,
+        offset: Tensor,
+        weight: Tensor,
+        mask: Tensor | None,
+        geometry: Geometry,
+    ) -> "_Call":
+        sizes = _sizes(input, offset, weight, geometry)
+        return cls(
+            input.contiguous(memory_format=torch.channels_last),
+            offset.contiguous(),
+            None if mask is None else mask.contiguous(),
+            weight,
+            sizes,
+            _is_narrow(sizes),
+            geometry.border == "msra2017",
+        )
+
+    def images(self, some: slice) -> "_Call":
+        """The call for some of the images."""
+        maps, offset = self.maps[some], self.offset[some]
+        mask = None if self.mask is None else self.mask[some]
+        sizes = self.sizes._replace(rows=maps.shape[0] * self.sizes.positions)
+        return self._replace(maps=maps, offset=offset, mask=mask, sizes=sizes)
+
+    def launch(
+        self, kernel: Any, grid: tuple[int, int], tile: Tile, output: Tensor, *arguments: Any
+    ) -> None:
+        """Run a kernel; `output` is the convolution's output, or the gradient of it."""
+        dtype = self.maps.dtype
+        kernel[grid](
+            *arguments,
+            OPTIONS=Options(
+                msra=self.msra,
+                wide=any(t.numel() >= _LEAST_WIDE for t in (self.maps, output, self.offset)),
+                narrow=self.narrow,
+                dtype=tl.float64 if dtype == torch.float64 else tl.float32,
+                precision=_precision(dtype),
+            ),
+            TILE=tile,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+            # Explicit, since Triton is about to change its default.
+            enable_fp_fusion=True,
+        )
 
 
 def deform_conv2d(
@@ -388,15 +417,12 @@ def deform_conv2d(
     weight: Tensor,
     bias: Tensor | None,
     mask: Tensor | None,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    border: str,
+    geometry: Geometry,
 ) -> Tensor:
-    """Forward pass; arguments are as `deformnet.ops.deform_conv2d` has checked them.
+    """Forward pass; the arguments are checked.
 
     Returns:
-        [N, C_out, Ho, Wo], channels-last where `input` is.
+        [N, C_out, Ho, Wo], channels-last if `input` is.
     """
     output = torch.empty(
         (input.shape[0], weight.shape[0], *offset.shape[2:]),
@@ -406,45 +432,23 @@ def deform_conv2d(
     )
     if output.numel() == 0:
         return output
-    maps = input.contiguous(memory_format=torch.channels_last)
-    offset = offset.contiguous()
-    mask = None if mask is None else mask.contiguous()
-    sizes = _sizes(input, offset, weight, stride, padding, dilation)
-    tensors = (
-        *(maps, offset, offset if mask is None else mask, _packed(weight, sizes)),
-        *(offset if bias is None else bias.contiguous(), output),
-    )
-    constants = _constants(mask, border, maps, output, offset) | {"BIAS": bias is not None}
+    call = _Call.of(input, offset, weight, mask, geometry)
+    sizes, strides = call.sizes, _strides(output)
+    bias = None if bias is None else bias.contiguous()
+    tensors = call.maps, call.offset, call.mask, _packed(call), bias, output
     with torch.cuda.device_of(input):
-        if _is_narrow(sizes):
-            tile = _narrow_tiles(sizes.offset_group_out)
-            tiles = triton.cdiv(sizes.offset_group_out, tile.out)
-            tiles *= triton.cdiv(sizes.rows, tile.rows)
-            narrow.forward[(tiles, sizes.offset_groups)](
-                *tensors,
-                *sizes,
-                *_strides(output),
-                **constants,
-                BLOCK_M=tile.rows,
-                BLOCK_O=tile.out,
-                num_warps=tile.warps,  # pyright: ignore[reportCallIssue]
-                num_stages=tile.stages,  # pyright: ignore[reportCallIssue]
-            )
+        if call.narrow:
+            out_channels = _offset_group_out(sizes)
+            tile = _narrow_tile(out_channels)
+            tiles = triton.cdiv(out_channels, tile.out) * triton.cdiv(sizes.rows, tile.rows)
+            grid = tiles, sizes.offset_groups
+            call.launch(narrow.forward, grid, tile, output, *tensors, sizes, strides)
         else:
-            tile = _tiles("forward", sizes, input.dtype)
+            tile = _tile("forward", sizes, input.dtype)
             tiles = triton.cdiv(sizes.rows, tile.rows) * triton.cdiv(sizes.group_out, tile.out)
-            _forward[(tiles, sizes.groups)](
-                *tensors,
-                *sizes,
-                *(sizes.segment, sizes.group_channels // sizes.segment, *_strides(output)),
-                **constants,
-                PRECISION=_precision(input.dtype),
-                BLOCK_M=tile.rows,
-                BLOCK_O=tile.out,
-                BLOCK_C=tile.channels,
-                num_warps=tile.warps,  # pyright: ignore[reportCallIssue]
-                num_stages=tile.stages,  # pyright: ignore[reportCallIssue]
-            )
+            grid = tiles, _groups(sizes)
+            segments = _segments(sizes, sizes.group_channels)
+            call.launch(_forward, grid, tile, output, *tensors, sizes, segments, strides)
     return output
 
 
@@ -454,34 +458,30 @@ def deform_conv2d_backward(
     offset: Tensor,
     weight: Tensor,
     mask: Tensor | None,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    border: str,
+    geometry: Geometry,
     needs: tuple[bool, bool, bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients by input, offset, weight, bias and mask, those that `needs` asks for."""
+    """Gradients of input, offset, weight, bias and mask, as far as `needs` says True."""
     needs_input, needs_offset, needs_weight, needs_bias, needs_mask = needs
     needs_positions = needs_offset or needs_mask
     grad_bias = grad_output.sum((0, 2, 3)) if needs_bias else None
     # An empty batch runs no kernel: its gradients are zero.
     make = torch.zeros_like if grad_output.numel() == 0 else torch.empty_like
+    contiguous = torch.contiguous_format
     grad_input = make(input, memory_format=_memory_format(input)) if needs_input else None
-    offset, mask = offset.contiguous(), None if mask is None else mask.contiguous()
-    grad_offset = make(offset) if needs_positions else None
-    grad_mask = make(mask) if mask is not None and needs_positions else None
-    grad_weight = make(weight, memory_format=torch.contiguous_format) if needs_weight else None
+    grad_offset = make(offset, memory_format=contiguous) if needs_positions else None
+    grad_weight = make(weight, memory_format=contiguous) if needs_weight else None
+    grad_mask = None
+    if mask is not None and needs_positions:
+        grad_mask = make(mask, memory_format=contiguous)
     if grad_output.numel() > 0:
-        grad_output, maps = _dense(grad_output), input.contiguous(memory_format=torch.channels_last)
-        sizes = _sizes(input, offset, weight, stride, padding, dilation)
+        call = _Call.of(input, offset, weight, mask, geometry)
+        grad_output = _dense(grad_output)
         with torch.cuda.device_of(input):
             if needs_input or needs_positions:
-                _by_input_and_positions(
-                    *(grad_output, maps, offset, weight, mask, sizes, border),
-                    *(grad_input, grad_offset, grad_mask),
-                )
+                _by_input_and_positions(call, grad_output, grad_input, grad_offset, grad_mask)
             if grad_weight is not None:
-                _by_weight(grad_output, maps, offset, weight, mask, sizes, border, grad_weight)
+                grad_weight.copy_(_by_weight(call, grad_output))
     return (
         grad_input,
         grad_offset if needs_offset else None,
@@ -492,205 +492,188 @@ def deform_conv2d_backward(
 
 
 def _by_input_and_positions(
+    call: _Call,
     grad_output: Tensor,
-    maps: Tensor,
-    offset: Tensor,
-    weight: Tensor,
-    mask: Tensor | None,
-    sizes: _Sizes,
-    border: str,
     grad_input: Tensor | None,
     grad_offset: Tensor | None,
     grad_mask: Tensor | None,
 ) -> None:
-    packed = _packed(weight, sizes)
-    if _is_narrow(sizes):
-        tile = _narrow_tiles(sizes.offset_group_channels)
-        segment = sizes.offset_group_channels
-    else:
-        tile = _tiles("positions", sizes, maps.dtype)
-        segment = sizes.segment
-    largest = None
-    if grad_input is not None and deterministic():
-        # A tap's gradient is a sum over the outputs of its group, of gradient times weight.
-        largest = largest_finite(grad_output) * largest_finite(
-            torch.where(weight.isfinite(), weight, 0).double().abs().sum(0)
-        )
-        if mask is not None:
-            largest = largest * largest_finite(mask)
+    """Fills the gradients of input, offset and mask, as far as they are given.
 
-    batch, pixels = maps.shape[0], sizes.height * sizes.width
-    dtype = torch.promote_types(maps.dtype, torch.float32)
-    step = batch
-    if grad_input is not None and (largest is not None or dtype != maps.dtype):
-        step = min(batch, max(1, _MOST_SUMS // (pixels * sizes.channels)))
+    The map's gradient is summed in float32 or better, channels-last, and deterministic sums are
+    integers. Where that is a buffer beside the gradient, images go through it a few at a time.
+    """
+    batch, height, width, channels = call.maps.permute(0, 2, 3, 1).shape
+    packed, largest, step = _packed(call), None, batch
+    dtype = torch.promote_types(call.maps.dtype, torch.float32)
+    if grad_input is not None:
+        largest = _largest_addend(call, grad_output) if deterministic() else None
+        if largest is not None or dtype != call.maps.dtype:
+            step = min(batch, max(1, _MOST_SUMS // (height * width * channels)))
     for first in range(0, batch, step):
         some = slice(first, min(first + step, batch))
-        number = some.stop - some.start
         sums = None
         if grad_input is not None:
-            sums = Sums(
-                (number, pixels, sizes.channels),
-                dtype,
-                maps.device,
-                largest,
-                # Each position reads a pixel at most once under each tap.
-                sizes.taps * sizes.positions,
-            )
-        above = grad_output[some]
-        count = number * sizes.positions
-        grid = (triton.cdiv(count, tile.rows) * sizes.taps, sizes.offset_groups)
-        _backward_positions[grid](
-            *(above, maps[some], offset[some], offset if mask is None else mask[some], packed),
-            offset if grad_offset is None else grad_offset[some],
-            offset if grad_mask is None else grad_mask[some],
-            *((offset, offset, offset) if sums is None else sums.tensors),
-            *sizes._replace(rows=count),
-            *(segment, sizes.offset_group_channels // segment, *_strides(above)),
-            **_constants(mask, border, maps, grad_output, offset),
-            NARROW=_is_narrow(sizes),
-            BY_INPUT=sums is not None,
-            BY_POSITION=grad_offset is not None,
-            FIXED=sums is not None and sums.fixed,
-            PRECISION=_precision(maps.dtype),
-            BLOCK_M=tile.rows,
-            BLOCK_O=tile.out,
-            BLOCK_C=tile.channels,
-            num_warps=tile.warps,  # pyright: ignore[reportCallIssue]
-            num_stages=tile.stages,  # pyright: ignore[reportCallIssue]
+            # Each position reads a pixel at most once under each tap.
+            most = call.sizes.taps * call.sizes.positions
+            shape = (some.stop - some.start, height, width, channels)
+            sums = Sums(shape, dtype, call.maps.device, largest, most)
+        _launch_positions(
+            call.images(some),
+            grad_output[some],
+            packed,
+            None if grad_offset is None else grad_offset[some],
+            None if grad_mask is None else grad_mask[some],
+            sums,
         )
         if grad_input is not None and sums is not None:
-            found = sums.result().view(number, sizes.height, sizes.width, sizes.channels)
-            grad_input[some].copy_(found.permute(0, 3, 1, 2))
+            grad_input[some].copy_(sums.result().permute(0, 3, 1, 2))
 
 
-def _by_weight(
+def _largest_addend(call: _Call, grad_output: Tensor) -> Tensor:
+    """Upper bound of what is added to a pixel at once, [] in float64."""
+    # A sum over the output channels of a group, of gradient times weight.
+    weights = torch.where(call.weight.isfinite(), call.weight, 0).double().abs().sum(0)
+    largest = largest_finite(grad_output) * largest_finite(weights)
+    return largest if call.mask is None else largest * largest_finite(call.mask)
+
+
+def _launch_positions(
+    call: _Call,
     grad_output: Tensor,
-    maps: Tensor,
-    offset: Tensor,
-    weight: Tensor,
-    mask: Tensor | None,
-    sizes: _Sizes,
-    border: str,
-    grad_weight: Tensor,
+    packed: Tensor,
+    grad_offset: Tensor | None,
+    grad_mask: Tensor | None,
+    sums: Sums | None,
 ) -> None:
-    narrowly = _is_narrow(sizes)
-    if narrowly:
-        tile = _narrow_tiles(sizes.offset_group_out)
-        programs = sizes.offset_groups * sizes.taps * sizes.group_channels
-        programs *= triton.cdiv(sizes.offset_group_out, tile.out)
+    sizes, in_offset_group = call.sizes, call.sizes.channels // call.sizes.offset_groups
+    if call.narrow:
+        tile, segments = _narrow_tile(in_offset_group), Segments(in_offset_group, 1)
     else:
-        tile = _tiles("weight", sizes, maps.dtype)
-        programs = sizes.groups * sizes.taps * (sizes.group_channels // sizes.segment)
-        programs *= triton.cdiv(sizes.segment, tile.channels)
+        tile = _tile("positions", sizes, call.maps.dtype)
+        segments = _segments(sizes, in_offset_group)
+    grid = triton.cdiv(sizes.rows, tile.rows) * sizes.taps, sizes.offset_groups
+    call.launch(
+        *(_backward_positions, grid, tile, grad_output),
+        *(grad_output, call.maps, call.offset, call.mask, packed, grad_offset, grad_mask),
+        *(None if sums is None else sums.target, sizes, segments, _strides(grad_output)),
+    )
+
+
+def _by_weight(call: _Call, grad_output: Tensor) -> Tensor:
+    """The gradient of the weight."""
+    sizes = call.sizes
+    if call.narrow:
+        out_channels = _offset_group_out(sizes)
+        tile = _narrow_tile(out_channels)
+        programs = sizes.offset_groups * sizes.taps * sizes.group_channels
+        programs *= triton.cdiv(out_channels, tile.out)
+    else:
+        tile = _tile("weight", sizes, call.maps.dtype)
+        segments = _segments(sizes, sizes.group_channels)
+        programs = _groups(sizes) * sizes.taps * segments.number
+        programs *= triton.cdiv(segments.length, tile.channels)
         programs *= triton.cdiv(sizes.group_out, tile.out)
-    row_tiles = triton.cdiv(sizes.rows, tile.rows)
-    splits = max(1, min(row_tiles, _PROGRAMS // programs, _MOST_PARTIAL // weight.numel()))
+    row_tiles, weights = triton.cdiv(sizes.rows, tile.rows), call.weight.numel()
+    splits = max(1, min(row_tiles, _PROGRAMS // programs, _MOST_PARTIAL // weights))
     tiles_of_split = triton.cdiv(row_tiles, splits)
     splits = triton.cdiv(row_tiles, tiles_of_split)
-    # One weight after another, as `_packed` lays them out.
-    partial = torch.empty(
-        (splits, weight.numel()),
-        dtype=torch.promote_types(maps.dtype, torch.float32),
-        device=maps.device,
-    )
-    tensors = grad_output, maps, offset, offset if mask is None else mask, partial
-    constants = _constants(mask, border, maps, grad_output, offset)
-    if narrowly:
-        narrow.backward_weight[(programs, splits)](
-            *tensors,
-            *sizes,
-            *(*_strides(grad_output), tiles_of_split),
-            **constants,
-            BLOCK_M=tile.rows,
-            BLOCK_O=tile.out,
-            num_warps=tile.warps,  # pyright: ignore[reportCallIssue]
-            num_stages=tile.stages,  # pyright: ignore[reportCallIssue]
-        )
+    # Each part laid out as `_packed`.
+    dtype = torch.promote_types(call.maps.dtype, torch.float32)
+    partial = torch.empty((splits, weights), dtype=dtype, device=call.maps.device)
+    tensors = grad_output, call.maps, call.offset, call.mask, partial
+    grid, strides = (programs, splits), _strides(grad_output)
+    if call.narrow:
+        arguments = *tensors, sizes, strides, tiles_of_split
+        call.launch(narrow.backward_weight, grid, tile, grad_output, *arguments)
     else:
-        _backward_weight[(programs, splits)](
-            *tensors,
-            *sizes,
-            *(sizes.segment, sizes.group_channels // sizes.segment),
-            *(*_strides(grad_output), sizes.groups, tiles_of_split),
-            **constants,
-            PRECISION=_precision(maps.dtype),
-            BLOCK_M=tile.rows,
-            BLOCK_O=tile.out,
-            BLOCK_C=tile.channels,
-            num_warps=tile.warps,  # pyright: ignore[reportCallIssue]
-            num_stages=tile.stages,  # pyright: ignore[reportCallIssue]
-        )
-    grad_weight.copy_(_unpacked(partial.sum(0), weight.shape, sizes))
+        arguments = *tensors, sizes, segments, strides, _groups(sizes), tiles_of_split
+        call.launch(_backward_weight, grid, tile, grad_output, *arguments)
+    return _unpacked(partial.sum(0), call)
 
 
-def _sizes(
-    input: Tensor, offset: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair
-) -> _Sizes:
+def _sizes(input: Tensor, offset: Tensor, weight: Tensor, geometry: Geometry) -> Sizes:
     batch, channels, height, width = input.shape
     out_channels, group_channels, kernel_h, kernel_w = weight.shape
     _, offset_channels, out_h, out_w = offset.shape
     taps = kernel_h * kernel_w
-    return _Sizes(
+    return Sizes(
         *(batch * out_h * out_w, out_h * out_w, height, width, channels, out_w),
         *(group_channels, out_channels // (channels // group_channels)),
-        *(offset_channels // (2 * taps), taps, kernel_w, *stride, *padding, *dilation),
+        *(offset_channels // (2 * taps), taps, kernel_w),
+        *(*geometry.stride, *geometry.padding, *geometry.dilation),
     )
 
 
-def _is_narrow(sizes: _Sizes) -> bool:
+def _groups(sizes: Sizes) -> int:
+    return sizes.channels // sizes.group_channels
+
+
+def _offset_group_out(sizes: Sizes) -> int:
+    """Output channels of an offset group that consists of whole groups."""
+    return sizes.channels // sizes.offset_groups // sizes.group_channels * sizes.group_out
+
+
+def _segments(sizes: Sizes, channels: int) -> Segments:
+    """The segments of a group, or offset group, of so many channels."""
+    length = math.gcd(sizes.group_channels, sizes.channels // sizes.offset_groups)
+    return Segments(length, channels // length)
+
+
+def _is_narrow(sizes: Sizes) -> bool:
     """Whether groups are too narrow for the matrix unit; each then has one offset group."""
-    products = sizes.group_channels * sizes.group_out
-    return products <= _NARROW_PRODUCTS and sizes.segment == sizes.group_channels
+    whole = (sizes.channels // sizes.offset_groups) % sizes.group_channels == 0
+    return whole and sizes.group_channels * sizes.group_out <= _NARROW_PRODUCTS
 
 
-def _narrow_tiles(columns: int) -> Tiles:
-    """Tiles of the kernels in `narrow`, whose columns are one kind of channels."""
+def _narrow_tile(columns: int) -> Tile:
+    """The tile of a kernel in `triton_narrow`, whose columns are channels of one kind."""
     columns = min(_NARROW_CHANNELS, triton.next_power_of_2(columns))
-    return Tiles(_NARROW_TILE // columns, columns, columns, warps=4, stages=2)
+    return Tile(_NARROW_TILE // columns, columns, columns, warps=4, stages=2)
 
 
-def _tiles(kernel: str, sizes: _Sizes, dtype: torch.dtype) -> Tiles:
-    """Tiles that fit the problem; tl.dot wants at least 16 of everything."""
+def _tile(kernel: str, sizes: Sizes, dtype: torch.dtype) -> Tile:
+    """A tile that fits the problem; tl.dot takes at least 16 of everything."""
 
     def fitting(size: int, most: int) -> int:
         return min(most, max(16, triton.next_power_of_2(size)))
 
     most = TILES[kernel][dtype.itemsize]
-    return Tiles(
+    return Tile(
         fitting(sizes.rows, most.rows),
         fitting(sizes.group_out, most.out),
-        fitting(sizes.segment, most.channels),
+        fitting(_segments(sizes, sizes.channels).length, most.channels),
         most.warps,
         most.stages,
     )
 
 
-def _packed(weight: Tensor, sizes: _Sizes) -> Tensor:
-    """The weight as the kernels read it: [group, tap, C, O], or [tap, C, all O]."""
-    weight = weight.flatten(2)
-    if _is_narrow(sizes):
+def _packed(call: _Call) -> Tensor:
+    """The weight as the kernels read it: [groups, K, C, O], or [K, C, all O] if narrow."""
+    weight = call.weight.flatten(2)
+    if call.narrow:
         return weight.permute(2, 1, 0).contiguous()
-    return weight.unflatten(0, (sizes.groups, -1)).permute(0, 3, 2, 1).contiguous()
+    return weight.unflatten(0, (_groups(call.sizes), -1)).permute(0, 3, 2, 1).contiguous()
 
 
-def _unpacked(packed: Tensor, shape: torch.Size, sizes: _Sizes) -> Tensor:
-    """The inverse of `_packed`, for a weight of this shape."""
-    taps, group_channels = sizes.taps, sizes.group_channels
-    if _is_narrow(sizes):
+def _unpacked(packed: Tensor, call: _Call) -> Tensor:
+    """The inverse of `_packed`."""
+    taps, group_channels = call.sizes.taps, call.sizes.group_channels
+    if call.narrow:
         weight = packed.view(taps, group_channels, -1).permute(2, 1, 0)
     else:
-        weight = packed.view(sizes.groups, taps, group_channels, -1).permute(0, 3, 2, 1)
-    return weight.reshape(shape)
+        groups = _groups(call.sizes)
+        weight = packed.view(groups, taps, group_channels, -1).permute(0, 3, 2, 1)
+    return weight.reshape(call.weight.shape)
 
 
-def _strides(output: Tensor) -> tuple[int, int, int]:
-    """From an image, a channel and a position of [N, C, Ho, Wo] to the next."""
+def _strides(output: Tensor) -> Strides:
+    """Of [N, O, Ho, Wo] in one of the two memory formats."""
     _, channels, height, width = output.shape
-    # Not the tensor's own, which mean nothing along an axis of one.
+    # Not the tensor's own, which are arbitrary along an axis of size one.
     if output.is_contiguous():
-        return channels * height * width, height * width, 1
-    return channels * height * width, 1, channels
+        return Strides(channels * height * width, height * width, 1)
+    return Strides(channels * height * width, 1, channels)
 
 
 def _dense(tensor: Tensor) -> Tensor:
@@ -705,25 +688,7 @@ def _memory_format(input: Tensor) -> torch.memory_format:
     return torch.channels_last
 
 
-def _constants(mask: Tensor | None, border: str, maps: Tensor, *others: Tensor) -> dict[str, Any]:
-    """What all kernels are compiled for, and how."""
-    return {
-        "MODULATED": mask is not None,
-        "MSRA": border == "msra2017",
-        "WIDE": any(tensor.numel() >= _LEAST_WIDE for tensor in (maps, *others)),
-        # What positions are computed and products summed in.
-        "DTYPE": tl.float64 if maps.dtype == torch.float64 else tl.float32,
-        # Said, because Triton is about to turn its default.
-        "enable_fp_fusion": True,
-    }
-
-
-def _convolutions_in_tf32() -> bool:
-    return torch.backends.cudnn.conv.fp32_precision == "tf32"  # pyright: ignore[reportAttributeAccessIssue]
-
-
 def _precision(dtype: torch.dtype) -> str:
     """How float32 is multiplied: as PyTorch's own switch for convolutions says."""
-    if dtype == torch.float32 and _convolutions_in_tf32():
-        return "tf32"
-    return "ieee"
+    precision = torch.backends.cudnn.conv.fp32_precision  # pyright: ignore[reportAttributeAccessIssue]
+    return "tf32" if dtype == torch.float32 and precision == "tf32" else "ieee"

@@ -1,146 +1,136 @@
 """Deformable convolution in groups too narrow for the matrix unit, depthwise above all.
 
-A tile has output positions as rows and, as columns, output channels that share their offsets; a
-group has so few channels that each of its outputs reads them on its own. Weights, here [tap, C of a
-group, O of all groups], and neighbouring channels of the map are then read as vectors.
+`tl.dot` needs at least 16 input and 16 output channels; a group of one channel would sample 16
+columns for one that counts. Here a tile has positions as rows and, as columns, output channels of
+one offset group, each of which samples the channels of its convolution group on its own and
+multiplies in registers. That is as much sampling as output channels times channels of a group, so
+these kernels take groups of few products only (see `triton._NARROW_PRODUCTS`).
 
-Letters: C channels and O output channels of a group.
+The map is channels-last, the weight [K, C of a group, O of all groups]: neighboring columns read
+neighboring numbers of both. Letters are as in `triton_geometry`; arguments as in `triton`.
 """
 
 import triton
 import triton.language as tl
 
-from deformnet.ops.triton.sampling import cell, corners, mix, positions_read, rows
+from deformnet.ops.deform_conv.triton_geometry import (
+    mask_read,
+    outputs,
+    positions_read,
+    rows_of,
+)
+from deformnet.ops.triton.sampling import cell, corners, mix
 
 
 @triton.jit
 def forward(
-    input, offset, mask, weight, bias, output,
-    count, positions, height, width, channels, out_w,
-    group_channels, group_out, offset_groups, taps, kernel_w,
-    stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
-    output_image, output_channel, output_position,
-    MODULATED: tl.constexpr, BIAS: tl.constexpr, MSRA: tl.constexpr, WIDE: tl.constexpr,
-    DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr,
+    input, offset, mask, weight, bias, output, sizes, strides,
+    OPTIONS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """One tile of the output, of channels that share an offset group."""
-    shared = channels // offset_groups // group_channels * group_out
+    """One tile of the output, [TILE.rows, TILE.out], within one offset group.
+
+    Grid: (tiles of rows x tiles of an offset group's output channels, G). Programs that differ in
+    their channels alone come one after another and read the same offsets. Every program writes its
+    tile once, with no atomics: the result is deterministic.
+    """
+    shared = sizes.channels // sizes.offset_groups // sizes.group_channels * sizes.group_out
     program = tl.program_id(0)
-    tiles = tl.cdiv(shared, BLOCK_O)
-    lane = (program % tiles) * BLOCK_O + tl.arange(0, BLOCK_O)
+    tiles = tl.cdiv(shared, TILE.out)
+    lane = (program % tiles) * TILE.out + tl.arange(0, TILE.out)
     offset_group = tl.program_id(1)
     out, real_out = offset_group * shared + lane, lane < shared
-    real, image, position = rows(program // tiles, count, positions, BLOCK_M, WIDE)
+    rows = rows_of(program // tiles, sizes, OPTIONS, TILE.rows)
 
-    sums = tl.zeros((BLOCK_M, BLOCK_O), dtype=DTYPE)
-    for tap in range(taps):
-        y, x = positions_read(
-            offset, image, position, real, offset_group, tap,
-            offset_groups, taps, kernel_w, positions, out_w,
-            stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, DTYPE,
-        )  # fmt: skip
-        top, left, down, right, within, undefined = cell(y, x, height, width, MSRA)
+    sums = tl.zeros((TILE.rows, TILE.out), dtype=OPTIONS.dtype)
+    for tap in range(sizes.taps):
+        y, x = positions_read(offset, rows, offset_group, tap, sizes, OPTIONS)
+        at = cell(y, x, rows.real, sizes, OPTIONS.msra)
         factor = y  # not read without a mask
-        if MODULATED:
-            place = (image * offset_groups + offset_group) * taps + tap
-            factor = tl.load(mask + place * positions + position, mask=real, other=0).to(DTYPE)
-        for k in range(group_channels):
-            v00, v01, v10, v11 = corners(
-                input, image, top, left, within & real, out // group_out * group_channels + k,
-                real_out, height, width, channels, DTYPE,
-            )  # fmt: skip
-            value = mix(v00, v01, v10, v11, down, right, undefined & real)
-            if MODULATED:
+        if mask is not None:
+            factor = mask_read(mask, rows, offset_group, tap, sizes, OPTIONS)
+        for k in range(sizes.group_channels):
+            channel = out // sizes.group_out * sizes.group_channels + k
+            values = corners(input, rows.image, at, channel, real_out, sizes, OPTIONS.dtype)
+            value = mix(values, at)
+            if mask is not None:
                 value = value * factor[:, None]
-            row_of_weight = (tap * group_channels + k) * (offset_groups * shared)
+            row_of_weight = (tap * sizes.group_channels + k) * (sizes.offset_groups * shared)
             filters = tl.load(weight + row_of_weight + out, mask=real_out, other=0)
-            sums += value * filters.to(DTYPE)[None, :]
-    if BIAS:
-        sums += tl.load(bias + out, mask=real_out, other=0).to(DTYPE)[None, :]
-    if WIDE:
-        out = out.to(tl.int64)
+            sums += value * filters.to(OPTIONS.dtype)[None, :]
+    if bias is not None:
+        sums += tl.load(bias + out, mask=real_out, other=0).to(OPTIONS.dtype)[None, :]
     tl.store(
-        output + (image * output_image + position * output_position)[:, None]
-        + (out * output_channel)[None, :],
+        outputs(output, rows, out, strides, OPTIONS),
         sums.to(output.dtype.element_ty),
-        mask=real[:, None] & real_out[None, :],
-    )  # fmt: skip
+        mask=rows.real[:, None] & real_out[None, :],
+    )
 
 
 @triton.jit
 def backward_sample(
-    grad_output, weight, image, position, real, channel, real_channel, tap,
-    channels, group_channels, group_out, output_image, output_channel, output_position,
-    WIDE: tl.constexpr, DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    grad_output, weight, rows, channel, real_channel, tap, sizes, strides,
+    OPTIONS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Gradient by what the tap has read, times its mask: [rows, channels]."""
-    gradient = tl.zeros((BLOCK_M, BLOCK_C), dtype=DTYPE)
-    row_of_weight = tap * group_channels + channel % group_channels
-    row_of_weight *= channels // group_channels * group_out
-    for k in range(group_out):
-        out = channel // group_channels * group_out + k
+    """Gradient by the value that each row has sampled under a tap, times its mask factor.
+
+    Returns:
+        [TILE.rows, TILE.channels]; each channel sums over the output channels of its group.
+    """
+    gradient = tl.zeros((TILE.rows, TILE.channels), dtype=OPTIONS.dtype)
+    row_of_weight = tap * sizes.group_channels + channel % sizes.group_channels
+    row_of_weight *= sizes.channels // sizes.group_channels * sizes.group_out
+    for k in range(sizes.group_out):
+        out = channel // sizes.group_channels * sizes.group_out + k
         filters = tl.load(weight + row_of_weight + out, mask=real_channel, other=0)
-        if WIDE:
-            out = out.to(tl.int64)
         above = tl.load(
-            grad_output + (image * output_image + position * output_position)[:, None]
-            + (out * output_channel)[None, :],
-            mask=real[:, None] & real_channel[None, :],
+            outputs(grad_output, rows, out, strides, OPTIONS),
+            mask=rows.real[:, None] & real_channel[None, :],
             other=0,
-        )  # fmt: skip
-        gradient += above.to(DTYPE) * filters.to(DTYPE)[None, :]
+        )
+        gradient += above.to(OPTIONS.dtype) * filters.to(OPTIONS.dtype)[None, :]
     return gradient
 
 
 @triton.jit
 def backward_weight(
-    grad_output, input, offset, mask, partial,
-    count, positions, height, width, channels, out_w,
-    group_channels, group_out, offset_groups, taps, kernel_w,
-    stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
-    output_image, output_channel, output_position, tiles_of_split,
-    MODULATED: tl.constexpr, MSRA: tl.constexpr, WIDE: tl.constexpr,
-    DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr,
+    grad_output, input, offset, mask, partial, sizes, strides, tiles_of_split,
+    OPTIONS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Gradient by the weight, summed over one split of the rows: [split, tap, C, all O]."""
-    shared = channels // offset_groups // group_channels * group_out
-    tiles = tl.cdiv(shared, BLOCK_O)
+    """Gradient by the weight, summed over one split of the rows.
+
+    Grid: (G x K x C of a group x tiles of an offset group's output channels, splits). A program
+    goes through `tiles_of_split` tiles of rows, keeps a sum for each of its [TILE.rows, TILE.out]
+    products, adds up the rows at the end and writes its part of partial, [split, K, C of a group,
+    O of all groups], once. No atomics; the splits are then summed by PyTorch: deterministic.
+    """
+    shared = sizes.channels // sizes.offset_groups // sizes.group_channels * sizes.group_out
+    tiles = tl.cdiv(shared, TILE.out)
     program = tl.program_id(0)
-    lane = (program % tiles) * BLOCK_O + tl.arange(0, BLOCK_O)
+    lane = (program % tiles) * TILE.out + tl.arange(0, TILE.out)
     program = program // tiles
-    k = program % group_channels
-    program = program // group_channels
-    tap = program % taps
-    offset_group = program // taps
+    k = program % sizes.group_channels
+    program = program // sizes.group_channels
+    tap = program % sizes.taps
+    offset_group = program // sizes.taps
     split = tl.program_id(1)
     out, real_out = offset_group * shared + lane, lane < shared
-    out_channel = out.to(tl.int64) if WIDE else out
+    channel = out // sizes.group_out * sizes.group_channels + k
 
-    sums = tl.zeros((BLOCK_M, BLOCK_O), dtype=DTYPE)
-    last = tl.minimum((split + 1) * tiles_of_split, tl.cdiv(count, BLOCK_M))
+    sums = tl.zeros((TILE.rows, TILE.out), dtype=OPTIONS.dtype)
+    last = tl.minimum((split + 1) * tiles_of_split, tl.cdiv(sizes.rows, TILE.rows))
     for tile in range(split * tiles_of_split, last):
-        real, image, position = rows(tile, count, positions, BLOCK_M, WIDE)
-        y, x = positions_read(
-            offset, image, position, real, offset_group, tap,
-            offset_groups, taps, kernel_w, positions, out_w,
-            stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, DTYPE,
-        )  # fmt: skip
-        top, left, down, right, within, undefined = cell(y, x, height, width, MSRA)
-        v00, v01, v10, v11 = corners(
-            input, image, top, left, within & real, out // group_out * group_channels + k,
-            real_out, height, width, channels, DTYPE,
-        )  # fmt: skip
-        value = mix(v00, v01, v10, v11, down, right, undefined & real)
-        if MODULATED:
-            place = (image * offset_groups + offset_group) * taps + tap
-            factor = tl.load(mask + place * positions + position, mask=real, other=0)
-            value = value * factor.to(DTYPE)[:, None]
+        rows = rows_of(tile, sizes, OPTIONS, TILE.rows)
+        y, x = positions_read(offset, rows, offset_group, tap, sizes, OPTIONS)
+        at = cell(y, x, rows.real, sizes, OPTIONS.msra)
+        value = mix(corners(input, rows.image, at, channel, real_out, sizes, OPTIONS.dtype), at)
+        if mask is not None:
+            factor = mask_read(mask, rows, offset_group, tap, sizes, OPTIONS)
+            value = value * factor[:, None]
         above = tl.load(
-            grad_output + (image * output_image + position * output_position)[:, None]
-            + (out_channel * output_channel)[None, :],
-            mask=real[:, None] & real_out[None, :],
+            outputs(grad_output, rows, out, strides, OPTIONS),
+            mask=rows.real[:, None] & real_out[None, :],
             other=0,
-        )  # fmt: skip
-        sums += value * above.to(DTYPE)
-    place = ((split * taps + tap) * group_channels + k) * (offset_groups * shared)
+        )
+        sums += value * above.to(OPTIONS.dtype)
+    place = ((split * sizes.taps + tap) * sizes.group_channels + k) * (sizes.offset_groups * shared)
     tl.store(partial + place + out, tl.sum(sums, axis=0), mask=real_out)

@@ -39,13 +39,7 @@ def _samples(boxes: Tensor, rule: Rule) -> int:
 def _triton() -> Kernels:
     from deformnet.ops.roi_pool import triton
 
-    def forward(*arguments):  # noqa: ANN002, ANN202
-        return triton.roi_pool(*arguments[:-1], *arguments[-1])
-
-    def backward(*arguments):  # noqa: ANN002, ANN202
-        return triton.roi_pool_backward(*arguments[:-2], *arguments[-2], arguments[-1])
-
-    return Kernels(forward, backward)
+    return Kernels(triton.roi_pool, triton.roi_pool_backward)
 
 
 OPERATOR = Operator(

@@ -1,7 +1,7 @@
-"""The operators on a GPU, in Triton.
+"""What the Triton kernels of all operators share, and whether they can run.
 
-This module says whether they can run. `kernels` has them, and imports Triton, which costs `import
-deformnet` nothing on a machine without a GPU.
+Importing this package does not import Triton, so `import deformnet` costs nothing on a machine
+without a GPU. `sampling` and `sums`, and each operator's own `triton.py`, do import it.
 """
 
 import functools
@@ -9,8 +9,8 @@ import importlib.util
 
 import torch
 
-# Below this there is no bfloat16 in hardware, and Triton does not promise to work.
-_LEAST_CAPABILITY = (8, 0)
+# Older cards have no bfloat16 in hardware, and Triton does not support them.
+_MINIMUM_CAPABILITY = (8, 0)
 
 
 @functools.cache
@@ -23,9 +23,11 @@ def why_unavailable() -> str | None:
     if torch.version.hip is None:
         for index in range(torch.cuda.device_count()):
             capability = torch.cuda.get_device_capability(index)
-            if capability < _LEAST_CAPABILITY:
-                name = torch.cuda.get_device_name(index)
-                return "the kernels want compute capability {}.{}, {} has {}.{}".format(
-                    *_LEAST_CAPABILITY, name, *capability
+            if capability < _MINIMUM_CAPABILITY:
+                return (
+                    "expected GPUs of compute capability {}.{} or higher, but got {} with "
+                    "{}.{}".format(
+                        *_MINIMUM_CAPABILITY, torch.cuda.get_device_name(index), *capability
+                    )
                 )
     return None

@@ -1,96 +1,94 @@
-"""What a tap of a deformable convolution reads: where, from which pixels, which value.
+"""Bilinear reads of a channels-last map, for kernels whose rows are positions.
 
-Letters: P = Ho*Wo output positions of an image, C channels, K taps.
+A tile is [rows, channels]: each row has one position (y, x), shared by all channels of the tile.
+Neighboring channels are neighbors in memory, so that a row reads each of its four pixels as a
+vector. `sizes` stands for any NamedTuple with the `height`, `width` and `channels` of the map.
 """
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
 
-@triton.jit
-def rows(tile, count, positions, BLOCK: tl.constexpr, WIDE: tl.constexpr):
-    """Of the rows of a tile: whether there are so many, their images, positions within them."""
-    row = tile * tl.full((), BLOCK, tl.int64 if WIDE else tl.int32) + tl.arange(0, BLOCK)
-    real = row < count
-    row = tl.where(real, row, 0)
-    image = row // positions
-    return real, image, row - image * positions
+class Cell(NamedTuple):
+    """The 2x2 pixels that a position is interpolated between; every field is [rows]."""
+
+    top: Any  # int32, the first pixel's row and column
+    left: Any
+    down: Any  # distance from it in pixels, in [0, 1)
+    right: Any
+    within: Any  # whether anything is read: not outside the map, not NaN
+    undefined: Any  # whether the position is NaN
+
+
+class Corners(NamedTuple):
+    """Values of the four pixels, [rows, channels] each: by row (0 is the top), then column."""
+
+    v00: Any
+    v01: Any
+    v10: Any
+    v11: Any
 
 
 @triton.jit
-def positions_read(
-    offset, image, position, real, group, tap,
-    offset_groups, taps, kernel_w, positions, out_w,
-    stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
-    DTYPE: tl.constexpr,
-):  # fmt: skip
-    """The positions (y, x) that a tap reads, in pixels."""
-    channel = (image * offset_groups + group) * taps * 2 + 2 * tap
-    shift_y = tl.load(offset + channel * positions + position, mask=real, other=0)
-    shift_x = tl.load(offset + (channel + 1) * positions + position, mask=real, other=0)
-    row, column = position // out_w, position % out_w
-    y = row * stride_h - pad_h + (tap // kernel_w) * dilation_h
-    x = column * stride_w - pad_w + (tap % kernel_w) * dilation_w
-    return y.to(DTYPE) + shift_y.to(DTYPE), x.to(DTYPE) + shift_x.to(DTYPE)
+def cell(y, x, real, sizes, MSRA: tl.constexpr):
+    """The cell of each position (y, x); rows that are not `real` read nothing.
 
-
-@triton.jit
-def cell(y, x, height, width, MSRA: tl.constexpr):
-    """The four pixels around (y, x), how far it lies from the first, and what may be read.
-
-    Returns:
-        The pixel (top, left) and the fractions (down, right); whether anything is read there;
-        whether the position is not a number.
+    Outside the map means outside (-1, H) x (-1, W), or with MSRA outside [0, H) x [0, W). This is
+    decided on the floating-point position, before it becomes an integer: infinities and numbers
+    beyond int32 never reach an address. A NaN fails every comparison, so that it reads nothing
+    either; `mix` gives NaN for it.
     """
     first = 0.0 if MSRA else -1.0
     undefined = (y != y) | (x != x)
-    within = (y >= first) & (y < height) & (x >= first) & (x < width)
+    within = (y >= first) & (y < sizes.height) & (x >= first) & (x < sizes.width)
     # From here on all positions are finite and small.
     y, x = tl.where(within, y, 0.0), tl.where(within, x, 0.0)
     if MSRA:
         # Beyond the last row or column the value stays what it is there.
-        y, x = tl.minimum(y, height - 1), tl.minimum(x, width - 1)
+        y, x = tl.minimum(y, sizes.height - 1), tl.minimum(x, sizes.width - 1)
     top, left = tl.floor(y), tl.floor(x)
-    return top.to(tl.int32), left.to(tl.int32), y - top, x - left, within, undefined
-
-
-@triton.jit
-def corner(image, y, x, within, channel, real_channel, height, width, channels):
-    """Places of the pixel (y, x) in the map, [rows, channels], and whether it has them."""
-    inside = within & (y >= 0) & (y < height) & (x >= 0) & (x < width)
-    # An image's index is wide where places are.
-    pixel = image * height * width + tl.where(inside, y.to(image.dtype) * width + x, 0)
-    return (pixel * channels)[:, None] + channel[None, :], inside[:, None] & real_channel[None, :]
-
-
-@triton.jit
-def corners(
-    input, image, top, left, within, channel, real_channel, height, width, channels,
-    DTYPE: tl.constexpr,
-):  # fmt: skip
-    """The four pixels around each row's position, [rows, channels]: zero outside the map."""
-    p00, m00 = corner(image, top, left, within, channel, real_channel, height, width, channels)
-    p01, m01 = corner(image, top, left + 1, within, channel, real_channel, height, width, channels)
-    p10, m10 = corner(image, top + 1, left, within, channel, real_channel, height, width, channels)
-    p11, m11 = corner(
-        image, top + 1, left + 1, within, channel, real_channel, height, width, channels
+    return Cell(
+        top.to(tl.int32), left.to(tl.int32), y - top, x - left, within & real, undefined & real
     )
-    # Not a product with zero: the map may hold infinities and NaN.
+
+
+@triton.jit
+def corner(image, y, x, within, channel, real_channel, sizes):
+    """Index of the pixel (y, x) in the map, [rows, channels], and whether the map has it."""
+    inside = within & (y >= 0) & (y < sizes.height) & (x >= 0) & (x < sizes.width)
+    # `image` is int64 where indices do not fit into int32.
+    pixel = image * sizes.height * sizes.width
+    pixel += tl.where(inside, y.to(image.dtype) * sizes.width + x, 0)
+    index = (pixel * sizes.channels)[:, None] + channel[None, :]
+    return index, inside[:, None] & real_channel[None, :]
+
+
+@triton.jit
+def corners(input, image, at, channel, real_channel, sizes, DTYPE: tl.constexpr):
+    """The four pixels of each row's cell `at`; zero outside the map."""
+    top, left, within = at.top, at.left, at.within
+    p00, m00 = corner(image, top, left, within, channel, real_channel, sizes)
+    p01, m01 = corner(image, top, left + 1, within, channel, real_channel, sizes)
+    p10, m10 = corner(image, top + 1, left, within, channel, real_channel, sizes)
+    p11, m11 = corner(image, top + 1, left + 1, within, channel, real_channel, sizes)
+    # Masked loads, not products with zero: the map may hold infinities and NaN.
     v00 = tl.load(input + p00, mask=m00, other=0).to(DTYPE)
     v01 = tl.load(input + p01, mask=m01, other=0).to(DTYPE)
     v10 = tl.load(input + p10, mask=m10, other=0).to(DTYPE)
     v11 = tl.load(input + p11, mask=m11, other=0).to(DTYPE)
-    return v00, v01, v10, v11
+    return Corners(v00, v01, v10, v11)
 
 
 @triton.jit
-def mix(v00, v01, v10, v11, down, right, undefined):
-    """The bilinear value between four corners."""
-    up, before = 1 - down, 1 - right
+def mix(values, at):
+    """The bilinear value between the `Corners` of each row; NaN where the position is NaN."""
+    up, before = 1 - at.down, 1 - at.right
     value = (
-        v00 * (up * before)[:, None]
-        + v01 * (up * right)[:, None]
-        + v10 * (down * before)[:, None]
-        + v11 * (down * right)[:, None]
+        values.v00 * (up * before)[:, None]
+        + values.v01 * (up * at.right)[:, None]
+        + values.v10 * (at.down * before)[:, None]
+        + values.v11 * (at.down * at.right)[:, None]
     )
-    return tl.where(undefined[:, None], float("nan"), value)
+    return tl.where(at.undefined[:, None], float("nan"), value)

@@ -1,29 +1,39 @@
 """Gradients of a map, to which many programs add at the same places.
 
-Numbers added in float32 in any order give a sum that differs in its last bits from run to run.
-Where PyTorch is told to be deterministic, they are added as whole multiples of a unit instead, in
-64-bit integers, whose sum does not depend on the order.
+Floating-point numbers added in any order give a sum that differs in its last bits from run to run.
+Under `torch.use_deterministic_algorithms(True)` they are added as integer multiples of a unit
+instead, in 64 bits; a sum of integers does not depend on the order.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-# Bits for the sum of all numbers, one of the 64 being the sign, another a reserve for rounding.
+# Bits for the sum of all numbers: 64, less one for the sign and one in reserve for rounding.
 _BITS = 62
 
 
+class Target(NamedTuple):
+    """The tensors of a `Sums` as a kernel takes them; the last two are None for float sums."""
+
+    floats: Tensor
+    integers: Tensor | None
+    scale: Tensor | None
+
+
 class Sums:
-    """A tensor of zeros to add to, by `add` within a kernel.
+    """A tensor of zeros that kernels add to, through `add`.
 
     Args:
-        shape: of the tensor.
-        dtype: float32, or float64.
-        device: where it is.
-        largest: a number [] in float64 that no finite number to be added exceeds. Only read where
-            sums are deterministic; see `deterministic`.
-        count: how many numbers are added to any one place, at most.
+        shape: shape of the tensor.
+        dtype: float32 or float64.
+        device: device of the tensor.
+        largest: upper bound of the finite magnitudes to be added, [] in float64, for deterministic
+            sums; None for float sums.
+        count: maximum number of additions to one place.
     """
 
     def __init__(
@@ -34,30 +44,24 @@ class Sums:
         largest: Tensor | None,
         count: int,
     ) -> None:
-        self.fixed = largest is not None
-        self.floats = torch.zeros(shape, dtype=dtype, device=device)
+        floats = torch.zeros(shape, dtype=dtype, device=device)
+        self.target = Target(floats, None, None)
         if largest is None:
-            # Not read: the kernels want tensors all the same.
-            self.integers, self.scale = self.floats, self.floats
             return
-        self.integers = torch.zeros(shape, dtype=torch.int64, device=device)
-        # The power of two that lets the largest possible sum fit.
+        # The power of two with which the largest possible sum still fits.
         exponent = _BITS - torch.log2(largest * max(count, 1)).ceil()
-        # No finite number at all, or none but zeros, gives infinities here.
+        # Infinite if there is no finite number at all, or none but zeros.
         exponent = torch.where(largest > 0, exponent, 0).clamp(-1000, 1000)
-        self.scale = torch.exp2(exponent)
-
-    @property
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What `add` takes first."""
-        return self.floats, self.integers, self.scale
+        integers = torch.zeros(shape, dtype=torch.int64, device=device)
+        self.target = Target(floats, integers, torch.exp2(exponent))
 
     def result(self) -> Tensor:
         """The sums so far."""
-        if not self.fixed:
-            return self.floats
-        # What was not finite was added to the floats.
-        return self.floats + (self.integers.double() / self.scale).to(self.floats.dtype)
+        floats, integers, scale = self.target
+        if integers is None or scale is None:
+            return floats
+        # The floats hold the numbers that were not finite.
+        return floats + (integers.double() / scale).to(floats.dtype)
 
 
 def deterministic() -> bool:
@@ -74,20 +78,31 @@ def largest_finite(tensor: Tensor) -> Tensor:
 
 
 @triton.jit
-def add(floats, integers, scale, place, number, where, FIXED: tl.constexpr):
-    """Adds `number` to the sums at `place`, where `where` is true.
+def scale_of(target):
+    """The factor that makes integers of numbers, for `add`; read once, ahead of all loops."""
+    return 1.0 if target.integers is None else tl.load(target.scale)
+
+
+@triton.jit
+def add(target, scale, index, number, where):
+    """Adds `number` to the sums at `index`, where `where` is true.
+
+    Every addition is one atomic, relaxed because only the end of the kernel orders the sums for
+    their reader. Float atomics give the same bits in every run only where no two numbers meet at
+    one place; integer atomics always do. Numbers that are not finite go to the floats even then:
+    a sum of infinities and NaN does not depend on the order, either.
 
     Args:
-        floats, integers: the tensors of a `Sums`.
-        scale: its number, in float64.
-        FIXED: its `fixed`.
+        target: the `Target` of a `Sums`.
+        scale: `scale_of(target)`.
+        index: indices into the tensor.
     """
-    if FIXED:
+    if target.integers is None:
+        tl.atomic_add(target.floats + index, number, mask=where, sem="relaxed")
+    else:
         finite = (number - number) == 0
         whole = tl.where(finite, number, 0).to(tl.float64) * scale
-        # Halves upwards; conversion alone would cut off, towards zero.
+        # Round to the nearest integer; the conversion alone would truncate.
         whole = tl.floor(whole + 0.5).to(tl.int64)
-        tl.atomic_add(integers + place, whole, mask=where & finite, sem="relaxed")
-        tl.atomic_add(floats + place, number, mask=where & (finite == 0), sem="relaxed")
-    else:
-        tl.atomic_add(floats + place, number, mask=where, sem="relaxed")
+        tl.atomic_add(target.integers + index, whole, mask=where & finite, sem="relaxed")
+        tl.atomic_add(target.floats + index, number, mask=where & (finite == 0), sem="relaxed")
