@@ -1,11 +1,14 @@
-"""What `deformnet.analysis` finds, as pictures; results in, a matplotlib figure out.
+"""Figures of the results of `deformnet.analysis`, and pictures of label maps and boxes.
 
-`save` writes one as PNG or SVG. Nothing here runs a network, and nothing needs pyplot.
+A function `..._figure` returns a matplotlib figure, which `save_figure` writes as PNG or SVG;
+`draw_...` draws into axes or an image. Nothing here runs a network or needs pyplot.
 """
 
 from deformnet.visualization.bins import DetectionBins, bins_figure, draw_bins
 from deformnet.visualization.canvas import save_figure
+from deformnet.visualization.colors import distinct_colors, palette
 from deformnet.visualization.dilation import dilation_cell, dilation_figure, dilation_table
+from deformnet.visualization.drawing import draw_boxes, label_image, overlay
 from deformnet.visualization.receptive_fields import (
     ReceptiveFieldMap,
     receptive_field_figure,
@@ -28,9 +31,14 @@ __all__ = [
     "dilation_cell",
     "dilation_figure",
     "dilation_table",
+    "distinct_colors",
     "draw_bins",
+    "draw_boxes",
     "draw_sampled_unit",
     "draw_sampling_grid",
+    "label_image",
+    "overlay",
+    "palette",
     "receptive_field_figure",
     "sampling_figure",
     "save_figure",

@@ -1,6 +1,6 @@
-"""What all figures share: sizes, colours, axes with nothing around, legends, files."""
+"""Common parts of all figures: sizes, axes without frames, legends, files."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from pathlib import Path
 
 import matplotlib as mpl
@@ -9,23 +9,19 @@ from matplotlib.artist import Artist
 from matplotlib.figure import Figure, FigureBase
 from torch import Tensor
 
+from deformnet._errors import UserError
 from deformnet._files import replacing
 
 TEXT = 11  # points
-# Okabe and Ito's colours, which the colour-blind tell apart. Of those that lie on images together,
-# each is lighter or darker than the others, too, so that they differ in grey.
-WHITE, YELLOW, SKY, GREEN, VERMILLION, BLUE, BLACK = (
-    *("#ffffff", "#f0e442", "#56b4e9", "#009e73", "#d55e00", "#0072b2", "#000000"),
-)
 OUTSIDE = "#e4e4e4"
-"""Around an image."""
+"""Color around an image."""
 
 _DOTS_PER_INCH = 130
 _FORMATS = {".png": "png", ".svg": "svg"}
 
 
 def blank(*, width: float, height: float) -> Figure:
-    """A figure of this size in inches."""
+    """An empty figure of this size in inches."""
     return Figure(figsize=(width, height), dpi=_DOTS_PER_INCH, layout="constrained")
 
 
@@ -38,8 +34,8 @@ def grid(figure: FigureBase, rows: int, columns: int) -> np.ndarray:
     return axes
 
 
-def tallness(images: Iterable[Tensor]) -> float:
-    """Height by width of the tallest image [3, H, W], for the height of a row."""
+def aspect(images: Iterable[Tensor]) -> float:
+    """Largest height divided by width of images [3, H, W], for the height of a row."""
     return max(image.shape[1] / image.shape[2] for image in images)
 
 
@@ -55,8 +51,8 @@ def pixels(image: Tensor) -> np.ndarray:
     return image.permute(1, 2, 0).cpu().numpy() / 255
 
 
-def dulled(image: Tensor) -> np.ndarray:
-    """The same with less contrast, to draw on."""
+def dimmed(image: Tensor) -> np.ndarray:
+    """Pixels with less contrast, to draw on."""
     return 0.15 + 0.65 * pixels(image)
 
 
@@ -66,24 +62,38 @@ def require_image(image: Tensor) -> None:
         ValueError: if it is not uint8 [3, H, W].
     """
     if image.dtype.is_floating_point or image.ndim != 3 or image.shape[0] != 3:
-        raise ValueError(f"image: wanted uint8 [3, H, W], got {image.dtype} {list(image.shape)}")
+        raise ValueError(
+            f"expected image to be uint8 [3, H, W], but got {image.dtype} {list(image.shape)}"
+        )
 
 
-def save_figure(figure: Figure, path: Path) -> None:
-    """Writes a figure as a whole, as PNG or SVG after the suffix of its path.
+def same_number(networks: Mapping[str, Sized]) -> int:
+    """Number of units, at least one, of each network.
+
+    Raises:
+        ValueError: if the networks have different numbers of units, or none.
+    """
+    counts = {name: len(units) for name, units in networks.items()}
+    if len(set(counts.values())) != 1 or 0 in counts.values():
+        raise ValueError(f"expected networks to have the same units each, but got {counts}")
+    return next(iter(counts.values()))
+
+
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """Writes a figure as a whole, as PNG or SVG by the suffix of its path.
 
     The text of an SVG stays text, and clouds of many points are pictures in it. The same figure
     gives the same file.
 
     Raises:
-        ValueError: if the suffix is another one.
+        UserError: for another suffix.
     """
     path = Path(path)
     kind = _FORMATS.get(path.suffix.lower())
     if kind is None:
-        raise ValueError(f"{path}: wanted a name that ends in .png or .svg")
+        raise UserError(f"{path}: expected a file name that ends in .png or .svg")
     metadata = {"Date": None} if kind == "svg" else {}
-    # Letters and not their outlines; names of parts that do not change from time to time.
+    # Letters instead of their outlines, and names of elements that stay the same.
     style = mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "deformnet"})
     with style, replacing(path) as file:
         figure.savefig(file, format=kind, facecolor="white", metadata=metadata)

@@ -1,88 +1,84 @@
-"""Effective dilation by size of object (Dai et al. 2017, Table 2)."""
+"""Effective dilation by object size (Dai et al. 2017, Table 2)."""
 
 from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from deformnet.analysis import LayerDilation, Spread
-from deformnet.visualization.canvas import BLACK, BLUE, GREEN, SKY, TEXT, VERMILLION, YELLOW, blank
+from deformnet._text import Table
+from deformnet.analysis import LayerDilation, MeanStd
+from deformnet.visualization.canvas import TEXT, blank
+from deformnet.visualization.colors import BLACK, BLUE, GREEN, SKY, VERMILLION, YELLOW
 
 _COLUMNS = ("small", "medium", "large", "background")
-# One for each layer: they differ in shape, too.
+# One per layer; they differ in shape, too.
 _STYLES = (
     *((BLUE, "o"), (VERMILLION, "s"), (GREEN, "^"), (SKY, "D"), (BLACK, "v"), (YELLOW, "P")),
 )
 
 
-def dilation_table(rows: Sequence[LayerDilation]) -> str:
-    """Table 2 as text: mean and deviation, and of how many filters.
+def dilation_table(layers: Sequence[LayerDilation]) -> str:
+    """Table 2 as text: mean, standard deviation and number of filters.
 
     Raises:
-        ValueError: if there are no rows.
+        ValueError: if there are no layers.
     """
-    _require_rows(rows)
-    lines = [("layer", *_COLUMNS)]
-    lines += [(row.layer, *(dilation_cell(spread) for spread in _spreads(row))) for row in rows]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = [
-        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])
-        for line in lines
-    ]
-    return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
+    _require_layers(layers)
+    rows = [(layer.layer, *map(dilation_cell, _values(layer))) for layer in layers]
+    return str(Table("", ("layer", *_COLUMNS), rows))
 
 
-def dilation_cell(spread: Spread) -> str:
-    """A cell of the table: "5.27 ± 3.31 (1,204)"; "-" if there are no filters."""
-    if spread.mean is None or spread.std is None:
+def dilation_cell(value: MeanStd) -> str:
+    """A cell of the table: "5.27 ± 3.31 (1,204)"; "-" without filters."""
+    if value.mean is None or value.std is None:
         return "-"
-    return f"{spread.mean:.2f} ± {spread.std:.2f} ({spread.count:,})"
+    return f"{value.mean:.2f} ± {value.std:.2f} ({value.count:,})"
 
 
-def dilation_figure(rows: Sequence[LayerDilation]) -> Figure:
-    """Table 2 as a plot: mean and deviation for each layer and size of object.
+def dilation_figure(layers: Sequence[LayerDilation]) -> Figure:
+    """Table 2 as a plot: mean and standard deviation by layer and object size.
 
     Raises:
-        ValueError: if there are no rows.
+        ValueError: if there are no layers.
     """
-    _require_rows(rows)
+    _require_layers(layers)
     figure = blank(width=8, height=4)
     axes = figure.subplots()
-    places = np.arange(len(_COLUMNS))
-    apart = 0.5 / len(rows)
-    for number, row in enumerate(rows):
-        colour, marker = _STYLES[number % len(_STYLES)]
-        spreads = _spreads(row)
-        means = np.array([np.nan if s.mean is None else s.mean for s in spreads])
-        deviations = np.array([np.nan if s.std is None else s.std for s in spreads])
-        x = places + apart * (number - (len(rows) - 1) / 2)
+    positions = np.arange(len(_COLUMNS))
+    distance = 0.5 / len(layers)
+    for number, layer in enumerate(layers):
+        color, marker = _STYLES[number % len(_STYLES)]
+        values = _values(layer)
+        means = np.array([np.nan if s.mean is None else s.mean for s in values])
+        deviations = np.array([np.nan if s.std is None else s.std for s in values])
+        x = positions + distance * (number - (len(layers) - 1) / 2)
         axes.errorbar(
             x,
             means,
             deviations,
-            color=colour,
+            color=color,
             marker=marker,
             markersize=7,
             markeredgecolor=BLACK,
             linestyle="none",
             capsize=3,
-            label=row.layer,
+            label=layer.layer,
         )
-        # Sizes have an order; the background is none of them.
-        axes.plot(x[:3], means[:3], color=colour, linewidth=1)
-    axes.set_xticks(places, _COLUMNS, fontsize=TEXT)
+        # Sizes have an order, to which the background does not belong.
+        axes.plot(x[:3], means[:3], color=color, linewidth=1)
+    axes.set_xticks(positions, _COLUMNS, fontsize=TEXT)
     axes.axvline(2.5, color="#808080", linewidth=0.8, linestyle=":")
     axes.set_xlim(-0.5, len(_COLUMNS) - 0.5)
     axes.set_ylabel("effective dilation (cells)", fontsize=TEXT)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=min(3, len(rows)), frameon=False)
+    figure.legend(loc="outside lower center", ncols=min(3, len(layers)), frameon=False)
     return figure
 
 
-def _spreads(row: LayerDilation) -> tuple[Spread, ...]:
-    return row.small, row.medium, row.large, row.background
+def _values(layer: LayerDilation) -> tuple[MeanStd, ...]:
+    return layer.small, layer.medium, layer.large, layer.background
 
 
-def _require_rows(rows: Sequence[LayerDilation]) -> None:
-    if not rows:
-        raise ValueError("rows: wanted at least one layer, got none")
+def _require_layers(layers: Sequence[LayerDilation]) -> None:
+    if not layers:
+        raise ValueError("expected layers to hold at least one layer, but got none")

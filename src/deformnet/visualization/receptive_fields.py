@@ -44,7 +44,7 @@ def two_layer_figure(networks: Mapping[str, Sequence[SampledUnit]]) -> Figure:
     highlighted for each unit. Bottom: the samples of all these places in the map below that, with
     those of the highlighted places highlighted.
 
-        >>> figure = two_layer_figure({"baseline": at_rest, "deformable": units})
+        >>> figure = two_layer_figure({"baseline": regular, "deformable": units})
         >>> save_figure(figure, "figure5.png")
 
     Args:

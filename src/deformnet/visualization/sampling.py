@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 from matplotlib.artist import Artist
@@ -15,145 +15,150 @@ from torch import Tensor
 
 from deformnet.analysis import SamplingLocations
 from deformnet.visualization.canvas import (
-    BLACK,
-    GREEN,
     OUTSIDE,
-    SKY,
     TEXT,
-    VERMILLION,
-    WHITE,
-    YELLOW,
+    aspect,
     blank,
-    dulled,
+    dimmed,
     grid,
     legend,
     require_image,
-    tallness,
+    same_number,
 )
+from deformnet.visualization.colors import BLACK, GREEN, SKY, VERMILLION, WHITE, YELLOW
 
-_MARGIN = 0.15  # shown around an image, as a share of its side
-_FAINT = 0.3  # opacity of what lies where there is nothing to read
-_CLOUD = 200  # from so many points on they are a picture, also in an SVG
-# Colour and diameter in points of the samples in the first map below the unit, the next, ...
+_MARGIN = 0.15  # shown around an image, as a fraction of its side
+_FAINT = 0.3  # opacity of samples outside the map
+_CLOUD = 200  # number of points from which on they are a picture in an SVG
+# Color and diameter in points of the samples in the first map below the unit, the next, ... Each is
+# lighter or darker than the others, too, so that they differ in grayscale.
 _LEVELS = ((WHITE, 5.5), (YELLOW, 3.2), (VERMILLION, 1.6), (GREEN, 1.0))
-UNIT: dict[str, Any] = {
-    "marker": "P",
-    "color": SKY,
-    "markersize": 10,
-    "markeredgecolor": BLACK,
-}
+
+
+class Marker(TypedDict):
+    """Style of a unit's marker."""
+
+    color: str
+    marker: str
+    markersize: float
+    markeredgecolor: str
+
+
+UNIT = Marker(color=SKY, marker="P", markersize=10, markeredgecolor=BLACK)
 # In a contact sheet they differ in shape, too.
-_IN_TURN: tuple[dict[str, Any], ...] = (
-    {"color": YELLOW, "marker": "P", "markersize": 8},
-    {"color": SKY, "marker": "o", "markersize": 6},
-    {"color": VERMILLION, "marker": "s", "markersize": 6},
-    {"color": GREEN, "marker": "^", "markersize": 7},
+_KINDS = (
+    Marker(color=YELLOW, marker="P", markersize=8, markeredgecolor=BLACK),
+    Marker(color=SKY, marker="o", markersize=6, markeredgecolor=BLACK),
+    Marker(color=VERMILLION, marker="s", markersize=6, markeredgecolor=BLACK),
+    Marker(color=GREEN, marker="^", markersize=7, markeredgecolor=BLACK),
 )
 
 
 @dataclass(frozen=True)
 class SampledUnit:
-    """A unit over an image, with what it samples.
+    """A unit of a feature map over its image, with its sampling locations.
 
     Attributes:
         image: uint8 [3, H, W].
-        what: what is there.
-        centre: (y, x) of the unit in the image; whole numbers are centres of pixels.
-        levels: what it samples one layer down, two, ... (at most four), in pixels of the image:
-            the points [P, 2] and whether they are inside [P].
+        title: name of what is there, such as "background".
+        center: (y, x) of the unit in the image; integers are pixel centers.
+        levels: its sampling locations one layer below, two, ... (at most four), in pixels of the
+            image: points [P, 2] and inside [P].
     Raises:
-        ValueError: if one of them has another shape, or there are no levels or too many.
+        ValueError: if one of them has another shape, or the number of levels is not 1 to 4.
     """
 
     image: Tensor
-    what: str
-    centre: tuple[float, float]
+    title: str
+    center: tuple[float, float]
     levels: Sequence[SamplingLocations]
 
     def __post_init__(self) -> None:
         require_image(self.image)
         if not 1 <= len(self.levels) <= len(_LEVELS):
-            raise ValueError(f"levels: wanted 1 to {len(_LEVELS)}, got {len(self.levels)}")
+            raise ValueError(
+                f"expected 1 to {len(_LEVELS)} levels of samples, but got {len(self.levels)}"
+            )
         for points, inside in self.levels:
             if points.ndim != 2 or points.shape[1] != 2 or inside.shape != points.shape[:1]:
                 raise ValueError(
-                    "levels: wanted points [P, 2] and inside [P] (of one image), got "
+                    "expected levels to be points [P, 2] and inside [P] of one image, but got "
                     f"{list(points.shape)} and {list(inside.shape)}"
                 )
 
 
-def sampling_figure(looks: Mapping[str, Sequence[SampledUnit]]) -> Figure:
-    """Figure 6: where units look, three to a row; a row for each network.
+def sampling_figure(networks: Mapping[str, Sequence[SampledUnit]]) -> Figure:
+    """Figure 6: sampling locations of units, three to a row; a row for each network.
 
     Args:
-        looks: for each network by name the same units, as a rule of an image on the background,
-            a small and a large object, then of the next image.
+        networks: by name, the same units of each: in the paper one on the background, on a small
+            and on a large object of an image, then of the next image.
     Raises:
-        ValueError: if there are no looks, or the networks have different numbers of them.
+        ValueError: if there are no units, or the networks have different numbers of them.
     """
-    count = _same_number(looks)
-    rows, columns = len(looks) * -(-count // 3), min(count, 3)
-    panel = 8 / columns * tallness(look.image for some in looks.values() for look in some)
+    count = same_number(networks)
+    rows, columns = len(networks) * -(-count // 3), min(count, 3)
+    panel = 8 / columns * aspect(unit.image for units in networks.values() for unit in units)
     figure = blank(width=8, height=panel * rows + 0.8)
-    draw_sampling_grid(figure, looks)
+    draw_sampling_grid(figure, networks)
     return figure
 
 
-def draw_sampling_grid(figure: FigureBase, looks: Mapping[str, Sequence[SampledUnit]]) -> None:
-    """Fills a figure or a part of one, as `sampling_figure` does."""
-    count = _same_number(looks)
+def draw_sampling_grid(figure: FigureBase, networks: Mapping[str, Sequence[SampledUnit]]) -> None:
+    """Fills a figure, or a part of one, as `sampling_figure` does."""
+    count = same_number(networks)
     groups = -(-count // 3)
-    axes = grid(figure, len(looks) * groups, min(count, 3))
-    for place, (name, some) in enumerate(looks.items()):
-        for number, look in enumerate(some):
+    axes = grid(figure, len(networks) * groups, min(count, 3))
+    for place, (name, units) in enumerate(networks.items()):
+        for number, unit in enumerate(units):
             group, column = divmod(number, 3)
-            one = axes[group * len(looks) + place, column]
-            draw_sampled_unit(one, look)
+            one = axes[group * len(networks) + place, column]
+            draw_sampled_unit(one, unit)
             if place == 0:
-                one.set_title(look.what, fontsize=TEXT)
-            if column == 0 and len(looks) > 1:
+                one.set_title(unit.title, fontsize=TEXT)
+            if column == 0 and len(networks) > 1:
                 one.set_ylabel(name, fontsize=TEXT)
-    for unused in axes[:, count - 3 * (groups - 1) :][-len(looks) :].flat:
+    for unused in axes[:, count - 3 * (groups - 1) :][-len(networks) :].flat:
         unused.set_visible(False)
-    legend(figure, _level_handles([look for some in looks.values() for look in some]))
+    legend(figure, _level_handles([unit for units in networks.values() for unit in units]))
 
 
-def draw_sampled_unit(axes: Axes, look: SampledUnit) -> None:
-    """The samples of one unit over its dulled image; faint where there is nothing to read."""
-    draw_image(axes, look.image)
-    # The lowest map first: of the points that coincide, as all of a plain grid do, the few show.
-    for level, (colour, size) in reversed(list(zip(look.levels, _LEVELS, strict=False))):
-        scatter(axes, level, colour, size)
-    y, x = look.centre
+def draw_sampled_unit(axes: Axes, unit: SampledUnit) -> None:
+    """The samples of one unit over its dimmed image; faint outside the map."""
+    draw_image(axes, unit.image)
+    # The lowest map first: where points coincide, as in a regular grid, the fewer stay visible.
+    for level, (color, size) in reversed(list(zip(unit.levels, _LEVELS, strict=False))):
+        scatter(axes, level, color, size)
+    y, x = unit.center
     axes.plot(x, y, **UNIT)
 
 
 def draw_image(axes: Axes, image: Tensor) -> None:
-    """A dulled image with room around it."""
-    axes.imshow(dulled(image))
-    leave_room(axes, image)
+    """A dimmed image with a margin around it."""
+    axes.imshow(dimmed(image))
+    add_margin(axes, image)
 
 
-def leave_room(axes: Axes, image: Tensor) -> None:
-    """Shows what is around an image, as far as its margin goes."""
+def add_margin(axes: Axes, image: Tensor) -> None:
+    """Extends the axes around an image."""
     height, width = image.shape[1:]
     axes.set_facecolor(OUTSIDE)
     axes.set_xlim(-_MARGIN * width, (1 + _MARGIN) * width)
     axes.set_ylim((1 + _MARGIN) * height, -_MARGIN * height)
 
 
-def scatter(axes: Axes, found: SamplingLocations, colour: str, size: float) -> None:
+def scatter(axes: Axes, samples: SamplingLocations, color: str, size: float) -> None:
     """Points as discs of a diameter in points."""
-    y, x = found.points.cpu().numpy().T
-    inside = found.inside.cpu().numpy()
-    colours = np.where(inside[:, None], to_rgba(colour), to_rgba(colour, _FAINT))
+    y, x = samples.points.cpu().numpy().T
+    inside = samples.inside.cpu().numpy()
+    colors = np.where(inside[:, None], to_rgba(color), to_rgba(color, _FAINT))
     edges = np.where(inside[:, None], to_rgba(BLACK), to_rgba(BLACK, _FAINT))
     axes.scatter(
         x,
         y,
         size**2,
-        colours,
-        edgecolors=edges,  # pyright: ignore[reportArgumentType] (colours [P, 4] are taken)
+        colors,
+        edgecolors=edges,  # pyright: ignore[reportArgumentType] (colors [P, 4] are accepted)
         linewidths=0.1 * size,
         rasterized=len(x) > _CLOUD,
     )
@@ -162,66 +167,65 @@ def scatter(axes: Axes, found: SamplingLocations, colour: str, size: float) -> N
 def contact_sheet_figure(
     images: Mapping[str, Sequence[SampledUnit]], *, columns: int = 4
 ) -> Figure:
-    """Many images, each with what a few of its units sample in the lowest map.
+    """Many images, each with the samples of a few units in the lowest map.
 
     Args:
-        images: for each image by name its units; there is a colour for each thing that they look
-            at, by its name in `what`.
-        columns: images in a row.
+        images: units of each image by the image's name; each `title` among them has a color.
+        columns: number of images in a row.
     Raises:
         ValueError: if there are no images, or one has no unit.
     """
     if not images or not all(images.values()):
-        raise ValueError("images: wanted at least one image, and a unit in each")
+        raise ValueError("expected images to hold at least one image, and a unit in each")
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
-    panel = 2.8 * tallness(looks[0].image for looks in images.values()) + 0.3
+    panel = 2.8 * aspect(units[0].image for units in images.values()) + 0.3
     figure = blank(width=2.8 * columns, height=panel * rows + 0.4)
     axes = grid(figure, rows, columns)
     for one in axes.flat[len(images) :]:
         one.set_visible(False)
-    kinds = dict.fromkeys(look.what for looks in images.values() for look in looks)
-    styles = dict(zip(kinds, itertools.cycle(_IN_TURN), strict=False))
-    for one, (name, looks) in zip(axes.flat, images.items(), strict=False):
-        draw_image(one, looks[0].image)
+    titles = dict.fromkeys(unit.title for units in images.values() for unit in units)
+    styles = dict(zip(titles, itertools.cycle(_KINDS), strict=False))
+    for one, (name, units) in zip(axes.flat, images.items(), strict=False):
+        draw_image(one, units[0].image)
         one.set_title(name, fontsize=TEXT - 3)
-        for look in looks:
-            scatter(one, look.levels[-1], styles[look.what]["color"], 1.4)
-        for look in looks:
-            y, x = look.centre
-            one.plot(x, y, **UNIT | styles[look.what])
-    marks = {**UNIT, "linestyle": "none"}
-    legend(figure, [Line2D([], [], label=what, **marks | styles[what]) for what in kinds])
+        for unit in units:
+            scatter(one, unit.levels[-1], styles[unit.title]["color"], 1.4)
+        for unit in units:
+            y, x = unit.center
+            one.plot(x, y, **styles[unit.title])
+    legend(
+        figure,
+        [Line2D([], [], label=title, linestyle="none", **styles[title]) for title in titles],
+    )
     return figure
 
 
-def _same_number(looks: Mapping[str, Sequence[SampledUnit]]) -> int:
-    counts = {name: len(some) for name, some in looks.items()}
-    if len(set(counts.values())) != 1 or 0 in counts.values():
-        raise ValueError(f"looks: wanted the same units of each network, got {counts}")
-    return next(iter(counts.values()))
+def unit_handle() -> Line2D:
+    """The legend's entry of a unit."""
+    return Line2D([], [], linestyle="none", label="unit", **UNIT)
 
 
-def _level_handles(looks: Sequence[SampledUnit]) -> list[Artist]:
-    unit = Line2D([], [], linestyle="none", label="unit", **UNIT)
-    depth = max(len(look.levels) for look in looks)
-    dots = []
-    for level, below in enumerate(("samples", "one layer below", "two below", "three below")):
-        if level == depth:
-            break
-        counts = {len(look.levels[level].points) for look in looks if level < len(look.levels)}
+def dot_handle(label: str, color: str, size: float) -> Line2D:
+    """The legend's entry of samples."""
+    return Line2D(
+        *([], []),
+        linestyle="none",
+        label=label,
+        marker="o",
+        color=color,
+        markersize=size,
+        markeredgecolor=BLACK,
+        markeredgewidth=0.5,
+    )
+
+
+def _level_handles(units: Sequence[SampledUnit]) -> list[Artist]:
+    depth = max(len(unit.levels) for unit in units)
+    names = ("samples", "one layer below", "two below", "three below")[:depth]
+    handles: list[Artist] = [unit_handle()]
+    for level, (name, (color, size)) in enumerate(zip(names, _LEVELS, strict=False)):
+        counts = {len(unit.levels[level].points) for unit in units if level < len(unit.levels)}
         number = f"{counts.pop()} " if len(counts) == 1 else ""
-        colour, size = _LEVELS[level]
-        dots.append(
-            Line2D(
-                *([], []),
-                linestyle="none",
-                label=f"{number}{below}",
-                marker="o",
-                color=colour,
-                markersize=max(size, 2),
-                markeredgecolor=BLACK,
-                markeredgewidth=0.5,
-            )
-        )
-    return [unit, *dots]
+        handles.append(dot_handle(f"{number}{name}", color, max(size, 2)))
+    return handles
