@@ -50,8 +50,7 @@ def test_five_guesses_of_five_classes_say_nothing(classes):
     assert scores.to_json([str(i) for i in range(classes)])["top5_error"] == scores.top5_error
 
 
-def test_a_network_without_a_preference_is_not_right():
-    """Equal scores are not a right guess for every class."""
+def test_equal_scores_are_not_correct():
     counts = ClassificationCounts(10)
     counts.update(torch.zeros(10, 10), torch.arange(10))
     assert classification_scores(counts.compute()).top1_error == 0.9
@@ -67,11 +66,11 @@ def test_no_images_no_numbers():
 @pytest.mark.parametrize(
     ("logits", "target", "message"),
     [
-        ((2, 3), [0], "must be"),
-        ((3,), [0, 1, 2], "must be"),
-        ((2, 4), [0, 1], "wanted 3 classes, got 4"),
-        ((2, 3), [0, 3], "label 3, wanted 0 to 2"),
-        ((2, 3), [-1, 0], "label -1, wanted 0 to 2"),
+        ((2, 3), [0], "expected logits"),
+        ((3,), [0, 1, 2], "expected logits"),
+        ((2, 4), [0, 1], "of 3 classes, but got 4"),
+        ((2, 3), [0, 3], "0 to 2, but got 3"),
+        ((2, 3), [-1, 0], "0 to 2, but got -1"),
     ],
 )
 def test_what_does_not_fit(logits, target, message):

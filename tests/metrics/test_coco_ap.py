@@ -133,11 +133,11 @@ def test_table():
         ([detection(score=math.nan)], r"results\[0\]: expected score to be a number, but got nan"),
         ([detection(), detection(score="0.5")], r"results\[1\]: expected score to be a number"),
         ([detection(image=None)], r"results\[0\]: expected image_id to be a number, but got None"),
-        ([detection(box=[1, 2, 3])], r"results\[0\]: wanted a box \[x, y, width, height\]"),
-        ([detection(box=[1, 2, math.inf, 3])], r"results\[0\]: wanted a box"),
-        ([detection(box=[5, 5, -1, 3])], r"results\[0\]: wanted a box"),
-        ([{"image_id": 1}], r"results\[0\]: wanted image_id, category_id, score, bbox, got"),
-        ([3], r"results\[0\]: wanted image_id"),
+        ([detection(box=[1, 2, 3])], r"results\[0\]: expected bbox to be \[x, y, width, height\]"),
+        ([detection(box=[1, 2, math.inf, 3])], r"results\[0\]: expected bbox"),
+        ([detection(box=[5, 5, -1, 3])], r"results\[0\]: expected bbox"),
+        ([{"image_id": 1}], r"results\[0\]: expected image_id, category_id, score, bbox, but got"),
+        ([3], r"results\[0\]: expected image_id"),
     ],
 )
 def test_bad_results_are_named(file, results, message):

@@ -343,9 +343,7 @@ def test_coco_data(coco, tmp_path, form, data):
     assert "APsmall" in str(found)
 
 
-@pytest.mark.parametrize(
-    "published", [True, False], ids=["with ground truth", "without ground truth"]
-)
+@pytest.mark.parametrize("published", [True, False], ids=["published", "withheld"])
 def test_submission(coco, tmp_path, published):
     instances = coco / "annotations/instances_val.json"
     split = "val" if published else "test-dev2017"

@@ -141,7 +141,7 @@ def test_label_out_of_range(bad, label):
 
 
 def test_void_is_no_prediction():
-    with pytest.raises(ValueError, match="labels of prediction to be .* but got 255"):
+    with pytest.raises(ValueError, match=r"labels of prediction to be .* but got 255"):
         confusion_matrix(3).update(labels("0#"), labels("01"))
 
 

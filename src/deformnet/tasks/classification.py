@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, NamedTuple, NoReturn, Protocol, cast
 
@@ -160,7 +160,7 @@ class ImageClass(Annotation):
         probabilities: names and probabilities of all classes, best first; empty for ground truth.
     """
 
-    label: str | None
+    label: str | None = field()  # no default, which the base class has
     probabilities: Sequence[tuple[str, float]] = ()
 
     def draw(self, image: Tensor) -> None:

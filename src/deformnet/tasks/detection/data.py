@@ -1,7 +1,7 @@
 """Images with boxes: to train on, and to look at."""
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Self, cast
 
 import numpy as np
@@ -155,7 +155,7 @@ class Boxes(Annotation):
         scores: [D], best first; None for ground truth.
     """
 
-    boxes: Tensor
+    boxes: Tensor = field()  # no default, which the base class has
     labels: Tensor
     classes: tuple[str, ...]
     size: Size
