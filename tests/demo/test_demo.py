@@ -119,11 +119,11 @@ def test_table():
         }
 
     assert comparison(run(0.5, 0.5), run(0.4567, None)).rows == [
-        ("mean IoU", "50.0%", "45.7%", "-4.3"),
-        ("IoU of 7 small objects", "25.0%", "25.0%", "+0.0"),
-        ("IoU of 0 large objects", "-", "-", "-"),
-        ("parameters", "1,000,000", "1,000,000", "+0.0%"),
-        ("seconds per iteration", "0.500", "-", "-"),
+        ["mean IoU", "50.0%", "45.7%", "-4.3"],
+        ["IoU of 7 small objects", "25.0%", "25.0%", "+0.0"],
+        ["IoU of 0 large objects", "-", "-", "-"],
+        ["parameters", "1,000,000", "1,000,000", "+0.0%"],
+        ["seconds per iteration", "0.500", "-", "-"],
     ]
 
 

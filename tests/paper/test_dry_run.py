@@ -1,4 +1,4 @@
-"""Running rows of the paper: dry, and for good on a tiny set with the right classes."""
+"""Rows of the paper: dry runs, and training on tiny data sets with the right classes."""
 
 import dataclasses
 import json
@@ -9,7 +9,8 @@ import torch
 
 from deformnet.data import open_detection, open_segmentation
 from deformnet.data.image_folder import ImageFolderClassification
-from deformnet.paper import run as running
+from deformnet.engine import Hardware
+from deformnet.paper import reproduce as reproducing
 from deformnet.paper.dry_run import dry_run_rows, dry_run_table
 from deformnet.paper.reproduce import reproduce, require_runnable
 from deformnet.paper.rows import (
@@ -20,7 +21,7 @@ from deformnet.paper.rows import (
     VOC_SEGMENTATION,
     find_rows,
 )
-from deformnet.paper.settings import DryRun, Machines, Splits
+from deformnet.paper.settings import DryRun, Splits
 from deformnet.paper.synthetic import write_synthetic_data
 from deformnet.recipes import TestTimeAugmentation
 
@@ -56,7 +57,7 @@ def small(row):
     ],
     ids=lambda value: getattr(value, "key", ""),
 )
-def test_made_data_has_the_splits_and_classes_of_the_data_set(tmp_path, data, read):
+def test_synthetic_data_have_the_splits_and_classes_of_the_data_set(tmp_path, data, read):
     write_synthetic_data(data, tmp_path, 64, 96)
     for split in (data.train, data.test):
         images = read(tmp_path, split)
@@ -65,7 +66,7 @@ def test_made_data_has_the_splits_and_classes_of_the_data_set(tmp_path, data, re
         assert images[0][0].shape == (3, 64, 96)
 
 
-def test_a_dry_run_reports_size_time_and_memory(tmp_path):
+def test_dry_run_reports_size_time_and_memory(tmp_path):
     rows = find_rows(["table1/deeplab-voc-3", "table3/deeplab-voc-conv"])
     dry = DryRun(batch=1, scale=0.15)
     out = tmp_path / "dry-run.json"
@@ -79,21 +80,23 @@ def test_a_dry_run_reports_size_time_and_memory(tmp_path):
     table = dry_run_table([first, second])
     assert "table1/deeplab-voc-3" in table
     assert "44.869" in table
-    # What is there is not run again, and is not mixed with other settings.
+    # Results in the file are not measured again, nor mixed with other settings.
     content = json.loads(out.read_text())
     content["runs"][first["run"]]["seconds_per_step"] = -1.0
     out.write_text(json.dumps(content))
     assert dry_run_rows(rows[:1], dry, out=out)[0]["seconds_per_step"] == -1.0
-    with pytest.raises(ValueError, match=r"is of a dry run with scale 0.15, not 0.2"):
+    with pytest.raises(
+        ValueError, match=r"expected a dry run with scale 0.2, but got one with scale 0.15"
+    ):
         dry_run_rows(rows, DryRun(batch=1, scale=0.2), out=out)
 
 
-def test_a_row_is_trained_on_stored_proposals_and_scored_beside_the_paper(tmp_path, monkeypatch):
+def test_row_with_stored_proposals(tmp_path, monkeypatch):
     data, out = tmp_path / "voc", tmp_path / "out"
     write_synthetic_data(VOC_DETECTION, data, 64, 96)
-    rpn = running.proposal_recipe
+    rpn = reproducing.proposal_recipe
     monkeypatch.setattr(
-        running,
+        reproducing,
         "proposal_recipe",
         lambda recipe: dataclasses.replace(
             rpn(recipe),
@@ -105,7 +108,7 @@ def test_a_row_is_trained_on_stored_proposals_and_scored_beside_the_paper(tmp_pa
         ),
     )
     row = small(named("table3/rfcn-conv-pool"))
-    result = reproduce(row, data, out, machines=Machines(workers=0))
+    result = reproduce(row, data, out, hardware=Hardware(workers=0))
     assert set(result["measured"]) == {"mAP@0.5", "mAP@0.7"}
     assert result["paper"] == {"mAP@0.5": 82.6, "mAP@0.7": 68.5}
     assert json.loads((out / "results/table3/rfcn-conv-pool.json").read_text()) == result
@@ -116,34 +119,39 @@ def test_a_row_is_trained_on_stored_proposals_and_scored_beside_the_paper(tmp_pa
     ]
     checkpoint = out / "runs" / row.run / "checkpoints/last.ckpt"
     written = checkpoint.stat().st_mtime_ns
-    reproduce(row, data, out, machines=Machines(workers=0))
-    assert checkpoint.stat().st_mtime_ns == written  # it was whole
+    reproduce(row, data, out, hardware=Hardware(workers=0))
+    assert checkpoint.stat().st_mtime_ns == written  # it was finished
 
 
-def test_a_row_on_coco_ends_with_a_file_for_the_server(tmp_path):
+def test_row_on_coco_writes_a_submission(tmp_path):
     data, out = tmp_path / "coco", tmp_path / "out"
     write_synthetic_data(COCO, data, 64, 96)
     row = small(named("table5/class-aware-rpn-deformable"))
-    result = reproduce(row, data, out, machines=Machines(workers=0))
+    result = reproduce(row, data, out, hardware=Hardware(workers=0))
     assert result["measured"] == {}
     found = json.loads(Path(result["metrics"]["submission"]).read_text())
-    # That of another row of the same run is another file.
-    other = dataclasses.replace(row, name="table5/other", testing=TestTimeAugmentation(flip=True))
-    again = reproduce(other, data, out, machines=Machines(workers=0))
+    # Another row of the same run has its own file.
+    other = dataclasses.replace(
+        row, name="table5/other", augmentation=TestTimeAugmentation(flip=True)
+    )
+    again = reproduce(other, data, out, hardware=Hardware(workers=0))
     assert again["run"] == result["run"]
     assert again["metrics"]["submission"] != result["metrics"]["submission"]
     assert {entry["image_id"] for entry in found} <= {4, 5}
-    # The labelled images can be scored at home.
+    # Labeled images are scored here.
     splits = Splits(train_split="train2017", test_split="val2017")
-    other = reproduce(row, data, tmp_path / "home", splits=splits, machines=Machines(workers=0))
+    other = reproduce(row, data, tmp_path / "home", splits=splits, hardware=Hardware(workers=0))
     assert set(other["paper"]) <= set(other["measured"])
 
 
-def test_data_of_another_kind_are_refused(tmp_path):
+def test_data_with_other_classes_are_rejected(tmp_path):
     write_synthetic_data(VOC_DETECTION, tmp_path, 64, 96)
     (tmp_path / "classes.txt").write_text("cat\ndog\naeroplane\nbicycle\nbird\nboat\nbottle\nbus\n")
     row = named("table1/rfcn-3")
-    with pytest.raises(ValueError, match=r"is for PASCAL VOC 2007 \+ 2012 with 20 classes; .* 8"):
+    with pytest.raises(
+        ValueError,
+        match=r"expected PASCAL VOC 2007 \+ 2012 with 20 classes for table1/rfcn-3, .* 8 ",
+    ):
         require_runnable([row], tmp_path, Splits(train_split="VOC2007/test"))
     with pytest.raises(FileNotFoundError, match="neither layout found"):
         require_runnable(
@@ -151,15 +159,16 @@ def test_data_of_another_kind_are_refused(tmp_path):
         )
 
 
-def test_a_row_without_public_weights_says_where_it_starts(tmp_path):
+def test_row_that_starts_from_another_row(tmp_path):
     write_synthetic_data(COCO, tmp_path, 64, 96)
-    with pytest.raises(FileNotFoundError, match=r"train it there first .*, or give --init"):
+    with pytest.raises(FileNotFoundError, match=r"train it first .*, or pass --init"):
         reproduce(named("table5/rfcn-aligned-plain"), tmp_path, tmp_path / "out")
     base = named("table7/aligned-inception-resnet")
     checkpoint = tmp_path / "out/runs" / base.run / "checkpoints/last.ckpt"
     checkpoint.parent.mkdir(parents=True)
-    torch.save(dict.fromkeys(("deformnet", "model", "optimizer", "precision"), {}) | {"iteration": 200}, checkpoint)
+    keys = ("deformnet", "model", "optimizer", "precision")
+    torch.save({**{key: {} for key in keys}, "iteration": 200}, checkpoint)
     with pytest.raises(ValueError, match=r"has done 200 of 600000 iterations: finish it first"):
         reproduce(named("table5/rfcn-aligned-plain"), tmp_path, tmp_path / "out")
-    with pytest.raises(ValueError, match=r"is not built here: a network of others"):
+    with pytest.raises(ValueError, match=r"not implemented: a network of Szegedy"):
         reproduce(named("table7/inception-resnet-v2"), tmp_path, tmp_path / "out")

@@ -6,13 +6,14 @@ from collections import defaultdict
 import pytest
 
 from deformnet.paper.listing import describe_row, list_rows
-from deformnet.paper.rows import COCO, ROWS, choices, find_rows
+from deformnet.paper.rows import COCO, ROWS, find_rows
 from deformnet.recipes import (
     ClassAwareRPNRecipe,
     ClassifierRecipe,
     DeepLabRecipe,
     FasterRCNNRecipe,
     RFCNRecipe,
+    TestTimeAugmentation,
 )
 
 TRAINED = [row for row in ROWS if row.recipe is not None]
@@ -23,7 +24,7 @@ def named(name):
     return row
 
 
-def test_every_cell_of_the_tables_is_a_row():
+def test_rows_cover_the_tables():
     names = [row.name for row in ROWS]
     assert len(set(names)) == len(names)
     counted = defaultdict(int)
@@ -35,7 +36,7 @@ def test_every_cell_of_the_tables_is_a_row():
     assert counted == {"table1": 25, "table3": 25 + 4, "table5": 14, "table7": 3}
 
 
-def test_rows_of_one_run_are_trained_alike_and_others_not():
+def test_rows_with_the_same_training_share_a_run():
     recipes = defaultdict(set)
     for row in TRAINED:
         recipes[row.run].add((row.recipe, row.data, row.fixed_proposals, row.starts_from))
@@ -47,7 +48,7 @@ def test_rows_of_one_run_are_trained_alike_and_others_not():
 
 
 @pytest.mark.parametrize("row", TRAINED, ids=lambda row: row.name)
-def test_what_all_rows_share_is_the_papers(row):
+def test_settings_common_to_all_rows_match_the_paper(row):
     recipe = row.recipe
     if isinstance(recipe, ClassifierRecipe):
         # He et al. 2016, section 3.4.
@@ -59,13 +60,13 @@ def test_what_all_rows_share_is_the_papers(row):
     assert not recipe.modulated
     assert recipe.lr_factor(recipe.iterations * 2 // 3 - 1) == 1.0
     assert recipe.lr_factor(recipe.iterations * 2 // 3) == 0.1
-    wanted = {
+    expected = {
         "voc-seg": (30_000, 360),
         "cityscapes": (45_000, 1024),
         "voc": (30_000, 600),
         "coco": (240_000, 600),
     }
-    assert (recipe.iterations, recipe.short_side) == wanted[row.data.key]
+    assert (recipe.iterations, recipe.short_side) == expected[row.data.key]
     if isinstance(recipe, (FasterRCNNRecipe, RFCNRecipe)):
         assert recipe.bins == 7
         # "To facilitate the ablation experiments on VOC, ... fixed RPN proposals"
@@ -87,7 +88,7 @@ def test_what_all_rows_share_is_the_papers(row):
         ("table5/faster-rcnn-aligned-plain", FasterRCNNRecipe, 0, 2, "max", None),
     ],
 )
-def test_rows_are_what_their_names_say(name, kind, layers, dilation, pool, paper):
+def test_rows_match_their_names(name, kind, layers, dilation, pool, paper):
     row = named(name)
     assert type(row.recipe) is kind
     assert (row.recipe.deform_layers, row.recipe.dilation) == (layers, dilation)
@@ -98,41 +99,44 @@ def test_rows_are_what_their_names_say(name, kind, layers, dilation, pool, paper
         assert row.paper == paper
 
 
-def test_the_last_rows_of_table_5_differ_in_testing_alone():
+def test_last_rows_of_table_5_differ_only_in_augmentation():
     once, many, averaged = (
         named(f"table5/rfcn-aligned-deformable{testing}") for testing in ("", "-m", "-m-b")
     )
-    assert once.testing == TestTimeAugmentation()
-    assert many.testing.scales == (480, 576, 688, 864, 1200, 1400)
-    assert not many.testing.box_averaging
-    assert (averaged.testing.scales, averaged.testing.box_averaging) == (many.testing.scales, True)
+    assert once.augmentation == TestTimeAugmentation()
+    assert many.augmentation.scales == (480, 576, 688, 864, 1200, 1400)
+    assert not many.augmentation.box_averaging
+    assert (averaged.augmentation.scales, averaged.augmentation.box_averaging) == (
+        many.augmentation.scales,
+        True,
+    )
     assert [row.paper["AP"] for row in (once, many, averaged)] == [36.1, 37.1, 37.5]
     assert once.recipe.anchor_sizes == (64, 128, 256, 512)
     assert once.starts_from == "table7/aligned-inception-resnet"
 
 
-def test_patterns_and_names_that_match_nothing():
+def test_patterns_and_unknown_names():
     assert {row.data for row in find_rows(["table5/*"])} == {COCO}
     assert find_rows(["table1/rfcn-1", "table1/rfcn-*"])[0].name == "table1/rfcn-1"
     assert len(find_rows(["table1/rfcn-1", "table1/rfcn-*"])) == 5
-    with pytest.raises(ValueError, match=re.escape("row: there is no 'table2/x'")):
+    with pytest.raises(ValueError, match=re.escape("but got 'table2/x', which matches none")):
         find_rows(["table1/rfcn-1", "table2/x"])
 
 
-def test_the_list_has_every_row_once_with_what_the_paper_says():
+def test_list_has_every_row_once_with_the_published_numbers():
     text = list_rows(ROWS, None)
     for row in ROWS:
         (line,) = (line for line in text.splitlines() if line.split()[:1] == [row.name])
         assert " / ".join(f"{number:.1f}" for number in row.paper.values()) in line
-        assert "not measured: no full data set" in line or "not built" in line
+        assert "not measured" in line or "not implemented" in line
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
-def test_a_row_says_where_paper_and_code_differ(row):
+def test_descriptions_list_the_choices(row):
     text = describe_row(row)
     if row.recipe is None:
         assert row.missing in text
         return
-    assert choices(row)
-    assert all(line in text for line in choices(row))
+    assert row.choices
+    assert all(line in text for line in row.choices)
     assert f"iterations: {row.recipe.iterations}" in text

@@ -38,10 +38,10 @@ def comparison(baseline: NetworkMetrics, deformable: NetworkMetrics) -> Table:
         ious = scores["mean_iou"], deformable["sizes"][size]["mean_iou"]
         rows.append(_fractions(f"IoU of {scores['objects']} {size} objects", *ious))
     before, after = baseline["parameters"], deformable["parameters"]
-    rows.append(("parameters", f"{before:,}", f"{after:,}", f"{after / before - 1:+.1%}"))
+    rows.append(["parameters", f"{before:,}", f"{after:,}", f"{after / before - 1:+.1%}"])
     # The runs were made one after the other, on a machine that may have been busy.
-    seconds = (_text(it["seconds_per_iteration"], "{:.3f}") for it in (baseline, deformable))
-    rows.append(("seconds per iteration", *seconds, "-"))
+    seconds = [_text(it["seconds_per_iteration"], "{:.3f}") for it in (baseline, deformable)]
+    rows.append(["seconds per iteration", *seconds, "-"])
     return Table("", ("", "baseline", "deformable", "difference"), rows)
 
 
@@ -75,15 +75,13 @@ def write_demo_page(path: Path, demo: Demo, table: Table, score: str, machine: s
     )
 
 
-def _fractions(
-    name: str, baseline: float | None, deformable: float | None
-) -> tuple[str, str, str, str]:
+def _fractions(name: str, baseline: float | None, deformable: float | None) -> list[str]:
     """Return fractions in percent, and their difference in percentage points."""
     difference = None
     if baseline is not None and deformable is not None:
         difference = 100 * (deformable - baseline)
-    texts = (_text(value, "{:.1%}") for value in (baseline, deformable))
-    return name, *texts, _text(difference, "{:+.1f}")
+    texts = [_text(value, "{:.1%}") for value in (baseline, deformable)]
+    return [name, *texts, _text(difference, "{:+.1f}")]
 
 
 def _text(value: float | None, form: str) -> str:

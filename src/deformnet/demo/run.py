@@ -38,7 +38,7 @@ from deformnet.inspection.report.scenes import LARGE, SMALL, choose_scenes
 from deformnet.inspection.runs import OpenedRun
 from deformnet.metrics import ObjectCounts, size_scores
 from deformnet.recipes import DeepLabRecipe, Recipe, RFCNRecipe
-from deformnet.tasks.segmentation import SegmentationImages
+from deformnet.tasks.segmentation import LabelMap
 from deformnet.visualization import SampledUnit, bins_figure, sampling_figure, save_figure
 
 _EXAMPLES, _SCENES, _DETECTIONS = 6, 2, 6  # images in the figures
@@ -71,7 +71,7 @@ def run_demo(demo: Demo, out: Path, say: Callable[[str], None]) -> None:
     )
     data = out / "data"
     _generate_images(demo, data, say)
-    images = SegmentationImages(VOCSegmentation(data, "val"))
+    images = VOCSegmentation(data, "val")
     runs: dict[str, OpenedRun] = {}
     metrics: dict[str, NetworkMetrics] = {}
     predictions: dict[str, list[Tensor]] = {}
@@ -95,7 +95,7 @@ def run_demo(demo: Demo, out: Path, say: Callable[[str], None]) -> None:
 
     say("drawing figures")
     examples = [
-        Example(images[k][0], images[k][1].labels, predictions["baseline"][k], deformable)
+        Example(*images[k], predictions["baseline"][k], deformable)
         for k, deformable in enumerate(predictions["deformable"])
     ]
     sampled = _sample(images, {name: UnitRecorder(name, it) for name, it in runs.items()})
@@ -174,16 +174,16 @@ def _train(name: str, recipe: Recipe, data: Path, run: Path, say: Callable[[str]
 
 
 def _evaluate_by_size(
-    run: OpenedRun, images: SegmentationImages, size: int
+    run: OpenedRun, images: VOCSegmentation, size: int
 ) -> tuple[list[Tensor], dict[str, object]]:
     """Return the label maps of the first images, and the scores of objects by their size."""
     small, large = (round(fraction * size**2) for fraction in (SMALL, LARGE))
     objects = ObjectCounts(len(images.classes), small=small, large=large)
     predictions = []
     for index in tqdm(range(len(images)), desc="objects by size", disable=None):
-        image, annotation = images[index]
+        image, mask = images[index]
         labels: Tensor = run.predictor(image)
-        objects.update(labels[None].long(), annotation.labels[None].long())
+        objects.update(labels[None].long(), mask.as_subclass(Tensor)[None].long())
         if index < _EXAMPLES:
             predictions.append(labels)
     scores = size_scores(objects.compute())
@@ -191,13 +191,14 @@ def _evaluate_by_size(
 
 
 def _sample(
-    images: SegmentationImages, networks: Mapping[str, UnitRecorder]
+    images: VOCSegmentation, networks: Mapping[str, UnitRecorder]
 ) -> dict[str, list[SampledUnit]]:
     """Record units on the background, small and large objects in each network."""
     pairs = (images[index] for index in range(len(images)))
+    classes = images.classes
     contents = (
-        (annotation.contents(images.countable), networks["baseline"].grid(image))
-        for image, annotation in pairs
+        (LabelMap(mask, classes).contents(classes[1:]), networks["baseline"].grid(image))
+        for image, mask in pairs
     )
     sampled: dict[str, list[SampledUnit]] = {name: [] for name in networks}
     for scene in choose_scenes(contents, _SCENES):

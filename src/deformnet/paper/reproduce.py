@@ -8,7 +8,7 @@ from typing import TypedDict
 
 from deformnet._errors import UserError
 from deformnet._files import write_json
-from deformnet.engine import Hardware, LoopOptions, evaluate, propose, train
+from deformnet.engine import Hardware, LoopOptions, evaluate, is_first_process, propose, train
 from deformnet.engine.runs import checkpoint_path, iterations_done
 from deformnet.paper.rows import Row, find_rows, proposal_recipe
 from deformnet.paper.settings import Splits
@@ -91,7 +91,7 @@ def reproduce(
         "metrics": scored.to_json(),
         "choices": [*row.choices],
     }
-    if scored.first:
+    if is_first_process():
         write_json(result_path(row, out), result)
     return result
 

@@ -1,23 +1,21 @@
-"""What is taken for an object, and which units are looked at."""
+"""Objects of an image, and the units that are shown."""
 
 import math
 
 import numpy as np
 import torch
-from torchvision import tv_tensors
 
 from deformnet.data.base import IGNORE
-from deformnet.data.boxes import BoxAnnotations
-from deformnet.inference import Prepared
-from deformnet.inspection.report.contents import object_classes, of_boxes, of_label_map
 from deformnet.inspection.report.scenes import Grid, choose_scenes, units_of
+from deformnet.tasks.predictor import Prepared
+from deformnet.tasks.segmentation import LabelMap
 
 CLASSES = ("background", "disc", "star")
 SIZE = (100, 120)
 
 
 def over(height, width, *, stride=16, resized=None):
-    """The grid over an image that the network sees at another size."""
+    """Return the grid over an image that the network sees at another size."""
     input = torch.zeros(1, 3, *(resized or (height, width)))
     return Grid.over(Prepared.whole(input, torch.zeros(3, height, width)), stride)
 
@@ -30,38 +28,38 @@ def label_map(*objects):
 
 
 def contents(*objects):
-    return of_label_map(label_map(*objects), CLASSES, CLASSES[1:]), over(*SIZE)
+    return LabelMap(label_map(*objects), CLASSES).contents(CLASSES[1:]), over(*SIZE)
 
 
 SMALL, LARGE = (2, slice(14, 20), slice(44, 52)), (1, slice(40, 100), slice(60, 120))
 
 
-def test_units_lie_on_what_they_are_named_after():
+def test_units_are_on_their_objects():
     images = [
         contents(),
         contents((IGNORE, slice(0, 9), slice(0, 9))),
         contents(LARGE),
         contents(SMALL),
-        contents((2, slice(1, 7), slice(1, 7)), LARGE),  # its small object holds no unit
+        contents((2, slice(1, 7), slice(1, 7)), LARGE),  # its small object has no unit inside
         contents(SMALL, LARGE),
     ]
     scenes = choose_scenes(images, 2)
     assert [scene.index for scene in scenes] == [5, 2]
     background, star, disc = scenes[0].units
     assert (star.what, star.row, star.column) == ("small star", 1, 3)
-    # The middle (69.5, 89.5) lies nearest to (64, 96).
+    # (64, 96) is nearest to the center (69.5, 89.5).
     assert (disc.what, disc.row, disc.column) == ("large disc", 4, 6)
-    # The farthest from both that is not at the border is (64, 16), 44 pixels from the disc.
+    # The farthest from both off the border is (64, 16), 44 pixels from the disc.
     assert (background.what, background.row, background.column) == ("background", 4, 1)
 
 
-def test_no_more_images_are_read_than_needed():
+def test_only_needed_images_are_read():
     images = iter([contents(SMALL, LARGE), contents()])
     choose_scenes(images, 1)
     assert next(images)
 
 
-def test_there_may_be_no_object_to_look_at():
+def test_images_without_objects():
     assert choose_scenes([contents()], 2) == []
     (unit,) = units_of(*contents())
     assert unit.kind == "background"
@@ -74,43 +72,8 @@ def test_void_is_neither_object_nor_background():
     assert grid.columns[unit.column] >= 90
 
 
-def test_objects_are_the_connected_regions_of_the_named_classes():
-    labels = label_map(SMALL, LARGE, (2, slice(70, 80), slice(70, 80)), (1, 99, 0))
-    every = of_label_map(labels, CLASSES, CLASSES[1:])
-    assert sorted(thing.area for thing in every.things) == [1, 48, 100, 3500]
-    assert every.boxes().tolist() == [
-        [44, 14, 52, 20],
-        [60, 40, 120, 100],
-        [70, 70, 80, 80],
-        [0, 99, 1, 100],
-    ]
-    np.testing.assert_array_equal(every.background, labels == 0)
-    stars = of_label_map(labels, CLASSES, ("star",))
-    assert {thing.name for thing in stars.things} == {"star"}
-    np.testing.assert_array_equal(stars.background, labels != 2)
-
-
-def test_boxes_are_objects_that_fill_them():
-    boxes = tv_tensors.BoundingBoxes(
-        torch.tensor([[10.5, 20, 30.5, 40], [0, 0, 120, 100]]), format="XYXY", canvas_size=SIZE
-    )
-    found = of_boxes(
-        BoxAnnotations(boxes, torch.tensor([1, 0]), torch.zeros(2, dtype=torch.bool)),
-        CLASSES[1:],
-        SIZE,
-    )
-    assert [thing.name for thing in found.things] == ["star", "disc"]
-    assert found.boxes().tolist() == boxes.tolist()
-    assert found.things[0].area == 20 * 21
-    assert not found.background.any()
-
-
-def test_the_likes_of_sky_are_no_objects():
-    assert object_classes(("background", "Sky", "Road", "Car", "Pole")) == ("Car", "Pole")
-
-
-def test_units_lie_on_pixels_of_the_image_and_not_of_the_networks_input():
-    # Twice as large for the network: its pixel 16 is in the middle of pixels 7 and 8.
+def test_units_are_in_pixels_of_the_image():
+    # At twice the size for the network, its pixel 16 is between pixels 7 and 8.
     grid = over(48, 64, resized=(96, 128))
     np.testing.assert_allclose(grid.rows, [-0.25, 7.75, 15.75, 23.75, 31.75, 39.75])
     assert len(grid.columns) == math.ceil(128 / 16)

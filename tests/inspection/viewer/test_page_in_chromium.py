@@ -1,4 +1,4 @@
-"""The page as its users have it: in a browser, with the dots where the functions say."""
+"""The page in a browser, with its dots at the computed samples."""
 
 import io
 import re
@@ -11,29 +11,30 @@ import torch
 from PIL import Image
 from tiny_runs import noise, rfcn, save, segmenter, write_run
 
-from deformnet.metrics.segmentation import connected_regions
-from deformnet.inspection.viewer.images import Known
-from deformnet.inspection.viewer.networks import Network
+from deformnet.inspection.runs import OpenedRun
+from deformnet.inspection.viewer.images import Sample
 from deformnet.inspection.viewer.pictures import LEVELS, MOVED_BIN, UNIT
+from deformnet.inspection.viewer.recording import record_pass
 from deformnet.inspection.viewer.session import Shown
+from deformnet.metrics.segmentation import connected_regions
 
 pytest.importorskip("gradio", reason="Gradio is not installed")
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = Path("/usr/bin/chromium")
 if not CHROMIUM.is_file():
-    pytest.skip(f"there is no {CHROMIUM}", allow_module_level=True)
+    pytest.skip(f"{CHROMIUM} does not exist", allow_module_level=True)
 
 from deformnet.inspection.viewer.serving import serving  # noqa: E402
 
 SIZE = (64, 96)
-SLOW = 30_000  # milliseconds, of a machine that does other things as well
+SLOW = 30_000  # milliseconds, on a busy machine
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("view")
     write_run(root / "deeplab", segmenter())
-    write_run(root / "plain", segmenter(deform_layers=0))
+    write_run(root / "baseline", segmenter(deform_layers=0))
     write_run(root / "rfcn", rfcn())
     write_run(root / "average", rfcn(deform_layers=0, pool="average"))
     save(root / "first.png", noise(*SIZE))
@@ -52,7 +53,7 @@ def browser():
 
 @pytest.fixture
 def asked():
-    """Addresses that the browser asked for something."""
+    """Addresses that the browser requested."""
     return []
 
 
@@ -66,14 +67,14 @@ def page(browser, asked):
 
 
 def picture(page, name="picture"):
-    """The picture in the browser, [H, W, 3], and the address it has."""
+    """Return the picture in the browser, [H, W, 3], and its address."""
     source = page.locator(f"#{name} img").get_attribute("src")
     read = page.request.get(source).body()
     return np.asarray(Image.open(io.BytesIO(read)).convert("RGB")).astype(int), source
 
 
 def changed(page, source, name="picture"):
-    """Waits for another picture in its place."""
+    """Wait for another picture in its place."""
     page.wait_for_function(
         "([name, source]) => { const image = document.querySelector(`#${name} img`);"
         "return image && image.src != source && image.complete }",
@@ -83,7 +84,7 @@ def changed(page, source, name="picture"):
 
 
 def click(page, pixel, name="picture"):
-    """Clicks a pixel (y, x) of the picture, wherever the browser shows it."""
+    """Click a pixel (y, x) of the picture, wherever the browser shows it."""
     image = page.locator(f"#{name} img")
     image.scroll_into_view_if_needed()
     box = image.bounding_box()
@@ -93,34 +94,37 @@ def click(page, pixel, name="picture"):
 
 
 def clicked(page):
-    """The point (y, x) of the image that the page says was clicked."""
+    """Return the clicked point (y, x) of the image, as the page states it."""
     text = page.locator("#panel").inner_text()
     x, y = map(int, re.search(r"Clicked: x (\d+), y (\d+)", text).groups())
     return y, x
 
 
-def dots(drawn, colour):
-    """Centres (y, x) of the discs of a colour."""
-    mask = (drawn == colour).all(-1)
+def dots(drawn, color):
+    """Return the centers (y, x) of the discs of a color."""
+    mask = (drawn == color).all(-1)
     regions = connected_regions(mask.astype(np.uint8))
-    centres = [np.argwhere(regions == region).mean(0) for region in np.unique(regions[mask])]
-    return {tuple(round(float(place)) for place in centre) for centre in centres}
+    centers = [np.argwhere(regions == region).mean(0) for region in np.unique(regions[mask])]
+    return {tuple(round(float(place)) for place in center) for center in centers}
 
 
 def test_load_upload_and_click(folder, page, asked):
-    network = Network(folder / "deeplab", "cpu")
+    opened = OpenedRun(folder / "deeplab", "cpu")
     given = [folder / "first.png", folder / "second.png"]
-    run, plain = folder / "deeplab", folder / "plain"
-    with serving(run, given, plain=plain, device="cpu") as address:
+    run, baseline = folder / "deeplab", folder / "baseline"
+    with serving(run, given, baseline=baseline, device="cpu") as address:
         assert urlparse(address).hostname == "127.0.0.1"
         page.goto(address)
         page.wait_for_selector("#picture img")
         bare, source = picture(page)
-        frame = Shown("first", Known(noise(*SIZE))).frame
+        frame = Shown("first", Sample(noise(*SIZE))).frame
         assert bare.shape[:2] == frame.picture
-        assert not dots(bare, LEVELS[0].colour)
+        assert not dots(bare, LEVELS[0].color)
         assert page.locator("#prediction img").count() == 1
-        assert page.locator("#truth").count() == 0 or not page.locator("#truth").is_visible()
+        assert (
+            page.locator("#ground-truth").count() == 0
+            or not page.locator("#ground-truth").is_visible()
+        )
 
         # One layer down all nine dots show: nothing is drawn on them but the cross, perhaps.
         page.locator("#depth input[type=number]").fill("1")
@@ -133,30 +137,30 @@ def test_load_upload_and_click(folder, page, asked):
         assert "2 layers" not in legend
         point = frame.to_image(middle)
         assert np.abs(np.subtract(clicked(page), point)).max() <= 1
-        sampling = network.look(noise(*SIZE)).sampling(point, 1)
-        ((points, inside),) = sampling.levels
+        samples = record_pass(opened, noise(*SIZE)).samples(point, 1)
+        ((points, inside),) = samples.levels
         expected = {tuple(pixel) for pixel in frame.to_picture(points[inside]).tolist()}
         assert len(expected) > 4
-        assert dots(drawn, LEVELS[0].colour) == expected
-        centre = frame.to_picture(torch.tensor(sampling.centre))
-        assert tuple(drawn[tuple(centre)]) == UNIT
+        assert dots(drawn, LEVELS[0].color) == expected
+        center = frame.to_picture(torch.tensor(samples.center))
+        assert tuple(drawn[tuple(center)]) == UNIT
 
-        page.get_by_label("plain").check()
+        page.get_by_label("baseline").check()
         drawn, source = changed(page, source)
-        grid = Network(plain, "cpu").look(noise(*SIZE)).sampling(point, 1)
+        grid = record_pass(OpenedRun(baseline, "cpu"), noise(*SIZE)).samples(point, 1)
         ((points, inside),) = grid.levels
         pixels = {tuple(pixel) for pixel in frame.to_picture(points[inside]).tolist()}
-        # The cross lies on the middle one, and leaves four corners of it.
-        middle = frame.to_picture(torch.tensor(grid.centre)).tolist()
-        found = dots(drawn, LEVELS[0].colour)
+        # The cross covers the middle one but for four corners.
+        middle = frame.to_picture(torch.tensor(grid.center)).tolist()
+        found = dots(drawn, LEVELS[0].color)
         assert {it for it in found if np.abs(np.subtract(it, middle)).max() > 6} == pixels - {
             tuple(middle)
         }
         page.get_by_label("deformable").check()
         drawn, source = changed(page, source)
-        assert dots(drawn, LEVELS[0].colour) == expected
+        assert dots(drawn, LEVELS[0].color) == expected
 
-        # The prediction has no margin; the same place in it is the same point.
+        # The prediction has no margin; the same place in it selects the same point.
         click(page, (5, 5))
         _, source = changed(page, source)
         assert clicked(page) == (0, 0)
@@ -165,14 +169,14 @@ def test_load_upload_and_click(folder, page, asked):
         click(page, flat, "prediction")
         drawn, source = changed(page, source)
         assert np.abs(np.subtract(clicked(page), point)).max() <= 1
-        assert dots(drawn, LEVELS[0].colour) == expected
+        assert dots(drawn, LEVELS[0].color) == expected
 
-        # What is no image leaves the page as it is.
+        # A file that is not an image leaves the page as it is.
         page.locator("input[type=file]").set_input_files(folder / "notes.png")
         page.wait_for_selector("#message .error")
         message = page.locator("#message .error").inner_text()
-        assert message.startswith("notes.png: not an image that can be read")
-        assert dots(picture(page)[0], LEVELS[0].colour) == expected
+        assert message.startswith("notes.png: not a readable image")
+        assert dots(picture(page)[0], LEVELS[0].color) == expected
 
         other = noise(48, 80)
         save(folder / "third.png", other)
@@ -181,12 +185,14 @@ def test_load_upload_and_click(folder, page, asked):
         _, source = changed(page, source)
         assert page.locator("#message .error").count() == 0
         assert page.locator("#choice input").input_value() == ""
-        frame = Shown("third", Known(other)).frame
+        frame = Shown("third", Sample(other)).frame
         click(page, (300, 400))
         drawn, _ = changed(page, source)
-        ((points, inside),) = network.look(other).sampling(frame.to_image((300, 400)), 1).levels
+        ((points, inside),) = (
+            record_pass(opened, other).samples(frame.to_image((300, 400)), 1).levels
+        )
         expected = {tuple(pixel) for pixel in frame.to_picture(points[inside]).tolist()}
-        assert dots(drawn, LEVELS[0].colour) == expected
+        assert dots(drawn, LEVELS[0].color) == expected
         kept = [path.name for path in temporary_files()]
         assert "third.png" not in kept
         assert "notes.png" not in kept
@@ -197,13 +203,13 @@ def test_load_upload_and_click(folder, page, asked):
     assert hosts == {"127.0.0.1"}
 
 
-def test_a_detection_is_clicked(folder, page):
-    network = Network(folder / "rfcn", "cpu")
+def test_click_on_a_detection(folder, page):
+    opened = OpenedRun(folder / "rfcn", "cpu")
     image = noise(*SIZE)
-    look = network.look(image)
-    frame = Shown("first", Known(image)).frame
-    run, plain = folder / "rfcn", folder / "average"
-    with serving(run, [folder / "first.png"], plain=plain, device="cpu") as address:
+    done = record_pass(opened, image)
+    frame = Shown("first", Sample(image)).frame
+    run, baseline = folder / "rfcn", folder / "average"
+    with serving(run, [folder / "first.png"], baseline=baseline, device="cpu") as address:
         page.goto(address)
         page.wait_for_selector("#picture img")
         page.locator("#score input[type=number]").fill("0.05")
@@ -216,13 +222,13 @@ def test_a_detection_is_clicked(folder, page):
         page.wait_for_function("document.querySelector('#panel').innerText.includes('3 x 3 bins')")
         drawn, _ = changed(page, source)
         assert "moved by their offsets" in page.locator("#legend").inner_text()
-        chosen = look.detection_at((y, x), 0.05)
-        for x1, y1, x2, y2 in frame.edges(look.bins[1][chosen]).reshape(-1, 4).tolist():
+        chosen = done.detection_at((y, x), 0.05)
+        for x1, y1, x2, y2 in frame.edges(done.bins.moved[chosen]).reshape(-1, 4).tolist():
             sides = drawn[y1, x1 : x2 + 1], drawn[y2, x1 : x2 + 1]
             for side in sides:
                 assert (side == MOVED_BIN).all(-1).mean() > 0.95
-        # The twin's bins have no offsets: none are drawn, and the legend has none.
-        page.get_by_label("plain").check()
+        # The baseline has no moved bins: none are drawn, and the legend omits them.
+        page.get_by_label("baseline").check()
         page.wait_for_function("document.querySelector('#legend').innerText.trim() == 'detection'")
         assert "3 x 3 bins" not in page.locator("#panel").inner_text()
 

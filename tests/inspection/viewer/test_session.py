@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from tiny_runs import classifier, faster_rcnn, noise, rfcn, save, segmenter, write_run
 
-from deformnet.analysis import effective_dilation, sampling_locations
+from deformnet.analysis import bin_locations, effective_dilation, sampling_locations
 from deformnet.cli import main
 from deformnet.data import open_segmentation
 from deformnet.data.synthetic.shapes import Shapes, write_shapes
@@ -118,11 +118,11 @@ def test_bins_agree_with_analysis(runs):
     prepared = run.predictor.prepare(image)
     scale = torch.tensor([prepared.scale[1], prepared.scale[0]] * 2)
     arguments = (prepared.input, [prepared.size], [done.prediction.boxes * scale])
-    expected = moved_bins(run.model, "score_pool", *arguments)
+    expected = bin_locations(run.model, "score_pool", *arguments)
     regular, moved = done.bins
-    torch.testing.assert_close(regular, expected.plain / scale)
+    torch.testing.assert_close(regular, expected.regular / scale)
     for k, name in enumerate(done.prediction.names):
-        own = expected.moved[k, run.classes.index(name) + 1]
+        own = expected.deformed[k, run.classes.index(name) + 1]
         torch.testing.assert_close(moved[k], own / scale)
     assert (moved - regular).abs().max() > 1
 

@@ -1,13 +1,14 @@
-"""Runs of tiny networks with offsets that are given, and images to look at."""
+"""Runs of tiny networks with random offsets, and images for them."""
 
 import torch
 from PIL import Image
 from torch import nn
 
 from deformnet import DeformConv2d
+from deformnet.engine.runs import checkpoint_path, describe, save_checkpoint
 from deformnet.nn import DeformPSRoIPool2d
 from deformnet.recipes import ClassifierRecipe, DeepLabRecipe, FasterRCNNRecipe, Recipe, RFCNRecipe
-from deformnet.engine.runs import DataIdentity, checkpoint_path, describe
+from deformnet.tasks import DataIdentity
 
 CLASSES = ("background", "one", "two")
 
@@ -50,7 +51,7 @@ def classifier():
 
 
 def write_run(folder, recipe: Recipe, classes=CLASSES):
-    """A run folder of random weights, with offsets of a cell or two."""
+    """Write a run folder with random weights and offsets of a cell or two."""
     torch.manual_seed(7)
     model = recipe.build_model(len(classes))
     for layer in model.modules():
@@ -59,16 +60,19 @@ def write_run(folder, recipe: Recipe, classes=CLASSES):
             nn.init.normal_(layer.conv_offset.bias, std=0.7)
         elif isinstance(layer, DeformPSRoIPool2d):
             nn.init.normal_(layer.conv_offset.bias, std=2.0)
-    state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    path = checkpoint_path(folder)
-    path.parent.mkdir(parents=True)
-    identity = DataIdentity(classes, 1, "")
-    torch.save({"deformnet": describe(recipe, identity), "state_dict": state}, path)
+    checkpoint = {
+        "deformnet": describe(recipe, DataIdentity(classes, 1, "")),
+        "model": model.state_dict(),
+        "optimizer": {},
+        "precision": {},
+        "iteration": 1,
+    }
+    save_checkpoint(checkpoint, checkpoint_path(folder))
     return folder
 
 
 def noise(height, width):
-    """Dark: nothing in it has the colour of a dot."""
+    """Return an image uint8 [3, H, W] so dark that no pixel has the color of a dot."""
     generator = torch.Generator().manual_seed(height * width)
     coarse = torch.rand(1, 3, 1 + height // 8, 1 + width // 8, generator=generator)
     fine = nn.functional.interpolate(coarse, size=(height, width), mode="bilinear")

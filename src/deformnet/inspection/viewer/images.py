@@ -107,7 +107,7 @@ class ImageFiles:
         for path in paths:
             if not path.is_dir():  # files of a folder are checked when they are chosen
                 require_image(path)
-        self.names = [path.name for path in self._files]
+        self.names: Sequence[str] = [path.name for path in self._files]
 
     def load(self, index: int) -> Sample:
         return Sample(open_image(self._files[index]))
@@ -118,7 +118,7 @@ class DataSetImages:
 
     def __init__(self, images: AnnotatedImages) -> None:
         self._images = images
-        self.names = [images.name(index) for index in range(len(images))]
+        self.names: Sequence[str] = [images.name(index) for index in range(len(images))]
 
     def load(self, index: int) -> Sample:
         return Sample(*self._images[index])

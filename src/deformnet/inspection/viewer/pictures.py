@@ -12,6 +12,16 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from deformnet.inspection.viewer.recording import Point, UnitSamples
+from deformnet.visualization.colors import (
+    GREEN,
+    ORANGE,
+    PURPLE,
+    SKY,
+    VERMILLION,
+    WHITE,
+    YELLOW,
+    rgb,
+)
 
 _LONG_SIDE = 840  # of an image in its picture, in pixels
 _MARGIN = 100  # around it, for samples outside the image
@@ -30,19 +40,16 @@ class Level(NamedTuple):
     radius: int
 
 
-# The map below the unit first. Okabe and Ito's palette for color-blind readers; sizes differ, too.
+# The map below the unit first; sizes differ, too.
 LEVELS = (
-    Level((255, 255, 255), 6),
-    Level((240, 228, 66), 4),
-    Level((230, 159, 0), 3),
-    Level((213, 94, 0), 2),
-    Level((204, 121, 167), 2),
-    Level((0, 158, 115), 2),
+    Level(rgb(WHITE), 6),
+    Level(rgb(YELLOW), 4),
+    Level(rgb(ORANGE), 3),
+    Level(rgb(VERMILLION), 2),
+    Level(rgb(PURPLE), 2),
+    Level(rgb(GREEN), 2),
 )
-UNIT: Color = (86, 180, 233)
-BOX: Color = (240, 228, 66)
-REGULAR_BIN: Color = (255, 255, 255)
-MOVED_BIN: Color = (213, 94, 0)
+UNIT, BOX, REGULAR_BIN, MOVED_BIN = rgb(SKY), rgb(YELLOW), rgb(WHITE), rgb(VERMILLION)
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,9 @@ class ForwardPass:
                 float(values[0, :, row, column].mean()) for values in (maps.dilation, maps.shift)
             )
             rows.append(
-                FilterRow(name, dilation, float(maps.dilation.mean()), maps.layer_dilation[0], shift)
+                FilterRow(
+                    name, dilation, float(maps.dilation.mean()), maps.layer_dilation[0], shift
+                )
             )
         return rows
 

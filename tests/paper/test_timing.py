@@ -1,4 +1,4 @@
-"""The benchmarks at the size of a toy: what they report, and what they refuse."""
+"""The timings of `deformnet paper` at toy size: reports and rejected options."""
 
 import json
 import statistics
@@ -8,10 +8,11 @@ import torch
 
 import deformnet.paper.timing
 from deformnet.cli import main
-from deformnet.models.detection.detector import Candidates
+from deformnet.models import Candidates
 from deformnet.nn import DeformConv2d
 from deformnet.nn.offsets import OffsetConv2d
 from deformnet.paper.cases import OFFSETS, build, case, forward, require_sound
+from deformnet.paper.settings import TimingOptions
 
 TOY = ["--backbone", "resnet18", "--scale", "0.1", "--rounds", "3", "--threads", "1"]
 
@@ -23,11 +24,11 @@ def no_warm_up(monkeypatch):
 
 @pytest.fixture
 def complaint(capsys):
-    """Runs a command that must fail with one line and exit code 2; returns the line."""
+    """Run a command that fails with one line and exit code 2; return the line."""
 
     def check(*arguments):
         with pytest.raises(SystemExit) as ended:
-            main(["bench", *map(str, arguments)])
+            main(["paper", *map(str, arguments)])
         (line,) = capsys.readouterr().err.strip().splitlines()
         assert ended.value.code == 2
         assert line.startswith("deformnet: ")
@@ -48,7 +49,7 @@ def check_times(times):
 def test_table4(tmp_path, capsys):
     out = tmp_path / "results" / "table4.json"
     threads = torch.get_num_threads()
-    main(["bench", "table4", *TOY, "--out", str(out)])
+    main(["paper", "table4", *TOY, "--out", str(out)])
     printed = capsys.readouterr().out
     found = json.loads(out.read_text())
     assert found["conditions"]["scale"] == 0.1
@@ -86,8 +87,8 @@ def test_table4(tmp_path, capsys):
     assert added["deeplab-voc"]["deformable"] - added["deeplab-voc"]["plain"] == 3 * 18 * 4609
 
 
-def test_rows_can_be_chosen(capsys):
-    main(["bench", "table4", *TOY, "--rows", "rfcn"])
+def test_table4_of_selected_networks(capsys):
+    main(["paper", "table4", *TOY, "--rows", "rfcn"])
     assert "1 ratios are below the paper's" in capsys.readouterr().out
 
 
@@ -101,7 +102,7 @@ def test_rows_can_be_chosen(capsys):
 )
 def test_training_step(network, pools, tmp_path, capsys):
     out = tmp_path / "step.json"
-    main(["bench", "training-step", *TOY, "--network", network, "--out", str(out)])
+    main(["paper", "training-step", *TOY, "--network", network, "--out", str(out)])
     found = json.loads(out.read_text())
     check_times(found["step"])
     convolutions = [f"backbone.layer4.{place}" for place in ("0.conv2", "1.conv1", "1.conv2")]
@@ -113,40 +114,42 @@ def test_training_step(network, pools, tmp_path, capsys):
         assert ("above 1.5" in line) == (layer["ratio"]["median"] > 1.5)
 
 
-def test_networks_are_twins_whose_samples_move():
-    chosen = case("faster-rcnn", "resnet18", 0.2)
-    images = torch.randn(1, 3, 120, 200)
-    plain, deformable = build(chosen, images)
-    weights = deformable.state_dict()
-    for name, weight in plain.state_dict().items():
+def test_networks_share_weights_and_offsets_are_not_zero():
+    options = TimingOptions(backbone="resnet18", scale=0.2)
+    networks = build(case("faster-rcnn", options), torch.device("cpu"))
+    plain, deformable = networks.plain, networks.deformable
+    weights = deformable.model.state_dict()
+    for name, weight in plain.model.state_dict().items():
         torch.testing.assert_close(weights[name], weight, rtol=0, atol=0)
     spreads = []
-    for layer in deformable.modules():
+    for layer in deformable.model.modules():
         if isinstance(layer, OffsetConv2d):
             layer.register_forward_hook(lambda *call: spreads.append(float(call[2].std())))
     with torch.no_grad():
-        require_sound("plain", forward(plain, images)())
-        require_sound("deformable", forward(deformable, images)())
+        require_sound("plain", forward(plain, networks.prepared))
+        require_sound("deformable", forward(deformable, networks.prepared))
     assert spreads == pytest.approx([OFFSETS] * 3, rel=0.01)
-    assert not any(module.training for module in deformable.modules())
-    assert not any(isinstance(module, DeformConv2d) for module in plain.modules())
+    assert not any(module.training for module in deformable.model.modules())
+    assert not any(isinstance(module, DeformConv2d) for module in plain.model.modules())
 
 
-def test_what_is_not_worth_timing_stops():
+def test_degenerate_outputs_are_not_timed():
     with pytest.raises(FloatingPointError, match="rfcn"):
         require_sound("rfcn", torch.tensor([1.0, torch.nan]))
     with pytest.raises(RuntimeError, match="no boxes"):
         require_sound("rfcn", [Candidates(torch.zeros(0, 4), torch.zeros(0, 20))])
 
 
-def test_values_that_are_refused(complaint, tmp_path):
-    assert "scale: wanted 0.1 to 1, got 2.0" in complaint("table4", "--scale", 2)
+def test_rejected_options(complaint, tmp_path):
+    assert "expected scale to be between 0.1 and 1, but got 2.0" in complaint(
+        "table4", "--scale", 2
+    )
     assert "rounds" in complaint("training-step", "--rounds", 0)
-    assert "rows" in complaint("table4", "--rows")
+    assert "at least one network" in complaint("table4", "--rows")
     assert "threads" in complaint("table4", "--threads", 0)
     assert str(tmp_path) in complaint("table4", "--out", tmp_path)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_gpu_that_is_not_there(complaint):
+def test_missing_gpu(complaint):
     assert "cuda" in complaint("table4", "--device", "cuda")
