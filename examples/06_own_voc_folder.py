@@ -86,9 +86,10 @@ print(f"mean IoU on the training images: {100 * scores['mean_iou']:.1f} %")
 import matplotlib.pyplot as plt
 
 from deformnet.data import VOCSegmentation
-from deformnet.inference import SegmentationPredictor, overlay
+from deformnet.engine import load
+from deformnet.visualization.drawing import overlay
 
-predictor = SegmentationPredictor.from_run(run)
+predictor = load(run)
 images = VOCSegmentation(data, "val")
 figure, axes = plt.subplots(3, 4, figsize=(8, 6.2), layout="constrained")
 for number, column in enumerate(axes.T):
