@@ -1,10 +1,11 @@
-"""What deformable convolution costs as maps, batches, channels and threads grow, with the floor.
+"""Cost of deformable convolution against map size, batch size, channels and threads.
 
     python -m benchmarks.sweeps [--rounds 11] [--out DIR]
 
-Float32, 3x3 kernels, as many output as input channels, offsets normal with a deviation of a pixel.
-The floor is the time of the multiply-adds alone, at the rate that this machine reaches on numbers
-in registers (peak.cpp, compiled here with c++); a backward pass has twice those of a forward pass.
+float32, 3x3 kernels, equal numbers of input and output channels, normal offsets with a standard
+deviation of one pixel. The floor is the time of the multiply-adds alone, at the rate that this
+machine reaches in registers (peak.cpp, compiled here with c++); the backward pass has twice as
+many.
 """
 
 import argparse
@@ -23,18 +24,18 @@ from tqdm import tqdm
 
 from benchmarks.calls import OURS, PLAIN, differentiable, gradients, wanted_gradients
 from benchmarks.shapes import Shape, make_tensors
-from benchmarks.tables import COLOURS, conditions, describe, save_figure, summary
+from benchmarks.tables import COLORS, conditions, describe, save_figure, summary
 from deformnet._files import write_json
 from deformnet.paper.timing import Timing, compare
 
 FORWARD, BOTH = "forward", "forward and backward"
 WORK = {FORWARD: 1, BOTH: 3}
-"""Products of a pass, as multiples of a forward pass's."""
+"""Matrix products of a pass, relative to the forward pass."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """A layer on so many threads, at a place along an axis."""
+    """A layer and a number of threads: one point of a sweep."""
 
     at: float
     label: str
@@ -44,7 +45,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Sweep:
-    """One axis; times are shown for each `unit` of a point."""
+    """One sweep; times are per `unit` of a point."""
 
     name: str
     axis: str
@@ -127,15 +128,15 @@ def draw(sweep: Sweep, measured: Sequence[Times], rates: Sequence[float]) -> Fig
     at = [point.at for point in sweep.points]
     for axes, what in zip(panels, WORK, strict=True):
         units = [sweep.units(point.shape) / 1000 for point in sweep.points]  # milliseconds
-        for name, colour in ((PLAIN, COLOURS[1]), (OURS, COLOURS[0])):
+        for name, color in ((PLAIN, COLORS[1]), (OURS, COLORS[0])):
             timings = [times[what][name] for times in measured]
 
             def values(of: Callable[[Timing], float]) -> list[float]:
                 return [of(t) / unit for t, unit in zip(timings, units, strict=True)]  # noqa: B023
 
-            axes.plot(at, values(lambda t: t.median), "o-", color=colour, label=name)
+            axes.plot(at, values(lambda t: t.median), "o-", color=color, label=name)
             low, high = values(lambda t: t.quantile(0.2)), values(lambda t: t.quantile(0.8))
-            axes.fill_between(at, low, high, color=colour, alpha=0.3, linewidth=0)
+            axes.fill_between(at, low, high, color=color, alpha=0.3, linewidth=0)
         floor = [
             WORK[what] * point.shape.forward_flops / rates[point.threads - 1] / unit
             for point, unit in zip(sweep.points, units, strict=True)

@@ -1,4 +1,4 @@
-"""Results: as tables to read, as a JSON file that says what they were measured on, as pictures."""
+"""Results as text tables, as JSON files with their conditions, and as figures."""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -12,18 +12,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from deformnet.ops import cpu
 from deformnet._files import replacing, write_json
 from deformnet.engine.runs import machine, versions
+from deformnet.ops import cpu
 from deformnet.paper.timing import Timing
+from deformnet.visualization.colors import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILLION
 
-# Told apart by colour-blind readers (Okabe and Ito).
-COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
+COLORS = (BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILLION)
 
 
 @dataclass(frozen=True)
 class Table:
-    """How many times as long as `base` others take; a row for each case, by name."""
+    """Times relative to `base`; a row for each case, by name."""
 
     title: str
     base: str
@@ -31,7 +31,7 @@ class Table:
 
     @property
     def others(self) -> list[str]:
-        """All names but that of the base, also of those that some rows lack."""
+        """All names except the base, including those missing in some rows."""
         names = dict.fromkeys(name for times in self.rows.values() for name in times)
         return [name for name in names if name != self.base]
 
@@ -77,7 +77,7 @@ class Table:
 
 
 def draw(title: str, table: Mapping[str, Any]) -> Figure:
-    """Bars of a table's ratios with their quantiles, from a line at 1 that stands for the base.
+    """Bars of a table's ratios with their quantiles, from a line at 1 for the base.
 
     Args:
         table: as `Table.to_dict` gives it, and as it lies in the file.
@@ -87,13 +87,13 @@ def draw(title: str, table: Mapping[str, Any]) -> Figure:
     figure = Figure((8, 0.9 + 0.2 * len(rows) * (1 + len(names))), layout="constrained")
     axes: Axes = figure.subplots()
     ratios = [times[name]["ratio"] for times in rows.values() for name in names if name in times]
-    # Far apart, they are seen on a logarithmic scale, where bars begin at the base.
+    # A wide range needs a logarithmic scale, on which bars start at the base.
     largest = max(1.0, *(ratio["p80"] for ratio in ratios))
     far = largest > 4
     begin, height = float(far), 0.8 / len(names)
     for i, name in enumerate(names):
-        colour = COLOURS[i % len(COLOURS)]
-        axes.barh(0, 0, left=1, color=colour, label=name)
+        color = COLORS[i % len(COLORS)]
+        axes.barh(0, 0, left=1, color=color, label=name)
         for j, times in enumerate(rows.values()):
             if name not in times:
                 continue
@@ -101,7 +101,7 @@ def draw(title: str, table: Mapping[str, Any]) -> Figure:
             middle, low, high = ratio["median"], ratio["p20"], ratio["p80"]
             place = j + i * height - 0.4 + height / 2
             error = ([middle - low], [high - middle])
-            axes.barh(place, middle - begin, height, left=begin, xerr=error, color=colour)
+            axes.barh(place, middle - begin, height, left=begin, xerr=error, color=color)
             axes.annotate(
                 f"{middle:.3g}" if middle < 1 else f"{middle:.2f}",
                 (max(high, begin), place),
@@ -126,7 +126,7 @@ def draw(title: str, table: Mapping[str, Any]) -> Figure:
 
 
 def conditions(packages: Sequence[str] = ()) -> dict[str, object]:
-    """What figures were measured on, and with; under a load of others they mean little."""
+    """Machine, versions and load; under a high load, figures mean little."""
     return {
         "machine": machine(),
         "instruction set": cpu.instruction_set(),
@@ -150,7 +150,7 @@ def save(
     tables: Sequence[Table],
     more: Mapping[str, object] | None = None,
 ) -> None:
-    """OUT/NAME.json, and a picture for each table beside it."""
+    """Writes OUT/NAME.json, and a figure for each table."""
     content = found | {table.title: table.to_dict() for table in tables} | dict(more or {})
     write_json(out / f"{name}.json", content)
     for table in tables:
@@ -172,5 +172,5 @@ def _spread(timing: Timing, scale: float = 1.0) -> str:
 
 
 def summary(timing: Timing, scale: float = 1.0) -> dict[str, float]:
-    """The timing's summary times `scale`, in as many digits as mean something."""
+    """The summary of a timing times `scale`, in significant digits."""
     return {name: float(f"{scale * value:.4g}") for name, value in timing.summary().items()}

@@ -18,15 +18,16 @@ from deformnet.ops import deform_conv2d, deform_roi_pool
 from deformnet.ops.roi_pool.checks import Rule, Sampling
 from deformnet.ops.roi_pool.reference import Axis, axes
 from deformnet.visualization import save_figure
+from deformnet.visualization.colors import BLUE, GREEN, ORANGE, SKY, VERMILLION
 
 _BORDERS: tuple[tuple[Literal["zeros", "msra2017"], str], ...] = (
-    ("zeros", "#0072b2"),
-    ("msra2017", "#d55e00"),
+    ("zeros", BLUE),
+    ("msra2017", VERMILLION),
 )
 _RULES: tuple[tuple[Sampling, str], ...] = (
-    ("bins", "#0072b2"),
-    ("msra", "#d55e00"),
-    ("aligned", "#009e73"),
+    ("bins", BLUE),
+    ("msra", VERMILLION),
+    ("aligned", GREEN),
 )
 _BOX = (13.0, 22.0, 69.0, 62.0)
 _SCALE = 1 / 8
@@ -68,7 +69,7 @@ def _border_line() -> Figure:
         label="cells of the map",
     )
     y = torch.linspace(-2, len(values) + 1, 1201)
-    for (border, colour), style in zip(_BORDERS, ("-", "--"), strict=True):
+    for (border, color), style in zip(_BORDERS, ("-", "--"), strict=True):
         read = _read(values[:, None], y, torch.zeros_like(y), border)
         # A jump is no line.
         jumps = np.abs(np.diff(read.numpy(), append=read[-1].item())) > 0.5
@@ -76,12 +77,12 @@ def _border_line() -> Figure:
             y.numpy(),
             np.where(jumps, np.nan, read.numpy()),
             style,
-            color=colour,
+            color=color,
             label=f'border="{border}"',
             linewidth=2,
         )
     axes.set(
-        xlabel="position y (whole numbers are centres of cells)",
+        xlabel="position y (whole numbers are centers of cells)",
         ylabel="value read",
         xticks=range(-2, 6),
     )
@@ -132,18 +133,16 @@ def _draw_rule(axes: Axes, rule: Sampling, *, moved: bool) -> None:
     if moved:
         offset[0, :, *_MOVED] = torch.tensor([_SHIFT[0] / width, _SHIFT[1] / height])
     weights = _weights(rule, offset)
-    # Every second bin in the other colour, as deep as its cells count.
+    # Every second bin in the other color, as deep as its cells count.
     picture = np.ones((_SIDE, _SIDE, 3))
     for row in range(_BINS):
         for column in range(_BINS):
             here = moved and (row, column) == _MOVED
             if moved and not here:
                 continue
-            colour = np.array(
-                to_rgb("#d55e00" if here else ("#56b4e9", "#009e73")[(row + column) % 2])
-            )
+            color = np.array(to_rgb(VERMILLION if here else (SKY, GREEN)[(row + column) % 2]))
             share = (weights[row, column] / weights.max())[..., None]
-            picture = picture * (1 - share * (1 - colour))
+            picture = picture * (1 - share * (1 - color))
     axes.imshow(picture, vmin=0, vmax=1)
     for edge in np.arange(-0.5, _SIDE):
         axes.axhline(edge, color="#d0d0d0", linewidth=0.5)
@@ -156,12 +155,12 @@ def _draw_rule(axes: Axes, rule: Sampling, *, moved: bool) -> None:
                 y, x = _positions(y_axis, row) + dy, _positions(x_axis, column) + dx
                 grid = np.stack(np.meshgrid(x, y), axis=-1).reshape(-1, 2)
                 axes.plot(grid[:, 0], grid[:, 1], ".", color="black", markersize=3)
-    # "bins" counts whole cells, whose edges lie half a cell around their centres.
+    # "bins" counts whole cells, whose edges lie half a cell around their centers.
     lead = 0.5 if rule == "bins" else float(x_axis.step[0, 0]) / 2 if rule == "aligned" else 0.0
     lead_y = 0.5 if rule == "bins" else float(y_axis.step[0, 0]) / 2 if rule == "aligned" else 0.0
     left, top = float(x_axis.start[0, 0]) - lead, float(y_axis.start[0, 0]) - lead_y
     _frame(axes, (left, top, left + width, top + height), "black", "-")
-    _frame(axes, [side * _SCALE - 0.5 for side in _BOX], "#e69f00", "--")
+    _frame(axes, [side * _SCALE - 0.5 for side in _BOX], ORANGE, "--")
     axes.set(xticks=range(0, _SIDE, 2), yticks=range(0, _SIDE, 2))
     axes.tick_params(labelsize=8)
 
@@ -171,7 +170,7 @@ def _outside() -> Figure:
     figure = Figure(figsize=(8, 2.9), dpi=130, layout="constrained")
     axes = figure.subplots()
     shifts = torch.linspace(0, 6, 601)
-    for (rule, colour), style in zip(_RULES, ("-", "--", ":"), strict=True):
+    for (rule, color), style in zip(_RULES, ("-", "--", ":"), strict=True):
         width = float(_axes(rule)[0].size)
         count = len(shifts)
         boxes = torch.tensor([[0, *_BOX]]).expand(count, -1)
@@ -185,7 +184,7 @@ def _outside() -> Figure:
             shifts.numpy(),
             read[:, 0, 1, 2].numpy(),
             style,
-            color=colour,
+            color=color,
             linewidth=2,
             label=f'sampling="{rule}"',
         )
@@ -219,10 +218,10 @@ def _weights(rule: Sampling, offset: Tensor) -> np.ndarray:
     return torch.stack(found).reshape(_BINS, _BINS, _SIDE, _SIDE).numpy()
 
 
-def _frame(axes: Axes, box: Sequence[float], colour: str, line: str) -> None:
+def _frame(axes: Axes, box: Sequence[float], color: str, line: str) -> None:
     x1, y1, x2, y2 = box
     axes.add_patch(
         Rectangle(
-            (x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, linestyle=line, linewidth=1.6
+            (x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=color, linestyle=line, linewidth=1.6
         )
     )

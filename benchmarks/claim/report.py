@@ -1,4 +1,4 @@
-"""What came of all runs: means and spreads over seeds, as tables and as a figure."""
+"""Results of all runs: means and standard deviations over seeds, as tables and a figure."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.claim.plan import DEFORM_LAYERS, NETWORKS, VARIANTS, Network, Run, Variant
-from benchmarks.tables import COLOURS, save_figure
+from benchmarks.tables import COLORS, save_figure
 from deformnet._files import write_json
 
 SCORES: dict[Network, str] = {"deeplab": "mean IoU", "rfcn": "mean AP at IoU 0.5"}
@@ -17,7 +17,7 @@ SIZES = ("small", "medium", "large", "background")
 
 
 def over_seeds(values: Mapping[int, float]) -> dict[str, Any]:
-    """Mean and standard deviation (None of a single seed) over seeds."""
+    """Mean and standard deviation over seeds (None for a single seed)."""
     several = list(values.values())
     return {
         "seeds": {str(seed): value for seed, value in sorted(values.items())},
@@ -26,8 +26,8 @@ def over_seeds(values: Mapping[int, float]) -> dict[str, Any]:
     }
 
 
-def summarise(results: Sequence[Mapping[str, Any]], network: Network) -> list[dict[str, Any]]:
-    """By strength: scores, the gap and Table 2 over the seeds of which both networks are there."""
+def summarize(results: Sequence[Mapping[str, Any]], network: Network) -> list[dict[str, Any]]:
+    """By strength: scores, the gain and Table 2 over the seeds for which both networks are finished."""
     by_run = {Run(**one["run"]): one for one in results if one["run"]["network"] == network}
     rows: list[dict[str, Any]] = []
     for strength in sorted({run.strength for run in by_run}):
@@ -57,7 +57,7 @@ def summarise(results: Sequence[Mapping[str, Any]], network: Network) -> list[di
 
 
 def _size_over_seeds(spreads: Mapping[int, Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Over the seeds, the mean dilation of filters of one kind; None where there are no filters."""
+    """Mean dilation of filters of one kind for each seed; None without such filters."""
     counts = {spread["count"] for spread in spreads.values()}
     if counts == {0}:
         return None
@@ -66,7 +66,7 @@ def _size_over_seeds(spreads: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]
 
 
 def cell(values: Mapping[str, Any] | None, digits: int = 1) -> str:
-    """Each seed's number, and mean and deviation."""
+    """The value of each seed, with mean and standard deviation."""
     if values is None:
         return "-"
     each = ", ".join(f"{value:.{digits}f}" for value in values["seeds"].values())
@@ -90,7 +90,7 @@ def score_table(network: Network, rows: Sequence[Mapping[str, Any]]) -> str:
 
 def dilation_table(network: Network, rows: Sequence[Mapping[str, Any]]) -> str:
     lines = [
-        f"\n{network}: effective dilation of filters by what they are centred on, "
+        f"\n{network}: effective dilation by the object at the center of the filter, "
         "mean +- deviation over seeds\n",
         "| strength | layer | " + " | ".join(SIZES) + " |",
         "|---" * (2 + len(SIZES)) + "|",
@@ -113,11 +113,11 @@ def draw(summary: Mapping[Network, Sequence[Mapping[str, Any]]]) -> Figure:
     panels = figure.subplots(len(summary), 3, squeeze=False)
     for (network, rows), (scores, gap, dilation) in zip(summary.items(), panels, strict=True):
         title = {"deeplab": "DeepLab", "rfcn": "R-FCN"}[network]
-        for variant, colour in zip(VARIANTS, (COLOURS[1], COLOURS[0]), strict=True):
-            _plot(scores, rows, variant, colour)
+        for variant, color in zip(VARIANTS, (COLORS[1], COLORS[0]), strict=True):
+            _plot(scores, rows, variant, color)
         scores.set_title(f"{title}: {SCORES[network]}, %")
         scores.legend()
-        _plot(gap, rows, "gap", COLOURS[2])
+        _plot(gap, rows, "gap", COLORS[2])
         gap.axhline(0, color="black", linewidth=1)
         gap.set_title("deformable - plain, points")
         for axes in (scores, gap):
@@ -130,40 +130,40 @@ def draw(summary: Mapping[Network, Sequence[Mapping[str, Any]]]) -> Figure:
     return figure
 
 
-def _plot(axes: Axes, rows: Sequence[Mapping[str, Any]], name: str, colour: str) -> None:
+def _plot(axes: Axes, rows: Sequence[Mapping[str, Any]], name: str, color: str) -> None:
     at = [row["strength"] for row in rows]
     means = [row[name]["mean"] for row in rows]
-    axes.plot(at, means, "-", color=colour, label=name)
+    axes.plot(at, means, "-", color=color, label=name)
     spreads = [row[name]["std"] or 0.0 for row in rows]
     low, high = ([m + sign * s for m, s in zip(means, spreads, strict=True)] for sign in (-1, 1))
-    axes.fill_between(at, low, high, color=colour, alpha=0.2, linewidth=0)
+    axes.fill_between(at, low, high, color=color, alpha=0.2, linewidth=0)
     for x, row in zip(at, rows, strict=True):
         values = row[name]["seeds"].values()
-        axes.plot([x] * len(values), list(values), ".", color=colour)
+        axes.plot([x] * len(values), list(values), ".", color=color)
 
 
 def _plot_dilation(axes: Axes, row: Mapping[str, Any]) -> None:
     layers = row["dilation"].items()
     axes.set_title(f"effective dilation at strength {row['strength']:.2g}")
-    for colour, marker, (layer, sizes) in zip(COLOURS[:DEFORM_LAYERS], "osD", layers, strict=True):
+    for color, marker, (layer, sizes) in zip(COLORS[:DEFORM_LAYERS], "osD", layers, strict=True):
         known = [size for size in SIZES if sizes[size]]
         at = [SIZES.index(size) for size in known]
         means = [sizes[size]["mean"] for size in known]
         spreads = [sizes[size]["std"] or 0.0 for size in known]
-        axes.errorbar(at, means, spreads, fmt=marker, color=colour, capsize=3, label=layer)
+        axes.errorbar(at, means, spreads, fmt=marker, color=color, capsize=3, label=layer)
         objects = [place for place, size in enumerate(known) if size != "background"]
-        axes.plot([at[i] for i in objects], [means[i] for i in objects], color=colour)
+        axes.plot([at[i] for i in objects], [means[i] for i in objects], color=color)
     axes.set_xticks(range(len(SIZES)), SIZES)
     axes.set_xlim(-0.5, len(SIZES) - 0.5)
-    axes.set_xlabel("filters centred on")
+    axes.set_xlabel("filters centered on")
     axes.margins(y=0.3)  # room for the legend
     axes.legend(loc="upper left")
 
 
 def report(results: Sequence[Mapping[str, Any]], found: Mapping[str, Any], out: Path) -> str:
-    """Writes claim.json and claim.png from what is there; returns the tables."""
+    """Writes claim.json and claim.png from the finished runs; returns the tables."""
     summary: dict[Network, list[dict[str, Any]]] = {
-        network: rows for network in NETWORKS if (rows := summarise(results, network))
+        network: rows for network in NETWORKS if (rows := summarize(results, network))
     }
     if not summary:
         return ""
