@@ -1,12 +1,13 @@
-"""Tables 1 and 3 of the paper at small scale, from random weights, on data that fit on a desk.
+"""Tables 1 and 3 of the paper at small scale, from random weights, on small data sets.
 
     python -m benchmarks.ablation camvid DIR OUT [--backbone resnet50] [--iterations 3000]
     python -m benchmarks.ablation nuclei DIR OUT ...
 
 CamVid (VOC layout) with DeepLab at 480x360, test mean IoU; nuclei (COCO layout) with R-FCN, AP.
-Rows: 0, 1, 2, 3 and 6 deformable layers; dilation 4, 6 and 8 without any; of R-FCN deformable
-pooling alone, and with three layers. Every row has the same budget. Runs that are in OUT already
-are not repeated, a stopped one continues. Mean and deviation over the seeds beside the paper.
+Rows: 0, 1, 2, 3 and 6 deformable layers; dilation 4, 6 and 8 without any; for R-FCN also
+deformable pooling, alone and with three layers. All rows have the same budget. Finished runs in
+OUT are reused, an interrupted one resumes. Prints mean and standard deviation over the seeds
+beside the paper.
 """
 
 import argparse
@@ -17,10 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from deformnet.recipes import BackboneName, DeepLabRecipe, DeformLayers, Recipe, RFCNRecipe
-from deformnet.paper.rows import find_rows
 from deformnet._files import write_json
 from deformnet.engine import evaluate, train
+from deformnet.paper.rows import find_rows
+from deformnet.recipes import BackboneName, DeepLabRecipe, DeformLayers, Recipe, RFCNRecipe
 
 Precision = Literal["32-true", "bf16-mixed"]
 LAYERS: tuple[DeformLayers, ...] = get_args(DeformLayers)
@@ -29,18 +30,20 @@ DILATIONS = (4, 6, 8)
 
 @dataclass(frozen=True)
 class Study:
-    """What is trained on one data set.
+    """Experiments on a data set.
 
     Attributes:
         base: recipe of the plain network.
         train, test: splits.
         network: in the names of the paper's rows.
+        metrics: names of the scores, as in the paper's tables.
     """
 
     base: DeepLabRecipe | RFCNRecipe
     train: str
     test: str
     network: str
+    metrics: tuple[str, ...]
 
 
 def study(
@@ -51,7 +54,7 @@ def study(
     short_side: int | None,
     precision: Precision,
 ) -> Study:
-    """The study of a data set.
+    """The table of a data set.
 
     Offsets learn at a tenth of the rate and the gradient is clipped, as random weights need.
     """
@@ -70,7 +73,7 @@ def study(
     }
     if name == "camvid":
         recipe = DeepLabRecipe(max_side=None, **common)
-        return Study(recipe, "train", "test", "deeplab-cityscapes")
+        return Study(recipe, "train", "test", "deeplab-cityscapes", ("mean IoU",))
     recipe = RFCNRecipe(
         pool="average",
         max_side=2 * side,
@@ -78,11 +81,11 @@ def study(
         max_detections=100,
         **common,
     )
-    return Study(recipe, "train_small", "val_small", "rfcn")
+    return Study(recipe, "train_small", "val_small", "rfcn", ("AP", "AP50"))
 
 
 def variants(chosen: Study) -> dict[str, Recipe]:
-    """The recipes by the names of the paper's rows."""
+    """Recipes by the names of the paper's rows."""
     base = chosen.base
     found: dict[str, Recipe] = {
         f"table1/{chosen.network}-{layers}": dataclasses.replace(base, deform_layers=layers)
@@ -96,13 +99,6 @@ def variants(chosen: Study) -> dict[str, Recipe]:
         found[f"table3/{chosen.network}-pool"] = pooling
         found[f"table3/{chosen.network}-conv-pool"] = dataclasses.replace(pooling, deform_layers=3)
     return found
-
-
-def scores(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """In percent."""
-    if "mean_iou" in metrics:
-        return {"mean IoU": 100 * metrics["mean_iou"]}
-    return {name: 100 * (metrics["coco"][name] or 0.0) for name in ("AP", "AP50")}
 
 
 def line(name: str, found: Sequence[Mapping[str, float]]) -> str:
@@ -146,8 +142,10 @@ def main() -> None:
             run = options.out / f"{name.replace('/', '-')}-seed{seed}"
             seeded = dataclasses.replace(recipe, seed=seed)
             train(seeded, options.data, run, split=chosen.train, val_split=None)
-            metrics = evaluate(run, options.data, chosen.test)
-            table.setdefault(name, []).append(scores(metrics))
+            scores = evaluate(run, options.data, chosen.test).scores
+            assert scores is not None
+            percent = scores.summary()
+            table.setdefault(name, []).append({m: percent[m] or 0.0 for m in chosen.metrics})
         write_json(options.out / "table.json", table)
         print(line(name, table[name]), flush=True)
 

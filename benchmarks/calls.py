@@ -1,4 +1,4 @@
-"""Plain and deformable convolution as calls that can be differentiated, on given tensors."""
+"""Plain and deformable convolution as differentiable calls on given tensors."""
 
 from collections.abc import Callable
 
@@ -16,7 +16,7 @@ Forward = Callable[[], Tensor]
 
 
 def differentiable(shape: Shape, t: Tensors) -> dict[str, Forward]:
-    """The three of them, by name."""
+    """All three, by name."""
     d = shape.dilation
     return {
         PLAIN: lambda: F.conv2d(t.input, t.weight, None, 1, d, d),
@@ -28,7 +28,7 @@ def differentiable(shape: Shape, t: Tensors) -> dict[str, Forward]:
 
 
 def wanted_gradients(name: str, t: Tensors) -> list[Tensor]:
-    """By what a call of this name is differentiated: plain convolution has no offsets."""
+    """Tensors to differentiate with respect to; plain convolution has no offsets."""
     return [t.input, t.weight] if name == PLAIN else [t.input, t.weight, t.offset]
 
 
@@ -38,6 +38,6 @@ def gradients(call: Forward, wanted: list[Tensor], grad_output: Tensor) -> Calla
 
 
 def backward(call: Forward, wanted: list[Tensor], grad_output: Tensor) -> Callable[[], object]:
-    """The backward pass alone, of a forward pass that has been."""
+    """The backward pass alone."""
     output = call()
     return lambda: torch.autograd.grad(output, wanted, grad_output, retain_graph=True)

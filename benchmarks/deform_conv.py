@@ -2,9 +2,9 @@
 
     python -m benchmarks.deform_conv [--threads 1 2] [--rounds 11] [--out DIR]
 
-Float32 where nothing else is said, 3x3 kernels, as many output as input channels, tensors in NCHW.
-The operator alone takes the offsets as given; the convolution that makes them has columns of its
-own. Everything is checked against float64 first, gradients too, and what is wrong is not timed.
+float32 unless noted, 3x3 kernels, equal numbers of input and output channels, NCHW tensors. The
+operator takes given offsets; the convolution that computes them has its own columns. Everything is
+checked against float64 first, gradients included; wrong implementations are not timed.
 """
 
 import argparse
@@ -40,7 +40,7 @@ Rows = dict[str, dict[str, Timing]]
 
 
 def forward_only(shape: Shape, tensors: Tensors, threads: int) -> dict[str, Forward]:
-    """The peers that cannot train."""
+    """Implementations without a backward pass."""
     calls = {
         "onnxruntime": with_onnxruntime(shape, tensors, threads),
         "openvino": with_openvino(shape, tensors, threads),
@@ -52,7 +52,7 @@ def forward_only(shape: Shape, tensors: Tensors, threads: int) -> dict[str, Forw
 def check(
     shape: Shape, t: Tensors, training: dict[str, Forward], others: dict[str, Forward]
 ) -> None:
-    """Stops at what computes something else than the definition in float64."""
+    """Refuses to time implementations that disagree with the definition in float64."""
     d = shape.dilation
     exact = [x.detach().double().requires_grad_() for x in (t.input, t.weight, t.offset)]
     x, weight, offset = exact
@@ -97,7 +97,7 @@ def measure(
 
 
 def measure_offsets(shape: Shape, *, rounds: int) -> tuple[dict[str, Timing], dict[str, Timing]]:
-    """Ours on every kind of offsets: forward, and forward with backward."""
+    """deformnet with every kind of offsets: forward, and forward + backward."""
     both: dict[str, Callable[[], object]] = {}
     forward: dict[str, Callable[[], object]] = {}
     for kind in Offsets:
@@ -114,10 +114,10 @@ def measure_offsets(shape: Shape, *, rounds: int) -> tuple[dict[str, Timing], di
 
 
 def measure_layer(shape: Shape, *, rounds: int) -> tuple[dict[str, Timing], dict[str, Timing]]:
-    """The convolution that makes the offsets, and the layer of both: forward; with backward."""
+    """The offset convolution, and the whole layer: forward; forward + backward."""
     t = make_tensors(shape)
     d = shape.dilation
-    # Offsets that the network's own convolution makes would be far larger than learned ones.
+    # Offsets computed with random weights would be far larger than learned ones.
     small = (0.3 * t.offset_weight.detach()).requires_grad_()
 
     def make_offsets() -> Tensor:
@@ -139,7 +139,7 @@ def measure_layer(shape: Shape, *, rounds: int) -> tuple[dict[str, Timing], dict
 
 
 def measure_bfloat16(shape: Shape, *, rounds: int) -> tuple[dict[str, Timing], dict[str, Timing]]:
-    """Both formats: forward; forward with backward. Checked against float64 of the same numbers."""
+    """Both memory formats: forward; forward + backward. Checked against float64."""
     t = make_tensors(shape)
     d = shape.dilation
     x, weight, grad_output = (

@@ -1,10 +1,10 @@
-"""Whether loading keeps up with training: images per second of both.
+"""Does data loading keep up with training? Images per second of both.
 
     python -m benchmarks.loading [--rows ROW ...] [--workers 0 1 2]
 
-Loading is what a training process waits for: reading, decoding, resizing, cropping, flipping and
-normalising, by the loader processes of the run. A step is forward, backward and the update of the
-row's network at full size, one image at a time, on images that are there already.
+Loading includes reading, decoding, resizing, cropping, flipping and normalizing, in the worker
+processes of the run. A step is forward, backward and update of the row's full-size network, one
+image at a time, on images in memory.
 """
 
 import argparse
@@ -13,23 +13,21 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import torch
 
 from deformnet._files import write_json
 from deformnet.engine.runs import machine, versions
+from deformnet.engine.sampling import Iterations
 from deformnet.nn import parameter_groups
 from deformnet.paper.rows import IMAGENET, Row, find_rows
 from deformnet.paper.synthetic import write_synthetic_data
 from deformnet.paper.timing import Timing
-from deformnet.recipes import ClassifierRecipe, DeepLabRecipe, DetectorRecipe
-from deformnet.tasks.classification import ClassificationJob
-from deformnet.tasks.detection import DetectionJob
-from deformnet.tasks.segmentation import SegmentationJob
+from deformnet.recipes import Recipe
+from deformnet.tasks import task_of
+from deformnet.tasks.base import Batch
 
-# Rows with the size at which their images lie on disk.
+# Rows, with the size of their images on disk.
 SIZES = {
     "table1/deeplab-voc-3": (375, 500),
     "table1/rfcn-3": (375, 500),
@@ -38,28 +36,22 @@ SIZES = {
 }
 
 
-def job(row: Row) -> ClassificationJob | DetectionJob | SegmentationJob:
-    """What trains a row, one image at a time (the rate of loading does not depend on it)."""
-    recipe = dataclasses.replace(row.recipe, batch=1, init=None, norm="trained")
-    if isinstance(recipe, DeepLabRecipe):
-        return SegmentationJob(recipe)
-    if isinstance(recipe, ClassifierRecipe):
-        return ClassificationJob(recipe)
-    assert isinstance(recipe, DetectorRecipe)
-    return DetectionJob(recipe, TestTimeAugmentation())
+def recipe_of(row: Row) -> Recipe:
+    """The recipe of a row with batch size 1, which does not change the rate of loading."""
+    assert row.recipe is not None
+    return dataclasses.replace(row.recipe, batch=1, init=None, norm="trained")
 
 
-def batches(row: Row, data: Path, workers: int) -> Iterator[Any]:
-    """What a training process with so many loaders gets, in its order."""
-    found = job(row)
-    loading = found.training_data(found.open(data, row.data.train), workers, 1)
-    root = SimpleNamespace(root_device=torch.device("cpu"))
-    loading.trainer = SimpleNamespace(global_step=0, global_rank=0, world_size=1, strategy=root)
-    return iter(loading.train_dataloader())
+def batches(row: Row, data: Path, workers: int) -> Iterator[list[Batch]]:
+    """The batches that a training process with this many workers receives, in order."""
+    recipe = recipe_of(row)
+    images = task_of(recipe).training_set(data, row.data.train)
+    loader = Iterations(images, recipe).loader(0, recipe.iterations, workers=workers, pin=False)
+    return iter(loader)
 
 
 def loading_rate(row: Row, data: Path, workers: int, images: int, rounds: int) -> Timing:
-    """Images per second, once the loaders are busy."""
+    """Images per second, once the workers are busy."""
     found = []
     stream = batches(row, data, workers)
     for _ in range(4 * max(workers, 1)):
@@ -73,20 +65,18 @@ def loading_rate(row: Row, data: Path, workers: int, images: int, rounds: int) -
 
 
 def step_rate(row: Row, data: Path, rounds: int) -> Timing:
-    """Images per second of training steps on one image that is there."""
-    chosen = job(row)
+    """Images per second of training steps on an image in memory."""
     ((part,),) = (next(batches(row, data, 0)),)
-    model = chosen.recipe.build_model(row.data.classes).train()
+    model = recipe_of(row).build_model(row.data.classes).train()
     model = model.to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(parameter_groups(model, 1e-6), momentum=0.9)
-    module = chosen.module(model, chosen.identity(chosen.open(data, row.data.train)))
     found = []
     for number in range(rounds + 1):
         start = time.perf_counter()
         optimizer.zero_grad()
-        torch.stack(list(module.terms(part).values())).sum().backward()
+        torch.stack(list(part.losses(model).values())).sum().backward()
         optimizer.step()
-        if number:  # the first has in it what is done once
+        if number:  # the first includes one-time work
             found.append(1 / (time.perf_counter() - start))
     return Timing(tuple(found))
 
@@ -103,8 +93,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, help="JSON file of the results")
     options = parser.parse_args()
-    print(f"{machine()}; images per second, median of {options.rounds} rounds (least-most)")
-    heading = "  ".join(f"{f'{n} loaders':^20}" for n in options.workers)
+    print(f"{machine()}; images per second, median of {options.rounds} rounds (minimum-maximum)")
+    heading = "  ".join(f"{f'{n} workers':^20}" for n in options.workers)
     print(f"{'row':28}  {'on disk':>9}  {heading}  {'training steps':^20}")
     results = {"machine": machine(), "versions": versions(), "rows": {}}
     for row in find_rows(options.rows):
@@ -112,7 +102,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             data = Path(folder)
             write_synthetic_data(row.data, data, height, width)
-            if row.data is IMAGENET:  # whose classes but one have tiny images
+            if row.data is IMAGENET:  # all classes but one have tiny images
                 photo = (data / "train/n00000000/0.jpg").read_bytes()
                 for path in data.glob("train/*/0.jpg"):
                     path.write_bytes(photo)

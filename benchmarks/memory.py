@@ -1,10 +1,10 @@
-"""How much memory deformable convolution takes at its peak, by the system's own count (Linux).
+"""Peak memory of deformable convolution, as counted by the system (Linux).
 
     MALLOC_MMAP_THRESHOLD_=65536 python -m benchmarks.memory
 
-Megabytes of a call beyond the tensors that it takes and returns, as JSON. The variable makes the C
-library hand memory back as soon as it is free, as what lies ready for the next call is not seen.
-`benchmarks.deform_conv` runs this as a process of its own.
+Prints the megabytes of a call beyond its input and output tensors, as JSON. The variable makes the
+C library return memory as soon as it is free; memory that it keeps for the next call would be
+missed. `benchmarks.deform_conv` runs this in a separate process.
 """
 
 import gc
@@ -31,7 +31,7 @@ Rows = dict[str, dict[str, float]]
 
 
 def in_another_process(threads: int) -> Rows:
-    """The figures, measured where nothing else has been allocated."""
+    """The figures, measured in a process that has allocated nothing else."""
     ran = subprocess.run(
         [sys.executable, "-m", "benchmarks.memory", str(threads)],
         env=os.environ | _SETTING,
@@ -70,7 +70,7 @@ def markdown(rows: Rows) -> str:
 
 
 def _extra(call: Callable[[], object]) -> int:
-    """Bytes at the peak of a call, beyond what was there before it and what it returns."""
+    """Peak bytes of a call, beyond the memory in use before it and its result."""
     call()  # what is made once does not count
     found = []
 
@@ -82,7 +82,7 @@ def _extra(call: Callable[[], object]) -> int:
         found.append(_status("VmHWM") - before - _size(returned))
 
     for _ in range(3):
-        # Where each thread keeps its workspace for the next call, a new one has none.
+        # Threads keep their workspace for the next call; a new thread has none.
         thread = threading.Thread(target=measure)
         thread.start()
         thread.join()
@@ -102,7 +102,7 @@ def _size(returned: object) -> int:
         return returned.numel() * returned.element_size()
     if isinstance(returned, (tuple, list)):
         return sum(_size(part) for part in returned)
-    raise TypeError(f"wanted tensors, got {type(returned).__name__}")
+    raise TypeError(f"expected tensors, but got {type(returned).__name__}")
 
 
 def main() -> None:

@@ -1,9 +1,9 @@
-"""Whether nothing is broken from file to score: each detector learns eight images by heart.
+"""Sanity check from file to score: each detector overfits eight images.
 
     python -m benchmarks.overfit DIR OUT [--network rfcn] [--iterations 500]
 
-DIR is a data set in the VOC layout; the first eight images of its list `train` are trained on,
-without flips, and scored. Both the convolutions and the pooling are deformable.
+DIR is a data set in VOC layout; the first eight images of its `train` list are used for training,
+without flips, and for evaluation. Both convolutions and pooling are deformable.
 """
 
 import argparse
@@ -11,15 +11,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from deformnet.data.voc import find_voc
-from deformnet.recipes import ClassAwareRPNRecipe, DetectorRecipe, FasterRCNNRecipe, RFCNRecipe
 from deformnet.engine import train
+from deformnet.recipes import ClassAwareRPNRecipe, DetectorRecipe, FasterRCNNRecipe, RFCNRecipe
 
 IMAGES = 8
 NETWORKS = {r.network: r for r in (ClassAwareRPNRecipe, FasterRCNNRecipe, RFCNRecipe)}
 
 
 def first_images(data: Path, out: Path) -> None:
-    """Makes a data set of links to the first images of another."""
+    """Creates a data set of links to the first images of another."""
     source = find_voc(data).resolve()
     folder = out / "VOCdevkit/VOC2012"
     lists = folder / "ImageSets/Main"
@@ -32,7 +32,7 @@ def first_images(data: Path, out: Path) -> None:
 
 
 def recipe(network: type[DetectorRecipe], iterations: int, side: int) -> DetectorRecipe:
-    made = network(
+    small = network(
         backbone="resnet18",
         short_side=side,
         max_side=2 * side,
@@ -45,10 +45,10 @@ def recipe(network: type[DetectorRecipe], iterations: int, side: int) -> Detecto
         warmup=50,
         clip=10.0,
     )
-    # As many bins as these small images have cells to fill.
-    if isinstance(made, RFCNRecipe | FasterRCNNRecipe):
-        made = replace(made, bins=3)
-    return made
+    # These small images have few pixels per box.
+    if isinstance(small, RFCNRecipe | FasterRCNNRecipe):
+        small = replace(small, bins=3)
+    return small
 
 
 def main() -> None:
@@ -61,18 +61,13 @@ def main() -> None:
     options = parser.parse_args()
 
     first_images(options.data, options.out / "data")
-    metrics = train(
+    result = train(
         recipe(NETWORKS[options.network], options.iterations, options.side),
         options.out / "data",
         options.out / options.network,
         val_split="train",
     )
-    ((_, scores),) = metrics["voc"].items()
-    found = {name: ap for name, ap in scores["ap"]["0.5"].items() if ap is not None}
-    print(
-        f"{options.network}: mean AP at IoU 0.5 on its {IMAGES} training images "
-        f"{scores['mean_ap']['0.5']:.3f} ({', '.join(f'{n} {ap:.2f}' for n, ap in found.items())})"
-    )
+    print(f"{options.network}, evaluated on its {IMAGES} training images\n{result}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Deformable convolution by others, forward, float32, on the CPU: each as a call on given tensors.
+"""Other implementations of deformable convolution: forward, float32, on the CPU.
 
-Conversions that an implementation makes of the tensors it takes count; building its model does not.
+Converting the input tensors is part of a call; building the model is not.
 """
 
 import tempfile
@@ -48,7 +48,7 @@ def with_onnxruntime(shape: Shape, tensors: Tensors, threads: int) -> Forward:
     onnx.checker.check_model(model)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    # Its threads would go on spinning into the turn of the next implementation.
+    # Its threads would keep spinning while the next implementation runs.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = onnxruntime.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
@@ -68,7 +68,7 @@ def with_openvino(shape: Shape, tensors: Tensors, threads: int) -> Forward:
     settings = {
         "INFERENCE_NUM_THREADS": threads,
         "NUM_STREAMS": 1,
-        # It would take bfloat16 of its own accord.
+        # Its default would be bfloat16.
         "INFERENCE_PRECISION_HINT": "f32",
     }
     compiled = openvino.compile_model(openvino.Model([layer], [x, offset]), "CPU", settings)
@@ -77,7 +77,7 @@ def with_openvino(shape: Shape, tensors: Tensors, threads: int) -> Forward:
 
 
 def with_ncnn(shape: Shape, tensors: Tensors, threads: int) -> Forward | None:
-    """None where it cannot: it has one offset group. It takes one image at a time."""
+    """None for several offset groups, which it lacks. It processes one image at a time."""
     if shape.offset_groups != 1:
         return None
     net = ncnn.Net()

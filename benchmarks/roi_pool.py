@@ -2,9 +2,9 @@
 
     python -m benchmarks.roi_pool [--threads 2] [--rounds 9] [--out DIR]
 
-Float32, one map of 38x63 pixels (an image of 600x1000), 300 boxes of all sizes, 7x7 bins with 4x4
-samples. Ours with offsets and their gradient, torchvision's (which has none) without. Ours is
-checked against its float64 definition before it is timed.
+float32, one map of 38x63 pixels (an image of 600x1000), 300 boxes of all sizes, 7x7 bins with 4x4
+samples. deformnet with offsets and their gradient; torchvision without, as it has none. deformnet
+is checked against its float64 definition before it is timed.
 """
 
 import argparse
@@ -33,7 +33,7 @@ BOXES = 300
 
 @dataclass(frozen=True)
 class Pooling:
-    """C output channels, the offsets in G groups; `sensitive` with 7x7 maps for each channel."""
+    """C output channels, G offset groups; `sensitive`: 7x7 maps for each channel."""
 
     name: str
     channels: int
@@ -55,13 +55,13 @@ POOLINGS = (
 
 
 def random_boxes() -> Tensor:
-    """[R, 5] in an image of 600x1000: sides from 16 to 400 pixels, evenly in their logarithm."""
+    """[R, 5] in an image of 600x1000: sides from 16 to 400 pixels, log-uniform."""
     generator = torch.Generator().manual_seed(0)
     image = torch.tensor([16.0 * WIDTH, 16.0 * HEIGHT])
-    centre = torch.rand(BOXES, 2, generator=generator) * image
+    center = torch.rand(BOXES, 2, generator=generator) * image
     side = (math.log(16) + torch.rand(BOXES, 2, generator=generator) * math.log(25)).exp()
-    low = (centre - side / 2).clamp(min=0)
-    high = torch.minimum(centre + side / 2, image - 1)
+    low = (center - side / 2).clamp(min=0)
+    high = torch.minimum(center + side / 2, image - 1)
     return torch.cat([torch.zeros(BOXES, 1), low, high], dim=1)
 
 
@@ -105,7 +105,7 @@ def calls(pooling: Pooling, t: Tensors) -> dict[str, Callable[[], Tensor]]:
 
 
 def check(pooling: Pooling, t: Tensors, forward: dict[str, Callable[[], Tensor]]) -> None:
-    """Refuse to time what computes something else; some of the boxes are enough."""
+    """Refuses to time a wrong result; some of the boxes are enough."""
     some = 12
     pool = deform_ps_roi_pool if pooling.sensitive else deform_roi_pool
     for rule in RULES:
@@ -121,7 +121,7 @@ def check(pooling: Pooling, t: Tensors, forward: dict[str, Callable[[], Tensor]]
 
 
 def backward(name: str, call: Callable[[], Tensor], t: Tensors) -> Callable[[], object]:
-    """The backward pass alone, of a forward pass that has been."""
+    """The backward pass alone."""
     wanted = [t.input] if name == TORCHVISION else [t.input, t.offset]
     output = call()
     return lambda: torch.autograd.grad(output, wanted, t.grad_output, retain_graph=True)

@@ -1,4 +1,4 @@
-"""The layers that are timed, and tensors for them."""
+"""Layers to time, and their tensors."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Shape:
-    """A 3x3 layer: N images of C channels to C channels, stride 1, as much padding as dilation."""
+    """A 3x3 layer: N images of C channels to C channels, stride 1, padding equal to dilation."""
 
     batch: int
     channels: int
@@ -29,7 +29,7 @@ class Shape:
 
     @property
     def forward_flops(self) -> int:
-        """Of the product of matrices, without which no implementation can do."""
+        """FLOPs of the matrix product that every implementation needs."""
         return 2 * 9 * self.channels**2 * self.positions
 
 
@@ -43,7 +43,7 @@ SHAPES = (
 
 
 class Offsets(StrEnum):
-    """Kinds of offsets, from the kindest to a cache to the worst; `normal` with their deviation."""
+    """Kinds of offsets, from the best case for caches to the worst; `normal`: its deviation."""
 
     ZERO = "zero"
     LEARNED = "learned-like"
@@ -53,7 +53,7 @@ class Offsets(StrEnum):
 
 @dataclass(frozen=True)
 class Tensors:
-    """What a call takes; `offset_weight` is of the convolution that makes the offsets."""
+    """Arguments of a call; `offset_weight` belongs to the offset convolution."""
 
     input: Tensor
     offset: Tensor
@@ -64,7 +64,7 @@ class Tensors:
 
 
 def make_tensors(shape: Shape, offsets: Offsets = Offsets.NORMAL) -> Tensors:
-    """Random tensors, float32, always the same."""
+    """Random float32 tensors from a fixed seed."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*size: int) -> Tensor:
@@ -98,8 +98,8 @@ def _offset(shape: Shape, kind: Offsets, generator: torch.Generator) -> Tensor:
     if kind == Offsets.WIDE:
         return 4 * noise
 
-    # As trained networks have them: the kernel is stretched and moved, smoothly over the image,
-    # by about its own size, and every tap goes a little its own way.
+    # As in trained networks: the kernel is scaled and shifted by about its own size, smoothly over
+    # the image, and every tap also moves a little by itself.
     def smooth(channels: int) -> Tensor:
         size = (shape.height, shape.width)
         return F.interpolate(field(channels, 5, 5), size, mode="bicubic")

@@ -9,7 +9,7 @@ import torch
 from benchmarks.claim import __main__ as command
 from benchmarks.claim import report, training
 from benchmarks.claim.plan import BUDGETS, NETWORKS, VARIANTS, Run, runs
-from benchmarks.claim.report import SIZES, summarise
+from benchmarks.claim.report import SIZES, summarize
 
 from deformnet.models import Target
 
@@ -66,7 +66,7 @@ def test_both_networks_begin_as_the_same_function(network):
     for variant in VARIANTS:
         torch.manual_seed(3)
         model = training.build(network, variant).eval()
-        pixels = training.normalised(images.pixels)
+        pixels = training.normalized(images.pixels)
         if network == "deeplab":
             outputs.append(model(pixels))
         else:
@@ -109,7 +109,7 @@ def test_the_gap_pairs_seeds_and_leaves_out_what_is_half_done():
     results = made_results()
     unfinished = Run("deeplab", "deformable", 1, 2)
     results = [one for one in results if Run(**one["run"]) != unfinished]
-    rows = summarise(results, "deeplab")
+    rows = summarize(results, "deeplab")
     assert [row["strength"] for row in rows] == [0, 0.5, 1]
     assert rows[1]["gap"] == {"seeds": {"0": 5, "2": 7}, "mean": 6, "std": pytest.approx(2**0.5)}
     assert rows[2]["plain"] == {"seeds": {"0": 39}, "mean": 39, "std": None}
@@ -117,7 +117,7 @@ def test_the_gap_pairs_seeds_and_leaves_out_what_is_half_done():
     assert dilation["small"] is None
     assert dilation["large"]["seeds"] == {"0": 3, "2": 5}
     assert dilation["large"]["filters"] == 5
-    assert [row["strength"] for row in summarise(results, "rfcn")] == [0, 1]
+    assert [row["strength"] for row in summarize(results, "rfcn")] == [0, 1]
 
 
 def test_the_figure_shows_the_numbers_of_the_file(tmp_path, monkeypatch):
@@ -153,7 +153,7 @@ def test_runs_come_in_pairs_seed_by_seed():
     assert all(a[2:] == b[2:] for a, b in zip(order[::2], order[1::2], strict=True))
 
 
-def test_a_share_of_the_steps(tmp_path, monkeypatch):
+def test_a_fraction_of_the_iterations(tmp_path, monkeypatch):
     steps = {}
 
     def note(run, budget, out):
@@ -161,15 +161,15 @@ def test_a_share_of_the_steps(tmp_path, monkeypatch):
         return made_result(run, 50)
 
     monkeypatch.setattr(command, "result", note)
-    call = ["claim", str(tmp_path), "--strengths", "1", "--seeds", "0", "--share"]
+    call = ["claim", str(tmp_path), "--strengths", "1", "--seeds", "0", "--fraction"]
     monkeypatch.setattr("sys.argv", [*call, "0.3333"])
     command.main()
     assert steps == {"deeplab": 400, "rfcn": 600}
 
 
-@pytest.mark.parametrize("share", ["0", "-1", "nan", "inf"])
-def test_shares_that_are_none(tmp_path, monkeypatch, capsys, share):
-    monkeypatch.setattr("sys.argv", ["claim", str(tmp_path), f"--share={share}"])
+@pytest.mark.parametrize("fraction", ["0", "-1", "nan", "inf"])
+def test_invalid_fractions(tmp_path, monkeypatch, capsys, fraction):
+    monkeypatch.setattr("sys.argv", ["claim", str(tmp_path), f"--fraction={fraction}"])
     with pytest.raises(SystemExit):
         command.main()
-    assert "--share: wanted a finite number above 0, got" in capsys.readouterr().err
+    assert "--fraction: wanted a finite number above 0, got" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The command; see the package."""
+"""The command line of the package."""
 
 import argparse
 import math
@@ -21,14 +21,18 @@ def main() -> None:
     parser.add_argument("--strengths", type=float, nargs="+", default=[0, 1 / 3, 2 / 3, 1])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--networks", choices=NETWORKS, nargs="+", default=NETWORKS)
-    parser.add_argument("--share", type=float, default=1, help="of the steps of training")
+    parser.add_argument("--fraction", type=float, default=1, help="of the training iterations")
     options = parser.parse_args()
     if not all(0 <= strength <= 1 for strength in options.strengths):
-        parser.error(f"argument --strengths: wanted numbers from 0 to 1, got {options.strengths}")
-    if not 0 < options.share < math.inf:
-        parser.error(f"argument --share: wanted a finite number above 0, got {options.share}")
+        parser.error(
+            f"argument --strengths: expected numbers from 0 to 1, but got {options.strengths}"
+        )
+    if not 0 < options.fraction < math.inf:
+        parser.error(
+            f"argument --fraction: expected a positive finite number, but got {options.fraction}"
+        )
     budgets = {
-        name: replace(budget, steps=max(1, round(options.share * budget.steps)))
+        name: replace(budget, steps=max(1, round(options.fraction * budget.steps)))
         for name, budget in BUDGETS.items()
     }
     todo = runs(options.strengths, options.seeds, options.networks)

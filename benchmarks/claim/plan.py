@@ -1,4 +1,4 @@
-"""Which networks are trained, on what, for how long; and where each one's result lies."""
+"""The runs: networks, data, budgets, and where results are stored."""
 
 import json
 from collections.abc import Sequence
@@ -15,17 +15,17 @@ DEFORM_LAYERS = 3
 
 @dataclass(frozen=True)
 class Budget:
-    """What every run of a network gets.
+    """Training budget of a network.
 
     Attributes:
-        steps, batch: of training; images of a batch.
-        lr: the highest of one cycle.
+        steps, batch: training iterations, and images in each.
+        lr: maximum of the one-cycle schedule.
         side: height and width of the images, in pixels.
-        images, test: how many there are to train on, and to score on.
-        data_seed: of the images.
-        offset_lr_scale: of layers that make offsets, the paper's beta.
-        weight_decay: of weights.
-        clip: largest norm of the gradient.
+        images, test: numbers of training and test images.
+        data_seed: seed of the images.
+        offset_lr_scale: learning rate factor of the offset layers, the paper's beta.
+        weight_decay: weight decay of the weights.
+        clip: maximum gradient norm.
     """
 
     steps: int
@@ -62,7 +62,7 @@ class Run(NamedTuple):
 def runs(
     strengths: Sequence[float], seeds: Sequence[int], networks: Sequence[Network] = NETWORKS
 ) -> list[Run]:
-    """All trainings, in an order in which the first ones already say something."""
+    """All runs, in an order in which the first ones are informative."""
     ends = (min(strengths), max(strengths))
     return [
         Run(network, variant, strength, seed)
@@ -74,7 +74,7 @@ def runs(
 
 
 def stored_result(run: Run, budget: Budget, out: Path) -> dict[str, Any] | None:
-    """What came of a run; None if it is not finished.
+    """The stored result of a run; None if it is not finished.
 
     Raises:
         ValueError: if it had another budget.
@@ -84,7 +84,7 @@ def stored_result(run: Run, budget: Budget, out: Path) -> dict[str, Any] | None:
         return None
     found = json.loads(path.read_bytes())
     if found["budget"] != asdict(budget):
-        raise ValueError(f"{path}: wanted a run of {asdict(budget)}, got {found['budget']}")
+        raise ValueError(f"{path}: expected a run of {asdict(budget)}, but got {found['budget']}")
     return found
 
 

@@ -27,7 +27,7 @@ def over_seeds(values: Mapping[int, float]) -> dict[str, Any]:
 
 
 def summarize(results: Sequence[Mapping[str, Any]], network: Network) -> list[dict[str, Any]]:
-    """By strength: scores, the gain and Table 2 over the seeds for which both networks are finished."""
+    """By strength: scores, gain and Table 2 over the seeds for which both networks are finished."""
     by_run = {Run(**one["run"]): one for one in results if one["run"]["network"] == network}
     rows: list[dict[str, Any]] = []
     for strength in sorted({run.strength for run in by_run}):

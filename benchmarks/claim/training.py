@@ -1,4 +1,4 @@
-"""One run: made images, a network, its training and what is measured of it."""
+"""One run: synthetic images, a network, its training and evaluation."""
 
 import statistics
 import time
@@ -30,16 +30,16 @@ from deformnet.models import RFCN, RPN, DeepLab, Target, postprocess
 from deformnet.models.backbones.features import Backbone, deform_last, require_images
 from deformnet.nn import parameter_groups
 
-# Radius of objects, as a share of the image's side: at strength 0 all have the first, at strength
-# 1 they lie between it divided and multiplied by the second.
+# Radius of objects, as a fraction of the image's side: at strength 0 all have the first, at
+# strength 1 they range from it divided by the second to it times the second.
 MEAN_RADIUS, RADIUS_FACTOR = 0.18, 2.45
-# Table 2's sizes are those of objects in images of about this side, which ours are taken to have.
+# Table 2's sizes refer to images of about this side, which ours count as.
 PAPER_SIDE = 600
 OBJECTS = SHAPE_CLASSES[1:]
 
 
 class Images(NamedTuple):
-    """A made set, in memory."""
+    """A synthetic data set, in memory."""
 
     pixels: Tensor
     """uint8 [N, 3, H, W]."""
@@ -91,7 +91,7 @@ def _block(channels: int, width: int, stride: int = 1) -> BasicBlock:
 
 
 def shapes(strength: float, budget: Budget) -> Shapes:
-    """The set of a strength: objects on a calm background, as the budget is small."""
+    """The data set of a strength: objects on a plain background, as the budget is small."""
     factor = RADIUS_FACTOR**strength
     return Shapes(
         train=budget.images,
@@ -109,7 +109,7 @@ def shapes(strength: float, budget: Budget) -> Shapes:
 
 @cache
 def make_images(drawn_from: Shapes, split: Literal["train", "val"]) -> Images:
-    """A split of a made set, as drawn: without the losses of a JPEG."""
+    """A split of a synthetic data set, without JPEG artifacts."""
     count = drawn_from.train if split == "train" else drawn_from.val
     drawn = [
         scene(drawn_from, split, number)
@@ -140,14 +140,14 @@ def build(network: Network, variant: Variant) -> DeepLab | RFCN:
     return RFCN(backbone, len(OBJECTS), rpn, pool=pool, bins=3)
 
 
-def normalised(pixels: Tensor) -> Tensor:
+def normalized(pixels: Tensor) -> Tensor:
     return ((pixels.float() - 128) / 64).contiguous(memory_format=torch.channels_last)
 
 
 def batches(
     images: Images, budget: Budget, seed: int
 ) -> Iterator[tuple[Tensor, Tensor, list[Target]]]:
-    """Normalised images [N, 3, H, W], labels [N, H, W] and targets of every step.
+    """Normalized images [N, 3, H, W], labels [N, H, W] and targets of every step.
 
     Images come in random order, all before any comes again, and half of them are flipped.
     """
@@ -160,10 +160,10 @@ def batches(
         pixels, labels = images.pixels[chosen], images.labels[chosen].long()
         pixels[flip], labels[flip] = pixels[flip].flip(-1), labels[flip].flip(-1)
         targets = [
-            flipped(images.targets[i], budget.side) if mirrored else images.targets[i]
-            for i, mirrored in zip(chosen.tolist(), flip.tolist(), strict=True)
+            flipped(images.targets[i], budget.side) if flip_it else images.targets[i]
+            for i, flip_it in zip(chosen.tolist(), flip.tolist(), strict=True)
         ]
-        yield normalised(pixels), labels, targets
+        yield normalized(pixels), labels, targets
 
 
 def flipped(target: Target, width: int) -> Target:
@@ -172,7 +172,7 @@ def flipped(target: Target, width: int) -> Target:
 
 
 def train(run: Run, budget: Budget) -> tuple[DeepLab | RFCN, float]:
-    """The trained network, and the median of the processor's seconds that a step took."""
+    """The trained network, and the median processor time of a step in seconds."""
     images = make_images(shapes(run.strength, budget), "train")
     torch.manual_seed(run.seed)
     model = build(run.network, run.variant).to(memory_format=torch.channels_last)
@@ -189,7 +189,7 @@ def train(run: Run, budget: Budget) -> tuple[DeepLab | RFCN, float]:
         total_steps=budget.steps,
         cycle_momentum=False,
     )
-    # Anchors and RoIs are drawn from the global generator, which both networks begin alike.
+    # Anchors and RoIs are sampled with the global generator, seeded alike for both networks.
     torch.manual_seed(run.seed)
     seconds = []
     steps = batches(images, budget, run.seed)
@@ -218,7 +218,7 @@ def score(model: DeepLab | RFCN, images: Images) -> float:
     confusion = confusion_matrix(len(SHAPE_CLASSES))
     found: dict[str, Found] = {}
     for first in range(0, len(images.pixels), 16):
-        pixels = normalised(images.pixels[first : first + 16])
+        pixels = normalized(images.pixels[first : first + 16])
         if isinstance(model, DeepLab):
             confusion.update(model(pixels), images.labels[first : first + 16].long())
             continue
@@ -234,17 +234,17 @@ def score(model: DeepLab | RFCN, images: Images) -> float:
 
 
 def dilations(model: DeepLab | RFCN, images: Images) -> list[dict[str, Any]]:
-    """Table 2 on these images, as if they had the size of the paper's."""
+    """Table 2 on these images, with their sizes scaled to the paper's."""
     scale, stride = images.pixels.shape[-1] / PAPER_SIDE, model.backbone.stride
     annotated = (
-        AnnotatedImage(normalised(pixels[None])[0], target.boxes / scale, scale)
+        AnnotatedImage(normalized(pixels[None])[0], target.boxes / scale, scale)
         for pixels, target in zip(images.pixels, images.targets, strict=True)
     )
     return [asdict(row) for row in dilation_statistics(model.backbone, annotated, stride=stride)]
 
 
 def result(run: Run, budget: Budget, out: Path) -> dict[str, Any]:
-    """What came of a run, which is trained if it is not finished. Raises as `stored_result`."""
+    """The result of a run, trained if it is not finished; raises as `stored_result`."""
     if (found := stored_result(run, budget, out)) is not None:
         return found
     path = result_path(run, out)
