@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-NATIVE := CMakeLists.txt $(wildcard src/deformnet/ops/*/*.cpp src/deformnet/ops/cpu/*.h)
+NATIVE := CMakeLists.txt $(wildcard src/deformnet/ops/*/*.cpp src/deformnet/ops/*/*.h)
 
 .PHONY: setup demo test sanitize bench docs lint clean
 

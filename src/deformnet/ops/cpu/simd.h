@@ -88,7 +88,7 @@ inline void store_side_by_side(Vec<A> a, Vec<A> b, Vec<A> c, Vec<A> d, A* to) {
   constexpr int n = kLanes<A>;
 #pragma GCC unroll 4
   for (int part = 0; part < 4; ++part) {
-    // Lanes of a and b, and of c and d, where the result wants them; then those that it wants.
+    // The lanes of a and b, and of c and d, in their places in the result; then a choice between both.
     IndexVec<A> pick, merge;
     for (int k = 0; k < n; ++k) {
       const int lane = (part * n + k) / 4, which = (part * n + k) % 4;

@@ -8,7 +8,7 @@ from torch import Tensor
 from deformnet.ops.cpu.loading import DTYPES, address, call, dense, fields
 from deformnet.ops.deform_conv.checks import Geometry
 
-# As `Border` of kernels.h.
+# As `Border` of problem.h.
 _BORDERS = {"zeros": 0, "msra2017": 1}
 
 # Pixels of a map are counted in 32 bits, where a vector has as many indices as numbers.
@@ -16,7 +16,7 @@ _MOST_PIXELS = 2**31 - 1
 
 
 class _Problem(ctypes.Structure):
-    """`Problem` of kernels.h, field by field."""
+    """`Problem` of problem.h, field by field."""
 
     _fields_ = [
         *fields(ctypes.c_int64, "batch in_channels in_h in_w out_channels out_h out_w"),

@@ -8,7 +8,7 @@ from torch import Tensor
 from deformnet.ops.cpu.loading import DTYPES, address, call, dense, fields
 from deformnet.ops.roi_pool.checks import Rule
 
-# As `Sampling` of kernels.h.
+# As `Sampling` of problem.h.
 _SAMPLINGS = {"bins": 0, "msra": 1, "aligned": 2}
 
 # Rows and columns are counted in 32 bits, and vectors reach beyond the last.
@@ -16,7 +16,7 @@ _MOST_SIDE = 2**30
 
 
 class _Problem(ctypes.Structure):
-    """`RoiProblem` of kernels.h, field by field."""
+    """`RoiProblem` of problem.h, field by field."""
 
     _fields_ = [
         *fields(ctypes.c_int64, "batch in_h in_w boxes out_channels out_h out_w"),

@@ -1,0 +1,29 @@
+// Exports an operator's kernels, each in the instruction set in use. A kernel takes the operator's problem and its
+// tensors, as structs that Python fills in, and returns 0, or 1 when there is not enough memory.
+#pragma once
+
+namespace deformnet {
+extern int instruction_set;  // the number of the one in use, in the order below
+}
+
+// Not every kernel has a form for processors with AMX; `on_amx` names the instruction set that serves those.
+#ifdef DEFORMNET_X86
+#define DEFORMNET_KERNELS(name, on_amx) \
+  deformnet::on_amx::name, deformnet::avx512::name, deformnet::avx2::name, deformnet::baseline::name
+#else
+#define DEFORMNET_KERNELS(name, on_amx) deformnet::baseline::name
+#endif
+
+#define DEFORMNET_EXPORT extern "C" __attribute__((visibility("default")))
+
+#define DEFORMNET_EXPORT_KERNEL(name, Problem, Tensors, on_amx)                                            \
+  namespace deformnet {                                                                                    \
+  namespace on_amx { int name(const Problem&, const Tensors&); }                                           \
+  namespace avx512 { int name(const Problem&, const Tensors&); }                                           \
+  namespace avx2 { int name(const Problem&, const Tensors&); }                                             \
+  namespace baseline { int name(const Problem&, const Tensors&); }                                         \
+  DEFORMNET_EXPORT int deformnet_##name(const Problem* problem, const Tensors* tensors) {                  \
+    static constexpr int (*kernels[])(const Problem&, const Tensors&) = {DEFORMNET_KERNELS(name, on_amx)}; \
+    return kernels[instruction_set](*problem, *tensors);                                                   \
+  }                                                                                                        \
+  }  /* namespace deformnet */

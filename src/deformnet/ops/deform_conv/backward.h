@@ -1,0 +1,642 @@
+// The positions are worked through from their beginning and from their middle at once, a chunk of each at a time,
+// small enough for the caches. First, threads split the chunk's positions: gradient of the columns = grad_output *
+// weight; the dot products of it with the four corners give the gradients of offset and mask, and the columns are
+// sampled again. Then each half's contribution to grad_input is added up, in order, by one thread for each run of
+// channels: the thread that made it where there are two, as memory that another processor core has written is slow
+// to read. Last, threads split channels and taps of grad_weight. So nothing is added atomically, and the bits do not
+// depend on the number of threads.
+#pragma once
+
+#include "forward.h"
+
+namespace deformnet::DEFORMNET_ISA {
+namespace {
+
+constexpr int64_t kChunkBytes = 1 << 20;  // columns of a chunk
+constexpr int64_t kChunkPositions = 384;  // at least: the weight's gradient is read and written once a chunk
+
+// ----------------------------------------------------------------------------------- layouts
+
+// Where the columns lie, and their gradient: [tap][panel of channels][position][lane], so that a thread that takes
+// some channels of all positions reads runs of memory, and the product with the gradient of the output finds panels.
+// A panel has channels of one group, or several whole groups; a depthwise layer is one group here.
+template <class A>
+struct Panels {
+  static constexpr int64_t width = kPanel<A>;
+
+  Panels(const Geometry& p, int64_t channels, int64_t positions)
+      : group(p.depthwise ? channels : p.group_in),
+        of_group(ceil_div(group, width)),
+        together(most<int64_t>(1, width / group)),
+        used(group < width ? together * group : width),
+        // A cache line more keeps the taps of a position out of each other's cache sets.
+        panel(positions * width + kCacheLine / int64_t(sizeof(A))),
+        tap(ceil_div(channels / group, together) * of_group * panel),
+        padded(channels % used != 0 || used != width || (group > width && group % width != 0)) {}
+
+  int64_t index(int64_t channel) const { return channel / group / together * of_group + channel % group / width; }
+  int64_t lane(int64_t channel) const { return channel / group % together * group + channel % group % width; }
+  int64_t place(int64_t channel) const { return index(channel) * panel + lane(channel); }
+
+  int64_t group, of_group;  // channels and panels of a group
+  int64_t together, used;   // groups and lanes in use of a panel
+  int64_t panel, tap;       // numbers from one panel, and from one tap, to the next
+  bool padded;              // some lanes have no channel
+};
+
+// Channels of one panel and one offset group.
+struct ChannelRun {
+  int64_t channel, width;
+  int64_t place;  // among the panels of a tap
+};
+
+// All channels in runs of at most `longest`; those of offset group g begin at first[g].
+template <class A>
+int64_t find_runs(const Geometry& p, const Panels<A>& panels, int64_t longest,
+                  ChannelRun* runs, int64_t* first) {
+  int64_t count = 0;
+  for (int64_t g = 0; g < p.offset_groups; ++g) {
+    first[g] = count;
+    const int64_t end = (g + 1) * p.offset_group_in;
+    for (int64_t channel = g * p.offset_group_in; channel < end; channel += runs[count++].width) {
+      int64_t width = least(longest, panels.used - panels.lane(channel));
+      if (panels.together == 1) width = least(width, panels.group - channel % panels.group);
+      runs[count] = {channel, least(width, end - channel), panels.place(channel)};
+    }
+  }
+  first[p.offset_groups] = count;
+  return count;
+}
+
+// The weight for the gradient of the columns: [group][tap][panel of input channels][output channel][lane]. Output
+// channels are padded to whole panels, as the gradient is that they are multiplied with.
+template <class A, class T>
+void pack_backward(const Geometry& p, const T* weight, A* packed) {
+  constexpr int panel = kPanel<A>;
+  const int64_t panels = ceil_div(p.group_in, panel);
+  const int64_t outs = round_up(p.group_out, panel), taps = p.taps;
+#pragma omp for collapse(2)
+  for (int64_t group = 0; group < p.groups; ++group)
+    for (int64_t out = 0; out < outs; ++out) {
+      const T* from = weight + (group * p.group_out + out) * p.group_in * taps;
+      for (int64_t channel = 0; channel < panels * panel; ++channel)
+        for (int64_t tap = 0; tap < taps; ++tap) {
+          const bool real = out < p.group_out && channel < p.group_in;
+          const int64_t at = ((group * taps + tap) * panels + channel / panel) * outs + out;
+          packed[at * panel + channel % panel] = real ? A(read(from[channel * taps + tap])) : A(0);
+        }
+    }
+}
+
+// grad_output of some positions and channels [channel, channel + width), as rows of `panel` numbers, padded with zeros.
+template <class A, class T>
+void pack_rows(const Problem& p, const Tile& tile, const T* grad_output, int64_t channel, int64_t width,
+               int64_t panel, A* packed) {
+  const int64_t channels = p.out_channels, positions = p.out_h * p.out_w;
+  tile.for_each_run([&](const Run& run) {
+    A* to = packed + run.start * panel;
+    if (p.output_channels_last) {
+      const T* from = grad_output + (run.image * positions + run.position) * channels + channel;
+      for (int64_t i = 0; i < run.length; ++i) convert_row<A>(from + i * channels, width, to + i * panel);
+    } else {
+      const T* from = grad_output + (run.image * channels + channel) * positions + run.position;
+      transpose<A>(from, positions, width, run.length, to, panel);
+    }
+    for (int64_t i = 0; i < run.length; ++i)
+      for (int64_t c = width; c < panel; ++c) to[i * panel + c] = A(0);
+  });
+}
+
+// grad_output of the positions of two tiles as panels [group][panel][position][lane]; for depthwise layers as rows
+// [position][channel]. Called by all threads of a team.
+template <class A, class T>
+void pack_grad_output(const Geometry& p, const Tile* halves, const T* grad_output,
+                      A* packed) {
+  const int64_t panel = p.depthwise ? p.out_channels : kPanel<A>;
+  const int64_t group_out = p.depthwise ? p.out_channels : p.group_out;
+  const int64_t panels = ceil_div(group_out, panel), groups = p.depthwise ? 1 : p.groups;
+  constexpr int64_t strip = 256;
+  const int64_t count = halves[0].count + halves[1].count, strips = ceil_div(halves[0].count, strip);
+#pragma omp for schedule(static)
+  for (int64_t item = 0; item < 2 * groups * panels * strips; ++item) {
+    const Tile& half = halves[item / (groups * panels * strips)];
+    const int64_t group = item / (panels * strips) % groups, which = item / strips % panels;
+    const int64_t start = item % strips * strip, n = least(strip, half.count - start);
+    if (n <= 0) continue;
+    const int64_t row = start + (&half == halves ? 0 : halves[0].count);
+    pack_rows<A>(p, Tile(p, half.first_image, half.begin + start, n), grad_output,
+                 group * group_out + which * panel, least(panel, group_out - which * panel), panel,
+                 packed + ((group * panels + which) * count + row) * panel);
+  }
+}
+
+// --------------------------------------------------------------- gradients of offset and mask
+
+// Of the samples of one tap and offset group, by the coordinates of the sample and by its mask.
+template <class A>
+struct SampleGrads {
+  SampleGrads(Memory& memory, int64_t capacity)
+      : y(memory.take<A>(capacity)), x(memory.take<A>(capacity)), mask(memory.take<A>(capacity)) {}
+
+  A *y, *x, *mask;
+};
+
+// Adds up the products of a vector of the gradient with the four corners; returns their bilinear value.
+template <class A>
+__attribute__((always_inline)) inline Vec<A> add_dots(const A* corner, ptrdiff_t right, ptrdiff_t down, Vec<A> grad,
+                                                      const Vec<A>* weights, Vec<A>* dots) {
+  const Vec<A> v0 = load(corner), v1 = load(corner + right);
+  const Vec<A> v2 = load(corner + down), v3 = load(corner + down + right);
+  dots[0] += grad * v0;
+  dots[1] += grad * v1;
+  dots[2] += grad * v2;
+  dots[3] += grad * v3;
+  return v0 * weights[0] + v1 * weights[1] + v2 * weights[2] + v3 * weights[3];
+}
+
+// The same for a run of `width` channels: sums of whole vectors in `dots`, of the channels that are left over in `rest`.
+// `w` and `mask` are there as vectors, too, which all runs share. Writes the columns if `write`.
+template <bool write, class A>
+__attribute__((always_inline)) inline void add_run_dots(const A* corner, ptrdiff_t right, ptrdiff_t down,
+                                                        int64_t width, const A* grad, const A* w,
+                                                        const Vec<A>* weights, A mask, Vec<A> masks, A* to,
+                                                        Vec<A>* dots, A* rest) {
+  constexpr int lanes = kLanes<A>;
+  if (width == kPanel<A>) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kTileVectors; ++v) {
+      const Vec<A> value = add_dots(corner + v * lanes, right, down, load(grad + v * lanes), weights, dots);
+      if (write) store(to + v * lanes, value * masks);
+    }
+    return;
+  }
+  int64_t c = 0;
+  for (; c + lanes <= width; c += lanes) {
+    const Vec<A> value = add_dots(corner + c, right, down, load(grad + c), weights, dots);
+    if (write) store(to + c, value * masks);
+  }
+  for (; c < width; ++c) {
+    const A* v = corner + c;
+    rest[0] += grad[c] * v[0];
+    rest[1] += grad[c] * v[right];
+    rest[2] += grad[c] * v[down];
+    rest[3] += grad[c] * v[down + right];
+    if (write) to[c] = (v[0] * w[0] + v[right] * w[1] + v[down] * w[2] + v[down + right] * w[3]) * mask;
+  }
+}
+
+// Gradients of the samples [first, first + count), as many as a vector has lanes, from the dot products.
+template <class A>
+__attribute__((always_inline)) inline void write_grads(const Samples<A>& at, int64_t first, int64_t count,
+                                                       const Vec<A>* dot, const SampleGrads<A>& to) {
+  const Vec<A> fy = load(at.fy + first), fx = load(at.fx + first), mask = load(at.mask + first);
+  // Not a product with zero: the gradient of the output may be infinite.
+  IndexVec<A> sign_y, sign_x;
+  std::memcpy(&sign_y, &fy, sizeof fy);
+  std::memcpy(&sign_x, &fx, sizeof fx);
+  const Vec<A> by_y = sign_y >= 0 ? mask * ((1 - fx) * (dot[2] - dot[0]) + fx * (dot[3] - dot[1])) : Vec<A>{};
+  const Vec<A> by_x = sign_x >= 0 ? mask * ((1 - fy) * (dot[1] - dot[0]) + fy * (dot[3] - dot[2])) : Vec<A>{};
+  const Vec<A> by_mask = (1 - fy) * ((1 - fx) * dot[0] + fx * dot[1]) + fy * ((1 - fx) * dot[2] + fx * dot[3]);
+  std::memcpy(to.y + first, &by_y, size_t(count) * sizeof(A));
+  std::memcpy(to.x + first, &by_x, size_t(count) * sizeof(A));
+  std::memcpy(to.mask + first, &by_mask, size_t(count) * sizeof(A));
+}
+
+// Samples of one tap and offset group, whose runs of channels are `runs` to `end`: their gradients, from `grads`, the
+// gradient of the columns, and the columns if `write`.
+template <bool write, class A>
+void sample_backward(const Map<A>& map, const Samples<A>& at, const ChannelRun* runs, const ChannelRun* end,
+                     int64_t count, const A* grads, A* columns, const SampleGrads<A>& to) {
+  constexpr int lanes = kLanes<A>;
+  const ptrdiff_t right = map.channels, down = map.row;
+  // As many positions at a time as sums fit into a vector.
+  for (int64_t first = 0; first < count; first += lanes) {
+    Vec<A> dots[4][lanes];
+    A rest[4][lanes] = {};
+    const int64_t some = least<int64_t>(lanes, count - first);
+    for (int64_t k = 0; k < some; ++k) {
+      const int64_t i = first + k;
+      const A* w = at.weights + 4 * i;
+      const Vec<A> weights[4] = {w[0] - Vec<A>{}, w[1] - Vec<A>{}, w[2] - Vec<A>{}, w[3] - Vec<A>{}};
+      const Vec<A> masks = at.mask[i] - Vec<A>{};
+      Vec<A> dot[4] = {};
+      A left_over[4] = {};
+      for (const ChannelRun* run = runs; run != end; ++run) {
+        const int64_t place = run->place + i * kPanel<A>;
+        add_run_dots<write>(map.at(at.pixel[i], run->channel), right, down, run->width, grads + place,
+                            w, weights, at.mask[i], masks, write ? columns + place : nullptr, dot, left_over);
+      }
+      for (int j = 0; j < 4; ++j) dots[j][k] = dot[j], rest[j][k] = left_over[j];
+    }
+    for (int64_t k = some; k < lanes; ++k)
+      for (int j = 0; j < 4; ++j) dots[j][k] = Vec<A>{};
+    Vec<A> dot[4];
+    for (int j = 0; j < 4; ++j) dot[j] = sum_each<A>(dots[j]) + load(rest[j]);
+    write_grads(at, first, some, dot, to);
+  }
+}
+
+// ---------------------------------------------------------------------- gradient of the input
+
+// Adds the gradient of a run of `width` channels of a sample to its four corners.
+template <class A>
+__attribute__((always_inline)) inline void add_to_corners(const A* grad, int64_t width, A w0, A w1, A w2, A w3,
+                                                          A* s0, ptrdiff_t right, ptrdiff_t down) {
+  A *s1 = s0 + right, *s2 = s0 + down, *s3 = s2 + right;
+  int64_t c = 0;
+  for (; c + kLanes<A> <= width; c += kLanes<A>) {
+    const Vec<A> u = load(grad + c);
+    store(s0 + c, load(s0 + c) + u * w0);
+    store(s1 + c, load(s1 + c) + u * w1);
+    store(s2 + c, load(s2 + c) + u * w2);
+    store(s3 + c, load(s3 + c) + u * w3);
+  }
+  for (; c < width; ++c) {
+    s0[c] += grad[c] * w0;
+    s1[c] += grad[c] * w1;
+    s2[c] += grad[c] * w2;
+    s3[c] += grad[c] * w3;
+  }
+}
+
+// Adds the samples' gradients at position i of a tile to the map, in some runs of channels of one offset group, whose
+// samples, a tap each, are `samples`. `grads` is the gradient of the position's columns.
+template <class A>
+__attribute__((always_inline)) inline void add_position(const Geometry& p,
+                                                        const Samples<A>* samples, int64_t i, const A* grads,
+                                                        int64_t grads_tap, const ChannelRun* runs,
+                                                        const ChannelRun* end, A* sums) {
+  const ptrdiff_t right = p.in_channels, down = p.padded_row * p.in_channels;
+  for (int64_t tap = 0; tap < p.taps; ++tap) {
+    const Samples<A>& s = samples[tap];
+    const A* w = s.weights + 4 * i;
+    const A w0 = w[0] * s.mask[i], w1 = w[1] * s.mask[i], w2 = w[2] * s.mask[i], w3 = w[3] * s.mask[i];
+    A* const pixel = sums + s.pixel[i] * right;
+    for (const ChannelRun* run = runs; run != end; ++run)
+      add_to_corners(grads + tap * grads_tap + run->place, run->width, w0, w1, w2, w3, pixel + run->channel, right,
+                     down);
+  }
+}
+
+// The same for positions [begin, end) of a half, whose samples are `samples`, tile by tile, and any runs.
+template <class A>
+void add_to_map(const Geometry& p, const Samples<A>* samples, int64_t tile_rows,
+                int64_t begin, int64_t end, const A* grads, const Panels<A>& panels, const ChannelRun* run_begin,
+                const ChannelRun* run_end, A* sums) {
+  for (int64_t at = begin; at < end; ++at) {
+    const Samples<A>* tile = samples + at / tile_rows * p.samples;
+    for (const ChannelRun *runs = run_begin, *next; runs != run_end; runs = next) {
+      const int64_t g = runs->channel / p.offset_group_in;
+      for (next = runs; next != run_end && next->channel < (g + 1) * p.offset_group_in;) ++next;
+      add_position(p, tile + g * p.taps, at % tile_rows, grads + at * panels.width, panels.tap, runs,
+                   next, sums);
+    }
+  }
+}
+
+// ---------------------------------------------------------------------------- the whole pass
+
+// Sizes. The number of threads changes only those that the bits do not depend on.
+template <class A>
+struct BackwardPlan : Geometry {
+  BackwardPlan(const Problem& p, const BackwardTensors& tensors)
+      : Geometry(p),
+        tensors(tensors),
+        image_size(padded_pixels * in_channels),
+        chunk_positions(round_up(most<int64_t>(kChunkPositions, kChunkBytes / position_bytes()) / 2, kTileRows)),
+        images(most<int64_t>(1, least(least(most<int64_t>(2, 2 * chunk_positions / positions), batch),
+                                      kImagesBytes / (image_size * number)))),
+        longest(least(chunk_positions, ceil_div(images * positions, 2))),
+        panels(*this, in_channels, 2 * longest),
+        out_panels(ceil_div(group_out, kPanel<A>)),
+        outs(out_panels * kPanel<A>),
+        slices(ceil_div(threads, 2)) {
+    weight_size = depthwise ? taps * in_channels : groups * taps * panels.of_group * outs * kPanel<A>;
+    grad_output_size = 2 * longest * (depthwise ? in_channels : groups * outs);
+    const int64_t fitting = kColumnsBytes / (least(column_size(), kBlockDepth) * number);
+    const int64_t rows = round_up(most<int64_t>(kTileRows, fitting), kTileRows);
+    tile_rows = round_up(ceil_div(longest, round_up(ceil_div(longest, rows), slices)), kTileRows);
+    half_tiles = ceil_div(longest, tile_rows);
+    capacity = round_up(tile_rows, kLanes<A>);
+  }
+
+  const BackwardTensors& tensors;
+  int64_t image_size;       // numbers of a framed map
+  int64_t chunk_positions;  // of each half
+  int64_t images;           // that are worked through in two halves
+  int64_t longest;          // positions of a half's chunk
+  Panels<A> panels;
+  int64_t out_panels, outs;  // panels of a group's output channels, and lanes of those
+  int64_t slices;            // of the channels, among the threads of a half
+  int64_t weight_size, grad_output_size;
+  int64_t tile_rows, half_tiles;  // positions of a tile, and tiles of a half's chunk
+  int64_t capacity;               // of a tile's arrays
+
+ private:
+  static constexpr int64_t number = sizeof(A);
+  // Nearly the numbers of a column.
+  int64_t column_size() const { return taps * Panels<A>(*this, in_channels, 1).tap; }
+  int64_t position_bytes() const {
+    Memory samples_of_16;
+    Samples<A>(samples_of_16, 16);
+    return most(column_size() * number, samples * samples_of_16.used() / 16);
+  }
+};
+
+template <class A>
+struct BackwardShared {
+  BackwardShared(const BackwardPlan<A>& plan, Memory& memory)
+      : weight(memory.take<A>(plan.weight_size)),
+        grad_output(memory.take<A>(plan.grad_output_size)),
+        columns(plan.tensors.grad_weight ? memory.take<A>(plan.taps * plan.panels.tap) : nullptr),
+        grads(memory.take<A>(plan.taps * plan.panels.tap)),
+        weight_sums(memory.take<A>(plan.weight_size)),
+        maps(memory.take<A>(plan.images * plan.image_size)),
+        map_sums(memory.take<A>((plan.images + 1) * plan.image_size)),
+        runs(memory.take<ChannelRun>(plan.in_channels)),
+        first_run(memory.take<int64_t>(plan.offset_groups + 1)),
+        samples(Samples<A>::take(memory, 2 * plan.half_tiles * plan.samples, plan.capacity)) {}
+
+  void prepare(const BackwardPlan<A>& plan) {
+    // Threads split the channels of the map by runs: a panel each, or a cache line where those are too few.
+    const bool few = plan.in_channels < plan.slices * kPanel<A>;
+    run_count = find_runs(plan, plan.panels, few ? kCacheLine / int64_t(sizeof(A)) : kPanel<A>, runs, first_run);
+    // Lanes of no channel are multiplied as well.
+    if (columns && !plan.depthwise && plan.panels.padded)
+      std::memset(columns, 0, size_t(plan.taps * plan.panels.tap) * sizeof(A));
+  }
+
+  A *weight, *grad_output;  // packed
+  A *columns, *grads;       // of a chunk, and their gradient: see `Panels`
+  A* weight_sums;
+  A *maps, *map_sums;  // framed; of the sums one more, for the image that both halves share
+  ChannelRun* runs;
+  int64_t *first_run, run_count = 0;
+  Samples<A>* samples;  // [tile][offset group][tap]
+};
+
+// Images [first, last) and the two halves of their positions.
+struct Images {
+  Images(const Geometry& p, int64_t first, int64_t last)
+      : first(first), count(last - first), total(count * p.positions), half(ceil_div(total, 2)),
+        shared(half % p.positions == 0 ? -1 : half / p.positions) {}
+
+  int64_t first, count, total, half;
+  int64_t shared;  // the image that both halves have a part of, or -1
+};
+
+// What is worked through at a time: a tile of each half.
+struct Chunk {
+  Chunk(const Geometry& p, const Images& images, int64_t begin, int64_t positions)
+      : halves{Tile(p, images.first, begin, least(positions, images.half - begin)),
+               Tile(p, images.first, images.half + begin,
+                    most<int64_t>(0, least(positions, images.total - images.half - begin)))},
+        count(halves[0].count + halves[1].count),
+        is_first(images.first == 0 && begin == 0) {}
+
+  // Where a half begins among the chunk's positions.
+  int64_t row(bool second) const { return second ? halves[0].count : 0; }
+
+  Tile halves[2];
+  int64_t count;
+  bool is_first;
+};
+
+template <class T>
+class Backward {
+  using A = typename ComputeOf<T>::type;
+  using Plan = BackwardPlan<A>;
+  using Shared = BackwardShared<A>;
+  static constexpr int64_t panel = kPanel<A>;
+
+ public:
+  Backward(const Plan& plan, const Shared& shared, Memory& memory)
+      : plan(plan),
+        tensors(plan.tensors),
+        shared(shared),
+        map(plan, shared.maps),
+        places(memory, plan.capacity),
+        sample_grads(memory, plan.capacity) {}
+
+  static int run_team(const Problem& p, const BackwardTensors& tensors) {
+    return DEFORMNET_ISA::run_team<Shared, Backward>(Plan(p, tensors));
+  }
+
+  void run() const {
+    pack_weight();
+    for (int64_t first = 0; first < plan.batch; first += plan.images) {
+      const Images images(plan, first, least(first + plan.images, plan.batch));
+      copy_maps<A>(plan, static_cast<const T*>(tensors.input), first, first + images.count, shared.maps);
+      clear_map_sums(images);
+      for (int64_t begin = 0; begin < images.half; begin += plan.chunk_positions) {
+        const Chunk chunk(plan, images, begin, plan.chunk_positions);
+        pack_grad_output<A>(plan, chunk.halves, static_cast<const T*>(tensors.grad_output), shared.grad_output);
+        differentiate_samples(chunk);
+        add_to_maps(images, chunk);
+        add_to_weight(chunk);
+      }
+      write_grad_input(images);
+    }
+    write_grad_weight();
+  }
+
+ private:
+  bool needs_column_grads() const { return tensors.grad_input || tensors.grad_offset || tensors.grad_mask; }
+
+  void pack_weight() const {
+    const T* weight = static_cast<const T*>(tensors.weight);
+    if (!needs_column_grads()) return;
+    if (plan.depthwise)
+      pack_depthwise<A>(plan, weight, shared.weight);
+    else
+      pack_backward<A>(plan, weight, shared.weight);
+  }
+
+  void clear_map_sums(const Images& images) const {
+    if (!tensors.grad_input) return;
+    const int64_t numbers = (images.count + (images.shared >= 0)) * plan.image_size, stretch = 4096;
+#pragma omp for
+    for (int64_t begin = 0; begin < numbers; begin += stretch)
+      std::memset(shared.map_sums + begin, 0, size_t(least(stretch, numbers - begin)) * sizeof(A));
+  }
+
+  // Columns, their gradient, and the gradients of offset and mask. Threads split positions.
+  void differentiate_samples(const Chunk& chunk) const {
+#pragma omp for schedule(static)
+    for (int64_t item = 0; item < 2 * plan.half_tiles; ++item) {
+      const bool second = item >= plan.half_tiles;
+      const Tile& half = chunk.halves[second];
+      const int64_t start = item % plan.half_tiles * plan.tile_rows, row = start + chunk.row(second);
+      if (start >= half.count) continue;
+      const Tile tile(plan, half.first_image, half.begin + start, least(plan.tile_rows, half.count - start));
+      const Samples<A>* samples = shared.samples + item * plan.samples;
+      locate<A>(plan, tile, tensors.offset, tensors.mask, places, samples);
+      for (int64_t tap = 0; tap < plan.taps; ++tap) {
+        A* columns = shared.columns ? shared.columns + tap * plan.panels.tap + row * panel : nullptr;
+        if (!needs_column_grads()) {
+          sample_columns(tile.count, tap, samples, columns);
+          continue;
+        }
+        A* grads = shared.grads + tap * plan.panels.tap + row * panel;
+        if (plan.depthwise)
+          scale_grads(tile.count, row, tap, grads);
+        else
+          multiply_grads(tile.count, row, chunk.count, tap, grads);
+        for (int64_t g = 0; g < plan.offset_groups; ++g)
+          differentiate_tap(tile, g, tap, samples[g * plan.taps + tap], grads, columns);
+      }
+    }
+  }
+
+  // The columns alone, where nothing but the gradient of the weight is needed.
+  void sample_columns(int64_t count, int64_t tap, const Samples<A>* samples, A* columns) const {
+    for (const ChannelRun* run = shared.runs; run != shared.runs + shared.run_count; ++run)
+      sample(tensors.mask, plan, map, samples, Block{tap, tap + 1, run->channel, run->channel + run->width}, count,
+             columns + run->place, panel);
+  }
+
+  // The gradient of a tap's columns. `row`: the first position's among those of the chunk.
+  void multiply_grads(int64_t count, int64_t row, int64_t chunk_count, int64_t tap, A* grads) const {
+    for (int64_t group = 0; group < plan.groups; ++group) {
+      const LeftFactor<A, panel> left{shared.grad_output + (group * plan.out_panels * chunk_count + row) * panel, 1,
+                                      chunk_count * panel, plan.out_panels, panel};
+      for (int64_t which = 0; which < plan.panels.of_group; ++which) {
+        const int64_t at = (group * plan.taps + tap) * plan.panels.of_group + which;
+        multiply(count, left, shared.weight + at * plan.outs * panel,
+                 grads + plan.panels.place(group * plan.panels.group + which * panel), panel,
+                 plan.panels.together == 1 ? panel : int(plan.panels.group), false);
+      }
+    }
+  }
+
+  // The same for depthwise layers.
+  void scale_grads(int64_t count, int64_t row, int64_t tap, A* grads) const {
+    const int64_t channels = plan.in_channels;
+    for (const ChannelRun* run = shared.runs; run != shared.runs + shared.run_count; ++run)
+      for (int64_t i = 0; i < count; ++i)
+        for (int64_t c = 0; c < run->width; ++c)
+          grads[run->place + i * panel + c] = shared.grad_output[(row + i) * channels + run->channel + c] *
+                                              shared.weight[tap * channels + run->channel + c];
+  }
+
+  // Gradients of offset and mask of a tap and offset group, and its columns.
+  void differentiate_tap(const Tile& tile, int64_t g, int64_t tap, const Samples<A>& samples, const A* grads,
+                         A* columns) const {
+    const ChannelRun *from = shared.runs + shared.first_run[g], *to = shared.runs + shared.first_run[g + 1];
+    if (columns)
+      sample_backward<true>(map, samples, from, to, tile.count, grads, columns, sample_grads);
+    else
+      sample_backward<false>(map, samples, from, to, tile.count, grads, columns, sample_grads);
+    tile.for_each_run([&](const Run& run) {
+      const int64_t plane = run.image * plan.samples + g * plan.taps + tap;
+      const auto write = [&](const A* numbers, void* tensor, int32_t dtype, int64_t at) {
+        if (tensor) write_run<A>(numbers + run.start, run.length, tensor, dtype, at * plan.positions + run.position);
+      };
+      write(sample_grads.y, tensors.grad_offset, plan.offset_dtype, 2 * plane);
+      write(sample_grads.x, tensors.grad_offset, plan.offset_dtype, 2 * plane + 1);
+      write(sample_grads.mask, tensors.grad_mask, plan.mask_dtype, plane);
+    });
+  }
+
+  // Adds a chunk to the gradient of the map. Threads split halves, images and channels, and need not wait for each
+  // other after it.
+  void add_to_maps(const Images& images, const Chunk& chunk) const {
+    if (!tensors.grad_input) return;
+    const int64_t slices = least(plan.slices, shared.run_count);
+#pragma omp for schedule(static) nowait
+    for (int64_t item = 0; item < 2 * images.count * slices; ++item) {
+      const bool second = item >= images.count * slices;
+      const int64_t image = item / slices % images.count, slice = item % slices;
+      const Tile& half = chunk.halves[second];
+      const int64_t begin = most<int64_t>(0, image * plan.positions - half.begin);
+      const int64_t end = least(half.count, (image + 1) * plan.positions - half.begin);
+      // An image that both halves share has a second map for the sums of the second one. Sums are placed by
+      // `Samples::pixel`, through all images.
+      A* sums = shared.map_sums + (second && image == images.shared ? (images.count - image) * plan.image_size : 0);
+      add_to_map<A>(plan, shared.samples + (second ? plan.half_tiles * plan.samples : 0), plan.tile_rows, begin, end,
+                    shared.grads + chunk.row(second) * panel, plan.panels,
+                    shared.runs + slice * shared.run_count / slices,
+                    shared.runs + (slice + 1) * shared.run_count / slices, sums);
+    }
+  }
+
+  // Adds a chunk to the gradient of the weight. Threads split channels and taps.
+  void add_to_weight(const Chunk& chunk) const {
+    if (!tensors.grad_weight) {
+#pragma omp barrier
+    } else if (plan.depthwise) {
+#pragma omp for schedule(static)
+      for (int64_t item = 0; item < plan.taps * shared.run_count; ++item)
+        add_products(chunk, item / shared.run_count, shared.runs[item % shared.run_count]);
+    } else {
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t item = 0; item < plan.groups * plan.taps * plan.panels.of_group; ++item)
+        multiply_columns(chunk, item);
+    }
+  }
+
+  // Of the panel `item` of input channels, counted through groups and taps.
+  void multiply_columns(const Chunk& chunk, int64_t item) const {
+    const int64_t of_group = plan.panels.of_group;
+    const int64_t group = item / (plan.taps * of_group), tap = item / of_group % plan.taps;
+    const A* columns = shared.columns + tap * plan.panels.tap +
+                       plan.panels.index(group * plan.panels.group + item % of_group * panel) * plan.panels.panel;
+    for (int64_t which = 0; which < plan.out_panels; ++which) {
+      const LeftFactor<A, 1> left{shared.grad_output + (group * plan.out_panels + which) * chunk.count * panel, panel,
+                                  0, 1, chunk.count};
+      multiply(least<int64_t>(panel, plan.group_out - which * panel), left, columns,
+               shared.weight_sums + (item * plan.outs + which * panel) * panel, panel, panel, !chunk.is_first);
+    }
+  }
+
+  // The same for depthwise layers, of a tap and a run of channels.
+  void add_products(const Chunk& chunk, int64_t tap, const ChannelRun& run) const {
+    const int64_t channels = plan.in_channels;
+    A* sums = shared.weight_sums + tap * channels + run.channel;
+    if (chunk.is_first)
+      for (int64_t c = 0; c < run.width; ++c) sums[c] = A(0);
+    for (int64_t i = 0; i < chunk.count; ++i)
+      for (int64_t c = 0; c < run.width; ++c)
+        sums[c] += shared.columns[tap * plan.panels.tap + run.place + i * panel + c] *
+                   shared.grad_output[i * channels + run.channel + c];
+  }
+
+  void write_grad_input(const Images& images) const {
+    if (!tensors.grad_input) return;
+    if (images.shared >= 0) {
+      A* sums = shared.map_sums + images.shared * plan.image_size;
+      const A* second = shared.map_sums + images.count * plan.image_size;
+#pragma omp for
+      for (int64_t i = 0; i < plan.image_size; ++i) sums[i] += second[i];
+    }
+    write_maps(plan, shared.map_sums, images.first, images.first + images.count, static_cast<T*>(tensors.grad_input));
+  }
+
+  void write_grad_weight() const {
+    if (!tensors.grad_weight) return;
+    T* grad_weight = static_cast<T*>(tensors.grad_weight);
+    const int64_t taps = plan.taps;
+#pragma omp for collapse(2)
+    for (int64_t out = 0; out < plan.out_channels; ++out)
+      for (int64_t channel = 0; channel < plan.group_in; ++channel) {
+        const int64_t group = out / plan.group_out, lane = out % plan.group_out;
+        const int64_t in_lane = plan.panels.lane(group * plan.panels.group + channel);
+        for (int64_t tap = 0; tap < taps; ++tap) {
+          const int64_t block = (group * taps + tap) * plan.panels.of_group + channel / panel;
+          write(grad_weight + (out * plan.group_in + channel) * taps + tap,
+                plan.depthwise ? shared.weight_sums[tap * plan.in_channels + out]
+                               : shared.weight_sums[(block * plan.outs + lane) * panel + in_lane]);
+        }
+      }
+  }
+
+  const Plan& plan;
+  const BackwardTensors& tensors;
+  const Shared& shared;
+  Map<A> map;
+  Places<A> places;
+  SampleGrads<A> sample_grads;
+};
+
+}  // namespace
+}  // namespace deformnet::DEFORMNET_ISA

@@ -1,0 +1,246 @@
+// The positions (n, oy, ox) are cut into tiles; a thread takes a tile, samples a few taps of it into `columns`
+// [position, tap, channel], which stay in its cache, and multiplies them at once with the packed weights. The map is
+// channels-last here, so the four corners of a sample are four runs of channels and their bilinear weights are shared
+// by a whole offset group.
+#pragma once
+
+#include <type_traits>
+
+#include "gemm.h"
+#include "sampling.h"
+
+namespace deformnet::DEFORMNET_ISA {
+namespace {
+
+// From one row of columns to the next. A cache line more keeps rows of a power of two out of each other's
+// cache sets.
+template <class A>
+constexpr int64_t kColumnsRow = kBlockDepth + kCacheLine / int64_t(sizeof(A));
+
+// --------------------------------------------------------------------------- packed weights
+
+// How many numbers of a column are in the place of one: see `multiply_tiles`.
+template <bool pairs>
+constexpr int64_t kTogether = pairs ? 2 : 1;
+
+// [group][panel of output channels][tap][channel][lane], with pairs
+// [group][panel][tap][channel / 2][lane][channel % 2].
+template <class A, bool pairs, class T>
+void pack_forward(const Geometry& p, const T* weight, A* packed) {
+  constexpr int panel = kPanel<A>;
+  const int64_t panels = ceil_div(p.group_out, panel), depth = p.group_in * p.taps;
+  // A few rows of the source at a time, so that the lines written to stay in the cache.
+  constexpr int64_t stretch = 64;
+  const int64_t stretches = ceil_div(depth, stretch);
+#pragma omp for
+  for (int64_t item = 0; item < p.groups * panels * stretches; ++item) {
+    const int64_t group = item / (panels * stretches), which = item / stretches % panels;
+    const int64_t begin = item % stretches * stretch, n = least(stretch, depth - begin);
+    const int64_t outs = least<int64_t>(panel, p.group_out - which * panel);
+    A block[stretch * panel] = {};  // [k][lane]
+    const T* from = weight + (group * p.group_out + which * panel) * depth + begin;
+    transpose<A>(from, depth, outs, n, block, panel);
+    A* to = packed + (group * panels + which) * depth / kTogether<pairs> * panel;
+    int64_t channel = begin / p.taps, tap = begin % p.taps;
+    for (int64_t k = 0; k < n; ++k) {
+      const int64_t row = tap * p.group_in + channel;
+      if constexpr (pairs) {
+        T* halves = reinterpret_cast<T*>(to + row / 2 * panel) + row % 2;
+        for (int lane = 0; lane < panel; ++lane) write(halves + 2 * lane, block[k * panel + lane]);
+      } else {
+        std::memcpy(to + row * panel, block + k * panel, sizeof(A) * panel);
+      }
+      if (++tap == p.taps) tap = 0, ++channel;
+    }
+  }
+}
+
+// One filter a channel: [tap][channel].
+template <class A, class T>
+void pack_depthwise(const Geometry& p, const T* weight, A* packed) {
+#pragma omp for
+  for (int64_t channel = 0; channel < p.in_channels; ++channel)
+    for (int64_t tap = 0; tap < p.taps; ++tap)
+      packed[tap * p.in_channels + channel] = A(read(weight[channel * p.taps + tap]));
+}
+
+// --------------------------------------------------------------------------------- products
+
+// The columns of a block times the weights, added to `sums`, or else in their place.
+template <bool pairs, class A>
+void add_product(const Geometry& p, const Block& block, int64_t count, const A* columns,
+                 const A* packed, A* sums, int64_t sums_row, bool accumulate) {
+  constexpr int panel = kPanel<A>;
+  constexpr int64_t together = kTogether<pairs>;
+  const int64_t panels = ceil_div(p.group_out, panel), group_in = p.group_in;
+  for (int64_t group = block.channel_begin / group_in; group * group_in < block.channel_end; ++group) {
+    const int64_t begin = most(block.channel_begin, group * group_in);
+    const int64_t end = least(block.channel_end, (group + 1) * group_in);
+    const LeftFactor<A, kColumnsRow<A>> left{columns + (begin - block.channel_begin) / together, 1,
+                                             block.channels() / together, block.tap_end - block.tap_begin,
+                                             (end - begin) / together};
+    for (int64_t which = 0; which < panels; ++which) {
+      const int64_t at = ((group * panels + which) * p.taps + block.tap_begin) * group_in + begin -
+                         group * group_in;
+      const A* from = packed + at / together * panel;
+      A* to = sums + group * p.group_out + which * panel;
+      const int n = int(least<int64_t>(panel, p.group_out - which * panel));
+      const bool add = accumulate || begin > group * group_in;
+#if defined(__AMX_BF16__)
+      if constexpr (pairs) {
+        multiply_tiles(count, left, from, to, sums_row, n, add);
+        continue;
+      }
+#endif
+      multiply(count, left, from, to, sums_row, n, add);
+    }
+  }
+}
+
+// The same where every channel has a filter of its own.
+template <class A>
+void add_depthwise(const Block& block, int64_t channels, int64_t count, const A* columns, const A* packed,
+                   A* sums, int64_t sums_row) {
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t tap = block.tap_begin; tap < block.tap_end; ++tap) {
+      const A* from = columns + i * kColumnsRow<A> + (tap - block.tap_begin) * block.channels();
+      const A* filter = packed + tap * channels + block.channel_begin;
+      A* to = sums + i * sums_row + block.channel_begin;
+      for (int64_t c = 0; c < block.channels(); ++c) to[c] += from[c] * filter[c];
+    }
+}
+
+template <class A, class T>
+void write_tile(const Geometry& p, const Tile& tile, const A* sums, int64_t row,
+                T* output) {
+  const int64_t channels = p.out_channels, positions = p.positions;
+  tile.for_each_run([&](const Run& run) {
+    const A* from = sums + run.start * row;
+    if (p.output_channels_last) {
+      T* to = output + (run.image * positions + run.position) * channels;
+      for (int64_t i = 0; i < run.length; ++i)
+        convert_row<A>(from + i * row, channels, to + i * channels);
+    } else {
+      T* to = output + run.image * channels * positions + run.position;
+      transpose<A>(from, row, run.length, channels, to, positions);
+    }
+  });
+}
+
+// ---------------------------------------------------------------------------- the whole pass
+
+// Sizes. With `pairs`, columns and weights are bfloat16 and multiplied as such; sums are float.
+template <class A, bool pairs>
+struct ForwardPlan : Geometry {
+  ForwardPlan(const Problem& p, const ForwardTensors& tensors) : Geometry(p), tensors(tensors) {
+    constexpr int64_t together = kTogether<pairs>, number = sizeof(A);
+    block_taps = most<int64_t>(1, least(taps, kBlockDepth * together / in_channels));
+    block_channels = least(in_channels, kBlockDepth * together);
+    image_size = padded_pixels * in_channels;
+    images = least(batch, most<int64_t>(1, kImagesBytes / (image_size * number)));
+    packed_size = taps * in_channels;
+    if (!depthwise) packed_size = groups * ceil_div(group_out, kPanel<A>) * taps * group_in / together * kPanel<A>;
+    // Tiles of equal size, as many for every thread, in whole vectors, so that rows of the output are written in
+    // whole cache lines.
+    const int64_t depth = block_taps * block_channels / together, all = images * positions;
+    const int64_t fitting = most<int64_t>(kTileRows, kColumnsBytes / (depth * number));
+    tile_rows = round_up(ceil_div(all, round_up(ceil_div(all, fitting), threads)), kLanes<A>);
+    sums_row = out_channels + kCacheLine / number;  // a cache line more, for the same reason as in kColumnsRow
+  }
+
+  const ForwardTensors& tensors;
+  int64_t block_taps, block_channels;  // of the columns that are made at a time
+  int64_t image_size, images;          // numbers of a framed map, and how many there are at a time
+  int64_t packed_size, tile_rows, sums_row;
+};
+
+template <class T, bool pairs>
+struct ForwardShared {
+  using A = typename ComputeOf<T>::type;
+  using Plan = ForwardPlan<A, pairs>;
+
+  ForwardShared(const Plan& plan, Memory& memory)
+      : packed(memory.take<A>(plan.packed_size)),
+        biases(memory.take<A>(plan.out_channels)),
+        maps(memory.take<A>(plan.images * plan.image_size)) {}
+
+  void prepare(const Plan& plan) {
+    const T* bias = static_cast<const T*>(plan.tensors.bias);
+    for (int64_t c = 0; c < plan.out_channels; ++c) biases[c] = bias ? A(read(bias[c])) : A(0);
+  }
+
+  A *packed, *biases, *maps;
+};
+
+template <class T, bool pairs = false>
+class Forward {
+  using A = typename ComputeOf<T>::type;
+  using Column = std::conditional_t<pairs, T, A>;
+  using Plan = ForwardPlan<A, pairs>;
+  using Shared = ForwardShared<T, pairs>;
+
+ public:
+  Forward(const Plan& plan, const Shared& shared, Memory& memory)
+      : plan(plan),
+        tensors(plan.tensors),
+        shared(shared),
+        columns(memory.take<A>(plan.tile_rows * kColumnsRow<A>)),
+        sums(memory.take<A>(plan.tile_rows * plan.sums_row)),
+        places(memory, plan.tile_rows),
+        samples(Samples<A>::take(memory, plan.samples, plan.tile_rows)) {}
+
+  static int run_team(const Problem& p, const ForwardTensors& tensors) {
+    return DEFORMNET_ISA::run_team<Shared, Forward>(Plan(p, tensors));
+  }
+
+  void run() const {
+#if defined(__AMX_BF16__)
+    const TileUser tiles_in_use;
+#endif
+    const T* weight = static_cast<const T*>(tensors.weight);
+    if (plan.depthwise)
+      pack_depthwise<A>(plan, weight, shared.packed);
+    else
+      pack_forward<A, pairs>(plan, weight, shared.packed);
+    for (int64_t first = 0; first < plan.batch; first += plan.images) {
+      const int64_t last = least(first + plan.images, plan.batch), total = (last - first) * plan.positions;
+      copy_maps<A>(plan, static_cast<const T*>(tensors.input), first, last, shared.maps);
+#pragma omp for schedule(static)
+      for (int64_t begin = 0; begin < total; begin += plan.tile_rows)
+        convolve(Tile(plan, first, begin, least(plan.tile_rows, total - begin)));
+    }
+  }
+
+ private:
+  void convolve(const Tile& tile) const {
+    locate<A>(plan, tile, tensors.offset, tensors.mask, places, samples);
+    const Map<A> map(plan, shared.maps);
+    const int64_t channels = plan.in_channels;
+    const bool add = tensors.bias || plan.depthwise;
+    if (add)
+      for (int64_t i = 0; i < tile.count; ++i)
+        for (int64_t c = 0; c < plan.out_channels; ++c) sums[i * plan.sums_row + c] = shared.biases[c];
+    for (int64_t tap = 0; tap < plan.taps; tap += plan.block_taps)
+      for (int64_t channel = 0; channel < channels; channel += plan.block_channels) {
+        const Block block{tap, least(tap + plan.block_taps, plan.taps), channel,
+                          least(channel + plan.block_channels, channels)};
+        sample(tensors.mask, plan, map, samples, block, tile.count, reinterpret_cast<Column*>(columns),
+               kColumnsRow<A> * kTogether<pairs>);
+        if (plan.depthwise)
+          add_depthwise<A>(block, channels, tile.count, columns, shared.packed, sums, plan.sums_row);
+        else
+          add_product<pairs>(plan, block, tile.count, columns, shared.packed, sums, plan.sums_row, add || tap > 0);
+      }
+    write_tile<A>(plan, tile, sums, plan.sums_row, static_cast<T*>(tensors.output));
+  }
+
+  const Plan& plan;
+  const ForwardTensors& tensors;
+  const Shared& shared;
+  A *columns, *sums;  // of a tile
+  Places<A> places;
+  Samples<A>* samples;
+};
+
+}  // namespace
+}  // namespace deformnet::DEFORMNET_ISA
