@@ -86,7 +86,9 @@ boxes = boxes_of(images)
 bins = bin_locations(model, "pool", images, boxes)
 found = [
     DetectionBins((255 * image).to(torch.uint8), "a bar", box[1:], plain, moved)
-    for image, box, plain, moved in zip(images, boxes, bins.regular, bins.deformed[:, 0], strict=True)
+    for image, box, plain, moved in zip(
+        images, boxes, bins.regular, bins.deformed[:, 0], strict=True
+    )
 ]
 figure = bins_figure(found)
 

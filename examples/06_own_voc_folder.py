@@ -52,8 +52,8 @@ for split, count in (("train", 48), ("val", 8)):
 # The run folder keeps a copy. Calling :func:`deformnet.engine.train` again resumes an interrupted
 # run.
 
+from deformnet.engine import Hardware, LoopOptions, evaluate, load, train
 from deformnet.recipes import DeepLabRecipe
-from deformnet.engine import evaluate, train
 
 recipe = DeepLabRecipe(
     backbone="resnet18",
@@ -68,9 +68,10 @@ recipe = DeepLabRecipe(
     clip=5.0,
 )
 run = folder / "run"
-metrics = train(recipe, data, run, workers=0, progress=False)
+hardware, loop = Hardware(workers=0), LoopOptions(progress=False)
+result = train(recipe, data, run, hardware=hardware, loop=loop)
 print(sorted(path.name for path in run.iterdir()))
-print(f"mean IoU {100 * metrics['mean_iou']:.1f} %")
+print(result)
 
 # %%
 # Forty iterations from random weights are few. For photographs, start from pretrained weights
@@ -80,23 +81,22 @@ print(f"mean IoU {100 * metrics['mean_iou']:.1f} %")
 # --------------------
 # A run can be evaluated on any split, and loaded for prediction.
 
-scores = evaluate(run, data, split="train", workers=0, progress=False)
-print(f"mean IoU on the training images: {100 * scores['mean_iou']:.1f} %")
+result = evaluate(run, data, split="train", hardware=hardware, progress=False)
+print(result)
 
 import matplotlib.pyplot as plt
 
 from deformnet.data import VOCSegmentation
-from deformnet.engine import load
-from deformnet.visualization.drawing import overlay
+from deformnet.visualization import overlay
 
 predictor = load(run)
 images = VOCSegmentation(data, "val")
 figure, axes = plt.subplots(3, 4, figsize=(8, 6.2), layout="constrained")
 for number, column in enumerate(axes.T):
-    image, truth = images[number]
+    image, label_map = images[number]
     shown = (
         image.permute(1, 2, 0).numpy(),
-        overlay(image, truth, images.classes),
+        overlay(image, label_map, images.classes),
         overlay(image, predictor(image), images.classes),
     )
     for ax, picture in zip(column, shown, strict=True):

@@ -73,10 +73,10 @@ for _ in range(120):
     losses.append(loss.item())
     shifts.append([layer.mean_shift for layer in observer.health()])
 for layer in observer.health():
+    print(f"layer {layer.layer}: mean shift {layer.mean_shift:.2f}, maximum {layer.max_shift:.2f}")
     print(
-        f"layer {layer.layer}: mean shift {layer.mean_shift:.2f}, largest {layer.max_shift:.2f}"
+        f"    outside the map {layer.outside:.1%}, without offsets {layer.outside_without_offsets:.1%}"
     )
-    print(f"    outside the map {layer.outside:.1%}, at rest {layer.outside_without_offsets:.1%}")
 
 import matplotlib.pyplot as plt
 
@@ -94,23 +94,26 @@ plt.show()
 # %%
 # Lightning
 # ---------
-# The module says nothing of offsets; the callback logs them and warns. With ``stop=True`` it also
-# ends the run.
+# The same observer in a LightningModule.
 
 import lightning.pytorch as pl
-
-from deformnet.engine.health import OffsetHealth
 
 
 class Task(pl.LightningModule):
     def __init__(self, lr: float) -> None:
         super().__init__()
         self.model = network()
+        self.observer = OffsetObserver(self.model)
         self.lr = lr
 
     def training_step(self, images_and_labels: tuple[Tensor, Tensor], index: int) -> Tensor:
         images, labels = images_and_labels
-        return cross_entropy(self.model(images), labels)
+        with self.observer:
+            loss = cross_entropy(self.model(images), labels)
+        for layer in self.observer.health():
+            self.log(f"shift/{layer.layer}", layer.mean_shift)
+            self.log(f"outside/{layer.layer}", layer.outside)
+        return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(
@@ -118,36 +121,29 @@ class Task(pl.LightningModule):
         )
 
 
-def fit(lr: float) -> tuple[pl.Trainer, OffsetHealth]:
+def fit(lr: float) -> pl.Trainer:
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
-    health = OffsetHealth(every=5, stop=True)
     trainer = pl.Trainer(
         max_steps=60,
         accelerator="cpu",
-        callbacks=[health],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        log_every_n_steps=5,
     )
     batches = [batch(16, generator) for _ in range(60)]
     trainer.fit(Task(lr), DataLoader(batches, batch_size=None))  # pyright: ignore[reportArgumentType]
-    return trainer, health
+    return trainer
 
 
-logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # its hints do not matter here
-warnings.filterwarnings("ignore", module="lightning|deformnet")  # what is warned of, is printed
-trainer, health = fit(lr=0.05)
-for name, value in trainer.callback_metrics.items():
-    print(f"{name:32} {float(value):.3f}")
-print("stopped:", health.stopped)
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", module="lightning")
+for lr in (0.05, 2.0):
+    print(f"learning rate {lr}:")
+    for name, value in fit(lr).callback_metrics.items():
+        print(f"    {name:12} {float(value):.3f}")
 
 # %%
-# With a learning rate far too high the offsets leave the map. The callback names the layer and says
-# what may help.
-
-trainer, health = fit(lr=2.0)
-print("stopped:", health.stopped, "after", trainer.global_step, "iterations")
-print(health.reason())
+# With a far too high learning rate the offsets leave the map. ``deformnet train`` warns of it,
+# naming the layer, and stops with ``--stop-on-runaway``.
