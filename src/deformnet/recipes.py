@@ -1,7 +1,7 @@
-"""Recipes: which network, which image size and which schedule, in one frozen dataclass.
+"""Recipes: the network, the image size and the training schedule, in one frozen dataclass.
 
-A recipe holds everything that decides the result of a training run except the data, and nothing
-else: how many processes share the work, or how often a checkpoint is written, is not part of it.
+A recipe holds everything that determines the result of a training run except the data, and nothing
+else: the number of processes and the interval of checkpoints, for example, are not part of it.
 """
 
 import dataclasses
@@ -15,21 +15,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar
 
-if TYPE_CHECKING:  # the command line reads recipes before anything heavy is needed
-    from torch import nn
+from deformnet._errors import UserError
 
+if TYPE_CHECKING:  # the command line reads recipes before anything heavy is needed
     from deformnet.models.backbones import Backbone
     from deformnet.models.classifier import Classifier
     from deformnet.models.deeplab import DeepLab
     from deformnet.models.detection.faster_rcnn import FasterRCNN
     from deformnet.models.detection.rfcn import RFCN
     from deformnet.models.detection.rpn import RPN, RPNDetector
+    from deformnet.models.network import Network
 
 BackboneName = Literal["resnet18", "resnet34", "resnet50", "resnet101", "aligned-inception-resnet"]
 DeformLayers = Literal[0, 1, 2, 3, 6]
-"""The numbers of deformable convolutions of Table 1."""
+"""Numbers of deformable convolutions in Table 1."""
 Sampling = Literal["bins", "msra", "aligned"]
-"""The rules of RoI pooling; see `deformnet.ops.deform_roi_pool`."""
+"""Sampling rules of RoI pooling; see `deformnet.ops.deform_roi_pool`."""
 ScoreAt = Literal["original", "network"]
 """Where predicted label maps meet the ground truth: at the size of the label map on disk, to which
 the logits are upsampled, or at the size of the network's input, to which the label map is resized
@@ -39,57 +40,61 @@ _Detector = TypeVar("_Detector", bound="DetectorRecipe")
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe(ABC):
-    """What the recipes of all networks have in common: the backbone and the schedule.
+    """Base class of the recipes: the backbone and the schedule.
 
-    Their defaults train from random weights on one machine; the functions of this module give the
+    The defaults train from random weights on one machine; the functions of this module return the
     paper's settings for fine-tuning.
+
+    Raises:
+        TypeError: if a field has the wrong type.
+        UserError: if a value is out of range.
     """
 
     network: ClassVar[str]
-    """Name of the network, on the command line and in the file of a recipe."""
+    """Name of the network on the command line and in recipe files."""
     takes_proposals: ClassVar[bool] = False
     """Whether the network can train on stored proposals."""
 
     backbone: BackboneName = "resnet50"
-    """The network that makes the feature maps."""
+    """Backbone."""
     deform_layers: DeformLayers = 3
-    """How many 3x3 convolutions, counted from the end, are deformable; 0 is the plain network."""
+    """Number of deformable 3x3 convolutions, counted from the last; 0 is the baseline."""
     offset_groups: int = 1
-    """Groups of channels that share one field of offsets."""
+    """Number of offset groups: groups of channels with their own offsets."""
     modulated: bool = False
-    """Learn a weight for every sampling location as well (deformable convolution, version 2)."""
+    """Learn a modulation mask as well (DCNv2)."""
     norm: Literal["trained", "frozen"] = "trained"
-    """Batch norm: trained, or frozen as in the paper (which needs pretrained weights)."""
+    """Batch norm: trained, or frozen as in the paper (requires pretrained weights)."""
     stride_in_1x1: bool = False
-    """Where ResNet-50 and 101 stride: in 1x1 convolutions, as the authors' and detectron2's older
-    weights want it, or in 3x3 ones, as torchvision's do."""
+    """Stride in the 1x1 convolutions of ResNet-50 and 101, as the weights of the authors and of
+    older detectron2 models expect, instead of the 3x3 convolutions as in torchvision."""
     init: str | None = None
-    """Starting weights of the backbone: the run folder of a classifier or another network, a file,
-    or a torchvision name such as IMAGENET1K_V1; None is random."""
+    """Initial weights of the backbone: a run folder, a file, or a torchvision name such as
+    IMAGENET1K_V1; None initializes randomly."""
 
     flip: bool = True
-    """Mirror every second training image, at random."""
+    """Flip images horizontally with probability 0.5."""
 
     batch: int = 8
-    """Images per iteration, over all processes together."""
+    """Batch size: images per iteration, over all processes."""
     iterations: int = 30_000
-    """Iterations of training."""
+    """Number of training iterations."""
     lr: float = 0.02
-    """Learning rate of the first two thirds of the iterations; the last third has a tenth of it."""
+    """Learning rate, divided by 10 after two thirds of the iterations."""
     offset_lr_scale: float = 1.0
-    """Factor on the learning rate of the layers that make offsets (beta in the paper)."""
+    """Learning rate multiplier of the offset layers (beta in the paper)."""
     momentum: float = 0.9
-    """Momentum of SGD."""
+    """SGD momentum."""
     weight_decay: float = 5e-4
-    """Weight decay of SGD."""
+    """SGD weight decay."""
     warmup: int = 100
-    """Iterations over which the learning rate rises linearly from a tenth to its full value."""
+    """Number of warmup iterations: the learning rate grows linearly from a tenth to its value."""
     clip: float | None = None
-    """Largest norm of the gradient, beyond which it is scaled down; None never scales."""
+    """Maximum gradient norm for clipping; None disables clipping."""
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
-    """Arithmetic of training: float32, or mixed with bfloat16 or float16."""
+    """Training precision: float32, or mixed with bfloat16 or float16."""
     seed: int = 0
-    """Seed of the initial weights, the order of the images and whatever is drawn in training."""
+    """Random seed of the initial weights, the order of the images and all augmentation."""
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
@@ -97,122 +102,142 @@ class Recipe(ABC):
             value = getattr(self, field.name)
             if not _is_a(value, hints[field.name]):
                 raise TypeError(
-                    f"{field.name} must be {_describe(hints[field.name])}, got {value!r}"
+                    f"expected {field.name} to be {_describe(hints[field.name])}, but got {value!r}"
                 )
         self._require_positive("offset_groups", "batch", "iterations", "lr")
         for name in ("offset_lr_scale", "momentum", "weight_decay", "warmup", "seed"):
             if not 0 <= getattr(self, name) < math.inf:  # NaN is neither
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+                raise UserError(
+                    f"expected {name} to be 0 or positive, but got {getattr(self, name)}"
+                )
         if self.clip is not None:
             self._require_positive("clip")
         if self.stride_in_1x1 and self.backbone not in ("resnet50", "resnet101"):
-            raise ValueError(
-                f"stride_in_1x1 is for resnet50 and resnet101, whose blocks begin with a 1x1 "
-                f"convolution, not for {self.backbone}"
+            raise UserError(
+                "expected backbone to be resnet50 or resnet101 for stride_in_1x1, whose blocks "
+                f"begin with a 1x1 convolution, but got {self.backbone}"
             )
 
     def _require_positive(self, *names: str) -> None:
         for name in names:
             if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+                raise UserError(f"expected {name} to be positive, but got {getattr(self, name)}")
 
     @abstractmethod
-    def build_model(self, num_classes: int) -> "nn.Module":
-        """The network of this recipe, with its starting weights.
+    def build_model(self, num_classes: int) -> "Network":
+        """Builds the network with its initial weights.
 
-        Whatever is random in them comes from torch's global generator.
+        Random weights come from torch's global generator.
 
         Raises:
             FileNotFoundError: if `init` is neither a known name nor a file.
         """
 
+    def _backbone(
+        self, reduce_channels: int | None, *, dilation: int = 2, output_stride: Literal[16, 32] = 16
+    ) -> "Backbone":
+        from deformnet.models.backbones import backbone
+
+        return backbone(
+            self.backbone,
+            deform_layers=self.deform_layers,
+            dilation=dilation,
+            offset_groups=self.offset_groups,
+            modulated=self.modulated,
+            norm=self.norm,
+            stride_in_1x1=self.stride_in_1x1,
+            output_stride=output_stride,
+            weights=self.init,
+            reduce_channels=reduce_channels,
+        )
+
     @property
     @abstractmethod
     def image_size(self) -> tuple[int, int]:
-        """Largest height and width of an image in evaluation, in pixels."""
+        """Shorter and longer side of the largest image in evaluation, in pixels."""
 
     @abstractmethod
     def scaled(self, factor: float) -> Self:
-        """Return the recipe with all sizes of images multiplied by a factor."""
+        """Returns the recipe with all image sizes multiplied by a factor."""
 
     def baseline(self) -> Self:
-        """Return the recipe without deformable layers."""
+        """Returns the recipe without deformable layers."""
         return dataclasses.replace(self, deform_layers=0)
 
     def lr_factor(self, iteration: int) -> float:
         """The learning rate of an iteration (counted from 0) as a fraction of `lr`."""
         if iteration < self.warmup:
             return 0.1 + 0.9 * iteration / self.warmup
-        # In whole numbers, so that the drop never moves by an iteration through rounding.
+        # In integers, so that rounding never moves the drop by an iteration.
         return 1.0 if 3 * iteration < 2 * self.iterations else 0.1
 
     def to_dict(self) -> dict[str, Any]:
-        """The recipe in plain values, as `recipe_from_dict` reads it."""
+        """The recipe in plain values; the inverse of `recipe_from_dict`."""
         return {"network": self.network, **dataclasses.asdict(self)}
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2) + "\n"
 
     @classmethod
-    def load(cls, path: Path) -> Self:
+    def load(cls, path: str | Path) -> Self:
         """Reads a recipe of this network from a JSON file, such as the `recipe.json` of a run.
 
         Raises:
             FileNotFoundError: if there is no such file.
-            ValueError: if it is not JSON, is a recipe of another network, or a field is unknown or
-                its value is not allowed.
+            UserError: if it is not JSON, is a recipe of another network, or a field is unknown or
+                has an invalid value.
         """
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ValueError(f"{path}: not a JSON file ({error})") from error
+            raise UserError(f"{path}: not a JSON file ({error})") from error
         if not isinstance(values, dict):
-            raise ValueError(f"{path}: a recipe is a JSON object, got {type(values).__name__}")
+            raise UserError(
+                f"{path}: expected a recipe, a JSON object, but got {type(values).__name__}"
+            )
         recipe = recipe_from_dict(values, source=path)
         if not isinstance(recipe, cls):
-            raise ValueError(f"{path}: wanted a recipe of {cls.network}, got {recipe.network}")
+            raise UserError(f"{path}: expected a recipe of {cls.network}, but got {recipe.network}")
         return recipe
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierRecipe(Recipe):
-    """Image classification, which pre-trains a backbone (Dai et al. 2017, appendix B)."""
+    """Image classification, the pre-training of backbones (Dai et al. 2017, appendix B)."""
 
     network: ClassVar[str] = "classifier"
 
     deform_layers: DeformLayers = 0
-    """How many 3x3 convolutions, counted from the end, are deformable; 0 is the plain network."""
+    """Number of deformable 3x3 convolutions, counted from the last; 0 is the baseline."""
     resize: tuple[int, int] = (256, 480)
-    """Smallest and largest shorter side of the images after resizing, in pixels, in training;
-    every length between them is as likely."""
+    """Range of the random shorter side of training images after resizing, in pixels."""
     crop: int = 224
-    """Side of the square that the network sees, in pixels: cut at random in training, from the
-    centre in testing."""
+    """Side of the square crop, in pixels: random in training, central in evaluation."""
     test_short_side: int = 256
-    """Shorter side of the images after resizing, in pixels, in testing."""
+    """Shorter side of the images after resizing in evaluation, in pixels."""
     color_jitter: bool = True
-    """Shift the colors of training images randomly (Krizhevsky et al. 2012, section 4.1)."""
+    """Apply random PCA color jitter (Krizhevsky et al. 2012, section 4.1)."""
     batch: int = 32
-    """Images per iteration, over all processes together."""
+    """Batch size: images per iteration, over all processes."""
     lr: float = 0.01
-    """Learning rate of the first third of the iterations; each further third has a tenth of the
-    one before."""
+    """Learning rate, divided by 10 after each third of the iterations."""
     weight_decay: float = 1e-4
-    """Weight decay of SGD."""
+    """SGD weight decay."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require_positive("crop", "test_short_side")
         smallest, largest = self.resize
         if not 0 < smallest <= largest:
-            raise ValueError(f"resize must be positive and in order, got {self.resize}")
+            raise UserError(f"expected resize to be positive and ascending, but got {self.resize}")
         if self.crop > smallest:
-            raise ValueError(
-                f"crop must be at most the smallest resize ({smallest}), got {self.crop}"
+            raise UserError(
+                f"expected crop to be at most the smallest resize ({smallest}), but got {self.crop}"
             )
         if self.crop > self.test_short_side:
-            raise ValueError(
-                f"crop must be at most test_short_side ({self.test_short_side}), got {self.crop}"
+            raise UserError(
+                f"expected crop to be at most test_short_side ({self.test_short_side}), "
+                f"but got {self.crop}"
             )
 
     @property
@@ -231,44 +256,33 @@ class ClassifierRecipe(Recipe):
     def lr_factor(self, iteration: int) -> float:
         if iteration < self.warmup:
             return super().lr_factor(iteration)
-        # In whole numbers; the optimiser asks for the iteration after the last, too.
+        # In integers; the optimizer also asks for the iteration after the last.
         return (1.0, 0.1, 0.01)[min(2, 3 * iteration // self.iterations)]
 
     def build_model(self, num_classes: int) -> "Classifier":
-        from deformnet.models.backbones import backbone
         from deformnet.models.classifier import Classifier
 
-        features = backbone(
-            self.backbone,
-            deform_layers=self.deform_layers,
-            offset_groups=self.offset_groups,
-            modulated=self.modulated,
-            norm=self.norm,
-            stride_in_1x1=self.stride_in_1x1,
-            output_stride=32,
-            weights=self.init,
-            reduce_channels=None,
-        )
-        return Classifier(features, num_classes)
+        return Classifier(self._backbone(None, output_stride=32), num_classes)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DenseRecipe(Recipe):
-    """What the recipes of networks have in common that say where something is in the image."""
+    """Base class of the recipes of networks with dense predictions."""
 
     dilation: int = 2
     """Dilation of conv5, whose stride is 1."""
     short_side: int = 600
-    """Shorter side of the images after resizing, in pixels, in training and evaluation."""
+    """Shorter side of the images after resizing, in pixels."""
     max_side: int | None = 1000
-    """Longest side allowed after resizing, in pixels; such images end with a smaller short side."""
+    """Maximum longer side after resizing, in pixels, which takes precedence; None for no limit."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require_positive("dilation", "short_side")
         if self.max_side is not None and self.max_side < self.short_side:
-            raise ValueError(
-                f"max_side must be at least short_side ({self.short_side}), got {self.max_side}"
+            raise UserError(
+                f"expected max_side to be at least short_side ({self.short_side}), "
+                f"but got {self.max_side}"
             )
 
     @property
@@ -282,39 +296,22 @@ class DenseRecipe(Recipe):
             max_side=None if self.max_side is None else round(factor * self.max_side),
         )
 
-    def _backbone(self, reduce_channels: int) -> "Backbone":
-        from deformnet.models.backbones import backbone
-
-        return backbone(
-            self.backbone,
-            deform_layers=self.deform_layers,
-            dilation=self.dilation,
-            offset_groups=self.offset_groups,
-            modulated=self.modulated,
-            norm=self.norm,
-            stride_in_1x1=self.stride_in_1x1,
-            weights=self.init,
-            reduce_channels=reduce_channels,
-        )
-
 
 @dataclass(frozen=True, kw_only=True)
-class DeepLabRecipe(DenseRecipe):
-    """DeepLab, plain or deformable (Dai et al. 2017, section 2.3)."""
-
-    network: ClassVar[str] = "deeplab"
+class SegmentationRecipe(DenseRecipe):
+    """Base class of the recipes for semantic segmentation."""
 
     short_side: int = 360
-    """Shorter side of the images after resizing, in pixels, in training and evaluation."""
+    """Shorter side of the images after resizing, in pixels."""
     max_side: int | None = 600
-    """Longest side allowed after resizing, in pixels; such images end with a smaller short side."""
+    """Maximum longer side after resizing, in pixels, which takes precedence; None for no limit."""
     crop: tuple[int, int] | None = None
-    """Height and width of a random training crop, in pixels; None trains on whole images."""
+    """Height and width of the random training crop, in pixels; None trains on whole images."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.crop is not None and min(self.crop) <= 0:
-            raise ValueError(f"crop must be positive, got {self.crop}")
+            raise UserError(f"expected crop to be positive, but got {self.crop}")
 
     def scaled(self, factor: float) -> Self:
         recipe = super().scaled(factor)
@@ -323,41 +320,48 @@ class DeepLabRecipe(DenseRecipe):
         height, width = self.crop
         return dataclasses.replace(recipe, crop=(round(factor * height), round(factor * width)))
 
+
+@dataclass(frozen=True, kw_only=True)
+class DeepLabRecipe(SegmentationRecipe):
+    """DeepLab, deformable or baseline (Dai et al. 2017, section 2.3)."""
+
+    network: ClassVar[str] = "deeplab"
+
     def build_model(self, num_classes: int) -> "DeepLab":
         from deformnet.models.deeplab import DeepLab
 
-        return DeepLab(self._backbone(1024), num_classes)
+        return DeepLab(self._backbone(1024, dilation=self.dilation), num_classes)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DetectorRecipe(DenseRecipe):
-    """What the recipes of all detectors have in common."""
+    """Base class of the recipes of detectors."""
 
     class_agnostic: ClassVar[bool] = False
-    """Whether the network finds objects without telling their classes."""
+    """Whether the network detects objects without predicting their classes."""
 
     convention: Literal["modern", "msra2017"] = "modern"
-    """The authors' conventions of 2017, or today's: where anchors sit and which of them train,
-    objects' boxes rounded to whole pixels after resizing or not, 11-point AP or the area."""
+    """Conventions of the authors' code (msra2017) or of today: positions of anchors and which of
+    them train, boxes rounded to pixels after resizing or not, 11-point AP or area."""
     anchor_sizes: tuple[int, ...] = (128, 256, 512)
-    """Square roots of the areas of the anchors, in pixels of the resized image."""
+    """Anchor sizes: square roots of their areas, in pixels of the resized image."""
     proposals: int = 300
-    """Proposals of each image, in training and testing."""
+    """Number of proposals per image."""
     score_threshold: float = 1e-3
-    """Detections with a lower score are left out."""
+    """Minimum score of a detection."""
     nms: float = 0.3
-    """Of two detections of a class with a larger IoU than this, the lower score goes."""
+    """IoU threshold of non-maximum suppression."""
     max_detections: int = 300
-    """Most detections of an image."""
+    """Maximum number of detections per image."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require_positive("proposals", "max_detections")
         if not self.anchor_sizes or min(self.anchor_sizes) <= 0:
-            raise ValueError(f"anchor_sizes must be positive, got {self.anchor_sizes}")
+            raise UserError(f"expected anchor_sizes to be positive, but got {self.anchor_sizes}")
         for name in ("score_threshold", "nms"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie between 0 and 1, got {getattr(self, name)}")
+                raise UserError(f"expected {name} to be 0 to 1, but got {getattr(self, name)}")
 
     def _rpn(self, backbone: "Backbone") -> "RPN":
         from deformnet.models.detection.rpn import RPN
@@ -372,13 +376,13 @@ class DetectorRecipe(DenseRecipe):
 
 @dataclass(frozen=True, kw_only=True)
 class RPNRecipe(DetectorRecipe):
-    """A region proposal network on conv4, to make proposals for other networks."""
+    """Region proposal network on conv4, which makes proposals for other detectors."""
 
     network: ClassVar[str] = "rpn"
     class_agnostic: ClassVar[bool] = True
 
     deform_layers: DeformLayers = 0
-    """Leave it at 0: a proposal network does not see the deformable layers of conv5."""
+    """Leave it at 0: the network does not run conv5, where deformable layers are."""
 
     def build_model(self, num_classes: int) -> "RPNDetector":
         return _rpn_detector(self, num_classes, class_aware=False)
@@ -386,7 +390,7 @@ class RPNRecipe(DetectorRecipe):
 
 @dataclass(frozen=True, kw_only=True)
 class ClassAwareRPNRecipe(DetectorRecipe):
-    """Class-aware RPN: each anchor is scored for every class (Dai et al. 2017, section 2.3)."""
+    """Class-aware RPN, which scores each anchor for every class (Dai et al. 2017, section 2.3)."""
 
     network: ClassVar[str] = "class-aware-rpn"
 
@@ -395,18 +399,31 @@ class ClassAwareRPNRecipe(DetectorRecipe):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FasterRCNNRecipe(DetectorRecipe):
+class TwoStageRecipe(DetectorRecipe):
+    """Base class of the recipes of detectors with RoI pooling."""
+
+    takes_proposals: ClassVar[bool] = True
+
+    sampling: Sampling = "bins"
+    """Sampling rule of average and deformable pooling: the paper's (bins), that of the authors'
+    code (msra), or RoIAlign's (aligned)."""
+    bins: int = 7
+    """Number of bins of a box in each direction."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require_positive("bins")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FasterRCNNRecipe(TwoStageRecipe):
     """Faster R-CNN with two fully connected layers (Dai et al. 2017, section 2.3)."""
 
     network: ClassVar[str] = "faster-rcnn"
-    takes_proposals: ClassVar[bool] = True
 
     pool: Literal["max", "average", "deformable"] = "deformable"
-    """RoI pooling; plain is max, as the authors', or average, as deformable without offsets."""
-    sampling: Sampling = "bins"
-    """Rule of average and deformable pooling: the paper's, the authors' code's, RoIAlign's."""
-    bins: int = 7
-    """Bins of a box in height and in width."""
+    """RoI pooling. Baselines use max, as the authors' code, or average, which is deformable pooling
+    without offsets."""
 
     def baseline(self) -> Self:
         return dataclasses.replace(super().baseline(), pool="max")
@@ -414,7 +431,7 @@ class FasterRCNNRecipe(DetectorRecipe):
     def build_model(self, num_classes: int) -> "FasterRCNN":
         from deformnet.models.detection.faster_rcnn import FasterRCNN
 
-        backbone = self._backbone(256)
+        backbone = self._backbone(256, dilation=self.dilation)
         return FasterRCNN(
             backbone,
             num_classes,
@@ -426,18 +443,13 @@ class FasterRCNNRecipe(DetectorRecipe):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RFCNRecipe(DetectorRecipe):
+class RFCNRecipe(TwoStageRecipe):
     """R-FCN: position-sensitive score maps and pooling (Dai et al. 2017, section 2.3)."""
 
     network: ClassVar[str] = "rfcn"
-    takes_proposals: ClassVar[bool] = True
 
     pool: Literal["average", "deformable"] = "deformable"
     """Position-sensitive RoI pooling."""
-    sampling: Sampling = "bins"
-    """Rule of the pooling: the paper's, the authors' code's, RoIAlign's."""
-    bins: int = 7
-    """Bins of a box in height and in width."""
 
     def baseline(self) -> Self:
         return dataclasses.replace(super().baseline(), pool="average")
@@ -445,7 +457,7 @@ class RFCNRecipe(DetectorRecipe):
     def build_model(self, num_classes: int) -> "RFCN":
         from deformnet.models.detection.rfcn import RFCN
 
-        backbone = self._backbone(1024)
+        backbone = self._backbone(1024, dilation=self.dilation)
         return RFCN(
             backbone,
             num_classes,
@@ -458,31 +470,33 @@ class RFCNRecipe(DetectorRecipe):
 
 @dataclass(frozen=True, kw_only=True)
 class TestTimeAugmentation:
-    """Test-time augmentation of detectors; the defaults run the network once on an image.
+    """Test-time augmentation of detectors; none by default.
 
     The paper's "M" is `scales=(480, 576, 688, 864, 1200, 1400)`, and its "B" (iterative bounding
     box average) is `refine=2, box_averaging=True`.
     """
 
     scales: tuple[int, ...] = ()
-    """Shorter sides, in pixels, at which the network sees the image; none: as in training."""
+    """Shorter sides of the image, in pixels; empty for that of training."""
     flip: bool = False
-    """Look at the mirrored image as well, at each size."""
+    """Add the horizontally flipped image at each scale."""
     refine: int = 1
-    """How often boxes pass through the detector; from the second time on, those found before are
-    its proposals. What all passes found counts."""
+    """Number of passes through the box head; the boxes of a pass are the proposals of the next, and
+    the candidates of all passes are merged."""
     box_averaging: bool = False
-    """Report, for each box, the mean of those around it, weighted by their scores."""
+    """Average each box with the candidates around it, weighted by their scores."""
     soft_nms: bool = False
-    """Lower the scores of boxes that overlap better ones, where otherwise they are dropped."""
+    """Decay the scores of overlapping boxes instead of suppressing them (soft-NMS)."""
+
+    __test__: ClassVar[bool] = False  # not a test case, whatever its name says to pytest
 
     def __post_init__(self) -> None:
         if any(side < 1 for side in self.scales):
-            raise ValueError(f"scales must be at least 1 pixel, got {self.scales}")
+            raise UserError(f"expected scales to be at least 1 pixel, but got {self.scales}")
         if len(set(self.scales)) < len(self.scales):
-            raise ValueError(f"scales must differ from one another, got {self.scales}")
+            raise UserError(f"expected scales to be distinct, but got {self.scales}")
         if self.refine < 1:
-            raise ValueError(f"refine must be at least 1, got {self.refine}")
+            raise UserError(f"expected refine to be at least 1, but got {self.refine}")
 
 
 RECIPES = (
@@ -493,57 +507,47 @@ RECIPES = (
     RFCNRecipe,
     ClassifierRecipe,
 )
-"""A recipe class for every network."""
+"""The recipe classes of all networks."""
 
 
 def recipe_from_dict(values: Mapping[str, Any], *, source: str | Path) -> Recipe:
-    """The recipe with these fields; fields that are left out have their defaults.
+    """The recipe with these fields; missing fields have their defaults.
 
     Args:
-        values: as `Recipe.to_dict` or `json.loads` give them. Without "network" it is DeepLab.
-        source: where the values come from, for the error messages.
+        values: as returned by `Recipe.to_dict` or `json.loads`.
+        source: origin of the values, for error messages.
     Raises:
-        ValueError: if the network or a field is unknown or its value is not allowed.
+        UserError: if the network or a field is unknown or has an invalid value.
     """
     by_name = {recipe.network: recipe for recipe in RECIPES}
-    network = values.get("network", DeepLabRecipe.network)
+    network = values.get("network")
     if network not in by_name:
-        raise ValueError(
-            f"{source}: there is no network {network!r}; the networks are {', '.join(by_name)}"
+        raise UserError(
+            f"{source}: expected network to be one of {', '.join(by_name)}, but got {network!r}"
         )
     recipe = by_name[network]
     known = [field.name for field in dataclasses.fields(recipe)]
     fields: dict[str, Any] = {}
-    for name, value in _renamed(values).items():
+    for name, value in values.items():
         if name == "network":
             continue
         if name not in known:
-            raise ValueError(
-                f"{source}: a recipe of {network} has no field {name!r}; "
-                f"its fields are {', '.join(known)}"
+            raise UserError(
+                f"{source}: expected fields of a {network} recipe ({', '.join(known)}), "
+                f"but got {name!r}"
             )
         fields[name] = tuple(value) if isinstance(value, list) else value
     try:
         return recipe(**fields)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{source}: {error}") from error
-
-
-def _renamed(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields by today's names; the runs of version 0.1 have two others."""
-    now = dict(values)
-    if "depth" in now:
-        now["backbone"] = f"resnet{now.pop('depth')}"
-    if "weights" in now:
-        now["init"] = now.pop("weights")
-    return now
+        raise UserError(f"{source}: {error}") from error
 
 
 def _rpn_detector(recipe: DetectorRecipe, num_classes: int, *, class_aware: bool) -> "RPNDetector":
     from deformnet.models.detection.rpn import RPNDetector
 
     return RPNDetector(
-        recipe._backbone(1024),
+        recipe._backbone(1024, dilation=recipe.dilation),
         num_classes,
         class_aware=class_aware,
         sizes=recipe.anchor_sizes,
@@ -553,7 +557,7 @@ def _rpn_detector(recipe: DetectorRecipe, num_classes: int, *, class_aware: bool
 
 
 def voc2012(*, deform_layers: DeformLayers = 3) -> DeepLabRecipe:
-    """The paper's DeepLab on PASCAL VOC 2012 (section 4.1): 30k iterations, 360 px, 8 images."""
+    """The paper's DeepLab on PASCAL VOC 2012 (section 4.1): 30k iterations, 360 px, batch 8."""
     return DeepLabRecipe(
         backbone="resnet101",
         deform_layers=deform_layers,
@@ -569,9 +573,9 @@ def voc2012(*, deform_layers: DeformLayers = 3) -> DeepLabRecipe:
 
 
 def cityscapes(*, deform_layers: DeformLayers = 3) -> DeepLabRecipe:
-    """The paper's DeepLab on Cityscapes (section 4.1): 45k iterations, 1024 px, 8 images.
+    """The paper's DeepLab on Cityscapes (section 4.1): 45k iterations, 1024 px, batch 8.
 
-    The crop and the warm-up are those of the authors' code; the paper does not mention them.
+    The crop and the warmup are those of the authors' code; the paper does not mention them.
     """
     return DeepLabRecipe(
         backbone="resnet101",
@@ -589,11 +593,11 @@ def cityscapes(*, deform_layers: DeformLayers = 3) -> DeepLabRecipe:
 
 
 def imagenet(*, backbone: BackboneName) -> ClassifierRecipe:
-    """The paper's pre-training on ImageNet (appendix B, Table 7), by the settings of its [22].
+    """The paper's pre-training on ImageNet (appendix B, Table 7), with the settings of its [22].
 
-    He et al. 2016, "Deep residual learning for image recognition", section 3.4: 600k iterations of
-    256 images; shorter sides from 256 to 480, crops of 224; testing with the central crop at 256.
-    Its learning rate falls tenfold whenever the error no longer does, here after each third.
+    He et al. 2016, "Deep residual learning for image recognition", section 3.4: 600k iterations,
+    batch 256, shorter sides from 256 to 480, crops of 224; evaluation on the central crop at 256.
+    They divide the learning rate by 10 when the error plateaus, here after each third.
     """
     return ClassifierRecipe(
         backbone=backbone,
@@ -614,8 +618,8 @@ def imagenet(*, backbone: BackboneName) -> ClassifierRecipe:
 def voc_detection(recipe: type[_Detector]) -> _Detector:
     """The paper's settings of a detector on PASCAL VOC (section 4.2), by the authors' conventions.
 
-    30k iterations of 8 images at 600 pixels, pre-trained and frozen as for the segmentation. The
-    warm-up is that of the authors' code. `dataclasses.replace` makes a row of Table 1 or 3 of it.
+    30k iterations, 600 px, batch 8; backbone and batch norm as for segmentation. The warmup is that
+    of the authors' code. `dataclasses.replace` turns it into a row of Table 1 or 3.
     """
     return recipe(
         backbone="resnet101",
@@ -640,7 +644,7 @@ def coco_detection(recipe: type[_Detector]) -> _Detector:
 
 
 def _is_a(value: object, hint: Any) -> bool:
-    """Whether a value fits the annotation of a recipe field."""
+    """Whether a value has the type of a recipe field."""
     origin = typing.get_origin(hint)
     if origin is Literal:
         return any(type(value) is type(v) and value == v for v in typing.get_args(hint))
@@ -661,7 +665,7 @@ def _is_a(value: object, hint: Any) -> bool:
 
 
 def _describe(hint: Any) -> str:
-    """An annotation of a recipe field in words."""
+    """The type of a recipe field in words."""
     if typing.get_origin(hint) is Literal:
         return "one of " + ", ".join(repr(v) for v in typing.get_args(hint))
     return str(hint) if typing.get_origin(hint) else hint.__name__

@@ -3,7 +3,7 @@
 `task_of` is the only place that knows which recipe belongs to which task.
 """
 
-from deformnet.recipes import ClassifierRecipe, DeepLabRecipe, DetectorRecipe, Recipe
+from deformnet.recipes import ClassifierRecipe, DetectorRecipe, Recipe, SegmentationRecipe
 from deformnet.tasks.base import DataIdentity, Processes, SingleProcess, Task, TaskOptions
 from deformnet.tasks.classification import ClassificationTask
 from deformnet.tasks.detection import DetectionTask
@@ -31,7 +31,7 @@ def task_of(recipe: Recipe, options: TaskOptions | None = None) -> Task:
     """
     options = options or TaskOptions()
     match recipe:
-        case DeepLabRecipe():
+        case SegmentationRecipe():
             return SegmentationTask(recipe, options)
         case DetectorRecipe():
             return DetectionTask(recipe, options)

@@ -26,7 +26,7 @@ from deformnet.metrics.segmentation import (
     region_boxes,
     segmentation_scores,
 )
-from deformnet.recipes import DeepLabRecipe, ScoreAt
+from deformnet.recipes import ScoreAt, SegmentationRecipe
 from deformnet.tasks.annotations import AnnotatedImages, Annotation, Contents, Thing
 from deformnet.tasks.base import (
     DataIdentity,
@@ -108,7 +108,7 @@ def collate(samples: Sequence[tuple[Tensor, Tensor]]) -> Batch:
 class SegmentationTrainingSet(TrainingSet):
     """Images and label maps with random transforms."""
 
-    def __init__(self, recipe: DeepLabRecipe, images: SegmentationDataset) -> None:
+    def __init__(self, recipe: SegmentationRecipe, images: SegmentationDataset) -> None:
         self.identity = DataIdentity.of(images.classes, map(images.name, range(len(images))))
         self._images = images
         self._transforms = segmentation_training_transforms(
@@ -138,7 +138,7 @@ class SegmentationEvaluationSet(EvaluationSet):
     """Images, each with its label map as stored and at the size of the network's input."""
 
     def __init__(
-        self, recipe: DeepLabRecipe, images: SegmentationDataset, score_at: ScoreAt
+        self, recipe: SegmentationRecipe, images: SegmentationDataset, score_at: ScoreAt
     ) -> None:
         super().__init__(images)
         self._images = images
@@ -307,7 +307,7 @@ class SegmentationTask(Task):
 
     accepts = ("score_at",)
 
-    def __init__(self, recipe: DeepLabRecipe, options: TaskOptions) -> None:
+    def __init__(self, recipe: SegmentationRecipe, options: TaskOptions) -> None:
         super().__init__(recipe, options)
         self._recipe = recipe
 
