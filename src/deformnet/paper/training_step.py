@@ -167,13 +167,13 @@ def _both_ways(call: Callable[..., Tensor], given: tuple[Tensor, ...]) -> Callab
     *maps, last = (tensor.detach().clone() for tensor in given)
     boxes = [last] if maps else []  # the only input of a convolution is a map
     maps = [tensor.requires_grad_() for tensor in maps or [last]]
-    wanted = [*maps, *(call.parameters() if isinstance(call, nn.Module) else ())]
+    inputs = [*maps, *(call.parameters() if isinstance(call, nn.Module) else ())]
     with torch.no_grad():
         gradient = torch.randn_like(call(*maps, *boxes))
 
     def run() -> object:
         # Plain pooling does not use the features from which offsets are computed.
-        return torch.autograd.grad(call(*maps, *boxes), wanted, gradient, allow_unused=True)
+        return torch.autograd.grad(call(*maps, *boxes), inputs, gradient, allow_unused=True)
 
     return run
 

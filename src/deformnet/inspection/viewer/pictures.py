@@ -1,6 +1,6 @@
 """The picture to click: an image with a margin, sampling locations and bins.
 
-Pictures are made for each click, so they are drawn pixel by pixel and not by matplotlib.
+Each click needs a new picture, so it is drawn with Pillow, which is faster than matplotlib.
 """
 
 from collections.abc import Sequence

@@ -1,0 +1,58 @@
+"""Objects and background of annotated images."""
+
+import numpy as np
+import torch
+from PIL import Image
+
+from deformnet.recipes import DeepLabRecipe
+from deformnet.tasks import task_of
+from deformnet.tasks.detection.data import Boxes
+from deformnet.tasks.segmentation import LabelMap
+
+CLASSES = ("background", "disc", "star")
+SIZE = (100, 120)
+
+
+def test_objects_are_connected_regions_of_the_named_classes():
+    labels = torch.zeros(SIZE, dtype=torch.uint8)
+    for label, rows, columns in (
+        (2, slice(14, 20), slice(44, 52)),
+        (1, slice(40, 100), slice(60, 120)),
+        (2, slice(70, 80), slice(70, 80)),
+        (1, 99, 0),
+    ):
+        labels[rows, columns] = label
+    every = LabelMap(labels, CLASSES).contents(CLASSES[1:])
+    assert sorted(thing.area for thing in every.things) == [1, 48, 100, 3500]
+    assert every.boxes().tolist() == [
+        [44, 14, 52, 20],
+        [60, 40, 120, 100],
+        [70, 70, 80, 80],
+        [0, 99, 1, 100],
+    ]
+    np.testing.assert_array_equal(every.background, labels == 0)
+    stars = LabelMap(labels, CLASSES).contents(("star",))
+    assert {thing.name for thing in stars.things} == {"star"}
+    np.testing.assert_array_equal(stars.background, labels != 2)
+
+
+def test_boxes_are_filled_by_their_objects():
+    boxes = torch.tensor([[10.5, 20, 30.5, 40], [0, 0, 120, 100]])
+    found = Boxes(boxes, torch.tensor([1, 0]), CLASSES[1:], SIZE).contents(CLASSES)
+    assert [thing.name for thing in found.things] == ["star", "disc"]
+    assert found.boxes().tolist() == boxes.tolist()
+    assert found.things[0].area == 20 * 21
+    assert not found.background.any()
+
+
+def test_stuff_is_not_countable(tmp_path):
+    names = ("background", "Sky", "Road", "Car", "Pole")
+    (tmp_path / "classes.txt").write_text("\n".join(names))
+    for folder, suffix in (("JPEGImages", "jpg"), ("SegmentationClass", "png")):
+        (tmp_path / folder).mkdir()
+        Image.new("L", (8, 8)).save(tmp_path / folder / f"one.{suffix}")
+    lists = tmp_path / "ImageSets/Segmentation"
+    lists.mkdir(parents=True)
+    (lists / "val.txt").write_text("one")
+    images = task_of(DeepLabRecipe()).annotated(tmp_path, "val")
+    assert images.countable == ("Car", "Pole")
