@@ -1,8 +1,8 @@
 """Fixtures of the operators' tests.
 
-They run over the reference and the CPU kernels. Where there is a GPU, they run over the Triton
-kernels as well, and with TRITON_INTERPRET=1 also where there is none, in Triton's interpreter (an
-hour for all of them).
+They run over the reference and the CPU kernels. On a machine with a GPU they run over the Triton
+kernels as well; with TRITON_INTERPRET=1 also without one, in Triton's interpreter (an hour for all
+of them).
 """
 
 import os
@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from on_triton import on_triton
+from on_triton import put_triton_behind_cpu
 
-from deformnet.ops import backends, library
+from deformnet.ops import backends, cpu
 from deformnet.ops.cpu import loading
 
 # `make sanitize` tests another build of the kernels.
@@ -49,6 +49,39 @@ def float32_is_float32():
     torch.backends.cudnn.allow_tf32 = allowed
 
 
+@pytest.fixture
+def poisoned_memory(monkeypatch):
+    """Fresh memory holds NaN, so that a number that is never written shows."""
+    for name in ("empty", "empty_like"):
+        create = getattr(torch, name)
+
+        def poisoned(*args, create=create, **kwargs):
+            tensor = create(*args, **kwargs)
+            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+        monkeypatch.setattr(torch, name, poisoned)
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture(params=["amx", "avx512", "avx2", "baseline"])
+def instructions(request):
+    """Every instruction set of this machine."""
+    _needs("cpu")
+    best = cpu.instruction_set()
+    try:
+        cpu.select_instruction_set(request.param)
+    except ValueError as error:
+        pytest.skip(str(error))
+    yield request.param
+    cpu.select_instruction_set(best)
+
+
 @pytest.fixture(params=["reference", *FAST])
 def backend(request, monkeypatch) -> str:
     """Every backend that can run here, by the name that takes tensors on the CPU."""
@@ -63,7 +96,7 @@ def fast(request, monkeypatch) -> str:
 
 def _on_cpu(backend: str, monkeypatch) -> str:
     if backend == "triton":
-        monkeypatch.setattr(library, "cpu", on_triton)
+        put_triton_behind_cpu(monkeypatch)
         return "cpu"
     _needs(backend)
     return backend

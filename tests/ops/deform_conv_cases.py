@@ -167,21 +167,3 @@ def run(
         "output": output.detach(),
         **{f"grad_{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)},
     }
-
-
-def assert_same(
-    found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float, **options: bool
-) -> None:
-    """Equal by name, to `tolerance` of the largest value of each tensor, or absolutely below 1."""
-    assert found.keys() == wanted.keys()
-    for name, value in wanted.items():
-        largest = value[value.isfinite()].abs().max().item() if value.isfinite().any() else 0.0
-        torch.testing.assert_close(
-            found[name],
-            value,
-            rtol=0,
-            atol=tolerance * max(1.0, largest),
-            check_dtype=False,
-            msg=lambda text, name=name: f"{name}: {text}",
-            **options,
-        )

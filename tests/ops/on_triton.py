@@ -1,18 +1,27 @@
-"""The Triton kernels behind tensors on the CPU, so that every test of the CPU kernels takes them.
+"""The Triton kernels behind tensors on the CPU, so that every test of the CPU kernels runs them.
 
 On a machine with a GPU tensors go there and back; without one the kernels run in Triton's
 interpreter.
 """
 
-import importlib
-from types import SimpleNamespace
-
+import pytest
 import torch
+from operator_testing import OPERATORS
 from torch import Tensor
 
+from deformnet.ops.registration import Kernels, Operator
 
-def _there_and_back(function):
+
+def put_triton_behind_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    for operator in OPERATORS:
+        forward, backward = (_there_and_back(operator, name) for name in Kernels._fields)
+        monkeypatch.setattr(operator, "cpu", Kernels(forward, backward))
+
+
+def _there_and_back(operator: Operator, name: str):
     def call(*arguments):
+        # Imported at the first call: only then has TRITON_INTERPRET been chosen for good.
+        function = getattr(operator.triton(), name)
         if not torch.cuda.is_available():
             return function(*arguments)
         found = function(*(a.cuda() if isinstance(a, Tensor) else a for a in arguments))
@@ -21,16 +30,3 @@ def _there_and_back(function):
         return tuple(None if tensor is None else tensor.cpu() for tensor in found)
 
     return call
-
-
-def _kernel(name):
-    # Imported at the first call: only then has TRITON_INTERPRET been chosen for good.
-    def call(*arguments):
-        kernels = importlib.import_module("deformnet.ops.triton.kernels")
-        return _there_and_back(getattr(kernels, name))(*arguments)
-
-    return call
-
-
-NAMES = ("deform_conv2d", "deform_conv2d_backward", "roi_pool", "roi_pool_backward")
-on_triton = SimpleNamespace(**{name: _kernel(name) for name in NAMES})

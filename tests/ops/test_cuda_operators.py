@@ -18,7 +18,7 @@ from cuda_cases import (
     run,
     to_cpu,
 )
-from deform_conv_cases import assert_same
+from operator_testing import assert_same
 from torch.nn.parallel import DistributedDataParallel
 
 from deformnet.nn import DeformConv2d

@@ -14,7 +14,7 @@ import pytest
 import roi_pool_cases
 import torch
 from cuda_cases import Case, call, exact, leaves, needs_gpu, on, output_gradient
-from deform_conv_cases import assert_same
+from operator_testing import assert_same
 
 pytestmark = needs_gpu
 

@@ -2,22 +2,23 @@
 
 import importlib
 import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
-from deform_conv_cases import Case, assert_same, output_gradient, random_case, run
-from on_triton import on_triton
+from deform_conv_cases import Case, output_gradient, random_case, run
+from launches import check
+from on_triton import put_triton_behind_cpu
+from operator_testing import assert_same
 
-from deformnet.ops import library
+from deformnet.ops.deform_conv.checks import Geometry
 
 pytest.importorskip("triton", reason="the package triton is not installed")
 kernels = importlib.import_module("deformnet.ops.deform_conv.triton")
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 runs = pytest.mark.skipif(
-    not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1",
+    DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1",
     reason="there is no GPU, and TRITON_INTERPRET=1 is not set",
 )
 # Random calls with few taps: the interpreter takes milliseconds for every line of a kernel.
@@ -31,7 +32,7 @@ def run_here(
     case: Case, border: str = "zeros", grad_output: torch.Tensor | None = None
 ) -> dict[str, torch.Tensor]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(library, "cpu", on_triton)
+        put_triton_behind_cpu(patch)
         return run(case, "cpu", border, grad_output)
 
 
@@ -66,8 +67,13 @@ EITHER_PATH = pytest.mark.parametrize("make", [layered, depthwise])
 
 
 def narrow(case: Case) -> bool:
-    geometry = case.stride, case.padding, case.dilation
-    return kernels._is_narrow(kernels._sizes(case.input, case.offset, case.weight, *geometry))
+    return kernels._is_narrow(
+        kernels._sizes(case.input, case.offset, case.weight, geometry_of(case))
+    )
+
+
+def geometry_of(case: Case) -> Geometry:
+    return Geometry(case.stride, case.padding, case.dilation, "zeros")
 
 
 @runs
@@ -104,7 +110,7 @@ def test_what_counts_as_narrow():
 @EITHER_PATH
 def test_other_dtypes(make, dtype, tolerance):
     if make is layered and dtype == torch.bfloat16 and not torch.cuda.is_available():
-        pytest.skip("Triton's interpreter takes bfloat16 for integers in a product")
+        pytest.skip("Triton's interpreter multiplies bfloat16 as integers")
     case = make().to(dtype, torch.float32)
     found = run_here(case)
     assert found["output"].dtype == dtype
@@ -115,7 +121,7 @@ def test_other_dtypes(make, dtype, tolerance):
 
 @runs
 def test_more_than_one_tile_of_everything(monkeypatch):
-    monkeypatch.setattr(kernels, "_tiles", lambda *_: kernels.Tiles(16, 16, 16, 4, 2))
+    monkeypatch.setattr(kernels, "_tile", lambda *_: kernels.Tile(16, 16, 16, 4, 2))
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -147,9 +153,9 @@ def test_more_than_one_narrow_tile_of_everything(monkeypatch):
 @runs
 @EITHER_PATH
 def test_wide_addresses_agree(monkeypatch, make):
-    wanted = run_here(make())
+    expected = run_here(make())
     monkeypatch.setattr(kernels, "_LEAST_WIDE", 0)
-    assert_same(run_here(make()), wanted, 0.0 if not torch.cuda.is_available() else 1e-12)
+    assert_same(run_here(make()), expected, 0.0 if not torch.cuda.is_available() else 1e-12)
 
 
 @runs
@@ -157,7 +163,7 @@ def test_wide_addresses_agree(monkeypatch, make):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
 def test_deterministic_gradients_are_right_and_sums_may_be_chunked(monkeypatch, dtype, make):
     case = make().to(dtype)
-    wanted = run_here(case)
+    expected = run_here(case)
     monkeypatch.setattr(kernels, "_MOST_SUMS", 1)
     torch.use_deterministic_algorithms(True)
     try:
@@ -165,7 +171,7 @@ def test_deterministic_gradients_are_right_and_sums_may_be_chunked(monkeypatch, 
         again = run_here(case)
     finally:
         torch.use_deterministic_algorithms(False)
-    assert_same(found, wanted, 1e-12 if dtype == torch.float64 else 1e-2)
+    assert_same(found, expected, 1e-12 if dtype == torch.float64 else 1e-2)
     for name, tensor in found.items():
         assert tensor.equal(again[name]), name
 
@@ -173,7 +179,7 @@ def test_deterministic_gradients_are_right_and_sums_may_be_chunked(monkeypatch, 
 @runs
 @EITHER_PATH
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_a_nan_stays_where_it_belongs(deterministic, make):
+def test_a_nan_reaches_only_what_reads_it(deterministic, make):
     case = make()
     offset, outside = case.offset.clone(), case.offset.clone()
     # Image 1, offset group 1 (channels 4 to 7), tap 1, output position (2, 3).
@@ -205,13 +211,13 @@ def test_a_nan_stays_where_it_belongs(deterministic, make):
 
 @runs
 @EITHER_PATH
-def test_infinities_in_the_map_reach_no_neighbour(make):
+def test_infinities_in_the_map_reach_no_neighbor(make):
     case = make()
     input = case.input.clone()
     input[0, 3, 1, 2] = INF
     found = run_here(replace(case, input=input))
-    wanted = run(replace(case, input=input), "reference")
-    for name, tensor in wanted.items():
+    expected = run(replace(case, input=input), "reference")
+    for name, tensor in expected.items():
         assert found[name].isfinite().equal(tensor.isfinite()), name
 
 
@@ -220,15 +226,15 @@ def test_infinities_in_the_map_reach_no_neighbour(make):
 def test_gradients_on_their_own(make):
     case = make()
     gradient = output_gradient(case)
-    wanted = run_here(case)
+    expected = run_here(case)
     tensors = gradient, case.input, case.offset, case.weight, case.mask
-    geometry = case.stride, case.padding, case.dilation, "zeros"
+    tensors = [None if t is None else t.to(DEVICE) for t in tensors]
     names = "grad_input", "grad_offset", "grad_weight", "grad_bias", "grad_mask"
     for k, name in enumerate(names):
         needs = tuple(i == k for i in range(5))
-        found = on_triton.deform_conv2d_backward(*tensors, *geometry, needs)
+        found = kernels.deform_conv2d_backward(*tensors, geometry_of(case), needs)
         assert [tensor is not None for tensor in found] == list(needs)
-        assert_same({name: found[k]}, {name: wanted[name]}, 1e-12)
+        assert_same({name: found[k].cpu()}, {name: expected[name]}, 1e-12)
 
 
 @runs
@@ -250,87 +256,62 @@ def test_an_empty_batch(make):
     assert not found["grad_weight"].any()
 
 
-# In a process of its own: kernels decorated for the interpreter cannot be compiled.
 COMPILE = """
-import importlib
-import triton, triton.language as tl
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+import torch
+from launches import compiled
 
-kernels = importlib.import_module("deformnet.ops.deform_conv.triton")
-narrow = kernels.narrow
+from deformnet.ops.deform_conv import triton as kernels
+from deformnet.ops.deform_conv.checks import Geometry
 
-def compiled(kernel, map_type, position_type, constants, capability=90, warps=2, stages=2):
-    sums = "fp64" if map_type == "fp64" else "fp32"
-    types = dict.fromkeys(("input", "weight", "bias", "output", "grad_output"), map_type)
-    types |= dict.fromkeys(("offset", "mask", "grad_offset", "grad_mask"), position_type)
-    types |= {"floats": sums, "partial": sums, "scale": "fp64"}
-    types["integers"] = "i64" if constants.get("FIXED") else sums
-    names = kernel.arg_names
-    # Sizes that do not fit into 32 bits are passed in 64.
-    wide = ("count", "positions", "output_image", "output_channel") if constants["WIDE"] else ()
-    signature = {n: "i64" if n in wide else "i32" for n in names}
-    signature |= {n: "*" + types[n] for n in names if n in types}
-    signature |= dict.fromkeys(constants, "constexpr")
-    values = {(names.index(n),): value for n, value in constants.items()}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=values)
-    target = GPUTarget("cuda", capability, 32)
-    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
-    return triton.compile(source, target=target, options=options)
+def launches(
+    dtype, positions, *,
+    channels=16, groups=1, offset_groups=1, side=4, modulated=True, border="zeros",
+):
+    def meta(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
 
-def on_matrix_units(*arguments):
-    return "mma" in compiled(*arguments).asm["ptx"]
+    input, output = meta(1, channels, side, side), meta(1, channels, side, side)
+    weight = meta(channels, channels // groups, 1, 1)
+    offset = meta(1, 2 * offset_groups, side, side, dtype=positions)
+    mask = meta(1, offset_groups, side, side, dtype=positions) if modulated else None
+    bias = meta(channels) if modulated else None
+    geometry = Geometry((1, 1), (0, 0), (1, 1), border)
+
+    def launch():
+        kernels.deform_conv2d(input, offset, weight, bias, mask, geometry)
+        needs = (True, True, True, False, modulated)
+        kernels.deform_conv2d_backward(output, input, offset, weight, mask, geometry, needs)
+
+    return launch
 """
 
+# A side of 47,000 has more than 2**31 pixels: indices and some sizes take 64 bits.
 EVERY_KERNEL = """
-for map_type, position_type, wide, precision in [
-    ("bf16", "fp32", False, "ieee"), ("fp16", "fp16", True, "ieee"),
-    ("fp32", "fp32", False, "tf32"), ("fp64", "fp64", True, "ieee"),
+for dtype, positions, precision, more in [
+    (torch.bfloat16, torch.float32, "ieee", {}),
+    (torch.float16, torch.float16, "ieee", {"side": 47_000, "border": "msra2017"}),
+    (torch.float32, torch.float32, "tf32", {"modulated": False}),
+    (torch.float64, torch.float64, "ieee", {"border": "msra2017"}),
 ]:
-    shared = {"MODULATED": wide, "MSRA": not wide, "WIDE": wide, "PRECISION": precision}
-    shared |= {"DTYPE": tl.float64 if map_type == "fp64" else tl.float32}
-    shared |= dict.fromkeys(("BLOCK_M", "BLOCK_O", "BLOCK_C"), 16)
-    types = map_type, position_type
-    assert on_matrix_units(kernels._forward, *types, shared | {"BIAS": wide})
-    assert on_matrix_units(kernels._backward_weight, *types, shared)
-    wanted = {"BY_INPUT": True, "BY_POSITION": True, "FIXED": wide, "NARROW": False}
-    assert on_matrix_units(kernels._backward_positions, *types, shared | wanted)
-    # One column, or as many as there can be.
-    columns = 1 if wide else kernels._NARROW_CHANNELS
-    shared |= {"BLOCK_M": kernels._NARROW_TILE // columns, "BLOCK_O": columns, "BLOCK_C": columns}
-    wanted["NARROW"] = True
-    assert not on_matrix_units(kernels._backward_positions, *types, shared | wanted)
-    del shared["PRECISION"], shared["BLOCK_C"]
-    assert not on_matrix_units(narrow.forward, *types, shared | {"BIAS": wide})
-    assert not on_matrix_units(narrow.backward_weight, *types, shared)
+    torch.backends.cudnn.conv.fp32_precision = precision
+    torch.use_deterministic_algorithms(dtype == torch.float64)
+    found = compiled(launches(dtype, positions, **more))
+    assert set(found) == {"_forward", "_backward_positions", "_backward_weight"}
+    assert all("mma" in kernel.asm["ptx"] for kernel in found.values())
+    found = compiled(launches(dtype, positions, groups=16, **more))
+    assert set(found) == {"forward", "_backward_positions", "backward_weight"}
+    assert not any("mma" in kernel.asm["ptx"] for kernel in found.values())
 """
 
-# The least that a card since 8.0 has for one program is that of 8.6 and 8.9.
+# The smallest shared memory of a card since 8.0 is that of 8.6 and 8.9.
 EVERY_TILE = """
-for size, map_type in {8: "fp64", 4: "fp32", 2: "bf16"}.items():
-    shared = dict.fromkeys(("MODULATED", "MSRA", "WIDE"), False)
-    shared |= {"DTYPE": tl.float64 if size == 8 else tl.float32, "PRECISION": "ieee"}
-    for name, kernel, more in [
-        ("forward", kernels._forward, {"BIAS": True}),
-        ("positions", kernels._backward_positions,
-         {"NARROW": False, "BY_INPUT": True, "BY_POSITION": True, "FIXED": False}),
-        ("weight", kernels._backward_weight, {}),
-    ]:
-        tile = kernels.TILES[name][size]
-        blocks = {"BLOCK_M": tile.rows, "BLOCK_O": tile.out, "BLOCK_C": tile.channels}
-        program = compiled(
-            kernel, map_type, map_type, shared | more | blocks, 86, tile.warps, tile.stages
-        )
-        assert program.metadata.shared <= 99 * 1024, (name, size, program.metadata.shared)
+for dtype in (torch.float64, torch.float32, torch.bfloat16):
+    found = compiled(launches(dtype, dtype, channels=256, side=64), 86)
+    for name, kernel in found.items():
+        assert kernel.metadata.shared <= 99 * 1024, (name, dtype, kernel.metadata.shared)
 """
 
 
 @pytest.mark.parametrize("program", [EVERY_KERNEL, EVERY_TILE], ids=["kernels", "tiles"])
 def test_what_compiles_without_a_gpu(tmp_path, program):
-    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
-    environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-c", COMPILE + program]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if "ptxas" in done.stderr and "Cannot find" in done.stderr:
-        pytest.skip("Triton has no ptxas")
-    assert done.returncode == 0, done.stderr
+    check(COMPILE + program, tmp_path)

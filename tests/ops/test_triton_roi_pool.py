@@ -2,14 +2,15 @@
 
 import importlib
 import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
-from deform_conv_cases import assert_same
+from launches import check
+from operator_testing import assert_same
 from roi_pool_cases import SAMPLINGS, Case, call, output_gradient, random_case, run
+
+from deformnet.ops.roi_pool.checks import Rule
 
 pytest.importorskip("triton", reason="the package triton is not installed")
 kernels = importlib.import_module("deformnet.ops.roi_pool.triton")
@@ -35,7 +36,8 @@ def run_here(case: Case, grad_output: torch.Tensor | None = None) -> dict[str, t
     def there(value):
         return value.to(DEVICE) if isinstance(value, torch.Tensor) else value
 
-    arguments = [there(value) for value in case.operator]
+    tensors, rule = case.operator[:3], Rule(*case.operator[3:])
+    arguments = *(there(tensor) for tensor in tensors), rule
     grad_output = there(output_gradient(case) if grad_output is None else grad_output)
     needs = True, case.offset is not None
     gradients = kernels.roi_pool_backward(grad_output, *arguments, needs)
@@ -88,11 +90,11 @@ def test_the_bits_of_a_mean_do_not_depend_on_the_tile(
 ):
     case = crowd(position_sensitive).to(torch.float32)
     case = replace(case, boxes=case.boxes[:2], offset=case.offset[:2])
-    wanted = run_here(case)
+    expected = run_here(case)
     monkeypatch.setattr(kernels, "_tile", lambda channels: kernels._Tile(*tile))
     found = run_here(case)
-    assert found["output"].equal(wanted["output"])
-    assert_same(found, wanted, 1e-6)
+    assert found["output"].equal(expected["output"])
+    assert_same(found, expected, 1e-6)
 
 
 @runs
@@ -143,7 +145,7 @@ def test_gradients_that_are_not_finite_stay_where_they_belong(large_tiles, deter
 def test_wide_addresses_agree(monkeypatch, large_tiles, sampling, position_sensitive):
     case = crowd(position_sensitive, sampling)
     narrow = run_here(case)
-    monkeypatch.setattr(kernels, "_NARROW", 0)
+    monkeypatch.setattr(kernels, "_LEAST_WIDE", 0)
     assert_same(run_here(case), narrow, 1e-12)
 
 
@@ -155,15 +157,15 @@ def test_gradients_summed_image_by_image_agree(
 ):
     case = crowd(position_sensitive)
     case.boxes[3, 0] = 7  # an image that does not exist
-    wanted = run_here(case)
-    assert wanted["grad_offset"][3].isnan().all()
+    expected = run_here(case)
+    assert expected["grad_offset"][3].isnan().all()
     monkeypatch.setattr(kernels, "_MOST_SUMS", 1)
     torch.use_deterministic_algorithms(deterministic)
     try:
         found = run_here(case)
     finally:
         torch.use_deterministic_algorithms(False)
-    assert_same(found, wanted, 1e-12, equal_nan=True)
+    assert_same(found, expected, 1e-12, equal_nan=True)
 
 
 @runs
@@ -205,69 +207,76 @@ def test_samples_of_large_boxes(large_tiles, length, sampling, samples_per_bin):
 @runs
 def test_strides_of_any_kind(large_tiles):
     case = crowd(True)
-    wanted = run_here(case)
+    expected = run_here(case)
     strided = replace(
         case,
         input=case.input.transpose(2, 3).contiguous().transpose(2, 3),
         boxes=case.boxes.t().contiguous().t(),
         offset=case.offset.flip(0).flip(0).permute(3, 0, 1, 2).contiguous().permute(1, 2, 3, 0),
     )
-    assert_same(run_here(strided), wanted, 1e-12)
+    assert_same(run_here(strided), expected, 1e-12)
     assert call(strided, "reference").is_contiguous()
 
 
-# In a process of its own: kernels decorated for the interpreter cannot be compiled.
 COMPILE = """
-import importlib, sys
-import triton, triton.language as tl
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+import torch
+from launches import compiled
 
-kernels = importlib.import_module("deformnet.ops.roi_pool.triton")
+from deformnet.ops.roi_pool import triton as kernels
+from deformnet.ops.roi_pool.checks import Rule
 
-def compiled(kernel, map_type, position_type, alone, constants):
-    fixed = constants.get("FIXED", False)
-    sums = "*fp64" if map_type == "fp64" else "*fp32"
-    types = dict.fromkeys(("input", "output", "grad_output"), "*" + map_type)
-    types |= dict.fromkeys(("boxes", "offset", "grad_offset"), "*" + position_type)
-    types |= {"floats": sums, "integers": "*i64" if fixed else sums}
-    types |= {"unit": "*fp64" if fixed else sums, "scale": "fp64", "gamma": "fp64"}
-    # A number that does not fit into 32 bits is passed in 64.
-    types["every_bin"] = "i64" if constants["WIDE"] else "i32"
-    # A number that is one is made a constant.
-    ones = ("channels", "group_channels", "groups", "planes", "ph", "pw") if alone else ()
-    constants = constants | dict.fromkeys(ones, 1)
-    names = kernel.arg_names
-    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
-    values = {(names.index(n),): value for n, value in constants.items()}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=values)
-    options = {"num_warps": 2, "enable_fp_fusion": False}
-    ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+def launches(dtype, positions, channels, *rule, groups=1, side=40, offsets=True, by_input=True):
+    def meta(*shape, dtype=positions):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    rule = Rule(*rule)
+    ph, pw = rule.output_size
+    input = meta(1, channels * (ph * pw if rule.position_sensitive else 1), side, side, dtype=dtype)
+    boxes, offset = meta(300, 5), meta(300, 2 * groups, ph, pw) if offsets else None
+    output = meta(300, channels, ph, pw, dtype=dtype)
+
+    def launch():
+        kernels.roi_pool(input, boxes, offset, rule)
+        kernels.roi_pool_backward(output, input, boxes, offset, rule, (by_input, offsets))
+
+    return launch
+
+for deterministic, launch in [
+    (False, launches(torch.float32, torch.float32, 64, (7, 7), 0.5, 0.1, "bins", 4, False)),
+    (
+        True,
+        launches(
+            *(torch.bfloat16, torch.float32, 32, (7, 7), 0.5, 0.1, "aligned", 0, True), groups=2
+        ),
+    ),
+    (
+        False,
+        launches(
+            *(torch.bfloat16, torch.bfloat16, 1, (1, 1), 0.5, 0.1, "msra", 4, False),
+            side=47_000, by_input=False,
+        ),
+    ),
+    (
+        False,
+        launches(
+            *(torch.float16, torch.float16, 256, (7, 7), 0.5, 0.1, "aligned", 2, False),
+            offsets=False,
+        ),
+    ),
+    (
+        True,
+        launches(
+            *(torch.float64, torch.float64, 1, (1, 1), 0.5, 0.1, "aligned", 0, True), side=47_000
+        ),
+    ),
+]:
+    torch.use_deterministic_algorithms(deterministic)
+    found = compiled(launch)
+    assert set(found) == {"_forward", "_backward"}
     # Positions are those of the reference only where nothing is contracted.
-    assert "fma.rn.f64" not in ptx
-
-for case, (map_type, position_type, sampling, adapts, wide, tile) in enumerate([
-    ("fp32", "fp32", "bins", True, False, (4, 64)),
-    ("bf16", "fp32", "aligned", True, False, (16, 16)),
-    ("bf16", "bf16", "msra", False, True, (128, 1)),
-    ("fp16", "fp16", "aligned", False, False, (1, 256)),
-    ("fp64", "fp64", "aligned", True, True, (128, 1)),
-]):
-    shared = {"SAMPLING": sampling, "ADAPTS": adapts, "WIDE": wide, "BINS": tile[0]}
-    shared |= {"CHANNELS": tile[1], "DTYPE": tl.float64 if map_type == "fp64" else tl.float32}
-    shared["SHIFTED"] = case != 3
-    types = map_type, position_type, tile[1] == 1
-    compiled(kernels._forward, *types, shared)
-    wanted = {"BY_INPUT": case != 2, "BY_OFFSET": case != 3, "FIXED": case in (1, 4)}
-    compiled(kernels._backward, *types, shared | wanted)
+    assert not any("fma.rn.f64" in kernel.asm["ptx"] for kernel in found.values())
 """
 
 
 def test_the_kernels_compile_without_a_gpu(tmp_path):
-    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
-    environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-c", COMPILE]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if "ptxas" in done.stderr and "Cannot find" in done.stderr:
-        pytest.skip("Triton has no ptxas")
-    assert done.returncode == 0, done.stderr
+    check(COMPILE, tmp_path)

@@ -66,8 +66,26 @@ def number(name: str, value: Any) -> float:
     return float(value)
 
 
+def check_input(input: Any) -> None:
+    """Check an input [N, C, H, W].
+
+    Raises:
+        TypeError: if it is not a tensor or has the wrong dtype.
+        ValueError: if it is not 4-dimensional, or has no channels, rows or columns.
+    """
+    check_tensor("input", input, 4)
+    if input.dtype not in DTYPES:
+        raise TypeError(f"expected input to be one of {dtype_names(DTYPES)}, but got {input.dtype}")
+    _, channels, height, width = input.shape
+    if channels < 1 or height < 1 or width < 1:
+        raise ValueError(
+            "expected input to have at least one channel, row and column, "
+            f"but got shape {shape_text(input)}"
+        )
+
+
 def check_tensor(
-    name: str, tensor: Any, rank: int, like: Tensor | None = None, *, or_float32: bool = False
+    name: str, tensor: Any, rank: int, like: Tensor | None = None, or_float32: bool = False
 ) -> None:
     """Check type and rank; and dtype and device against `like`, the input.
 
@@ -85,10 +103,6 @@ def check_tensor(
             f"expected {name} to be {rank}-dimensional, but got shape {shape_text(tensor)}"
         )
     if like is None:
-        if tensor.dtype not in DTYPES:
-            raise TypeError(
-                f"expected {name} to be one of {dtype_names(DTYPES)}, but got {tensor.dtype}"
-            )
         return
     dtype, expected = tensor.dtype, like.dtype
     if dtype != expected and not (
@@ -98,23 +112,9 @@ def check_tensor(
             f"expected {name} to be {expected} like input"
             f"{' or torch.float32' if or_float32 else ''}, but got {dtype}"
         )
-    check_device(name, tensor, like)
-
-
-def check_device(name: str, tensor: Tensor, like: Tensor) -> None:
-    """Raise a ValueError unless a tensor is on the device of the input."""
     if tensor.device != like.device:
         raise ValueError(
             f"expected {name} to be on {like.device} like input, but got {tensor.device}"
-        )
-
-
-def check_map(input: Tensor) -> None:
-    """Raise a ValueError if an input [N, C, H, W] has no channels, rows or columns."""
-    if input.shape[1] < 1 or input.shape[2] < 1 or input.shape[3] < 1:
-        raise ValueError(
-            "expected input to have at least one channel, row and column, "
-            f"but got shape {shape_text(input)}"
         )
 
 

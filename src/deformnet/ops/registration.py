@@ -6,6 +6,7 @@ Each operator's folder declares an `Operator`; the rules that all operators shar
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from torch.autograd import forward_ad
 from torch.library import Library
 
 from deformnet.ops import backends
-from deformnet.ops._arguments import check_device, shape_text
+from deformnet.ops._arguments import check_tensor
 from deformnet.ops.flops import register as register_flops
 
 _library = Library("deformnet", "DEF")
@@ -84,13 +85,15 @@ class Operator:
         self.name, self._settings = name, settings
         self._check, self._check_values = check, check_values
         self._keeps_memory_format = keeps_memory_format
-        self._reference, self.cpu, self._triton = reference, cpu, triton
+        self._reference, self.cpu, self.triton = reference, cpu, triton
         self._flops, self._backward_flops = flops, backward_flops
         self._count = len(names)
         self._is_position = [name in positions for name in names]
         # Places of tensors among the arguments; None: not among those of the backward operator.
         self._saved = [place for place, name in enumerate(names) if name not in biases]
         self._differentiable = [names.index(name) for name in differentiable]
+        self._take_saved = itemgetter(*self._saved)
+        self._take_differentiable = itemgetter(*self._differentiable)
         self._with_gradient = {
             name: None if name in biases else self._saved.index(names.index(name))
             for name in differentiable
@@ -169,7 +172,7 @@ class Operator:
             reason = backends.CPU_UNAVAILABLE
         if reason is not None:
             raise RuntimeError(reason)
-        return self._triton() if input.is_cuda else self.cpu
+        return self.triton() if input.is_cuda else self.cpu
 
     def _kernel(self, *arguments: Any) -> Tensor:
         tensors, settings = arguments[: self._count], self._settings(*arguments[self._count :])
@@ -201,15 +204,11 @@ class Operator:
         for place, tensor in zip(self._saved, saved, strict=True):
             tensors[place] = tensor
         shape, input = self._check(*tensors, settings), saved[0]
-        if grad_output.dtype != input.dtype:
-            raise TypeError(
-                f"expected grad_output to be {input.dtype} like input, but got {grad_output.dtype}"
-            )
-        check_device("grad_output", grad_output, input)
-        if grad_output.dim() != len(shape) or grad_output.shape != shape:
+        check_tensor("grad_output", grad_output, len(shape), input)
+        if grad_output.shape != shape:
             raise ValueError(
                 f"expected grad_output to have shape {list(shape)}, "
-                f"but got shape {shape_text(grad_output)}"
+                f"but got shape {list(grad_output.shape)}"
             )
         for (name, place), needed in zip(self._with_gradient.items(), needs, strict=True):
             if needed and place is not None and saved[place] is None:
@@ -251,7 +250,7 @@ class Operator:
     # ------------------------------------------------------------------------------- derivatives
 
     def _autograd_kernel(self, *arguments: Any) -> Tensor:
-        tensors = [arguments[place] for place in self._differentiable]
+        tensors = self._take_differentiable(arguments)
         self._refuse_tangents(tensors)
         if _needs_gradient(tensors):
             return self._function.apply(*arguments)
@@ -260,13 +259,13 @@ class Operator:
 
     def _save_and_call(self, ctx: Any, *arguments: Any) -> Tensor:
         # The inputs alone: what is interpolated from them is cheaper to compute again than to keep.
-        ctx.save_for_backward(*(arguments[place] for place in self._saved))
+        ctx.save_for_backward(*self._take_saved(arguments))
         ctx.settings = arguments[self._count :]
         with torch._C._AutoDispatchBelowAutograd():
             return self.forward(*arguments)
 
     def _differentiate(self, ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        needs = [ctx.needs_input_grad[place] for place in self._differentiable]
+        needs = self._take_differentiable(ctx.needs_input_grad)
         found = iter(self.backward(grad_output, *ctx.saved_tensors, *ctx.settings, needs))
         gradients: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
         for place, needed in zip(self._differentiable, needs, strict=True):

@@ -8,6 +8,7 @@ import ctypes
 import functools
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 _CHOICE = "DEFORMNET_INSTRUCTION_SET"
 _FILES = ("libdeformnet_cpu.so", "libdeformnet_cpu.dylib", "deformnet_cpu.dll")
 
-# As `DType` of kernels.h.
+# As `DType` of common.h.
 DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
@@ -82,12 +83,15 @@ def fields(kind: type, names: str) -> list[tuple[str, type]]:
     return [(name, kind) for name in names.split()]
 
 
+@functools.cache
+def _function(name: str) -> Callable[..., int]:
+    return _library()[f"deformnet_{name}"]
+
+
 def call(name: str, problem: ctypes.Structure, tensors: ctypes.Structure) -> None:
     """Call the library's function of this name with the structures that it takes."""
-    if _library()[f"deformnet_{name}"](ctypes.byref(problem), ctypes.byref(tensors)):
-        raise MemoryError(
-            f"not enough memory for the workspace of {name.removesuffix('_backward')}"
-        )
+    if _function(name)(ctypes.byref(problem), ctypes.byref(tensors)):
+        raise MemoryError(f"not enough memory for the workspace of {name}")
 
 
 def dense(tensor: Tensor) -> tuple[Tensor, bool]:

@@ -4,7 +4,7 @@ from typing import Literal, NamedTuple, TypeAlias, get_args
 
 from torch import Tensor
 
-from deformnet.ops._arguments import Pair, check_map, check_tensor, shape_text
+from deformnet.ops._arguments import Pair, check_input, check_tensor, shape_text
 
 Border: TypeAlias = Literal["zeros", "msra2017"]
 BORDERS = get_args(Border)
@@ -36,24 +36,41 @@ def check(
         TypeError: if an argument is not a tensor, or has the wrong dtype.
         ValueError: if anything else is wrong; the message names the argument.
     """
-    check_tensor("input", input, 4)
-    check_tensor("weight", weight, 4, like=input)
-    check_tensor("offset", offset, 4, like=input, or_float32=True)
+    check_input(input)
+    check_tensor("weight", weight, 4, input)
+    check_tensor("offset", offset, 4, input, True)
     if bias is not None:
-        check_tensor("bias", bias, 1, like=input)
+        check_tensor("bias", bias, 1, input)
     if mask is not None:
-        check_tensor("mask", mask, 4, like=input, or_float32=True)
+        check_tensor("mask", mask, 4, input, True)
     stride, padding, dilation, border = geometry
-    _check_at_least("stride", stride, 1)
-    _check_at_least("padding", padding, 0)
-    _check_at_least("dilation", dilation, 1)
+    for name, numbers, least in (
+        ("stride", stride, 1),
+        ("padding", padding, 0),
+        ("dilation", dilation, 1),
+    ):
+        if numbers[0] < least or numbers[1] < least:
+            raise ValueError(f"expected {name} to be at least {least}, but got {tuple(numbers)}")
     if border not in BORDERS:
         raise ValueError(f"expected border to be one of {', '.join(BORDERS)}, but got {border!r}")
-    check_map(input)
-    _check_weight(input, weight, bias)
 
     batch, channels, height, width = input.shape
-    kh, kw = weight.shape[2:]
+    out_channels, group_channels, kh, kw = weight.shape
+    if out_channels < 1 or group_channels < 1 or kh < 1 or kw < 1:
+        raise ValueError(
+            f"expected weight to have no dimension of size 0, but got shape {shape_text(weight)}"
+        )
+    if channels % group_channels or out_channels % (channels // group_channels):
+        raise ValueError(
+            f"expected weight to have shape [C_out, {channels} / groups, kh, kw], where groups "
+            f"divides C_out and the {channels} channels of input, "
+            f"but got shape {shape_text(weight)}"
+        )
+    if bias is not None and bias.shape[0] != out_channels:
+        raise ValueError(
+            f"expected bias to have shape [{out_channels}], but got shape {shape_text(bias)}"
+        )
+
     out_height = (height + 2 * padding[0] - dilation[0] * (kh - 1) - 1) // stride[0] + 1
     out_width = (width + 2 * padding[1] - dilation[1] * (kw - 1) - 1) // stride[1] + 1
     if out_height < 1 or out_width < 1:
@@ -92,28 +109,4 @@ def check(
                 f"{out_width}] ({groups} offset groups of {taps} taps), "
                 f"but got shape {shape_text(mask)}"
             )
-    return batch, weight.shape[0], out_height, out_width
-
-
-def _check_at_least(name: str, numbers: Pair, least: int) -> None:
-    if numbers[0] < least or numbers[1] < least:
-        raise ValueError(f"expected {name} to be at least {least}, but got {tuple(numbers)}")
-
-
-def _check_weight(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    channels = input.shape[1]
-    out_channels, group_channels, kh, kw = weight.shape
-    if out_channels < 1 or group_channels < 1 or kh < 1 or kw < 1:
-        raise ValueError(
-            f"expected weight to have no dimension of size 0, but got shape {shape_text(weight)}"
-        )
-    if channels % group_channels or out_channels % (channels // group_channels):
-        raise ValueError(
-            f"expected weight to have shape [C_out, {channels} / groups, kh, kw], where groups "
-            f"divides C_out and the {channels} channels of input, "
-            f"but got shape {shape_text(weight)}"
-        )
-    if bias is not None and bias.shape[0] != out_channels:
-        raise ValueError(
-            f"expected bias to have shape [{out_channels}], but got shape {shape_text(bias)}"
-        )
+    return batch, out_channels, out_height, out_width

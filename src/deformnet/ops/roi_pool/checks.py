@@ -8,8 +8,7 @@ from torch import Tensor
 
 from deformnet.ops._arguments import (
     Pair,
-    check_device,
-    check_map,
+    check_input,
     check_tensor,
     dtype_names,
     shape_text,
@@ -48,12 +47,11 @@ def check(
         TypeError: if an argument is not a tensor, or has the wrong dtype.
         ValueError: if anything else is wrong; the message names the argument.
     """
-    check_tensor("input", input, 4)
+    check_input(input)
     _check_boxes(boxes, input)
     if offset is not None:
-        check_tensor("offset", offset, 4, like=input, or_float32=True)
+        check_tensor("offset", offset, 4, input, True)
     _check_rule(rule)
-    check_map(input)
     ph, pw = rule.output_size
     if rule.position_sensitive and input.shape[1] % (ph * pw):
         raise ValueError(
@@ -82,7 +80,7 @@ def check(
 
 
 def _check_boxes(boxes: Tensor, input: Tensor) -> None:
-    check_tensor("boxes", boxes, 2, like=boxes)
+    check_tensor("boxes", boxes, 2)
     if boxes.shape[1] != 5:
         raise ValueError(
             "expected boxes to have shape [R, 5] or to be a list of [r, 4], "
@@ -94,7 +92,10 @@ def _check_boxes(boxes: Tensor, input: Tensor) -> None:
         raise TypeError(
             f"expected boxes to be one of {dtype_names(accepted)}, but got {boxes.dtype}"
         )
-    check_device("boxes", boxes, input)
+    if boxes.device != input.device:
+        raise ValueError(
+            f"expected boxes to be on {input.device} like input, but got {boxes.device}"
+        )
 
 
 def _check_rule(rule: Rule) -> None:

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from deform_conv_cases import assert_same
+from operator_testing import assert_same
 from roi_pool_cases import SAMPLINGS, call, large_case, output_gradient, random_case
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend

@@ -7,15 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from deform_conv_cases import (
-    NAMES,
-    Case,
-    assert_same,
-    large_case,
-    output_gradient,
-    random_case,
-    run,
-)
+from deform_conv_cases import NAMES, Case, large_case, output_gradient, random_case, run
+from operator_testing import assert_same
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from deformnet.ops import deform_conv2d

@@ -8,7 +8,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from deform_conv_cases import Case, assert_same, large_case, random_case, run
+from deform_conv_cases import Case, large_case, random_case, run
+from operator_testing import assert_same
 
 from deformnet.ops import backends, cpu, deform_conv2d
 

@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from deform_conv_cases import assert_same, large_case, output_gradient, random_case, run
+from deform_conv_cases import large_case, output_gradient, random_case, run
+from operator_testing import assert_same
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from deform_conv_cases import assert_same
+from operator_testing import assert_same
 from roi_pool_cases import SAMPLINGS, Case, call, output_gradient, random_case, run
 
 NAN, INF = float("nan"), float("inf")

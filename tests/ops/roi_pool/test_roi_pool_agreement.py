@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torchvision
-from deform_conv_cases import assert_same
+from operator_testing import assert_same
 from roi_pool_cases import SAMPLINGS, Case, call, large_case, output_gradient, random_case, run
 
 from deformnet.ops import deform_ps_roi_pool, deform_roi_pool

@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from deform_conv_cases import Case, assert_same, large_case, output_gradient, random_case, run
+from deform_conv_cases import Case, large_case, output_gradient, random_case, run
+from operator_testing import assert_same
 
 from deformnet import ops
 from deformnet.ops import deform_conv2d
