@@ -29,8 +29,8 @@ struct LeftFactor {
 // whatever the number of rows, so results do not depend on how rows are split into blocks or threads.
 // Not inlined: within a longer function the compiler runs out of registers.
 template <class A, int rows, ptrdiff_t row_stride>
-__attribute__((noinline)) void multiply_block(const LeftFactor<A, row_stride>& left, const A* panel, A* c, ptrdiff_t c_stride,
-                           int n_valid, bool accumulate) {
+__attribute__((noinline)) void multiply_block(const LeftFactor<A, row_stride>& left, const A* panel, A* c,
+                                              ptrdiff_t c_stride, int n_valid, bool accumulate) {
   constexpr int lanes = kLanes<A>;
   Vec<A> total[rows][kTileVectors];
   A partial[kPanel<A>] = {};

@@ -1,10 +1,9 @@
-// The positions are worked through from their beginning and from their middle at once, a chunk of each at a time,
-// small enough for the caches. First, threads split the chunk's positions: gradient of the columns = grad_output *
-// weight; the dot products of it with the four corners give the gradients of offset and mask, and the columns are
-// sampled again. Then each half's contribution to grad_input is added up, in order, by one thread for each run of
-// channels: the thread that made it where there are two, as memory that another processor core has written is slow
-// to read. Last, threads split channels and taps of grad_weight. So nothing is added atomically, and the bits do not
-// depend on the number of threads.
+// The backward pass. The positions are processed in two halves side by side, a chunk of each at a time, small enough
+// for the caches. First, threads split the chunk's positions: gradient of the columns = grad_output * weight; its dot
+// products with the four corners give the gradients of offset and mask, and the columns are sampled again. Then one
+// thread per half and run of channels adds up grad_input, in order: with two threads the one that computed the half,
+// because memory that another core has written is slow to read. Last, threads split channels and taps of grad_weight.
+// So nothing is added atomically, and the bits do not depend on the number of threads.
 #pragma once
 
 #include "forward.h"
@@ -13,7 +12,7 @@ namespace deformnet::DEFORMNET_ISA {
 namespace {
 
 constexpr int64_t kChunkBytes = 1 << 20;  // columns of a chunk
-constexpr int64_t kChunkPositions = 384;  // at least: the weight's gradient is read and written once a chunk
+constexpr int64_t kChunkPositions = 384;  // at least: the gradient of the weight is read and written once per chunk
 
 // ----------------------------------------------------------------------------------- layouts
 
@@ -69,7 +68,7 @@ int64_t find_runs(const Geometry& p, const Panels<A>& panels, int64_t longest,
 }
 
 // The weight for the gradient of the columns: [group][tap][panel of input channels][output channel][lane]. Output
-// channels are padded to whole panels, as the gradient is that they are multiplied with.
+// channels are padded to whole panels, as they are in the packed grad_output.
 template <class A, class T>
 void pack_backward(const Geometry& p, const T* weight, A* packed) {
   constexpr int panel = kPanel<A>;
@@ -88,7 +87,7 @@ void pack_backward(const Geometry& p, const T* weight, A* packed) {
     }
 }
 
-// grad_output of some positions and channels [channel, channel + width), as rows of `panel` numbers, padded with zeros.
+// grad_output of a tile and channels [channel, channel + width), as rows of `panel` numbers, padded with zeros.
 template <class A, class T>
 void pack_rows(const Problem& p, const Tile& tile, const T* grad_output, int64_t channel, int64_t width,
                int64_t panel, A* packed) {
@@ -132,7 +131,7 @@ void pack_grad_output(const Geometry& p, const Tile* halves, const T* grad_outpu
 
 // --------------------------------------------------------------- gradients of offset and mask
 
-// Of the samples of one tap and offset group, by the coordinates of the sample and by its mask.
+// Gradients of the samples of one tap and offset group, by their coordinates and masks.
 template <class A>
 struct SampleGrads {
   SampleGrads(Memory& memory, int64_t capacity)
@@ -154,7 +153,7 @@ __attribute__((always_inline)) inline Vec<A> add_dots(const A* corner, ptrdiff_t
   return v0 * weights[0] + v1 * weights[1] + v2 * weights[2] + v3 * weights[3];
 }
 
-// The same for a run of `width` channels: sums of whole vectors in `dots`, of the channels that are left over in `rest`.
+// The same for a run of `width` channels: whole vectors into `dots`, the channels left over into `rest`.
 // `w` and `mask` are there as vectors, too, which all runs share. Writes the columns if `write`.
 template <bool write, class A>
 __attribute__((always_inline)) inline void add_run_dots(const A* corner, ptrdiff_t right, ptrdiff_t down,
@@ -323,7 +322,7 @@ struct BackwardPlan : Geometry {
   const BackwardTensors& tensors;
   int64_t image_size;       // numbers of a framed map
   int64_t chunk_positions;  // of each half
-  int64_t images;           // that are worked through in two halves
+  int64_t images;           // that are processed at a time, in two halves
   int64_t longest;          // positions of a half's chunk
   Panels<A> panels;
   int64_t out_panels, outs;  // panels of a group's output channels, and lanes of those
@@ -369,7 +368,7 @@ struct BackwardShared {
   A *weight, *grad_output;  // packed
   A *columns, *grads;       // of a chunk, and their gradient: see `Panels`
   A* weight_sums;
-  A *maps, *map_sums;  // framed; of the sums one more, for the image that both halves share
+  A *maps, *map_sums;  // framed; one more of the sums, for the image that both halves share
   ChannelRun* runs;
   int64_t *first_run, run_count = 0;
   Samples<A>* samples;  // [tile][offset group][tap]
@@ -385,7 +384,7 @@ struct Images {
   int64_t shared;  // the image that both halves have a part of, or -1
 };
 
-// What is worked through at a time: a tile of each half.
+// The positions that are processed at a time: a tile of each half.
 struct Chunk {
   Chunk(const Geometry& p, const Images& images, int64_t begin, int64_t positions)
       : halves{Tile(p, images.first, begin, least(positions, images.half - begin)),
@@ -488,14 +487,14 @@ class Backward {
     }
   }
 
-  // The columns alone, where nothing but the gradient of the weight is needed.
+  // The columns alone, if only the gradient of the weight is needed.
   void sample_columns(int64_t count, int64_t tap, const Samples<A>* samples, A* columns) const {
     for (const ChannelRun* run = shared.runs; run != shared.runs + shared.run_count; ++run)
       sample(tensors.mask, plan, map, samples, Block{tap, tap + 1, run->channel, run->channel + run->width}, count,
              columns + run->place, panel);
   }
 
-  // The gradient of a tap's columns. `row`: the first position's among those of the chunk.
+  // The gradient of a tap's columns. `row`: where the tile begins in the chunk.
   void multiply_grads(int64_t count, int64_t row, int64_t chunk_count, int64_t tap, A* grads) const {
     for (int64_t group = 0; group < plan.groups; ++group) {
       const LeftFactor<A, panel> left{shared.grad_output + (group * plan.out_panels * chunk_count + row) * panel, 1,
@@ -538,8 +537,7 @@ class Backward {
     });
   }
 
-  // Adds a chunk to the gradient of the map. Threads split halves, images and channels, and need not wait for each
-  // other after it.
+  // Adds a chunk to the gradient of the map. Threads split halves, images and channels, and do not wait at the end.
   void add_to_maps(const Images& images, const Chunk& chunk) const {
     if (!tensors.grad_input) return;
     const int64_t slices = least(plan.slices, shared.run_count);
@@ -550,8 +548,7 @@ class Backward {
       const Tile& half = chunk.halves[second];
       const int64_t begin = most<int64_t>(0, image * plan.positions - half.begin);
       const int64_t end = least(half.count, (image + 1) * plan.positions - half.begin);
-      // An image that both halves share has a second map for the sums of the second one. Sums are placed by
-      // `Samples::pixel`, through all images.
+      // `Samples::pixel` counts through all images. In the second half the shared image has a map behind the last.
       A* sums = shared.map_sums + (second && image == images.shared ? (images.count - image) * plan.image_size : 0);
       add_to_map<A>(plan, shared.samples + (second ? plan.half_tiles * plan.samples : 0), plan.tile_rows, begin, end,
                     shared.grads + chunk.row(second) * panel, plan.panels,
@@ -575,7 +572,7 @@ class Backward {
     }
   }
 
-  // Of the panel `item` of input channels, counted through groups and taps.
+  // For panel `item` of the input channels, counted through groups and taps.
   void multiply_columns(const Chunk& chunk, int64_t item) const {
     const int64_t of_group = plan.panels.of_group;
     const int64_t group = item / (plan.taps * of_group), tap = item / of_group % plan.taps;
@@ -589,7 +586,7 @@ class Backward {
     }
   }
 
-  // The same for depthwise layers, of a tap and a run of channels.
+  // The same for depthwise layers, for a tap and a run of channels.
   void add_products(const Chunk& chunk, int64_t tap, const ChannelRun& run) const {
     const int64_t channels = plan.in_channels;
     A* sums = shared.weight_sums + tap * channels + run.channel;

@@ -1,7 +1,7 @@
-// The positions (n, oy, ox) are cut into tiles; a thread takes a tile, samples a few taps of it into `columns`
-// [position, tap, channel], which stay in its cache, and multiplies them at once with the packed weights. The map is
-// channels-last here, so the four corners of a sample are four runs of channels and their bilinear weights are shared
-// by a whole offset group.
+// The forward pass. The positions (n, oy, ox) are cut into tiles; a thread takes a tile, samples a few taps of it into
+// `columns` [position, tap, channel], which stay in its cache, and multiplies them at once with the packed weights. The
+// map is channels-last here, so the four corners of a sample are four runs of channels, and a whole offset group shares
+// their bilinear weights.
 #pragma once
 
 #include <type_traits>
@@ -19,7 +19,7 @@ constexpr int64_t kColumnsRow = kBlockDepth + kCacheLine / int64_t(sizeof(A));
 
 // --------------------------------------------------------------------------- packed weights
 
-// How many numbers of a column are in the place of one: see `multiply_tiles`.
+// How many numbers of a column take the place of one: see `multiply_tiles`.
 template <bool pairs>
 constexpr int64_t kTogether = pairs ? 2 : 1;
 
@@ -149,7 +149,7 @@ struct ForwardPlan : Geometry {
   }
 
   const ForwardTensors& tensors;
-  int64_t block_taps, block_channels;  // of the columns that are made at a time
+  int64_t block_taps, block_channels;  // of the columns that are sampled at a time
   int64_t image_size, images;          // numbers of a framed map, and how many there are at a time
   int64_t packed_size, tile_rows, sums_row;
 };

@@ -182,7 +182,7 @@ struct PlainPlan : RoiProblem {
   int64_t bins, pixels, channels, group_channels;
   int64_t row;       // numbers of a row of the map
   int64_t map_size;  // of an image in the workspace
-  int64_t block;     // bins of a box that are made at a time, so that they are written channel by channel
+  int64_t block;     // bins of a box that are computed at a time, so that they are written channel by channel
   int64_t slice;     // channels of the gradient of the map for a thread, in whole cache lines
 };
 

@@ -1,6 +1,6 @@
 // Position-sensitive pooling. A bin has channels of its own, and a few of them or one alone share samples: a vector
 // holds neighboring pixels of a row. Threads split bins and offset groups, and so planes of the map, which stay in the
-// cache while the boxes are gone through.
+// cache while the boxes pass by.
 #pragma once
 
 #include "window.h"
@@ -80,7 +80,7 @@ struct SensitivePlan : RoiProblem {
   const Tensors& tensors;
   int64_t bins, pixels, group_channels;
   int64_t size;   // numbers of a plane in the workspace: a vector may reach beyond the last pixel
-  int64_t piece;  // channels that are worked through at a time
+  int64_t piece;  // channels that are processed at a time
 };
 
 // Planes of channels [begin, end) of a bin, of image n.

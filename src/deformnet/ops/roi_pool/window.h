@@ -186,7 +186,8 @@ class Axis {
 
   // Places up to four samples, each a fraction of the way from a cell to the next, where they count.
   // `more`: beside others.
-  __attribute__((always_inline)) void place_four(Ints cells, Doubles fractions, Ints counts, Longs moves, int64_t samples, bool more) {
+  __attribute__((always_inline)) void place_four(Ints cells, Doubles fractions, Ints counts, Longs moves,
+                                                 int64_t samples, bool more) {
     typedef A Four __attribute__((vector_size(4 * sizeof(A))));
     // Arrays: to read the lanes of a vector one by one is slow.
     int32_t low[4], high[4];
