@@ -14,7 +14,8 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 # From the bottom to the top. A part imports parts of lower ranks: never up, never sideways.
 RANKS = (
-    ("_errors", "_files", "_text"),
+    ("_errors",),
+    ("_files", "_text"),
     ("ops",),
     ("nn",),
     ("models", "analysis"),

@@ -294,7 +294,7 @@ def test_object_counts_by_hand():
     }
 
 
-def test_void_and_neighbours_of_the_class_do_not_count():
+def test_void_and_neighbors_of_the_class_do_not_count():
     target = labels("1#1..")
     prediction = labels("111..")
     metric = ObjectCounts(2)

@@ -48,12 +48,16 @@ from deformnet.visualization.drawing import label_image, overlay
 # and void; and their names in CamVid and VOC.
 _STUFF = frozenset(
     (
-        *("background", "void", "unlabelled", "unlabeled", "ground", "static", "dynamic"),
+        *("background", "void", "unlabeled", "ground", "static", "dynamic"),
         *("road", "sidewalk", "pavement", "parking", "rail track", "terrain"),
         *("building", "wall", "fence", "guard rail", "bridge", "tunnel"),
         *("vegetation", "tree", "grass", "sky"),
     )
 )
+
+
+def _is_stuff(name: str) -> bool:
+    return name.lower().replace("lled", "led") in _STUFF  # British spelling, too
 
 
 class _Network(Protocol):
@@ -337,7 +341,7 @@ class SegmentationTask(Task):
         return AnnotatedImages(
             images,
             load,
-            tuple(name for name in images.classes if name.lower() not in _STUFF),
+            tuple(name for name in images.classes if not _is_stuff(name)),
             "Objects are connected regions of {classes}",
         )
 
