@@ -72,7 +72,7 @@ def test_the_layer_of_faster_rcnn_and_lists_of_boxes():
     assert shift[1, 0, 0].tolist() == pytest.approx([0.1, 0, 0.1, 0], abs=1e-6)
     assert shift[:, 1].abs().max() == 0
     again = bin_locations(Call(), "pool", torch.zeros(2, 2, 40, 40), boxes, call=pool)
-    assert torch.equal(again.moved, moved)
+    assert torch.equal(again.deformed, moved)
 
 
 @pytest.mark.parametrize("sampling", ["bins", "msra", "aligned"])
@@ -109,7 +109,7 @@ def test_bins_move_as_far_as_the_samples(sampling):
 
 
 def test_a_layer_that_is_not_there():
-    with pytest.raises(ValueError, match=r"expected one of pool, got 'poll'"):
+    with pytest.raises(ValueError, match=r"expected layer to be one of pool, but got 'poll'"):
         bin_locations(Head(), "poll", torch.zeros(1, 3, 8, 8), BOXES[:1])
     with pytest.raises(ValueError, match=r"\(the model has none\)"):
         bin_locations(nn.Conv2d(1, 1, 1), "pool", torch.zeros(1, 1, 8, 8))
@@ -122,7 +122,7 @@ def test_each_detection_has_the_bins_of_its_class():
     found = bin_locations(head, "pool", torch.randn(2, 3, 30, 40), BOXES)
     own = found.of_groups(torch.tensor([1, 0]))
     assert torch.equal(own, torch.stack([found.deformed[0, 1], found.deformed[1, 0]]))
-    shared = found._replace(moved=found.deformed[:, :1])
+    shared = found._replace(deformed=found.deformed[:, :1])
     assert torch.equal(shared.of_groups(torch.tensor([5, 7])), found.deformed[:, 0])
     with pytest.raises(ValueError, match=r"expected groups to be 0 to 1, but got \[0, 2\]"):
         found.of_groups(torch.tensor([0, 2]))
@@ -140,7 +140,7 @@ def test_arguments_by_name_and_the_models_mode():
     head = ByName()
     features = torch.randn(2, 3, 30, 40)
     found = bin_locations(head, "pool", features, BOXES)
-    assert torch.equal(found.regular, bin_locations(Head(), "pool", features, BOXES).plain)
+    assert torch.equal(found.regular, bin_locations(Head(), "pool", features, BOXES).regular)
     assert head.training
 
 

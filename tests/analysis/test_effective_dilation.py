@@ -138,7 +138,7 @@ def test_two_halves_make_the_whole():
     for row, other in zip(whole, dilation_statistics(theirs, images), strict=True):
         assert row.large.mean == pytest.approx(other.large.mean, rel=1e-5)
         assert row.large.count == other.large.count
-    with pytest.raises(ValueError, match="rows of one layer, got '1' and '3'"):
+    with pytest.raises(ValueError, match="rows of one layer, but got '1' and '3'"):
         _ = whole[0] + whole[1]
 
 
@@ -189,9 +189,9 @@ def test_thresholds_and_the_smallest_box():
 
 def test_what_cannot_be_answered_is_refused(images):
     model = pair_of_networks()[0]
-    with pytest.raises(ValueError, match=r"Conv2d has no deformable convolution, neither"):
+    with pytest.raises(ValueError, match=r"deformnet's DeformConv2d or torchvision's, but Conv2d has none"):
         effective_dilation(nn.Conv2d(3, 4, 3), images)
-    with pytest.raises(ValueError, match=r"no module 'backbone.layer4'; near it are"):
+    with pytest.raises(ValueError, match=r"but got 'backbone.layer4'; near misses: "):
         effective_dilation(nn.ModuleDict({"backbone_layer4": model}), images, ["backbone.layer4"])
     with pytest.raises(TypeError, match="'0' is a Conv2d, expected a deformable"):
         effective_dilation(model, images, ["0"])
@@ -199,7 +199,7 @@ def test_what_cannot_be_answered_is_refused(images):
         effective_dilation(model, images, [])
     with pytest.raises(ValueError, match="'0' has one tap"):
         effective_dilation(nn.Sequential(DeformConv2d(3, 2, 1)), images)
-    with pytest.raises(ValueError, match="expected '1' to run once, it ran 2 times"):
+    with pytest.raises(ValueError, match="expected '1' to run once, but it ran 2 times"):
         effective_dilation(model, images, ["1"], call=lambda x: (model(x), model(x)))
     image, boxes = images[0], torch.zeros(0, 4)
     for bad, message in (
@@ -226,7 +226,7 @@ def test_filters_of_one_run(images):
     for name, dilation in effective_dilation(model, images).items():
         filters = found[name]
         assert torch.equal(filters.dilation, dilation)
-        assert filters.at_rest == model[int(name)].dilation
+        assert filters.layer_dilation == model[int(name)].dilation
         assert filters.field == receptive_field(model, images, name)
         for unit in [(0, 0), (2, 5)]:
             y, x = filters.field.center(unit)

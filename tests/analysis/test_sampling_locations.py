@@ -217,9 +217,9 @@ def test_offsets_of_nan_give_points_of_nan(images):
     ("layers", "unit", "stride", "message"),
     [
         ([], (0, 0), 1, "expected layers to be at least one name"),
-        (["upper", "under"], (0, 0), 1, "no module 'under'"),
-        (["lower", "upper"], (0, 0), 1, "the first named last"),
-        (["upper", "upper"], (0, 0), 1, "each to run once"),
+        (["upper", "under"], (0, 0), 1, "names of modules of the model, but got 'under'"),
+        (["lower", "upper"], (0, 0), 1, "the first one last"),
+        (["upper", "upper"], (0, 0), 1, "run once each"),
         (["upper", "lower"], (24, 0), 1, "24x30 units"),
         (["upper", "lower"], (math.nan, 0), 1, "24x30 units"),
         (["upper", "lower"], (0, 0), 0, "expected stride to be at least 1"),
@@ -231,13 +231,13 @@ def test_what_cannot_be_answered_is_refused(images, layers, unit, stride, messag
 
 
 def test_other_layers_are_refused(images):
-    with pytest.raises(TypeError, match="'norm' is a BatchNorm2d"):
+    with pytest.raises(TypeError, match="'norm' to be a convolution or pooling layer, but got a BatchNorm2d"):
         sampling_locations(random_residual(), images, ["norm"], (0, 0), stride=1)
 
 
 def test_a_strided_layer_left_out_is_noticed(images):
     model = nn.Sequential(DeformConv2d(3, 4, 3, padding=1), nn.MaxPool2d(2), DeformConv2d(4, 4, 3))
-    with pytest.raises(ValueError, match="2 reads a map of 12x15, 0 makes one of 24x30"):
+    with pytest.raises(ValueError, match="the input of 2 is 12x15 and the output of 0 is 24x30"):
         sampling_locations(model, images, ["2", "0"], (0, 0), stride=1)
 
 
@@ -433,7 +433,7 @@ def test_a_stride_that_cannot_be_found(images):
         def forward(self, x):
             return self.conv(nn.functional.interpolate(x, size=(9, 9), mode="bilinear"))
 
-    with pytest.raises(ValueError, match=r"field behind aten.*upsample_bilinear2d is not known"):
+    with pytest.raises(ValueError, match=r"field, but it is unknown after aten.*upsample_bilinear2d"):
         sampling_locations(Resized(), images, ["conv"], (0, 0))
     points, _ = sampling_locations(Resized(), images, ["conv"], (0, 0), stride=2)
     torch.testing.assert_close(points[0], 2 * grid((1, 1)))
@@ -442,7 +442,7 @@ def test_a_stride_that_cannot_be_found(images):
 def test_an_unknown_way_between_units(images):
     with pytest.raises(ValueError, match="expected between to be 'bilinear' or 'rounded', but got 'near'"):
         sampling_locations(random_residual(), images, ["upper"], (0, 0), between="near")
-    with pytest.raises(ValueError, match="no module 'uper'; near it are upper"):
+    with pytest.raises(ValueError, match="but got 'uper'; near misses: upper"):
         sampling_locations(random_residual(), images, ["uper"], (0, 0))
 
 
@@ -480,7 +480,7 @@ def test_the_batch_is_what_the_layers_ran_on(images):
     expected, _ = sampling_locations(single, images[:1], ["0"], (3, 4), stride=1)
     assert torch.allclose(found, expected, atol=1e-5)
     parts = nn.Sequential(model.upper, model.lower)
-    with pytest.raises(ValueError, match="layers: 1 ran on 1 images, 0 on 2"):
+    with pytest.raises(ValueError, match="1 ran on 1 images and 0 on 2"):
         record_sampling(parts, images, ["1", "0"], call=lambda x: parts[1](parts[0](x)[:1]))
 
 
@@ -493,7 +493,7 @@ class PadsItself(nn.Conv2d):
 
 def test_a_layer_that_pads_itself_is_refused(images):
     model = nn.Sequential(DeformConv2d(3, 4, 3, padding=1), PadsItself(4, 4, 3))
-    with pytest.raises(ValueError, match="1 makes a map of 25x29 from one of 24x30, which its"):
+    with pytest.raises(ValueError, match="output of 1 is 25x29 for an input of 24x30"):
         sampling_locations(model, images, ["1", "0"], (9, 9))
     assert sampling_locations(model, images, ["0"], (9, 9)).inside.all()
 

@@ -69,17 +69,17 @@ def test_scores_are_float32_under_autocast():
 
 @pytest.mark.parametrize("label", [-1, 3, 255])
 def test_labels_that_are_no_class(label):
-    with pytest.raises(ValueError, match=f"labels: wanted 0 to 2, got {label}"):
+    with pytest.raises(ValueError, match=f"expected labels to be 0 to 2, but got {label}"):
         classifier().losses(torch.zeros(2, 3), torch.tensor([0, label]))
 
 
 def test_wrong_arguments():
     model = classifier()
-    with pytest.raises(ValueError, match=r"labels: wanted \[2\] like the logits, got \[3\]"):
+    with pytest.raises(ValueError, match=r"expected labels to be \[2\] like the logits, but got \[3\]"):
         model.losses(torch.zeros(2, 3), torch.zeros(3, dtype=torch.int64))
-    with pytest.raises(TypeError, match=r"labels: wanted int64, got torch\.float32"):
+    with pytest.raises(TypeError, match=r"expected labels to be int64, but got torch\.float32"):
         model.losses(torch.zeros(2, 3), torch.zeros(2))
-    with pytest.raises(ValueError, match="num_classes: wanted at least 1, got 0"):
+    with pytest.raises(ValueError, match="expected num_classes to be at least 1, but got 0"):
         classifier(0)
 
 

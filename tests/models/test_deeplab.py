@@ -65,21 +65,21 @@ def test_no_valid_pixel_gives_zero_with_zero_gradients():
 def test_labels_that_are_no_class(label):
     target = torch.zeros(1, 4, 4, dtype=torch.int64)
     target[0, 2, 1] = label
-    with pytest.raises(ValueError, match=f"target: wanted labels 0 to 4 or 255, got {label}"):
+    with pytest.raises(ValueError, match=f"expected target to be labels 0 to 4 or 255, but got {label}"):
         small().losses(torch.zeros(1, 5, 4, 4), target)
 
 
 def test_wrong_targets():
     model, logits = small(), torch.zeros(1, 5, 4, 4)
-    with pytest.raises(ValueError, match=r"target: wanted \[1, 4, 4\] .*, got \[1, 4, 3\]"):
+    with pytest.raises(ValueError, match=r"expected target to be \[1, 4, 4\] .*, but got \[1, 4, 3\]"):
         model.losses(logits, torch.zeros(1, 4, 3, dtype=torch.int64))
-    with pytest.raises(TypeError, match=r"target: wanted int64, got torch\.uint8"):
+    with pytest.raises(TypeError, match=r"expected target to be int64, but got torch\.uint8"):
         model.losses(logits, torch.zeros(1, 4, 4, dtype=torch.uint8))
 
 
 @pytest.mark.parametrize("count", [0, 256, -3])
 def test_wrong_number_of_classes(count):
-    with pytest.raises(ValueError, match=f"num_classes: wanted 1 to 255, got {count}"):
+    with pytest.raises(ValueError, match=f"expected num_classes to be 1 to 255, but got {count}"):
         DeepLab(resnet(18), num_classes=count)
 
 
@@ -127,3 +127,22 @@ def test_parameters_of_the_papers_network():
     model = DeepLab(resnet(101), num_classes=21)
     count = sum(parameter.numel() for parameter in model.parameters())
     assert count == 42_500_160 + (2048 * 1024 + 1024) + (1024 * 21 + 21)
+
+
+@pytest.mark.parametrize("modulated", [False, True])
+def test_export_with_dynamic_image_size(modulated):
+    torch.manual_seed(0)
+    backbone = resnet(18, deform_layers=2, modulated=modulated, reduce_channels=8)
+    model = DeepLab(backbone, 5).eval()
+    sizes = {2: torch.export.Dim("h", min=33, max=1024), 3: torch.export.Dim("w", min=33, max=1024)}
+    program = torch.export.export(model, (torch.randn(1, 3, 67, 83),), dynamic_shapes=(sizes,))
+    for size in ((64, 64), (65, 50), (47, 96)):
+        images = torch.randn(1, 3, *size)
+        with torch.no_grad():
+            assert torch.equal(program.module()(images), model(images))
+
+
+def test_random_losses():
+    losses = deeplab().random_losses(torch.randn(2, 3, 37, 40))
+    assert losses() == losses()  # of the same ground truth
+    assert list(losses()) == ["segmentation"]

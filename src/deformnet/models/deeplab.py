@@ -43,8 +43,7 @@ class DeepLab(Network):
         # In half precision the upsampled scores of two classes would often tie.
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         logits = F.interpolate(logits, scale_factor=self.backbone.stride, mode="bilinear")
-        # The feature map covers ceil(H / stride) cells.
-        return logits[..., : images.shape[-2], : images.shape[-1]]
+        return _crop(logits, images.shape[-2], images.shape[-1])
 
     def losses(self, logits: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Cross-entropy loss, averaged over the valid pixels of the batch.
@@ -75,3 +74,11 @@ class DeepLab(Network):
         target = torch.randint(self.num_classes, (len(images), *images.shape[2:]))
         target = target.to(images.device)
         return lambda: self.losses(self(images), target)
+
+
+def _crop(logits: Tensor, height: int, width: int) -> Tensor:
+    """Remove what the feature map, of ceil(H / stride) cells, extends beyond the image."""
+    if torch.compiler.is_compiling():
+        # A slice would be specialized on whether the stride divides a dynamic image size.
+        return F.pad(logits, (0, width - logits.shape[-1], 0, height - logits.shape[-2]))
+    return logits[..., :height, :width]

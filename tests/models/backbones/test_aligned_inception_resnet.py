@@ -263,25 +263,25 @@ def test_own_state_dict_loads_as_weights(model, tmp_path):
 def test_weights_of_something_else(model, tmp_path):
     path = tmp_path / "weights.pth"
     torch.save(torchvision.models.resnet18(weights=None).state_dict(), path)
-    message = r"weights\.pth is of ResNet-18, wanted Aligned-Inception-ResNet: it misses stem"
+    message = r"weights\.pth is of ResNet-18, expected Aligned-Inception-ResNet: it misses stem"
     with pytest.raises(ValueError, match=message):
         aligned_inception_resnet(weights=path)
     with pytest.raises(FileNotFoundError, match=r"no file IMAGENET1K_V1, and there are no public"):
         aligned_inception_resnet(weights="IMAGENET1K_V1")
     state = dict(model.state_dict())
     torch.save({**state, "stem.conv.weight": torch.zeros(1)}, path)
-    with pytest.raises(ValueError, match=r"of this kind: stem.conv.weight has shape \[1\], wanted"):
+    with pytest.raises(ValueError, match=r"of this kind: stem.conv.weight has shape \[1\], expected"):
         aligned_inception_resnet(weights=path)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"norm": "group"}, r"norm: wanted one of .*'frozen'.*, got 'group'"),
-        ({"output_stride": 8}, r"output_stride: wanted one of \(16, 32\), got 8"),
-        ({"dilation": 0}, "dilation: wanted at least 1, got 0"),
-        ({"reduce_channels": 0}, "reduce_channels: wanted at least 1 or None, got 0"),
-        ({"deform_layers": 100}, r"deform_layers: wanted 0 to 99, .*Aligned-Inception.*, got 100"),
+        ({"norm": "group"}, r"expected norm to be one of .*'frozen'.*, but got 'group'"),
+        ({"output_stride": 8}, r"expected output_stride to be one of \(16, 32\), but got 8"),
+        ({"dilation": 0}, "expected dilation to be at least 1, but got 0"),
+        ({"reduce_channels": 0}, "expected reduce_channels to be at least 1 or None, but got 0"),
+        ({"deform_layers": 100}, r"expected deform_layers to be 0 to 99, .*Aligned-Inception.*, but got 100"),
         ({"deform_layers": 1, "offset_groups": 3}, "no multiple of 3 groups"),
     ],
     ids=str,
@@ -298,7 +298,7 @@ def test_it_does_not_stride_elsewhere():
 
 @pytest.mark.parametrize("shape", [(1, 1, 32, 32), (3, 32, 32), (1, 3, 3, 32, 32)])
 def test_wrong_images(model, shape):
-    with pytest.raises(ValueError, match=r"images: wanted \[N, 3, H, W\], got"):
+    with pytest.raises(ValueError, match=r"expected images to be \[N, 3, H, W\], but got"):
         model(torch.randn(shape))
 
 

@@ -459,7 +459,7 @@ def test_a_key_that_no_rule_explains(key, convert):
 def test_checkpoints_that_are_not_our_resnets():
     state = filled(mmdetection_keys(50, PLAIN, C3_TO_C5))
     wrong = {
-        "wanted a whole ResNet-18, 34, 50 or 101, got blocks none": {"neck.0.weight": state},
+        "expected a whole ResNet-18, 34, 50 or 101, got blocks none": {"neck.0.weight": state},
         r"got blocks 3 in layer1, 4 in layer2, 6 in layer3$": {
             k: v for k, v in state.items() if not k.startswith("backbone.layer4.")
         },
@@ -481,9 +481,9 @@ def test_checkpoints_that_are_not_our_resnets():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"pixel_mean": (127.5, 127.5, 127.5)}, "pixel_mean: wanted 103.53, 116.28, 123.675 to"),
-        ({"bgr": False}, "pixel_mean: wanted 123.675, 116.28, 103.53 to within 1, got 103.53"),
-        ({"pixel_std": (1, 0, 1)}, "pixel_std: wanted 3 positive numbers, got 1, 0, 1"),
+        ({"pixel_mean": (127.5, 127.5, 127.5)}, "expected pixel_mean to be 103.53, 116.28, 123.675 to"),
+        ({"bgr": False}, "expected pixel_mean to be 123.675, 116.28, 103.53 to within 1, but got 103.53"),
+        ({"pixel_std": (1, 0, 1)}, "expected pixel_std to be 3 positive numbers, but got 1, 0, 1"),
         ({"pixel_std": (2, 2, 2)}, "pixel_std: the checkpoint has 1, 1, 1, got 2, 2, 2"),
     ],
 )
@@ -516,7 +516,7 @@ def with_objects(path):
         (with_objects, "a.pth", r"damaged, or holds Python objects.*\[\"state_dict\"\]"),
         (garbage, "a.safetensors", "damaged, or no safetensors file"),
         (garbage, "a.pkl", "is a pickle of Python objects.*torch.as_tensor"),
-        (lambda path: torch.save([1], path), "a.pth", "wanted a state dict, got list"),
+        (lambda path: torch.save([1], path), "a.pth", "expected a state dict, got list"),
         (lambda path: None, "a.pth", "no such file"),
     ],
 )

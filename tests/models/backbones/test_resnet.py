@@ -292,12 +292,12 @@ def test_new_layers_start_small():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"depth": 20}, r"depth: wanted one of \(18, 34, 50, 101\), got 20"),
-        ({"norm": "group"}, r"norm: wanted one of .*'frozen'.*, got 'group'"),
-        ({"dilation": 0}, "dilation: wanted at least 1, got 0"),
-        ({"reduce_channels": 0}, "reduce_channels: wanted at least 1 or None, got 0"),
-        ({"deform_layers": 17}, r"deform_layers: wanted 0 to 16, .* ResNet-18, got 17"),
-        ({"deform_layers": -1}, r"deform_layers: wanted 0 to 16, .* got -1"),
+        ({"depth": 20}, r"expected depth to be one of \(18, 34, 50, 101\), but got 20"),
+        ({"norm": "group"}, r"expected norm to be one of .*'frozen'.*, but got 'group'"),
+        ({"dilation": 0}, "expected dilation to be at least 1, but got 0"),
+        ({"reduce_channels": 0}, "expected reduce_channels to be at least 1 or None, but got 0"),
+        ({"deform_layers": 17}, r"expected deform_layers to be 0 to 16, .* ResNet-18, but got 17"),
+        ({"deform_layers": -1}, r"expected deform_layers to be 0 to 16, .* got -1"),
         ({"deform_layers": 1, "offset_groups": 3}, "no multiple of 3 groups"),
     ],
     ids=str,
@@ -309,7 +309,7 @@ def test_wrong_arguments(arguments, message):
 
 @pytest.mark.parametrize("shape", [(1, 1, 32, 32), (3, 32, 32), (1, 3, 3, 32, 32)])
 def test_wrong_images(shape):
-    with pytest.raises(ValueError, match=r"images: wanted \[N, 3, H, W\], got"):
+    with pytest.raises(ValueError, match=r"expected images to be \[N, 3, H, W\], but got"):
         resnet(18)(torch.randn(shape))
 
 
@@ -367,7 +367,7 @@ def test_weights_of_something_else(tmp_path):
         "holds no state dict but list": [1, 2],
         r"not a ResNet-18 of this kind: it misses .* and \d+ more": nn.Linear(2, 2).state_dict(),
         "has besides layer1.0.conv3.weight": TORCHVISION[50](weights=None).state_dict(),
-        r"layer2.0.conv1.weight has shape \[1\], wanted \[128, 64, 3, 3\]": {
+        r"layer2.0.conv1.weight has shape \[1\], expected \[128, 64, 3, 3\]": {
             **good,
             "layer2.0.conv1.weight": torch.zeros(1),
         },
@@ -388,7 +388,7 @@ def test_the_run_of_a_network_that_strides_elsewhere_is_refused(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     torch.save(checkpoint, tmp_path / "checkpoints/last.ckpt")
     resnet(50, stride_in_1x1=True, weights=tmp_path)
-    with pytest.raises(ValueError, match=r"was trained with stride_in_1x1=True, wanted False"):
+    with pytest.raises(ValueError, match=r"was trained with stride_in_1x1=True, expected False"):
         resnet(50, weights=tmp_path)
 
 

@@ -59,12 +59,12 @@ def test_an_image_has_the_units_that_its_own_map_would_have(size):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"sizes": ()}, r"sizes: wanted numbers above 0, got \(\)"),
-        ({"sizes": (32, 0)}, r"sizes: wanted numbers above 0, got \(32, 0\)"),
-        ({"ratios": (math.nan,)}, r"ratios: wanted numbers above 0, got \(nan,\)"),
-        ({"ratios": (1, math.inf)}, r"ratios: wanted numbers above 0, got \(1, inf\)"),
-        ({"stride": 0}, "stride: wanted at least 1, got 0"),
-        ({"convention": "caffe"}, r"convention: wanted one of .*'msra2017'\), got 'caffe'"),
+        ({"sizes": ()}, r"expected sizes to be numbers above 0, but got \(\)"),
+        ({"sizes": (32, 0)}, r"expected sizes to be numbers above 0, but got \(32, 0\)"),
+        ({"ratios": (math.nan,)}, r"expected ratios to be numbers above 0, but got \(nan,\)"),
+        ({"ratios": (1, math.inf)}, r"expected ratios to be numbers above 0, but got \(1, inf\)"),
+        ({"stride": 0}, "expected stride to be at least 1, but got 0"),
+        ({"convention": "caffe"}, r"expected convention to be one of .*'msra2017'\), but got 'caffe'"),
     ],
 )
 def test_wrong_arguments(changed, message):

@@ -37,9 +37,9 @@ def test_a_box_of_whole_cells(pool):
     assert logits.shape == (3, 4)
     assert deltas.shape == (3, 3, 4)
     # The first box is 7 x 7 cells, from (1, 2) on: whatever the pooling, each bin is a cell.
-    wanted = head(model, last[:1, :, 2:9, 1:8])
-    torch.testing.assert_close(logits[:1], wanted[0])
-    torch.testing.assert_close(deltas[:1], wanted[1])
+    expected = head(model, last[:1, :, 2:9, 1:8])
+    torch.testing.assert_close(logits[:1], expected[0])
+    torch.testing.assert_close(deltas[:1], expected[1])
 
 
 def test_max_pooling():
@@ -112,10 +112,10 @@ def test_a_sample_of_rois_trains():
 @pytest.mark.parametrize("pool", ["max", "average", "deformable"])
 def test_runs_under_autocast(pool):
     model, last = network(pool=pool), torch.randn(2, 8, 9, 10)
-    wanted = model.box_head(last, BOXES)
+    expected = model.box_head(last, BOXES)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = model.box_head(last, BOXES)
-    for a, b in zip(found, wanted, strict=True):
+    for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a.float(), b, rtol=0.1, atol=0.01)
 
 
@@ -153,9 +153,9 @@ def test_parameters_of_the_papers_network():
 
 
 def test_wrong_arguments():
-    with pytest.raises(ValueError, match=r"pool: wanted one of .*, got 'mean'"):
+    with pytest.raises(ValueError, match=r"expected pool to be one of .*, but got 'mean'"):
         network(pool="mean")
-    with pytest.raises(ValueError, match="beta: wanted a number of at least 0, got -1"):
+    with pytest.raises(ValueError, match="expected beta to be a number of at least 0, but got -1"):
         network(pool="deformable", beta=-1)
-    with pytest.raises(ValueError, match="num_classes: wanted at least 1, got 0"):
+    with pytest.raises(ValueError, match="expected num_classes to be at least 1, but got 0"):
         network(classes=0, pool="max")

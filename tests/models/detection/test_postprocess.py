@@ -183,10 +183,10 @@ def test_merged_runs_may_differ_in_whether_classes_have_boxes():
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"score_threshold": -0.1}, "score_threshold: wanted 0 to 1, got -0.1"),
-        ({"score_threshold": math.nan}, "score_threshold: wanted 0 to 1, got nan"),
-        ({"nms": 1.5}, "nms: wanted an IoU from 0 to 1, got 1.5"),
-        ({"max_detections": 0}, "max_detections: wanted at least 1, got 0"),
+        ({"score_threshold": -0.1}, "expected score_threshold to be 0 to 1, but got -0.1"),
+        ({"score_threshold": math.nan}, "expected score_threshold to be 0 to 1, but got nan"),
+        ({"nms": 1.5}, "expected nms to be an IoU from 0 to 1, but got 1.5"),
+        ({"max_detections": 0}, "expected max_detections to be at least 1, but got 0"),
     ],
 )
 def test_wrong_numbers(changed, message):
@@ -196,10 +196,10 @@ def test_wrong_numbers(changed, message):
 
 @pytest.mark.parametrize("shape", [(60,), (59, 4), (60, 3, 4), (60, 5)], ids=str)
 def test_wrong_shapes(shape):
-    with pytest.raises(ValueError, match=r"candidates: wanted boxes .* for scores .*, got \["):
+    with pytest.raises(ValueError, match=r"expected candidates to be boxes .* for scores .*, but got \["):
         postprocess(Candidates(torch.zeros(shape), torch.zeros(60, 4)))
 
 
 def test_merging_nothing():
-    with pytest.raises(ValueError, match="parts: wanted candidates of at least one run, got none"):
+    with pytest.raises(ValueError, match="expected parts to be candidates of at least one run, but got none"):
         merge([])

@@ -122,5 +122,5 @@ def test_parameters_of_the_papers_network():
 
 @pytest.mark.parametrize("pool", ["max", "plain"])
 def test_wrong_pool(pool):
-    with pytest.raises(ValueError, match=f"pool: wanted one of .*, got '{pool}'"):
+    with pytest.raises(ValueError, match=f"expected pool to be one of .*, but got '{pool}'"):
         network(pool=pool)

@@ -61,13 +61,13 @@ def test_boxes_belong_to_the_object_that_they_overlap_most():
         assert label == classes[winner] + 1
         x1, y1, x2, y2 = box.tolist()
         u1, v1, u2, v2 = objects[winner].tolist()
-        wanted = [
+        expected = [
             ((u1 + u2) / 2 - (x1 + x2) / 2) / (x2 - x1) / 0.1,
             ((v1 + v2) / 2 - (y1 + y2) / 2) / (y2 - y1) / 0.1,
             math.log((u2 - u1) / (x2 - x1)) / 0.2,
             math.log((v2 - v1) / (y2 - y1)) / 0.2,
         ]
-        assert deltas.tolist() == pytest.approx(wanted, abs=1e-4)
+        assert deltas.tolist() == pytest.approx(expected, abs=1e-4)
     assert 6 < foreground < 100
 
 
@@ -127,10 +127,10 @@ def test_sampling_fills_up():
     assert len(subsample(rois_of([]), 128, min_iou=0.1).labels) == 0
 
 
-def losses_of_one(logits, deltas, label, wanted):
+def losses_of_one(logits, deltas, label, expected):
     """Softmax and smooth L1 loss of one RoI."""
     class_loss = math.log(sum(math.exp(x) for x in logits)) - logits[label]
-    gaps = [abs(a - b) for a, b in zip(deltas, wanted, strict=True)]
+    gaps = [abs(a - b) for a, b in zip(deltas, expected, strict=True)]
     box_loss = sum(0.5 * gap**2 if gap < 1 else gap - 0.5 for gap in gaps)
     return class_loss, box_loss if label else 0.0
 
@@ -159,9 +159,9 @@ def test_losses_of_the_hardest(count, own_boxes):
     counted, start = [], 0
     for image in images:
         pairs = []
-        for r, (label, wanted) in enumerate(zip(image.labels, image.deltas, strict=True), start):
+        for r, (label, expected) in enumerate(zip(image.labels, image.deltas, strict=True), start):
             own = deltas[r, max(label - 1, 0)] if own_boxes else deltas[r]
-            pair = losses_of_one(logits[r].tolist(), own.tolist(), label, wanted.tolist())
+            pair = losses_of_one(logits[r].tolist(), own.tolist(), label, expected.tolist())
             pairs.append((sum(pair), *pair, r))
         start += len(pairs)
         hardest = sorted(pairs, reverse=True)[:count]
@@ -194,8 +194,8 @@ def test_losses_of_half_precision_are_float32():
     logits = torch.randn(3, 4, dtype=torch.bfloat16)
     losses = roi_losses(logits, torch.randn(3, 4).bfloat16(), [rois_of([1, 0, 2])], 128)
     assert all(loss.dtype == torch.float32 for loss in losses.values())
-    wanted = F.cross_entropy(logits.float(), torch.tensor([1, 0, 2]))
-    torch.testing.assert_close(losses["class"], wanted)
+    expected = F.cross_entropy(logits.float(), torch.tensor([1, 0, 2]))
+    torch.testing.assert_close(losses["class"], expected)
 
 
 def test_boxes_for_pooling():
@@ -374,19 +374,19 @@ def test_the_same_seed_draws_the_same_sample():
 def test_wrong_inputs():
     model = detector("R-FCN")
     images, targets = batch()
-    with pytest.raises(ValueError, match="sizes: wanted one for each of 2 images, got 1"):
+    with pytest.raises(ValueError, match="expected sizes to be one for each of 2 images, but got 1"):
         model.losses(images, SIZES[:1], targets)
-    with pytest.raises(ValueError, match="targets: wanted one for each of 2 images, got 3"):
+    with pytest.raises(ValueError, match="expected targets to be one for each of 2 images, but got 3"):
         model.losses(images, SIZES, [*targets, nothing()])
-    with pytest.raises(ValueError, match="proposals: wanted one for each of 2 images, got 0"):
+    with pytest.raises(ValueError, match="expected proposals to be one for each of 2 images, but got 0"):
         model.losses(images, SIZES, targets, [])
     for label in (-1, 3):
         wrong = [nothing(), Target(torch.ones(1, 4), torch.tensor([label]))]
-        message = f"targets: wanted labels 0 to 2, got {label} in image 1"
+        message = f"expected targets to be labels 0 to 2, but got {label} in image 1"
         with pytest.raises(ValueError, match=message):
             model.losses(images, SIZES, wrong)
     wrong = [nothing(), Target(torch.ones(2, 4), torch.tensor([0]))]
-    with pytest.raises(ValueError, match=r"wanted boxes \[n, 4\] .*, got \[2, 4\] and \[1\] in"):
+    with pytest.raises(ValueError, match=r"expected boxes \[n, 4\] .*, got \[2, 4\] and \[1\] in"):
         model.losses(images, SIZES, wrong)
 
 

@@ -232,15 +232,15 @@ def loops(rpn, output, targets):
         places = assigned(rpn, anchors.tolist(), size, target)
         class_loss = box_loss = 0.0
         for k, t in places.items():
-            wanted = 0
+            expected = 0
             if t is not None:
-                wanted = 1 if rpn.num_classes == 1 else int(target.labels[t]) + 1
+                expected = 1 if rpn.num_classes == 1 else int(target.labels[t]) + 1
                 deltas = encode(target.boxes[t : t + 1].double(), anchors[k : k + 1])[0]
                 box_loss += sum(
                     smooth_l1(a - b)
                     for a, b in zip(output.deltas[image, k].tolist(), deltas.tolist(), strict=True)
                 )
-            class_loss -= output.logits[image, k].double().log_softmax(dim=0)[wanted].item()
+            class_loss -= output.logits[image, k].double().log_softmax(dim=0)[expected].item()
         class_losses.append(class_loss / max(len(places), 1))
         box_losses.append(box_loss / max(len(places), 1))
     count = len(targets)
@@ -355,7 +355,7 @@ def test_no_anchor_that_trains_gives_zero_with_zero_gradients():
 def test_labels_that_are_no_class(label):
     rpn = small(3)
     targets = [Target(TARGETS[1].boxes, torch.tensor([label])), NO_OBJECTS]
-    with pytest.raises(ValueError, match=f"targets: wanted labels 0 to 2, got {label}"):
+    with pytest.raises(ValueError, match=f"expected targets to be labels 0 to 2, but got {label}"):
         rpn.losses(answers(rpn), MAP, SIZES, targets)
     rpn = small(1)  # tells no classes apart
     assert rpn.losses(answers(rpn), MAP, SIZES, targets)["rpn_box"] > 0
@@ -364,12 +364,12 @@ def test_labels_that_are_no_class(label):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"num_classes": 0}, "num_classes: wanted at least 1, got 0"),
-        ({"batch": 0}, "batch: wanted at least 1, got 0"),
-        ({"pre_nms": 0}, "pre_nms: wanted at least 1, got 0"),
-        ({"post_nms": -1}, "post_nms: wanted at least 1, got -1"),
-        ({"nms": 7}, "nms: wanted an IoU from 0 to 1, got 7"),
-        ({"sizes": ()}, r"sizes: wanted numbers above 0, got \(\)"),
+        ({"num_classes": 0}, "expected num_classes to be at least 1, but got 0"),
+        ({"batch": 0}, "expected batch to be at least 1, but got 0"),
+        ({"pre_nms": 0}, "expected pre_nms to be at least 1, but got 0"),
+        ({"post_nms": -1}, "expected post_nms to be at least 1, but got -1"),
+        ({"nms": 7}, "expected nms to be an IoU from 0 to 1, but got 7"),
+        ({"sizes": ()}, r"expected sizes to be numbers above 0, but got \(\)"),
     ],
 )
 def test_wrong_arguments(changed, message):
