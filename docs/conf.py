@@ -44,7 +44,7 @@ nitpick_ignore_regex = [
     # Types that occur in public signatures, and are not public themselves.
     ("py:class", r"deformnet\.(recipes|analysis\.sampling)\._\w+"),
     ("py:class", r"deformnet\.models\.\w+\.(Features|RPNOutput|RoIs|RegionDetector)"),
-    ("py:class", r"deformnet\.data\.\w+\.(SegmentationDataset|Photo|Objects)"),
+    ("py:class", r"deformnet\.data\.\w+\.(SegmentationDataset|LabeledImage|ImageFile|ObjectList)"),
     (
         "py:class",
         r"deformnet\.(datacheck\.check\.ListSummary|backbones\.features\.FrozenBatchNorm2d)",

@@ -1,4 +1,4 @@
-"""Small sets on disk, made by hand."""
+"""Small data sets on disk."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from small_sets import save_image, save_labels
 
 @pytest.fixture
 def voc(tmp_path: Path) -> Path:
-    """root/VOCdevkit/VOC2012 with images a, b, c (12 x 16, labels 0, 1, 2) in train (a, b), val."""
+    """Images a, b (12 x 16, labels 0, 1) in train, c (label 2) in val of VOCdevkit/VOC2012."""
     folder = tmp_path / "set/VOCdevkit/VOC2012"
     for seed, name in enumerate("abc"):
         save_image(folder / f"JPEGImages/{name}.jpg", seed=seed)
@@ -24,7 +24,7 @@ def voc(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def cityscapes(tmp_path: Path) -> Path:
-    """Two cities in train, one in val; each image's labels are one id: 7, 26, 33 and void 0."""
+    """Two cities in train, one in val; each image has one id: 7, 26, 33 and void 0."""
     root = tmp_path / "cityscapes"
     for split, city, frame, label in (
         ("train", "aachen", "000001", 7),

@@ -1,4 +1,4 @@
-"""Writing small detection sets."""
+"""Writers of small detection data sets."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Writing small images and label maps, and a check of error messages."""
+"""Writers of small images and label maps, and a check of error messages."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,7 +27,7 @@ def save_labels(path: Path, labels: np.ndarray, mode: str = "P") -> None:
 
 @contextmanager
 def one_line(error: type[Exception], *parts: object) -> Iterator[None]:
-    """The block raises `error` with a message of one line that holds all `parts`."""
+    """The block raises `error` with a message of one line that contains all `parts`."""
     with pytest.raises(error) as caught:
         yield
     message = str(caught.value)

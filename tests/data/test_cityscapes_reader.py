@@ -1,4 +1,4 @@
-"""The Cityscapes layout: files, the map of ids, and what is said about bad input."""
+"""The Cityscapes layout: files, the map of ids, and messages about bad input."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ def labels_of(root, split="val"):
     return next((root / "gtFine" / split).glob("*/*_labelIds.png"))
 
 
-def test_files_in_order_of_name(cityscapes):
+def test_images_are_sorted_by_name(cityscapes):
     images = CityscapesSegmentation(cityscapes, "train")
     names = ["aachen_000000_000000", "aachen_000000_000001", "bochum_000000_000000"]
     assert [images.name(i) for i in range(len(images))] == names
@@ -29,7 +29,7 @@ def test_files_in_order_of_name(cityscapes):
     assert [int(images[i][1].max()) for i in range(3)] == [13, 0, 18]
 
 
-def test_every_id(cityscapes):
+def test_all_ids_are_mapped(cityscapes):
     stored = np.arange(34).repeat(6)[:192].reshape(12, 16)
     stored[-1, -2:] = 255, 33
     save_labels(labels_of(cityscapes), stored, mode="L")
@@ -44,7 +44,7 @@ def test_classes_are_the_nineteen_in_train_id_order(cityscapes):
     assert (classes[0], classes[13], classes[18]) == ("road", "car", "bicycle")
 
 
-def test_compact_numbers_what_occurs_in_any_split(cityscapes):
+def test_compact_keeps_classes_of_any_split(cityscapes):
     train = CityscapesSegmentation(cityscapes, "train", compact=True)
     val = CityscapesSegmentation(cityscapes, "val", compact=True)
     assert train.classes == val.classes == ("road", "car", "bicycle")
@@ -95,7 +95,7 @@ def test_labels_of_another_size(cityscapes):
         CityscapesSegmentation(cityscapes, "val")[0]
 
 
-def test_colour_labels(cityscapes):
+def test_color_labels(cityscapes):
     Image.new("RGB", (16, 12)).save(labels_of(cityscapes))
     with one_line(ValueError, labels_of(cityscapes), "class ids", "RGB"):
         CityscapesSegmentation(cityscapes, "val")[0]

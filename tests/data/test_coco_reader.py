@@ -1,4 +1,4 @@
-"""Boxes in the COCO layout: what is read, what a worker costs, and what is said about bad input."""
+"""Boxes in the COCO layout: content, memory of workers, and messages about bad input."""
 
 import gc
 import json
@@ -29,7 +29,7 @@ def coco(tmp_path, content):
     return tmp_path / "set"
 
 
-def test_reads_image_and_objects_of_it(coco):
+def test_reads_images_and_objects(coco):
     images = COCODetection(coco, "train")
     assert len(images) == 3
     assert images.classes == ("one", "two")  # in the order of their ids, 4 and 90
@@ -59,7 +59,7 @@ def test_reads_image_and_objects_of_it(coco):
     ("split", "folder"),
     [("train_small", "train"), ("a_b_c", "a_b"), ("train", ""), ("train", "images")],
 )
-def test_places_of_the_images(tmp_path, content, split, folder):
+def test_image_folders(tmp_path, content, split, folder):
     write_coco(tmp_path, content, split, folder)
     assert COCODetection(tmp_path, split).image_path(0) == tmp_path / folder / "0007.jpg"
 
@@ -129,11 +129,11 @@ def test_boxes_are_clipped(tmp_path, content):
     assert images.dropped == 0
 
 
-# What the set costs in a worker process.
+# Memory in worker processes.
 
 
 def repeated(path, content, times):
-    """The same with many more images and objects, all of one file."""
+    """The data set with many more images and objects, all of one file."""
     images, objects = content["images"], content["annotations"]
     for number in range(100, 100 + times):
         images.append({"id": number, "file_name": f"{number}.jpg", "height": 12, "width": 16})
@@ -146,7 +146,7 @@ def repeated(path, content, times):
 
 
 def objects_in(dataset):
-    """How many Python objects hang on the data set, classes and modules apart."""
+    """Number of Python objects of the data set, without classes and modules."""
     seen, todo = set(), [vars(dataset)]
     while todo:
         item = todo.pop()
@@ -157,7 +157,7 @@ def objects_in(dataset):
     return len(seen)
 
 
-def test_no_object_for_an_image(coco, content):
+def test_no_python_object_per_image(coco, content):
     small = COCODetection(coco, "train")
     large = repeated(coco, content, 3000)
     assert len(large) == 3003
@@ -170,7 +170,7 @@ def test_no_object_for_an_image(coco, content):
     assert large.annotations(0).labels.tolist() == [0, 1, 0]
 
 
-def as_they_are(samples):
+def unchanged(samples):
     return samples
 
 
@@ -178,22 +178,16 @@ def as_they_are(samples):
 def test_workers_read_the_same(coco, context):
     images = COCODetection(coco, "train")
     loader = DataLoader(
-        images, num_workers=1, multiprocessing_context=context, collate_fn=as_they_are
+        images, num_workers=1, multiprocessing_context=context, collate_fn=unchanged
     )
     for i, ((image, annotations),) in enumerate(loader):
         expected_image, expected = images[i]
         assert torch.equal(image, expected_image)
-        for value, wanted in zip(annotations, expected, strict=True):
-            assert torch.equal(value, wanted)
+        for value, expected_value in zip(annotations, expected, strict=True):
+            assert torch.equal(value, expected_value)
 
 
-# Bad input. All but the pixels is looked at when the set is opened.
-
-
-def refused(tmp_path, content, error, *parts):
-    write_coco(tmp_path, content)
-    with one_line(error, "instances_train.json", *parts):
-        COCODetection(tmp_path, "train")
+# Bad input. Everything but the pixels is checked at construction.
 
 
 def test_missing_split_lists_the_others(coco):
@@ -213,11 +207,11 @@ def test_broken_json(coco, text):
         COCODetection(coco, "train")
 
 
-@pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
-def test_truncated_json(coco, share):
+@pytest.mark.parametrize("fraction", [0.1, 0.5, 0.99])
+def test_truncated_json(coco, fraction):
     path = coco / "annotations/instances_train.json"
     text = path.read_text()
-    path.write_text(text[: int(share * len(text))])
+    path.write_text(text[: int(fraction * len(text))])
     with one_line(ValueError, path, "not readable as json"):
         COCODetection(coco, "train")
 
@@ -228,49 +222,43 @@ def test_byte_order_mark(coco):
     assert len(COCODetection(coco, "train")) == 3
 
 
-@pytest.mark.parametrize("key", ["images", "annotations", "categories"])
-@pytest.mark.parametrize("value", [None, {}, [1]])
-def test_lists_that_are_none(coco, content, key, value):
-    content[key] = value
+LISTS = ("images", "annotations", "categories")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        *(
+            ({key: value}, f"list of objects under '{key}'")
+            for key in LISTS
+            for value in (None, {}, [1])
+        ),
+        ({"images": []}, "entries under 'images', but the list is empty"),
+        ({"categories": []}, "entries under 'categories', but the list is empty"),
+        (None, "list of objects under 'images'"),  # results instead of annotations
+    ],
+)
+def test_invalid_lists(coco, content, change, message):
     path = coco / "annotations/instances_train.json"
-    path.write_text(json.dumps(content))
-    with one_line(ValueError, path, f"list of objects under '{key}'"):
+    path.write_text(json.dumps(content["annotations"] if change is None else content | change))
+    with one_line(ValueError, path, message):
         COCODetection(coco, "train")
 
 
-def test_results_in_place_of_annotations(coco, content):
-    path = coco / "annotations/instances_train.json"
-    path.write_text(json.dumps(content["annotations"]))
-    with one_line(ValueError, path, "list of objects under 'images'"):
-        COCODetection(coco, "train")
-
-
-@pytest.mark.parametrize("key", ["images", "categories"])
-def test_empty_lists(coco, content, key):
-    content[key] = []
-    path = coco / "annotations/instances_train.json"
-    path.write_text(json.dumps(content))
-    with one_line(ValueError, path, f"entries under '{key}'", "empty"):
-        COCODetection(coco, "train")
-
-
-def test_images_found_nowhere(coco):
+def test_images_in_no_folder(coco):
     for path in (coco / "train").iterdir():
         path.unlink()
     with one_line(FileNotFoundError, "instances_train.json", "lists 0007.jpg", coco / "images"):
         COCODetection(coco, "train")
 
 
-def test_one_missing_image(coco):
-    (coco / "train/0005.jpg").unlink()
-    with one_line(FileNotFoundError, "lists 0005.jpg", "not in", coco / "train"):
-        COCODetection(coco, "train")
-
-
-def test_missing_images_are_counted(coco):
-    for name in ("0003", "0005"):
-        (coco / f"train/{name}.jpg").unlink()
-    with one_line(FileNotFoundError, "lists 0003.jpg", "and 1 more"):
+@pytest.mark.parametrize(
+    ("names", "parts"), [("5", ["lists 0005.jpg"]), ("35", ["lists 0003.jpg", "and 1 more"])]
+)
+def test_missing_images(coco, names, parts):
+    for name in names:
+        (coco / f"train/000{name}.jpg").unlink()
+    with one_line(FileNotFoundError, *parts, "not in", coco / "train"):
         COCODetection(coco, "train")
 
 
@@ -291,38 +279,28 @@ def test_missing_images_are_counted(coco):
 )
 def test_bad_annotations(tmp_path, content, key, value, parts):
     content["annotations"][1][key] = value
-    refused(tmp_path, content, ValueError, "annotation 2:", *parts)
-
-
-def test_bad_ids(tmp_path, content):
-    content["images"][1]["id"] = "3"
-    content["images"][1]["file_name"] = "3.jpg"
-    path = tmp_path / "annotations/instances_train.json"
-    path.parent.mkdir()
-    path.write_text(json.dumps(content))
-    with one_line(ValueError, path, "'images'", "integer 'id'", "'3'"):
+    write_coco(tmp_path, content)
+    with one_line(ValueError, "instances_train.json", "annotation 2:", *parts):
         COCODetection(tmp_path, "train")
 
 
-@pytest.mark.parametrize("key", ["images", "categories"])
-def test_ids_given_twice(tmp_path, content, key):
-    content[key][1]["id"] = content[key][0]["id"]
-    refused(tmp_path, content, ValueError, f"'{key}'", "more than once")
-
-
-def test_files_given_twice(tmp_path, content):
-    content["images"][1]["file_name"] = "0007.jpg"
-    refused(tmp_path, content, ValueError, "'images'", "'0007.jpg' occurs more than once")
-
-
-def test_classes_given_twice(tmp_path, content):
-    content["categories"][1]["name"] = "two"
-    refused(tmp_path, content, ValueError, "'categories'", "'two' occurs more than once")
-
-
-def test_unnamed_class(tmp_path, content):
-    del content["categories"][1]["name"]
-    refused(tmp_path, content, ValueError, "'categories'", "'name'", "None")
+@pytest.mark.parametrize(
+    ("key", "change", "parts"),
+    [
+        ("images", {"id": "3"}, ["'images'", "integer 'id'", "'3'"]),
+        ("images", {"id": 7}, ["'images'", "id 7 occurs more than once"]),
+        ("categories", {"id": 90}, ["'categories'", "id 90 occurs more than once"]),
+        ("images", {"file_name": "0007.jpg"}, ["'images'", "'0007.jpg' occurs more than once"]),
+        ("categories", {"name": "two"}, ["'categories'", "'two' occurs more than once"]),
+        ("categories", {"name": None}, ["'categories'", "'name'", "None"]),
+    ],
+)
+def test_bad_entries(coco, content, key, change, parts):
+    content[key][1].update(change)
+    path = coco / "annotations/instances_train.json"
+    path.write_text(json.dumps(content))
+    with one_line(ValueError, path, *parts):
+        COCODetection(coco, "train")
 
 
 def test_image_of_another_size(tmp_path, content):
@@ -333,14 +311,14 @@ def test_image_of_another_size(tmp_path, content):
         images[0]
 
 
-def test_image_that_is_none(coco):
+def test_unreadable_image(coco):
     (coco / "train/0005.jpg").write_text("text")
     images = COCODetection(coco, "train")
     with one_line(ValueError, "0005.jpg", "not a readable image"):
         images[2]
 
 
-# Real sets.
+# Real data sets.
 
 
 def test_coco_tiny(real_data):
@@ -359,9 +337,9 @@ def test_coco_tiny(real_data):
         assert images.classes[:2] == ("person", "bicycle")
         assert images.category_ids[-1] == 90
     images = COCODetection(root, "train2017")
-    grey = [i for i in range(128) if Image.open(images.image_path(i)).mode == "L"]
-    assert len(grey) == 1
-    for i in [*range(0, 128, 25), *grey]:
+    gray = [i for i in range(128) if Image.open(images.image_path(i)).mode == "L"]
+    assert len(gray) == 1
+    for i in [*range(0, 128, 25), *gray]:
         assert images[i][0].shape == (3, *images.size(i))
 
 
@@ -381,7 +359,7 @@ def test_nuclei(real_data):
         assert images.classes == ("nucleus",)
 
 
-def test_boxes_are_the_edges_of_the_masks(real_data):
+def test_boxes_bound_the_masks(real_data):
     images = COCODetection(real_data / "nuclei_coco", "val_small")
     content = json.loads(images.annotation_files[0].read_text())
     for i in range(0, len(images), 40):

@@ -1,4 +1,4 @@
-"""The check of data sets: what it finds, what it says, and that it goes on where it stopped."""
+"""The check of data sets: problems, remarks, official counts, resumption."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from small_sets import one_line, save_image, save_labels
 
 from deformnet.data.check import OFFICIAL_SETS, check_data, where_text
 from deformnet.data.check.items import has_area
@@ -22,15 +22,8 @@ XML = (
 )
 
 
-def save_image(path: Path, height: int = 12, width: int = 16) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path)
-
-
-def save_labels(path: Path, label: int, height: int = 12, width: int = 16) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.full((height, width), label, dtype=np.uint8)).save(path)
+def save_label(path: Path, label: int, height: int = 12, width: int = 16) -> None:
+    save_labels(path, np.full((height, width), label), mode="L")
 
 
 def write_list(path: Path, names) -> None:
@@ -46,7 +39,7 @@ def cache(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def voc(tmp_path) -> Path:
-    """An own set: boxes of a to d in trainval, a and b in train; masks of a (0) and b (1)."""
+    """A custom data set: boxes of a to d in trainval, a and b in train; masks of a (0), b (1)."""
     root = tmp_path / "voc"
     year = root / "VOCdevkit/VOC2012"
     for name in "abcd":
@@ -55,7 +48,7 @@ def voc(tmp_path) -> Path:
         xml.parent.mkdir(exist_ok=True)
         xml.write_text(XML.format(name="one", box=(2, 2, 9, 9)))
     for label, name in enumerate("ab"):
-        save_labels(year / f"SegmentationClass/{name}.png", label)
+        save_label(year / f"SegmentationClass/{name}.png", label)
     write_list(year / "ImageSets/Main/trainval.txt", "abcd")
     write_list(year / "ImageSets/Main/train.txt", "ab")
     write_list(year / "ImageSets/Main/one_train.txt", ["a 1", "b -1"])
@@ -66,7 +59,7 @@ def voc(tmp_path) -> Path:
 
 @pytest.fixture
 def coco(tmp_path) -> Path:
-    """Images 1 to 4 of split own, an object in each, in own/."""
+    """Images 1 to 4, with an object each, of split own in own/."""
     root = tmp_path / "coco"
     for number in range(1, 5):
         save_image(root / f"own/{number}.jpg")
@@ -97,7 +90,7 @@ def cityscapes(tmp_path) -> Path:
     for number in range(3):
         name = f"town_000000_{number:06d}"
         save_image(root / f"leftImg8bit/train/town/{name}_leftImg8bit.png")
-        save_labels(root / f"gtFine/train/town/{name}_gtFine_labelIds.png", 7)
+        save_label(root / f"gtFine/train/town/{name}_gtFine_labelIds.png", 7)
     return root
 
 
@@ -118,10 +111,10 @@ def rows(report) -> dict:
     return {one.name: (one.images, one.missing, one.faulty) for one in report.lists}
 
 
-# Good sets, of every layout.
+# Valid data sets of all layouts.
 
 
-def test_good_voc(voc, cache):
+def test_valid_voc(voc, cache):
     report = check(voc)
     assert report.ok
     assert rows(report) == {
@@ -137,14 +130,14 @@ def test_good_voc(voc, cache):
     assert "VOC2012/Main/trainval" in report.file.read_text()
 
 
-def test_good_others(coco, cityscapes, folders):
+def test_other_valid_layouts(coco, cityscapes, folders):
     assert rows(check(coco)) == {"instances_own": (4, 0, 0)}
     assert rows(check(cityscapes)) == {"gtFine/train": (3, 0, 0)}
     assert rows(check(folders)) == {"train": (2, 0, 0), "val": (2, 0, 0)}
     assert all(check(root).ok for root in (coco, cityscapes, folders))
 
 
-def test_sets_a_folder_below(voc, coco, cityscapes, folders, tmp_path):
+def test_data_sets_in_subfolders(voc, coco, cityscapes, folders, tmp_path):
     (coco / "own/3.jpg").write_text("no image")
     report = check(tmp_path)
     assert set(rows(report)) == {
@@ -161,7 +154,7 @@ def test_sets_a_folder_below(voc, coco, cityscapes, folders, tmp_path):
     assert rows(report)["coco/instances_own"] == (4, 0, 1)
 
 
-def test_years_beside_other_sets(voc, coco, tmp_path):
+def test_years_beside_other_data_sets(voc, coco, tmp_path):
     root = tmp_path / "all"
     voc.rename(root)
     shutil.move(coco, root / "VOC_in_json")
@@ -174,13 +167,13 @@ def test_years_beside_other_sets(voc, coco, tmp_path):
     }
 
 
-def test_any_level_of_voc(voc):
+def test_all_levels_of_voc(voc):
     for place in ("VOCdevkit", "VOCdevkit/VOC2012"):
         assert check(voc / place).ok
         assert "VOC2012/Main/trainval" in rows(check(voc / place))
 
 
-def test_several_processes_find_the_same(voc, coco):
+def test_several_processes_give_the_same_report(voc, coco):
     (coco / "own/3.jpg").write_text("no image")
     for root in (voc, coco):
         alone = check(root, record=root / "a")
@@ -190,23 +183,21 @@ def test_several_processes_find_the_same(voc, coco):
         assert together.checked == alone.checked
 
 
-def test_no_set(tmp_path):
+def test_no_data_set(tmp_path):
     (tmp_path / "empty").mkdir()
     for root in (tmp_path / "empty", tmp_path):
-        with pytest.raises(FileNotFoundError) as caught:
+        with one_line(
+            FileNotFoundError, "VOCdevkit", "instances_*.json", "leftImg8bit", "train/<class>"
+        ):
             check(root)
-        message = str(caught.value)
-        assert "\n" not in message
-        for wanted in ("VOCdevkit", "instances_*.json", "leftImg8bit", "train/<class>"):
-            assert wanted in message
-    with pytest.raises(FileNotFoundError, match="no such folder"):
+    with one_line(FileNotFoundError, "no such folder"):
         check(tmp_path / "nowhere")
 
 
-# What is missing.
+# Missing files.
 
 
-def test_missing_files_are_all_named_and_counted_in_a_line(voc):
+def test_missing_files_are_named_and_counted_by_folder(voc):
     year = voc / "VOCdevkit/VOC2012"
     for name in "bcd":
         (year / f"JPEGImages/{name}.jpg").unlink()
@@ -230,7 +221,7 @@ def test_missing_files_are_all_named_and_counted_in_a_line(voc):
     assert all(line in text for line in report.problems)
 
 
-def test_masks_are_missing(voc):
+def test_missing_masks(voc):
     shutil.rmtree(voc / "VOCdevkit/VOC2012/SegmentationClass")
     (line,) = check(voc).summary
     assert "SegmentationClass: 2 of 2 label maps of VOC2012/Segmentation/train are missing" in line
@@ -239,26 +230,24 @@ def test_masks_are_missing(voc):
 def test_augmented_masks(voc):
     year = voc / "VOCdevkit/VOC2012"
     write_list(year / "ImageSets/Segmentation/train_aug.txt", "abc")
-    save_labels(year / "SegmentationClassAug/a.png", 1)
+    save_label(year / "SegmentationClassAug/a.png", 1)
     (line,) = check(voc).summary
     assert "SegmentationClassAug: 1 of 3 label maps" in line
     assert line.endswith("the first is c.png")
-    save_labels(year / "SegmentationClassAug/c.png", 2)
+    save_label(year / "SegmentationClassAug/c.png", 2)
     (line,) = check(voc).summary
     assert "SegmentationClassAug/c.png: labels without a class: 2" in line
 
 
-def test_cityscapes_without_labels(cityscapes):
-    shutil.rmtree(cityscapes / "gtFine")
+def test_cityscapes_without_labels_or_images(cityscapes):
+    (cityscapes / "gtFine").rename(cityscapes / "labels")
     report = check(cityscapes)
     assert report.summary == (
         "gtFine/train: 3 of 3 label maps of gtFine/train are missing, the first is "
         "town/town_000000_000000_gtFine_labelIds.png",
     )
     assert report.checked == 3  # the images themselves
-
-
-def test_cityscapes_without_images(cityscapes):
+    (cityscapes / "labels").rename(cityscapes / "gtFine")
     shutil.rmtree(cityscapes / "leftImg8bit")
     (line,) = check(cityscapes).summary
     assert "leftImg8bit/train: 3 of 3 images" in line
@@ -269,13 +258,12 @@ def test_coco_without_images(coco, gone):
     for number in gone:
         (coco / f"own/{number}.jpg").unlink()
     (line,) = check(coco).summary
-    wanted = (
+    assert line == (
         f"own: {len(gone)} of 4 images of instances_own are missing, the first is {gone[0]}.jpg"
     )
-    assert line == wanted
 
 
-def test_images_of_test_dev(coco):
+def test_images_without_annotations(coco):
     path = coco / "annotations/instances_own.json"
     content = json.loads(path.read_text())
     del content["annotations"]
@@ -290,15 +278,15 @@ def test_images_of_test_dev(coco):
     assert "20288" in line
 
 
-# What is wrong.
+# Faults.
 
 
-@pytest.mark.parametrize("share", [0, 0.1, 0.5])
+@pytest.mark.parametrize("fraction", [0, 0.1, 0.5])
 @pytest.mark.parametrize("file", ["JPEGImages/a.jpg", "SegmentationClass/a.png"])
-def test_damaged_files(voc, file, share):
+def test_damaged_files(voc, file, fraction):
     path = voc / "VOCdevkit/VOC2012" / file
     content = path.read_bytes()
-    path.write_bytes(content[: int(share * len(content))])
+    path.write_bytes(content[: int(fraction * len(content))])
     report = check(voc)
     (line,) = report.problems  # once, though several lists have it
     assert line.startswith(f"VOCdevkit/VOC2012/{file}: not a readable image")
@@ -342,12 +330,12 @@ def test_every_wrong_object_is_named(voc):
     assert len(check(voc).problems) == 3
 
 
-def test_boxes_without_area_are_a_remark(voc, coco):
+def test_boxes_without_area_are_remarks(voc, coco):
     text = XML.format(name="one", box=(20, 2, 30, 9))
     (voc / "VOCdevkit/VOC2012/Annotations/c.xml").write_text(text)
     change_coco(coco, lambda content: content["annotations"][2].update(bbox=[1, 1, 0, 5]))
     for root, name in ((voc, "c.xml: object 1"), (coco, "annotation 3")):
-        for _ in range(2):  # it is said every time
+        for _ in range(2):  # also of recorded images
             report = check(root)
             assert report.ok
             (line,) = report.remarks
@@ -371,24 +359,20 @@ def test_boxes_without_area_are_a_remark(voc, coco):
         ((1, 1, float("inf"), 5), (12, 16), False),
     ],
 )
-def test_boxes_that_readers_keep(box, size, expected):
+def test_has_area(box, size, expected):
     assert has_area(box, size) is expected
 
 
-def test_wrong_masks(voc):
+def test_wrong_masks(voc, cityscapes):
     masks = voc / "VOCdevkit/VOC2012/SegmentationClass"
-    save_labels(masks / "a.png", 9)
-    save_labels(masks / "b.png", 1, height=13)
+    save_label(masks / "a.png", 9)
+    save_label(masks / "b.png", 1, height=13)
     lines = check(voc).problems
     assert [line.split("SegmentationClass/")[1] for line in lines] == [
         "a.png: labels without a class: 9",
         "b.png: expected the size of its image, 16x12, but got 16x13",
     ]
-
-
-def test_wrong_labels_of_cityscapes(cityscapes):
-    path = next((cityscapes / "gtFine").glob("*/*/*000001*"))
-    save_labels(path, 40)
+    save_label(next((cityscapes / "gtFine").glob("*/*/*000001*")), 40)
     (line,) = check(cityscapes).problems
     assert line.endswith("labels without a class: 40")
 
@@ -427,7 +411,7 @@ def test_wrong_lists_of_voc(voc):
     assert any("'one' more than once" in line for line in check(voc).problems)
 
 
-def test_wrong_folders(folders):
+def test_wrong_image_folders(folders):
     save_image(folders / "val/cow/1.JPEG")
     (folders / "train/ant").mkdir()
     (folders / "train/.hidden").mkdir()
@@ -442,7 +426,7 @@ def test_wrong_folders(folders):
     assert "val: has no folders of classes" in check(folders).problems
 
 
-def test_the_terminal_shows_a_few_and_the_file_all(folders):
+def test_terminal_shows_a_few_problems_and_the_file_all(folders):
     for number in range(20):
         (folders / f"train/cat/{number:02d}.jpg").write_text("no image")
     report = check(folders)
@@ -454,7 +438,7 @@ def test_the_terminal_shows_a_few_and_the_file_all(folders):
     assert "20 problems" in str(report)
 
 
-# Official sets.
+# Official data sets.
 
 
 def write_2007(root: Path, count: int) -> None:
@@ -462,7 +446,7 @@ def write_2007(root: Path, count: int) -> None:
     year = root / "VOCdevkit/VOC2007"
     names = [f"{number:06d}" for number in range(count)]
     save_image(year / "one.jpg")
-    save_labels(year / "one.png", 20)
+    save_label(year / "one.png", 20)
     for folder, ending in (("JPEGImages", "jpg"), ("SegmentationClass", "png")):
         (year / folder).mkdir()
         for name in names:
@@ -479,7 +463,7 @@ def test_official_count(tmp_path):
     assert not any("VOC2012" in line for line in report.remarks)
 
 
-def test_a_test_list_without_labels_is_whole(tmp_path):
+def test_test_list_without_labels_is_valid(tmp_path):
     write_2007(tmp_path, 209)
     year = tmp_path / "VOCdevkit/VOC2007"
     ids = (year / "ImageSets/Segmentation/train.txt").read_text().split()
@@ -491,10 +475,10 @@ def test_a_test_list_without_labels_is_whole(tmp_path):
     assert report.ok
     assert any("has no label maps: test images" in line for line in report.remarks)
     (year / f"{ids[0]}.hidden").rename(year / f"SegmentationClass/{ids[0]}.png")
-    assert not check(tmp_path, custom=True).ok  # some are there: the others are missing
+    assert not check(tmp_path, custom=True).ok  # some exist, so the others are missing
 
 
-def test_another_count_is_a_problem_unless_the_set_is_ones_own(tmp_path):
+def test_other_count_is_a_problem_unless_custom(tmp_path):
     write_2007(tmp_path, 208)
     report = check(tmp_path)
     (line,) = report.problems
@@ -509,7 +493,7 @@ def test_another_count_is_a_problem_unless_the_set_is_ones_own(tmp_path):
     assert check(tmp_path).lists[0].official is None
 
 
-def test_cities_and_synsets_make_sets_official(cityscapes, folders):
+def test_cities_and_synsets_identify_official_data_sets(cityscapes, folders):
     for root in (cityscapes, folders):
         assert all(one.official is None for one in check(root).lists)
     (cityscapes / "leftImg8bit/train/town").rename(cityscapes / "leftImg8bit/train/aachen")
@@ -525,7 +509,7 @@ def test_cities_and_synsets_make_sets_official(cityscapes, folders):
     assert check(folders, custom=True).ok  # a part of ImageNet
 
 
-def test_the_table_of_official_sets():
+def test_official_data_sets():
     counts = {name: count for one in OFFICIAL_SETS for name, count in one.counts.items()}
     assert counts["VOC2007/Main/trainval"] + counts["VOC2012/Main/trainval"] == 16551
     for year, kinds in (("2007", ("Main", "Segmentation")), ("2012", ("Main", "Segmentation"))):
@@ -543,10 +527,10 @@ def test_the_table_of_official_sets():
     assert max(map(len, text.splitlines())) <= 100
 
 
-# Going on.
+# Resumption.
 
 
-def test_good_files_are_remembered(voc, cache):
+def test_valid_files_are_recorded(voc, cache):
     assert check(voc).checked == 6
     report = check(voc)
     assert (report.checked, report.remembered) == (0, 6)
@@ -557,7 +541,7 @@ def test_good_files_are_remembered(voc, cache):
     assert check(voc.parent / "copy").remembered == 0
 
 
-def test_changed_files_are_looked_at_again(voc):
+def test_changed_files_are_checked_again(voc):
     check(voc)
     path = voc / "VOCdevkit/VOC2012/JPEGImages/c.jpg"
     stat = path.stat()
@@ -570,7 +554,7 @@ def test_changed_files_are_looked_at_again(voc):
     assert len(check(voc).problems) == 4
 
 
-def test_bad_files_are_looked_at_every_time(voc):
+def test_faulty_files_are_checked_every_time(voc):
     path = voc / "VOCdevkit/VOC2012/JPEGImages/c.jpg"
     good = path.read_bytes()
     path.write_text("no image")
@@ -581,7 +565,7 @@ def test_bad_files_are_looked_at_every_time(voc):
     assert check(voc).ok
 
 
-def test_a_record_that_ends_in_half_a_line(voc, tmp_path):
+def test_record_with_a_partial_line(voc, tmp_path):
     record = tmp_path / "there/record"
     check(voc, record=record)
     text = record.read_text()
@@ -590,18 +574,18 @@ def test_a_record_that_ends_in_half_a_line(voc, tmp_path):
     assert check(voc, record=record).remembered == 6
 
 
-def test_files_where_they_are_asked_for(voc, tmp_path, cache):
+def test_paths_of_record_and_report(voc, tmp_path, cache):
     report = check(voc, record=tmp_path / "x/record", report=tmp_path / "y/report.txt")
     assert report.file == tmp_path / "y/report.txt"
     assert report.file.is_file()
     assert (tmp_path / "x/record").is_file()
     assert not cache.exists()
-    with pytest.raises(ValueError, match="workers"):
+    with pytest.raises(ValueError, match="expected workers to be at least 0, but got -1"):
         check_data(voc, workers=-1)
 
 
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
-def test_a_check_that_was_stopped_goes_on(tmp_path, end):
+def test_stopped_check_resumes(tmp_path, end):
     count = 60
     root = tmp_path / "large"
     save_image(root / "train/cat/0.png", 40, 40)
@@ -635,19 +619,19 @@ def test_a_check_that_was_stopped_goes_on(tmp_path, end):
     assert report.checked == count - report.remembered
 
 
-# Real sets.
+# Real data sets.
 
 
-def test_real_sets(real_data, tmp_path):
+def test_real_data_sets(real_data, tmp_path):
     expected = {
         "voc2012_mini": (True, 0, 193),
         "bccd_voc": (True, 2, 364),
         "nuclei_coco": (True, 0, 664),
         "camvid_cityscapes": (True, 0, 22),
     }
-    for name, wanted in expected.items():
+    for name, numbers in expected.items():
         report = check_data(real_data / name, workers=2, progress=False)
-        assert (report.ok, len(report.remarks), report.checked) == wanted
+        assert (report.ok, len(report.remarks), report.checked) == numbers
     report = check(real_data / "coco_tiny")
     assert len(report.problems) == 2
     assert all("images of the official" in line for line in report.problems)

@@ -1,4 +1,4 @@
-"""What becomes of an image and its boxes together."""
+"""Transforms of an image with its boxes."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from deformnet.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 
 
 def sample(height, width, boxes):
-    """Black, with white in the boxes."""
+    """A black image with white boxes."""
     image = torch.zeros(3, height, width, dtype=torch.uint8)
     for x1, y1, x2, y2 in boxes:
         image[:, y1:y2, x1:x2] = 255
@@ -24,32 +24,32 @@ def sample(height, width, boxes):
 
 
 def brightness(image):
-    """0 to 1 again, [h, w]."""
+    """Brightness from 0 to 1, [h, w]."""
     return image[0] * IMAGENET_STD[0] + IMAGENET_MEAN[0]
 
 
 def white(image):
-    """The edges of the white part."""
+    """Edges of the white part."""
     rows = (brightness(image) > 0.5).any(1).nonzero().flatten().tolist()
     columns = (brightness(image) > 0.5).any(0).nonzero().flatten().tolist()
     return [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
 
 
-def test_same_size_is_only_normalised():
+def test_same_size_is_only_normalized():
     transforms = detection_transforms(short_side=20, max_side=None, flip=False)
     image, annotations = sample(20, 30, [(3, 4, 10, 20), (0, 0, 30, 20)])
-    out, made = transforms(image, annotations)
-    assert isinstance(made, BoxAnnotations)
-    assert {type(value) for value in (out, *made)} == {torch.Tensor}
-    assert [value.dtype for value in (out, *made)] == [
+    out, transformed = transforms(image, annotations)
+    assert isinstance(transformed, BoxAnnotations)
+    assert {type(value) for value in (out, *transformed)} == {torch.Tensor}
+    assert [value.dtype for value in (out, *transformed)] == [
         torch.float32,
         torch.float32,
         torch.int64,
         torch.bool,
     ]
-    assert torch.equal(made.boxes, annotations.boxes.as_subclass(torch.Tensor))
-    assert torch.equal(made.labels, annotations.labels)
-    assert torch.equal(made.ignored, annotations.ignored)
+    assert torch.equal(transformed.boxes, annotations.boxes.as_subclass(torch.Tensor))
+    assert torch.equal(transformed.labels, annotations.labels)
+    assert torch.equal(transformed.ignored, annotations.ignored)
     for channel in range(3):
         expected = (image[channel] / 255 - IMAGENET_MEAN[channel]) / IMAGENET_STD[channel]
         torch.testing.assert_close(out[channel], expected.as_subclass(torch.Tensor))
@@ -57,9 +57,9 @@ def test_same_size_is_only_normalised():
 
 def test_boxes_move_with_the_pixels():
     transforms = detection_transforms(short_side=60, max_side=None, flip=False)
-    out, made = transforms(*sample(20, 30, [(5, 4, 20, 16)]))
+    out, transformed = transforms(*sample(20, 30, [(5, 4, 20, 16)]))
     assert out.shape == (3, 60, 90)
-    assert made.boxes.tolist() == [[15, 12, 60, 48]] == [white(out)]
+    assert transformed.boxes.tolist() == [[15, 12, 60, 48]] == [white(out)]
 
 
 @pytest.mark.parametrize(
@@ -73,36 +73,38 @@ def test_boxes_move_with_the_pixels():
         ((9, 31), 7, None, (7, 24)),  # 24.1, rounded: the factors of the sides differ
     ],
 )
-def test_factors_are_those_of_the_rounded_sides(size, short, longest, expected):
+def test_boxes_scale_with_the_rounded_sides(size, short, longest, expected):
     height, width = size
     transforms = detection_transforms(short_side=short, max_side=longest, flip=False)
-    out, made = transforms(*sample(height, width, [(0, 0, width, height), (2, 3, 7, 8)]))
+    out, transformed = transforms(*sample(height, width, [(0, 0, width, height), (2, 3, 7, 8)]))
     assert out.shape == (3, *expected)
     down, across = expected[0] / height, expected[1] / width
-    assert made.boxes[0].tolist() == [0, 0, expected[1], expected[0]]
-    wanted = torch.tensor([2 * across, 3 * down, 7 * across, 8 * down])
-    torch.testing.assert_close(made.boxes[1], wanted)
+    assert transformed.boxes[0].tolist() == [0, 0, expected[1], expected[0]]
+    expected_box = torch.tensor([2 * across, 3 * down, 7 * across, 8 * down])
+    torch.testing.assert_close(transformed.boxes[1], expected_box)
 
 
 def test_whole_images_stay_inside_at_any_size():
     for height, width in torch.randint(3, 700, (200, 2), generator=torch.manual_seed(0)).tolist():
         transforms = detection_transforms(short_side=37, max_side=61, flip=True)
-        out, made = transforms(*sample(height, width, [(0, 0, width, height)]))
-        torch.testing.assert_close(made.boxes, torch.tensor([[0.0, 0, out.shape[2], out.shape[1]]]))
-        assert (made.boxes >= 0).all()
-        assert (made.boxes[0, 2:] <= torch.tensor(out.shape[:0:-1])).all()
+        out, transformed = transforms(*sample(height, width, [(0, 0, width, height)]))
+        torch.testing.assert_close(
+            transformed.boxes, torch.tensor([[0.0, 0, out.shape[2], out.shape[1]]])
+        )
+        assert (transformed.boxes >= 0).all()
+        assert (transformed.boxes[0, 2:] <= torch.tensor(out.shape[:0:-1])).all()
 
 
-def test_flip_takes_the_boxes_along_half_of_the_time():
+def test_flip_includes_boxes_half_of_the_time():
     transforms = detection_transforms(short_side=40, max_side=None, flip=True)
     torch.manual_seed(0)
     flipped = 0
     for _ in range(100):
-        out, made = transforms(*sample(20, 30, [(2, 4, 10, 16)]))
-        assert made.boxes.tolist() == [white(out)]
-        mirrored = made.boxes.tolist() == [[40, 8, 56, 32]]
-        assert mirrored or made.boxes.tolist() == [[4, 8, 20, 32]]
-        flipped += mirrored
+        out, transformed = transforms(*sample(20, 30, [(2, 4, 10, 16)]))
+        assert transformed.boxes.tolist() == [white(out)]
+        flipped = transformed.boxes.tolist() == [[40, 8, 56, 32]]
+        assert flipped or transformed.boxes.tolist() == [[4, 8, 20, 32]]
+        flipped += flipped
     assert 30 < flipped < 70
 
 
@@ -115,13 +117,13 @@ def test_without_flip_nothing_is_random():
 def test_image_without_boxes():
     transforms = detection_transforms(short_side=40, max_side=50, flip=True)
     for _ in range(5):
-        out, made = transforms(*sample(20, 30, []))
+        out, transformed = transforms(*sample(20, 30, []))
         assert out.shape == (3, 33, 50)
-        assert made.boxes.shape == (0, 4)
-        assert made.labels.shape == made.ignored.shape == (0,)
+        assert transformed.boxes.shape == (0, 4)
+        assert transformed.labels.shape == transformed.ignored.shape == (0,)
 
 
-def test_sample_is_left_as_it_was():
+def test_input_is_unchanged():
     image, annotations = sample(20, 30, [(2, 4, 10, 16)])
     for flip in (False, True):
         detection_transforms(short_side=20, max_side=None, flip=flip)(image, annotations)
@@ -130,7 +132,7 @@ def test_sample_is_left_as_it_was():
     assert torch.equal(image, sample(20, 30, [(2, 4, 10, 16)])[0])
 
 
-def test_sizes_that_are_none():
+def test_bad_sizes():
     with one_line(ValueError, "expected short_side to be at least 1, but got 0"):
         detection_transforms(short_side=0, max_side=None, flip=False)
     with one_line(ValueError, "expected max_side to be at least 1, but got 0"):

@@ -1,4 +1,4 @@
-"""Images sorted by class: the reader, what it refuses, the transforms, and the made folder."""
+"""Image folders: reader, bad input, transforms, and the synthetic one."""
 
 import hashlib
 from dataclasses import replace
@@ -24,7 +24,7 @@ from deformnet.data.synthetic.scenes import OBJECTS
 from deformnet.data.synthetic.shapes import scene
 from deformnet.data.transforms import IMAGENET_MEAN, IMAGENET_STD, PCAColorJitter
 
-MADE = Shapes(train=13, val=3, height=32, width=40, layout="image-folder")
+OPTIONS = Shapes(train=13, val=3, height=32, width=40, layout="image-folder")
 
 
 @pytest.fixture
@@ -56,18 +56,18 @@ def test_labels_and_names(root):
         np.testing.assert_array_equal(np.asarray(image), images[i][0].permute(1, 2, 0).numpy())
 
 
-def test_a_split_without_a_class_has_the_labels_of_train(root):
+def test_split_lacking_a_class_has_the_labels_of_train(root):
     images = ImageFolderClassification(root, "val")
     assert images.classes == ("ant", "bee", "cat")
     assert [images[i][1] for i in range(len(images))] == [1, 2]
 
 
-def test_without_train_a_split_has_its_own_classes(root):
+def test_classes_of_a_split_without_train(root):
     (root / "train").rename(root / "elsewhere")
     assert ImageFolderClassification(root, "val").classes == ("bee", "cat")
 
 
-def test_splits_and_their_sum(root):
+def test_splits_and_their_union(root):
     assert image_folder_splits(root) == ["train", "val"]
     both = ImageFolderClassification(root, "train+val")
     assert len(both) == 6
@@ -75,7 +75,7 @@ def test_splits_and_their_sum(root):
     assert both.name(5) == "val/cat/1.jpg"
 
 
-def test_hidden_files_do_not_count(root):
+def test_hidden_files_are_skipped(root):
     (root / ".cache").mkdir()
     (root / "train/.ipynb_checkpoints").mkdir()
     (root / "train/ant/._1.png").write_bytes(b"left by a Mac")
@@ -87,7 +87,7 @@ def test_hidden_files_do_not_count(root):
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "CMYK", "RGBA", "1", "I;16"])
-def test_every_kind_of_image_becomes_rgb(root, mode):
+def test_every_image_mode_becomes_rgb(root, mode):
     pixels = np.full((12, 16), 200, dtype=np.uint16 if mode == "I;16" else np.uint8)
     image = Image.fromarray(pixels)
     image = image if mode == "I;16" else image.convert(mode)
@@ -100,17 +100,17 @@ def test_every_kind_of_image_becomes_rgb(root, mode):
 
 
 def test_photographs_are_turned_upright(root):
-    """As they are where images are predicted: no label depends on the stored pixels."""
+    """As in prediction: no label depends on the stored pixels."""
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by 90 degrees
     Image.new("RGB", (16, 12)).save(root / "val/bee/1.jpg", exif=exif)
     assert ImageFolderClassification(root, "val")[0][0].shape == (3, 16, 12)
 
 
-# What it refuses.
+# Bad input.
 
 
-def test_missing_splits_are_named_with_those_there_are(root):
+def test_missing_split_lists_the_others(root):
     with one_line(FileNotFoundError, root / "test", "train, val"):
         ImageFolderClassification(root, "test")
     with one_line(FileNotFoundError, root / "nowhere", "no such folder"):
@@ -119,27 +119,27 @@ def test_missing_splits_are_named_with_those_there_are(root):
         ImageFolderClassification(root / "train/bee/x.JPEG", "train")
 
 
-def test_few_of_many_names_are_listed(tmp_path):
+def test_only_a_few_of_many_names_are_listed(tmp_path):
     for number in range(30):
         (tmp_path / f"n{number:02}").mkdir()
     with one_line(FileNotFoundError, "n00, n01, n02, n03, n04 and 25 more"):
         ImageFolderClassification(tmp_path, "train")
 
 
-def test_a_class_without_images(root):
+def test_class_without_images(root):
     (root / "train/bee/x.JPEG").rename(root / "train/bee/x.gif")
     with one_line(ValueError, root / "train/bee", "expected images", "found none"):
         ImageFolderClassification(root, "train")
 
 
-def test_a_split_without_classes(root):
+def test_split_without_classes(root):
     (root / "test").mkdir()
     save_image(root / "test/1.jpg")
     with one_line(ValueError, root / "test", "no folder of a class"):
         ImageFolderClassification(root, "test")
 
 
-def test_a_class_that_train_lacks(root):
+def test_class_that_train_lacks(root):
     save_image(root / "val/dog/1.jpg")
     with one_line(ValueError, root / "val/dog", root / "train", "no class dog"):
         ImageFolderClassification(root, "val")
@@ -153,23 +153,23 @@ def test_unreadable_images_are_named(root):
         images[0]
 
 
-# From an image to what the network takes.
+# Transforms.
 
 
 def image_of(height: int, width: int) -> tv_tensors.Image:
-    """A ramp: red is the row, green the column, in steps of one."""
+    """Red is the row, green the column."""
     rows = torch.arange(height)[:, None].expand(height, width)
     columns = torch.arange(width)[None].expand(height, width)
     return tv_tensors.Image(torch.stack([rows, columns, rows * 0]).to(torch.uint8))
 
 
 def in_pixels(prepared: torch.Tensor) -> torch.Tensor:
-    """Undoes the normalisation, to values from 0 to 255."""
+    """Inverts the normalization, to values from 0 to 255."""
     mean, std = (torch.tensor(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
     return 255 * (prepared * std + mean)
 
 
-def test_testing_takes_the_centre():
+def test_evaluation_crops_the_center():
     prepare = classification_evaluation_transforms(short_side=20, crop=10)
     seen = in_pixels(prepare(image_of(20, 40)))
     assert type(prepare(image_of(20, 40))) is torch.Tensor
@@ -178,7 +178,7 @@ def test_testing_takes_the_centre():
     torch.testing.assert_close(seen[1, 0], torch.arange(15.0, 25), atol=1e-3, rtol=0)
 
 
-def test_training_takes_every_size_place_and_side():
+def test_training_draws_all_sizes_places_and_flips():
     prepare = classification_training_transforms(
         resize=(20, 24), crop=10, flip=True, color_jitter=False
     )
@@ -186,13 +186,13 @@ def test_training_takes_every_size_place_and_side():
     sizes, tops, flipped = set(), set(), set()
     torch.manual_seed(0)
     for _ in range(300):
-        seen = in_pixels(prepare(ramp)) / 6  # where in the original
+        seen = in_pixels(prepare(ramp)) / 6  # position in the original
         assert seen.shape == (3, 10, 10)
         step = float(seen[1, 0, 8] - seen[1, 0, 1]) / 7
         flipped.add(step < 0)
         size = round(40 / abs(step))
         sizes.add(size)
-        # The second row of the crop: the border of the image is not on the ramp.
+        # The second row of the crop: resizing distorts the border of the image.
         tops.add((size, round((float(seen[0, 1, 0]) + 0.5) * size / 40 - 0.5) - 1))
     assert sizes == {20, 21, 22, 23, 24}
     assert flipped == {False, True}
@@ -200,8 +200,8 @@ def test_training_takes_every_size_place_and_side():
     assert len(tops) > 50  # of 65
 
 
-def test_a_crop_as_large_as_the_image_always_fits():
-    """Also where a side times its scale falls below the wanted one through rounding."""
+def test_crop_as_large_as_the_image_always_fits():
+    """Also where rounding makes a side times its scale smaller than the crop."""
     for side in range(20, 140, 7):
         prepare = classification_training_transforms(
             resize=(16, 16), crop=16, flip=False, color_jitter=False
@@ -209,7 +209,7 @@ def test_a_crop_as_large_as_the_image_always_fits():
         assert prepare(image_of(side, side + 3)).shape == (3, 16, 16)
 
 
-def test_randomness_is_the_generators():
+def test_randomness_is_from_the_global_generator():
     prepare = classification_training_transforms(
         resize=(20, 40), crop=16, flip=True, color_jitter=True
     )
@@ -221,16 +221,16 @@ def test_randomness_is_the_generators():
     assert not torch.equal(first, other)
 
 
-def test_colour_moves_along_the_principal_components():
+def test_color_moves_along_the_principal_components():
     torch.manual_seed(0)
-    grey = tv_tensors.Image(torch.full((3, 2, 2), 0.5))
+    gray = tv_tensors.Image(torch.full((3, 2, 2), 0.5))
     shifts = []
     for _ in range(4000):
-        shift = PCAColorJitter()(grey) - 0.5
+        shift = PCAColorJitter()(gray) - 0.5
         assert (shift == shift[:, :1, :1]).all(), "one shift for all pixels"
         shifts.append(shift[:, 0, 0])
     drawn = torch.stack(shifts)
-    # 0.1 times the variances is the spread along each direction.
+    # The standard deviation along each direction is 0.1 times the variance.
     variances, directions = np.linalg.eigh(np.cov(drawn.numpy().T))
     np.testing.assert_allclose(
         np.sqrt(variances[::-1]), 0.1 * np.array([0.2175, 0.0188, 0.0045]), rtol=0.05
@@ -240,7 +240,7 @@ def test_colour_moves_along_the_principal_components():
     assert abs(drawn.mean(0)).max() < 1e-3
 
 
-def test_sizes_that_cannot_be():
+def test_bad_sizes():
     with one_line(ValueError, "expected crop to be at most", "(20)", "but got 21"):
         classification_evaluation_transforms(short_side=20, crop=21)
     with one_line(ValueError, "expected crop to be at most", "(20)", "but got 21"):
@@ -251,13 +251,13 @@ def test_sizes_that_cannot_be():
         classification_evaluation_transforms(short_side=20, crop=0)
 
 
-# The made folder.
+# The synthetic image folder.
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory) -> Path:
+def synthetic(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("shapes") / "set"
-    write_shapes(folder, MADE)
+    write_shapes(folder, OPTIONS)
     return folder
 
 
@@ -268,20 +268,20 @@ def files(folder: Path) -> dict[str, str]:
     }
 
 
-def test_shapes_by_class(made):
-    images = ImageFolderClassification(made, "train")
+def test_synthetic_classes(synthetic):
+    images = ImageFolderClassification(synthetic, "train")
     assert images.classes == tuple(sorted(OBJECTS))
     labels = [images[i][1] for i in range(len(images))]
     assert sorted(np.bincount(labels)) == [2, 2, 2, 2, 2, 3]
-    assert len(ImageFolderClassification(made, "val")) == 3
-    assert sorted(path.name for path in made.iterdir()) == ["shapes.json", "train", "val"]
+    assert len(ImageFolderClassification(synthetic, "val")) == 3
+    assert sorted(path.name for path in synthetic.iterdir()) == ["shapes.json", "train", "val"]
 
 
-def test_each_image_shows_one_object_of_its_class(made):
-    images = ImageFolderClassification(made, "train")
+def test_synthetic_images_show_one_object_of_their_class(synthetic):
+    images = ImageFolderClassification(synthetic, "train")
     by_name = {Path(images.name(i)).stem: i for i in range(len(images))}
     for number in range(13):
-        drawn = scene(MADE, "train", number)
+        drawn = scene(OPTIONS, "train", number)
         image, label = images[by_name[f"train_{number:06}"]]
         (item,) = drawn.objects
         assert list(OBJECTS)[item.label - 1] == images.classes[label]
@@ -289,18 +289,18 @@ def test_each_image_shows_one_object_of_its_class(made):
         assert error.mean() < 8  # JPEG
 
 
-def test_the_same_seed_gives_the_same_bytes(made, tmp_path):
-    write_shapes(tmp_path / "again", MADE)
-    assert files(tmp_path / "again") == files(made)
-    write_shapes(tmp_path / "less", replace(MADE, train=7, val=1))
+def test_same_seed_same_bytes(synthetic, tmp_path):
+    write_shapes(tmp_path / "again", OPTIONS)
+    assert files(tmp_path / "again") == files(synthetic)
+    write_shapes(tmp_path / "less", replace(OPTIONS, train=7, val=1))
     less = files(tmp_path / "less")
     assert len(less) == 8
-    assert less.items() < files(made).items()
-    write_shapes(tmp_path / "other", replace(MADE, seed=1))
-    assert not set(files(tmp_path / "other").values()) & set(files(made).values())
+    assert less.items() < files(synthetic).items()
+    write_shapes(tmp_path / "other", replace(OPTIONS, seed=1))
+    assert not set(files(tmp_path / "other").values()) & set(files(synthetic).values())
 
 
-def test_an_interrupted_folder_is_finished(made, tmp_path, monkeypatch):
+def test_interrupted_run_resumes(synthetic, tmp_path, monkeypatch):
     class Stopped(BaseException):
         pass
 
@@ -316,22 +316,22 @@ def test_an_interrupted_folder_is_finished(made, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_bytes", stop)
         with pytest.raises(Stopped):
-            write_shapes(tmp_path / "set", MADE)
-    write_shapes(tmp_path / "set", MADE)
-    assert files(tmp_path / "set") == files(made)
+            write_shapes(tmp_path / "set", OPTIONS)
+    write_shapes(tmp_path / "set", OPTIONS)
+    assert files(tmp_path / "set") == files(synthetic)
 
 
-def test_folders_that_cannot_be_made(made, tmp_path):
+def test_bad_options(synthetic, tmp_path):
     with one_line(ValueError, "train", "at least 6", 5):
-        replace(MADE, train=5)
+        replace(OPTIONS, train=5)
     with one_line(ValueError, "layout", "coco"):
-        replace(MADE, layout="coco")
-    with one_line(FileExistsError, made):
-        write_shapes(made, replace(MADE, layout="voc"))
+        replace(OPTIONS, layout="coco")
+    with one_line(FileExistsError, synthetic):
+        write_shapes(synthetic, replace(OPTIONS, layout="voc"))
     with one_line(ValueError, "radius"):
-        write_shapes(tmp_path / "set", replace(MADE, radius=(1e-9, 1e-9), clutter=0))
+        write_shapes(tmp_path / "set", replace(OPTIONS, radius=(1e-9, 1e-9), clutter=0))
 
 
-def test_sets_of_the_other_layout_are_recorded_as_ever(tmp_path):
+def test_settings_of_the_voc_layout_do_not_name_it(tmp_path):
     write_shapes(tmp_path / "voc", Shapes(train=1, val=1, height=16, width=16))
     assert "layout" not in (tmp_path / "voc/shapes.json").read_text()

@@ -1,4 +1,4 @@
-"""Recognising the layout of a folder of boxes."""
+"""Recognition of the layout of a detection data set."""
 
 import pytest
 from detection_sets import coco_content, write_coco, write_voc
@@ -19,7 +19,7 @@ def coco(tmp_path):
     return tmp_path / "coco"
 
 
-def test_recognises_either(voc_boxes, coco):
+def test_recognizes_both(voc_boxes, coco):
     assert isinstance(open_detection(voc_boxes, "train"), VOCDetection)
     assert isinstance(open_detection(voc_boxes / "VOCdevkit/VOC2012", "train"), VOCDetection)
     assert isinstance(open_detection(coco, "train"), COCODetection)
@@ -29,18 +29,21 @@ def test_splits(voc_boxes, coco):
     assert detection_splits(voc_boxes) == detection_splits(coco) == ["train", "val"]
 
 
-def test_root_as_text(voc_boxes):
+def test_root_as_string(voc_boxes):
     assert len(open_detection(str(voc_boxes), "train")) == 2
     assert detection_splits(str(voc_boxes)) == ["train", "val"]
 
 
-def test_passes_transforms_to_either(voc_boxes, coco):
+def test_passes_transforms(voc_boxes, coco):
     for root in (voc_boxes, coco):
-        assert open_detection(root, "val", lambda image, annotations: "made")[0] == "made"
+        assert (
+            open_detection(root, "val", lambda image, annotations: "transformed")[0]
+            == "transformed"
+        )
 
 
 @pytest.mark.parametrize("call", [detection_splits, lambda root: open_detection(root, "train")])
-def test_neither_layout(tmp_path, call):
+def test_unknown_layout(tmp_path, call):
     with one_line(FileNotFoundError, tmp_path, "VOCdevkit", "annotations/instances_*.json"):
         call(tmp_path)
     with one_line(FileNotFoundError, tmp_path / "nowhere", "no such folder"):
@@ -48,12 +51,12 @@ def test_neither_layout(tmp_path, call):
 
 
 @pytest.mark.parametrize("kind", ["voc_boxes", "coco"])
-def test_missing_split_of_either(kind, request):
+def test_missing_split(kind, request):
     with one_line(FileNotFoundError, "other", "train, val"):
         open_detection(request.getfixturevalue(kind), "other")
 
 
-def test_segmentation_set_without_boxes(voc):
+def test_segmentation_data_set_without_boxes(voc):
     assert detection_splits(voc) == []
     with one_line(FileNotFoundError, "ImageSets/Main/train.txt", "none"):
         open_detection(voc, "train")

@@ -1,4 +1,4 @@
-"""Recognising the layout of a folder."""
+"""Recognition of the layout of a segmentation data set."""
 
 import pytest
 from small_sets import one_line
@@ -6,22 +6,23 @@ from small_sets import one_line
 from deformnet.data import CityscapesSegmentation, VOCSegmentation, open_segmentation
 
 
-def test_recognises_both(voc, cityscapes):
+def test_recognizes_both(voc, cityscapes):
     assert isinstance(open_segmentation(voc, "train"), VOCSegmentation)
     assert isinstance(open_segmentation(cityscapes, "train"), CityscapesSegmentation)
 
 
-def test_root_as_text(voc):
+def test_root_as_string(voc):
     assert len(open_segmentation(str(voc), "train")) == 2
 
 
 def test_passes_transforms(voc, cityscapes):
     for root in (voc, cityscapes):
-        assert open_segmentation(root, "val", lambda image, mask: "made")[0] == "made"
+        assert open_segmentation(root, "val", lambda image, mask: "transformed")[0] == "transformed"
 
 
-def test_neither(tmp_path):
-    with one_line(FileNotFoundError, tmp_path, "VOCdevkit", "leftImg8bit"):
+def test_unknown_layout(tmp_path):
+    (tmp_path / "photos").mkdir()
+    with one_line(FileNotFoundError, tmp_path, "VOCdevkit", "leftImg8bit", "holds photos"):
         open_segmentation(tmp_path, "train")
 
 

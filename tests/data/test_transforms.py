@@ -1,4 +1,4 @@
-"""Sizes, values and randomness of the transforms."""
+"""Transforms of an image with its label map: sizes, values and randomness."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ def pair(height, width, seed=0, classes=5):
     return tv_tensors.Image(image), tv_tensors.Mask(mask)
 
 
-def normalised(image):
+def normalized(image):
     mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
     return (image.float() / 255 - mean[:, None, None]) / std[:, None, None]
 
@@ -47,16 +47,16 @@ def test_size_after_resizing(size, short, longest, expected):
     assert mask.shape == expected
 
 
-def test_same_size_is_only_normalised():
+def test_same_size_is_only_normalized():
     image, mask = pair(24, 36)
     out, labels = segmentation_evaluation_transforms(short_side=24, max_side=None)(image, mask)
     assert (out.dtype, labels.dtype) == (torch.float32, torch.int64)
     assert type(out) is type(labels) is torch.Tensor
-    torch.testing.assert_close(out, normalised(image))
+    torch.testing.assert_close(out, normalized(image))
     assert torch.equal(labels, mask.long())
 
 
-def test_image_is_resized_as_pillow_does():
+def test_image_is_resized_as_in_pillow():
     image, mask = pair(61, 83)
     out = Resize(29, None)(image, mask)[0]
     size = (round(83 * 29 / 61), 29)
@@ -67,7 +67,7 @@ def test_image_is_resized_as_pillow_does():
 
 
 @pytest.mark.parametrize("short", [9, 20, 47, 80, 160])
-def test_mask_takes_the_pixel_at_the_centre(short):
+def test_mask_is_sampled_at_pixel_centers(short):
     image, mask = pair(40, 56)
     height, width = Resize(short, None).size(40, 56)
     out = Resize(short, None)(image, mask)[1]
@@ -77,7 +77,7 @@ def test_mask_takes_the_pixel_at_the_centre(short):
 
 
 def test_labels_stay_with_their_pixels():
-    """Each label has its channel, so after every step the largest channel is the label."""
+    """Each label has its channel, so the largest channel is the label after every step."""
     mask = torch.zeros(50, 70, dtype=torch.uint8)
     mask[:, 30:] = 1
     mask[20:35, 10:50] = 2
@@ -89,8 +89,8 @@ def test_labels_stay_with_their_pixels():
     for seed in range(5):
         torch.manual_seed(seed)
         out, labels = transforms(tv_tensors.Image(image), tv_tensors.Mask(mask))
-        colours = out * std[:, None, None] + mean[:, None, None]
-        wrong = (colours.argmax(0) != labels).float().mean()
+        colors = out * std[:, None, None] + mean[:, None, None]
+        wrong = (colors.argmax(0) != labels).float().mean()
         assert wrong < 0.002  # rounded corners
 
 
@@ -109,12 +109,12 @@ def test_crop_of_a_smaller_image_is_padded():
         assert inside.sum() == 20 * 30
         places.add((int(rows[0]), int(columns[0])))
         assert torch.equal(labels[inside], mask.long().flatten())
-        torch.testing.assert_close(out[:, inside], normalised(image).flatten(1))
-        assert out[:, ~inside].abs().max() < 0.01  # the mean colour in 8 bits
+        torch.testing.assert_close(out[:, inside], normalized(image).flatten(1))
+        assert out[:, ~inside].abs().max() < 0.01  # the mean color in 8 bits
     assert len(places) > 10
 
 
-def test_crop_is_padded_along_one_side_alone():
+def test_crop_is_padded_along_one_side():
     transforms = segmentation_training_transforms(
         short_side=20, max_side=None, crop=(32, 24), flip=False
     )
@@ -123,7 +123,7 @@ def test_crop_is_padded_along_one_side_alone():
     assert (labels != 255).sum() == 20 * 24
 
 
-def test_flip_mirrors_both_half_of_the_time():
+def test_flip_includes_the_mask_half_of_the_time():
     image, mask = pair(20, 30)
     transforms = segmentation_training_transforms(
         short_side=20, max_side=None, crop=None, flip=True
@@ -132,15 +132,15 @@ def test_flip_mirrors_both_half_of_the_time():
     flipped = 0
     for _ in range(100):
         out, labels = transforms(image, mask)
-        mirrored = not torch.equal(labels, mask.long())
-        flipped += mirrored
-        expected = image.flip(-1) if mirrored else image
-        torch.testing.assert_close(out, normalised(expected))
-        assert torch.equal(labels, (mask.flip(-1) if mirrored else mask).long())
+        flipped = not torch.equal(labels, mask.long())
+        flipped += flipped
+        expected = image.flip(-1) if flipped else image
+        torch.testing.assert_close(out, normalized(expected))
+        assert torch.equal(labels, (mask.flip(-1) if flipped else mask).long())
     assert 30 < flipped < 70
 
 
-def test_randomness_is_torchs():
+def test_randomness_is_from_the_global_generator():
     sample = pair(40, 60)
     transforms = segmentation_training_transforms(
         short_side=50, max_side=None, crop=(32, 32), flip=True

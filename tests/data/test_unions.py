@@ -1,4 +1,4 @@
-"""Sums of splits: years of VOC, files of COCO, folders of Cityscapes; and what cannot be summed."""
+"""Unions of splits: years of VOC, files of COCO, folders of Cityscapes; and invalid unions."""
 
 import json
 import pickle
@@ -18,7 +18,7 @@ UNION = "VOC2007/trainval+VOC2012/train"
 
 @pytest.fixture
 def years(tmp_path) -> Path:
-    """VOC2012 as `write_voc` makes it, and VOC2007 with x, y (10 x 14) in trainval, z in test."""
+    """VOC2012 as of `write_voc`, and VOC2007 with x, y (10 x 14) in trainval, z in test."""
     root = write_voc(tmp_path / "years")
     folder = root / "VOCdevkit/VOC2007"
     (folder / "Annotations").mkdir(parents=True)
@@ -44,7 +44,7 @@ def test_two_years_of_boxes(years):
     assert [images.annotations(i).labels.tolist() for i in range(4)] == [[1], [1], [0, 1], []]
     assert images.annotations(1).boxes.tolist() == [[1, 2, 5, 5]]
     assert images.annotations(2).boxes.tolist() == [[2, 1, 9, 10], [0, 0, 16, 12]]
-    # Each is what the part alone gives.
+    # Each sample is that of the part alone.
     for split, start in (("VOC2007/trainval", 0), ("VOC2012/train", 2)):
         alone = open_detection(years, split)
         for i in range(len(alone)):
@@ -53,14 +53,14 @@ def test_two_years_of_boxes(years):
                 assert torch.equal(one, other)
 
 
-def test_a_part_without_year_is_of_the_last(years):
+def test_default_year_is_the_last(years):
     images = open_detection(years, "val+VOC2007/test")
     assert [images.name(i) for i in range(len(images))] == ["c", "z"]
     assert len(open_detection(years, "VOC2012/train")) == len(open_detection(years, "train")) == 2
 
 
 @pytest.mark.parametrize("root", [".", "VOC2012"])
-def test_a_years_folder_as_root(years, root, monkeypatch):
+def test_folder_of_a_year_as_root(years, root, monkeypatch):
     monkeypatch.chdir(years / "VOCdevkit" / ("VOC2012" if root == "." else ""))
     images = open_detection(root, "VOC2012/train+val")
     assert [images[i][0].shape[1:] for i in range(3)] == [(12, 16)] * 3
@@ -92,18 +92,18 @@ def test_splits_of_several_years(years, voc):
     ]
 
 
-def test_a_missing_list_names_all_years(years):
+def test_missing_list_names_the_splits_of_all_years(years):
     with one_line(FileNotFoundError, "VOC2007/ImageSets/Main/val.txt", "val, VOC2007/test"):
         open_detection(years, "VOC2007/val")
 
 
-def test_parts_must_have_the_same_classes(years):
+def test_parts_with_different_classes(years):
     (years / "VOCdevkit/VOC2007/classes.txt").write_text("two\none\n")
     with one_line(ValueError, "VOC2007", "VOC2012", "two, one", "one, two"):
         open_detection(years, UNION)
 
 
-def test_parts_must_not_share_an_image(years):
+def test_parts_that_share_an_image(years):
     (years / "VOCdevkit/VOC2012/ImageSets/Main/both.txt").write_text("b\nc\n")
     with one_line(ValueError, "both.txt", "image b", "train.txt"):
         open_detection(years, "train+both")
@@ -114,19 +114,19 @@ def test_parts_must_not_share_an_image(years):
 @pytest.mark.parametrize(
     "split", ["train+train", "VOC2007/trainval+train+VOC2007/trainval", "train+VOC2012/train"]
 )
-def test_a_part_named_twice(years, split):
+def test_repeated_part(years, split):
     with one_line(ValueError, split, "train", "more than once"):
         open_detection(years, split)
 
 
 @pytest.mark.parametrize("split", ["", "+", "train+", "+train", "train++val"])
-def test_a_part_without_a_name(years, cityscapes, split):
+def test_empty_name_of_a_part(years, cityscapes, split):
     for call in (open_detection, open_segmentation):
         with one_line(ValueError, repr(split), "joined by +"):
             call(years if call is open_detection else cityscapes, split)
 
 
-def as_they_are(samples):
+def unchanged(samples):
     return samples
 
 
@@ -134,15 +134,15 @@ def as_they_are(samples):
 def test_workers_read_the_same(years, context):
     images = open_detection(years, UNION)
     loader = DataLoader(
-        images, num_workers=2, multiprocessing_context=context, collate_fn=as_they_are
+        images, num_workers=2, multiprocessing_context=context, collate_fn=unchanged
     )
     for i, ((image, annotations),) in enumerate(loader):
         assert torch.equal(image, images[i][0])
         assert torch.equal(annotations.boxes, images[i][1].boxes)
 
 
-def test_workers_share_what_grows(years):
-    """A worker is sent tensors by reference, so what it is sent does not grow with the set."""
+def test_workers_share_all_that_grows(years):
+    """Workers receive tensors by reference, so nothing sent to them grows with the data set."""
     folder = years / "VOCdevkit/VOC2007"
     names = [f"{number:06d}" for number in range(400)]
     for name in names:
@@ -155,10 +155,10 @@ def test_workers_share_what_grows(years):
     )
     assert len(large) == 402
 
-    def held(images):
+    def attributes(images):
         return {name: type(value) for name, value in vars(images).items()}
 
-    assert held(small) == held(large)
+    assert attributes(small) == attributes(large)
     lists = [value for value in vars(large).values() if isinstance(value, list | dict | tuple)]
     assert max(len(value) for value in lists) < 10
 
@@ -185,7 +185,7 @@ def test_two_years_of_masks(voc):
     assert len(pickle.loads(pickle.dumps(images))) == 5
 
 
-def test_masks_that_cannot_be_summed(voc):
+def test_invalid_unions_of_masks(voc):
     add_2007(voc, "xa")
     with one_line(ValueError, "train.txt", "image a", "VOC2007"):
         open_segmentation(voc, "VOC2007/trainval+train")
@@ -279,11 +279,11 @@ def test_files_of_coco_that_share_an_id(coco):
         open_detection(coco, "train2014+val2014")
 
 
-# Images whose objects are not published.
+# Images without published annotations.
 
 
 @pytest.fixture
-def without_truth(coco) -> Path:
+def without_annotations(coco) -> Path:
     content = coco_content()
     del content["annotations"]
     write_coco(coco, content, "unused", "test2017")
@@ -292,44 +292,44 @@ def without_truth(coco) -> Path:
     return coco
 
 
-def test_images_without_truth(without_truth):
-    assert detection_splits(without_truth) == ["test-dev2017", "train2014", "val2014"]
-    images = open_detection(without_truth, "test-dev2017")
+def test_images_without_annotations(without_annotations):
+    assert detection_splits(without_annotations) == ["test-dev2017", "train2014", "val2014"]
+    images = open_detection(without_annotations, "test-dev2017")
     assert not images.has_ground_truth
-    assert open_detection(without_truth, "train2014").has_ground_truth
+    assert open_detection(without_annotations, "train2014").has_ground_truth
     assert len(images) == 3
     assert images.classes == ("one", "two")
     assert images.category_ids == (4, 90)
-    assert images.image_path(0) == without_truth / "test2017/0007.jpg"
+    assert images.image_path(0) == without_annotations / "test2017/0007.jpg"
     image, annotations = images[0]
     assert image.shape == (3, 12, 16)
     assert annotations.boxes.shape == (0, 4)
     assert not images.annotations(2).labels.numel()
 
 
-def test_a_folder_of_images_without_truth_alone(without_truth):
+def test_folder_with_only_images_without_annotations(without_annotations):
     for split in ("train2014", "val2014"):
-        (without_truth / f"annotations/instances_{split}.json").unlink()
-    assert len(open_detection(without_truth, "test-dev2017")) == 3
+        (without_annotations / f"annotations/instances_{split}.json").unlink()
+    assert len(open_detection(without_annotations, "test-dev2017")) == 3
 
 
-def test_truth_comes_first_where_there_are_both(without_truth):
-    write_coco(without_truth, coco_content(), "test-dev2017", "test2017")
-    assert open_detection(without_truth, "test-dev2017").has_ground_truth
+def test_annotations_take_precedence(without_annotations):
+    write_coco(without_annotations, coco_content(), "test-dev2017", "test2017")
+    assert open_detection(without_annotations, "test-dev2017").has_ground_truth
 
 
-def test_images_without_truth_are_not_joined_with_others(without_truth):
-    path = without_truth / "annotations/image_info_test-dev2017.json"
+def test_images_without_annotations_are_not_joined_with_others(without_annotations):
+    path = without_annotations / "annotations/image_info_test-dev2017.json"
     content = shifted({**json.loads(path.read_text()), "annotations": []}, 200)
     path.write_text(json.dumps(content))
     for image in content["images"]:
-        save_image(without_truth / "test2017" / image["file_name"])
+        save_image(without_annotations / "test2017" / image["file_name"])
     for split in ("train2014+test-dev2017", "test-dev2017+train2014"):
         with one_line(ValueError, "image_info_test-dev2017.json", "no annotations"):
-            open_detection(without_truth, split)
+            open_detection(without_annotations, split)
 
 
-def test_real_parts_sum_up(real_data):
+def test_real_unions(real_data):
     root = real_data / "voc2012_mini"
     images = open_detection(root, "train+VOC2012/val")
     trainval = open_detection(root, "trainval")

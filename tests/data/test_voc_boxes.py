@@ -1,4 +1,4 @@
-"""Boxes in the VOC layout: what is read, and what is said about bad input."""
+"""Boxes in the VOC layout: content, and messages about bad input."""
 
 import logging
 from xml.etree import ElementTree
@@ -65,7 +65,7 @@ def test_image_without_objects(boxes):
     assert annotations.labels.shape == annotations.ignored.shape == (0,)
 
 
-def test_set_without_any_object(boxes):
+def test_data_set_without_objects(boxes):
     annotate(boxes, "a")
     images = VOCDetection(boxes, "train")
     assert [len(images.annotations(i).labels) for i in range(2)] == [0, 0]
@@ -78,18 +78,18 @@ def test_difficult_is_ignored(boxes):
 @pytest.mark.parametrize(
     ("text", "expected"), [("1", True), (" 1\n", True), ("0", False), ("Unspecified", False)]
 )
-def test_forms_of_difficult(boxes, text, expected):
+def test_spellings_of_difficult(boxes, text, expected):
     annotate(boxes, "c", voc_object((1, 1, 5, 5), difficult=text))
     assert VOCDetection(boxes, "val").annotations(0).ignored.tolist() == [expected]
 
 
-def test_absent_difficult_is_not_difficult(boxes):
+def test_missing_difficult_is_not_difficult(boxes):
     item = voc_object((1, 1, 5, 5)).replace("<difficult>0</difficult>", "")
     annotate(boxes, "c", item)
     assert VOCDetection(boxes, "val").annotations(0).ignored.tolist() == [False]
 
 
-def test_parts_are_no_objects(boxes):
+def test_parts_are_not_objects(boxes):
     part = voc_object((5, 5, 6, 6), "head").replace("object>", "part>")
     whole = voc_object((1, 1, 5, 5)).replace("</object>", f"{part}</object>")
     annotate(boxes, "c", whole.replace("<bndbox>", f"{part}<bndbox>", 1))
@@ -103,7 +103,7 @@ def test_root_may_be_any_level(boxes, inside):
     assert images.classes == ("one", "two")
 
 
-def test_counting_from_the_end(boxes):
+def test_negative_indices(boxes):
     images = VOCDetection(boxes, "train")
     assert images.name(-2) == "a"
     assert len(images.annotations(-2).labels) == 2
@@ -119,7 +119,7 @@ def test_annotations_are_copies(boxes):
     assert images.annotations(0).labels.tolist() == [0, 1]
 
 
-def test_classes_without_file_are_vocs_objects(boxes):
+def test_default_classes_are_those_of_voc(boxes):
     (boxes / "classes.txt").unlink()
     for name in "ab":
         annotate(boxes, name, voc_object((1, 1, 4, 4), "tvmonitor"))
@@ -128,7 +128,7 @@ def test_classes_without_file_are_vocs_objects(boxes):
     assert images.annotations(0).labels.tolist() == [19]
 
 
-def test_background_is_no_object(boxes):
+def test_background_is_not_an_object(boxes):
     (boxes / "classes.txt").write_text("background\none\ntwo\n")
     images = VOCDetection(boxes, "train")
     assert images.classes == ("one", "two")
@@ -140,7 +140,7 @@ def test_list_of_one_class(boxes):
     assert len(VOCDetection(boxes, "two_train")) == 3
 
 
-def test_splits_leave_out_lists_of_one_class(boxes):
+def test_splits_exclude_lists_of_one_class(boxes):
     lists = boxes / YEAR / "ImageSets/Main"
     (boxes / "classes.txt").write_text("one\ntwo\ntrain\n")
     for name in ("one_train", "two_val", "train_train", "train_small"):
@@ -148,7 +148,7 @@ def test_splits_leave_out_lists_of_one_class(boxes):
     assert detection_splits(boxes) == ["train", "train_small", "val"]
 
 
-def test_size_that_the_file_does_not_say(boxes):
+def test_size_missing_from_the_annotation(boxes):
     annotate(boxes, "a", voc_object((1, 1, 99, 99)), height=0, width=0)
     (boxes / YEAR / "Annotations/b.xml").write_text("<annotation/>")
     images = VOCDetection(boxes, "train")
@@ -156,13 +156,13 @@ def test_size_that_the_file_does_not_say(boxes):
     assert images[0][1].boxes.tolist() == [[0, 0, 16, 12]]
 
 
-# Boxes that are none. The image is 16 wide and 12 high.
+# Invalid boxes. The image is 16 wide and 12 high.
 
 
 @pytest.mark.parametrize(
     ("box", "expected"),
     [
-        ((0, 0, 5, 5), [0, 0, 5, 5]),  # written by a tool that counts from 0
+        ((0, 0, 5, 5), [0, 0, 5, 5]),  # written by tools that count from 0
         ((-7, 3, 40, 30), [0, 2, 16, 12]),
         ((4.5, 1, 8.25, 4), [3.5, 0, 8.25, 4]),
         ((4, 2, 4, 9), [3, 1, 4, 9]),  # one pixel wide
@@ -203,12 +203,12 @@ def test_dropped(boxes, box, caplog):
     assert "in a" in record.getMessage()
 
 
-def test_nothing_dropped_nothing_said(boxes, caplog):
+def test_no_warning_if_no_box_is_dropped(boxes, caplog):
     VOCDetection(boxes, "train")
     assert not caplog.records
 
 
-# Bad input. All but the pixels is looked at when the set is opened.
+# Bad input. Everything but the pixels is checked at construction.
 
 
 def test_missing_split_lists_the_others(boxes):
@@ -216,42 +216,35 @@ def test_missing_split_lists_the_others(boxes):
         VOCDetection(boxes, "test")
 
 
-@pytest.mark.parametrize("line", ["a 2", "a b", "a 1 1"])
-def test_malformed_list(boxes, line):
-    (boxes / YEAR / "ImageSets/Main/train.txt").write_text(f"{line}\n")
-    with one_line(ValueError, "train.txt", f"'{line}'"):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a 2\n", "'a 2'"),
+        ("a b\n", "'a b'"),
+        ("a 1 1\n", "'a 1 1'"),
+        ("a\nb\na\n", "a more than once"),
+        ("\n", "empty"),
+    ],
+)
+def test_bad_list(boxes, content, message):
+    (boxes / YEAR / "ImageSets/Main/train.txt").write_text(content)
+    with one_line(ValueError, "train.txt", message):
         VOCDetection(boxes, "train")
 
 
-def test_image_listed_twice(boxes):
-    (boxes / YEAR / "ImageSets/Main/train.txt").write_text("a\nb\na\n")
-    with one_line(ValueError, "train.txt", "a more than once"):
+@pytest.mark.parametrize("file", ["JPEGImages/b.jpg", "Annotations/b.xml"])
+def test_missing_file(boxes, file):
+    (boxes / YEAR / file).unlink()
+    folder, name = file.split("/")
+    with one_line(FileNotFoundError, "train.txt", "lists b", folder, name if "xml" in name else ""):
         VOCDetection(boxes, "train")
 
 
-def test_empty_list(boxes):
-    (boxes / YEAR / "ImageSets/Main/train.txt").write_text("\n")
-    with one_line(ValueError, "train.txt", "empty"):
-        VOCDetection(boxes, "train")
-
-
-def test_missing_image(boxes):
-    (boxes / YEAR / "JPEGImages/b.jpg").unlink()
-    with one_line(FileNotFoundError, "train.txt", "lists b", "JPEGImages"):
-        VOCDetection(boxes, "train")
-
-
-def test_missing_xml(boxes):
-    (boxes / YEAR / "Annotations/b.xml").unlink()
-    with one_line(FileNotFoundError, "train.txt", "lists b", "b.xml", "Annotations"):
-        VOCDetection(boxes, "train")
-
-
-@pytest.mark.parametrize("share", [0, 0.1, 0.5, 0.95])
-def test_truncated_xml(boxes, share):
+@pytest.mark.parametrize("fraction", [0, 0.1, 0.5, 0.95])
+def test_truncated_xml(boxes, fraction):
     path = boxes / YEAR / "Annotations/a.xml"
     content = path.read_bytes()
-    path.write_bytes(content[: int(share * len(content))])
+    path.write_bytes(content[: int(fraction * len(content))])
     with one_line(ValueError, path, "not readable as XML"):
         VOCDetection(boxes, "train")
 
@@ -264,7 +257,7 @@ def test_truncated_xml(boxes, share):
         (b"<html><body/></html>", "expected <annotation> at the top, but got <html>"),
     ],
 )
-def test_xml_of_something_else(boxes, content, message):
+def test_xml_of_another_kind(boxes, content, message):
     (boxes / YEAR / "Annotations/a.xml").write_bytes(content)
     with one_line(ValueError, "a.xml", message):
         VOCDetection(boxes, "train")
@@ -283,28 +276,28 @@ def test_unknown_class(boxes):
         VOCDetection(boxes, "train")
 
 
-def test_unnamed_object(boxes):
-    annotate(boxes, "a", voc_object((1, 1, 3, 3)).replace("<name>one</name>", ""))
-    with one_line(ValueError, "a.xml", "class ''"):
+def test_unknown_class_without_classes_file(boxes):
+    (boxes / "classes.txt").unlink()
+    annotate(boxes, "a", voc_object((1, 1, 3, 3), "raccoon"))
+    parts = ("a.xml", "'raccoon'", "classes of PASCAL VOC (aeroplane", "tvmonitor)", "one per line")
+    with one_line(ValueError, *parts, boxes / "classes.txt"):
         VOCDetection(boxes, "train")
 
 
-@pytest.mark.parametrize("value", ["", "three", "1,5"])
-def test_box_that_is_no_number(boxes, value):
-    annotate(boxes, "a", voc_object((1, 1, value, 3)))
-    with one_line(ValueError, "a.xml", "bndbox", f"'{value}'"):
-        VOCDetection(boxes, "train")
-
-
-def test_object_without_a_box(boxes):
-    annotate(boxes, "a", voc_object((1, 1, 2, 3)).replace("bndbox", "polygon"))
-    with one_line(ValueError, "a.xml", "bndbox", "xmin, ymin, xmax, ymax"):
-        VOCDetection(boxes, "train")
-
-
-def test_difficult_that_is_no_flag(boxes):
-    annotate(boxes, "a", voc_object((1, 1, 2, 3), difficult=2))
-    with one_line(ValueError, "a.xml", "difficult", "'2'"):
+@pytest.mark.parametrize(
+    ("old", "new", "parts"),
+    [
+        ("<name>one</name>", "", ["class ''"]),
+        ("<xmax>3</xmax>", "<xmax></xmax>", ["bndbox", "''"]),
+        ("<xmax>3</xmax>", "<xmax>three</xmax>", ["bndbox", "'three'"]),
+        ("<xmax>3</xmax>", "<xmax>1,5</xmax>", ["bndbox", "'1,5'"]),
+        ("bndbox", "polygon", ["bndbox", "xmin, ymin, xmax, ymax"]),
+        ("<difficult>0", "<difficult>2", ["difficult", "'2'"]),
+    ],
+)
+def test_malformed_objects(boxes, old, new, parts):
+    annotate(boxes, "a", voc_object((1, 1, 3, 3)).replace(old, new))
+    with one_line(ValueError, "a.xml", *parts):
         VOCDetection(boxes, "train")
 
 
@@ -316,7 +309,7 @@ def test_difficult_that_is_no_flag(boxes):
         ("a\na\n", "more than once"),
     ],
 )
-def test_bad_classes_file_of_objects(boxes, content, message):
+def test_bad_classes_file(boxes, content, message):
     (boxes / "classes.txt").write_text(content)
     with one_line(ValueError, "classes.txt", message):
         VOCDetection(boxes, "train")
@@ -337,30 +330,30 @@ def test_truncated_image(boxes):
         images[0]
 
 
-def test_size_of_a_file_that_is_no_image(boxes):
+def test_size_of_an_unreadable_image(boxes):
     (boxes / YEAR / "Annotations/a.xml").write_text("<annotation/>")
     (boxes / YEAR / "JPEGImages/a.jpg").write_text("text")
     with one_line(ValueError, "a.jpg", "not a readable image"):
         VOCDetection(boxes, "train")
 
 
-# The made set, and real ones.
+# The synthetic data set, and real ones.
 
 
-def test_boxes_of_the_made_set(tmp_path):
-    made = Shapes(train=12, val=1, height=48, width=64)
-    write_shapes(tmp_path / "shapes", made)
+def test_boxes_of_the_synthetic_data_set(tmp_path):
+    options = Shapes(train=12, val=1, height=48, width=64)
+    write_shapes(tmp_path / "shapes", options)
     images = VOCDetection(tmp_path / "shapes", "train")
     assert images.classes == VOCDetection(tmp_path / "shapes", "val").classes
     assert "background" not in images.classes
     count = 0
     for i in range(12):
-        drawn = scene(made, "train", i)
+        drawn = scene(options, "train", i)
         annotations = images.annotations(i)
-        shown = [item for item in drawn.objects if item.area > 1]
-        assert annotations.boxes.tolist() == [list(map(float, item.box)) for item in shown]
-        assert annotations.labels.tolist() == [item.label - 1 for item in shown]
-        count += len(shown)
+        visible = [item for item in drawn.objects if item.area > 1]
+        assert annotations.boxes.tolist() == [list(map(float, item.box)) for item in visible]
+        assert annotations.labels.tolist() == [item.label - 1 for item in visible]
+        count += len(visible)
     assert count > 12
 
 
@@ -416,7 +409,7 @@ def test_voc2012_mini(real_data):
 
 
 def test_pennfudan_boxes_hold_their_masks(real_data):
-    """An error of one pixel would show: the edges of the masks are those of the boxes."""
+    """Boxes are the edges of the masks, so an error of one pixel would show."""
     root = real_data / "pennfudan_voc"
     images = VOCDetection(root, "trainval")
     assert (len(images), counts(images)) == (170, [423])

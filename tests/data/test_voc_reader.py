@@ -1,4 +1,4 @@
-"""The VOC layout: what is found, what is read, and what is said about bad input."""
+"""Masks in the VOC layout: content, and messages about bad input."""
 
 import pickle
 from pathlib import Path
@@ -40,21 +40,21 @@ def test_root_may_be_any_level(voc, inside):
     assert images.classes == ("background", "one", "two")
 
 
-def test_last_year_is_taken(voc):
+def test_last_year_is_the_default(voc):
     other = voc / "VOCdevkit/VOC2007/ImageSets/Segmentation"
     other.mkdir(parents=True)
     (other / "train.txt").write_text("nothing\n")
     assert len(VOCSegmentation(voc, "train")) == 2
 
 
-def test_transforms_get_image_and_mask(voc):
+def test_transforms_receive_image_and_mask(voc):
     images = VOCSegmentation(voc, "train", lambda image, mask: (mask, image))
     mask, image = images[0]
     assert mask.ndim == 2
     assert image.ndim == 3
 
 
-def test_grey_masks_and_images_and_png_images(voc):
+def test_gray_masks_and_images_and_png_images(voc):
     save_labels(voc / YEAR / "SegmentationClass/c.png", np.full((12, 16), 2), mode="L")
     (voc / YEAR / "JPEGImages/c.jpg").unlink()
     Image.fromarray(np.full((12, 16), 9, np.uint8)).save(voc / YEAR / "JPEGImages/c.png")
@@ -64,7 +64,7 @@ def test_grey_masks_and_images_and_png_images(voc):
     assert (mask == 2).all()
 
 
-def test_void_and_the_highest_class_are_allowed(voc):
+def test_void_and_the_highest_class_are_valid(voc):
     labels = np.full((12, 16), 255)
     labels[0] = 2
     save_labels(voc / YEAR / "SegmentationClass/c.png", labels)
@@ -80,7 +80,7 @@ def test_exif_orientation_is_not_applied(voc):
     assert VOCSegmentation(voc, "val")[0][0].shape == (3, 12, 16)
 
 
-def test_goes_to_worker_processes(voc):
+def test_can_be_pickled(voc):
     images = VOCSegmentation(
         voc, "train", segmentation_evaluation_transforms(short_side=8, max_side=None)
     )
@@ -121,18 +121,18 @@ def test_augmented_list_of_paths(voc_aug):
 # classes.txt.
 
 
-def test_without_classes_file_they_are_vocs(voc):
+def test_default_classes_are_those_of_voc(voc):
     (voc / "classes.txt").unlink()
     assert VOCSegmentation(voc, "train").classes == VOC_CLASSES
 
 
-def test_list_of_objects_gets_the_background(voc):
+def test_background_is_prepended_to_objects(voc):
     (voc / "classes.txt").write_text("one\ntwo\n")  # and there is a mask with label 2
     for split in ("train", "val"):
         assert VOCSegmentation(voc, split).classes == ("background", "one", "two")
 
 
-def test_vocs_twenty_objects_get_the_background(voc):
+def test_background_is_prepended_to_the_objects_of_voc(voc):
     (voc / "classes.txt").write_text("\n".join(VOC_CLASSES[1:]))
     assert VOCSegmentation(voc, "train").classes == VOC_CLASSES
 
@@ -151,7 +151,7 @@ def test_bad_classes_file(voc, content, message):
         VOCSegmentation(voc, "train")
 
 
-# Bad input. At construction: what a look at the names tells.
+# Bad input, found at construction.
 
 
 def test_missing_folder(tmp_path):
@@ -159,12 +159,12 @@ def test_missing_folder(tmp_path):
         VOCSegmentation(tmp_path / "nowhere", "train")
 
 
-def test_a_file_for_a_folder(voc):
+def test_file_instead_of_a_folder(voc):
     with one_line(NotADirectoryError, voc / "classes.txt", "expected a folder"):
         VOCSegmentation(voc / "classes.txt", "train")
 
 
-def test_no_layout(tmp_path):
+def test_unknown_layout(tmp_path):
     with one_line(FileNotFoundError, tmp_path, "VOCdevkit/VOC*/ImageSets/"):
         VOCSegmentation(tmp_path, "train")
 
@@ -174,9 +174,13 @@ def test_missing_split_lists_the_others(voc):
         VOCSegmentation(voc, "test")
 
 
-def test_empty_list(voc):
-    (voc / YEAR / "ImageSets/Segmentation/train.txt").write_text("\n  \n")
-    with one_line(ValueError, "train.txt", "empty"):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"\n  \n", "empty"), (b"\xff\xfe\x00a", "not UTF-8"), (b"a 1 2\n", "'a 1 2'")],
+)
+def test_bad_list(voc, content, message):
+    (voc / YEAR / "ImageSets/Segmentation/train.txt").write_bytes(content)
+    with one_line(ValueError, "train.txt", message):
         VOCSegmentation(voc, "train")
 
 
@@ -185,18 +189,6 @@ def test_list_with_windows_newlines_and_byte_order_mark(voc):
     path.write_bytes("\ufeffa\r\nb\r\n".encode())
     images = VOCSegmentation(voc, "train")
     assert [images.name(i) for i in range(len(images))] == ["a", "b"]
-
-
-def test_list_that_is_no_text(voc):
-    (voc / YEAR / "ImageSets/Segmentation/train.txt").write_bytes(b"\xff\xfe\x00a")
-    with one_line(ValueError, "train.txt", "not UTF-8"):
-        VOCSegmentation(voc, "train")
-
-
-def test_malformed_list(voc):
-    (voc / YEAR / "ImageSets/Segmentation/train.txt").write_text("a 1 2\n")
-    with one_line(ValueError, "train.txt", "'a 1 2'"):
-        VOCSegmentation(voc, "train")
 
 
 @pytest.mark.parametrize("folder", ["JPEGImages", "SegmentationClass"])
@@ -212,7 +204,7 @@ def test_augmented_list_names_an_absent_mask(voc_aug):
         VOCSegmentation(voc_aug, "train_aug")
 
 
-# At reading: what the content tells.
+# Bad input, found on reading.
 
 
 def test_mask_of_another_size(voc):
@@ -225,23 +217,25 @@ def test_label_above_the_classes(voc):
     labels = np.zeros((12, 16))
     labels[3, 4] = 7
     save_labels(voc / YEAR / "SegmentationClass/c.png", labels)
-    with one_line(ValueError, "c.png", "label 7", "3 classes"):
+    with one_line(
+        ValueError, "c.png", "label 7", "3 classes in", voc / "classes.txt", "add the class"
+    ):
         VOCSegmentation(voc, "val")[0]
 
 
-def test_unnamed_background_is_hinted_at(voc):
+def test_missing_background_is_suggested(voc):
     (voc / "classes.txt").write_text("one\ntwo\n")
     images = VOCSegmentation(voc, "val")
     assert images.classes[0] == "background"
     save_labels(voc / YEAR / "SegmentationClass/c.png", np.zeros((12, 16)))
-    images = VOCSegmentation(voc, "val")  # now no mask tells
+    images = VOCSegmentation(voc, "val")  # now no mask shows it
     save_labels(voc / YEAR / "SegmentationClass/c.png", np.full((12, 16), 2))
     with one_line(ValueError, "c.png", "label 2", "background"):
         images[0]
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "1", "LA"])
-def test_mask_that_holds_no_ids(voc, mode):
+def test_mask_without_ids(voc, mode):
     Image.new(mode, (16, 12)).save(voc / YEAR / "SegmentationClass/c.png")
     with one_line(ValueError, "c.png", "class ids", f"mode {mode}"):
         VOCSegmentation(voc, "val")[0]
@@ -254,14 +248,14 @@ def test_mask_of_16_bits(voc):
         VOCSegmentation(voc, "val")[0]
 
 
-@pytest.mark.parametrize("share", [0, 0.1, 0.5, 0.95])
+@pytest.mark.parametrize("fraction", [0, 0.1, 0.5, 0.95])
 @pytest.mark.parametrize("path", ["JPEGImages/c.jpg", "SegmentationClass/c.png"])
-def test_truncated_file(voc, path, share):
+def test_truncated_file(voc, path, fraction):
     save_image(voc / YEAR / "JPEGImages/c.jpg", 60, 80)
     save_labels(voc / YEAR / "SegmentationClass/c.png", np.arange(4800).reshape(60, 80) % 3)
     file = voc / YEAR / path
     content = file.read_bytes()
-    file.write_bytes(content[: int(share * len(content))])
+    file.write_bytes(content[: int(fraction * len(content))])
     images = VOCSegmentation(voc, "val")
     with one_line(ValueError, file, "not a readable image"):
         images[0]
@@ -275,7 +269,7 @@ def test_file_deleted_after_construction(voc):
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png"])
-def test_flipped_bytes_are_read_or_refused(tmp_path, suffix):
+def test_flipped_bytes_are_read_or_rejected(tmp_path, suffix):
     rng = np.random.default_rng(0)
     path = tmp_path / f"x.{suffix}"
     save_image(path, 24, 32)
@@ -299,11 +293,11 @@ def test_flipped_bytes_are_read_or_refused(tmp_path, suffix):
 # Against torchvision, and on real images.
 
 
-def test_colours_are_vocs():
-    colours = color_map()
+def test_color_map():
+    colors = color_map()
     known = {0: (0, 0, 0), 1: (128, 0, 0), 5: (128, 0, 128), 15: (192, 128, 128)}
     known |= {20: (0, 64, 128), 255: (224, 224, 192)}
-    assert {label: tuple(colours[label].tolist()) for label in known} == known
+    assert {label: tuple(colors[label].tolist()) for label in known} == known
 
 
 def test_agrees_with_torchvision_on_voc2012(real_data):
@@ -335,7 +329,7 @@ def test_camvid(real_data):
     assert seen == {*range(11), 255}
 
 
-def test_objects_of_pennfudan_get_the_background(real_data):
+def test_pennfudan(real_data):
     images = VOCSegmentation(real_data / "pennfudan_voc", "train")
     assert images.classes == ("background", "person")
     assert len(images) == 119

@@ -1,4 +1,4 @@
-"""The made data set: what it holds, that it repeats, and that it survives interruption."""
+"""The synthetic data set: content, reproducibility, interruption."""
 
 import hashlib
 import json
@@ -30,49 +30,49 @@ def digests(root: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory) -> Path:
+def data_set(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("shapes") / "set"
     write_shapes(root, SMALL)
     return root
 
 
-# What it holds.
+# Content.
 
 
-def test_reads_as_voc(made):
-    images = open_segmentation(made, "train")
+def test_reads_as_voc(data_set):
+    images = open_segmentation(data_set, "train")
     assert isinstance(images, VOCSegmentation)
     assert images.classes == SHAPE_CLASSES
     assert len(images) == 6
-    assert len(open_segmentation(made, "val")) == 3
-    assert len(open_segmentation(made, "trainval")) == 9
+    assert len(open_segmentation(data_set, "val")) == 3
+    assert len(open_segmentation(data_set, "trainval")) == 9
     image, mask = images[0]
     assert image.shape == (3, 48, 64)
     assert mask.shape == (48, 64)
-    assert not list(made.rglob("*.partial"))
+    assert not list(data_set.rglob("*.partial"))
 
 
-def test_files_hold_the_scene(made):
-    images = open_segmentation(made, "val")
+def test_files_hold_the_scene(data_set):
+    images = open_segmentation(data_set, "val")
     for i in range(3):
         drawn = scene(SMALL, "val", i)
         image, mask = images[i]
         np.testing.assert_array_equal(mask.numpy(), drawn.labels)
         error = np.abs(image.permute(1, 2, 0).numpy().astype(int) - drawn.image)
         assert error.mean() < 8  # JPEG: much less than another image's, about 60
-        instances = Image.open(made / YEAR / f"SegmentationObject/{images.name(i)}.png")
+        instances = Image.open(data_set / YEAR / f"SegmentationObject/{images.name(i)}.png")
         assert instances.mode == "P"
         np.testing.assert_array_equal(np.asarray(instances), drawn.instances)
 
 
-def test_annotations_agree_with_the_masks(made):
-    boxes = VOCDetection(made, year="2012", image_set="trainval")
+def test_annotations_agree_with_the_masks(data_set):
+    boxes = VOCDetection(data_set, year="2012", image_set="trainval")
     assert len(boxes) == 9
     for i in range(9):
         annotation = boxes[i][1]["annotation"]
         name = annotation["filename"].removesuffix(".jpg")
-        labels = np.asarray(Image.open(made / YEAR / f"SegmentationClass/{name}.png"))
-        instances = np.asarray(Image.open(made / YEAR / f"SegmentationObject/{name}.png"))
+        labels = np.asarray(Image.open(data_set / YEAR / f"SegmentationClass/{name}.png"))
+        instances = np.asarray(Image.open(data_set / YEAR / f"SegmentationObject/{name}.png"))
         assert annotation["size"] == {"width": "64", "height": "48", "depth": "3"}
         objects = annotation["object"]
         assert len(objects) == instances.max() >= 1
@@ -86,9 +86,9 @@ def test_annotations_agree_with_the_masks(made):
         assert ((labels == 0) == (instances == 0)).all()
 
 
-def test_scale_and_classes_are_spread():
-    settings = Shapes(radius=(0.04, 0.4), warp=0.0, objects=(1, 1))
-    scenes = [scene(settings, "train", i) for i in range(150)]
+def test_scales_and_classes_vary():
+    options = Shapes(radius=(0.04, 0.4), warp=0.0, objects=(1, 1))
+    scenes = [scene(options, "train", i) for i in range(150)]
     disc = SHAPE_CLASSES.index("disc")
     discs = [o.full_area for s in scenes for o in s.objects if o.label == disc]
     assert np.sqrt(max(discs) / min(discs)) > 6
@@ -104,21 +104,21 @@ def test_default_scale_is_more_than_eightfold():
     assert largest / smallest > 8
 
 
-def test_classes_cannot_be_told_by_colour():
-    """Over many scenes no class has a mean colour of its own."""
-    colours = {label: [] for label in range(1, len(SHAPE_CLASSES))}
+def test_color_does_not_reveal_the_class():
+    """Over many scenes all classes have the same mean color."""
+    colors = {label: [] for label in range(1, len(SHAPE_CLASSES))}
     for i in range(250):
         drawn = scene(Shapes(height=64, width=64), "train", i)
         for number, item in enumerate(drawn.objects, start=1):
-            colours[item.label].append(drawn.image[drawn.instances == number].mean(0))
-    means = {label: np.mean(rows, axis=0) for label, rows in colours.items()}
-    errors = {label: np.std(rows, axis=0) / len(rows) ** 0.5 for label, rows in colours.items()}
-    overall = np.mean([row for rows in colours.values() for row in rows], axis=0)
+            colors[item.label].append(drawn.image[drawn.instances == number].mean(0))
+    means = {label: np.mean(rows, axis=0) for label, rows in colors.items()}
+    errors = {label: np.std(rows, axis=0) / len(rows) ** 0.5 for label, rows in colors.items()}
+    overall = np.mean([row for rows in colors.values() for row in rows], axis=0)
     for label, mean in means.items():
         assert (np.abs(mean - overall) < 4 * errors[label]).all()
 
 
-def test_every_outline_is_one_piece_of_radius_one():
+def test_outlines_have_radius_one():
     y, x = np.mgrid[-1.5:1.5:601j, -1.5:1.5:601j]
     for name, outline in OBJECTS.items():
         inside = outline(x, y) < 0
@@ -129,7 +129,7 @@ def test_every_outline_is_one_piece_of_radius_one():
 
 @pytest.mark.parametrize("name", OBJECTS)
 def test_distance_does_not_vanish_inside(name):
-    """Where it does, antialiasing lets the background through: a mark of the class, inside."""
+    """Otherwise antialiasing lets the background through inside, a mark of the class."""
     y, x = np.mgrid[-50:51, -50:51]
     value = OBJECTS[name](x / 45, y / 45)
     estimate = -value / np.maximum(np.hypot(*np.gradient(value)), 1e-6)
@@ -140,7 +140,7 @@ def test_distance_does_not_vanish_inside(name):
 
 
 def test_pixels_change_at_the_mask():
-    """The strongest edges along a row lie on the outlines: masks and pixels are not shifted."""
+    """The strongest edges along a row are at the outlines: masks and pixels are aligned."""
     on = off = 0.0
     for i in range(20):
         drawn = scene(Shapes(clutter=0), "train", i)
@@ -151,7 +151,7 @@ def test_pixels_change_at_the_mask():
     assert on > 3 * off
 
 
-def test_mute_takes_the_colours_of_what_lies_behind_the_objects():
+def test_mute_removes_the_colors_behind_the_objects():
     spread = []
     for mute in (0.0, 0.5, 1.0):
         drawn = scene(Shapes(mute=mute), "train", 4)
@@ -160,7 +160,7 @@ def test_mute_takes_the_colours_of_what_lies_behind_the_objects():
     assert spread[0] > 1.3 * spread[1] > 1.3 * spread[2]
 
 
-def test_warp_changes_the_masks_and_not_the_rest():
+def test_warp_changes_only_the_masks():
     still, bent = (scene(Shapes(warp=w, clutter=0, objects=(1, 1)), "train", 3) for w in (0, 1))
     assert still.objects[0].label == bent.objects[0].label
     differing = (still.labels > 0) != (bent.labels > 0)
@@ -179,23 +179,23 @@ def test_void_border():
     assert touched[changes].mean() > 0.95
 
 
-# That it repeats.
+# Reproducibility.
 
 
-def test_same_seed_same_bytes(made, tmp_path):
+def test_same_seed_same_bytes(data_set, tmp_path):
     write_shapes(tmp_path / "again", SMALL)
-    assert digests(tmp_path / "again") == digests(made)
+    assert digests(tmp_path / "again") == digests(data_set)
 
 
-def test_other_seed_other_images(made):
+def test_other_seed_gives_other_images(data_set):
     other = scene(replace(SMALL, seed=1), "train", 0)
     assert not np.array_equal(other.image, scene(SMALL, "train", 0).image)
     assert not np.array_equal(scene(SMALL, "train", 0).image, scene(SMALL, "val", 0).image)
 
 
-def test_fewer_images_are_the_first_of_more(made, tmp_path):
+def test_fewer_images_are_the_first_of_more(data_set, tmp_path):
     write_shapes(tmp_path / "less", replace(SMALL, train=2, val=1))
-    less, more = digests(tmp_path / "less" / YEAR), digests(made / YEAR)
+    less, more = digests(tmp_path / "less" / YEAR), digests(data_set / YEAR)
     files = {name: digest for name, digest in less.items() if "ImageSets" not in name}
     assert len(files) == 4 * 3
     assert files.items() <= more.items()
@@ -205,7 +205,7 @@ def test_fewer_images_are_the_first_of_more(made, tmp_path):
 
 
 class _Stopped(BaseException):
-    """As KeyboardInterrupt, which pytest would take for itself."""
+    """Like KeyboardInterrupt, which pytest would handle itself."""
 
 
 def _stop_after(monkeypatch, writes: int) -> None:
@@ -224,7 +224,7 @@ def _stop_after(monkeypatch, writes: int) -> None:
 
 
 @pytest.mark.parametrize("writes", [0, 1, 4, 7, 30, 38, 42])
-def test_interrupted_run_goes_on(made, tmp_path, monkeypatch, writes):
+def test_interrupted_run_resumes(data_set, tmp_path, monkeypatch, writes):
     root = tmp_path / "set"
     with monkeypatch.context() as patch:
         _stop_after(patch, writes)
@@ -232,39 +232,39 @@ def test_interrupted_run_goes_on(made, tmp_path, monkeypatch, writes):
             write_shapes(root, SMALL)
     assert not root.exists()
     write_shapes(root, SMALL)
-    assert digests(root) == digests(made)
+    assert digests(root) == digests(data_set)
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
 
 
-def test_resuming_draws_only_what_is_missing(tmp_path, monkeypatch):
+def test_resumed_run_draws_only_missing_images(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         _stop_after(patch, 1 + 4 * 4)
         with pytest.raises(_Stopped):
             write_shapes(tmp_path / "set", SMALL)
     drawn = []
 
-    def counted(settings, split, number):
+    def counted(options, split, number):
         drawn.append((split, number))
-        return scene(settings, split, number)
+        return scene(options, split, number)
 
     monkeypatch.setattr(shapes, "scene", counted)
     write_shapes(tmp_path / "set", SMALL)
     assert drawn == [("train", 4), ("train", 5), ("val", 0), ("val", 1), ("val", 2)]
 
 
-def test_interrupted_run_of_other_settings_is_begun_again(made, tmp_path, monkeypatch):
+def test_interrupted_run_with_other_options_starts_again(data_set, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         _stop_after(patch, 9)
         with pytest.raises(_Stopped):
             write_shapes(tmp_path / "set", replace(SMALL, seed=5))
     write_shapes(tmp_path / "set", SMALL)
-    assert digests(tmp_path / "set") == digests(made)
+    assert digests(tmp_path / "set") == digests(data_set)
 
 
-def test_whole_set_is_left_alone(made):
-    before = {path: path.stat().st_mtime_ns for path in made.rglob("*")}
-    write_shapes(made, SMALL)
-    assert {path: path.stat().st_mtime_ns for path in made.rglob("*")} == before
+def test_complete_data_set_is_unchanged(data_set):
+    before = {path: path.stat().st_mtime_ns for path in data_set.rglob("*")}
+    write_shapes(data_set, SMALL)
+    assert {path: path.stat().st_mtime_ns for path in data_set.rglob("*")} == before
 
 
 def test_full_disk_names_the_file(tmp_path, monkeypatch):
@@ -279,22 +279,22 @@ def test_full_disk_names_the_file(tmp_path, monkeypatch):
 # Bad input.
 
 
-def test_other_folder_is_not_overwritten(made, tmp_path):
+def test_other_folder_is_not_overwritten(data_set, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/photo.jpg").write_bytes(b"precious")
     with one_line(FileExistsError, tmp_path / "mine"):
         write_shapes(tmp_path / "mine", SMALL)
-    with one_line(FileExistsError, made):
-        write_shapes(made, replace(SMALL, seed=3))
+    with one_line(FileExistsError, data_set):
+        write_shapes(data_set, replace(SMALL, seed=3))
     (tmp_path / "set.partial/work").mkdir(parents=True)
     with one_line(FileExistsError, tmp_path / "set.partial"):
         write_shapes(tmp_path / "set", SMALL)
 
 
-def test_empty_folder_is_filled(made, tmp_path):
+def test_empty_folder_is_filled(data_set, tmp_path):
     (tmp_path / "set").mkdir()
     write_shapes(tmp_path / "set", SMALL)
-    assert digests(tmp_path / "set") == digests(made)
+    assert digests(tmp_path / "set") == digests(data_set)
 
 
 @pytest.mark.parametrize(
@@ -315,7 +315,7 @@ def test_empty_folder_is_filled(made, tmp_path):
         ("void_border", -2),
     ],
 )
-def test_bad_settings(field, value):
+def test_bad_options(field, value):
     with one_line(ValueError, field, value):
         Shapes(**{field: value})
 
@@ -325,21 +325,21 @@ def test_unknown_split():
         scene(SMALL, "test", 0)
 
 
-def test_settings_are_recorded(made):
-    recorded = json.loads((made / "shapes.json").read_text())
+def test_options_are_recorded(data_set):
+    recorded = json.loads((data_set / "shapes.json").read_text())
     assert (recorded["train"], recorded["seed"], recorded["warp"]) == (6, 0, 0.5)
 
 
 def test_flags():
-    """An object cut by half is difficult, one cut at all truncated."""
+    """Objects that are half hidden are difficult, objects hidden at all truncated."""
     seen = set()
     for i in range(120):
         drawn = scene(Shapes(height=96, width=96), "train", i)
         root = ElementTree.fromstring(shapes._annotation("x", drawn))
         for element, item in zip(root.iter("object"), drawn.objects, strict=True):
-            share = item.area / item.full_area
+            visible = item.area / item.full_area
             truncated, difficult = (element.findtext(t) for t in ("truncated", "difficult"))
-            assert truncated == str(int(share < 0.95))
-            assert difficult == str(int(share < 0.5 or item.area < 40))
+            assert truncated == str(int(visible < 0.95))
+            assert difficult == str(int(visible < 0.5 or item.area < 40))
             seen.add((truncated, difficult))
     assert {("0", "0"), ("1", "0")} <= seen
