@@ -1,33 +1,38 @@
-"""Runs in several processes, as torchrun starts them: what the tests give them to do, and how.
+"""Runs in several processes, as torchrun starts them: the jobs of the tests, and their start.
 
 As a program, `processes.py JOBS` does the jobs of a JSON file one after the other, since starting
-processes takes longer than anything that they do here.
+processes takes longer than all the work here.
 """
 
 import atexit
+import itertools
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from PIL import Image
 
 from deformnet.data.synthetic.shapes import Shapes, write_shapes
-from deformnet.recipes import DeepLabRecipe, Recipe, RFCNRecipe, recipe_from_dict
-from deformnet.engine.runs import load_checkpoint
-from deformnet.engine import evaluate, propose, train
-from deformnet.engine.callbacks import Timer, read_log
+from deformnet.engine import Hardware, LoopOptions, Result, evaluate, propose, train
+from deformnet.engine.logs import read_log
+from deformnet.engine.runs import iterations_done, load_checkpoint
 from deformnet.engine.shared_norm import share_statistics
+from deformnet.recipes import DeepLabRecipe, Recipe, RFCNRecipe, recipe_from_dict
 
 LIMIT = 240
 """Seconds after which processes count as hanging."""
+
+CPU = Hardware(accelerator="cpu", workers=0)
 
 
 def small(recipe: type[Recipe], **changes: Any) -> Recipe:
@@ -57,9 +62,9 @@ def write_images(root: Path) -> None:
     voc = root / "VOCdevkit/VOC2012"
     for number, path in enumerate(sorted((voc / "JPEGImages").glob("*.jpg"))):
         more = 8 * (number % 3)
-        for file, colour in ((path, (90, 90, 90)), (_mask(voc, path), 0)):
+        for file, color in ((path, (90, 90, 90)), (_mask(voc, path), 0)):
             with Image.open(file) as image:
-                wider = Image.new(image.mode, (48 + more, 40), colour)
+                wider = Image.new(image.mode, (48 + more, 40), color)
                 wider.paste(image)
                 if (palette := image.getpalette()) is not None:
                     wider.putpalette(palette)
@@ -75,10 +80,44 @@ def _mask(voc: Path, image: Path) -> Path:
     return voc / "SegmentationClass" / f"{image.stem}.png"
 
 
-def run(recipe: Recipe, data: Path, out: Path, **options: Any) -> dict[str, Any]:
-    """`train` with every iteration in the log."""
-    settings = {"accelerator": "cpu", "workers": 0, "progress": False, "log_every": 1}
-    return train(recipe, data, out, **({"val_split": None} | settings | options))
+def run(
+    recipe: Recipe,
+    data: Path,
+    out: Path,
+    *,
+    val_split: str | None = None,
+    proposals: Sequence[Path] = (),
+    devices: int | None = None,
+    workers: int = 0,
+    **options: Any,
+) -> Result:
+    """`train` on CPUs with every iteration in the log; options of the loop by name."""
+    return train(
+        *(recipe, data, out),
+        val_split=val_split,
+        proposals=proposals,
+        hardware=Hardware(accelerator="cpu", workers=workers, devices=devices),
+        loop=LoopOptions(**({"progress": False, "log_every": 1} | options)),
+    )
+
+
+def stop_after(iteration: int, patch: pytest.MonkeyPatch) -> None:
+    """Asks the next run of this process to stop, as batch systems do, in one of its iterations."""
+    after_step(iteration, lambda: signal.raise_signal(signal.SIGTERM), patch)
+
+
+def after_step(
+    iteration: int, act: Callable[[], None], patch: pytest.MonkeyPatch, done: int = 0
+) -> None:
+    """Acts once, after the optimizer's step of an iteration."""
+    step, count = torch.optim.SGD.step, itertools.count(done + 1)
+
+    def acting(self: torch.optim.SGD, closure: None = None) -> None:
+        step(self, closure)
+        if next(count) == iteration:
+            act()
+
+    patch.setattr(torch.optim.SGD, "step", acting)
 
 
 def curve(out: Path) -> list[float]:
@@ -87,7 +126,7 @@ def curve(out: Path) -> list[float]:
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
-    return load_checkpoint(out / "checkpoints/last.ckpt")["state_dict"]
+    return load_checkpoint(out / "checkpoints/last.ckpt")["model"]
 
 
 def torchrun(jobs: list[dict[str, Any]], folder: Path, *options: str) -> list[str]:
@@ -125,16 +164,11 @@ def wait(*processes: subprocess.Popen[str]) -> list[str]:
 
 def _train(job: dict[str, Any]) -> None:
     recipe = recipe_from_dict(job["recipe"], source="job")
-    run(recipe, Path(job["data"]), Path(job["out"]), **job.get("options", {}))
+    run(recipe, job["data"], job["out"], **job.get("options", {}))
 
 
 def _evaluate(job: dict[str, Any]) -> None:
-    evaluate(
-        *(Path(job["out"]), Path(job["data"]), "val"),
-        accelerator="cpu",
-        workers=0,
-        progress=False,
-    )
+    evaluate(job["out"], job["data"], "val", hardware=CPU, progress=False)
 
 
 def _propose(job: dict[str, Any]) -> None:
@@ -142,11 +176,11 @@ def _propose(job: dict[str, Any]) -> None:
 
 
 def propose_boxes(run: Path, data: Path, out: Path) -> None:
-    propose(run, data, "val", out, accelerator="cpu", workers=0, progress=False)
+    propose(run, data, "val", out, hardware=CPU, progress=False)
 
 
 def _disagree(job: dict[str, Any]) -> None:
-    """Every process writes down the message with which it refuses other data, or another recipe."""
+    """Every process writes down the message that refuses other data, or another recipe."""
     rank = os.environ["RANK"]
     recipe = recipe_from_dict(job["recipe"] | job["changes"][int(rank)], source="job")
     try:
@@ -156,15 +190,15 @@ def _disagree(job: dict[str, Any]) -> None:
 
 
 def _norm(job: dict[str, Any]) -> None:
-    """One step of batch norm in each process, on its share; after a run, which connects them."""
+    """One step of batch norm in each process, after a run, which connects them."""
     rank, processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     layer, x, direction = norm_case()
-    share_statistics(layer)
+    share_statistics(layer, torch.device("cpu"))
     x = x[rank::processes].clone().requires_grad_()
     y = layer(x)
     (y * direction[rank::processes]).sum().backward()
-    found = {"y": y, "x": x.grad, "weight.grad": layer.weight.grad, **layer.state_dict()}
-    torch.save(found, f"{job['out']}-{rank}.pt")
+    values = {"y": y, "x": x.grad, "weight.grad": layer.weight.grad, **layer.state_dict()}
+    torch.save(values, f"{job['out']}-{rank}.pt")
 
 
 def norm_case() -> tuple[torch.nn.BatchNorm2d, torch.Tensor, torch.Tensor]:
@@ -181,19 +215,14 @@ def _killed(job: dict[str, Any]) -> None:
 
     What is then in the run folder is copied before another attempt.
     """
-    count = Timer.on_train_batch_end
     out, attempt = Path(job["out"]), os.environ["TORCHELASTIC_RESTART_COUNT"]
-
-    def killing(self: Timer, trainer: Any, *rest: Any) -> None:
-        count(self, trainer, *rest)
-        last = trainer.global_rank == trainer.world_size - 1
-        if attempt == "0" and last and trainer.global_step == job["after"]:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    Timer.on_train_batch_end = killing
-    if os.environ["RANK"] == "0":
-        done = load_checkpoint(out / "checkpoints/last.ckpt") if out.exists() else {}
-        print(f"attempt {attempt} from iteration {done.get('global_step', 0)}", flush=True)
+    rank, processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if attempt == "0" and rank == processes - 1:
+        kill = partial(os.kill, os.getpid(), signal.SIGKILL)
+        after_step(job["after"], kill, pytest.MonkeyPatch())
+    if rank == 0:
+        done = iterations_done(out) if out.exists() else 0
+        print(f"attempt {attempt} from iteration {done}", flush=True)
         if attempt == "1":
             shutil.copytree(out, f"{out}-when-killed")
     _train(job)

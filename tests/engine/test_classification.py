@@ -1,4 +1,4 @@
-"""Training, scoring and predicting with a classifier, and starting another network from it."""
+"""Training, evaluating and predicting with a classifier, and starting another network from it."""
 
 import json
 import os
@@ -7,15 +7,18 @@ import sys
 
 import pytest
 import torch
+from processes import run, stop_after, weights
 
+import deformnet
 from deformnet.cli import main
 from deformnet.data.image_folder import ImageFolderClassification
 from deformnet.data.synthetic.shapes import Shapes, write_shapes
-from deformnet.inference import find_images, open_predictor, predict_classes
+from deformnet.engine import Hardware, TrainingStopped, evaluate, load_run
+from deformnet.engine.logs import read_log
 from deformnet.recipes import ClassifierRecipe, DeepLabRecipe, TestTimeAugmentation
-from deformnet.engine.runs import checkpoint_path, load_checkpoint, load_run
-from deformnet.engine import TrainingStopped, evaluate, train
-from deformnet.engine.callbacks import Timer, read_log
+from deformnet.tasks import TaskOptions, find_images
+
+FLIPPED = TaskOptions(augmentation=TestTimeAugmentation(flip=True))
 
 
 @pytest.fixture(scope="module")
@@ -41,20 +44,15 @@ def recipe_of(**changes):
     return ClassifierRecipe(**(values | changes))
 
 
-def run(recipe, data, out, **options):
-    settings = {"workers": 0, "progress": False, "log_every": 1, "accelerator": "cpu"}
-    return train(recipe, data, out, **(settings | options))
-
-
 @pytest.fixture(scope="module")
 def trained(folder, tmp_path_factory):
     """A finished run and what `train` returned."""
     torch.set_num_threads(1)
     out = tmp_path_factory.mktemp("runs") / "run"
-    return out, run(recipe_of(), folder, out)
+    return out, run(recipe_of(), folder, out, val_split="val").to_json()
 
 
-def test_a_run_leaves_what_it_promises(trained):
+def test_contents_of_a_run_folder(trained):
     out, metrics = trained
     assert json.loads((out / "metrics.json").read_text()) == metrics
     assert (metrics["network"], metrics["split"], metrics["images"]) == ("classifier", "val", 12)
@@ -62,11 +60,11 @@ def test_a_run_leaves_what_it_promises(trained):
     # Two images of each class.
     mean = sum(metrics["class_errors"].values()) / 6
     assert metrics["top1_error"] == pytest.approx(mean)
-    assert set(metrics["class_errors"]) == set(load_run(out)[2].classes)
+    assert set(metrics["class_errors"]) == set(load_run(out).data.classes)
     rows = read_log(out / "metrics.csv")
     rates = [float(row["learning_rate"]) for row in rows]
     assert rates == pytest.approx([0.001, 0.0055, 0.001, 0.001, 0.0001, 0.0001])
-    state = load_run(out)[1].state_dict()
+    state = load_run(out).model.state_dict()
     torch.manual_seed(recipe_of().seed)
     start = recipe_of().build_model(6).state_dict()
     same = {name for name in start if torch.equal(start[name], state[name])}
@@ -76,8 +74,8 @@ def test_a_run_leaves_what_it_promises(trained):
 def test_it_learns_the_shapes(folder, tmp_path):
     """By heart: this shows that images and labels belong together, all the way to the scores."""
     recipe = recipe_of(iterations=60, batch=12, flip=False, color_jitter=False, resize=(36, 36))
-    run(recipe, folder, tmp_path, val_split=None)
-    metrics = evaluate(tmp_path, folder, "train", workers=0, progress=False)
+    run(recipe, folder, tmp_path)
+    metrics = evaluate(tmp_path, folder, "train", progress=False).to_json()
     assert metrics["images"] == 24
     assert metrics["top1_error"] <= 0.25  # guessing: 0.83
 
@@ -85,7 +83,7 @@ def test_it_learns_the_shapes(folder, tmp_path):
 def test_scores_are_those_of_the_predictor(trained, folder):
     """Two ways to the same numbers: `evaluate`, and probabilities image by image."""
     out, metrics = trained
-    predictor = open_predictor(out, device="cpu")
+    predictor = deformnet.load(out, device="cpu")
     images = ImageFolderClassification(folder, "val")
     places = []
     for i in range(len(images)):
@@ -95,27 +93,27 @@ def test_scores_are_those_of_the_predictor(trained, folder):
         places.append(int((probabilities > probabilities[label]).sum()))
     assert metrics["top1_error"] == pytest.approx(sum(place > 0 for place in places) / 12)
     assert metrics["top5_error"] == pytest.approx(sum(place > 4 for place in places) / 12)
-    again = evaluate(out, folder, "val", workers=1, progress=False)
-    assert again == metrics
+    again = evaluate(out, folder, "val", hardware=Hardware(workers=1), progress=False)
+    assert again.to_json() == metrics
 
 
-def test_scores_do_not_depend_on_what_was_drawn(trained, folder):
+def test_scores_do_not_depend_on_the_random_state(trained, folder):
     torch.rand(5)
-    again = evaluate(trained[0], folder, "val", workers=0, progress=False)
+    again = evaluate(trained[0], folder, "val", progress=False).to_json()
     assert again["class_errors"] == trained[1]["class_errors"]
 
 
 def test_files_of_predictions(trained, folder, tmp_path):
-    predictor = open_predictor(trained[0], device="cpu")
+    predictor = deformnet.load(trained[0], device="cpu")
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(b"no image")
     files = [*find_images([folder / "val/star"]), broken]
-    results = list(predict_classes(predictor, files, tmp_path / "out"))
+    results = list(predictor.write(files, tmp_path / "out"))
     assert [problem is None for _, problem in results] == [True, True, False]
     lines = (tmp_path / "out/predictions.jsonl").read_text().splitlines()
-    found = [json.loads(line) for line in lines]
-    assert [one["image"] for one in found] == [path.name for path in files[:2]]
-    for one, path in zip(found, files, strict=False):
+    predictions = [json.loads(line) for line in lines]
+    assert [one["image"] for one in predictions] == [path.name for path in files[:2]]
+    for one, path in zip(predictions, files, strict=False):
         listed = one["classes"]
         assert len(listed) == 5
         probabilities = [item["probability"] for item in listed]
@@ -130,34 +128,21 @@ def test_files_of_predictions(trained, folder, tmp_path):
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 8), (3, 8, 8)])
 def test_the_predictor_takes_images_alone(trained, shape):
-    predictor = open_predictor(trained[0], device="cpu")
-    with pytest.raises(ValueError, match="image must be uint8"):
+    predictor = deformnet.load(trained[0], device="cpu")
+    with pytest.raises(ValueError, match=r"expected image to be .*uint8"):
         predictor(torch.zeros(shape))
 
 
 # The same weights, whatever happens.
 
 
-def weights(out):
-    return load_checkpoint(checkpoint_path(out))["state_dict"]
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_stopped_run_ends_in_equal_weights(trained, folder, tmp_path, monkeypatch, workers):
-    count = Timer.on_train_batch_end
-
-    def stop_after_three(self, trainer, *rest):
-        count(self, trainer, *rest)
-        if trainer.global_step == 3:
-            for callback in trainer.callbacks:
-                if hasattr(callback, "_asked"):
-                    callback._asked = True
-
     with monkeypatch.context() as patch:
-        patch.setattr(Timer, "on_train_batch_end", stop_after_three)
+        stop_after(3, patch)
         with pytest.raises(TrainingStopped, match="stopped after 3 of 6"):
             run(recipe_of(), folder, tmp_path)
-    torch.rand(17)  # whatever the process has drawn meanwhile
+    torch.rand(17)  # the random state of the process does not matter
     run(recipe_of(), folder, tmp_path, workers=workers)
     ended = weights(tmp_path)
     for name, tensor in weights(trained[0]).items():
@@ -177,7 +162,7 @@ def test_two_processes_are_as_good_as_one(folder, tmp_path):
         stderr=subprocess.PIPE,
         text=True,
     )
-    one = run(recipe, folder, tmp_path / "one")
+    one = run(recipe, folder, tmp_path / "one", val_split="val").to_json()
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     losses = [
@@ -197,16 +182,16 @@ def test_two_processes_are_as_good_as_one(folder, tmp_path):
 
 @pytest.mark.parametrize("backbone", ["resnet18", "aligned-inception-resnet"])
 def test_deeplab_starts_from_a_classifier(folder, tmp_path, backbone):
-    run(recipe_of(backbone=backbone, iterations=2), folder, tmp_path / "run", val_split=None)
+    run(recipe_of(backbone=backbone, iterations=2), folder, tmp_path / "run")
     recipe = DeepLabRecipe(backbone=backbone, deform_layers=3, init=str(tmp_path / "run"))
     loaded = recipe.build_model(7).backbone.state_dict()
     stored = weights(tmp_path / "run")
     own = {name for name in loaded if ".conv_offset." not in name and "reduce" not in name}
-    assert {f"model.backbone.{name}" for name in own} == {
-        name for name in stored if name.startswith("model.backbone.")
+    assert {f"backbone.{name}" for name in own} == {
+        name for name in stored if name.startswith("backbone.")
     }
     for name in own:
-        assert torch.equal(loaded[name], stored[f"model.backbone.{name}"]), name
+        assert torch.equal(loaded[name], stored[f"backbone.{name}"]), name
 
 
 def test_deeplab_trains_from_a_classifier(trained, shapes, tmp_path):
@@ -219,34 +204,33 @@ def test_deeplab_trains_from_a_classifier(trained, shapes, tmp_path):
         iterations=2,
         lr=1e-3,
     )
-    metrics = run(recipe, shapes, tmp_path / "run")
+    metrics = run(recipe, shapes, tmp_path / "run", val_split="val").to_json()
     assert 0 <= metrics["mean_iou"] <= 1
     # Two small steps away from where it started, and not from random weights.
-    name = "model.backbone.layer3.0.conv1.weight"
+    name = "backbone.layer3.0.conv1.weight"
     start, end = weights(trained[0])[name], weights(tmp_path / "run")[name]
     assert 0 < float((end - start).norm() / start.norm()) < 0.01
 
 
-# What is refused.
+# Errors.
 
 
 def test_other_data_and_options_are_refused(trained, folder, shapes, tmp_path):
     out, _ = trained
-    options = {"workers": 0, "progress": False}
-    with pytest.raises(FileNotFoundError, match=r"train: no such folder; wanted DIR/SPLIT/CLASS"):
+    with pytest.raises(FileNotFoundError, match=r"train: .*DIR/SPLIT/CLASS"):
         run(recipe_of(), shapes, tmp_path)
-    with pytest.raises(ValueError, match="score_at is for deeplab, not for classifier"):
-        evaluate(out, folder, "val", score_at="network", **options)
-    with pytest.raises(ValueError, match="for detectors, not for classifier"):
-        evaluate(out, folder, "val", testing=TestTimeAugmentation(flip=True), **options)
-    with pytest.raises(ValueError, match="for detectors, not for classifier"):
-        open_predictor(out, testing=TestTimeAugmentation(flip=True))
+    with pytest.raises(ValueError, match="score_at does not apply to classifier"):
+        evaluate(out, folder, "val", options=TaskOptions(score_at="network"))
+    with pytest.raises(ValueError, match="augmentation does not apply to classifier"):
+        evaluate(out, folder, "val", options=FLIPPED)
+    with pytest.raises(ValueError, match="augmentation does not apply to classifier"):
+        deformnet.load(out, options=FLIPPED)
     (tmp_path / "two/val").mkdir(parents=True)
     for name in ("star", "disc"):
         (tmp_path / "two/val" / name).symlink_to(folder / "val" / name)
-    with pytest.raises(ValueError, match=r"has the classes disc, star; .* was trained on disc, "):
-        evaluate(out, tmp_path / "two", "val", **options)
-    with pytest.raises(ValueError, match="holds a run with crop=32, but crop=16 is asked for"):
+    with pytest.raises(ValueError, match=r"trained on \(disc, .*\), but got disc, star"):
+        evaluate(out, tmp_path / "two", "val", progress=False)
+    with pytest.raises(ValueError, match="a run with crop=16, but it holds one with crop=32"):
         run(recipe_of(crop=16), folder, out)
 
 

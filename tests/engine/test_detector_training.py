@@ -1,30 +1,39 @@
 """Detectors from folder to folder: training, resuming, stored proposals, scores, bad input."""
 
-import dataclasses
 import json
 import shutil
 
 import pytest
 import torch
+from processes import CPU, run, stop_after, weights
 from safetensors.torch import load_file, save_file
 from torchvision import tv_tensors
 from torchvision.ops import box_iou
 
+import deformnet
 from deformnet.data.boxes import BoxAnnotations
 from deformnet.data.detection import open_detection
-from deformnet.metrics.detections import read_detections, score
-from deformnet.inference import TestTimeAugmentation, open_predictor
+from deformnet.engine import TrainingStopped, evaluate, load_run, propose
+from deformnet.engine.logs import read_log
+from deformnet.engine.runs import checkpoint_path, iterations_done
+from deformnet.metrics.detections import read_detections
+from deformnet.models import Target
 from deformnet.recipes import (
     ClassAwareRPNRecipe,
     FasterRCNNRecipe,
     RFCNRecipe,
     RPNRecipe,
+    TestTimeAugmentation,
 )
-from deformnet.engine.runs import checkpoint_path, load_checkpoint, load_run
-from deformnet.engine import TrainingStopped, evaluate, propose, train
-from deformnet.engine.callbacks import Timer, read_log
-from deformnet.tasks.detection import Sample, Target, _to_whole_pixels, collate
+from deformnet.tasks import TaskOptions, task_of
+from deformnet.tasks.detection.data import (
+    DetectionTrainingSet,
+    Sample,
+    collate,
+    to_whole_pixels,
+)
 from deformnet.tasks.proposals import StoredProposals
+from deformnet.tasks.scoring import score
 
 NETWORKS = (RPNRecipe, ClassAwareRPNRecipe, FasterRCNNRecipe, RFCNRecipe)
 
@@ -47,15 +56,10 @@ def quick(network, **changes):
     return network(**(values | changes))
 
 
-def run(recipe, data, out, **options):
-    settings = {"val_split": None, "workers": 0, "progress": False, "log_every": 1}
-    return train(recipe, data, out, **(settings | options))
-
-
 @pytest.mark.parametrize("network", NETWORKS)
 def test_every_detector_trains_and_is_scored(shapes, tmp_path, network):
     recipe = quick(network, deform_layers=0 if network is RPNRecipe else 1)
-    metrics = run(recipe, shapes, tmp_path, val_split="val")
+    metrics = run(recipe, shapes, tmp_path, val_split="val").to_json()
     assert metrics["network"] == recipe.network
     assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
     rows = read_log(tmp_path / "metrics.csv")
@@ -72,12 +76,12 @@ def test_every_detector_trains_and_is_scored(shapes, tmp_path, network):
         assert {name for record in records for name in record.classes} == {"object"}
     else:
         # The file alone gives the same numbers.
-        again = score(tmp_path / "detections.jsonl", shapes, split="val")
+        again = score(tmp_path / "detections.jsonl", shapes, split="val").to_json()
         assert metrics["voc"]["area"] == again["voc"]["area"]
         assert metrics["detections"] > 0
     torch.manual_seed(recipe.seed)
     start = recipe.build_model(6).state_dict()
-    end = load_run(tmp_path)[1].state_dict()
+    end = load_run(tmp_path).model.state_dict()
     moved = {name for name in start if not torch.equal(start[name], end[name])}
     if network is not RPNRecipe:
         assert "backbone.layer4.1.conv2.conv_offset.weight" in moved
@@ -89,32 +93,20 @@ def test_a_stopped_run_ends_in_equal_weights(shapes, tmp_path, monkeypatch, netw
     recipe = quick(network, iterations=5)
     run(recipe, shapes, tmp_path / "whole")
 
-    count = Timer.on_train_batch_end
-
-    def stop_after_three(self, trainer, *rest):
-        count(self, trainer, *rest)
-        if trainer.global_step == 3:
-            for callback in trainer.callbacks:
-                if hasattr(callback, "_asked"):
-                    callback._asked = True
-
     with monkeypatch.context() as patch:
-        patch.setattr(Timer, "on_train_batch_end", stop_after_three)
+        stop_after(3, patch)
         with pytest.raises(TrainingStopped, match="stopped after 3 of 5"):
             run(recipe, shapes, tmp_path / "broken")
-    torch.rand(17)  # whatever the process has drawn meanwhile
+    torch.rand(17)  # the random state of the process does not matter
     run(recipe, shapes, tmp_path / "broken")
-    states = [
-        load_checkpoint(checkpoint_path(tmp_path / name))["state_dict"]
-        for name in ("whole", "broken")
-    ]
-    for name, tensor in states[0].items():
-        assert torch.equal(tensor, states[1][name]), name
+    broken = weights(tmp_path / "broken")
+    for name, tensor in weights(tmp_path / "whole").items():
+        assert torch.equal(tensor, broken[name]), name
 
 
 def test_another_network_is_not_continued(shapes, tmp_path):
     run(quick(ClassAwareRPNRecipe, iterations=1), shapes, tmp_path)
-    with pytest.raises(ValueError, match="holds a run of class-aware-rpn, but rfcn is asked for"):
+    with pytest.raises(ValueError, match="a run of rfcn, but it holds one of class-aware-rpn"):
         run(quick(RFCNRecipe, iterations=1), shapes, tmp_path)
 
 
@@ -125,39 +117,39 @@ def stored(shapes, tmp_path_factory):
     run(quick(RPNRecipe, iterations=1, deform_layers=0), shapes, folder / "rpn")
     for split, count in (("train", 7), ("val", 3)):
         out = folder / f"{split}.safetensors"
-        assert propose(folder / "rpn", shapes, split, out, workers=0, progress=False) == count
+        assert propose(folder / "rpn", shapes, split, out, hardware=CPU, progress=False) == count
     return folder
 
 
 def test_training_on_stored_proposals(shapes, stored, tmp_path):
     files = [stored / "train.safetensors", stored / "val.safetensors"]
     recipe = quick(RFCNRecipe)
-    metrics = run(recipe, shapes, tmp_path, val_split="val", proposals=files)
+    metrics = run(recipe, shapes, tmp_path, val_split="val", proposals=files).to_json()
     columns = read_log(tmp_path / "metrics.csv")[0]
     assert set(columns) == {"iteration", "loss", "class", "box", "learning_rate", "seconds"}
     torch.manual_seed(recipe.seed)
-    start, end = recipe.build_model(6).state_dict(), load_run(tmp_path)[1].state_dict()
+    start, end = recipe.build_model(6).state_dict(), load_run(tmp_path).model.state_dict()
     for name in start:
         if name.startswith("rpn."):
             assert torch.equal(start[name], end[name]), name
     assert not torch.equal(start["score_maps.weight"], end["score_maps.weight"])
 
-    again = evaluate(tmp_path, shapes, "val", proposals=files[1:], workers=0, progress=False)
+    def evaluated(**options):
+        options = TaskOptions(**options)
+        return evaluate(tmp_path, shapes, "val", options=options, hardware=CPU, progress=False)
+
+    again = evaluated(proposals=tuple(files[1:])).to_json()
     assert again["voc"] == metrics["voc"]
-    assert "testing" not in again
-    flipped = evaluate(
-        *(tmp_path, shapes, "val"),
-        testing=TestTimeAugmentation(flip=True),
-        proposals=files[1:],
-        workers=0,
-        progress=False,
-    )
-    assert flipped["testing"]["flip"] is True
-    with pytest.raises(ValueError, match="was trained on stored proposals, so scoring it needs"):
-        evaluate(tmp_path, shapes, "val", workers=0, progress=False)
-    with pytest.raises(ValueError, match="was trained on stored proposals and makes none"):
-        open_predictor(tmp_path)
-    with pytest.raises(ValueError, match="holds a run on other data"):
+    assert "augmentation" not in again
+    flip = TestTimeAugmentation(flip=True)
+    flipped = evaluated(augmentation=flip, proposals=tuple(files[1:]))
+    assert flipped.to_json()["augmentation"]["flip"] is True
+    assert "test-time augmentation: flip True" in str(flipped)
+    with pytest.raises(ValueError, match=r"expected stored proposals .* trained on stored"):
+        evaluated()
+    with pytest.raises(ValueError, match="trained on stored proposals"):
+        deformnet.load(tmp_path)
+    with pytest.raises(ValueError, match=r"on the same data .*, but it holds one on other data"):
         run(recipe, shapes, tmp_path)
 
 
@@ -165,7 +157,7 @@ def test_stored_proposals_that_do_not_fit(shapes, stored, tmp_path):
     train_file, val_file = stored / "train.safetensors", stored / "val.safetensors"
     with pytest.raises(ValueError, match="has no proposals for image train_"):
         run(quick(RFCNRecipe), shapes, tmp_path, proposals=[val_file])
-    with pytest.raises(ValueError, match="class-aware-rpn takes none"):
+    with pytest.raises(ValueError, match=r"proposals .*class-aware-rpn"):
         run(quick(ClassAwareRPNRecipe), shapes, tmp_path, proposals=[train_file])
     with pytest.raises(FileNotFoundError, match="no such file of proposals"):
         StoredProposals([tmp_path / "none"])
@@ -194,7 +186,7 @@ def test_stored_proposals_that_do_not_fit(shapes, stored, tmp_path):
 
 
 def test_stored_proposals_of_an_image_are_sent_alone(shapes, stored):
-    """Loader processes send the whole storage of a tensor, be it a small part of it."""
+    """Loader processes send the whole storage of a tensor, even of a small part."""
     proposals = StoredProposals([stored / "train.safetensors"])
     images = open_detection(shapes, "train")
     for index in range(len(images)):
@@ -210,10 +202,7 @@ def test_the_order_of_the_files_does_not_matter(stored):
 
 def test_stored_proposals_follow_the_image(shapes, tmp_path):
     """One proposal for each image, its first object: after the transforms both are still equal."""
-    from deformnet.tasks.detection import DetectionJob
-
-    job = DetectionJob(quick(RFCNRecipe, short_side=96), TestTimeAugmentation())
-    images = job.open(shapes, "train")
+    images = open_detection(shapes, "train")
 
     class FirstObject:
         digest = ""
@@ -223,11 +212,11 @@ def test_stored_proposals_follow_the_image(shapes, tmp_path):
             objects = images.annotations(index)
             return objects.boxes.as_subclass(torch.Tensor)[~objects.ignored][:1]
 
-    job = dataclasses.replace(job, proposals=FirstObject())
-    loader = job.training_data(images, 0, 1)
+    recipe = quick(RFCNRecipe, short_side=96)
+    training_set = DetectionTrainingSet(recipe, images, FirstObject())
     for index in range(len(images)):
-        torch.manual_seed(index)  # some are mirrored
-        sample = loader.images[index]
+        torch.manual_seed(index)  # some are flipped
+        sample = training_set.sample(index)
         if len(sample.target.boxes):
             assert torch.equal(sample.proposals, sample.target.boxes[:1])
             size = sample.image.shape
@@ -238,9 +227,9 @@ def test_stored_proposals_follow_the_image(shapes, tmp_path):
 def test_recall_is_that_of_the_proposals(shapes, tmp_path):
     """All of them, and not those that would be left of detections."""
     recipe = quick(RPNRecipe, deform_layers=0, iterations=1, nms=0.1, score_threshold=0.6)
-    metrics = run(recipe, shapes, tmp_path, val_split="val")
+    metrics = run(recipe, shapes, tmp_path, val_split="val").to_json()
     out = tmp_path / "val.safetensors"
-    propose(tmp_path, shapes, "val", out, workers=0, progress=False)
+    propose(tmp_path, shapes, "val", out, hardware=CPU, progress=False)
     stored, images = StoredProposals([out]), open_detection(shapes, "val")
     records = {record.image: record for record in read_detections(tmp_path / "detections.jsonl")}
     best = []
@@ -251,8 +240,8 @@ def test_recall_is_that_of_the_proposals(shapes, tmp_path):
         objects = images.annotations(index).boxes.as_subclass(torch.Tensor)
         best.extend(box_iou(objects, stored[name]).amax(dim=1).tolist())
     for iou in (0.5, 0.7):
-        share = sum(value >= iou for value in best) / len(best)
-        assert metrics["recall"][str(iou)] == pytest.approx(share)
+        fraction = sum(value >= iou for value in best) / len(best)
+        assert metrics["recall"][str(iou)] == pytest.approx(fraction)
 
 
 def test_images_without_objects_train(shapes, tmp_path):
@@ -263,7 +252,8 @@ def test_images_without_objects_train(shapes, tmp_path):
         file.write_text(text[: text.index("<object>")] + "</annotation>")
     for network in NETWORKS:
         out = tmp_path / network.network
-        metrics = run(quick(network, iterations=2, deform_layers=0), data, out, val_split="train")
+        recipe = quick(network, iterations=2, deform_layers=0)
+        metrics = run(recipe, data, out, val_split="train").to_json()
         if network is RPNRecipe:
             assert metrics["recall"] == {"0.5": None, "0.7": None}
         else:
@@ -291,7 +281,7 @@ def test_a_loss_that_becomes_nan_stops_with_its_name(shapes, tmp_path, monkeypat
     message = str(caught.value)
     assert f"the {term} loss is nan in iteration 4" in message
     assert f"the last checkpoint is that of iteration 2, {checkpoint_path(tmp_path)}" in message
-    assert load_checkpoint(checkpoint_path(tmp_path))["global_step"] == 2
+    assert iterations_done(tmp_path) == 2
 
 
 def test_data_of_other_classes_is_refused(shapes, tmp_path):
@@ -300,29 +290,31 @@ def test_data_of_other_classes_is_refused(shapes, tmp_path):
     shutil.copytree(shapes, data)
     with (data / "classes.txt").open("a") as file:
         file.write("more\n")
-    with pytest.raises(ValueError, match=r"has the classes .*more; .* was trained on"):
-        evaluate(tmp_path / "run", data, "val", workers=0, progress=False)
+    with pytest.raises(ValueError, match=r"the network was trained on .*, but got .*more"):
+        evaluate(tmp_path / "run", data, "val", hardware=CPU, progress=False)
 
 
 def test_options_of_other_networks_are_refused(shapes, tmp_path):
     run(quick(ClassAwareRPNRecipe, iterations=1), shapes, tmp_path)
-    with pytest.raises(ValueError, match="score_at is for deeplab, not for class-aware-rpn"):
-        evaluate(tmp_path, shapes, "val", score_at="network", workers=0, progress=False)
-    testing = TestTimeAugmentation(refine=2)
-    with pytest.raises(ValueError, match="refine"):
-        evaluate(tmp_path, shapes, "val", testing=testing, workers=0, progress=False)
+    refined = TestTimeAugmentation(refine=2)
+    for options, message in (
+        (TaskOptions(score_at="network"), "score_at does not apply to class-aware-rpn"),
+        (TaskOptions(augmentation=refined), "refine"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evaluate(tmp_path, shapes, "val", options=options, hardware=CPU, progress=False)
 
 
-def test_deeplab_has_no_options_of_testing(shapes, quick, tmp_path):
-    run(dataclasses.replace(quick, iterations=1), shapes, tmp_path)
-    with pytest.raises(ValueError, match="for detectors, not for deeplab"):
-        evaluate(tmp_path, shapes, "val", testing=TestTimeAugmentation(flip=True), progress=False)
+def test_deeplab_has_no_test_time_augmentation(quick):
+    options = TaskOptions(augmentation=TestTimeAugmentation(flip=True))
+    with pytest.raises(ValueError, match="augmentation does not apply to deeplab"):
+        task_of(quick, options)
 
 
 def test_the_authors_convention_rounds_objects():
     # First and last pixels: 1.4 -> 1, 1.6 -> 2; never narrower than a pixel.
     boxes = torch.tensor([[1.4, 1.6, 5.4, 5.6], [3.4, 0.0, 3.6, 1.0]])
-    assert _to_whole_pixels(boxes).tolist() == [[1, 2, 5, 6], [3, 0, 4, 1]]
+    assert to_whole_pixels(boxes).tolist() == [[1, 2, 5, 6], [3, 0, 4, 1]]
 
 
 def test_a_batch_of_different_sizes():
@@ -339,7 +331,7 @@ def test_a_batch_of_different_sizes():
     assert [len(target.boxes) for target in batch.targets] == [2, 0]
     assert batch.proposals is None
     assert batch.seeds == [2, 0]
-    larger = batch.extended(4, 6)
+    larger = batch.padded(4, 6)
     assert larger.images.shape == (2, 3, 4, 6)
     assert torch.equal(larger.images[:, :, :2, :5], batch.images)
     assert larger.images.sum() == batch.images.sum()
@@ -347,9 +339,7 @@ def test_a_batch_of_different_sizes():
     assert [len(boxes) for boxes in given.proposals] == [3, 0]
 
 
-def test_difficult_objects_do_not_train(shapes):
-    from deformnet.tasks.detection import _TrainingImages
-
+def test_difficult_objects_do_not_train(shapes, monkeypatch):
     objects = BoxAnnotations(
         tv_tensors.BoundingBoxes(
             torch.tensor([[1.0, 1, 20, 20], [5, 5, 30, 30]]), format="XYXY", canvas_size=(40, 48)
@@ -359,6 +349,8 @@ def test_difficult_objects_do_not_train(shapes):
     )
     image = tv_tensors.Image(torch.zeros(3, 40, 48, dtype=torch.uint8))
     recipe = quick(RFCNRecipe, short_side=40, flip=False)
-    sample = _TrainingImages(recipe, [(image, objects)], None)[0]
+    training_set = DetectionTrainingSet(recipe, open_detection(shapes, "train"), None)
+    monkeypatch.setattr(training_set, "_images", [(image, objects)])
+    sample = training_set.sample(0)
     assert sample.target.labels.tolist() == [1]
     assert sample.target.boxes.tolist() == [[5, 5, 30, 30]]

@@ -8,17 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import weights
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import deformnet.engine.runs
-from deformnet.models.backbones import aligned_inception_resnet, resnet
-from deformnet.models.backbones.weights import read_weights
 from deformnet.cli import main
 from deformnet.data.synthetic.shapes import Shapes, write_shapes
-from deformnet.engine.export import export_run
+from deformnet.engine import export_run, load_run
+from deformnet.models.backbones import aligned_inception_resnet, resnet
+from deformnet.models.backbones.weights import read_weights
 from deformnet.recipes import DeepLabRecipe, RFCNRecipe
-from deformnet.engine.runs import checkpoint_path, load_checkpoint, load_run
 
 QUICK = [
     *("--backbone", "resnet18", "--deform-layers", "1", "--short-side", "32", "--max-side", "None"),
@@ -74,17 +74,16 @@ def test_export(run, shapes, tmp_path, capsys):
     main(["export", str(run), str(out)])
     assert capsys.readouterr().out == f"weights in {out}, their card in {out.parent}/net.json\n"
     assert {path.name for path in out.parent.iterdir()} == {"net.safetensors", "net.json"}
-    checkpoint = load_checkpoint(checkpoint_path(run))["state_dict"]
-    state = load_file(out)
-    assert {f"model.{name}" for name in state} == set(checkpoint)
+    checkpoint, state = weights(run), load_file(out)
+    assert set(state) == set(checkpoint)
     for name, tensor in state.items():
-        assert torch.equal(tensor, checkpoint[f"model.{name}"]), name
+        assert torch.equal(tensor, checkpoint[name]), name
     card = json.loads((out.parent / "net.json").read_text())
     assert card["weights"] == "net.safetensors"
     assert card["sha256"] == hashlib.sha256(out.read_bytes()).hexdigest()
     assert card["recipe"] == json.loads((run / "recipe.json").read_text())
     assert card["data"]["images"] == 2
-    assert card["data"]["classes"] == list(load_run(run)[2].classes)
+    assert card["data"]["classes"] == list(load_run(run).data.classes)
     assert len(card["data"]["digest"]) == 64
     assert set(card["metrics"]) == {"metrics.json", "metrics-train.json"}
     for name, metrics in card["metrics"].items():
@@ -112,7 +111,7 @@ def test_predicting_with_an_exported_run(run, exported, shapes, tmp_path):
 @pytest.mark.parametrize("source", ["run", "exported"])
 def test_starting_from_a_run(source, request, run, shapes, tmp_path):
     path = request.getfixturevalue(source)
-    trained = load_run(run)[1].state_dict()
+    trained = load_run(run).model.state_dict()
     # Another network: it takes the backbone alone, and none of the channel reduction.
     recipe = RFCNRecipe(backbone="resnet18", deform_layers=1, init=str(path))
     torch.manual_seed(0)
@@ -238,8 +237,8 @@ def other_weights(path):
         (card_without_data, "net.json: damaged, or not the card of an exported run"),
         (unknown_field, "net.json: a recipe of deeplab has no field 'colour'"),
         (other_recipe, "net.safetensors: does not fit the network of its recipe"),
-        (other_weights, "net.safetensors: not the weights of its card, the sha256 is "),
-        (emptied, "net.safetensors: not the weights of its card, the sha256 is e3b0c44298fc..."),
+        (other_weights, "net.safetensors: not the weights of its card: expected the sha256 "),
+        (emptied, "of net.json, but got e3b0c44298fc..."),
     ],
 )
 def test_damaged_exports(damage, message, exported, shapes, tmp_path, complaint):
@@ -251,11 +250,11 @@ def test_damaged_exports(damage, message, exported, shapes, tmp_path, complaint)
 
 def test_what_cannot_be_done(run, exported, shapes, tmp_path, complaint):
     line = complaint("evaluate", exported, "--data", shapes)
-    assert line == f"{exported}: wanted a run folder, into which the scores go; got a file"
+    assert line == f"{exported}: expected a run folder, which the scores go into, but got a file"
     line = complaint("export", run, tmp_path / "net.pth")
-    assert line == f"out: wanted a file NAME.safetensors, got {tmp_path}/net.pth"
+    assert line == f"out: expected a file NAME.safetensors, but got {tmp_path}/net.pth"
     line = complaint("export", exported, tmp_path / "again.safetensors")
-    assert line == f"{exported}: wanted a run folder, got a file"
+    assert line == f"{exported}: expected a run folder, but got a file"
     line = complaint("export", tmp_path / "nothing", tmp_path / "again.safetensors")
     assert line == f"{tmp_path}/nothing: no such run folder"
     line = complaint("predict", tmp_path / "no.safetensors", picture(shapes), "--out", tmp_path)
@@ -280,7 +279,7 @@ def test_an_export_that_fails_leaves_the_old_one(exported, run, monkeypatch):
     def full(path):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("deformnet.engine.runs.os.fsync", full)
+    monkeypatch.setattr("deformnet._files.os.fsync", full)
     with pytest.raises(OSError, match="No space left"):
         export_run(run, exported)
     assert exported.read_bytes() == before
@@ -301,9 +300,9 @@ def checkout(tmp_path, monkeypatch):
     """A git checkout that looks like deformnet's, with the package in src."""
     package = tmp_path / "src" / "deformnet"
     package.mkdir(parents=True)
-    (package / "runs.py").write_text("")
+    (package / "layers.py").write_text("")
     (tmp_path / "pyproject.toml").write_text('[project]\nname = "deformnet"\n')
-    monkeypatch.setattr(deformnet.engine.runs, "__file__", str(package / "runs.py"))
+    monkeypatch.setattr(deformnet.engine.runs, "_PACKAGE", package)
     return tmp_path
 
 
@@ -338,7 +337,7 @@ def test_no_commit_of_somebody_elses_checkout(checkout, monkeypatch):
     assert deformnet.engine.runs.versions()["commit"] is None
     installed = checkout / "venv" / "site-packages" / "deformnet"
     installed.mkdir(parents=True)
-    monkeypatch.setattr(deformnet.engine.runs, "__file__", str(installed / "runs.py"))
+    monkeypatch.setattr(deformnet.engine.runs, "_PACKAGE", installed)
     assert deformnet.engine.runs.versions()["commit"] is None
 
 

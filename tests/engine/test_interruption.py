@@ -1,4 +1,4 @@
-"""Runs that are killed, stopped or shared end where an undisturbed one does."""
+"""Runs that are killed, stopped or distributed end where an undisturbed one does."""
 
 import os
 import signal
@@ -8,11 +8,11 @@ import time
 
 import pytest
 import torch
+from processes import run
 
+from deformnet.engine.logs import read_log
+from deformnet.engine.runs import checkpoint_path, iterations_done, load_checkpoint
 from deformnet.recipes import DeepLabRecipe
-from deformnet.engine.runs import checkpoint_path, load_checkpoint
-from deformnet.engine import train
-from deformnet.engine.callbacks import read_log
 
 RECIPE = DeepLabRecipe(
     backbone="resnet18",
@@ -43,17 +43,7 @@ def start(recipe, data, out, *options):
 
 
 def finish(recipe, data, out):
-    train(
-        recipe,
-        data,
-        out,
-        accelerator="cpu",
-        val_split=None,
-        log_every=1,
-        checkpoint_every=4,
-        workers=0,
-        progress=False,
-    )
+    run(recipe, data, out, checkpoint_every=4)
     return load_checkpoint(checkpoint_path(out))
 
 
@@ -74,13 +64,12 @@ def undisturbed(shapes, tmp_path_factory):
 
 def assert_same_run(undisturbed, checkpoint, out):
     expected, rows = undisturbed
-    assert checkpoint["global_step"] == expected["global_step"] == RECIPE.iterations
-    state = checkpoint["state_dict"]
-    assert state.keys() == expected["state_dict"].keys()
-    for name, tensor in expected["state_dict"].items():
-        assert torch.equal(state[name], tensor), name
-    momentum = checkpoint["optimizer_states"][0]["state"]
-    for number, buffers in expected["optimizer_states"][0]["state"].items():
+    assert checkpoint["iteration"] == expected["iteration"] == RECIPE.iterations
+    assert checkpoint["model"].keys() == expected["model"].keys()
+    for name, tensor in expected["model"].items():
+        assert torch.equal(checkpoint["model"][name], tensor), name
+    momentum = checkpoint["optimizer"]["state"]
+    for number, buffers in expected["optimizer"]["state"].items():
         assert torch.equal(momentum[number]["momentum_buffer"], buffers["momentum_buffer"])
     columns = ("iteration", "loss", "learning_rate")
     log = [[row[c] for c in columns] for row in read_log(out / "metrics.csv")]
@@ -95,7 +84,7 @@ def test_a_disturbed_run_ends_in_equal_weights(shapes, undisturbed, tmp_path, si
     wait_for_rows(out, 6, process)
     process.send_signal(sign)
     _, errors = process.communicate(timeout=300)
-    done = load_checkpoint(checkpoint_path(out))["global_step"]
+    done = iterations_done(out)
     assert 4 <= done < RECIPE.iterations
     if sign == signal.SIGKILL:
         assert process.returncode == -signal.SIGKILL

@@ -1,4 +1,4 @@
-"""What a machine lacks is said in one line: memory, a port, the run folder; never a stack trace."""
+"""Missing memory, ports and run folders are reported in one line, never as a traceback."""
 
 import os
 import re
@@ -9,11 +9,10 @@ import sys
 
 import pytest
 import torch
-from processes import LIMIT
+from processes import LIMIT, after_step
 
 import deformnet.engine
 from deformnet.cli import main
-from deformnet.engine.callbacks import Timer
 
 QUICK = [
     *("--backbone", "resnet18", "--deform-layers", "1", "--short-side", "32", "--max-side", "None"),
@@ -24,7 +23,7 @@ QUICK = [
 
 @pytest.fixture
 def complaint(shapes, tmp_path, capfd):
-    """What `train` says when it must fail with one line, of all its threads, and exit code 2."""
+    """Fails `train`, which must print one line, of all its threads, and exit with code 2."""
 
     def check():
         with pytest.raises(SystemExit) as ended:
@@ -99,16 +98,13 @@ def test_other_mistakes_keep_their_stack_trace(shapes, tmp_path, monkeypatch):
 @pytest.mark.parametrize("becomes", ["nothing", "a file"])
 def test_a_run_folder_that_vanishes(complaint, tmp_path, monkeypatch, becomes):
     """Its disk was unplugged, say."""
-    count = Timer.on_train_batch_end
 
-    def remove_after_two(self, trainer, *rest):
-        count(self, trainer, *rest)
-        if trainer.global_step == 2:
-            shutil.rmtree(tmp_path / "run")
-            if becomes == "a file":
-                (tmp_path / "run").touch()
+    def remove():
+        shutil.rmtree(tmp_path / "run")
+        if becomes == "a file":
+            (tmp_path / "run").touch()
 
-    monkeypatch.setattr(Timer, "on_train_batch_end", remove_after_two)
+    after_step(2, remove, monkeypatch)
     line = complaint()
     assert line.startswith(f"deformnet: {tmp_path / 'run'}")
     assert re.search("No such file or directory|Not a directory|File exists", line), line

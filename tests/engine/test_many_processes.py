@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from processes import (
+    CPU,
     RECIPES,
     curve,
     norm_case,
@@ -14,6 +15,7 @@ from processes import (
     run,
     small,
     start,
+    stop_after,
     torchrun,
     wait,
     weights,
@@ -21,10 +23,9 @@ from processes import (
 )
 
 from deformnet.data.synthetic.shapes import Shapes, write_shapes
-from deformnet.recipes import DeepLabRecipe
-from deformnet.engine.runs import checkpoint_path, load_checkpoint
 from deformnet.engine import TrainingStopped, evaluate
-from deformnet.engine.callbacks import Timer
+from deformnet.engine.runs import iterations_done
+from deformnet.recipes import DeepLabRecipe
 
 TOLERANCE = 1e-5  # relative
 NAMES = list(RECIPES)
@@ -44,13 +45,13 @@ def alone(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone")
     for name, recipe in RECIPES.items():
         run(recipe, data, folder / name)
-        evaluate(folder / name, data, "val", accelerator="cpu", workers=0, progress=False)
+        evaluate(folder / name, data, "val", hardware=CPU, progress=False)
     return folder
 
 
 @pytest.fixture(scope="module")
 def together(data, alone, tmp_path_factory):
-    """What as many processes make of everything that is tested here, in one start of them."""
+    """Everything that is tested here, done by a number of processes that are started once."""
     made = {}
 
     def folder(processes):
@@ -132,21 +133,12 @@ def test_parts_in_two_processes(alone, together, name):
 def test_a_stopped_run_in_parts_ends_in_equal_weights(data, tmp_path, monkeypatch):
     recipe = dataclasses.replace(RECIPES["rfcn"], iterations=5, clip=1.0)
     run(recipe, data, tmp_path / "whole", accumulate=2)
-    count = Timer.on_train_batch_end
-
-    def stop_after_three(self, trainer, *rest):
-        count(self, trainer, *rest)
-        if trainer.global_step == 3:
-            for callback in trainer.callbacks:
-                if hasattr(callback, "_asked"):
-                    callback._asked = True
-
     with monkeypatch.context() as patch:
-        patch.setattr(Timer, "on_train_batch_end", stop_after_three)
+        stop_after(3, patch)
         with pytest.raises(TrainingStopped, match="stopped after 3 of 5"):
             run(recipe, data, tmp_path / "broken", accumulate=2)
     run(recipe, data, tmp_path / "broken", accumulate=2)
-    assert load_checkpoint(checkpoint_path(tmp_path / "broken"))["global_step"] == 5
+    assert iterations_done(tmp_path / "broken") == 5
     for name, tensor in weights(tmp_path / "whole").items():
         assert torch.equal(tensor, weights(tmp_path / "broken")[name]), name
     assert curve(tmp_path / "broken") == curve(tmp_path / "whole")
@@ -157,13 +149,13 @@ def test_shared_batch_norm_is_that_of_the_whole_batch(together):
     x.requires_grad_()
     y = layer(x)
     (y * direction).sum().backward()
-    found = [torch.load(together(2) / f"norm-{rank}.pt", weights_only=True) for rank in range(2)]
-    for rank, own in enumerate(found):
+    saved = [torch.load(together(2) / f"norm-{rank}.pt", weights_only=True) for rank in range(2)]
+    for rank, own in enumerate(saved):
         torch.testing.assert_close(own["y"], y[rank::2].detach(), rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(own["x"], x.grad[rank::2], rtol=1e-10, atol=1e-10)
         for name, value in layer.state_dict().items():
             torch.testing.assert_close(own[name], value, rtol=1e-10, atol=1e-10)
-    gradient = sum(own["weight.grad"] for own in found)
+    gradient = sum(own["weight.grad"] for own in saved)
     torch.testing.assert_close(gradient, layer.weight.grad, rtol=1e-10, atol=1e-10)
 
 
@@ -172,10 +164,11 @@ def test_processes_that_were_not_started_alike_say_how(together):
     for rank in range(2):
         message = (out / f"recipe-{rank}.txt").read_text()
         assert message == (
-            "the processes of this run were not started alike: lr: 0.002 on rank 0; 0.5 on rank 1"
+            "expected all processes of this run to be started alike, but got "
+            "lr: 0.002 on rank 0; 0.5 on rank 1"
         )
         message = (out / f"data-{rank}.txt").read_text()
-        assert "not started alike: data: 7 images (" in message
+        assert "to be started alike, but got data: 7 images (" in message
         assert "on rank 0; 5 images (" in message
         assert message.endswith("on rank 1")
         assert "\n" not in message
@@ -184,9 +177,9 @@ def test_processes_that_were_not_started_alike_say_how(together):
 @pytest.mark.parametrize(
     ("batch", "devices", "parts", "message"),
     [
-        (6, 4, 1, "batch 6 cannot be shared evenly by 4 processes"),
-        (6, 2, 2, "batch 6 cannot be shared evenly by 2 processes, in 2 parts each"),
-        (6, 1, 0, "accumulate must be at least 1, got 0"),
+        (6, 4, 1, r"batch to be a multiple of the processes \(4\) .*=1\), but got 6"),
+        (6, 2, 2, r"batch to be a multiple of the processes \(2\) .*=2\), but got 6"),
+        (6, 1, 0, "expected accumulate to be at least 1, but got 0"),
     ],
 )
 def test_a_batch_that_cannot_be_divided_is_refused(data, tmp_path, batch, devices, parts, message):

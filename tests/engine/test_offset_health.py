@@ -104,7 +104,7 @@ def test_scalars_are_the_measurements_of_an_observer(parts):
 def test_models_that_cannot_be_watched_are_refused():
     with pytest.raises(ValueError, match="expected every to be at least 1, but got 0"):
         OffsetHealth(network(), 0)
-    with pytest.raises(ValueError, match=r"Sequential .*no deformable layer"):
+    with pytest.raises(ValueError, match=r"to have a deformable layer, .* but Sequential has none"):
         OffsetHealth(nn.Sequential(nn.Conv2d(3, 3, 3, padding=1)))
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from processes import LIMIT, RECIPES, curve, run, start, torchrun, wait, weights, write_images
 
-from deformnet.engine.runs import checkpoint_path, load_checkpoint
-from deformnet.engine.callbacks import read_log
+from deformnet.engine.logs import read_log
+from deformnet.engine.runs import iterations_done
 
 RECIPE = RECIPES["rfcn"]
 
@@ -41,16 +41,16 @@ def runs(tmp_path_factory):
 
 
 def test_a_killed_process_changes_nothing(runs):
-    expected, found = weights(runs / "undisturbed/run"), weights(runs / "run")
-    for name, tensor in expected.items():
-        assert torch.equal(found[name], tensor), name
+    ended = weights(runs / "run")
+    for name, tensor in weights(runs / "undisturbed/run").items():
+        assert torch.equal(ended[name], tensor), name
     assert curve(runs / "run") == curve(runs / "undisturbed/run")
 
 
 def test_one_process_goes_on_where_two_were_killed(runs, tmp_path):
     """It goes on from the very checkpoint, with the draws that would have come next."""
     shutil.copytree(runs / "run-when-killed", tmp_path / "run")
-    assert load_checkpoint(checkpoint_path(tmp_path / "run"))["global_step"] == 6
+    assert iterations_done(tmp_path / "run") == 6
     run(RECIPE, runs / "data", tmp_path / "run", checkpoint_every=3)
     expected = curve(runs / "undisturbed/run")
     assert len(expected) == 10
@@ -73,6 +73,6 @@ def test_sigterm_to_everybody_stops_in_order(shapes, tmp_path):
     os.killpg(process.pid, signal.SIGTERM)
     printed, _ = process.communicate(timeout=LIMIT)
     assert process.returncode == 130, printed
-    done = load_checkpoint(checkpoint_path(tmp_path))["global_step"]
+    done = iterations_done(tmp_path)
     assert f"deformnet: stopped after {done} of 1000 iterations" in printed
     assert "Traceback" not in printed

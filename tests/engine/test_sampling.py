@@ -1,32 +1,38 @@
+"""The order of training images, however it is loaded and divided."""
+
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
-from deformnet.engine.sampling import Draws, DrawSampler
+from deformnet.engine.sampling import Draws, Iterations
+from deformnet.recipes import DeepLabRecipe
+from deformnet.tasks.base import seeded
+
+RECIPE = DeepLabRecipe(batch=4, seed=3)
 
 
 class Numbers:
-    """Gives (index, a random number)."""
+    """A training set of five images that gives (index, a random number) for each."""
+
+    groups = None
 
     def __len__(self):
         return 5
 
-    def __getitem__(self, index):
-        return torch.tensor(index), torch.rand(())
+    def batch(self, indices, seeds):
+        return seeded(lambda index: (index, float(torch.rand(()))), indices, seeds)
 
 
-def everything(first=0, iterations=7, workers=0):
-    loader = DataLoader(
-        Draws(Numbers(), seed=3),
-        batch_sampler=DrawSampler(first, iterations, batch=4),
-        num_workers=workers,
+def everything(first=0, end=7, workers=0, **division):
+    loader = Iterations(Numbers(), RECIPE, **division).loader(
+        first, end, workers=workers, pin=False
     )
-    indices, noise = zip(*loader, strict=True)
-    return torch.cat(indices).tolist(), torch.cat(noise).tolist()
+    samples = [sample for parts in loader for part in parts for sample in part]
+    indices, noise = zip(*samples, strict=True)
+    return list(indices), list(noise)
 
 
 def test_every_epoch_shows_every_image_once():
-    draws = Draws(Numbers(), seed=0)
+    draws = Draws(5, seed=0)
     order = [draws.image_index(k) for k in range(50)]
     epochs = [tuple(order[i : i + 5]) for i in range(0, 50, 5)]
     assert all(sorted(epoch) == [0, 1, 2, 3, 4] for epoch in epochs)
@@ -34,8 +40,8 @@ def test_every_epoch_shows_every_image_once():
 
 
 def test_seeds_differ():
-    assert [Draws(Numbers(), 0).image_index(k) for k in range(20)] != [
-        Draws(Numbers(), 1).image_index(k) for k in range(20)
+    assert [Draws(5, 0).image_index(k) for k in range(20)] != [
+        Draws(5, 1).image_index(k) for k in range(20)
     ]
 
 
@@ -56,7 +62,7 @@ def test_a_resumed_run_draws_the_rest(workers):
 @pytest.mark.parametrize(("images", "batch"), [(23, 4), (24, 4), (7, 3), (2, 4), (9, 1), (30, 8)])
 def test_batches_are_of_one_group_but_where_an_epoch_ends(images, batch):
     groups = [int(number % 3 == 0) for number in range(images)]
-    draws = Draws(range(images), 0, batch, groups)
+    draws = Draws(images, 0, batch, groups)
     order = [draws.image_index(k) for k in range(12 * images)]
     for epoch in range(12):
         assert sorted(order[epoch * images : (epoch + 1) * images]) == list(range(images))
@@ -67,37 +73,29 @@ def test_batches_are_of_one_group_but_where_an_epoch_ends(images, batch):
         if into >= 2 * batch and left >= 2 * batch and end % images > into:
             assert len({groups[index] for index in order[start:end]}) == 1
     assert order[:images] != order[images : 2 * images] or images < 3
-    again = Draws(range(images), 0, batch, groups)
+    again = Draws(images, 0, batch, groups)
     assert [again.image_index(k) for k in range(images, 3 * images)] == order[images : 3 * images]
 
 
 def test_drawing_leaves_the_callers_random_numbers_alone():
-    draws = Draws(Numbers(), seed=0)
     torch.manual_seed(7)
     expected = torch.rand(3)
     torch.manual_seed(7)
-    draws[0]
+    Iterations(Numbers(), RECIPE)[0]
     assert torch.equal(torch.rand(3), expected)
 
 
-@pytest.mark.parametrize("processes", [1, 2, 3, 6])
-def test_processes_share_each_batch(processes):
-    whole = list(DrawSampler(4, 9, batch=6))
-    shares = [
-        list(DrawSampler(4, 9, batch=6, rank=rank, processes=processes))
-        for rank in range(processes)
-    ]
-    for iteration, batch in enumerate(whole):
-        together = [draw for share in shares for draw in share[iteration]]
-        assert sorted(together) == batch
-        assert {len(share[iteration]) for share in shares} == {6 // processes}
-
-
-def test_a_batch_that_cannot_be_shared_is_refused():
-    with pytest.raises(ValueError, match="batch 6 cannot be shared evenly by 4 processes"):
-        DrawSampler(0, 1, batch=6, processes=4)
+@pytest.mark.parametrize(("processes", "parts"), [(1, 4), (2, 1), (2, 2), (4, 1)])
+def test_processes_and_parts_divide_each_batch(processes, parts):
+    divided = [Iterations(Numbers(), RECIPE, parts, rank, processes) for rank in range(processes)]
+    for iteration in range(9):
+        (whole,) = Iterations(Numbers(), RECIPE)[iteration]
+        batches = [each[iteration] for each in divided]
+        assert {len(part) for batch in batches for part in batch} == {4 // processes // parts}
+        samples = [sample for batch in batches for part in batch for sample in part]
+        assert sorted(samples) == sorted(whole)
 
 
 def test_no_images_are_refused():
-    with pytest.raises(ValueError, match="empty"):
-        Draws([], seed=0)
+    with pytest.raises(ValueError, match="the data set is empty"):
+        Draws(0, seed=0)

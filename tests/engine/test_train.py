@@ -7,25 +7,37 @@ import signal
 
 import pytest
 import torch
+from processes import run, stop_after
 
+import deformnet
+from deformnet import UserError
 from deformnet.data.segmentation import open_segmentation
+from deformnet.engine import Hardware, LoopOptions, TrainingStopped, evaluate, load_run, train
+from deformnet.engine.logs import TrainingLog, read_log
+from deformnet.engine.runs import (
+    checkpoint_path,
+    iterations_done,
+    load_checkpoint,
+    save_checkpoint,
+)
 from deformnet.metrics.segmentation import confusion_matrix, segmentation_scores
-from deformnet.inference import SegmentationPredictor
-from deformnet.engine.runs import checkpoint_path, load_checkpoint, load_run
-from deformnet.engine import TrainingStopped, evaluate, train
-from deformnet.engine.callbacks import CSVLog, Timer, WholeFileIO, read_log
-from deformnet.tasks.segmentation import pad_to_batch
+from deformnet.tasks import TaskOptions
+from deformnet.tasks.segmentation import collate
 
 
 @pytest.fixture(scope="module")
 def trained(shapes, quick, tmp_path_factory):
     """A finished run and what `train` returned."""
     out = tmp_path_factory.mktemp("runs") / "run"
-    metrics = train(quick, shapes, out, log_every=2, checkpoint_every=4, workers=1, progress=False)
-    return out, metrics
+    result = train(
+        *(quick, str(shapes), str(out)),
+        hardware=Hardware(workers=1),
+        loop=LoopOptions(log_every=2, checkpoint_every=4, progress=False),
+    )
+    return out, result.to_json()
 
 
-def test_a_run_leaves_what_it_promises(trained, quick):
+def test_contents_of_a_run_folder(trained, quick):
     out, metrics = trained
     assert json.loads((out / "metrics.json").read_text()) == metrics
     assert (out / "recipe.json").read_text() == quick.to_json()
@@ -33,7 +45,7 @@ def test_a_run_leaves_what_it_promises(trained, quick):
     assert metrics["images"] == 3
     assert metrics["iterations"] == 6
     assert 0 <= metrics["mean_iou"] <= 1
-    assert set(metrics["iou"]) == set(load_run(out)[2].classes)
+    assert set(metrics["iou"]) == set(load_run(out).data.classes)
     assert metrics["seconds_per_iteration"] > 0
     assert {"torch", "deformnet", "python"} <= set(metrics["versions"])
     rows = list(csv.DictReader((out / "metrics.csv").open()))
@@ -45,8 +57,8 @@ def test_a_run_leaves_what_it_promises(trained, quick):
 
 def test_training_moves_the_weights_and_the_offsets(trained, quick):
     torch.manual_seed(quick.seed)
-    start = quick.build_model(len(load_run(trained[0])[2].classes)).state_dict()
-    end = load_run(trained[0])[1].state_dict()
+    _, model, data = load_run(trained[0])
+    start, end = quick.build_model(len(data.classes)).state_dict(), model.state_dict()
     moved = {name for name in start if not torch.equal(start[name], end[name])}
     assert any("conv_offset.weight" in name for name in moved)
     assert any("classifier.weight" in name for name in moved)
@@ -56,38 +68,39 @@ def test_a_finished_run_is_not_trained_again(trained, shapes, quick):
     out, metrics = trained
     before = checkpoint_path(out).read_bytes()
     (out / "metrics.json").unlink()
-    again = train(quick, shapes, out, progress=False)
-    assert again == metrics
+    assert run(quick, shapes, out, val_split="val").to_json() == metrics
     assert checkpoint_path(out).read_bytes() == before
 
 
 def test_another_recipe_or_other_data_are_refused(trained, shapes, quick):
     out, _ = trained
     other = dataclasses.replace(quick, lr=0.5)
-    with pytest.raises(ValueError, match=r"holds a run with lr=0.01, but lr=0.5 is asked for"):
-        train(other, shapes, out, progress=False)
-    with pytest.raises(ValueError, match="holds a run on other data"):
-        train(quick, shapes, out, split="val", progress=False)
+    with pytest.raises(UserError, match=r"a run with lr=0.5, but it holds one with lr=0.01; "):
+        run(other, shapes, out)
+    with pytest.raises(UserError, match=r"a run on the same data .*, but it holds one on other"):
+        train(quick, shapes, out, split="val")
 
 
 def test_scores_are_those_of_the_predictor(trained, shapes):
     """Two ways to the same number: `evaluate`, and label maps image by image."""
     out, metrics = trained
-    predictor = SegmentationPredictor.from_run(out, "cpu")
+    predictor = deformnet.load(out, device="cpu")
     images = open_segmentation(shapes, "val")
     counts = confusion_matrix(len(images.classes))
     for i in range(len(images)):
-        image, truth = images[i]
-        counts.update(predictor(torch.as_tensor(image))[None].long(), truth[None].long())
+        image, target = images[i]
+        counts.update(predictor(torch.as_tensor(image))[None].long(), target[None].long())
     assert segmentation_scores(counts.compute()).mean_iou == pytest.approx(metrics["mean_iou"])
-    assert evaluate(out, shapes, "val", progress=False) == metrics
+    assert evaluate(str(out), str(shapes), "val", progress=False).to_json() == metrics
 
 
 def test_scoring_at_the_size_of_the_network(trained, shapes):
     out, _ = trained
-    metrics = evaluate(out, shapes, "train", score_at="network", progress=False)
+    options = TaskOptions(score_at="network")
+    result = evaluate(out, shapes, "train", options=options, progress=False)
+    assert result.images == 7
+    metrics = result.to_json()
     assert metrics["score_at"] == "network"
-    assert metrics["images"] == 7
     assert json.loads((out / "metrics-train.json").read_text()) == metrics
 
 
@@ -97,14 +110,14 @@ def test_a_folder_without_val_is_trained_on_and_not_scored(shapes, quick, tmp_pa
     lists = data / "VOCdevkit/VOC2012/ImageSets/Segmentation"
     (lists / "val.txt").write_text("nobody\n")
     with pytest.raises(FileNotFoundError, match="nobody"):
-        train(quick, data, tmp_path / "run", workers=0, progress=False)
+        run(quick, data, tmp_path / "run", val_split="val")
     (lists / "val.txt").unlink()
     recipe = dataclasses.replace(quick, iterations=1)
-    metrics = train(recipe, data, tmp_path / "run", workers=0, progress=False)
-    assert "mean_iou" not in metrics
-    assert metrics["iterations"] == 1
-    with pytest.raises(FileNotFoundError, match="the splits here are"):
-        train(recipe, data, tmp_path / "run", val_split="test", workers=0, progress=False)
+    result = run(recipe, data, tmp_path / "run", val_split="val")
+    assert (result.scores, result.iterations) == (None, 1)
+    assert "mean_iou" not in result.to_json()
+    with pytest.raises(FileNotFoundError, match="the splits are: train"):
+        run(recipe, data, tmp_path / "run", val_split="test")
 
 
 def test_other_classes_are_refused(trained, shapes, tmp_path):
@@ -112,7 +125,7 @@ def test_other_classes_are_refused(trained, shapes, tmp_path):
     other.mkdir()
     (other / "VOCdevkit").symlink_to(shapes / "VOCdevkit")
     (other / "classes.txt").write_text("background\n" + "\n".join("abcdefghij") + "\n")
-    with pytest.raises(ValueError, match="was trained on background, "):
+    with pytest.raises(UserError, match=r"was trained on \(background, "):
         evaluate(trained[0], other, "val", progress=False)
 
 
@@ -126,12 +139,12 @@ def test_a_wrong_checkpoint_is_named_in_one_line(trained, tmp_path, damage):
     elif damage == "text":
         path.write_text("not a checkpoint")
     elif damage == "foreign":
-        torch.save({"state_dict": {"weight": torch.zeros(3)}}, path)
+        torch.save({"model": {"weight": torch.zeros(3)}}, path)
     else:
         content = load_checkpoint(checkpoint_path(trained[0]))
         content["deformnet"]["recipe"]["backbone"] = "resnet34"
         torch.save(content, path)
-    with pytest.raises(ValueError, match=r"checkpoint|does not fit") as caught:
+    with pytest.raises(UserError, match=r"checkpoint|does not fit") as caught:
         load_run(tmp_path)
     assert str(caught.value).startswith(f"{path}: ")
     assert "\n" not in str(caught.value)
@@ -144,65 +157,62 @@ def test_a_checkpoint_holds_no_code(trained, tmp_path):
 
     path = tmp_path / "trap.ckpt"
     torch.save({"deformnet": Trap()}, path)
-    with pytest.raises(ValueError, match="damaged, or not a checkpoint"):
+    with pytest.raises(UserError, match="damaged, or not a checkpoint"):
         load_checkpoint(path)
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path):
     path = tmp_path / "last.ckpt"
-    files = WholeFileIO()
-    files.save_checkpoint({"deformnet": {}, "step": 1}, path)
+    names = ("deformnet", "model", "optimizer", "precision")
+    checkpoint = {name: {} for name in names} | {"iteration": 1}
+    save_checkpoint(checkpoint, path)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
         with pytest.raises(OSError, match=r"last.ckpt: checkpoint not written, an earlier one"):
-            files.save_checkpoint({"deformnet": {}, "x": torch.zeros(1_000_000)}, path)
+            save_checkpoint(checkpoint | {"model": {"x": torch.zeros(1_000_000)}}, path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert files.load_checkpoint(path)["step"] == 1
+    assert load_checkpoint(path)["iteration"] == 1
     assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
 
 
 def test_the_log_drops_rows_after_the_resumed_iteration(tmp_path):
     path = tmp_path / "metrics.csv"
-    row = {"loss": 1.5, "learning_rate": 0.1, "seconds": 0.25}
-    log = CSVLog(path, (), every=1, keep=0)
-    for step in range(4):
-        log.log_metrics(row, step)
+    values = {"loss": 1.5, "learning_rate": 0.1}
+    with TrainingLog(tmp_path, (), 0, 9) as log:
+        for iteration in range(1, 5):
+            log.record(iteration, values, {})
+    before = path.read_text().splitlines(keepends=True)
     with path.open("a") as file:
-        file.write("5,1.5,0.")  # what `kill -9` may leave
-    log = CSVLog(path, (), every=1, keep=2)
-    log.log_metrics(row, 2)
-    assert path.read_text() == (
-        "iteration,loss,learning_rate,seconds\n1,1.5,0.1,0.25\n2,1.5,0.1,0.25\n3,1.5,0.1,0.25\n"
-    )
-    assert [r["iteration"] for r in read_log(path)] == ["1", "2", "3"]
+        file.write("5,1.5,0.")  # as `kill -9` may leave it
+    with TrainingLog(tmp_path, (), 2, 9) as log:
+        log.record(3, values, {})
+    lines = path.read_text().splitlines(keepends=True)
+    assert lines[:3] == before[:3]
+    assert lines[0] == "iteration,loss,learning_rate,seconds\n"
+    assert [line.rpartition(",")[0] for line in lines[1:]] == [f"{n},1.5,0.1" for n in (1, 2, 3)]
+    assert [row["iteration"] for row in read_log(path)] == ["1", "2", "3"]
 
 
 def test_a_stop_between_rows_of_the_log(shapes, quick, tmp_path, monkeypatch):
-    count = Timer.on_train_batch_end
-
-    def stop_after_three(self, trainer, *rest):
-        count(self, trainer, *rest)
-        if trainer.global_step == 3:
-            signal.raise_signal(signal.SIGTERM)
-
-    monkeypatch.setattr(Timer, "on_train_batch_end", stop_after_three)
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    # 2: a row has been written. 5: none has, and none must be made of half a row.
+    # 2: a row has been written. 5: none has, and half a row must not become one.
     for every, rows in ((2, ["2"]), (5, [])):
         out = tmp_path / str(every)
-        with pytest.raises(TrainingStopped, match="stopped after 3 of 6 iterations"):
-            train(quick, shapes, out, log_every=every, workers=0, progress=False)
+        with monkeypatch.context() as patch:
+            stop_after(3, patch)
+            with pytest.raises(TrainingStopped, match="stopped after 3 of 6 iterations"):
+                run(quick, shapes, out, log_every=every)
         assert [row["iteration"] for row in read_log(out / "metrics.csv")] == rows
-        assert load_checkpoint(checkpoint_path(out))["global_step"] == 3
+        assert iterations_done(out) == 3
         assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 def test_a_diverged_run_keeps_its_last_good_checkpoint(shapes, quick, tmp_path):
     wild = dataclasses.replace(quick, lr=1e20, warmup=0, iterations=4)
     with pytest.raises(FloatingPointError) as caught:
-        train(wild, shapes, tmp_path, val_split=None, workers=0, progress=False)
+        run(wild, shapes, tmp_path)
     assert "the segmentation loss is nan in iteration 2" in str(caught.value)
     assert "there is no checkpoint yet" in str(caught.value)
     assert not checkpoint_path(tmp_path).exists()
@@ -221,27 +231,21 @@ def test_weights_that_are_not_finite_never_become_a_checkpoint(
 
     monkeypatch.setattr(torch.optim.SGD, "step", step_too_far)
     with pytest.raises(FloatingPointError, match=r"is not finite after iteration 1; .*; there is"):
-        train(
-            *(quick, shapes, tmp_path),
-            val_split=None,
-            workers=0,
-            progress=False,
-            checkpoint_every=1,
-        )
+        run(quick, shapes, tmp_path, checkpoint_every=1)
     assert not checkpoint_path(tmp_path).exists()
 
 
 def test_images_of_different_sizes_make_a_batch():
     small = torch.ones(3, 2, 3), torch.ones(2, 3, dtype=torch.int64)
     wide = torch.ones(3, 1, 5), torch.zeros(1, 5, dtype=torch.int64)
-    images, masks = pad_to_batch([small, wide])
+    images, masks = collate([small, wide])
     assert images.shape == (2, 3, 2, 5)
     assert images[0, :, :, 3:].eq(0).all()
     assert masks.tolist() == [
         [[1, 1, 1, 255, 255], [1, 1, 1, 255, 255]],
         [[0, 0, 0, 0, 0], [255, 255, 255, 255, 255]],
     ]
-    larger = pad_to_batch([small]).extended(2, 5)
+    larger = collate([small]).padded(2, 5)
     assert torch.equal(larger.images, images[:1])
     assert torch.equal(larger.masks, masks[:1])
     assert larger.weight() == 6
