@@ -2,18 +2,16 @@
 
     python -m benchmarks.gpu [--rounds 50] [--json FILE] [--tiles]
 
-3x3 kernels, as many output as input channels, offsets given, in float32. Times are the GPU's own,
-between two events: what Python takes to launch is hidden behind a kernel that waits. They are taken
-with a cold L2 cache, written over before each call, and with a warm one, in which the same call has
-just run; never to be compared with each other. Everything, gradients too, is checked against
-float64 first, and what is off is not timed.
+3x3 kernels, as many output as input channels, offsets as float32 inputs. Times are GPU times
+between two events; a kernel that waits hides the launch overhead of Python. The L2 cache is either
+cold (overwritten before each call) or warm (the same call has just run); do not compare the two.
+Outputs and gradients are checked against float64 first; an implementation that is off is not timed.
 
-The share of the floor is the time that the card needs at the least, for the products or for moving
-each tensor once, over the time taken; it is printed for cards whose rates are known.
+The fraction of the floor is the minimum time of the card, for the products or for moving each
+tensor once, over the measured time. It is printed for cards with known rates.
 
-With --tiles, the kernels of deformnet alone are timed in many tile configurations, so that the best
-can be written into `deformnet.ops.deform_conv.triton.TILES`. Each has to be compiled first: this
-takes long.
+--tiles times the kernels of deformnet alone, in many tile configurations, to find the best ones for
+`deformnet.ops.deform_conv.triton.TILES`. Every configuration is compiled first, which takes long.
 """
 
 import argparse
@@ -48,16 +46,16 @@ LAYERS = (
 PLAIN, TORCHVISION, OURS = "conv2d", "torchvision", "deformnet"
 PASSES: tuple[str, ...] = ("forward", "backward", "forward + backward")
 CACHES = ("cold L2", "warm L2")
-# The largest error, of the largest number in each tensor.
+# Maximum error, relative to the largest number in each tensor.
 PRECISIONS = {"float32": 1e-4, "tf32": 5e-3, "bfloat16": 2e-2}
 WARM_UP = 5
-# Longer than Python takes to launch a forward and a backward pass; about two milliseconds.
+# Longer than the launch overhead of a forward and a backward pass; about two milliseconds.
 WAIT_CYCLES = 4_000_000
 
 
 @dataclass(frozen=True)
 class Card:
-    """What a card can do at the most, per second."""
+    """Peak rates of a card, per second."""
 
     flops: Mapping[str, float]
     bytes: float
@@ -122,7 +120,7 @@ class Layer:
         return Call(forward, leaves, self.grad_output)
 
     def to(self, dtype: torch.dtype, memory_format: torch.memory_format) -> "Layer":
-        """In another dtype and memory format; offsets stay float32 beside half precision."""
+        """In another dtype and memory format; offsets are float32 for half precision."""
 
         def cast(tensor: Tensor) -> Tensor:
             return tensor.detach().to(dtype=dtype, memory_format=memory_format)
@@ -137,9 +135,9 @@ class Layer:
 
 
 def make_layer(shape: Shape, precision: str) -> Layer:
-    """In NCHW, of numbers that `precision` has."""
+    """Contiguous tensors of numbers that `precision` can represent."""
     tensors = make_tensors(shape)
-    # Positions are then exact in float32 and never whole, where derivatives jump.
+    # Exact in float32, and never whole numbers, where derivatives jump.
     offset = (256 * tensors.offset.detach()).floor() / 256 + 1 / 512
     layer = Layer(
         shape,
@@ -272,7 +270,7 @@ def measure(rounds: int) -> list[dict[str, object]]:
                         "p20_ms": 1e3 * timing.quantile(0.2),
                         "p80_ms": 1e3 * timing.quantile(0.8),
                         "min_ms": 1e3 * timing.fastest,
-                        "share_of_floor": None if floor is None else floor / timing.median,
+                        "fraction_of_floor": None if floor is None else floor / timing.median,
                     }
                 )
     return figures
@@ -291,7 +289,7 @@ def report(figures: list[dict[str, object]]) -> None:
     """A table for each pass and state of the cache."""
     names = list(dict.fromkeys(str(figure["implementation"]) for figure in figures))
     for cache, step in itertools.product(CACHES, PASSES):
-        print(f"\n{step}, {cache}: median milliseconds (p20-p80, min), share of the floor\n")
+        print(f"\n{step}, {cache}: median milliseconds (p20-p80, min), fraction of the floor\n")
         print("| layer | precision | " + " | ".join(names) + " |")
         print("|---" * (2 + len(names)) + "|")
         rows: dict[tuple[str, str], dict[str, str]] = {}
@@ -306,8 +304,8 @@ def report(figures: list[dict[str, object]]) -> None:
 def _cell(figure: Mapping[str, object]) -> str:
     median, low, high, least = (figure[f"{key}_ms"] for key in ("median", "p20", "p80", "min"))
     text = f"{median:.3f} ({low:.3f}-{high:.3f}, {least:.3f})"
-    share = figure["share_of_floor"]
-    return text if share is None else f"{text} {share:.0%}"
+    fraction = figure["fraction_of_floor"]
+    return text if fraction is None else f"{text} {fraction:.0%}"
 
 
 def measure_tiles(rounds: int) -> list[dict[str, object]]:
@@ -317,10 +315,10 @@ def measure_tiles(rounds: int) -> list[dict[str, object]]:
     """
     from triton.runtime.errors import OutOfResources
 
-    from deformnet.ops.triton import deform_conv as kernels
+    from deformnet.ops.deform_conv import triton as kernels
 
     candidates = [
-        kernels.Tiles(rows, out, channels, warps, stages)
+        kernels.Tile(rows, out, channels, warps, stages)
         for (rows, out), channels, warps, stages in itertools.product(
             [
                 (32, 64),
@@ -345,7 +343,7 @@ def measure_tiles(rounds: int) -> list[dict[str, object]]:
         set_precision(precision)
         usual = table[size]
         # Seconds of every layer, by configuration.
-        medians: dict[kernels.Tiles, list[float]] = {}
+        medians: dict[kernels.Tile, list[float]] = {}
         for shape in LAYERS:
             # Channels-last, so that nothing is copied.
             layer = make_layer(shape, precision).to(
@@ -385,10 +383,10 @@ def measure_tiles(rounds: int) -> list[dict[str, object]]:
         }
         if means:
             best_tiles = min(means, key=lambda tiles: means[tiles])
-            share = f", {means[best_tiles] / means[usual]:.2f} of the time of {usual}"
+            fraction = f", {means[best_tiles] / means[usual]:.2f} of the time of {usual}"
             print(
                 f"{kernel}, {precision}, all layers: {best_tiles}"
-                + (share if usual in means else "")
+                + (fraction if usual in means else "")
             )
     return figures
 

@@ -48,11 +48,11 @@ def exactly(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().double().requires_grad_()
 
 
-def assert_close(found: Tensor, wanted: Tensor) -> None:
-    wanted = wanted.detach()
-    tolerance = 2e-2 * max(1.0, wanted.abs().max().item())
+def assert_close(found: Tensor, expected: Tensor) -> None:
+    expected = expected.detach()
+    tolerance = 2e-2 * max(1.0, expected.abs().max().item())
     torch.testing.assert_close(
-        found.detach().cpu().double(), wanted, rtol=0, atol=tolerance, check_dtype=False
+        found.detach().cpu().double(), expected, rtol=0, atol=tolerance, check_dtype=False
     )
 
 
@@ -78,9 +78,9 @@ def test_deform_conv2d(gigabytes, batch, side, channels, group_channels, taps):
     by_input, by_offset, by_weight = torch.autograd.grad(output, (input, offset, weight), gradient)
 
     cut = [exactly(last(tensor, CUT)) for tensor in (input, offset)] + [exactly(weight)]
-    wanted = deform_conv2d(*cut, padding=taps // 2, backend="reference")
-    assert_close(last(output, CORNER), last(wanted, CORNER))
-    gradients = torch.autograd.grad(wanted, cut, exactly(last(gradient, CUT)).detach())
+    expected = deform_conv2d(*cut, padding=taps // 2, backend="reference")
+    assert_close(last(output, CORNER), last(expected, CORNER))
+    gradients = torch.autograd.grad(expected, cut, exactly(last(gradient, CUT)).detach())
     assert_close(last(by_input, CUT), gradients[0])
     assert_close(last(by_offset, CUT), gradients[1])
     assert_close(by_weight, gradients[2])
@@ -93,8 +93,8 @@ def test_deform_conv2d(gigabytes, batch, side, channels, group_channels, taps):
 
     # The first image must not have been read or written in place of the last.
     first = [exactly(tensor[:1, :, :CUT, :CUT]) for tensor in (input, offset)]
-    wanted = deform_conv2d(*first, cut[2], padding=taps // 2, backend="reference")
-    assert_close(output[:1, :, :CORNER, :CORNER], wanted[:, :, :CORNER, :CORNER])
+    expected = deform_conv2d(*first, cut[2], padding=taps // 2, backend="reference")
+    assert_close(output[:1, :, :CORNER, :CORNER], expected[:, :, :CORNER, :CORNER])
 
 
 @pytest.mark.parametrize("position_sensitive", [False, True], ids=["roi", "ps"])
@@ -116,9 +116,11 @@ def test_roi_pooling(position_sensitive):
     by_input, by_offset = torch.autograd.grad(output, (input, offset), gradient)
 
     leaves = exactly(last(input, cut)), exactly(offset)
-    wanted = pool(leaves[0], boxes.double(), leaves[1], 7, sampling="aligned", backend="reference")
-    assert_close(output, wanted)
-    gradients = torch.autograd.grad(wanted, leaves, exactly(gradient).detach())
+    expected = pool(
+        leaves[0], boxes.double(), leaves[1], 7, sampling="aligned", backend="reference"
+    )
+    assert_close(output, expected)
+    gradients = torch.autograd.grad(expected, leaves, exactly(gradient).detach())
     assert_close(last(by_input, cut), gradients[0])
     assert_close(by_offset, gradients[1])
     last(by_input, cut).zero_()

@@ -136,7 +136,7 @@ def test_a_graph_is_captured_and_replayed(name):
 def test_work_goes_to_the_current_stream(name):
     case = on("cuda", CASES[name].to(torch.float32))
     gradient = output_gradient(case)
-    wanted = run(case, gradient)
+    expected = run(case, gradient)
     late = replace(case, input=torch.zeros_like(case.input))
     stream = torch.cuda.Stream()
     torch.cuda.synchronize()
@@ -146,7 +146,7 @@ def test_work_goes_to_the_current_stream(name):
         late.input.copy_(case.input)
         found = run(late, gradient)
     torch.cuda.synchronize()
-    assert_same(found, wanted, 1e-5)
+    assert_same(found, expected, 1e-5)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU at most")
@@ -239,7 +239,7 @@ def test_distributed_data_parallel(backend, tmp_path):
     plain = DeformConv2d(6, 8, 3, padding=1, modulated=True).cuda()
     input = torch.randn(2, 6, 9, 7, device="cuda")
     plain(input).square().sum().backward()
-    wanted = {key: p.grad.clone() for key, p in plain.named_parameters() if p.grad is not None}
+    expected = {key: p.grad.clone() for key, p in plain.named_parameters() if p.grad is not None}
     plain.zero_grad()
     store = f"file://{tmp_path}/store"
     dist.init_process_group(backend, init_method=store, rank=0, world_size=1)
@@ -250,4 +250,4 @@ def test_distributed_data_parallel(backend, tmp_path):
     finally:
         dist.destroy_process_group()
     assert set(found) == {"weight", "bias", "conv_offset.weight", "conv_offset.bias"}
-    assert_same(found, wanted, 1e-5)
+    assert_same(found, expected, 1e-5)

@@ -55,13 +55,13 @@ ROI_POOLS = {
 }
 
 
-def check(case: Case, *wanted: str) -> None:
-    """Computes the output, and the gradients named; those need one kernel besides the first."""
+def check(case: Case, *expected: str) -> None:
+    """Computes the output, and the gradients named; those take one more kernel."""
     case = on("cuda", case.to(torch.float32))
-    tensors = {name: leaf.requires_grad_(name in wanted) for name, leaf in leaves(case).items()}
+    tensors = {name: leaf.requires_grad_(name in expected) for name, leaf in leaves(case).items()}
     output = call(replace(case, **tensors))
     found = {"output": output.detach()}
-    for name in wanted:
+    for name in expected:
         (found[f"grad_{name}"],) = torch.autograd.grad(
             output, tensors[name], output_gradient(case), retain_graph=True
         )

@@ -26,6 +26,9 @@ Letters: N C H W, O output channels of a group, K taps, G offset groups, P = Ho*
 segment is a run of channels within one group and one offset group.
 """
 
+# A tl.constexpr stands for its value, a NamedTuple with these fields.
+# pyright: reportAttributeAccessIssue=false
+
 import math
 from typing import Any, NamedTuple
 
@@ -562,7 +565,7 @@ def _launch_positions(
 
 def _by_weight(call: _Call, grad_output: Tensor) -> Tensor:
     """The gradient of the weight."""
-    sizes = call.sizes
+    sizes, segments = call.sizes, _segments(call.sizes, call.sizes.group_channels)
     if call.narrow:
         out_channels = _offset_group_out(sizes)
         tile = _narrow_tile(out_channels)
@@ -570,7 +573,6 @@ def _by_weight(call: _Call, grad_output: Tensor) -> Tensor:
         programs *= triton.cdiv(out_channels, tile.out)
     else:
         tile = _tile("weight", sizes, call.maps.dtype)
-        segments = _segments(sizes, sizes.group_channels)
         programs = _groups(sizes) * sizes.taps * segments.number
         programs *= triton.cdiv(segments.length, tile.channels)
         programs *= triton.cdiv(sizes.group_out, tile.out)
@@ -690,5 +692,5 @@ def _memory_format(input: Tensor) -> torch.memory_format:
 
 def _precision(dtype: torch.dtype) -> str:
     """How float32 is multiplied: as PyTorch's own switch for convolutions says."""
-    precision = torch.backends.cudnn.conv.fp32_precision  # pyright: ignore[reportAttributeAccessIssue]
+    precision = torch.backends.cudnn.conv.fp32_precision
     return "tf32" if dtype == torch.float32 and precision == "tf32" else "ieee"

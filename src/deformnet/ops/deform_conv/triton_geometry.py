@@ -8,6 +8,9 @@ Letters, here and in the kernels: N C H W as in PyTorch, Ho Wo the output's heig
 Ho*Wo positions of an image, M = N*P rows, K taps, G offset groups.
 """
 
+# A tl.constexpr stands for its value, a NamedTuple with these fields.
+# pyright: reportAttributeAccessIssue=false
+
 from typing import Any, NamedTuple
 
 import triton
@@ -52,7 +55,7 @@ class Strides(NamedTuple):
 
 
 class Options(NamedTuple):
-    """What kernels are compiled for, besides tiles."""
+    """What kernels are compiled for, in addition to tiles."""
 
     msra: bool  # the border "msra2017"
     wide: bool  # indices into tensors are int64

@@ -10,6 +10,9 @@ The map is channels-last, the weight [K, C of a group, O of all groups]: neighbo
 neighboring numbers of both. Letters are as in `triton_geometry`; arguments as in `triton`.
 """
 
+# A tl.constexpr stands for its value, a NamedTuple with these fields.
+# pyright: reportAttributeAccessIssue=false
+
 import triton
 import triton.language as tl
 

@@ -32,6 +32,9 @@ Letters: R boxes, G offset groups, N C H W the map, with C the channels of the o
 a box, K = ph*pw, B = R*K*G bins of all boxes and groups.
 """
 
+# A tl.constexpr stands for its value, a NamedTuple with these fields.
+# pyright: reportAttributeAccessIssue=false
+
 from typing import Any, NamedTuple
 
 import torch
@@ -80,7 +83,7 @@ class _Extent(NamedTuple):
 
 
 class _Options(NamedTuple):
-    """What kernels are compiled for, besides tiles."""
+    """What kernels are compiled for, in addition to tiles."""
 
     sampling: str
     adapts: bool  # whether the number of samples depends on the size of the box
