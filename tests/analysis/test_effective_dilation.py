@@ -14,10 +14,10 @@ from deformnet.analysis import (
     AnnotatedImage,
     LayerDilation,
     MeanStd,
+    dilation_maps,
     dilation_statistics,
     effective_dilation,
     receptive_field,
-    dilation_maps,
 )
 
 
@@ -189,7 +189,9 @@ def test_thresholds_and_the_smallest_box():
 
 def test_what_cannot_be_answered_is_refused(images):
     model = pair_of_networks()[0]
-    with pytest.raises(ValueError, match=r"deformnet's DeformConv2d or torchvision's, but Conv2d has none"):
+    with pytest.raises(
+        ValueError, match=r"deformnet's DeformConv2d or torchvision's, but Conv2d has none"
+    ):
         effective_dilation(nn.Conv2d(3, 4, 3), images)
     with pytest.raises(ValueError, match=r"but got 'backbone.layer4'; near misses: "):
         effective_dilation(nn.ModuleDict({"backbone_layer4": model}), images, ["backbone.layer4"])

@@ -179,13 +179,17 @@ def test_bins_that_are_as_many_as_cells():
 
 def test_what_cannot_be_answered_is_refused(images):
     model = pair_of_networks()[0]
-    with pytest.raises(ValueError, match=r"expected layers to be names of modules of the model, but got '3\.cnv'"):
+    with pytest.raises(
+        ValueError, match=r"expected layers to be names of modules of the model, but got '3\.cnv'"
+    ):
         receptive_field(model, images, "3.cnv")
     with pytest.raises(ValueError, match="expected '3' to run once, but it ran 2 times"):
         receptive_field(model, images, "3", call=lambda x: (model(x), model(x)))
     with pytest.raises(ValueError, match="behind something that does not depend on the image"):
         receptive_field(model, images, "3", call=lambda x: model(torch.zeros(1, 3, 9, 9)))
-    with pytest.raises(ValueError, match=r"expected unit to be one of the 12x10 units, but got \(12, 0\)"):
+    with pytest.raises(
+        ValueError, match=r"expected unit to be one of the 12x10 units, but got \(12, 0\)"
+    ):
         effective_receptive_field(model, images, "3", (12, 0))
     nn.init.zeros_(model[3].weight)
     with pytest.raises(ValueError, match=r"no gradient comes to the image from \(1, 2\) of '3'"):

@@ -163,7 +163,9 @@ def test_bins_of_deformable_pooling(position_sensitive, listed):
         maker.bias.mul_(2)
     with OffsetObserver(model) as observer:
         pool(*inputs, boxes)
-    assert "maximum offset of 64 pixels on a feature map of size 40" in observer.health()[0].runaway()
+    assert (
+        "maximum offset of 64 pixels on a feature map of size 40" in observer.health()[0].runaway()
+    )
 
 
 @pytest.mark.parametrize("boxes", [torch.zeros(0, 5), []])
@@ -221,7 +223,9 @@ def test_offsets_that_are_not_finite(images):
 
 
 def test_a_model_without_deformable_layers():
-    with pytest.raises(ValueError, match="expected model to have a deformable layer, .* but Conv2d has none"):
+    with pytest.raises(
+        ValueError, match="expected model to have a deformable layer, .* but Conv2d has none"
+    ):
         OffsetObserver(nn.Conv2d(3, 4, 3))
 
 

@@ -231,7 +231,9 @@ def test_what_cannot_be_answered_is_refused(images, layers, unit, stride, messag
 
 
 def test_other_layers_are_refused(images):
-    with pytest.raises(TypeError, match="'norm' to be a convolution or pooling layer, but got a BatchNorm2d"):
+    with pytest.raises(
+        TypeError, match="'norm' to be a convolution or pooling layer, but got a BatchNorm2d"
+    ):
         sampling_locations(random_residual(), images, ["norm"], (0, 0), stride=1)
 
 
@@ -433,14 +435,18 @@ def test_a_stride_that_cannot_be_found(images):
         def forward(self, x):
             return self.conv(nn.functional.interpolate(x, size=(9, 9), mode="bilinear"))
 
-    with pytest.raises(ValueError, match=r"field, but it is unknown after aten.*upsample_bilinear2d"):
+    with pytest.raises(
+        ValueError, match=r"field, but it is unknown after aten.*upsample_bilinear2d"
+    ):
         sampling_locations(Resized(), images, ["conv"], (0, 0))
     points, _ = sampling_locations(Resized(), images, ["conv"], (0, 0), stride=2)
     torch.testing.assert_close(points[0], 2 * grid((1, 1)))
 
 
 def test_an_unknown_way_between_units(images):
-    with pytest.raises(ValueError, match="expected between to be 'bilinear' or 'rounded', but got 'near'"):
+    with pytest.raises(
+        ValueError, match="expected between to be 'bilinear' or 'rounded', but got 'near'"
+    ):
         sampling_locations(random_residual(), images, ["upper"], (0, 0), between="near")
     with pytest.raises(ValueError, match="but got 'uper'; near misses: upper"):
         sampling_locations(random_residual(), images, ["uper"], (0, 0))

@@ -5,8 +5,8 @@ import torch
 import torchvision
 from torch.nn import functional as F
 
-from deformnet.models.backbones import backbone
 from deformnet.models import Classifier
+from deformnet.models.backbones import backbone
 from deformnet.recipes import imagenet
 
 
@@ -75,7 +75,9 @@ def test_labels_that_are_no_class(label):
 
 def test_wrong_arguments():
     model = classifier()
-    with pytest.raises(ValueError, match=r"expected labels to be \[2\] like the logits, but got \[3\]"):
+    with pytest.raises(
+        ValueError, match=r"expected labels to be \[2\] like the logits, but got \[3\]"
+    ):
         model.losses(torch.zeros(2, 3), torch.zeros(3, dtype=torch.int64))
     with pytest.raises(TypeError, match=r"expected labels to be int64, but got torch\.float32"):
         model.losses(torch.zeros(2, 3), torch.zeros(2))

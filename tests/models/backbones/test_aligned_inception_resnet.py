@@ -263,14 +263,14 @@ def test_own_state_dict_loads_as_weights(model, tmp_path):
 def test_weights_of_something_else(model, tmp_path):
     path = tmp_path / "weights.pth"
     torch.save(torchvision.models.resnet18(weights=None).state_dict(), path)
-    message = r"weights\.pth is of ResNet-18, expected Aligned-Inception-ResNet: it misses stem"
+    message = r"weights\.pth: expected weights of Aligned-Inception-ResNet, but got ResNet-18: missing key stem"
     with pytest.raises(ValueError, match=message):
         aligned_inception_resnet(weights=path)
     with pytest.raises(FileNotFoundError, match=r"no file IMAGENET1K_V1, and there are no public"):
         aligned_inception_resnet(weights="IMAGENET1K_V1")
     state = dict(model.state_dict())
     torch.save({**state, "stem.conv.weight": torch.zeros(1)}, path)
-    with pytest.raises(ValueError, match=r"of this kind: stem.conv.weight has shape \[1\], expected"):
+    with pytest.raises(ValueError, match=r"expected stem.conv.weight to be .*, but got \[1\]"):
         aligned_inception_resnet(weights=path)
 
 
@@ -281,8 +281,11 @@ def test_weights_of_something_else(model, tmp_path):
         ({"output_stride": 8}, r"expected output_stride to be one of \(16, 32\), but got 8"),
         ({"dilation": 0}, "expected dilation to be at least 1, but got 0"),
         ({"reduce_channels": 0}, "expected reduce_channels to be at least 1 or None, but got 0"),
-        ({"deform_layers": 100}, r"expected deform_layers to be 0 to 99, .*Aligned-Inception.*, but got 100"),
-        ({"deform_layers": 1, "offset_groups": 3}, "no multiple of 3 groups"),
+        (
+            {"deform_layers": 100},
+            r"expected deform_layers to be 0 to 99, .*Aligned-Inception.*, but got 100",
+        ),
+        ({"deform_layers": 1, "offset_groups": 3}, "not a multiple of 3 groups"),
     ],
     ids=str,
 )
@@ -292,7 +295,9 @@ def test_wrong_arguments(arguments, message):
 
 
 def test_it_does_not_stride_elsewhere():
-    with pytest.raises(ValueError, match="stride_in_1x1: is for ResNets"):
+    with pytest.raises(
+        ValueError, match="expected stride_in_1x1 to be False for aligned-inception-resnet"
+    ):
         backbone("aligned-inception-resnet", stride_in_1x1=True)
 
 

@@ -11,11 +11,11 @@ import torchvision
 from torch import nn
 from torchvision.models._utils import IntermediateLayerGetter
 
+from deformnet.cli import main
+from deformnet.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from deformnet.models.backbones import resnet
 from deformnet.models.backbones.foreign import from_detectron2, from_mmdetection, read_checkpoint
 from deformnet.models.backbones.weights import load_weights, read_weights
-from deformnet.cli import main
-from deformnet.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from deformnet.recipes import DeepLabRecipe
 
 BLOCKS = {18: (2, 2, 2, 2), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
@@ -157,7 +157,7 @@ def test_all_keys_of_mmdetection(depth, offsets, old_spelling, groups, prefix):
         "batch counts": MM_COUNTS[depth],
         "neck": 16,
         "heads": 14,
-        "beside the network": 2,
+        "training state": 2,
     }
     assert len(state) + 2 == len(converted.state) + sum(counts.values())
     model = bare(depth, deform_layers=layers, offset_groups=groups, modulated=modulated)
@@ -173,11 +173,11 @@ def test_all_keys_of_detectron2(offsets, modulated, prefix):
     assert (converted.deform_layers, converted.modulated) == (13, modulated)
     counts = {reason: len(keys) for reason, keys in converted.ignored.items()}
     assert counts == {
-        "image normalisation": 2,
+        "image normalization": 2,
         "feature pyramid": 16,
         "proposal network": 11,
         "heads": 8,
-        "beside the network": 2,
+        "training state": 2,
     }
     assert len(state) + 2 == len(converted.state) + sum(counts.values())
     assert fits(converted, bare(50, deform_layers=13, modulated=modulated))
@@ -232,7 +232,7 @@ def test_maskrcnn_benchmark(last):
         "feature pyramid": 1,
         "proposal network": 1,
         "heads": 1,
-        "beside the network": 1,
+        "training state": 1,
     }
 
 
@@ -449,9 +449,9 @@ def test_there_and_back():
         ("res2_0_branch2a_w", from_detectron2),
     ],
 )
-def test_a_key_that_no_rule_explains(key, convert):
+def test_a_key_that_is_unexpected(key, convert):
     state = {key: torch.zeros(1)}
-    with pytest.raises(ValueError, match=f"no rule explains {re.escape(key)};") as error:
+    with pytest.raises(ValueError, match=f"unexpected key {re.escape(key)};") as error:
         convert(state)
     assert "\n" not in str(error.value)
 
@@ -459,14 +459,14 @@ def test_a_key_that_no_rule_explains(key, convert):
 def test_checkpoints_that_are_not_our_resnets():
     state = filled(mmdetection_keys(50, PLAIN, C3_TO_C5))
     wrong = {
-        "expected a whole ResNet-18, 34, 50 or 101, got blocks none": {"neck.0.weight": state},
-        r"got blocks 3 in layer1, 4 in layer2, 6 in layer3$": {
+        "expected a complete ResNet-18, 34, 50 or 101, but got no blocks": {"neck.0.weight": state},
+        r"but got 3 blocks in layer1, 4 blocks in layer2, 6 blocks in layer3$": {
             k: v for k, v in state.items() if not k.startswith("backbone.layer4.")
         },
-        "backbone.conv1.weight and conv1.weight are both conv1.weight": {
+        "backbone.conv1.weight and conv1.weight both map to conv1.weight": {
             **state, "conv1.weight": torch.ones(64, 3, 7, 7)
         },
-        "backbone.layer4.0.conv2.conv_offset.weight makes 12 channels, neither": {
+        "expected backbone.layer4.0.conv2.conv_offset.weight to output .* channels, .* but got 12": {
             **state, "backbone.layer4.0.conv2.conv_offset.weight": torch.ones(12, 512, 3, 3)
         },
         r"layer2.0.* and backbone.layer4.0.conv2.conv_offset.weight differ in offset groups": {
@@ -481,10 +481,19 @@ def test_checkpoints_that_are_not_our_resnets():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"pixel_mean": (127.5, 127.5, 127.5)}, "expected pixel_mean to be 103.53, 116.28, 123.675 to"),
-        ({"bgr": False}, "expected pixel_mean to be 123.675, 116.28, 103.53 to within 1, but got 103.53"),
+        (
+            {"pixel_mean": (127.5, 127.5, 127.5)},
+            "expected pixel_mean to be 103.53, 116.28, 123.675 to",
+        ),
+        (
+            {"bgr": False},
+            "expected pixel_mean to be 123.675, 116.28, 103.53 to within 1, but got 103.53",
+        ),
         ({"pixel_std": (1, 0, 1)}, "expected pixel_std to be 3 positive numbers, but got 1, 0, 1"),
-        ({"pixel_std": (2, 2, 2)}, "pixel_std: the checkpoint has 1, 1, 1, got 2, 2, 2"),
+        (
+            {"pixel_std": (2, 2, 2)},
+            "expected pixel_std to be that of the checkpoint, 1, 1, 1, but got 2, 2, 2",
+        ),
     ],
 )
 def test_other_preprocessing(arguments, message):
@@ -511,12 +520,12 @@ def with_objects(path):
 @pytest.mark.parametrize(
     ("write", "name", "message"),
     [
-        (garbage, "a.pth", "damaged, or holds Python objects.*weights_only=False"),
-        (empty, "a.pth", "damaged, or holds Python objects"),
-        (with_objects, "a.pth", r"damaged, or holds Python objects.*\[\"state_dict\"\]"),
-        (garbage, "a.safetensors", "damaged, or no safetensors file"),
-        (garbage, "a.pkl", "is a pickle of Python objects.*torch.as_tensor"),
-        (lambda path: torch.save([1], path), "a.pth", "expected a state dict, got list"),
+        (garbage, "a.pth", "damaged, or contains Python objects.*weights_only=False"),
+        (empty, "a.pth", "damaged, or contains Python objects"),
+        (with_objects, "a.pth", r"damaged, or contains Python objects.*\[\"state_dict\"\]"),
+        (garbage, "a.safetensors", "damaged, or not a safetensors file"),
+        (garbage, "a.pkl", "a pickle of Python objects.*torch.as_tensor"),
+        (lambda path: torch.save([1], path), "a.pth", "expected a state dict, but got list"),
         (lambda path: None, "a.pth", "no such file"),
     ],
 )
@@ -552,11 +561,11 @@ def test_import_weights(tmp_path, capsys):
     state["neck.lateral_convs.0.conv.weight"] = torch.ones(1)
     file, out = tmp_path / "theirs.pth", tmp_path / "ours.safetensors"
     torch.save({"meta": {"epoch": 12}, "state_dict": state}, file)
-    main(["import-weights", "mmdetection", str(file), str(out)])
+    main(["weights", "import", "mmdetection", str(file), str(out)])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"ResNet-18: 100 tensors in {out}"
-    assert "left out, neck: 1 (neck.lateral_convs.0.conv.weight)" in lines
-    assert "left out, batch counts: 20 (backbone.bn1.num_batches_tracked, ...)" in lines
+    assert "skipped, neck: 1 (neck.lateral_convs.0.conv.weight)" in lines
+    assert "skipped, batch counts: 20 (backbone.bn1.num_batches_tracked, ...)" in lines
     assert "deformable layers: none" in lines
     assert "--backbone resnet18 --deform-layers 0 --init" in lines[-1]
     recipe = DeepLabRecipe(backbone="resnet18", deform_layers=2, init=str(out))
@@ -568,7 +577,7 @@ def test_import_weights_with_more_deformable_layers_than_recipes_have(tmp_path, 
     state = their_network(groups=2, modulated=True).float().state_dict()
     file, out = tmp_path / "theirs.pth", tmp_path / "ours.safetensors"
     torch.save({"model": as_detectron2(state)}, file)
-    main(["import-weights", "detectron2", str(file), str(out)])
+    main(["weights", "import", "detectron2", str(file), str(out)])
     *_, layers, strides, how = capsys.readouterr().out.splitlines()
     assert layers == (
         "deformable layers: 13 among the last 13 3x3 convolutions, offset_groups=2, modulated=True"
@@ -585,11 +594,11 @@ def test_import_weights_complains_in_one_line(tmp_path, capsys):
     file = tmp_path / "theirs.pth"
     torch.save({"backbone.what": torch.ones(1)}, file)
     for arguments, message in (
-        ([str(file), str(tmp_path / "o.safetensors")], "no rule explains backbone.what"),
+        ([str(file), str(tmp_path / "o.safetensors")], "unexpected key backbone.what"),
         ([str(tmp_path / "no.pth"), str(tmp_path / "o.safetensors")], "no such file"),
     ):
         with pytest.raises(SystemExit) as ended:
-            main(["import-weights", "detectron2", *arguments])
+            main(["weights", "import", "detectron2", *arguments])
         error = capsys.readouterr().err.strip()
         assert ended.value.code == 2
         assert message in error

@@ -213,7 +213,7 @@ def test_own_state_dict_loads_as_weights(tmp_path):
     again = resnet(18, deform_layers=2, weights=str(path))
     for key, value in model.state_dict().items():
         assert torch.equal(again.state_dict()[key], value), key
-    with pytest.raises(ValueError, match=r"it has besides layer4.1.conv1.conv_offset.weight and 3"):
+    with pytest.raises(ValueError, match=r"unexpected key layer4.1.conv1.conv_offset.weight and 3"):
         resnet(18, weights=path)
 
 
@@ -298,7 +298,7 @@ def test_new_layers_start_small():
         ({"reduce_channels": 0}, "expected reduce_channels to be at least 1 or None, but got 0"),
         ({"deform_layers": 17}, r"expected deform_layers to be 0 to 16, .* ResNet-18, but got 17"),
         ({"deform_layers": -1}, r"expected deform_layers to be 0 to 16, .* got -1"),
-        ({"deform_layers": 1, "offset_groups": 3}, "no multiple of 3 groups"),
+        ({"deform_layers": 1, "offset_groups": 3}, "not a multiple of 3 groups"),
     ],
     ids=str,
 )
@@ -329,7 +329,9 @@ def test_weights_that_cannot_be_fetched(monkeypatch):
         raise URLError("no route to host")
 
     monkeypatch.setattr(torchvision.models.ResNet18_Weights, "get_state_dict", get_state_dict)
-    with pytest.raises(OSError, match=r"cannot fetch IMAGENET1K_V1 from https.*no route") as error:
+    with pytest.raises(
+        OSError, match=r"cannot download IMAGENET1K_V1 from https.*no route"
+    ) as error:
         resnet(18, weights="IMAGENET1K_V1")
     one_line(error)
 
@@ -355,7 +357,7 @@ def a_whole_module(path):
 def test_weights_that_cannot_be_read(tmp_path, write):
     path = tmp_path / "weights.pth"
     write(path)
-    with pytest.raises(ValueError, match=r"weights: .* is damaged, or no PyTorch") as error:
+    with pytest.raises(ValueError, match=r"damaged, or not a PyTorch checkpoint") as error:
         resnet(18, weights=path)
     assert str(path) in one_line(error)
 
@@ -363,11 +365,16 @@ def test_weights_that_cannot_be_read(tmp_path, write):
 def test_weights_of_something_else(tmp_path):
     good = TORCHVISION[18](weights=None).state_dict()
     wrong = {
-        "holds no state dict but keys 'model', 'epoch'": {"model": good, "epoch": 3},
-        "holds no state dict but list": [1, 2],
-        r"not a ResNet-18 of this kind: it misses .* and \d+ more": nn.Linear(2, 2).state_dict(),
-        "has besides layer1.0.conv3.weight": TORCHVISION[50](weights=None).state_dict(),
-        r"layer2.0.conv1.weight has shape \[1\], expected \[128, 64, 3, 3\]": {
+        "expected a state dict, but got a dict with keys 'model', 'epoch'": {
+            "model": good,
+            "epoch": 3,
+        },
+        "expected a state dict, but got list": [1, 2],
+        r"expected weights of ResNet-18: missing key .* and \d+ more": nn.Linear(2, 2).state_dict(),
+        "but got ResNet-50: unexpected key layer1.0.conv3.weight": TORCHVISION[50](
+            weights=None
+        ).state_dict(),
+        r"expected layer2.0.conv1.weight to be \[128, 64, 3, 3\], but got \[1\]": {
             **good,
             "layer2.0.conv1.weight": torch.zeros(1),
         },
@@ -379,16 +386,16 @@ def test_weights_of_something_else(tmp_path):
         assert str(path) in one_line(error)
 
 
-def test_the_run_of_a_network_that_strides_elsewhere_is_refused(tmp_path):
+def test_run_with_other_strides_is_refused(tmp_path):
     model = resnet(50, stride_in_1x1=True, reduce_channels=None)
     checkpoint = {
         "deformnet": {"recipe": {"backbone": "resnet50", "stride_in_1x1": True}},
-        "state_dict": {f"model.backbone.{k}": v for k, v in model.state_dict().items()},
+        "model": {f"backbone.{k}": v for k, v in model.state_dict().items()},
     }
     (tmp_path / "checkpoints").mkdir()
     torch.save(checkpoint, tmp_path / "checkpoints/last.ckpt")
     resnet(50, stride_in_1x1=True, weights=tmp_path)
-    with pytest.raises(ValueError, match=r"was trained with stride_in_1x1=True, expected False"):
+    with pytest.raises(ValueError, match=r"trained with stride_in_1x1=False, but got True"):
         resnet(50, weights=tmp_path)
 
 

@@ -59,12 +59,15 @@ def test_an_image_has_the_units_that_its_own_map_would_have(size):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"sizes": ()}, r"expected sizes to be numbers above 0, but got \(\)"),
-        ({"sizes": (32, 0)}, r"expected sizes to be numbers above 0, but got \(32, 0\)"),
-        ({"ratios": (math.nan,)}, r"expected ratios to be numbers above 0, but got \(nan,\)"),
-        ({"ratios": (1, math.inf)}, r"expected ratios to be numbers above 0, but got \(1, inf\)"),
+        ({"sizes": ()}, r"expected sizes to be positive numbers, but got \(\)"),
+        ({"sizes": (32, 0)}, r"expected sizes to be positive numbers, but got \(32, 0\)"),
+        ({"ratios": (math.nan,)}, r"expected ratios to be positive numbers, but got \(nan,\)"),
+        ({"ratios": (1, math.inf)}, r"expected ratios to be positive numbers, but got \(1, inf\)"),
         ({"stride": 0}, "expected stride to be at least 1, but got 0"),
-        ({"convention": "caffe"}, r"expected convention to be one of .*'msra2017'\), but got 'caffe'"),
+        (
+            {"convention": "caffe"},
+            r"expected convention to be one of .*'msra2017'\), but got 'caffe'",
+        ),
     ],
 )
 def test_wrong_arguments(changed, message):

@@ -374,19 +374,25 @@ def test_the_same_seed_draws_the_same_sample():
 def test_wrong_inputs():
     model = detector("R-FCN")
     images, targets = batch()
-    with pytest.raises(ValueError, match="expected sizes to be one for each of 2 images, but got 1"):
+    with pytest.raises(
+        ValueError, match="expected sizes to have one entry for each of 2 images, but got 1"
+    ):
         model.losses(images, SIZES[:1], targets)
-    with pytest.raises(ValueError, match="expected targets to be one for each of 2 images, but got 3"):
+    with pytest.raises(
+        ValueError, match="expected targets to have one entry for each of 2 images, but got 3"
+    ):
         model.losses(images, SIZES, [*targets, nothing()])
-    with pytest.raises(ValueError, match="expected proposals to be one for each of 2 images, but got 0"):
+    with pytest.raises(
+        ValueError, match="expected proposals to have one entry for each of 2 images, but got 0"
+    ):
         model.losses(images, SIZES, targets, [])
     for label in (-1, 3):
         wrong = [nothing(), Target(torch.ones(1, 4), torch.tensor([label]))]
-        message = f"expected targets to be labels 0 to 2, but got {label} in image 1"
+        message = rf"expected labels of targets\[1\] to be 0 to 2, but got {label}"
         with pytest.raises(ValueError, match=message):
             model.losses(images, SIZES, wrong)
     wrong = [nothing(), Target(torch.ones(2, 4), torch.tensor([0]))]
-    with pytest.raises(ValueError, match=r"expected boxes \[n, 4\] .*, got \[2, 4\] and \[1\] in"):
+    with pytest.raises(ValueError, match=r"to have boxes \[n, 4\] .*, but got \[2, 4\] and \[1\]"):
         model.losses(images, SIZES, wrong)
 
 

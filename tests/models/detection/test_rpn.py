@@ -8,8 +8,8 @@ from torch import nn
 from deformnet.models.backbones import resnet
 from deformnet.models.detection.boxes import decode, encode
 from deformnet.models.detection.detector import Target
-from deformnet.models.detection.rpn import RPN, RPNDetector, RPNOutput
 from deformnet.models.detection.postprocess import postprocess
+from deformnet.models.detection.rpn import RPN, RPNDetector, RPNOutput
 
 MAP = (4, 5)  # of images up to 64 x 80
 SIZES = [(64, 80), (50, 33)]  # the second has 4 x 3 units of its own
@@ -355,7 +355,9 @@ def test_no_anchor_that_trains_gives_zero_with_zero_gradients():
 def test_labels_that_are_no_class(label):
     rpn = small(3)
     targets = [Target(TARGETS[1].boxes, torch.tensor([label])), NO_OBJECTS]
-    with pytest.raises(ValueError, match=f"expected targets to be labels 0 to 2, but got {label}"):
+    with pytest.raises(
+        ValueError, match=f"expected labels of targets to be 0 to 2, but got {label}"
+    ):
         rpn.losses(answers(rpn), MAP, SIZES, targets)
     rpn = small(1)  # tells no classes apart
     assert rpn.losses(answers(rpn), MAP, SIZES, targets)["rpn_box"] > 0
@@ -369,7 +371,7 @@ def test_labels_that_are_no_class(label):
         ({"pre_nms": 0}, "expected pre_nms to be at least 1, but got 0"),
         ({"post_nms": -1}, "expected post_nms to be at least 1, but got -1"),
         ({"nms": 7}, "expected nms to be an IoU from 0 to 1, but got 7"),
-        ({"sizes": ()}, r"expected sizes to be numbers above 0, but got \(\)"),
+        ({"sizes": ()}, r"expected sizes to be positive numbers, but got \(\)"),
     ],
 )
 def test_wrong_arguments(changed, message):
@@ -439,7 +441,7 @@ def test_stored_proposals_are_refused(class_aware):
     model = detector(class_aware=class_aware)
     images = torch.randn(1, 3, 32, 32)
     stored = [torch.tensor([[0.0, 0.0, 9.0, 9.0]])]
-    message = "proposals: a region proposal network takes none, got stored boxes"
+    message = "expected proposals to be None for a region proposal network, but got stored boxes"
     with pytest.raises(ValueError, match=message):
         model.losses(images, [(32, 32)], [NO_OBJECTS], stored)
     with pytest.raises(ValueError, match=message):

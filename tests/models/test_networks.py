@@ -1,0 +1,63 @@
+"""Every network on every backbone."""
+
+import pytest
+import torch
+
+from deformnet import parameter_groups
+from deformnet.models import RFCN, RPN, Classifier, DeepLab, Detector, FasterRCNN, RPNDetector
+from deformnet.models.backbones import backbone
+
+BACKBONES = ["resnet18", "resnet34", "resnet50", "resnet101", "aligned-inception-resnet"]
+ANCHORS = {"sizes": (16, 32), "ratios": (1,)}
+
+
+def build(network, name):
+    model = backbone(name, deform_layers=2, reduce_channels=8)
+    rpn = RPN(model.conv4_channels, **ANCHORS)
+    match network:
+        case "classifier":
+            return Classifier(model, 3)
+        case "deeplab":
+            return DeepLab(model, 3)
+        case "rpn" | "class-aware rpn":
+            return RPNDetector(model, 3, class_aware=network == "class-aware rpn", **ANCHORS)
+        case "faster rcnn":
+            return FasterRCNN(model, 3, rpn, pool="deformable", bins=2)
+    return RFCN(model, 3, rpn, pool="deformable", bins=2)
+
+
+@pytest.mark.parametrize(
+    ("network", "pooling"),
+    [
+        ("classifier", None),
+        ("deeplab", None),
+        ("rpn", None),
+        ("class-aware rpn", None),
+        ("faster rcnn", "deform_pool"),
+        ("rfcn", "score_pool"),
+    ],
+)
+@pytest.mark.parametrize("name", BACKBONES)
+def test_every_network_trains_on_every_backbone(network, pooling, name):
+    if name in ("resnet34", "resnet50", "resnet101"):  # as resnet18, without the arithmetic
+        with torch.device("meta"):
+            build(network, name)
+        return
+    torch.manual_seed(0)
+    model = build(network, name)
+    assert model.deformable_pooling == pooling
+    assert model.uses_conv5 == (network != "rpn")
+    names = model.reported_classes(("a", "b", "c"))
+    assert len(names) == model.num_classes
+    optimizer = torch.optim.SGD(parameter_groups(model, 1e-3), 1e-3)
+    losses = model.random_losses(torch.randn(2, 3, 48, 64))()
+    sum(losses.values()).backward()
+    optimizer.step()
+    for parameter in model.parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad
+    if isinstance(model, Detector):
+        assert model.takes_proposals == (network in ("faster rcnn", "rfcn"))
+        model.freeze_rpn()
+        assert not any(parameter.requires_grad for parameter in model.rpn.parameters())
+    with torch.no_grad():
+        assert len(model.eval()(torch.randn(2, 3, 48, 64))) == 2
