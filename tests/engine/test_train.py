@@ -4,6 +4,7 @@ import json
 import resource
 import shutil
 import signal
+from contextlib import closing
 
 import pytest
 import torch
@@ -180,13 +181,13 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path):
 def test_the_log_drops_rows_after_the_resumed_iteration(tmp_path):
     path = tmp_path / "metrics.csv"
     values = {"loss": 1.5, "learning_rate": 0.1}
-    with TrainingLog(tmp_path, (), 0, 9) as log:
+    with closing(TrainingLog(tmp_path, (), 0, 9)) as log:
         for iteration in range(1, 5):
             log.record(iteration, values, {})
     before = path.read_text().splitlines(keepends=True)
     with path.open("a") as file:
         file.write("5,1.5,0.")  # as `kill -9` may leave it
-    with TrainingLog(tmp_path, (), 2, 9) as log:
+    with closing(TrainingLog(tmp_path, (), 2, 9)) as log:
         log.record(3, values, {})
     lines = path.read_text().splitlines(keepends=True)
     assert lines[:3] == before[:3]

@@ -10,7 +10,7 @@ from torch import nn
 from deformnet._errors import UserError
 from deformnet.engine.processes import FabricProcesses, Layout, Precision, launched
 from deformnet.engine.results import Result
-from deformnet.engine.runs import iterations_done, load_run, versions
+from deformnet.engine.runs import existing_checkpoint, load_checkpoint, load_run, restored, versions
 from deformnet.engine.settings import Hardware
 from deformnet.recipes import Recipe
 from deformnet.tasks import task_of
@@ -48,13 +48,14 @@ def evaluate(
     run, out = Path(run), Path(run if out is None else out)
     if run.is_file():
         raise UserError(f"{run}: expected a run folder, which the scores go into, but got a file")
-    recipe, model, trained_on = load_run(run)
+    checkpoint = load_checkpoint(path := existing_checkpoint(run))
+    recipe, model, trained_on = restored(checkpoint, path)
     images = task_of(recipe, options).evaluation_set(Path(data), split, trained_on)
     layout = Layout.of(hardware)
     facts = shared_facts(recipe, trained_on, images)
     with launched(layout, _precision(recipe, layout), facts) as fabric:
         result = dataclasses.replace(
-            Result.of(recipe, model, run, iterations_done(run)),
+            Result.of(recipe, model, run, checkpoint["iteration"]),
             split=split,
             images=len(images),
             scores=score(fabric, model, images, layout.workers, progress=progress),
@@ -96,7 +97,7 @@ def propose(
     facts = shared_facts(recipe, trained_on, images)
     with launched(layout, _precision(recipe, layout), facts) as fabric, fabric.autocast():
         images.write(
-            _on_device(fabric, model),
+            on_device(fabric, model),
             Path(out),
             FabricProcesses(fabric),
             workers=layout.workers,
@@ -112,7 +113,7 @@ def score(
     """Evaluates a network in the processes of a run; all of them get the scores."""
     with fabric.autocast():
         return images.evaluate(
-            _on_device(fabric, model), FabricProcesses(fabric), workers=workers, progress=progress
+            on_device(fabric, model), FabricProcesses(fabric), workers=workers, progress=progress
         )
 
 
@@ -128,9 +129,10 @@ def shared_facts(
     }
 
 
-def _on_device(fabric: Fabric, model: nn.Module) -> nn.Module:
+def on_device(fabric: Fabric, model: nn.Module) -> nn.Module:
+    """Moves a network to the device of this process, in place."""
     # Convolutions run faster on this layout, on CPUs and GPUs alike.
-    return model.to(fabric.device, memory_format=torch.channels_last)
+    return model.to(fabric.device).to(memory_format=torch.channels_last)
 
 
 def _precision(recipe: Recipe, layout: Layout) -> Precision:

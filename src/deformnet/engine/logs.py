@@ -6,8 +6,6 @@ import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from torch.utils.tensorboard.writer import SummaryWriter
 from tqdm import tqdm
@@ -49,15 +47,7 @@ class TrainingLog:
         )
         self._since, self._last = time.perf_counter(), done
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         self._bar.close()
         self._tensorboard.close()
 

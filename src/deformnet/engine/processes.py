@@ -122,7 +122,7 @@ class FabricProcesses:
 
 def is_first_process() -> bool:
     """Whether this is the process of a run that prints and writes results."""
-    return rank_zero_only.rank == 0
+    return rank_zero_only.rank == 0  # pyright: ignore[reportFunctionMemberAccess] (Lightning sets it)
 
 
 def _require_agreement(processes: FabricProcesses, facts: Mapping[str, object]) -> None:

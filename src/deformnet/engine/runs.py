@@ -67,15 +67,7 @@ class Description(TypedDict):
 
 
 class Checkpoint(TypedDict):
-    """The content of a checkpoint.
-
-    Attributes:
-        deformnet: recipe and training data.
-        model: state dict of the network.
-        optimizer: state dict of the optimizer.
-        precision: state of mixed precision: the scale of gradients in float16.
-        iteration: iterations done.
-    """
+    """The content of a checkpoint; `precision` is the scale of gradients in float16."""
 
     deformnet: Description
     model: dict[str, Tensor]
@@ -87,6 +79,20 @@ class Checkpoint(TypedDict):
 def checkpoint_path(run: Path) -> Path:
     """The checkpoint of a run folder."""
     return run / "checkpoints" / "last.ckpt"
+
+
+def existing_checkpoint(run: Path) -> Path:
+    """The checkpoint of a run folder, if there is one.
+
+    Raises:
+        FileNotFoundError: if there is no such folder, or no checkpoint in it.
+    """
+    path = checkpoint_path(run)
+    if not run.is_dir():
+        raise FileNotFoundError(f"{run}: no such run folder")
+    if not path.is_file():
+        raise FileNotFoundError(f"{run}: not a trained run, there is no {path.relative_to(run)}")
+    return path
 
 
 def card_path(weights: Path) -> Path:
@@ -131,7 +137,7 @@ def load_run(run: str | Path) -> TrainedRun:
     if path.suffix == ".safetensors" and path.is_file():
         described, state = _load_exported(path)
         return _restored(described, state, path, card_path(path))
-    path = _existing_checkpoint(path)
+    path = existing_checkpoint(path)
     return restored(load_checkpoint(path), path)
 
 
@@ -170,7 +176,7 @@ def iterations_done(run: str | Path) -> int:
     Raises:
         FileNotFoundError, UserError: as `load_run`.
     """
-    return load_checkpoint(_existing_checkpoint(Path(run)))["iteration"]
+    return load_checkpoint(existing_checkpoint(Path(run)))["iteration"]
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
@@ -249,15 +255,6 @@ def machine() -> str:
     if torch.cuda.is_available():
         parts.append(f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}")
     return ", ".join(parts)
-
-
-def _existing_checkpoint(run: Path) -> Path:
-    path = checkpoint_path(run)
-    if not run.is_dir():
-        raise FileNotFoundError(f"{run}: no such run folder")
-    if not path.is_file():
-        raise FileNotFoundError(f"{run}: not a trained run, there is no {path.relative_to(run)}")
-    return path
 
 
 def _load_exported(path: Path) -> tuple[Description, dict[str, Tensor]]:

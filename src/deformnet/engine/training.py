@@ -9,11 +9,10 @@ import dataclasses
 import math
 import signal
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Self
+from types import FrameType
 
 import torch
 from lightning.fabric import Fabric
@@ -23,7 +22,7 @@ from torch.optim import SGD
 from deformnet._errors import UserError
 from deformnet._files import replacing
 from deformnet.analysis.health import has_deformable_layers
-from deformnet.engine.evaluation import score, shared_facts
+from deformnet.engine.evaluation import on_device, score, shared_facts
 from deformnet.engine.health import OffsetHealth
 from deformnet.engine.logs import TrainingLog
 from deformnet.engine.processes import Layout, launched
@@ -127,13 +126,13 @@ def train(
             batches = Iterations(
                 images, recipe, loop.accumulate, fabric.global_rank, fabric.world_size
             ).loader(done, recipe.iterations, workers=layout.workers, pin=layout.gpu)
-            log = nullcontext()
+            log = None
             if fabric.is_global_zero:
                 log = TrainingLog(
                     out, task.loss_terms, done, recipe.iterations, progress=loop.progress
                 )
-            with log as writer:
-                run.fit(batches, writer)
+            with closing(log) if log else nullcontext():
+                run.fit(batches, log)
         result = Result.of(recipe, model, out, recipe.iterations)
         if validation is not None:
             scores = score(fabric, model, validation, layout.workers, progress=loop.progress)
@@ -172,8 +171,7 @@ class _Run:
         self.iteration = 0
         if recipe.norm == "trained" and fabric.world_size > 1:
             share_statistics(model, fabric.device)
-        # Convolutions run faster on this layout, on CPUs and GPUs alike.
-        self.model = model.train().to(fabric.device, memory_format=torch.channels_last)
+        self.model = on_device(fabric, model.train())
         groups = parameter_groups(
             model,
             recipe.lr,
@@ -196,7 +194,7 @@ class _Run:
     def fit(self, batches: Iterable[list[Batch]], log: TrainingLog | None) -> None:
         """Trains to the last iteration, or until asked to stop."""
         recipe, loop, total = self.recipe, self.loop, self.recipe.iterations
-        with StopRequest() as request:
+        with _stopping_on_signals() as request:
             for parts in batches:
                 self.iteration += 1
                 factor = recipe.lr_factor(self.iteration - 1)
@@ -214,7 +212,7 @@ class _Run:
                     log.step()
                 if self.iteration % loop.log_every == 0:
                     self._record(log, losses, recipe.lr * factor)
-                stopped = self._any(request.asked)
+                stopped = self._any(request.stop)
                 due = self.iteration % loop.checkpoint_every == 0
                 if stopped or due or self.iteration == total:
                     self._save()
@@ -341,39 +339,35 @@ class _Losses(nn.Module):
         return losses(self.model)
 
 
-class StopRequest:
-    """Ctrl-C and SIGTERM (of batch systems and torchrun) as requests to stop.
+@dataclasses.dataclass
+class _Request:
+    """Whether a signal has asked to stop."""
+
+    stop: bool = False
+
+
+@contextmanager
+def _stopping_on_signals() -> Iterator[_Request]:
+    """Takes Ctrl-C and SIGTERM (of batch systems and torchrun) as requests to stop.
 
     The iteration under way is finished on every process, since half a step could not be resumed
     exactly. A second Ctrl-C interrupts at once and leaves the last checkpoint.
-
-    Attributes:
-        asked: whether a signal has come.
     """
+    request = _Request()
 
-    def __init__(self) -> None:
-        self.asked = False
-        self._handlers: dict[int, signal._HANDLER] = {}
-
-    def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():  # signals belong to it
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._handlers[number] = signal.signal(number, self._ask)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked and number == signal.SIGINT:
+    def ask(number: int, frame: FrameType | None) -> None:
+        if request.stop and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.asked = True
+        request.stop = True
+
+    handlers = {}
+    if threading.current_thread() is threading.main_thread():  # signals belong to it
+        handlers = {n: signal.signal(n, ask) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield request
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def _require_divisible(batch: int, processes: int, parts: int) -> None:
