@@ -74,9 +74,8 @@ for _ in range(120):
     shifts.append([layer.mean_shift for layer in observer.health()])
 for layer in observer.health():
     print(f"layer {layer.layer}: mean shift {layer.mean_shift:.2f}, maximum {layer.max_shift:.2f}")
-    print(
-        f"    outside the map {layer.outside:.1%}, without offsets {layer.outside_without_offsets:.1%}"
-    )
+    without = layer.outside_without_offsets
+    print(f"    outside the map {layer.outside:.1%}, without offsets {without:.1%}")
 
 import matplotlib.pyplot as plt
 

@@ -123,8 +123,8 @@ checkpoint["bbox_head.fc_cls.weight"] = torch.zeros(21, 512)
 
 found = from_mmdetection({"state_dict": checkpoint})
 print(found.backbone, "with", found.deform_layers, "deformable layers, modulated:", found.modulated)
-for what, keys in found.left_out.items():
-    print(f"skipped, {what}: {len(keys)} keys, such as {keys[0]}")
+for what, keys in found.ignored.items():
+    print(f"ignored, {what}: {len(keys)} keys, such as {keys[0]}")
 
 # %%
 # The converted weights load into our backbone, or can be saved for ``--init``. The features are the
