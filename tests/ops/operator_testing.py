@@ -43,18 +43,6 @@ def strided(tensor: Tensor) -> Tensor:
     return view
 
 
-def assert_half_precision_rounds_once(
-    found: dict[str, Tensor], exact: dict[str, Tensor], dtypes: dict[str, torch.dtype]
-) -> None:
-    """Against exact arithmetic on the rounded numbers, the error is a few roundings."""
-    for name, value in exact.items():
-        dtype = dtypes[name]
-        assert found[name].dtype == dtype, name
-        error = (found[name].double() - value).abs().max() / value.abs().max().clamp_min(1e-3)
-        half = min(torch.finfo(kind).eps for kind in HALVES if kind in dtypes.values())
-        assert error <= 2 * max(half, torch.finfo(dtype).eps), name
-
-
 # An argument, its bad value (made in the mode of the test), the error and its message after the
 # name of the argument ("..." stands for anything), and changes of other arguments.
 BadRow = tuple[str, Callable[[], Any], type[Exception], str, dict[str, Any]]
@@ -82,6 +70,7 @@ def check_bad_input(
         "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
     }.get(mode, torch.no_grad)
     message = re.escape(f"expected {argument} {text}").replace(re.escape("..."), ".*")
+    message = message.replace(r"\ .*", ".*")
     with context(), pytest.raises(error, match=message) as caught:
         function(**{**good(), **others, argument: value()})
     assert "\n" not in str(caught.value)

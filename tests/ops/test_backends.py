@@ -1,4 +1,4 @@
-"""Which backend runs, and what is said of those that cannot."""
+"""Selection of a backend, and the reasons of those that cannot run: both operators."""
 
 import importlib.util
 import subprocess
@@ -7,9 +7,12 @@ import warnings
 
 import pytest
 import torch
+from cuda_cases import CASES, call
 from deform_conv_cases import random_case
+from operator_testing import OPERATORS
 
-from deformnet.ops import backends, deform_conv2d, library
+from deformnet.ops import backends, deform_conv2d, triton, using
+from deformnet.ops.cpu import loading
 
 
 def test_names():
@@ -26,7 +29,7 @@ def test_reasons():
     assert backends.why_unavailable("reference", "cuda") is None
     assert "on cuda" in backends.why_unavailable("cpu", "cuda")
     assert "not on cpu" in backends.why_unavailable("triton", "cpu")
-    with pytest.raises(ValueError, match=r"backend: want one of .*, got 'best'"):
+    with pytest.raises(ValueError, match=r"expected backend to be one of .*, but got 'best'"):
         backends.why_unavailable("best")
 
 
@@ -44,53 +47,80 @@ def test_a_backend_by_name_runs_or_says_why_not():
 
 @pytest.fixture
 def without_kernels(monkeypatch):
-    monkeypatch.setattr(library, "CPU_UNAVAILABLE", "the file is gone")
+    monkeypatch.setattr(backends, "CPU_UNAVAILABLE", "the file is gone")
     monkeypatch.setattr(backends, "_warned", set())
 
 
 @pytest.mark.parametrize("mode", ["eager", "compiled"])
-def test_auto_falls_back_with_one_warning(without_kernels, mode):
-    case = random_case(0)
-    function = deform_conv2d
+@pytest.mark.parametrize("name", ["convolution", "ps"])
+def test_auto_falls_back_with_one_warning(without_kernels, fresh_compiler, name, mode):
+    case = CASES[name]
+    function = call
     if mode == "compiled":
-        torch._dynamo.reset()
-        function = torch.compile(deform_conv2d, fullgraph=True, backend="eager")
+        function = torch.compile(call, fullgraph=True, backend="eager")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        results = [function(*case.public) for _ in range(3)]
+        results = [function(case) for _ in range(3)]
     ours = [w for w in caught if "deformnet" in str(w.message)]
     assert len(ours) == 1
     assert ours[0].category is RuntimeWarning
     assert "reference" in str(ours[0].message)
     assert "the file is gone" in str(ours[0].message)
-    wanted = deform_conv2d(*case.public, backend="reference")
+    expected = call(case, "reference")
     for result in results:
-        torch.testing.assert_close(result, wanted)
+        torch.testing.assert_close(result, expected)
 
 
-def test_a_backend_by_name_never_falls_back(without_kernels):
-    case = random_case(0)
+@pytest.mark.parametrize("name", ["convolution", "ps"])
+def test_a_backend_by_name_never_falls_back(without_kernels, name):
     with pytest.raises(RuntimeError, match="backend 'cpu' cannot run: the file is gone"):
-        deform_conv2d(*case.public, backend="cpu")
+        call(CASES[name], "cpu")
+    with pytest.raises(RuntimeError, match="backend 'cpu' cannot run: the file is gone"):
+        using("cpu").__enter__()
+    operator = OPERATORS[name == "ps"]
+    with pytest.raises(RuntimeError, match="the file is gone"):
+        operator.forward(*CASES[name].operator, *(("zeros",) if name != "ps" else ()))
+
+
+def test_using_an_unknown_backend():
+    with pytest.raises(ValueError, match=r"expected backend to be one of auto, .* got 'best'"):
+        using("best").__enter__()
+
+
+def test_a_backend_in_use_that_cannot_take_the_device_says_so():
+    with using("cpu"), pytest.raises(RuntimeError, match="on the CPU, not on cuda"):
+        backends.resolve("auto", "cuda")
+    with using("reference"):
+        assert backends.resolve("auto", "cuda") == "reference"
+        assert backends.resolve("cpu", "cpu") == "cpu"
+
+
+def test_kernels_that_were_not_built_say_what_to_do(monkeypatch):
+    monkeypatch.setattr(loading, "_FILES", ("no-such-library.so",))
+    loading._library.cache_clear()
+    reason = loading.why_unavailable.__wrapped__()
+    loading._library.cache_clear()
+    assert "the CPU kernels were not built (no C++ compiler" in reason
+    assert "install a C++ compiler with OpenMP and reinstall deformnet" in reason
 
 
 def test_a_device_without_kernels_falls_back_with_its_reason(monkeypatch):
     monkeypatch.setattr(backends, "_warned", set())
-    monkeypatch.setattr(library.triton, "why_unavailable", lambda: "no card is plugged in")
+    monkeypatch.setattr(triton, "why_unavailable", lambda: "no card is plugged in")
     for device, reason in [("cuda", "no card is plugged in"), ("xpu", "no kernels for xpu")]:
         with pytest.warns(RuntimeWarning, match=reason):
             assert backends.resolve("auto", device) == "reference"
 
 
 def test_what_triton_lacks_is_said(monkeypatch):
-    ask = library.triton.why_unavailable.__wrapped__
+    ask = triton.why_unavailable.__wrapped__
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "no GPU" in ask()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: ((9, 0), (7, 5))[index])
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"card {index}")
-    assert "8.0, card 1 has 7.5" in ask()
+    assert "8.0 or higher, but got card 1 with 7.5" in ask()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert "triton is not installed" in ask()
 

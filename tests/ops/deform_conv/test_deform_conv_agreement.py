@@ -18,7 +18,7 @@ from deformnet.ops import deform_conv2d
 
 
 def test_public_names():
-    assert ops.__all__ == ["deform_conv2d", "deform_ps_roi_pool", "deform_roi_pool"]
+    assert ops.__all__ == ["deform_conv2d", "deform_ps_roi_pool", "deform_roi_pool", "using"]
 
 
 def test_the_first_arguments_are_torchvisions():

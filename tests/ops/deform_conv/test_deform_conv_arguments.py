@@ -4,16 +4,15 @@ import itertools
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from deform_conv_cases import NAMES, Case, large_case, output_gradient, random_case, run
-from operator_testing import assert_same
+from operator_testing import HALVES, assert_same, bad, check_bad_input, strided
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from deformnet.ops import deform_conv2d
-
-HALVES = [torch.bfloat16, torch.float16]
 
 # ----------------------------------------------------------------------------- sizes and layouts
 
@@ -61,15 +60,6 @@ def test_any_batch_size(backend):
 def test_non_contiguous_tensors(backend, seed):
     case = large_case(seed) if seed < 2 else random_case(seed, modulated=True)
     wanted = run(case, backend)
-
-    def strided(tensor: torch.Tensor) -> torch.Tensor:
-        # Every second element of a transposed tensor: neither contiguous nor channels-last.
-        room = torch.full((*reversed(tensor.shape[:-1]), 2 * tensor.shape[-1]), float("nan"))
-        room = room.to(tensor.dtype)
-        order = [*range(tensor.dim() - 2, -1, -1), tensor.dim() - 1]
-        view = room[..., ::2].permute(order)
-        view.copy_(tensor)
-        return view
 
     views = {name: strided(tensor) for name, tensor in case.tensors.items()}
     assert any(not view.is_contiguous() for view in views.values())
@@ -142,19 +132,6 @@ def test_no_gradient_is_recorded_where_none_is_wanted(backend):
 
 
 # ------------------------------------------------------------------------------ reproducibility
-
-
-@pytest.fixture
-def poisoned_memory(monkeypatch):
-    """Fresh memory holds NaN, so that what is never written shows."""
-    for name in ("empty", "empty_like"):
-        create = getattr(torch, name)
-
-        def poisoned(*args, create=create, **kwargs):
-            tensor = create(*args, **kwargs)
-            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
-
-        monkeypatch.setattr(torch, name, poisoned)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALVES], ids=str)
@@ -331,261 +308,94 @@ def good() -> dict:
     }
 
 
-# What is changed, the error, its message.
-BAD = {
-    "input of rank 3": (
-        lambda: {"input": torch.ones(4, 7, 8)},
-        ValueError,
-        r"input: want 4 dimensions, got \[4, 7, 8\]",
-    ),
-    "offset of rank 2": (
-        lambda: {"offset": torch.ones(2, 36)},
-        ValueError,
-        r"offset: want 4 dimensions, got \[2, 36\]",
-    ),
-    "weight of rank 5": (
-        lambda: {"weight": torch.ones(6, 2, 3, 3, 3)},
-        ValueError,
-        r"weight: want 4 dimensions",
-    ),
-    "bias of rank 2": (
-        lambda: {"bias": torch.ones(1, 6)},
-        ValueError,
-        r"bias: want 1 dimensions",
-    ),
-    "mask of rank 3": (
-        lambda: {"mask": torch.ones(18, 3, 4)},
-        ValueError,
-        r"mask: want 4 dimensions",
-    ),
-    "integer input": (
-        lambda: {"input": torch.ones(2, 4, 7, 8, dtype=torch.int64)},
-        TypeError,
-        r"input: want one of .*float32.*, got torch.int64",
-    ),
-    "complex input": (
-        lambda: {"input": torch.ones(2, 4, 7, 8, dtype=torch.complex64)},
-        TypeError,
-        r"input: want one of .*, got torch.complex64",
-    ),
-    "weight of another dtype": (
-        lambda: {"weight": torch.ones(6, 2, 3, 3, dtype=torch.float64)},
-        TypeError,
-        r"weight: want torch.float32, as input, got torch.float64",
-    ),
-    "offset of another dtype": (
-        lambda: {"offset": torch.ones(2, 36, 3, 4, dtype=torch.float64)},
-        TypeError,
-        r"offset: want torch.float32, as input.* got torch.float64",
-    ),
-    "offset in half beside float32": (
-        lambda: {"offset": torch.ones(2, 36, 3, 4, dtype=torch.bfloat16)},
-        TypeError,
-        r"offset: want torch.float32, as input.* got torch.bfloat16",
-    ),
-    "offset in another half": (
-        lambda: {
-            **{k: v.bfloat16() for k, v in good().items() if isinstance(v, torch.Tensor)},
-            "offset": torch.ones(2, 36, 3, 4, dtype=torch.float16),
-        },
-        TypeError,
-        r"offset: want torch.bfloat16, as input, or torch.float32, got torch.float16",
-    ),
-    "bias of another dtype": (
-        lambda: {"bias": torch.ones(6, dtype=torch.float16)},
-        TypeError,
-        r"bias: want torch.float32, as input, got torch.float16",
-    ),
-    "mask of booleans": (
-        lambda: {"mask": torch.ones(2, 18, 3, 4, dtype=torch.bool)},
-        TypeError,
-        r"mask: want torch.float32, as input.* got torch.bool",
-    ),
-    "offset on another device": (
-        lambda: {"offset": torch.ones(2, 36, 3, 4, device="meta")},
-        ValueError,
-        r"offset: want device cpu, as input, got meta",
-    ),
-    "weight on another device": (
-        lambda: {"weight": torch.ones(6, 2, 3, 3, device="meta")},
-        ValueError,
-        r"weight: want device cpu, as input, got meta",
-    ),
-    "input is a list": (
-        lambda: {"input": [1.0]},
-        TypeError,
-        r"input: want a tensor, got list",
-    ),
-    "mask is a number": (
-        lambda: {"mask": 1.0},
-        TypeError,
-        r"mask: want a tensor, got float",
-    ),
-    "no offset": (
-        lambda: {"offset": None},
-        TypeError,
-        r"offset: want a tensor, got NoneType",
-    ),
-    "channels that weight does not divide": (
-        lambda: {"weight": torch.ones(6, 3, 3, 3)},
-        ValueError,
-        r"weight: want \[C_out, 4 / groups, kh, kw\].* got \[6, 3, 3, 3\]",
-    ),
-    "more channels in weight than in input": (
-        lambda: {"weight": torch.ones(6, 8, 3, 3)},
-        ValueError,
-        r"weight: want .* got \[6, 8, 3, 3\]",
-    ),
-    "output channels that groups do not divide": (
-        lambda: {"weight": torch.ones(5, 2, 3, 3), "bias": None},
-        ValueError,
-        r"weight: want .* got \[5, 2, 3, 3\]",
-    ),
-    "no output channels": (
-        lambda: {"weight": torch.ones(0, 2, 3, 3), "bias": None},
-        ValueError,
-        r"weight: want no size of zero, got \[0, 2, 3, 3\]",
-    ),
-    "kernel of no rows": (
-        lambda: {"weight": torch.ones(6, 2, 0, 3)},
-        ValueError,
-        r"weight: want no size of zero, got \[6, 2, 0, 3\]",
-    ),
-    "input without channels": (
-        lambda: {"input": torch.ones(2, 0, 7, 8)},
-        ValueError,
-        r"input: want at least one channel, row and column, got \[2, 0, 7, 8\]",
-    ),
-    "input without rows": (
-        lambda: {"input": torch.ones(2, 4, 0, 8), "padding": 3},
-        ValueError,
-        r"input: want at least one channel, row and column, got \[2, 4, 0, 8\]",
-    ),
-    "bias of another length": (
-        lambda: {"bias": torch.ones(5)},
-        ValueError,
-        r"bias: want \[6\], got \[5\]",
-    ),
-    "offset of another batch": (
-        lambda: {"offset": torch.zeros(3, 36, 3, 4)},
-        ValueError,
-        r"offset: want \[2, 18 \* G, 3, 4\].* got \[3, 36, 3, 4\]",
-    ),
-    "offset of another size": (
-        lambda: {"offset": torch.zeros(2, 36, 4, 4)},
-        ValueError,
-        r"offset: want \[2, 18 \* G, 3, 4\].* got \[2, 36, 4, 4\]",
-    ),
-    "offset of half a group": (
-        lambda: {"offset": torch.zeros(2, 27, 3, 4)},
-        ValueError,
-        r"offset: want \[2, 18 \* G, 3, 4\].* got \[2, 27, 3, 4\]",
-    ),
-    "offset without channels": (
-        lambda: {"offset": torch.zeros(2, 0, 3, 4)},
-        ValueError,
-        r"offset: want \[2, 18 \* G, 3, 4\].* got \[2, 0, 3, 4\]",
-    ),
-    "offset groups that do not divide the channels": (
-        lambda: {"offset": torch.zeros(2, 54, 3, 4), "mask": None},
-        ValueError,
-        r"offset: want .* G dividing the 4 channels of input, got \[2, 54, 3, 4\]",
-    ),
-    "mask of one group of two": (
-        lambda: {"mask": torch.ones(2, 9, 3, 4)},
-        ValueError,
-        r"mask: want \[2, 18, 3, 4\].* got \[2, 9, 3, 4\]",
-    ),
-    "mask of another batch": (
-        lambda: {"mask": torch.ones(1, 18, 3, 4)},
-        ValueError,
-        r"mask: want \[2, 18, 3, 4\].* got \[1, 18, 3, 4\]",
-    ),
-    "stride of zero": (
-        lambda: {"stride": 0},
-        ValueError,
-        r"stride: want at least 1, got \(0, 0\)",
-    ),
-    "negative stride": (
-        lambda: {"stride": (2, -1)},
-        ValueError,
-        r"stride: want at least 1, got \(2, -1\)",
-    ),
-    "negative padding": (
-        lambda: {"padding": (-1, 0)},
-        ValueError,
-        r"padding: want at least 0, got \(-1, 0\)",
-    ),
-    "dilation of zero": (
-        lambda: {"dilation": (1, 0)},
-        ValueError,
-        r"dilation: want at least 1, got \(1, 0\)",
-    ),
-    "stride of a fraction": (
-        lambda: {"stride": 1.5},
-        TypeError,
-        r"stride: want an int or a pair of ints, got 1.5",
-    ),
-    "padding by name": (
-        lambda: {"padding": "same"},
-        TypeError,
-        r"padding: want an int or a pair of ints, got 'same'",
-    ),
-    "dilation of fractions": (
-        lambda: {"dilation": (1, 2.0)},
-        TypeError,
-        r"dilation: want an int or a pair of ints, got \(1, 2.0\)",
-    ),
-    "three strides": (
-        lambda: {"stride": (1, 1, 1)},
-        ValueError,
-        r"stride: want an int or a pair of ints, got 3 of them",
-    ),
-    "kernel larger than the map": (
-        lambda: {"dilation": (4, 1)},
-        ValueError,
-        r"input: want at least the reach of the kernel, \[9, 3\], got \[2, 4, 7, 8\]",
-    ),
-    "unknown border": (
-        lambda: {"border": "reflect"},
-        ValueError,
-        r"border: want one of zeros, msra2017, got 'reflect'",
-    ),
-    "unknown backend": (
-        lambda: {"backend": "cudnn"},
-        ValueError,
-        r"backend: want one of auto, reference, cpu, triton, got 'cudnn'",
-    ),
-}
+ones = torch.ones
+INTS = "to be an int or a pair of ints, but got "
+WEIGHT = "to have shape [C_out, 4 / groups, kh, kw], ... but got shape "
+OFFSET = "to have shape [2, 18 * G, 3, 4], where G divides the 4 channels of input, but got shape "
+MASK = "to have shape [2, 18, 3, 4] (2 offset groups of 9 taps), but got shape "
+MAP = "to have at least one channel, row and column, but got shape "
+BAD = [
+    bad("input", lambda: ones(4, 7, 8), ValueError, "to be 4-dimensional, but got shape [4, 7, 8]"),
+    bad("offset", lambda: ones(2, 36), ValueError, "to be 4-dimensional, but got shape [2, 36]"),
+    bad("weight", lambda: ones(6, 2, 3, 3, 3), ValueError, "to be 4-dimensional, but got shape"),
+    bad("bias", lambda: ones(1, 6), ValueError, "to be 1-dimensional, but got shape [1, 6]"),
+    bad("mask", lambda: ones(18, 3, 4), ValueError, "to be 4-dimensional, but got shape"),
+    bad("input", lambda: ones(2, 4, 7, 8).long(), TypeError, "...float32..., but got torch.int64"),
+    bad("input", lambda: ones(2, 4, 7, 8) + 0j, TypeError, "...float32..., but got torch.complex"),
+    bad("weight", lambda: ones(6, 2, 3, 3).double(), TypeError,
+        "to be torch.float32 like input, but got torch.float64"),
+    bad("offset", lambda: ones(2, 36, 3, 4).double(), TypeError,
+        "to be torch.float32 like input or torch.float32, but got torch.float64"),
+    bad("offset", lambda: ones(2, 36, 3, 4).bfloat16(), TypeError,
+        "to be torch.float32 like input or torch.float32, but got torch.bfloat16"),
+    bad("bias", lambda: ones(6).half(), TypeError,
+        "to be torch.float32 like input, but got torch.float16"),
+    bad("mask", lambda: ones(2, 18, 3, 4).bool(), TypeError, "...like input... got torch.bool"),
+    bad("offset", lambda: ones(2, 36, 3, 4, device="meta"), ValueError,
+        "to be on cpu like input, but got meta"),
+    bad("weight", lambda: ones(6, 2, 3, 3, device="meta"), ValueError,
+        "to be on cpu like input, but got meta"),
+    bad("input", lambda: [1.0], TypeError, "to be a tensor, but got list"),
+    bad("mask", lambda: 1.0, TypeError, "to be a tensor, but got float"),
+    bad("offset", lambda: None, TypeError, "to be a tensor, but got NoneType"),
+    bad("weight", lambda: ones(6, 3, 3, 3), ValueError, f"{WEIGHT}[6, 3, 3, 3]"),
+    bad("weight", lambda: ones(6, 8, 3, 3), ValueError, f"{WEIGHT}[6, 8, 3, 3]"),
+    bad("weight", lambda: ones(5, 2, 3, 3), ValueError, f"{WEIGHT}[5, 2, 3, 3]", bias=None),
+    bad("weight", lambda: ones(0, 2, 3, 3), ValueError,
+        "to have no dimension of size 0, but got shape [0, 2, 3, 3]", bias=None),
+    bad("weight", lambda: ones(6, 2, 0, 3), ValueError,
+        "to have no dimension of size 0, but got shape [6, 2, 0, 3]"),
+    bad("input", lambda: ones(2, 0, 7, 8), ValueError, f"{MAP}[2, 0, 7, 8]"),
+    bad("input", lambda: ones(2, 4, 0, 8), ValueError, f"{MAP}[2, 4, 0, 8]", padding=3),
+    bad("bias", lambda: ones(5), ValueError, "to have shape [6], but got shape [5]"),
+    bad("offset", lambda: ones(3, 36, 3, 4), ValueError, f"{OFFSET}[3, 36, 3, 4]"),
+    bad("offset", lambda: ones(2, 36, 4, 4), ValueError, f"{OFFSET}[2, 36, 4, 4]"),
+    bad("offset", lambda: ones(2, 27, 3, 4), ValueError, f"{OFFSET}[2, 27, 3, 4]"),
+    bad("offset", lambda: ones(2, 0, 3, 4), ValueError, f"{OFFSET}[2, 0, 3, 4]"),
+    bad("offset", lambda: ones(2, 54, 3, 4), ValueError, f"{OFFSET}[2, 54, 3, 4]", mask=None),
+    bad("mask", lambda: ones(2, 9, 3, 4), ValueError, f"{MASK}[2, 9, 3, 4]"),
+    bad("mask", lambda: ones(1, 18, 3, 4), ValueError, f"{MASK}[1, 18, 3, 4]"),
+    bad("stride", lambda: 0, ValueError, "to be at least 1, but got (0, 0)"),
+    bad("stride", lambda: (2, -1), ValueError, "to be at least 1, but got (2, -1)"),
+    bad("padding", lambda: (-1, 0), ValueError, "to be at least 0, but got (-1, 0)"),
+    bad("dilation", lambda: (1, 0), ValueError, "to be at least 1, but got (1, 0)"),
+    bad("stride", lambda: 1.5, TypeError, f"{INTS}1.5"),
+    bad("padding", lambda: "same", TypeError, f"{INTS}'same'"),
+    bad("dilation", lambda: (1, 2.0), TypeError, f"{INTS}(1, 2.0)"),
+    bad("stride", lambda: (1, 1, 1), ValueError, f"{INTS}3 values"),
+    bad("stride", lambda: (), ValueError, f"{INTS}0 values"),
+    bad("input", lambda: ones(2, 4, 7, 8), ValueError,
+        "to be at least as large as the dilated kernel, [9, 3], but got shape [2, 4, 7, 8] with "
+        "padding (0, 1)", dilation=(4, 1)),
+    bad("border", lambda: "reflect", ValueError,
+        "to be one of zeros, msra2017, but got 'reflect'"),
+    bad("backend", lambda: "cudnn", ValueError,
+        "to be one of auto, reference, cpu, triton, but got 'cudnn'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", ["eager", "fake", "autocast", "compiled"])
+@pytest.mark.parametrize("row", BAD)
+def test_bad_input(row, mode):
+    check_bad_input(deform_conv2d, good, row, mode)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"stride": np.int64(2), "padding": [np.int32(0), np.int8(1)], "dilation": np.uint8(1)},
+        {"stride": torch.Size([2, 2]), "padding": [0, 1], "dilation": (1,)},
+        {"stride": torch.tensor(2), "padding": [0, torch.tensor(1)], "dilation": [1]},
+    ],
+    ids=["NumPy", "sequences", "others"],
+)
+def test_integers_are_taken_as_conv2d_takes_them(backend, change):
+    expected = deform_conv2d(**good(), backend=backend)
+    assert deform_conv2d(**{**good(), **change}, backend=backend).equal(expected)
 
 
 def test_the_good_call_is_good():
     assert deform_conv2d(**good()).shape == (2, 6, 3, 4)
-
-
-# Autocast makes the dtypes agree, so there they cannot be wrong.
-ROWS = [
-    (what, mode)
-    for what, (_, _, message) in BAD.items()
-    for mode in ("eager", "fake", "autocast", "compiled")
-    if not (mode == "autocast" and "want torch." in message)
-]
-
-
-@pytest.mark.parametrize(("what", "mode"), ROWS)
-def test_bad_input(what, mode):
-    change, error, message = BAD[what]
-    function = deform_conv2d
-    if mode == "compiled":
-        torch._dynamo.reset()
-        function = torch.compile(deform_conv2d, backend="eager")
-    context = {
-        "fake": FakeTensorMode,
-        "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
-    }.get(mode, torch.no_grad)
-    with context(), pytest.raises(error, match=message) as caught:
-        function(**{**good(), **change()})
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -608,5 +418,5 @@ def test_the_operators_themselves_refuse_what_would_be_read_out_of_bounds(fast, 
         operator = torch.ops.deformnet.deform_conv2d_backward
         del arguments[3]  # bias
         arguments = [call["grad_output"], *arguments, [True] * 5]
-    with pytest.raises((ValueError, TypeError), match=f"{next(iter(change))}: want"):
+    with pytest.raises((ValueError, TypeError), match=f"expected {next(iter(change))} to"):
         operator(*arguments)

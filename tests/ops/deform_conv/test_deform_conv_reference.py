@@ -127,13 +127,6 @@ def test_gradgradcheck(seed, border):
     assert gradgradcheck(function, leaves, fast_mode=True)
 
 
-def test_the_fast_kernels_refuse_a_second_derivative(fast):
-    leaves, function = leaves_and_function(random_case(0, whole=False), fast, "zeros")
-    (gradient,) = torch.autograd.grad(function(*leaves).sum(), leaves[1], create_graph=True)
-    with pytest.raises(NotImplementedError, match='backend="reference"'):
-        gradient.sum().backward()
-
-
 @pytest.mark.parametrize("border", ["zeros", "msra2017"])
 @pytest.mark.parametrize("axis", [0, 1], ids=["y", "x"])
 def test_derivative_at_whole_numbers_is_the_one_from_the_right(backend, border, axis):

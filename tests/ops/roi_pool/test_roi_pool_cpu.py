@@ -26,16 +26,6 @@ if backends.why_unavailable("cpu"):
 BEST = cpu.instruction_set()
 
 
-@pytest.fixture(params=["amx", "avx512", "avx2", "baseline"])
-def instructions(request):
-    try:
-        cpu.select_instruction_set(request.param)
-    except ValueError as error:
-        pytest.skip(str(error))
-    yield request.param
-    cpu.select_instruction_set(BEST)
-
-
 def case(
     channels: int,
     size: tuple[int, int],

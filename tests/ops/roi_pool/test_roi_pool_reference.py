@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from operator_testing import assert_same
-from roi_pool_cases import SAMPLINGS, Case, call, large_case, output_gradient, random_case, run
+from roi_pool_cases import SAMPLINGS, Case, call, output_gradient, random_case, run
 from torch.autograd import gradcheck, gradgradcheck
 
 from deformnet.ops import deform_ps_roi_pool, deform_roi_pool
@@ -221,39 +221,6 @@ def test_gradgradcheck(seed, sampling):
     case = random_case(seed, sampling, shifted=True)
     leaves, function = leaves_and_function(case, "reference")
     assert gradgradcheck(function, leaves, fast_mode=True)
-
-
-def test_the_fast_kernels_refuse_a_second_derivative(fast):
-    leaves, function = leaves_and_function(large_case("bins", True), fast)
-    (gradient,) = torch.autograd.grad(function(*leaves).sum(), leaves[1], create_graph=True)
-    with pytest.raises(NotImplementedError, match='backend="reference"'):
-        gradient.sum().backward()
-
-
-@pytest.mark.parametrize("name", ["input", "offset"])
-def test_the_fast_kernels_refuse_tangents(fast, name):
-    case = random_case(3, shifted=True)
-    value = case.leaves[name]
-    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
-        torch.func.jvp(
-            lambda value: call(replace(case, **{name: value}), fast),
-            (value,),
-            (torch.ones_like(value),),
-        )
-
-
-def test_the_reference_has_forward_derivatives():
-    case = large_case("aligned", True)
-
-    def function(offset):
-        return call(replace(case, offset=offset), "reference")
-
-    direction = torch.ones_like(case.offset)
-    _, slope = torch.func.jvp(function, (case.offset,), (direction,))
-    step = 1e-6
-    change = function(case.offset + step * direction) - function(case.offset - step * direction)
-    torch.testing.assert_close(slope, change / (2 * step), rtol=1e-6, atol=1e-6)
-    assert slope.abs().max() > 0.1
 
 
 @pytest.mark.parametrize("axis", [0, 1], ids=["x", "y"])
