@@ -63,19 +63,6 @@ def read_size(path: Path) -> tuple[int, int]:
         return image.height, image.width
 
 
-def read_lines(path: Path) -> list[str]:
-    """Lines of a text file, stripped, without the empty ones.
-
-    Raises:
-        UserError: if the file is not UTF-8 text.
-    """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: expected text, but it is not UTF-8") from error
-    return [stripped for line in text.splitlines() if (stripped := line.strip())]
-
-
 def require_folder(path: Path) -> Path:
     """Returns `path` if it is a folder.
 

@@ -10,8 +10,9 @@ from xml.etree.ElementTree import Element
 import numpy as np
 
 from deformnet._errors import UserError
+from deformnet._files import read_lines
 from deformnet.data.base import IGNORE
-from deformnet.data.files import Folder, listing, read_labels, read_lines, require_folder
+from deformnet.data.files import Folder, listing, read_labels, require_folder
 from deformnet.data.splits import split_parts
 
 VOC_CLASSES = (

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from deformnet._files import read_lines
+from deformnet.data import coco
 from deformnet.data import voc_files as voc
 from deformnet.data.base import IGNORE
 from deformnet.data.check.items import (
@@ -20,15 +22,7 @@ from deformnet.data.check.items import (
 )
 from deformnet.data.check.official import CITYSCAPES_CITIES, official_count
 from deformnet.data.cityscapes import CITYSCAPES_IDS, CITYSCAPES_MASKS, cityscapes_splits
-from deformnet.data.coco import (
-    COCO_BOXES,
-    COCOFile,
-    annotation_file,
-    coco_splits,
-    image_folders,
-    missing_images,
-)
-from deformnet.data.files import Folder, read_lines
+from deformnet.data.files import Folder
 from deformnet.data.image_folder import is_image
 
 _SYNSET = re.compile(r"n\d{8}")  # ImageNet's classes
@@ -74,6 +68,22 @@ class ImageList:
 
     def fault(self, text: str, *, is_remark: bool = False) -> None:
         self.faults.append(Fault(str(self.source), text, is_remark))
+
+    def add(
+        self,
+        image: Path | None,
+        annotation: Path | None,
+        missing: tuple[Missing, Missing],
+        item: Callable[[str, str], Item],
+    ) -> None:
+        """Adds an image with its annotation; None for missing files, which `missing` describes."""
+        self.entries += 1
+        files = zip((image, annotation), missing, strict=True)
+        self.missing += [described for file, described in files if file is None]
+        if image and annotation:
+            self.items.append(item(str(image), str(annotation)))
+        elif image:
+            self.items.append(ImageItem(str(image), None))
 
     def require_official_count(self) -> None:
         if self.official is not None and self.entries != self.official:
@@ -190,16 +200,16 @@ def _add_boxes(images: ImageList, lines: Sequence[list[str]], year: Path) -> Non
             images.fault(f"lists {name} more than once")
             continue
         seen.add(name)
-        images.entries += 1
-        image, annotation = find(name), annotations.find(f"{name}.xml")
-        if image is None:
-            images.missing.append(Missing("images", str(find.folder.path), f"{name}.jpg"))
-        if annotation is None:
-            images.missing.append(Missing("annotations", str(annotations.path), f"{name}.xml"))
-        if image and annotation:
-            images.items.append(BoxesItem(str(image), str(annotation), classes))
-        elif image:
-            images.items.append(ImageItem(str(image), None))
+        missing = (
+            Missing("images", str(find.folder.path), f"{name}.jpg"),
+            Missing("annotations", str(annotations.path), f"{name}.xml"),
+        )
+        images.add(
+            find(name),
+            annotations.find(f"{name}.xml"),
+            missing,
+            lambda image, annotation: BoxesItem(image, annotation, classes),
+        )
 
 
 def _add_masks(images: ImageList, lines: Sequence[list[str]], year: Path) -> None:
@@ -209,38 +219,35 @@ def _add_masks(images: ImageList, lines: Sequence[list[str]], year: Path) -> Non
         if not voc.MASK_LINE.fits(fields):
             images.fault(voc.MASK_LINE.error(fields))
             continue
-        images.entries += 1
         name, image, mask = find(fields)
-        if image is None:
-            folder = str(find.images.folder.path)
-            images.missing.append(Missing("images", folder, f"{name}.jpg"))
-        if mask is None:
-            images.missing.append(Missing("label maps", str(find.masks[0].path), f"{name}.png"))
-        if image and mask:
-            images.items.append(LabelsItem(str(image), str(mask), allowed))
-        elif image:
-            images.items.append(ImageItem(str(image), None))
+        missing = (
+            Missing("images", str(find.images.folder.path), f"{name}.jpg"),
+            Missing("label maps", str(find.masks[0].path), f"{name}.png"),
+        )
+        images.add(image, mask, missing, lambda image, mask: LabelsItem(image, mask, allowed))
 
 
 # COCO.
 
 
 def _coco_lists(root: Path) -> Iterator[ImageList]:
-    for split in coco_splits(root):
-        path = annotation_file(root, split)
+    for split in coco.coco_splits(root):
+        path = coco.annotation_file(root, split)
         images = ImageList(path.stem, path, official=official_count(path.stem))
         try:
-            _add_coco(images, COCOFile(path), root, split)
+            _add_coco(images, coco.COCOFile(path), root, split)
         except (ValueError, OSError) as error:
             images.fault(reason(error, path))
         yield images
 
 
-def _add_coco(images: ImageList, content: COCOFile, root: Path, split: str) -> None:
+def _add_coco(images: ImageList, content: coco.COCOFile, root: Path, split: str) -> None:
     images.entries = len(content.files)
     files = [Path(file) for file in content.files.values()]
     # The folder with most of them: the first image, by which the reader decides, may be missing.
-    absent = {folder: missing_images(folder, files) for folder in image_folders(root, split)}
+    absent = {
+        folder: coco.missing_images(folder, files) for folder in coco.image_folders(root, split)
+    }
     folder = min(absent, key=lambda place: len(absent[place]))
     missing = set(absent[folder])
     images.missing += [Missing("images", str(folder), str(file)) for file in absent[folder]]
@@ -279,19 +286,20 @@ def _cityscapes_list(images: Path, labels: Path) -> ImageList:
     existing = _cityscapes_files(images, "_leftImg8bit.png")
     labeled = _cityscapes_files(labels, "_gtFine_labelIds.png")
     listed = ImageList(f"gtFine/{images.name}", images)
-    listed.entries = len(existing.keys() | labeled.keys())
     if {path.parent.name for path in existing.values()} & CITYSCAPES_CITIES:
         listed.official = official_count(listed.name)
     for key in sorted(existing.keys() | labeled.keys()):
-        name, image, mask = "/".join(key), existing.get(key), labeled.get(key)
-        if image and mask:
-            listed.items.append(LabelsItem(str(image), str(mask), allowed))
-        elif image:
-            file = f"{name}_gtFine_labelIds.png"
-            listed.missing.append(Missing("label maps", str(labels), file))
-            listed.items.append(ImageItem(str(image), None))
-        else:
-            listed.missing.append(Missing("images", str(images), f"{name}_leftImg8bit.png"))
+        name = "/".join(key)
+        missing = (
+            Missing("images", str(images), f"{name}_leftImg8bit.png"),
+            Missing("label maps", str(labels), f"{name}_gtFine_labelIds.png"),
+        )
+        listed.add(
+            existing.get(key),
+            labeled.get(key),
+            missing,
+            lambda image, mask: LabelsItem(image, mask, allowed),
+        )
     if not listed.entries:
         listed.fault("has no <city>/*_leftImg8bit.png")
     return listed
@@ -353,7 +361,7 @@ class _Layout(NamedTuple):
 # only a folder of no other layout is read that way.
 _LAYOUTS = (
     _Layout("VOC", voc.YEARS, lambda root: bool(voc.voc_years(root)), _voc_lists),
-    _Layout("COCO", COCO_BOXES.files, COCO_BOXES.recognizes, _coco_lists),
+    _Layout("COCO", coco.COCO_BOXES.files, coco.COCO_BOXES.recognizes, _coco_lists),
     _Layout("Cityscapes", CITYSCAPES_MASKS.files, _is_cityscapes, _cityscapes_lists),
     _Layout("image folder", "train/<class>/*.jpg", _is_image_folder, _image_folder_lists),
 )
