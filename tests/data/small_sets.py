@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deformnet.data.voc import color_map
+from deformnet.data.voc_files import color_map
 
 
 def save_image(path: Path, height: int = 12, width: int = 16, seed: int = 0) -> None:

@@ -1,8 +1,6 @@
 """The Cityscapes layout: files, the map of ids, and messages about bad input."""
 
 import numpy as np
-import pytest
-import torch
 from PIL import Image
 from small_sets import one_line, save_image, save_labels
 from torchvision import tv_tensors
@@ -44,19 +42,10 @@ def test_classes_are_the_nineteen_in_train_id_order(cityscapes):
     assert (classes[0], classes[13], classes[18]) == ("road", "car", "bicycle")
 
 
-def test_compact_keeps_classes_of_any_split(cityscapes):
-    train = CityscapesSegmentation(cityscapes, "train", compact=True)
-    val = CityscapesSegmentation(cityscapes, "val", compact=True)
-    assert train.classes == val.classes == ("road", "car", "bicycle")
-    assert [int(train[i][1].max()) for i in range(3)] == [1, 0, 2]
-    assert (val[0][1] == 255).all()
-
-
-@pytest.mark.parametrize("compact", [False, True])
-def test_unknown_id(cityscapes, compact):
+def test_unknown_id(cityscapes):
     save_labels(labels_of(cityscapes), np.full((12, 16), 34), mode="L")
     with one_line(ValueError, "gtFine_labelIds.png", "label 34"):
-        CityscapesSegmentation(cityscapes, "val", compact=compact)[0]
+        CityscapesSegmentation(cityscapes, "val")[0]
 
 
 def test_missing_folder(tmp_path):
@@ -114,16 +103,3 @@ def test_agrees_with_torchvision_on_real_images(real_data):
         np.testing.assert_array_equal(image.permute(1, 2, 0).numpy(), np.asarray(expected_image))
         lookup = np.array([TRAIN_IDS.get(label, 255) for label in range(256)])
         np.testing.assert_array_equal(mask.numpy(), lookup[np.asarray(expected_labels)])
-
-
-def test_compact_camvid(real_data):
-    root = real_data / "camvid_cityscapes"
-    images = CityscapesSegmentation(root, "val", compact=True)
-    names = "road sidewalk building fence pole traffic-sign vegetation sky person rider car"
-    assert images.classes == tuple(name.replace("-", " ") for name in names.split())
-    plain = CityscapesSegmentation(root, "val")
-    for i in range(len(images)):
-        compact, full = images[i][1], plain[i][1]
-        names = torch.tensor([plain.classes.index(name) for name in images.classes])
-        assert torch.equal(compact == 255, full == 255)
-        assert torch.equal(names[compact[compact != 255].int()], full[full != 255].long())

@@ -98,14 +98,14 @@ def test_whole_images_stay_inside_at_any_size():
 def test_flip_includes_boxes_half_of_the_time():
     transforms = detection_transforms(short_side=40, max_side=None, flip=True)
     torch.manual_seed(0)
-    flipped = 0
+    flips = 0
     for _ in range(100):
         out, transformed = transforms(*sample(20, 30, [(2, 4, 10, 16)]))
         assert transformed.boxes.tolist() == [white(out)]
         flipped = transformed.boxes.tolist() == [[40, 8, 56, 32]]
         assert flipped or transformed.boxes.tolist() == [[4, 8, 20, 32]]
-        flipped += flipped
-    assert 30 < flipped < 70
+        flips += flipped
+    assert 30 < flips < 70
 
 
 def test_without_flip_nothing_is_random():

@@ -129,15 +129,15 @@ def test_flip_includes_the_mask_half_of_the_time():
         short_side=20, max_side=None, crop=None, flip=True
     )
     torch.manual_seed(0)
-    flipped = 0
+    flips = 0
     for _ in range(100):
         out, labels = transforms(image, mask)
         flipped = not torch.equal(labels, mask.long())
-        flipped += flipped
+        flips += flipped
         expected = image.flip(-1) if flipped else image
         torch.testing.assert_close(out, normalized(expected))
         assert torch.equal(labels, (mask.flip(-1) if flipped else mask).long())
-    assert 30 < flipped < 70
+    assert 30 < flips < 70
 
 
 def test_randomness_is_from_the_global_generator():

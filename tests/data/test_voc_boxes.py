@@ -19,7 +19,7 @@ from deformnet.data import (
     write_shapes,
 )
 from deformnet.data.synthetic.shapes import scene
-from deformnet.data.voc import VOC_CLASSES
+from deformnet.data.voc_files import VOC_CLASSES
 
 YEAR = "VOCdevkit/VOC2012"
 YEAR_2007 = "VOCdevkit/VOC2007"

@@ -13,7 +13,7 @@ from torchvision.datasets import VOCSegmentation as TorchvisionVOC
 
 from deformnet.data import VOCSegmentation, segmentation_evaluation_transforms
 from deformnet.data.files import read_image, read_labels
-from deformnet.data.voc import VOC_CLASSES, color_map
+from deformnet.data.voc_files import VOC_CLASSES, color_map
 
 YEAR = "VOCdevkit/VOC2012"
 

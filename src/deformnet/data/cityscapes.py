@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import final
 
 import torch
-from torch import Tensor
 from torchvision.datasets import Cityscapes
 
 from deformnet._errors import UserError
 from deformnet.data.base import IGNORE, LabeledImage, SegmentationDataset
-from deformnet.data.files import listing, read_labels, require_folder
+from deformnet.data.files import listing, require_folder
 from deformnet.data.layouts import Layout
 from deformnet.data.splits import Part, require_union, split_parts
 
@@ -41,18 +40,8 @@ class CityscapesSegmentation(SegmentationDataset):
     order of the disk, finds missing ones only when it reads them, and returns the stored ids.)
     """
 
-    def __init__(
-        self,
-        root: str | Path,
-        split: str,
-        transforms: Callable | None = None,
-        *,
-        compact: bool = False,
-    ) -> None:
+    def __init__(self, root: str | Path, split: str, transforms: Callable | None = None) -> None:
         """
-        Args:
-            compact: keep only those of the 19 classes that occur in the labels of any split,
-                numbered in the order of the train ids. Reads every label file: for small sets.
         Raises:
             FileNotFoundError: for a missing folder, split (the message says which exist) or label
                 file.
@@ -67,12 +56,11 @@ class CityscapesSegmentation(SegmentationDataset):
             ]
         )
         samples = [sample for samples in by_part.values() for sample in samples]
-        classes, label_map = CITYSCAPES_CLASSES, _to_train_ids()
-        if compact:
-            present = _present(root, label_map)
-            classes = tuple(CITYSCAPES_CLASSES[i] for i in present)
-            label_map = _renumbered(present)[label_map.int()]
-        super().__init__(root, samples, classes, transforms, label_map=label_map)
+        label_map = torch.full((256,), _UNKNOWN, dtype=torch.uint8)
+        for label, train_id in _TRAIN_ID.items():
+            label_map[label] = train_id
+        label_map[IGNORE] = IGNORE
+        super().__init__(root, samples, CITYSCAPES_CLASSES, transforms, label_map=label_map)
         self.split = split
 
     def extra_repr(self) -> str:
@@ -118,27 +106,3 @@ def _find_samples(root: Path, split: str) -> list[LabeledImage]:
     if not samples:
         raise UserError(f"{images}: expected images, but found no <city>/*_leftImg8bit.png")
     return samples
-
-
-def _to_train_ids() -> Tensor:
-    label_map = torch.full((256,), _UNKNOWN, dtype=torch.uint8)
-    for label, train_id in _TRAIN_ID.items():
-        label_map[label] = train_id
-    label_map[IGNORE] = IGNORE
-    return label_map
-
-
-def _renumbered(present: list[int]) -> Tensor:
-    """A label map uint8 [256] that numbers some train ids and leaves the others void."""
-    label_map = torch.full((256,), IGNORE, dtype=torch.uint8)
-    label_map[_UNKNOWN] = _UNKNOWN
-    label_map[present] = torch.arange(len(present), dtype=torch.uint8)
-    return label_map
-
-
-def _present(root: Path, label_map: Tensor) -> list[int]:
-    """Train ids that occur in the label files of all splits."""
-    seen = torch.zeros(256, dtype=torch.bool)
-    for path in sorted((root / "gtFine").glob("*/*/*_gtFine_labelIds.png")):
-        seen[label_map[read_labels(path).unique().int()].int()] = True
-    return seen[: len(CITYSCAPES_CLASSES)].nonzero().flatten().tolist()

@@ -5,34 +5,12 @@ from pathlib import Path
 from typing import final
 
 from deformnet._errors import UserError
+from deformnet.data import voc_files
 from deformnet.data.base import LabeledImage, SegmentationDataset
 from deformnet.data.boxes import DetectionDataset, ImageFile, ObjectList
 from deformnet.data.files import Folder, read_size
 from deformnet.data.layouts import Layout
 from deformnet.data.splits import Part, require_union
-from deformnet.data.voc_files import (
-    BOX_LINE,
-    MASK_LINE,
-    VOC_CLASSES,
-    YEARS,
-    ClassList,
-    ImageFinder,
-    MaskFinder,
-    annotated_size,
-    box_lists,
-    color_map,
-    find_lists,
-    mask_lists,
-    parse_annotation,
-    read_box_classes,
-    read_fields,
-    read_mask_classes,
-    read_object,
-    splits_of_years,
-    voc_years,
-)
-
-__all__ = ["VOC_BOXES", "VOC_CLASSES", "VOC_MASKS", "VOCDetection", "VOCSegmentation", "color_map"]
 
 
 @final
@@ -77,11 +55,11 @@ class VOCSegmentation(SegmentationDataset):
         root = Path(root).expanduser()
         samples: list[LabeledImage] = []
         parts: list[Part] = []
-        classes: list[ClassList] = []
-        for year, name in find_lists(root, split):
+        classes: list[voc_files.ClassList] = []
+        for year, name in voc_files.find_lists(root, split):
             path = year / "ImageSets/Segmentation" / f"{name}.txt"
             added = list(_read_masks(year, path, _mask_splits(root)))
-            classes.append(read_mask_classes(year))
+            classes.append(voc_files.read_mask_classes(year))
             parts.append(Part(str(path), classes[-1].names, [sample.name for sample in added]))
             samples += added
         require_union(parts)
@@ -139,10 +117,10 @@ class VOCDetection(DetectionDataset):
         images: list[ImageFile] = []
         objects = ObjectList([], [], [], [])
         parts: list[Part] = []
-        lists = find_lists(root, split)
+        lists = voc_files.find_lists(root, split)
         for year, name in lists:
             path = year / "ImageSets/Main" / f"{name}.txt"
-            classes = read_box_classes(year)
+            classes = voc_files.read_box_classes(year)
             added, their_objects = _read_boxes(year, path, classes, _box_splits(root))
             parts.append(Part(str(path), classes.names, [image.name for image in added]))
             objects.extend(their_objects, len(images))
@@ -157,26 +135,28 @@ class VOCDetection(DetectionDataset):
 
 
 def _is_voc(root: Path) -> bool:
-    return bool(voc_years(root))
+    return bool(voc_files.voc_years(root))
 
 
 def _mask_splits(root: Path) -> list[str]:
-    return splits_of_years(root, mask_lists)
+    return voc_files.splits_of_years(root, voc_files.mask_lists)
 
 
 def _box_splits(root: Path) -> list[str]:
-    return splits_of_years(root, box_lists)
+    return voc_files.splits_of_years(root, voc_files.box_lists)
 
 
-VOC_MASKS = Layout[SegmentationDataset]("VOC", YEARS, _is_voc, _mask_splits, VOCSegmentation)
-VOC_BOXES = Layout[DetectionDataset]("VOC", YEARS, _is_voc, _box_splits, VOCDetection)
+VOC_MASKS = Layout[SegmentationDataset](
+    "VOC", voc_files.YEARS, _is_voc, _mask_splits, VOCSegmentation
+)
+VOC_BOXES = Layout[DetectionDataset]("VOC", voc_files.YEARS, _is_voc, _box_splits, VOCDetection)
 
 
 def _read_masks(year: Path, path: Path, splits: list[str]) -> Iterator[LabeledImage]:
-    find = MaskFinder(year, path.stem)
-    for fields in read_fields(path, splits):
-        if not MASK_LINE.fits(fields):
-            raise UserError(f"{path}: {MASK_LINE.error(fields)}")
+    find = voc_files.MaskFinder(year, path.stem)
+    for fields in voc_files.read_fields(path, splits):
+        if not voc_files.MASK_LINE.fits(fields):
+            raise UserError(f"{path}: {voc_files.MASK_LINE.error(fields)}")
         name, image, mask = find(fields)
         if image is None:
             folder = find.images.folder.path
@@ -188,16 +168,16 @@ def _read_masks(year: Path, path: Path, splits: list[str]) -> Iterator[LabeledIm
 
 
 def _read_boxes(
-    year: Path, path: Path, classes: ClassList, splits: list[str]
+    year: Path, path: Path, classes: voc_files.ClassList, splits: list[str]
 ) -> tuple[list[ImageFile], ObjectList]:
     """Images of a list, with paths relative to the parent of `year`, and their objects."""
-    find, annotations = ImageFinder(year), Folder(year / "Annotations")
+    find, annotations = voc_files.ImageFinder(year), Folder(year / "Annotations")
     images: dict[str, ImageFile] = {}
     objects = ObjectList([], [], [], [])
-    for fields in read_fields(path, splits):
+    for fields in voc_files.read_fields(path, splits):
         name = fields[0]
-        if not BOX_LINE.fits(fields):
-            raise UserError(f"{path}: {BOX_LINE.error(fields)}")
+        if not voc_files.BOX_LINE.fits(fields):
+            raise UserError(f"{path}: {voc_files.BOX_LINE.error(fields)}")
         if name in images:
             raise UserError(f"{path}: lists {name} more than once")
         image, xml = find(name), annotations.find(f"{name}.xml")
@@ -207,10 +187,10 @@ def _read_boxes(
             raise FileNotFoundError(
                 f"{path}: lists {name}, which has no {name}.xml in {annotations.path}"
             )
-        content = parse_annotation(xml)
+        content = voc_files.parse_annotation(xml)
         for item in content.iterfind("object"):
-            objects.add(len(images), *read_object(xml, item, classes))
-        size = annotated_size(content) or read_size(image)
+            objects.add(len(images), *voc_files.read_object(xml, item, classes))
+        size = voc_files.annotated_size(content) or read_size(image)
         # The folder of a year given as "." has no name, and is its own parent.
         images[name] = ImageFile(name, str(Path(year.name, "JPEGImages", image.name)), size)
     return list(images.values()), objects

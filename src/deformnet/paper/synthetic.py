@@ -11,7 +11,7 @@ from torchvision.datasets import Cityscapes
 
 from deformnet.data.synthetic.scenes import Scene
 from deformnet.data.synthetic.shapes import Shapes, scene
-from deformnet.data.voc import VOC_CLASSES
+from deformnet.data.voc_files import VOC_CLASSES
 from deformnet.paper.rows import CITYSCAPES, COCO, IMAGENET, VOC_DETECTION, DataSet
 
 _IMAGES = 2  # per split

@@ -98,16 +98,9 @@ class DataReport:
             file.write(("\n".join(lines) + "\n").encode(errors="surrogateescape"))
 
     def _table(self) -> Table:
-        rows = [
-            (
-                one.name,
-                str(one.images),
-                "-" if one.official is None else str(one.official),
-                str(one.missing),
-                str(one.faulty),
-            )
-            for one in self.lists
-        ]
+        counts = ((it.images, it.official, it.missing, it.faulty) for it in self.lists)
+        cells = (["-" if n is None else str(n) for n in numbers] for numbers in counts)
+        rows = [(it.name, *row) for it, row in zip(self.lists, cells, strict=True)]
         return Table("", ("list", "images", "official", "missing", "faulty"), rows)
 
 

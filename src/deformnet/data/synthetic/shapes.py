@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from deformnet._errors import UserError
 from deformnet.data.synthetic.scenes import OBJECTS, Scene, draw_scene
-from deformnet.data.voc import color_map
+from deformnet.data.voc_files import color_map
 
 SHAPE_CLASSES = ("background", *OBJECTS)
 
