@@ -216,7 +216,7 @@ def test_rejected_runs_and_data(runs, data, tmp_path, capsys):
     assert "no such run folder" in refused(capsys, tmp_path / "none", *to)
     (tmp_path / "empty").mkdir()
     assert "not a trained run" in refused(capsys, tmp_path / "empty", *to)
-    assert "neither layout" in refused(capsys, run, "--data", tmp_path, "--out", out)
+    assert "expected a data set with" in refused(capsys, run, "--data", tmp_path, "--out", out)
     assert "'nothing'" in refused(capsys, run, *to, "--objects", "nothing")
     assert "expected images to be at least 1" in refused(capsys, run, *to, "--images", "0")
     assert "other" in refused(capsys, run, *to, "--split", "other")
@@ -245,6 +245,6 @@ def test_bins_are_in_pixels_of_the_image(runs, data):
     for shown in (image, enlarged):
         (parts,) = find_bins(run.predictor, [(shown, objects)], 1)
         cell = 1 / min(run.predictor.prepare(shown).scale)  # includes the last pixel of the input
-        edges = [*parts.plain.amin((0, 1))[:2].tolist(), *parts.plain.amax((0, 1))[2:].tolist()]
+        edges = [*parts.regular.amin((0, 1))[:2].tolist(), *parts.regular.amax((0, 1))[2:].tolist()]
         expected = parts.box + torch.tensor([0, 0, cell, cell])
         assert edges == pytest.approx(expected.tolist(), abs=1.1 * cell)

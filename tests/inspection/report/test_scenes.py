@@ -46,11 +46,11 @@ def test_units_are_on_their_objects():
     scenes = choose_scenes(images, 2)
     assert [scene.index for scene in scenes] == [5, 2]
     background, star, disc = scenes[0].units
-    assert (star.what, star.row, star.column) == ("small star", 1, 3)
+    assert (star.title, star.row, star.column) == ("small star", 1, 3)
     # (64, 96) is nearest to the center (69.5, 89.5).
-    assert (disc.what, disc.row, disc.column) == ("large disc", 4, 6)
+    assert (disc.title, disc.row, disc.column) == ("large disc", 4, 6)
     # The farthest from both off the border is (64, 16), 44 pixels from the disc.
-    assert (background.what, background.row, background.column) == ("background", 4, 1)
+    assert (background.title, background.row, background.column) == ("background", 4, 1)
 
 
 def test_only_needed_images_are_read():

@@ -40,14 +40,19 @@ class UnitRecorder:
         return Grid.over(self.run.predictor.prepare(image), self.model.backbone.stride)
 
     def samples(
-        self, image: Tensor, units: Sequence[Unit], *, at_rest: bool = False, kinds: bool = False
+        self,
+        image: Tensor,
+        units: Sequence[Unit],
+        *,
+        zero_offsets: bool = False,
+        kinds: bool = False,
     ) -> list[SampledUnit]:
         """Record what units sample in each layer.
 
         Args:
             image: uint8 [3, H, W].
             units: units of the top map.
-            at_rest: without offsets.
+            zero_offsets: ignore the offsets.
             kinds: name the units by their kind only.
         """
         prepared = self.run.predictor.prepare(image)
@@ -58,12 +63,12 @@ class UnitRecorder:
             place = (unit.row, unit.column)
             levels = []
             for depth in range(1, len(self.layers) + 1):
-                points, inside = stack.locations(place, depth=depth, zero_offsets=at_rest)
+                points, inside = stack.locations(place, depth=depth, zero_offsets=zero_offsets)
                 points = prepared.to_image(points[0]).cpu()
                 levels.append(SamplingLocations(points, inside[0].cpu()))
             center = torch.tensor(stack.center(place), dtype=torch.float64)
             y, x = prepared.to_image(center).tolist()
-            sampled.append(SampledUnit(image, unit.kind if kinds else unit.what, (y, x), levels))
+            sampled.append(SampledUnit(image, unit.kind if kinds else unit.title, (y, x), levels))
         return sampled
 
     def receptive_fields(self, image: Tensor, units: Sequence[Unit]) -> list[ReceptiveFieldMap]:
@@ -76,10 +81,10 @@ class UnitRecorder:
         for unit in tqdm(units, desc=f"receptive fields, {self.name}", disable=None):
             place = (unit.row, unit.column)
             field = effective_receptive_field(self.model, prepared.input, top, place, call=backbone)
-            maps.append(ReceptiveFieldMap(resized, unit.what, stack.center(place), field))
+            maps.append(ReceptiveFieldMap(resized, unit.title, stack.center(place), field))
         return maps
 
-    def at_rest(self) -> "UnitRecorder":
+    def without_offsets(self) -> "UnitRecorder":
         """Return a recorder of the same network with the offsets of its convolutions at zero."""
         model = copy.deepcopy(self.model)
         for module in model.modules():

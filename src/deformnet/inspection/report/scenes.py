@@ -61,7 +61,7 @@ class Unit:
     column: int
 
     @property
-    def what(self) -> str:
+    def title(self) -> str:
         """The unit in words."""
         size = {"smallest object": "small ", "largest object": "large "}.get(self.kind, "")
         return f"{size}{self.name}"

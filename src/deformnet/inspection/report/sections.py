@@ -96,7 +96,7 @@ def _sample(
         image = images[scene.index][0]
         deformable += network.samples(image, scene.units)
         if baseline is None:
-            regular += network.samples(image, scene.units, at_rest=True)
+            regular += network.samples(image, scene.units, zero_offsets=True)
         else:
             regular += baseline.samples(image, _same_places(network, baseline, image, scene.units))
     return {"regular" if baseline is None else "baseline": regular, "deformable": deformable}
@@ -158,7 +158,7 @@ def _sampling_section(
     names = " and ".join(findings.images.name(scene.index) for scene in scenes)
     caption = (
         f"Sampling locations through {len(network.layers)} layers ({', '.join(network.layers)}) in "
-        f"{names}. Faint points are a cell or more outside the map, where there is nothing to "
+        f"{names}. Faint points are outside the map, where there is nothing to "
         f"read. {_compared(baseline)}"
     )
     return Section(
@@ -176,7 +176,7 @@ def _receptive_field_section(
 ) -> Section:
     name, (image, _) = findings.images.name(scene.index), findings.images[scene.index]
     if baseline is None:
-        other, units = network.at_rest(), scene.units
+        other, units = network.without_offsets(), scene.units
         compared = (
             "compared to the same weights with all offsets at zero (training without offsets would "
             "have given other weights)"
@@ -211,7 +211,7 @@ def _receptive_field_section(
                 "",
                 ("side of the square, pixels of the network's input", *maps),
                 [
-                    (units[0].what, *(f"{it.field.side:.0f}" for it in units))
+                    (units[0].title, *(f"{it.field.side:.0f}" for it in units))
                     for units in zip(*maps.values(), strict=True)
                 ],
             ),
@@ -224,7 +224,7 @@ def _dilation_section(findings: Findings, rows: Sequence[LayerDilation]) -> Sect
     objects = images.annotated.objects_are.format(classes=", ".join(images.objects))
     return Section(
         "Effective dilation (Table 2)",
-        f"Mean distance between adjacent samples of a filter, in cells of its input: mean and "
+        f"Mean distance between adjacent samples of a filter, in pixels of its input: mean and "
         f"standard deviation over filters (number of filters), by what is at their center. The "
         f"bounding box of a small object has less than 96² pixels of the original image, that of a "
         f"large one more than 224²; a dash means no filters. {objects}; everything else is "
@@ -250,12 +250,12 @@ def _dilation_section(findings: Findings, rows: Sequence[LayerDilation]) -> Sect
 def _offset_section(health: Sequence[LayerHealth]) -> Section:
     return Section(
         "Offsets",
-        "How far samples are shifted over all these images, in cells of the layer's input, and the "
+        "How far samples are shifted over all these images, in pixels of the layer's input, and the "
         "fraction of samples outside the map, where there is nothing to read.",
         (
             Table(
                 "",
-                ("layer", "mean shift", "largest", "outside", "outside at rest", "warning"),
+                ("layer", "mean shift", "largest", "outside", "outside without offsets", "warning"),
                 [
                     (
                         layer.layer,

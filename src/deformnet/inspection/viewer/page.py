@@ -274,7 +274,7 @@ def panel(session: Session, controls: Controls) -> str:
                 row.layer.removeprefix("backbone."),
                 f"{row.dilation:.2f}",
                 f"{row.image:.2f}",
-                str(row.at_rest),
+                str(row.layer_dilation),
                 f"{row.shift:.2f}",
             )
             for row in filters

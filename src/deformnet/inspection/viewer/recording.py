@@ -54,14 +54,14 @@ class FilterRow(NamedTuple):
         layer: name of the layer.
         dilation: effective dilation of the filter there.
         image: its mean over the image.
-        at_rest: dilation of the layer.
-        shift: mean shift of the filter's taps, in cells of the layer's input.
+        layer_dilation: dilation of the layer.
+        shift: mean shift of the filter's taps, in pixels of the layer's input.
     """
 
     layer: str
     dilation: float
     image: float
-    at_rest: int
+    layer_dilation: int
     shift: float
 
 
