@@ -185,7 +185,9 @@ def test_what_cannot_be_answered_is_refused(images):
         receptive_field(model, images, "3.cnv")
     with pytest.raises(ValueError, match="expected '3' to run once, but it ran 2 times"):
         receptive_field(model, images, "3", call=lambda x: (model(x), model(x)))
-    with pytest.raises(ValueError, match="behind something that does not depend on the image"):
+    with pytest.raises(
+        ValueError, match="unknown after a tensor that does not depend on the image"
+    ):
         receptive_field(model, images, "3", call=lambda x: model(torch.zeros(1, 3, 9, 9)))
     with pytest.raises(
         ValueError, match=r"expected unit to be one of the 12x10 units, but got \(12, 0\)"

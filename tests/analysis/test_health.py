@@ -187,7 +187,7 @@ def test_boxes_are_those_that_the_layer_takes():
     assert observer.health()[0].outside == 0
     with OffsetObserver(pool) as observer:
         for wrong in (torch.zeros(2, 6), [torch.zeros(3, 5)]):
-            with pytest.raises(ValueError, match="expected boxes.* to have shape"):
+            with pytest.raises(ValueError, match=r"expected boxes.* to have shape"):
                 pool(maps, wrong)
     assert observer.health() == []
 
@@ -224,7 +224,7 @@ def test_offsets_that_are_not_finite(images):
 
 def test_a_model_without_deformable_layers():
     with pytest.raises(
-        ValueError, match="expected model to have a deformable layer, .* but Conv2d has none"
+        ValueError, match=r"expected model to have a deformable layer, .* but Conv2d has none"
     ):
         OffsetObserver(nn.Conv2d(3, 4, 3))
 

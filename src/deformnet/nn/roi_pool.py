@@ -10,7 +10,7 @@ from deformnet.nn.deform_conv import refuse_script
 from deformnet.nn.offsets import OffsetConv2d, OffsetLinear, autocast_enabled, non_negative
 from deformnet.ops import deform_ps_roi_pool, deform_roi_pool
 from deformnet.ops._arguments import IntOrPair, Pair, integer, number, pair
-from deformnet.ops.roi_pool.api import Sampling
+from deformnet.ops.roi_pool.checks import Sampling
 
 
 class DeformRoIPool2d(nn.Module):

@@ -466,7 +466,7 @@ def test_checkpoints_that_are_not_our_resnets():
         "backbone.conv1.weight and conv1.weight both map to conv1.weight": {
             **state, "conv1.weight": torch.ones(64, 3, 7, 7)
         },
-        "expected backbone.layer4.0.conv2.conv_offset.weight to output .* channels, .* but got 12": {
+        "backbone.layer4.0.conv2.conv_offset.weight to output .* channels, .* but got 12": {
             **state, "backbone.layer4.0.conv2.conv_offset.weight": torch.ones(12, 512, 3, 3)
         },
         r"layer2.0.* and backbone.layer4.0.conv2.conv_offset.weight differ in offset groups": {

@@ -19,7 +19,7 @@ from deformnet.models.detection.rois import (
 from deformnet.models.detection.rpn import RPN
 from deformnet.nn import DeformRoIPool2d
 from deformnet.ops import deform_roi_pool
-from deformnet.ops.roi_pool.api import Sampling
+from deformnet.ops.roi_pool.checks import Sampling
 
 Pool = Literal["max", "average", "deformable"]
 

@@ -11,7 +11,7 @@ from deformnet.models.detection.rois import RegionDetector, RoIs, format_rois
 from deformnet.models.detection.rpn import RPN
 from deformnet.nn import DeformPSRoIPool2d
 from deformnet.ops import deform_ps_roi_pool
-from deformnet.ops.roi_pool.api import Sampling
+from deformnet.ops.roi_pool.checks import Sampling
 
 Pool = Literal["average", "deformable"]
 

@@ -24,7 +24,7 @@ from deformnet.models.detection.detector import (
 )
 from deformnet.models.detection.rpn import RPN, random_indices
 from deformnet.models.network import require_labels
-from deformnet.ops.roi_pool.api import Sampling
+from deformnet.ops.roi_pool.checks import Sampling
 
 ROIS_PER_IMAGE = 128
 """Number of RoIs of an image that enter the loss (section 4.2)."""
