@@ -46,7 +46,7 @@ def pair(name: str, value: Any) -> Pair:
 def _index(value: Any, name: str, expected: str, argument: Any) -> int:
     # Symbolic ints stay symbolic.
     if isinstance(value, (int, torch.SymInt)):
-        return value
+        return value  # pyright: ignore[reportReturnType]
     try:
         return operator.index(value)
     except TypeError:
@@ -60,7 +60,7 @@ def number(name: str, value: Any) -> float:
         TypeError: if it is not a real number.
     """
     if isinstance(value, (float, int, torch.SymFloat, torch.SymInt)):
-        return value
+        return value  # pyright: ignore[reportReturnType]
     if not hasattr(type(value), "__float__"):
         raise TypeError(f"expected {name} to be a number, but got {value!r}")
     return float(value)

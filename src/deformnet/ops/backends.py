@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Literal, ParamSpec, TypeAlias, TypeVar, get_args
+from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
 import torch
 
@@ -22,7 +22,7 @@ _FAST: dict[str, Backend] = {"cpu": "cpu", "meta": "cpu", "cuda": "triton"}
 _default: ContextVar[Backend] = ContextVar("deformnet_default_backend", default="auto")
 _warned: set[str] = set()
 
-_P, _T = ParamSpec("_P"), TypeVar("_T")
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def names() -> tuple[Backend, ...]:
@@ -115,7 +115,7 @@ def _require(backend: str, device: str | None) -> None:
         raise RuntimeError(f"backend {backend!r} cannot run: {reason}")
 
 
-def _constant(function: Callable[_P, _T]) -> Callable[_P, _T]:
+def _constant(function: _F) -> _F:
     # As torch.compiler.assume_constant_result, which would import torch._dynamo (over a second).
     function._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
     return function
@@ -145,5 +145,5 @@ def _chosen() -> Backend:
 
 
 # PyTorch 2.14 traces the variable, and compiles again when it changes.
-if torch.__version__ < (2, 14):
+if torch.__version__ < "2.14":
     _chosen = _constant(_chosen)
