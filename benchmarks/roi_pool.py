@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from benchmarks.tables import Table, conditions, describe, save
 from deformnet.ops import deform_ps_roi_pool, deform_roi_pool
-from deformnet.ops.roi_pool.api import Sampling
+from deformnet.ops.roi_pool.checks import Sampling
 from deformnet.paper.timing import Timing, compare
 
 TORCHVISION = "torchvision"
