@@ -176,7 +176,7 @@ def test_missing_split_lists_the_others(voc):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"\n  \n", "empty"), (b"\xff\xfe\x00a", "not UTF-8"), (b"a 1 2\n", "'a 1 2'")],
+    [(b"\n  \n", "empty"), (b"\xff\xfe\x00a", "expected UTF-8 text"), (b"a 1 2\n", "'a 1 2'")],
 )
 def test_bad_list(voc, content, message):
     (voc / YEAR / "ImageSets/Segmentation/train.txt").write_bytes(content)
