@@ -87,7 +87,9 @@ def _forward(
     real_out = out < sizes.group_out
     lane = tl.arange(0, TILE.channels)
 
-    sums = tl.zeros((TILE.rows, TILE.out), dtype=OPTIONS.dtype)
+    ROWS: tl.constexpr = TILE.rows
+    OUT: tl.constexpr = TILE.out
+    sums = tl.zeros((ROWS, OUT), dtype=OPTIONS.dtype)
     for tap in range(sizes.taps):
         for part in range(segments.number):
             first = group * sizes.group_channels + part * segments.length
@@ -142,7 +144,9 @@ def _backward_sample(
     Returns:
         [TILE.rows, TILE.channels].
     """
-    gradient = tl.zeros((TILE.rows, TILE.channels), dtype=OPTIONS.dtype)
+    ROWS: tl.constexpr = TILE.rows
+    CHANNELS: tl.constexpr = TILE.channels
+    gradient = tl.zeros((ROWS, CHANNELS), dtype=OPTIONS.dtype)
     row_of_weight = (group * sizes.taps + tap) * sizes.group_channels
     row_of_weight += channel - group * sizes.group_channels
     for start in range(0, sizes.group_out, TILE.out):
@@ -199,9 +203,10 @@ def _backward_positions(
     if mask is not None:
         factor = mask_read(mask, rows, offset_group, tap, sizes, OPTIONS)
 
-    by_y = tl.zeros((TILE.rows,), dtype=OPTIONS.dtype)
-    by_x = tl.zeros((TILE.rows,), dtype=OPTIONS.dtype)
-    by_mask = tl.zeros((TILE.rows,), dtype=OPTIONS.dtype)
+    ROWS: tl.constexpr = TILE.rows
+    by_y = tl.zeros((ROWS,), dtype=OPTIONS.dtype)
+    by_x = tl.zeros((ROWS,), dtype=OPTIONS.dtype)
+    by_mask = tl.zeros((ROWS,), dtype=OPTIONS.dtype)
     scale = 1.0
     if target is not None:
         scale = scale_of(target)
@@ -297,7 +302,9 @@ def _backward_weight(
     offset_group = first // (sizes.channels // sizes.offset_groups)
     channel, out_channel = first + within_segment, group * sizes.group_out + out
 
-    sums = tl.zeros((TILE.channels, TILE.out), dtype=OPTIONS.dtype)
+    CHANNELS: tl.constexpr = TILE.channels
+    OUT: tl.constexpr = TILE.out
+    sums = tl.zeros((CHANNELS, OUT), dtype=OPTIONS.dtype)
     last = tl.minimum((split + 1) * tiles_of_split, tl.cdiv(sizes.rows, TILE.rows))
     for tile in range(split * tiles_of_split, last):
         rows = rows_of(tile, sizes, OPTIONS, TILE.rows)

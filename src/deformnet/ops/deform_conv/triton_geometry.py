@@ -2,7 +2,8 @@
 
 Triton passes a NamedTuple as its fields, one by one: each integer is still compiled for being 1 or
 divisible by 16, as an argument of its own would be. A NamedTuple that is a `tl.constexpr` is part
-of what a kernel is compiled for.
+of what a kernel is compiled for; its fields are plain numbers, which Triton before 3.8 takes in a
+shape only under a name of their own (`ROWS: tl.constexpr = TILE.rows`).
 
 Letters, here and in the kernels: N C H W as in PyTorch, Ho Wo the output's height and width, P =
 Ho*Wo positions of an image, M = N*P rows, K taps, G offset groups.

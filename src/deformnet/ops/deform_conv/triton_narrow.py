@@ -44,7 +44,9 @@ def forward(
     out, real_out = offset_group * shared + lane, lane < shared
     rows = rows_of(program // tiles, sizes, OPTIONS, TILE.rows)
 
-    sums = tl.zeros((TILE.rows, TILE.out), dtype=OPTIONS.dtype)
+    ROWS: tl.constexpr = TILE.rows
+    OUT: tl.constexpr = TILE.out
+    sums = tl.zeros((ROWS, OUT), dtype=OPTIONS.dtype)
     for tap in range(sizes.taps):
         y, x = positions_read(offset, rows, offset_group, tap, sizes, OPTIONS)
         at = cell(y, x, rows.real, sizes, OPTIONS.msra)
@@ -79,7 +81,9 @@ def backward_sample(
     Returns:
         [TILE.rows, TILE.channels]; each channel sums over the output channels of its group.
     """
-    gradient = tl.zeros((TILE.rows, TILE.channels), dtype=OPTIONS.dtype)
+    ROWS: tl.constexpr = TILE.rows
+    CHANNELS: tl.constexpr = TILE.channels
+    gradient = tl.zeros((ROWS, CHANNELS), dtype=OPTIONS.dtype)
     row_of_weight = tap * sizes.group_channels + channel % sizes.group_channels
     row_of_weight *= sizes.channels // sizes.group_channels * sizes.group_out
     for k in range(sizes.group_out):
@@ -119,7 +123,9 @@ def backward_weight(
     out, real_out = offset_group * shared + lane, lane < shared
     channel = out // sizes.group_out * sizes.group_channels + k
 
-    sums = tl.zeros((TILE.rows, TILE.out), dtype=OPTIONS.dtype)
+    ROWS: tl.constexpr = TILE.rows
+    OUT: tl.constexpr = TILE.out
+    sums = tl.zeros((ROWS, OUT), dtype=OPTIONS.dtype)
     last = tl.minimum((split + 1) * tiles_of_split, tl.cdiv(sizes.rows, TILE.rows))
     for tile in range(split * tiles_of_split, last):
         rows = rows_of(tile, sizes, OPTIONS, TILE.rows)

@@ -354,8 +354,11 @@ def _forward(
     rows = tl.max(tl.where(real, y.needed + 1, 0))
     columns = tl.max(tl.where(real, x.needed + 1, 0))
 
-    none = tl.zeros((TILE.bins, 1), OPTIONS.dtype)
-    total = tl.zeros((TILE.bins, TILE.channels), OPTIONS.dtype)
+    # Triton before 3.8 takes no field of a tl.constexpr in a shape.
+    BINS: tl.constexpr = TILE.bins
+    CHANNELS: tl.constexpr = TILE.channels
+    none = tl.zeros((BINS, 1), OPTIONS.dtype)
+    total = tl.zeros((BINS, CHANNELS), OPTIONS.dtype)
     across = _start(none)
     for i in range(rows):  # pyright: ignore[reportArgumentType]
         top_done, bottom_done, new_across, _moves_y = _take(y, i, height, across, OPTIONS)
@@ -417,7 +420,10 @@ def _backward(
     if target is not None:
         unit = scale_of(target)
 
-    none = tl.zeros((TILE.bins, 1), OPTIONS.dtype)
+    # Triton before 3.8 takes no field of a tl.constexpr in a shape.
+    BINS: tl.constexpr = TILE.bins
+    CHANNELS: tl.constexpr = TILE.channels
+    none = tl.zeros((BINS, 1), OPTIONS.dtype)
     by_y, by_x = none, none
     for first_lane in range(0, sizes.group_channels, TILE.channels):
         lane = first_lane + tl.arange(0, TILE.channels)[None, :]
@@ -427,8 +433,8 @@ def _backward(
         place = place * (sizes.ph * sizes.pw) + bins.bin
         gradient = tl.load(grad_output + place, mask=real & real_lane, other=0).to(OPTIONS.dtype)
         gradient = gradient / bins.number.to(OPTIONS.dtype)
-        slope_y = tl.zeros((TILE.bins, TILE.channels), OPTIONS.dtype)
-        slope_x = tl.zeros((TILE.bins, TILE.channels), OPTIONS.dtype)
+        slope_y = tl.zeros((BINS, CHANNELS), OPTIONS.dtype)
+        slope_x = tl.zeros((BINS, CHANNELS), OPTIONS.dtype)
         moved_y, moved_x = none > 0, none > 0
 
         across = _start(none)

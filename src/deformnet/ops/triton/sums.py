@@ -17,11 +17,15 @@ _BITS = 62
 
 
 class Target(NamedTuple):
-    """The tensors of a `Sums` as a kernel takes them; the last two are None for float sums."""
+    """The tensors of a `Sums` as a kernel takes them.
+
+    Float sums have no integers: both other fields are the floats again, since Triton before 3.8
+    takes no None within a tuple. Kernels are compiled for the dtype of `integers`.
+    """
 
     floats: Tensor
-    integers: Tensor | None
-    scale: Tensor | None
+    integers: Tensor  # int64
+    scale: Tensor  # [] in float64, the unit's inverse
 
 
 class Sums:
@@ -45,7 +49,7 @@ class Sums:
         count: int,
     ) -> None:
         floats = torch.zeros(shape, dtype=dtype, device=device)
-        self.target = Target(floats, None, None)
+        self.target = Target(floats, floats, floats)
         if largest is None:
             return
         # The power of two with which the largest possible sum still fits.
@@ -58,7 +62,7 @@ class Sums:
     def result(self) -> Tensor:
         """The sums so far."""
         floats, integers, scale = self.target
-        if integers is None or scale is None:
+        if integers is floats:
             return floats
         # The floats hold the numbers that were not finite.
         return floats + (integers.double() / scale).to(floats.dtype)
@@ -80,7 +84,7 @@ def largest_finite(tensor: Tensor) -> Tensor:
 @triton.jit
 def scale_of(target):
     """The factor that makes integers of numbers, for `add`; read once, ahead of all loops."""
-    return 1.0 if target.integers is None else tl.load(target.scale)
+    return tl.load(target.scale) if target.integers.dtype.element_ty == tl.int64 else 1.0
 
 
 @triton.jit
@@ -97,12 +101,12 @@ def add(target, scale, index, number, where):
         scale: `scale_of(target)`.
         index: indices into the tensor.
     """
-    if target.integers is None:
-        tl.atomic_add(target.floats + index, number, mask=where, sem="relaxed")
-    else:
+    if target.integers.dtype.element_ty == tl.int64:
         finite = (number - number) == 0
         whole = tl.where(finite, number, 0).to(tl.float64) * scale
         # Round to the nearest integer; the conversion alone would truncate.
         whole = tl.floor(whole + 0.5).to(tl.int64)
         tl.atomic_add(target.integers + index, whole, mask=where & finite, sem="relaxed")
         tl.atomic_add(target.floats + index, number, mask=where & (finite == 0), sem="relaxed")
+    else:
+        tl.atomic_add(target.floats + index, number, mask=where, sem="relaxed")
