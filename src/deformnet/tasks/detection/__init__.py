@@ -27,6 +27,8 @@ from deformnet.tasks.detection.evaluation import (
 from deformnet.tasks.detection.predictor import DetectionPredictor
 from deformnet.tasks.proposals import StoredProposals
 
+__all__ = ["DetectionPredictor", "DetectionTask", "detection_predictor"]
+
 
 class DetectionTask(Task):
     """Object detection; data in VOC or COCO layout."""
