@@ -70,6 +70,6 @@ def pair_of_networks(**options) -> tuple[nn.Module, nn.Module]:
 
 
 def scaling_offsets(kernel: int, dilation: int, factor: float) -> torch.Tensor:
-    """Offsets [2*K] that move each tap away from the centre: to `factor` times its distance."""
+    """Offsets [2*K] that move each tap away from the center: to `factor` times its distance."""
     along = (torch.arange(kernel) - (kernel - 1) / 2) * dilation * (factor - 1)
     return torch.stack(torch.meshgrid(along, along, indexing="ij"), -1).flatten()

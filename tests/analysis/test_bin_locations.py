@@ -108,7 +108,7 @@ def test_bins_move_as_far_as_the_samples(sampling):
         torch.testing.assert_close(plain[:, 1, 1, 2:], edges[:, 2:])
 
 
-def test_a_layer_that_is_not_there():
+def test_missing_layer():
     with pytest.raises(ValueError, match=r"expected layer to be one of pool, but got 'poll'"):
         bin_locations(Head(), "poll", torch.zeros(1, 3, 8, 8), BOXES[:1])
     with pytest.raises(ValueError, match=r"\(the model has none\)"):

@@ -76,7 +76,7 @@ def test_every_pair_by_itself(images):
 
 
 @pytest.mark.parametrize("options", [{}, {"offset_groups": 2}, {"modulated": True}])
-def test_torchvisions_layers_have_the_same(images, options):
+def test_torchvision_layers_agree(images, options):
     ours, theirs = pair_of_networks(**options)
     torch.testing.assert_close(ours(images), theirs(images))
     expected, found = effective_dilation(ours, images), effective_dilation(theirs, images)
@@ -187,7 +187,7 @@ def test_thresholds_and_the_smallest_box():
     assert (row.small.count, row.medium.count, row.large.count) == (15, 49, 0)
 
 
-def test_what_cannot_be_answered_is_refused(images):
+def test_wrong_arguments(images):
     model = pair_of_networks()[0]
     with pytest.raises(
         ValueError, match=r"deformnet's DeformConv2d or torchvision's, but Conv2d has none"

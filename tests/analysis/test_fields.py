@@ -157,14 +157,14 @@ class Mixing(nn.Module):
         lambda x: torch.fft.fft2(x).real,
     ],
 )
-def test_fields_that_are_not_known(images, operation):
+def test_unknown_receptive_fields(images, operation):
     model = Mixing(operation)
     assert receptive_field(model, images, "conv").size == (3, 3)
     with pytest.raises(ValueError, match="receptive field, but it is unknown after aten"):
         receptive_field(model, images, "")
 
 
-def test_bins_that_are_as_many_as_cells():
+def test_as_many_bins_as_pixels():
     class Head(nn.Module):
         def __init__(self):
             super().__init__()
@@ -177,7 +177,7 @@ def test_bins_that_are_as_many_as_cells():
         receptive_field(Head(), torch.rand(1, 3, 7, 7), "pool")
 
 
-def test_what_cannot_be_answered_is_refused(images):
+def test_wrong_arguments(images):
     model = pair_of_networks()[0]
     with pytest.raises(
         ValueError, match=r"expected layers to be names of modules of the model, but got '3\.cnv'"

@@ -56,7 +56,7 @@ def test_numbers_of_one_layer(images):
 
 
 @pytest.mark.parametrize("options", [{}, {"modulated": True}, {"offset_groups": 2}])
-def test_torchvisions_layers_have_the_same(images, options):
+def test_torchvision_layers_agree(images, options):
     ours, theirs = pair_of_networks(**options)
     for mine, other in zip(health(ours, images), health(theirs, images), strict=True):
         assert other.layer == f"{mine.layer}.conv"
@@ -178,7 +178,7 @@ def test_pooling_without_boxes(boxes):
     assert layer.runaway() is None
 
 
-def test_boxes_are_those_that_the_layer_takes():
+def test_boxes_as_the_layer_takes_them():
     pool, maps = DeformRoIPool2d(5, 2), torch.rand(2, 5, 8, 8)
     half = [torch.tensor([[0.0, 1, 5, 6]]).half()] * 2
     with OffsetObserver(pool) as observer:
@@ -208,7 +208,7 @@ HEALTHY = LayerHealth("conv", 3.0, 20.0, 0.3, 0.1, 0.5, 30)
         ({"max_shift": math.inf}, "offset of inf pixels"),
     ],
 )
-def test_signs_that_offsets_run_away(changes, reason):
+def test_runaway_conditions(changes, reason):
     found = LayerHealth(**{**HEALTHY.__dict__, **changes}).runaway()
     assert (found is None) if reason is None else reason in found
 

@@ -12,11 +12,11 @@ from deformnet.analysis import record_sampling, sampling_locations
 from deformnet.models.backbones.resnet import resnet
 
 
-def grid(centre, dilation=1, reach=1):
-    """The taps of a kernel of 2 * reach + 1 around a centre: [K, 2]."""
+def grid(center, dilation=1, reach=1):
+    """The taps of a kernel of 2 * reach + 1 around a center: [K, 2]."""
     steps = range(-reach, reach + 1)
     return torch.tensor(
-        [[centre[0] + dilation * i, centre[1] + dilation * j] for i in steps for j in steps],
+        [[center[0] + dilation * i, center[1] + dilation * j] for i in steps for j in steps],
         dtype=torch.float64,
     )
 
@@ -176,7 +176,7 @@ def test_stack_of_a_resnet():
     assert torch.equal(inside, ((points > -16) & (points < 160)).all(-1))
 
 
-def test_cells_of_a_resnet_are_centred_on_multiples_of_its_stride():
+def test_resnet_units_are_centered_on_multiples_of_the_stride():
     """What `stride` takes for granted, on box filters of the backbone's kernels and paddings."""
     boxes = []
     for name, module in resnet(18, reduce_channels=None).named_modules():
@@ -225,7 +225,7 @@ def test_offsets_of_nan_give_points_of_nan(images):
         (["upper", "lower"], (0, 0), 0, "expected stride to be at least 1"),
     ],
 )
-def test_what_cannot_be_answered_is_refused(images, layers, unit, stride, message):
+def test_wrong_arguments(images, layers, unit, stride, message):
     with pytest.raises(ValueError, match=message):
         sampling_locations(random_residual(), images, layers, unit, stride=stride)
 
@@ -237,7 +237,7 @@ def test_other_layers_are_refused(images):
         sampling_locations(random_residual(), images, ["norm"], (0, 0), stride=1)
 
 
-def test_a_strided_layer_left_out_is_noticed(images):
+def test_missing_strided_layer_is_reported(images):
     model = nn.Sequential(DeformConv2d(3, 4, 3, padding=1), nn.MaxPool2d(2), DeformConv2d(4, 4, 3))
     with pytest.raises(ValueError, match="the input of 2 is 12x15 and the output of 0 is 24x30"):
         sampling_locations(model, images, ["2", "0"], (0, 0), stride=1)
@@ -376,7 +376,7 @@ def test_each_point_of_two_layers_is_the_middle_of_what_the_network_reads():
 
 
 @pytest.mark.parametrize("options", [{}, {"offset_groups": 2}, {"modulated": True}])
-def test_torchvisions_layers_have_the_same(images, options):
+def test_torchvision_layers_agree(images, options):
     ours, theirs = pair_of_networks(**options)
     for between in ("bilinear", "rounded"):
         expected = sampling_locations(ours, images, ["3", "1", "0"], (2, 3), between=between)
@@ -426,7 +426,7 @@ def test_cells_that_lie_elsewhere_are_found_there(images):
     torch.testing.assert_close(all_points[0].mean(0), expected.mean(0))
 
 
-def test_a_stride_that_cannot_be_found(images):
+def test_untraceable_stride(images):
     class Resized(nn.Module):
         def __init__(self):
             super().__init__()
@@ -443,7 +443,7 @@ def test_a_stride_that_cannot_be_found(images):
     torch.testing.assert_close(points[0], 2 * grid((1, 1)))
 
 
-def test_an_unknown_way_between_units(images):
+def test_unknown_interpolation(images):
     with pytest.raises(
         ValueError, match="expected between to be 'bilinear' or 'rounded', but got 'near'"
     ):
@@ -453,7 +453,7 @@ def test_an_unknown_way_between_units(images):
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-def test_at_rest_the_layers_sample_as_plain_ones(images, groups):
+def test_zero_offsets_sample_as_plain_convolutions(images, groups):
     torch.manual_seed(0)
     first = DeformConv2d(3, 4, 3, stride=2, padding=2, dilation=2)
     model = nn.Sequential(first, DeformConv2d(4, 4, 3, padding=1, offset_groups=groups))
@@ -497,7 +497,7 @@ class PadsItself(nn.Conv2d):
         return super().forward(nn.functional.pad(input, (0, 1, 1, 2)))
 
 
-def test_a_layer_that_pads_itself_is_refused(images):
+def test_layer_with_its_own_padding_is_refused(images):
     model = nn.Sequential(DeformConv2d(3, 4, 3, padding=1), PadsItself(4, 4, 3))
     with pytest.raises(ValueError, match="output of 1 is 25x29 for an input of 24x30"):
         sampling_locations(model, images, ["1", "0"], (9, 9))

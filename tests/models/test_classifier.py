@@ -68,7 +68,7 @@ def test_scores_are_float32_under_autocast():
 
 
 @pytest.mark.parametrize("label", [-1, 3, 255])
-def test_labels_that_are_no_class(label):
+def test_labels_out_of_range(label):
     with pytest.raises(ValueError, match=f"expected labels to be 0 to 2, but got {label}"):
         classifier().losses(torch.zeros(2, 3), torch.tensor([0, label]))
 

@@ -62,7 +62,7 @@ def test_no_valid_pixel_gives_zero_with_zero_gradients():
 
 
 @pytest.mark.parametrize("label", [5, 254, 256, -1])
-def test_labels_that_are_no_class(label):
+def test_labels_out_of_range(label):
     target = torch.zeros(1, 4, 4, dtype=torch.int64)
     target[0, 2, 1] = label
     with pytest.raises(

@@ -318,7 +318,7 @@ def test_a_lazy_layer_after_its_first_run():
     assert deform_(model, "0") == ["0"]
 
 
-def test_parametrizations_go_on_afterwards():
+def test_parametrization_after_conversion():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3))
     deform_(model, "0")

@@ -54,7 +54,7 @@ def shake(layer: DeformConv2d, scale: float = 0.2) -> DeformConv2d:
 
 @pytest.mark.parametrize("modulated", [False, True])
 @pytest.mark.parametrize("arguments", GEOMETRIES, ids=str)
-def test_a_new_layer_is_the_plain_convolution(arguments, modulated):
+def test_new_layer_equals_the_plain_convolution(arguments, modulated):
     torch.manual_seed(0)
     layer = DeformConv2d(8, 16, modulated=modulated, dtype=torch.float64, **arguments)
     x = torch.randn(2, 8, 9, 7, dtype=torch.float64)

@@ -234,7 +234,7 @@ def test_conversion_leaves_the_layers_alone():
         deform_(model, "pool*")
 
 
-def test_says_what_it_is():
+def test_repr():
     assert "4, (7, 7), 0.0625, gamma=0.1, sampling='bins'" in repr(DeformRoIPool2d(4, 7, 1 / 16))
     assert "offset_groups=3" in repr(DeformPSRoIPool2d(4, 7, offset_groups=3))
 

@@ -30,7 +30,7 @@ class DeepLab(Network):
     """
 
     def __init__(self, backbone: Backbone, num_classes: int) -> None:
-        if num_classes > IGNORE:
+        if not 1 <= num_classes <= IGNORE:
             raise ValueError(f"expected num_classes to be 1 to {IGNORE}, but got {num_classes}")
         super().__init__(backbone, num_classes)
         self.classifier = nn.Conv2d(backbone.out_channels, num_classes, 1)

@@ -260,7 +260,7 @@ def test_own_state_dict_loads_as_weights(model, tmp_path):
         assert torch.equal(again.state_dict()[key], value), key
 
 
-def test_weights_of_something_else(model, tmp_path):
+def test_weights_of_another_model(model, tmp_path):
     path = tmp_path / "weights.pth"
     torch.save(torchvision.models.resnet18(weights=None).state_dict(), path)
     message = r"weights\.pth: .* Aligned-Inception-ResNet, but got ResNet-18: missing key stem"
@@ -294,7 +294,7 @@ def test_wrong_arguments(arguments, message):
         bare(**arguments)
 
 
-def test_it_does_not_stride_elsewhere():
+def test_stride_in_1x1_is_refused():
     with pytest.raises(
         ValueError, match="expected stride_in_1x1 to be False for aligned-inception-resnet"
     ):

@@ -456,7 +456,7 @@ def test_a_key_that_is_unexpected(key, convert):
     assert "\n" not in str(error.value)
 
 
-def test_checkpoints_that_are_not_our_resnets():
+def test_unsupported_checkpoints():
     state = filled(mmdetection_keys(50, PLAIN, C3_TO_C5))
     wrong = {
         "expected a complete ResNet-18, 34, 50 or 101, but got no blocks": {"neck.0.weight": state},
@@ -529,7 +529,7 @@ def with_objects(path):
         (lambda path: None, "a.pth", "no such file"),
     ],
 )
-def test_files_that_cannot_be_read(tmp_path, write, name, message):
+def test_unreadable_files(tmp_path, write, name, message):
     path = tmp_path / name
     write(path)
     with pytest.raises((ValueError, FileNotFoundError), match=message) as error:

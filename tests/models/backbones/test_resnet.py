@@ -93,7 +93,7 @@ def test_conv5_is_torchvisions_with_every_3x3_dilated(depth, dilation):
 
 
 def test_units_are_centred_on_multiples_of_the_stride():
-    # With equal positive weights the gradient is the receptive field, symmetric about its centre.
+    # With equal positive weights the gradient is the receptive field, symmetric about its center.
     model = resnet(18, norm="frozen", reduce_channels=None).double()
     for parameter in model.parameters():
         nn.init.constant_(parameter, 1e-2)
@@ -318,13 +318,13 @@ def one_line(error):
     return str(error.value)
 
 
-def test_weights_that_are_not_there():
+def test_missing_weights():
     with pytest.raises(FileNotFoundError, match="IMAGENET1K_V1") as error:
         resnet(18, weights="IMAGENET1K_V9")
     assert "IMAGENET1K_V9" in one_line(error)
 
 
-def test_weights_that_cannot_be_fetched(monkeypatch):
+def test_failed_download(monkeypatch):
     def get_state_dict(self, check_hash=False):
         raise URLError("no route to host")
 
@@ -354,7 +354,7 @@ def a_whole_module(path):
 
 
 @pytest.mark.parametrize("write", [garbage, empty, truncated, a_whole_module])
-def test_weights_that_cannot_be_read(tmp_path, write):
+def test_unreadable_weights(tmp_path, write):
     path = tmp_path / "weights.pth"
     write(path)
     with pytest.raises(ValueError, match=r"damaged, or not a PyTorch checkpoint") as error:
@@ -362,7 +362,7 @@ def test_weights_that_cannot_be_read(tmp_path, write):
     assert str(path) in one_line(error)
 
 
-def test_weights_of_something_else(tmp_path):
+def test_weights_of_another_model(tmp_path):
     good = TORCHVISION[18](weights=None).state_dict()
     wrong = {
         "expected a state dict, but got a dict with keys 'model', 'epoch'": {

@@ -14,7 +14,7 @@ def iou(a, b):
 
 
 def random_boxes(count, *, width=100.0, height=60.0, smallest=2.0):
-    """float32 [count, 4], their centres in an image of `width` x `height`."""
-    centres = torch.rand(count, 2) * torch.tensor([width, height])
+    """float32 [count, 4], their centers in an image of `width` x `height`."""
+    centers = torch.rand(count, 2) * torch.tensor([width, height])
     halves = smallest / 2 + torch.rand(count, 2) * torch.tensor([width, height]) / 3
-    return torch.cat((centres - halves, centres + halves), dim=1)
+    return torch.cat((centers - halves, centers + halves), dim=1)

@@ -16,14 +16,14 @@ def inclusive(boxes):
     return [[x1, y1, x2 - 1, y2 - 1] for x1, y1, x2, y2 in boxes.tolist()]
 
 
-def centre_and_size(box):
+def center_and_size(box):
     width, height = box[2] - box[0] + 1, box[3] - box[1] + 1
     return box[0] + 0.5 * (width - 1), box[1] + 0.5 * (height - 1), width, height
 
 
 def authors_encode(box, anchor, stds):
-    x, y, width, height = centre_and_size(box)
-    anchor_x, anchor_y, anchor_width, anchor_height = centre_and_size(anchor)
+    x, y, width, height = center_and_size(box)
+    anchor_x, anchor_y, anchor_width, anchor_height = center_and_size(anchor)
     deltas = (
         (x - anchor_x) / anchor_width,
         (y - anchor_y) / anchor_height,
@@ -34,7 +34,7 @@ def authors_encode(box, anchor, stds):
 
 
 def authors_decode(deltas, anchor, stds):
-    x, y, width, height = centre_and_size(anchor)
+    x, y, width, height = center_and_size(anchor)
     dx, dy, dw, dh = (delta * std for delta, std in zip(deltas, stds, strict=True))
     x, y = x + dx * width, y + dy * height
     width, height = width * math.exp(dw), height * math.exp(dh)

@@ -204,6 +204,6 @@ def test_wrong_shapes(shape):
 
 def test_merging_nothing():
     with pytest.raises(
-        ValueError, match="expected parts to be candidates of at least one pass, but got none"
+        ValueError, match="expected parts to have candidates of at least one pass, but got none"
     ):
         merge([])

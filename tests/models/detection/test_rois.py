@@ -87,7 +87,7 @@ def test_an_image_without_objects_is_background():
     assert all(len(values) == 0 for values in assign_targets(torch.zeros(0, 4), nothing()))
 
 
-def test_what_is_no_box_is_left_out():
+def test_invalid_boxes_are_dropped():
     nan, inf = math.nan, math.inf
     objects = torch.tensor(
         [[5.0, 5, 5, 9], [9, 9, 3, 3], [0, 0, nan, 4], [0, 0, inf, 4], [10, 10, 30, 30]]
@@ -361,7 +361,7 @@ def test_no_gradient_goes_through_proposals(name):
     assert all(p.grad is None or not p.grad.any() for p in model.rpn.parameters())
 
 
-def test_the_same_seed_draws_the_same_sample():
+def test_sampling_is_reproducible_with_a_seed():
     model = detector("Faster R-CNN").eval()
     images, targets = batch()
     found = []

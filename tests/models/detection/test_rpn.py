@@ -50,7 +50,7 @@ def clipped(box, size):
     ]
 
 
-def test_answers_follow_the_anchors():
+def test_predictions_are_ordered_as_the_anchors():
     rpn = small()
     output = rpn(torch.randn(2, 8, *MAP))
     assert output.logits.shape == (2, 4 * 5 * 4, 4)
@@ -352,7 +352,7 @@ def test_no_anchor_that_trains_gives_zero_with_zero_gradients():
 
 
 @pytest.mark.parametrize("label", [3, -1, 255])
-def test_labels_that_are_no_class(label):
+def test_labels_out_of_range(label):
     rpn = small(3)
     targets = [Target(TARGETS[1].boxes, torch.tensor([label])), NO_OBJECTS]
     with pytest.raises(
@@ -407,7 +407,7 @@ def test_class_aware_candidates_come_from_conv5(convention):
     assert all(len(proposals.boxes) for proposals in model.propose(features, SIZES))
 
 
-def test_proposing_network_does_without_conv5():
+def test_class_agnostic_rpn_skips_conv5():
     model = detector(class_aware=False).eval()
     model.backbone.layer4 = nn.Identity()  # would give maps of another width
     images = torch.randn(2, 3, *SIZES[0])
@@ -423,7 +423,7 @@ def test_proposing_network_does_without_conv5():
 
 
 @pytest.mark.parametrize("class_aware", [True, False])
-def test_all_that_trains_has_a_gradient(class_aware):
+def test_every_trainable_parameter_has_a_gradient(class_aware):
     # Processes that train together wait for the gradient of every parameter that trains.
     model = detector(class_aware=class_aware)
     losses = model.losses(torch.randn(2, 3, *SIZES[0]), SIZES, [NO_OBJECTS, NO_OBJECTS])
