@@ -153,7 +153,7 @@ def test_data_with_other_classes_are_rejected(tmp_path):
         match=r"expected PASCAL VOC 2007 \+ 2012 with 20 classes for table1/rfcn-3, .* 8 ",
     ):
         require_runnable([row], tmp_path, Splits(train_split="VOC2007/test"))
-    with pytest.raises(FileNotFoundError, match="neither layout found"):
+    with pytest.raises((FileNotFoundError, ValueError), match="expected a data set with"):
         require_runnable(
             [named("table5/rfcn-plain")], tmp_path / "VOCdevkit/VOC2007/JPEGImages", Splits()
         )

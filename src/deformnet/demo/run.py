@@ -72,37 +72,30 @@ def run_demo(demo: Demo, out: Path, say: Callable[[str], None]) -> None:
     data = out / "data"
     _generate_images(demo, data, say)
     images = VOCSegmentation(data, "val")
-    runs: dict[str, OpenedRun] = {}
+    segmenter = _segmenter(demo)
+    results = {
+        name: _train(f"{name} network", recipe, data, out / "runs" / name, say)
+        for name, recipe in (("baseline", segmenter.baseline()), ("deformable", segmenter))
+    }
+    runs = {name: OpenedRun(out / "runs" / name) for name in results}
     metrics: dict[str, NetworkMetrics] = {}
     predictions: dict[str, list[Tensor]] = {}
-    segmenter = _segmenter(demo)
-    for name, recipe in (("baseline", segmenter.baseline()), ("deformable", segmenter)):
-        run = out / "runs" / name
-        result = _train(f"{name} network", recipe, data, run, say)
-        runs[name] = OpenedRun(run)
-        predictions[name], sizes = _evaluate_by_size(runs[name], images, demo.size)
-        metrics[name] = cast(NetworkMetrics, {**result.to_json(), "sizes": sizes})
+    for name, run in runs.items():
+        predictions[name], sizes = _evaluate_by_size(run, images, demo.size)
+        metrics[name] = cast(NetworkMetrics, {**results[name].to_json(), "sizes": sizes})
     say(
         "(The offsets of the detector learn ten times as fast as its other layers, so that bins "
         "move visibly; warnings about runaway offsets are expected.)"
     )
-    run = out / "runs/detector"
-    detector = _train("detector", _detector(demo), data, run, say)
+    detector = _train("detector", _detector(demo), data, out / "runs/detector", say)
     assert detector.scores is not None
     score = detector_score(detector.scores.summary()["mAP@0.5"])
     content = {"settings": asdict(demo), **metrics, "detector": detector.to_json()}
     write_json(out / "metrics.json", content)
 
     say("drawing figures")
-    examples = [
-        Example(*images[k], predictions["baseline"][k], deformable)
-        for k, deformable in enumerate(predictions["deformable"])
-    ]
-    sampled = _sample(images, {name: UnitRecorder(name, it) for name, it in runs.items()})
-    draw_predictions(out / "predictions.png", examples, images.classes)
-    save_figure(sampling_figure(sampled), out / "sampling.png")
-    draw_overview(out / "overview.png", examples, sampled, images.classes)
-    _draw_bins(OpenedRun(run), data, out / "parts.png")
+    _draw_segmentation(images, runs, predictions, out)
+    _draw_bins(OpenedRun(out / "runs/detector"), data, out / "parts.png")
     table = comparison(metrics["baseline"], metrics["deformable"])
     write_demo_page(out / "index.html", demo, table, score, machine())
     say(f"\n{table}\n{footnote(demo)}\n{score}\n\npage: {out / 'index.html'}")
@@ -205,6 +198,22 @@ def _sample(
         for name, network in networks.items():
             sampled[name] += network.samples(images[scene.index][0], scene.units)
     return sampled
+
+
+def _draw_segmentation(
+    images: VOCSegmentation,
+    runs: Mapping[str, OpenedRun],
+    predictions: Mapping[str, list[Tensor]],
+    out: Path,
+) -> None:
+    examples = [
+        Example(*images[k], *labels)
+        for k, labels in enumerate(zip(*predictions.values(), strict=True))
+    ]
+    sampled = _sample(images, {name: UnitRecorder(name, run) for name, run in runs.items()})
+    draw_predictions(out / "predictions.png", examples, images.classes)
+    save_figure(sampling_figure(sampled), out / "sampling.png")
+    draw_overview(out / "overview.png", examples, sampled, images.classes)
 
 
 def _draw_bins(run: OpenedRun, data: Path, path: Path) -> None:

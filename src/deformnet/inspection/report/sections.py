@@ -158,7 +158,7 @@ def _sampling_section(
     names = " and ".join(findings.images.name(scene.index) for scene in scenes)
     caption = (
         f"Sampling locations through {len(network.layers)} layers ({', '.join(network.layers)}) in "
-        f"{names}. Faint points are outside the map, where there is nothing to "
+        f"{names}. Faint points are a pixel or more outside the map, where there is nothing to "
         f"read. {_compared(baseline)}"
     )
     return Section(
@@ -250,8 +250,8 @@ def _dilation_section(findings: Findings, rows: Sequence[LayerDilation]) -> Sect
 def _offset_section(health: Sequence[LayerHealth]) -> Section:
     return Section(
         "Offsets",
-        "How far samples are shifted over all these images, in pixels of the layer's input, and the "
-        "fraction of samples outside the map, where there is nothing to read.",
+        "Shifts of samples over all these images, in pixels of the layer's input, and the fraction "
+        "of samples outside the map, where there is nothing to read.",
         (
             Table(
                 "",

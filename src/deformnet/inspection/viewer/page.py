@@ -134,7 +134,7 @@ class _Page:
 
         def on(
             event: Callable[..., object],
-            handler: Callable[..., list[Any]],
+            handler: Callable[..., list[object]],
             outputs: list[Component],
             source: Component | None = None,
         ) -> None:
@@ -185,13 +185,13 @@ class _Page:
             least_score=values[self.score],
         )
 
-    def _choose(self, values: _Values, request: gr.Request) -> list[Any]:
+    def _choose(self, values: _Values, request: gr.Request) -> list[object]:
         session, problem = self._session(request), None
         if values[self.choice] is not None:
             problem = _problem(lambda: session.choose(values[self.choice]))
         return self._everything(session, self._controls(values), problem)
 
-    def _upload(self, values: _Values, request: gr.Request) -> list[Any]:
+    def _upload(self, values: _Values, request: gr.Request) -> list[object]:
         session, problem = self._session(request), None
         if values[self.upload] is not None:
             file = Path(values[self.upload])
@@ -202,7 +202,7 @@ class _Page:
         choice = None if shown else gr.skip()
         return [*self._everything(session, self._controls(values), problem), choice]
 
-    def _click(self, values: _Values, request: gr.Request, event: gr.SelectData) -> list[Any]:
+    def _click(self, values: _Values, request: gr.Request, event: gr.SelectData) -> list[object]:
         session = self._session(request)
         if session.shown is not None:
             x, y = event.index
@@ -211,15 +211,15 @@ class _Page:
             session.click((int(y), int(x)), margin=margin)
         return self._clicked(session, self._controls(values))
 
-    def _redraw(self, values: _Values, request: gr.Request) -> list[Any]:
+    def _redraw(self, values: _Values, request: gr.Request) -> list[object]:
         return self._everything(self._session(request), self._controls(values))
 
-    def _redraw_picture(self, values: _Values, request: gr.Request) -> list[Any]:
+    def _redraw_picture(self, values: _Values, request: gr.Request) -> list[object]:
         return self._clicked(self._session(request), self._controls(values))
 
     def _everything(
         self, session: Session, controls: Controls, problem: str | None = None
-    ) -> list[Any]:
+    ) -> list[object]:
         """Return all outputs."""
         ground_truth = session.ground_truth()
         return [
@@ -230,7 +230,7 @@ class _Page:
 
     def _clicked(
         self, session: Session, controls: Controls, problem: str | None = None
-    ) -> list[Any]:
+    ) -> list[object]:
         """Return the outputs that a click changes."""
         message = "" if problem is None else f'<p class="error">{html.escape(problem)}</p>'
         shown = session.shown
