@@ -119,7 +119,7 @@ def test_offsets_that_a_linear_layer_makes(images, bias):
 
 
 BOXES = torch.tensor([[0.0, 8, 4, 71, 35], [1, 100, 60, 131, 91]])
-CENTRES = (0.25, 0.75)  # of two bins
+CENTERS = (0.25, 0.75)  # of two bins
 
 
 @pytest.mark.parametrize("listed", [False, True])
@@ -149,8 +149,8 @@ def test_bins_of_deformable_pooling(position_sensitive, listed):
         for bin in range(4):
             dx, dy = (0.1 * expected[0, bin] * width), (0.1 * expected[1, bin] * height)
             shifts.append(math.hypot(dx, dy))
-            x = x1 / 4 + CENTRES[bin % 2] * width + dx
-            y = y1 / 4 + CENTRES[bin // 2] * height + dy
+            x = x1 / 4 + CENTERS[bin % 2] * width + dx
+            y = y1 / 4 + CENTERS[bin // 2] * height + dy
             outside += not (0 <= x <= 40 and 0 <= y <= 24)
     assert layer.layer == "pool"
     assert layer.mean_shift == pytest.approx(sum(shifts) / 8, rel=1e-5)

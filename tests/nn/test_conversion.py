@@ -80,7 +80,7 @@ MODELS = {
         3,
     ),
     "timm ResNet-26": (
-        # A zero-initialised residual branch would pass no gradient in the first step.
+        # A zero-initialized residual branch would pass no gradient in the first step.
         lambda: timm.create_model("resnet26", pretrained=False, zero_init_last=False),
         "layer[34].*.conv2",
         4,

@@ -28,7 +28,7 @@ GEOMETRIES = [
 
 def plain_twin(layer: DeformConv2d) -> nn.Conv2d:
     """An nn.Conv2d with the arguments and the weights of `layer`."""
-    twin = nn.Conv2d(
+    plain = nn.Conv2d(
         layer.in_channels,
         layer.out_channels,
         layer.kernel_size,
@@ -41,8 +41,8 @@ def plain_twin(layer: DeformConv2d) -> nn.Conv2d:
         dtype=layer.weight.dtype,
     )
     own = {k: v for k, v in layer.state_dict().items() if not k.startswith("conv_offset.")}
-    twin.load_state_dict(own)
-    return twin
+    plain.load_state_dict(own)
+    return plain
 
 
 def shake(layer: DeformConv2d, scale: float = 0.2) -> DeformConv2d:
@@ -218,7 +218,7 @@ def test_a_meta_layer_computes_shapes():
         ),
         ({"offset_groups": 0}, r"expected offset_groups .* got 0"),
         ({"offset_groups": -1}, r"expected offset_groups .* got -1"),
-        ({"padding_mode": "mirror"}, r"padding_mode.*mirror"),
+        ({"padding_mode": "reflection"}, r"padding_mode.*reflection"),
         ({"padding": "full"}, r"padding.*full"),
         ({"padding": "same", "stride": 2}, r"padding='same'"),
         ({"groups": 3}, r"groups"),

@@ -135,7 +135,7 @@ def averaging(model):
     """The network as a mean of pixels: its gradient is the receptive field, and never negative.
 
     Equal positive weights that sum to one, norms that do nothing, ReLUs that see no negative
-    numbers, and the mean in the place of the maximum, over the same window.
+    numbers, and the mean instead of the maximum, over the same window.
     """
     model = copy.deepcopy(model).double()
     for module in model.modules():

@@ -500,7 +500,7 @@ def test_other_preprocessing(arguments, message):
     state = filled(detectron2_keys(50, PLAIN, C3_TO_C5))
     with pytest.raises(ValueError, match=message):
         from_detectron2({"model": state}, **arguments)
-    # Detectron's older mean differs by less than a grey level.
+    # Detectron's older mean differs by less than a gray level.
     del state["pixel_mean"]
     from_detectron2(state, pixel_mean=(102.9801, 115.9465, 122.7717))
 

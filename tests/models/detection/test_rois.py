@@ -317,7 +317,7 @@ def test_odd_boxes(name):
     with torch.no_grad():
         alone = model(images, SIZES, [odd[:1], odd[:0]])[0]
         among = model(images, SIZES, [odd, odd])[0]
-    # The good box is judged as without its neighbours; the others have no effect on it.
+    # The good box gets the same result as without the others.
     torch.testing.assert_close(among.scores[:1], alone.scores)
     torch.testing.assert_close(among.boxes[:1], alone.boxes)
     assert among.scores.shape == (8, 3)

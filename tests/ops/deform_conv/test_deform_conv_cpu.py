@@ -110,7 +110,7 @@ def test_every_instruction_set_converts_halves_as_pytorch_does(instructions, dty
     offset = torch.zeros(1, 2, 1, numbers.shape[-1])
     weight = torch.ones(1, 1, 1, 1, dtype=dtype)
     steps = ((1, 1), (0, 0), (1, 1), "zeros")
-    # The neighbour is read with weight 0, so that negative zero becomes zero: compare as numbers.
+    # The neighbor is read with weight 0, so that negative zero becomes zero: compare as numbers.
     assert torch.equal(cpu.deform_conv2d(numbers, offset, weight, None, None, *steps), numbers)
     # A bias in the same type makes sums that must be rounded.
     generator = torch.Generator().manual_seed(0)

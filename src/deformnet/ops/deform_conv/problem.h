@@ -1,5 +1,5 @@
 // What `deform_conv2d` takes from Python. Plain C: no header of PyTorch or Python is needed, so one build serves
-// every version of both. Order and types of the fields are mirrored by cpu.py.
+// every version of both. Order and types of the fields are repeated in cpu.py.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// What `deform_roi_pool` and `deform_ps_roi_pool` take from Python. Order and types of the fields are mirrored by
+// What `deform_roi_pool` and `deform_ps_roi_pool` take from Python. Order and types of the fields are repeated in
 // cpu.py.
 #pragma once
 
