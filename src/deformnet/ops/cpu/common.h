@@ -112,7 +112,8 @@ int run_team(const Plan& plan) {
 #pragma omp parallel num_threads(plan.threads)
   {
     Memory own(rest + omp_get_thread_num() * own_bytes);
-    Worker(plan, shared, own).run();
+    const Worker made(plan, shared, own);
+    Worker(made).run();  // a copy, whose address nobody has: its fields can stay in registers
   }
   workspace.trim();
   return 0;
@@ -135,7 +136,7 @@ inline const void* element(const void* data, int32_t dtype, int64_t index) {
   return with_type(dtype, [=](auto type) -> const void* { return static_cast<const decltype(type)*>(data) + index; });
 }
 
-inline double read_number(const void* data, int32_t dtype, int64_t index) {
+__attribute__((always_inline)) inline double read_number(const void* data, int32_t dtype, int64_t index) {
   return with_type(dtype, [=](auto type) { return double(read(static_cast<const decltype(type)*>(data)[index])); });
 }
 
