@@ -36,29 +36,34 @@ def options(name: str, defaults: Any, fields: Container[str], base: type | None 
 
 
 def rewrap(command: Callable[..., None]) -> Callable[..., None]:
-    """Joins the lines of a command's help texts, so that tyro wraps them to the terminal."""
-    parameters = []
+    """A command for tyro: help texts that it wraps to the terminal, and groups checked in the call.
+
+    tyro keeps the lines of a docstring apart, and prints errors of a group's `__post_init__` in a
+    box of its own instead of passing them on.
+    """
+    groups, parameters = {}, []
     for parameter in inspect.signature(command).parameters.values():
         group = typing.get_args(parameter.annotation)[:1] or (parameter.annotation,)
-        if dataclasses.is_dataclass(group[0]) and isinstance(group[0], type):
-            joined = _with_joined_help(group[0])
-            command.__annotations__[parameter.name] = Annotated[joined, GROUP]
+        if isinstance(group[0], type) and dataclasses.is_dataclass(group[0]):
+            groups[parameter.name] = group[0]
+            fields = [(f.name, hint, _default(f)) for f, hint in _documented_fields(group[0])]
+            # Only the fields: neither a docstring, which the title replaces, nor checks.
+            plain = dataclasses.make_dataclass(group[0].__name__, fields, kw_only=True)
+            plain.__doc__ = ""
+            parameter = parameter.replace(annotation=Annotated[plain, GROUP])
             if parameter.default is not parameter.empty:
-                parameter = parameter.replace(default=joined(**vars(parameter.default)))
+                parameter = parameter.replace(default=plain(**vars(parameter.default)))
         parameters.append(parameter)
-    command.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
+
+    def run(**arguments: Any) -> None:
+        command(**{k: groups[k](**vars(v)) if k in groups else v for k, v in arguments.items()})
+
+    run.__name__ = command.__name__
     # In the section Args, lines that continue a text are indented further than its first line.
-    command.__doc__ = re.sub(r"\n {8,}(?=\S)(?!\w+: )", " ", command.__doc__ or "")
-    return command
-
-
-def _with_joined_help(group: type) -> type:
-    fields = [(f.name, hint, _default(f)) for f, hint in _documented_fields(group)]
-    joined = dataclasses.make_dataclass(
-        group.__name__, fields, bases=(group,), frozen=True, kw_only=True
-    )
-    joined.__doc__ = ""  # the group's title says it
-    return joined
+    run.__doc__ = re.sub(r"\n {8,}(?=\S)(?!\w+: )", " ", command.__doc__ or "")
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    run.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
+    return run
 
 
 def _documented_fields(cls: type) -> list[tuple[dataclasses.Field[Any], Any]]:
