@@ -96,7 +96,7 @@ def _app(commands: Commands) -> SubcommandApp:
         if isinstance(command, Group):
             app.command(_app(command.commands), name=name, help=command.help)
         else:
-            app.command(rewrap(command), name=name)
+            app.command(name=name)(rewrap(command))
     return app
 
 
