@@ -144,7 +144,7 @@ def main() -> None:
             train(seeded, options.data, run, split=chosen.train, val_split=None)
             scores = evaluate(run, options.data, chosen.test).scores
             assert scores is not None
-            percent = scores.summary()
+            percent = scores.summary
             table.setdefault(name, []).append({m: percent[m] or 0.0 for m in chosen.metrics})
         write_json(options.out / "table.json", table)
         print(line(name, table[name]), flush=True)

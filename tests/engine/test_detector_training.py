@@ -12,7 +12,7 @@ from torchvision.ops import box_iou
 
 import deformnet
 from deformnet.data.boxes import BoxAnnotations
-from deformnet.data.detection import open_detection
+from deformnet.data.opening import open_detection
 from deformnet.engine import TrainingStopped, evaluate, load_run, propose
 from deformnet.engine.logs import read_log
 from deformnet.engine.runs import checkpoint_path, iterations_done
@@ -76,7 +76,7 @@ def test_every_detector_trains_and_is_scored(shapes, tmp_path, network):
         assert {name for record in records for name in record.classes} == {"object"}
     else:
         # The file alone gives the same numbers.
-        again = score(tmp_path / "detections.jsonl", shapes, split="val").to_json()
+        again = score(tmp_path / "detections.jsonl", shapes, split="val").json
         assert metrics["voc"]["area"] == again["voc"]["area"]
         assert metrics["detections"] > 0
     torch.manual_seed(recipe.seed)

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from deformnet import UserError
-from deformnet.data.detection import open_detection
+from deformnet.data.opening import open_detection
 from deformnet.metrics.detections import (
     Record,
     read_detections,
@@ -105,7 +105,7 @@ def record(image, *rows):
 
 
 def score_records(records, dataset):
-    return ground_truth_of(dataset).score(records, methods=["area"])
+    return ground_truth_of(dataset, methods=["area"]).score(records)
 
 
 def write_submission(folder, records, dataset, name):
@@ -144,7 +144,7 @@ def test_published_voc_numbers(real_data):
     expected = json.loads((folder / "expected.json").read_text())
     ious = [float(iou) for iou in expected["11_point"]]
     found = score(folder / "detections", folder / "groundtruths", ious=ious)
-    scores = found.to_json()
+    scores = found.json
     assert scores["images"] == scores["images_with_detections"] == 7
     assert scores["detections"] == 24
     for theirs, ours in (("11_point", "11-point"), ("every_point", "area")):
@@ -158,7 +158,7 @@ def test_published_coco_numbers(real_data):
     expected = json.loads((folder / "expected.json").read_text())["bbox"]
     boxes = folder / "instances_val2014_fakebbox100_results.json"
     found = score(boxes, folder / "instances_val2014_100.json")
-    scores = found.to_json()
+    scores = found.json
     assert scores["coco"] == pytest.approx(expected, abs=1e-12)
     assert (scores["images"], scores["detections"]) == (100, 734)
     assert "50.46" in str(found)
@@ -173,7 +173,7 @@ def test_ground_truth_as_detections_is_perfect(real_data, tmp_path):
             names = [dataset.classes[label] for label in labels[~ignored].tolist()]
             records.append(Record(dataset.name(i), boxes[~ignored], torch.ones(len(names)), names))
         write_detections(tmp_path / "all.jsonl", records)
-        scores = score(tmp_path / "all.jsonl", real_data / name, split=split).to_json()
+        scores = score(tmp_path / "all.jsonl", real_data / name, split=split).json
         if "coco" in scores:
             assert scores["coco"]["AP"] == 1
         else:
@@ -231,12 +231,12 @@ def test_scores_of_our_format_for_voc_data(voc, tmp_path):
     path = tmp_path / "all.jsonl"
     write_detections(path, VOC_RECORDS)
     found = score(path, voc, split="test_clean")
-    scores = found.to_json()
+    scores = found.json
     check_voc(scores)
     assert list(scores["voc"]) == ["11-point", "area"]
     assert json.loads(json.dumps(scores)) == scores
     in_memory = score_records(VOC_RECORDS, open_detection(voc, "test_clean"))
-    assert in_memory.to_json() == scores | {"voc": {"area": scores["voc"]["area"]}}
+    assert in_memory.json == scores | {"voc": {"area": scores["voc"]["area"]}}
     text = str(found)
     assert "4 detections in 2 of 2 images" in text
     assert "11-point" in text
@@ -247,7 +247,7 @@ def test_scores_of_our_format_for_voc_data(voc, tmp_path):
 def test_file_names_serve_as_names(voc, tmp_path):
     path = tmp_path / "all.jsonl"
     write_detections(path, [r._replace(image=f"{r.image}.JPG") for r in VOC_RECORDS])
-    check_voc(score(path, voc, split="test_clean").to_json())
+    check_voc(score(path, voc, split="test_clean").json)
 
 
 VOC_RESULTS = {
@@ -258,7 +258,7 @@ VOC_RESULTS = {
 
 def test_voc_results(voc, tmp_path):
     folder = write(tmp_path / "results", VOC_RESULTS)
-    check_voc(score(folder, voc, split="test_clean").to_json())
+    check_voc(score(folder, voc, split="test_clean").json)
     read = {r.image: r for r in read_detections(folder, ["cell", "clean_cell"])}
     assert sorted(read) == ["a", "b"]
     # Pixels count from 1.
@@ -290,13 +290,13 @@ def test_text_files_against_text_files_and_voc(voc, tmp_path):
             "b.txt": "clean_cell .7 1 1 9 9\ncell 0.95 1 1 9 9\n",
         },
     )
-    check_voc(score(found, voc, split="test_clean").to_json())
+    check_voc(score(found, voc, split="test_clean").json)
     target = write(
         tmp_path / "target",
         {"a.txt": "red blood cell 11 21 19 19\n", "b.txt": "", "c.txt": "other 1 1 3 3\n"},
     )
     found = write(tmp_path / "named", {"a.txt": "red blood cell 0.9 11 21 19 19\n"})
-    scores = score(found, target).to_json()
+    scores = score(found, target).json
     assert (scores["images"], scores["images_with_detections"], scores["detections"]) == (3, 1, 1)
     assert scores["voc"]["area"]["ap"]["0.5"] == {"other": 0.0, "red blood cell": 1.0}
 
@@ -306,7 +306,7 @@ def test_inclusive_pixels_make_the_difference(tmp_path):
     target = write(tmp_path / "target", {"a.txt": "x 1 1 9 9\n"})
     found = write(tmp_path / "found", {"a.txt": "x 0.5 1 1 4 9\n"})
     for iou, expected in ((0.499, 1.0), (0.501, 0.0)):
-        scores = score(found, target, ious=[iou]).to_json()
+        scores = score(found, target, ious=[iou]).json
         assert list(scores["voc"]["area"]["mean_ap"].values()) == [expected]
 
 
@@ -336,7 +336,7 @@ def test_coco_data(coco, tmp_path, form, data):
         found = score(path, coco, split="val")
     else:
         found = score(path, coco / "annotations/instances_val.json")
-    scores = found.to_json()
+    scores = found.json
     assert scores["coco"]["AP"] == scores["coco"]["APsmall"] == 1
     assert scores["coco"]["APlarge"] is None
     assert (scores["images"], scores["images_with_detections"], scores["detections"]) == (2, 2, 3)
@@ -364,7 +364,7 @@ def test_submission(coco, tmp_path, published):
     }
     assert [(one["image_id"], one["category_id"]) for one in results[1:]] == [(10, 5), (10, 3)]
     # What was written is what the benchmark reads.
-    assert score(path, instances).to_json()["coco"]["AP"] == 1
+    assert score(path, instances).json["coco"]["AP"] == 1
     if not published:
         found = tmp_path / "found.jsonl"
         write_detections(found, COCO_RECORDS)
@@ -392,10 +392,10 @@ def test_submission_of_tensors_has_short_numbers(coco, tmp_path):
 
 def test_coco_records_in_memory(coco):
     dataset = open_detection(coco, "val")
-    assert score_records(COCO_RECORDS, dataset).to_json()["coco"]["AP"] == 1
+    assert score_records(COCO_RECORDS, dataset).json["coco"]["AP"] == 1
     # The cat's class is missed altogether, the dogs' is complete.
     only_dogs = [COCO_RECORDS[0], record("b", ("dog", 0.8, 0, 0, 20, 20))]
-    assert score_records(only_dogs, dataset).to_json()["coco"]["AP"] == 0.5
+    assert score_records(only_dogs, dataset).json["coco"]["AP"] == 0.5
 
 
 # Bad files.
@@ -528,7 +528,7 @@ def test_bad_coco_results(voc, coco, tmp_path):
     with one_line(UserError, path, "not readable as JSON"):
         score(path, coco, split="val")
     path.write_text("[]")
-    assert score(path, coco, split="val").to_json()["coco"]["AP"] == 0
+    assert score(path, coco, split="val").json["coco"]["AP"] == 0
     with one_line(UserError, path, "is not COCO data"):
         score(path, voc, split="test_clean")
     with one_line(FileNotFoundError, "none.json"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from deformnet import UserError
-from deformnet.data.synthetic.shapes import Shapes, write_shapes
+from deformnet.data.synthetic import Shapes, write_shapes
 from deformnet.recipes import (
     ClassifierRecipe,
     DeepLabRecipe,
@@ -77,6 +77,7 @@ class Threads:
 
     def __init__(self, rank, count, values, barrier):
         self.rank, self.count, self.device = rank, count, torch.device("cpu")
+        self.workers, self.progress = 0, False
         self._values, self._barrier = values, barrier
 
     def gather(self, value):
@@ -91,8 +92,8 @@ def test_scores_are_those_of_any_number_of_processes(folders, recipe):
     images = task.evaluation_set(folder_of(folders, recipe), "val")
     model = network(recipe, images.classes)
     expected = images.evaluate(model, SingleProcess())
-    assert expected.to_json()
-    assert str(expected.table())
+    assert expected.json
+    assert str(expected.table)
     for count in (2, 4):
         values, barrier, scores = [None] * count, threading.Barrier(count), [None] * count
 
@@ -105,7 +106,7 @@ def test_scores_are_those_of_any_number_of_processes(folders, recipe):
         for thread in threads:
             thread.join()
         for found in scores:
-            assert str(found.to_json()) == str(expected.to_json())
+            assert str(found.json) == str(expected.json)
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.network)

@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from deformnet._files import write_json
-from deformnet.data.synthetic.shapes import Shapes, write_shapes
+from deformnet.data.synthetic import Shapes, write_shapes
 from deformnet.data.voc import VOCSegmentation
 from deformnet.demo.figures import Example, draw_overview, draw_predictions
 from deformnet.demo.page import (
@@ -89,7 +89,7 @@ def run_demo(demo: Demo, out: Path, say: Callable[[str], None]) -> None:
     )
     detector = _train("detector", _detector(demo), data, out / "runs/detector", say)
     assert detector.scores is not None
-    score = detector_score(detector.scores.summary()["mAP@0.5"])
+    score = detector_score(detector.scores.summary["mAP@0.5"])
     content = {"settings": asdict(demo), **metrics, "detector": detector.to_json()}
     write_json(out / "metrics.json", content)
 

@@ -99,9 +99,7 @@ def propose(
         images.write(
             on_device(fabric, model),
             Path(out),
-            FabricProcesses(fabric),
-            workers=layout.workers,
-            progress=progress,
+            FabricProcesses(fabric, layout.workers, progress),
         )
         fabric.barrier()  # the file exists when any process goes on
     return len(images)
@@ -112,9 +110,8 @@ def score(
 ) -> Scores:
     """Evaluates a network in the processes of a run; all of them get the scores."""
     with fabric.autocast():
-        return images.evaluate(
-            on_device(fabric, model), FabricProcesses(fabric), workers=workers, progress=progress
-        )
+        processes = FabricProcesses(fabric, workers, progress)
+        return images.evaluate(on_device(fabric, model), processes)
 
 
 def shared_facts(

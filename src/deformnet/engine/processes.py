@@ -99,6 +99,8 @@ class FabricProcesses:
     """The processes of a run as tasks see them; see `deformnet.tasks.base.Processes`."""
 
     fabric: Fabric
+    workers: int = 0
+    progress: bool = False
 
     @property
     def rank(self) -> int:

@@ -49,7 +49,7 @@ class Result:
         """The content of `metrics.json`."""
         scored: dict[str, object] = {}
         if self.scores is not None:
-            scored = {"split": self.split, "images": self.images, **self.scores.to_json()}
+            scored = {"split": self.split, "images": self.images, **self.scores.json}
         if self.augmentation != TestTimeAugmentation():
             scored["augmentation"] = asdict(self.augmentation)
         return {
@@ -68,7 +68,7 @@ class Result:
         """The scores in percent, and the facts."""
         lines = []
         if self.scores is not None:
-            table = self.scores.table()
+            table = self.scores.table
             where = f" on {self.split} ({self.images} images), percent" if table.rows else ""
             lines.append(str(table._replace(title=f"{table.title}{where}")))
         usual = asdict(TestTimeAugmentation())

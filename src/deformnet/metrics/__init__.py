@@ -1,5 +1,9 @@
 """Scores of predictions against ground truth. Takes tensors and files; knows no model."""
 
+from deformnet._errors import require_extra
+
+require_extra(__name__, "train", "faster_coco_eval", "numpy", "scipy", "torchmetrics")
+
 from deformnet.metrics.classification import (
     ClassificationCounts,
     ClassificationScores,

@@ -3,13 +3,14 @@
 Counts are 64-bit integers and add up exactly, over batches and over processes.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+
+from deformnet.metrics.numbers import by_name, scaled
 
 TOP = 5
 """Number of guesses that the looser of the two errors allows."""
@@ -33,11 +34,10 @@ class ClassificationScores:
 
     def to_json(self, classes: Sequence[str]) -> dict[str, object]:
         """Plain numbers for a JSON file, with None for NaN and the classes' errors by name."""
-        by_class = zip(classes, self.class_errors, strict=True)
         return {
-            "top1_error": _or_none(self.top1_error),
-            "top5_error": None if self.top5_error is None else _or_none(self.top5_error),
-            "class_errors": {name: _or_none(error) for name, error in by_class},
+            "top1_error": scaled(self.top1_error),
+            "top5_error": scaled(self.top5_error),
+            "class_errors": by_name(classes, self.class_errors),
         }
 
 
@@ -112,7 +112,3 @@ def classification_scores(counts: Tensor) -> ClassificationScores:
         float((total - within.sum()) / total) if len(counts) > TOP else None,
         tuple(((images - first) / images).tolist()),  # NaN where there are none
     )
-
-
-def _or_none(value: float) -> float | None:
-    return None if math.isnan(value) else value

@@ -1,7 +1,6 @@
 """Scores of detections against named ground truth: VOC AP or COCO AP."""
 
 import json
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,84 +14,32 @@ from deformnet._files import replacing
 from deformnet._text import Table
 from deformnet.metrics.coco import coco_ap, coco_table
 from deformnet.metrics.detections import Record, short_floats
-from deformnet.metrics.voc import GroundTruth, Method, Predictions, VOCScores, voc_ap
+from deformnet.metrics.numbers import by_name
+from deformnet.metrics.voc import GroundTruth, Method, Predictions, voc_ap
 
 _IMAGE_FILES = (".jpg", ".jpeg", ".png")
 
 
 @dataclass(frozen=True)
-class DetectionScores(ABC):
+class DetectionScores:
     """Scores of a set of images.
 
     Attributes:
-        images: number of images in the set.
-        images_with_detections: fewer than expected hint at incomplete detections.
-        detections: their number.
+        json: plain numbers for a JSON file, with None for NaN: VOC AP by one or both methods, or
+            COCO's twelve numbers, and how many images and detections there are. Fewer images with
+            detections than expected hint at incomplete detections.
+        tables: average precision in percent.
+        summary: the numbers of the paper's tables, in percent.
     """
 
-    images: int
-    images_with_detections: int
-    detections: int
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain numbers for a JSON file, with None for NaN."""
-        return {
-            "images": self.images,
-            "images_with_detections": self.images_with_detections,
-            "detections": self.detections,
-            **self._numbers(),
-        }
-
-    @abstractmethod
-    def _numbers(self) -> dict[str, Any]: ...
-
-    @abstractmethod
-    def tables(self) -> list[Table]:
-        """Average precision in percent, as one or more tables."""
-
-    @abstractmethod
-    def summary(self) -> dict[str, float | None]:
-        """The numbers of the paper's tables, in percent."""
+    json: dict[str, Any]
+    tables: list[Table]
+    summary: dict[str, float | None]
 
     def __str__(self) -> str:
-        counts = (
-            f"{self.detections} detections in {self.images_with_detections} of {self.images} images"
-        )
-        return "\n\n".join([counts, *map(str, self.tables())])
-
-
-@dataclass(frozen=True)
-class VOCDetectionScores(DetectionScores):
-    """VOC AP, by one or both methods."""
-
-    by_method: Mapping[Method, VOCScores]
-
-    def _numbers(self) -> dict[str, Any]:
-        return {"voc": {method: scores.to_json() for method, scores in self.by_method.items()}}
-
-    def tables(self) -> list[Table]:
-        return [scores.table() for scores in self.by_method.values()]
-
-    def summary(self) -> dict[str, float | None]:
-        scores = next(iter(self.by_method.values()))
-        pairs = zip(scores.ious, scores.mean_ap, strict=True)
-        return {f"mAP@{iou:g}": None if math.isnan(ap) else 100 * ap for iou, ap in pairs}
-
-
-@dataclass(frozen=True)
-class COCODetectionScores(DetectionScores):
-    """COCO's twelve numbers; NaN where the set has no such objects."""
-
-    numbers: Mapping[str, float]
-
-    def _numbers(self) -> dict[str, Any]:
-        return {"coco": {name: None if math.isnan(v) else v for name, v in self.numbers.items()}}
-
-    def tables(self) -> list[Table]:
-        return [coco_table(self.numbers)]
-
-    def summary(self) -> dict[str, float | None]:
-        return {name: None if math.isnan(v) else 100 * v for name, v in self.numbers.items()}
+        images = f"{self.json['images_with_detections']} of {self.json['images']} images"
+        counts = f"{self.json['detections']} detections in {images}"
+        return "\n\n".join([counts, *map(str, self.tables)])
 
 
 class GroundTruthSet(ABC):
@@ -107,21 +54,12 @@ class GroundTruthSet(ABC):
     classes: Collection[str]
 
     @abstractmethod
-    def score(
-        self,
-        records: Sequence[Record],
-        *,
-        source: str = "detections",
-        ious: Sequence[float] = (0.5, 0.7),
-        methods: Sequence[Method] = get_args(Method),
-    ) -> DetectionScores:
+    def score(self, records: Sequence[Record], source: str = "detections") -> DetectionScores:
         """Scores detections.
 
         Args:
             records: at most one for each image.
             source: beginning of error messages, such as a file name.
-            ious: thresholds of VOC AP. COCO's are fixed.
-            methods: of VOC AP.
         Raises:
             UserError: for detections of images or classes that are not in the ground truth.
         """
@@ -166,20 +104,23 @@ class NamedGroundTruth(GroundTruthSet):
     Args:
         images: the objects of each image, by its name.
         classes: names of the labels.
+        ious: IoU thresholds.
+        methods: the first one gives the summary.
     """
 
-    def __init__(self, images: Mapping[str, GroundTruth], classes: Sequence[str]) -> None:
-        self.images = self._objects = images
-        self.classes = self._names = tuple(classes)
-
-    def score(
+    def __init__(
         self,
-        records: Sequence[Record],
-        *,
-        source: str = "detections",
+        images: Mapping[str, GroundTruth],
+        classes: Sequence[str],
         ious: Sequence[float] = (0.5, 0.7),
         methods: Sequence[Method] = get_args(Method),
-    ) -> VOCDetectionScores:
+    ) -> None:
+        self.images = self._objects = images
+        self.classes = self._names = tuple(classes)
+        self._ious = ious
+        self._methods = methods
+
+    def score(self, records: Sequence[Record], source: str = "detections") -> DetectionScores:
         known = self.known(records, source)
         labels = {name: label for label, name in enumerate(self.classes)}
         predictions = {
@@ -189,11 +130,19 @@ class NamedGroundTruth(GroundTruthSet):
             for name, record in known.items()
         }
         counts = [len(record.classes) for record in known.values() if record.classes]
-        by_method: dict[Method, VOCScores] = {
-            method: voc_ap(self._objects, predictions, self._names, ious, method)
-            for method in methods
-        }
-        return VOCDetectionScores(len(self.images), len(counts), sum(counts), by_method)
+        scores = [
+            voc_ap(self._objects, predictions, self._names, self._ious, method)
+            for method in self._methods
+        ]
+        names = (f"mAP@{iou:g}" for iou in self._ious)
+        return DetectionScores(
+            {
+                **_counts(self.images, len(counts), sum(counts)),
+                "voc": {of_method.method: of_method.to_json() for of_method in scores},
+            },
+            [of_method.table() for of_method in scores],
+            by_name(names, scores[0].mean_ap, 100),
+        )
 
 
 class COCOGroundTruth(GroundTruthSet):
@@ -212,26 +161,22 @@ class COCOGroundTruth(GroundTruthSet):
         self.images = self._image_ids = images
         self.classes = self._category_ids = classes
 
-    def score(
-        self,
-        records: Sequence[Record],
-        *,
-        source: str = "detections",
-        ious: Sequence[float] = (0.5, 0.7),
-        methods: Sequence[Method] = get_args(Method),
-    ) -> COCODetectionScores:
+    def score(self, records: Sequence[Record], source: str = "detections") -> DetectionScores:
         return self.score_results(list(self._results(records, source)), source)
 
-    def score_results(
-        self, results: Sequence[Mapping[str, Any]], source: str
-    ) -> COCODetectionScores:
+    def score_results(self, results: Sequence[Mapping[str, Any]], source: str) -> DetectionScores:
         """Scores detections in COCO's result format; errors as of `score`."""
         try:
             numbers = coco_ap(self.files, results)
         except ValueError as error:
             raise UserError(f"{source}: {error}") from error
         with_detections = len({result["image_id"] for result in results})
-        return COCODetectionScores(len(self.images), with_detections, len(results), numbers)
+        counts = _counts(self.images, with_detections, len(results))
+        return DetectionScores(
+            {**counts, "coco": by_name(numbers, numbers.values())},
+            [coco_table(numbers)],
+            by_name(numbers, numbers.values(), 100),
+        )
 
     def write_submission(self, path: Path, records: Sequence[Record]) -> None:
         """Writes COCO's result format, the file that its server scores.
@@ -264,3 +209,11 @@ class COCOGroundTruth(GroundTruthSet):
                     "bbox": [x1, y1, x2 - x1, y2 - y1],
                     "score": value,
                 }
+
+
+def _counts(images: Collection[str], with_detections: int, detections: int) -> dict[str, int]:
+    return {
+        "images": len(images),
+        "images_with_detections": with_detections,
+        "detections": detections,
+    }

@@ -16,6 +16,8 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
+from deformnet.metrics.numbers import by_name, scaled
+
 IGNORE = 255
 """Label of pixels that are not scored."""
 
@@ -40,9 +42,9 @@ class SegmentationScores:
     def to_json(self, classes: Sequence[str]) -> dict[str, object]:
         """Plain numbers for a JSON file, with None for NaN and the IoU by class name."""
         return {
-            "mean_iou": _or_none(self.mean_iou),
-            "pixel_accuracy": _or_none(self.pixel_accuracy),
-            "iou": _by_name(classes, self.iou),
+            "mean_iou": scaled(self.mean_iou),
+            "pixel_accuracy": scaled(self.pixel_accuracy),
+            "iou": by_name(classes, self.iou),
         }
 
 
@@ -121,9 +123,9 @@ class SizeScores:
     def to_json(self, classes: Sequence[str]) -> dict[str, object]:
         """Plain numbers for a JSON file, with None for NaN and the IoU by class name."""
         return {
-            "mean_iou": _or_none(self.mean_iou),
+            "mean_iou": scaled(self.mean_iou),
             "objects": self.objects,
-            "iou": _by_name(classes, self.iou),
+            "iou": by_name(classes, self.iou),
         }
 
 
@@ -290,11 +292,3 @@ def _ratio(part: Tensor, whole: Tensor) -> Tensor:
 
 def _mean(values: Tensor) -> float:
     return float(values.nanmean())
-
-
-def _or_none(value: float) -> float | None:
-    return None if math.isnan(value) else value
-
-
-def _by_name(classes: Sequence[str], values: Sequence[float]) -> dict[str, float | None]:
-    return {name: _or_none(value) for name, value in zip(classes, values, strict=True)}

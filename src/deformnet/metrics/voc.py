@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from deformnet._text import Table, percent
+from deformnet.metrics.numbers import by_name
 
 Method = Literal["11-point", "area"]
 """How AP is computed from the curve of precision and recall.
@@ -70,12 +71,9 @@ class VOCScores:
     def to_json(self) -> dict[str, object]:
         """Plain numbers for a JSON file, None for NaN, by thresholds ("0.5") and classes."""
         keys = [f"{iou:g}" for iou in self.ious]
-        by_class = [
-            {name: _or_none(value) for name, value in zip(self.classes, values, strict=True)}
-            for values in self.ap
-        ]
+        by_class = [by_name(self.classes, values) for values in self.ap]
         return {
-            "mean_ap": dict(zip(keys, map(_or_none, self.mean_ap), strict=True)),
+            "mean_ap": by_name(keys, self.mean_ap),
             "ap": dict(zip(keys, by_class, strict=True)),
             "objects": dict(zip(self.classes, self.objects, strict=True)),
         }
@@ -290,7 +288,3 @@ def _array(values: Array) -> np.ndarray:
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else math.nan
-
-
-def _or_none(value: float) -> float | None:
-    return None if math.isnan(value) else value

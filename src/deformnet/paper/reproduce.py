@@ -87,7 +87,7 @@ def reproduce(
         "train_split": train_split,
         "test_split": test_split,
         "paper": dict(row.paper),
-        "measured": {} if scored.scores is None else scored.scores.summary(),
+        "measured": {} if scored.scores is None else scored.scores.summary,
         "metrics": scored.to_json(),
         "choices": [*row.choices],
     }

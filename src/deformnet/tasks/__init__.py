@@ -3,6 +3,10 @@
 `task_of` is the only place that knows which recipe belongs to which task.
 """
 
+from deformnet._errors import require_extra
+
+require_extra(__name__, "train", "torchvision", "torchmetrics", "tqdm")
+
 from deformnet.recipes import ClassifierRecipe, DetectorRecipe, Recipe, SegmentationRecipe
 from deformnet.tasks.base import DataIdentity, Processes, SingleProcess, Task, TaskOptions
 from deformnet.tasks.classification import ClassificationTask

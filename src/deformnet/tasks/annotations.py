@@ -115,32 +115,36 @@ class Images(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+def names_of(images: Images) -> list[str]:
+    """The names of all images of a data set, in its order."""
+    return [images.name(index) for index in range(len(images))]
+
+
 class AnnotatedImages:
     """Images with ground truth to look at.
 
-    Attributes:
+    Args:
         images: the data set.
-        load: reads the image of an index and its annotation.
+        load: reads the image of an index, uint8 [3, H, W], and its annotation.
         countable: names of the classes of single objects ("car"), not of stuff ("sky").
         objects_are: rule by which objects are found, a sentence to format with `classes`.
     """
 
-    images: Images
-    load: Callable[[int], tuple[Tensor, Annotation]]
-    countable: tuple[str, ...] = ()
-    objects_are: str = ""
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        return self.images.classes
+    def __init__(
+        self,
+        images: Images,
+        load: Callable[[int], tuple[Tensor, Annotation]],
+        countable: tuple[str, ...] = (),
+        objects_are: str = "",
+    ) -> None:
+        self.classes = images.classes
+        self.names = names_of(images)
+        self._load = load
+        self.countable = countable
+        self.objects_are = objects_are
 
     def __len__(self) -> int:
-        return len(self.images)
-
-    def name(self, index: int) -> str:
-        return self.images.name(index)
+        return len(self.names)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Annotation]:
-        """An image uint8 [3, H, W] and its ground truth."""
-        return self.load(index)
+        return self._load(index)

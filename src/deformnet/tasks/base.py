@@ -1,11 +1,11 @@
 """The protocol of a task: everything that differs between segmentation, detection, classification.
 
 A task opens data sets, and what it returns carries its own behavior: a `TrainingSet` makes batches,
-a `Batch` computes its losses, an `EvaluationSet` scores a network, `Scores` print themselves, a
-`Predictor` takes images. The layers above work with these alone and never see a task's samples.
+a `Batch` computes its losses, an `EvaluationSet` scores a network, a `Predictor` takes images. The
+layers above work with these alone and never see a task's samples.
 
-A new task is one module: a subclass of `Task` with its sets, scores and predictor, and a line in
-`deformnet.tasks.task_of`.
+A new task is one module: a subclass of `Task` with its sets and its predictor, and a line in
+`deformnet.tasks.task_of`. Networks that give logits need less; see `deformnet.tasks.labeling`.
 """
 
 import hashlib
@@ -13,18 +13,22 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import ClassVar, Protocol, Self, TypeVar
+from typing import ClassVar, Generic, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from deformnet._errors import UserError
 from deformnet._text import Table
+from deformnet.data.files import listing
 from deformnet.recipes import Recipe, ScoreAt, TestTimeAugmentation
-from deformnet.tasks.annotations import AnnotatedImages, Images
-from deformnet.tasks.predictor import Predictor
+from deformnet.tasks.annotations import AnnotatedImages, Images, names_of
+from deformnet.tasks.predictor import Device, Predictor
 
 _T = TypeVar("_T")
+_Sample = TypeVar("_Sample")
+_RecipeT = TypeVar("_RecipeT", bound=Recipe)
+_ImagesT = TypeVar("_ImagesT", bound=Images)
 
 
 @dataclass(frozen=True)
@@ -63,18 +67,24 @@ class TaskOptions:
 
 
 class Processes(Protocol):
-    """The processes that share an evaluation."""
+    """The processes that share an evaluation.
+
+    Attributes:
+        device: where this process computes.
+        workers: processes that load images for this one; 0 loads them in this one.
+        progress: show a progress bar, in the first process.
+    """
 
     @property
     def rank(self) -> int: ...
-
     @property
     def count(self) -> int: ...
-
     @property
-    def device(self) -> torch.device:
-        """Where this process computes."""
-        ...
+    def device(self) -> torch.device: ...
+    @property
+    def workers(self) -> int: ...
+    @property
+    def progress(self) -> bool: ...
 
     def gather(self, value: _T, /) -> list[_T]:
         """The values of all processes in order of their ranks, in every process.
@@ -90,6 +100,8 @@ class SingleProcess:
     """`Processes` of a program that runs alone."""
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    workers: int = 0
+    progress: bool = False
     rank: int = 0
     count: int = 1
 
@@ -118,16 +130,21 @@ class Batch(Protocol):
         ...
 
 
-class TrainingSet(ABC):
+class TrainingSet(ABC, Generic[_Sample]):
     """Images with ground truth to train on, randomly transformed.
 
+    Args:
+        images: the data set.
+        proposals: digest of the stored proposals of a detector.
     Attributes:
         identity: what a run remembers of the data.
         groups: a number for each image, if a batch should hold images of one number only.
     """
 
-    identity: DataIdentity
     groups: Sequence[int] | None = None
+
+    def __init__(self, images: Images, proposals: str | None = None) -> None:
+        self.identity = DataIdentity.of(images.classes, names_of(images), proposals)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -137,28 +154,35 @@ class TrainingSet(ABC):
         return self.identity.images
 
     @abstractmethod
+    def sample(self, index: int) -> _Sample:
+        """An image with random transforms; all randomness comes from torch's generator."""
+
+    @abstractmethod
+    def collate(self, samples: Sequence[_Sample]) -> Batch:
+        """Makes a batch of samples."""
+
     def batch(self, indices: Sequence[int], seeds: Sequence[int]) -> Batch:
         """The images of these indices as a batch.
 
         Args:
             seeds: one for each image; all randomness of its sample follows from it.
         """
+        return self.collate(seeded(self.sample, indices, seeds))
 
 
-class Scores(ABC):
-    """The result of an evaluation, the same in every process."""
+@dataclass(frozen=True)
+class Scores:
+    """The result of an evaluation, the same in every process.
 
-    @abstractmethod
-    def to_json(self) -> dict[str, object]:
-        """Entries of `metrics.json`: fractions from 0 to 1, None instead of NaN."""
+    Attributes:
+        json: entries of `metrics.json`: fractions from 0 to 1, None instead of NaN.
+        table: scores in percent, by class where there are such; the title names the metric.
+        summary: scores in percent, by the names in the paper's tables ("mean IoU", "mAP@0.5").
+    """
 
-    @abstractmethod
-    def table(self) -> Table:
-        """Scores in percent, by class where there are such; the title names the metric."""
-
-    @abstractmethod
-    def summary(self) -> dict[str, float | None]:
-        """Scores in percent, by the names in the paper's tables ("mean IoU", "mAP@0.5")."""
+    json: dict[str, object]
+    table: Table
+    summary: dict[str, float | None]
 
     def save(self, folder: Path, suffix: str = "") -> dict[str, str]:
         """Writes the predictions that were scored, if the task keeps them.
@@ -180,22 +204,18 @@ class EvaluationSet(ABC):
 
     def __init__(self, images: Images) -> None:
         self.classes = images.classes
-        self.names = [images.name(index) for index in range(len(images))]
+        self.names = names_of(images)
 
     def __len__(self) -> int:
         return len(self.names)
 
     @abstractmethod
-    def evaluate(
-        self, model: nn.Module, processes: Processes, *, workers: int = 0, progress: bool = False
-    ) -> Scores:
+    def evaluate(self, model: nn.Module, processes: Processes) -> Scores:
         """Scores a network; any number of processes gives the same scores to the last bit.
 
         Args:
             model: the network of the task's recipe.
             processes: share the images; all of them call this method.
-            workers: processes that load images, for each of them.
-            progress: show a progress bar, in the first process.
         """
 
 
@@ -206,19 +226,11 @@ class ProposalSet(ABC):
     def __len__(self) -> int: ...
 
     @abstractmethod
-    def write(
-        self,
-        model: nn.Module,
-        path: Path,
-        processes: Processes,
-        *,
-        workers: int = 0,
-        progress: bool = False,
-    ) -> None:
-        """Writes the proposals into a file, in the first process; arguments as of `evaluate`."""
+    def write(self, model: nn.Module, path: Path, processes: Processes) -> None:
+        """Writes the proposals into a file, in the first process."""
 
 
-class Task(ABC):
+class Task(ABC, Generic[_RecipeT, _ImagesT]):
     """What a kind of network is trained and evaluated for.
 
     Args:
@@ -235,10 +247,13 @@ class Task(ABC):
     loss_terms: tuple[str, ...] = ()
     localizes: ClassVar[bool] = True
 
-    def __init__(self, recipe: Recipe, options: TaskOptions) -> None:
+    def __init__(self, recipe: _RecipeT, options: TaskOptions) -> None:
+        defaults = TaskOptions()
         for option in fields(options):
-            if option.name not in self.accepts and _is_set(options, option.name):
+            changed = getattr(options, option.name) != getattr(defaults, option.name)
+            if changed and option.name not in self.accepts:
                 raise UserError(f"{option.name} does not apply to {recipe.network}")
+        self.recipe = recipe
         self.network = recipe.network
         self.options = options
 
@@ -246,11 +261,10 @@ class Task(ABC):
     def splits(self, root: Path) -> list[str]:
         """The splits of the data set in a folder."""
 
-    @abstractmethod
     def training_set(self, root: Path, split: str) -> TrainingSet:
         """Opens images to train on."""
+        return self._training_set(self._open(root, split))
 
-    @abstractmethod
     def evaluation_set(
         self, root: Path, split: str, trained_on: DataIdentity | None = None
     ) -> EvaluationSet:
@@ -259,23 +273,21 @@ class Task(ABC):
         Args:
             trained_on: the training data of the network, whose classes the images must have.
         """
+        return self._evaluation_set(self._checked(root, split, trained_on))
 
     def proposal_set(self, root: Path, split: str, trained_on: DataIdentity) -> ProposalSet:
         """Opens images to make proposals for; for detectors only."""
         raise UserError(f"expected a detector, which makes proposals, but got {self.network}")
 
-    @abstractmethod
     def annotated(
         self, root: Path, split: str, trained_on: DataIdentity | None = None
     ) -> AnnotatedImages:
         """Opens images with ground truth to look at; arguments as of `evaluation_set`."""
+        return self._annotated(self._checked(root, split, trained_on))
 
     @abstractmethod
     def predictor(
-        self,
-        model: nn.Module,
-        trained_on: DataIdentity,
-        device: torch.device | str | None = None,
+        self, model: nn.Module, trained_on: DataIdentity, device: Device = None
     ) -> Predictor:
         """The predictor of a trained network.
 
@@ -284,8 +296,31 @@ class Task(ABC):
             device: where to compute; None takes a GPU if there is one.
         """
 
-    def freeze(self, model: nn.Module) -> None:  # noqa: B027 (most tasks train everything)
+    def freeze(self, model: nn.Module) -> None:
         """Excludes from training the parts of the network that learn nothing in this task."""
+
+    @abstractmethod
+    def _open(self, root: Path, split: str) -> _ImagesT:
+        """Opens the data set in a folder."""
+
+    @abstractmethod
+    def _training_set(self, images: _ImagesT) -> TrainingSet: ...
+
+    @abstractmethod
+    def _evaluation_set(self, images: _ImagesT) -> EvaluationSet: ...
+
+    @abstractmethod
+    def _annotated(self, images: _ImagesT) -> AnnotatedImages: ...
+
+    def _checked(self, root: Path, split: str, trained_on: DataIdentity | None) -> _ImagesT:
+        """The data set, if it has the classes that a network was trained on."""
+        images = self._open(root, split)
+        if trained_on is not None and tuple(images.classes) != tuple(trained_on.classes):
+            raise UserError(
+                f"{root}: expected the classes that the network was trained on "
+                f"({listing(trained_on.classes)}), but got {listing(images.classes)}"
+            )
+        return images
 
 
 def seeded(make: Callable[[int], _T], indices: Sequence[int], seeds: Sequence[int]) -> list[_T]:
@@ -296,22 +331,3 @@ def seeded(make: Callable[[int], _T], indices: Sequence[int], seeds: Sequence[in
             torch.default_generator.manual_seed(seed)
             samples.append(make(index))
     return samples
-
-
-def require_classes(root: Path, classes: tuple[str, ...], trained_on: DataIdentity | None) -> None:
-    """Refuses a data set whose classes are not those that a network was trained on."""
-    if trained_on is not None and tuple(classes) != tuple(trained_on.classes):
-        raise UserError(
-            f"{root}: expected the classes that the network was trained on "
-            f"({_listed(trained_on.classes)}), but got {_listed(classes)}"
-        )
-
-
-def _is_set(options: TaskOptions, name: str) -> bool:
-    return getattr(options, name) != getattr(TaskOptions(), name)
-
-
-def _listed(names: Sequence[str]) -> str:
-    """Names in a line that stays readable for a thousand of them."""
-    more = f" and {len(names) - 30} more" if len(names) > 30 else ""
-    return ", ".join(names[:30]) + more

@@ -1,6 +1,6 @@
 """Images that users pass in: files, folders, and pixels in any common form."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from deformnet._errors import UserError
+from deformnet._files import replacing
 from deformnet.data.files import read_image
 
 ImageInput = str | Path | Image.Image | np.ndarray | Tensor
@@ -79,17 +80,7 @@ def find_images(paths: Sequence[str | Path]) -> list[Path]:
     return files
 
 
-def read_images(paths: Sequence[Path]) -> Iterator[tuple[Path, Tensor | str]]:
-    """Reads files one by one.
-
-    Yields:
-        Each file with its image, uint8 [3, H, W], turned as its EXIF orientation says; or with one
-        line about what is wrong, which names the file.
-    """
-    for path in paths:
-        try:
-            yield path, read_image(path, upright=True)
-        except OSError as error:
-            yield path, f"{path}: {error.strerror or error}"
-        except ValueError as error:
-            yield path, str(error)
+def write_picture(path: Path, picture: Image.Image) -> None:
+    """Writes a picture as JPEG of high quality, as a whole or not at all."""
+    with replacing(path) as file:
+        picture.save(file, format="JPEG", quality=92, subsampling=0)

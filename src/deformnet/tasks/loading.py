@@ -3,15 +3,20 @@
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, TypeVar
 
+import torch
+from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from deformnet.tasks.base import Processes
 
+_S = TypeVar("_S")
 _S_co = TypeVar("_S_co", covariant=True)
+_T = TypeVar("_T")
 
 
 class Samples(Protocol[_S_co]):
@@ -30,26 +35,39 @@ class _Numbered(Dataset[tuple[int, _S_co]]):
         return index, self.samples[index]
 
 
-def shared(
-    samples: Samples[_S_co], processes: Processes, *, workers: int, progress: bool
-) -> Iterator[tuple[int, _S_co]]:
-    """The samples that fall to this process, each with its index.
-
-    Args:
-        workers: processes that load samples; 0 loads them in this one.
-        progress: show a progress bar, in the first process.
-    """
-    mine = range(processes.rank, len(samples), processes.count)
+def shared(samples: Samples[_S_co], processes: Processes) -> Iterator[tuple[int, _S_co]]:
+    """The samples that fall to this process, each with its index."""
     loader = DataLoader(
         _Numbered(samples),
-        sampler=mine,
+        sampler=range(processes.rank, len(samples), processes.count),
         batch_size=None,
-        num_workers=workers,
+        num_workers=processes.workers,
         worker_init_fn=ignore_interrupts,
         pin_memory=processes.device.type == "cuda",
     )
-    hidden = not progress or processes.rank > 0
+    hidden = not processes.progress or processes.rank > 0
     return iter(tqdm(loader, desc="evaluation", disable=True if hidden else None))
+
+
+def predictions(
+    samples: Samples[_S], predict: Callable[[_S], _T], processes: Processes
+) -> list[_T]:
+    """The predictions for all samples in their order, made by all processes."""
+    own = [(index, predict(sample)) for index, sample in shared(samples, processes)]
+    by_index = dict(pair for part in processes.gather(own) for pair in part)
+    return [by_index[index] for index in range(len(samples))]
+
+
+def stack(images: Sequence[Tensor], padding: float = 0) -> Tensor:
+    """Stacks images [..., h, w] of different sizes, padded on the right and at the bottom."""
+    height, width = (max(image.shape[side] for image in images) for side in (-2, -1))
+    return torch.stack([pad(image, height, width, padding) for image in images])
+
+
+def pad(images: Tensor, height: int, width: int, padding: float = 0) -> Tensor:
+    """Pads images [..., h, w] on the right and at the bottom."""
+    h, w = images.shape[-2:]
+    return F.pad(images, (0, width - w, 0, height - h), value=padding)
 
 
 def ignore_interrupts(worker: int) -> None:

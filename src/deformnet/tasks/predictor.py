@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import ClassVar, Generic, NamedTuple, TypeVar, overload
 
@@ -9,13 +10,16 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
+from deformnet._files import replacing
+from deformnet.data.files import read_image
 from deformnet.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Resize
 from deformnet.tasks.annotations import Annotation
-from deformnet.tasks.images import ImageInput, as_image
+from deformnet.tasks.images import ImageInput, as_image, require_image
 
-_P = TypeVar("_P", covariant=True)
+_P = TypeVar("_P")
 _Pair = tuple[float, float]
 Size = tuple[int, int]
+Device = torch.device | str | None
 
 
 class Prepared(NamedTuple):
@@ -32,12 +36,6 @@ class Prepared(NamedTuple):
     input: Tensor
     scale: _Pair
     corner: _Pair = (0, 0)
-
-    @classmethod
-    def whole(cls, input: Tensor, image: Tensor) -> "Prepared":
-        """The input that an image was resized to."""
-        (height, width), (h, w) = image.shape[-2:], input.shape[-2:]
-        return cls(input, (h / height, w / width))
 
     @property
     def size(self) -> Size:
@@ -88,6 +86,12 @@ class Inference:
 class Predictor(ABC, Generic[_P]):
     """A trained network that takes images of any size.
 
+    Args:
+        model: the network.
+        classes: names of its labels, without the background of detectors.
+        short_side: shorter side of the network's input, in pixels.
+        max_side: bound on the longer side, which wins over `short_side`; None for none.
+        device: where to compute; None takes a GPU if there is one.
     Attributes:
         model: the network, in evaluation mode on `device`.
         classes: names of the labels.
@@ -96,28 +100,29 @@ class Predictor(ABC, Generic[_P]):
         has_boxes: whether it predicts boxes.
         has_picture: whether `Annotation.draw` gives pictures of its predictions.
         sees_conv5: whether its predictions depend on conv5, where deformable layers are.
+        lines: name of the file with a line for each image, if `write` makes one.
     """
 
     pooling: str | None = None
     has_boxes: ClassVar[bool] = False
     has_picture: ClassVar[bool] = True
     sees_conv5: bool = True
+    lines: ClassVar[str | None] = None
 
     def __init__(
         self,
         model: nn.Module,
         classes: Sequence[str],
-        device: torch.device | str | None = None,
+        short_side: int,
+        max_side: int | None,
+        device: Device = None,
     ) -> None:
-        """
-        Args:
-            device: where to compute; None takes a GPU if there is one.
-        """
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(device)
         self.classes = tuple(classes)
         self.model = ready(model, self.device)
+        self._preparation = preparation(short_side, max_side)
 
     @overload
     def __call__(self, image: ImageInput, /) -> _P: ...
@@ -139,19 +144,23 @@ class Predictor(ABC, Generic[_P]):
             return [self.predict(as_image(one)) for one in image]
         return self.predict(as_image(image))
 
-    @abstractmethod
+    @torch.inference_mode()
     def predict(self, image: Tensor) -> _P:
         """The prediction of an image uint8 [3, H, W], on the CPU."""
+        return self._predict(self.prepare(image), (image.shape[1], image.shape[2]))
 
-    @abstractmethod
     def annotate(self, image: Tensor) -> Annotation:
         """The same, as what can be drawn and listed."""
+        return self._annotation(self.predict(image), (image.shape[1], image.shape[2]))
 
-    @abstractmethod
     def prepare(self, image: Tensor) -> Prepared:
         """The input of the network for an image uint8 [3, H, W]."""
+        batch = self._preparation(require_image(image))[None]
+        (height, width), (h, w) = image.shape[-2:], batch.shape[-2:]
+        batch = batch.to(self.device, memory_format=torch.channels_last)
+        return Prepared(batch, (h / height, w / width))
 
-    @abstractmethod
+    @torch.no_grad()
     def infer(self, prepared: Prepared, size: Size) -> Inference:
         """Runs the network once, without test-time augmentation.
 
@@ -159,19 +168,29 @@ class Predictor(ABC, Generic[_P]):
             prepared: the image.
             size: its height and width before it was prepared.
         """
+        return Inference(self._annotation(self._predict(prepared, size), size))
 
     def arguments(self, prepared: Prepared) -> tuple[object, ...]:
         """The arguments to call `model` with."""
         return (prepared.input,)
 
     @abstractmethod
+    def _predict(self, prepared: Prepared, size: Size) -> _P:
+        """The prediction of one pass, on the CPU; arguments as of `infer`."""
+
+    @abstractmethod
+    def _annotation(self, prediction: _P, size: Size) -> Annotation:
+        """A prediction for an image of this height and width, as what can be drawn and listed."""
+
     def write(
         self, files: Sequence[Path], out: Path, *, threshold: float = 0.5
     ) -> Iterator[tuple[Path, str | None]]:
         """Predicts image files into a folder.
 
+        The file `lines` is replaced when all images are done; an interruption leaves an older one.
+
         Args:
-            files: as `find_images` returns them.
+            files: as `find_images` returns them; read as their EXIF orientation says.
             out: the folder.
             threshold: least score of a box that is drawn.
         Yields:
@@ -179,6 +198,23 @@ class Predictor(ABC, Generic[_P]):
         Raises:
             OSError: if a result cannot be written.
         """
+        with replacing(out / self.lines) if self.lines else nullcontext() as lines:
+            for path in files:
+                try:
+                    image = read_image(path, upright=True)
+                except OSError as error:
+                    yield path, f"{path}: {error.strerror or error}"
+                except ValueError as error:
+                    yield path, str(error)
+                else:
+                    line = self._write(path, image, out, threshold)
+                    if lines is not None:
+                        lines.write(f"{line}\n".encode())
+                    yield path, None
+
+    @abstractmethod
+    def _write(self, path: Path, image: Tensor, out: Path, threshold: float) -> str | None:
+        """Predicts an image of this path; the pictures go into `out`, the line is returned."""
 
 
 def ready(model: nn.Module, device: torch.device) -> nn.Module:

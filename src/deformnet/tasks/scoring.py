@@ -3,14 +3,14 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
 from deformnet._errors import UserError
 from deformnet.data.boxes import DetectionDataset
 from deformnet.data.coco import COCODetection
-from deformnet.data.detection import detection_splits, open_detection
+from deformnet.data.opening import detection_splits, open_detection
 from deformnet.metrics.detections import read_detections, read_objects
 from deformnet.metrics.scoring import (
     COCOGroundTruth,
@@ -18,7 +18,8 @@ from deformnet.metrics.scoring import (
     GroundTruthSet,
     NamedGroundTruth,
 )
-from deformnet.metrics.voc import GroundTruth
+from deformnet.metrics.voc import GroundTruth, Method
+from deformnet.tasks.annotations import names_of
 
 
 def score(
@@ -45,10 +46,10 @@ def score(
             are not in the ground truth.
     """
     boxes, data = Path(boxes).expanduser(), Path(data).expanduser()
-    ground_truth = _open(data, split)
+    ground_truth = _open(data, split, ious)
     if boxes.suffix != ".json":
         records = read_detections(boxes, ground_truth.classes)
-        return ground_truth.score(records, source=str(boxes), ious=ious)
+        return ground_truth.score(records, str(boxes))
     if not isinstance(ground_truth, COCOGroundTruth):
         raise UserError(
             f"{boxes}: COCO results number their images, but {data} is not COCO data; "
@@ -60,9 +61,16 @@ def score(
     return ground_truth.score_results(results, str(boxes))
 
 
-def ground_truth_of(dataset: DetectionDataset) -> GroundTruthSet:
+def ground_truth_of(
+    dataset: DetectionDataset,
+    ious: Sequence[float] = (0.5, 0.7),
+    methods: Sequence[Method] = get_args(Method),
+) -> GroundTruthSet:
     """The ground truth of a data set: COCO's for COCO data, named boxes for other.
 
+    Args:
+        ious: thresholds of VOC AP.
+        methods: of VOC AP.
     Raises:
         UserError: if the ground truth is not published.
     """
@@ -74,15 +82,14 @@ def ground_truth_of(dataset: DetectionDataset) -> GroundTruthSet:
                 "its server"
             )
         return coco_ids(dataset)
-    names = map(dataset.name, range(len(dataset)))
-    images = {name: GroundTruth(*dataset.annotations(i)) for i, name in enumerate(names)}
-    return NamedGroundTruth(images, dataset.classes)
+    names = enumerate(names_of(dataset))
+    images = {name: GroundTruth(*dataset.annotations(index)) for index, name in names}
+    return NamedGroundTruth(images, dataset.classes, ious, methods)
 
 
 def coco_ids(dataset: COCODetection) -> COCOGroundTruth:
     """The annotation files of a COCO data set, and the ids of its images and classes."""
-    names = [dataset.name(i) for i in range(len(dataset))]
-    images = dict(zip(names, dataset.image_ids.tolist(), strict=True))
+    images = dict(zip(names_of(dataset), dataset.image_ids.tolist(), strict=True))
     classes = dict(zip(dataset.classes, dataset.category_ids, strict=True))
     return COCOGroundTruth(dataset.annotation_files, images, classes)
 
@@ -103,7 +110,7 @@ def submission_path(folder: Path, dataset: COCODetection, name: str) -> Path:
     return folder / f"detections_{dataset.split}_{name}_results.json"
 
 
-def _open(data: Path, split: str | None) -> GroundTruthSet:
+def _open(data: Path, split: str | None, ious: Sequence[float]) -> GroundTruthSet:
     if data.is_dir():
         try:
             splits = detection_splits(data)
@@ -114,17 +121,17 @@ def _open(data: Path, split: str | None) -> GroundTruthSet:
             if split is None:
                 known = ", ".join(splits) or "none"
                 raise UserError(f"{data}: expected a split (--split), one of: {known}")
-            return ground_truth_of(open_detection(data, split))
+            return ground_truth_of(open_detection(data, split), ious)
     if split is not None:
         raise UserError(f"{data}: expected no split, as it has none, but got {split!r}")
     if data.is_dir():
-        return _open_texts(data)
+        return _open_texts(data, ious)
     if not data.is_file():
         raise FileNotFoundError(f"{data}: no such file or folder")
     return _open_coco(data)
 
 
-def _open_texts(data: Path) -> NamedGroundTruth:
+def _open_texts(data: Path, ious: Sequence[float]) -> NamedGroundTruth:
     objects = read_objects(data)
     classes = tuple(sorted({name for record in objects for name in record.classes}))
     if not classes:
@@ -133,7 +140,7 @@ def _open_texts(data: Path) -> NamedGroundTruth:
     for record in objects:
         labels = np.array([classes.index(name) for name in record.classes], dtype=np.int64)
         images[record.image] = GroundTruth(record.boxes, labels, np.zeros(len(labels), dtype=bool))
-    return NamedGroundTruth(images, classes)
+    return NamedGroundTruth(images, classes, ious)
 
 
 def _open_coco(file: Path) -> COCOGroundTruth:

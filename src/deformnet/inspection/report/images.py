@@ -45,7 +45,7 @@ class AnalyzedImages:
         return self._count
 
     def name(self, index: int) -> str:
-        return self.annotated.name(index)
+        return self.annotated.names[index]
 
     def __getitem__(self, index: int) -> tuple[Tensor, Contents]:
         image, annotation = self.annotated[index]

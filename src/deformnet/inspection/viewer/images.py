@@ -118,7 +118,7 @@ class DataSetImages:
 
     def __init__(self, images: AnnotatedImages) -> None:
         self._images = images
-        self.names: Sequence[str] = [images.name(index) for index in range(len(images))]
+        self.names: Sequence[str] = images.names
 
     def load(self, index: int) -> Sample:
         return Sample(*self._images[index])

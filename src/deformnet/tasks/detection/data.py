@@ -6,7 +6,6 @@ from typing import NamedTuple, Self, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from torchvision import tv_tensors
@@ -17,7 +16,8 @@ from deformnet.data.transforms import detection_transforms
 from deformnet.models.detection.detector import Detector, Size, Target
 from deformnet.recipes import DetectorRecipe
 from deformnet.tasks.annotations import Annotation, Contents, Thing
-from deformnet.tasks.base import DataIdentity, TrainingSet, seeded
+from deformnet.tasks.base import TrainingSet
+from deformnet.tasks.loading import pad, stack
 from deformnet.tasks.proposals import StoredProposals
 from deformnet.visualization.drawing import draw_boxes
 
@@ -62,8 +62,7 @@ class Batch(NamedTuple):
         return len(self.sizes)
 
     def padded(self, height: int, width: int) -> "Batch":
-        h, w = self.images.shape[2:]
-        return self._replace(images=F.pad(self.images, (0, width - w, 0, height - h)))
+        return self._replace(images=pad(self.images, height, width))
 
     def losses(self, model: nn.Module) -> dict[str, Tensor]:
         images = self.images.contiguous(memory_format=torch.channels_last)
@@ -74,22 +73,17 @@ class Batch(NamedTuple):
 
 def collate(samples: Sequence[Sample]) -> Batch:
     """Makes a batch of images of different sizes."""
-    sizes = [(sample.image.shape[1], sample.image.shape[2]) for sample in samples]
-    height, width = (max(side) for side in zip(*sizes, strict=True))
-    images = samples[0].image.new_zeros(len(samples), 3, height, width)
-    for n, (sample, (h, w)) in enumerate(zip(samples, sizes, strict=True)):
-        images[n, :, :h, :w] = sample.image
-    proposals = [sample.proposals for sample in samples if sample.proposals is not None]
+    images, targets, proposals, seeds = zip(*samples, strict=True)
     return Batch(
-        images,
-        sizes,
-        [sample.target for sample in samples],
-        proposals or None,
-        [sample.seed for sample in samples],
+        stack(images),
+        [(image.shape[1], image.shape[2]) for image in images],
+        list(targets),
+        [boxes for boxes in proposals if boxes is not None] or None,
+        list(seeds),
     )
 
 
-class DetectionTrainingSet(TrainingSet):
+class DetectionTrainingSet(TrainingSet[Sample]):
     """Images with their objects, and their stored proposals, with random transforms."""
 
     def __init__(
@@ -97,9 +91,7 @@ class DetectionTrainingSet(TrainingSet):
     ) -> None:
         if not images.has_ground_truth:
             raise UserError(f"{images.root}: expected objects to train on, but none are published")
-        stored = None if proposals is None else proposals.digest
-        names = map(images.name, range(len(images)))
-        self.identity = DataIdentity.of(images.classes, names, stored)
+        super().__init__(images, None if proposals is None else proposals.digest)
         if recipe.batch > 1:  # landscape and portrait apart, so that less of a batch is padding
             sizes = [images.size(index) for index in range(len(images))]
             self.groups = [int(width >= height) for height, width in sizes]
@@ -110,11 +102,10 @@ class DetectionTrainingSet(TrainingSet):
             short_side=recipe.short_side, max_side=recipe.max_side, flip=recipe.flip
         )
 
-    def batch(self, indices: Sequence[int], seeds: Sequence[int]) -> Batch:
-        return collate(seeded(self.sample, indices, seeds))
+    def collate(self, samples: Sequence[Sample]) -> Batch:
+        return collate(samples)
 
     def sample(self, index: int) -> Sample:
-        """An image with random transforms."""
         image, objects = self._images[index]
         if self._proposals is not None:
             objects = _with_proposals(objects, self._proposals[self._images.name(index)])

@@ -1,10 +1,9 @@
 """Detectors on whole sets of images: average precision, recall of proposals, proposals in files."""
 
-from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,249 +13,145 @@ from deformnet._text import Table, percent
 from deformnet.data.boxes import DetectionDataset
 from deformnet.data.coco import COCODetection
 from deformnet.metrics.detections import Record, write_detections
-from deformnet.metrics.scoring import COCOGroundTruth, DetectionScores
+from deformnet.metrics.scoring import COCOGroundTruth
 from deformnet.metrics.voc import Method
-from deformnet.models.detection.detector import Detections
+from deformnet.tasks.annotations import names_of
 from deformnet.tasks.base import EvaluationSet, Processes, ProposalSet, Scores
 from deformnet.tasks.detection.predictor import DetectionPredictor
-from deformnet.tasks.loading import Samples, shared
+from deformnet.tasks.loading import predictions
+from deformnet.tasks.predictor import Device
 from deformnet.tasks.proposals import StoredProposals, write_proposals
 from deformnet.tasks.scoring import coco_ids, ground_truth_of, submission_path
 
-_S = TypeVar("_S")
-_T = TypeVar("_T")
-MakePredictor = Callable[[nn.Module, torch.device], DetectionPredictor]
+MakePredictor = Callable[[nn.Module, Device], DetectionPredictor]
+Scoring = Callable[[list[Record]], Scores]
+"""Compares the detections of all images, in their order, with their ground truth."""
 
 
-class _Sample(NamedTuple):
-    image: Tensor
-    """As stored, uint8 [3, H, W]."""
-    proposals: Tensor | None
+@dataclass(frozen=True)
+class DetectionScores(Scores):
+    """Scores with the detections that they are of, which go into a file.
 
-
-class DetectionEvaluationSet(EvaluationSet):
-    """Images as they are stored, with their stored proposals. Abstract: a subclass scores.
-
-    Args:
-        images: the data set.
-        proposals: stored proposals that replace the detector's own.
-        predictor: makes the predictor of a network.
+    Attributes:
+        submission: file name and ground truth of a submission to COCO's server, if it scores them.
     """
 
-    def __init__(
-        self,
-        images: DetectionDataset,
-        proposals: StoredProposals | None,
-        predictor: MakePredictor,
-    ) -> None:
-        super().__init__(images)
-        self._images = images
-        self._proposals = proposals
-        self._predictor = predictor
+    records: list[Record]
+    submission: tuple[Path, COCOGroundTruth] | None = None
 
-    def __getitem__(self, index: int) -> _Sample:
-        image, _ = self._images[index]
-        stored = None if self._proposals is None else self._proposals[self.names[index]]
-        return _Sample(image.as_subclass(Tensor), stored)
-
-    def evaluate(
-        self, model: nn.Module, processes: Processes, *, workers: int = 0, progress: bool = False
-    ) -> Scores:
-        predictor = self._predictor(model, processes.device)
-        detections = _of_all_images(
-            self,
-            lambda sample: predictor.predict(sample.image, sample.proposals),
-            *(processes, workers, progress),
-        )
-        return self._score(
-            [
-                Record(
-                    name,
-                    found.boxes.float(),
-                    found.scores.float(),
-                    [predictor.classes[label] for label in found.labels.tolist()],
-                )
-                for name, found in zip(self.names, detections, strict=True)
-            ],
-            detections,
-        )
-
-    @abstractmethod
-    def _score(self, records: list[Record], detections: Sequence[Detections]) -> Scores:
-        """Compares the detections of all images with their ground truth."""
+    def save(self, folder: Path, suffix: str = "") -> dict[str, str]:
+        """Writes `detections{suffix}.jsonl`, and the submission, whose path is returned."""
+        write_detections(folder / f"detections{suffix}.jsonl", self.records)
+        if self.submission is None:
+            return {}
+        name, ground_truth = self.submission
+        ground_truth.write_submission(folder / name, self.records)
+        return {"submission": str(folder / name)}
 
 
-class PrecisionSet(DetectionEvaluationSet):
-    """Images to compute average precision on.
+def precision(images: DetectionDataset, method: Method) -> Scoring:
+    """Scores by VOC AP with this method, or by COCO AP."""
+    ground_truth = ground_truth_of(images, methods=[method])
 
-    Args:
-        method: of VOC AP.
-    """
+    def score(records: list[Record]) -> Scores:
+        scores = ground_truth.score(records)
+        return DetectionScores(scores.json, scores.tables[0], scores.summary, records)
 
-    def __init__(
-        self,
-        images: DetectionDataset,
-        proposals: StoredProposals | None,
-        predictor: MakePredictor,
-        method: Method,
-    ) -> None:
-        super().__init__(images, proposals, predictor)
-        self._ground_truth = ground_truth_of(images)
-        self._method: Method = method
-
-    def _score(self, records: list[Record], detections: Sequence[Detections]) -> Scores:
-        return PrecisionResult(records, self._ground_truth.score(records, methods=[self._method]))
+    return score
 
 
-class SubmissionSet(DetectionEvaluationSet):
-    """COCO images whose objects only COCO's server knows.
-
-    Args:
-        network: name of the method in the submission.
-    """
-
-    def __init__(
-        self,
-        images: COCODetection,
-        proposals: StoredProposals | None,
-        predictor: MakePredictor,
-        network: str,
-    ) -> None:
-        super().__init__(images, proposals, predictor)
-        self._ids = coco_ids(images)
-        self._name = submission_path(Path(), images, network)
-
-    def _score(self, records: list[Record], detections: Sequence[Detections]) -> Scores:
-        return SubmissionResult(records, self._ids, self._name)
+def submission(images: COCODetection, network: str) -> Scoring:
+    """Leaves it to COCO's server to score images whose ground truth is not published."""
+    files = submission_path(Path(), images, network), coco_ids(images)
+    table = Table("no scores: only COCO's server knows the objects", (), ())
+    return lambda records: DetectionScores({}, table, {}, records, files)
 
 
-class RecallSet(DetectionEvaluationSet):
-    """Images to compute the recall of region proposals on."""
+def recall(images: DetectionDataset) -> Scoring:
+    """Scores proposals by the fraction of the objects that one overlaps; None without objects."""
 
-    def _score(self, records: list[Record], detections: Sequence[Detections]) -> Scores:
+    def score(records: list[Record]) -> Scores:
         best = []
-        for index, proposals in enumerate(detections):
-            objects = self._images.annotations(index)
+        for index, proposals in enumerate(records):
+            objects = images.annotations(index)
             boxes = objects.boxes.as_subclass(Tensor)[~objects.ignored]
-            nothing = boxes.new_zeros(len(boxes), 1)
-            best.append(torch.cat([nothing, box_iou(boxes, proposals.boxes)], dim=1).amax(dim=1))
+            overlaps = box_iou(boxes, torch.as_tensor(proposals.boxes))
+            best.append(torch.cat([boxes.new_zeros(len(boxes), 1), overlaps], dim=1).amax(dim=1))
         overlaps = torch.cat(best)
-        recall = {
+        by_iou = {
             str(iou): float((overlaps >= iou).float().mean()) if len(overlaps) else None
             for iou in (0.5, 0.7)
         }
-        return RecallResult(records, recall)
+        rows = [(f"IoU {iou}", percent(value, 1)) for iou, value in by_iou.items()]
+        table = Table("Recall of proposals", (), rows)
+        return DetectionScores({"recall": by_iou}, table, {}, records)
+
+    return score
 
 
-@dataclass(frozen=True)
-class DetectionResult(Scores):
-    """Scores with the detections that they are of, which go into a file."""
+class Sample(NamedTuple):
+    """An image as stored, uint8 [3, H, W], and its stored proposals, if there are any."""
 
-    records: list[Record]
-
-    def save(self, folder: Path, suffix: str = "") -> dict[str, str]:
-        """Writes `detections{suffix}.jsonl`."""
-        write_detections(folder / f"detections{suffix}.jsonl", self.records)
-        return {}
+    image: Tensor
+    proposals: Tensor | None
 
 
-@dataclass(frozen=True)
-class PrecisionResult(DetectionResult):
-    """VOC AP or COCO AP."""
+class Samples:
+    """Images of a data set, which workers load.
 
-    scores: DetectionScores
-
-    def to_json(self) -> dict[str, object]:
-        return self.scores.to_json()
-
-    def table(self) -> Table:
-        return self.scores.tables()[0]
-
-    def summary(self) -> dict[str, float | None]:
-        return self.scores.summary()
-
-
-@dataclass(frozen=True)
-class RecallResult(DetectionResult):
-    """Recall of region proposals: the fraction of the objects that one overlaps, by IoU.
-
-    None without objects.
+    Args:
+        images: the data set; its objects are not used.
+        proposals: stored proposals that replace the detector's own.
     """
 
-    recall: dict[str, float | None]
+    def __init__(self, images: DetectionDataset, proposals: StoredProposals | None = None) -> None:
+        self.images = images
+        self._proposals = proposals
 
-    def to_json(self) -> dict[str, object]:
-        return {"recall": self.recall}
+    def __len__(self) -> int:
+        return len(self.images)
 
-    def table(self) -> Table:
-        rows = [(f"IoU {iou}", percent(value, 1)) for iou, value in self.recall.items()]
-        return Table("Recall of proposals", (), rows)
+    def __getitem__(self, index: int) -> Sample:
+        image, _ = self.images[index]
+        if self._proposals is None:
+            return Sample(image.as_subclass(Tensor), None)
+        return Sample(image.as_subclass(Tensor), self._proposals[self.images.name(index)])
 
-    def summary(self) -> dict[str, float | None]:
-        return {}
 
+class DetectionEvaluationSet(EvaluationSet):
+    """Images to score a detector on.
 
-@dataclass(frozen=True)
-class SubmissionResult(DetectionResult):
-    """Detections in images whose ground truth is not published: a file for COCO's server."""
+    Args:
+        predictor: makes the predictor of a network.
+        scoring: of its detections.
+    """
 
-    ids: COCOGroundTruth
-    name: Path
+    def __init__(self, samples: Samples, predictor: MakePredictor, scoring: Scoring) -> None:
+        super().__init__(samples.images)
+        self._samples = samples
+        self._predictor = predictor
+        self._scoring = scoring
 
-    def to_json(self) -> dict[str, object]:
-        return {}
-
-    def table(self) -> Table:
-        return Table("no scores: only COCO's server knows the objects", (), ())
-
-    def summary(self) -> dict[str, float | None]:
-        return {}
-
-    def save(self, folder: Path, suffix: str = "") -> dict[str, str]:
-        """Writes `detections{suffix}.jsonl` and the submission; returns the path of the latter."""
-        super().save(folder, suffix)
-        self.ids.write_submission(folder / self.name, self.records)
-        return {"submission": str(folder / self.name)}
+    def evaluate(self, model: nn.Module, processes: Processes) -> Scores:
+        predictor = self._predictor(model, processes.device)
+        # All processes score: if only the first did, its errors would leave the others waiting.
+        detections = predictions(self._samples, lambda one: predictor.predict(*one), processes)
+        pairs = zip(self.names, detections, strict=True)
+        return self._scoring([predictor.record(name, of_image) for name, of_image in pairs])
 
 
 class DetectionProposalSet(ProposalSet):
-    """Images for which a detector makes proposals; their objects are not used."""
+    """Images for which a detector makes proposals; arguments as of `DetectionEvaluationSet`."""
 
-    def __init__(self, images: DetectionDataset, predictor: MakePredictor) -> None:
-        self._images = images
+    def __init__(self, samples: Samples, predictor: MakePredictor) -> None:
+        self._samples = samples
         self._predictor = predictor
 
     def __len__(self) -> int:
-        return len(self._images)
+        return len(self._samples)
 
-    def __getitem__(self, index: int) -> Tensor:
-        return self._images[index][0].as_subclass(Tensor)
-
-    def write(
-        self,
-        model: nn.Module,
-        path: Path,
-        processes: Processes,
-        *,
-        workers: int = 0,
-        progress: bool = False,
-    ) -> None:
+    def write(self, model: nn.Module, path: Path, processes: Processes) -> None:
         predictor = self._predictor(model, processes.device)
-        proposals = _of_all_images(self, predictor.propose, processes, workers, progress)
+        proposals = predictions(self._samples, lambda one: predictor.propose(one.image), processes)
         if processes.rank == 0:
-            names = map(self._images.name, range(len(self)))
-            write_proposals(path, list(names), proposals)
-
-
-def _of_all_images(
-    samples: Samples[_S],
-    predict: Callable[[_S], _T],
-    processes: Processes,
-    workers: int,
-    progress: bool,
-) -> list[_T]:
-    """The predictions for all images in their order, made by all processes."""
-    loaded = shared(samples, processes, workers=workers, progress=progress)
-    own = [(index, predict(sample)) for index, sample in loaded]
-    found = dict(pair for part in processes.gather(own) for pair in part)
-    return [found[index] for index in range(len(samples))]
+            write_proposals(path, names_of(self._samples.images), proposals)

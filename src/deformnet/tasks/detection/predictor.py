@@ -5,7 +5,7 @@ Dai et al. 2017, section 4.3 and Table 5: multi-scale testing, and iterative bou
 CNN model", section 5).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar, cast
 
@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import clip_boxes_to_image
 
-from deformnet._files import replacing
 from deformnet.analysis import bin_locations
 from deformnet.metrics.detections import Record, to_line
 from deformnet.models.detection.detector import (
@@ -26,11 +25,12 @@ from deformnet.models.detection.detector import (
     Size,
 )
 from deformnet.models.detection.postprocess import merge, postprocess
-from deformnet.recipes import TestTimeAugmentation
+from deformnet.models.detection.rpn import RPNDetector
+from deformnet.recipes import DetectorRecipe, TestTimeAugmentation
 from deformnet.tasks.annotations import Annotation
 from deformnet.tasks.detection.data import Boxes
-from deformnet.tasks.images import read_images, require_image
-from deformnet.tasks.predictor import Bins, Inference, Predictor, Prepared, preparation
+from deformnet.tasks.images import require_image, write_picture
+from deformnet.tasks.predictor import Bins, Device, Inference, Predictor, Prepared, preparation
 
 _BOXES_AT_ONCE = 1000  # boxes whose pooled features are in memory at a time
 
@@ -38,16 +38,17 @@ _BOXES_AT_ONCE = 1000  # boxes whose pooled features are in memory at a time
 class DetectionPredictor(Predictor[Detections]):
     """Predicts the objects of an image, boxes in its pixels.
 
+    `write` makes `detections.jsonl`, all detections of each image (see
+    `deformnet.metrics.detections`), and for `photo.jpg` the picture `pictures/photo.jpg` of the
+    boxes with at least the score `threshold`.
+
     Args:
+        recipe: sizes of the image, and thresholds. The proposals of a region proposal network are
+            suppressed as another network gets them and no further.
         model: the network.
-        classes: names of its labels, without a background.
-        short_side: shorter side of the training images, in pixels.
-        max_side: bound on the longer side, which wins over `short_side`; None for none. At
-            other scales it is scaled in proportion.
-        score_threshold: minimum score of a detection, exclusive.
-        nms: IoU threshold of non-maximum suppression.
-        max_detections: maximum number of detections of an image.
-        augmentation: test-time augmentation.
+        classes: class names of the training data. A region proposal network predicts the single
+            class "object", whatever it was trained on.
+        augmentation: test-time augmentation; `max_side` is scaled in proportion to the scales.
         device: where to compute; None takes a GPU if there is one.
     Raises:
         ValueError: if the model has another number of classes, or if `augmentation` refines the
@@ -55,20 +56,17 @@ class DetectionPredictor(Predictor[Detections]):
     """
 
     has_boxes: ClassVar[bool] = True
+    lines: ClassVar[str | None] = "detections.jsonl"
 
     def __init__(
         self,
+        recipe: DetectorRecipe,
         model: Detector,
         classes: Sequence[str],
-        *,
-        short_side: int,
-        max_side: int | None,
-        score_threshold: float = 1e-3,
-        nms: float = 0.3,
-        max_detections: int = 300,
         augmentation: TestTimeAugmentation = TestTimeAugmentation(),  # noqa: B008 (frozen)
-        device: torch.device | str | None = None,
+        device: Device = None,
     ) -> None:
+        classes = model.reported_classes(classes)
         if len(classes) != model.num_classes:
             raise ValueError(
                 f"expected classes to name the {model.num_classes} classes of the model, but got "
@@ -79,18 +77,18 @@ class DetectionPredictor(Predictor[Detections]):
                 f"expected refine to be 1 for {type(model).__name__}, which takes no boxes to "
                 f"refine, but got {augmentation.refine}"
             )
-        super().__init__(model, classes, device)
+        side, bound = recipe.short_side, recipe.max_side
+        super().__init__(model, classes, side, bound, device)
         self._network = cast(Detector, self.model)
         self.pooling = model.deformable_pooling
         self.sees_conv5 = model.uses_conv5
-        self.score_threshold = score_threshold
-        self.nms = nms
-        self.max_detections = max_detections
-        self.augmentation = augmentation
-        self._preparation = preparation(short_side, max_side)
+        self._thresholds = (recipe.score_threshold, recipe.nms, recipe.max_detections)
+        if recipe.class_agnostic:
+            self._thresholds = (0.0, cast(RPNDetector, model).rpn.nms, recipe.proposals)
+        self._augmentation = augmentation
         self._scales = [
-            preparation(side, None if max_side is None else round(side * max_side / short_side))
-            for side in augmentation.scales or (short_side,)
+            preparation(scale, None if bound is None else round(scale * bound / side))
+            for scale in augmentation.scales or (side,)
         ]
 
     @torch.inference_mode()
@@ -112,7 +110,7 @@ class DetectionPredictor(Predictor[Detections]):
         candidates: list[Candidates] = []
         for prepare in self._scales:
             upright = prepare(image)[None].to(self.device, memory_format=torch.channels_last)
-            for flipped in (False, True) if self.augmentation.flip else (False,):
+            for flipped in (False, True) if self._augmentation.flip else (False,):
                 batch = upright.flip(3) if flipped else upright
                 batch_size = (batch.shape[2], batch.shape[3])
                 given = None
@@ -125,26 +123,23 @@ class DetectionPredictor(Predictor[Detections]):
                     candidates.append(Candidates(_rescaled(there, batch_size, size), scores))
         return self._detections(candidates)
 
-    def annotate(self, image: Tensor) -> Boxes:
-        return self._annotation(self.predict(image), (image.shape[1], image.shape[2]))
-
-    def prepare(self, image: Tensor) -> Prepared:
-        batch = self._preparation(require_image(image))[None]
-        batch = batch.to(self.device, memory_format=torch.channels_last)
-        return Prepared.whole(batch, image)
-
     def arguments(self, prepared: Prepared) -> tuple[object, ...]:
         return prepared.input, [prepared.size]
 
     @torch.no_grad()
     def infer(self, prepared: Prepared, size: Size) -> "DetectionInference":
         features = self._network.features(prepared.input)
-        candidates = [
-            Candidates(_rescaled(boxes, prepared.size, size), scores)
-            for boxes, scores in self._passes(features, prepared.size, None)
-        ]
-        annotation = self._annotation(self._detections(candidates), size)
+        annotation = self._annotation(self._of_features(features, prepared, size), size)
         return DetectionInference(annotation, self, features, prepared)
+
+    def _predict(self, prepared: Prepared, size: Size) -> Detections:
+        return self._of_features(self._network.features(prepared.input), prepared, size)
+
+    def _of_features(self, features: Features, prepared: Prepared, size: Size) -> Detections:
+        passes = self._passes(features, prepared.size, None)
+        return self._detections(
+            [Candidates(_rescaled(boxes, prepared.size, size), scores) for boxes, scores in passes]
+        )
 
     @torch.inference_mode()
     def propose(self, image: Tensor) -> Proposals:
@@ -161,43 +156,34 @@ class DetectionPredictor(Predictor[Detections]):
         boxes = _rescaled(boxes.float(), prepared.size, (image.shape[1], image.shape[2]))
         return Proposals(boxes.cpu(), scores.float().cpu())
 
-    def write(
-        self, files: Sequence[Path], out: Path, *, threshold: float = 0.5
-    ) -> Iterator[tuple[Path, str | None]]:
-        """Writes `detections.jsonl`, and for `photo.jpg` the picture `pictures/photo.jpg`.
+    def record(self, name: str, detections: Detections) -> Record:
+        """The detections of an image of this name, with the names of their classes."""
+        names = [self.classes[label] for label in detections.labels.tolist()]
+        return Record(name, detections.boxes, detections.scores, names)
 
-        The file has a line for each image with all detections (see `deformnet.metrics.detections`);
-        the picture shows the boxes with at least the score `threshold`. The file is replaced when
-        all images are done; an interruption leaves an older one.
-        """
-        with replacing(out / "detections.jsonl") as lines:
-            for path, image in read_images(files):
-                if isinstance(image, str):
-                    yield path, image
-                    continue
-                found = self.annotate(image)
-                assert found.scores is not None
-                line = to_line(Record(path.stem, found.boxes, found.scores, found.names))
-                lines.write(f"{line}\n".encode())
-                with replacing(out / "pictures" / f"{path.stem}.jpg") as file:
-                    drawn = found.best(least_score=threshold).draw(image)
-                    drawn.save(file, format="JPEG", quality=92, subsampling=0)
-                yield path, None
+    def _write(self, path: Path, image: Tensor, out: Path, threshold: float) -> str:
+        detections = self.predict(image)
+        annotation = self._annotation(detections, (image.shape[1], image.shape[2]))
+        drawn = annotation.best(least_score=threshold).draw(image)
+        write_picture(out / "pictures" / f"{path.stem}.jpg", drawn)
+        return to_line(self.record(path.stem, detections))
 
-    def _annotation(self, detections: Detections, size: Size) -> Boxes:
-        return Boxes(detections.boxes, detections.labels, self.classes, size, detections.scores)
+    def _annotation(self, prediction: Detections, size: Size) -> Boxes:
+        boxes, scores, labels = prediction
+        return Boxes(boxes, labels, self.classes, size, scores)
 
     def _detections(self, candidates: list[Candidates]) -> Detections:
         """Post-processes all candidates of an image."""
+        score_threshold, nms, max_detections = self._thresholds
         # Mixed precision would average the corners of boxes to within several pixels.
         with torch.autocast(self.device.type, enabled=False):
             detections = postprocess(
                 merge(candidates),
-                score_threshold=self.score_threshold,
-                nms=self.nms,
-                max_detections=self.max_detections,
-                soft_nms=self.augmentation.soft_nms,
-                box_averaging=self.augmentation.box_averaging,
+                score_threshold=score_threshold,
+                nms=nms,
+                max_detections=max_detections,
+                soft_nms=self._augmentation.soft_nms,
+                box_averaging=self._augmentation.box_averaging,
             )
         return Detections(*(values.cpu() for values in detections))
 
@@ -228,9 +214,9 @@ class DetectionPredictor(Predictor[Detections]):
         if proposals is None:
             proposals = self._network.propose(features, [size])[0].boxes
         passes = [self._candidates(features, size, proposals)]
-        for _ in range(self.augmentation.refine - 1):
+        for _ in range(self._augmentation.refine - 1):
             boxes, scores = passes[-1]
-            kept = scores > self.score_threshold
+            kept = scores > self._thresholds[0]
             if boxes.ndim == 2:
                 kept = kept.any(dim=1) & boxes.isfinite().all(dim=-1)
                 passes.append(self._candidates(features, size, boxes[kept]))
