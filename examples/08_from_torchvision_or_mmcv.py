@@ -130,9 +130,10 @@ for what, keys in found.ignored.items():
 # The converted weights load into our backbone, or can be saved for ``--init``. The features are the
 # same.
 
-from deformnet.models.backbones import resnet
+from deformnet.models.backbones import backbone
 
-new = resnet(18, deform_layers=2, modulated=True, output_stride=32, reduce_channels=None).eval()
+options = {"output_stride": 32, "reduce_channels": None}
+new = backbone("resnet18", deform_layers=2, modulated=True, **options).eval()
 new.load_state_dict(found.state, strict=False)  # num_batches_tracked is not converted
 features: list[Tensor] = []
 

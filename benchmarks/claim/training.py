@@ -24,7 +24,7 @@ from benchmarks.claim.plan import (
 )
 from deformnet._files import replacing, write_json
 from deformnet.analysis import AnnotatedImage, dilation_statistics
-from deformnet.data.synthetic.shapes import SHAPE_CLASSES, Shapes, scene
+from deformnet.data.synthetic import SHAPE_CLASSES, Shapes, scene
 from deformnet.metrics import Found, Truth, confusion_matrix, segmentation_scores, voc_ap
 from deformnet.models import RFCN, RPN, DeepLab, Target, postprocess
 from deformnet.models.backbones.features import Backbone, deform_last, require_images

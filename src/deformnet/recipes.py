@@ -363,11 +363,12 @@ class DetectorRecipe(DenseRecipe):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"expected {name} to be 0 to 1, but got {getattr(self, name)}")
 
-    def _rpn(self, backbone: "Backbone") -> "RPN":
+    def _rpn(self, in_channels: int, num_classes: int = 1) -> "RPN":
         from deformnet.models.detection.rpn import RPN
 
         return RPN(
-            backbone.conv4_channels,
+            in_channels,
+            num_classes,
             sizes=self.anchor_sizes,
             convention=self.convention,
             post_nms=self.proposals,
@@ -385,7 +386,10 @@ class RPNRecipe(DetectorRecipe):
     """Leave it at 0: the network does not run conv5, where deformable layers are."""
 
     def build_model(self, num_classes: int) -> "RPNDetector":
-        return _rpn_detector(self, num_classes, class_aware=False)
+        from deformnet.models.detection.rpn import RPNDetector
+
+        backbone = self._backbone(1024, dilation=self.dilation)
+        return RPNDetector(backbone, self._rpn(backbone.conv4_channels), class_aware=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -395,7 +399,11 @@ class ClassAwareRPNRecipe(DetectorRecipe):
     network: ClassVar[str] = "class-aware-rpn"
 
     def build_model(self, num_classes: int) -> "RPNDetector":
-        return _rpn_detector(self, num_classes, class_aware=True)
+        from deformnet.models.detection.rpn import RPNDetector
+
+        backbone = self._backbone(1024, dilation=self.dilation)
+        rpn = self._rpn(backbone.out_channels, num_classes)
+        return RPNDetector(backbone, rpn, class_aware=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -435,7 +443,7 @@ class FasterRCNNRecipe(TwoStageRecipe):
         return FasterRCNN(
             backbone,
             num_classes,
-            self._rpn(backbone),
+            self._rpn(backbone.conv4_channels),
             pool=self.pool,
             sampling=self.sampling,
             bins=self.bins,
@@ -461,7 +469,7 @@ class RFCNRecipe(TwoStageRecipe):
         return RFCN(
             backbone,
             num_classes,
-            self._rpn(backbone),
+            self._rpn(backbone.conv4_channels),
             pool=self.pool,
             sampling=self.sampling,
             bins=self.bins,
@@ -541,19 +549,6 @@ def recipe_from_dict(values: Mapping[str, Any], *, source: str | Path) -> Recipe
         return recipe(**fields)
     except (TypeError, ValueError) as error:
         raise UserError(f"{source}: {error}") from error
-
-
-def _rpn_detector(recipe: DetectorRecipe, num_classes: int, *, class_aware: bool) -> "RPNDetector":
-    from deformnet.models.detection.rpn import RPNDetector
-
-    return RPNDetector(
-        recipe._backbone(1024, dilation=recipe.dilation),
-        num_classes,
-        class_aware=class_aware,
-        sizes=recipe.anchor_sizes,
-        convention=recipe.convention,
-        post_nms=recipe.proposals,
-    )
 
 
 def voc2012(*, deform_layers: DeformLayers = 3) -> DeepLabRecipe:

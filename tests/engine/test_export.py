@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 
 import deformnet.engine.runs
 from deformnet.cli import main
-from deformnet.data.synthetic.shapes import Shapes, write_shapes
+from deformnet.data.synthetic import Shapes, write_shapes
 from deformnet.engine import export_run, load_run
-from deformnet.models.backbones import aligned_inception_resnet, resnet
+from deformnet.models.backbones import backbone
 from deformnet.models.backbones.weights import read_weights
 from deformnet.recipes import DeepLabRecipe, RFCNRecipe
 
@@ -72,7 +72,7 @@ def picture(shapes):
 def test_export(run, shapes, tmp_path, capsys):
     out = tmp_path / "kept" / "net.safetensors"
     main(["export", str(run), str(out)])
-    assert capsys.readouterr().out == f"weights in {out}, their card in {out.parent}/net.json\n"
+    assert capsys.readouterr().out == f"weights in {out}, description in {out.parent}/net.json\n"
     assert {path.name for path in out.parent.iterdir()} == {"net.safetensors", "net.json"}
     checkpoint, state = weights(run), load_file(out)
     assert set(state) == set(checkpoint)
@@ -130,22 +130,24 @@ def test_starting_from_a_run(source, request, run, shapes, tmp_path):
 @pytest.mark.parametrize("source", ["run", "exported"])
 def test_starting_from_a_run_on_another_backbone(source, request):
     path = request.getfixturevalue(source)
-    with pytest.raises(ValueError, match="is of ResNet-18, wanted ResNet-50: it ") as error:
-        resnet(50, weights=path)
-    assert str(error.value).startswith(f"weights: {path} ")
-    assert "\n" not in str(error.value)
-    with pytest.raises(ValueError, match="is of ResNet-18, wanted Aligned-Inception-ResNet: it "):
-        aligned_inception_resnet(weights=path)
     with pytest.raises(
-        ValueError, match=r"is not a ResNet-18 of this kind: it has besides .*conv_"
+        ValueError, match="expected weights of ResNet-50, but got ResNet-18: "
+    ) as error:
+        backbone("resnet50", weights=path)
+    assert str(error.value).startswith(f"{path}: ")
+    assert "\n" not in str(error.value)
+    with pytest.raises(
+        ValueError, match="expected weights of Aligned-Inception-ResNet, but got ResNet-18: "
     ):
-        resnet(18, weights=path)
+        backbone("aligned-inception-resnet", weights=path)
+    with pytest.raises(ValueError, match=r"ResNet-18.*: unexpected key .*conv_"):
+        backbone("resnet18", weights=path)
 
 
 def test_training_from_a_run_on_another_backbone(run, shapes, tmp_path, complaint):
     arguments = ["--data", shapes, "--out", tmp_path / "out", *QUICK, "--init", run]
     line = complaint("train", "deeplab", *arguments, "--backbone", "resnet34")
-    assert f"weights: {run} is of ResNet-18, wanted ResNet-34" in line
+    assert f"{run}: expected weights of ResNet-34, but got ResNet-18: " in line
 
 
 def cut(path):
@@ -166,22 +168,22 @@ def overwritten(path):
 )
 def test_damaged_weights(damage, name, tmp_path):
     path = tmp_path / name
-    state = resnet(18).state_dict()
+    state = backbone("resnet18").state_dict()
     if "safetensors" in name:
         save_file(state, path)
     else:
         torch.save(state, path)
     damage(path)
-    with pytest.raises(ValueError, match=r"weights: .* is damaged, or no (Py|safe)") as error:
-        resnet(18, weights=path)
+    with pytest.raises(ValueError, match=r": damaged, or not a (Py|safe)") as error:
+        backbone("resnet18", weights=path)
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_weights_as_safetensors(tmp_path):
-    model = resnet(18)
+    model = backbone("resnet18")
     save_file(model.state_dict(), tmp_path / "a.safetensors")
-    again = resnet(18, weights=tmp_path / "a.safetensors")
+    again = backbone("resnet18", weights=tmp_path / "a.safetensors")
     assert torch.equal(again.conv1.weight, model.conv1.weight)
 
 
@@ -189,7 +191,7 @@ def test_a_run_that_was_only_begun(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "last.ckpt.partial").write_bytes(b"half")
     with pytest.raises(FileNotFoundError, match=r"not a trained run, there is no checkpoints"):
-        resnet(18, weights=tmp_path)
+        backbone("resnet18", weights=tmp_path)
 
 
 # What can be wrong with a card and its weights.

@@ -3,12 +3,13 @@
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from deformnet.analysis.layers import eager, evaluating
+from deformnet.analysis.layers import evaluating, hooks, the_only
 from deformnet.nn import DeformPSRoIPool2d, DeformRoIPool2d
 from deformnet.ops.roi_pool.checks import join_boxes
 
@@ -80,9 +81,7 @@ def bin_locations(
 
     with recording_pools({layer: pools[layer]}, record), evaluating(model):
         (call or model)(*inputs)
-    if len(locations) != 1:
-        raise ValueError(f"expected {layer!r} to run once, but it ran {len(locations)} times")
-    return locations[0]
+    return the_only(layer, locations)
 
 
 class PoolCall(NamedTuple):
@@ -112,30 +111,20 @@ def recording_pools(
 ) -> Iterator[None]:
     """Pass every call of the layers to `record` when it returns."""
 
-    def make_hook(name: str, pool: RoIPool) -> Callable[..., None]:
-        signature = inspect.signature(pool.forward)
+    def record_call(
+        name: str, pool: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> None:
+        # Position-sensitive pooling has "maps" as its first argument.
+        features, boxes = inspect.signature(pool.forward).bind(*args, **kwargs).args[-2:]
+        if not isinstance(boxes, Tensor):
+            boxes = join_boxes(boxes, features)
+        record(PoolCall(name, pool, features, boxes))
 
-        def hook(
-            _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
-        ) -> None:
-            # Position-sensitive pooling has "maps" as its first argument.
-            features, boxes = signature.bind(*args, **kwargs).args[-2:]
-            if not isinstance(boxes, Tensor):
-                boxes = join_boxes(boxes, features)
-            record(PoolCall(name, pool, features, boxes))
-
-        return hook
-
-    handles = [
-        pool.register_forward_hook(make_hook(name, pool), with_kwargs=True)
-        for name, pool in pools.items()
-    ]
-    try:
-        with eager():
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooks() as handles:
+        for name, pool in pools.items():
+            hook = partial(record_call, name)
+            handles.append(pool.register_forward_hook(hook, with_kwargs=True))
+        yield
 
 
 @torch.no_grad()

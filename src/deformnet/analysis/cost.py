@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from deformnet.analysis.layers import eager, evaluating
+from deformnet.analysis.layers import evaluating, hooks
 from deformnet.nn import DeformConv2d, DeformPSRoIPool2d, DeformRoIPool2d
+from deformnet.ops._arguments import positive
 
 
 def _flop_counter() -> FlopCounterMode:
@@ -117,8 +119,7 @@ def model_cost(model: nn.Module, *inputs: Any, repeats: int = 5) -> ModelCost:
     Raises:
         ValueError: If `repeats` is less than 1.
     """
-    if repeats < 1:
-        raise ValueError(f"expected repeats to be at least 1, but got {repeats}")
+    positive("repeats", repeats)
     layers = _layers(model)
     device = next((leaf.device for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)), None)
     cuda = device is not None and device.type == "cuda"
@@ -198,25 +199,19 @@ def _measuring(
     after: Callable[[str, float, Any], None],
 ) -> Iterator[None]:
     """Call `before` when a layer starts, and `after` with its result when the layer returns."""
-    handles = []
-    for name, layer in layers.items():
-        stack: list[float] = []
+    stack: list[float] = []
 
-        def start(_: nn.Module, args: Any, stack: list[float] = stack) -> None:
-            stack.append(before())
+    def start(_: nn.Module, args: Any) -> None:
+        stack.append(before())
 
-        def end(
-            _: nn.Module, args: Any, output: Any, name: str = name, stack: list[float] = stack
-        ) -> None:
-            after(name, stack.pop(), output)
+    def end(name: str, _: nn.Module, args: Any, output: Any) -> None:
+        after(name, stack.pop(), output)
 
-        handles += [layer.register_forward_pre_hook(start), layer.register_forward_hook(end)]
-    try:
-        with eager():
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooks() as handles:
+        for name, layer in layers.items():
+            handles.append(layer.register_forward_pre_hook(start))
+            handles.append(layer.register_forward_hook(partial(end, name)))
+        yield
 
 
 # torchvision's formulas take the shapes of the tensors.

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +17,13 @@ from deformnet.analysis.layers import (
     evaluating,
     recording_calls,
     size_of,
+    the_only,
 )
 
 SMALL_AREA = 96**2
 """Maximum area of small objects in pixels, exclusive (Table 2)."""
 LARGE_AREA = 224**2
 """Minimum area of large objects in pixels, exclusive; medium objects are in between."""
-
-_Result = TypeVar("_Result")
 
 
 def effective_dilation(
@@ -66,7 +65,7 @@ def effective_dilation(
 
     with torch.no_grad(), evaluating(model), recording_calls(convolutions, record):
         (call or model)(images)
-    return {name: _only(name, runs) for name, runs in results.items()}
+    return {name: the_only(name, runs) for name, runs in results.items()}
 
 
 class DilationMap(NamedTuple):
@@ -125,7 +124,7 @@ def dilation_maps(
 
     with torch.no_grad(), evaluating(model), recording_calls(convolutions, record), tracer:
         (call or model)(images)
-    return {name: _only(name, runs) for name, runs in results.items()}
+    return {name: the_only(name, runs) for name, runs in results.items()}
 
 
 @dataclass(frozen=True)
@@ -286,13 +285,6 @@ def _with_pairs(layers: Mapping[str, nn.Module], *, named: bool) -> dict[str, nn
     if others and (named or not kept):
         raise ValueError(f"expected layers to have more than one tap, but {others[0]!r} has one")
     return kept
-
-
-def _only(name: str, results: Sequence[_Result]) -> _Result:
-    """The result of a layer that ran once."""
-    if len(results) != 1:
-        raise ValueError(f"expected {name!r} to run once, but it ran {len(results)} times")
-    return results[0]
 
 
 def _dilation(call: Call) -> Tensor:

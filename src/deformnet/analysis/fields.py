@@ -21,6 +21,7 @@ from deformnet.analysis.layers import (
     find_layer,
     recording_calls,
     size_of,
+    the_only,
 )
 from deformnet.ops._arguments import pair
 
@@ -362,6 +363,4 @@ def _run(
     calls: list[Call] = []
     with recording_calls({layer: find_layer(model, layer)}, calls.append):
         (call or model)(images)
-    if len(calls) != 1:
-        raise ValueError(f"expected {layer!r} to run once, but it ran {len(calls)} times")
-    return calls[0]
+    return the_only(layer, calls)

@@ -2,7 +2,6 @@
 
 from contextlib import ExitStack
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, Self
 
 import torch
@@ -57,16 +56,11 @@ class LayerHealth:
         Non-finite values fulfill these conditions.
         """
         # `not x <= y` is also true for NaN.
+        where = f"pixels on a feature map of size {self.map_size}"
         if not self.mean_shift <= _MAX_MEAN_SHIFT * self.map_size:
-            return (
-                f"mean offset of {self.mean_shift:.3g} pixels on a feature map of size "
-                f"{self.map_size}"
-            )
+            return f"mean offset of {self.mean_shift:.3g} {where}"
         if not self.max_shift <= self.map_size:
-            return (
-                f"maximum offset of {self.max_shift:.3g} pixels on a feature map of size "
-                f"{self.map_size}"
-            )
+            return f"maximum offset of {self.max_shift:.3g} {where}"
         if not self.outside - self.outside_without_offsets <= _MAX_LOST * (
             1 - self.outside_without_offsets
         ):
@@ -121,12 +115,7 @@ class OffsetObserver:
         hooks.enter_context(recording_pools(self._pools, self._record_pool))
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.stop()
 
     def stop(self) -> None:
@@ -177,8 +166,7 @@ class OffsetObserver:
         return layers
 
     def _record(self, call: Call) -> None:
-        numbers = _measure(call)
-        self._calls.setdefault(call.name, []).append(numbers)
+        self._calls.setdefault(call.name, []).append(_measure(call))
         if isinstance(call.layer, DeformConv2d):
             self._offset_weights[call.name] = call.layer.conv_offset.weight
         elif self._offset_weights.get(call.name) is None:
@@ -186,8 +174,7 @@ class OffsetObserver:
             self._offset_weights[call.name] = _nearest_weight(call.offset)
 
     def _record_pool(self, call: PoolCall) -> None:
-        numbers = _measure_pool(call)
-        self._calls.setdefault(call.name, []).append(numbers)
+        self._calls.setdefault(call.name, []).append(_measure_pool(call))
         self._offset_weights[call.name] = None  # there are no other weights to compare with
 
 
@@ -238,15 +225,14 @@ def _measure_pool(call: PoolCall) -> _CallNumbers:
 
 def _numbers(shift: Tensor, inside: Tensor, regular_inside: Tensor, map_size: int) -> _CallNumbers:
     """Statistics of shifts and of masks (or fractions) of samples inside the map."""
-    zero = shift.new_zeros(())
-    empty = shift.numel() == 0
+    if not shift.numel():
+        zero = shift.new_zeros(())
+        return _CallNumbers(zero, zero, zero, zero, 0, map_size)
     return _CallNumbers(
-        mean=zero if empty else shift.mean(),
-        max=zero if empty else shift.amax(),
-        outside=zero if empty else 1 - inside.float().mean(),
-        outside_without_offsets=(
-            zero if empty else 1 - regular_inside.to(shift.device).float().mean()
-        ),
+        mean=shift.mean(),
+        max=shift.amax(),
+        outside=1 - inside.float().mean(),
+        outside_without_offsets=1 - regular_inside.to(shift.device).float().mean(),
         samples=shift.numel(),
         map_size=map_size,
     )

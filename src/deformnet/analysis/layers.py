@@ -1,17 +1,39 @@
 """Deformable convolutions of any model, and recording of their calls."""
 
 import difflib
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any, NamedTuple, TypeGuard
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from deformnet.analysis._torchvision import TorchvisionConv, is_torchvision_conv
 from deformnet.nn import DeformConv2d
 from deformnet.nn.deform_conv import margins
 from deformnet.ops._arguments import pair
+
+_T = TypeVar("_T")
+
+
+class TorchvisionConv(nn.Module):
+    """Typing of `torchvision.ops.DeformConv2d`, whose `forward(input, offset, mask=None)` is given
+    its offsets."""
+
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    weight: Tensor
+
+
+def is_torchvision_conv(layer: nn.Module) -> TypeGuard[TorchvisionConv]:
+    """Whether a layer is a `torchvision.ops.DeformConv2d`, without importing torchvision."""
+    ops = sys.modules.get("torchvision.ops")
+    return ops is not None and isinstance(layer, ops.DeformConv2d)
+
 
 Deformable = DeformConv2d | TorchvisionConv
 """The first computes its offsets itself; the second takes them as an argument."""
@@ -33,8 +55,8 @@ class Kernel(NamedTuple):
     dilation: tuple[int, int]
 
     @classmethod
-    def of(cls, layer: nn.Module) -> "Kernel":
-        """Geometry of a layer.
+    def of(cls, layer: nn.Module, name: str = "layer") -> "Kernel":
+        """Geometry of a layer, whose name is for messages.
 
         Raises:
             TypeError: If the layer is not a 2-D convolution or pooling.
@@ -50,7 +72,8 @@ class Kernel(NamedTuple):
             padding = pair("padding", layer.padding)
         else:
             raise TypeError(
-                f"expected a convolution or pooling layer, but got a {type(layer).__name__}"
+                f"expected {name!r} to be a convolution or pooling layer, "
+                f"but got a {type(layer).__name__}"
             )
         return cls(
             pair("kernel_size", layer.kernel_size),
@@ -173,45 +196,56 @@ def recording_calls(
     """Pass every call of the layers to `record` when it returns."""
     offsets: dict[str, Tensor] = {}
 
-    def offset_hook(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            offsets[name] = output
+    def keep_offset(name: str, module: nn.Module, args: Any, output: Tensor) -> None:
+        offsets[name] = output
 
-        return hook
+    def record_call(
+        name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        offset = None
+        if isinstance(layer, DeformConv2d):
+            taps = layer.weight.shape[2:].numel()
+            # The channels of the mask follow.
+            offset = offsets.pop(name)[:, : 2 * layer.offset_groups * taps]
+        elif is_torchvision_conv(layer):
+            offset = args[1] if len(args) > 1 else kwargs["offset"]
+        input = args[0] if args else kwargs["input"]
+        output = output if isinstance(output, Tensor) else output[0]
+        record(Call(name, layer, input, output, offset))
 
-    def layer_hook(name: str) -> Callable[..., None]:
-        def hook(
-            layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-        ) -> None:
-            offset = None
-            if isinstance(layer, DeformConv2d):
-                taps = layer.weight.shape[2:].numel()
-                # The channels of the mask follow.
-                offset = offsets.pop(name)[:, : 2 * layer.offset_groups * taps]
-            elif is_torchvision_conv(layer):
-                offset = args[1] if len(args) > 1 else kwargs["offset"]
-            input = args[0] if args else kwargs["input"]
-            output = output if isinstance(output, Tensor) else output[0]
-            record(Call(name, layer, input, output, offset))
-
-        return hook
-
-    handles = []
-    try:
+    with hooks() as handles:
         for name, layer in layers.items():
             if isinstance(layer, DeformConv2d):
-                handles.append(layer.conv_offset.register_forward_hook(offset_hook(name)))
-            handles.append(layer.register_forward_hook(layer_hook(name), with_kwargs=True))
-        with eager():
-            yield
+                handles.append(layer.conv_offset.register_forward_hook(partial(keep_offset, name)))
+            hook = partial(record_call, name)
+            handles.append(layer.register_forward_hook(hook, with_kwargs=True))
+        yield
+
+
+@contextmanager
+def hooks() -> Iterator[list[RemovableHandle]]:
+    """A list of hooks, which are removed at the end.
+
+    Compiled models run eagerly, as their compiled code does not call new hooks.
+    """
+    handles: list[RemovableHandle] = []
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield handles
     finally:
         for handle in handles:
             handle.remove()
 
 
-def eager() -> AbstractContextManager[None]:
-    """Run compiled models eagerly, as their compiled code does not call new hooks."""
-    return torch.compiler.set_stance("force_eager")
+def the_only(name: str, calls: Sequence[_T]) -> _T:
+    """What was recorded of a layer that is expected to run once.
+
+    Raises:
+        ValueError: If it ran another number of times.
+    """
+    if len(calls) != 1:
+        raise ValueError(f"expected {name!r} to run once, but it ran {len(calls)} times")
+    return calls[0]
 
 
 @contextmanager

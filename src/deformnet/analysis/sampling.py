@@ -1,9 +1,9 @@
 """Sampling locations of a unit through several layers (Dai et al. 2017, Figures 5 and 6)."""
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,10 @@ from deformnet.analysis.layers import (
     recording_calls,
     size_of,
 )
+from deformnet.ops._arguments import one_of, positive
+
+Between = Literal["bilinear", "rounded"]
+"""How to continue at a sample between units of the layer below; see `sampling_locations`."""
 
 
 class SamplingLocations(NamedTuple):
@@ -59,7 +63,7 @@ class SamplingStack:
         unit: tuple[float, float],
         *,
         depth: int | None = None,
-        between: Literal["bilinear", "rounded"] = "bilinear",
+        between: Between = "bilinear",
         zero_offsets: bool = False,
     ) -> SamplingLocations:
         """Sampling locations of a unit.
@@ -73,8 +77,7 @@ class SamplingStack:
         Raises:
             ValueError: If the unit is outside the map, or `depth` exceeds the number of layers.
         """
-        if between not in ("bilinear", "rounded"):
-            raise ValueError(f"expected between to be 'bilinear' or 'rounded', but got {between!r}")
+        one_of("between", between, get_args(Between))
         depth = len(self._layers) if depth is None else depth
         if not 1 <= depth <= len(self._layers):
             raise ValueError(f"expected depth to be 1 to {len(self._layers)}, but got {depth}")
@@ -115,7 +118,7 @@ def sampling_locations(
     unit: tuple[float, float],
     *,
     stride: int | None = None,
-    between: Literal["bilinear", "rounded"] = "bilinear",
+    between: Between = "bilinear",
     call: Callable[[Tensor], object] | None = None,
 ) -> SamplingLocations:
     """Sampling locations of a unit through a stack of layers, in pixels of the image.
@@ -155,8 +158,7 @@ def sampling_locations(
             the map, or the stride cannot be traced.
         TypeError: If a layer is neither a convolution nor pooling.
     """
-    if between not in ("bilinear", "rounded"):
-        raise ValueError(f"expected between to be 'bilinear' or 'rounded', but got {between!r}")
+    one_of("between", between, get_args(Between))
     recorded = record_sampling(model, images, layers, stride=stride, call=call)
     return recorded.locations(unit, between=between)
 
@@ -182,8 +184,8 @@ def record_sampling(
     """
     if not layers:
         raise ValueError("expected layers to be at least one name, but got none")
-    if stride is not None and stride < 1:
-        raise ValueError(f"expected stride to be at least 1, but got {stride}")
+    if stride is not None:
+        positive("stride", stride)
     stack, fields = _record(model, images, layers, stride, call)
     for above, below in pairwise(stack):
         if above.input_size != below.output_size:
@@ -263,23 +265,11 @@ def _record(
         The layers, and the receptive fields of the top layer's output and of each layer's input.
     """
     named = {name: find_layer(model, name) for name in names}
-    kernels: dict[str, Kernel] = {}
-    for name, layer in named.items():
-        try:
-            kernels[name] = Kernel.of(layer)
-        except TypeError as error:
-            raise TypeError(
-                f"expected {name!r} to be a convolution or pooling layer, "
-                f"but got a {type(layer).__name__}"
-            ) from error
+    kernels = {name: Kernel.of(layer, name) for name, layer in named.items()}
     calls: list[Call] = []
     tracer = FieldTracer(images) if stride is None else None
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(evaluating(model))
-        stack.enter_context(recording_calls(named, calls.append))
-        if tracer is not None:
-            stack.enter_context(tracer)
+    tracing = nullcontext() if tracer is None else tracer
+    with torch.no_grad(), evaluating(model), recording_calls(named, calls.append), tracing:
         (call or model)(images)
 
     order = [it.name for it in calls]

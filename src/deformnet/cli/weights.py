@@ -108,7 +108,7 @@ def _write(converted: "Converted", out: Path) -> None:
         print(f"next: deformnet train rfcn {' '.join(options)} --init {out} --data DIR --out RUN")
     else:
         print(
-            f"next, in Python: resnet({depth}, deform_layers={layers}, "
+            f"next, in Python: backbone('resnet{depth}', deform_layers={layers}, "
             f"offset_groups={converted.offset_groups}, modulated={converted.modulated}, "
             f'weights="{out}"); recipes allow {get_args(DeformLayers)} deformable layers'
         )

@@ -1,5 +1,9 @@
 """Networks: tensors in, predictions and losses out."""
 
+from deformnet._errors import require_extra
+
+require_extra(__name__, "models", "torchvision", "safetensors", "numpy")
+
 from deformnet.models.classifier import Classifier
 from deformnet.models.deeplab import DeepLab
 from deformnet.models.detection.detector import Candidates, Detections, Detector, Proposals, Target

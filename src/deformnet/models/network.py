@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, nn
 
 from deformnet.models.backbones import Backbone
+from deformnet.ops._arguments import positive
 
 
 class Network(nn.Module):
@@ -23,11 +24,9 @@ class Network(nn.Module):
     """Whether `forward` runs conv5 of the backbone, where deformable convolutions are."""
 
     def __init__(self, backbone: Backbone, num_classes: int) -> None:
-        if num_classes < 1:
-            raise ValueError(f"expected num_classes to be at least 1, but got {num_classes}")
         super().__init__()
         self.backbone = backbone
-        self.num_classes = num_classes
+        self.num_classes = positive("num_classes", num_classes)
 
     @property
     def deformable_pooling(self) -> str | None:

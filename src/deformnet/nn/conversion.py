@@ -1,6 +1,5 @@
 """Conversion of the convolutions of any model to deformable convolutions."""
 
-from collections.abc import Iterator
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import cast
@@ -66,13 +65,21 @@ def deform_(
             "nn.Sequential"
         )
 
-    modules = dict(_candidates(model))
+    # All submodules under all of their names, except layers that predict offsets.
+    modules = {
+        name: module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if name and not isinstance(module, OffsetLayer)
+    }
     matched: dict[nn.Module, str] = {}  # shared layers once, by their first matching name
+    used: set[str] = set()
     for name, module in modules.items():
-        if isinstance(module, _ConvNd) and any(fnmatchcase(name, p) for p in patterns):
+        matching = [pattern for pattern in patterns if fnmatchcase(name, pattern)]
+        if matching and isinstance(module, _ConvNd):
             matched.setdefault(module, name)
+            used.update(matching)
 
-    problems = [_no_match(p, modules) for p in patterns if not _matches_convolution(p, modules)]
+    problems = [_no_match(pattern, modules) for pattern in patterns if pattern not in used]
     for module, name in matched.items():
         reason = _why_not(module, offset_groups, modulated)
         if reason is not None:
@@ -95,17 +102,6 @@ def deform_(
         layer.modulated = modulated
         layer.conv_offset = conv_offset.train(layer.training)
     return [name for name, _, _ in converted]
-
-
-def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """All submodules under all of their names, except layers that predict offsets."""
-    for name, module in model.named_modules(remove_duplicate=False):
-        if name and not isinstance(module, OffsetLayer):
-            yield name, module
-
-
-def _matches_convolution(pattern: str, modules: dict[str, nn.Module]) -> bool:
-    return any(isinstance(m, _ConvNd) and fnmatchcase(name, pattern) for name, m in modules.items())
 
 
 def _no_match(pattern: str, modules: dict[str, nn.Module]) -> str:

@@ -1,5 +1,7 @@
 """Layers that predict offsets."""
 
+from abc import abstractmethod
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -8,36 +10,48 @@ from deformnet.ops._arguments import number
 
 
 class OffsetLayer(nn.Module):
-    """Base class of layers that predict offsets.
+    """Base class of layers that predict offsets, in float32 or better, and are initialized to zero.
 
-    `parameter_groups` applies the learning rate of offsets to them, the paper's beta.
+    Half precision would round sampling locations: an offset of 10 pixels has steps of 1/16 pixel in
+    bfloat16. Neither autocast nor half-precision weights therefore apply here. `parameter_groups`
+    applies the learning rate of offsets to these layers, the paper's beta.
     """
 
+    weight: Tensor
+    bias: Tensor | None
     lr_scale = 1.0
     """Learning rate factor of this layer."""
 
-
-class OffsetConv2d(OffsetLayer, nn.Conv2d):
-    """Zero-initialized convolution that computes in float32 or better.
-
-    Half precision would round sampling locations: an offset of 10 pixels has steps of 1/16 pixel in
-    bfloat16. Neither autocast nor half-precision weights therefore apply here.
-    """
-
     def reset_parameters(self) -> None:
-        _zero(self)
+        nn.init.zeros_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def forward(self, input: Tensor) -> Tensor:
-        """[N, in_channels, H, W] -> [N, out_channels, Ho, Wo], float32 or float64."""
+        """The output of the layer in float64 if the input or the weight is, else in float32."""
         device = input.device.type
         if autocast_enabled(device):
             with torch.autocast(device, enabled=False):
                 return self.forward(input)
-        return self._conv_forward(*_full_precision(input, self))
+        double = torch.float64 in (input.dtype, self.weight.dtype)
+        dtype = torch.float64 if double else torch.float32
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return self._compute(input.to(dtype), self.weight.to(dtype), bias)
+
+    @abstractmethod
+    def _compute(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The output, in the dtype of the arguments."""
+
+
+class OffsetConv2d(OffsetLayer, nn.Conv2d):
+    """Convolution, [N, in_channels, H, W] -> [N, out_channels, Ho, Wo]."""
+
+    def _compute(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self._conv_forward(input, weight, bias)
 
 
 class OffsetLinear(OffsetLayer, nn.Linear):
-    """Zero-initialized fully connected layer that computes in float32 or better.
+    """Fully connected layer, [..., in_features] -> [..., out_features].
 
     Args:
         in_features: Number of input features.
@@ -52,16 +66,8 @@ class OffsetLinear(OffsetLayer, nn.Linear):
         super().__init__(in_features, out_features)
         self.lr_scale = non_negative("lr_scale", lr_scale)
 
-    def reset_parameters(self) -> None:
-        _zero(self)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """[..., in_features] -> [..., out_features], float32 or float64."""
-        device = input.device.type
-        if autocast_enabled(device):
-            with torch.autocast(device, enabled=False):
-                return self.forward(input)
-        return F.linear(*_full_precision(input, self))
+    def _compute(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(input, weight, bias)
 
 
 def autocast_enabled(device: str) -> bool:
@@ -80,19 +86,3 @@ def non_negative(name: str, value: float) -> float:
     if not value >= 0:
         raise ValueError(f"expected {name} to be a number of at least 0, but got {value:g}")
     return value
-
-
-def _zero(layer: nn.Conv2d | nn.Linear) -> None:
-    nn.init.zeros_(layer.weight)
-    if layer.bias is not None:
-        nn.init.zeros_(layer.bias)
-
-
-def _full_precision(
-    input: Tensor, layer: nn.Conv2d | nn.Linear
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Input, weight and bias in float64 if the input or weight is, else in float32."""
-    double = torch.float64 in (input.dtype, layer.weight.dtype)
-    dtype = torch.float64 if double else torch.float32
-    bias = None if layer.bias is None else layer.bias.to(dtype)
-    return input.to(dtype), layer.weight.to(dtype), bias

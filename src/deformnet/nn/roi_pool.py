@@ -1,6 +1,6 @@
 """Deformable and deformable position-sensitive RoI pooling as layers that learn their offsets."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Never
 
 import torch
@@ -9,11 +9,54 @@ from torch import Tensor, nn
 from deformnet.nn.deform_conv import refuse_script
 from deformnet.nn.offsets import OffsetConv2d, OffsetLinear, autocast_enabled, non_negative
 from deformnet.ops import deform_ps_roi_pool, deform_roi_pool
-from deformnet.ops._arguments import IntOrPair, Pair, integer, number, pair
+from deformnet.ops._arguments import IntOrPair, integer, number, pair, positive
 from deformnet.ops.roi_pool.checks import Sampling
 
 
-class DeformRoIPool2d(nn.Module):
+class _RoIPool(nn.Module):
+    """Options of both layers; see `DeformRoIPool2d`."""
+
+    def __init__(
+        self,
+        output_size: IntOrPair,
+        spatial_scale: float,
+        gamma: float,
+        sampling: Sampling,
+        samples_per_bin: int,
+    ) -> None:
+        super().__init__()
+        self.output_size = pair("output_size", output_size)
+        if min(self.output_size) < 1:
+            raise ValueError(f"expected output_size to be at least 1, but got {output_size}")
+        self.bins = self.output_size[0] * self.output_size[1]
+        self.spatial_scale = float(number("spatial_scale", spatial_scale))
+        self.gamma = float(number("gamma", gamma))
+        self.sampling: Sampling = sampling
+        self.samples_per_bin = integer("samples_per_bin", samples_per_bin)
+
+    def _pool(
+        self,
+        operator: Callable[..., Tensor],
+        input: Tensor,
+        boxes: Tensor | Sequence[Tensor],
+        offset: Tensor | None,
+    ) -> Tensor:
+        return operator(
+            input,
+            boxes,
+            offset,
+            self.output_size,
+            self.spatial_scale,
+            self.gamma,
+            sampling=self.sampling,
+            samples_per_bin=self.samples_per_bin,
+        )
+
+    def __prepare_scriptable__(self) -> Never:
+        refuse_script(self)
+
+
+class DeformRoIPool2d(_RoIPool):
     """Deformable RoI pooling that computes its offsets from the pooled features.
 
     Dai et al. 2017, section 2.2 and Figure 3: the boxes are pooled without offsets, the child
@@ -51,42 +94,19 @@ class DeformRoIPool2d(nn.Module):
         sampling: Sampling = "bins",
         samples_per_bin: int = 4,
     ) -> None:
-        super().__init__()
-        self.output_size = _bins(output_size)
-        self.channels = _positive("channels", channels)
-        self.spatial_scale = float(number("spatial_scale", spatial_scale))
-        self.gamma = float(number("gamma", gamma))
-        self.sampling: Sampling = sampling
-        self.samples_per_bin = integer("samples_per_bin", samples_per_bin)
+        super().__init__(output_size, spatial_scale, gamma, sampling, samples_per_bin)
+        self.channels = positive("channels", channels)
         beta = non_negative("beta", beta)
-        bins = self.output_size[0] * self.output_size[1]
-        self.fc_offset = OffsetLinear(self.channels * bins, 2 * bins, lr_scale=beta)
+        self.fc_offset = OffsetLinear(self.channels * self.bins, 2 * self.bins, lr_scale=beta)
 
     def forward(self, input: Tensor, boxes: Tensor | Sequence[Tensor]) -> Tensor:
-        return self._pool(input, boxes, self.offsets(input, boxes))
+        return self._pool(deform_roi_pool, input, boxes, self.offsets(input, boxes))
 
     def offsets(self, input: Tensor, boxes: Tensor | Sequence[Tensor]) -> Tensor:
         """Offsets [R, 2, ph, pw] of the bins, (x, y), before scaling by gamma."""
-        if input.ndim != 4 or input.shape[1] != self.channels:
-            raise ValueError(
-                f"expected input to be [N, {self.channels}, H, W], but got {list(input.shape)}"
-            )
-        pooled = self._pool(input, boxes, None)
+        _check_channels("input", input, self.channels)
+        pooled = self._pool(deform_roi_pool, input, boxes, None)
         return self.fc_offset(pooled.flatten(1)).unflatten(1, (2, *self.output_size))
-
-    def _pool(
-        self, input: Tensor, boxes: Tensor | Sequence[Tensor], offset: Tensor | None
-    ) -> Tensor:
-        return deform_roi_pool(
-            input,
-            boxes,
-            offset,
-            self.output_size,
-            self.spatial_scale,
-            self.gamma,
-            sampling=self.sampling,
-            samples_per_bin=self.samples_per_bin,
-        )
 
     def extra_repr(self) -> str:
         return (
@@ -94,11 +114,8 @@ class DeformRoIPool2d(nn.Module):
             f"sampling={self.sampling!r}"
         )
 
-    def __prepare_scriptable__(self) -> Never:
-        refuse_script(self)
 
-
-class DeformPSRoIPool2d(nn.Module):
+class DeformPSRoIPool2d(_RoIPool):
     """Deformable position-sensitive RoI pooling that computes its offsets from features.
 
     Dai et al. 2017, section 2.2 and Figure 4: the child `conv_offset`, a 1x1 convolution, predicts
@@ -110,13 +127,10 @@ class DeformPSRoIPool2d(nn.Module):
     Args:
         in_channels: Number of channels of the features.
         output_size: Number of bins in height and width, ph and pw.
-        spatial_scale: Scale from box coordinates to map coordinates.
+        spatial_scale, gamma, sampling, samples_per_bin: See `DeformRoIPool2d`.
         offset_groups: Number of offset groups G. The output channels are divided into G equal
             groups, each with its own offsets. R-FCN has class-agnostic offsets with 1, and
             class-aware ones with the number of output channels.
-        gamma: Scale of the offsets, which are in units of the box width and height.
-        sampling: Sampling rule, "bins", "msra" or "aligned"; see `deform_ps_roi_pool`.
-        samples_per_bin: See `deform_ps_roi_pool`; unused by "bins".
 
     Shape:
         Maps [N, C*ph*pw, H, W], whose channel (c*ph + i)*pw + j feeds bin (i, j) of output channel
@@ -140,47 +154,23 @@ class DeformPSRoIPool2d(nn.Module):
         sampling: Sampling = "bins",
         samples_per_bin: int = 4,
     ) -> None:
-        super().__init__()
-        self.output_size = _bins(output_size)
-        self.in_channels = _positive("in_channels", in_channels)
-        self.offset_groups = _positive("offset_groups", offset_groups)
-        self.spatial_scale = float(number("spatial_scale", spatial_scale))
-        self.gamma = float(number("gamma", gamma))
-        self.sampling: Sampling = sampling
-        self.samples_per_bin = integer("samples_per_bin", samples_per_bin)
-        bins = self.output_size[0] * self.output_size[1]
-        self.conv_offset = OffsetConv2d(self.in_channels, 2 * self.offset_groups * bins, 1)
+        super().__init__(output_size, spatial_scale, gamma, sampling, samples_per_bin)
+        self.in_channels = positive("in_channels", in_channels)
+        self.offset_groups = positive("offset_groups", offset_groups)
+        self.conv_offset = OffsetConv2d(self.in_channels, 2 * self.offset_groups * self.bins, 1)
 
     def forward(self, maps: Tensor, features: Tensor, boxes: Tensor | Sequence[Tensor]) -> Tensor:
-        return self._pool(maps, boxes, self.offsets(features, boxes))
+        return self._pool(deform_ps_roi_pool, maps, boxes, self.offsets(features, boxes))
 
     def offsets(self, features: Tensor, boxes: Tensor | Sequence[Tensor]) -> Tensor:
         """Offsets [R, 2*G, ph, pw] of the bins, (x, y), before scaling by gamma."""
-        if features.ndim != 4 or features.shape[1] != self.in_channels:
-            raise ValueError(
-                f"expected features to be [N, {self.in_channels}, H, W], "
-                f"but got {list(features.shape)}"
-            )
+        _check_channels("features", features, self.in_channels)
         fields, boxes = self.conv_offset(features), _full_precision(boxes)
         device = fields.device.type
         if autocast_enabled(device):  # pooling would round the offsets to half precision
             with torch.autocast(device, enabled=False):
-                return self._pool(fields, boxes, None)
-        return self._pool(fields, boxes, None)
-
-    def _pool(
-        self, maps: Tensor, boxes: Tensor | Sequence[Tensor], offset: Tensor | None
-    ) -> Tensor:
-        return deform_ps_roi_pool(
-            maps,
-            boxes,
-            offset,
-            self.output_size,
-            self.spatial_scale,
-            self.gamma,
-            sampling=self.sampling,
-            samples_per_bin=self.samples_per_bin,
-        )
+                return self._pool(deform_ps_roi_pool, fields, boxes, None)
+        return self._pool(deform_ps_roi_pool, fields, boxes, None)
 
     def extra_repr(self) -> str:
         return (
@@ -188,8 +178,12 @@ class DeformPSRoIPool2d(nn.Module):
             f"offset_groups={self.offset_groups}, gamma={self.gamma}, sampling={self.sampling!r}"
         )
 
-    def __prepare_scriptable__(self) -> Never:
-        refuse_script(self)
+
+def _check_channels(name: str, input: Tensor, channels: int) -> None:
+    if input.ndim != 4 or input.shape[1] != channels:
+        raise ValueError(
+            f"expected {name} to be [N, {channels}, H, W], but got {list(input.shape)}"
+        )
 
 
 def _full_precision(boxes: Tensor | Sequence[Tensor]) -> Tensor | list[Tensor]:
@@ -201,17 +195,3 @@ def _full_precision(boxes: Tensor | Sequence[Tensor]) -> Tensor | list[Tensor]:
 
 def _to_float(boxes: Tensor) -> Tensor:
     return boxes.float() if boxes.dtype in (torch.float16, torch.bfloat16) else boxes
-
-
-def _bins(output_size: IntOrPair) -> Pair:
-    bins = pair("output_size", output_size)
-    if min(bins) < 1:
-        raise ValueError(f"expected output_size to be at least 1, but got {output_size}")
-    return bins
-
-
-def _positive(name: str, value: int) -> int:
-    value = integer(name, value)
-    if value < 1:
-        raise ValueError(f"expected {name} to be at least 1, but got {value}")
-    return value

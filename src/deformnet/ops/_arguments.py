@@ -27,6 +27,29 @@ def integer(name: str, value: Any) -> int:
     return _index(value, name, "an int", value)
 
 
+def positive(name: str, value: Any) -> int:
+    """Convert an argument to an int of at least 1.
+
+    Raises:
+        TypeError: if it is not an integer.
+        ValueError: if it is less than 1.
+    """
+    value = integer(name, value)
+    if value < 1:
+        raise ValueError(f"expected {name} to be at least 1, but got {value}")
+    return value
+
+
+def one_of(name: str, value: object, choices: Sequence[object]) -> None:
+    """Check an argument that has a few values.
+
+    Raises:
+        ValueError: if it is none of the choices.
+    """
+    if value not in choices:
+        raise ValueError(f"expected {name} to be one of {tuple(choices)}, but got {value!r}")
+
+
 def pair(name: str, value: Any) -> Pair:
     """Convert an int or a sequence of ints to (vertical, horizontal).
 

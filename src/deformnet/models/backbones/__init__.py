@@ -1,24 +1,26 @@
 """Backbones: networks that extract feature maps from images."""
 
 from pathlib import Path
+from typing import get_args
 
-from deformnet.models.backbones.aligned_inception_resnet import (
-    AlignedInceptionResNetFeatures,
-    aligned_inception_resnet,
+from torch import nn
+
+from deformnet.models.backbones.aligned_inception_resnet import AlignedInceptionResNetFeatures
+from deformnet.models.backbones.features import (
+    Backbone,
+    FrozenBatchNorm2d,
+    Norm,
+    OutputStride,
+    deform_last,
+    dilate,
 )
-from deformnet.models.backbones.features import Backbone, Norm, OutputStride
-from deformnet.models.backbones.resnet import Depth, ResNetFeatures, resnet
+from deformnet.models.backbones.resnet import ResNetFeatures
+from deformnet.models.backbones.weights import initial_weights, load_weights
+from deformnet.ops._arguments import one_of
 
-_DEPTHS: dict[str, Depth] = {"resnet18": 18, "resnet34": 34, "resnet50": 50, "resnet101": 101}
+__all__ = ["AlignedInceptionResNetFeatures", "Backbone", "ResNetFeatures", "backbone"]
 
-__all__ = [
-    "AlignedInceptionResNetFeatures",
-    "Backbone",
-    "ResNetFeatures",
-    "aligned_inception_resnet",
-    "backbone",
-    "resnet",
-]
+_NAMES = ("resnet18", "resnet34", "resnet50", "resnet101", "aligned-inception-resnet")
 
 
 def backbone(
@@ -34,46 +36,53 @@ def backbone(
     weights: str | Path | None = None,
     reduce_channels: int | None = 1024,
 ) -> Backbone:
-    """Build a backbone by name.
+    """Build a backbone by name, by default at output stride 16.
+
+    conv5 (layer4 of ResNet) then has stride 1 and dilated 3x3 convolutions. (torchvision's
+    `replace_stride_with_dilation` leaves the first block undilated.)
 
     Args:
         name: resnet18, resnet34, resnet50, resnet101 or aligned-inception-resnet.
-        deform_layers, dilation, offset_groups, modulated, norm, stride_in_1x1, output_stride:
-            See `resnet`.
-        weights, reduce_channels: See `resnet` and `aligned_inception_resnet`.
+        deform_layers: Number of deformable 3x3 convolutions, counted from the end (Table 1: 0, 1,
+            2, 3, 6). conv5 has three of them in ResNet-50 and 101 (so 6 includes the last three of
+            conv4), four in ResNet-18 and six in ResNet-34. Aligned-Inception-ResNet has three in
+            each block: the two consecutive ones of the last block, its single one, and so on.
+        dilation: Dilation of conv5 (2; Table 3 tries 4, 6 and 8).
+        offset_groups: Offset groups of the deformable layers.
+        modulated: Whether the deformable layers also learn a mask.
+        norm: "frozen" fixes the statistics and parameters of all batch norm, and conv1 and conv2,
+            as in the authors' fine-tuning. "trained" trains everything, which random weights need.
+        stride_in_1x1: Whether conv3 and conv4 stride in the first 1x1 convolution of their blocks,
+            as in He et al. 2016, the authors' code and detectron2's older models, rather than in
+            the 3x3 convolution, as in torchvision. Weights belong to one of the two, which their
+            shapes do not tell.
+        output_stride: 16, or 32 for classification, where conv5 has stride 2 and no dilation.
+        weights: Name of torchvision's weights ("IMAGENET1K_V1", ..., cached by torch.hub), a file
+            with the state dict of this backbone or of torchvision's ResNet, or a run folder. There
+            are no public weights of Aligned-Inception-ResNet. None initializes randomly.
+        reduce_channels: Output channels of the randomly initialized 1x1 convolution and ReLU after
+            conv5; None leaves both out.
 
     Raises:
         ValueError: If the backbone does not have an option, or it is out of range.
         UserError: If the weights are of another model, or not a checkpoint.
-        FileNotFoundError: If `weights` is neither a file nor a known name.
+        FileNotFoundError: If `weights` is neither a file nor the name of torchvision's weights.
+        OSError: If named weights cannot be downloaded.
     """
-    if name == "aligned-inception-resnet":
-        if stride_in_1x1:
-            raise ValueError(f"expected stride_in_1x1 to be False for {name}, but got True")
-        return aligned_inception_resnet(
-            deform_layers=deform_layers,
-            dilation=dilation,
-            offset_groups=offset_groups,
-            modulated=modulated,
-            norm=norm,
-            output_stride=output_stride,
-            weights=weights,
-            reduce_channels=reduce_channels,
-        )
-    if name not in _DEPTHS:
-        raise ValueError(
-            f"expected name to be one of {', '.join(_DEPTHS)} or aligned-inception-resnet, "
-            f"but got {name!r}"
-        )
-    return resnet(
-        _DEPTHS[name],
-        deform_layers=deform_layers,
-        dilation=dilation,
-        offset_groups=offset_groups,
-        modulated=modulated,
-        norm=norm,
-        stride_in_1x1=stride_in_1x1,
-        output_stride=output_stride,
-        weights=weights,
-        reduce_channels=reduce_channels,
-    )
+    one_of("name", name, _NAMES)
+    one_of("norm", norm, get_args(Norm))
+    norm_layer = FrozenBatchNorm2d if norm == "frozen" else nn.BatchNorm2d
+    if name.startswith("resnet"):
+        model = ResNetFeatures(name, norm_layer, stride_in_1x1, output_stride, reduce_channels)
+    elif stride_in_1x1:
+        raise ValueError(f"expected stride_in_1x1 to be False for {name}, but got True")
+    else:
+        model = AlignedInceptionResNetFeatures(norm_layer, output_stride, reduce_channels)
+    if output_stride == 16:
+        dilate(model.conv5_stage, dilation)
+    if norm == "frozen":
+        model.freeze_first_stages()
+    deform_last(model, deform_layers, offset_groups=offset_groups, modulated=modulated)
+    if weights is not None:
+        load_weights(model, initial_weights(model, weights, stride_in_1x1), weights)
+    return model

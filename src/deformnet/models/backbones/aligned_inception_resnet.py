@@ -5,35 +5,22 @@ position in the image. Here every convolution has "same" padding, so that unit (
 pixel (stride * i, stride * j).
 """
 
-from pathlib import Path
-
 import torch
 from torch import Tensor, nn
 
-from deformnet.models.backbones.features import (
-    Backbone,
-    FrozenBatchNorm2d,
-    Norm,
-    OutputStride,
-    configure,
-    norm_layer,
-    require_images,
-)
-from deformnet.models.backbones.weights import load_weights, read_weights
+from deformnet.models.backbones.features import Backbone, NormLayer, OutputStride, require_images
 
 # Table 6: channels and number of blocks of conv2 to conv5. Figure 8: channels of the two branches.
 _WIDTHS = (256, 512, 1024, 2048)
 _BLOCKS = (3, 4, 23, 3)
 _BRANCHES = ((64, 32), (128, 64), (256, 128), (512, 256))
 
-_NormLayer = type[FrozenBatchNorm2d] | type[nn.BatchNorm2d]
-
 
 class ConvNormReLU(nn.Sequential):
     """Convolution with "same" padding, batch norm and ReLU."""
 
     def __init__(
-        self, inputs: int, outputs: int, kernel_size: int, norm: _NormLayer, *, stride: int = 1
+        self, inputs: int, outputs: int, kernel_size: int, norm: NormLayer, *, stride: int = 1
     ) -> None:
         super().__init__()
         self.conv = nn.Conv2d(
@@ -56,7 +43,7 @@ class InceptionResidualBlock(nn.Module):
     """
 
     def __init__(
-        self, inputs: int, outputs: int, one: int, two: int, norm: _NormLayer, *, stride: int
+        self, inputs: int, outputs: int, one: int, two: int, norm: NormLayer, *, stride: int
     ) -> None:
         super().__init__()
         self.branch1 = nn.Sequential(
@@ -85,7 +72,7 @@ class InceptionResidualBlock(nn.Module):
 
 
 class AlignedInceptionResNetFeatures(Backbone):
-    """Aligned-Inception-ResNet without its classifier; see `aligned_inception_resnet`.
+    """Aligned-Inception-ResNet without its classifier; see `backbone`.
 
     The paper does not say where the branches of a block stride (here in their first 1x1
     convolution, as in the authors' ResNet) or whether shortcuts have batch norm (here they do, as
@@ -99,7 +86,7 @@ class AlignedInceptionResNetFeatures(Backbone):
     name = "Aligned-Inception-ResNet"
 
     def __init__(
-        self, norm: _NormLayer, output_stride: OutputStride, reduce_channels: int | None
+        self, norm: NormLayer, output_stride: OutputStride, reduce_channels: int | None
     ) -> None:
         super().__init__(_WIDTHS[2], _WIDTHS[3], output_stride, reduce_channels)
         self.stem = ConvNormReLU(3, 64, 7, norm, stride=2)
@@ -121,10 +108,10 @@ class AlignedInceptionResNetFeatures(Backbone):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        # The residuals are non-negative and accumulate over the blocks: this scale keeps their sum
-        # at the magnitude of one. (With a scale of 1, initial gradients are ten times as large.)
-        for module in self.modules():
-            if isinstance(module, InceptionResidualBlock):
+            elif isinstance(module, InceptionResidualBlock):
+                # The residuals are non-negative and accumulate over the blocks: this scale keeps
+                # their sum at the magnitude of one. (With a scale of 1, initial gradients are ten
+                # times as large.)
                 nn.init.constant_(module.join.norm.weight, sum(_BLOCKS) ** -0.5)
         self._add_reduction()
 
@@ -145,50 +132,3 @@ class AlignedInceptionResNetFeatures(Backbone):
     def freeze_first_stages(self) -> None:
         self.stem.requires_grad_(False)
         self.stage2.requires_grad_(False)
-
-
-def aligned_inception_resnet(
-    *,
-    deform_layers: int = 0,
-    dilation: int = 2,
-    offset_groups: int = 1,
-    modulated: bool = False,
-    norm: Norm = "trained",
-    output_stride: OutputStride = 16,
-    weights: str | Path | None = None,
-    reduce_channels: int | None = 1024,
-) -> AlignedInceptionResNetFeatures:
-    """Build an Aligned-Inception-ResNet feature extractor, by default at output stride 16.
-
-    conv5 then has stride 1 and dilated 3x3 convolutions.
-
-    Args:
-        deform_layers: Number of deformable 3x3 convolutions, counted from the end, three in each
-            block: the two consecutive ones of the last block, its single one, and so on.
-        weights: File with the state dict of this backbone, or a run folder; there are no public
-            weights. None initializes randomly.
-        dilation, offset_groups, modulated, norm, output_stride, reduce_channels: See `resnet`.
-
-    Raises:
-        ValueError: If an argument is out of range.
-        UserError: If the weights are of another model, or not a checkpoint.
-        FileNotFoundError: If there is no file `weights`.
-    """
-    model = AlignedInceptionResNetFeatures(norm_layer(norm), output_stride, reduce_channels)
-    configure(
-        model,
-        deform_layers=deform_layers,
-        dilation=dilation,
-        offset_groups=offset_groups,
-        modulated=modulated,
-        norm=norm,
-        output_stride=output_stride,
-    )
-    if weights is not None:
-        if not Path(weights).exists():
-            raise FileNotFoundError(
-                f"{weights}: no such file; expected a file or a run folder, as there are no public "
-                f"weights of {model.name}"
-            )
-        load_weights(model, read_weights(Path(weights)), weights)
-    return model

@@ -4,13 +4,17 @@ Dai et al. 2017, section 2.3, "Deformable Convolution for Feature Extraction".
 """
 
 from abc import abstractmethod
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Literal, get_args
 
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
+from torchvision.models import WeightsEnum
 
 from deformnet.nn import deform_
+from deformnet.ops._arguments import one_of, positive
 
 Norm = Literal["frozen", "trained"]
 OutputStride = Literal[16, 32]
@@ -34,6 +38,9 @@ class FrozenBatchNorm2d(torchvision.ops.FrozenBatchNorm2d):
         )
 
 
+NormLayer = type[FrozenBatchNorm2d] | type[nn.BatchNorm2d]
+
+
 class Backbone(nn.Module):
     """Abstract base class: a classification network without its classifier.
 
@@ -52,6 +59,7 @@ class Backbone(nn.Module):
 
     Attributes:
         name: Name of the backbone in messages.
+        published: torchvision's weights, by name.
         stride: Stride of conv5, in pixels of the image.
         out_channels: Channels of the output.
 
@@ -60,6 +68,7 @@ class Backbone(nn.Module):
     """
 
     name: str
+    published: Mapping[str, WeightsEnum] = MappingProxyType({})
 
     def __init__(
         self,
@@ -68,11 +77,7 @@ class Backbone(nn.Module):
         output_stride: OutputStride,
         reduce_channels: int | None,
     ) -> None:
-        if output_stride not in get_args(OutputStride):
-            raise ValueError(
-                f"expected output_stride to be one of {get_args(OutputStride)}, "
-                f"but got {output_stride}"
-            )
+        one_of("output_stride", output_stride, get_args(OutputStride))
         if reduce_channels is not None and reduce_channels < 1:
             raise ValueError(
                 f"expected reduce_channels to be at least 1 or None, but got {reduce_channels}"
@@ -107,15 +112,11 @@ class Backbone(nn.Module):
             ValueError: If `images` has another number of dimensions or channels.
         """
         conv4 = self.conv4(images)
-        return conv4, self.conv5(conv4)
+        return conv4, self.conv5_stage(conv4)
 
     def reduced(self, conv5: Tensor) -> Tensor:
         """The output of `forward` from the feature map of conv5, [N, out_channels, H, W]."""
         return conv5 if self.reduce is None else F.relu(self.reduce(conv5), inplace=True)
-
-    def conv5(self, conv4: Tensor) -> Tensor:
-        """Feature map of conv5, [N, conv5_channels, H, W], from that of conv4."""
-        return self.conv5_stage(conv4)
 
     def freeze_conv5(self) -> None:
         """Freeze conv5 and the channel reduction, for networks that stop at conv4."""
@@ -126,7 +127,7 @@ class Backbone(nn.Module):
     @property
     @abstractmethod
     def conv5_stage(self) -> nn.Module:
-        """The module of conv5."""
+        """The module of conv5, from the feature map of conv4 to [N, conv5_channels, H, W]."""
 
     @abstractmethod
     def conv4(self, images: Tensor) -> Tensor:
@@ -154,25 +155,13 @@ def require_images(images: Tensor) -> None:
         raise ValueError(f"expected images to be [N, 3, H, W], but got {list(images.shape)}")
 
 
-def norm_layer(norm: Norm) -> type[FrozenBatchNorm2d] | type[nn.BatchNorm2d]:
-    """The batch norm class of a `norm` option.
-
-    Raises:
-        ValueError: If `norm` is neither "frozen" nor "trained".
-    """
-    if norm not in get_args(Norm):
-        raise ValueError(f"expected norm to be one of {get_args(Norm)}, but got {norm!r}")
-    return FrozenBatchNorm2d if norm == "frozen" else nn.BatchNorm2d
-
-
 def dilate(stage: nn.Module, dilation: int) -> None:
     """Set the stride of a stage to 1 and dilate its 3x3 convolutions.
 
     Raises:
         ValueError: If `dilation` is less than 1.
     """
-    if dilation < 1:
-        raise ValueError(f"expected dilation to be at least 1, but got {dilation}")
+    positive("dilation", dilation)
     for module in stage.modules():
         if isinstance(module, nn.Conv2d):
             module.stride = (1, 1)
@@ -180,37 +169,7 @@ def dilate(stage: nn.Module, dilation: int) -> None:
                 module.dilation = module.padding = (dilation, dilation)
 
 
-def configure(
-    model: Backbone,
-    *,
-    deform_layers: int,
-    dilation: int,
-    offset_groups: int,
-    modulated: bool,
-    norm: Norm,
-    output_stride: OutputStride,
-) -> None:
-    """Dilate conv5, freeze the first stages and add deformable layers, as the options say.
-
-    Args:
-        model: Backbone with all of its stages.
-        deform_layers: Number of deformable 3x3 convolutions, counted from the end.
-        dilation: Dilation of conv5 at output stride 16.
-        offset_groups, modulated: See `deform_`.
-        norm: "frozen" also freezes conv1 and conv2.
-        output_stride: See `Backbone`.
-
-    Raises:
-        ValueError: If an argument is out of range.
-    """
-    if output_stride == 16:
-        dilate(model.conv5_stage, dilation)
-    if norm == "frozen":
-        model.freeze_first_stages()
-    _deform_last(model, deform_layers, offset_groups=offset_groups, modulated=modulated)
-
-
-def _deform_last(model: Backbone, layers: int, *, offset_groups: int, modulated: bool) -> None:
+def deform_last(model: Backbone, layers: int, *, offset_groups: int, modulated: bool) -> None:
     """Convert the last 3x3 convolutions of a backbone to deformable convolutions.
 
     Raises:

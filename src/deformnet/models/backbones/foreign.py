@@ -9,14 +9,14 @@ the weights, so that the features are equal:
   divided by the standard deviation.
 
 Keys and shapes do not tell where the blocks stride: load weights of mmdetection's style="caffe" and
-of detectron2's STRIDE_IN_1X1 (its default) into `resnet(stride_in_1x1=True)`.
+of detectron2's STRIDE_IN_1X1 (its default) into `backbone(..., stride_in_1x1=True)`.
 """
 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -94,6 +94,19 @@ _DETECTRON2_IGNORED: _Rules = (
 )  # fmt: skip
 
 
+class _Format(NamedTuple):
+    """Keys of a code base's checkpoints: that of the state dict, and patterns of its keys."""
+
+    wrapper: str
+    prefix: str
+    rules: _Rules
+    ignored: _Rules
+
+
+_MMDETECTION_FORMAT = _Format("state_dict", _MMDETECTION_PREFIX, _MMDETECTION, _MMDETECTION_IGNORED)
+_DETECTRON2_FORMAT = _Format("model", _DETECTRON2_PREFIX, _DETECTRON2, _DETECTRON2_IGNORED)
+
+
 @dataclass(frozen=True)
 class Converted:
     """A converted backbone.
@@ -102,7 +115,7 @@ class Converted:
         state: State dict for `ResNetFeatures`.
         ignored: Ignored keys of the checkpoint, by what they belong to.
         backbone: "ResNet-18", "ResNet-34", "ResNet-50" or "ResNet-101".
-        deform_layers: Minimum `deform_layers` of `resnet`. Layers among these without offsets in
+        deform_layers: Minimum `deform_layers` of `backbone`. Layers among these without offsets in
             the checkpoint start with zero offsets, equal to plain convolutions.
         deformable: Names of the layers with offsets.
         offset_groups: Offset groups of these layers.
@@ -139,10 +152,7 @@ def from_mmdetection(
         UserError: If a key is unknown, the backbone is not a supported ResNet, its deformable
             layers differ in offset groups or masks, or the mean is not ImageNet's.
     """
-    return _convert(
-        checkpoint, "state_dict", _MMDETECTION_PREFIX, _MMDETECTION, _MMDETECTION_IGNORED,
-        bgr, pixel_mean, pixel_std,
-    )  # fmt: skip
+    return _convert(checkpoint, _MMDETECTION_FORMAT, bgr, pixel_mean, pixel_std)
 
 
 def from_detectron2(
@@ -164,10 +174,7 @@ def from_detectron2(
         UserError: See `from_mmdetection`; also if the mean or standard deviation in the checkpoint
             differs.
     """
-    converted = _convert(
-        checkpoint, "model", _DETECTRON2_PREFIX, _DETECTRON2, _DETECTRON2_IGNORED,
-        bgr, pixel_mean, pixel_std,
-    )  # fmt: skip
+    converted = _convert(checkpoint, _DETECTRON2_FORMAT, bgr, pixel_mean, pixel_std)
     state = _state_dict(checkpoint, "model")[0]
     for name, given in (("pixel_mean", pixel_mean), ("pixel_std", pixel_std)):
         for key in (name, f"module.{name}"):
@@ -217,24 +224,21 @@ def read_checkpoint(path: Path) -> Mapping[str, Any]:
 
 def _convert(
     checkpoint: Mapping[str, Any],
-    wrapper: str,
-    prefix: str,
-    rules: _Rules,
-    ignored_rules: _Rules,
+    format: _Format,
     bgr: bool,
     pixel_mean: Sequence[float],
     pixel_std: Sequence[float],
 ) -> Converted:
     factors = _input_factors(bgr, pixel_mean, pixel_std)
-    source, beside = _state_dict(checkpoint, wrapper)
+    source, beside = _state_dict(checkpoint, format.wrapper)
     state: dict[str, Tensor] = {}
     origin: dict[str, str] = {}
     ignored: dict[str, list[str]] = {}
     for key, value in source.items():
         bare = key.removeprefix("module.")
-        name = _renamed(bare, prefix, rules)
+        name = _renamed(bare, format)
         if name is None:
-            ignored.setdefault(_reason(key, bare, ignored_rules), []).append(key)
+            ignored.setdefault(_reason(key, bare, format.ignored), []).append(key)
             continue
         if name in state:
             raise UserError(f"checkpoint: keys {origin[name]} and {key} both map to {name}")
@@ -266,10 +270,10 @@ def _state_dict(checkpoint: Mapping[str, Any], wrapper: str) -> tuple[Mapping[st
     return checkpoint[wrapper], [key for key in checkpoint if key != wrapper]
 
 
-def _renamed(key: str, prefix: str, rules: _Rules) -> str | None:
+def _renamed(key: str, format: _Format) -> str | None:
     """torchvision's name of a ResNet key; None for other keys."""
-    for pattern, replacement in rules:
-        match = re.fullmatch(f"{prefix}{pattern}", key)
+    for pattern, replacement in format.rules:
+        match = re.fullmatch(f"{format.prefix}{pattern}", key)
         if match is not None:
             name = match.expand(replacement)
             return re.sub(r"^res([2-5])", lambda stage: f"layer{int(stage[1]) - 1}", name)

@@ -58,17 +58,41 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return dict(content)
 
 
-def recorded_recipe(path: Path) -> Mapping[str, Any] | None:
-    """The recipe of a run folder as plain values; None for anything else.
+def initial_weights(
+    model: Backbone, weights: str | Path, stride_in_1x1: bool
+) -> Mapping[str, Tensor]:
+    """State dict of torchvision's weights by name, of a file or of a run folder.
 
     Raises:
-        UserError: If the checkpoint is damaged.
+        FileNotFoundError: If `weights` is neither a file nor a known name.
+        UserError: If it is not a checkpoint, or of a run with another `stride_in_1x1`.
+        OSError: If the download fails.
     """
-    if not path.is_dir() or not (path / _RUN_CHECKPOINT).is_file():
-        return None
-    content = _read(path / _RUN_CHECKPOINT)
-    described = content.get("deformnet") if isinstance(content, Mapping) else None
-    return None if described is None else described["recipe"]
+    published = model.published.get(str(weights))
+    if published is not None:
+        try:
+            return published.get_state_dict(check_hash=True)
+        except OSError as error:
+            raise OSError(
+                f"cannot download {weights} from {published.url} ({error}); pass a local file "
+                "instead"
+            ) from error
+    path = Path(weights)
+    if not path.exists():
+        names = ", ".join(model.published)
+        raise FileNotFoundError(
+            f"{path}: no such file; expected a file, a run folder or the name of torchvision's "
+            f"weights of {model.name} ({names or 'there are none'})"
+        )
+    state = read_weights(path)
+    if path.is_dir():  # the strides are in the recipe alone
+        run = _read(path / _RUN_CHECKPOINT).get("deformnet")
+        if run is not None and run["recipe"].get("stride_in_1x1", False) != stride_in_1x1:
+            raise UserError(
+                f"{path}: expected weights trained with stride_in_1x1={stride_in_1x1}, "
+                f"but got {not stride_in_1x1}"
+            )
+    return state
 
 
 def load_weights(model: Backbone, state: Mapping[str, Tensor], source: str | Path) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from deformnet.models.detection.detector import Size
+from deformnet.ops._arguments import one_of, positive
 
 Convention = Literal["modern", "msra2017"]
 
@@ -40,12 +41,8 @@ def unit_anchors(
     for name, values in (("sizes", sizes), ("ratios", ratios)):
         if not values or not all(0 < value < float("inf") for value in values):
             raise ValueError(f"expected {name} to be positive numbers, but got {tuple(values)}")
-    if stride < 1:
-        raise ValueError(f"expected stride to be at least 1, but got {stride}")
-    if convention not in get_args(Convention):
-        raise ValueError(
-            f"expected convention to be one of {get_args(Convention)}, but got {convention!r}"
-        )
+    positive("stride", stride)
+    one_of("convention", convention, get_args(Convention))
     anchors: list[Corners] = []
     for ratio in ratios:
         for size in sizes:

@@ -153,12 +153,22 @@ class Detector(Network):
             images: Normalized images [N, 3, H, W].
             sizes: Image sizes inside the batch; None for images without padding.
             proposals: Stored boxes [P, 4] of each image in place of the network's own proposals.
+
+        Raises:
+            ValueError: If a network without `takes_proposals` is given `proposals`.
         """
+        self._check_proposals(proposals)
         sizes = self._sizes(images) if sizes is None else sizes
         features = self.features(images)
-        if proposals is None:
+        if proposals is None and self.takes_proposals:
             proposals = [image.boxes for image in self.propose(features, sizes)]
-        return self.candidates(features, sizes, proposals)
+        return self.candidates(features, sizes, proposals or ())
+
+    def _check_proposals(self, proposals: Sequence[Tensor] | None) -> None:
+        if proposals is not None and not self.takes_proposals:
+            raise ValueError(
+                "expected proposals to be None for a region proposal network, but got stored boxes"
+            )
 
     def random_losses(self, images: Tensor) -> Callable[[], dict[str, Tensor]]:
         sizes = self._sizes(images)

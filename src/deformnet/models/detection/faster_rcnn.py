@@ -19,6 +19,7 @@ from deformnet.models.detection.rois import (
 from deformnet.models.detection.rpn import RPN
 from deformnet.nn import DeformRoIPool2d
 from deformnet.ops import deform_roi_pool
+from deformnet.ops._arguments import one_of
 from deformnet.ops.roi_pool.checks import Sampling
 
 Pool = Literal["max", "average", "deformable"]
@@ -32,12 +33,10 @@ class FasterRCNN(RegionDetector):
 
     Args:
         backbone: Feature extractor; the paper reduces its output to 256 channels.
-        num_classes: Number of object classes C, without the background.
-        rpn: Class-agnostic region proposal network.
+        num_classes, rpn, bins: See `RegionDetector`.
         pool: RoI pooling: "max" as in the authors' baseline, "deformable", or "average", which
             equals "deformable" with zero offsets.
         sampling: Sampling rule of "average" and "deformable"; see `deform_roi_pool`.
-        bins: Bins along each side of a RoI (section 4.2: 7).
         gamma: Scale of the offsets.
         beta: Learning rate factor of the offset layer.
 
@@ -57,22 +56,15 @@ class FasterRCNN(RegionDetector):
         gamma: float = 0.1,
         beta: float = 0.01,
     ) -> None:
-        if pool not in get_args(Pool):
-            raise ValueError(f"expected pool to be one of {get_args(Pool)}, but got {pool!r}")
-        if bins < 1:
-            raise ValueError(f"expected bins to be at least 1, but got {bins}")
-        super().__init__(backbone, num_classes, rpn)
-        self.bins = bins
+        one_of("pool", pool, get_args(Pool))
+        super().__init__(backbone, num_classes, rpn, sampling, bins)
         self.pool = pool
-        self.sampling: Sampling = sampling
+        self.deform_pool: DeformRoIPool2d | None = None
         channels = backbone.out_channels
-        self.deform_pool = (
-            DeformRoIPool2d(
+        if pool == "deformable":
+            self.deform_pool = DeformRoIPool2d(
                 channels, bins, 1 / backbone.stride, gamma=gamma, beta=beta, sampling=sampling
             )
-            if pool == "deformable"
-            else None
-        )
         self.fc1 = nn.Linear(channels * bins * bins, 1024)
         self.fc2 = nn.Linear(1024, 1024)
         self.classifier = nn.Linear(1024, num_classes + 1)

@@ -7,6 +7,7 @@ from torch import Tensor
 from torchvision import ops
 
 from deformnet.models.detection.detector import Candidates, Detections
+from deformnet.ops._arguments import positive
 
 _PER_CLASS = 6000
 """Maximum number of candidates of a class before non-maximum suppression.
@@ -47,15 +48,15 @@ def postprocess(
         raise ValueError(f"expected score_threshold to be 0 to 1, but got {score_threshold}")
     if not 0 <= nms <= 1:
         raise ValueError(f"expected nms to be an IoU from 0 to 1, but got {nms}")
-    if max_detections < 1:
-        raise ValueError(f"expected max_detections to be at least 1, but got {max_detections}")
+    positive("max_detections", max_detections)
     boxes, scores = candidates
     if boxes.shape not in ((len(scores), 4), (*scores.shape, 4)):
         raise ValueError(
             "expected candidates to have boxes [K, 4] or [K, C, 4] and scores [K, C], "
             f"but got {list(boxes.shape)} and {list(scores.shape)}"
         )
-    per_class = [_empty(candidates)]
+    empty = torch.empty(0, dtype=torch.int64, device=scores.device)
+    per_class = [Detections(boxes.new_empty(0, 4), scores.new_empty(0), empty)]
     # batched_nms would shift the boxes of each class, which rounds their coordinates.
     for label in range(scores.shape[1]):
         own = boxes if boxes.ndim == 2 else boxes[:, label]
@@ -95,12 +96,6 @@ def merge(parts: Sequence[Candidates]) -> Candidates:
             for part in parts
         ]
     return Candidates(torch.cat(boxes), torch.cat([part.scores for part in parts]))
-
-
-def _empty(candidates: Candidates) -> Detections:
-    boxes, scores = candidates
-    labels = torch.empty(0, dtype=torch.int64, device=scores.device)
-    return Detections(boxes.new_empty(0, 4), scores.new_empty(0), labels)
 
 
 def _has_area(boxes: Tensor) -> Tensor:

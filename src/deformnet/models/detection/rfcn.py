@@ -11,6 +11,7 @@ from deformnet.models.detection.rois import RegionDetector, RoIs, format_rois
 from deformnet.models.detection.rpn import RPN
 from deformnet.nn import DeformPSRoIPool2d
 from deformnet.ops import deform_ps_roi_pool
+from deformnet.ops._arguments import one_of
 from deformnet.ops.roi_pool.checks import Sampling
 
 Pool = Literal["average", "deformable"]
@@ -25,12 +26,9 @@ class RFCN(RegionDetector):
 
     Args:
         backbone: Feature extractor; the paper reduces its output to 1024 channels.
-        num_classes: Number of object classes C, without the background.
-        rpn: Class-agnostic region proposal network.
+        num_classes, rpn, sampling, bins: See `RegionDetector`.
         pool: "deformable", with class-aware offsets in the score maps and class-agnostic ones in
             the box maps, or "average", which equals it with zero offsets.
-        sampling: Sampling rule; see `deform_ps_roi_pool`.
-        bins: Bins along each side of a RoI (section 4.2: 7).
         gamma: Scale of the offsets.
 
     Raises:
@@ -48,13 +46,8 @@ class RFCN(RegionDetector):
         bins: int = 7,
         gamma: float = 0.1,
     ) -> None:
-        if pool not in get_args(Pool):
-            raise ValueError(f"expected pool to be one of {get_args(Pool)}, but got {pool!r}")
-        if bins < 1:
-            raise ValueError(f"expected bins to be at least 1, but got {bins}")
-        super().__init__(backbone, num_classes, rpn)
-        self.bins = bins
-        self.sampling: Sampling = sampling
+        one_of("pool", pool, get_args(Pool))
+        super().__init__(backbone, num_classes, rpn, sampling, bins)
         channels = backbone.out_channels
         self.score_maps = nn.Conv2d(channels, (num_classes + 1) * bins * bins, 1)
         # Class-agnostic boxes. The authors have eight maps, four of them of the background, which

@@ -24,6 +24,7 @@ from deformnet.models.detection.detector import (
 )
 from deformnet.models.detection.rpn import RPN, random_indices
 from deformnet.models.network import require_labels
+from deformnet.ops._arguments import positive
 from deformnet.ops.roi_pool.checks import Sampling
 
 ROIS_PER_IMAGE = 128
@@ -142,11 +143,20 @@ class RegionDetector(Detector):
         backbone: Feature extractor.
         num_classes: Number of object classes C, without the background.
         rpn: Class-agnostic region proposal network.
+        sampling: Sampling rule of RoI pooling; see `deform_roi_pool`.
+        bins: Bins along each side of a RoI (section 4.2: 7).
+
+    Raises:
+        ValueError: If `num_classes` or `bins` is out of range.
     """
 
-    def __init__(self, backbone: Backbone, num_classes: int, rpn: RPN) -> None:
+    def __init__(
+        self, backbone: Backbone, num_classes: int, rpn: RPN, sampling: Sampling, bins: int
+    ) -> None:
         super().__init__(backbone, num_classes)
         self.rpn = rpn
+        self.sampling: Sampling = sampling
+        self.bins = positive("bins", bins)
 
     @abstractmethod
     def box_head(self, last: Tensor, boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -196,7 +206,14 @@ class RegionDetector(Detector):
             ValueError: If an argument does not have one entry for each image, if a target has
                 wrong shapes, or a label is out of range (checked on the CPU).
         """
-        self._check(images, sizes, targets, proposals, generators)
+        inputs = {"sizes": sizes, "targets": targets, "proposals": proposals}
+        for name, values in (inputs | {"generators": generators}).items():
+            if values is not None and len(values) != len(images):
+                raise ValueError(
+                    f"expected {name} to have one entry for each of {len(images)} images, "
+                    f"but got {len(values)}"
+                )
+        self._check_targets(targets)
         features = self.features(images)
         losses: dict[str, Tensor] = {}
         if proposals is None:
@@ -212,25 +229,7 @@ class RegionDetector(Detector):
         logits, deltas = self.box_head(features.last, [image.boxes for image in rois])
         return losses | roi_losses(logits, deltas, rois, ROIS_PER_IMAGE)
 
-    def _check(
-        self,
-        images: Tensor,
-        sizes: Sequence[Size],
-        targets: Sequence[Target],
-        proposals: Sequence[Tensor] | None,
-        generators: Sequence[Generator] | None,
-    ) -> None:
-        for name, values in (
-            ("sizes", sizes),
-            ("targets", targets),
-            ("proposals", proposals),
-            ("generators", generators),
-        ):
-            if values is not None and len(values) != len(images):
-                raise ValueError(
-                    f"expected {name} to have one entry for each of {len(images)} images, "
-                    f"but got {len(values)}"
-                )
+    def _check_targets(self, targets: Sequence[Target]) -> None:
         for i, (boxes, labels) in enumerate(targets):
             if labels.ndim != 1 or list(boxes.shape) != [len(labels), 4]:
                 raise ValueError(

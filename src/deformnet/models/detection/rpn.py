@@ -4,7 +4,7 @@ An RPN scores anchors as object or background (Ren et al. 2015). A class-aware o
 class of the object, and so is a detector by itself (Dai et al. 2017, section 2.3).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,6 +25,7 @@ from deformnet.models.detection.detector import (
     Target,
 )
 from deformnet.models.network import require_labels
+from deformnet.ops._arguments import positive
 
 _BACKGROUND = 0
 _IGNORED = -1
@@ -73,21 +74,16 @@ class RPN(nn.Module):
         nms: float = 0.7,
         batch: int = 256,
     ) -> None:
-        for name, count in (
-            ("num_classes", num_classes),
-            ("pre_nms", pre_nms),
-            ("post_nms", post_nms),
-            ("batch", batch),
-        ):
-            if count < 1:
-                raise ValueError(f"expected {name} to be at least 1, but got {count}")
         if not 0 <= nms <= 1:
             raise ValueError(f"expected nms to be an IoU from 0 to 1, but got {nms}")
         super().__init__()
-        self.num_classes = num_classes
-        self.convention = convention
-        self.stride = stride
-        self.pre_nms, self.post_nms, self.nms = pre_nms, post_nms, nms
+        self.in_channels = in_channels
+        self.num_classes = positive("num_classes", num_classes)
+        self.convention, self.stride = convention, stride
+        self.pre_nms = positive("pre_nms", pre_nms)
+        self.post_nms = positive("post_nms", post_nms)
+        self.batch = positive("batch", batch)
+        self.nms = nms
         # Not a buffer: half-precision weights would round it.
         self.unit_anchors = unit_anchors(sizes, ratios, stride, convention)
         self.conv = nn.Conv2d(in_channels, 512, 3, padding=1)
@@ -96,7 +92,6 @@ class RPN(nn.Module):
         for layer in (self.conv, self.classifier, self.regressor):
             nn.init.normal_(layer.weight, std=0.01)
             nn.init.zeros_(layer.get_parameter("bias"))
-        self.batch = batch
         self._matcher = Matcher(0.7, 0.3, allow_low_quality_matches=True)
 
     def forward(self, features: Tensor) -> RPNOutput:
@@ -117,19 +112,12 @@ class RPN(nn.Module):
         """The best boxes of each image after non-maximum suppression.
 
         Boxes that are not finite or have no area are dropped, so an image may have no proposals.
-
-        Args:
-            output: Predictions for the batch.
-            map_size: (H, W) of the feature map.
-            sizes: Image sizes inside the batch.
+        For the arguments see `losses`.
         """
-        anchors = self.anchors(map_size, output.logits.device)
         proposals: list[Proposals] = []
-        for logits, deltas, size in zip(*output, sizes, strict=True):
-            own = self._inside(map_size, size, logits.device)
+        for logits, boxes in self._predictions(output, map_size, sizes):
             # The logit of "an object of any class" does not saturate as its probability does.
-            score = logits[own, 1:].logsumexp(dim=1) - logits[own, _BACKGROUND]
-            boxes = clip_boxes_to_image(decode(deltas[own], anchors[own]), size)
+            score = logits[:, 1:].logsumexp(dim=1) - logits[:, _BACKGROUND]
             large = remove_small_boxes(boxes, 1e-3)
             boxes, score = boxes[large], score[large]
             boxes, score = boxes[~score.isnan()], score[~score.isnan()]
@@ -142,20 +130,20 @@ class RPN(nn.Module):
     def candidates(
         self, output: RPNOutput, map_size: Size, sizes: Sequence[Size]
     ) -> list[Candidates]:
-        """Boxes, clipped to the image, and class probabilities of all anchors of each image.
+        """Boxes and class probabilities of all anchors of each image; see `losses`."""
+        return [
+            Candidates(boxes, logits.softmax(dim=1)[:, 1:])
+            for logits, boxes in self._predictions(output, map_size, sizes)
+        ]
 
-        Args:
-            output: Predictions for the batch.
-            map_size: (H, W) of the feature map.
-            sizes: Image sizes inside the batch.
-        """
+    def _predictions(
+        self, output: RPNOutput, map_size: Size, sizes: Sequence[Size]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Logits and boxes, clipped to the image, of the anchors of each image."""
         anchors = self.anchors(map_size, output.logits.device)
-        candidates: list[Candidates] = []
         for logits, deltas, size in zip(*output, sizes, strict=True):
             own = self._inside(map_size, size, logits.device)
-            boxes = clip_boxes_to_image(decode(deltas[own], anchors[own]), size)
-            candidates.append(Candidates(boxes, logits[own].softmax(dim=1)[:, 1:]))
-        return candidates
+            yield logits[own], clip_boxes_to_image(decode(deltas[own], anchors[own]), size)
 
     def losses(
         self,
@@ -274,44 +262,26 @@ class RPNDetector(Detector):
 
     Args:
         backbone: Feature extractor.
-        num_classes: Number of object classes C, without the background.
+        rpn: Region proposal network, class-aware on `backbone.out_channels` and otherwise on
+            `backbone.conv4_channels`.
         class_aware: Whether to predict the class of objects.
-        sizes, ratios, convention, pre_nms, post_nms, nms, batch: See `RPN`.
 
     Raises:
-        ValueError: If an argument is out of range.
+        ValueError: If `rpn` has other input channels, or is class-agnostic with several classes.
     """
 
     takes_proposals = False
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        num_classes: int,
-        *,
-        class_aware: bool,
-        sizes: Sequence[float] = (128, 256, 512),
-        ratios: Sequence[float] = (0.5, 1, 2),
-        convention: Convention = "modern",
-        pre_nms: int = 6000,
-        post_nms: int = 300,
-        nms: float = 0.7,
-        batch: int = 256,
-    ) -> None:
-        super().__init__(backbone, num_classes if class_aware else 1)
-        self.class_aware = class_aware
-        self.rpn = RPN(
-            backbone.out_channels if class_aware else backbone.conv4_channels,
-            self.num_classes,
-            sizes=sizes,
-            ratios=ratios,
-            convention=convention,
-            stride=backbone.stride,
-            pre_nms=pre_nms,
-            post_nms=post_nms,
-            nms=nms,
-            batch=batch,
-        )
+    def __init__(self, backbone: Backbone, rpn: RPN, *, class_aware: bool) -> None:
+        channels = backbone.out_channels if class_aware else backbone.conv4_channels
+        if rpn.in_channels != channels:
+            raise ValueError(
+                f"expected rpn to have {channels} input channels, but got {rpn.in_channels}"
+            )
+        if not class_aware and rpn.num_classes > 1:
+            raise ValueError(f"expected rpn to have 1 class, but got {rpn.num_classes}")
+        super().__init__(backbone, rpn.num_classes)
+        self.rpn, self.class_aware = rpn, class_aware
         if not class_aware:
             # Distributed processes would wait for gradients that never come.
             backbone.freeze_conv5()
@@ -358,31 +328,10 @@ class RPNDetector(Detector):
         Raises:
             ValueError: If `proposals` is given, or a label is out of range (checked on the CPU).
         """
-        _refuse(proposals)
+        self._check_proposals(proposals)
         features = self.features(images)
         output = self.rpn(features.last)
         return self.rpn.losses(output, features.size, sizes, targets, generators)
-
-    def forward(
-        self,
-        images: Tensor,
-        sizes: Sequence[Size] | None = None,
-        proposals: Sequence[Tensor] | None = None,
-    ) -> list[Candidates]:
-        """Candidates of each image; see `Detector.forward`.
-
-        Raises:
-            ValueError: If `proposals` is given.
-        """
-        _refuse(proposals)
-        return super().forward(images, sizes, ())
-
-
-def _refuse(proposals: Sequence[Tensor] | None) -> None:
-    if proposals is not None:
-        raise ValueError(
-            "expected proposals to be None for a region proposal network, but got stored boxes"
-        )
 
 
 def _by_anchor(maps: Tensor, values: int) -> Tensor:
