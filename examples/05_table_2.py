@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from deformnet import deform_, parameter_groups
 from deformnet.analysis import AnnotatedImage
-from deformnet.data.synthetic.shapes import Shapes, scene
+from deformnet.data.synthetic import Shapes, scene
 
 SHAPES = Shapes(height=96, width=96, objects=(1, 3), radius=(0.07, 0.45), clutter=0, mute=1)
 

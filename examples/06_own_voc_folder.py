@@ -23,7 +23,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from deformnet.data.synthetic.shapes import Shapes, scene
+from deformnet.data.synthetic import Shapes, scene
 
 folder = Path(tempfile.mkdtemp())
 data = folder / "data"

@@ -13,7 +13,7 @@ from PIL import Image
 
 import deformnet.engine
 from deformnet.cli import main
-from deformnet.data.synthetic.shapes import Shapes, write_shapes
+from deformnet.data.synthetic import Shapes, write_shapes
 
 QUICK = [
     *("--backbone", "resnet18", "--deform-layers", "1", "--short-side", "32", "--max-side", "None"),

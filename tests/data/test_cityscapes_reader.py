@@ -74,7 +74,7 @@ def test_empty_split(cityscapes):
 def test_absent_labels(cityscapes):
     path = labels_of(cityscapes)
     path.unlink()
-    with one_line(FileNotFoundError, path):
+    with one_line(FileNotFoundError, f"needs bonn/{path.name}", cityscapes / "gtFine/val"):
         CityscapesSegmentation(cityscapes, "val")
 
 

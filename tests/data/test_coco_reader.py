@@ -248,12 +248,12 @@ def test_invalid_lists(coco, content, change, message):
 def test_images_in_no_folder(coco):
     for path in (coco / "train").iterdir():
         path.unlink()
-    with one_line(FileNotFoundError, "instances_train.json", "lists 0007.jpg", coco / "images"):
+    with one_line(FileNotFoundError, "instances_train.json", "needs 0007.jpg", coco / "images"):
         COCODetection(coco, "train")
 
 
 @pytest.mark.parametrize(
-    ("names", "parts"), [("5", ["lists 0005.jpg"]), ("35", ["lists 0003.jpg", "and 1 more"])]
+    ("names", "parts"), [("5", ["needs 0005.jpg"]), ("35", ["needs 0003.jpg", "and 1 more"])]
 )
 def test_missing_images(coco, names, parts):
     for name in names:

@@ -13,7 +13,7 @@ import pytest
 from small_sets import one_line, save_image, save_labels
 
 from deformnet.data.check import OFFICIAL_SETS, check_data, where_text
-from deformnet.data.check.items import has_area
+from deformnet.data.items import has_area
 
 XML = (
     "<annotation><size><width>16</width><height>12</height></size><object><name>{name}</name>"
@@ -405,7 +405,7 @@ def test_wrong_lists_of_voc(voc):
     write_list(lists / "Main/empty.txt", [])
     write_list(lists / "Segmentation/train.txt", ["a 1 2"])
     lines = check(voc).problems
-    for part in ("lists a more than once", "'b 5'", "empty.txt: is empty", "'a 1 2'"):
+    for part in ("lists a more than once", "'b 5'", "empty.txt: expected image ids", "'a 1 2'"):
         assert any(part in line for line in lines)
     (voc / "classes.txt").write_text("one\none\n")
     assert any("'one' more than once" in line for line in check(voc).problems)
@@ -418,12 +418,15 @@ def test_wrong_image_folders(folders):
     (folders / "train/cat/.2.jpg").touch()
     lines = check(folders).problems
     assert lines == (
-        "val/cow: is a class that train/ does not have",
-        "train/ant: has no image",
+        f"val/cow: expected the classes of {folders}/train, which has no class cow",
+        "train/ant: expected images (.jpg, .jpeg, .png, .bmp, .webp, .tif, .tiff), but found none",
     )
     shutil.rmtree(folders / "val")
     save_image(folders / "val/1.JPEG")
-    assert "val: has no folders of classes" in check(folders).problems
+    assert (
+        "val: expected DIR/SPLIT/CLASS/IMAGE, but found no folder of a class"
+        in check(folders).problems
+    )
 
 
 def test_terminal_shows_a_few_problems_and_the_file_all(folders):

@@ -20,8 +20,8 @@ from deformnet.data import (
     image_folder_splits,
     write_shapes,
 )
+from deformnet.data.synthetic import scene
 from deformnet.data.synthetic.scenes import OBJECTS
-from deformnet.data.synthetic.shapes import scene
 from deformnet.data.transforms import IMAGENET_MEAN, IMAGENET_STD, PCAColorJitter
 
 OPTIONS = Shapes(train=13, val=3, height=32, width=40, layout="image-folder")

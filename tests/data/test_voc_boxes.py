@@ -18,7 +18,7 @@ from deformnet.data import (
     detection_splits,
     write_shapes,
 )
-from deformnet.data.synthetic.shapes import scene
+from deformnet.data.synthetic import scene
 from deformnet.data.voc_files import VOC_CLASSES
 
 YEAR = "VOCdevkit/VOC2012"
@@ -236,7 +236,7 @@ def test_bad_list(boxes, content, message):
 def test_missing_file(boxes, file):
     (boxes / YEAR / file).unlink()
     folder, name = file.split("/")
-    with one_line(FileNotFoundError, "train.txt", "lists b", folder, name if "xml" in name else ""):
+    with one_line(FileNotFoundError, "train.txt", f"needs {name}", folder):
         VOCDetection(boxes, "train")
 
 

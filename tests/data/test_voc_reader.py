@@ -194,13 +194,15 @@ def test_list_with_windows_newlines_and_byte_order_mark(voc):
 @pytest.mark.parametrize("folder", ["JPEGImages", "SegmentationClass"])
 def test_list_names_an_absent_file(voc, folder):
     next((voc / YEAR / folder).glob("b.*")).unlink()
-    with one_line(FileNotFoundError, "train.txt", "lists b", folder):
+    with one_line(FileNotFoundError, "train.txt", "needs b.", folder):
         VOCSegmentation(voc, "train")
 
 
 def test_augmented_list_names_an_absent_mask(voc_aug):
     (voc_aug / YEAR / "SegmentationClass/b.png").unlink()
-    with one_line(FileNotFoundError, "lists b", "SegmentationClassAug", "SegmentationClass"):
+    with one_line(
+        FileNotFoundError, "needs b.png", "SegmentationClassAug or ", "SegmentationClass"
+    ):
         VOCSegmentation(voc_aug, "train_aug")
 
 

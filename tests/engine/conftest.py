@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from deformnet.data.synthetic.shapes import Shapes, write_shapes
+from deformnet.data.synthetic import Shapes, write_shapes
 from deformnet.recipes import DeepLabRecipe
 
 

@@ -22,7 +22,7 @@ import pytest
 import torch
 from PIL import Image
 
-from deformnet.data.synthetic.shapes import Shapes, write_shapes
+from deformnet.data.synthetic import Shapes, write_shapes
 from deformnet.engine import Hardware, LoopOptions, Result, evaluate, propose, train
 from deformnet.engine.logs import read_log
 from deformnet.engine.runs import iterations_done, load_checkpoint

@@ -12,7 +12,7 @@ from processes import run, stop_after, weights
 import deformnet
 from deformnet.cli import main
 from deformnet.data.image_folder import ImageFolderClassification
-from deformnet.data.synthetic.shapes import Shapes, write_shapes
+from deformnet.data.synthetic import Shapes, write_shapes
 from deformnet.engine import Hardware, TrainingStopped, evaluate, load_run
 from deformnet.engine.logs import read_log
 from deformnet.recipes import ClassifierRecipe, DeepLabRecipe, TestTimeAugmentation

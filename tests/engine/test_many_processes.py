@@ -22,7 +22,7 @@ from processes import (
     write_images,
 )
 
-from deformnet.data.synthetic.shapes import Shapes, write_shapes
+from deformnet.data.synthetic import Shapes, write_shapes
 from deformnet.engine import TrainingStopped, evaluate
 from deformnet.engine.runs import iterations_done
 from deformnet.recipes import DeepLabRecipe

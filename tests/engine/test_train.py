@@ -12,7 +12,7 @@ from processes import run, stop_after
 
 import deformnet
 from deformnet import UserError
-from deformnet.data.segmentation import open_segmentation
+from deformnet.data.opening import open_segmentation
 from deformnet.engine import Hardware, LoopOptions, TrainingStopped, evaluate, load_run, train
 from deformnet.engine.logs import TrainingLog, read_log
 from deformnet.engine.runs import (

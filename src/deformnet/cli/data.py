@@ -73,7 +73,7 @@ def synthesize_command(arguments: Sequence[str]) -> Callable[..., None]:
 
         return unused
 
-    from deformnet.data.synthetic.shapes import Shapes, write_shapes
+    from deformnet.data.synthetic import Shapes, write_shapes
 
     def synthesize(
         root: Annotated[Positional[Path], tyro.conf.arg(metavar="DIR")],

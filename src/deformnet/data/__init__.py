@@ -4,10 +4,14 @@ from deformnet.data.base import IGNORE
 from deformnet.data.boxes import BoxAnnotations, DetectionDataset
 from deformnet.data.cityscapes import CityscapesSegmentation
 from deformnet.data.coco import COCODetection
-from deformnet.data.detection import detection_splits, open_detection
 from deformnet.data.image_folder import ImageFolderClassification, image_folder_splits
-from deformnet.data.segmentation import open_segmentation, segmentation_splits
-from deformnet.data.synthetic.shapes import Shapes, write_shapes
+from deformnet.data.opening import (
+    detection_splits,
+    open_detection,
+    open_segmentation,
+    segmentation_splits,
+)
+from deformnet.data.synthetic import Shapes, write_shapes
 from deformnet.data.transforms import (
     classification_evaluation_transforms,
     classification_training_transforms,

@@ -9,7 +9,7 @@ from torchvision import tv_tensors
 from torchvision.datasets import VisionDataset
 
 from deformnet._errors import UserError
-from deformnet.data.files import read_image, read_labels
+from deformnet.data.files import read_image, read_labels, size_text
 
 IGNORE = 255
 """Label of pixels without a class (void), which are neither trained on nor scored."""
@@ -38,6 +38,7 @@ class SegmentationDataset(VisionDataset):
     def __init__(
         self,
         root: Path,
+        split: str,
         samples: Sequence[LabeledImage],
         classes: tuple[str, ...],
         transforms: Callable | None,
@@ -47,16 +48,20 @@ class SegmentationDataset(VisionDataset):
     ) -> None:
         """
         Args:
-            root: folder of the data set, for `repr`.
+            root, split: folder of the data set and its split, for `repr`.
             label_map: uint8 [256], class (or IGNORE) of every stored label; None for the identity.
                 Other values from `len(classes)` on mark stored labels that are errors.
             classes_from: origin of the classes, for messages.
         """
         super().__init__(root, transforms=transforms)
+        self.split = split
         self.samples = tuple(samples)
         self.classes = classes
         self._label_map = label_map
         self._classes_from = classes_from
+
+    def extra_repr(self) -> str:
+        return f"Split: {self.split}"
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -79,7 +84,7 @@ class SegmentationDataset(VisionDataset):
         if labels.shape != image.shape[1:]:
             raise UserError(
                 f"{sample.labels}: expected the size of its image {sample.image.name}, "
-                f"{_size(image)}, but got {_size(labels)}"
+                f"{size_text(*image.shape[1:])}, but got {size_text(*labels.shape)}"
             )
         mask = self._to_classes(labels, sample.labels)
         pair = tv_tensors.Image(image), tv_tensors.Mask(mask)
@@ -98,8 +103,3 @@ class SegmentationDataset(VisionDataset):
             f"{path}: expected labels of the {count} classes{self._classes_from} "
             f"(0 to {count - 1}; {IGNORE} is void), but got label {label}"
         )
-
-
-def _size(pixels: Tensor) -> str:
-    height, width = pixels.shape[-2:]
-    return f"{width}x{height}"

@@ -13,7 +13,7 @@ from torchvision import tv_tensors
 from torchvision.datasets import VisionDataset
 
 from deformnet._errors import UserError
-from deformnet.data.files import read_image
+from deformnet.data.files import read_image, size_text
 
 _log = logging.getLogger(__name__)
 
@@ -59,13 +59,6 @@ class ObjectList(NamedTuple):
         self.labels.append(label)
         self.ignored.append(ignored)
 
-    def extend(self, other: "ObjectList", offset: int) -> None:
-        """Appends objects whose images have indices larger by `offset`."""
-        self.images.extend(image + offset for image in other.images)
-        self.boxes.extend(other.boxes)
-        self.labels.extend(other.labels)
-        self.ignored.extend(other.ignored)
-
 
 class DetectionDataset(VisionDataset):
     """Images with boxes. Abstract: a subclass reads the files that list them.
@@ -89,6 +82,7 @@ class DetectionDataset(VisionDataset):
     def __init__(
         self,
         root: Path,
+        split: str,
         folder: Path,
         images: Sequence[ImageFile],
         objects: ObjectList,
@@ -99,11 +93,12 @@ class DetectionDataset(VisionDataset):
     ) -> None:
         """
         Args:
-            root: folder of the data set, for `repr`.
+            root, split: folder of the data set and its split, for `repr`.
             folder: folder to which the paths of the images are relative.
             images: the images; their names must be unique.
         """
         super().__init__(root, transforms=transforms)
+        self.split = split
         self.folder = folder
         self.classes = classes
         self.has_ground_truth = has_ground_truth
@@ -134,6 +129,9 @@ class DetectionDataset(VisionDataset):
         self._ignored = torch.tensor(objects.ignored, dtype=torch.bool)[kept][order]
         self._ends = torch.bincount(kept_owners, minlength=len(self._sizes)).cumsum(0)
         return kept
+
+    def extra_repr(self) -> str:
+        return f"Split: {self.split}"
 
     def __len__(self) -> int:
         return len(self._names)
@@ -169,11 +167,11 @@ class DetectionDataset(VisionDataset):
             UserError: one line that names the file, for an image that is unreadable or of another
                 size than annotated.
         """
-        image, (height, width) = read_image(self.image_path(index)), self.size(index)
-        if image.shape[1:] != (height, width):
+        image, size = read_image(self.image_path(index)), self.size(index)
+        if image.shape[1:] != size:
             raise UserError(
-                f"{self.image_path(index)}: expected the annotated size {width}x{height}, "
-                f"but got an image of {image.shape[2]}x{image.shape[1]}"
+                f"{self.image_path(index)}: expected the annotated size {size_text(*size)}, "
+                f"but got an image of {size_text(*image.shape[1:])}"
             )
         pair = tv_tensors.Image(image), self.annotations(index)
         return pair if self.transforms is None else self.transforms(*pair)

@@ -1,7 +1,7 @@
 """COCO's layout for detection (Lin et al. 2014)."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TypeGuard, final
@@ -11,7 +11,8 @@ import torch
 from deformnet._errors import UserError
 from deformnet.data.boxes import DetectionDataset, ImageFile, ObjectList
 from deformnet.data.files import Folder, listing, read_size, require_folder
-from deformnet.data.layouts import Layout
+from deformnet.data.items import ImageItem, has_area
+from deformnet.data.layouts import ImageList, Layout, Missing
 from deformnet.data.splits import Part, require_union, split_parts
 
 Entry = Mapping[str, object]
@@ -30,9 +31,9 @@ class COCODetection(DetectionDataset):
     <split>/<file_name>                  images, or in one of the other folders below
     ```
 
-    The images are in the folder that has the first one of the json file: `<split>/`, `<split>/`
-    without its last underscore and what follows (`train/` for `train_small`), `test2017/` for
-    `test-dev2017`, `root` or `images/`.
+    The images are in the folder that has most of them: `<split>/`, `<split>/` without its last
+    underscore and what follows (`train/` for `train_small`), `test2017/` for `test-dev2017`, `root`
+    or `images/`.
 
     Several splits are joined by `+` (`train2014+val2014`). Crowds are ignored, segmentations
     (polygons, RLE) not read. Labels number the categories in the order of their ids.
@@ -58,25 +59,28 @@ class COCODetection(DetectionDataset):
         files: list[COCOFile] = []
         parts: list[Part] = []
         for name in split_parts(split):
-            file = COCOFile(annotation_file(root, name))
-            added = _images(file, root, _find_folder(file, root, name))
-            objects.extend(file.objects(), len(images))
-            images += added
+            file = COCOFile(_annotation_file(root, name))
+            found = ImageList(name, file.path)
+            _add_images(found, file, root, name)
+            found.require()
+            for entry in file.annotations:
+                place, box, label, crowd = file.parse(entry)
+                objects.add(len(images) + place, box, label, crowd)
+            names = _image_names(file.files)
+            for image_name, (path, size) in zip(names, found.singles, strict=True):
+                place = Path(path).relative_to(root)
+                images.append(ImageFile(image_name, str(place), size or read_size(Path(path))))
             files.append(file)
-            parts.append(Part(str(file.path), file.classes, [image.name for image in added]))
+            parts.append(Part(str(file.path), file.classes, names))
         require_union(parts)
         _require_same_ids(files)
         super().__init__(
-            *(root, root, images, objects, files[0].classes, transforms),
+            *(root, split, root, images, objects, files[0].classes, transforms),
             has_ground_truth=files[0].has_annotations,
         )
-        self.split = split
         self.annotation_files = tuple(file.path for file in files)
         self.image_ids = torch.tensor([i for file in files for i in file.files], dtype=torch.int64)
         self.category_ids = tuple(files[0].categories)
-
-    def extra_repr(self) -> str:
-        return f"Split: {self.split}"
 
 
 def coco_splits(root: Path) -> list[str]:
@@ -89,16 +93,7 @@ def coco_splits(root: Path) -> list[str]:
     return sorted(names)
 
 
-COCO_BOXES = Layout[DetectionDataset](
-    name="COCO",
-    files="annotations/instances_*.json or image_info_*.json",
-    recognizes=lambda root: bool(coco_splits(root)),
-    splits=coco_splits,
-    open=COCODetection,
-)
-
-
-def annotation_file(root: Path, split: str) -> Path:
+def _annotation_file(root: Path, split: str) -> Path:
     """The json file of a split: of its instances, or else of its images alone.
 
     Raises:
@@ -142,17 +137,6 @@ class COCOFile:
     @property
     def classes(self) -> tuple[str, ...]:
         return tuple(self.categories.values())
-
-    def objects(self) -> ObjectList:
-        """All annotations.
-
-        Raises:
-            UserError: if one is malformed.
-        """
-        objects = ObjectList([], [], [], [])
-        for entry in self.annotations:
-            objects.add(*self.parse(entry))
-        return objects
 
     def parse(self, entry: Entry) -> tuple[int, tuple[float, float, float, float], int, bool]:
         """Index of its image, box (edges), label and whether it is a crowd, of one annotation.
@@ -221,7 +205,7 @@ def _without_segmentation(entry: dict[str, object]) -> dict[str, object]:
     return entry
 
 
-def image_folders(root: Path, split: str) -> list[Path]:
+def _image_folders(root: Path, split: str) -> list[Path]:
     """Folders to which the file names of a split may be relative, the likeliest first."""
     shorter = split.rpartition("_")[0] or split
     # test-dev2017 is a part of test2017.
@@ -229,35 +213,55 @@ def image_folders(root: Path, split: str) -> list[Path]:
     return list(dict.fromkeys(root / place for place in places))
 
 
-def _find_folder(file: COCOFile, root: Path, split: str) -> Path:
-    first = next(iter(file.files.values()))
-    places = image_folders(root, split)
-    for place in places:
-        if (place / first).is_file():
-            return place
-    raise FileNotFoundError(
-        f"{file.path}: lists {first}, which is in none of {', '.join(map(str, places))}"
-    )
+def _add_images(images: ImageList, content: COCOFile, root: Path, split: str) -> None:
+    """Adds the images of a file to its list, from the folder that has most of them."""
+    files = [Path(file) for file in content.files.values()]
+    folders = _image_folders(root, split)
+    absent = {folder: _missing_images(folder, files) for folder in folders}
+    folder = min(folders, key=lambda place: len(absent[place]))
+    missing = set(absent[folder])
+    places = [folder] if len(missing) < len(files) else folders
+    images.entries = len(files)
+    images.missing += [
+        Missing("images", tuple(map(str, places)), str(file)) for file in absent[folder]
+    ]
+    images.singles += [
+        ImageItem(str(folder / file), size)
+        for file, size in zip(files, content.sizes, strict=True)
+        if file not in missing
+    ]
 
 
-def missing_images(folder: Path, files: Sequence[Path]) -> list[Path]:
+def _missing_images(folder: Path, files: Sequence[Path]) -> list[Path]:
     """Those of `files`, paths relative to `folder`, that do not exist."""
     folders = {parent: Folder(folder / parent) for parent in {file.parent for file in files}}
     return [file for file in files if folders[file.parent].find(file.name) is None]
 
 
-def _images(file: COCOFile, root: Path, folder: Path) -> list[ImageFile]:
-    """The images of a file, with paths relative to `root`."""
-    paths = [Path(name) for name in file.files.values()]
-    missing = missing_images(folder, paths)
-    if missing:
-        count = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise FileNotFoundError(f"{file.path}: lists {missing[0]}, which is not in {folder}{count}")
-    place = folder.relative_to(root)
-    return [
-        ImageFile(name, str(place / path), size or read_size(folder / path))
-        for name, path, size in zip(_image_names(file.files), paths, file.sizes, strict=True)
-    ]
+def _lists(root: Path) -> Iterator[ImageList]:
+    for split in coco_splits(root):
+        path = _annotation_file(root, split)
+        images = ImageList(path.stem, path, may_be_official=True)
+        with images.noting_errors():
+            content = COCOFile(path)
+            _add_images(images, content, root, split)
+            for entry in content.annotations:
+                with images.noting_errors():
+                    place, box, _, _ = content.parse(entry)
+                    if not has_area(box, content.sizes[place]):
+                        text = f"annotation {entry.get('id')}: box {entry.get('bbox')} has no area"
+                        images.fault(f"{text} inside its image; readers drop it", is_remark=True)
+        yield images
+
+
+COCO_BOXES = Layout[DetectionDataset](
+    name="COCO",
+    files="annotations/instances_*.json or image_info_*.json",
+    recognizes=lambda root: bool(coco_splits(root)),
+    splits=coco_splits,
+    lists=_lists,
+    open=COCODetection,
+)
 
 
 def _image_names(files: Mapping[int, str]) -> list[str]:

@@ -63,6 +63,11 @@ def read_size(path: Path) -> tuple[int, int]:
         return image.height, image.width
 
 
+def size_text(height: int, width: int) -> str:
+    """A size for messages."""
+    return f"{width}x{height}"
+
+
 def require_folder(path: Path) -> Path:
     """Returns `path` if it is a folder.
 

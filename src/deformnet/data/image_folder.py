@@ -1,6 +1,7 @@
 """Images sorted into one folder per class."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import final
 
@@ -8,12 +9,14 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.datasets import ImageFolder, VisionDataset
 
-from deformnet._errors import UserError
 from deformnet.data.files import listing, read_image, require_folder
+from deformnet.data.items import ImageItem
+from deformnet.data.layouts import ImageList, Layout
 from deformnet.data.splits import split_parts
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 _LISTED = 5  # names in a message; ImageNet has a thousand classes
+_SYNSET = re.compile(r"n\d{8}")  # ImageNet's classes
 
 
 @final
@@ -53,33 +56,12 @@ class ImageFolderClassification(VisionDataset):
         super().__init__(root, transform=transform)
         self.split = split
         reference = root / "train" if (root / "train").is_dir() else folders[0]
-        self.classes = tuple(_class_names(reference))
+        self.classes = tuple(_folder_names(reference))
         self.samples: list[tuple[str, int]] = []
         for folder in folders:
-            self.samples += self._find_samples(folder, reference)
-
-    def _find_samples(self, folder: Path, reference: Path) -> list[tuple[str, int]]:
-        labels = {name: label for label, name in enumerate(self.classes)}
-        names = _class_names(folder)
-        for name in names:
-            if name not in labels:
-                raise UserError(
-                    f"{folder / name}: expected the classes of {reference}, which has no class "
-                    f"{name}"
-                )
-        samples = ImageFolder.make_dataset(
-            str(folder),
-            {name: labels[name] for name in names},
-            is_valid_file=is_image,
-            allow_empty=True,
-        )
-        with_images = {label for _, label in samples}
-        for name in names:
-            if labels[name] not in with_images:
-                raise UserError(
-                    f"{folder / name}: expected images ({', '.join(_SUFFIXES)}), but found none"
-                )
-        return samples
+            images, samples = _find_images(folder, reference)
+            images.require()
+            self.samples += samples
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -113,7 +95,7 @@ def image_folder_splits(root: str | Path) -> list[str]:
     return _folder_names(require_folder(Path(root).expanduser()))
 
 
-def is_image(path: str | Path) -> bool:
+def _is_image(path: str | Path) -> bool:
     """Whether a file name is one of an image; hidden files are not."""
     name = Path(path).name
     return name.lower().endswith(_SUFFIXES) and not name.startswith(".")
@@ -129,13 +111,51 @@ def _split_folder(root: Path, split: str) -> Path:
     return folder
 
 
-def _class_names(folder: Path) -> list[str]:
+def _find_images(folder: Path, reference: Path) -> tuple[ImageList, list[tuple[str, int]]]:
+    """The images of a split, and their files with their labels, by the classes of `reference`."""
+    images = ImageList(folder.name, folder)
+    labels = {name: label for label, name in enumerate(_folder_names(reference))}
     names = _folder_names(folder)
     if not names:
-        raise UserError(f"{folder}: expected DIR/SPLIT/CLASS/IMAGE, but found no folder of a class")
-    return names
+        images.fault("expected DIR/SPLIT/CLASS/IMAGE, but found no folder of a class")
+        return images, []
+    images.may_be_official = any(_SYNSET.fullmatch(name) for name in names)
+    found = ImageFolder.make_dataset(
+        str(folder),
+        {name: number for number, name in enumerate(names)},
+        is_valid_file=_is_image,
+        allow_empty=True,
+    )
+    with_images = {number for _, number in found}
+    for number, name in enumerate(names):
+        if name not in labels:
+            text = f"expected the classes of {reference}, which has no class {name}"
+            images.fault(text, file=folder / name)
+        if number not in with_images:
+            text = f"expected images ({', '.join(_SUFFIXES)}), but found none"
+            images.fault(text, file=folder / name)
+    images.singles = [ImageItem(path, None) for path, _ in found]
+    images.entries = len(found)
+    return images, [(path, labels.get(names[number], -1)) for path, number in found]
+
+
+def _lists(root: Path) -> Iterator[ImageList]:
+    splits = [root / name for name in ("train", "val") if (root / name).is_dir()]
+    return (_find_images(folder, splits[0])[0] for folder in splits)
 
 
 def _folder_names(folder: Path) -> list[str]:
     paths = (path for path in folder.iterdir() if not path.name.startswith("."))
     return sorted(path.name for path in paths if path.is_dir())
+
+
+IMAGE_FOLDER = Layout(
+    name="image folder",
+    files="train/<class>/*.jpg",
+    recognizes=lambda root: any(
+        _is_image(path) and path.is_file() for path in (root / "train").glob("*/*")
+    ),
+    splits=image_folder_splits,
+    lists=_lists,
+    open=ImageFolderClassification,
+)

@@ -1,49 +1,129 @@
-"""Layouts of data sets on disk, and how a folder's layout is recognized."""
+"""Layouts of data sets on disk: how one is recognized, its lists of images, and its reader."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
-from deformnet.data.files import listing, require_folder
+from deformnet._errors import UserError
+from deformnet.data.files import Folder
+from deformnet.data.items import Fault, ImageItem, Item, reason
 
 _Dataset = TypeVar("_Dataset", covariant=True)
+
+
+class Missing(NamedTuple):
+    """A file that a list needs and that does not exist."""
+
+    kind: str
+    """Images, annotations or label maps."""
+    folders: tuple[str, ...]
+    """Folders in which it may be, the likeliest first."""
+    name: str
+
+
+@dataclass
+class ImageList:
+    """A list of images and all that is known about it without opening them.
+
+    Readers raise its first problem (`require`), the check of data sets reports all.
+
+    Attributes:
+        name: such as VOC2007/Main/trainval, by which official lists are known.
+        source: file or folder that makes the list.
+        may_be_official: False for a data set whose classes or folders differ from the official one.
+        pair_item: what is checked of an image with its annotation.
+        pairs: images with their annotations.
+        singles: images without annotations.
+        missing: files that do not exist.
+        faults: faults of the list itself.
+        entries: number of images that the list names.
+    """
+
+    name: str
+    source: Path
+    may_be_official: bool = False
+    pair_item: Callable[[str, str], Item] | None = None
+    pairs: list[tuple[Path, Path]] = field(default_factory=list)
+    singles: list[ImageItem] = field(default_factory=list)
+    missing: list[Missing] = field(default_factory=list)
+    faults: list[Fault] = field(default_factory=list)
+    entries: int = 0
+
+    @property
+    def items(self) -> list[Item]:
+        """What is to be checked."""
+        item = self.pair_item
+        pairs = [] if item is None else [item(str(one), str(other)) for one, other in self.pairs]
+        return [*self.singles, *pairs]
+
+    def add(self, image: Path | Missing, annotation: Path | Missing) -> None:
+        """Adds an image with its annotation."""
+        self.entries += 1
+        self.missing += [file for file in (image, annotation) if isinstance(file, Missing)]
+        if isinstance(image, Path):
+            if isinstance(annotation, Path):
+                self.pairs.append((image, annotation))
+            else:
+                self.singles.append(ImageItem(str(image), None))
+
+    def fault(self, text: str, *, file: Path | None = None, is_remark: bool = False) -> None:
+        """Adds a fault of the list, or of a `file` that belongs to it."""
+        self.faults.append(Fault(str(file or self.source), text, is_remark))
+
+    @contextmanager
+    def noting_errors(self) -> Iterator[None]:
+        """Adds an error of reading the list to its faults."""
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            self.fault(reason(error, self.source))
+
+    def require(self) -> None:
+        """
+        Raises:
+            UserError: for the first fault.
+            FileNotFoundError: for the first missing file.
+        """
+        for fault in self.faults:
+            raise UserError(f"{fault.file}: {fault.text}")
+        for file in self.missing:
+            more = f" (and {len(self.missing) - 1} more)" if len(self.missing) > 1 else ""
+            places = " or ".join(file.folders)
+            raise FileNotFoundError(
+                f"{self.source}: needs {file.name}, which is not in {places}{more}"
+            )
+
+
+def find_file(kind: str, folders: Sequence[Folder], *names: str) -> Path | Missing:
+    """The first existing file, by folder and then by name, or the description of a missing one."""
+    found = (folder.find(*names) for folder in folders)
+    missing = Missing(kind, tuple(str(folder.path) for folder in folders), names[0])
+    return next(filter(None, found), missing)
 
 
 @dataclass(frozen=True)
 class Layout(Generic[_Dataset]):
     """One way in which the files of a data set are arranged.
 
-    A layout is an object of this class beside its reader, and an entry in the tuple `LAYOUTS` of
-    `deformnet.data.detection` or `deformnet.data.segmentation`.
+    A layout is an object of this class beside its reader, and an entry in a tuple of
+    `deformnet.data.opening`.
 
     Attributes:
         name: name in messages.
         files: files or folders by which the layout is recognized, in messages.
         recognizes: whether a folder has this layout.
         splits: names of the splits in such a folder.
+        lists: all lists of images in such a folder, with their problems.
         open: reader, called with the folder, the split and the transforms.
+        folders: folders that belong to the data set as a whole; there may be others beside them.
     """
 
     name: str
     files: str
     recognizes: Callable[[Path], bool]
     splits: Callable[[Path], list[str]]
+    lists: Callable[[Path], Iterable[ImageList]]
     open: Callable[[Path, str, Callable | None], _Dataset]
-
-
-def find_layout(root: Path, layouts: Sequence[Layout[_Dataset]]) -> Layout[_Dataset]:
-    """The first of `layouts` that recognizes a folder.
-
-    Raises:
-        FileNotFoundError: if none does; the message says what was looked for and what is there.
-    """
-    require_folder(root)
-    for layout in layouts:
-        if layout.recognizes(root):
-            return layout
-    expected = " or ".join(f"{layout.files} ({layout.name})" for layout in layouts)
-    raise FileNotFoundError(
-        f"{root}: expected a data set with {expected}, but the folder holds "
-        f"{listing(sorted(path.name for path in root.iterdir()), 5)}"
-    )
+    folders: Callable[[Path], set[Path]] = lambda root: {root}

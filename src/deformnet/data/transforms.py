@@ -16,17 +16,6 @@ from deformnet._errors import UserError
 from deformnet.data.base import IGNORE
 from deformnet.data.boxes import BoxAnnotations
 
-__all__ = [
-    "IMAGENET_MEAN",
-    "IMAGENET_STD",
-    "Resize",
-    "classification_evaluation_transforms",
-    "classification_training_transforms",
-    "detection_transforms",
-    "segmentation_evaluation_transforms",
-    "segmentation_training_transforms",
-]
-
 SegmentationTransforms = Callable[[tv_tensors.Image, tv_tensors.Mask], tuple[Tensor, Tensor]]
 DetectionTransforms = Callable[[tv_tensors.Image, BoxAnnotations], tuple[Tensor, BoxAnnotations]]
 ImageTransforms = Callable[[tv_tensors.Image], Tensor]

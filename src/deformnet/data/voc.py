@@ -1,15 +1,18 @@
 """PASCAL VOC's layout for semantic segmentation and detection (Everingham et al. 2010)."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import final
+from typing import NamedTuple, final
 
 from deformnet._errors import UserError
+from deformnet._files import read_lines
 from deformnet.data import voc_files
-from deformnet.data.base import LabeledImage, SegmentationDataset
+from deformnet.data.base import IGNORE, LabeledImage, SegmentationDataset
 from deformnet.data.boxes import DetectionDataset, ImageFile, ObjectList
-from deformnet.data.files import Folder, read_size
-from deformnet.data.layouts import Layout
+from deformnet.data.files import Folder, listing, read_size
+from deformnet.data.items import BoxesItem, LabelsItem
+from deformnet.data.layouts import ImageList, Layout, Missing, find_file
 from deformnet.data.splits import Part, require_union
 
 
@@ -53,24 +56,17 @@ class VOCSegmentation(SegmentationDataset):
                 differ in their classes or share an image.
         """
         root = Path(root).expanduser()
-        samples: list[LabeledImage] = []
-        parts: list[Part] = []
-        classes: list[voc_files.ClassList] = []
-        for year, name in voc_files.find_lists(root, split):
-            path = year / "ImageSets/Segmentation" / f"{name}.txt"
-            added = list(_read_masks(year, path, _mask_splits(root)))
-            classes.append(voc_files.read_mask_classes(year))
-            parts.append(Part(str(path), classes[-1].names, [sample.name for sample in added]))
-            samples += added
-        require_union(parts)
+        parts = _MASKS.read_union(root, split)
+        samples = [
+            LabeledImage(image.stem, image, mask)
+            for images, _ in parts
+            for image, mask in images.pairs
+        ]
+        classes = parts[0][1]
         super().__init__(
-            *(root, samples, classes[0].names, transforms), classes_from=f" {classes[0].origin}"
+            *(root, split, samples, classes.names, transforms), classes_from=f" {classes.origin}"
         )
-        self.split = split
-        self._advice = classes[0].advice
-
-    def extra_repr(self) -> str:
-        return f"Split: {self.split}"
+        self._advice = classes.advice
 
     def _wrong_label(self, path: Path, label: int) -> str:
         message = f"{super()._wrong_label(path, label)}; {self._advice}"
@@ -114,83 +110,143 @@ class VOCDetection(DetectionDataset):
                 classes or share an image.
         """
         root = Path(root).expanduser()
-        images: list[ImageFile] = []
+        files: list[ImageFile] = []
         objects = ObjectList([], [], [], [])
-        parts: list[Part] = []
-        lists = voc_files.find_lists(root, split)
-        for year, name in lists:
-            path = year / "ImageSets/Main" / f"{name}.txt"
-            classes = voc_files.read_box_classes(year)
-            added, their_objects = _read_boxes(year, path, classes, _box_splits(root))
-            parts.append(Part(str(path), classes.names, [image.name for image in added]))
-            objects.extend(their_objects, len(images))
-            images += added
-        require_union(parts)
-        years = lists[0][0].parent  # all are in one folder
-        super().__init__(root, years, images, objects, parts[0].classes, transforms)
-        self.split = split
+        parts = _BOXES.read_union(root, split)
+        for images, classes in parts:
+            for image, xml in images.pairs:
+                content = voc_files.parse_annotation(xml)
+                for item in content.iterfind("object"):
+                    objects.add(len(files), *voc_files.read_object(xml, item, classes))
+                size = voc_files.annotated_size(content) or read_size(image)
+                # The folder of a year given as "." has no name, and is its own parent.
+                file = Path(image.parent.parent.name, "JPEGImages", image.name)
+                files.append(ImageFile(image.stem, str(file), size))
+        years = voc_files.find_years(root)[0].parent
+        super().__init__(root, split, years, files, objects, parts[0][1].names, transforms)
 
-    def extra_repr(self) -> str:
-        return f"Split: {self.split}"
+
+class _Lists(NamedTuple):
+    """The lists of images with one kind of annotation."""
+
+    folder: str
+    """Name in ImageSets."""
+    names: Callable[[Path], list[str]]
+    """Names of the lists of a year that are splits."""
+    classes: Callable[[Path], voc_files.ClassList]
+    """Classes of a year."""
+    fill: Callable[[ImageList, Path, voc_files.ClassList], None]
+    """Adds the images of a list of a year."""
+
+    def splits(self, root: Path) -> list[str]:
+        return voc_files.splits_of_years(root, self.names)
+
+    def read_union(self, root: Path, split: str) -> list[tuple[ImageList, voc_files.ClassList]]:
+        """The lists of a union of splits, without problems, and their classes."""
+        parts: list[tuple[ImageList, voc_files.ClassList]] = []
+        for year, name in voc_files.find_lists(root, split):
+            images, classes = self._list(year, name), self.classes(year)
+            if not images.source.is_file():
+                splits = listing(self.splits(root))
+                raise FileNotFoundError(f"{images.source}: no such list; the splits are: {splits}")
+            self.fill(images, year, classes)
+            images.require()
+            parts.append((images, classes))
+        require_union(
+            [
+                Part(str(images.source), classes.names, [image.stem for image, _ in images.pairs])
+                for images, classes in parts
+            ]
+        )
+        return parts
+
+    def in_folder(self, root: Path) -> Iterator[ImageList]:
+        """All lists, with their problems."""
+        for year in voc_files.voc_years(root):
+            try:
+                names = self.names(year)
+            except ValueError:  # a bad classes.txt, reported for every list
+                names = voc_files.list_names(year, self.folder)
+            for name in names:
+                images = self._list(year, name)
+                with images.noting_errors():
+                    self.fill(images, year, self.classes(year))
+                yield images
+
+    def _list(self, year: Path, name: str) -> ImageList:
+        path = year / f"ImageSets/{self.folder}/{name}.txt"
+        return ImageList(f"{year.absolute().name}/{self.folder}/{name}", path)
+
+
+def _fill_masks(images: ImageList, year: Path, classes: voc_files.ClassList) -> None:
+    allowed = bytes([*range(len(classes.names)), IGNORE])
+    images.pair_item = partial(LabelsItem, allowed=allowed)
+    images.may_be_official = classes.is_default
+    folders = [Folder(year / "JPEGImages")], [Folder(year / "SegmentationClass")]
+    if images.source.stem == "train_aug":
+        folders[1].insert(0, Folder(year / "SegmentationClassAug"))
+    for fields in _read_fields(images.source):
+        if len(fields) == 1:
+            name = fields[0]
+            image = find_file("images", folders[0], f"{name}.jpg", f"{name}.png")
+            images.add(image, find_file("label maps", folders[1], f"{name}.png"))
+        elif len(fields) == 2:
+            image, mask = (year / field.lstrip("/") for field in fields)
+            images.add(_existing("images", image), _existing("label maps", mask))
+        else:
+            images.fault(f"expected an id or two paths per line, but got {' '.join(fields)!r}")
+
+
+def _fill_boxes(images: ImageList, year: Path, classes: voc_files.ClassList) -> None:
+    images.pair_item = partial(BoxesItem, classes=classes)
+    images.may_be_official = classes.is_default
+    folders = [Folder(year / "JPEGImages")], [Folder(year / "Annotations")]
+    seen: set[str] = set()
+    for name, *rest in _read_fields(images.source):
+        if rest not in ([], ["1"], ["0"], ["-1"]):
+            line = " ".join([name, *rest])
+            images.fault(f"expected an id, or an id and 1, 0 or -1, per line, but got {line!r}")
+        elif name in seen:
+            images.fault(f"lists {name} more than once")
+        else:
+            seen.add(name)
+            image = find_file("images", folders[0], f"{name}.jpg", f"{name}.png")
+            images.add(image, find_file("annotations", folders[1], f"{name}.xml"))
+
+
+def _read_fields(path: Path) -> list[list[str]]:
+    """Fields of each line of a list."""
+    lines = [line.split() for line in read_lines(path)]
+    if not lines:
+        raise UserError(f"{path}: expected image ids, but the list is empty")
+    return lines
+
+
+def _existing(kind: str, path: Path) -> Path | Missing:
+    return path if path.is_file() else Missing(kind, (str(path.parent),), path.name)
+
+
+_MASKS = _Lists(
+    "Segmentation",
+    lambda year: voc_files.list_names(year, "Segmentation"),
+    voc_files.read_mask_classes,
+    _fill_masks,
+)
+_BOXES = _Lists("Main", voc_files.box_lists, voc_files.read_box_classes, _fill_boxes)
 
 
 def _is_voc(root: Path) -> bool:
     return bool(voc_files.voc_years(root))
 
 
-def _mask_splits(root: Path) -> list[str]:
-    return voc_files.splits_of_years(root, voc_files.mask_lists)
-
-
-def _box_splits(root: Path) -> list[str]:
-    return voc_files.splits_of_years(root, voc_files.box_lists)
+def _folders(root: Path) -> set[Path]:
+    years = voc_files.voc_years(root)
+    return {*years, *(year.parent for year in years if year.parent != root)}
 
 
 VOC_MASKS = Layout[SegmentationDataset](
-    "VOC", voc_files.YEARS, _is_voc, _mask_splits, VOCSegmentation
+    "VOC", voc_files.YEARS, _is_voc, _MASKS.splits, _MASKS.in_folder, VOCSegmentation, _folders
 )
-VOC_BOXES = Layout[DetectionDataset]("VOC", voc_files.YEARS, _is_voc, _box_splits, VOCDetection)
-
-
-def _read_masks(year: Path, path: Path, splits: list[str]) -> Iterator[LabeledImage]:
-    find = voc_files.MaskFinder(year, path.stem)
-    for fields in voc_files.read_fields(path, splits):
-        if not voc_files.MASK_LINE.fits(fields):
-            raise UserError(f"{path}: {voc_files.MASK_LINE.error(fields)}")
-        name, image, mask = find(fields)
-        if image is None:
-            folder = find.images.folder.path
-            raise FileNotFoundError(f"{path}: lists {fields[0]}, which is not in {folder}")
-        if mask is None:
-            places = " or ".join(str(place.path) for place in find.masks)
-            raise FileNotFoundError(f"{path}: lists {fields[-1]}, which has no mask in {places}")
-        yield LabeledImage(name, image, mask)
-
-
-def _read_boxes(
-    year: Path, path: Path, classes: voc_files.ClassList, splits: list[str]
-) -> tuple[list[ImageFile], ObjectList]:
-    """Images of a list, with paths relative to the parent of `year`, and their objects."""
-    find, annotations = voc_files.ImageFinder(year), Folder(year / "Annotations")
-    images: dict[str, ImageFile] = {}
-    objects = ObjectList([], [], [], [])
-    for fields in voc_files.read_fields(path, splits):
-        name = fields[0]
-        if not voc_files.BOX_LINE.fits(fields):
-            raise UserError(f"{path}: {voc_files.BOX_LINE.error(fields)}")
-        if name in images:
-            raise UserError(f"{path}: lists {name} more than once")
-        image, xml = find(name), annotations.find(f"{name}.xml")
-        if image is None:
-            raise FileNotFoundError(f"{path}: lists {name}, which is not in {find.folder.path}")
-        if xml is None:
-            raise FileNotFoundError(
-                f"{path}: lists {name}, which has no {name}.xml in {annotations.path}"
-            )
-        content = voc_files.parse_annotation(xml)
-        for item in content.iterfind("object"):
-            objects.add(len(images), *voc_files.read_object(xml, item, classes))
-        size = voc_files.annotated_size(content) or read_size(image)
-        # The folder of a year given as "." has no name, and is its own parent.
-        images[name] = ImageFile(name, str(Path(year.name, "JPEGImages", image.name)), size)
-    return list(images.values()), objects
+VOC_BOXES = Layout[DetectionDataset](
+    "VOC", voc_files.YEARS, _is_voc, _BOXES.splits, _BOXES.in_folder, VOCDetection, _folders
+)

@@ -12,7 +12,7 @@ import numpy as np
 from deformnet._errors import UserError
 from deformnet._files import read_lines
 from deformnet.data.base import IGNORE
-from deformnet.data.files import Folder, listing, read_labels, require_folder
+from deformnet.data.files import listing, read_labels, require_folder
 from deformnet.data.splits import split_parts
 
 VOC_CLASSES = (
@@ -108,68 +108,6 @@ def find_lists(root: Path, split: str) -> list[tuple[Path, str]]:
             raise UserError(f"split {split!r}: {name} of {entry[0].name} is named more than once")
         lists.append(entry)
     return lists
-
-
-def read_fields(path: Path, splits: list[str]) -> list[list[str]]:
-    """Fields of each line of a list; `splits` are those that exist, for messages."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such list; the splits are: {listing(splits)}")
-    lines = [line.split() for line in read_lines(path)]
-    if not lines:
-        raise UserError(f"{path}: expected image ids, but the list is empty")
-    return lines
-
-
-class ListLine(NamedTuple):
-    """Form of the lines of a kind of list."""
-
-    form: str
-    """For messages."""
-    fits: Callable[[list[str]], bool]
-
-    def error(self, fields: list[str]) -> str:
-        return f"expected {self.form} per line, but got {' '.join(fields)!r}"
-
-
-BOX_LINE = ListLine(
-    "an id, or an id and 1, 0 or -1,",
-    lambda fields: len(fields) <= 2 and fields[1:] in ([], ["1"], ["0"], ["-1"]),
-)
-MASK_LINE = ListLine("an id or two paths", lambda fields: len(fields) <= 2)
-
-
-class ImageFinder:
-    """Finds the images of a year by id."""
-
-    def __init__(self, year: Path) -> None:
-        self.folder = Folder(year / "JPEGImages")
-
-    def __call__(self, name: str) -> Path | None:
-        return self.folder.find(f"{name}.jpg", f"{name}.png")
-
-
-class MaskFinder:
-    """Finds the files of a line in a list of images with masks."""
-
-    def __init__(self, year: Path, split: str) -> None:
-        self.year = year
-        self.images = ImageFinder(year)
-        self.masks = [Folder(year / "SegmentationClass")]
-        if split == "train_aug":
-            self.masks.insert(0, Folder(year / "SegmentationClassAug"))
-
-    def __call__(self, fields: list[str]) -> tuple[str, Path | None, Path | None]:
-        """Name, image and mask of a line with an id or two paths; None for missing files."""
-        if len(fields) == 2:
-            image, mask = (_existing(self.year / field.lstrip("/")) for field in fields)
-            return Path(fields[0]).stem, image, mask
-        name = fields[0]
-        mask = next(filter(None, (place.find(f"{name}.png") for place in self.masks)), None)
-        return name, self.images(name), mask
-
-
-def _existing(path: Path) -> Path | None:
-    return path if path.is_file() else None
 
 
 # Class names.

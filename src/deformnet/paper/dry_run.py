@@ -19,7 +19,7 @@ from tqdm import tqdm
 from deformnet._errors import UserError
 from deformnet._files import write_json
 from deformnet._text import Table
-from deformnet.data.synthetic.shapes import Shapes, scene
+from deformnet.data.synthetic import Shapes, scene
 from deformnet.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from deformnet.engine import Hardware, LoopOptions, evaluate, propose, train
 from deformnet.engine.logs import read_log

@@ -9,8 +9,7 @@ import numpy as np
 from PIL import Image
 from torchvision.datasets import Cityscapes
 
-from deformnet.data.synthetic.scenes import Scene
-from deformnet.data.synthetic.shapes import Shapes, scene
+from deformnet.data.synthetic import Scene, Shapes, scene
 from deformnet.data.voc_files import VOC_CLASSES
 from deformnet.paper.rows import CITYSCAPES, COCO, IMAGENET, VOC_DETECTION, DataSet
 

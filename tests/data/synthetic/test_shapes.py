@@ -13,9 +13,8 @@ from small_sets import one_line
 from torchvision.datasets import VOCDetection
 
 from deformnet.data import Shapes, VOCSegmentation, open_segmentation, write_shapes
-from deformnet.data.synthetic import shapes
+from deformnet.data.synthetic import SHAPE_CLASSES, scene, shapes
 from deformnet.data.synthetic.scenes import OBJECTS
-from deformnet.data.synthetic.shapes import SHAPE_CLASSES, scene
 
 SMALL = Shapes(train=6, val=3, height=48, width=64)
 YEAR = "VOCdevkit/VOC2012"

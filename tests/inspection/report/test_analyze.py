@@ -12,7 +12,7 @@ from PIL import Image
 from deformnet.analysis import MeanStd
 from deformnet.cli import main
 from deformnet.data import open_segmentation
-from deformnet.data.synthetic.shapes import Shapes, write_shapes
+from deformnet.data.synthetic import Shapes, write_shapes
 from deformnet.engine import Hardware, LoopOptions, train
 from deformnet.engine.runs import checkpoint_path
 from deformnet.inspection.report import analyze

@@ -15,7 +15,7 @@ from tiny_runs import classifier, faster_rcnn, noise, rfcn, save, segmenter, wri
 from deformnet.analysis import bin_locations, effective_dilation, sampling_locations
 from deformnet.cli import main
 from deformnet.data import open_segmentation
-from deformnet.data.synthetic.shapes import Shapes, write_shapes
+from deformnet.data.synthetic import Shapes, write_shapes
 from deformnet.inspection.runs import OpenedRun, open_runs
 from deformnet.inspection.viewer import images
 from deformnet.inspection.viewer.images import DataSetImages, ImageFiles, open_image

@@ -17,10 +17,11 @@ from tqdm import tqdm
 from deformnet._errors import UserError
 from deformnet._files import replacing
 from deformnet._text import Table
-from deformnet.data.check.items import Fault, Item
-from deformnet.data.check.lists import ImageList, Missing, find_lists
+from deformnet.data.check.lists import CheckedList, find_lists
 from deformnet.data.check.official import OFFICIAL_SETS
 from deformnet.data.files import require_folder
+from deformnet.data.items import Fault, Item
+from deformnet.data.layouts import Missing
 
 _CHUNK = 16  # items that a process is handed at a time
 _SHOWN = 5  # faults of a folder that the terminal shows
@@ -145,8 +146,8 @@ def check_data(
 
     lists = find_lists(root, custom=custom)
     # The longest list first: files missing from trainval need not be named again for train and val.
-    lists.sort(key=lambda images: -images.entries)
-    items = list(dict.fromkeys(item for images in lists for item in images.items))
+    lists.sort(key=lambda listed: -listed.images.entries)
+    items = list(dict.fromkeys(item for listed in lists for item in listed.images.items))
     faults: dict[Item, list[Fault]] = {}
     with (
         closing(_Record(record, root)) as good,
@@ -216,47 +217,35 @@ class _Record:
 _Task = tuple[Item, str | None]  # with its line in the record, as its files were before the check
 
 
-def _unknown(items: Iterable[Item], good: _Record, bar: tqdm) -> Iterator[list[_Task]]:
-    """Items that are not known to be good, a few at a time."""
-    tasks: list[_Task] = []
+def _unknown(items: Iterable[Item], good: _Record, bar: tqdm) -> Iterator[_Task]:
+    """Items that are not known to be good."""
     for item in items:
         line = good.line(item)
         if line is not None and line in good:
             bar.update()
-            continue
-        tasks.append((item, line))
-        if len(tasks) == _CHUNK:
-            yield tasks
-            tasks = []
-    if tasks:
-        yield tasks
+        else:
+            yield item, line
 
 
 class _Checking:
     """A data set to a loader. Its "indices" are the tasks themselves, so that no process holds more
     of a large data set than what it is checking."""
 
-    def __getitem__(self, tasks: Sequence[_Task]) -> list[tuple[Item, str | None, list[Fault]]]:
-        return [(item, line, item.faults()) for item, line in tasks]
+    def __getitem__(self, task: _Task) -> tuple[Item, str | None, list[Fault]]:
+        item, line = task
+        return item, line, item.faults()
 
 
-def _check(
-    tasks: Iterable[list[_Task]], workers: int
-) -> Iterator[tuple[Item, str | None, list[Fault]]]:
+def _check(tasks: Iterable[_Task], workers: int) -> Iterator[tuple[Item, str | None, list[Fault]]]:
     loader = DataLoader(
         _Checking(),  # pyright: ignore[reportArgumentType] (a map from tasks to results)
-        batch_size=None,
+        batch_size=_CHUNK,
         sampler=tasks,
         num_workers=workers,
-        collate_fn=_unchanged,
+        collate_fn=list,
         worker_init_fn=_ignore_interrupts,
     )
-    for results in loader:
-        yield from results
-
-
-def _unchanged(results: list) -> list:
-    return results
+    return chain.from_iterable(loader)
 
 
 def _ignore_interrupts(worker: int) -> None:
@@ -266,14 +255,14 @@ def _ignore_interrupts(worker: int) -> None:
 
 def _report(
     root: Path,
-    lists: Sequence[ImageList],
+    lists: Sequence[CheckedList],
     faults: dict[Item, list[Fault]],
     checked: int,
     remembered: int,
     path: Path,
 ) -> DataReport:
     missing_problems, missing_summary = _missing_files(root, lists)
-    of_lists = (fault for images in lists for fault in images.faults)
+    of_lists = (fault for listed in lists for fault in listed.images.faults)
     all_faults = chain(of_lists, *faults.values())
     problems, summary, remarks = _fault_lines(root, dict.fromkeys(all_faults))
     faulty = {item for item, found in faults.items() if not all(fault.is_remark for fault in found)}
@@ -281,13 +270,13 @@ def _report(
         root=root,
         lists=tuple(
             ListSummary(
-                name=images.title,
-                images=images.entries,
-                official=images.official,
-                missing=len(images.missing),
-                faulty=sum(item in faulty for item in images.items) if faulty else 0,
+                name=listed.title,
+                images=listed.images.entries,
+                official=listed.official,
+                missing=len(listed.images.missing),
+                faulty=sum(item in faulty for item in listed.images.items) if faulty else 0,
             )
-            for images in sorted(lists, key=lambda images: images.title)
+            for listed in sorted(lists, key=lambda listed: listed.title)
         ),
         problems=(*missing_problems, *problems),
         remarks=(*remarks, *_absent_lists(lists)),
@@ -298,25 +287,25 @@ def _report(
     )
 
 
-def _missing_files(root: Path, lists: Sequence[ImageList]) -> tuple[list[str], list[str]]:
+def _missing_files(root: Path, lists: Sequence[CheckedList]) -> tuple[list[str], list[str]]:
     """Lines for missing files, each once though several lists need it: all, and by folder."""
     problems: list[str] = []
     summary: list[str] = []
     seen: set[Missing] = set()
-    for images in lists:
+    for listed in lists:
         by_folder: dict[tuple[str, str], list[Missing]] = {}
-        for missing in images.missing:
+        for missing in listed.images.missing:
             if missing not in seen:
-                by_folder.setdefault((missing.kind, missing.folder), []).append(missing)
+                by_folder.setdefault((missing.kind, missing.folders[0]), []).append(missing)
         for (kind, folder), files in by_folder.items():
             seen.update(files)
             place = _relative(folder, root)
             summary.append(
-                f"{place}: {len(files)} of {images.entries} {kind} of {images.title} are missing, "
-                f"the first is {files[0].name}"
+                f"{place}: {len(files)} of {listed.images.entries} {kind} of {listed.title} are "
+                f"missing, the first is {files[0].name}"
             )
             problems += [
-                f"{place}/{file.name}: missing, listed in {images.title}" for file in files
+                f"{place}/{file.name}: missing, listed in {listed.title}" for file in files
             ]
     return problems, summary
 
@@ -339,9 +328,9 @@ def _fault_lines(root: Path, faults: Iterable[Fault]) -> tuple[list[str], list[s
     return [line for lines in by_folder.values() for line in lines], summary, remarks
 
 
-def _absent_lists(lists: Sequence[ImageList]) -> list[str]:
+def _absent_lists(lists: Sequence[CheckedList]) -> list[str]:
     """Lines for official lists that are absent, of data sets that are not."""
-    present = {images.name for images in lists if images.official is not None}
+    present = {listed.images.name for listed in lists if listed.official is not None}
     return [
         f"{name} of {official.name} ({count} images) is absent"
         for official in OFFICIAL_SETS

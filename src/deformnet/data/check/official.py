@@ -147,15 +147,6 @@ OFFICIAL_SETS = (
     ),
 )
 
-_CITIES = """
-    aachen bochum bremen cologne darmstadt dusseldorf erfurt hamburg hanover jena krefeld
-    monchengladbach strasbourg stuttgart tubingen ulm weimar zurich
-    frankfurt lindau munster
-    berlin bielefeld bonn leverkusen mainz munich
-"""
-CITYSCAPES_CITIES = frozenset(_CITIES.split())
-"""Cities of train, val and test. A data set in this layout without any of them is custom."""
-
 
 def official_count(name: str) -> int | None:
     """Number of images in an official list; None for other lists."""

@@ -9,11 +9,13 @@ in pixels to first order, the antialiased coverage.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.random import Generator
 from PIL import Image, ImageFilter
 
+from deformnet._errors import UserError
 from deformnet.data.base import IGNORE
 
 Array = np.ndarray
@@ -21,14 +23,6 @@ Outline = Callable[[Array, Array], Array]
 
 
 # Shapes. The farthest point of each is at a distance of about 1 from the origin.
-
-
-def _disc(x: Array, y: Array) -> Array:
-    return np.hypot(x, y) - 1
-
-
-def _square(x: Array, y: Array) -> Array:
-    return np.maximum(abs(x), abs(y)) - math.sqrt(0.5)
 
 
 def _star(x: Array, y: Array) -> Array:
@@ -47,10 +41,6 @@ def _trefoil(x: Array, y: Array) -> Array:
     return radius - 0.64 - 0.36 * _from(0.25, radius) * np.cos(3 * np.arctan2(y, x))
 
 
-def _ellipse(x: Array, y: Array) -> Array:
-    return np.hypot(x, 3.5 * y) - 1
-
-
 def _gear(x: Array, y: Array) -> Array:
     radius = np.hypot(x, y)
     teeth = np.tanh(3 * np.cos(8 * np.arctan2(y, x)))
@@ -66,38 +56,28 @@ def _from(start: float, radius: Array) -> Array:
     return np.minimum(radius / start, 1) ** 3
 
 
-def _bar(x: Array, y: Array) -> Array:
-    return np.maximum(abs(x), 9 * abs(y)) - 0.99
-
-
-def _ring(x: Array, y: Array) -> Array:
-    return abs(np.hypot(x, y) - 0.84) - 0.16
-
-
-def _crescent(x: Array, y: Array) -> Array:
-    return np.maximum(np.hypot(x, y) - 1, 0.9 - np.hypot(x - 0.45, y))
-
-
 def _cross(x: Array, y: Array) -> Array:
     x, y = abs(x), abs(y)
     return np.minimum(np.maximum(x, 4 * y), np.maximum(4 * x, y)) - 0.97
 
 
-def _triangle(x: Array, y: Array) -> Array:
-    return np.maximum(-x, abs(y) * math.sqrt(0.75) + x / 2) - 0.5
-
-
 OBJECTS: dict[str, Outline] = {
-    "disc": _disc,
-    "square": _square,
+    "disc": lambda x, y: np.hypot(x, y) - 1,
+    "square": lambda x, y: np.maximum(abs(x), abs(y)) - math.sqrt(0.5),
     "star": _star,
     "trefoil": _trefoil,
-    "ellipse": _ellipse,
+    "ellipse": lambda x, y: np.hypot(x, 3.5 * y) - 1,
     "gear": _gear,
 }
 """Outlines of the classes. Label 1 is the first; 0 is the background."""
 
-_CLUTTER: tuple[Outline, ...] = (_bar, _ring, _crescent, _cross, _triangle)
+_CLUTTER: dict[str, Outline] = {
+    "bar": lambda x, y: np.maximum(abs(x), 9 * abs(y)) - 0.99,
+    "ring": lambda x, y: abs(np.hypot(x, y) - 0.84) - 0.16,
+    "crescent": lambda x, y: np.maximum(np.hypot(x, y) - 1, 0.9 - np.hypot(x - 0.45, y)),
+    "cross": _cross,
+    "triangle": lambda x, y: np.maximum(-x, abs(y) * math.sqrt(0.75) + x / 2) - 0.5,
+}
 
 # The linear map of an object is rotation, shear, rotation. A disc sheared by 0.4 is an ellipse of
 # ratio 1.5, an ellipse of ratio 3.5 keeps at least 2.3: the classes remain distinct.
@@ -114,6 +94,70 @@ _MIN_INSIDE = 0.7  # smallest fraction of an object's area inside the image
 _MIN_VISIBLE = 0.6  # smallest fraction of an object's visible area that a later one may leave
 _MUTED = np.float32(0.25)  # gray (0 to 1) into which `mute` blends everything behind the objects
 _MIN_CONTRAST = 0.22  # distance of the mean RGB colors (0 to 1) of a shape and of its background
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Options of a synthetic data set.
+
+    Attributes:
+        train: Number of images in the split `train`.
+        val: Number of images in the split `val`.
+        height: Height of an image, in pixels.
+        width: Width of an image, in pixels.
+        warp: Strength of the smooth non-rigid deformation, 0 (none) to 1.
+        seed: Random seed; the same options give the same bytes (with the same versions of NumPy and
+            Pillow on the same kind of processor).
+        objects: Minimum and maximum number of objects in an image.
+        radius: Minimum and maximum distance from an object's center to its farthest point before
+            deformation, as a fraction of the shorter side; drawn log-uniformly.
+        clutter: Maximum number of shapes without a class behind the objects.
+        mute: Fraction by which everything behind the objects is blended into dark gray: 0 leaves it
+            as vivid as the objects, 1 makes it uniform.
+        void_border: Width of the void border (label 255) along outlines, in pixels, as in VOC; 0
+            for exact masks.
+        layout: "voc" for label maps and boxes in VOC layout; "image-folder" for classification:
+            images of one object each, whatever `objects` says, in one folder per class.
+    """
+
+    train: int = 2500
+    val: int = 300
+    height: int = 160
+    width: int = 160
+    warp: float = 0.5
+    seed: int = 0
+    objects: tuple[int, int] = (1, 3)
+    radius: tuple[float, float] = (0.055, 0.45)
+    clutter: int = 3
+    mute: float = 0.0
+    void_border: int = 0
+    layout: Literal["voc", "image-folder"] = "voc"
+
+    def __post_init__(self) -> None:
+        for name in ("train", "val"):
+            require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        for name in ("height", "width"):
+            require(getattr(self, name) >= 16, name, "at least 16", getattr(self, name))
+        for name in ("seed", "clutter", "void_border"):
+            require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
+        for name in ("warp", "mute"):
+            require(0 <= getattr(self, name) <= 1, name, "0 to 1", getattr(self, name))
+        fewest, most = self.objects
+        require(1 <= fewest <= most <= 254, "objects", "1 <= fewest <= most <= 254", self.objects)
+        smallest, largest = self.radius
+        in_order = 0 < smallest <= largest <= 0.5
+        require(in_order, "radius", "0 < smallest <= largest <= 0.5", self.radius)
+        if self.layout == "image-folder":
+            expected = f"at least {len(OBJECTS)} in an image folder, one per class"
+            require(self.train >= len(OBJECTS), "train", expected, self.train)
+        else:
+            require(self.layout == "voc", "layout", "voc or image-folder", self.layout)
+
+
+def require(holds: bool, name: str, expected: str, value: object) -> None:
+    """Checks an option."""
+    if not holds:
+        raise UserError(f"expected {name} to be {expected}, but got {value}")
 
 
 @dataclass(frozen=True)
@@ -150,41 +194,32 @@ class Scene:
     objects: tuple[SceneObject, ...]
 
 
-def draw_scene(
-    rng: Generator,
-    *,
-    height: int,
-    width: int,
-    warp: float,
-    objects: tuple[int, int],
-    radius: tuple[float, float],
-    clutter: int,
-    mute: float,
-    void_border: int,
-    label: int | None = None,
-) -> Scene:
+def draw_scene(rng: Generator, options: Shapes, *, label: int | None = None) -> Scene:
     """Draws a scene; the same generator state gives the same scene.
 
     Args:
-        label: class of all objects, from 1; None draws one for each. The others as in `Shapes`.
+        label: class, from 1, of an image of one object; None draws one for each object.
     """
+    height, width, radius = options.height, options.width, options.radius
     side = min(height, width)
     canvas = _background(rng, height, width)
-    for _ in range(rng.integers(clutter, endpoint=True)):
+    for _ in range(rng.integers(options.clutter, endpoint=True)):
         size = side * _log_uniform(rng, radius[0], max(radius[0], radius[1] / 2))
-        shape = _Shape(rng, _CLUTTER[rng.integers(len(_CLUTTER))], size, warp)
+        outline = list(_CLUTTER.values())[rng.integers(len(_CLUTTER))]
+        shape = _Shape(rng, outline, size, options.warp)
         place = shape.place(rng.uniform(0, width), rng.uniform(0, height), height, width)
         if place is not None:
             _paint(rng, canvas, place)
-    canvas += mute * (_MUTED - canvas)
+    canvas += options.mute * (_MUTED - canvas)
 
     instances = np.zeros((height, width), dtype=np.uint8)
     drawn: list[tuple[int, int]] = []  # label and full area
     # Large ones first: objects in front are smaller than those that they hide.
-    count = rng.integers(objects[0], objects[1], endpoint=True)
+    fewest, most = options.objects if label is None else (1, 1)
+    count = rng.integers(fewest, most, endpoint=True)
     for size in sorted((side * _log_uniform(rng, *radius) for _ in range(count)), reverse=True):
         number = int(rng.integers(len(OBJECTS))) + 1 if label is None else label
-        shape = _Shape(rng, list(OBJECTS.values())[number - 1], size, warp)
+        shape = _Shape(rng, list(OBJECTS.values())[number - 1], size, options.warp)
         place = _find_place(rng, shape, instances)
         if place is None:
             continue
@@ -192,7 +227,7 @@ def draw_scene(
         drawn.append((number, place.full_area))
         view = instances[place.window]
         view[place.distance < 0] = len(drawn)
-        view[abs(place.distance) < void_border / 2] = IGNORE
+        view[abs(place.distance) < options.void_border / 2] = IGNORE
 
     light = 1 + 0.2 * _noise(rng, height, width, side / rng.uniform(1, 2))
     canvas *= light[..., None]

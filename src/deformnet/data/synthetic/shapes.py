@@ -8,9 +8,8 @@ import io
 import json
 import logging
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
 from xml.etree import ElementTree
 
 import numpy as np
@@ -18,7 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from deformnet._errors import UserError
-from deformnet.data.synthetic.scenes import OBJECTS, Scene, draw_scene
+from deformnet.data.synthetic.scenes import OBJECTS, Scene, Shapes, draw_scene, require
 from deformnet.data.voc_files import color_map
 
 SHAPE_CLASSES = ("background", *OBJECTS)
@@ -35,64 +34,6 @@ _DIFFICULT_FRACTION = 0.5
 _TRUNCATED_FRACTION = 0.95
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Shapes:
-    """Options of a synthetic data set.
-
-    Attributes:
-        train: Number of images in the split `train`.
-        val: Number of images in the split `val`.
-        height: Height of an image, in pixels.
-        width: Width of an image, in pixels.
-        warp: Strength of the smooth non-rigid deformation, 0 (none) to 1.
-        seed: Random seed; the same options give the same bytes (with the same versions of NumPy and
-            Pillow on the same kind of processor).
-        objects: Minimum and maximum number of objects in an image.
-        radius: Minimum and maximum distance from an object's center to its farthest point before
-            deformation, as a fraction of the shorter side; drawn log-uniformly.
-        clutter: Maximum number of shapes without a class behind the objects.
-        mute: Fraction by which everything behind the objects is blended into dark gray: 0 leaves it
-            as vivid as the objects, 1 makes it uniform.
-        void_border: Width of the void border (label 255) along outlines, in pixels, as in VOC; 0
-            for exact masks.
-        layout: "voc" for label maps and boxes in VOC layout; "image-folder" for classification:
-            images of one object each, whatever `objects` says, in one folder per class.
-    """
-
-    train: int = 2500
-    val: int = 300
-    height: int = 160
-    width: int = 160
-    warp: float = 0.5
-    seed: int = 0
-    objects: tuple[int, int] = (1, 3)
-    radius: tuple[float, float] = (0.055, 0.45)
-    clutter: int = 3
-    mute: float = 0.0
-    void_border: int = 0
-    layout: Literal["voc", "image-folder"] = "voc"
-
-    def __post_init__(self) -> None:
-        for name in ("train", "val"):
-            _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        for name in ("height", "width"):
-            _require(getattr(self, name) >= 16, name, "at least 16", getattr(self, name))
-        for name in ("seed", "clutter", "void_border"):
-            _require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
-        for name in ("warp", "mute"):
-            _require(0 <= getattr(self, name) <= 1, name, "0 to 1", getattr(self, name))
-        fewest, most = self.objects
-        _require(1 <= fewest <= most <= 254, "objects", "1 <= fewest <= most <= 254", self.objects)
-        smallest, largest = self.radius
-        in_order = 0 < smallest <= largest <= 0.5
-        _require(in_order, "radius", "0 < smallest <= largest <= 0.5", self.radius)
-        if self.layout == "image-folder":
-            expected = f"at least {len(OBJECTS)} in an image folder, one per class"
-            _require(self.train >= len(OBJECTS), "train", expected, self.train)
-        else:
-            _require(self.layout == "voc", "layout", "voc or image-folder", self.layout)
 
 
 def write_shapes(root: str | Path, options: Shapes) -> None:
@@ -171,22 +112,11 @@ def scene(options: Shapes, split: str, number: int) -> Scene:
     Raises:
         UserError: if `split` is neither train nor val, or the objects are too small to be visible.
     """
-    _require(split in _SPLITS, "split", " or ".join(_SPLITS), split)
+    require(split in _SPLITS, "split", " or ".join(_SPLITS), split)
     rng = np.random.default_rng([options.seed, _SPLITS.index(split), number])
     classified = options.layout == "image-folder"
     for _ in range(_TRIES):
-        drawn = draw_scene(
-            rng,
-            height=options.height,
-            width=options.width,
-            warp=options.warp,
-            objects=(1, 1) if classified else options.objects,
-            radius=options.radius,
-            clutter=options.clutter,
-            mute=options.mute,
-            void_border=options.void_border,
-            label=_label(number) if classified else None,
-        )
+        drawn = draw_scene(rng, options, label=_label(number) if classified else None)
         if drawn.objects or not classified:
             return drawn
     raise UserError(
@@ -299,8 +229,3 @@ def _write(path: Path, content: bytes) -> None:
 
 def _text_of(path: Path) -> str | None:
     return path.read_text(encoding="utf-8") if path.is_file() else None
-
-
-def _require(holds: bool, name: str, expected: str, value: object) -> None:
-    if not holds:
-        raise UserError(f"expected {name} to be {expected}, but got {value}")

@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
-from deformnet.data.files import read_image, read_labels
+from deformnet.data.files import read_image, read_labels, size_text
 from deformnet.data.voc_files import ClassList, annotated_size, parse_annotation, read_object
 
 Size = tuple[int, int]
@@ -87,7 +87,8 @@ class LabelsItem(NamedTuple):
         height, width = labels.shape
         if size and size != (height, width):
             text = (
-                f"expected the size of its image, {_text(size)}, but got {_text((height, width))}"
+                f"expected the size of its image, {size_text(*size)}, "
+                f"but got {size_text(height, width)}"
             )
             faults.append(Fault(self.labels, text))
         unknown = sorted(set(labels.unique().tolist()) - set(self.allowed))
@@ -125,10 +126,5 @@ def _check_image(file: str, annotated: Size | None) -> tuple[Size | None, list[F
     size = height, width
     if annotated is None or size == annotated:
         return size, []
-    text = f"expected the annotated size {_text(annotated)}, but got {_text(size)}"
+    text = f"expected the annotated size {size_text(*annotated)}, but got {size_text(*size)}"
     return size, [Fault(file, text)]
-
-
-def _text(size: Size) -> str:
-    height, width = size
-    return f"{width}x{height}"
