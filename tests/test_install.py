@@ -15,15 +15,12 @@ ROOT = Path(__file__).parent.parent
 
 # Makes every package invisible that PyTorch itself does not need, as if it were not installed.
 BLOCKER = """
-import sys
-from importlib.abc import MetaPathFinder
+from importlib.machinery import PathFinder
 
-class Missing(MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {blocked!r}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
-
-sys.meta_path.insert(0, Missing())
+find_spec = PathFinder.find_spec
+PathFinder.find_spec = lambda name, *place: (
+    None if name.partition(".")[0] in {blocked!r} else find_spec(name, *place)
+)
 """
 
 
@@ -57,11 +54,11 @@ def other_modules() -> set[str]:
 @pytest.fixture(scope="module")
 def python(tmp_path_factory):
     """Runs code on an installation of the package with PyTorch alone."""
-    target = tmp_path_factory.mktemp("installed")
+    target, build = tmp_path_factory.mktemp("installed"), tmp_path_factory.mktemp("build")
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target"]
     without_compiler = {**os.environ, "CXX": "/nonexistent/c++", "CC": "/nonexistent/cc"}
     done = subprocess.run(
-        [*command, str(target), str(ROOT)],
+        [*command, str(target), f"--config-settings=build-dir={build}", str(ROOT)],
         capture_output=True,
         text=True,
         env=without_compiler,
@@ -129,9 +126,9 @@ deform_conv2d(x, torch.zeros(1, 18, 6, 6), torch.randn(4, 4, 3, 3))
 print(backends.why_unavailable("cpu"))
 """)
     reason = output_of(done)
-    assert "C++ compiler" in reason
+    assert "no C++ compiler was found" in reason
     assert "reference" in done.stderr  # the warning
-    assert "C++ compiler" in done.stderr
+    assert reason.strip() in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from cuda_cases import CASES, call
 from deform_conv_cases import random_case
 from operator_testing import OPERATORS
 
-from deformnet.ops import backends, deform_conv2d, triton, using
+from deformnet.ops import backends, cpu, deform_conv2d, triton, using
 from deformnet.ops.cpu import loading
 
 
@@ -95,13 +95,18 @@ def test_a_backend_in_use_that_cannot_take_the_device_says_so():
         assert backends.resolve("cpu", "cpu") == "cpu"
 
 
-def test_kernels_that_were_not_built_say_what_to_do(monkeypatch):
-    monkeypatch.setattr(loading, "_FILES", ("no-such-library.so",))
+@pytest.mark.parametrize("reason", ["no C++ compiler or no OpenMP", "the disk was full"])
+def test_kernels_that_were_not_built_say_why_and_what_to_do(monkeypatch, tmp_path, reason):
+    if "disk" in reason:
+        (tmp_path / "not_built.txt").write_text(f"{reason}\n")
+    monkeypatch.setattr(cpu, "__path__", [str(tmp_path)])
     loading._library.cache_clear()
-    reason = loading.why_unavailable.__wrapped__()
+    found = loading.why_unavailable.__wrapped__()
     loading._library.cache_clear()
-    assert "the CPU kernels were not built (no C++ compiler" in reason
-    assert "install a C++ compiler with OpenMP and reinstall deformnet" in reason
+    assert found == (
+        f"the CPU kernels were not built when deformnet was installed: {reason}; "
+        "install GCC with OpenMP and reinstall deformnet"
+    )
 
 
 def test_a_device_without_kernels_falls_back_with_its_reason(monkeypatch):

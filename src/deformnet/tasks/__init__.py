@@ -8,7 +8,7 @@ from deformnet._errors import require_extra
 require_extra(__name__, "train", "torchvision", "torchmetrics", "tqdm")
 
 from deformnet.recipes import ClassifierRecipe, DetectorRecipe, Recipe, SegmentationRecipe
-from deformnet.tasks.base import DataIdentity, Processes, SingleProcess, Task, TaskOptions
+from deformnet.tasks.base import DataIdentity, Processes, Task, TaskOptions
 from deformnet.tasks.classification import ClassificationTask
 from deformnet.tasks.detection import DetectionTask
 from deformnet.tasks.images import find_images
@@ -17,7 +17,6 @@ from deformnet.tasks.segmentation import SegmentationTask
 __all__ = [
     "DataIdentity",
     "Processes",
-    "SingleProcess",
     "Task",
     "TaskOptions",
     "find_images",

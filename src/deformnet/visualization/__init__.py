@@ -4,6 +4,10 @@ A function `..._figure` returns a matplotlib figure, which `save_figure` writes 
 `draw_...` draws into axes or an image. Nothing here runs a network or needs pyplot.
 """
 
+from deformnet._errors import require_extra
+
+require_extra(__name__, "train", "matplotlib", "PIL", "torchvision")
+
 from deformnet.visualization.bins import DetectionBins, bins_figure, draw_bins
 from deformnet.visualization.canvas import save_figure
 from deformnet.visualization.colors import distinct_colors, palette

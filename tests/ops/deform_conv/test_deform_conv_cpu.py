@@ -109,9 +109,8 @@ def test_every_instruction_set_converts_halves_as_pytorch_does(instructions, dty
     numbers = numbers[numbers.isfinite()].reshape(1, 1, 1, -1)
     offset = torch.zeros(1, 2, 1, numbers.shape[-1])
     weight = torch.ones(1, 1, 1, 1, dtype=dtype)
-    steps = ((1, 1), (0, 0), (1, 1), "zeros")
     # The neighbor is read with weight 0, so that negative zero becomes zero: compare as numbers.
-    assert torch.equal(cpu.deform_conv2d(numbers, offset, weight, None, None, *steps), numbers)
+    assert torch.equal(deform_conv2d(numbers, offset, weight), numbers)
     # A bias in the same type makes sums that must be rounded.
     generator = torch.Generator().manual_seed(0)
     numbers = (torch.randn(1, 1, 1, 4096, generator=generator) * 3).to(dtype)
@@ -119,8 +118,7 @@ def test_every_instruction_set_converts_halves_as_pytorch_does(instructions, dty
     for bias in (1.0, 0.01, 1e-6, 3e4):
         biases = torch.tensor([bias], dtype=dtype)
         wanted = (numbers.float() + biases.float()).to(dtype)
-        found = cpu.deform_conv2d(numbers, offset, weight, biases, None, *steps)
-        assert torch.equal(found, wanted)
+        assert torch.equal(deform_conv2d(numbers, offset, weight, biases), wanted)
 
 
 # Rows, channels and output channels that leave remainders of tiles; groups that share a block.

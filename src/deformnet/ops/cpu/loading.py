@@ -28,9 +28,12 @@ def _library_file() -> Path:
     for file in (Path(folder) / name for folder in folders for name in _FILES):
         if file.is_file():
             return file
+    # CMake leaves the reason here.
+    notes = [note for folder in folders if (note := Path(folder) / "not_built.txt").is_file()]
+    reason = notes[0].read_text().strip() if notes else "no C++ compiler or no OpenMP"
     raise FileNotFoundError(
-        "the CPU kernels were not built (no C++ compiler or no OpenMP at installation); "
-        "install a C++ compiler with OpenMP and reinstall deformnet"
+        f"the CPU kernels were not built when deformnet was installed: {reason}; "
+        "install GCC with OpenMP and reinstall deformnet"
     )
 
 
@@ -79,7 +82,7 @@ def select_instruction_set(name: str) -> None:
 
 
 def fields(kind: type, names: str) -> list[tuple[str, type]]:
-    """Fields of one type, for a structure of kernels.h."""
+    """Fields of one type, for a structure that the library takes."""
     return [(name, kind) for name in names.split()]
 
 
