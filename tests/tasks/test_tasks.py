@@ -16,7 +16,7 @@ from deformnet.recipes import (
     RPNRecipe,
     TestTimeAugmentation,
 )
-from deformnet.tasks import DataIdentity, SingleProcess, TaskOptions, task_of
+from deformnet.tasks import DataIdentity, Processes, TaskOptions, task_of
 
 SMALL = {"backbone": "resnet18", "batch": 2, "short_side": 48, "max_side": 80}
 DETECTOR = SMALL | {"anchor_sizes": (16, 32), "proposals": 10}
@@ -91,7 +91,7 @@ def test_scores_are_those_of_any_number_of_processes(folders, recipe):
     task = task_of(recipe)
     images = task.evaluation_set(folder_of(folders, recipe), "val")
     model = network(recipe, images.classes)
-    expected = images.evaluate(model, SingleProcess())
+    expected = images.evaluate(model, Processes())
     assert expected.json
     assert str(expected.table)
     for count in (2, 4):

@@ -16,6 +16,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from deformnet._errors import UserError
 from deformnet.engine.connections import closed_at_exit
 from deformnet.engine.settings import Hardware
+from deformnet.tasks.base import Processes
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 _T = TypeVar("_T")
@@ -94,25 +95,11 @@ def launched(layout: Layout, precision: Precision, facts: Mapping[str, object]) 
         yield fabric
 
 
-@dataclass(frozen=True)
-class FabricProcesses:
-    """The processes of a run as tasks see them; see `deformnet.tasks.base.Processes`."""
+class FabricProcesses(Processes):
+    """The processes of a run."""
 
-    fabric: Fabric
-    workers: int = 0
-    progress: bool = False
-
-    @property
-    def rank(self) -> int:
-        return self.fabric.global_rank
-
-    @property
-    def count(self) -> int:
-        return self.fabric.world_size
-
-    @property
-    def device(self) -> torch.device:
-        return self.fabric.device
+    def __init__(self, fabric: Fabric, workers: int = 0, progress: bool = False) -> None:
+        super().__init__(fabric.device, workers, progress, fabric.global_rank, fabric.world_size)
 
     def gather(self, value: _T, /) -> list[_T]:
         if self.count == 1:

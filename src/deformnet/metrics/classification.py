@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from deformnet.metrics.numbers import by_name, scaled
+from deformnet.metrics.numbers import by_name, require_labels, scaled
 
 TOP = 5
 """Number of guesses that the looser of the two errors allows."""
@@ -79,12 +79,7 @@ class ClassificationCounts(Metric):
             raise ValueError(
                 f"expected logits of {self.num_classes} classes, but got {logits.shape[1]}"
             )
-        wrong = (target < 0) | (target >= self.num_classes)
-        if wrong.any():
-            raise ValueError(
-                f"expected labels of target to be 0 to {self.num_classes - 1}, but got "
-                f"{int(target[wrong][0])}"
-            )
+        require_labels("target", target, self.num_classes)
         guesses = logits.argsort(dim=1, descending=True, stable=True)[:, :TOP]
         correct = guesses == target[:, None]
         row = torch.stack([correct[:, 0], correct.any(dim=1), torch.ones_like(target)], dim=1)

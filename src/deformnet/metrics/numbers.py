@@ -1,7 +1,9 @@
-"""Scores as JSON has them: None instead of NaN."""
+"""Scores as JSON has them, None instead of NaN; and a check of labels."""
 
 import math
 from collections.abc import Iterable
+
+from torch import Tensor
 
 
 def scaled(score: float | None, factor: float = 1) -> float | None:
@@ -14,3 +16,13 @@ def by_name(
 ) -> dict[str, float | None]:
     """Each score, times `factor`, by its name."""
     return {name: scaled(score, factor) for name, score in zip(names, scores, strict=True)}
+
+
+def require_labels(name: str, labels: Tensor, num_classes: int) -> None:
+    """Raises ValueError, which names the tensor, for labels out of range."""
+    wrong = (labels < 0) | (labels >= num_classes)
+    if wrong.any():
+        raise ValueError(
+            f"expected labels of {name} to be 0 to {num_classes - 1}, "
+            f"but got {int(labels[wrong][0])}"
+        )

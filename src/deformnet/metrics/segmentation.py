@@ -16,7 +16,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from deformnet.metrics.numbers import by_name, scaled
+from deformnet.metrics.numbers import by_name, require_labels, scaled
 
 IGNORE = 255
 """Label of pixels that are not scored."""
@@ -64,8 +64,8 @@ class _ConfusionMatrix(MulticlassConfusionMatrix):
                 f"expected prediction and target to have one size, but got {list(preds.shape)} "
                 f"and {list(target.shape)}"
             )
-        _check_labels("prediction", preds, self.num_classes)
-        _check_labels("target", target[target != IGNORE], self.num_classes)
+        require_labels("prediction", preds, self.num_classes)
+        require_labels("target", target[target != IGNORE], self.num_classes)
         super().update(preds, target)
 
 
@@ -195,7 +195,7 @@ class ObjectCounts(Metric):
                 "expected prediction and target to be [N, H, W], but got "
                 f"{list(prediction.shape)} and {list(target.shape)}"
             )
-        _check_labels("target", target[target != IGNORE], self.num_classes)
+        require_labels("target", target[target != IGNORE], self.num_classes)
         counts = np.zeros(self.counts.shape, dtype=np.int64)
         for pair in zip(prediction.cpu().numpy(), target.cpu().numpy(), strict=True):
             self._count_image(*pair, counts)
@@ -274,15 +274,6 @@ def _grown(span: slice, length: int) -> slice:
     """`span` and half as far again on both sides, within 0 to `length`."""
     more = math.ceil((span.stop - span.start) / 2)
     return slice(max(0, span.start - more), min(length, span.stop + more))
-
-
-def _check_labels(name: str, labels: Tensor, num_classes: int) -> None:
-    wrong = (labels < 0) | (labels >= num_classes)
-    if wrong.any():
-        raise ValueError(
-            f"expected labels of {name} to be 0 to {num_classes - 1}, "
-            f"but got {int(labels[wrong][0])}"
-        )
 
 
 def _ratio(part: Tensor, whole: Tensor) -> Tensor:

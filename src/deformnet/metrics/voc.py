@@ -171,17 +171,14 @@ def _match_all(
     for name, target in ground_truth.items():
         where = f"ground_truth[{name!r}]"
         boxes, true_labels = _checked(where, target.boxes, target.labels, num_classes)
-        ignored = _array(target.ignored).astype(bool)
-        if ignored.shape != true_labels.shape:
-            raise ValueError(
-                f"{where}: expected ignored to be [{len(true_labels)}] like the labels, but got "
-                f"{list(ignored.shape)}"
-            )
+        ignored = _column(where, "ignored", target.ignored, true_labels).astype(bool)
         objects += np.bincount(true_labels[~ignored], minlength=num_classes)
         if name in predictions:
-            own_boxes, own_labels, scores = _checked_predictions(
-                f"predictions[{name!r}]", predictions[name], num_classes
-            )
+            where, own = f"predictions[{name!r}]", predictions[name]
+            own_boxes, own_labels = _checked(where, own.boxes, own.labels, num_classes)
+            scores = _column(where, "scores", own.scores, own_labels).astype(np.float64)
+            if not np.isfinite(scores).all():
+                raise ValueError(f"{where}: expected finite scores, but got NaN or infinity")
             labels.append(own_labels)
             iou, best = _best(own_boxes, own_labels, boxes, true_labels)
             # Without objects there is nothing to look up, and an IoU of 0 matches nothing.
@@ -190,22 +187,6 @@ def _match_all(
         first += len(boxes)
     columns = (np.concatenate(column) for column in zip(*matches, strict=True))
     return objects, np.concatenate(labels), _Matches(*columns)
-
-
-def _checked_predictions(
-    where: str, predictions: Predictions, num_classes: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Boxes [d, 4], labels [d] and scores [d] of an image."""
-    boxes, labels = _checked(where, predictions.boxes, predictions.labels, num_classes)
-    scores = _array(predictions.scores).astype(np.float64)
-    if scores.shape != labels.shape:
-        raise ValueError(
-            f"{where}: expected scores to be [{len(labels)}] like the labels, but got "
-            f"{list(scores.shape)}"
-        )
-    if not np.isfinite(scores).all():
-        raise ValueError(f"{where}: expected finite scores, but got NaN or infinity")
-    return boxes, labels, scores
 
 
 def _best(
@@ -280,6 +261,17 @@ def _checked(
     if wrong.size:
         raise ValueError(f"{name}: expected labels 0 to {num_classes - 1}, but got {wrong[0]}")
     return numbers, places.astype(np.int64)
+
+
+def _column(where: str, name: str, values: Array, labels: np.ndarray) -> np.ndarray:
+    """Values [n] beside the labels of an image."""
+    column = _array(values)
+    if column.shape != labels.shape:
+        raise ValueError(
+            f"{where}: expected {name} to be [{len(labels)}] like the labels, but got "
+            f"{list(column.shape)}"
+        )
+    return column
 
 
 def _array(values: Array) -> np.ndarray:

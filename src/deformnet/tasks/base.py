@@ -26,7 +26,6 @@ from deformnet.tasks.annotations import AnnotatedImages, Images, names_of
 from deformnet.tasks.predictor import Device, Predictor
 
 _T = TypeVar("_T")
-_Sample = TypeVar("_Sample")
 _RecipeT = TypeVar("_RecipeT", bound=Recipe)
 _ImagesT = TypeVar("_ImagesT", bound=Images)
 
@@ -66,38 +65,17 @@ class TaskOptions:
     """Files of stored proposals that replace a detector's own; see `deformnet.tasks.proposals`."""
 
 
-class Processes(Protocol):
-    """The processes that share an evaluation.
+@dataclass(frozen=True)
+class Processes:
+    """The processes that share an evaluation; by default there is only this one.
 
     Attributes:
         device: where this process computes.
         workers: processes that load images for this one; 0 loads them in this one.
         progress: show a progress bar, in the first process.
+        rank: number of this process.
+        count: number of processes.
     """
-
-    @property
-    def rank(self) -> int: ...
-    @property
-    def count(self) -> int: ...
-    @property
-    def device(self) -> torch.device: ...
-    @property
-    def workers(self) -> int: ...
-    @property
-    def progress(self) -> bool: ...
-
-    def gather(self, value: _T, /) -> list[_T]:
-        """The values of all processes in order of their ranks, in every process.
-
-        Args:
-            value: picklable, with tensors on the CPU.
-        """
-        ...
-
-
-@dataclass(frozen=True)
-class SingleProcess:
-    """`Processes` of a program that runs alone."""
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     workers: int = 0
@@ -106,6 +84,11 @@ class SingleProcess:
     count: int = 1
 
     def gather(self, value: _T, /) -> list[_T]:
+        """The values of all processes in order of their ranks, in every process.
+
+        Args:
+            value: picklable, with tensors on the CPU.
+        """
         return [value]
 
 
@@ -130,7 +113,7 @@ class Batch(Protocol):
         ...
 
 
-class TrainingSet(ABC, Generic[_Sample]):
+class TrainingSet(ABC):
     """Images with ground truth to train on, randomly transformed.
 
     Args:
@@ -154,20 +137,12 @@ class TrainingSet(ABC, Generic[_Sample]):
         return self.identity.images
 
     @abstractmethod
-    def sample(self, index: int) -> _Sample:
-        """An image with random transforms; all randomness comes from torch's generator."""
-
-    @abstractmethod
-    def collate(self, samples: Sequence[_Sample]) -> Batch:
-        """Makes a batch of samples."""
-
     def batch(self, indices: Sequence[int], seeds: Sequence[int]) -> Batch:
-        """The images of these indices as a batch.
+        """The images of these indices as a batch; see `seeded`.
 
         Args:
             seeds: one for each image; all randomness of its sample follows from it.
         """
-        return self.collate(seeded(self.sample, indices, seeds))
 
 
 @dataclass(frozen=True)

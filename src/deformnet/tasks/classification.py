@@ -21,7 +21,7 @@ from deformnet.metrics.classification import ClassificationCounts, classificatio
 from deformnet.metrics.numbers import scaled
 from deformnet.recipes import ClassifierRecipe
 from deformnet.tasks.annotations import AnnotatedImages, Annotation
-from deformnet.tasks.base import DataIdentity, Scores, Task, TrainingSet
+from deformnet.tasks.base import DataIdentity, Scores, Task, TrainingSet, seeded
 from deformnet.tasks.images import require_image
 from deformnet.tasks.labeling import CountingSet, logits_of, losses_of
 from deformnet.tasks.predictor import Device, Predictor, Prepared, Size
@@ -51,7 +51,7 @@ class Batch(NamedTuple):
         return losses_of(model, self.images, self.labels)
 
 
-class ClassificationTrainingSet(TrainingSet[tuple[Tensor, int]]):
+class ClassificationTrainingSet(TrainingSet):
     """Images and classes with random transforms."""
 
     def __init__(self, recipe: ClassifierRecipe, images: ImageFolderClassification) -> None:
@@ -64,13 +64,13 @@ class ClassificationTrainingSet(TrainingSet[tuple[Tensor, int]]):
             color_jitter=recipe.color_jitter,
         )
 
-    def sample(self, index: int) -> tuple[Tensor, int]:
+    def batch(self, indices: Sequence[int], seeds: Sequence[int]) -> Batch:
+        images, labels = zip(*seeded(self._sample, indices, seeds), strict=True)
+        return Batch(torch.stack(images), torch.tensor(labels))
+
+    def _sample(self, index: int) -> tuple[Tensor, int]:
         image, label = self._images[index]
         return self._transforms(tv_tensors.Image(image)), label
-
-    def collate(self, samples: Sequence[tuple[Tensor, int]]) -> Batch:
-        images, labels = zip(*samples, strict=True)
-        return Batch(torch.stack(images), torch.tensor(labels))
 
 
 class ClassificationEvaluationSet(CountingSet):

@@ -1,8 +1,9 @@
 """The protocol of predictors: a trained network that takes images in any form."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Generic, NamedTuple, TypeVar, overload
 
@@ -64,23 +65,18 @@ class Bins(NamedTuple):
     moved: Tensor
 
 
+@dataclass(frozen=True)
 class Inference:
     """One pass of a network over an image, kept for further questions.
 
-    Args:
+    Attributes:
         annotation: the prediction.
+        bins: bins of predicted boxes (those of `annotation`, or the best of them), moved as their
+            classes move them; gives None without such pooling.
     """
 
-    def __init__(self, annotation: Annotation) -> None:
-        self.annotation = annotation
-
-    def bins(self, boxes: Annotation) -> Bins | None:
-        """Bins of predicted boxes, moved as their classes move them; None without such pooling.
-
-        Args:
-            boxes: `annotation`, or the best of it.
-        """
-        return None
+    annotation: Annotation
+    bins: Callable[[Annotation], Bins | None] = lambda boxes: None
 
 
 class Predictor(ABC, Generic[_P]):

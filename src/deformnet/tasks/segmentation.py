@@ -29,7 +29,7 @@ from deformnet.metrics.segmentation import (
 )
 from deformnet.recipes import ScoreAt, SegmentationRecipe
 from deformnet.tasks.annotations import AnnotatedImages, Annotation, Contents, Thing
-from deformnet.tasks.base import DataIdentity, Scores, Task, TrainingSet
+from deformnet.tasks.base import DataIdentity, Scores, Task, TrainingSet, seeded
 from deformnet.tasks.images import write_picture
 from deformnet.tasks.labeling import CountingSet, logits_of, losses_of
 from deformnet.tasks.loading import pad, stack
@@ -74,7 +74,7 @@ class Batch(NamedTuple):
         return losses_of(model, self.images, self.masks)
 
 
-class SegmentationTrainingSet(TrainingSet[tuple[Tensor, Tensor]]):
+class SegmentationTrainingSet(TrainingSet):
     """Images and label maps with random transforms."""
 
     def __init__(self, recipe: SegmentationRecipe, images: SegmentationDataset) -> None:
@@ -87,11 +87,8 @@ class SegmentationTrainingSet(TrainingSet[tuple[Tensor, Tensor]]):
             flip=recipe.flip,
         )
 
-    def sample(self, index: int) -> tuple[Tensor, Tensor]:
-        return self._transforms(*self._images[index])
-
-    def collate(self, samples: Sequence[tuple[Tensor, Tensor]]) -> Batch:
-        return collate(samples)
+    def batch(self, indices: Sequence[int], seeds: Sequence[int]) -> Batch:
+        return collate(seeded(lambda n: self._transforms(*self._images[n]), indices, seeds))
 
 
 def collate(samples: Sequence[tuple[Tensor, Tensor]]) -> Batch:

@@ -16,7 +16,7 @@ from deformnet.data.transforms import detection_transforms
 from deformnet.models.detection.detector import Detector, Size, Target
 from deformnet.recipes import DetectorRecipe
 from deformnet.tasks.annotations import Annotation, Contents, Thing
-from deformnet.tasks.base import TrainingSet
+from deformnet.tasks.base import TrainingSet, seeded
 from deformnet.tasks.loading import pad, stack
 from deformnet.tasks.proposals import StoredProposals
 from deformnet.visualization.drawing import draw_boxes
@@ -83,7 +83,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
     )
 
 
-class DetectionTrainingSet(TrainingSet[Sample]):
+class DetectionTrainingSet(TrainingSet):
     """Images with their objects, and their stored proposals, with random transforms."""
 
     def __init__(
@@ -102,10 +102,11 @@ class DetectionTrainingSet(TrainingSet[Sample]):
             short_side=recipe.short_side, max_side=recipe.max_side, flip=recipe.flip
         )
 
-    def collate(self, samples: Sequence[Sample]) -> Batch:
-        return collate(samples)
+    def batch(self, indices: Sequence[int], seeds: Sequence[int]) -> Batch:
+        return collate(seeded(self.sample, indices, seeds))
 
     def sample(self, index: int) -> Sample:
+        """An image with random transforms."""
         image, objects = self._images[index]
         if self._proposals is not None:
             objects = _with_proposals(objects, self._proposals[self._images.name(index)])

@@ -96,26 +96,25 @@ class Sample(NamedTuple):
     proposals: Tensor | None
 
 
+@dataclass(frozen=True)
 class Samples:
     """Images of a data set, which workers load.
 
-    Args:
+    Attributes:
         images: the data set; its objects are not used.
         proposals: stored proposals that replace the detector's own.
     """
 
-    def __init__(self, images: DetectionDataset, proposals: StoredProposals | None = None) -> None:
-        self.images = images
-        self._proposals = proposals
+    images: DetectionDataset
+    proposals: StoredProposals | None = None
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> Sample:
         image, _ = self.images[index]
-        if self._proposals is None:
-            return Sample(image.as_subclass(Tensor), None)
-        return Sample(image.as_subclass(Tensor), self._proposals[self.images.name(index)])
+        stored = None if self.proposals is None else self.proposals[self.images.name(index)]
+        return Sample(image.as_subclass(Tensor), stored)
 
 
 class DetectionEvaluationSet(EvaluationSet):
@@ -140,18 +139,18 @@ class DetectionEvaluationSet(EvaluationSet):
         return self._scoring([predictor.record(name, of_image) for name, of_image in pairs])
 
 
+@dataclass(frozen=True)
 class DetectionProposalSet(ProposalSet):
     """Images for which a detector makes proposals; arguments as of `DetectionEvaluationSet`."""
 
-    def __init__(self, samples: Samples, predictor: MakePredictor) -> None:
-        self._samples = samples
-        self._predictor = predictor
+    samples: Samples
+    predictor: MakePredictor
 
     def __len__(self) -> int:
-        return len(self._samples)
+        return len(self.samples)
 
     def write(self, model: nn.Module, path: Path, processes: Processes) -> None:
-        predictor = self._predictor(model, processes.device)
-        proposals = predictions(self._samples, lambda one: predictor.propose(one.image), processes)
+        predictor = self.predictor(model, processes.device)
+        proposals = predictions(self.samples, lambda one: predictor.propose(one.image), processes)
         if processes.rank == 0:
-            write_proposals(path, names_of(self._samples.images), proposals)
+            write_proposals(path, names_of(self.samples.images), proposals)

@@ -6,6 +6,7 @@ CNN model", section 5).
 """
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, cast
 
@@ -127,10 +128,10 @@ class DetectionPredictor(Predictor[Detections]):
         return prepared.input, [prepared.size]
 
     @torch.no_grad()
-    def infer(self, prepared: Prepared, size: Size) -> "DetectionInference":
+    def infer(self, prepared: Prepared, size: Size) -> Inference:
         features = self._network.features(prepared.input)
         annotation = self._annotation(self._of_features(features, prepared, size), size)
-        return DetectionInference(annotation, self, features, prepared)
+        return Inference(annotation, partial(self._bins, features, prepared))
 
     def _predict(self, prepared: Prepared, size: Size) -> Detections:
         return self._of_features(self._network.features(prepared.input), prepared, size)
@@ -235,37 +236,16 @@ class DetectionPredictor(Predictor[Detections]):
         ]
         return Candidates(*(values.float() for values in merge(parts)))
 
-
-class DetectionInference(Inference):
-    """A pass of a detector whose features are kept."""
-
-    def __init__(
-        self,
-        annotation: Boxes,
-        predictor: DetectionPredictor,
-        features: Features,
-        prepared: Prepared,
-    ) -> None:
-        super().__init__(annotation)
-        self._predictor = predictor
-        self._features = features
-        self._prepared = prepared
-
-    def bins(self, boxes: Annotation) -> Bins | None:
-        predictor, prepared = self._predictor, self._prepared
-        if predictor.pooling is None:
+    def _bins(self, features: Features, prepared: Prepared, boxes: Annotation) -> Bins | None:
+        """The bins of predicted boxes; see `Inference`."""
+        if self.pooling is None:
             return None
-        model = cast(Detector, predictor.model)
         scale = torch.tensor([*reversed(prepared.scale)] * 2)
         rois = (boxes.boxes * scale).to(prepared.input)
-        bins = bin_locations(
-            model,
-            predictor.pooling,
-            *(self._features, [prepared.size], [rois]),
-            call=model.candidates,
-        )
+        network, arguments = self._network, (features, [prepared.size], [rois])
+        bins = bin_locations(network, self.pooling, *arguments, call=network.candidates)
         # The background comes first.
-        groups = torch.tensor([predictor.classes.index(name) + 1 for name in boxes.names])
+        groups = torch.tensor([self.classes.index(name) + 1 for name in boxes.names])
         moved = bins.of_groups(groups.long())
         return Bins(bins.regular.cpu() / scale, moved.cpu() / scale)
 
