@@ -40,8 +40,7 @@ def read_labels(path: str | Path) -> Tensor:
     Returns:
         uint8 [H, W]
     Raises:
-        FileNotFoundError: if the file does not exist.
-        UserError: if the file is not an image, truncated or corrupt, or holds colors.
+        FileNotFoundError, UserError: as `read_image`, and for a file that holds colors.
     """
     image = _decode(Path(path), convert=None)
     if image.mode not in ("P", "L"):
@@ -53,12 +52,7 @@ def read_labels(path: str | Path) -> Tensor:
 
 
 def read_size(path: Path) -> tuple[int, int]:
-    """Height and width of an image as stored, from the header of its file.
-
-    Raises:
-        FileNotFoundError: if the file does not exist.
-        UserError: if the file is not an image.
-    """
+    """Height and width of an image as stored, from its header; errors as `read_image`."""
     with _readable(path), Image.open(path) as image:
         return image.height, image.width
 

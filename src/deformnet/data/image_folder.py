@@ -52,7 +52,13 @@ class ImageFolderClassification(VisionDataset):
                 lacks.
         """
         root = Path(root).expanduser()
-        folders = [_split_folder(root, name) for name in split_parts(split)]
+        folders = [root / name for name in split_parts(split)]
+        for folder in folders:
+            if not folder.is_dir():
+                raise FileNotFoundError(
+                    f"{folder}: no such folder; expected DIR/SPLIT/CLASS/IMAGE, the folders in "
+                    f"{root} are: {listing(image_folder_splits(root), _LISTED)}"
+                )
         super().__init__(root, transform=transform)
         self.split = split
         reference = root / "train" if (root / "train").is_dir() else folders[0]
@@ -99,16 +105,6 @@ def _is_image(path: str | Path) -> bool:
     """Whether a file name is one of an image; hidden files are not."""
     name = Path(path).name
     return name.lower().endswith(_SUFFIXES) and not name.startswith(".")
-
-
-def _split_folder(root: Path, split: str) -> Path:
-    folder = root / split
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"{folder}: no such folder; expected DIR/SPLIT/CLASS/IMAGE, the folders in {root} "
-            f"are: {listing(image_folder_splits(root), _LISTED)}"
-        )
-    return folder
 
 
 def _find_images(folder: Path, reference: Path) -> tuple[ImageList, list[tuple[str, int]]]:

@@ -27,10 +27,6 @@ class ImageItem(NamedTuple):
     size: Size | None
     """Annotated size; None if there is none."""
 
-    @property
-    def files(self) -> tuple[str, ...]:
-        return (self.image,)
-
     def faults(self) -> list[Fault]:
         return _check_image(self.image, self.size)[1]
 
@@ -41,10 +37,6 @@ class BoxesItem(NamedTuple):
     image: str
     annotation: str
     classes: ClassList
-
-    @property
-    def files(self) -> tuple[str, ...]:
-        return self.image, self.annotation
 
     def faults(self) -> list[Fault]:
         path = Path(self.annotation)
@@ -73,10 +65,6 @@ class LabelsItem(NamedTuple):
     allowed: bytes
     """Labels that may occur."""
 
-    @property
-    def files(self) -> tuple[str, ...]:
-        return self.image, self.labels
-
     def faults(self) -> list[Fault]:
         size, faults = _check_image(self.image, None)
         path = Path(self.labels)
@@ -99,6 +87,11 @@ class LabelsItem(NamedTuple):
 
 
 Item = ImageItem | BoxesItem | LabelsItem
+"""Its strings are the files that it reads, its other fields what they must agree with."""
+
+
+def files_of(item: Item) -> list[str]:
+    return [field for field in item if isinstance(field, str)]
 
 
 def has_area(box: tuple[float, float, float, float], size: Size | None) -> bool:

@@ -39,6 +39,8 @@ class ImageList:
         missing: files that do not exist.
         faults: faults of the list itself.
         entries: number of images that the list names.
+        title: for the check, the name with the place of the data set.
+        official: for the check, number of images in the official list of this name, if any.
     """
 
     name: str
@@ -50,6 +52,8 @@ class ImageList:
     missing: list[Missing] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
     entries: int = 0
+    title: str = ""
+    official: int | None = None
 
     @property
     def items(self) -> list[Item]:
@@ -125,5 +129,5 @@ class Layout(Generic[_Dataset]):
     recognizes: Callable[[Path], bool]
     splits: Callable[[Path], list[str]]
     lists: Callable[[Path], Iterable[ImageList]]
-    open: Callable[[Path, str, Callable | None], _Dataset]
+    open: Callable[[str | Path, str, Callable | None], _Dataset]
     folders: Callable[[Path], set[Path]] = lambda root: {root}

@@ -41,8 +41,7 @@ def open_detection(
         UserError: if the split is empty, an annotation is malformed, or the parts of a union do not
             fit together.
     """
-    root = Path(root).expanduser()
-    return _find(root, _BOXES).open(root, split, transforms)
+    return _find(Path(root).expanduser(), _BOXES).open(root, split, transforms)
 
 
 def open_segmentation(
@@ -59,8 +58,7 @@ def open_segmentation(
     Raises:
         FileNotFoundError, UserError: as `open_detection`.
     """
-    root = Path(root).expanduser()
-    return _find(root, _MASKS).open(root, split, transforms)
+    return _find(Path(root).expanduser(), _MASKS).open(root, split, transforms)
 
 
 def detection_splits(root: str | Path) -> list[str]:

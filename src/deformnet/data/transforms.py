@@ -82,16 +82,12 @@ def detection_transforms(
     Boxes are scaled by the factors of the image: its sides after rounding over those before.
 
     Args:
-        short_side: length of the shorter side after resizing, in pixels (the paper: 600).
-        max_side: maximum length of the longer side, which overrides `short_side` (the paper: 1000);
-            None for no limit.
-        flip: flip horizontally with probability 0.5.
+        short_side, max_side, flip: as of `segmentation_training_transforms`, and with its errors
+            (the paper: 600 and 1000).
     Returns:
         A function of an image (uint8 [3, H, W]) and its annotations. It returns float32 [3, h, w],
         normalized with ImageNet's mean and standard deviation, and annotations with boxes in its
         pixels, all plain tensors.
-    Raises:
-        UserError: for sizes that are not positive.
     """
     resize = [Resize(short_side, max_side), v2.ClampBoundingBoxes()]
     return v2.Compose([*resize, *_flip(flip), *_to_network()])

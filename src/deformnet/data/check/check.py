@@ -17,11 +17,11 @@ from tqdm import tqdm
 from deformnet._errors import UserError
 from deformnet._files import replacing
 from deformnet._text import Table
-from deformnet.data.check.lists import CheckedList, find_lists
+from deformnet.data.check.lists import find_lists
 from deformnet.data.check.official import OFFICIAL_SETS
 from deformnet.data.files import require_folder
-from deformnet.data.items import Fault, Item
-from deformnet.data.layouts import Missing
+from deformnet.data.items import Fault, Item, files_of
+from deformnet.data.layouts import ImageList, Missing
 
 _CHUNK = 16  # items that a process is handed at a time
 _SHOWN = 5  # faults of a folder that the terminal shows
@@ -77,9 +77,7 @@ class DataReport:
         return not self.problems
 
     def __str__(self) -> str:
-        remarks = [*self.remarks[:_SHOWN]]
-        if len(self.remarks) > _SHOWN:
-            remarks.append(f"... and {len(self.remarks) - _SHOWN} more remarks")
+        remarks = _first(self.remarks, "remarks")
         verdict = "no problems" if self.ok else f"{len(self.problems)} problems"
         counts = f"{self.checked} images checked, {self.remembered} known from an earlier check"
         return "\n".join(
@@ -146,8 +144,8 @@ def check_data(
 
     lists = find_lists(root, custom=custom)
     # The longest list first: files missing from trainval need not be named again for train and val.
-    lists.sort(key=lambda listed: -listed.images.entries)
-    items = list(dict.fromkeys(item for listed in lists for item in listed.images.items))
+    lists.sort(key=lambda images: -images.entries)
+    items = list(dict.fromkeys(item for images in lists for item in images.items))
     faults: dict[Item, list[Fault]] = {}
     with (
         closing(_Record(record, root)) as good,
@@ -195,12 +193,12 @@ class _Record:
         """The line of the item as it is now: its files with their sizes and times (ns), and a
         checksum of its other fields. None if a file cannot be read."""
         try:
-            stats = [Path(file).stat() for file in item.files]
+            stats = [Path(file).stat() for file in files_of(item)]
         except OSError:
             return None
         files = [
             [file.removeprefix(self._root), stat.st_size, stat.st_mtime_ns]
-            for file, stat in zip(item.files, stats, strict=True)
+            for file, stat in zip(files_of(item), stats, strict=True)
         ]
         checksum = zlib.crc32(repr(item[len(files) :]).encode())
         return json.dumps([type(item).__name__, *files, checksum])
@@ -255,14 +253,14 @@ def _ignore_interrupts(worker: int) -> None:
 
 def _report(
     root: Path,
-    lists: Sequence[CheckedList],
+    lists: Sequence[ImageList],
     faults: dict[Item, list[Fault]],
     checked: int,
     remembered: int,
     path: Path,
 ) -> DataReport:
     missing_problems, missing_summary = _missing_files(root, lists)
-    of_lists = (fault for listed in lists for fault in listed.images.faults)
+    of_lists = (fault for images in lists for fault in images.faults)
     all_faults = chain(of_lists, *faults.values())
     problems, summary, remarks = _fault_lines(root, dict.fromkeys(all_faults))
     faulty = {item for item, found in faults.items() if not all(fault.is_remark for fault in found)}
@@ -270,13 +268,13 @@ def _report(
         root=root,
         lists=tuple(
             ListSummary(
-                name=listed.title,
-                images=listed.images.entries,
-                official=listed.official,
-                missing=len(listed.images.missing),
-                faulty=sum(item in faulty for item in listed.images.items) if faulty else 0,
+                name=images.title,
+                images=images.entries,
+                official=images.official,
+                missing=len(images.missing),
+                faulty=sum(item in faulty for item in images.items) if faulty else 0,
             )
-            for listed in sorted(lists, key=lambda listed: listed.title)
+            for images in sorted(lists, key=lambda images: images.title)
         ),
         problems=(*missing_problems, *problems),
         remarks=(*remarks, *_absent_lists(lists)),
@@ -287,25 +285,25 @@ def _report(
     )
 
 
-def _missing_files(root: Path, lists: Sequence[CheckedList]) -> tuple[list[str], list[str]]:
+def _missing_files(root: Path, lists: Sequence[ImageList]) -> tuple[list[str], list[str]]:
     """Lines for missing files, each once though several lists need it: all, and by folder."""
     problems: list[str] = []
     summary: list[str] = []
     seen: set[Missing] = set()
-    for listed in lists:
+    for images in lists:
         by_folder: dict[tuple[str, str], list[Missing]] = {}
-        for missing in listed.images.missing:
+        for missing in images.missing:
             if missing not in seen:
                 by_folder.setdefault((missing.kind, missing.folders[0]), []).append(missing)
         for (kind, folder), files in by_folder.items():
             seen.update(files)
             place = _relative(folder, root)
             summary.append(
-                f"{place}: {len(files)} of {listed.images.entries} {kind} of {listed.title} are "
+                f"{place}: {len(files)} of {images.entries} {kind} of {images.title} are "
                 f"missing, the first is {files[0].name}"
             )
             problems += [
-                f"{place}/{file.name}: missing, listed in {listed.title}" for file in files
+                f"{place}/{file.name}: missing, listed in {images.title}" for file in files
             ]
     return problems, summary
 
@@ -322,15 +320,19 @@ def _fault_lines(root: Path, faults: Iterable[Fault]) -> tuple[list[str], list[s
             by_folder.setdefault(_relative(str(Path(fault.file).parent), root), []).append(line)
     summary: list[str] = []
     for folder, lines in by_folder.items():
-        summary += lines[:_SHOWN]
-        if len(lines) > _SHOWN:
-            summary.append(f"... and {len(lines) - _SHOWN} more in {folder}")
+        summary += _first(lines, f"in {folder}")
     return [line for lines in by_folder.values() for line in lines], summary, remarks
 
 
-def _absent_lists(lists: Sequence[CheckedList]) -> list[str]:
+def _first(lines: Sequence[str], of: str) -> list[str]:
+    """The lines that the terminal shows."""
+    more = [f"... and {len(lines) - _SHOWN} more {of}"] if len(lines) > _SHOWN else []
+    return [*lines[:_SHOWN], *more]
+
+
+def _absent_lists(lists: Sequence[ImageList]) -> list[str]:
     """Lines for official lists that are absent, of data sets that are not."""
-    present = {listed.images.name for listed in lists if listed.official is not None}
+    present = {images.name for images in lists if images.official is not None}
     return [
         f"{name} of {official.name} ({count} images) is absent"
         for official in OFFICIAL_SETS

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from deformnet.data.check.official import official_count
@@ -10,22 +9,7 @@ from deformnet.data.layouts import ImageList, Layout
 from deformnet.data.opening import LAYOUTS
 
 
-@dataclass
-class CheckedList:
-    """A list of images at its place.
-
-    Attributes:
-        images: the list.
-        title: its name, with the folder of the data set if that is not the checked folder.
-        official: number of images in the official list of this name; None if there is none.
-    """
-
-    images: ImageList
-    title: str
-    official: int | None
-
-
-def find_lists(root: Path, *, custom: bool) -> list[CheckedList]:
+def find_lists(root: Path, *, custom: bool) -> list[ImageList]:
     """Lists of all data sets in a folder, or in its subfolders.
 
     Args:
@@ -33,12 +17,14 @@ def find_lists(root: Path, *, custom: bool) -> list[CheckedList]:
     Raises:
         FileNotFoundError: if there is none; the message says what was looked for.
     """
-    lists = [
-        _checked(images, place, root, custom=custom)
-        for place in _places(root)
-        for layout in _layouts_of(place)
-        for images in layout.lists(place)
-    ]
+    lists = []
+    for place in _places(root):
+        for images in (images for layout in _layouts_of(place) for images in layout.lists(place)):
+            images.title = str(place.relative_to(root) / images.name)
+            if images.may_be_official and not custom:
+                images.official = official_count(images.name)
+            _compare(images)
+            lists.append(images)
     if not lists:
         expected = dict.fromkeys(f"{layout.files} ({layout.name})" for layout in LAYOUTS)
         raise FileNotFoundError(
@@ -70,12 +56,11 @@ def _layouts_of(place: Path) -> Sequence[Layout]:
     return recognized or [by_class] * by_class.recognizes(place)
 
 
-def _checked(images: ImageList, place: Path, root: Path, *, custom: bool) -> CheckedList:
-    """Adds what a reader does not mind to the faults, and excuses what no data set has."""
-    official = None if custom or not images.may_be_official else official_count(images.name)
-    if official is not None and images.entries != official:
+def _compare(images: ImageList) -> None:
+    """Compares a list with the official one."""
+    if images.official not in (None, images.entries):
         images.fault(
-            f"expected the {official} images of the official {images.name}, but got "
+            f"expected the {images.official} images of the official {images.name}, but got "
             f"{images.entries}; check a custom data set with --custom"
         )
     # Only an evaluation server has the labels of test images.
@@ -84,5 +69,3 @@ def _checked(images: ImageList, place: Path, root: Path, *, custom: bool) -> Che
         images.missing = [file for file in images.missing if file.kind == "images"]
         text = f"has no {absent[0].kind}: test images, scored by an evaluation server"
         images.fault(text, is_remark=True)
-    title = images.name if place == root else f"{place.relative_to(root)}/{images.name}"
-    return CheckedList(images, title, official)
