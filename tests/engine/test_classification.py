@@ -237,13 +237,13 @@ def test_other_data_and_options_are_refused(trained, folder, shapes, tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"crop": 257}, r"crop must be at most the smallest resize \(256\), got 257"),
-        ({"crop": 200, "test_short_side": 199}, r"at most test_short_side \(199\), got 200"),
-        ({"crop": 0}, "crop must be positive, got 0"),
-        ({"resize": (400, 300)}, r"resize must be positive and in order, got \(400, 300\)"),
-        ({"test_short_side": -1}, "test_short_side must be positive"),
-        ({"colour": 1}, "colour must be bool, got 1"),
-        ({"resize": 256}, "resize must be "),
+        ({"crop": 257}, r"crop to be at most the smallest resize \(256\), but got 257"),
+        ({"crop": 200, "test_short_side": 199}, r"at most test_short_side \(199\), but got 200"),
+        ({"crop": 0}, "expected crop to be positive, but got 0"),
+        ({"resize": (400, 300)}, r"resize to be positive and ascending, but got \(400, 300\)"),
+        ({"test_short_side": -1}, "expected test_short_side to be positive, but got -1"),
+        ({"color_jitter": 1}, "expected color_jitter to be bool, but got 1"),
+        ({"resize": 256}, "expected resize to be "),
     ],
 )
 def test_recipes_that_cannot_be(fields, message):
@@ -276,17 +276,20 @@ def test_from_training_to_predictions(folder, tmp_path, capsys):
     metrics = json.loads((out / "metrics-val.json").read_text())
     assert "Error on val (12 images), percent" in lines
     for name in ("top1", "top5"):
-        title = f"top-{name[-1]}"
-        assert f"  {title:7}  {100 * metrics[f'{name}_error']:5.1f}" in lines
-    assert any(line.startswith("  trefoil") for line in lines)
+        error = f"{100 * metrics[f'{name}_error']:.1f}"
+        assert [f"top-{name[-1]}", error] in [line.split() for line in lines]
+    assert any(line.startswith("trefoil ") for line in lines)
     main(["predict", str(out), str(folder / "val/disc"), "--out", str(tmp_path / "out")])
     assert f"2 of 2 images done, results in {tmp_path / 'out'}" in capsys.readouterr().out
     assert len((tmp_path / "out/predictions.jsonl").read_text().splitlines()) == 2
 
     for command, message in (
-        (["propose", out, "--data", folder, "--out", "x"], "of a detector, got one of classifier"),
-        (["train", "deeplab", "--data", folder, "--out", tmp_path / "a"], "neither layout found"),
-        (["evaluate", out, "--data", folder, "--split", "test"], "no such folder; wanted"),
+        (
+            ["propose", out, "--data", folder, "--out", "x"],
+            "expected a detector, which makes proposals, but got classifier",
+        ),
+        (["train", "deeplab", "--data", folder, "--out", tmp_path / "a"], "expected a data set with leftImg8bit"),
+        (["evaluate", out, "--data", folder, "--split", "test"], "test: "),
     ):
         with pytest.raises(SystemExit) as ended:
             main([str(part) for part in command])

@@ -21,7 +21,7 @@ from deformnet.engine.runs import (
     load_checkpoint,
     save_checkpoint,
 )
-from deformnet.metrics.segmentation import confusion_matrix, segmentation_scores
+from deformnet.metrics.segmentation import ConfusionMatrix, segmentation_scores
 from deformnet.tasks import TaskOptions
 from deformnet.tasks.segmentation import collate
 
@@ -87,7 +87,7 @@ def test_scores_are_those_of_the_predictor(trained, shapes):
     out, metrics = trained
     predictor = deformnet.load(out, device="cpu")
     images = open_segmentation(shapes, "val")
-    counts = confusion_matrix(len(images.classes))
+    counts = ConfusionMatrix(len(images.classes))
     for i in range(len(images)):
         image, target = images[i]
         counts.update(predictor(torch.as_tensor(image))[None].long(), target[None].long())
