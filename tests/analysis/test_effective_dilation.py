@@ -189,25 +189,28 @@ def test_thresholds_and_the_smallest_box():
 
 def test_wrong_arguments(images):
     model = pair_of_networks()[0]
-    with pytest.raises(
-        ValueError, match=r"deformnet's DeformConv2d or torchvision's, but Conv2d has none"
-    ):
+    with pytest.raises(ValueError, match=r"DeformConv2d or torchvision's, but Conv2d has none"):
         effective_dilation(nn.Conv2d(3, 4, 3), images)
     with pytest.raises(ValueError, match=r"but got 'backbone.layer4'; near misses: "):
         effective_dilation(nn.ModuleDict({"backbone_layer4": model}), images, ["backbone.layer4"])
-    with pytest.raises(TypeError, match="'0' is a Conv2d, expected a deformable"):
+    message = "expected '0' to be a deformable convolution, but got a Conv2d"
+    with pytest.raises(TypeError, match=message):
         effective_dilation(model, images, ["0"])
     with pytest.raises(ValueError, match="expected layers to be at least one name"):
         effective_dilation(model, images, [])
-    with pytest.raises(ValueError, match="'0' has one tap"):
+    message = "expected layers to have more than one tap, but '0' has one"
+    with pytest.raises(ValueError, match=message):
         effective_dilation(nn.Sequential(DeformConv2d(3, 2, 1)), images)
     with pytest.raises(ValueError, match="expected '1' to run once, but it ran 2 times"):
         effective_dilation(model, images, ["1"], call=lambda x: (model(x), model(x)))
     image, boxes = images[0], torch.zeros(0, 4)
     for bad, message in (
-        (AnnotatedImage(images, boxes, 1.0), "image: expected"),
-        (AnnotatedImage(image, boxes[:, :3], 1.0), "boxes: expected"),
-        (AnnotatedImage(image, boxes, 0.0), "expected scale to be a number above 0"),
+        (AnnotatedImage(images, boxes, 1.0), r"expected image to be \[3, H, W\], but got \[2, 3"),
+        (
+            AnnotatedImage(image, boxes[:, :3], 1.0),
+            r"expected boxes to be \[M, 4\], but got \[0, 3\]",
+        ),
+        (AnnotatedImage(image, boxes, 0.0), "expected scale to be a positive number, but got 0"),
     ):
         with pytest.raises(ValueError, match=message):
             dilation_statistics(model, [bad])

@@ -223,9 +223,8 @@ def test_offsets_that_are_not_finite(images):
 
 
 def test_a_model_without_deformable_layers():
-    with pytest.raises(
-        ValueError, match=r"expected model to have a deformable layer, .* but Conv2d has none"
-    ):
+    message = r"expected model to have a deformable layer, .* but Conv2d has none"
+    with pytest.raises(ValueError, match=message):
         OffsetObserver(nn.Conv2d(3, 4, 3))
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 from deformnet import parameter_groups
 from deformnet.models import RFCN, RPN, Classifier, DeepLab, Detector, FasterRCNN, RPNDetector
@@ -14,13 +15,16 @@ ANCHORS = {"sizes": (16, 32), "ratios": (1,)}
 def build(network, name):
     model = backbone(name, deform_layers=2, reduce_channels=8)
     rpn = RPN(model.conv4_channels, **ANCHORS)
+    class_aware_rpn = RPN(model.out_channels, 3, **ANCHORS)
     match network:
         case "classifier":
             return Classifier(model, 3)
         case "deeplab":
             return DeepLab(model, 3)
-        case "rpn" | "class-aware rpn":
-            return RPNDetector(model, 3, class_aware=network == "class-aware rpn", **ANCHORS)
+        case "rpn":
+            return RPNDetector(model, rpn, class_aware=False)
+        case "class-aware rpn":
+            return RPNDetector(model, class_aware_rpn, class_aware=True)
         case "faster rcnn":
             return FasterRCNN(model, 3, rpn, pool="deformable", bins=2)
     return RFCN(model, 3, rpn, pool="deformable", bins=2)
@@ -50,11 +54,18 @@ def test_every_network_trains_on_every_backbone(network, pooling, name):
     names = model.reported_classes(("a", "b", "c"))
     assert len(names) == model.num_classes
     optimizer = torch.optim.SGD(parameter_groups(model, 1e-3), 1e-3)
-    losses = model.random_losses(torch.randn(2, 3, 48, 64))()
-    sum(losses.values()).backward()
-    optimizer.step()
-    for parameter in model.parameters():
-        assert (parameter.grad is not None) == parameter.requires_grad
+    for autocast in (False, True):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            losses = model.random_losses(torch.randn(2, 3, 48, 64))()
+            outputs = model(torch.randn(2, 3, 48, 64))
+        assert all(loss.dtype == torch.float32 for loss in losses.values())
+        assert all(t.dtype == torch.float32 for t in tree_leaves(outputs))
+        sum(losses.values()).backward()
+        for parameter in model.parameters():
+            assert (parameter.grad is not None) == parameter.requires_grad
+            assert parameter.grad is None or parameter.grad.isfinite().all()
+        optimizer.step()
     if isinstance(model, Detector):
         assert model.takes_proposals == (network in ("faster rcnn", "rfcn"))
         model.freeze_rpn()

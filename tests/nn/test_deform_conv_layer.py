@@ -1,10 +1,8 @@
 import copy
-import io
 import pickle
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from deformnet import DeformConv2d
@@ -117,9 +115,8 @@ def test_an_image_without_batch_dimension():
     torch.testing.assert_close(layer(x), layer(x[None])[0])
 
 
-@pytest.mark.parametrize("empty", [(0, 3, 6, 5)])
-def test_an_empty_batch(empty):
-    assert DeformConv2d(3, 4, 3, padding=1)(torch.empty(empty)).shape == (0, 4, 6, 5)
+def test_an_empty_batch():
+    assert DeformConv2d(3, 4, 3, padding=1)(torch.empty(0, 3, 6, 5)).shape == (0, 4, 6, 5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -168,17 +165,10 @@ def test_initial_weights_are_those_of_the_plain_layer():
     assert torch.equal(layer.bias, plain.bias)
 
 
-def through_file(layer):
-    file = io.BytesIO()
-    torch.save(layer, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
 @pytest.mark.parametrize(
     "copied",
-    [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer)), through_file],
-    ids=["deepcopy", "pickle", "torch.save"],
+    [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))],
+    ids=["deepcopy", "pickle"],
 )
 def test_copies(copied):
     torch.manual_seed(0)
@@ -234,11 +224,3 @@ def test_wrong_arguments(arguments, message):
 def test_wrong_input(shape):
     with pytest.raises(ValueError, match=r"expected input to be \[N, 4, H, W\], but got"):
         DeformConv2d(4, 6, 3)(torch.randn(shape))
-
-
-def test_zero_offsets_in_float32_are_within_rounding():
-    torch.manual_seed(0)
-    layer = DeformConv2d(64, 64, 3, padding=2, dilation=2)
-    x = torch.randn(1, 64, 19, 23)
-    expected = F.conv2d(x, layer.weight, layer.bias, padding=2, dilation=2)
-    assert (layer(x) - expected).abs().max() <= 1e-5 * expected.abs().max()

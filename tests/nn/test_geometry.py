@@ -141,23 +141,16 @@ def test_trace_works():
     assert torch.equal(torch.jit.trace(layer, x)(x), layer(x))
 
 
-@pytest.mark.parametrize(
-    ("modulated", "batch"),
-    [
-        pytest.param(
-            *(False, 1),
-            marks=pytest.mark.xfail(reason="backward specializes a stride of the input at batch 1"),
-        ),
-        (False, 2),
-        (True, 1),
-        (True, 2),
-    ],
-)
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("modulated", [False, True])
 def test_compiles_with_dynamic_shapes(modulated, batch):
     torch.manual_seed(0)
     layer = DeformConv2d(4, 6, 3, padding=1, modulated=modulated)
     nn.init.normal_(layer.conv_offset.weight, std=0.1)
-    compiled = torch.compile(layer, dynamic=True)
+    # With Inductor's layout optimization, PyTorch 2.14 fails at a second image size for a single
+    # nn.Conv2d, too, as it takes the strides of saved tensors from the first one.
+    options = {} if modulated else {"layout_optimization": False}
+    compiled = torch.compile(layer, dynamic=True, options=options)
     for size in ((9, 11), (8, 6)):
         x = torch.randn(batch, 4, *size)
         torch.testing.assert_close(compiled(x), layer(x), rtol=1e-5, atol=1e-5)

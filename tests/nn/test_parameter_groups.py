@@ -2,13 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from deformnet import (
-    DeformConv2d,
-    DeformPSRoIPool2d,
-    DeformRoIPool2d,
-    deform_,
-    parameter_groups,
-)
+from deformnet import DeformConv2d, DeformPSRoIPool2d, DeformRoIPool2d, deform_, parameter_groups
 from deformnet.nn.offsets import OffsetLayer
 
 
@@ -87,9 +81,8 @@ def test_scale_zero_keeps_the_offsets():
 @pytest.mark.parametrize("argument", ["lr", "offset_lr_scale", "weight_decay"])
 @pytest.mark.parametrize("value", [-1.0, float("nan")])
 def test_wrong_numbers(argument, value):
-    with pytest.raises(
-        ValueError, match=f"expected {argument} to be a number of at least 0, but got"
-    ):
+    message = f"expected {argument} to be a number of at least 0, but got"
+    with pytest.raises(ValueError, match=message):
         parameter_groups(nn.Conv2d(3, 8, 3), **{"lr": 0.1, argument: value})
 
 
@@ -105,15 +98,8 @@ def test_layers_have_a_scale_of_their_own():
         ]
     )
     groups = parameter_groups(network, 0.1, offset_lr_scale=0.5, weight_decay=5e-4)
-    found = {
-        group["name"]: (group["lr"], group["weight_decay"], set(group["params"]))
-        for group in groups
-    }
-    offsets = [
-        network[1].conv_offset,
-        network[3].fc_offset,
-        network[4].conv_offset,
-    ]
+    found = {g["name"]: (g["lr"], g["weight_decay"], set(g["params"])) for g in groups}
+    offsets = [network[1].conv_offset, network[3].fc_offset, network[4].conv_offset]
     assert found == {
         "weights": (0.1, 5e-4, {network[0].weight, network[1].weight}),
         "biases": (0.1, 0.0, {network[0].bias, network[1].bias}),

@@ -245,15 +245,9 @@ def test_repr():
         (lambda: DeformRoIPool2d(0, 7), "expected channels to be at least 1, but got 0"),
         (lambda: DeformRoIPool2d(4, 0), "expected output_size to be"),
         (lambda: DeformRoIPool2d(4, (7, 7, 7)), "expected output_size to be"),
-        (
-            lambda: DeformRoIPool2d(4, 7, beta=-1),
-            "expected beta to be a number of at least 0, but got -1",
-        ),
+        (lambda: DeformRoIPool2d(4, 7, beta=-1), "beta to be a number of at least 0, but got -1"),
         (lambda: DeformPSRoIPool2d(-1, 7), "expected in_channels to be at least 1, but got -1"),
-        (
-            lambda: DeformPSRoIPool2d(4, 7, offset_groups=0),
-            "expected offset_groups to be at least 1",
-        ),
+        (lambda: DeformPSRoIPool2d(4, 7, offset_groups=0), "offset_groups to be at least 1, but"),
     ],
 )
 def test_wrong_arguments(build, message):
@@ -262,13 +256,11 @@ def test_wrong_arguments(build, message):
 
 
 def test_wrong_inputs():
-    with pytest.raises(
-        ValueError, match=r"expected input to be \[N, 4, H, W\], but got \[2, 3, 9, 7\]"
-    ):
+    message = r"expected input to be \[N, 4, H, W\], but got \[2, 3, 9, 7\]"
+    with pytest.raises(ValueError, match=message):
         DeformRoIPool2d(4, 7)(images(3), BOXES)
-    with pytest.raises(
-        ValueError, match=r"expected features to be \[N, 4, H, W\], but got \[2, 3, 9, 7\]"
-    ):
+    message = r"expected features to be \[N, 4, H, W\], but got \[2, 3, 9, 7\]"
+    with pytest.raises(ValueError, match=message):
         DeformPSRoIPool2d(4, 7)(images(49), images(3), BOXES)
     with pytest.raises(ValueError, match="offset"):  # three channels in two groups
         DeformPSRoIPool2d(4, 1, offset_groups=2).double()(images(3), images(4), BOXES)

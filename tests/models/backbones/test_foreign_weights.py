@@ -13,7 +13,7 @@ from torchvision.models._utils import IntermediateLayerGetter
 
 from deformnet.cli import main
 from deformnet.data.transforms import IMAGENET_MEAN, IMAGENET_STD
-from deformnet.models.backbones import resnet
+from deformnet.models.backbones import backbone
 from deformnet.models.backbones.foreign import from_detectron2, from_mmdetection, read_checkpoint
 from deformnet.models.backbones.weights import load_weights, read_weights
 from deformnet.recipes import DeepLabRecipe
@@ -123,7 +123,7 @@ def filled(shapes):
 def bare(depth, **arguments):
     """One of our networks without memory, for its names and shapes."""
     with torch.device("meta"):
-        return resnet(depth, **arguments)
+        return backbone(f"resnet{depth}", **arguments)
 
 
 def fits(converted, model):
@@ -252,7 +252,7 @@ def test_layers_are_counted_from_the_end_of_the_network():
     shapes = {k: v for k, v in shapes.items() if "layer3.0.conv2.conv_offset" not in k}
     converted = from_mmdetection(filled(shapes))
     assert (len(converted.deformable), converted.deform_layers) == (5, 8)
-    load_weights(resnet(50, deform_layers=8), converted.state, "converted")
+    load_weights(backbone("resnet50", deform_layers=8), converted.state, "converted")
 
 
 # Networks.
@@ -325,8 +325,8 @@ def as_detectron2(state):
 
 def ours(converted, **arguments):
     """Our network with converted weights, in float64 and at the stride of theirs."""
-    model = resnet(
-        int(converted.backbone.removeprefix("ResNet-")),
+    model = backbone(
+        converted.backbone.lower().replace("-", ""),
         deform_layers=converted.deform_layers,
         offset_groups=converted.offset_groups,
         modulated=converted.modulated,
@@ -414,7 +414,7 @@ def test_arrays_are_as_good_as_tensors():
 
 def test_there_and_back():
     torch.manual_seed(0)
-    model = resnet(50, deform_layers=13, reduce_channels=None, output_stride=32)
+    model = backbone("resnet50", deform_layers=13, reduce_channels=None, output_stride=32)
     for layer in model.modules():
         if hasattr(layer, "conv_offset"):
             nn.init.normal_(layer.conv_offset.weight)
@@ -505,33 +505,27 @@ def test_other_preprocessing(arguments, message):
     from_detectron2(state, pixel_mean=(102.9801, 115.9465, 122.7717))
 
 
-def garbage(path):
-    path.write_bytes(b"not a checkpoint")
-
-
-def empty(path):
-    path.write_bytes(b"")
-
-
-def with_objects(path):
-    torch.save({"state_dict": {"a": torch.ones(1)}, "meta": {"log": OrderedDict, "x": print}}, path)
+OBJECTS = {"state_dict": {"a": torch.ones(1)}, "meta": {"log": OrderedDict, "x": print}}
 
 
 @pytest.mark.parametrize(
-    ("write", "name", "message"),
+    ("content", "name", "message"),
     [
-        (garbage, "a.pth", "damaged, or contains Python objects.*weights_only=False"),
-        (empty, "a.pth", "damaged, or contains Python objects"),
-        (with_objects, "a.pth", r"damaged, or contains Python objects.*\[\"state_dict\"\]"),
-        (garbage, "a.safetensors", "damaged, or not a safetensors file"),
-        (garbage, "a.pkl", "a pickle of Python objects.*torch.as_tensor"),
-        (lambda path: torch.save([1], path), "a.pth", "expected a state dict, but got list"),
-        (lambda path: None, "a.pth", "no such file"),
+        (b"no checkpoint", "a.pth", "damaged, or contains Python objects.*weights_only=False"),
+        (b"", "a.pth", "damaged, or contains Python objects"),
+        (OBJECTS, "a.pth", r"damaged, or contains Python objects.*\[\"state_dict\"\]"),
+        (b"no checkpoint", "a.safetensors", "damaged, or not a safetensors file"),
+        (b"no checkpoint", "a.pkl", "a pickle of Python objects.*torch.as_tensor"),
+        ([1], "a.pth", "expected a state dict, but got list"),
+        (None, "a.pth", "no such file"),
     ],
 )
-def test_unreadable_files(tmp_path, write, name, message):
+def test_unreadable_files(tmp_path, content, name, message):
     path = tmp_path / name
-    write(path)
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        torch.save(content, path)
     with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
         read_checkpoint(path)
     assert str(path) in str(error.value)
@@ -583,8 +577,8 @@ def test_import_weights_with_more_deformable_layers_than_recipes_have(tmp_path, 
         "deformable layers: 13 among the last 13 3x3 convolutions, offset_groups=2, modulated=True"
     )
     assert "--stride-in-1x1" in strides
-    code = re.search(r"resnet\(.*\"\)", how)[0]
-    model = eval(code, {"resnet": resnet})
+    code = re.search(r"backbone\(.*\"\)", how)[0]
+    model = eval(code, {"backbone": backbone})
     read = read_weights(out)
     assert torch.equal(model.layer4[0].conv2.weight, state["layer4.0.conv2.weight"] / 2)
     assert set(read) <= set(model.state_dict())

@@ -24,7 +24,7 @@ def test_the_authors_anchors():
     assert [[x1, y1, x2 - 1, y2 - 1] for x1, y1, x2, y2 in anchors] == MSRA
 
 
-def test_modern_anchors_have_their_size_and_shape_and_are_centred_on_a_pixel():
+def test_modern_anchors_have_their_size_and_shape_and_are_centered_on_a_pixel():
     sizes, ratios = (20, 64.5), (0.3, 1, 2)
     anchors = unit_anchors(sizes, ratios, 16, "modern")
     assert len(anchors) == 6

@@ -196,14 +196,12 @@ def test_wrong_numbers(changed, message):
 
 @pytest.mark.parametrize("shape", [(60,), (59, 4), (60, 3, 4), (60, 5)], ids=str)
 def test_wrong_shapes(shape):
-    with pytest.raises(
-        ValueError, match=r"expected candidates to have boxes .* and scores .*, but got \["
-    ):
+    message = r"expected candidates to have boxes .* and scores .*, but got \["
+    with pytest.raises(ValueError, match=message):
         postprocess(Candidates(torch.zeros(shape), torch.zeros(60, 4)))
 
 
 def test_merging_nothing():
-    with pytest.raises(
-        ValueError, match="expected parts to have candidates of at least one pass, but got none"
-    ):
+    message = "expected parts to have candidates of at least one pass, but got none"
+    with pytest.raises(ValueError, match=message):
         merge([])

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torchvision.ops import roi_align
 
 from deformnet import parameter_groups
-from deformnet.models.backbones import resnet
+from deformnet.models.backbones import backbone
 from deformnet.models.detection.detector import Target
 from deformnet.models.detection.rfcn import RFCN
 from deformnet.models.detection.rpn import RPN
@@ -14,8 +14,8 @@ BOXES = [torch.tensor([[16.0, 32, 113, 129], [3, 5, 60, 41]]), torch.tensor([[20
 
 def network(classes=3, **options):
     torch.manual_seed(0)
-    backbone = resnet(18, reduce_channels=16)
-    return RFCN(backbone, classes, RPN(backbone.conv4_channels), **options).eval()
+    features = backbone("resnet18", reduce_channels=16)
+    return RFCN(features, classes, RPN(features.conv4_channels), **options).eval()
 
 
 def test_scores_and_boxes_are_the_vote_of_the_bins():
@@ -40,23 +40,6 @@ def test_aligned_boxes_are_edges():
     pooled = pooled.unflatten(1, (4, 7, 7))
     votes = torch.einsum("rcijij->rc", pooled) / 49
     torch.testing.assert_close(logits, votes, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("sampling", ["bins", "msra", "aligned"])
-def test_deformable_starts_as_average(sampling):
-    plain = network(pool="average", sampling=sampling)
-    deformable = network(pool="deformable", sampling=sampling)
-    missing = deformable.load_state_dict(plain.state_dict(), strict=False)
-    assert missing.unexpected_keys == []
-    assert missing.missing_keys == [
-        f"{pool}.conv_offset.{name}"
-        for pool in ("score_pool", "box_pool")
-        for name in ("weight", "bias")
-    ]
-    last = torch.randn(2, 16, 9, 10)
-    for a, b in zip(plain.box_head(last, BOXES), deformable.box_head(last, BOXES), strict=True):
-        # Bit for bit but for the order in which the bins of another memory layout are summed.
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
 def test_classes_have_their_own_offsets_and_boxes_common_ones():
@@ -107,8 +90,8 @@ def test_start():
 def test_parameters_of_the_papers_network():
     def count(layers, pool):
         with torch.device("meta"):
-            backbone = resnet(101, deform_layers=layers, reduce_channels=1024)
-            model = RFCN(backbone, 20, RPN(1024), pool=pool)
+            features = backbone("resnet101", deform_layers=layers, reduce_channels=1024)
+            model = RFCN(features, 20, RPN(1024), pool=pool)
         return sum(parameter.numel() for parameter in model.parameters())
 
     plain = count(0, "average")
@@ -118,9 +101,3 @@ def test_parameters_of_the_papers_network():
     # Offsets of three 3x3 convolutions; 21 groups for the scores, one for the boxes.
     added = 3 * (9 * 512 + 1) * 18 + 1025 * 98 * (21 + 1)
     assert count(3, "deformable") - plain == added == 2_458_786
-
-
-@pytest.mark.parametrize("pool", ["max", "plain"])
-def test_wrong_pool(pool):
-    with pytest.raises(ValueError, match=f"expected pool to be one of .*, but got '{pool}'"):
-        network(pool=pool)

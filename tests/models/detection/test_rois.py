@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from deformnet import parameter_groups
-from deformnet.models.backbones import resnet
+from deformnet.models.backbones import backbone
 from deformnet.models.detection.detector import Target
 from deformnet.models.detection.faster_rcnn import FasterRCNN
 from deformnet.models.detection.rfcn import RFCN
@@ -101,7 +101,7 @@ def test_invalid_boxes_are_dropped():
     assert all(values.isfinite().all() for values in rois)
 
 
-def test_sampling_keeps_to_its_shares():
+def test_sampling_keeps_to_its_fractions():
     labels = [2] * 50 + [0] * 100 + [0] * 100
     rois = rois_of(labels, [0.9] * 50 + [0.3] * 100 + [0.05] * 100)
     torch.manual_seed(0)
@@ -220,8 +220,8 @@ SIZES = [(64, 96), (50, 70)]
 
 def detector(name, **rpn):
     torch.manual_seed(0)
-    backbone = resnet(18, deform_layers=1, reduce_channels=16)
-    return NETWORKS[name](backbone, 3, RPN(backbone.conv4_channels, sizes=(32, 64), **rpn))
+    features = backbone("resnet18", deform_layers=1, reduce_channels=16)
+    return NETWORKS[name](features, 3, RPN(features.conv4_channels, sizes=(32, 64), **rpn))
 
 
 def batch():
@@ -374,17 +374,12 @@ def test_sampling_is_reproducible_with_a_seed():
 def test_wrong_inputs():
     model = detector("R-FCN")
     images, targets = batch()
-    with pytest.raises(
-        ValueError, match="expected sizes to have one entry for each of 2 images, but got 1"
-    ):
+    message = "expected {} to have one entry for each of 2 images, but got {}"
+    with pytest.raises(ValueError, match=message.format("sizes", 1)):
         model.losses(images, SIZES[:1], targets)
-    with pytest.raises(
-        ValueError, match="expected targets to have one entry for each of 2 images, but got 3"
-    ):
+    with pytest.raises(ValueError, match=message.format("targets", 3)):
         model.losses(images, SIZES, [*targets, nothing()])
-    with pytest.raises(
-        ValueError, match="expected proposals to have one entry for each of 2 images, but got 0"
-    ):
+    with pytest.raises(ValueError, match=message.format("proposals", 0)):
         model.losses(images, SIZES, targets, [])
     for label in (-1, 3):
         wrong = [nothing(), Target(torch.ones(1, 4), torch.tensor([label]))]
@@ -394,6 +389,49 @@ def test_wrong_inputs():
     wrong = [nothing(), Target(torch.ones(2, 4), torch.tensor([0]))]
     with pytest.raises(ValueError, match=r"to have boxes \[n, 4\] .*, but got \[2, 4\] and \[1\]"):
         model.losses(images, SIZES, wrong)
+
+
+@pytest.mark.parametrize("sampling", ["bins", "msra", "aligned"])
+@pytest.mark.parametrize("network", [RFCN, FasterRCNN])
+def test_deformable_starts_as_average(network, sampling):
+    torch.manual_seed(0)
+    features = backbone("resnet18", reduce_channels=16)
+    baseline, deformable = (
+        network(features, 3, RPN(256), pool=pool, sampling=sampling).eval()
+        for pool in ("average", "deformable")
+    )
+    missing = deformable.load_state_dict(baseline.state_dict(), strict=False)
+    assert missing.unexpected_keys == []
+    pools = ("score_pool", "box_pool") if network is RFCN else ("deform_pool",)
+    offset = "conv_offset" if network is RFCN else "fc_offset"
+    names = [f"{pool}.{offset}.{kind}" for pool in pools for kind in ("weight", "bias")]
+    assert missing.missing_keys == names
+    last = torch.randn(2, 16, 9, 10)
+    boxes = [
+        torch.tensor([[16.0, 32, 113, 129], [3, 5, 60, 41]]),
+        torch.tensor([[20.0, 9, 90, 141]]),
+    ]
+    before = baseline.box_head(last, boxes)
+    for a, b in zip(before, deformable.box_head(last, boxes), strict=True):
+        # Bit for bit but for the order in which the bins of another memory layout are summed.
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+    deformable.get_parameter(names[1]).data[:] = 1
+    assert not torch.equal(deformable.box_head(last, boxes)[0], before[0])
+
+
+@pytest.mark.parametrize("network", [RFCN, FasterRCNN])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pool": "mean"}, r"expected pool to be one of .*, but got 'mean'"),
+        ({"bins": 0}, "expected bins to be at least 1, but got 0"),
+        ({"num_classes": 0}, "expected num_classes to be at least 1, but got 0"),
+    ],
+)
+def test_wrong_arguments(network, options, message):
+    options = {"num_classes": 3, "pool": "average"} | options
+    with pytest.raises(ValueError, match=message):
+        network(backbone("resnet18"), rpn=RPN(256), **options)
 
 
 @pytest.mark.parametrize("name", ["deformable R-FCN", "deformable Faster R-CNN"])
