@@ -19,6 +19,7 @@ from deformnet.visualization.canvas import (
     grid,
     legend,
     require_image,
+    require_some,
 )
 from deformnet.visualization.colors import VERMILLION, WHITE, YELLOW
 
@@ -73,15 +74,12 @@ def bins_figure(detections: Sequence[DetectionBins]) -> Figure:
     Raises:
         ValueError: if there are none.
     """
-    if not detections:
-        raise ValueError("expected detections to hold at least one detection, but got none")
+    require_some("detections", detections)
     rows = -(-len(detections) // 3)
     columns = min(3, len(detections))
     panel = 8 / columns * aspect(detection.image for detection in detections) + 0.3
     figure = blank(width=8, height=panel * rows + 0.4)
-    axes = grid(figure, rows, columns)
-    for one in axes.flat[len(detections) :]:
-        one.set_visible(False)
+    axes = grid(figure, rows, columns, used=len(detections))
     for one, detection in zip(axes.flat, detections, strict=False):
         draw_bins(one, detection)
         one.set_title(detection.title, fontsize=TEXT)

@@ -25,12 +25,14 @@ def blank(*, width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), dpi=_DOTS_PER_INCH, layout="constrained")
 
 
-def grid(figure: FigureBase, rows: int, columns: int) -> np.ndarray:
-    """Axes [rows, columns] without ticks and frames."""
+def grid(figure: FigureBase, rows: int, columns: int, *, used: int | None = None) -> np.ndarray:
+    """Axes [rows, columns] without ticks and frames; only the first `used` are visible."""
     axes = figure.subplots(rows, columns, squeeze=False)
     for one in axes.flat:
         one.set(xticks=[], yticks=[])
         one.spines[:].set_visible(False)
+    for one in axes.flat[used:] if used is not None else ():
+        one.set_visible(False)
     return axes
 
 
@@ -54,6 +56,15 @@ def pixels(image: Tensor) -> np.ndarray:
 def dimmed(image: Tensor) -> np.ndarray:
     """Pixels with less contrast, to draw on."""
     return 0.15 + 0.65 * pixels(image)
+
+
+def require_some(name: str, values: Sized) -> None:
+    """
+    Raises:
+        ValueError: if there are none.
+    """
+    if not len(values):
+        raise ValueError(f"expected {name} to hold at least one {name[:-1]}, but got none")
 
 
 def require_image(image: Tensor) -> None:

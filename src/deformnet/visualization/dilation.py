@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from deformnet._text import Table
 from deformnet.analysis import LayerDilation, MeanStd
-from deformnet.visualization.canvas import TEXT, blank
+from deformnet.visualization.canvas import TEXT, blank, require_some
 from deformnet.visualization.colors import BLACK, BLUE, GREEN, SKY, VERMILLION, YELLOW
 
 _COLUMNS = ("small", "medium", "large", "background")
@@ -23,7 +23,7 @@ def dilation_table(layers: Sequence[LayerDilation]) -> str:
     Raises:
         ValueError: if there are no layers.
     """
-    _require_layers(layers)
+    require_some("layers", layers)
     rows = [(layer.layer, *map(dilation_cell, _values(layer))) for layer in layers]
     return str(Table("", ("layer", *_COLUMNS), rows))
 
@@ -41,7 +41,7 @@ def dilation_figure(layers: Sequence[LayerDilation]) -> Figure:
     Raises:
         ValueError: if there are no layers.
     """
-    _require_layers(layers)
+    require_some("layers", layers)
     figure = blank(width=8, height=4)
     axes = figure.subplots()
     positions = np.arange(len(_COLUMNS))
@@ -77,8 +77,3 @@ def dilation_figure(layers: Sequence[LayerDilation]) -> Figure:
 
 def _values(layer: LayerDilation) -> tuple[MeanStd, ...]:
     return layer.small, layer.medium, layer.large, layer.background
-
-
-def _require_layers(layers: Sequence[LayerDilation]) -> None:
-    if not layers:
-        raise ValueError("expected layers to hold at least one layer, but got none")

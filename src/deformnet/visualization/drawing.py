@@ -40,7 +40,8 @@ def overlay(image: Tensor, labels: Tensor, classes: Sequence[str]) -> Image.Imag
         classes: names of the labels; `background`, if first, is not tinted, and neither are labels
             without a class, such as void.
     """
-    visible: list[int] = [k for k in labels.unique().tolist() if _is_tinted(k, classes)]
+    first = int(classes[0] == "background")
+    visible: list[int] = [k for k in labels.unique().tolist() if first <= k < len(classes)]
     colors = _colors(classes)
     tinted = F.to_dtype(image, torch.float32, scale=True)
     if visible:
@@ -51,10 +52,6 @@ def overlay(image: Tensor, labels: Tensor, classes: Sequence[str]) -> Image.Imag
         tinted = draw_segmentation_masks(tinted, outlines, alpha=1.0, colors=of_masks)
     picture = Image.fromarray((255 * tinted).round().byte().permute(1, 2, 0).numpy())
     return _with_legend(_enlarged(picture)[0], [(classes[k], colors[k]) for k in visible])
-
-
-def _is_tinted(label: int, classes: Sequence[str]) -> bool:
-    return label < len(classes) and not (label == 0 and classes[0] == "background")
 
 
 def draw_boxes(
@@ -103,8 +100,10 @@ def draw_boxes(
         if text:
             tags.append(_tag_place(edges[k], size, picture.size, tags))
             drawn.append((tags[-1], text, colors[kinds[k]]))
-    for tag, text, color in reversed(drawn):
-        _draw_tag(draw, tag, text, color, font)
+    for (x1, y1, x2, y2), text, color in reversed(drawn):
+        draw.rectangle((x1, y1, x2 - 1, y2 - 1), fill=color, outline="black")
+        center = ((x1 + x2) / 2, (y1 + y2) / 2)
+        draw.text(center, text, fill=legible_on(color), font=font, anchor="mm")
     return _with_legend(picture, [(classes[k], colors[k]) for k in sorted(set(kinds))])
 
 
@@ -150,15 +149,6 @@ def _intersection(a: _Rectangle, b: _Rectangle) -> int:
     return max(0, width) * max(0, height)
 
 
-def _draw_tag(
-    draw: ImageDraw.ImageDraw, tag: _Rectangle, text: str, color: _Color, font: _Font
-) -> None:
-    x1, y1, x2, y2 = tag
-    draw.rectangle((x1, y1, x2 - 1, y2 - 1), fill=color, outline="black")
-    center = ((x1 + x2) / 2, (y1 + y2) / 2)
-    draw.text(center, text, fill=legible_on(color), font=font, anchor="mm")
-
-
 def _enlarged(picture: Image.Image) -> tuple[Image.Image, int]:
     """A picture large enough for a legend, and the factor by which it was enlarged."""
     scale = math.ceil(_SMALLEST / picture.width)
@@ -183,15 +173,13 @@ def _with_legend(picture: Image.Image, entries: Sequence[tuple[str, _Color]]) ->
             x, y = gap, y + row
         places.append((x, y, name, color))
         x += width
-    legend = Image.new("RGB", (picture.width, y + row + gap), "white")
-    draw = ImageDraw.Draw(legend)
+    joined = Image.new("RGB", (picture.width, picture.height + y + row + gap), "white")
+    joined.paste(picture, (0, 0))
+    draw = ImageDraw.Draw(joined)
     for x, y, name, color in places:
-        top = y + (row - text + gap) // 2
+        top = picture.height + y + (row - text + gap) // 2
         draw.rectangle((x, top, x + text, top + text), fill=color, outline="black")
         draw.text((x + text + gap, top + text / 2), name, fill="black", font=font, anchor="lm")
-    joined = Image.new("RGB", (picture.width, picture.height + legend.height))
-    joined.paste(picture, (0, 0))
-    joined.paste(legend, (0, picture.height))
     return joined
 
 
@@ -202,10 +190,8 @@ def _colors(classes: Sequence[str]) -> list[_Color]:
 def _outline(labels: Tensor) -> Tensor:
     """Pixels with a neighbor, right, left, above or below, of another label; bool [H, W]."""
     edge = torch.zeros_like(labels, dtype=torch.bool)
-    across = labels[:, 1:] != labels[:, :-1]
-    down = labels[1:] != labels[:-1]
-    edge[:, 1:] |= across
-    edge[:, :-1] |= across
-    edge[1:] |= down
-    edge[:-1] |= down
+    for part, along in ((edge, labels), (edge.T, labels.T)):
+        differs = along[1:] != along[:-1]
+        part[1:] |= differs
+        part[:-1] |= differs
     return edge

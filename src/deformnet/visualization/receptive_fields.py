@@ -19,14 +19,15 @@ from deformnet.visualization.canvas import (
     legend,
     pixels,
     require_image,
+    require_some,
     same_number,
 )
 from deformnet.visualization.colors import SKY, VERMILLION, WHITE, YELLOW
 from deformnet.visualization.sampling import (
-    UNIT,
     SampledUnit,
     add_margin,
     dot_handle,
+    draw_center,
     draw_image,
     scatter,
     unit_handle,
@@ -54,8 +55,7 @@ def two_layer_figure(networks: Mapping[str, Sequence[SampledUnit]]) -> Figure:
     Raises:
         ValueError: if there are not two units, or they have one level.
     """
-    if not networks:
-        raise ValueError("expected networks to hold at least one network, but got none")
+    require_some("networks", networks)
     for name, units in networks.items():
         if len(units) != 2:
             raise ValueError(f"expected two units of network {name}, but got {len(units)}")
@@ -91,15 +91,14 @@ def _draw_two_levels(column: Sequence[Axes], unit: SampledUnit, *, first: bool) 
     inside = samples.inside.nonzero().flatten().tolist() or range(count)
     chosen = inside[0] if first else inside[-1]
     of_chosen = slice(chosen * each, (chosen + 1) * each)  # taps of the top layer vary slowest
-    y, x = unit.center
-    top.plot(x, y, **UNIT)
+    draw_center(top, unit.center)
     scatter(middle, samples, WHITE, _SAMPLE)
     highlighted = SamplingLocations(*(part[chosen : chosen + 1] for part in samples))
     scatter(middle, highlighted, _HIGHLIGHT, _SAMPLE + 1)
     scatter(bottom, below, YELLOW, _BELOW)
     samples_of_chosen = SamplingLocations(*(part[of_chosen] for part in below))
     scatter(bottom, samples_of_chosen, _HIGHLIGHT, _BELOW + 0.5)
-    _connect(top, (y, x), middle, samples.points, SKY)
+    _connect(top, unit.center, middle, samples.points, SKY)
     _connect(middle, highlighted.points[0].tolist(), bottom, samples_of_chosen.points, _HIGHLIGHT)
 
 
@@ -186,5 +185,5 @@ def _draw_field(axes: Axes, unit: ReceptiveFieldMap) -> None:
     axes.add_patch(
         Rectangle((x - side / 2, y - side / 2), side, side, facecolor="none", edgecolor=SKY)
     )
-    axes.plot(x, y, **UNIT)
+    draw_center(axes, unit.center)
     add_margin(axes, unit.image)

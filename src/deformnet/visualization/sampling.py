@@ -129,8 +129,12 @@ def draw_sampled_unit(axes: Axes, unit: SampledUnit) -> None:
     # The lowest map first: where points coincide, as in a regular grid, the fewer stay visible.
     for level, (color, size) in reversed(list(zip(unit.levels, _LEVELS, strict=False))):
         scatter(axes, level, color, size)
-    y, x = unit.center
-    axes.plot(x, y, **UNIT)
+    draw_center(axes, unit.center)
+
+
+def draw_center(axes: Axes, center: tuple[float, float], style: Marker = UNIT) -> None:
+    """The marker of a unit."""
+    axes.plot(*reversed(center), **style)
 
 
 def draw_image(axes: Axes, image: Tensor) -> None:
@@ -181,9 +185,7 @@ def contact_sheet_figure(
     rows = -(-len(images) // columns)
     panel = 2.8 * aspect(units[0].image for units in images.values()) + 0.3
     figure = blank(width=2.8 * columns, height=panel * rows + 0.4)
-    axes = grid(figure, rows, columns)
-    for one in axes.flat[len(images) :]:
-        one.set_visible(False)
+    axes = grid(figure, rows, columns, used=len(images))
     titles = dict.fromkeys(unit.title for units in images.values() for unit in units)
     styles = dict(zip(titles, itertools.cycle(_KINDS), strict=False))
     for one, (name, units) in zip(axes.flat, images.items(), strict=False):
@@ -192,8 +194,7 @@ def contact_sheet_figure(
         for unit in units:
             scatter(one, unit.levels[-1], styles[unit.title]["color"], 1.4)
         for unit in units:
-            y, x = unit.center
-            one.plot(x, y, **styles[unit.title])
+            draw_center(one, unit.center, styles[unit.title])
     legend(
         figure,
         [Line2D([], [], label=title, linestyle="none", **styles[title]) for title in titles],
