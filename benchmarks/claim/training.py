@@ -25,7 +25,7 @@ from benchmarks.claim.plan import (
 from deformnet._files import replacing, write_json
 from deformnet.analysis import AnnotatedImage, dilation_statistics
 from deformnet.data.synthetic import SHAPE_CLASSES, Shapes, scene
-from deformnet.metrics import Found, Truth, confusion_matrix, segmentation_scores, voc_ap
+from deformnet.metrics import ConfusionMatrix, GroundTruth, Predictions, segmentation_scores, voc_ap
 from deformnet.models import RFCN, RPN, DeepLab, Target, postprocess
 from deformnet.models.backbones.features import Backbone, deform_last, require_images
 from deformnet.nn import parameter_groups
@@ -215,19 +215,21 @@ def train(run: Run, budget: Budget) -> tuple[DeepLab | RFCN, float]:
 def score(model: DeepLab | RFCN, images: Images) -> float:
     """Mean IoU of the classes and the background, or mean AP at IoU 0.5, in percent."""
     side = images.pixels.shape[-1]
-    confusion = confusion_matrix(len(SHAPE_CLASSES))
-    found: dict[str, Found] = {}
+    confusion = ConfusionMatrix(len(SHAPE_CLASSES))
+    found: dict[str, Predictions] = {}
     for first in range(0, len(images.pixels), 16):
         pixels = normalized(images.pixels[first : first + 16])
         if isinstance(model, DeepLab):
             confusion.update(model(pixels), images.labels[first : first + 16].long())
             continue
         for number, candidates in enumerate(model(pixels, [(side, side)] * len(pixels)), first):
-            found[str(number)] = Found(*postprocess(candidates, max_detections=100))
+            found[str(number)] = Predictions(*postprocess(candidates, max_detections=100))
     if isinstance(model, DeepLab):
         return 100 * segmentation_scores(confusion.compute()).mean_iou
     truths = {
-        str(number): Truth(target.boxes, target.labels, torch.zeros(len(target.labels)).bool())
+        str(number): GroundTruth(
+            target.boxes, target.labels, torch.zeros(len(target.labels)).bool()
+        )
         for number, target in enumerate(images.targets)
     }
     return 100 * voc_ap(truths, found, OBJECTS, ious=(0.5,)).mean_ap[0]

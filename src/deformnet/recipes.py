@@ -54,6 +54,8 @@ class Recipe(ABC):
     """Name of the network on the command line and in recipe files."""
     takes_proposals: ClassVar[bool] = False
     """Whether the network can train on stored proposals."""
+    pixels: ClassVar[tuple[str, ...]] = ()
+    """Names of the fields that are image sizes."""
 
     backbone: BackboneName = "resnet50"
     """Backbone."""
@@ -104,14 +106,12 @@ class Recipe(ABC):
                 raise TypeError(
                     f"expected {field.name} to be {_describe(hints[field.name])}, but got {value!r}"
                 )
-        self._require_positive("offset_groups", "batch", "iterations", "lr")
+        self._require_positive("offset_groups", "batch", "iterations", "lr", "clip", *self.pixels)
         for name in ("offset_lr_scale", "momentum", "weight_decay", "warmup", "seed"):
             if not 0 <= getattr(self, name) < math.inf:  # NaN is neither
                 raise UserError(
                     f"expected {name} to be 0 or positive, but got {getattr(self, name)}"
                 )
-        if self.clip is not None:
-            self._require_positive("clip")
         if self.stride_in_1x1 and self.backbone not in ("resnet50", "resnet101"):
             raise UserError(
                 "expected backbone to be resnet50 or resnet101 for stride_in_1x1, whose blocks "
@@ -119,9 +119,12 @@ class Recipe(ABC):
             )
 
     def _require_positive(self, *names: str) -> None:
+        """Checks fields that are numbers, tuples of numbers, or None."""
         for name in names:
-            if not 0 < getattr(self, name) < math.inf:
-                raise UserError(f"expected {name} to be positive, but got {getattr(self, name)}")
+            value = getattr(self, name)
+            values = value if isinstance(value, tuple) else () if value is None else (value,)
+            if value == () or not all(0 < one < math.inf for one in values):
+                raise UserError(f"expected {name} to be positive, but got {value}")
 
     @abstractmethod
     def build_model(self, num_classes: int) -> "Network":
@@ -156,9 +159,10 @@ class Recipe(ABC):
     def image_size(self) -> tuple[int, int]:
         """Shorter and longer side of the largest image in evaluation, in pixels."""
 
-    @abstractmethod
     def scaled(self, factor: float) -> Self:
         """Returns the recipe with all image sizes multiplied by a factor."""
+        sizes = {name: _times(getattr(self, name), factor) for name in self.pixels}
+        return dataclasses.replace(self, **sizes)
 
     def baseline(self) -> Self:
         """Returns the recipe without deformable layers."""
@@ -206,6 +210,7 @@ class ClassifierRecipe(Recipe):
     """Image classification, the pre-training of backbones (Dai et al. 2017, appendix B)."""
 
     network: ClassVar[str] = "classifier"
+    pixels: ClassVar[tuple[str, ...]] = ("resize", "crop", "test_short_side")
 
     deform_layers: DeformLayers = 0
     """Number of deformable 3x3 convolutions, counted from the last; 0 is the baseline."""
@@ -226,32 +231,19 @@ class ClassifierRecipe(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require_positive("crop", "test_short_side")
         smallest, largest = self.resize
-        if not 0 < smallest <= largest:
-            raise UserError(f"expected resize to be positive and ascending, but got {self.resize}")
-        if self.crop > smallest:
-            raise UserError(
-                f"expected crop to be at most the smallest resize ({smallest}), but got {self.crop}"
-            )
-        if self.crop > self.test_short_side:
-            raise UserError(
-                f"expected crop to be at most test_short_side ({self.test_short_side}), "
-                f"but got {self.crop}"
-            )
+        if smallest > largest:
+            raise UserError(f"expected resize to be ascending, but got {self.resize}")
+        limits = {"the smallest resize": smallest, "test_short_side": self.test_short_side}
+        for name, limit in limits.items():
+            if self.crop > limit:
+                raise UserError(
+                    f"expected crop to be at most {name} ({limit}), but got {self.crop}"
+                )
 
     @property
     def image_size(self) -> tuple[int, int]:
         return self.test_short_side, self.test_short_side
-
-    def scaled(self, factor: float) -> Self:
-        smallest, largest = self.resize
-        return dataclasses.replace(
-            self,
-            resize=(round(factor * smallest), round(factor * largest)),
-            crop=round(factor * self.crop),
-            test_short_side=round(factor * self.test_short_side),
-        )
 
     def lr_factor(self, iteration: int) -> float:
         if iteration < self.warmup:
@@ -269,6 +261,8 @@ class ClassifierRecipe(Recipe):
 class DenseRecipe(Recipe):
     """Base class of the recipes of networks with dense predictions."""
 
+    pixels: ClassVar[tuple[str, ...]] = ("short_side", "max_side")
+
     dilation: int = 2
     """Dilation of conv5, whose stride is 1."""
     short_side: int = 600
@@ -278,7 +272,7 @@ class DenseRecipe(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require_positive("dilation", "short_side")
+        self._require_positive("dilation")
         if self.max_side is not None and self.max_side < self.short_side:
             raise UserError(
                 f"expected max_side to be at least short_side ({self.short_side}), "
@@ -289,17 +283,12 @@ class DenseRecipe(Recipe):
     def image_size(self) -> tuple[int, int]:
         return self.short_side, self.max_side or self.short_side
 
-    def scaled(self, factor: float) -> Self:
-        return dataclasses.replace(
-            self,
-            short_side=round(factor * self.short_side),
-            max_side=None if self.max_side is None else round(factor * self.max_side),
-        )
-
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentationRecipe(DenseRecipe):
     """Base class of the recipes for semantic segmentation."""
+
+    pixels: ClassVar[tuple[str, ...]] = ("short_side", "max_side", "crop")
 
     short_side: int = 360
     """Shorter side of the images after resizing, in pixels."""
@@ -307,18 +296,6 @@ class SegmentationRecipe(DenseRecipe):
     """Maximum longer side after resizing, in pixels, which takes precedence; None for no limit."""
     crop: tuple[int, int] | None = None
     """Height and width of the random training crop, in pixels; None trains on whole images."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.crop is not None and min(self.crop) <= 0:
-            raise UserError(f"expected crop to be positive, but got {self.crop}")
-
-    def scaled(self, factor: float) -> Self:
-        recipe = super().scaled(factor)
-        if self.crop is None:
-            return recipe
-        height, width = self.crop
-        return dataclasses.replace(recipe, crop=(round(factor * height), round(factor * width)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -356,9 +333,7 @@ class DetectorRecipe(DenseRecipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require_positive("proposals", "max_detections")
-        if not self.anchor_sizes or min(self.anchor_sizes) <= 0:
-            raise UserError(f"expected anchor_sizes to be positive, but got {self.anchor_sizes}")
+        self._require_positive("proposals", "max_detections", "anchor_sizes")
         for name in ("score_threshold", "nms"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"expected {name} to be 0 to 1, but got {getattr(self, name)}")
@@ -535,16 +510,17 @@ def recipe_from_dict(values: Mapping[str, Any], *, source: str | Path) -> Recipe
         )
     recipe = by_name[network]
     known = [field.name for field in dataclasses.fields(recipe)]
-    fields: dict[str, Any] = {}
-    for name, value in values.items():
-        if name == "network":
-            continue
-        if name not in known:
-            raise UserError(
-                f"{source}: expected fields of a {network} recipe ({', '.join(known)}), "
-                f"but got {name!r}"
-            )
-        fields[name] = tuple(value) if isinstance(value, list) else value
+    fields: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in values.items()
+        if name != "network"
+    }
+    unknown = [name for name in fields if name not in known]
+    if unknown:
+        raise UserError(
+            f"{source}: expected fields of a {network} recipe ({', '.join(known)}), "
+            f"but got {unknown[0]!r}"
+        )
     try:
         return recipe(**fields)
     except (TypeError, ValueError) as error:
@@ -572,17 +548,12 @@ def cityscapes(*, deform_layers: DeformLayers = 3) -> DeepLabRecipe:
 
     The crop and the warmup are those of the authors' code; the paper does not mention them.
     """
-    return DeepLabRecipe(
-        backbone="resnet101",
-        deform_layers=deform_layers,
-        norm="frozen",
-        init="IMAGENET1K_V1",
+    return dataclasses.replace(
+        voc2012(deform_layers=deform_layers),
         short_side=1024,
         max_side=2048,
         crop=(768, 1024),
-        batch=8,
         iterations=45_000,
-        lr=1e-3,
         warmup=1000,
     )
 
@@ -592,22 +563,10 @@ def imagenet(*, backbone: BackboneName) -> ClassifierRecipe:
 
     He et al. 2016, "Deep residual learning for image recognition", section 3.4: 600k iterations,
     batch 256, shorter sides from 256 to 480, crops of 224; evaluation on the central crop at 256.
-    They divide the learning rate by 10 when the error plateaus, here after each third.
+    They divide the learning rate by 10 when the error plateaus, here after each third. Their image
+    sizes, color jitter, momentum and weight decay are the defaults.
     """
-    return ClassifierRecipe(
-        backbone=backbone,
-        resize=(256, 480),
-        crop=224,
-        test_short_side=256,
-        color_jitter=True,
-        flip=True,
-        batch=256,
-        iterations=600_000,
-        lr=0.1,
-        momentum=0.9,
-        weight_decay=1e-4,
-        warmup=0,
-    )
+    return ClassifierRecipe(backbone=backbone, batch=256, iterations=600_000, lr=0.1, warmup=0)
 
 
 def voc_detection(recipe: type[_Detector]) -> _Detector:
@@ -638,6 +597,13 @@ def coco_detection(recipe: type[_Detector]) -> _Detector:
     )
 
 
+def _times(size: int | tuple[int, ...] | None, factor: float) -> int | tuple[int, ...] | None:
+    """An image size, or several, multiplied by a factor."""
+    if isinstance(size, tuple):
+        return tuple(round(factor * side) for side in size)
+    return None if size is None else round(factor * size)
+
+
 def _is_a(value: object, hint: Any) -> bool:
     """Whether a value has the type of a recipe field."""
     origin = typing.get_origin(hint)
@@ -647,13 +613,11 @@ def _is_a(value: object, hint: Any) -> bool:
         return any(_is_a(value, part) for part in typing.get_args(hint))
     if origin is tuple:
         parts = typing.get_args(hint)
+        if not isinstance(value, tuple):
+            return False
         if parts[-1] is Ellipsis:
-            return isinstance(value, tuple) and all(_is_a(v, parts[0]) for v in value)
-        return (
-            isinstance(value, tuple)
-            and len(value) == len(parts)
-            and all(_is_a(v, part) for v, part in zip(value, parts, strict=True))
-        )
+            parts = parts[:1] * len(value)
+        return len(value) == len(parts) and all(map(_is_a, value, parts))
     if hint is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     return type(value) is hint

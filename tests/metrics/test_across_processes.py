@@ -6,19 +6,26 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from deformnet.metrics import ObjectCounts, confusion_matrix
+from deformnet.metrics import ClassificationCounts, ConfusionMatrix, ObjectCounts
+
+
+def _counts(folder: str | Path, rank: int, processes: int) -> list[torch.Tensor]:
+    """Counts of every metric over the images of one process."""
+    maps, classes = torch.load(f"{folder}/pairs.pt", weights_only=True)
+    by_pixel = ConfusionMatrix(4), ObjectCounts(4, small=4, large=9)
+    by_image = ClassificationCounts(8)
+    for prediction, target in maps[rank::processes]:
+        for metric in by_pixel:
+            metric.update(prediction, target)
+    by_image.update(*(part[rank::processes] for part in classes))
+    return [metric.compute() for metric in (*by_pixel, by_image)]
 
 
 def _count(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     try:
-        pairs = torch.load(f"{folder}/pairs.pt", weights_only=True)
-        metrics = confusion_matrix(4), ObjectCounts(4, small=4, large=9)
-        for prediction, target in pairs[rank::2]:
-            for metric in metrics:
-                metric.update(prediction, target)
-        torch.save([metric.compute() for metric in metrics], f"{folder}/{rank}.pt")
+        torch.save(_counts(folder, rank, 2), f"{folder}/{rank}.pt")
     finally:
         dist.destroy_process_group()
 
@@ -26,17 +33,15 @@ def _count(rank: int, folder: str) -> None:
 def test_two_processes_agree_with_one(tmp_path: Path):
     generator = torch.Generator().manual_seed(0)
     # Images of several sizes, and an odd number of them.
-    pairs = [
+    maps = [
         tuple(torch.randint(0, 4, (1, 8 + i, 12), generator=generator) for _ in range(2))
         for i in range(5)
     ]
-    torch.save(pairs, tmp_path / "pairs.pt")
+    logits = torch.randn(21, 8, generator=generator)
+    classes = logits, torch.randint(8, (21,), generator=generator)
+    torch.save((maps, classes), tmp_path / "pairs.pt")
     mp.spawn(_count, (str(tmp_path),), nprocs=2)
-    metrics = confusion_matrix(4), ObjectCounts(4, small=4, large=9)
-    for prediction, target in pairs:
-        for metric in metrics:
-            metric.update(prediction, target)
     for rank in range(2):
-        counts = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        for metric, counted in zip(metrics, counts, strict=True):
-            assert torch.equal(counted, metric.compute())
+        shared = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        for counts, expected in zip(shared, _counts(tmp_path, 0, 1), strict=True):
+            assert torch.equal(counts, expected)

@@ -1,12 +1,9 @@
-"""Top-1 and top-5 error, counted by hand and over processes."""
+"""Top-1 and top-5 error, counted by hand."""
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from deformnet.metrics import ClassificationCounts, classification_scores
 
@@ -76,28 +73,3 @@ def test_no_images_no_numbers():
 def test_what_does_not_fit(logits, target, message):
     with pytest.raises(ValueError, match=message):
         ClassificationCounts(3).update(torch.zeros(logits), torch.tensor(target))
-
-
-def _count(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    try:
-        logits, target = torch.load(f"{folder}/all.pt", weights_only=True)
-        counts = ClassificationCounts(8)
-        counts.update(logits[rank::2], target[rank::2])
-        torch.save(counts.compute(), f"{folder}/{rank}.pt")
-    finally:
-        dist.destroy_process_group()
-
-
-def test_two_processes_agree_with_one(tmp_path: Path):
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(21, 8, generator=generator)
-    target = torch.randint(8, (21,), generator=generator)
-    torch.save((logits, target), tmp_path / "all.pt")
-    mp.spawn(_count, (str(tmp_path),), nprocs=2)
-    counts = ClassificationCounts(8)
-    counts.update(logits, target)
-    for rank in range(2):
-        counted = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        assert torch.equal(counted, counts.compute())

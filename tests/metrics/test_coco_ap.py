@@ -69,9 +69,9 @@ def test_a_set_in_several_files_scores_as_in_one(tmp_path):
         parts[-1].write_text(json.dumps(part))
     path = tmp_path / "whole.json"
     path.write_text(json.dumps(whole))
-    found = [detection(), detection(MEDIUM, 0.5), detection(MEDIUM, 0.7, image=2)]
-    both = coco_ap(parts, found)
-    assert both["AP"] == coco_ap(path, found)["AP"]
+    detections = [detection(), detection(MEDIUM, 0.5), detection(MEDIUM, 0.7, image=2)]
+    both = coco_ap(parts, detections)
+    assert both["AP"] == coco_ap(path, detections)["AP"]
     assert both["AR100"] == pytest.approx(2 / 3)
     with pytest.raises(ValueError, match=r"unknown to .*1\.json and .*2\.json"):
         coco_ap(parts, [detection(image=3)])

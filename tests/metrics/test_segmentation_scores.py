@@ -10,8 +10,8 @@ import torch
 from torchmetrics.classification import MulticlassJaccardIndex
 
 from deformnet.metrics import (
+    ConfusionMatrix,
     ObjectCounts,
-    confusion_matrix,
     segmentation_scores,
     size_scores,
 )
@@ -37,7 +37,7 @@ def random_labels(seed: int, classes: int = 5, void: float = 0.1, shape=(4, 17, 
 
 
 def scores_of(prediction, target, classes):
-    metric = confusion_matrix(classes)
+    metric = ConfusionMatrix(classes)
     metric.update(prediction, target)
     return segmentation_scores(metric.compute())
 
@@ -115,7 +115,7 @@ def test_equals_torchmetrics_where_all_classes_occur():
 
 def test_parts_add_up_to_the_last_digit():
     prediction, target = random_labels(1, shape=(13, 17, 23))
-    whole, parts = confusion_matrix(5), [confusion_matrix(5) for _ in range(3)]
+    whole, parts = ConfusionMatrix(5), [ConfusionMatrix(5) for _ in range(3)]
     whole.update(prediction, target)
     for i in range(13):
         parts[i % 3].update(prediction[i : i + 1], target[i : i + 1])
@@ -126,7 +126,7 @@ def test_parts_add_up_to_the_last_digit():
 
 
 def test_truth_is_in_the_rows():
-    metric = confusion_matrix(3)
+    metric = ConfusionMatrix(3)
     metric.update(labels("12"), labels("00"))
     assert metric.compute().tolist() == [[0, 1, 1], [0, 0, 0], [0, 0, 0]]
 
@@ -137,12 +137,12 @@ def test_label_out_of_range(bad, label):
     pair = {"prediction": labels("01"), "target": labels("01")}
     pair[bad] = torch.tensor([[[0, label]]])
     with pytest.raises(ValueError, match=f"labels of {bad} to be 0 to 2, but got {label}"):
-        confusion_matrix(3).update(pair["prediction"], pair["target"])
+        ConfusionMatrix(3).update(pair["prediction"], pair["target"])
 
 
 def test_void_is_no_prediction():
     with pytest.raises(ValueError, match=r"labels of prediction to be .* but got 255"):
-        confusion_matrix(3).update(labels("0#"), labels("01"))
+        ConfusionMatrix(3).update(labels("0#"), labels("01"))
 
 
 def test_one_class():
@@ -153,7 +153,7 @@ def test_one_class():
 
 def test_sizes_must_agree():
     with pytest.raises(ValueError, match=r"but got \[1, 1, 2\] and \[1, 1, 3\]"):
-        confusion_matrix(3).update(labels("01"), labels("012"))
+        ConfusionMatrix(3).update(labels("01"), labels("012"))
 
 
 @pytest.mark.parametrize("shape", [(3,), (2, 3), (2, 2, 2)])

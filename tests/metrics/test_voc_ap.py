@@ -17,7 +17,7 @@ def shifted(k):
     return [float(k), 0.0, 10.0 + k, 10.0]
 
 
-def truth(*boxes, labels=None, ignored=None):
+def ground_truth(*boxes, labels=None, ignored=None):
     n = len(boxes)
     return GroundTruth(
         torch.tensor(boxes).reshape(n, 4),
@@ -26,15 +26,15 @@ def truth(*boxes, labels=None, ignored=None):
     )
 
 
-def found(*boxes, scores, labels=None):
+def predictions(*boxes, scores, labels=None):
     n = len(boxes)
     return Predictions(
         torch.tensor(boxes).reshape(n, 4), torch.tensor(scores), torch.tensor(labels or [0] * n)
     )
 
 
-def ap(truths, detections, iou=0.5, method="area", classes=("thing",)):
-    return voc_ap(truths, detections, classes, [iou], method).ap[0][0]
+def ap(targets, detections, iou=0.5, method="area", classes=("thing",)):
+    return voc_ap(targets, detections, classes, [iou], method).ap[0][0]
 
 
 # The definition, one detection at a time.
@@ -49,9 +49,9 @@ def naive_iou(a, b):
     return width * height / (area - width * height)
 
 
-def naive_ap(truths, detections, label, threshold, method):
+def naive_ap(targets, detections, label, threshold, method):
     taken, total, ranked = set(), 0, []
-    for name, objects in truths.items():
+    for name, objects in targets.items():
         total += sum(
             int(own) == label and not bool(skip)
             for own, skip in zip(objects.labels, objects.ignored, strict=True)
@@ -65,7 +65,7 @@ def naive_ap(truths, detections, label, threshold, method):
     ranked.sort(key=lambda entry: -entry[0])  # a stable sort
     hits, misses, curve = 0, 0, []
     for _, name, box in ranked:
-        objects, best, chosen = truths[name], 0.0, None
+        objects, best, chosen = targets[name], 0.0, None
         for number, other in enumerate(objects.boxes.tolist()):
             if objects.labels[number] == label and naive_iou(box, other) > best:
                 best, chosen = naive_iou(box, other), number
@@ -93,13 +93,13 @@ def naive_ap(truths, detections, label, threshold, method):
 def random_set(seed, images=6, classes=3):
     """Objects, and detections near them, elsewhere, and of scores that often tie."""
     rng = np.random.default_rng(seed)
-    truths, detections = {}, {}
+    targets, detections = {}, {}
     for i in range(images):
         n = int(rng.integers(0, 5))
         corners = rng.uniform(0, 40, (n, 2))
         boxes = np.concatenate([corners, corners + rng.uniform(5, 20, (n, 2))], 1)
         labels = rng.integers(0, classes, n)
-        truths[f"{i}"] = GroundTruth(boxes, labels, rng.random(n) < 0.2)
+        targets[f"{i}"] = GroundTruth(boxes, labels, rng.random(n) < 0.2)
         near = np.repeat(np.arange(n), 2)
         moved = boxes[near] + rng.normal(0, 2, (len(near), 4))
         lost = rng.uniform(0, 40, (3, 2))
@@ -108,17 +108,17 @@ def random_set(seed, images=6, classes=3):
         scores = rng.integers(1, 9, len(all_boxes)) / 10
         if rng.random() < 0.8:
             detections[f"{i}"] = Predictions(all_boxes, scores, all_labels)
-    return truths, detections
+    return targets, detections
 
 
 @pytest.mark.parametrize("method", ["11-point", "area"])
 def test_agrees_with_loops(method):
     reached = 0
     for seed in range(60):
-        truths, detections = random_set(seed)
-        scores = voc_ap(truths, detections, "abc", (0.3, 0.5, 0.7), method)
+        targets, detections = random_set(seed)
+        scores = voc_ap(targets, detections, "abc", (0.3, 0.5, 0.7), method)
         for threshold, values, mean in zip(scores.ious, scores.ap, scores.mean_ap, strict=True):
-            expected = [naive_ap(truths, detections, c, threshold, method) for c in range(3)]
+            expected = [naive_ap(targets, detections, c, threshold, method) for c in range(3)]
             counted = [value for value in expected if value is not None]
             reached += sum(0.1 < value < 0.9 for value in counted)
             for value, wanted in zip(values, expected, strict=True):
@@ -129,17 +129,17 @@ def test_agrees_with_loops(method):
 
 def test_worked_out_by_hand():
     # Two objects; right, wrong, right: precision 1 at recall 1/2, then 2/3 at recall 1.
-    truths = {"a": truth(UNIT, [50.0, 50.0, 60.0, 60.0])}
+    targets = {"a": ground_truth(UNIT, [50.0, 50.0, 60.0, 60.0])}
     boxes = [UNIT, [20.0, 20.0, 30.0, 30.0], [50.0, 50.0, 60.0, 60.0]]
-    detections = {"a": found(*boxes, scores=[0.9, 0.8, 0.7])}
-    assert ap(truths, detections) == pytest.approx(0.5 * 1 + 0.5 * 2 / 3)
-    assert ap(truths, detections, method="11-point") == pytest.approx((6 * 1 + 5 * 2 / 3) / 11)
+    detections = {"a": predictions(*boxes, scores=[0.9, 0.8, 0.7])}
+    assert ap(targets, detections) == pytest.approx(0.5 * 1 + 0.5 * 2 / 3)
+    assert ap(targets, detections, method="11-point") == pytest.approx((6 * 1 + 5 * 2 / 3) / 11)
 
 
 def test_nothing_found_and_nothing_there():
-    assert ap({"a": truth(UNIT)}, {}) == 0
-    assert ap({"a": truth(UNIT)}, {"a": found(scores=[])}) == 0
-    scores = voc_ap({"a": truth()}, {"a": found(UNIT, scores=[0.5])}, ["thing"])
+    assert ap({"a": ground_truth(UNIT)}, {}) == 0
+    assert ap({"a": ground_truth(UNIT)}, {"a": predictions(scores=[])}) == 0
+    scores = voc_ap({"a": ground_truth()}, {"a": predictions(UNIT, scores=[0.5])}, ["thing"])
     assert math.isnan(scores.ap[0][0])
     assert math.isnan(scores.mean_ap[0])
 
@@ -147,42 +147,42 @@ def test_nothing_found_and_nothing_there():
 def test_overlap_must_exceed_the_threshold():
     wide = [0.0, 0.0, 20.0, 10.0]
     assert naive_iou(UNIT, wide) == 0.5
-    assert ap({"a": truth(UNIT)}, {"a": found(wide, scores=[1.0])}, 0.5) == 0
-    assert ap({"a": truth(UNIT)}, {"a": found(wide, scores=[1.0])}, 0.499) == 1
+    assert ap({"a": ground_truth(UNIT)}, {"a": predictions(wide, scores=[1.0])}, 0.5) == 0
+    assert ap({"a": ground_truth(UNIT)}, {"a": predictions(wide, scores=[1.0])}, 0.499) == 1
 
 
 def test_second_detection_of_an_object_is_wrong():
-    truths = {"a": truth(UNIT, [50.0, 50.0, 60.0, 60.0])}
+    targets = {"a": ground_truth(UNIT, [50.0, 50.0, 60.0, 60.0])}
     boxes = [shifted(1), UNIT, [50.0, 50.0, 60.0, 60.0]]
     # The surer one has the object, though the other one fits better.
-    detections = {"a": found(*boxes, scores=[0.9, 0.8, 0.7])}
-    assert ap(truths, detections) == pytest.approx(0.5 + 0.5 * 2 / 3)
+    detections = {"a": predictions(*boxes, scores=[0.9, 0.8, 0.7])}
+    assert ap(targets, detections) == pytest.approx(0.5 + 0.5 * 2 / 3)
 
 
 def test_detection_is_held_against_the_best_object_alone():
     # The second detection overlaps both objects enough; the better one is taken, so it is wrong.
-    truths = {"a": truth(UNIT, shifted(4))}
-    detections = {"a": found(UNIT, shifted(1), scores=[0.9, 0.8])}
+    targets = {"a": ground_truth(UNIT, shifted(4))}
+    detections = {"a": predictions(UNIT, shifted(1), scores=[0.9, 0.8])}
     assert naive_iou(shifted(1), shifted(4)) > 0.5
-    assert ap(truths, detections) == pytest.approx(0.5)
+    assert ap(targets, detections) == pytest.approx(0.5)
 
 
 def test_ignored_objects_count_neither_way():
     far = [50.0, 50.0, 60.0, 60.0]
-    truths = {"a": truth(UNIT, far, ignored=[True, False])}
+    targets = {"a": ground_truth(UNIT, far, ignored=[True, False])}
     # Two detections of the ignored one are forgotten.
-    detections = {"a": found(UNIT, shifted(1), far, scores=[0.9, 0.8, 0.7])}
-    scores = voc_ap(truths, detections, ["thing"], [0.5])
+    detections = {"a": predictions(UNIT, shifted(1), far, scores=[0.9, 0.8, 0.7])}
+    scores = voc_ap(targets, detections, ["thing"], [0.5])
     assert scores.ap == ((1.0,),)
     assert scores.objects == (1,)
     # And a class of ignored objects alone has no AP.
-    assert math.isnan(ap({"a": truth(UNIT, ignored=[True])}, detections))
+    assert math.isnan(ap({"a": ground_truth(UNIT, ignored=[True])}, detections))
 
 
 def test_classes_are_apart_and_those_without_objects_leave_the_mean():
-    truths = {"a": truth(UNIT, labels=[1])}
-    detections = {"a": found(UNIT, UNIT, UNIT, scores=[0.9, 0.8, 0.7], labels=[0, 1, 2])}
-    scores = voc_ap(truths, detections, ["one", "two", "three"], [0.5, 0.7])
+    targets = {"a": ground_truth(UNIT, labels=[1])}
+    detections = {"a": predictions(UNIT, UNIT, UNIT, scores=[0.9, 0.8, 0.7], labels=[0, 1, 2])}
+    scores = voc_ap(targets, detections, ["one", "two", "three"], [0.5, 0.7])
     for values, mean in zip(scores.ap, scores.mean_ap, strict=True):
         assert math.isnan(values[0])
         assert math.isnan(values[2])
@@ -190,44 +190,45 @@ def test_classes_are_apart_and_those_without_objects_leave_the_mean():
 
 
 def test_equal_scores_keep_the_order_of_the_images():
-    truths = {"b": truth(UNIT), "a": truth()}
-    right, wrong = found(UNIT, scores=[0.5]), found(UNIT, scores=[0.5])
+    targets = {"b": ground_truth(UNIT), "a": ground_truth()}
+    right, wrong = predictions(UNIT, scores=[0.5]), predictions(UNIT, scores=[0.5])
     for detections in ({"b": right, "a": wrong}, {"a": wrong, "b": right}):
-        assert ap(truths, detections) == 1
-    truths = {"a": truth(), "b": truth(UNIT)}
-    assert ap(truths, {"b": right, "a": wrong}) == 0.5
+        assert ap(targets, detections) == 1
+    targets = {"a": ground_truth(), "b": ground_truth(UNIT)}
+    assert ap(targets, {"b": right, "a": wrong}) == 0.5
     # Within an image as well.
-    assert ap({"b": truth(UNIT)}, {"b": found(shifted(9), UNIT, scores=[0.5, 0.5])}) == 0.5
+    both = predictions(shifted(9), UNIT, scores=[0.5, 0.5])
+    assert ap({"b": ground_truth(UNIT)}, {"b": both}) == 0.5
 
 
 def test_recall_points_are_those_of_the_published_evaluators():
     # 3 objects of 5: as floats, recall 0.6 stays below the point 0.6000000000000001.
     far = [[100.0 * i, 0.0, 100.0 * i + 10, 10.0] for i in range(5)]
-    detections = {"a": found(*far[:3], scores=[0.9, 0.8, 0.7])}
-    assert ap({"a": truth(*far)}, detections, method="11-point") == pytest.approx(6 / 11)
+    detections = {"a": predictions(*far[:3], scores=[0.9, 0.8, 0.7])}
+    assert ap({"a": ground_truth(*far)}, detections, method="11-point") == pytest.approx(6 / 11)
 
 
 def test_boxes_without_area_match_nothing():
     point = [5.0, 5.0, 5.0, 5.0]
-    assert ap({"a": truth(point)}, {"a": found(point, scores=[1.0])}, iou=0) == 0
+    assert ap({"a": ground_truth(point)}, {"a": predictions(point, scores=[1.0])}, iou=0) == 0
 
 
 def test_arrays_and_tensors_give_the_same():
-    truths, detections = random_set(3)
+    targets, detections = random_set(3)
     tensors = [
         {
             name: type(value)(*(torch.from_numpy(np.asarray(x)) for x in value))
             for name, value in part.items()
         }
-        for part in (truths, detections)
+        for part in (targets, detections)
     ]
-    assert voc_ap(*tensors, "abc") == voc_ap(truths, detections, "abc")
+    assert voc_ap(*tensors, "abc") == voc_ap(targets, detections, "abc")
 
 
 def test_json_and_table():
-    truths = {"a": truth(UNIT, labels=[1])}
-    detections = {"a": found(UNIT, scores=[0.9], labels=[1])}
-    scores = voc_ap(truths, detections, ["cat", "aeroplane"])
+    targets = {"a": ground_truth(UNIT, labels=[1])}
+    detections = {"a": predictions(UNIT, scores=[0.9], labels=[1])}
+    scores = voc_ap(targets, detections, ["cat", "aeroplane"])
     content = scores.to_json()
     assert json.loads(json.dumps(content)) == {
         "mean_ap": {"0.5": 1.0, "0.7": 1.0},
@@ -244,44 +245,31 @@ def test_json_and_table():
 
 
 @pytest.mark.parametrize(
-    ("detections", "message"),
+    ("boxes", "changes", "message"),
     [
-        ({"b": found(UNIT, scores=[1.0])}, "predictions: 1 of 1 images .* such as 'b'"),
-        (
-            {"a": found(UNIT, scores=[math.nan])},
-            r"predictions\['a'\]: expected finite scores",
-        ),
-        ({"a": found(UNIT, scores=[math.inf])}, r"predictions\['a'\]: expected finite scores"),
-        (
-            {"a": found([math.nan] * 4, scores=[1.0])},
-            r"predictions\['a'\]: expected finite boxes",
-        ),
-        (
-            {"a": found(UNIT, scores=[1.0], labels=[1])},
-            r"expected labels 0 to 0, but got 1",
-        ),
-        (
-            {"a": found(UNIT, scores=[1.0], labels=[-1])},
-            r"expected labels 0 to 0, but got -1",
-        ),
-        (
-            {"a": found(UNIT, scores=[1.0, 0.5])},
-            r"expected scores to be \[1\] .* got \[2\]",
-        ),
-        ({"a": found(UNIT, scores=[1.0], labels=[0, 0])}, r"\[1, 4\] and \[2\]"),
+        ([UNIT], {"scores": [math.nan]}, r"predictions\['a'\]: expected finite scores"),
+        ([UNIT], {"scores": [math.inf]}, r"predictions\['a'\]: expected finite scores"),
+        ([[math.nan] * 4], {}, r"predictions\['a'\]: expected finite boxes"),
+        ([UNIT], {"labels": [1]}, "expected labels 0 to 0, but got 1"),
+        ([UNIT], {"labels": [-1]}, "expected labels 0 to 0, but got -1"),
+        ([UNIT], {"scores": [1.0, 0.5]}, r"expected scores to be \[1\] .* got \[2\]"),
+        ([UNIT], {"labels": [0, 0]}, r"\[1, 4\] and \[2\]"),
     ],
 )
-def test_bad_detections_are_named(detections, message):
+def test_bad_detections_are_named(boxes, changes, message):
+    bad = {"a": predictions(*boxes, **{"scores": [1.0]} | changes)}
     with pytest.raises(ValueError, match=message) as caught:
-        voc_ap({"a": truth(UNIT)}, detections, ["thing"])
+        voc_ap({"a": ground_truth(UNIT)}, bad, ["thing"])
     assert "\n" not in str(caught.value)
 
 
 def test_bad_ground_truth_and_settings_are_named():
+    with pytest.raises(ValueError, match=r"predictions: 1 of 1 images .* such as 'b'"):
+        voc_ap({"a": ground_truth(UNIT)}, {"b": predictions(UNIT, scores=[1.0])}, ["thing"])
     with pytest.raises(ValueError, match=r"ground_truth\['a'\]: expected labels 0 to 0, but got 3"):
-        voc_ap({"a": truth(UNIT, labels=[3])}, {}, ["thing"])
+        voc_ap({"a": ground_truth(UNIT, labels=[3])}, {}, ["thing"])
     with pytest.raises(ValueError, match=r"'a'\]: expected ignored to be \[1\] .* got \[2\]"):
-        voc_ap({"a": truth(UNIT, ignored=[True, False])}, {}, ["thing"])
+        voc_ap({"a": ground_truth(UNIT, ignored=[True, False])}, {}, ["thing"])
     with pytest.raises(ValueError, match="to be one of 11-point, area, but got 'points'"):
         voc_ap({}, {}, ["thing"], method="points")  # pyright: ignore[reportArgumentType]
     for ious in ([], [1.0], [-0.1], [math.nan]):

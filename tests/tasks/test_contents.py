@@ -38,11 +38,11 @@ def test_objects_are_connected_regions_of_the_named_classes():
 
 def test_boxes_are_filled_by_their_objects():
     boxes = torch.tensor([[10.5, 20, 30.5, 40], [0, 0, 120, 100]])
-    found = Boxes(boxes, torch.tensor([1, 0]), CLASSES[1:], SIZE).contents(CLASSES)
-    assert [thing.name for thing in found.things] == ["star", "disc"]
-    assert found.boxes().tolist() == boxes.tolist()
-    assert found.things[0].area == 20 * 21
-    assert not found.background.any()
+    contents = Boxes(boxes, torch.tensor([1, 0]), CLASSES[1:], SIZE).contents(CLASSES)
+    assert [thing.name for thing in contents.things] == ["star", "disc"]
+    assert contents.boxes().tolist() == boxes.tolist()
+    assert contents.things[0].area == 20 * 21
+    assert not contents.background.any()
 
 
 def test_stuff_is_not_countable(tmp_path):

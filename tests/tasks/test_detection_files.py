@@ -9,6 +9,7 @@ from torch import nn
 from deformnet.data.files import read_image
 from deformnet.metrics.detections import read_detections
 from deformnet.models.detection.detector import Candidates, Detector, Features
+from deformnet.recipes import RFCNRecipe
 from deformnet.tasks.detection import DetectionPredictor
 from deformnet.visualization.drawing import draw_boxes
 
@@ -41,7 +42,8 @@ class Constant(Detector):
 
 @pytest.fixture
 def predictor():
-    return DetectionPredictor(Constant(), CLASSES, short_side=40, max_side=80, device="cpu")
+    recipe = RFCNRecipe(short_side=40, max_side=80)
+    return DetectionPredictor(recipe, Constant(), CLASSES, device="cpu")
 
 
 def save(path, height, width, **options):
@@ -65,8 +67,8 @@ def test_files_with_a_broken_one_among_them(predictor, tmp_path):
     for path in (broken, missing):
         assert str(results[path]).startswith(f"{path}: ")
         assert "\n" not in str(results[path])
-    found = sorted(str(p.relative_to(out)) for p in out.rglob("*.*"))
-    assert found == ["detections.jsonl", "pictures/first.jpg", "pictures/last.photo.jpg"]
+    written = sorted(str(p.relative_to(out)) for p in out.rglob("*.*"))
+    assert written == ["detections.jsonl", "pictures/first.jpg", "pictures/last.photo.jpg"]
 
     lines = [json.loads(line) for line in (out / "detections.jsonl").read_text().splitlines()]
     assert [line["image"] for line in lines] == ["first", "last.photo"]

@@ -14,8 +14,9 @@ from deformnet.recipes import (
     RPNRecipe,
     TestTimeAugmentation,
 )
-from deformnet.tasks.detection import detection_predictor
+from deformnet.tasks.detection import DetectionPredictor
 
+NONE = TestTimeAugmentation()
 CLASSES = ("one", "two", "three")
 SMALL = {
     "backbone": "resnet18",
@@ -33,7 +34,7 @@ def recipe(request):
     return request.param(**SMALL)
 
 
-def build(recipe, augmentation=None):
+def build(recipe, augmentation=NONE):
     torch.manual_seed(0)
     one_class = isinstance(recipe, RPNRecipe)
     model = recipe.build_model(1 if one_class else len(CLASSES))
@@ -42,8 +43,7 @@ def build(recipe, augmentation=None):
         for name, parameter in model.named_parameters():
             if not name.startswith("backbone") and parameter.ndim > 1:
                 parameter.mul_(5)
-    names = ("object",) if one_class else CLASSES
-    return detection_predictor(recipe, model, names, augmentation or TestTimeAugmentation(), "cpu")
+    return DetectionPredictor(recipe, model, CLASSES, augmentation, "cpu")
 
 
 def noise(height, width):
@@ -51,6 +51,18 @@ def noise(height, width):
     coarse = torch.rand(1, 3, 1 + height // 8, 1 + width // 8, generator=generator)
     fine = torch.nn.functional.interpolate(coarse, size=(height, width), mode="bilinear")
     return (255 * fine[0]).to(torch.uint8)
+
+
+def assert_detections(detections, expected):
+    """Compares detections with a list of (score, label, box) in any order."""
+    assert len(detections.scores) == min(50, len(expected)) > 3
+    ordered = sorted(expected, key=lambda entry: -entry[0])
+    for (score, label, box), own_box, own_score, own_label in zip(
+        ordered, *detections, strict=False
+    ):
+        assert own_label == label
+        assert own_score == pytest.approx(score, abs=1e-5)
+        assert torch.allclose(own_box, box, atol=1e-2)
 
 
 def as_in_training(image, short_side, max_side):
@@ -91,15 +103,7 @@ def test_one_look_is_the_network_on_the_images_of_training(two_stages):
         own = boxes if boxes.ndim == 2 else boxes[:, label]
         kept = nms(own, scores[:, label], 0.3)
         expected += [(float(scores[k, label]), label, own[k]) for k in kept]
-    expected.sort(key=lambda entry: -entry[0])
-    found = predict(image)
-    assert len(found.scores) == min(50, len(expected)) > 3
-    for (score, label, box), other_box, other_score, other_label in zip(
-        expected, *found, strict=False
-    ):
-        assert other_label == label
-        assert other_score == pytest.approx(score, abs=1e-5)
-        assert torch.allclose(other_box, box, atol=1e-2)
+    assert_detections(predict(image), expected)
 
 
 @pytest.mark.parametrize("two_stages", TWO_STAGES)
@@ -162,15 +166,7 @@ def test_everything_at_once_against_plain_loops(two_stages):
             near = box_iou(own[k][None], own)[0] >= 0.5
             weights = scores[near][:, None]
             expected.append((float(scores[k]), label, (weights * own[near]).sum(0) / weights.sum()))
-    expected.sort(key=lambda entry: -entry[0])
-    found = predict(image)
-    assert len(found.scores) == min(50, len(expected)) > 3
-    for (score, label, box), other_box, other_score, other_label in zip(
-        expected, *found, strict=False
-    ):
-        assert other_label == label
-        assert other_score == pytest.approx(score, abs=1e-5)
-        assert torch.allclose(other_box, box, atol=1e-2)
+    assert_detections(predict(image), expected)
 
 
 @pytest.mark.parametrize("soft_nms", [False, True])
@@ -178,6 +174,6 @@ def test_networks_without_pooling_take_sizes_and_flip_images(soft_nms):
     augmentation = TestTimeAugmentation(
         scales=(48, 80), flip=True, box_averaging=True, soft_nms=soft_nms
     )
-    found = build(ClassAwareRPNRecipe(**SMALL), augmentation)(noise(90, 120))
-    assert len(found.boxes) == 50
-    assert found.boxes.isfinite().all()
+    detections = build(ClassAwareRPNRecipe(**SMALL), augmentation)(noise(90, 120))
+    assert len(detections.boxes) == 50
+    assert detections.boxes.isfinite().all()

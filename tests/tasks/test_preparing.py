@@ -79,3 +79,11 @@ def test_classifiers_see_the_images_of_evaluation():
     image = noise(40, 50)
     prepare = classification_evaluation_transforms(short_side=48, crop=33)
     assert torch.equal(classifier().prepare(image).input[0], prepare(tv_tensors.Image(image)))
+
+
+@pytest.mark.parametrize("build", [segmenter, detector, classifier])
+@pytest.mark.parametrize("size", [(4, 4, 3), (2,), (3, 0, 4), (3, 4, 4)])
+def test_other_images_are_refused(build, size):
+    dtype = torch.float32 if size == (3, 4, 4) else torch.uint8
+    with pytest.raises(ValueError, match=r"expected image to be uint8 \[3, H, W\], but got torch"):
+        build()(torch.zeros(size, dtype=dtype))

@@ -105,8 +105,8 @@ def test_scores_are_those_of_any_number_of_processes(folders, recipe):
             thread.start()
         for thread in threads:
             thread.join()
-        for found in scores:
-            assert str(found.json) == str(expected.json)
+        for other in scores:
+            assert str(other.json) == str(expected.json)
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.network)

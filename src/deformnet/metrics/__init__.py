@@ -11,10 +11,10 @@ from deformnet.metrics.classification import (
 )
 from deformnet.metrics.coco import coco_ap, coco_table
 from deformnet.metrics.segmentation import (
+    ConfusionMatrix,
     ObjectCounts,
     SegmentationScores,
     SizeScores,
-    confusion_matrix,
     segmentation_scores,
     size_scores,
 )
@@ -23,6 +23,7 @@ from deformnet.metrics.voc import GroundTruth, Method, Predictions, VOCScores, v
 __all__ = [
     "ClassificationCounts",
     "ClassificationScores",
+    "ConfusionMatrix",
     "GroundTruth",
     "Method",
     "ObjectCounts",
@@ -33,7 +34,6 @@ __all__ = [
     "classification_scores",
     "coco_ap",
     "coco_table",
-    "confusion_matrix",
     "segmentation_scores",
     "size_scores",
     "voc_ap",

@@ -131,27 +131,19 @@ def _joined(files: Sequence[dict[str, list[dict[str, Any]]]]) -> dict[str, list[
 
 def _detection(number: int, result: Mapping[str, Any], iou_type: str) -> dict[str, Any]:
     """A checked copy of a detection, since the evaluation modifies its input."""
-    region = "bbox" if iou_type == "bbox" else "segmentation"
-    keys = ("image_id", "category_id", "score", region)
+    where = f"results[{number}]"
+    numbers = ("image_id", "category_id", "score")
+    keys = (*numbers, "bbox" if iou_type == "bbox" else "segmentation")
     if not isinstance(result, Mapping) or any(key not in result for key in keys):
-        raise ValueError(
-            f"results[{number}]: expected {', '.join(keys)}, but got {str(result)[:200]}"
-        )
-    for key in ("image_id", "category_id", "score"):
+        raise ValueError(f"{where}: expected {', '.join(keys)}, but got {str(result)[:200]}")
+    for key in numbers:
         if not _is_number(result[key]):
-            raise ValueError(
-                f"results[{number}]: expected {key} to be a number, but got {result[key]}"
-            )
-    box = result[region]
-    if region == "bbox" and not (
-        isinstance(box, Sequence)
-        and len(box) == 4
-        and all(_is_number(value) for value in box)
-        and min(box[2:]) >= 0
-    ):
-        raise ValueError(
-            f"results[{number}]: expected bbox to be [x, y, width, height], but got {box}"
-        )
+            raise ValueError(f"{where}: expected {key} to be a number, but got {result[key]}")
+    if iou_type == "bbox":
+        box = result["bbox"]
+        numeric = isinstance(box, Sequence) and len(box) == 4 and all(map(_is_number, box))
+        if not numeric or min(box[2:]) < 0:
+            raise ValueError(f"{where}: expected bbox to be [x, y, width, height], but got {box}")
     return {key: result[key] for key in keys}
 
 

@@ -151,10 +151,7 @@ def _read_voc_results(files: Sequence[Path], classes: Collection[str]) -> list[R
         for line in read_lines(file):
             image, numbers = _fields(file, line, "image score x1 y1 x2 y2")
             by_image.setdefault(image, []).append((name, numbers))
-    try:
-        return [_from_pixels(image, rows) for image, rows in by_image.items()]
-    except ValueError as error:
-        raise UserError(f"{files[0].parent}: {error}") from error
+    return [_from_pixels(files[0].parent, image, rows) for image, rows in by_image.items()]
 
 
 def _read_text(file: Path, *, scored: bool) -> Record:
@@ -164,17 +161,17 @@ def _read_text(file: Path, *, scored: bool) -> Record:
     for line in read_lines(file):
         name, (*scores, x, y, width, height) = _fields(file, line, form)
         rows.append((name, [*(scores or [1.0]), x, y, x + width, y + height]))
-    try:
-        return _from_pixels(file.stem, rows)
-    except ValueError as error:
-        raise UserError(f"{file}: {error}") from error
+    return _from_pixels(file, file.stem, rows)
 
 
-def _from_pixels(image: str, rows: Sequence[tuple[str, Sequence[float]]]) -> Record:
+def _from_pixels(source: Path, image: str, rows: Sequence[tuple[str, list[float]]]) -> Record:
     """From class, score, and first and last pixel counted from 1."""
     numbers = np.array([row for _, row in rows], dtype=np.float64).reshape(-1, 5)
     edges = numbers[:, 1:] - (1, 1, 0, 0)
-    return _checked(image, edges, numbers[:, 0], [name for name, _ in rows])
+    try:
+        return _checked(image, edges, numbers[:, 0], [name for name, _ in rows])
+    except ValueError as error:
+        raise UserError(f"{source}: {error}") from error
 
 
 def _checked(image: str, boxes: Any, scores: Any, classes: Sequence[str]) -> Record:
@@ -190,10 +187,9 @@ def _checked(image: str, boxes: Any, scores: Any, classes: Sequence[str]) -> Rec
             f"{image}: expected boxes [n, 4], scores [n] and n classes, but got "
             f"{list(edges.shape)}, {list(values.shape)} and {len(classes)}"
         )
-    if not np.isfinite(values).all():
-        raise ValueError(f"{image}: expected finite scores, but got NaN or infinity")
-    if not np.isfinite(edges).all():
-        raise ValueError(f"{image}: expected finite boxes, but got NaN or infinity")
+    for name, array in (("scores", values), ("boxes", edges)):
+        if not np.isfinite(array).all():
+            raise ValueError(f"{image}: expected finite {name}, but got NaN or infinity")
     inverted = (edges[:, 2:] < edges[:, :2]).any(1)
     if inverted.any():
         raise ValueError(

@@ -46,11 +46,9 @@ class GroundTruthSet(ABC):
     """Ground truth of a set of images by their names.
 
     Attributes:
-        images: names of the images.
         classes: names of the classes.
     """
 
-    images: Collection[str]
     classes: Collection[str]
 
     @abstractmethod
@@ -63,39 +61,6 @@ class GroundTruthSet(ABC):
         Raises:
             UserError: for detections of images or classes that are not in the ground truth.
         """
-
-    def known(self, records: Sequence[Record], source: str) -> dict[str, Record]:
-        """Records by the image names of the ground truth, which contains all of them.
-
-        Raises:
-            UserError: for an image or a class that is not in the ground truth, or an image twice.
-        """
-        known: dict[str, Record] = {}
-        unknown = []
-        for record in records:
-            name = record.image
-            if name not in self.images and Path(name).suffix.lower() in _IMAGE_FILES:
-                name = Path(name).stem
-            if name in known:
-                raise UserError(f"{source}: expected each image once, but got {name!r} again")
-            if name in self.images:
-                known[name] = record
-            else:
-                unknown.append(record.image)
-        if unknown:
-            raise UserError(
-                f"{source}: {len(unknown)} of {len(records)} images are not in the ground truth, "
-                f"such as {unknown[0]!r}"
-            )
-        names = [name for record in records for name in record.classes]
-        foreign = [name for name in names if name not in self.classes]
-        if foreign:
-            raise UserError(
-                f"{source}: {len(foreign)} of {len(names)} detections are of classes that are not "
-                f"in the ground truth, such as {foreign[0]!r}; its classes: "
-                f"{', '.join(self.classes)}"
-            )
-        return known
 
 
 class NamedGroundTruth(GroundTruthSet):
@@ -115,13 +80,13 @@ class NamedGroundTruth(GroundTruthSet):
         ious: Sequence[float] = (0.5, 0.7),
         methods: Sequence[Method] = get_args(Method),
     ) -> None:
-        self.images = self._objects = images
         self.classes = self._names = tuple(classes)
+        self._images = images
         self._ious = ious
         self._methods = methods
 
     def score(self, records: Sequence[Record], source: str = "detections") -> DetectionScores:
-        known = self.known(records, source)
+        known = _known(records, self._images, self.classes, source)
         labels = {name: label for label, name in enumerate(self.classes)}
         predictions = {
             name: Predictions(
@@ -131,13 +96,13 @@ class NamedGroundTruth(GroundTruthSet):
         }
         counts = [len(record.classes) for record in known.values() if record.classes]
         scores = [
-            voc_ap(self._objects, predictions, self._names, self._ious, method)
+            voc_ap(self._images, predictions, self._names, self._ious, method)
             for method in self._methods
         ]
         names = (f"mAP@{iou:g}" for iou in self._ious)
         return DetectionScores(
             {
-                **_counts(self.images, len(counts), sum(counts)),
+                **_counts(self._images, len(counts), sum(counts)),
                 "voc": {of_method.method: of_method.to_json() for of_method in scores},
             },
             [of_method.table() for of_method in scores],
@@ -158,8 +123,8 @@ class COCOGroundTruth(GroundTruthSet):
         self, files: Sequence[Path], images: Mapping[str, int], classes: Mapping[str, int]
     ) -> None:
         self.files = tuple(files)
-        self.images = self._image_ids = images
-        self.classes = self._category_ids = classes
+        self.images = images
+        self.classes = self._ids = classes
 
     def score(self, records: Sequence[Record], source: str = "detections") -> DetectionScores:
         return self.score_results(list(self._results(records, source)), source)
@@ -200,15 +165,51 @@ class COCOGroundTruth(GroundTruthSet):
 
     def _results(self, records: Sequence[Record], source: str) -> Iterator[dict[str, Any]]:
         """Records in COCO's result format."""
-        for name, record in self.known(records, source).items():
+        for name, record in _known(records, self.images, self.classes, source).items():
             rows = zip(record.boxes.tolist(), record.scores.tolist(), record.classes, strict=True)
             for (x1, y1, x2, y2), value, class_name in rows:
                 yield {
-                    "image_id": self._image_ids[name],
-                    "category_id": self._category_ids[class_name],
+                    "image_id": self.images[name],
+                    "category_id": self._ids[class_name],
                     "bbox": [x1, y1, x2 - x1, y2 - y1],
                     "score": value,
                 }
+
+
+def _known(
+    records: Sequence[Record], images: Collection[str], classes: Collection[str], source: str
+) -> dict[str, Record]:
+    """Records by the image names of the ground truth, which contains all of them.
+
+    Raises:
+        UserError: for an image or a class that is not in the ground truth, or an image twice.
+    """
+    known: dict[str, Record] = {}
+    unknown = []
+    for record in records:
+        name = record.image
+        if name not in images and Path(name).suffix.lower() in _IMAGE_FILES:
+            name = Path(name).stem
+        if name in known:
+            raise UserError(f"{source}: expected each image once, but got {name!r} again")
+        if name in images:
+            known[name] = record
+        else:
+            unknown.append(record.image)
+    if unknown:
+        raise UserError(
+            f"{source}: {len(unknown)} of {len(records)} images are not in the ground truth, "
+            f"such as {unknown[0]!r}"
+        )
+    names = [name for record in records for name in record.classes]
+    foreign = [name for name in names if name not in classes]
+    if foreign:
+        raise UserError(
+            f"{source}: {len(foreign)} of {len(names)} detections are of classes that are not "
+            f"in the ground truth, such as {foreign[0]!r}; its classes: "
+            f"{', '.join(classes)}"
+        )
+    return known
 
 
 def _counts(images: Collection[str], with_detections: int, detections: int) -> dict[str, int]:

@@ -48,15 +48,30 @@ class SegmentationScores:
         }
 
 
-class _ConfusionMatrix(MulticlassConfusionMatrix):
-    """With a check of every label: torchmetrics counts some labels out of range elsewhere."""
+class ConfusionMatrix(MulticlassConfusionMatrix):
+    """Counts of pixels; `segmentation_scores(metric.compute())` computes the scores.
 
-    def __init__(self, num_classes: int, *, sync: bool) -> None:
+    The result is int64 [C, C], rows ground truth, columns prediction.
+
+    Args:
+        num_classes: number of classes.
+        sync: whether `compute` sums over the processes of torch.distributed.
+    """
+
+    def __init__(self, num_classes: int, *, sync: bool = True) -> None:
         super().__init__(
             num_classes, ignore_index=IGNORE, validate_args=False, sync_on_compute=sync
         )
 
     def update(self, preds: Tensor, target: Tensor) -> None:
+        """
+        Args:
+            preds: [N, H, W] class ids, or logits [N, C, H, W].
+            target: [N, H, W] class ids, 255 for void.
+        Raises:
+            ValueError: if the sizes disagree, or a label is out of range (torchmetrics counts some
+                of those elsewhere).
+        """
         if preds.ndim == target.ndim + 1:
             preds = preds.argmax(dim=1)
         if preds.shape != target.shape:
@@ -67,19 +82,6 @@ class _ConfusionMatrix(MulticlassConfusionMatrix):
         require_labels("prediction", preds, self.num_classes)
         require_labels("target", target[target != IGNORE], self.num_classes)
         super().update(preds, target)
-
-
-def confusion_matrix(num_classes: int, *, sync: bool = True) -> MulticlassConfusionMatrix:
-    """The metric that counts: `update(prediction, target)`, then `segmentation_scores(compute())`.
-
-    `target` is [N, H, W], class ids or 255 for void; `prediction` is [N, H, W], class ids, or
-    logits [N, C, H, W]. The result is int64 [C, C], rows ground truth, columns prediction. Updating
-    raises ValueError for tensors of other sizes and for labels out of range.
-
-    Args:
-        sync: whether `compute` sums over the processes of torch.distributed.
-    """
-    return _ConfusionMatrix(num_classes, sync=sync)
 
 
 def segmentation_scores(confusion: Tensor) -> SegmentationScores:

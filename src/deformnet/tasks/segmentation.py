@@ -22,7 +22,7 @@ from deformnet.data.transforms import (
 )
 from deformnet.metrics.numbers import scaled
 from deformnet.metrics.segmentation import (
-    confusion_matrix,
+    ConfusionMatrix,
     connected_regions,
     region_boxes,
     segmentation_scores,
@@ -118,7 +118,7 @@ class SegmentationEvaluationSet(CountingSet):
         return prepared, mask.as_subclass(Tensor).long()
 
     def _metric(self) -> Metric:
-        return confusion_matrix(len(self.classes), sync=False)
+        return ConfusionMatrix(len(self.classes), sync=False)
 
     def _predict(self, model: nn.Module, *sample: Tensor) -> tuple[Tensor, Tensor]:
         image, target = sample
