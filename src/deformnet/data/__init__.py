@@ -1,5 +1,9 @@
 """Readers of data sets with classes, label maps or boxes; transforms; synthetic data sets."""
 
+from deformnet._errors import require_extra
+
+require_extra(__name__, "train", "torchvision", "PIL", "tqdm")
+
 from deformnet.data.base import IGNORE
 from deformnet.data.boxes import BoxAnnotations, DetectionDataset
 from deformnet.data.cityscapes import CityscapesSegmentation

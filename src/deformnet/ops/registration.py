@@ -89,15 +89,24 @@ class Operator:
         self._flops, self._backward_flops = flops, backward_flops
         self._count = len(names)
         self._is_position = [name in positions for name in names]
-        # Places of tensors among the arguments; None: not among those of the backward operator.
-        self._saved = [place for place, name in enumerate(names) if name not in biases]
+        # Places of tensors among the arguments.
+        self._biases = [names.index(name) for name in biases]
         self._differentiable = [names.index(name) for name in differentiable]
-        self._take_saved = itemgetter(*self._saved)
         self._take_differentiable = itemgetter(*self._differentiable)
-        self._with_gradient = {
-            name: None if name in biases else self._saved.index(names.index(name))
-            for name in differentiable
-        }
+        saved_names = [name for name in names if name not in biases]
+        self._take_saved = itemgetter(*map(names.index, saved_names))
+        self._saved_count = len(saved_names)
+        # Places among the saved tensors; None: not saved.
+        self._with_gradient = [
+            None if name in biases else saved_names.index(name) for name in differentiable
+        ]
+        self._optional = [
+            (name, need, place)
+            for need, (name, place) in enumerate(
+                zip(differentiable, self._with_gradient, strict=True)
+            )
+            if place is not None and f"Tensor? {name}" in schema
+        ]
         saved = [argument for argument in arguments if argument.split()[1] not in biases]
         self._define(name, f"{schema}) -> Tensor")
         self._define(
@@ -194,15 +203,15 @@ class Operator:
 
     def _split(self, arguments: tuple[Any, ...]) -> tuple[Tensor, tuple, tuple, Sequence[bool]]:
         """The arguments of the backward operator: gradient, saved tensors, settings, needs."""
-        end = 1 + len(self._saved)
+        end = 1 + self._saved_count
         return arguments[0], arguments[1:end], self._settings(*arguments[end:-1]), arguments[-1]
 
     def _check_backward(
         self, grad_output: Tensor, saved: tuple, settings: tuple, needs: Sequence[bool]
     ) -> None:
-        tensors: list[Tensor | None] = [None] * self._count
-        for place, tensor in zip(self._saved, saved, strict=True):
-            tensors[place] = tensor
+        tensors = list(saved)
+        for place in self._biases:
+            tensors.insert(place, None)
         shape, input = self._check(*tensors, settings), saved[0]
         check_tensor("grad_output", grad_output, len(shape), input)
         if grad_output.shape != shape:
@@ -210,8 +219,8 @@ class Operator:
                 f"expected grad_output to have shape {list(shape)}, "
                 f"but got shape {list(grad_output.shape)}"
             )
-        for (name, place), needed in zip(self._with_gradient.items(), needs, strict=True):
-            if needed and place is not None and saved[place] is None:
+        for name, need, place in self._optional:
+            if saved[place] is None and needs[need]:
                 raise ValueError(f"expected needs to be False for {name}=None, but got True")
 
     # ---------------------------------------------------------------------------------- the fakes
@@ -234,9 +243,7 @@ class Operator:
     def _backward_fake(self, *arguments: Any) -> list[Tensor]:
         grad_output, saved, settings, needs = self._split(arguments)
         self._check_backward(grad_output, saved, settings, needs)
-        places = [
-            p for p, needed in zip(self._with_gradient.values(), needs, strict=True) if needed
-        ]
+        places = [p for p, needed in zip(self._with_gradient, needs, strict=True) if needed]
         return [
             grad_output.new_empty(grad_output.shape[1])
             if place is None
@@ -274,7 +281,7 @@ class Operator:
         return tuple(gradients)
 
     def _backward_autograd_kernel(self, *arguments: Any) -> list[Tensor]:
-        saved = (arguments[1 + p] for p in self._with_gradient.values() if p is not None)
+        saved = (arguments[1 + p] for p in self._with_gradient if p is not None)
         tensors = [arguments[0], *saved]
         self._refuse_tangents(tensors)
         if _needs_gradient(tensors):
