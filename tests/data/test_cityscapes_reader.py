@@ -48,16 +48,6 @@ def test_unknown_id(cityscapes):
         CityscapesSegmentation(cityscapes, "val")[0]
 
 
-def test_missing_folder(tmp_path):
-    with one_line(FileNotFoundError, tmp_path / "nowhere"):
-        CityscapesSegmentation(tmp_path / "nowhere", "train")
-
-
-def test_missing_split_lists_the_others(cityscapes):
-    with one_line(FileNotFoundError, "leftImg8bit/test", "train, val"):
-        CityscapesSegmentation(cityscapes, "test")
-
-
 def test_no_labels_for_a_split(cityscapes):
     (cityscapes / "leftImg8bit/test/ulm").mkdir(parents=True)
     with one_line(FileNotFoundError, "gtFine/test"):

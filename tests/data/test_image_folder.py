@@ -1,7 +1,5 @@
 """Image folders: reader, bad input, transforms, and the synthetic one."""
 
-import hashlib
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,17 +12,11 @@ from torchvision.datasets import ImageFolder
 
 from deformnet.data import (
     ImageFolderClassification,
-    Shapes,
     classification_evaluation_transforms,
     classification_training_transforms,
     image_folder_splits,
-    write_shapes,
 )
-from deformnet.data.synthetic import scene
-from deformnet.data.synthetic.scenes import OBJECTS
 from deformnet.data.transforms import IMAGENET_MEAN, IMAGENET_STD, PCAColorJitter
-
-OPTIONS = Shapes(train=13, val=3, height=32, width=40, layout="image-folder")
 
 
 @pytest.fixture
@@ -249,89 +241,3 @@ def test_bad_sizes():
         classification_training_transforms(resize=(30, 20), crop=8, flip=False, color_jitter=False)
     with one_line(ValueError, "expected crop to be at least 1, but got 0"):
         classification_evaluation_transforms(short_side=20, crop=0)
-
-
-# The synthetic image folder.
-
-
-@pytest.fixture(scope="module")
-def synthetic(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("shapes") / "set"
-    write_shapes(folder, OPTIONS)
-    return folder
-
-
-def files(folder: Path) -> dict[str, str]:
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in folder.rglob("*.jpg")
-    }
-
-
-def test_synthetic_classes(synthetic):
-    images = ImageFolderClassification(synthetic, "train")
-    assert images.classes == tuple(sorted(OBJECTS))
-    labels = [images[i][1] for i in range(len(images))]
-    assert sorted(np.bincount(labels)) == [2, 2, 2, 2, 2, 3]
-    assert len(ImageFolderClassification(synthetic, "val")) == 3
-    assert sorted(path.name for path in synthetic.iterdir()) == ["shapes.json", "train", "val"]
-
-
-def test_synthetic_images_show_one_object_of_their_class(synthetic):
-    images = ImageFolderClassification(synthetic, "train")
-    by_name = {Path(images.name(i)).stem: i for i in range(len(images))}
-    for number in range(13):
-        drawn = scene(OPTIONS, "train", number)
-        image, label = images[by_name[f"train_{number:06}"]]
-        (item,) = drawn.objects
-        assert list(OBJECTS)[item.label - 1] == images.classes[label]
-        error = np.abs(image.permute(1, 2, 0).numpy().astype(int) - drawn.image)
-        assert error.mean() < 8  # JPEG
-
-
-def test_same_seed_same_bytes(synthetic, tmp_path):
-    write_shapes(tmp_path / "again", OPTIONS)
-    assert files(tmp_path / "again") == files(synthetic)
-    write_shapes(tmp_path / "less", replace(OPTIONS, train=7, val=1))
-    less = files(tmp_path / "less")
-    assert len(less) == 8
-    assert less.items() < files(synthetic).items()
-    write_shapes(tmp_path / "other", replace(OPTIONS, seed=1))
-    assert not set(files(tmp_path / "other").values()) & set(files(synthetic).values())
-
-
-def test_interrupted_run_resumes(synthetic, tmp_path, monkeypatch):
-    class Stopped(BaseException):
-        pass
-
-    left, write = 6, Path.write_bytes
-
-    def stop(path, content):
-        nonlocal left
-        left -= 1
-        if left < 0:
-            raise Stopped
-        return write(path, content)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_bytes", stop)
-        with pytest.raises(Stopped):
-            write_shapes(tmp_path / "set", OPTIONS)
-    write_shapes(tmp_path / "set", OPTIONS)
-    assert files(tmp_path / "set") == files(synthetic)
-
-
-def test_bad_options(synthetic, tmp_path):
-    with one_line(ValueError, "train", "at least 6", 5):
-        replace(OPTIONS, train=5)
-    with one_line(ValueError, "layout", "coco"):
-        replace(OPTIONS, layout="coco")
-    with one_line(FileExistsError, synthetic):
-        write_shapes(synthetic, replace(OPTIONS, layout="voc"))
-    with one_line(ValueError, "radius"):
-        write_shapes(tmp_path / "set", replace(OPTIONS, radius=(1e-9, 1e-9), clutter=0))
-
-
-def test_settings_of_the_voc_layout_do_not_name_it(tmp_path):
-    write_shapes(tmp_path / "voc", Shapes(train=1, val=1, height=16, width=16))
-    assert "layout" not in (tmp_path / "voc/shapes.json").read_text()

@@ -130,17 +130,6 @@ def unchanged(samples):
     return samples
 
 
-@pytest.mark.parametrize("context", ["fork", "spawn"])
-def test_workers_read_the_same(years, context):
-    images = open_detection(years, UNION)
-    loader = DataLoader(
-        images, num_workers=2, multiprocessing_context=context, collate_fn=unchanged
-    )
-    for i, ((image, annotations),) in enumerate(loader):
-        assert torch.equal(image, images[i][0])
-        assert torch.equal(annotations.boxes, images[i][1].boxes)
-
-
 def test_workers_share_all_that_grows(years):
     """Workers receive tensors by reference, so nothing sent to them grows with the data set."""
     folder = years / "VOCdevkit/VOC2007"
@@ -277,6 +266,18 @@ def test_files_of_coco_that_share_an_id(coco):
     rewrite(coco, renumber)
     with one_line(ValueError, "val2014.json", "one id to several images"):
         open_detection(coco, "train2014+val2014")
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_workers_read_the_same(years, coco, context):
+    for images in (open_detection(years, UNION), open_detection(coco, "train2014+val2014")):
+        loader = DataLoader(
+            images, num_workers=2, multiprocessing_context=context, collate_fn=unchanged
+        )
+        for i, ((image, annotations),) in enumerate(loader):
+            assert torch.equal(image, images[i][0])
+            for value, expected in zip(annotations, images[i][1], strict=True):
+                assert torch.equal(value, expected)
 
 
 # Images without published annotations.

@@ -12,7 +12,13 @@ from PIL import Image
 from small_sets import one_line
 from torchvision.datasets import VOCDetection
 
-from deformnet.data import Shapes, VOCSegmentation, open_segmentation, write_shapes
+from deformnet.data import (
+    ImageFolderClassification,
+    Shapes,
+    VOCSegmentation,
+    open_segmentation,
+    write_shapes,
+)
 from deformnet.data.synthetic import SHAPE_CLASSES, scene, shapes
 from deformnet.data.synthetic.scenes import OBJECTS
 
@@ -26,6 +32,16 @@ def digests(root: Path) -> dict[str, str]:
         for path in sorted(root.rglob("*"))
         if path.is_file()
     }
+
+
+FOLDERS = Shapes(train=13, val=3, height=32, width=40, layout="image-folder")
+
+
+@pytest.fixture(scope="module")
+def image_folder(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("folders") / "set"
+    write_shapes(root, FOLDERS)
+    return root
 
 
 @pytest.fixture(scope="module")
@@ -178,12 +194,34 @@ def test_void_border():
     assert touched[changes].mean() > 0.95
 
 
+def test_synthetic_classes(image_folder):
+    images = ImageFolderClassification(image_folder, "train")
+    assert images.classes == tuple(sorted(OBJECTS))
+    labels = [images[i][1] for i in range(len(images))]
+    assert sorted(np.bincount(labels)) == [2, 2, 2, 2, 2, 3]
+    assert len(ImageFolderClassification(image_folder, "val")) == 3
+    assert sorted(path.name for path in image_folder.iterdir()) == ["shapes.json", "train", "val"]
+
+
+def test_synthetic_images_show_one_object_of_their_class(image_folder):
+    images = ImageFolderClassification(image_folder, "train")
+    by_name = {Path(images.name(i)).stem: i for i in range(len(images))}
+    for number in range(13):
+        drawn = scene(FOLDERS, "train", number)
+        image, label = images[by_name[f"train_{number:06}"]]
+        (item,) = drawn.objects
+        assert list(OBJECTS)[item.label - 1] == images.classes[label]
+        error = np.abs(image.permute(1, 2, 0).numpy().astype(int) - drawn.image)
+        assert error.mean() < 8  # JPEG
+
+
 # Reproducibility.
 
 
-def test_same_seed_same_bytes(data_set, tmp_path):
-    write_shapes(tmp_path / "again", SMALL)
-    assert digests(tmp_path / "again") == digests(data_set)
+def test_same_seed_same_bytes(data_set, image_folder, tmp_path):
+    for options, root in ((SMALL, data_set), (FOLDERS, image_folder)):
+        write_shapes(tmp_path / options.layout, options)
+        assert digests(tmp_path / options.layout) == digests(root)
 
 
 def test_other_seed_gives_other_images(data_set):
@@ -198,6 +236,18 @@ def test_fewer_images_are_the_first_of_more(data_set, tmp_path):
     files = {name: digest for name, digest in less.items() if "ImageSets" not in name}
     assert len(files) == 4 * 3
     assert files.items() <= more.items()
+
+
+def test_image_folders_of_other_numbers_and_seeds(image_folder, tmp_path):
+    write_shapes(tmp_path / "less", replace(FOLDERS, train=7, val=1))
+    write_shapes(tmp_path / "other", replace(FOLDERS, seed=1))
+    less, more, other = (
+        {name: digest for name, digest in digests(root).items() if name.endswith(".jpg")}
+        for root in (tmp_path / "less", image_folder, tmp_path / "other")
+    )
+    assert len(less) == 8
+    assert less.items() < more.items()
+    assert not set(other.values()) & set(more.values())
 
 
 # Interruption.
@@ -222,16 +272,20 @@ def _stop_after(monkeypatch, writes: int) -> None:
     monkeypatch.setattr(Path, "write_bytes", write)
 
 
-@pytest.mark.parametrize("writes", [0, 1, 4, 7, 30, 38, 42])
-def test_interrupted_run_resumes(data_set, tmp_path, monkeypatch, writes):
+@pytest.mark.parametrize(
+    ("options", "writes"),
+    [*((SMALL, writes) for writes in (0, 1, 4, 7, 30, 38, 42)), (FOLDERS, 6)],
+)
+def test_interrupted_run_resumes(request, tmp_path, monkeypatch, options, writes):
     root = tmp_path / "set"
     with monkeypatch.context() as patch:
         _stop_after(patch, writes)
         with pytest.raises(_Stopped):
-            write_shapes(root, SMALL)
+            write_shapes(root, options)
     assert not root.exists()
-    write_shapes(root, SMALL)
-    assert digests(root) == digests(data_set)
+    write_shapes(root, options)
+    complete = request.getfixturevalue("data_set" if options is SMALL else "image_folder")
+    assert digests(root) == digests(complete)
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
 
 
@@ -319,6 +373,17 @@ def test_bad_options(field, value):
         Shapes(**{field: value})
 
 
+def test_bad_options_of_image_folders(image_folder, tmp_path):
+    with one_line(ValueError, "train", "at least 6", 5):
+        replace(FOLDERS, train=5)
+    with one_line(ValueError, "layout", "coco"):
+        replace(FOLDERS, layout="coco")
+    with one_line(FileExistsError, image_folder):
+        write_shapes(image_folder, replace(FOLDERS, layout="voc"))
+    with one_line(ValueError, "radius"):
+        write_shapes(tmp_path / "set", replace(FOLDERS, radius=(1e-9, 1e-9), clutter=0))
+
+
 def test_unknown_split():
     with one_line(ValueError, "split", "test"):
         scene(SMALL, "test", 0)
@@ -327,6 +392,7 @@ def test_unknown_split():
 def test_options_are_recorded(data_set):
     recorded = json.loads((data_set / "shapes.json").read_text())
     assert (recorded["train"], recorded["seed"], recorded["warp"]) == (6, 0, 0.5)
+    assert "layout" not in recorded
 
 
 def test_flags():

@@ -1,0 +1,79 @@
+"""Recognition of the layout of a data set; folders and splits that do not exist."""
+
+import pytest
+from detection_sets import coco_content, write_coco, write_voc
+from small_sets import one_line
+
+from deformnet.data import (
+    CityscapesSegmentation,
+    COCODetection,
+    VOCDetection,
+    VOCSegmentation,
+    detection_splits,
+    open_detection,
+    open_segmentation,
+)
+
+READERS = {
+    "voc": (VOCSegmentation, open_segmentation),
+    "cityscapes": (CityscapesSegmentation, open_segmentation),
+    "voc_boxes": (VOCDetection, open_detection),
+    "coco": (COCODetection, open_detection),
+}
+
+
+@pytest.fixture
+def voc_boxes(tmp_path):
+    return write_voc(tmp_path / "voc_boxes")
+
+
+@pytest.fixture
+def coco(tmp_path):
+    for split in ("train", "val"):
+        write_coco(tmp_path / "coco", coco_content(), split, split)
+    return tmp_path / "coco"
+
+
+@pytest.mark.parametrize("kind", READERS)
+def test_layout_is_recognized(kind, request):
+    root, (reader, open_any) = request.getfixturevalue(kind), READERS[kind]
+    assert type(open_any(root, "train")) is reader
+    assert len(open_any(str(root), "train")) == len(reader(root, "train"))
+    assert open_any(root, "val", lambda image, annotations: "transformed")[0] == "transformed"
+
+
+@pytest.mark.parametrize("kind", READERS)
+def test_missing_folder_or_split(kind, request, tmp_path):
+    root = request.getfixturevalue(kind)
+    for call in READERS[kind]:
+        with one_line(FileNotFoundError, "other", "are: train, val"):
+            call(root, "other")
+        with one_line(FileNotFoundError, tmp_path / "nowhere", "no such folder"):
+            call(tmp_path / "nowhere", "train")
+
+
+def test_splits(voc_boxes, coco):
+    assert detection_splits(str(voc_boxes)) == detection_splits(coco) == ["train", "val"]
+    with one_line(FileNotFoundError, "nowhere", "no such folder"):
+        detection_splits(coco / "nowhere")
+
+
+def test_year_as_root(voc_boxes):
+    assert type(open_detection(voc_boxes / "VOCdevkit/VOC2012", "train")) is VOCDetection
+
+
+def test_unknown_layout(tmp_path):
+    (tmp_path / "photos").mkdir()
+    parts = (tmp_path, "VOCdevkit", "holds photos")
+    with one_line(FileNotFoundError, *parts, "leftImg8bit"):
+        open_segmentation(tmp_path, "train")
+    with one_line(FileNotFoundError, *parts, "annotations/instances_*.json"):
+        open_detection(tmp_path, "train")
+    with one_line(FileNotFoundError, *parts, "annotations/instances_*.json"):
+        detection_splits(tmp_path)
+
+
+def test_segmentation_data_set_without_boxes(voc):
+    assert detection_splits(voc) == []
+    with one_line(FileNotFoundError, "ImageSets/Main/train.txt", "none"):
+        open_detection(voc, "train")
