@@ -26,14 +26,14 @@ def labels(rows: str) -> torch.Tensor:
 
 
 def random_labels(seed: int, classes: int = 5, void: float = 0.1, shape=(4, 17, 23)):
-    """Truth in blocks, and a prediction that is right two times in three."""
+    """Ground truth in blocks, and a prediction that is right two times in three."""
     rng = np.random.default_rng(seed)
     n, h, w = shape
     blocks = rng.integers(0, classes, (n, h // 4 + 1, w // 4 + 1))
-    truth = blocks.repeat(4, axis=1).repeat(4, axis=2)[:, :h, :w].copy()
-    prediction = np.where(rng.random(shape) < 2 / 3, truth, rng.integers(0, classes, shape))
-    truth[rng.random(shape) < void] = 255
-    return torch.from_numpy(prediction), torch.from_numpy(truth)
+    target = blocks.repeat(4, axis=1).repeat(4, axis=2)[:, :h, :w].copy()
+    prediction = np.where(rng.random(shape) < 2 / 3, target, rng.integers(0, classes, shape))
+    target[rng.random(shape) < void] = 255
+    return torch.from_numpy(prediction), torch.from_numpy(target)
 
 
 def scores_of(prediction, target, classes):
@@ -125,7 +125,7 @@ def test_parts_add_up_to_the_last_digit():
     assert segmentation_scores(total) == segmentation_scores(whole.compute())
 
 
-def test_truth_is_in_the_rows():
+def test_ground_truth_is_in_the_rows():
     metric = ConfusionMatrix(3)
     metric.update(labels("12"), labels("00"))
     assert metric.compute().tolist() == [[0, 1, 1], [0, 0, 0], [0, 0, 0]]
@@ -146,8 +146,8 @@ def test_void_is_no_prediction():
 
 
 def test_one_class():
-    truth = torch.tensor([[[0, 0, 255]]])
-    scores = scores_of(torch.zeros(1, 1, 3, dtype=torch.int64), truth, classes=1)
+    target = torch.tensor([[[0, 0, 255]]])
+    scores = scores_of(torch.zeros(1, 1, 3, dtype=torch.int64), target, classes=1)
     assert (scores.mean_iou, scores.iou, scores.pixel_accuracy) == (1, (1,), 1)
 
 
@@ -225,23 +225,23 @@ def test_no_regions_in_no_pixels():
 def naive_counts(prediction, target, classes, small, large, background):
     """The definition, pixel by pixel."""
     counts = np.zeros((3, classes, 4), dtype=np.int64)
-    for predicted, truth in zip(prediction.numpy(), target.numpy(), strict=True):
-        regions = flooded(truth)
+    for predicted, target in zip(prediction.numpy(), target.numpy(), strict=True):
+        regions = flooded(target)
         for region in range(regions.max() + 1):
             pixels = np.argwhere(regions == region)
-            label = truth[tuple(pixels[0])]
+            label = target[tuple(pixels[0])]
             if label in (255, background):
                 continue
             (y1, x1), (y2, x2) = pixels.min(0), pixels.max(0)
             grow_y, grow_x = math.ceil((y2 - y1 + 1) / 2), math.ceil((x2 - x1 + 1) / 2)
             size = 0 if len(pixels) < small else 1 if len(pixels) <= large else 2
             counts[size, label, 3] += 1
-            for y, x in np.ndindex(truth.shape):
+            for y, x in np.ndindex(target.shape):
                 if regions[y, x] == region:
                     counts[size, label, 0 if predicted[y, x] == label else 2] += 1
                     continue
                 near = y1 - grow_y <= y <= y2 + grow_y and x1 - grow_x <= x <= x2 + grow_x
-                if near and predicted[y, x] == label and truth[y, x] not in (label, 255):
+                if near and predicted[y, x] == label and target[y, x] not in (label, 255):
                     counts[size, label, 1] += 1
     return counts
 
