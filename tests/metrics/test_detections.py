@@ -143,25 +143,25 @@ def test_published_voc_numbers(real_data):
     folder = real_data / "eval_vectors/voc_padilla_7img"
     expected = json.loads((folder / "expected.json").read_text())
     ious = [float(iou) for iou in expected["11_point"]]
-    found = score(folder / "detections", folder / "groundtruths", ious=ious)
-    scores = found.json
+    scored = score(folder / "detections", folder / "groundtruths", ious=ious)
+    scores = scored.json
     assert scores["images"] == scores["images_with_detections"] == 7
     assert scores["detections"] == 24
     for theirs, ours in (("11_point", "11-point"), ("every_point", "area")):
         assert scores["voc"][ours]["mean_ap"] == pytest.approx(expected[theirs], abs=1e-9)
     assert scores["voc"]["area"]["objects"] == {"object": 15}
-    assert "26.84" in str(found)
+    assert "26.84" in str(scored)
 
 
 def test_published_coco_numbers(real_data):
     folder = real_data / "eval_vectors/coco_val2014_100"
     expected = json.loads((folder / "expected.json").read_text())["bbox"]
     boxes = folder / "instances_val2014_fakebbox100_results.json"
-    found = score(boxes, folder / "instances_val2014_100.json")
-    scores = found.json
+    scored = score(boxes, folder / "instances_val2014_100.json")
+    scores = scored.json
     assert scores["coco"] == pytest.approx(expected, abs=1e-12)
     assert (scores["images"], scores["detections"]) == (100, 734)
-    assert "50.46" in str(found)
+    assert "50.46" in str(scored)
 
 
 def test_ground_truth_as_detections_is_perfect(real_data, tmp_path):
@@ -230,14 +230,14 @@ def test_interrupted_writing_leaves_the_old_file(tmp_path):
 def test_scores_of_our_format_for_voc_data(voc, tmp_path):
     path = tmp_path / "all.jsonl"
     write_detections(path, VOC_RECORDS)
-    found = score(path, voc, split="test_clean")
-    scores = found.json
+    scored = score(path, voc, split="test_clean")
+    scores = scored.json
     check_voc(scores)
     assert list(scores["voc"]) == ["11-point", "area"]
     assert json.loads(json.dumps(scores)) == scores
     in_memory = score_records(VOC_RECORDS, open_detection(voc, "test_clean"))
     assert in_memory.json == scores | {"voc": {"area": scores["voc"]["area"]}}
-    text = str(found)
+    text = str(scored)
     assert "4 detections in 2 of 2 images" in text
     assert "11-point" in text
     assert "area" in text
@@ -283,20 +283,20 @@ def test_two_voc_results_of_one_class(tmp_path):
 
 
 def test_text_files_against_text_files_and_voc(voc, tmp_path):
-    found = write(
-        tmp_path / "found",
+    detections = write(
+        tmp_path / "detections",
         {
             "a.txt": "cell 0.9 11 21 19 19\ncell 0.8 51 51 9 9\n",
             "b.txt": "clean_cell .7 1 1 9 9\ncell 0.95 1 1 9 9\n",
         },
     )
-    check_voc(score(found, voc, split="test_clean").json)
+    check_voc(score(detections, voc, split="test_clean").json)
     target = write(
         tmp_path / "target",
         {"a.txt": "red blood cell 11 21 19 19\n", "b.txt": "", "c.txt": "other 1 1 3 3\n"},
     )
-    found = write(tmp_path / "named", {"a.txt": "red blood cell 0.9 11 21 19 19\n"})
-    scores = score(found, target).json
+    detections = write(tmp_path / "named", {"a.txt": "red blood cell 0.9 11 21 19 19\n"})
+    scores = score(detections, target).json
     assert (scores["images"], scores["images_with_detections"], scores["detections"]) == (3, 1, 1)
     assert scores["voc"]["area"]["ap"]["0.5"] == {"other": 0.0, "red blood cell": 1.0}
 
@@ -304,25 +304,25 @@ def test_text_files_against_text_files_and_voc(voc, tmp_path):
 def test_inclusive_pixels_make_the_difference(tmp_path):
     # In pixels 0..9 against 0..4 half of the union is common: 50 of 100, not (4 * 9) / (9 * 9).
     target = write(tmp_path / "target", {"a.txt": "x 1 1 9 9\n"})
-    found = write(tmp_path / "found", {"a.txt": "x 0.5 1 1 4 9\n"})
+    detections = write(tmp_path / "detections", {"a.txt": "x 0.5 1 1 4 9\n"})
     for iou, expected in ((0.499, 1.0), (0.501, 0.0)):
-        scores = score(found, target, ious=[iou]).json
+        scores = score(detections, target, ious=[iou]).json
         assert list(scores["voc"]["area"]["mean_ap"].values()) == [expected]
 
 
 @pytest.mark.parametrize("form", ["jsonl", "coco results", "text"])
 @pytest.mark.parametrize("data", ["folder", "json alone"])
 def test_coco_data(coco, tmp_path, form, data):
-    path = tmp_path / "found.jsonl"
+    path = tmp_path / "detections.jsonl"
     if form == "jsonl":
         write_detections(path, COCO_RECORDS)
     elif form == "text":
         path = write(
-            tmp_path / "found",
+            tmp_path / "detections",
             {"a.txt": "dog 0.9 11 21 19 19", "b.txt": "dog .8 1 1 19 19\ncat .7 51 51 19 19"},
         )
     else:
-        path = tmp_path / "found.json"
+        path = tmp_path / "detections.json"
         results = [
             {"image_id": image, "category_id": category, "bbox": box, "score": 0.5}
             for image, category, box in (
@@ -333,14 +333,14 @@ def test_coco_data(coco, tmp_path, form, data):
         ]
         path.write_text(json.dumps(results))
     if data == "folder":
-        found = score(path, coco, split="val")
+        scored = score(path, coco, split="val")
     else:
-        found = score(path, coco / "annotations/instances_val.json")
-    scores = found.json
+        scored = score(path, coco / "annotations/instances_val.json")
+    scores = scored.json
     assert scores["coco"]["AP"] == scores["coco"]["APsmall"] == 1
     assert scores["coco"]["APlarge"] is None
     assert (scores["images"], scores["images_with_detections"], scores["detections"]) == (2, 2, 3)
-    assert "APsmall" in str(found)
+    assert "APsmall" in str(scored)
 
 
 @pytest.mark.parametrize("published", [True, False], ids=["published", "withheld"])
@@ -366,10 +366,10 @@ def test_submission(coco, tmp_path, published):
     # What was written is what the benchmark reads.
     assert score(path, instances).json["coco"]["AP"] == 1
     if not published:
-        found = tmp_path / "found.jsonl"
-        write_detections(found, COCO_RECORDS)
+        detections = tmp_path / "detections.jsonl"
+        write_detections(detections, COCO_RECORDS)
         with one_line(UserError, "test-dev2017", "not published", "submission"):
-            score(found, coco, split=split)
+            score(detections, coco, split=split)
         with one_line(UserError, "test-dev2017", "not published", "submission"):
             score_records(COCO_RECORDS, dataset)
     assert json.loads(write_submission(tmp_path, [], dataset, "nothing").read_text()) == []
@@ -382,9 +382,9 @@ def test_submission(coco, tmp_path, published):
 
 def test_submission_of_tensors_has_short_numbers(coco, tmp_path):
     boxes = torch.tensor([[0.1, 0.2, 10.3, 20.7]])
-    found = Record("a", boxes, torch.tensor([0.1]), ["dog"])
+    detections = Record("a", boxes, torch.tensor([0.1]), ["dog"])
     (result,) = json.loads(
-        write_submission(tmp_path, [found], open_detection(coco, "val"), "x").read_text()
+        write_submission(tmp_path, [detections], open_detection(coco, "val"), "x").read_text()
     )
     assert result["bbox"] == pytest.approx([0.1, 0.2, 10.2, 20.5], abs=1e-6)
     assert len(json.dumps(result)) < 100

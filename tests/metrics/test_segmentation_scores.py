@@ -225,23 +225,23 @@ def test_no_regions_in_no_pixels():
 def naive_counts(prediction, target, classes, small, large, background):
     """The definition, pixel by pixel."""
     counts = np.zeros((3, classes, 4), dtype=np.int64)
-    for predicted, target in zip(prediction.numpy(), target.numpy(), strict=True):
-        regions = flooded(target)
+    for predicted, known in zip(prediction.numpy(), target.numpy(), strict=True):
+        regions = flooded(known)
         for region in range(regions.max() + 1):
             pixels = np.argwhere(regions == region)
-            label = target[tuple(pixels[0])]
+            label = known[tuple(pixels[0])]
             if label in (255, background):
                 continue
             (y1, x1), (y2, x2) = pixels.min(0), pixels.max(0)
             grow_y, grow_x = math.ceil((y2 - y1 + 1) / 2), math.ceil((x2 - x1 + 1) / 2)
             size = 0 if len(pixels) < small else 1 if len(pixels) <= large else 2
             counts[size, label, 3] += 1
-            for y, x in np.ndindex(target.shape):
+            for y, x in np.ndindex(known.shape):
                 if regions[y, x] == region:
                     counts[size, label, 0 if predicted[y, x] == label else 2] += 1
                     continue
                 near = y1 - grow_y <= y <= y2 + grow_y and x1 - grow_x <= x <= x2 + grow_x
-                if near and predicted[y, x] == label and target[y, x] not in (label, 255):
+                if near and predicted[y, x] == label and known[y, x] not in (label, 255):
                     counts[size, label, 1] += 1
     return counts
 

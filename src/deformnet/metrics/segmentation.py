@@ -253,8 +253,8 @@ def connected_regions(labels: np.ndarray) -> np.ndarray:
     regions = np.zeros(labels.shape, dtype=np.int64)
     count = 0
     for label in np.unique(labels):
-        found = ndimage.label(labels == label, structure=np.ones((3, 3)))
-        of_label, number = cast(tuple[np.ndarray, int], found)
+        labeled = ndimage.label(labels == label, structure=np.ones((3, 3)))
+        of_label, number = cast(tuple[np.ndarray, int], labeled)
         np.add(of_label, count - 1, out=regions, where=of_label > 0)
         count += number
     first = np.zeros(count, dtype=np.int64)

@@ -29,7 +29,7 @@ Scoring = Callable[[list[Record]], Scores]
 
 
 @dataclass(frozen=True)
-class DetectionScores(Scores):
+class ScoredDetections(Scores):
     """Scores with the detections that they are of, which go into a file.
 
     Attributes:
@@ -55,7 +55,7 @@ def precision(images: DetectionDataset, method: Method) -> Scoring:
 
     def score(records: list[Record]) -> Scores:
         scores = ground_truth.score(records)
-        return DetectionScores(scores.json, scores.tables[0], scores.summary, records)
+        return ScoredDetections(scores.json, scores.tables[0], scores.summary, records)
 
     return score
 
@@ -64,7 +64,7 @@ def submission(images: COCODetection, network: str) -> Scoring:
     """Leaves it to COCO's server to score images whose ground truth is not published."""
     files = submission_path(Path(), images, network), coco_ids(images)
     table = Table("no scores: only COCO's server knows the objects", (), ())
-    return lambda records: DetectionScores({}, table, {}, records, files)
+    return lambda records: ScoredDetections({}, table, {}, records, files)
 
 
 def recall(images: DetectionDataset) -> Scoring:
@@ -84,7 +84,7 @@ def recall(images: DetectionDataset) -> Scoring:
         }
         rows = [(f"IoU {iou}", percent(value, 1)) for iou, value in by_iou.items()]
         table = Table("Recall of proposals", (), rows)
-        return DetectionScores({"recall": by_iou}, table, {}, records)
+        return ScoredDetections({"recall": by_iou}, table, {}, records)
 
     return score
 
