@@ -184,7 +184,7 @@ def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch, tmp_path):
     monkeypatch.setattr(deformnet.engine, "train", faulty)
     with pytest.raises(ValueError, match="invalid literal") as raised:
         main(["train", "deeplab", "--data", str(tmp_path), "--out", str(tmp_path)])
-    assert "please report this traceback" in raised.value.__notes__[0]
+    assert "report it with this traceback" in raised.value.__notes__[0]
 
 
 def test_version(capsys):

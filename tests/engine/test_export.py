@@ -252,7 +252,7 @@ def test_damaged_exports(damage, message, exported, shapes, tmp_path, complaint)
 
 def test_what_cannot_be_done(run, exported, shapes, tmp_path, complaint):
     line = complaint("evaluate", exported, "--data", shapes)
-    assert line == f"{exported}: expected a run folder, which the scores go into, but got a file"
+    assert line == f"{exported}: expected a run folder to write the scores to, but got a file"
     line = complaint("export", run, tmp_path / "net.pth")
     assert line == f"out: expected a file NAME.safetensors, but got {tmp_path}/net.pth"
     line = complaint("export", exported, tmp_path / "again.safetensors")

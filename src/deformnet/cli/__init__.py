@@ -10,10 +10,10 @@ __all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs a command. Errors of the user end the program with one line and exit code 2.
+    """Runs a command. User errors end the program with one line and exit code 2.
 
     Args:
-        arguments: words of the command line; None takes those of the program.
+        arguments: command-line arguments; None uses those of the program.
     """
     try:
         require_extra("the command line", "train", "tyro")

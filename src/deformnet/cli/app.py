@@ -1,6 +1,6 @@
-"""All commands. Each is a function; tyro makes its options from the signature.
+"""All commands. Each is a function; tyro derives its options from the signature.
 
-What a command needs is imported when it runs, so that `--help` answers quickly.
+Commands import their dependencies when they run, so that `--help` is fast.
 """
 
 import difflib
@@ -61,14 +61,14 @@ def _commands(arguments: Sequence[str]) -> Commands:
         "predict": predict,
         "export": export,
         "data": Group(
-            "Check data sets, find out where to get them, synthesize one.",
+            "Check data sets, show where to get them, or generate a synthetic one.",
             {"check": check, "where": where, "synthesize": synthesize_command(arguments)},
         ),
         "weights": Group(
-            "Weights of other code bases.",
+            "Convert weights from other code bases.",
             {
                 "import": Group(
-                    "Convert a checkpoint of another code base into initial weights (--init).",
+                    "Convert a checkpoint from another code base into initial weights (--init).",
                     {"mmdetection": mmdetection, "detectron2": detectron2},
                 )
             },
@@ -101,7 +101,7 @@ def _app(commands: Commands) -> SubcommandApp:
 
 
 def _require_known(commands: Commands, arguments: Iterable[str]) -> None:
-    """Names the nearest command for a misspelled one, where tyro only lists all."""
+    """Suggests the nearest command for a misspelled one; tyro only lists all commands."""
     for word in arguments:
         if word.startswith("-"):
             return

@@ -13,15 +13,15 @@ from deformnet.cli.errors import BAD_INPUT
 def score(
     *, boxes: Path, data: Path, split: str | None = None, ious: tuple[float, ...] = (0.5, 0.7)
 ) -> None:
-    """Score detections from a file, whichever program wrote it.
+    """Score detections from any program.
 
     For VOC layout and text files: VOC AP, 11-point and area. For COCO layout: the 12 COCO metrics.
 
     Args:
-        boxes: Detections: .jsonl of `deformnet predict` or `evaluate`, .json of COCO results, or a
-            folder of VOC result files or of text files (class score x y w h).
-        data: Ground truth: a folder in VOC or COCO layout, .json of COCO annotations, or a folder
-            of text files (class x y w h).
+        boxes: Detections: a .jsonl file from `deformnet predict` or `evaluate`, a .json file of
+            COCO results, or a folder of VOC result files or text files (class score x y w h).
+        data: Ground truth: a folder in VOC or COCO layout, a .json file of COCO annotations, or a
+            folder of text files (class x y w h).
         split: Split of a folder in VOC or COCO layout.
         ious: IoU thresholds of VOC AP; those of COCO AP are fixed.
     """
@@ -45,9 +45,9 @@ def check(
     Args:
         root: Folder of one or more data sets.
         custom: Custom data sets: skip the check against official image counts.
-        workers: Worker processes; None chooses.
-        record: File that records valid files; None puts it in the user's cache.
-        report: File that lists all problems; None puts it beside the record.
+        workers: Number of worker processes; None selects it automatically.
+        record: File that records valid files; None uses the user's cache folder.
+        report: File that lists all problems; None writes it next to the record.
     """
     from deformnet.data.check import check_data
 
@@ -69,7 +69,7 @@ def synthesize_command(arguments: Sequence[str]) -> Callable[..., None]:
     if "synthesize" not in arguments:
 
         def unused() -> None:
-            """Generate a data set of shapes with exact label maps and boxes."""
+            """Generate synthetic shapes with exact label maps and boxes."""
 
         return unused
 
@@ -79,7 +79,7 @@ def synthesize_command(arguments: Sequence[str]) -> Callable[..., None]:
         root: Annotated[Positional[Path], tyro.conf.arg(metavar="DIR")],
         options: Annotated[Shapes, tyro.conf.arg(name="")] = Shapes(),  # noqa: B008 (frozen)
     ) -> None:
-        """Generate a data set of shapes with exact label maps and boxes, in VOC layout or by class.
+        """Generate synthetic shapes with exact label maps and boxes, in VOC or image-folder layout.
 
         Args:
             root: Folder to create.

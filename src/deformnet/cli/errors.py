@@ -1,4 +1,4 @@
-"""Errors of the user as one line, and the exit codes of the command line."""
+"""User errors as one line, and the exit codes of the command line."""
 
 import os
 import sys
@@ -14,9 +14,9 @@ _PACKAGE = Path(__file__).parent.parent
 # Exit codes.
 FAILED = 1
 BAD_INPUT = 2
-INTERRUPTED = 130  # as a shell reports a program that Ctrl-C ended
+INTERRUPTED = 130  # the shell's code for a program ended by Ctrl-C
 
-# RuntimeErrors of PyTorch whose cause lies in the machine, by what their messages contain.
+# RuntimeErrors of PyTorch that are caused by the machine, by parts of their messages.
 _MACHINE_FAULTS = (
     (
         ("Connection closed by peer", "Connection reset by peer", "Broken pipe"),
@@ -32,13 +32,13 @@ _MACHINE_FAULTS = (
     (
         ("is killed by signal: Killed",),
         BAD_INPUT,
-        "a process that loads images was killed, probably out of memory; use fewer --workers",
+        "a data loading process was killed, probably out of memory; use fewer --workers",
     ),
     (
         ("connectFullMesh failed",),
         BAD_INPUT,
-        "the processes of this run cannot reach one another; between machines set "
-        "GLOO_SOCKET_IFNAME to the network interface, and for torchrun --max-restarts set "
+        "the processes of this run cannot connect to each other; for several machines, set "
+        "GLOO_SOCKET_IFNAME to the network interface; for torchrun --max-restarts, set "
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1",
     ),
     (
@@ -48,14 +48,14 @@ _MACHINE_FAULTS = (
         "variable MASTER_PORT",
     ),
 )
-_FROM_LOADER = "Caught "  # how PyTorch begins the message of an error in a loader process
+_FROM_LOADER = "Caught "  # start of PyTorch's message for an error in a loader process
 
 
 def end_with(error: Exception) -> None:
     """Ends the program with one line if an error is the user's or the machine's.
 
     Raises:
-        Exception: the error itself, with a request to report it, if it is a fault of this package.
+        Exception: the error itself, with a request to report it, if it is a bug in this package.
     """
     # By name: importing the class takes seconds.
     if type(error).__name__ == "TrainingStopped":
@@ -67,19 +67,19 @@ def end_with(error: Exception) -> None:
                 leave(message.format(port=os.environ.get("MASTER_PORT", "of this run")), code)
     if isinstance(error, (UserError, OSError, FloatingPointError, MissingExtraError)):
         leave(_one_line(error), BAD_INPUT)
-    error.add_note("This is a fault of deformnet, not of its input: please report this traceback.")
+    error.add_note("This is a bug in deformnet. Please report it with this traceback.")
     raise error
 
 
 def leave(message: str, code: int) -> None:
-    """Ends the program with a line on the standard error."""
+    """Ends the program with a line on standard error."""
     print(f"deformnet: {message}", file=sys.stderr)
     raise SystemExit(code)
 
 
 @contextmanager
 def warning_lines() -> Iterator[None]:
-    """Prints warnings of this package as one line, without the place in its code."""
+    """Prints warnings of this package as one line, without their source location."""
     usual = warnings.formatwarning
 
     def line(

@@ -25,7 +25,7 @@ def analyze(
 ) -> None:
     """Write a report of what the offsets have learned: Figures 5 to 7, Table 2 and more.
 
-    OUT/index.html shows the figures, which lie beside it as PNG and SVG; OUT/analysis.json has the
+    OUT/index.html shows the figures, which are also saved as PNG and SVG. OUT/analysis.json has the
     numbers: sampling locations, effective dilation by object size, moved bins, effective receptive
     fields, offset ranges, and the cost of each layer.
 
@@ -37,7 +37,7 @@ def analyze(
         baseline: Run folder of the same network without deformable layers, for comparison.
         images: Number of images to analyze, from the start of the split; None analyzes all.
         objects: For label maps: classes whose connected regions count as objects; all others are
-            background. By default all classes but stuff such as sky, road and building.
+            background. By default, all classes except stuff such as sky, road and building.
         device: Device, such as cpu or cuda:1; None uses a GPU if there is one.
     """
     from deformnet.inspection.report import analyze
@@ -70,16 +70,16 @@ def view(
     """Explore sampling locations interactively on a local web page.
 
     Click a point of an image to see its sampling locations, layer by layer; click a detection to
-    see its bins. The page is served to this machine only, unless --host says otherwise, and keeps
-    no uploaded image. It needs Gradio: pip install 'deformnet[view]'.
+    see its bins. By default, the page is served to this machine only (see --host). Uploaded images
+    are not kept. Requires Gradio: pip install 'deformnet[view]'.
 
     Args:
         run: Run folder of a network with deformable layers.
         images: Image files, or folders of images, to choose from; more can be uploaded on the page.
-        baseline: Run folder of the same network without deformable layers, to switch to.
-        data: Data set folder, instead of IMAGE; its ground truth is shown.
+        baseline: Run folder of the same network without deformable layers, for comparison.
+        data: Data set folder to use instead of IMAGE; its ground truth is shown.
         split: Split of the data set.
-        host: Address to listen on; 0.0.0.0 admits everybody who can reach this machine.
+        host: Address to listen on; 0.0.0.0 makes the page accessible from other machines.
         port: Port to listen on; None picks a free one.
         open: Open the page in a browser.
         device: Device, such as cpu or cuda:1; None uses a GPU if there is one.
@@ -107,7 +107,7 @@ def view(
 
 @contextmanager
 def _interrupted_by_sigterm() -> Iterator[None]:
-    """Lets SIGTERM end the program as Ctrl-C does, so that uploads are removed."""
+    """Makes SIGTERM end the program like Ctrl-C, so that uploads are removed."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt

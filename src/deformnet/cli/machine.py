@@ -1,8 +1,8 @@
-"""The command that says what can run here."""
+"""The command that shows what can run on this machine."""
 
 
 def doctor() -> None:
-    """Print versions, the machine, and which backends can run here (and why the others cannot)."""
+    """Print versions, the machine, and the backends that can run (and why the others cannot)."""
     from deformnet.engine.runs import machine, versions
     from deformnet.ops import backends
     from deformnet.ops.cpu import instruction_set

@@ -27,7 +27,7 @@ def evaluate(
     augmentation: Annotated[TestTimeAugmentation, GROUP] = TestTimeAugmentation(),  # noqa: B008
     hardware: Annotated[Hardware, GROUP] = Hardware(),  # noqa: B008 (both are frozen)
 ) -> None:
-    """Evaluate a trained network; writes metrics-SPLIT.json into its run folder.
+    """Evaluate a trained network and write metrics-SPLIT.json to its run folder.
 
     Args:
         run: Run folder.
@@ -43,7 +43,7 @@ def evaluate(
     from deformnet.tasks import TaskOptions
 
     if run.is_file():
-        raise UserError(f"{run}: expected a run folder, which the scores go into, but got a file")
+        raise UserError(f"{run}: expected a run folder to write the scores to, but got a file")
     options = TaskOptions(score_at=score_at, augmentation=augmentation, proposals=stored_proposals)
     print_result(evaluate(run, data, split, options=options, hardware=hardware))
 
@@ -67,7 +67,7 @@ def predict(
         run: Run folder, or .safetensors file of an exported network.
         images: Image files, or folders of images.
         out: Folder for the results.
-        threshold: For detectors: minimum score of the boxes that are drawn; the file has all boxes.
+        threshold: For detectors: minimum score of the boxes to draw; the file contains all boxes.
         augmentation: For detectors: inference at several scales, flipped, with refined boxes.
         device: Device, such as cpu or cuda:1; None uses a GPU if there is one.
     """
@@ -100,13 +100,13 @@ def propose(
     split: str = "train",
     hardware: Annotated[Hardware, GROUP] = Hardware(),  # noqa: B008 (frozen)
 ) -> None:
-    """Write the proposals of a trained detector, to train other detectors on.
+    """Write the proposals of a trained detector, for training other detectors.
 
     Args:
-        run: Run folder, of `train rpn` or another detector.
+        run: Run folder of `train rpn` or of another detector.
         data: Data set folder in VOC or COCO layout.
         out: File to write.
-        split: Split to make proposals for.
+        split: Split to write proposals for.
     """
     from deformnet.cli.scores import print_once
     from deformnet.engine import propose

@@ -13,17 +13,17 @@ from typing import Annotated, Any
 import tyro
 
 GROUP = tyro.conf.arg(prefix_name=False)
-"""Marks a parameter whose fields are a group of options."""
+"""Marks a parameter whose fields form a group of options."""
 
 
 def options(name: str, defaults: Any, fields: Container[str], base: type | None = None) -> type:
-    """A dataclass with some fields of another one, as a group of options.
+    """Returns a dataclass with some fields of another one, as a group of options.
 
     Args:
         name: of the class.
         defaults: instance of the other dataclass, whose values are the defaults.
         fields: names of the fields.
-        base: dataclass with further fields, which come first.
+        base: dataclass with additional fields, which come first.
     """
     chosen = [
         (field.name, hint, dataclasses.field(default=getattr(defaults, field.name)))
@@ -36,10 +36,10 @@ def options(name: str, defaults: Any, fields: Container[str], base: type | None 
 
 
 def rewrap(command: Callable[..., None]) -> Callable[..., None]:
-    """A command for tyro: help texts that it wraps to the terminal, and groups checked in the call.
+    """Adapts a command to tyro: joins the lines of help texts, and checks groups in the call.
 
-    tyro keeps the lines of a docstring apart, and prints errors of a group's `__post_init__` in a
-    box of its own instead of passing them on.
+    tyro keeps the line breaks of docstrings, and prints errors of a group's `__post_init__` in its
+    own box instead of raising them.
     """
     groups, parameters = {}, []
     for parameter in inspect.signature(command).parameters.values():
@@ -47,7 +47,7 @@ def rewrap(command: Callable[..., None]) -> Callable[..., None]:
         if isinstance(group[0], type) and dataclasses.is_dataclass(group[0]):
             groups[parameter.name] = group[0]
             fields = [(f.name, hint, _default(f)) for f, hint in _documented_fields(group[0])]
-            # Only the fields: neither a docstring, which the title replaces, nor checks.
+            # Fields only: the title replaces the docstring, and the call runs the checks.
             plain = dataclasses.make_dataclass(group[0].__name__, fields, kw_only=True)
             plain.__doc__ = ""
             parameter = parameter.replace(annotation=Annotated[plain, GROUP])
@@ -59,7 +59,7 @@ def rewrap(command: Callable[..., None]) -> Callable[..., None]:
         command(**{k: groups[k](**vars(v)) if k in groups else v for k, v in arguments.items()})
 
     run.__name__ = command.__name__
-    # In the section Args, lines that continue a text are indented further than its first line.
+    # In the Args section, continuation lines are indented further than the first line.
     run.__doc__ = re.sub(r"\n {8,}(?=\S)(?!\w+: )", " ", command.__doc__ or "")
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     run.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
@@ -67,7 +67,7 @@ def rewrap(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _documented_fields(cls: type) -> list[tuple[dataclasses.Field[Any], Any]]:
-    """The fields of a dataclass, with types that carry the help text."""
+    """The fields of a dataclass, with help texts in their type annotations."""
     hints, help_texts = typing.get_type_hints(cls, include_extras=True), _docstrings(cls)
     documented = []
     for field in dataclasses.fields(cls):
@@ -83,7 +83,7 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 
 
 def _docstrings(cls: type) -> dict[str, str]:
-    """The docstring of each field of a dataclass, which the class itself does not keep."""
+    """The docstring of each field of a dataclass; Python does not keep them."""
     docstrings = {}
     for base in reversed(cls.__mro__):
         if not dataclasses.is_dataclass(base) or base.__module__ == "types":

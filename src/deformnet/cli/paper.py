@@ -34,17 +34,17 @@ def reproduce(
 ) -> None:
     """Train and evaluate rows of the paper's Tables 1, 3, 5 and 7 with the published settings.
 
-    The same command resumes an interrupted run. --list prints all rows with the paper's numbers, or
-    all settings of the given rows. --dry-run builds the full-size networks, runs two training
-    iterations and one evaluation, on synthetic images or on those of --data.
+    Repeat the command to resume an interrupted run. --list prints all rows with the paper's
+    numbers, or all settings of the given rows. --dry-run builds the full-size networks and runs two
+    training iterations and one evaluation, on synthetic images or on those of --data.
 
     Args:
         rows: Names of rows, or patterns such as 'table3/rfcn-*'.
         list: Print the rows and exit.
-        dry_run: Check that the rows run, and measure their memory and time.
+        dry_run: Check that the rows run, and measure memory and time.
         data: Data set folder; see docs/data.md.
-        out: Folder for runs, proposals and results; for a dry run, of dry-run.json.
-        init: Initial weights of the backbone, instead of those that the row names.
+        out: Folder for runs, proposals and results; for a dry run, for dry-run.json.
+        init: Initial weights of the backbone; None uses those of the row.
     """
     from deformnet.paper.listing import compare, describe_row, list_rows
     from deformnet.paper.rows import ROWS, find_rows
@@ -92,13 +92,13 @@ def table4(
     rows: tuple[Table4Network, ...] = TABLE4_NETWORKS,
     out: Path | None = None,
 ) -> None:
-    """Measure parameters, FLOPs and times of the networks of Table 4, beside the paper's ratios.
+    """Measure parameters, FLOPs and times of Table 4's networks, compared with the paper's ratios.
 
-    A multiply-add counts as two FLOPs. "forward" times the network, "whole" the inference of an
-    image including resizing and non-maximum suppression. At full size this takes minutes.
+    A multiply-add counts as two FLOPs. "forward" is the time of the network; "whole" also includes
+    resizing and non-maximum suppression. At full size, this takes minutes.
 
     Args:
-        rows: Networks.
+        rows: Networks to measure.
         out: JSON file for the results.
     """
     from deformnet.paper.table4 import run_table4
@@ -128,10 +128,10 @@ def demo(
     *,
     out: Path = Path("demo"),
 ) -> None:
-    """Train a plain and a deformable network on synthetic images; compare them in one page.
+    """Train a plain and a deformable network on synthetic images, and compare them on one page.
 
     Args:
-        out: Folder for images, runs and results; the same command resumes.
+        out: Folder for images, runs and results; repeat the command to resume.
     """
     from deformnet.demo.run import run_demo
 

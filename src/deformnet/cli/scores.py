@@ -1,4 +1,4 @@
-"""Printing results, in one of the processes of a run."""
+"""Printing of results in the first process of a run."""
 
 from typing import TYPE_CHECKING
 

@@ -26,7 +26,7 @@ NETWORKS: tuple[tuple[type[Recipe], str], ...] = (
     (FasterRCNNRecipe, "Train Faster R-CNN for object detection."),
     (ClassAwareRPNRecipe, "Train a class-aware RPN, a one-stage object detector."),
     (RPNRecipe, "Train a region proposal network on its own, for `deformnet propose`."),
-    (ClassifierRecipe, "Train an image classifier, as a pretrained backbone for other networks."),
+    (ClassifierRecipe, "Train an image classifier, to pretrain a backbone for other networks."),
 )
 
 # The groups of `--help`; all other fields of a recipe belong to the network.
@@ -58,7 +58,7 @@ class DataWithProposals(Data):
 @dataclass(frozen=True, kw_only=True)
 class Run:
     out: Path
-    """Run folder: recipe, checkpoint, logs and scores. If it holds an interrupted run, training
+    """Run folder: recipe, checkpoint, logs and scores. If it contains an interrupted run, training
     resumes."""
     recipe: Path | None = None
     """JSON file of a recipe, such as recipe.json of another run; its values replace the defaults
@@ -80,7 +80,7 @@ def train_command(recipe: type[Recipe], what: str, arguments: Sequence[str]) -> 
     ) -> None:
         _train(base, data, run, vars(network) | vars(schedule), loop, hardware)
 
-    command.__doc__ = f"{what} The same command resumes an interrupted run."
+    command.__doc__ = f"{what} Repeat the command to resume an interrupted run."
     files = DataWithProposals if recipe.takes_proposals else Data
     command.__annotations__ |= {
         "data": Annotated[options("Data", base, _IMAGES, files), GROUP],

@@ -46,8 +46,8 @@ def mmdetection(
         checkpoint: Checkpoint, .pth or .safetensors.
         file: File to write, NAME.safetensors.
         bgr: The network was trained on BGR images, not RGB.
-        pixel_mean: Mean subtracted from pixels of 0 to 255, in the order of the channels.
-        pixel_std: Standard deviation that pixels were divided by.
+        pixel_mean: Mean subtracted from pixel values (0 to 255), in channel order.
+        pixel_std: Standard deviation that pixel values are divided by, in channel order.
     """
     from deformnet.models.backbones.foreign import from_mmdetection, read_checkpoint
 
@@ -79,7 +79,7 @@ def detectron2(
 
 
 def _write(converted: "Converted", out: Path) -> None:
-    """Writes the backbone of a foreign checkpoint, and prints what it is and how to use it."""
+    """Writes a converted backbone, and prints a summary and the next command."""
     from deformnet.engine.export import write_weights
 
     write_weights(converted.state, out)

@@ -47,7 +47,7 @@ def evaluate(
     """
     run, out = Path(run), Path(run if out is None else out)
     if run.is_file():
-        raise UserError(f"{run}: expected a run folder, which the scores go into, but got a file")
+        raise UserError(f"{run}: expected a run folder to write the scores to, but got a file")
     checkpoint = load_checkpoint(path := existing_checkpoint(run))
     recipe, model, trained_on = restored(checkpoint, path)
     images = task_of(recipe, options).evaluation_set(Path(data), split, trained_on)
