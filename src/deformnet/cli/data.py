@@ -77,14 +77,14 @@ def synthesize_command(arguments: Sequence[str]) -> Callable[..., None]:
 
     def synthesize(
         root: Annotated[Positional[Path], tyro.conf.arg(metavar="DIR")],
-        options: Annotated[Shapes, tyro.conf.arg(name="")] = Shapes(),  # noqa: B008 (frozen)
+        shapes: Annotated[Shapes, tyro.conf.arg(name="")] = Shapes(),  # noqa: B008 (frozen)
     ) -> None:
         """Generate synthetic shapes with exact label maps and boxes, in VOC or image-folder layout.
 
         Args:
             root: Folder to create.
         """
-        write_shapes(root, options)
-        print(f"{options.train} training and {options.val} validation images in {root}")
+        write_shapes(root, shapes)
+        print(f"{shapes.train} training and {shapes.val} validation images in {root}")
 
     return synthesize

@@ -87,7 +87,7 @@ def parameters(*, classes: int = 20, backbone: BackboneName = "resnet101") -> No
 
 
 def table4(
-    options: Annotated[TimingOptions, GROUP] = TimingOptions(),  # noqa: B008 (frozen)
+    timing: Annotated[TimingOptions, GROUP] = TimingOptions(),  # noqa: B008 (frozen)
     *,
     rows: tuple[Table4Network, ...] = TABLE4_NETWORKS,
     out: Path | None = None,
@@ -103,11 +103,11 @@ def table4(
     """
     from deformnet.paper.table4 import run_table4
 
-    run_table4(options, rows, out)
+    run_table4(timing, rows, out)
 
 
 def training_step(
-    options: Annotated[TimingOptions, GROUP] = TimingOptions(),  # noqa: B008 (frozen)
+    timing: Annotated[TimingOptions, GROUP] = TimingOptions(),  # noqa: B008 (frozen)
     *,
     network: Table4Network = "deeplab-voc",
     out: Path | None = None,
@@ -120,11 +120,11 @@ def training_step(
     """
     from deformnet.paper.training_step import run_training_step
 
-    run_training_step(options, network, out)
+    run_training_step(timing, network, out)
 
 
 def demo(
-    options: Annotated[Demo, tyro.conf.arg(name="")] = Demo(),  # noqa: B008 (frozen)
+    settings: Annotated[Demo, tyro.conf.arg(name="")] = Demo(),  # noqa: B008 (frozen)
     *,
     out: Path = Path("demo"),
 ) -> None:
@@ -135,4 +135,4 @@ def demo(
     """
     from deformnet.demo.run import run_demo
 
-    run_demo(options, out, print)
+    run_demo(settings, out, print)

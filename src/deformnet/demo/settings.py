@@ -7,23 +7,20 @@ from deformnet.engine.settings import require_at_least
 
 @dataclass(frozen=True)
 class Demo:
-    """Size of the demo.
-
-    Attributes:
-        iterations: iterations of training for each of the two segmentation networks.
-        detector_iterations: iterations of training for the detector.
-        images: number of synthetic training images.
-        val: number of synthetic validation images.
-        size: height and width of the images, in pixels.
-        seed: seed of the images, the initial weights and the order of training.
-    """
+    """Size of the demo."""
 
     iterations: int = 700
+    """Number of training iterations of each segmentation network."""
     detector_iterations: int = 400
+    """Number of training iterations of the detector."""
     images: int = 2500
+    """Number of synthetic training images."""
     val: int = 200
+    """Number of synthetic validation images."""
     size: int = 128
+    """Height and width of the images, in pixels."""
     seed: int = 0
+    """Random seed of the images, the initial weights and the training order."""
 
     def __post_init__(self) -> None:
         require_at_least(

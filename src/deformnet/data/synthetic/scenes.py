@@ -98,40 +98,37 @@ _MIN_CONTRAST = 0.22  # distance of the mean RGB colors (0 to 1) of a shape and 
 
 @dataclass(frozen=True)
 class Shapes:
-    """Options of a synthetic data set.
-
-    Attributes:
-        train: Number of images in the split `train`.
-        val: Number of images in the split `val`.
-        height: Height of an image, in pixels.
-        width: Width of an image, in pixels.
-        warp: Strength of the smooth non-rigid deformation, 0 (none) to 1.
-        seed: Random seed; the same options give the same bytes (with the same versions of NumPy and
-            Pillow on the same kind of processor).
-        objects: Minimum and maximum number of objects in an image.
-        radius: Minimum and maximum distance from an object's center to its farthest point before
-            deformation, as a fraction of the shorter side; drawn log-uniformly.
-        clutter: Maximum number of shapes without a class behind the objects.
-        mute: Fraction by which everything behind the objects is blended into dark gray: 0 leaves it
-            as vivid as the objects, 1 makes it uniform.
-        void_border: Width of the void border (label 255) along outlines, in pixels, as in VOC; 0
-            for exact masks.
-        layout: "voc" for label maps and boxes in VOC layout; "image-folder" for classification:
-            images of one object each, whatever `objects` says, in one folder per class.
-    """
+    """Options of a synthetic data set."""
 
     train: int = 2500
+    """Number of images in the training split."""
     val: int = 300
+    """Number of images in the validation split."""
     height: int = 160
+    """Image height, in pixels."""
     width: int = 160
+    """Image width, in pixels."""
     warp: float = 0.5
+    """Strength of the smooth non-rigid deformation, 0 (none) to 1."""
     seed: int = 0
+    """Random seed; the same options give the same bytes (with the same versions of NumPy and Pillow
+    on the same kind of processor)."""
     objects: tuple[int, int] = (1, 3)
+    """Minimum and maximum number of objects in an image."""
     radius: tuple[float, float] = (0.055, 0.45)
+    """Minimum and maximum distance from an object's center to its farthest point before
+    deformation, as a fraction of the shorter side; drawn log-uniformly."""
     clutter: int = 3
+    """Maximum number of unlabeled shapes behind the objects."""
     mute: float = 0.0
+    """Fraction by which background and clutter are blended into dark gray: 0 leaves them as vivid
+    as the objects, 1 makes them uniform."""
     void_border: int = 0
+    """Width of the void border (label 255) along outlines, in pixels, as in VOC; 0 gives exact
+    masks."""
     layout: Literal["voc", "image-folder"] = "voc"
+    """VOC layout with label maps and boxes, or an image folder for classification: images of one
+    object each (whatever `objects` says), in one folder per class."""
 
     def __post_init__(self) -> None:
         for name in ("train", "val"):
