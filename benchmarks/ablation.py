@@ -6,8 +6,8 @@
 CamVid (VOC layout) with DeepLab at 480x360, test mean IoU; nuclei (COCO layout) with R-FCN, AP.
 Rows: 0, 1, 2, 3 and 6 deformable layers; dilation 4, 6 and 8 without any; for R-FCN also
 deformable pooling, alone and with three layers. All rows have the same budget. Finished runs in
-OUT are reused, an interrupted one resumes. Prints mean and standard deviation over the seeds
-beside the paper.
+OUT are reused; an interrupted run resumes. Prints the mean and standard deviation over the seeds,
+compared with the paper.
 """
 
 import argparse
@@ -35,7 +35,7 @@ class Study:
     Attributes:
         base: recipe of the plain network.
         train, test: splits.
-        network: in the names of the paper's rows.
+        network: part of the names of the paper's rows.
         metrics: names of the scores, as in the paper's tables.
     """
 
@@ -56,7 +56,8 @@ def study(
 ) -> Study:
     """The table of a data set.
 
-    Offsets learn at a tenth of the rate and the gradient is clipped, as random weights need.
+    Offsets learn at a tenth of the learning rate and gradients are clipped, as training from random
+    weights requires.
     """
     side = short_side or {"camvid": 360, "nuclei": 512}[name]
     common: dict[str, Any] = {
@@ -123,7 +124,7 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=3000)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument(
-        "--short-side", type=int, help="pixels; smaller than the study's is quicker"
+        "--short-side", type=int, help="pixels; smaller values are faster than the study"
     )
     parser.add_argument("--precision", choices=get_args(Precision), default="32-true")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])

@@ -16,7 +16,7 @@ Forward = Callable[[], Tensor]
 
 
 def differentiable(shape: Shape, t: Tensors) -> dict[str, Forward]:
-    """All three, by name."""
+    """All three calls, by name."""
     d = shape.dilation
     return {
         PLAIN: lambda: F.conv2d(t.input, t.weight, None, 1, d, d),

@@ -1,10 +1,10 @@
-"""Deformable convolution against plain convolution and every other implementation, on the CPU.
+"""Deformable convolution against plain convolution and other implementations, on the CPU.
 
     python -m benchmarks.deform_conv [--threads 1 2] [--rounds 11] [--out DIR]
 
 float32 unless noted, 3x3 kernels, equal numbers of input and output channels, NCHW tensors. The
-operator takes given offsets; the convolution that computes them has its own columns. Everything is
-checked against float64 first, gradients included; wrong implementations are not timed.
+operator takes given offsets; the convolution that computes them has its own columns. Outputs and
+gradients are first checked against float64; wrong implementations are not timed.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def forward_only(shape: Shape, tensors: Tensors, threads: int) -> dict[str, Forw
 def check(
     shape: Shape, t: Tensors, training: dict[str, Forward], others: dict[str, Forward]
 ) -> None:
-    """Refuses to time implementations that disagree with the definition in float64."""
+    """Exits if an implementation disagrees with the definition in float64."""
     d = shape.dilation
     exact = [x.detach().double().requires_grad_() for x in (t.input, t.weight, t.offset)]
     x, weight, offset = exact
@@ -79,7 +79,7 @@ def _check_one(what: str, found: Tensor, wanted: Tensor) -> None:
 def measure(
     shape: Shape, offsets: Offsets, *, threads: int, rounds: int
 ) -> tuple[dict[str, Timing], dict[str, Timing], dict[str, Timing]]:
-    """Forward, backward, and both."""
+    """Times forward, backward, and both."""
     tensors = make_tensors(shape, offsets)
     training = differentiable(shape, tensors)
     others = forward_only(shape, tensors, threads)
@@ -177,7 +177,7 @@ def main() -> None:
     counts = sorted({1, os.cpu_count() or 1})
     parser.add_argument("--threads", type=int, nargs="+", default=counts)
     parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--out", type=Path, help="folder for the figures as JSON and the pictures")
+    parser.add_argument("--out", type=Path, help="folder for results (JSON) and figures")
     options = parser.parse_args()
     most = max(options.threads)
     torch.set_num_threads(most)

@@ -5,13 +5,13 @@
 3x3 kernels, as many output as input channels, offsets as float32 inputs. Times are GPU times
 between two events; a kernel that waits hides the launch overhead of Python. The L2 cache is either
 cold (overwritten before each call) or warm (the same call has just run); do not compare the two.
-Outputs and gradients are checked against float64 first; an implementation that is off is not timed.
+Outputs and gradients are first checked against float64; wrong implementations are not timed.
 
-The fraction of the floor is the minimum time of the card, for the products or for moving each
-tensor once, over the measured time. It is printed for cards with known rates.
+The floor is the minimum time of the card, for the products or for moving each tensor once. The
+fraction of the floor is this time over the measured time, printed for cards with known rates.
 
---tiles times the kernels of deformnet alone, in many tile configurations, to find the best ones for
-`deformnet.ops.deform_conv.triton.TILES`. Every configuration is compiled first, which takes long.
+--tiles only times deformnet's kernels, in many tile configurations, to find the best ones for
+`deformnet.ops.deform_conv.triton.TILES`. Compiling every configuration takes a long time.
 """
 
 import argparse
@@ -120,7 +120,7 @@ class Layer:
         return Call(forward, leaves, self.grad_output)
 
     def to(self, dtype: torch.dtype, memory_format: torch.memory_format) -> "Layer":
-        """In another dtype and memory format; offsets are float32 for half precision."""
+        """Converts to another dtype and memory format; for half precision, offsets are float32."""
 
         def cast(tensor: Tensor) -> Tensor:
             return tensor.detach().to(dtype=dtype, memory_format=memory_format)
@@ -151,14 +151,14 @@ def make_layer(shape: Shape, precision: str) -> Layer:
 
 
 def set_precision(precision: str) -> None:
-    """How float32 is multiplied: by convolutions, and by cuBLAS, which torchvision's takes."""
+    """Sets float32 precision of convolutions, and of cuBLAS, which torchvision uses."""
     value = "tf32" if precision == "tf32" else "ieee"
     torch.backends.cudnn.conv.fp32_precision = value  # pyright: ignore[reportAttributeAccessIssue]
     torch.backends.cuda.matmul.fp32_precision = value  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def calls_of(layer: Layer) -> dict[str, Call]:
-    """All implementations that take the layer's dtype."""
+    """All implementations that support the layer's dtype."""
     last = layer.to(layer.input.dtype, torch.channels_last)
     calls = {PLAIN: layer.call(PLAIN), f"{PLAIN}, channels-last": last.call(PLAIN)}
     if layer.input.dtype == torch.float32:
@@ -167,7 +167,7 @@ def calls_of(layer: Layer) -> dict[str, Call]:
 
 
 def error_of(found: list[Tensor], exact: list[Tensor]) -> float:
-    """The largest error, of the largest number in each tensor."""
+    """The largest error, relative to the largest number in each tensor."""
     errors = (
         ((one - other).abs().max() / other.abs().max()).item()
         for one, other in zip(found, exact, strict=True)
@@ -176,7 +176,7 @@ def error_of(found: list[Tensor], exact: list[Tensor]) -> float:
 
 
 def right_ones(calls: dict[str, Call], layer: Layer, tolerance: float) -> dict[str, Call]:
-    """The calls that compute what they should; says of each other one how far it is off."""
+    """The calls with correct results; prints the errors of the others."""
     double = layer.to(torch.float64, torch.contiguous_format)
     exact = {
         True: double.call(PLAIN).both(),
@@ -188,7 +188,7 @@ def right_ones(calls: dict[str, Call], layer: Layer, tolerance: float) -> dict[s
         if error < tolerance:
             right[name] = call
         else:
-            print(f"{name} is off by {error:.2g} on {layer.shape} and not timed", file=sys.stderr)
+            print(f"{name} is off by {error:.2g} on {layer.shape}; not timed", file=sys.stderr)
     return right
 
 
@@ -198,7 +198,7 @@ def compare(
     """Seconds of every call on the GPU, in an order that rotates from round to round.
 
     Args:
-        flush: what is written before each call, to have the L2 cache cold; None leaves it warm.
+        flush: tensor written before each call for a cold L2 cache; None keeps the cache warm.
     """
     names = list(calls)
     for name in names:
@@ -222,7 +222,7 @@ def compare(
 
 
 def floor_seconds(shape: Shape, precision: str, step: str, card: Card, *, plain: bool) -> float:
-    """What a pass takes at the least: the products, or each tensor moved once."""
+    """Minimum time of a pass: the products, or moving each tensor once."""
     size = 2 if precision == "bfloat16" else 4
     map_bytes = size * shape.channels * shape.positions
     weight_bytes = size * 9 * shape.channels**2
@@ -237,7 +237,7 @@ def floor_seconds(shape: Shape, precision: str, step: str, card: Card, *, plain:
 
 
 def measure(rounds: int) -> list[dict[str, object]]:
-    """A dict for every figure."""
+    """One dict per measurement."""
     card = CARDS.get(torch.cuda.get_device_name())
     flush = _larger_than_the_cache()
     # cuDNN then looks for its fastest kernel.
@@ -286,7 +286,7 @@ def _name(shape: Shape) -> str:
 
 
 def report(figures: list[dict[str, object]]) -> None:
-    """A table for each pass and state of the cache."""
+    """Prints a table for each pass and cache state."""
     names = list(dict.fromkeys(str(figure["implementation"]) for figure in figures))
     for cache, step in itertools.product(CACHES, PASSES):
         print(f"\n{step}, {cache}: median milliseconds (p20-p80, min), fraction of the floor\n")
@@ -309,9 +309,9 @@ def _cell(figure: Mapping[str, object]) -> str:
 
 
 def measure_tiles(rounds: int) -> list[dict[str, object]]:
-    """A dict for every kernel, layer, precision and configuration that fits; prints the best.
+    """One dict per kernel, layer, precision and valid configuration; prints the best.
 
-    They are checked against the kernel in float64, which tests hold to the reference.
+    Results are checked against the float64 kernel, which tests compare with the reference.
     """
     from triton.runtime.errors import OutOfResources
 
@@ -404,7 +404,7 @@ def _of_kernel(kernel: str, layer: Layer) -> Callable[[], list[Tensor]]:
 
 
 def conditions() -> dict[str, object]:
-    """What the figures were measured on, and with."""
+    """Machine and versions of the measurements."""
     properties = torch.cuda.get_device_properties()
     fields = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit")
     command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "--id=0"]
@@ -428,12 +428,12 @@ def conditions() -> dict[str, object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=50)
-    parser.add_argument("--tiles", action="store_true", help="time tile configurations instead")
-    parser.add_argument("--json", type=Path, help="file for all figures")
+    parser.add_argument("--tiles", action="store_true", help="only time tile configurations")
+    parser.add_argument("--json", type=Path, help="file for all results")
     options = parser.parse_args()
     reason = backends.why_unavailable("triton")
     if reason is not None:
-        sys.exit(f"benchmarks.gpu: nothing to measure on: {reason}")
+        sys.exit(f"benchmarks.gpu: no GPU to measure on: {reason}")
 
     found = conditions()
     print(", ".join(f"{key} {value}" for key, value in found.items() if key != "layers"))

@@ -1,10 +1,10 @@
-"""Does data loading keep up with training? Images per second of both.
+"""Images per second of data loading and of training.
 
     python -m benchmarks.loading [--rows ROW ...] [--workers 0 1 2]
 
 Loading includes reading, decoding, resizing, cropping, flipping and normalizing, in the worker
-processes of the run. A step is forward, backward and update of the row's full-size network, one
-image at a time, on images in memory.
+processes of the run. A step is forward, backward and update of the row's full-size network on one
+image in memory.
 """
 
 import argparse
@@ -37,7 +37,7 @@ SIZES = {
 
 
 def recipe_of(row: Row) -> Recipe:
-    """The recipe of a row with batch size 1, which does not change the rate of loading."""
+    """The recipe of a row with batch size 1, which does not affect loading speed."""
     assert row.recipe is not None
     return dataclasses.replace(row.recipe, batch=1, init=None, norm="trained")
 
@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument("--workers", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--images", type=int, default=24, help="of a round")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="JSON file of the results")
+    parser.add_argument("--out", type=Path, help="JSON file for the results")
     options = parser.parse_args()
     print(f"{machine()}; images per second, median of {options.rounds} rounds (minimum-maximum)")
     heading = "  ".join(f"{f'{n} workers':^20}" for n in options.workers)

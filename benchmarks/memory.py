@@ -1,10 +1,10 @@
-"""Peak memory of deformable convolution, as counted by the system (Linux).
+"""Peak memory of deformable convolution, as reported by Linux.
 
     MALLOC_MMAP_THRESHOLD_=65536 python -m benchmarks.memory
 
 Prints the megabytes of a call beyond its input and output tensors, as JSON. The variable makes the
-C library return memory as soon as it is free; memory that it keeps for the next call would be
-missed. `benchmarks.deform_conv` runs this in a separate process.
+C library return freed memory at once; otherwise, memory kept for the next call would be missed.
+`benchmarks.deform_conv` runs this in a separate process.
 """
 
 import gc
@@ -31,7 +31,7 @@ Rows = dict[str, dict[str, float]]
 
 
 def in_another_process(threads: int) -> Rows:
-    """The figures, measured in a process that has allocated nothing else."""
+    """Measures in a process that has allocated nothing else."""
     ran = subprocess.run(
         [sys.executable, "-m", "benchmarks.memory", str(threads)],
         env=os.environ | _SETTING,
@@ -71,13 +71,13 @@ def markdown(rows: Rows) -> str:
 
 def _extra(call: Callable[[], object]) -> int:
     """Peak bytes of a call, beyond the memory in use before it and its result."""
-    call()  # what is made once does not count
+    call()  # one-time allocations do not count
     found = []
 
     def measure() -> None:
         gc.collect()
         before = _status("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        Path("/proc/self/clear_refs").write_text("5")  # reset the peak
         returned = call()
         found.append(_status("VmHWM") - before - _size(returned))
 

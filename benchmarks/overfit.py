@@ -1,4 +1,4 @@
-"""Sanity check from file to score: each detector overfits eight images.
+"""Sanity check from files to scores: each detector overfits eight images.
 
     python -m benchmarks.overfit DIR OUT [--network rfcn] [--iterations 500]
 
@@ -19,7 +19,7 @@ NETWORKS = {r.network: r for r in (ClassAwareRPNRecipe, FasterRCNNRecipe, RFCNRe
 
 
 def first_images(data: Path, out: Path) -> None:
-    """Creates a data set of links to the first images of another."""
+    """Creates a data set of links to the first images of another one."""
     source = find_voc(data).resolve()
     folder = out / "VOCdevkit/VOC2012"
     lists = folder / "ImageSets/Main"

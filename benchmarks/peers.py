@@ -77,7 +77,7 @@ def with_openvino(shape: Shape, tensors: Tensors, threads: int) -> Forward:
 
 
 def with_ncnn(shape: Shape, tensors: Tensors, threads: int) -> Forward | None:
-    """None for several offset groups, which it lacks. It processes one image at a time."""
+    """None for several offset groups, which ncnn lacks. It processes one image at a time."""
     if shape.offset_groups != 1:
         return None
     net = ncnn.Net()

@@ -3,7 +3,7 @@
     python -m benchmarks.roi_pool [--threads 2] [--rounds 9] [--out DIR]
 
 float32, one map of 38x63 pixels (an image of 600x1000), 300 boxes of all sizes, 7x7 bins with 4x4
-samples. deformnet with offsets and their gradient; torchvision without, as it has none. deformnet
+samples. deformnet computes with offsets and their gradients; torchvision has no offsets. deformnet
 is checked against its float64 definition before it is timed.
 """
 
@@ -105,7 +105,7 @@ def calls(pooling: Pooling, t: Tensors) -> dict[str, Callable[[], Tensor]]:
 
 
 def check(pooling: Pooling, t: Tensors, forward: dict[str, Callable[[], Tensor]]) -> None:
-    """Refuses to time a wrong result; some of the boxes are enough."""
+    """Exits if a result is wrong; checks only some of the boxes."""
     some = 12
     pool = deform_ps_roi_pool if pooling.sensitive else deform_roi_pool
     for rule in RULES:
@@ -141,7 +141,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--out", type=Path, help="folder for the figures as JSON and the pictures")
+    parser.add_argument("--out", type=Path, help="folder for results (JSON) and figures")
     options = parser.parse_args()
 
     torch.set_num_threads(options.threads)

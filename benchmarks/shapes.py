@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Shape:
-    """A 3x3 layer: N images of C channels to C channels, stride 1, padding equal to dilation."""
+    """A 3x3 layer: N images, C input and output channels, stride 1, padding equal to dilation."""
 
     batch: int
     channels: int
@@ -38,12 +38,12 @@ SHAPES = (
     Shape(1, 64, 56, 56),
     Shape(1, 128, 64, 128),
     Shape(8, 128, 28, 28),
-    Shape(37, 32, 16, 16),  # a batch that no step of 32 images divides
+    Shape(37, 32, 16, 16),  # a batch size that 32 does not divide
 )
 
 
 class Offsets(StrEnum):
-    """Kinds of offsets, from the best case for caches to the worst; `normal`: its deviation."""
+    """Kinds of offsets, from best to worst for caches; `normal` is the standard deviation."""
 
     ZERO = "zero"
     LEARNED = "learned-like"
@@ -98,7 +98,7 @@ def _offset(shape: Shape, kind: Offsets, generator: torch.Generator) -> Tensor:
     if kind == Offsets.WIDE:
         return 4 * noise
 
-    # As in trained networks: the kernel is scaled and shifted by about its own size, smoothly over
+    # As in trained networks, the kernel is scaled and shifted by about its own size, smoothly over
     # the image, and every tap also moves a little by itself.
     def smooth(channels: int) -> Tensor:
         size = (shape.height, shape.width)

@@ -5,7 +5,7 @@
 float32, 3x3 kernels, equal numbers of input and output channels, normal offsets with a standard
 deviation of one pixel. The floor is the time of the multiply-adds alone, at the rate that this
 machine reaches in registers (peak.cpp, compiled here with c++); the backward pass has twice as
-many.
+many multiply-adds.
 """
 
 import argparse
@@ -96,7 +96,7 @@ def sweeps(threads: int) -> list[Sweep]:
 
 
 def peak_rates(threads: int) -> list[float]:
-    """Multiply-adds a second, twice, on 1, 2, ... threads."""
+    """Peak FLOP/s (two per multiply-add) on 1, 2, ... threads."""
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder, "peak")
         source = Path(__file__).with_name("peak.cpp")
@@ -161,8 +161,8 @@ def draw(sweep: Sweep, measured: Sequence[Times], rates: Sequence[float]) -> Fig
 
 
 def report(sweep: Sweep, measured: Sequence[Times], rates: Sequence[float]) -> dict[str, object]:
-    """Prints the figures, and returns them for the file."""
-    print(f"\n{sweep.name}: ms a {sweep.unit}; times as long as conv2d; share of the floor in it\n")
+    """Prints the results, and returns them for the JSON file."""
+    print(f"\n{sweep.name}: ms per {sweep.unit}; ratio to conv2d; fraction of the floor\n")
     print(f"| {sweep.axis} | " + " | ".join(f"{what}: ms | ratio | floor" for what in WORK) + " |")
     print("|---" * (1 + 3 * len(WORK)) + "|")
     rows = {}
@@ -182,7 +182,7 @@ def report(sweep: Sweep, measured: Sequence[Times], rates: Sequence[float]) -> d
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--out", type=Path, help="folder for the figures as JSON and the pictures")
+    parser.add_argument("--out", type=Path, help="folder for results (JSON) and figures")
     options = parser.parse_args()
     threads = os.cpu_count() or 1
     torch.set_num_threads(threads)

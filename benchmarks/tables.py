@@ -23,7 +23,7 @@ COLORS = (BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILLION)
 
 @dataclass(frozen=True)
 class Table:
-    """Times relative to `base`; a row for each case, by name."""
+    """Times relative to `base`, with one row per case."""
 
     title: str
     base: str
@@ -49,8 +49,8 @@ class Table:
 
     def markdown(self) -> str:
         lines = [
-            f"\n{self.title}: milliseconds of {self.base}, and how many times as long others take",
-            "(medians, in brackets the 20 % and 80 % quantiles)\n",
+            f"\n{self.title}: milliseconds of {self.base}, and time of the others relative to it",
+            "(medians, with 20% and 80% quantiles in parentheses)\n",
             f"| | {self.base}, ms | " + " | ".join(self.others) + " |",
             "|---" * (2 + len(self.others)) + "|",
         ]
@@ -80,7 +80,7 @@ def draw(title: str, table: Mapping[str, Any]) -> Figure:
     """Bars of a table's ratios with their quantiles, from a line at 1 for the base.
 
     Args:
-        table: as `Table.to_dict` gives it, and as it lies in the file.
+        table: as returned by `Table.to_dict` and stored in the file.
     """
     rows, base = table["rows"], table["base"]
     names = [name for name in table["geometric means"] if name != base]
@@ -119,14 +119,14 @@ def draw(title: str, table: Mapping[str, Any]) -> Figure:
     axes.set_xlim(begin, (2.0 if far else 1.15) * largest)
     axes.set_yticks(range(len(rows)), list(rows))
     axes.invert_yaxis()
-    axes.set_xlabel(f"times as long as {base}; shorter is better; lines: 20 % to 80 %")
+    axes.set_xlabel(f"time relative to {base}; shorter is better; lines: 20% to 80%")
     axes.set_title(title)
     figure.legend(loc="outside lower center", ncols=len(names), fontsize=8)
     return figure
 
 
 def conditions(packages: Sequence[str] = ()) -> dict[str, object]:
-    """Machine, versions and load; under a high load, figures mean little."""
+    """Machine, versions and load; results under high load are unreliable."""
     return {
         "machine": machine(),
         "instruction set": cpu.instruction_set(),

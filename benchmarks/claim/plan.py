@@ -18,12 +18,12 @@ class Budget:
     """Training budget of a network.
 
     Attributes:
-        steps, batch: training iterations, and images in each.
-        lr: maximum of the one-cycle schedule.
+        steps, batch: training iterations, and images per iteration.
+        lr: maximum learning rate of the one-cycle schedule.
         side: height and width of the images, in pixels.
         images, test: numbers of training and test images.
         data_seed: seed of the images.
-        offset_lr_scale: learning rate factor of the offset layers, the paper's beta.
+        offset_lr_scale: learning rate multiplier of the offset layers (beta in the paper).
         weight_decay: weight decay of the weights.
         clip: maximum gradient norm.
     """
@@ -47,7 +47,7 @@ BUDGETS: dict[Network, Budget] = {
 
 
 class Run(NamedTuple):
-    """One training."""
+    """One training run."""
 
     network: Network
     variant: Variant
@@ -62,7 +62,7 @@ class Run(NamedTuple):
 def runs(
     strengths: Sequence[float], seeds: Sequence[int], networks: Sequence[Network] = NETWORKS
 ) -> list[Run]:
-    """All runs, in an order in which the first ones are informative."""
+    """All runs, in an order in which the first ones are already informative."""
     ends = (min(strengths), max(strengths))
     return [
         Run(network, variant, strength, seed)
@@ -77,7 +77,7 @@ def stored_result(run: Run, budget: Budget, out: Path) -> dict[str, Any] | None:
     """The stored result of a run; None if it is not finished.
 
     Raises:
-        ValueError: if it had another budget.
+        ValueError: if it has another budget.
     """
     path = result_path(run, out)
     if not path.is_file():

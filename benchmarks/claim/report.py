@@ -27,7 +27,7 @@ def over_seeds(values: Mapping[int, float]) -> dict[str, Any]:
 
 
 def summarize(results: Sequence[Mapping[str, Any]], network: Network) -> list[dict[str, Any]]:
-    """By strength: scores, gain and Table 2 over the seeds for which both networks are finished."""
+    """Scores, gain and Table 2 by strength, over the seeds for which both networks are finished."""
     by_run = {Run(**one["run"]): one for one in results if one["run"]["network"] == network}
     rows: list[dict[str, Any]] = []
     for strength in sorted({run.strength for run in by_run}):
@@ -77,9 +77,9 @@ def cell(values: Mapping[str, Any] | None, digits: int = 1) -> str:
 def score_table(network: Network, rows: Sequence[Mapping[str, Any]]) -> str:
     times = [statistics.median(row[f"{v} seconds per step"] for row in rows) for v in VARIANTS]
     lines = [
-        f"\n{network}: {SCORES[network]} in percent, by seed (mean +- deviation); "
-        f"seconds a step: plain {times[0]:.3f}, deformable {times[1]:.3f}\n",
-        "| strength | plain | deformable | gap |",
+        f"\n{network}: {SCORES[network]} in percent, by seed (mean +- standard deviation); "
+        f"seconds per step: plain {times[0]:.3f}, deformable {times[1]:.3f}\n",
+        "| strength | plain | deformable | gain |",
         "|---|---|---|---|",
     ]
     for row in rows:
@@ -91,7 +91,7 @@ def score_table(network: Network, rows: Sequence[Mapping[str, Any]]) -> str:
 def dilation_table(network: Network, rows: Sequence[Mapping[str, Any]]) -> str:
     lines = [
         f"\n{network}: effective dilation by the object at the center of the filter, "
-        "mean +- deviation over seeds\n",
+        "mean +- standard deviation over seeds\n",
         "| strength | layer | " + " | ".join(SIZES) + " |",
         "|---" * (2 + len(SIZES)) + "|",
     ]
@@ -105,9 +105,9 @@ def dilation_table(network: Network, rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def draw(summary: Mapping[Network, Sequence[Mapping[str, Any]]]) -> Figure:
-    """A row of panels for each network: scores, gap, and Table 2 at the greatest strength.
+    """A row of panels for each network: scores, gain, and Table 2 at the greatest strength.
 
-    Points are seeds, lines their means, bands and bars one standard deviation.
+    Points are seeds, lines are means, and bands and bars are one standard deviation.
     """
     figure = Figure((12, 3.6 * len(summary)), layout="constrained")
     panels = figure.subplots(len(summary), 3, squeeze=False)

@@ -30,10 +30,10 @@ from deformnet.models import RFCN, RPN, DeepLab, Target, postprocess
 from deformnet.models.backbones.features import Backbone, deform_last, require_images
 from deformnet.nn import parameter_groups
 
-# Radius of objects, as a fraction of the image's side: at strength 0 all have the first, at
-# strength 1 they range from it divided by the second to it times the second.
+# Radius of objects, as a fraction of the image's side, and a factor: at strength 0 all objects have
+# this radius; at strength 1, radii range from the radius / factor to the radius * factor.
 MEAN_RADIUS, RADIUS_FACTOR = 0.18, 2.45
-# Table 2's sizes refer to images of about this side, which ours count as.
+# Table 2's sizes refer to images with about this side; ours count as such.
 PAPER_SIDE = 600
 OBJECTS = SHAPE_CLASSES[1:]
 
@@ -50,16 +50,16 @@ class Images(NamedTuple):
 
 
 class SmallResNet(Backbone):
-    """Residual blocks of 32, 64 and, in conv5, twice 96 channels, after a 3x3 convolution of 16.
+    """A 3x3 convolution with 16 channels; residual blocks with 32, 64, and twice 96 (conv5) channels.
 
-    Its stride is 8, in conv4, too. `deform_layers` of its 3x3 convolutions are deformable.
+    Both conv4 and conv5 have stride 8. `deform_layers` of the 3x3 convolutions are deformable.
     """
 
     name = "small ResNet"
 
     def __init__(self, deform_layers: int) -> None:
         super().__init__(64, 96, output_stride=16, reduce_channels=None)
-        self.stride = 8  # small images need finer maps than backbones of the paper's size offer
+        self.stride = 8  # small images need finer maps than the paper's backbones have
         self.stem = nn.Sequential(
             nn.Conv2d(3, 16, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()
         )
@@ -102,7 +102,7 @@ def shapes(strength: float, budget: Budget) -> Shapes:
         seed=budget.data_seed,
         objects=(1, 3),
         radius=(MEAN_RADIUS / factor, MEAN_RADIUS * factor),
-        clutter=0,  # its size would change with that of the objects
+        clutter=0,  # its size would change with the size of the objects
         mute=0.75,
     )
 
@@ -149,7 +149,7 @@ def batches(
 ) -> Iterator[tuple[Tensor, Tensor, list[Target]]]:
     """Normalized images [N, 3, H, W], labels [N, H, W] and targets of every step.
 
-    Images come in random order, all before any comes again, and half of them are flipped.
+    Each epoch has all images in random order, each flipped with probability 0.5.
     """
     generator = torch.Generator().manual_seed(seed)
     order = torch.empty(0, dtype=torch.int64)
@@ -172,7 +172,7 @@ def flipped(target: Target, width: int) -> Target:
 
 
 def train(run: Run, budget: Budget) -> tuple[DeepLab | RFCN, float]:
-    """The trained network, and the median processor time of a step in seconds."""
+    """The trained network, and the median processor time per step in seconds."""
     images = make_images(shapes(run.strength, budget), "train")
     torch.manual_seed(run.seed)
     model = build(run.network, run.variant).to(memory_format=torch.channels_last)
@@ -189,7 +189,7 @@ def train(run: Run, budget: Budget) -> tuple[DeepLab | RFCN, float]:
         total_steps=budget.steps,
         cycle_momentum=False,
     )
-    # Anchors and RoIs are sampled with the global generator, seeded alike for both networks.
+    # The global generator samples anchors and RoIs; both networks use the same seed.
     torch.manual_seed(run.seed)
     seconds = []
     steps = batches(images, budget, run.seed)
@@ -246,7 +246,7 @@ def dilations(model: DeepLab | RFCN, images: Images) -> list[dict[str, Any]]:
 
 
 def result(run: Run, budget: Budget, out: Path) -> dict[str, Any]:
-    """The result of a run, trained if it is not finished; raises as `stored_result`."""
+    """The result of a run, trained if it is not finished; raises like `stored_result`."""
     if (found := stored_result(run, budget, out)) is not None:
         return found
     path = result_path(run, out)

@@ -1,7 +1,7 @@
-"""Recipes: the network, the image size and the training schedule, in one frozen dataclass.
+"""Recipes: network, image size and training schedule in one frozen dataclass.
 
-A recipe holds everything that determines the result of a training run except the data, and nothing
-else: the number of processes and the interval of checkpoints, for example, are not part of it.
+A recipe contains everything that determines the result of a training run, except the data, and
+nothing else. The number of processes and the checkpoint interval, for example, are not part of it.
 """
 
 import dataclasses
@@ -32,9 +32,9 @@ DeformLayers = Literal[0, 1, 2, 3, 6]
 Sampling = Literal["bins", "msra", "aligned"]
 """Sampling rules of RoI pooling; see `deformnet.ops.deform_roi_pool`."""
 ScoreAt = Literal["original", "network"]
-"""Where predicted label maps meet the ground truth: at the size of the label map on disk, to which
-the logits are upsampled, or at the size of the network's input, to which the label map is resized
-(the authors' rule on VOC: mean IoU at 360 pixels)."""
+"""Size at which predicted label maps are compared with the ground truth: that of the label map on
+disk, to which the logits are upsampled, or that of the network's input, to which the label map is
+resized (the authors' rule on VOC: mean IoU at 360 pixels)."""
 _Detector = TypeVar("_Detector", bound="DetectorRecipe")
 
 
@@ -58,18 +58,18 @@ class Recipe(ABC):
     """Names of the fields that are image sizes."""
 
     backbone: BackboneName = "resnet50"
-    """Backbone."""
+    """Backbone network."""
     deform_layers: DeformLayers = 3
     """Number of deformable 3x3 convolutions, counted from the last; 0 is the baseline."""
     offset_groups: int = 1
     """Number of offset groups: groups of channels with their own offsets."""
     modulated: bool = False
-    """Learn a modulation mask as well (DCNv2)."""
+    """Also learn a modulation mask (DCNv2)."""
     norm: Literal["trained", "frozen"] = "trained"
     """Batch norm: trained, or frozen as in the paper (requires pretrained weights)."""
     stride_in_1x1: bool = False
-    """Stride in the 1x1 convolutions of ResNet-50 and 101, as the weights of the authors and of
-    older detectron2 models expect, instead of the 3x3 convolutions as in torchvision."""
+    """For ResNet-50 and 101: put the stride in the 1x1 convolutions, as the weights of the authors
+    and of older detectron2 models expect, not in the 3x3 convolutions, as torchvision does."""
     init: str | None = None
     """Initial weights of the backbone: a run folder, a file, or a torchvision name such as
     IMAGENET1K_V1; None initializes randomly."""
@@ -90,13 +90,13 @@ class Recipe(ABC):
     weight_decay: float = 5e-4
     """SGD weight decay."""
     warmup: int = 100
-    """Number of warmup iterations: the learning rate grows linearly from a tenth to its value."""
+    """Number of warmup iterations, over which the learning rate grows linearly from `lr` / 10."""
     clip: float | None = None
     """Maximum gradient norm for clipping; None disables clipping."""
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     """Training precision: float32, or mixed with bfloat16 or float16."""
     seed: int = 0
-    """Random seed of the initial weights, the order of the images and all augmentation."""
+    """Random seed of the initial weights, the order of the images and the augmentation."""
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
@@ -130,7 +130,7 @@ class Recipe(ABC):
     def build_model(self, num_classes: int) -> "Network":
         """Builds the network with its initial weights.
 
-        Random weights come from torch's global generator.
+        Random weights are drawn from PyTorch's global generator.
 
         Raises:
             FileNotFoundError: if `init` is neither a known name nor a file.
@@ -207,7 +207,7 @@ class Recipe(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierRecipe(Recipe):
-    """Image classification, the pre-training of backbones (Dai et al. 2017, appendix B)."""
+    """Image classification, to pretrain backbones (Dai et al. 2017, appendix B)."""
 
     network: ClassVar[str] = "classifier"
     pixels: ClassVar[tuple[str, ...]] = ("resize", "crop", "test_short_side")
@@ -215,7 +215,7 @@ class ClassifierRecipe(Recipe):
     deform_layers: DeformLayers = 0
     """Number of deformable 3x3 convolutions, counted from the last; 0 is the baseline."""
     resize: tuple[int, int] = (256, 480)
-    """Range of the random shorter side of training images after resizing, in pixels."""
+    """Minimum and maximum shorter side of training images after random resizing, in pixels."""
     crop: int = 224
     """Side of the square crop, in pixels: random in training, central in evaluation."""
     test_short_side: int = 256
@@ -318,10 +318,10 @@ class DetectorRecipe(DenseRecipe):
     """Whether the network detects objects without predicting their classes."""
 
     convention: Literal["modern", "msra2017"] = "modern"
-    """Conventions of the authors' code (msra2017) or of today: positions of anchors and which of
-    them train, boxes rounded to pixels after resizing or not, 11-point AP or area."""
+    """Conventions of the authors' code (msra2017) or of current practice (modern): anchor
+    positions, anchor sampling, rounding of boxes to pixels after resizing, 11-point or area AP."""
     anchor_sizes: tuple[int, ...] = (128, 256, 512)
-    """Anchor sizes: square roots of their areas, in pixels of the resized image."""
+    """Anchor sizes (square roots of the areas), in pixels of the resized image."""
     proposals: int = 300
     """Number of proposals per image."""
     score_threshold: float = 1e-3
@@ -352,13 +352,13 @@ class DetectorRecipe(DenseRecipe):
 
 @dataclass(frozen=True, kw_only=True)
 class RPNRecipe(DetectorRecipe):
-    """Region proposal network on conv4, which makes proposals for other detectors."""
+    """Region proposal network on conv4, which generates proposals for other detectors."""
 
     network: ClassVar[str] = "rpn"
     class_agnostic: ClassVar[bool] = True
 
     deform_layers: DeformLayers = 0
-    """Leave it at 0: the network does not run conv5, where deformable layers are."""
+    """Leave at 0: the network does not run conv5, which has the deformable layers."""
 
     def build_model(self, num_classes: int) -> "RPNDetector":
         from deformnet.models.detection.rpn import RPNDetector
@@ -391,7 +391,7 @@ class TwoStageRecipe(DetectorRecipe):
     """Sampling rule of average and deformable pooling: the paper's (bins), that of the authors'
     code (msra), or RoIAlign's (aligned)."""
     bins: int = 7
-    """Number of bins of a box in each direction."""
+    """Number of bins in each direction."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -405,8 +405,8 @@ class FasterRCNNRecipe(TwoStageRecipe):
     network: ClassVar[str] = "faster-rcnn"
 
     pool: Literal["max", "average", "deformable"] = "deformable"
-    """RoI pooling. Baselines use max, as the authors' code, or average, which is deformable pooling
-    without offsets."""
+    """RoI pooling. Baselines use max, as in the authors' code, or average, which is deformable
+    pooling without offsets."""
 
     def baseline(self) -> Self:
         return dataclasses.replace(super().baseline(), pool="max")
@@ -460,18 +460,18 @@ class TestTimeAugmentation:
     """
 
     scales: tuple[int, ...] = ()
-    """Shorter sides of the image, in pixels; empty for that of training."""
+    """Shorter sides of the image, in pixels; empty uses that of training."""
     flip: bool = False
-    """Add the horizontally flipped image at each scale."""
+    """Also process the horizontally flipped image at each scale."""
     refine: int = 1
-    """Number of passes through the box head; the boxes of a pass are the proposals of the next, and
-    the candidates of all passes are merged."""
+    """Number of passes through the box head. The boxes of each pass are the proposals of the next,
+    and the candidates of all passes are merged."""
     box_averaging: bool = False
     """Average each box with the candidates around it, weighted by their scores."""
     soft_nms: bool = False
     """Decay the scores of overlapping boxes instead of suppressing them (soft-NMS)."""
 
-    __test__: ClassVar[bool] = False  # not a test case, whatever its name says to pytest
+    __test__: ClassVar[bool] = False  # not a test class for pytest, despite its name
 
     def __post_init__(self) -> None:
         if any(side < 1 for side in self.scales):
@@ -494,7 +494,7 @@ RECIPES = (
 
 
 def recipe_from_dict(values: Mapping[str, Any], *, source: str | Path) -> Recipe:
-    """The recipe with these fields; missing fields have their defaults.
+    """Returns the recipe with these fields; missing fields take their defaults.
 
     Args:
         values: as returned by `Recipe.to_dict` or `json.loads`.
@@ -559,7 +559,7 @@ def cityscapes(*, deform_layers: DeformLayers = 3) -> DeepLabRecipe:
 
 
 def imagenet(*, backbone: BackboneName) -> ClassifierRecipe:
-    """The paper's pre-training on ImageNet (appendix B, Table 7), with the settings of its [22].
+    """The paper's pretraining on ImageNet (appendix B, Table 7), with the settings of its [22].
 
     He et al. 2016, "Deep residual learning for image recognition", section 3.4: 600k iterations,
     batch 256, shorter sides from 256 to 480, crops of 224; evaluation on the central crop at 256.
