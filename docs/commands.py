@@ -1,4 +1,4 @@
-"""The page of the command line: what every command says when it is asked for help."""
+"""The command-line page: the help text of every command."""
 
 import contextlib
 import io
@@ -8,7 +8,7 @@ from deformnet.cli import main
 
 
 def page() -> str:
-    """All commands with their help, in Markdown."""
+    """All commands with their help texts, in Markdown."""
     return "\n".join(_sections(()))
 
 

@@ -1,4 +1,4 @@
-"""How Sphinx makes the pages: `make docs`."""
+"""Sphinx configuration for `make docs`."""
 
 import re
 import sys
@@ -34,14 +34,14 @@ html_css_files = ["pages.css"]
 html_show_copyright = False
 html_math_renderer = "mathml"
 
-# A name in single backticks is a link where it is known, and plain code elsewhere.
+# A name in single backticks is a link if it is known, and plain code otherwise.
 default_role = "py:obj"
 nitpicky = True
 nitpick_ignore_regex = [
     ("py:obj", ".*"),
-    # Pages of other projects are not fetched, so their names lead nowhere.
+    # Inventories of other projects are not downloaded, so their names have no targets.
     ("py:.*", r"(abc|collections|lightning|matplotlib|numpy|pathlib|PIL|nn|torch\w*)\..*"),
-    # Types that occur in public signatures, and are not public themselves.
+    # Private types in public signatures.
     ("py:class", r"deformnet\.(recipes|analysis\.sampling)\._\w+"),
     ("py:class", r"deformnet\.models\.\w+\.(Features|RPNOutput|RoIs|RegionDetector)"),
     ("py:class", r"deformnet\.data\.\w+\.(SegmentationDataset|LabeledImage|ImageFile|ObjectList)"),
@@ -55,7 +55,7 @@ autodoc_typehints_format = "short"
 autodoc_inherit_docstrings = False  # of torch.nn.Module.forward and the like
 autodoc_default_options = {"members": True, "show-inheritance": True}
 napoleon_use_rtype = False
-# "a, b: text" names two attributes there.
+# "a, b: text" documents two attributes.
 napoleon_custom_sections = [("Attributes", "params_style")]
 python_maximum_signature_line_length = 88
 add_module_names = False
@@ -79,7 +79,7 @@ sphinx_gallery_conf = {
     "min_reported_time": 0,
 }
 
-# Where links lead from here that README.md and benchmarks/README.md have from where they are.
+# Link targets of included files, and their replacements relative to this folder.
 _LINKS = (
     ("../README.md#measured", "results.md"),
     ("docs/", ""),
@@ -91,7 +91,7 @@ _LINKS = (
 
 
 def relink(app: Sphinx, path: Path, parent: str, content: list[str]) -> None:
-    """Links of files outside this folder, as they are from a page in it."""
+    """Rewrites the links of included files relative to this folder."""
 
     def moved(match: re.Match[str]) -> str:
         picture, text, target = match.groups()
@@ -110,12 +110,12 @@ def relink(app: Sphinx, path: Path, parent: str, content: list[str]) -> None:
 def docstring(
     app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]
 ) -> None:
-    """Docstrings are plain text with a little Markdown: makes reStructuredText of that."""
-    # Of an attribute, napoleon takes what precedes a colon in the first line for its type: let that
-    # line be an empty one, which is an escaped space.
+    """Converts docstrings, plain text with some Markdown, to reStructuredText."""
+    # napoleon parses text before a colon in the first line of an attribute's docstring as its type,
+    # so insert a blank first line (an escaped space).
     result, inside = [r"\ "] if what in ("attribute", "data", "property") else [], False
     if lines and lines[0].startswith("Alias for field number"):
-        lines.clear()  # what a named tuple's fields are, its own docstring says
+        lines.clear()  # the docstring of the named tuple describes its fields
     for line in lines:
         if line.strip().startswith("```"):
             inside = not inside
@@ -138,7 +138,7 @@ def block_math(translator: HTML5Translator, node: nodes.math_block) -> None:
 
 
 def make_parts(app: Sphinx) -> None:
-    """What is computed for the pages: pictures of the rules, and the help of every command."""
+    """Generates the figures of the rules, and the help texts of all commands."""
     import commands
     import pictures
 
@@ -150,7 +150,7 @@ def make_parts(app: Sphinx) -> None:
 
 def setup(app: Sphinx) -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
-    # MathJax would be fetched from elsewhere whenever a page is opened; browsers know MathML.
+    # Browsers support MathML; MathJax would be downloaded whenever a page is opened.
     app.add_html_math_renderer("mathml", (inline_math, None), (block_math, None))
     app.connect("builder-inited", make_parts, priority=100)
     app.connect("include-read", relink)

@@ -1,4 +1,4 @@
-"""Pictures of the rules by which the operators read, made by the operators themselves."""
+"""Figures of the sampling and border rules, computed by the operators themselves."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from deformnet.ops import deform_conv2d, deform_roi_pool
 
-# The definition: where a bin has its samples.
+# The reference defines the sample positions of a bin.
 from deformnet.ops.roi_pool.checks import Rule, Sampling
 from deformnet.ops.roi_pool.reference import Axis, axes
 from deformnet.visualization import save_figure
@@ -34,12 +34,12 @@ _SCALE = 1 / 8
 _SAMPLES = 2
 _BINS = 3
 _SIDE = 12
-_MOVED = (0, 2)  # the bin that is moved in the picture, row and column
-_SHIFT = (0.9, 0.6)  # (x, y), in cells
+_MOVED = (0, 2)  # row and column of the shifted bin
+_SHIFT = (0.9, 0.6)  # (x, y), in pixels
 
 
 def make(folder: Path) -> None:
-    """Writes all pictures of the page of the operators into a folder."""
+    """Saves all figures of the operators page to a folder."""
     save_figure(_border_line(), folder / "border-line.png")
     save_figure(_border_plane(), folder / "border-plane.png")
     save_figure(_rules(), folder / "rules.png")
@@ -47,16 +47,16 @@ def make(folder: Path) -> None:
 
 
 def _read(values: Tensor, y: Tensor, x: Tensor, border: Literal["zeros", "msra2017"]) -> Tensor:
-    """What one tap reads from a map [H, W] at positions [P], by the operator."""
+    """Values [P] that the operator reads from a map [H, W] at positions [P]."""
     count = len(y)
     maps = values.expand(count, 1, *values.shape)
     offset = torch.stack([y, x], dim=1)[..., None, None].expand(-1, -1, *values.shape)
-    # The tap of the first unit lies at (0, 0): there the offset is the position.
+    # The tap of the first output is at (0, 0), where the offset is the position.
     return deform_conv2d(maps, offset, torch.ones(1, 1, 1, 1), border=border)[:, 0, 0, 0]
 
 
 def _border_line() -> Figure:
-    """A map of one column, read along it and beyond its ends."""
+    """A map with one column, read along its length and beyond its ends."""
     values = torch.tensor([2.0, 3.0, 1.0, 2.5])
     figure = Figure(figsize=(8, 2.9), dpi=130, layout="constrained")
     axes = figure.subplots()
@@ -66,12 +66,12 @@ def _border_line() -> Figure:
         width=1,
         color="#e4e4e4",
         edgecolor="white",
-        label="cells of the map",
+        label="pixels of the map",
     )
     y = torch.linspace(-2, len(values) + 1, 1201)
     for (border, color), style in zip(_BORDERS, ("-", "--"), strict=True):
         read = _read(values[:, None], y, torch.zeros_like(y), border)
-        # A jump is no line.
+        # Do not draw jumps as lines.
         jumps = np.abs(np.diff(read.numpy(), append=read[-1].item())) > 0.5
         axes.plot(
             y.numpy(),
@@ -82,7 +82,7 @@ def _border_line() -> Figure:
             linewidth=2,
         )
     axes.set(
-        xlabel="position y (whole numbers are centers of cells)",
+        xlabel="position y (integers are pixel centers)",
         ylabel="value read",
         xticks=range(-2, 6),
     )
@@ -92,14 +92,14 @@ def _border_line() -> Figure:
 
 
 def _border_plane() -> Figure:
-    """A map of 4x4 cells, read everywhere in and around it under both rules."""
+    """A map of 4x4 pixels, read inside and around its border under both rules."""
     values = torch.tensor([[2.0, 3, 1, 2], [1, 2, 3, 3], [3, 1, 2, 1], [2, 3, 1, 3]])
     steps = torch.linspace(-2, 5, 281)
     y, x = (grid.flatten() for grid in torch.meshgrid(steps, steps, indexing="ij"))
     figure = Figure(figsize=(8, 3.1), dpi=130, layout="constrained")
     axes = figure.subplots(1, 3)
     axes[0].imshow(values.numpy(), vmin=0, vmax=3, cmap="viridis")
-    axes[0].set_title("the map's cells")
+    axes[0].set_title("pixels of the map")
     picture = None
     for ax, (border, _) in zip(axes[1:], _BORDERS, strict=True):
         read = _read(values, y, x, border).reshape(len(steps), -1)
@@ -114,7 +114,7 @@ def _border_plane() -> Figure:
 
 
 def _rules() -> Figure:
-    """The cells that count in each bin of one box, under each rule; and when a bin is moved."""
+    """The pixels that contribute to each bin of a box under each rule, also with a shifted bin."""
     figure = Figure(figsize=(8.4, 5.9), dpi=130, layout="constrained")
     axes = figure.subplots(2, 3)
     for column, (rule, _) in zip(axes.T, _RULES, strict=True):
@@ -122,7 +122,7 @@ def _rules() -> Figure:
         for ax, moved in zip(column, (False, True), strict=True):
             _draw_rule(ax, rule, moved=moved)
     axes[0, 0].set_ylabel("no offsets")
-    axes[1, 0].set_ylabel(f"one bin moved by {_SHIFT} cells")
+    axes[1, 0].set_ylabel(f"one bin shifted by {_SHIFT} pixels")
     return figure
 
 
@@ -133,7 +133,7 @@ def _draw_rule(axes: Axes, rule: Sampling, *, moved: bool) -> None:
     if moved:
         offset[0, :, *_MOVED] = torch.tensor([_SHIFT[0] / width, _SHIFT[1] / height])
     weights = _weights(rule, offset)
-    # Every second bin in the other color, as deep as its cells count.
+    # Alternate two colors; their intensity is the weight of the pixel.
     picture = np.ones((_SIDE, _SIDE, 3))
     for row in range(_BINS):
         for column in range(_BINS):
@@ -141,8 +141,8 @@ def _draw_rule(axes: Axes, rule: Sampling, *, moved: bool) -> None:
             if moved and not here:
                 continue
             color = np.array(to_rgb(VERMILLION if here else (SKY, GREEN)[(row + column) % 2]))
-            share = (weights[row, column] / weights.max())[..., None]
-            picture = picture * (1 - share * (1 - color))
+            fraction = (weights[row, column] / weights.max())[..., None]
+            picture = picture * (1 - fraction * (1 - color))
     axes.imshow(picture, vmin=0, vmax=1)
     for edge in np.arange(-0.5, _SIDE):
         axes.axhline(edge, color="#d0d0d0", linewidth=0.5)
@@ -155,7 +155,7 @@ def _draw_rule(axes: Axes, rule: Sampling, *, moved: bool) -> None:
                 y, x = _positions(y_axis, row) + dy, _positions(x_axis, column) + dx
                 grid = np.stack(np.meshgrid(x, y), axis=-1).reshape(-1, 2)
                 axes.plot(grid[:, 0], grid[:, 1], ".", color="black", markersize=3)
-    # "bins" counts whole cells, whose edges lie half a cell around their centers.
+    # "bins" counts whole pixels, whose edges are half a pixel from their centers.
     lead = 0.5 if rule == "bins" else float(x_axis.step[0, 0]) / 2 if rule == "aligned" else 0.0
     lead_y = 0.5 if rule == "bins" else float(y_axis.step[0, 0]) / 2 if rule == "aligned" else 0.0
     left, top = float(x_axis.start[0, 0]) - lead, float(y_axis.start[0, 0]) - lead_y
@@ -166,7 +166,7 @@ def _draw_rule(axes: Axes, rule: Sampling, *, moved: bool) -> None:
 
 
 def _outside() -> Figure:
-    """A bin on a map of ones, moved over its right end."""
+    """A bin on a map of ones, shifted across its right edge."""
     figure = Figure(figsize=(8, 2.9), dpi=130, layout="constrained")
     axes = figure.subplots()
     shifts = torch.linspace(0, 6, 601)
@@ -188,27 +188,27 @@ def _outside() -> Figure:
             linewidth=2,
             label=f'sampling="{rule}"',
         )
-    axes.set(xlabel="shift of the right middle bin, in cells", ylabel="mean of a map of ones")
+    axes.set(xlabel="shift of the middle right bin, in pixels", ylabel="mean of a map of ones")
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper center", ncols=3, frameon=False)
     return figure
 
 
 def _axes(rule: Sampling) -> tuple[Axis, Axis]:
-    """The box on the columns and on the rows, by the reference."""
+    """The horizontal and vertical axis of the box, from the reference."""
     pooling = Rule((_BINS, _BINS), _SCALE, 1.0, rule, _SAMPLES, position_sensitive=False)
     rows, columns = axes(torch.tensor([[0, *_BOX]]), torch.tensor([True]), pooling)
     return columns, rows
 
 
 def _positions(axis: Axis, bin: int) -> np.ndarray:
-    """Where a bin has its samples on one axis."""
+    """Sample positions of a bin on one axis."""
     number = int(axis.number[0, bin])
     return float(axis.start[0, bin]) + float(axis.step[0, bin]) * np.arange(number)
 
 
 def _weights(rule: Sampling, offset: Tensor) -> np.ndarray:
-    """How much each cell counts in each bin, [k, k, H, W]: the gradient of the bin by the map."""
+    """Weight of each pixel in each bin, [k, k, H, W]: the gradient with respect to the map."""
     maps = torch.zeros(1, 1, _SIDE, _SIDE, requires_grad=True)
     boxes = torch.tensor([[0, *_BOX]])
     pooled = deform_roi_pool(

@@ -1,4 +1,4 @@
-"""Which pictures the gallery takes from a script."""
+"""Selects the figures of a gallery script."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from sphinx_gallery.scrapers import figure_rst
 def shown_figures(
     block: tuple[Any, ...], block_vars: dict[str, Any], gallery_conf: dict[str, Any]
 ) -> str:
-    """The figures that a cell made and named, whether by pyplot or not."""
+    """Saves the figures that a cell assigned to variables, with or without pyplot."""
     seen = block_vars.setdefault("seen_figures", [])
     paths = []
     for value in block_vars["example_globals"].values():

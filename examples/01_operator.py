@@ -32,9 +32,9 @@ print(
 # %%
 # Special cases
 # -------------
-# If every tap shifts by its own distance from the center, the kernel is dilated by 2. If all taps
-# move alike, they sample a shifted image. Other offsets give filters that no plain convolution
-# has.
+# If every tap is shifted by its own distance from the center, the kernel is dilated by 2. If all
+# taps are shifted equally, they sample a shifted image. Other offsets give filters that no plain
+# convolution can have.
 
 taps = torch.stack(torch.meshgrid(torch.arange(-1, 2), torch.arange(-1, 2), indexing="ij"), dim=-1)
 taps = taps.reshape(9, 2).float()  # (y, x) of each tap, relative to the center
@@ -84,8 +84,9 @@ for ax, (name, shifts) in zip(axes, kinds.items(), strict=True):
 plt.show()
 
 # %%
-# Blue is the position of the output, orange its taps; gray shows the weight of each pixel.
+# The blue cross is the position of the output, the orange dots are its taps, and gray shows the
+# weight of each pixel.
 #
-# The operator has gradients with respect to the offsets, so a network can learn them:
-# :class:`deformnet.nn.DeformConv2d` computes its offsets with a convolution of its own. See
+# The operator is differentiable with respect to the offsets, so a network can learn them:
+# :class:`deformnet.nn.DeformConv2d` computes its offsets with its own convolution. See
 # :doc:`/operators` for the rules at the border of the map.

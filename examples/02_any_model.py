@@ -42,7 +42,7 @@ except ValueError as error:
 # -----
 # Layers that compute offsets often need a smaller learning rate than the rest.
 # :func:`deformnet.nn.parameter_groups` returns parameter groups for an optimizer. Pass weight decay
-# there and not to the optimizer, so that biases and batch norm are excluded from it.
+# to this function and not to the optimizer, so that it excludes biases and batch norm.
 
 groups = parameter_groups(model, lr=0.01, offset_lr_scale=0.1, weight_decay=5e-4)
 for group in groups:
@@ -62,7 +62,7 @@ for name in names:
     print(f"{name}: largest weight of conv_offset {layer.conv_offset.weight.abs().max():.1e}")
 
 # %%
-# The weights of the offset convolutions are no longer zero: sampling locations have started to
+# The weights of the offset convolutions are no longer zero, so sampling locations have started to
 # move.
 #
 # Cost

@@ -6,7 +6,7 @@ Figure 6 of the paper shows the image points that a unit samples through three d
 9, 81 and 729 of them. :func:`deformnet.analysis.record_sampling` computes them for any model with
 deformable layers.
 
-Here a small network learns a task that needs a large receptive field: to predict, at every pixel,
+Here a small network learns a task that needs a large receptive field: predicting, at every pixel,
 the radius of the disc that it belongs to. Three plain layers see 28 pixels of the image; discs
 have diameters of up to 60.
 """
@@ -54,7 +54,7 @@ layers = deform_(model, "[234].0")
 # %%
 # Training
 # --------
-# A few seconds are enough for the offsets to move. Their learning rate is a tenth of the others'.
+# A few seconds are enough for the offsets to move. Their learning rate is a tenth of the base rate.
 
 generator = torch.Generator().manual_seed(0)
 optimizer = torch.optim.Adam(parameter_groups(model, lr=0.01, offset_lr_scale=0.1))
@@ -70,8 +70,8 @@ for iteration in range(200):
 # %%
 # The figure
 # ----------
-# A single forward pass is recorded; then the sampling locations of any unit can be computed. Layers
-# are named from the top down.
+# After recording a single forward pass, the sampling locations of any unit can be computed. Layers
+# are listed from the top down.
 
 from deformnet.analysis import SamplingLocations, record_sampling
 from deformnet.visualization import SampledUnit, sampling_figure
@@ -86,7 +86,7 @@ for what, disc in (("small disc", (radius > 0) & (radius < 1)), ("large disc", r
 stack = record_sampling(model, images, layers[::-1])
 
 
-def look(what: str, point: tuple[float, float], at_rest: bool) -> SampledUnit:
+def sampled_unit(what: str, point: tuple[float, float], at_rest: bool) -> SampledUnit:
     unit = stack.unit_at(point)
     levels = [stack.locations(unit, depth=depth, zero_offsets=at_rest) for depth in (1, 2, 3)]
     first = [
@@ -95,14 +95,14 @@ def look(what: str, point: tuple[float, float], at_rest: bool) -> SampledUnit:
     return SampledUnit(shown, what, stack.center(unit), first)
 
 
-looks = {
-    name: [look(what, point, at_rest) for what, point in places.items()]
+rows = {
+    name: [sampled_unit(what, point, at_rest) for what, point in places.items()]
     for name, at_rest in (("without offsets", True), ("with them", False))
 }
-figure = sampling_figure(looks)
+figure = sampling_figure(rows)
 
 # %%
-# Without offsets, as in the untrained network, the 729 points fall on a 7x7 grid. With the learned
+# Without offsets, as in the untrained network, the 729 points fall on a 7x7 grid. With learned
 # offsets, a unit on a large disc samples a wide area, and a unit on a small disc stays close to it.
 # The range of the offsets depends on the task: where distant pixels do not help, they stay small.
 #

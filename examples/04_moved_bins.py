@@ -5,16 +5,15 @@ Deformable RoI bins
 Deformable RoI pooling shifts the bins of a box to the parts of the object (Figure 7 of the paper).
 :func:`deformnet.analysis.bin_locations` computes their positions.
 
-Here the task rewards moving bins: predict the color of a bar that lies somewhere in a box full of
-other colors. The prediction is the mean over all bins, so it is right only if the bins lie on the
-bar.
+Here the task rewards moving bins: predict the color of a bar somewhere in a box full of other
+colors. The prediction is the mean over all bins, so it is only correct if the bins lie on the bar.
 """
 
 # %%
 # A task and a network
 # --------------------
-# The bins read the colors of the image; only their positions are learned. The offsets are computed
-# from the features of two convolutions, as in Figure 4 of the paper.
+# The bins read the colors of the image; only their positions are learned. The layer computes
+# offsets from the features of two convolutions, as in Figure 4 of the paper.
 
 import torch
 from torch import Tensor, nn
@@ -84,15 +83,15 @@ from deformnet.visualization import DetectionBins, bins_figure
 images, _ = bars(6, generator)
 boxes = boxes_of(images)
 bins = bin_locations(model, "pool", images, boxes)
-found = [
+detections = [
     DetectionBins((255 * image).to(torch.uint8), "a bar", box[1:], plain, moved)
     for image, box, plain, moved in zip(
         images, boxes, bins.regular, bins.deformed[:, 0], strict=True
     )
 ]
-figure = bins_figure(found)
+figure = bins_figure(detections)
 
 # %%
-# Bins keep their size; they can only move. In a detector the paper's layers have separate offsets
+# Bins keep their size; they can only move. In a detector, the paper's layers have separate offsets
 # for every class, and :meth:`~deformnet.analysis.BinLocations.of_groups` selects those of a
-# detection. They are learned from boxes and classes alone, so they move less clearly than here.
+# detection. They are learned from boxes and classes alone, so bins move less clearly than here.

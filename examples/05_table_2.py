@@ -10,8 +10,8 @@ between adjacent samples, by the size of the object at their center.
 # %%
 # Data and task
 # -------------
-# Synthetic scenes, and a task that needs a large receptive field: to predict the size of the
-# object at every pixel.
+# Synthetic scenes, and a task that needs a large receptive field: predicting the size of the object
+# at every pixel.
 
 import torch
 from torch import Tensor, nn
@@ -73,8 +73,8 @@ for iteration in range(200):
 # %%
 # The table
 # ---------
-# Small objects have less than 96x96 pixels in the original image, large ones more than 224x224.
-# The images here have a side of 96; with a scale of 0.2 they count as resized from 480. Each cell
+# Small objects have fewer than 96x96 pixels in the original image, large ones more than 224x224.
+# The images here have a side of 96; with a scale of 0.2, they count as resized from 480. Each cell
 # has the mean, the standard deviation and the number of filters.
 
 from deformnet.analysis import dilation_statistics
@@ -90,5 +90,5 @@ figure = dilation_figure(rows)
 
 # %%
 # The untrained network has 1.0 ± 0.0 everywhere. After training, effective dilation grows with
-# object size, most of all in the top layer, as the task demands. For a trained run, ``deformnet
+# object size, most of all in the top layer, as the task requires. For a trained run, ``deformnet
 # inspect analyze RUN --data DIR --out DIR`` computes the same table.

@@ -15,8 +15,8 @@ does the same (see :doc:`/command-line`):
 # %%
 # A folder
 # --------
-# It contains images, label maps of class indices, a list of images for each split, and the names of
-# the classes unless they are VOC's. Here all shapes are one class, to keep training short.
+# The folder contains images, label maps of class indices, a list of images for each split, and the
+# names of the classes unless they are VOC's. Here all shapes are one class, to keep training short.
 
 import tempfile
 from pathlib import Path
@@ -74,7 +74,7 @@ print(sorted(path.name for path in run.iterdir()))
 print(result)
 
 # %%
-# Forty iterations from random weights are few. For photographs, start from pretrained weights
+# Forty iterations from random weights are not much. For photographs, start from pretrained weights
 # (``init="IMAGENET1K_V1"``) and train for thousands of iterations.
 #
 # Evaluate and predict

@@ -2,9 +2,8 @@
 Your own training loop
 ======================
 
-Deformable layers need no special training loop, neither in plain PyTorch nor in Lightning. What
-can go wrong is that their offsets run away; :class:`~deformnet.analysis.OffsetObserver` detects
-it.
+Deformable layers need no special training loop, neither in plain PyTorch nor in Lightning. But
+their offsets can run away; :class:`~deformnet.analysis.OffsetObserver` detects this.
 """
 
 # %%
@@ -144,5 +143,5 @@ for lr in (0.05, 2.0):
         print(f"    {name:12} {float(value):.3f}")
 
 # %%
-# With a far too high learning rate the offsets leave the map. ``deformnet train`` warns of it,
-# naming the layer, and stops with ``--stop-on-runaway``.
+# If the learning rate is far too high, sampling locations leave the map. ``deformnet train`` then
+# prints a warning that names the layer; with ``--stop-on-runaway``, it stops the run.

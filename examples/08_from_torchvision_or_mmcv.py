@@ -73,8 +73,8 @@ print(difference(ours, theirs))
 # -------------
 # ``DeformConv2dPack`` and ``ModulatedDeformConv2dPack`` have the same state-dict keys as our
 # layer, so their weights load directly. mmcv's mask is a sigmoid, ours is twice a sigmoid so that
-# a new layer starts as a plain convolution; halving the weight compensates. mmcv does not need to
-# be installed to see this: here is its modulated layer, written with torchvision's operator.
+# a new layer starts as a plain convolution; halving the weight compensates. To run without mmcv,
+# this example implements mmcv's modulated layer with torchvision's operator.
 
 
 class ModulatedDeformConv2dPack(nn.Conv2d):
@@ -104,9 +104,9 @@ print(difference(new(x), old(x)))
 # --------------------------
 # :func:`deformnet.models.backbones.foreign.from_mmdetection` (and ``from_detectron2``) extracts
 # the ResNet from a checkpoint: it renames the keys, halves the weights of modulated layers, and
-# reports the keys that it skipped. Unexpected keys are an error. ``deformnet weights import`` is
-# the command; see :doc:`/weights`. Here the network is torchvision's ResNet-18 with two modulated
-# layers, and the checkpoint uses mmdetection's key names; a real one comes from
+# reports the keys that it skipped. Unexpected keys are an error. On the command line, use
+# ``deformnet weights import``; see :doc:`/weights`. Here the network is torchvision's ResNet-18
+# with two modulated layers, and the checkpoint uses mmdetection's key names; a real one comes from
 # ``torch.load(path, weights_only=True)``.
 
 from deformnet.models.backbones.foreign import from_mmdetection
@@ -121,20 +121,27 @@ checkpoint = {
 }
 checkpoint["bbox_head.fc_cls.weight"] = torch.zeros(21, 512)
 
-found = from_mmdetection({"state_dict": checkpoint})
-print(found.backbone, "with", found.deform_layers, "deformable layers, modulated:", found.modulated)
-for what, keys in found.ignored.items():
+converted = from_mmdetection({"state_dict": checkpoint})
+print(
+    converted.backbone,
+    "with",
+    converted.deform_layers,
+    "deformable layers, modulated:",
+    converted.modulated,
+)
+for what, keys in converted.ignored.items():
     print(f"ignored, {what}: {len(keys)} keys, such as {keys[0]}")
 
 # %%
-# The converted weights load into our backbone, or can be saved for ``--init``. The features are the
-# same.
+# The converted weights load into our backbone, or can be saved for ``--init``. The features are
+# equal up to rounding.
 
 from deformnet.models.backbones import backbone
 
-options = {"output_stride": 32, "reduce_channels": None}
-new = backbone("resnet18", deform_layers=2, modulated=True, **options).eval()
-new.load_state_dict(found.state, strict=False)  # num_batches_tracked is not converted
+new = backbone(
+    "resnet18", deform_layers=2, modulated=True, output_stride=32, reduce_channels=None
+).eval()
+new.load_state_dict(converted.state, strict=False)  # num_batches_tracked is not converted
 features: list[Tensor] = []
 
 

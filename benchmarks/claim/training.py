@@ -50,9 +50,10 @@ class Images(NamedTuple):
 
 
 class SmallResNet(Backbone):
-    """A 3x3 convolution with 16 channels; residual blocks with 32, 64, and twice 96 (conv5) channels.
+    """A 3x3 convolution with 16 channels, then residual blocks with 32, 64, 96 and 96 channels.
 
-    Both conv4 and conv5 have stride 8. `deform_layers` of the 3x3 convolutions are deformable.
+    Conv4 (64 channels) and conv5 (96 channels) have stride 8. The last `deform_layers` 3x3
+    convolutions are deformable.
     """
 
     name = "small ResNet"
