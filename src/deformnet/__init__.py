@@ -1,7 +1,7 @@
 """Deformable convolutional networks (Dai et al. 2017) for PyTorch.
 
-Names and sub-packages are imported on first use, so `import deformnet` alone is free. The operators
-register themselves with PyTorch when `deformnet.ops` is imported.
+Names and subpackages are imported on first use, so `import deformnet` alone costs nothing.
+Importing `deformnet.ops` registers the operators with PyTorch.
 """
 
 import importlib

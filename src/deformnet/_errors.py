@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend, as opposed to faults of this package."""
+"""Errors caused by the user, as opposed to bugs in this package."""
 
 import importlib.util
 
@@ -7,7 +7,7 @@ class UserError(ValueError):
     """A mistake in the data, files, options or settings that a user passed in.
 
     The command line prints the message as one line. Any other ValueError, TypeError or RuntimeError
-    is a fault of this package and keeps its traceback.
+    is a bug in this package and keeps its traceback.
     """
 
 
@@ -19,7 +19,7 @@ def require_extra(part: str, extra: str, *modules: str) -> None:
     """Refuses to import a part whose optional dependencies are missing.
 
     Args:
-        part: what was asked for, such as "deformnet.models".
+        part: name of the part, such as "deformnet.models".
         extra: the extra of the package that installs the modules.
         modules: names of the top-level modules that the part needs.
 

@@ -1,4 +1,4 @@
-"""Operators in plain functions. Imports PyTorch alone."""
+"""Operators as functions. Requires only PyTorch."""
 
 from deformnet.ops.backends import using
 from deformnet.ops.deform_conv.api import deform_conv2d

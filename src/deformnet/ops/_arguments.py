@@ -1,7 +1,7 @@
-"""Checks of arguments that several operators share.
+"""Argument checks shared by several operators.
 
-Sizes may be symbolic: these run in the public functions, in the fakes that a compiler traces, and
-in the kernels (so that a call through `torch.ops` never reads outside its tensors either).
+Sizes may be symbolic: the checks run in the public functions, in the fakes that a compiler traces,
+and in the kernels (so that calls through `torch.ops` do not read outside their tensors either).
 """
 
 import operator
@@ -41,10 +41,10 @@ def positive(name: str, value: Any) -> int:
 
 
 def one_of(name: str, value: object, choices: Sequence[object]) -> None:
-    """Check an argument that has a few values.
+    """Check that an argument has one of a few values.
 
     Raises:
-        ValueError: if it is none of the choices.
+        ValueError: if it is not one of the choices.
     """
     if value not in choices:
         raise ValueError(f"expected {name} to be one of {tuple(choices)}, but got {value!r}")
@@ -110,10 +110,10 @@ def check_input(input: Any) -> None:
 def check_tensor(
     name: str, tensor: Any, rank: int, like: Tensor | None = None, or_float32: bool = False
 ) -> None:
-    """Check type and rank; and dtype and device against `like`, the input.
+    """Check type and rank, and also dtype and device against `like`, the input.
 
     Args:
-        or_float32: accept float32 beside a half-precision input.
+        or_float32: also accept float32 with a half-precision input.
 
     Raises:
         TypeError: if it is not a tensor or has the wrong dtype.
@@ -142,16 +142,16 @@ def check_tensor(
 
 
 def values_known(tensor: Tensor) -> bool:
-    """Whether a tensor has values that Python may look at: it is neither fake nor being traced."""
+    """Whether Python can read the values of a tensor: it is neither fake nor being traced."""
     return not (torch.compiler.is_compiling() or tensor.is_meta or isinstance(tensor, FakeTensor))
 
 
 def shape_text(tensor: Tensor) -> str:
-    """The shape for a message."""
-    # Spelled out: a compiler that traces this formats symbolic sizes, but not a list of them.
+    """Formats a shape for a message."""
+    # A compiler that traces this can format symbolic sizes, but not a list of them.
     return f"[{', '.join([f'{size}' for size in tensor.shape])}]"
 
 
 def dtype_names(dtypes: tuple[torch.dtype, ...]) -> str:
-    """The dtypes for a message."""
+    """Formats dtypes for a message."""
     return ", ".join(str(dtype) for dtype in dtypes)

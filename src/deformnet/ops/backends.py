@@ -1,4 +1,4 @@
-"""Which implementation can run, why the others cannot, and which one a call takes."""
+"""Backends: which implementations can run, why the others cannot, and which one a call uses."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -13,10 +13,10 @@ from deformnet.ops.cpu import loading
 
 Backend: TypeAlias = Literal["auto", "reference", "cpu", "triton"]
 
-# Asked once: a compiler may then take the answer for a constant.
+# Computed once, so that a compiler can treat it as a constant.
 CPU_UNAVAILABLE: str | None = loading.why_unavailable()
 
-# The fast implementation for each type of device; meta tensors take the operator's fake.
+# The fast implementation for each device type; meta tensors use the operator's fake.
 _FAST: dict[str, Backend] = {"cpu": "cpu", "meta": "cpu", "cuda": "triton"}
 
 _default: ContextVar[Backend] = ContextVar("deformnet_default_backend", default="auto")
@@ -26,16 +26,16 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def names() -> tuple[Backend, ...]:
-    """The implementations by name: the values of `backend=` other than "auto"."""
+    """Names of the implementations: the values of `backend=` other than "auto"."""
     return get_args(Backend)[1:]
 
 
 def why_unavailable(backend: str, device: str | None = None) -> str | None:
-    """The reason why an implementation cannot run, or None if it can.
+    """Returns the reason why an implementation cannot run, or None if it can.
 
     Args:
         backend: one of `names()`.
-        device: a type of device, such as "cpu" or "cuda". None: any device of this machine.
+        device: device type, such as "cpu" or "cuda"; None means any device of this machine.
 
     Raises:
         ValueError: if the name is unknown.
@@ -57,17 +57,17 @@ def why_unavailable(backend: str, device: str | None = None) -> str | None:
 
 @contextmanager
 def using(backend: Backend) -> Iterator[None]:
-    """Context manager that decides what `backend="auto"` means inside.
+    """Context manager that sets the backend that `backend="auto"` selects.
 
-    With "reference", layers and converted models can be differentiated twice, and have
-    forward-mode derivatives::
+    With "reference", layers and converted models support double backward and forward-mode
+    differentiation::
 
         with deformnet.ops.using("reference"):
             torch.func.jvp(model, (images,), (tangents,))
 
-    The choice is local to the thread and the asynchronous task. A call that names its backend
-    ignores it. Under `torch.compile` enter it outside of the compiled function, which is then
-    compiled once for each choice (before PyTorch 2.14, only for the choice at its first call).
+    The setting is local to the thread and the asynchronous task. Calls that name their backend
+    ignore it. With `torch.compile`, enter the context outside of the compiled function, which is
+    then compiled once per setting (before PyTorch 2.14, only for the setting at its first call).
 
     Args:
         backend: "reference", "cpu" or "triton"; "auto" restores the default inside another
@@ -87,14 +87,14 @@ def using(backend: Backend) -> Iterator[None]:
 
 
 def resolve(backend: str, device: str) -> str:
-    """The implementation that a call with `backend` runs for tensors on this type of device.
+    """Returns the implementation that a call with `backend` uses for tensors on a device type.
 
-    "auto" takes the backend of `using`, else the fast one, else the reference with one warning
+    "auto" selects the backend of `using`, else the fast one, else the reference, with one warning
     that gives the reason.
 
     Raises:
         ValueError: if the name is unknown.
-        RuntimeError: if a backend is chosen by name and cannot run.
+        RuntimeError: if a backend selected by name cannot run.
     """
     if backend == "auto":
         backend = _chosen()
@@ -116,18 +116,18 @@ def _require(backend: str, device: str | None) -> None:
 
 
 def _constant(function: _F) -> _F:
-    # As torch.compiler.assume_constant_result, which would import torch._dynamo (over a second).
+    # Like torch.compiler.assume_constant_result, which imports torch._dynamo (over a second).
     function._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
     return function
 
 
-# A compiler that traces this need not ask the GPU's driver.
+# A compiler that traces this does not need to query the GPU driver.
 @_constant
 def _why_no_triton() -> str | None:
     return triton.why_unavailable()
 
 
-# A compiler would refuse to trace the warning, so it is given while tracing.
+# A compiler cannot trace the warning, so it is issued during tracing.
 @_constant
 def _warn_once(device: str, reason: str | None) -> None:
     if device in _warned:
@@ -144,6 +144,6 @@ def _chosen() -> Backend:
     return _default.get()
 
 
-# PyTorch 2.14 traces the variable, and compiles again when it changes.
+# PyTorch 2.14 traces the variable, and recompiles when it changes.
 if torch.__version__ < "2.14":
     _chosen = _constant(_chosen)

@@ -1,6 +1,6 @@
 """FLOP formulas of the operators, for `torch.utils.flop_counter.FlopCounterMode`.
 
-That module imports Triton, so formulas wait until someone imports it.
+That module imports Triton, so formulas are registered only when it is imported.
 """
 
 import importlib.abc
@@ -28,7 +28,7 @@ def register(operator: Any, formula: Callable[..., int]) -> None:
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds the module as usual, and adds the formulas once it is loaded."""
+    """Finds the module as usual, and registers the formulas after it is loaded."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None

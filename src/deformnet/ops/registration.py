@@ -37,24 +37,23 @@ class Kernels(NamedTuple):
 class Operator:
     """An operator `torch.ops.deformnet.NAME`, and NAME_backward for its gradients.
 
-    Both are registered when this is created: the kernels with the checks in front, fake
-    implementations, first derivatives (the fast kernels refuse second and forward-mode ones),
-    autocast, and FLOP formulas. Calling the operator is what its public function does with its
-    arguments.
+    Creating an instance registers both: kernels with argument checks, fake implementations, first
+    derivatives (the fast kernels do not support double backward and forward mode), autocast, and
+    FLOP formulas. The public function calls the instance with its arguments.
 
     Args:
         name: name of the operator.
         schema: arguments of the operator, the tensors first.
-        settings: a NamedTuple of the arguments that are not tensors.
+        settings: a NamedTuple of the non-tensor arguments.
         check: `check(*tensors, settings)` returns the shape of the output, or raises if an
             argument is wrong. Sizes may be symbolic, and values unknown.
-        check_values: `check_values(*tensors)` raises if a value is wrong, where that needs no
+        check_values: `check_values(*tensors)` raises if a value is wrong, if checking it needs no
             synchronization.
         differentiable: names of the tensors that have gradients.
         positions: names of the tensors that autocast casts to float32 instead of its own dtype.
-        biases: names of the tensors of one number per output channel that the output is a sum
-            with. The backward pass does not take them.
-        keeps_memory_format: whether the output is channels-last where the first tensor is.
+        biases: names of the tensors with one number per output channel that are added to the
+            output. The backward pass does not take them.
+        keeps_memory_format: whether the output is channels-last if the first tensor is.
         reference: `reference(*tensors, settings)`, in plain PyTorch.
         cpu: the kernels for tensors on the CPU.
         triton: imports the kernels for tensors on a GPU.
@@ -312,7 +311,7 @@ class Operator:
     # ---------------------------------------------------------------------------------- autocast
 
     def _autocast(self, device: str, tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-        """The tensors as autocast casts them; float64 stays float64, as in PyTorch's operators."""
+        """Tensors cast as under autocast; float64 stays float64, as in PyTorch's operators."""
         low = torch.get_autocast_dtype(device)
         pairs = zip(tensors, self._is_position, strict=True)
         return tuple([_cast(t, torch.float32 if position else low) for t, position in pairs])

@@ -1,4 +1,4 @@
-"""What the CPU kernels of several operators share."""
+"""Code shared by the CPU kernels of several operators."""
 
 from deformnet.ops.cpu.loading import instruction_set, select_instruction_set, why_unavailable
 

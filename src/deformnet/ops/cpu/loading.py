@@ -1,7 +1,7 @@
 """Loading of the compiled library, and calls into it.
 
-The library needs no header of PyTorch, so one build serves every version of it; tensors are passed
-as pointers. It uses PyTorch's number of threads and the OpenMP runtime that PyTorch has loaded.
+The library does not use PyTorch's headers, so one build works with every version; tensors are
+passed as pointers. It uses PyTorch's number of threads and the OpenMP runtime that PyTorch has loaded.
 """
 
 import ctypes
@@ -72,10 +72,10 @@ def instruction_set() -> str:
 
 
 def select_instruction_set(name: str) -> None:
-    """Use another instruction set than the best one, for tests and comparisons.
+    """Select an instruction set other than the best one, for tests and comparisons.
 
     Raises:
-        ValueError: if this build or this machine does not have it.
+        ValueError: if this build or this machine does not support it.
     """
     if _library().deformnet_select_instruction_set(name.encode()):
         raise ValueError(f"instruction set {name!r} is not available on this machine")

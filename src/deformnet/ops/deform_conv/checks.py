@@ -1,4 +1,4 @@
-"""What deformable convolution accepts."""
+"""Argument checks of deformable convolution."""
 
 from typing import Literal, NamedTuple, TypeAlias, get_args
 

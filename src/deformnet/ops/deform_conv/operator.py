@@ -1,4 +1,4 @@
-"""Deformable convolution as PyTorch knows it."""
+"""Registration of deformable convolution with PyTorch."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""What the RoI poolings accept."""
+"""Argument checks of RoI pooling."""
 
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, TypeAlias, get_args
@@ -38,7 +38,7 @@ class Rule(NamedTuple):
 def check(
     input: Tensor, boxes: Tensor, offset: Tensor | None, rule: Rule
 ) -> tuple[int, int, int, int]:
-    """Check all arguments of a pooling but the values of `boxes`.
+    """Check all arguments of a pooling operator except the values of `boxes`.
 
     Returns:
         The shape [R, C, ph, pw] of the output.
@@ -120,7 +120,7 @@ def _check_rule(rule: Rule) -> None:
 
 
 def check_image_indices(input: Tensor, boxes: Tensor, offset: Tensor | None = None) -> None:
-    """Check that boxes [R, 5] belong to images of the batch, where that needs no synchronization.
+    """Check that boxes [R, 5] belong to images of the batch, if this needs no synchronization.
 
     Raises:
         ValueError: if an index is not one of 0, ..., N - 1.
@@ -138,7 +138,7 @@ def check_image_indices(input: Tensor, boxes: Tensor, offset: Tensor | None = No
 
 
 def join_boxes(boxes: Tensor | Sequence[Tensor], input: Tensor) -> Tensor:
-    """Convert a list of the boxes [r, 4] of each image to one tensor [R, 5].
+    """Convert a list with the boxes [r, 4] of each image to one tensor [R, 5].
 
     Raises:
         TypeError: if it is neither a tensor nor a list of tensors.

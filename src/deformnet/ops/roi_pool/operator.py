@@ -1,4 +1,4 @@
-"""RoI pooling as PyTorch knows it: one operator for plain and position-sensitive pooling."""
+"""Registration of RoI pooling with PyTorch: one operator, plain or position-sensitive."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""What the Triton kernels of all operators share, and whether they can run.
+"""Code shared by the Triton kernels of all operators, and whether they can run.
 
 Importing this package does not import Triton, so `import deformnet` costs nothing on a machine
 without a GPU. `sampling` and `sums`, and each operator's own `triton.py`, do import it.
@@ -15,7 +15,7 @@ _MINIMUM_CAPABILITY = (8, 0)
 
 @functools.cache
 def why_unavailable() -> str | None:
-    """The reason why the kernels cannot run here, or None if they can."""
+    """Returns the reason why the kernels cannot run on this machine, or None if they can."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     if not torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""Gradients of a map, to which many programs add at the same places.
+"""Gradients of a map to which many programs add at the same positions.
 
 Floating-point numbers added in any order give a sum that differs in its last bits from run to run.
 Under `torch.use_deterministic_algorithms(True)` they are added as integer multiples of a unit
@@ -69,7 +69,7 @@ class Sums:
 
 
 def deterministic() -> bool:
-    """Whether PyTorch is told to give the same bits in every run."""
+    """Whether PyTorch is set to use deterministic algorithms."""
     return torch.are_deterministic_algorithms_enabled()
 
 
