@@ -101,7 +101,7 @@ def test_a_run_is_trained_once(network, tmp_path, monkeypatch):
     assert [row["layer"] for row in found["dilation"]] == list(LAYERS)
     monkeypatch.setattr(training, "train", None)
     assert training.result(run, budget, tmp_path) == found
-    with pytest.raises(ValueError, match=r"strength1-seed0.json: wanted a run of .*'steps': 3"):
+    with pytest.raises(ValueError, match=r"strength1-seed0.json: expected a run of .*'steps': 3"):
         training.result(run, replace(budget, steps=3), tmp_path)
 
 
@@ -172,4 +172,4 @@ def test_invalid_fractions(tmp_path, monkeypatch, capsys, fraction):
     monkeypatch.setattr("sys.argv", ["claim", str(tmp_path), f"--fraction={fraction}"])
     with pytest.raises(SystemExit):
         command.main()
-    assert "--fraction: wanted a finite number above 0, got" in capsys.readouterr().err
+    assert "argument --fraction: expected" in capsys.readouterr().err

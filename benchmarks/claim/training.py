@@ -73,8 +73,9 @@ class SmallResNet(Backbone):
         require_images(images)
         return self.layer3(self.layer2(self.stem(images)))
 
-    def conv5(self, conv4: Tensor) -> Tensor:
-        return self.layer4(conv4)
+    @property
+    def conv5_stage(self) -> nn.Module:
+        return self.layer4
 
     def filter_chain(self) -> tuple[str, ...]:
         return tuple(f"layer4.{block}.{conv}" for block in (1, 0) for conv in ("conv2", "conv1"))

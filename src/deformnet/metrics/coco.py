@@ -78,9 +78,7 @@ def coco_ap(
 
 def coco_table(numbers: Mapping[str, float]) -> Table:
     """The numbers of `coco_ap` in percent."""
-    return Table(
-        "COCO AP and AR in percent", (), [(name, percent(v)) for name, v in numbers.items()]
-    )
+    return Table("COCO AP and AR", (), [(name, percent(v)) for name, v in numbers.items()])
 
 
 def _read(path: Path, iou_type: str) -> dict[str, list[dict[str, Any]]]:

@@ -39,7 +39,8 @@ class DetectionScores:
     def __str__(self) -> str:
         images = f"{self.json['images_with_detections']} of {self.json['images']} images"
         counts = f"{self.json['detections']} detections in {images}"
-        return "\n\n".join([counts, *map(str, self.tables)])
+        titled = (table._replace(title=f"{table.title}, percent") for table in self.tables)
+        return "\n\n".join([counts, *map(str, titled)])
 
 
 class GroundTruthSet(ABC):

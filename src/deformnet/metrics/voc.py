@@ -83,7 +83,7 @@ class VOCScores:
         columns = zip(self.classes, self.objects, zip(*self.ap, strict=True), strict=True)
         rows = [*columns, ("mean", sum(self.objects), self.mean_ap)]
         return Table(
-            f"VOC AP in percent, {self.method}",
+            f"VOC AP ({self.method})",
             ("class", "objects", *(f"AP@{iou:g}" for iou in self.ious)),
             [(name, str(count), *map(percent, values)) for name, count, values in rows],
         )
