@@ -11,7 +11,7 @@ setup: $(READY)
 
 # Remade when the dependencies or the C++ sources change, and only then.
 $(READY): pyproject.toml $(NATIVE)
-	@echo "Setting up $(VENV): PyTorch is some gigabytes, which takes a few minutes."
+	@echo "Setting up $(VENV): PyTorch takes several gigabytes; this takes a few minutes."
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
@@ -36,14 +36,14 @@ sanitize: $(READY)
 	ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 DEFORMNET_TEST_LIBRARY=$(abspath $(SANITIZED))/deformnet/ops/cpu/libdeformnet_cpu.so \
 	$(BIN)/python -m pytest -n auto tests/ops -k "not compiler and not triton"
 
-# Where `make bench` leaves its figures and pictures.
+# Output folder of `make bench`.
 BENCH ?= bench
 bench: $(READY)
 	$(BIN)/python -m benchmarks.deform_conv --out $(BENCH)
 	$(BIN)/python -m benchmarks.sweeps --out $(BENCH)
 	$(BIN)/python -m benchmarks.roi_pool --out $(BENCH)
-	$(BIN)/deformnet bench table4 --out $(BENCH)/table4.json
-	$(BIN)/deformnet bench training-step --out $(BENCH)/training-step.json
+	$(BIN)/deformnet paper table4 --out $(BENCH)/table4.json
+	$(BIN)/deformnet paper training-step --out $(BENCH)/training-step.json
 
 # The gallery's scripts run as the pages are built, on one thread as their tensors are small; any
 # warning is an error.

@@ -31,7 +31,7 @@ class BinLocations(NamedTuple):
         background, k + 1 for class k.
 
         Args:
-            groups: Integers [R], 0 to G - 1. If all classes share one group, that one is returned.
+            groups: Integers [R], 0 to G - 1. If all classes share one group, its bins are returned.
 
         Raises:
             ValueError: If the shape is wrong, or a group does not exist.

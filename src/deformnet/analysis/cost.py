@@ -33,7 +33,7 @@ def count_flops(call: Callable[[], object]) -> int:
     A multiply-add is two operations. As in PyTorch's `FlopCounterMode`, convolutions and matrix
     products count (with every tap, also at the border, and without biases), and also:
 
-    - Deformable convolution, torchvision's included: the multiply-adds of the plain convolution,
+    - Deformable convolution, including torchvision's: the multiply-adds of the plain convolution,
       and four for each channel of each sample, one for each pixel of the bilinear read. A mask is
       free, as it is multiplied into the four weights. `conv_offset` counts as any convolution.
     - Deformable RoI pooling, position-sensitive or not, with and without offsets: four
@@ -43,10 +43,10 @@ def count_flops(call: Callable[[], object]) -> int:
       and four multiply-adds for each channel of each sample wherever it is read again (for the
       weights), scattered to the map, or compared with its pixels (for offsets and masks).
 
-    This is arithmetic by definition, whatever a kernel saves or adds. Element-wise operations,
-    normalization, max pooling, interpolation, torchvision's other operators (such as `nms` and
-    `roi_align`) and the reference implementation (`backend="reference"`), except its matrix
-    products, do not count.
+    These are the operations of the definition, whatever a kernel saves or adds. Element-wise
+    operations, normalization, max pooling, interpolation, torchvision's other operators (such as
+    `nms` and `roi_align`) and the reference implementation (`backend="reference"`), except its
+    matrix products, do not count.
 
     Args:
         call: Computation such as `lambda: model(images)`; called once, on real or meta tensors.
@@ -114,7 +114,7 @@ def model_cost(model: nn.Module, *inputs: Any, repeats: int = 5) -> ModelCost:
     Args:
         model: Any network; run in evaluation mode without gradients.
         inputs: Arguments of the model.
-        repeats: Timed passes of the layers and of the model, each after a warm-up; at least 1.
+        repeats: Timed passes of the layers and of the model, each after a warmup; at least 1.
 
     Raises:
         ValueError: If `repeats` is less than 1.
@@ -239,7 +239,7 @@ def _torchvision_backward(
 def _multiply_adds(
     input: Sequence[int], weight: Sequence[int], output: Sequence[int]
 ) -> tuple[int, int]:
-    """Those of the convolution's products, N*Ho*Wo*C_out*C/groups*K, and of the reads."""
+    """Multiply-adds of the products, N*Ho*Wo*C_out*C/groups*K, and of the bilinear reads."""
     out_channels, group_channels, kh, kw = weight
     taps = output[0] * output[2] * output[3] * kh * kw
     return taps * out_channels * group_channels, taps * input[1] * 4

@@ -131,7 +131,7 @@ def dilation_maps(
 class MeanStd:
     """Mean and standard deviation of a sample; None if it is empty.
 
-    The standard deviation is that of the sample (divided by `count`).
+    The standard deviation has no Bessel's correction: the variance is divided by `count`.
     """
 
     count: int

@@ -77,8 +77,10 @@ class EffectiveField:
     Attributes:
         gradient: [H, W], |d unit / d pixel|, summed over the image channels and averaged over the
             images.
-        side: Side of the square around the unit's center that contains 95 % of it, in pixels.
-        fraction_inside: Fraction of it inside the theoretical receptive field without offsets.
+        side: Side of the square around the unit's center that contains 95% of the gradient, in
+            pixels.
+        fraction_inside: Fraction of the gradient inside the theoretical receptive field without
+            offsets.
     """
 
     gradient: Tensor
@@ -122,7 +124,7 @@ def effective_receptive_field(
     *,
     call: Callable[[Tensor], object] | None = None,
 ) -> EffectiveField:
-    """Effective receptive field of a unit: the gradient of its activation in the image.
+    """Effective receptive field of a unit: its gradient with respect to the image.
 
     The activation is the sum over the channels of the layer's output. The gradient includes the
     path through the offsets of deformable layers. The same unit of a deformable network and its

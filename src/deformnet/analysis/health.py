@@ -44,16 +44,16 @@ class LayerHealth:
     map_size: int
 
     def runaway(self) -> str | None:
-        """Why the offsets run away; None if they do not.
+        """Reason why the offsets run away; None if they do not.
 
-        Any of three conditions, none of which is useful to a filter:
+        They run away if any of these conditions holds, none of which is useful to a filter:
 
-        - the maximum shift exceeds the map size, so that a sample is outside wherever it started;
+        - the maximum shift exceeds the map size, so that a sample is outside wherever its unit is;
         - the mean shift exceeds half of the map size;
         - more than half of the samples inside the map without offsets are outside with them: the
           layer mostly reads zeros, and as these samples have no gradient, they stay outside.
 
-        Non-finite values fulfill these conditions.
+        Non-finite values meet these conditions.
         """
         # `not x <= y` is also true for NaN.
         where = f"pixels on a feature map of size {self.map_size}"
@@ -127,8 +127,8 @@ class OffsetObserver:
     def health(self) -> list[LayerHealth]:
         """Statistics of all layers that ran in this recording, over all of their calls.
 
-        Call it after `backward`, before `zero_grad`, as it reads the current gradients. (Clipping
-        by norm does not change their ratio.)
+        Call it after `backward` and before `zero_grad`, because it reads the current gradients.
+        (Clipping by norm does not change their ratio.)
         """
         numbers: list[Tensor] = []
         for name, calls in self._calls.items():

@@ -238,7 +238,7 @@ def hooks() -> Iterator[list[RemovableHandle]]:
 
 
 def the_only(name: str, calls: Sequence[_T]) -> _T:
-    """What was recorded of a layer that is expected to run once.
+    """The recorded call of a layer that is expected to run once.
 
     Raises:
         ValueError: If it ran another number of times.

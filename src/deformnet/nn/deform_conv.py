@@ -179,7 +179,7 @@ def margins(conv: nn.Conv2d) -> tuple[int, int, int, int]:
 
 
 def refuse_script(layer: nn.Module) -> Never:
-    """Called by `torch.jit.script`, which would fail with a message on the layer's internals."""
+    """Called by `torch.jit.script`, which would fail with a message about the layer's internals."""
     raise NotImplementedError(
         f"{type(layer).__name__} does not support torch.jit.script; use torch.export.export, "
         "torch.compile or torch.jit.trace"

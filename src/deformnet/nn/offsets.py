@@ -13,7 +13,7 @@ class OffsetLayer(nn.Module):
     """Base class of layers that predict offsets, in float32 or better, and are initialized to zero.
 
     Half precision would round sampling locations: an offset of 10 pixels has steps of 1/16 pixel in
-    bfloat16. Neither autocast nor half-precision weights therefore apply here. `parameter_groups`
+    bfloat16. Autocast and half-precision weights therefore do not apply here. `parameter_groups`
     applies the learning rate of offsets to these layers, the paper's beta.
     """
 

@@ -1,7 +1,7 @@
 """Loading of the compiled library, and calls into it.
 
 The library does not use PyTorch's headers, so one build works with every version; tensors are
-passed as pointers. It uses PyTorch's number of threads and the OpenMP runtime that PyTorch has loaded.
+passed as pointers. It uses PyTorch's number of threads and the OpenMP runtime that PyTorch loaded.
 """
 
 import ctypes
