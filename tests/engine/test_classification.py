@@ -240,7 +240,7 @@ def test_other_data_and_options_are_refused(trained, folder, shapes, tmp_path):
         ({"crop": 257}, r"crop to be at most the smallest resize \(256\), but got 257"),
         ({"crop": 200, "test_short_side": 199}, r"at most test_short_side \(199\), but got 200"),
         ({"crop": 0}, "expected crop to be positive, but got 0"),
-        ({"resize": (400, 300)}, r"resize to be positive and ascending, but got \(400, 300\)"),
+        ({"resize": (400, 300)}, r"resize to be ascending, but got \(400, 300\)"),
         ({"test_short_side": -1}, "expected test_short_side to be positive, but got -1"),
         ({"color_jitter": 1}, "expected color_jitter to be bool, but got 1"),
         ({"resize": 256}, "expected resize to be "),
@@ -288,7 +288,10 @@ def test_from_training_to_predictions(folder, tmp_path, capsys):
             ["propose", out, "--data", folder, "--out", "x"],
             "expected a detector, which makes proposals, but got classifier",
         ),
-        (["train", "deeplab", "--data", folder, "--out", tmp_path / "a"], "expected a data set with leftImg8bit"),
+        (
+            ["train", "deeplab", "--data", folder, "--out", tmp_path / "a"],
+            "expected a data set with leftImg8bit",
+        ),
         (["evaluate", out, "--data", folder, "--split", "test"], "test: "),
     ):
         with pytest.raises(SystemExit) as ended:
@@ -310,6 +313,8 @@ def test_a_broken_image_ends_training_with_a_line(folder, tmp_path, capsys, work
     with pytest.raises(SystemExit) as ended:
         main([str(part) for part in command])
     assert ended.value.code == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if "it/s]" not in line]
+    lines = [
+        line for line in capsys.readouterr().err.splitlines() if not line.startswith("training:")
+    ]
     assert lines[-1].startswith(f"deformnet: {tmp_path / 'data/train'}")
     assert "not a readable image" in lines[-1]

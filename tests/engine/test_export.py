@@ -190,7 +190,9 @@ def test_weights_as_safetensors(tmp_path):
 def test_a_run_that_was_only_begun(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "last.ckpt.partial").write_bytes(b"half")
-    with pytest.raises(FileNotFoundError, match=r"not a trained run, there is no checkpoints"):
+    with pytest.raises(
+        FileNotFoundError, match="expected a trained run, but there is no checkpoints"
+    ):
         backbone("resnet18", weights=tmp_path)
 
 
@@ -214,7 +216,7 @@ def card_without_data(path):
 
 
 def unknown_field(path):
-    edit(path, "recipe", {"network": "deeplab", "colour": 3})
+    edit(path, "recipe", {"network": "deeplab", "colors": 3})
 
 
 def other_recipe(path):
@@ -237,7 +239,7 @@ def other_weights(path):
         (half_a_card, "net.json: damaged, not a JSON file"),
         (another_card, "net.json: damaged, or not the card of an exported run"),
         (card_without_data, "net.json: damaged, or not the card of an exported run"),
-        (unknown_field, "net.json: a recipe of deeplab has no field 'colour'"),
+        (unknown_field, "net.json: a recipe of deeplab has no field 'colors'"),
         (other_recipe, "net.safetensors: does not fit the network of its recipe"),
         (other_weights, "net.safetensors: not the weights of its card: expected the sha256 "),
         (emptied, "of net.json, but got e3b0c44298fc..."),

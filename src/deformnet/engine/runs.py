@@ -91,7 +91,9 @@ def existing_checkpoint(run: Path) -> Path:
     if not run.is_dir():
         raise FileNotFoundError(f"{run}: no such run folder")
     if not path.is_file():
-        raise FileNotFoundError(f"{run}: not a trained run, there is no {path.relative_to(run)}")
+        raise FileNotFoundError(
+            f"{run}: expected a trained run, but there is no {path.relative_to(run)}"
+        )
     return path
 
 

@@ -215,7 +215,7 @@ def test_rejected_runs_and_data(runs, data, tmp_path, capsys):
     assert "expected a network with deformable layers" in refused(capsys, runs("baseline"), *to)
     assert "no such run folder" in refused(capsys, tmp_path / "none", *to)
     (tmp_path / "empty").mkdir()
-    assert "not a trained run" in refused(capsys, tmp_path / "empty", *to)
+    assert "expected a trained run" in refused(capsys, tmp_path / "empty", *to)
     assert "expected a data set with" in refused(capsys, run, "--data", tmp_path, "--out", out)
     assert "'nothing'" in refused(capsys, run, *to, "--objects", "nothing")
     assert "expected images to be at least 1" in refused(capsys, run, *to, "--images", "0")
