@@ -1,6 +1,5 @@
 """Sphinx configuration for `make docs`."""
 
-import re
 import sys
 import warnings
 from pathlib import Path
@@ -41,14 +40,9 @@ nitpick_ignore_regex = [
     ("py:obj", ".*"),
     # Inventories of other projects are not downloaded, so their names have no targets.
     ("py:.*", r"(abc|collections|lightning|matplotlib|numpy|pathlib|PIL|nn|torch\w*)\..*"),
-    # Private types in public signatures.
-    ("py:class", r"deformnet\.(recipes|analysis\.sampling)\._\w+"),
-    ("py:class", r"deformnet\.models\.\w+\.(Features|RPNOutput|RoIs|RegionDetector)"),
-    ("py:class", r"deformnet\.data\.\w+\.(SegmentationDataset|LabeledImage|ImageFile|ObjectList)"),
-    (
-        "py:class",
-        r"deformnet\.(datacheck\.check\.ListSummary|backbones\.features\.FrozenBatchNorm2d)",
-    ),
+    # Types in public signatures that are not documented themselves.
+    ("py:class", r"deformnet\..*"),
+    ("py:exc", "UserError"),
 ]
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
@@ -78,33 +72,6 @@ sphinx_gallery_conf = {
     "download_all_examples": False,
     "min_reported_time": 0,
 }
-
-# Link targets of included files, and their replacements relative to this folder.
-_LINKS = (
-    ("../README.md#measured", "results.md"),
-    ("docs/", ""),
-    ("benchmarks/README.md", "benchmarks.md"),
-    ("benchmarks/results/", "../benchmarks/results/"),
-    ("results/", "../benchmarks/results/"),
-    ("CONTRIBUTING.md", "contributing.md"),
-)
-
-
-def relink(app: Sphinx, path: Path, parent: str, content: list[str]) -> None:
-    """Rewrites the links of included files relative to this folder."""
-
-    def moved(match: re.Match[str]) -> str:
-        picture, text, target = match.groups()
-        if picture:
-            return match[0]
-        if target == "results":
-            return f"`benchmarks/{target}`"  # a folder
-        for old, new in _LINKS:
-            if target.startswith(old):
-                return f"[{text}]({new}{target.removeprefix(old)})"
-        return match[0]
-
-    content[0] = re.sub(r"(!?)\[([^\]]*)\]\(([^)]+)\)", moved, content[0])
 
 
 def docstring(
@@ -153,5 +120,4 @@ def setup(app: Sphinx) -> None:
     # Browsers support MathML; MathJax would be downloaded whenever a page is opened.
     app.add_html_math_renderer("mathml", (inline_math, None), (block_math, None))
     app.connect("builder-inited", make_parts, priority=100)
-    app.connect("include-read", relink)
     app.connect("autodoc-process-docstring", docstring, priority=100)
