@@ -51,3 +51,7 @@ def __getattr__(name: str) -> object:
             require_extra(__name__, "train", "lightning", "torchvision", "safetensors")
             return getattr(importlib.import_module(module), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
