@@ -153,7 +153,7 @@ old.layer4.register_forward_hook(keep)
 images = torch.randn(1, 3, 128, 128)
 with torch.no_grad():
     old(images)
-    ours = new.conv5(new.conv4(images))
+    _, ours = new.stages(images)
 print(difference(ours, features[0]), f"for features up to {ours.abs().max():.1f}")
 
 import matplotlib.pyplot as plt
