@@ -239,7 +239,7 @@ def other_weights(path):
         (half_a_card, "net.json: damaged, not a JSON file"),
         (another_card, "net.json: damaged, or not the card of an exported run"),
         (card_without_data, "net.json: damaged, or not the card of an exported run"),
-        (unknown_field, "net.json: a recipe of deeplab has no field 'colors'"),
+        (unknown_field, "net.json: expected fields of a deeplab recipe"),
         (other_recipe, "net.safetensors: does not fit the network of its recipe"),
         (other_weights, "net.safetensors: not the weights of its card: expected the sha256 "),
         (emptied, "of net.json, but got e3b0c44298fc..."),

@@ -92,7 +92,7 @@ def test_a_disturbed_run_ends_in_equal_weights(shapes, undisturbed, tmp_path, si
     else:
         assert process.returncode == 130
         assert errors.splitlines()[-1] == (
-            f"deformnet: stopped after {done} of 16 iterations; the same command continues"
+            f"deformnet: stopped after {done} of 16 iterations; run the same command to continue"
         )
     assert_same_run(undisturbed, finish(RECIPE, shapes, out), out)
 
