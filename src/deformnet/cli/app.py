@@ -4,7 +4,7 @@ Commands import their dependencies when they run, so that `--help` is fast.
 """
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import tyro
 from tyro.extras import SubcommandApp
@@ -24,6 +24,9 @@ Command = Callable[..., None]
 Commands = Mapping[str, "Command | Group"]
 
 
+_DESCRIPTION = "Deformable convolutional networks for PyTorch. --version prints the version."
+
+
 class Group:
     """Commands under one name."""
 
@@ -41,14 +44,13 @@ def run(arguments: Sequence[str]) -> None:
     if list(arguments) == ["--version"]:
         print(f"deformnet {deformnet.__version__}")
         return
-    commands = _commands(arguments)
-    _require_known(commands, arguments)
-    _app(commands).cli(
-        prog="deformnet",
-        description="Deformable convolutional networks for PyTorch. --version prints the version.",
-        args=arguments,
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
+    command, words = _find(_commands(arguments), arguments)
+    prog, rest = " ".join(("deformnet", *words)), arguments[len(words) :]
+    config = (tyro.conf.OmitArgPrefixes,)
+    if isinstance(command, Group):
+        _app(command.commands).cli(prog=prog, description=command.help, args=rest, config=config)
+    else:
+        tyro.cli(rewrap(command), prog=prog, args=rest, config=config)
 
 
 def _commands(arguments: Sequence[str]) -> Commands:
@@ -100,16 +102,19 @@ def _app(commands: Commands) -> SubcommandApp:
     return app
 
 
-def _require_known(commands: Commands, arguments: Iterable[str]) -> None:
-    """Suggests the nearest command for a misspelled one; tyro only lists all commands."""
-    for word in arguments:
-        if word.startswith("-"):
-            return
-        command = commands.get(word)
-        if command is None:
-            near = difflib.get_close_matches(word, commands, n=1)
+def _find(commands: Commands, arguments: Sequence[str]) -> tuple[Command | Group, Sequence[str]]:
+    """The command or group that the arguments name, and the words that name it.
+
+    A misspelled command ends the program with the nearest one, where tyro would list all.
+    """
+    found: Command | Group = Group(_DESCRIPTION, commands)
+    for number, word in enumerate(arguments):
+        if not isinstance(found, Group) or word.startswith("-"):
+            return found, arguments[:number]
+        names = found.commands
+        if word not in names:
+            near = difflib.get_close_matches(word, names, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
-            leave(f"unknown command {word!r}; {hint}Commands: {', '.join(commands)}", BAD_INPUT)
-        if not isinstance(command, Group):
-            return
-        commands = command.commands
+            leave(f"unknown command {word!r}; {hint}Commands: {', '.join(names)}", BAD_INPUT)
+        found = names[word]
+    return found, arguments

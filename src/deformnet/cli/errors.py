@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 from deformnet._errors import MissingExtraError, UserError
 
@@ -71,7 +72,7 @@ def end_with(error: Exception) -> None:
     raise error
 
 
-def leave(message: str, code: int) -> None:
+def leave(message: str, code: int) -> NoReturn:
     """Ends the program with a line on standard error."""
     print(f"deformnet: {message}", file=sys.stderr)
     raise SystemExit(code)

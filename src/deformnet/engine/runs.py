@@ -88,6 +88,8 @@ def existing_checkpoint(run: Path) -> Path:
         FileNotFoundError: if there is no such folder, or no checkpoint in it.
     """
     path = checkpoint_path(run)
+    if run.is_file():
+        raise UserError(f"{run}: expected a run folder or an exported .safetensors, but got a file")
     if not run.is_dir():
         raise FileNotFoundError(f"{run}: no such run folder")
     if not path.is_file():
@@ -253,7 +255,7 @@ def machine() -> str:
             if line.startswith("model name"):
                 name = line.split(":", 1)[1].strip()
                 break
-    parts = [name, f"{os.cpu_count()} cores", f"{torch.get_num_threads()} threads"]
+    parts = [name, f"{os.cpu_count()} cores", f"threads: {torch.get_num_threads()}"]
     if torch.cuda.is_available():
         parts.append(f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}")
     return ", ".join(parts)

@@ -219,7 +219,7 @@ class _Run:
                 if stopped:
                     raise TrainingStopped(
                         f"stopped after {self.iteration} of {total} iterations; "
-                        "the same command continues"
+                        "run the same command to continue"
                     )
 
     def _backward(self, parts: Sequence[Batch]) -> dict[str, Tensor]:

@@ -36,7 +36,7 @@ def as_image(image: ImageInput) -> Tensor:
                 "expected image to be an array of uint8 [H, W, 3], but got "
                 f"{image.dtype} {list(image.shape)}"
             )
-        return torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1).contiguous()
+        return torch.tensor(image).permute(2, 0, 1).contiguous()  # a copy: it may be read-only
     if isinstance(image, Tensor):
         return require_image(image)
     raise TypeError(
