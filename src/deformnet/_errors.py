@@ -1,6 +1,8 @@
 """Errors caused by the user, as opposed to bugs in this package."""
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class UserError(ValueError):
@@ -9,6 +11,17 @@ class UserError(ValueError):
     The command line prints the message as one line. Any other ValueError, TypeError or RuntimeError
     is a bug in this package and keeps its traceback.
     """
+
+
+@contextmanager
+def users_values() -> Iterator[None]:
+    """Turns ValueError into `UserError` where values that a user passed meet our own checks."""
+    try:
+        yield
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 class MissingExtraError(ImportError):

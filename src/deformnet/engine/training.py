@@ -19,7 +19,7 @@ from lightning.fabric import Fabric
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from deformnet._errors import UserError
+from deformnet._errors import UserError, users_values
 from deformnet._files import replacing
 from deformnet.analysis.health import has_deformable_layers
 from deformnet.engine.evaluation import on_device, score, shared_facts
@@ -216,6 +216,8 @@ class _Run:
                 due = self.iteration % loop.checkpoint_every == 0
                 if stopped or due or self.iteration == total:
                     self._save()
+                if self.iteration % loop.log_every == 0 and loop.stop_on_runaway:
+                    self._require_stable_offsets()
                 if stopped:
                     raise TrainingStopped(
                         f"stopped after {self.iteration} of {total} iterations; "
@@ -280,7 +282,9 @@ class _Run:
         if log is not None:
             values = dict(zip(losses, means.tolist(), strict=True))
             log.record(self.iteration, {**values, "learning_rate": lr}, scalars)
-        if self.loop.stop_on_runaway and self.health and self._any(self.health.runaway()):
+
+    def _require_stable_offsets(self) -> None:
+        if self.health and self._any(self.health.runaway()):
             # What runs away in another process is known there.
             messages = [*self.health.messages.values(), "the offsets run away in another process"]
             raise FloatingPointError(f"{messages[0]}; {self._last_checkpoint()}")
@@ -382,7 +386,8 @@ def _initial(recipe: Recipe, classes: int) -> nn.Module:
     """The network with its starting weights, the same in every process."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(recipe.seed)
-        return recipe.build_model(classes)
+        with users_values():
+            return recipe.build_model(classes)
 
 
 def _checkpoint_of(run: Path, recipe: Recipe, data: DataIdentity) -> Checkpoint | None:

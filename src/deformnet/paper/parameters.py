@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from deformnet._errors import users_values
 from deformnet._text import Table
 from deformnet.recipes import (
     BackboneName,
@@ -57,7 +58,8 @@ def parameter_counts(num_classes: int, recipe: Recipe) -> Count:
         recipe: recipe of the deformable network.
     """
     with torch.device("meta"):  # counting needs no memory
-        plain, deformable = (it.build_model(num_classes) for it in (recipe.baseline(), recipe))
+        with users_values():
+            plain, deformable = (it.build_model(num_classes) for it in (recipe.baseline(), recipe))
     rpn = _count(plain.get_submodule("rpn")) if recipe.takes_proposals else 0
     return Count(_count(plain), _count(deformable), rpn)
 

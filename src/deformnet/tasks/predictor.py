@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
+from deformnet._errors import UserError
 from deformnet._files import replacing
 from deformnet.data.files import read_image
 from deformnet.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Resize
@@ -113,9 +114,7 @@ class Predictor(ABC, Generic[_P]):
         max_side: int | None,
         device: Device = None,
     ) -> None:
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.device = torch.device(device)
+        self.device = _device(device)
         self.classes = tuple(classes)
         self.model = ready(model, self.device)
         self._preparation = preparation(short_side, max_side)
@@ -211,6 +210,19 @@ class Predictor(ABC, Generic[_P]):
     @abstractmethod
     def _write(self, path: Path, image: Tensor, out: Path, threshold: float) -> str | None:
         """Predicts an image of this path; the pictures go into `out`, the line is returned."""
+
+
+def _device(device: Device) -> torch.device:
+    """The device of that name; a GPU for None, if there is one."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(device)
+    except RuntimeError:
+        raise UserError(f"expected device such as cpu or cuda:1, but got {device!r}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"expected a device that is here, but got {device}: PyTorch finds no GPU")
+    return device
 
 
 def ready(model: nn.Module, device: torch.device) -> nn.Module:

@@ -46,6 +46,8 @@ def score(
             are not in the ground truth.
     """
     boxes, data = Path(boxes).expanduser(), Path(data).expanduser()
+    if not ious or not all(0 <= iou < 1 for iou in ious):
+        raise UserError(f"expected ious to be thresholds in [0, 1), but got {list(ious)}")
     ground_truth = _open(data, split, ious)
     if boxes.suffix != ".json":
         records = read_detections(boxes, ground_truth.classes)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import clip_boxes_to_image
 
+from deformnet._errors import UserError
 from deformnet.analysis import bin_locations
 from deformnet.metrics.detections import Record, to_line
 from deformnet.models.detection.detector import (
@@ -74,7 +75,7 @@ class DetectionPredictor(Predictor[Detections]):
                 f"{len(classes)}"
             )
         if augmentation.refine > 1 and not model.takes_proposals:
-            raise ValueError(
+            raise UserError(
                 f"expected refine to be 1 for {type(model).__name__}, which takes no boxes to "
                 f"refine, but got {augmentation.refine}"
             )
