@@ -330,3 +330,15 @@ def test_parameters(capsys):
     table, classifiers = capsys.readouterr().out.split("classifiers")
     assert "46.1" not in table  # the paper has no numbers for these
     assert "64.382 (64.3)" in classifiers
+
+
+def test_values_that_only_a_network_refuses(run, shapes, detector, tmp_path, complaint):
+    train = ["train", "deeplab", "--data", shapes, "--out", tmp_path / "run", *QUICK]
+    assert "offset_groups" in complaint(*train, "--offset-groups", "7")
+    score = ["score", "--boxes", detector / "detections.jsonl", "--data", shapes, "--split", "val"]
+    assert "expected ious to be thresholds" in complaint(*score, "--ious", "1.5")
+    assert "expected num_classes" in complaint("paper", "parameters", "--classes", "300")
+    predict = ["predict", run, "photo.jpg", "--out", tmp_path]
+    assert "expected device such as" in complaint(*predict, "--device", "foo")
+    file = run / "recipe.json"
+    assert "expected a run folder" in complaint("predict", file, "photo.jpg", "--out", tmp_path)
