@@ -57,9 +57,8 @@ def parameter_counts(num_classes: int, recipe: Recipe) -> Count:
         num_classes: number of classes, as `Recipe.build_model` takes it.
         recipe: recipe of the deformable network.
     """
-    with torch.device("meta"):  # counting needs no memory
-        with users_values():
-            plain, deformable = (it.build_model(num_classes) for it in (recipe.baseline(), recipe))
+    with torch.device("meta"), users_values():  # counting needs no memory
+        plain, deformable = (it.build_model(num_classes) for it in (recipe.baseline(), recipe))
     rpn = _count(plain.get_submodule("rpn")) if recipe.takes_proposals else 0
     return Count(_count(plain), _count(deformable), rpn)
 
