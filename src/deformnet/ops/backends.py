@@ -66,7 +66,8 @@ def using(backend: Backend) -> Iterator[None]:
             torch.func.jvp(model, (images,), (tangents,))
 
     The setting is local to the thread and the asynchronous task. Calls that name their backend
-    ignore it. With `torch.compile`, enter the context outside of the compiled function, which is
+    ignore it. With `torch.utils.checkpoint`, run the backward pass inside the context as well,
+    because it recomputes the forward pass. With `torch.compile`, enter the context outside of the compiled function, which is
     then compiled once per setting (before PyTorch 2.14, only for the setting at its first call).
 
     Args:
