@@ -67,8 +67,9 @@ def using(backend: Backend) -> Iterator[None]:
 
     The setting is local to the thread and the asynchronous task. Calls that name their backend
     ignore it. With `torch.utils.checkpoint`, run the backward pass inside the context as well,
-    because it recomputes the forward pass. With `torch.compile`, enter the context outside of the compiled function, which is
-    then compiled once per setting (before PyTorch 2.14, only for the setting at its first call).
+    because it recomputes the forward pass. With `torch.compile`, enter the context outside of the
+    compiled function, which is then compiled once per setting (before PyTorch 2.14, only for the
+    setting at its first call).
 
     Args:
         backend: "reference", "cpu" or "triton"; "auto" restores the default inside another
