@@ -167,9 +167,7 @@ def test_other_bad_input_ends_with_a_line(run, shapes, tmp_path, complaint):
     assert "lr=0.02" in complaint(*train, "--out", run, "--lr", "1")
     assert "nowhere.json" in complaint(*train, "--out", tmp_path, "--recipe", "nowhere.json")
     assert "nope: no such run folder" in complaint("evaluate", "nope", "--data", shapes)
-    assert "the splits here are: train" in complaint(
-        "evaluate", run, "--data", shapes, "--split", "x"
-    )
+    assert "the splits are: train" in complaint("evaluate", run, "--data", shapes, "--split", "x")
     assert "at least one file" in complaint("predict", run, "--out", tmp_path)
     assert f"{tmp_path}: no image" in complaint("predict", run, tmp_path, "--out", tmp_path)
     (tmp_path / "checkpoints").mkdir()

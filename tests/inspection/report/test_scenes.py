@@ -16,8 +16,8 @@ SIZE = (100, 120)
 
 def over(height, width, *, stride=16, resized=None):
     """Return the grid over an image that the network sees at another size."""
-    input = torch.zeros(1, 3, *(resized or (height, width)))
-    return Grid.over(Prepared.whole(input, torch.zeros(3, height, width)), stride)
+    h, w = resized or (height, width)
+    return Grid.over(Prepared(torch.zeros(1, 3, h, w), (h / height, w / width)), stride)
 
 
 def label_map(*objects):
