@@ -168,7 +168,7 @@ def test_other_bad_input_ends_with_a_line(run, shapes, tmp_path, complaint):
     assert "nowhere.json" in complaint(*train, "--out", tmp_path, "--recipe", "nowhere.json")
     assert "nope: no such run folder" in complaint("evaluate", "nope", "--data", shapes)
     assert "the splits are: train" in complaint("evaluate", run, "--data", shapes, "--split", "x")
-    assert "at least one file" in complaint("predict", run, "--out", tmp_path)
+    assert "at least one image file" in complaint("predict", run, "--out", tmp_path)
     assert f"{tmp_path}: no image" in complaint("predict", run, tmp_path, "--out", tmp_path)
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints/last.ckpt").write_bytes(b"PK")
@@ -332,7 +332,7 @@ def test_parameters(capsys):
 
 def test_values_that_only_a_network_refuses(run, shapes, detector, tmp_path, complaint):
     train = ["train", "deeplab", "--data", shapes, "--out", tmp_path / "run", *QUICK]
-    assert "offset_groups" in complaint(*train, "--offset-groups", "7")
+    assert "not a multiple of 7 groups" in complaint(*train, "--offset-groups", "7")
     score = ["score", "--boxes", detector / "detections.jsonl", "--data", shapes, "--split", "val"]
     assert "expected ious to be thresholds" in complaint(*score, "--ious", "1.5")
     assert "expected num_classes" in complaint("paper", "parameters", "--classes", "300")
