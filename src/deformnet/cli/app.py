@@ -98,8 +98,12 @@ def _app(commands: Commands) -> SubcommandApp:
         if isinstance(command, Group):
             app.command(_app(command.commands), name=name, help=command.help)
         else:
-            app.command(name=name)(rewrap(command))
+            # Shown in a list only: a command that is named runs without the others.
+            app.command(name=name, help=(command.__doc__ or "").partition("\n\n")[0])(_unused)
     return app
+
+
+def _unused() -> None: ...
 
 
 def _find(commands: Commands, arguments: Sequence[str]) -> tuple[Command | Group, Sequence[str]]:

@@ -67,6 +67,12 @@ class Run:
 
 def train_command(recipe: type[Recipe], what: str, arguments: Sequence[str]) -> Callable[..., None]:
     """The command that trains a network; defaults are those of the recipe file in `arguments`."""
+    if recipe.network not in arguments:
+
+        def unused() -> None: ...
+
+        unused.__doc__ = what
+        return unused
     base = _base_recipe(recipe, arguments)
     rest = {field.name for field in dataclasses.fields(recipe)} - _IMAGES - _SCHEDULE
 
