@@ -7,6 +7,7 @@ from torch import Tensor
 
 from deformnet.ops.cpu.loading import DTYPES, address, call, dense, fields
 from deformnet.ops.roi_pool.checks import Rule
+from deformnet.ops.roi_pool.parts import of_bins, of_parts
 
 # As `Sampling` of problem.h.
 _SAMPLINGS = {"bins": 0, "msra": 1, "aligned": 2}
@@ -47,7 +48,7 @@ def roi_pool(input: Tensor, boxes: Tensor, offset: Tensor | None, rule: Rule) ->
     input, channels_last = _map(input, rule)
     boxes = boxes.contiguous()
     if offset is not None:
-        offset = _of_bins(offset, rule.output_size).contiguous()
+        offset = of_bins(offset, rule.output_size).contiguous()
     problem = _problem(input, boxes, offset, rule, channels_last)
     call("roi_pool", problem, _ForwardTensors(*map(address, (input, boxes, offset, output))))
     return output
@@ -65,7 +66,7 @@ def roi_pool_backward(
     needs_input, needs_offset = needs
     dense_input, channels_last = _map(input, rule)
     boxes, grad_output = boxes.contiguous(), grad_output.contiguous()
-    shifts = None if offset is None else _of_bins(offset, rule.output_size).contiguous()
+    shifts = None if offset is None else of_bins(offset, rule.output_size).contiguous()
 
     # Without boxes no kernel runs: the gradients are zero.
     make = torch.zeros_like if grad_output.numel() == 0 else torch.empty_like
@@ -80,42 +81,12 @@ def roi_pool_backward(
         grad_input = grad_input.contiguous(memory_format=torch.channels_last)
     if grad_shifts is None or offset is None:
         return grad_input, None
-    return grad_input, _of_parts(grad_shifts, offset)
+    return grad_input, of_parts(grad_shifts, offset)
 
 
 def _map(input: Tensor, rule: Rule) -> tuple[Tensor, bool]:
     """The input in a memory format that the kernel takes, and whether that is channels-last."""
     return (input.contiguous(), False) if rule.position_sensitive else dense(input)
-
-
-def _part(axis: int, offset: Tensor, bins: int) -> Tensor | None:
-    """The part of each bin, or None if parts are bins."""
-    parts = offset.shape[axis]
-    return None if parts == bins else torch.arange(bins) * parts // bins
-
-
-def _of_bins(offset: Tensor, output_size: tuple[int, int]) -> Tensor:
-    """The offsets [R, 2*G, ph, pw] of the bins, from those [R, 2*G, part, part] of the parts."""
-    if offset.shape[2:] == tuple(output_size):
-        return offset
-    # Gradients of a part's bins are then summed in float32.
-    offset = offset.to(torch.promote_types(offset.dtype, torch.float32))
-    for axis in (2, 3):
-        part = _part(axis, offset, output_size[axis - 2])
-        if part is not None:
-            offset = offset.index_select(axis, part)
-    return offset
-
-
-def _of_parts(grad: Tensor, offset: Tensor) -> Tensor:
-    """The gradient of `offset`, from that of the bins' offsets."""
-    for axis in (3, 2):
-        part = _part(axis, offset, grad.shape[axis])
-        if part is not None:
-            sums = list(grad.shape)
-            sums[axis] = offset.shape[axis]
-            grad = grad.new_zeros(sums).index_add_(axis, part, grad)
-    return grad.to(offset.dtype)
 
 
 def _problem(

@@ -42,8 +42,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deformnet.ops._arguments import Pair
 from deformnet.ops.roi_pool.checks import Rule
+from deformnet.ops.roi_pool.parts import of_bins, of_parts
 from deformnet.ops.triton.sums import Sums, add, deterministic, largest_finite, scale_of
 
 # Numbers in a buffer for the sums of a gradient that is not summed in place.
@@ -512,7 +512,7 @@ class _Call(NamedTuple):
     def of(cls, input: Tensor, boxes: Tensor, offset: Tensor | None, rule: Rule) -> "_Call":
         batch, _, height, width = input.shape
         ph, pw = rule.output_size
-        shifts = None if offset is None else _of_bins(offset, rule.output_size).contiguous()
+        shifts = None if offset is None else of_bins(offset, rule.output_size).contiguous()
         groups = 1 if shifts is None else shifts.shape[1] // 2
         channels = rule.out_channels(input)
         every_bin = boxes.shape[0] * ph * pw * groups
@@ -595,7 +595,7 @@ def roi_pool_backward(
             _launch_backward(call, grad_output, input, grad_shifts, None, slice(0, input.shape[0]))
     if grad_shifts is None or offset is None:
         return grad_input, None
-    return grad_input, _of_parts(grad_shifts, offset)
+    return grad_input, of_parts(grad_shifts, offset)
 
 
 def _by_input_and_offset(
@@ -676,35 +676,3 @@ def _memory_format(input: Tensor) -> torch.memory_format:
     if input.is_contiguous() or not input.is_contiguous(memory_format=torch.channels_last):
         return torch.contiguous_format
     return torch.channels_last
-
-
-def _part(axis: int, offset: Tensor, bins: int) -> Tensor | None:
-    """The part that each bin has its offset from, or None if it is the bin itself."""
-    parts = offset.shape[axis]
-    if parts == bins:
-        return None
-    return torch.arange(bins, device=offset.device) * parts // bins
-
-
-def _of_bins(offset: Tensor, output_size: Pair) -> Tensor:
-    """The offsets [R, 2*G, ph, pw] of the bins, from those [R, 2*G, part, part] of the parts."""
-    if offset.shape[2:] == tuple(output_size):
-        return offset
-    # Gradients of a part's bins are then summed in float32.
-    offset = offset.to(torch.promote_types(offset.dtype, torch.float32))
-    for axis in (2, 3):
-        part = _part(axis, offset, output_size[axis - 2])
-        if part is not None:
-            offset = offset.index_select(axis, part)
-    return offset
-
-
-def _of_parts(grad: Tensor, offset: Tensor) -> Tensor:
-    """The gradient of `offset`, from that of the bins' offsets."""
-    for axis in (3, 2):
-        part = _part(axis, offset, grad.shape[axis])
-        if part is not None:
-            sums = list(grad.shape)
-            sums[axis] = offset.shape[axis]
-            grad = grad.new_zeros(sums).index_add_(axis, part, grad)
-    return grad.to(offset.dtype)
