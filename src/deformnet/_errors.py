@@ -24,6 +24,14 @@ def users_values() -> Iterator[None]:
         raise UserError(str(error)) from error
 
 
+def require_at_least(settings: object, least: int, *names: str) -> None:
+    """Raises UserError for attributes below a bound; None is no bound of its own and passes."""
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and value < least:
+            raise UserError(f"expected {name} to be at least {least}, but got {value}")
+
+
 class MissingExtraError(ImportError):
     """A part of deformnet was used whose optional dependencies are not installed."""
 

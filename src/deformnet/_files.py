@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from deformnet._errors import UserError
 
@@ -46,6 +46,18 @@ def write_json(path: Path, values: Mapping[str, object]) -> None:
     """Writes or replaces a JSON file as a whole."""
     with replacing(path) as file:
         file.write((json.dumps(values, indent=2) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Reads a JSON file.
+
+    Raises:
+        UserError: if it is not one.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise UserError(f"{path}: damaged, not a JSON file ({error})") from error
 
 
 def read_lines(path: Path) -> list[str]:

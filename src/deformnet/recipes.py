@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar
 
-from deformnet._errors import UserError
+from deformnet._errors import UserError, require_at_least
+from deformnet._files import read_json
 
 if TYPE_CHECKING:  # the command line reads recipes before anything heavy is needed
     from deformnet.models.backbones import Backbone
@@ -191,10 +192,7 @@ class Recipe(ABC):
             UserError: if it is not JSON, is a recipe of another network, or a field is unknown or
                 has an invalid value.
         """
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{path}: not a JSON file ({error})") from error
+        values = read_json(Path(path))
         if not isinstance(values, dict):
             raise UserError(
                 f"{path}: expected a recipe, a JSON object, but got {type(values).__name__}"
@@ -415,13 +413,9 @@ class FasterRCNNRecipe(TwoStageRecipe):
         from deformnet.models.detection.faster_rcnn import FasterRCNN
 
         backbone = self._backbone(256, dilation=self.dilation)
+        rpn = self._rpn(backbone.conv4_channels)
         return FasterRCNN(
-            backbone,
-            num_classes,
-            self._rpn(backbone.conv4_channels),
-            pool=self.pool,
-            sampling=self.sampling,
-            bins=self.bins,
+            backbone, num_classes, rpn, pool=self.pool, sampling=self.sampling, bins=self.bins
         )
 
 
@@ -441,13 +435,9 @@ class RFCNRecipe(TwoStageRecipe):
         from deformnet.models.detection.rfcn import RFCN
 
         backbone = self._backbone(1024, dilation=self.dilation)
+        rpn = self._rpn(backbone.conv4_channels)
         return RFCN(
-            backbone,
-            num_classes,
-            self._rpn(backbone.conv4_channels),
-            pool=self.pool,
-            sampling=self.sampling,
-            bins=self.bins,
+            backbone, num_classes, rpn, pool=self.pool, sampling=self.sampling, bins=self.bins
         )
 
 
@@ -478,8 +468,7 @@ class TestTimeAugmentation:
             raise UserError(f"expected scales to be at least 1 pixel, but got {self.scales}")
         if len(set(self.scales)) < len(self.scales):
             raise UserError(f"expected scales to be distinct, but got {self.scales}")
-        if self.refine < 1:
-            raise UserError(f"expected refine to be at least 1, but got {self.refine}")
+        require_at_least(self, 1, "refine")
 
 
 RECIPES = (
@@ -502,19 +491,13 @@ def recipe_from_dict(values: Mapping[str, Any], *, source: str | Path) -> Recipe
     Raises:
         UserError: if the network or a field is unknown or has an invalid value.
     """
-    by_name = {recipe.network: recipe for recipe in RECIPES}
-    network = values.get("network")
-    if network not in by_name:
-        raise UserError(
-            f"{source}: expected network to be one of {', '.join(by_name)}, but got {network!r}"
-        )
-    recipe = by_name[network]
+    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    network = fields.pop("network", None)
+    recipe = next((known for known in RECIPES if known.network == network), None)
+    if recipe is None:
+        names = ", ".join(known.network for known in RECIPES)
+        raise UserError(f"{source}: expected network to be one of {names}, but got {network!r}")
     known = [field.name for field in dataclasses.fields(recipe)]
-    fields: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in values.items()
-        if name != "network"
-    }
     unknown = [name for name in fields if name not in known]
     if unknown:
         raise UserError(

@@ -1,8 +1,6 @@
 """Detections on disk: every format, scores from files, and bad files."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -19,17 +17,7 @@ from deformnet.metrics.detections import (
     write_detections,
 )
 from deformnet.tasks.scoring import coco_ids, ground_truth_of, score, submission_path
-
-
-@contextmanager
-def one_line(error: type[Exception], *parts: object) -> Iterator[None]:
-    """The block raises `error` with a message of one line that holds all `parts`."""
-    with pytest.raises(error) as caught:
-        yield
-    message = str(caught.value)
-    assert "\n" not in message
-    for part in parts:
-        assert str(part) in message
+from small_sets import one_line
 
 
 def write(folder: Path, files: dict[str, str]) -> Path:
@@ -525,7 +513,7 @@ def test_bad_coco_results(voc, coco, tmp_path):
         with one_line(UserError, path, *parts):
             score(path, coco, split="val")
     path.write_text(json.dumps([detection])[:-9])
-    with one_line(UserError, path, "not readable as JSON"):
+    with one_line(UserError, path, "not a JSON file"):
         score(path, coco, split="val")
     path.write_text("[]")
     assert score(path, coco, split="val").json["coco"]["AP"] == 0

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from deformnet.engine.settings import require_at_least
+from deformnet._errors import require_at_least
 
 
 @dataclass(frozen=True)
@@ -23,12 +23,6 @@ class Demo:
     """Random seed of the images, the initial weights and the training order."""
 
     def __post_init__(self) -> None:
-        require_at_least(
-            1,
-            iterations=self.iterations,
-            detector_iterations=self.detector_iterations,
-            images=self.images,
-            val=self.val,
-        )
-        require_at_least(64, size=self.size)
-        require_at_least(0, seed=self.seed)
+        require_at_least(self, 1, "iterations", "detector_iterations", "images", "val")
+        require_at_least(self, 64, "size")
+        require_at_least(self, 0, "seed")

@@ -9,7 +9,6 @@ NAME.json               the card: recipe, training data, scores, versions, sha25
 """
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from deformnet._errors import UserError
-from deformnet._files import replacing, write_json
+from deformnet._files import read_json, replacing, write_json
 from deformnet.engine.runs import card_path, describe, load_run, versions
 from deformnet.models.backbones.weights import EXPORTED
 
@@ -92,10 +91,7 @@ def _packed(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
 
 
 def _scores(path: Path) -> dict[str, object]:
-    try:
-        scores = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{path}: damaged, not a JSON file ({error})") from error
+    scores = read_json(path)
     if not isinstance(scores, dict):
         raise UserError(f"{path}: expected a JSON object, but got {type(scores).__name__}")
     return scores

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from deformnet.analysis import LayerHealth, OffsetObserver
-from deformnet.engine.settings import require_at_least
+from deformnet.ops._arguments import positive
 
 _REMEDY = "a lower offset_lr_scale, gradient clipping or a longer warm-up may help"
 
@@ -38,8 +38,7 @@ class OffsetHealth:
     """
 
     def __init__(self, model: nn.Module, every: int = 10, *, warn: bool = True) -> None:
-        require_at_least(1, every=every)
-        self.every = every
+        self.every = positive("every", every)
         self.warn = warn
         self.layers: list[LayerHealth] = []
         self.messages: dict[str, str] = {}

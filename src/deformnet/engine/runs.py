@@ -20,7 +20,6 @@ card, NAME.json, with what the checkpoint holds in addition to the weights.
 
 import dataclasses
 import hashlib
-import json
 import os
 import pickle
 import platform
@@ -35,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from deformnet._errors import UserError
-from deformnet._files import replacing
+from deformnet._files import read_json, replacing
 from deformnet.models.backbones.weights import read_safetensors
 from deformnet.recipes import Recipe, recipe_from_dict
 from deformnet.tasks import task_of
@@ -266,10 +265,7 @@ def _load_exported(path: Path) -> tuple[Description, dict[str, Tensor]]:
     card_file = card_path(path)
     if not card_file.is_file():
         raise FileNotFoundError(f"{path}: its card {card_file.name} is not beside it")
-    try:
-        card = json.loads(card_file.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{card_file}: damaged, not a JSON file") from error
+    card = read_json(card_file)
     if not isinstance(card, dict) or not all(
         isinstance(card.get(name), kind)
         for name, kind in (("sha256", str), ("recipe", dict), ("data", dict))

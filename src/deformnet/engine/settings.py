@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from deformnet._errors import UserError
+from deformnet._errors import require_at_least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,8 +21,8 @@ class Hardware:
     """Processes that load images, for each computing process; None chooses."""
 
     def __post_init__(self) -> None:
-        require_at_least(1, devices=self.devices, nodes=self.nodes)
-        require_at_least(0, workers=self.workers)
+        require_at_least(self, 1, "devices", "nodes")
+        require_at_least(self, 0, "workers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,16 +43,4 @@ class LoopOptions:
     """Show a progress bar."""
 
     def __post_init__(self) -> None:
-        require_at_least(
-            1,
-            accumulate=self.accumulate,
-            checkpoint_every=self.checkpoint_every,
-            log_every=self.log_every,
-        )
-
-
-def require_at_least(least: int, **values: int | None) -> None:
-    """Refuses values below a bound, by name."""
-    for name, value in values.items():
-        if value is not None and value < least:
-            raise UserError(f"expected {name} to be at least {least}, but got {value}")
+        require_at_least(self, 1, "accumulate", "checkpoint_every", "log_every")

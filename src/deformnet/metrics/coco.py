@@ -1,6 +1,5 @@
 """Average precision as COCO defines it; faster-coco-eval computes it."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any, Literal
 from faster_coco_eval import COCO, COCOeval_faster
 
 from deformnet._errors import UserError
+from deformnet._files import read_json
 from deformnet._text import Table, percent
 
 NAMES = (
@@ -84,7 +84,7 @@ def coco_table(numbers: Mapping[str, float]) -> Table:
 def _read(path: Path, iou_type: str) -> dict[str, list[dict[str, Any]]]:
     """The content of an annotation file that the evaluation needs."""
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        content = read_json(path)
         annotations = []
         for annotation in content["annotations"]:
             box = [float(value) for value in annotation["bbox"]]

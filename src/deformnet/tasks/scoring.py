@@ -1,13 +1,13 @@
 """Scores of detections in files, whichever program wrote them."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import numpy as np
 
 from deformnet._errors import UserError
+from deformnet._files import read_json
 from deformnet.data.boxes import DetectionDataset
 from deformnet.data.coco import COCODetection
 from deformnet.data.opening import detection_splits, open_detection
@@ -57,7 +57,7 @@ def score(
             f"{boxes}: COCO results number their images, but {data} is not COCO data; "
             "expected a .jsonl file or a folder of .txt files"
         )
-    results = _read_json(boxes)
+    results = read_json(boxes)
     if not isinstance(results, list):
         raise UserError(f"{boxes}: expected COCO results, a list of detections")
     return ground_truth.score_results(results, str(boxes))
@@ -147,7 +147,7 @@ def _open_texts(data: Path, ious: Sequence[float]) -> NamedGroundTruth:
 
 def _open_coco(file: Path) -> COCOGroundTruth:
     """A JSON file alone, without the images themselves."""
-    content = _read_json(file)
+    content = read_json(file)
     try:
         ids = [int(image["id"]) for image in content["images"]]
         stems = [Path(image["file_name"]).stem for image in content["images"]]
@@ -157,12 +157,3 @@ def _open_coco(file: Path) -> COCOGroundTruth:
     # The names that COCODetection gives.
     names = stems if len(set(stems)) == len(stems) else map(str, ids)
     return COCOGroundTruth((file,), dict(zip(names, ids, strict=True)), categories)
-
-
-def _read_json(path: Path) -> Any:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise UserError(f"{path}: not readable as JSON ({error})") from error
