@@ -12,25 +12,11 @@ class Foreign(nn.Module):
 
     def __init__(self, ours: DeformConv2d, *, by_name: bool = False):
         super().__init__()
-        self.offset = nn.Conv2d(
-            ours.in_channels,
-            ours.conv_offset.out_channels,
-            ours.kernel_size,
-            ours.stride,
-            ours.padding,
-            ours.dilation,
-        )
+        window = ours.kernel_size, ours.stride, ours.padding, ours.dilation
+        self.offset = nn.Conv2d(ours.in_channels, ours.conv_offset.out_channels, *window)
         self.offset.load_state_dict(ours.conv_offset.state_dict())
-        self.conv = torchvision.ops.DeformConv2d(
-            ours.in_channels,
-            ours.out_channels,
-            ours.kernel_size,
-            ours.stride,
-            ours.padding,
-            ours.dilation,
-            ours.groups,
-            ours.bias is not None,
-        )
+        channels, bias = (ours.in_channels, ours.out_channels), ours.bias is not None
+        self.conv = torchvision.ops.DeformConv2d(*channels, *window, ours.groups, bias)
         own = {k: v for k, v in ours.state_dict().items() if not k.startswith("conv_offset")}
         self.conv.load_state_dict(own)
         self.taps = ours.offset_groups * ours.kernel_size[0] * ours.kernel_size[1]
@@ -43,6 +29,12 @@ class Foreign(nn.Module):
             offset, mask = offset.split((2 * self.taps, self.taps), dim=1)
             return self.conv(x, offset, 2 * mask.sigmoid())
         return self.conv(input=x, offset=offset) if self.by_name else self.conv(x, offset)
+
+
+def set_offsets(layer: DeformConv2d, values) -> None:
+    """Makes a layer's offsets those values [2*G*K] at every unit."""
+    with torch.no_grad():
+        layer.conv_offset.bias.copy_(torch.as_tensor(values).flatten())
 
 
 def random_offsets(model: nn.Module, scale: float = 1.0) -> nn.Module:

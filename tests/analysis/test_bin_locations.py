@@ -22,15 +22,6 @@ class Head(nn.Module):
         return self.pool(maps, features, boxes)
 
 
-class Call(nn.Module):
-    def __init__(self, pool):
-        super().__init__()
-        self.pool = pool
-
-    def forward(self, features, boxes):
-        return self.pool(features, boxes)
-
-
 def expected(box, i, j, shift, ph=2, pw=3):
     x1, y1, x2, y2 = box
     w, h = x2 - x1, y2 - y1
@@ -64,12 +55,13 @@ def test_the_layer_of_faster_rcnn_and_lists_of_boxes():
     with torch.no_grad():
         pool.fc_offset.bias[0] = 1.0  # x of bin (0, 0)
     boxes = [BOXES[:1, 1:], BOXES[1:, 1:]]
-    plain, moved = bin_locations(Call(pool), "pool", torch.zeros(2, 2, 40, 40), boxes)
+    plain, moved = bin_locations(pool, "", torch.zeros(2, 2, 40, 40), boxes)
     shift = moved[:, 0] - plain
     assert shift[0, 0, 0].tolist() == pytest.approx([6, 0, 6, 0])  # a tenth of 60 pixels
     assert shift[1, 0, 0].tolist() == pytest.approx([0.1, 0, 0.1, 0], abs=1e-6)
     assert shift[:, 1].abs().max() == 0
-    again = bin_locations(Call(pool), "pool", torch.zeros(2, 2, 40, 40), boxes, call=pool)
+    named = nn.ModuleDict({"pool": pool})
+    again = bin_locations(named, "pool", torch.zeros(2, 2, 40, 40), boxes, call=pool)
     assert torch.equal(again.deformed, moved)
 
 
@@ -88,7 +80,7 @@ def test_bins_move_as_far_as_the_samples(sampling):
             pool.fc_offset.bias[4 * axis : 4 * axis + 4] = torch.tensor([-1.0, 0.5, 1, 0])
         shift = (pool(maps, boxes) - plain_mean)[:, 0] / scale
 
-        plain, moved = bin_locations(Call(pool), "pool", maps, boxes)
+        plain, moved = bin_locations(pool, "", maps, boxes)
         torch.testing.assert_close((moved[:, 0] - plain)[..., axis], shift, rtol=0, atol=2e-3)
         assert ((moved[:, 0] - plain)[..., 1 - axis] == 0).all()
         # Together the bins are the box, of which "bins" and "msra" name the last pixel.
@@ -136,9 +128,7 @@ def test_arguments_by_name_and_the_models_mode():
 
 def test_boxes_are_left_as_they_are():
     boxes = BOXES.double()
-    bin_locations(
-        Call(DeformRoIPool2d(2, 2)).double(), "pool", torch.zeros(2, 2, 40, 40).double(), boxes
-    )
+    bin_locations(DeformRoIPool2d(2, 2).double(), "", torch.zeros(2, 2, 40, 40).double(), boxes)
     assert torch.equal(boxes, BOXES.double())
 
 

@@ -3,10 +3,11 @@
 import dataclasses
 import json
 import math
+from unittest.mock import Mock
 
 import pytest
 import torch
-from networks import pair_of_networks, random_offsets, scaling_offsets
+from networks import pair_of_networks, random_offsets, scaling_offsets, set_offsets
 from torch import nn
 
 from deformnet import DeformConv2d
@@ -19,16 +20,6 @@ from deformnet.analysis import (
     effective_dilation,
     receptive_field,
 )
-
-
-def set_offsets(conv, values):
-    with torch.no_grad():
-        conv.conv_offset.bias.copy_(torch.as_tensor(values).flatten())
-
-
-@pytest.fixture
-def images():
-    return torch.rand(2, 3, 24, 30, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("dilation", [1, 2, 5])
@@ -145,29 +136,21 @@ def test_two_halves_make_the_whole():
 def test_a_known_stride_and_a_call():
     model = pair_of_networks()[0]
     found = dilation_statistics(model, annotated())
-    calls = []
-
-    def call(batch):
-        calls.append(batch.shape)
-        return model(batch)
-
+    call = Mock(side_effect=model)
     assert dilation_statistics(model, annotated(), stride={"1": 2, "3": 4}, call=call) == found
     assert dilation_statistics(model, annotated(), ["3"], stride=4) == found[1:]
-    assert [shape[0] for shape in calls] == [1] * 4
+    assert [len(batch) for (batch,), _ in call.call_args_list] == [1] * 4
 
 
 def test_what_there_is_none_of_is_none():
     model = nn.Sequential(DeformConv2d(3, 2, 3, padding=1))
-    (row,) = dilation_statistics(
-        model, [AnnotatedImage(torch.rand(3, 8, 8), torch.zeros(0, 4), 1.0)]
-    )
-    assert row.small == MeanStd(0, None, None)
-    assert row.background == MeanStd(64, 1.0, 0.0)
+    image = AnnotatedImage(torch.rand(3, 8, 8), torch.zeros(0, 4), 1.0)
+    (row,) = dilation_statistics(model, [image])
+    nothing = LayerDilation("0", *[MeanStd(0, None, None)] * 3, MeanStd(64, 1.0, 0.0))
+    assert row == nothing
     assert json.loads(json.dumps(dataclasses.asdict(row)))["large"]["mean"] is None
-    nothing = MeanStd(0, None, None)
-    assert row + LayerDilation("0", nothing, nothing, nothing, MeanStd(64, 3.0, 0.0)) == (
-        LayerDilation("0", nothing, nothing, nothing, MeanStd(128, 2.0, 1.0))
-    )
+    other = dataclasses.replace(nothing, background=MeanStd(64, 3.0, 0.0))
+    assert row + other == dataclasses.replace(nothing, background=MeanStd(128, 2.0, 1.0))
 
 
 def test_thresholds_and_the_smallest_box():
@@ -189,45 +172,35 @@ def test_thresholds_and_the_smallest_box():
 
 def test_wrong_arguments(images):
     model = pair_of_networks()[0]
-    with pytest.raises(ValueError, match=r"DeformConv2d or torchvision's, but Conv2d has none"):
-        effective_dilation(nn.Conv2d(3, 4, 3), images)
-    with pytest.raises(ValueError, match=r"but got 'backbone.layer4'; near misses: "):
-        effective_dilation(nn.ModuleDict({"backbone_layer4": model}), images, ["backbone.layer4"])
-    message = "expected '0' to be a deformable convolution, but got a Conv2d"
-    with pytest.raises(TypeError, match=message):
-        effective_dilation(model, images, ["0"])
-    with pytest.raises(ValueError, match="expected layers to be at least one name"):
-        effective_dilation(model, images, [])
-    message = "expected layers to have more than one tap, but '0' has one"
-    with pytest.raises(ValueError, match=message):
-        effective_dilation(nn.Sequential(DeformConv2d(3, 2, 1)), images)
+    named = nn.ModuleDict({"backbone_layer4": model})
+    for message, *arguments in (
+        ("DeformConv2d or torchvision's, but Conv2d has none", nn.Conv2d(3, 4, 3), None),
+        ("but got 'backbone.layer4'; near misses: ", named, ["backbone.layer4"]),
+        ("expected '0' to be a deformable convolution, but got a Conv2d", model, ["0"]),
+        ("expected layers to be at least one name", model, []),
+        ("to have more than one tap, but '0' has one", nn.Sequential(DeformConv2d(3, 2, 1)), None),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            effective_dilation(arguments[0], images, arguments[1])
     with pytest.raises(ValueError, match="expected '1' to run once, but it ran 2 times"):
         effective_dilation(model, images, ["1"], call=lambda x: (model(x), model(x)))
     image, boxes = images[0], torch.zeros(0, 4)
-    for bad, message in (
-        (AnnotatedImage(images, boxes, 1.0), r"expected image to be \[3, H, W\], but got \[2, 3"),
-        (
-            AnnotatedImage(image, boxes[:, :3], 1.0),
-            r"expected boxes to be \[M, 4\], but got \[0, 3\]",
-        ),
-        (AnnotatedImage(image, boxes, 0.0), "expected scale to be a positive number, but got 0"),
+    for message, *bad in (
+        (r"expected image to be \[3, H, W\], but got \[2, 3", images, boxes, 1.0),
+        (r"expected boxes to be \[M, 4\], but got \[0, 3\]", image, boxes[:, :3], 1.0),
+        ("expected scale to be a positive number, but got 0", image, boxes, 0.0),
     ):
         with pytest.raises(ValueError, match=message):
-            dilation_statistics(model, [bad])
+            dilation_statistics(model, [AnnotatedImage(*bad)])
     with pytest.raises(ValueError, match="expected stride to be at least 1 for each of 1, 3"):
         dilation_statistics(model, annotated(), stride={"1": 4})
 
 
 def test_filters_of_one_run(images):
     model, theirs = pair_of_networks(offset_groups=2)
-    runs = []
-
-    def call(batch):
-        runs.append(batch)
-        return model(batch)
-
+    call = Mock(side_effect=model)
     found = dilation_maps(model, images, call=call)
-    assert len(runs) == 1
+    call.assert_called_once()
     for name, dilation in effective_dilation(model, images).items():
         filters = found[name]
         assert torch.equal(filters.dilation, dilation)

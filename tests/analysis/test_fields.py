@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from networks import pair_of_networks, scaling_offsets
+from networks import pair_of_networks, scaling_offsets, set_offsets
 from torch import nn
 
 from deformnet import DeformConv2d, DeformRoIPool2d
@@ -101,8 +101,8 @@ def test_the_square_and_the_share():
     assert found.side == 9  # 7 x 7 hold no more than 60 %
     assert found.fraction_inside == 1
 
-    with torch.no_grad():  # the middle tap, 20 pixels to the right, is out of the plain field
-        model[1].conv_offset.bias.view(9, 2)[4, 1] = 12
+    # The middle tap, 20 pixels to the right, is out of the plain field.
+    set_offsets(model[1], [0.0] * 9 + [12] + [0] * 8)
     moved = effective_receptive_field(model, image, "1", (20, 15))
     assert moved.gradient[16:25, 23:32].min() == 1
     assert moved.side == 2 * 16 + 1
@@ -116,8 +116,7 @@ def test_stretched_filters_look_farther(images):
         nn.init.uniform_(layer.weight)
     narrow = effective_receptive_field(plain, images, "2", (24, 20))
     for layer in plain:
-        with torch.no_grad():
-            layer.conv_offset.bias.copy_(scaling_offsets(3, 1, 3))
+        set_offsets(layer, scaling_offsets(3, 1, 3))
     wide = effective_receptive_field(plain, images, "2", (24, 20))
     assert narrow.side <= 7 < 13 <= wide.side <= 19
     assert wide.fraction_inside < narrow.fraction_inside == 1
@@ -165,16 +164,10 @@ def test_unknown_receptive_fields(images, operation):
 
 
 def test_as_many_bins_as_pixels():
-    class Head(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.pool = DeformRoIPool2d(3, 7)
-
-        def forward(self, x):
-            return self.pool(x, torch.tensor([[0.0, 1, 1, 5, 5]]))
-
+    head = nn.ModuleDict({"pool": DeformRoIPool2d(3, 7)})
+    boxes = torch.tensor([[0.0, 1, 1, 5, 5]])
     with pytest.raises(ValueError, match=r"unknown after deformnet\.roi_pool"):
-        receptive_field(Head(), torch.rand(1, 3, 7, 7), "pool")
+        receptive_field(head, torch.rand(1, 3, 7, 7), "pool", call=lambda x: head["pool"](x, boxes))
 
 
 def test_wrong_arguments(images):

@@ -12,11 +12,6 @@ from deformnet import DeformConv2d, DeformPSRoIPool2d, DeformRoIPool2d
 from deformnet.analysis import LayerHealth, OffsetObserver
 
 
-@pytest.fixture
-def images():
-    return torch.rand(2, 3, 24, 30, generator=torch.Generator().manual_seed(0))
-
-
 def health(model, *batches):
     with OffsetObserver(model) as observer:
         for batch in batches:
@@ -37,19 +32,17 @@ def test_numbers_of_one_layer(images):
     assert layer.max_shift == 40
     assert layer.map_size == 30
     rows, columns = torch.arange(0, 24, 2), torch.arange(0, 30, 2)
-    outside = at_rest = 0.0
-    for group in range(3):
-        for tap in range(9):
-            dy, dx = offsets[group, tap].tolist()
-            for moved in (True, False):
-                y = rows + tap // 3 - 1 + dy * moved
-                x = columns + tap % 3 - 1 + dx * moved
-                on = ((y > -1) & (y < 24)).float().mean() * ((x > -1) & (x < 30)).float().mean()
-                if moved:
-                    outside += (1 - float(on)) / 27
-                else:
-                    at_rest += (1 - float(on)) / 27
-    assert layer.outside == pytest.approx(outside, abs=1e-6)
+
+    def fraction_outside(offsets):
+        inside = []
+        for k, (dy, dx) in enumerate(offsets.reshape(27, 2).tolist()):
+            y, x = rows + k % 9 // 3 - 1 + dy, columns + k % 3 - 1 + dx
+            on = ((y > -1) & (y < 24)).float().mean() * ((x > -1) & (x < 30)).float().mean()
+            inside.append(float(on))
+        return 1 - sum(inside) / 27
+
+    assert layer.outside == pytest.approx(fraction_outside(offsets), abs=1e-6)
+    at_rest = fraction_outside(0 * offsets)
     assert layer.outside_without_offsets == pytest.approx(at_rest, abs=1e-6)
     made, own = model[0].conv_offset.weight.grad.norm(), model[0].weight.grad.norm()
     assert layer.gradient_ratio == pytest.approx(float(made / own))
@@ -163,9 +156,8 @@ def test_bins_of_deformable_pooling(position_sensitive, listed):
         maker.bias.mul_(2)
     with OffsetObserver(model) as observer:
         pool(*inputs, boxes)
-    assert (
-        "maximum offset of 64 pixels on a feature map of size 40" in observer.health()[0].runaway()
-    )
+    (layer,) = observer.health()
+    assert "maximum offset of 64 pixels on a feature map of size 40" in layer.runaway()
 
 
 @pytest.mark.parametrize("boxes", [torch.zeros(0, 5), []])
@@ -215,8 +207,7 @@ def test_runaway_conditions(changes, reason):
 
 def test_offsets_that_are_not_finite(images):
     model = pair_of_networks()[0]
-    with torch.no_grad():
-        model[1].conv_offset.bias[3] = torch.nan
+    nn.init.constant_(model[1].conv_offset.bias[3:4], torch.nan)
     layer = health(model, images)[0]
     assert layer.runaway() is not None
     assert math.isnan(layer.max_shift)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from networks import Foreign, pair_of_networks, random_offsets
+from networks import Foreign, pair_of_networks, random_offsets, set_offsets
 from torch import nn
 
 from deformnet import DeformConv2d
@@ -18,17 +18,6 @@ def grid(center, dilation=1, reach=1):
         [[center[0] + dilation * i, center[1] + dilation * j] for i in steps for j in steps],
         dtype=torch.float64,
     )
-
-
-def set_offsets(conv, values):
-    """Makes a layer's offsets those values [2*G*K] at every unit."""
-    with torch.no_grad():
-        conv.conv_offset.bias.copy_(torch.as_tensor(values, dtype=torch.float32).flatten())
-
-
-@pytest.fixture
-def images():
-    return torch.rand(2, 3, 24, 30, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("dilation", [1, 2])
@@ -47,26 +36,24 @@ def test_a_plain_convolution_has_the_regular_grid(images):
     torch.testing.assert_close(points[0], torch.tensor(expected, dtype=torch.float64))
 
 
-def test_constant_offsets_move_each_tap(images):
-    model = nn.Sequential(DeformConv2d(3, 4, 3, padding=1))
-    moves = torch.arange(18).reshape(9, 2) / 7 - 1
-    set_offsets(model[0], moves)
+MOVES = torch.arange(18).reshape(9, 2) / 7 - 1
+
+
+@pytest.mark.parametrize(
+    ("options", "offsets", "expected"),
+    [
+        ({}, MOVES, grid((7, 9)) + MOVES.double()),
+        ({"modulated": True}, [1.5] * 18 + [9.0] * 9, grid((8.5, 10.5))),  # no offsets: the masks
+        ({"offset_groups": 3}, [0.25] * 18 + [-2.0] * 36, [(7.25, 9.25), (5, 7), (5, 7)]),
+    ],
+)
+def test_constant_offsets_move_each_tap(images, options, offsets, expected):
+    model = nn.Sequential(DeformConv2d(3, 3, 3, padding=1, **options))
+    set_offsets(model[0], offsets)
     points, _ = sampling_locations(model, images, ["0"], (7, 9), stride=1)
-    torch.testing.assert_close(points[1], grid((7, 9)) + moves.double())
-
-
-def test_masks_are_not_taken_for_offsets(images):
-    model = nn.Sequential(DeformConv2d(3, 4, 3, padding=1, modulated=True))
-    set_offsets(model[0], [1.5] * 18 + [9.0] * 9)
-    points, _ = sampling_locations(model, images, ["0"], (7, 9), stride=1)
-    torch.testing.assert_close(points[0], grid((8.5, 10.5)))
-
-
-def test_every_offset_group_is_followed(images):
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), DeformConv2d(4, 4, 3, padding=1, offset_groups=2))
-    set_offsets(model[1], [0.25] * 18 + [-2.0] * 18)
-    points, _ = sampling_locations(model, images, ["1"], (7, 9), stride=1)
-    torch.testing.assert_close(points[0], torch.cat([grid((7.25, 9.25)), grid((5, 7))]))
+    if isinstance(expected, list):
+        expected = torch.cat([grid(center) for center in expected])
+    torch.testing.assert_close(points, expected.expand(2, -1, 2))
 
 
 def test_strides_multiply_down_to_the_pixels(images):
@@ -193,17 +180,13 @@ def test_offsets_of_nan_give_points_of_nan(images):
         (["upper", "lower"], (24, 0), 1, "24x30 units"),
         (["upper", "lower"], (math.nan, 0), 1, "24x30 units"),
         (["upper", "lower"], (0, 0), 0, "expected stride to be at least 1"),
+        (["norm"], (0, 0), 1, "'norm' to be a convolution or pooling layer, but got a BatchNorm2d"),
+        (["uper"], (0, 0), 1, "but got 'uper'; near misses: upper"),
     ],
 )
 def test_wrong_arguments(images, layers, unit, stride, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         sampling_locations(random_residual(), images, layers, unit, stride=stride)
-
-
-def test_other_layers_are_refused(images):
-    message = "'norm' to be a convolution or pooling layer, but got a BatchNorm2d"
-    with pytest.raises(TypeError, match=message):
-        sampling_locations(random_residual(), images, ["norm"], (0, 0), stride=1)
 
 
 def test_missing_strided_layer_is_reported(images):
@@ -405,8 +388,6 @@ def test_unknown_interpolation(images):
     message = r"expected between to be one of \('bilinear', 'rounded'\), but got 'near'"
     with pytest.raises(ValueError, match=message):
         sampling_locations(random_residual(), images, ["upper"], (0, 0), between="near")
-    with pytest.raises(ValueError, match="but got 'uper'; near misses: upper"):
-        sampling_locations(random_residual(), images, ["uper"], (0, 0))
 
 
 @pytest.mark.parametrize("groups", [1, 2])
