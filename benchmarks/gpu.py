@@ -1,6 +1,6 @@
 """Deformable convolution against plain convolution and torchvision, on a GPU.
 
-    python -m benchmarks.gpu [--rounds 50] [--json FILE] [--tiles]
+    python -m benchmarks.gpu [--rounds 50] [--layers 1x64x56x56 ...] [--json FILE] [--tiles]
 
 3x3 kernels, as many output as input channels, offsets as float32 inputs. Times are GPU times
 between two events; a kernel that waits hides the launch overhead of Python. The L2 cache is either
@@ -11,19 +11,24 @@ The floor is the minimum time of the card, for the products or for moving each t
 fraction of the floor is this time over the measured time, printed for cards with known rates.
 
 --tiles only times deformnet's kernels, in many tile configurations, to find the best ones for
-`deformnet.ops.deform_conv.triton.TILES`. Compiling every configuration takes a long time.
+`deformnet.ops.deform_conv.triton.TILES`. All processors compile them first: on 16 cores, two
+minutes for three layers.
 """
 
 import argparse
 import itertools
+import multiprocessing
+import os
+import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -31,11 +36,14 @@ import torchvision
 from torch import Tensor
 
 from benchmarks.shapes import SHAPES, Shape, make_tensors
+from deformnet import __version__
 from deformnet._files import write_json
-from deformnet.engine.runs import versions
 from deformnet.ops import backends, deform_conv2d
 from deformnet.ops.deform_conv.operator import OPERATOR
 from deformnet.paper.timing import Timing
+
+if TYPE_CHECKING:
+    from deformnet.ops.deform_conv.triton_geometry import Tile
 
 LAYERS = (
     *SHAPES,
@@ -236,14 +244,14 @@ def floor_seconds(shape: Shape, precision: str, step: str, card: Card, *, plain:
     return max(products / card.flops[precision], moved[step] / card.bytes)
 
 
-def measure(rounds: int) -> list[dict[str, object]]:
+def measure(layers: Sequence[Shape], rounds: int) -> list[dict[str, object]]:
     """One dict per measurement."""
     card = CARDS.get(torch.cuda.get_device_name())
     flush = _larger_than_the_cache()
     # cuDNN then looks for its fastest kernel.
     torch.backends.cudnn.benchmark = True
     figures: list[dict[str, object]] = []
-    for shape, (precision, tolerance) in itertools.product(LAYERS, PRECISIONS.items()):
+    for shape, (precision, tolerance) in itertools.product(layers, PRECISIONS.items()):
         set_precision(precision)
         layer = make_layer(shape, precision)
         calls = right_ones(calls_of(layer), layer, tolerance)
@@ -308,87 +316,136 @@ def _cell(figure: Mapping[str, object]) -> str:
     return text if fraction is None else f"{text} {fraction:.0%}"
 
 
-def measure_tiles(rounds: int) -> list[dict[str, object]]:
+# By kernel and precision: (rows, out, channels), warps, stages. For the matrix unit the products
+# of forward are as wide in O as registers allow, those of positions and weight in the channels.
+_SHORT = [(64, 64, 32), (64, 128, 32), (128, 64, 32), (128, 128, 32), (64, 64, 16), (32, 128, 32)]
+_CANDIDATES = {
+    "forward": {
+        "float32": [(*tile, 8, 2) for tile in _SHORT] + [(64, 64, 32, 4, 2), (64, 128, 32, 8, 3)],
+        "tf32": [
+            *((64, 128, 32, 4, 2), (64, 128, 32, 8, 3), (64, 64, 32, 4, 3), (64, 256, 32, 8, 2)),
+            *((128, 128, 32, 8, 2), (128, 128, 32, 8, 3), (128, 256, 32, 8, 2)),
+            *((64, 128, 64, 8, 2), (128, 64, 32, 8, 2), (64, 128, 32, 8, 1)),
+        ],
+        "bfloat16": [
+            *((64, 128, 32, 4, 2), (64, 128, 64, 4, 2), (64, 128, 64, 8, 2), (64, 128, 64, 4, 3)),
+            *((64, 64, 64, 4, 2), (64, 64, 64, 4, 3), (64, 256, 32, 8, 2), (64, 256, 32, 8, 3)),
+            *((64, 256, 64, 8, 1), (64, 256, 128, 8, 1), (64, 512, 32, 8, 2), (128, 128, 32, 8, 2)),
+            *((128, 128, 64, 8, 2), (128, 128, 64, 8, 1), (128, 256, 32, 8, 2)),
+            *((128, 256, 32, 8, 3), (128, 256, 64, 8, 1), (128, 256, 64, 8, 2)),
+        ],
+    },
+    "positions": {
+        "float32": [(*tile, 8, 2) for tile in _SHORT] + [(64, 32, 64, 8, 2), (32, 32, 32, 4, 2)],
+        "tf32": [
+            *((64, 32, 64, 8, 2), (64, 64, 32, 8, 2), (64, 64, 64, 8, 2), (64, 32, 32, 4, 2)),
+            *((128, 32, 32, 8, 2), (64, 32, 64, 4, 2), (64, 64, 32, 4, 2), (128, 32, 64, 8, 2)),
+        ],
+        "bfloat16": [
+            *((64, 64, 64, 8, 2), (64, 64, 64, 4, 2), (64, 128, 64, 8, 2), (64, 128, 32, 8, 2)),
+            *((64, 64, 32, 4, 2), (128, 64, 32, 8, 2), (128, 64, 64, 8, 2), (128, 128, 64, 8, 2)),
+            *((64, 64, 128, 8, 2), (64, 64, 64, 8, 3), (64, 128, 32, 4, 3)),
+        ],
+    },
+    "weight": {
+        "float32": [(*tile, 8, 2) for tile in _SHORT] + [(32, 64, 64, 8, 2), (32, 128, 64, 8, 2)],
+        "tf32": [
+            *((32, 128, 32, 8, 2), (32, 128, 64, 8, 2), (32, 128, 64, 4, 2), (64, 128, 64, 8, 2)),
+            *((32, 128, 128, 8, 2), (32, 256, 64, 8, 2), (32, 64, 64, 4, 2), (64, 128, 32, 4, 2)),
+        ],
+        "bfloat16": [
+            *((64, 128, 64, 8, 2), (64, 128, 64, 4, 2), (64, 128, 64, 4, 3), (64, 128, 128, 8, 2)),
+            *((64, 256, 128, 8, 2), (32, 256, 64, 8, 2), (32, 256, 64, 8, 3), (32, 128, 128, 8, 3)),
+            *((64, 256, 64, 8, 1), (32, 256, 128, 8, 2), (128, 128, 64, 8, 2)),
+        ],
+    },
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One kernel with one tile on one layer."""
+
+    kernel: str
+    precision: str
+    shape: Shape
+    tile: "Tile"
+
+    def prepare(self) -> Callable[[], list[Tensor]]:
+        """Sets tile and precision; channels-last, so that nothing is copied."""
+        from deformnet.ops.deform_conv import triton as kernels
+
+        set_precision(self.precision)
+        dtype = torch.bfloat16 if self.precision == "bfloat16" else torch.float32
+        kernels.TILES[self.kernel][dtype.itemsize] = self.tile
+        layer = make_layer(self.shape, self.precision).to(dtype, torch.channels_last)
+        return _of_kernel(self.kernel, layer)
+
+    def compile(self) -> bool:
+        """Whether the kernel runs; its code stays in Triton's cache on disk."""
+        from triton.runtime.errors import OutOfResources, PTXASError
+
+        try:
+            self.prepare()()
+        except (OutOfResources, PTXASError):
+            return False
+        return True
+
+
+def measure_tiles(layers: Sequence[Shape], rounds: int) -> list[dict[str, object]]:
     """One dict per kernel, layer, precision and valid configuration; prints the best.
 
     Results are checked against the float64 kernel, which tests compare with the reference.
     """
-    from triton.runtime.errors import OutOfResources
-
     from deformnet.ops.deform_conv import triton as kernels
+    from deformnet.ops.deform_conv.triton_geometry import Tile
 
-    candidates = [
-        kernels.Tile(rows, out, channels, warps, stages)
-        for (rows, out), channels, warps, stages in itertools.product(
-            [
-                (32, 64),
-                (32, 128),
-                (64, 64),
-                (64, 128),
-                (64, 256),
-                (128, 64),
-                (128, 128),
-                (128, 256),
-            ],
-            (32, 64),
-            (4, 8),
-            (2, 3),
-        )
-    ]
+    jobs = []
+    for kernel, precision, shape in itertools.product(kernels.TILES, PRECISIONS, layers):
+        usual = kernels.TILES[kernel][2 if precision == "bfloat16" else 4]
+        tiles = [usual, *(Tile(*tile) for tile in _CANDIDATES[kernel][precision])]
+        jobs += [_Job(kernel, precision, shape, tile) for tile in dict.fromkeys(tiles)]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
+        runs = list(pool.map(_Job.compile, jobs))
+    jobs = [job for job, ran in zip(jobs, runs, strict=True) if ran]
+
     figures: list[dict[str, object]] = []
-    for (kernel, table), (precision, tolerance) in itertools.product(
-        kernels.TILES.items(), PRECISIONS.items()
-    ):
-        size = 2 if precision == "bfloat16" else 4
-        set_precision(precision)
-        usual = table[size]
+    for (kernel, precision), same in itertools.groupby(jobs, lambda j: (j.kernel, j.precision)):
         # Seconds of every layer, by configuration.
-        medians: dict[kernels.Tile, list[float]] = {}
-        for shape in LAYERS:
-            # Channels-last, so that nothing is copied.
-            layer = make_layer(shape, precision).to(
-                torch.bfloat16 if size == 2 else torch.float32, torch.channels_last
-            )
-            exact = _of_kernel(kernel, layer.to(torch.float64, torch.channels_last))()
-            call = _of_kernel(kernel, layer)
-            best = None
-            for tiles in [usual, *(tiles for tiles in candidates if tiles != usual)]:
-                table[size] = tiles
-                try:
-                    if not error_of(call(), exact) < tolerance:
-                        print(f"{kernel}: {tiles} is wrong on {shape}", file=sys.stderr)
-                        continue
-                    timing = compare({"": call}, rounds=rounds, flush=None)[""]
-                except OutOfResources:
+        medians: dict[Tile, list[float]] = {}
+        for shape, some in itertools.groupby(same, lambda job: job.shape):
+            layer = make_layer(shape, precision).to(torch.float64, torch.channels_last)
+            exact = _of_kernel(kernel, layer)()
+            for job in some:
+                call = job.prepare()
+                if not error_of(call(), exact) < PRECISIONS[precision]:
+                    print(f"{kernel}: {job.tile} is wrong on {shape}", file=sys.stderr)
                     continue
-                finally:
-                    table[size] = usual
-                medians.setdefault(tiles, []).append(timing.median)
-                best = min(best or (timing.median, tiles), (timing.median, tiles))
+                seconds = compare({"": call}, rounds=rounds, flush=None)[""].median
+                medians.setdefault(job.tile, []).append(seconds)
                 figures.append(
                     {
                         "kernel": kernel,
                         "layer": _name(shape),
                         "precision": precision,
-                        "tiles": tiles._asdict(),
-                        "median_ms": 1e3 * timing.median,
+                        "tiles": job.tile._asdict(),
+                        "median_ms": 1e3 * seconds,
                     }
                 )
-            if best is not None:
-                print(f"{kernel}, {precision}, {_name(shape)}: {1e3 * best[0]:.3f} ms, {best[1]}")
-        means = {
-            tiles: statistics.geometric_mean(times)
-            for tiles, times in medians.items()
-            if len(times) == len(LAYERS)
-        }
-        if means:
-            best_tiles = min(means, key=lambda tiles: means[tiles])
-            fraction = f", {means[best_tiles] / means[usual]:.2f} of the time of {usual}"
-            print(
-                f"{kernel}, {precision}, all layers: {best_tiles}"
-                + (fraction if usual in means else "")
-            )
+        _print_best(f"{kernel}, {precision}", medians, layers)
     return figures
+
+
+def _print_best(
+    title: str, medians: Mapping["Tile", Sequence[float]], layers: Sequence[Shape]
+) -> None:
+    """The fastest tiles over all layers, with the time of each layer."""
+    valid = {tile: times for tile, times in medians.items() if len(times) == len(layers)}
+    print(f"\n{title}: microseconds of {', '.join(str(shape) for shape in layers)}")
+    for tile in sorted(valid, key=lambda tile: statistics.geometric_mean(valid[tile]))[:6]:
+        times = ", ".join(f"{1e6 * seconds:.1f}" for seconds in valid[tile])
+        print(f"{times}  {tuple(tile)}")
 
 
 def _of_kernel(kernel: str, layer: Layer) -> Callable[[], list[Tensor]]:
@@ -403,8 +460,10 @@ def _of_kernel(kernel: str, layer: Layer) -> Callable[[], list[Tensor]]:
     return lambda: OPERATOR.backward(layer.grad_output, x, offset, w, None, *geometry, needs)
 
 
-def conditions() -> dict[str, object]:
+def conditions(layers: Sequence[Shape]) -> dict[str, object]:
     """Machine and versions of the measurements."""
+    import triton
+
     properties = torch.cuda.get_device_properties()
     fields = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit")
     command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "--id=0"]
@@ -419,15 +478,24 @@ def conditions() -> dict[str, object]:
         "L2 bytes": properties.L2_cache_size,
         "driver": driver,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": versions() | {"cuda": torch.version.cuda, "triton": metadata.version("triton")},
-        "cudnn": torch.backends.cudnn.version(),
-        "layers": [asdict(shape) for shape in LAYERS],
+        "versions": {
+            "python": platform.python_version(),
+            "deformnet": __version__,
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+            "triton": triton.__version__,
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+        },
+        "layers": [asdict(shape) for shape in layers],
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=50)
+    names = [str(shape) for shape in LAYERS]
+    parser.add_argument("--layers", nargs="+", choices=names, default=names)
     parser.add_argument("--tiles", action="store_true", help="only time tile configurations")
     parser.add_argument("--json", type=Path, help="file for all results")
     options = parser.parse_args()
@@ -435,10 +503,13 @@ def main() -> None:
     if reason is not None:
         sys.exit(f"benchmarks.gpu: no GPU to measure on: {reason}")
 
-    found = conditions()
+    layers = [shape for shape in LAYERS if str(shape) in options.layers]
+    found = conditions(layers)
     print(", ".join(f"{key} {value}" for key, value in found.items() if key != "layers"))
-    figures = measure_tiles(options.rounds) if options.tiles else measure(options.rounds)
-    if not options.tiles:
+    if options.tiles:
+        figures = measure_tiles(layers, options.rounds)
+    else:
+        figures = measure(layers, options.rounds)
         report(figures)
     if options.json:
         write_json(options.json, found | {"rounds": options.rounds, "figures": figures})

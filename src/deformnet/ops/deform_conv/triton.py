@@ -14,7 +14,7 @@ What all have in common:
 
 - Memory order. The map is read channels-last (NCHW input is copied), so that the channels of a
   tile are one vector of each of the four pixels. The weight is repacked, offset and mask are
-  contiguous; output and its gradient are either contiguous or channels-last, by `Strides`.
+  contiguous; the output is contiguous or channels-last, by `Strides`, its gradient channels-last.
 - Out of the map, NaN. `sampling.cell` decides on floating-point positions; every load is masked,
   none is multiplied with zero instead. A NaN position gives NaN in the outputs that it feeds and
   in its own gradients. Columns beyond the last channel are zeroed before each product: there a NaN
@@ -93,7 +93,7 @@ def _forward(
     for tap in range(sizes.taps):
         for part in range(segments.number):
             first = group * sizes.group_channels + part * segments.length
-            offset_group = first // (sizes.channels // sizes.offset_groups)
+            offset_group = first // sizes.offset_group_channels
             y, x = positions_read(offset, rows, offset_group, tap, sizes, OPTIONS)
             at = cell(y, x, rows.real, sizes, OPTIONS.msra)
             factor = y  # not read without a mask
@@ -211,7 +211,7 @@ def _backward_positions(
     if target is not None:
         scale = scale_of(target)
     for part in range(segments.number):
-        first = offset_group * (sizes.channels // sizes.offset_groups) + part * segments.length
+        first = offset_group * sizes.offset_group_channels + part * segments.length
         for start in range(0, segments.length, TILE.channels):
             within_segment = start + lane
             real_channel = within_segment < segments.length
@@ -299,7 +299,7 @@ def _backward_weight(
     split = tl.program_id(1)
     real_out, real_channel = out < sizes.group_out, within_segment < segments.length
     first = group * sizes.group_channels + part * segments.length
-    offset_group = first // (sizes.channels // sizes.offset_groups)
+    offset_group = first // sizes.offset_group_channels
     channel, out_channel = first + within_segment, group * sizes.group_out + out
 
     CHANNELS: tl.constexpr = TILE.channels
@@ -448,9 +448,10 @@ def deform_conv2d(
     tensors = call.maps, call.offset, call.mask, _packed(call), bias, output
     with torch.cuda.device_of(input):
         if call.narrow:
-            out_channels = _offset_group_out(sizes)
-            tile = _narrow_tile(out_channels)
-            tiles = triton.cdiv(out_channels, tile.out) * triton.cdiv(sizes.rows, tile.rows)
+            tile = _narrow_tile(sizes.offset_group_out)
+            tiles = triton.cdiv(sizes.offset_group_out, tile.out) * triton.cdiv(
+                sizes.rows, tile.rows
+            )
             grid = tiles, sizes.offset_groups
             call.launch(narrow.forward, grid, tile, output, *tensors, sizes, strides)
         else:
@@ -486,7 +487,8 @@ def deform_conv2d_backward(
         grad_mask = make(mask, memory_format=contiguous)
     if grad_output.numel() > 0:
         call = _Call.of(input, offset, weight, mask, geometry)
-        grad_output = _dense(grad_output)
+        # Read again for every tap, as [positions, channels]: one copy is cheaper.
+        grad_output = grad_output.contiguous(memory_format=torch.channels_last)
         with torch.cuda.device_of(input):
             if needs_input or needs_positions:
                 _by_input_and_positions(call, grad_output, grad_input, grad_offset, grad_mask)
@@ -556,7 +558,7 @@ def _launch_positions(
     grad_mask: Tensor | None,
     sums: Sums | None,
 ) -> None:
-    sizes, in_offset_group = call.sizes, call.sizes.channels // call.sizes.offset_groups
+    sizes, in_offset_group = call.sizes, call.sizes.offset_group_channels
     if call.narrow:
         tile, segments = _narrow_tile(in_offset_group), Segments(in_offset_group, 1)
     else:
@@ -574,10 +576,9 @@ def _by_weight(call: _Call, grad_output: Tensor) -> Tensor:
     """The gradient of the weight."""
     sizes, segments = call.sizes, _segments(call.sizes, call.sizes.group_channels)
     if call.narrow:
-        out_channels = _offset_group_out(sizes)
-        tile = _narrow_tile(out_channels)
+        tile = _narrow_tile(sizes.offset_group_out)
         programs = sizes.offset_groups * sizes.taps * sizes.group_channels
-        programs *= triton.cdiv(out_channels, tile.out)
+        programs *= triton.cdiv(sizes.offset_group_out, tile.out)
     else:
         tile = _tile("weight", sizes, call.maps.dtype)
         programs = _groups(sizes) * sizes.taps * segments.number
@@ -606,10 +607,13 @@ def _sizes(input: Tensor, offset: Tensor, weight: Tensor, geometry: Geometry) ->
     out_channels, group_channels, kernel_h, kernel_w = weight.shape
     _, offset_channels, out_h, out_w = offset.shape
     taps = kernel_h * kernel_w
+    offset_groups = offset_channels // (2 * taps)
+    in_offset_group = channels // offset_groups
+    group_out = out_channels // (channels // group_channels)
     return Sizes(
         *(batch * out_h * out_w, out_h * out_w, height, width, channels, out_w),
-        *(group_channels, out_channels // (channels // group_channels)),
-        *(offset_channels // (2 * taps), taps, kernel_w),
+        *(group_channels, group_out, offset_groups),
+        *(in_offset_group, in_offset_group // group_channels * group_out, taps, kernel_w),
         *(*geometry.stride, *geometry.padding, *geometry.dilation),
     )
 
@@ -618,20 +622,15 @@ def _groups(sizes: Sizes) -> int:
     return sizes.channels // sizes.group_channels
 
 
-def _offset_group_out(sizes: Sizes) -> int:
-    """Output channels of an offset group that consists of whole groups."""
-    return sizes.channels // sizes.offset_groups // sizes.group_channels * sizes.group_out
-
-
 def _segments(sizes: Sizes, channels: int) -> Segments:
     """The segments of a group, or offset group, of so many channels."""
-    length = math.gcd(sizes.group_channels, sizes.channels // sizes.offset_groups)
+    length = math.gcd(sizes.group_channels, sizes.offset_group_channels)
     return Segments(length, channels // length)
 
 
 def _is_narrow(sizes: Sizes) -> bool:
     """Whether groups are too narrow for the matrix unit; each then has one offset group."""
-    whole = (sizes.channels // sizes.offset_groups) % sizes.group_channels == 0
+    whole = sizes.offset_group_channels % sizes.group_channels == 0
     return whole and sizes.group_channels * sizes.group_out <= _NARROW_PRODUCTS
 
 
@@ -685,12 +684,6 @@ def _strides(output: Tensor) -> Strides:
     return Strides(channels * height * width, 1, channels)
 
 
-def _dense(tensor: Tensor) -> Tensor:
-    """The tensor in one of the two memory formats."""
-    channels_last = tensor.is_contiguous(memory_format=torch.channels_last)
-    return tensor if channels_last else tensor.contiguous()
-
-
 def _memory_format(input: Tensor) -> torch.memory_format:
     if input.is_contiguous() or not input.is_contiguous(memory_format=torch.channels_last):
         return torch.contiguous_format
@@ -699,5 +692,12 @@ def _memory_format(input: Tensor) -> torch.memory_format:
 
 def _precision(dtype: torch.dtype) -> str:
     """How float32 is multiplied: as PyTorch's own switch for convolutions says."""
-    precision = torch.backends.cudnn.conv.fp32_precision
-    return "tf32" if dtype == torch.float32 and precision == "tf32" else "ieee"
+    tf32 = dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"
+    return "tf32" if tf32 and _has_tf32() else "ieee"
+
+
+def _has_tf32() -> bool:
+    """Whether Triton multiplies in tf32 on the current GPU: of AMD's only on gfx942."""
+    if torch.version.hip is None:
+        return True
+    return torch.cuda.get_device_properties().gcnArchName.startswith("gfx942")

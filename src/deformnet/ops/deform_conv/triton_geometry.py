@@ -19,7 +19,12 @@ import triton.language as tl
 
 
 class Sizes(NamedTuple):
-    """The call, in numbers."""
+    """The call, in numbers.
+
+    Quotients are among them, not left to the kernels: what the compiler sees divided may be odd,
+    but of an argument it knows whether 16 divides it, and only then do loads and atomics of
+    neighboring channels become vectors.
+    """
 
     rows: int  # M
     positions: int  # P
@@ -30,6 +35,8 @@ class Sizes(NamedTuple):
     group_channels: int  # input channels of a convolution group
     group_out: int  # output channels of a convolution group
     offset_groups: int  # G
+    offset_group_channels: int  # input channels of an offset group
+    offset_group_out: int  # output channels of an offset group, if it consists of whole groups
     taps: int  # K
     kernel_w: int
     stride_h: int

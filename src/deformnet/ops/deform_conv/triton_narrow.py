@@ -36,12 +36,11 @@ def forward(
     their channels alone come one after another and read the same offsets. Every program writes its
     tile once, with no atomics: the result is deterministic.
     """
-    shared = sizes.channels // sizes.offset_groups // sizes.group_channels * sizes.group_out
     program = tl.program_id(0)
-    tiles = tl.cdiv(shared, TILE.out)
+    tiles = tl.cdiv(sizes.offset_group_out, TILE.out)
     lane = (program % tiles) * TILE.out + tl.arange(0, TILE.out)
     offset_group = tl.program_id(1)
-    out, real_out = offset_group * shared + lane, lane < shared
+    out, real_out = offset_group * sizes.offset_group_out + lane, lane < sizes.offset_group_out
     rows = rows_of(program // tiles, sizes, OPTIONS, TILE.rows)
 
     ROWS: tl.constexpr = TILE.rows
@@ -59,7 +58,9 @@ def forward(
             value = mix(values, at)
             if mask is not None:
                 value = value * factor[:, None]
-            row_of_weight = (tap * sizes.group_channels + k) * (sizes.offset_groups * shared)
+            row_of_weight = (tap * sizes.group_channels + k) * (
+                sizes.offset_groups * sizes.offset_group_out
+            )
             filters = tl.load(weight + row_of_weight + out, mask=real_out, other=0)
             sums += value * filters.to(OPTIONS.dtype)[None, :]
     if bias is not None:
@@ -85,7 +86,7 @@ def backward_sample(
     CHANNELS: tl.constexpr = TILE.channels
     gradient = tl.zeros((ROWS, CHANNELS), dtype=OPTIONS.dtype)
     row_of_weight = tap * sizes.group_channels + channel % sizes.group_channels
-    row_of_weight *= sizes.channels // sizes.group_channels * sizes.group_out
+    row_of_weight *= sizes.offset_groups * sizes.offset_group_out
     for k in range(sizes.group_out):
         out = channel // sizes.group_channels * sizes.group_out + k
         filters = tl.load(weight + row_of_weight + out, mask=real_channel, other=0)
@@ -110,8 +111,7 @@ def backward_weight(
     products, adds up the rows at the end and writes its part of partial, [split, K, C of a group,
     O of all groups], once. No atomics; the splits are then summed by PyTorch: deterministic.
     """
-    shared = sizes.channels // sizes.offset_groups // sizes.group_channels * sizes.group_out
-    tiles = tl.cdiv(shared, TILE.out)
+    tiles = tl.cdiv(sizes.offset_group_out, TILE.out)
     program = tl.program_id(0)
     lane = (program % tiles) * TILE.out + tl.arange(0, TILE.out)
     program = program // tiles
@@ -120,7 +120,7 @@ def backward_weight(
     tap = program % sizes.taps
     offset_group = program // sizes.taps
     split = tl.program_id(1)
-    out, real_out = offset_group * shared + lane, lane < shared
+    out, real_out = offset_group * sizes.offset_group_out + lane, lane < sizes.offset_group_out
     channel = out // sizes.group_out * sizes.group_channels + k
 
     ROWS: tl.constexpr = TILE.rows
@@ -141,5 +141,7 @@ def backward_weight(
             other=0,
         )
         sums += value * above.to(OPTIONS.dtype)
-    place = ((split * sizes.taps + tap) * sizes.group_channels + k) * (sizes.offset_groups * shared)
+    place = ((split * sizes.taps + tap) * sizes.group_channels + k) * (
+        sizes.offset_groups * sizes.offset_group_out
+    )
     tl.store(partial + place + out, tl.sum(sums, axis=0), mask=real_out)
