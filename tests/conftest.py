@@ -1,6 +1,7 @@
 """Fixtures shared by the tests."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,3 +17,22 @@ def real_data() -> Path:
     if not path.is_dir():
         pytest.fail(f"DEFORMNET_DATA={folder} is not a folder")
     return path
+
+
+@pytest.fixture
+def complaint(capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs a command that must fail with one line and exit code 2; returns the line."""
+    from deformnet.cli import main
+
+    def check(*command: object) -> str:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main([str(word) for word in command])
+        lines = capfd.readouterr().err.strip().splitlines()
+        lines = [line for line in lines if not line.startswith("training:")]
+        assert ended.value.code == 2, lines
+        assert len(lines) == 1, lines
+        assert lines[0].startswith("deformnet: ")
+        return lines[0].removeprefix("deformnet: ")
+
+    return check

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-import numpy as np
 import pytest
-from small_sets import save_image, save_labels
+
+from small_sets import save_city, save_image, save_labels, write_list
 
 
 @pytest.fixture
@@ -13,12 +13,10 @@ def voc(tmp_path: Path) -> Path:
     folder = tmp_path / "set/VOCdevkit/VOC2012"
     for seed, name in enumerate("abc"):
         save_image(folder / f"JPEGImages/{name}.jpg", seed=seed)
-        save_labels(folder / f"SegmentationClass/{name}.png", np.full((12, 16), seed))
-    lists = folder / "ImageSets/Segmentation"
-    lists.mkdir(parents=True)
-    (lists / "train.txt").write_text("a\nb\n")
-    (lists / "val.txt").write_text("c\n")
-    (tmp_path / "set/classes.txt").write_text("background\none\ntwo\n")
+        save_labels(folder / f"SegmentationClass/{name}.png", seed)
+    write_list(folder / "ImageSets/Segmentation/train.txt", "ab")
+    write_list(folder / "ImageSets/Segmentation/val.txt", "c")
+    write_list(tmp_path / "set/classes.txt", ["background", "one", "two"])
     return tmp_path / "set"
 
 
@@ -26,14 +24,8 @@ def voc(tmp_path: Path) -> Path:
 def cityscapes(tmp_path: Path) -> Path:
     """Two cities in train, one in val; each image has one id: 7, 26, 33 and void 0."""
     root = tmp_path / "cityscapes"
-    for split, city, frame, label in (
-        ("train", "aachen", "000001", 7),
-        ("train", "aachen", "000000", 26),
-        ("train", "bochum", "000000", 33),
-        ("val", "bonn", "000000", 0),
-    ):
-        name = f"{city}_000000_{frame}"
-        save_image(root / f"leftImg8bit/{split}/{city}/{name}_leftImg8bit.png")
-        labels = np.full((12, 16), label)
-        save_labels(root / f"gtFine/{split}/{city}/{name}_gtFine_labelIds.png", labels, mode="L")
+    save_city(root, "train", "aachen_000000_000001", 7)
+    save_city(root, "train", "aachen_000000_000000", 26)
+    save_city(root, "train", "bochum_000000_000000", 33)
+    save_city(root, "val", "bonn_000000_000000", 0)
     return root

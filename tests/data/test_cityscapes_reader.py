@@ -2,11 +2,11 @@
 
 import numpy as np
 from PIL import Image
-from small_sets import one_line, save_image, save_labels
 from torchvision import tv_tensors
 from torchvision.datasets import Cityscapes
 
 from deformnet.data import CityscapesSegmentation
+from small_sets import one_line, save_image, save_labels
 
 TRAIN_IDS = {7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 19: 6, 20: 7, 21: 8, 22: 9}
 TRAIN_IDS |= {23: 10, 24: 11, 25: 12, 26: 13, 27: 14, 28: 15, 31: 16, 32: 17, 33: 18}
@@ -43,7 +43,7 @@ def test_classes_are_the_nineteen_in_train_id_order(cityscapes):
 
 
 def test_unknown_id(cityscapes):
-    save_labels(labels_of(cityscapes), np.full((12, 16), 34), mode="L")
+    save_labels(labels_of(cityscapes), 34, mode="L")
     with one_line(ValueError, "gtFine_labelIds.png", "label 34"):
         CityscapesSegmentation(cityscapes, "val")[0]
 

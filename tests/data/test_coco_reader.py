@@ -8,13 +8,13 @@ from multiprocessing.reduction import ForkingPickler
 import numpy as np
 import pytest
 import torch
-from detection_sets import coco_content, write_coco
 from faster_coco_eval import mask as rle
 from PIL import Image
-from small_sets import one_line
 from torchvision import tv_tensors
 
 from deformnet.data import BoxAnnotations, COCODetection, detection_splits
+from detection_sets import coco_content, write_coco
+from small_sets import one_line
 
 
 @pytest.fixture
@@ -26,6 +26,11 @@ def content():
 def coco(tmp_path, content):
     write_coco(tmp_path / "set", content)
     return tmp_path / "set"
+
+
+@pytest.fixture
+def file(coco):
+    return coco / "annotations/instances_train.json"
 
 
 def test_reads_images_and_objects(coco):
@@ -175,21 +180,16 @@ def test_no_python_object_per_image(coco, content):
 @pytest.mark.parametrize(
     "text", [b"", b"{", b"\xff\xfe\x00", b"[" * 100000, b'{"a": 1,}', 0.1, 0.5, 0.99]
 )
-def test_broken_or_truncated_json(coco, text):
-    path = coco / "annotations/instances_train.json"
-    whole = path.read_bytes()
-    path.write_bytes(text if isinstance(text, bytes) else whole[: int(text * len(whole))])
-    with one_line(ValueError, path, "not readable as json"):
+def test_broken_or_truncated_json(coco, file, text):
+    whole = file.read_bytes()
+    file.write_bytes(text if isinstance(text, bytes) else whole[: int(text * len(whole))])
+    with one_line(ValueError, file, "not readable as json"):
         COCODetection(coco, "train")
 
 
-def test_byte_order_mark(coco):
-    path = coco / "annotations/instances_train.json"
-    path.write_text("\ufeff" + path.read_text())
+def test_byte_order_mark(coco, file):
+    file.write_text("\ufeff" + file.read_text())
     assert len(COCODetection(coco, "train")) == 3
-
-
-LISTS = ("images", "annotations", "categories")
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ LISTS = ("images", "annotations", "categories")
     [
         *(
             ({key: value}, f"list of objects under '{key}'")
-            for key in LISTS
+            for key in ("images", "annotations", "categories")
             for value in (None, {}, [1])
         ),
         ({"images": []}, "entries under 'images', but the list is empty"),
@@ -205,10 +205,9 @@ LISTS = ("images", "annotations", "categories")
         (None, "list of objects under 'images'"),  # results instead of annotations
     ],
 )
-def test_invalid_lists(coco, content, change, message):
-    path = coco / "annotations/instances_train.json"
-    path.write_text(json.dumps(content["annotations"] if change is None else content | change))
-    with one_line(ValueError, path, message):
+def test_invalid_lists(coco, file, content, change, message):
+    file.write_text(json.dumps(content["annotations"] if change is None else content | change))
+    with one_line(ValueError, file, message):
         COCODetection(coco, "train")
 
 
@@ -262,11 +261,10 @@ def test_bad_annotations(tmp_path, content, key, value, parts):
         ("categories", {"name": None}, ["'categories'", "'name'", "None"]),
     ],
 )
-def test_bad_entries(coco, content, key, change, parts):
+def test_bad_entries(coco, file, content, key, change, parts):
     content[key][1].update(change)
-    path = coco / "annotations/instances_train.json"
-    path.write_text(json.dumps(content))
-    with one_line(ValueError, path, *parts):
+    file.write_text(json.dumps(content))
+    with one_line(ValueError, file, *parts):
         COCODetection(coco, "train")
 
 

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_sets import one_line, save_image
 from torchvision import tv_tensors
 from torchvision.datasets import ImageFolder
 
@@ -17,6 +16,8 @@ from deformnet.data import (
     image_folder_splits,
 )
 from deformnet.data.transforms import IMAGENET_MEAN, IMAGENET_STD, PCAColorJitter
+from pictures import noise, save, turned
+from small_sets import one_line, save_image
 
 
 @pytest.fixture
@@ -93,9 +94,7 @@ def test_every_image_mode_becomes_rgb(root, mode):
 
 def test_photographs_are_turned_upright(root):
     """As in prediction: no label depends on the stored pixels."""
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 90 degrees
-    Image.new("RGB", (16, 12)).save(root / "val/bee/1.jpg", exif=exif)
+    save(root / "val/bee/1.jpg", noise(12, 16), exif=turned())
     assert ImageFolderClassification(root, "val")[0][0].shape == (3, 16, 12)
 
 
@@ -141,7 +140,7 @@ def test_unreadable_images_are_named(root):
     path = root / "val/bee/1.jpg"
     path.write_bytes(path.read_bytes()[:200])
     images = ImageFolderClassification(root, "val")
-    with one_line(ValueError, path):
+    with one_line(ValueError, path, "not a readable image"):
         images[0]
 
 
@@ -153,6 +152,11 @@ def image_of(height: int, width: int) -> tv_tensors.Image:
     rows = torch.arange(height)[:, None].expand(height, width)
     columns = torch.arange(width)[None].expand(height, width)
     return tv_tensors.Image(torch.stack([rows, columns, rows * 0]).to(torch.uint8))
+
+
+def training(*, resize, crop, flip=True, color_jitter=False):
+    options = {"flip": flip, "color_jitter": color_jitter}
+    return classification_training_transforms(resize=resize, crop=crop, **options)
 
 
 def in_pixels(prepared: torch.Tensor) -> torch.Tensor:
@@ -171,9 +175,7 @@ def test_evaluation_crops_the_center():
 
 
 def test_training_draws_all_sizes_places_and_flips():
-    prepare = classification_training_transforms(
-        resize=(20, 24), crop=10, flip=True, color_jitter=False
-    )
+    prepare = training(resize=(20, 24), crop=10)
     ramp = tv_tensors.Image(6 * image_of(40, 40))
     sizes, tops, flipped = set(), set(), set()
     torch.manual_seed(0)
@@ -195,16 +197,12 @@ def test_training_draws_all_sizes_places_and_flips():
 def test_crop_as_large_as_the_image_always_fits():
     """Also where rounding makes a side times its scale smaller than the crop."""
     for side in range(20, 140, 7):
-        prepare = classification_training_transforms(
-            resize=(16, 16), crop=16, flip=False, color_jitter=False
-        )
+        prepare = training(resize=(16, 16), crop=16, flip=False)
         assert prepare(image_of(side, side + 3)).shape == (3, 16, 16)
 
 
 def test_randomness_is_from_the_global_generator():
-    prepare = classification_training_transforms(
-        resize=(20, 40), crop=16, flip=True, color_jitter=True
-    )
+    prepare = training(resize=(20, 40), crop=16, color_jitter=True)
     torch.manual_seed(3)
     first = prepare(image_of(50, 60))
     other = prepare(image_of(50, 60))
@@ -236,8 +234,8 @@ def test_bad_sizes():
     with one_line(ValueError, "expected crop to be at most", "(20)", "but got 21"):
         classification_evaluation_transforms(short_side=20, crop=21)
     with one_line(ValueError, "expected crop to be at most", "(20)", "but got 21"):
-        classification_training_transforms(resize=(20, 30), crop=21, flip=False, color_jitter=False)
+        training(resize=(20, 30), crop=21)
     with one_line(ValueError, "resize", (30, 20)):
-        classification_training_transforms(resize=(30, 20), crop=8, flip=False, color_jitter=False)
+        training(resize=(30, 20), crop=8)
     with one_line(ValueError, "expected crop to be at least 1, but got 0"):
         classification_evaluation_transforms(short_side=20, crop=0)

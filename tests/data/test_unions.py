@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from detection_sets import coco_content, voc_object, voc_xml, write_coco, write_voc
-from small_sets import one_line, save_image, save_labels
 from torch.utils.data import DataLoader
 
 from deformnet.data import detection_splits, open_detection, open_segmentation, segmentation_splits
+from detection_sets import coco_content, voc_object, write_coco, write_voc, write_voc_images
+from small_sets import one_line, save_city, save_image, save_labels, write_list
 
 UNION = "VOC2007/trainval+VOC2012/train"
 
@@ -20,16 +20,11 @@ UNION = "VOC2007/trainval+VOC2012/train"
 def years(tmp_path) -> Path:
     """VOC2012 as of `write_voc`, and VOC2007 with x, y (10 x 14) in trainval, z in test."""
     root = write_voc(tmp_path / "years")
-    folder = root / "VOCdevkit/VOC2007"
-    (folder / "Annotations").mkdir(parents=True)
-    for seed, name in enumerate("xyz", start=10):
-        save_image(folder / f"JPEGImages/{name}.jpg", 10, 14, seed)
-        text = voc_xml(voc_object((2, 3, 4 + seed - 10, 5), "two"), height=10, width=14)
-        (folder / f"Annotations/{name}.xml").write_text(text)
-    lists = folder / "ImageSets/Main"
-    lists.mkdir(parents=True)
-    (lists / "trainval.txt").write_text("x\ny\n")
-    (lists / "test.txt").write_text("z\n")
+    year = root / "VOCdevkit/VOC2007"
+    contents = {name: [voc_object((2, 3, 4 + i, 5), "two")] for i, name in enumerate("xyz")}
+    write_voc_images(year, contents, 10, 14, seed=10)
+    write_list(year / "ImageSets/Main/trainval.txt", "xy")
+    write_list(year / "ImageSets/Main/test.txt", "z")
     return root
 
 
@@ -69,27 +64,13 @@ def test_folder_of_a_year_as_root(years, root, monkeypatch):
 
 
 def test_splits_of_several_years(years, voc):
-    assert detection_splits(years) == [
-        "train",
-        "val",
-        "VOC2007/test",
-        "VOC2007/trainval",
-        "VOC2012/train",
-        "VOC2012/val",
-    ]
+    last, named = ["train", "val"], ["VOC2012/train", "VOC2012/val"]
+    assert detection_splits(years) == [*last, "VOC2007/test", "VOC2007/trainval", *named]
     for split in detection_splits(years):
         assert len(open_detection(years, split)) > 0
-    assert segmentation_splits(str(voc)) == ["train", "val"]
-    lists = voc / "VOCdevkit/VOC2007/ImageSets/Segmentation"
-    lists.mkdir(parents=True)
-    (lists / "test.txt").write_text("a\n")
-    assert segmentation_splits(voc) == [
-        "train",
-        "val",
-        "VOC2007/test",
-        "VOC2012/train",
-        "VOC2012/val",
-    ]
+    assert segmentation_splits(str(voc)) == last
+    write_list(voc / "VOCdevkit/VOC2007/ImageSets/Segmentation/test.txt", "a")
+    assert segmentation_splits(voc) == [*last, "VOC2007/test", *named]
 
 
 def test_missing_list_names_the_splits_of_all_years(years):
@@ -104,7 +85,7 @@ def test_parts_with_different_classes(years):
 
 
 def test_parts_that_share_an_image(years):
-    (years / "VOCdevkit/VOC2012/ImageSets/Main/both.txt").write_text("b\nc\n")
+    write_list(years / "VOCdevkit/VOC2012/ImageSets/Main/both.txt", "bc")
     with one_line(ValueError, "both.txt", "image b", "train.txt"):
         open_detection(years, "train+both")
     with one_line(ValueError, "both.txt", "image c", "val.txt"):
@@ -160,9 +141,7 @@ def add_2007(root: Path, names: str) -> None:
     for name in names:
         save_image(folder / f"JPEGImages/{name}.jpg", 10, 14)
         save_labels(folder / f"SegmentationClass/{name}.png", np.full((10, 14), 1))
-    lists = folder / "ImageSets/Segmentation"
-    lists.mkdir(parents=True)
-    (lists / "trainval.txt").write_text("\n".join(names))
+    write_list(folder / "ImageSets/Segmentation/trainval.txt", names)
 
 
 def test_two_years_of_masks(voc):
@@ -191,11 +170,8 @@ def test_folders_of_cityscapes(cityscapes):
     assert [images.name(i)[:5] for i in range(4)] == ["aache", "aache", "bochu", "bonn_"]
     with one_line(ValueError, "train+train", "more than once"):
         open_segmentation(cityscapes, "train+train")
-    name = "bochum_000000_000000"
-    save_image(cityscapes / f"leftImg8bit/val/bochum/{name}_leftImg8bit.png")
-    labels = np.full((12, 16), 7)
-    save_labels(cityscapes / f"gtFine/val/bochum/{name}_gtFine_labelIds.png", labels, mode="L")
-    with one_line(ValueError, "leftImg8bit/val", name, "leftImg8bit/train"):
+    save_city(cityscapes, "val", "bochum_000000_000000", 7)
+    with one_line(ValueError, "leftImg8bit/val", "bochum_000000_000000", "leftImg8bit/train"):
         open_segmentation(cityscapes, "train+val")
 
 
@@ -235,36 +211,18 @@ def test_two_files_of_coco(coco):
             assert torch.equal(one, other)
 
 
-def rewrite(coco: Path, change) -> None:
+@pytest.mark.parametrize(
+    ("old", "new", "parts"),
+    [
+        ('"two"', '"three"', ["train2014.json", "one, three", "one, two"]),  # classes
+        ("90", "91", ["other ids", "train2014.json"]),  # of a class
+        ('"id": 103', '"id": 7', ["one id to several images"]),
+    ],
+)
+def test_files_of_coco_that_disagree(coco, old, new, parts):
     path = coco / "annotations/instances_val2014.json"
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
-
-
-def test_files_of_coco_with_other_classes(coco):
-    rewrite(coco, lambda content: content["categories"][0].update(name="three"))
-    with one_line(ValueError, "val2014.json", "train2014.json", "one, three", "one, two"):
-        open_detection(coco, "train2014+val2014")
-
-
-def test_files_of_coco_with_other_ids(coco):
-    def renumber(content):
-        content["categories"][0]["id"] = 91
-        for entry in content["annotations"]:
-            entry["category_id"] = {90: 91}.get(entry["category_id"], 4)
-
-    rewrite(coco, renumber)
-    with one_line(ValueError, "val2014.json", "other ids", "train2014.json"):
-        open_detection(coco, "train2014+val2014")
-
-
-def test_files_of_coco_that_share_an_id(coco):
-    def renumber(content):
-        content["images"][1]["id"] = 7
-
-    rewrite(coco, renumber)
-    with one_line(ValueError, "val2014.json", "one id to several images"):
+    path.write_text(path.read_text().replace(old, new))
+    with one_line(ValueError, "val2014.json", *parts):
         open_detection(coco, "train2014+val2014")
 
 

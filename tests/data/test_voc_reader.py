@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_sets import one_line, save_image, save_labels
 from torchvision import tv_tensors
 from torchvision.datasets import VOCSegmentation as TorchvisionVOC
 
 from deformnet.data import VOCSegmentation, segmentation_evaluation_transforms
 from deformnet.data.files import read_image, read_labels
 from deformnet.data.voc_files import VOC_CLASSES, color_map
+from pictures import noise, save, turned
+from small_sets import one_line, save_image, save_labels
 
 YEAR = "VOCdevkit/VOC2012"
 
@@ -55,7 +56,7 @@ def test_transforms_receive_image_and_mask(voc):
 
 
 def test_gray_masks_and_images_and_png_images(voc):
-    save_labels(voc / YEAR / "SegmentationClass/c.png", np.full((12, 16), 2), mode="L")
+    save_labels(voc / YEAR / "SegmentationClass/c.png", 2, mode="L")
     (voc / YEAR / "JPEGImages/c.jpg").unlink()
     Image.fromarray(np.full((12, 16), 9, np.uint8)).save(voc / YEAR / "JPEGImages/c.png")
     image, mask = VOCSegmentation(voc, "val")[0]
@@ -73,10 +74,7 @@ def test_void_and_the_highest_class_are_valid(voc):
 
 
 def test_exif_orientation_is_not_applied(voc):
-    path = voc / YEAR / "JPEGImages/c.jpg"
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 90 degrees
-    Image.open(path).copy().save(path, exif=exif)
+    save(voc / YEAR / "JPEGImages/c.jpg", noise(12, 16), exif=turned())
     assert VOCSegmentation(voc, "val")[0][0].shape == (3, 12, 16)
 
 
@@ -94,7 +92,7 @@ def test_can_be_pickled(voc):
 @pytest.fixture
 def voc_aug(voc) -> Path:
     """a has both masks (0 and 2), b one in SegmentationClass alone."""
-    save_labels(voc / YEAR / "SegmentationClassAug/a.png", np.full((12, 16), 2))
+    save_labels(voc / YEAR / "SegmentationClassAug/a.png", 2)
     (voc / YEAR / "ImageSets/Segmentation/train_aug.txt").write_text("a\nb\n")
     return voc
 
@@ -216,7 +214,7 @@ def test_missing_background_is_suggested(voc):
     assert images.classes[0] == "background"
     save_labels(voc / YEAR / "SegmentationClass/c.png", np.zeros((12, 16)))
     images = VOCSegmentation(voc, "val")  # now no mask shows it
-    save_labels(voc / YEAR / "SegmentationClass/c.png", np.full((12, 16), 2))
+    save_labels(voc / YEAR / "SegmentationClass/c.png", 2)
     with one_line(ValueError, "c.png", "label 2", "background"):
         images[0]
 

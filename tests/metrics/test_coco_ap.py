@@ -7,20 +7,15 @@ import math
 import pytest
 
 from deformnet.metrics import coco_ap, coco_table
+from detection_sets import coco, coco_object
 
 SMALL, MEDIUM = [10.0, 10.0, 20.0, 20.0], [50.0, 50.0, 60.0, 40.0]
 
 
 def content():
     """Two images; one small and one medium object in the first one."""
-    return {
-        "images": [{"id": i, "file_name": f"{i}.jpg", "height": 200, "width": 300} for i in (1, 2)],
-        "categories": [{"id": 7, "name": "cat"}],
-        "annotations": [
-            {"id": 1, "image_id": 1, "category_id": 7, "bbox": SMALL, "area": 400, "iscrowd": 0},
-            {"id": 2, "image_id": 1, "category_id": 7, "bbox": MEDIUM, "area": 2400, "iscrowd": 0},
-        ],
-    }
+    objects = [coco_object(1, 1, 7, SMALL), coco_object(2, 1, 7, MEDIUM)]
+    return coco({1: "1.jpg", 2: "2.jpg"}, {7: "cat"}, objects, size=(200, 300))
 
 
 def detection(box=SMALL, score=0.9, image=1, category=7):
@@ -49,29 +44,17 @@ def test_published_numbers(real_data, iou_type, name):
 
 def test_a_set_in_several_files_scores_as_in_one(tmp_path):
     whole = content()
-    whole["annotations"].append(
-        {"id": 3, "image_id": 2, "category_id": 7, "bbox": SMALL, "area": 400, "iscrowd": 0}
-    )
-    parts = []
-    for image in (1, 2):
-        part = {
-            **whole,
-            "images": [entry for entry in whole["images"] if entry["id"] == image],
-            # Each file counts its annotations from 1.
-            "annotations": [
-                {**entry, "id": number}
-                for number, entry in enumerate(
-                    (entry for entry in whole["annotations"] if entry["image_id"] == image), 1
-                )
-            ],
-        }
-        parts.append(tmp_path / f"{image}.json")
-        parts[-1].write_text(json.dumps(part))
-    path = tmp_path / "whole.json"
-    path.write_text(json.dumps(whole))
+    parts = [whole | {"images": [entry]} for entry in whole["images"]]
+    whole["annotations"].append(coco_object(3, 2, 7, SMALL))
+    # Each file counts its annotations from 1.
+    parts[0]["annotations"] = whole["annotations"][:2]
+    parts[1]["annotations"] = [coco_object(1, 2, 7, SMALL)]
+    for name, annotations in (("1", parts[0]), ("2", parts[1]), ("whole", whole)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(annotations))
+    parts = [tmp_path / "1.json", tmp_path / "2.json"]
     detections = [detection(), detection(MEDIUM, 0.5), detection(MEDIUM, 0.7, image=2)]
     both = coco_ap(parts, detections)
-    assert both["AP"] == coco_ap(path, detections)["AP"]
+    assert both["AP"] == coco_ap(tmp_path / "whole.json", detections)["AP"]
     assert both["AR100"] == pytest.approx(2 / 3)
     with pytest.raises(ValueError, match=r"unknown to .*1\.json and .*2\.json"):
         coco_ap(parts, [detection(image=3)])

@@ -6,18 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from deformnet import UserError
 from deformnet.data.opening import open_detection
-from deformnet.metrics.detections import (
-    Record,
-    read_detections,
-    to_line,
-    write_detections,
-)
+from deformnet.metrics.detections import Record, read_detections, to_line, write_detections
 from deformnet.tasks.scoring import coco_ids, ground_truth_of, score, submission_path
-from small_sets import one_line
+from detection_sets import coco as coco_annotations
+from detection_sets import coco_object, voc_object, write_coco, write_voc_images
+from small_sets import one_line, write_list
 
 
 def write(folder: Path, files: dict[str, str]) -> Path:
@@ -28,62 +24,32 @@ def write(folder: Path, files: dict[str, str]) -> Path:
     return folder
 
 
-def save_images(folder: Path, names: str) -> None:
-    folder.mkdir(parents=True)
-    for name in names:
-        Image.new("RGB", (100, 80)).save(folder / f"{name}.jpg")
-
-
 @pytest.fixture
 def voc(tmp_path):
     """Images a (a cell and a difficult one) and b (a clean_cell), split test_clean; c apart."""
     root = tmp_path / "voc"
-    folder = root / "VOCdevkit/VOC2007"
-    save_images(folder / "JPEGImages", "abc")
-    objects = {
-        "a": [("cell", 11, 21, 30, 40, 0), ("cell", 51, 51, 60, 60, 1)],
-        "b": [("clean_cell", 1, 1, 10, 10, 0)],
-        "c": [],
-    }
-    for name, of_image in objects.items():
-        text = "".join(
-            f"<object><name>{c}</name><difficult>{difficult}</difficult><bndbox><xmin>{x1}</xmin>"
-            f"<ymin>{y1}</ymin><xmax>{x2}</xmax><ymax>{y2}</ymax></bndbox></object>"
-            for c, x1, y1, x2, y2, difficult in of_image
-        )
-        size = "<size><width>100</width><height>80</height></size>"
-        write(
-            root,
-            {f"VOCdevkit/VOC2007/Annotations/{name}.xml": f"<annotation>{size}{text}</annotation>"},
-        )
-    lists = {"test_clean": "a\nb\n", "other": "c\n"}
-    write(
-        root, {f"VOCdevkit/VOC2007/ImageSets/Main/{name}.txt": text for name, text in lists.items()}
-    )
-    return write(root, {"classes.txt": "cell\nclean_cell\n"})
+    year = root / "VOCdevkit/VOC2007"
+    cells = voc_object((11, 21, 30, 40), "cell"), voc_object((51, 51, 60, 60), "cell", difficult=1)
+    contents = {"a": cells, "b": [voc_object((1, 1, 10, 10), "clean_cell")], "c": []}
+    write_voc_images(year, contents, 80, 100)
+    write_list(year / "ImageSets/Main/test_clean.txt", "ab")
+    write_list(year / "ImageSets/Main/other.txt", "c")
+    write_list(root / "classes.txt", ["cell", "clean_cell"])
+    return root
 
 
 @pytest.fixture
 def coco(tmp_path):
     """Images a and b (ids 20 and 10), split val; one dog in each, and a cat in b."""
-    root = tmp_path / "coco"
-    save_images(root / "val", "ab")
-    content = {
-        "images": [
-            {"id": i, "file_name": f"{name}.jpg", "height": 80, "width": 100}
-            for name, i in (("a", 20), ("b", 10))
-        ],
-        "categories": [{"id": 5, "name": "dog"}, {"id": 3, "name": "cat"}],
-        "annotations": [
-            {"id": i, "image_id": image, "category_id": category, "bbox": box, "area": 400}
-            for i, image, category, box in (
-                (1, 20, 5, [10, 20, 20, 20]),
-                (2, 10, 5, [0, 0, 20, 20]),
-                (3, 10, 3, [50, 50, 20, 20]),
-            )
-        ],
-    }
-    return write(root, {"annotations/instances_val.json": json.dumps(content)})
+    objects = [
+        coco_object(1, 20, 5, [10, 20, 20, 20]),
+        coco_object(2, 10, 5, [0, 0, 20, 20]),
+        coco_object(3, 10, 3, [50, 50, 20, 20]),
+    ]
+    names, classes = {20: "a.jpg", 10: "b.jpg"}, {5: "dog", 3: "cat"}
+    content = coco_annotations(names, classes, objects, size=(80, 100))
+    write_coco(tmp_path / "coco", content, "val", "val")
+    return tmp_path / "coco"
 
 
 def record(image, *rows):
@@ -260,13 +226,8 @@ def test_voc_results(voc, tmp_path):
 
 def test_two_voc_results_of_one_class(tmp_path):
     folder = write(tmp_path / "results", VOC_RESULTS)
-    with one_line(
-        UserError,
-        folder,
-        "clean_cell.txt: expected one file for each class",
-        "class 'cell'",
-        "comp4_det_test_cell.txt",
-    ):
+    message = "clean_cell.txt: expected one file for each class"
+    with one_line(UserError, folder, message, "class 'cell'", "comp4_det_test_cell.txt"):
         read_detections(folder)
 
 
@@ -311,15 +272,8 @@ def test_coco_data(coco, tmp_path, form, data):
         )
     else:
         path = tmp_path / "detections.json"
-        results = [
-            {"image_id": image, "category_id": category, "bbox": box, "score": 0.5}
-            for image, category, box in (
-                (20, 5, [10, 20, 20, 20]),
-                (10, 5, [0, 0, 20, 20]),
-                (10, 3, [50, 50, 20, 20]),
-            )
-        ]
-        path.write_text(json.dumps(results))
+        objects = json.loads((coco / "annotations/instances_val.json").read_text())["annotations"]
+        path.write_text(json.dumps([one | {"score": 0.5} for one in objects]))
     if data == "folder":
         scored = score(path, coco, split="val")
     else:
@@ -344,12 +298,8 @@ def test_submission(coco, tmp_path, published):
     path = write_submission(tmp_path / "out", COCO_RECORDS, dataset, "R-FCN_1.0")
     assert path == tmp_path / f"out/detections_{split}_R-FCN_1.0_results.json"
     results = json.loads(path.read_text())
-    assert results[0] == {
-        "image_id": 20,
-        "category_id": 5,
-        "bbox": [10, 20, 20, 20],
-        "score": 0.9,
-    }
+    box = [10, 20, 20, 20]
+    assert results[0] == {"image_id": 20, "category_id": 5, "bbox": box, "score": 0.9}
     assert [(one["image_id"], one["category_id"]) for one in results[1:]] == [(10, 5), (10, 3)]
     # What was written is what the benchmark reads.
     assert score(path, instances).json["coco"]["AP"] == 1
@@ -483,15 +433,15 @@ def test_missing_and_unknown_files(tmp_path):
 
 def test_detections_that_are_not_in_the_ground_truth(voc, coco, tmp_path):
     path = tmp_path / "all.jsonl"
-    write_detections(path, [*VOC_RECORDS, record("c"), record("x.y.jpg")])
-    with one_line(UserError, path, "2 of 4 images are not in the ground truth, such as 'c'"):
-        score(path, voc, split="test_clean")
-    write_detections(path, [*VOC_RECORDS[:1], record("b", ("dog", 0.5, 0, 0, 1, 1))])
-    with one_line(UserError, path, "1 of 3 detections", "'dog'", "cell, clean_cell"):
-        score(path, voc, split="test_clean")
-    write_detections(path, [*VOC_RECORDS, record("a.jpg")])
-    with one_line(UserError, path, "each image once, but got 'a' again"):
-        score(path, voc, split="test_clean")
+    first, second = VOC_RECORDS
+    for records, *parts in (
+        ([first, second, record("c"), record("x.y.jpg")], "2 of 4 images are not", "such as 'c'"),
+        ([first, record("b", ("dog", 0.5, 0, 0, 1, 1))], "1 of 3", "'dog'", "cell, clean_cell"),
+        ([first, second, record("a.jpg")], "each image once, but got 'a' again"),
+    ):
+        write_detections(path, records)
+        with one_line(UserError, path, *parts):
+            score(path, voc, split="test_clean")
     write_detections(path, VOC_RECORDS[:1])
     with one_line(UserError, path, "2 of 2 detections", "'cell'", "cat, dog"):
         score(path, coco, split="val")

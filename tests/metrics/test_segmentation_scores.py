@@ -195,24 +195,17 @@ def test_regions_agree_with_flooding(shape, classes):
 
 
 def test_regions_of_long_paths():
-    spiral = np.zeros((41, 41), dtype=int)
-    y, x, dy, dx = 0, 0, 0, 1
-    spiral[0, 0] = 1
-    turns = 0
-    while turns < 2:
-        v, u = y + 2 * dy, x + 2 * dx
-        if 0 <= v < 41 and 0 <= u < 41 and not spiral[v, u]:
-            y, x, turns = y + dy, x + dx, 0
-            spiral[y, x] = 1
-        elif 0 <= v - dy < 41 and 0 <= u - dx < 41 and not (0 <= v < 41 and 0 <= u < 41):
-            y, x = y + dy, x + dx
-            spiral[y, x] = 1
-            dy, dx, turns = dx, -dy, turns + 1
-        else:
-            dy, dx, turns = dx, -dy, turns + 1
-    assert spiral.sum() > 700
-    np.testing.assert_array_equal(connected_regions(spiral), flooded(spiral))
-    np.testing.assert_array_equal(connected_regions(spiral.T), flooded(spiral.T))
+    """Of a line that runs to and fro, and of a spiral."""
+    snake = np.zeros((41, 41), dtype=int)
+    snake[::2] = snake[1::4, -1] = snake[3::4, 0] = 1
+    spiral = np.ones((1, 1), dtype=int)
+    while len(spiral) < 41:  # another turn around it
+        spiral = np.rot90(np.pad(spiral, ((0, 2), (0, 0))))
+        spiral[:, -1] = spiral[0] = 1
+    for grid in (snake, spiral):
+        assert grid.sum() > 700
+        np.testing.assert_array_equal(connected_regions(grid), flooded(grid))
+        np.testing.assert_array_equal(connected_regions(grid.T), flooded(grid.T))
 
 
 def test_no_regions_in_no_pixels():

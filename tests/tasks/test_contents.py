@@ -2,12 +2,12 @@
 
 import numpy as np
 import torch
-from PIL import Image
 
 from deformnet.recipes import DeepLabRecipe
 from deformnet.tasks import task_of
 from deformnet.tasks.detection.data import Boxes
 from deformnet.tasks.segmentation import LabelMap
+from small_sets import save_image, save_labels, write_list
 
 CLASSES = ("background", "disc", "star")
 SIZE = (100, 120)
@@ -46,13 +46,9 @@ def test_boxes_are_filled_by_their_objects():
 
 
 def test_stuff_is_not_countable(tmp_path):
-    names = ("background", "Sky", "Road", "Car", "Pole")
-    (tmp_path / "classes.txt").write_text("\n".join(names))
-    for folder, suffix in (("JPEGImages", "jpg"), ("SegmentationClass", "png")):
-        (tmp_path / folder).mkdir()
-        Image.new("L", (8, 8)).save(tmp_path / folder / f"one.{suffix}")
-    lists = tmp_path / "ImageSets/Segmentation"
-    lists.mkdir(parents=True)
-    (lists / "val.txt").write_text("one")
+    write_list(tmp_path / "classes.txt", ["background", "Sky", "Road", "Car", "Pole"])
+    save_image(tmp_path / "JPEGImages/one.jpg")
+    save_labels(tmp_path / "SegmentationClass/one.png", 0)
+    write_list(tmp_path / "ImageSets/Segmentation/val.txt", ["one"])
     images = task_of(DeepLabRecipe()).annotated(tmp_path, "val")
     assert images.countable == ("Car", "Pole")

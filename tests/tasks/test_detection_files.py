@@ -12,6 +12,7 @@ from deformnet.models.detection.detector import Candidates, Detector, Features
 from deformnet.recipes import RFCNRecipe
 from deformnet.tasks.detection import DetectionPredictor
 from deformnet.visualization.drawing import draw_boxes
+from pictures import noise, save, turned
 
 CLASSES = ("cell", "plate")
 
@@ -46,19 +47,12 @@ def predictor():
     return DetectionPredictor(recipe, Constant(), CLASSES, device="cpu")
 
 
-def save(path, height, width, **options):
-    generator = np.random.default_rng(height)
-    pixels = generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path, **options)
-    return path
-
-
 def test_files_with_a_broken_one_among_them(predictor, tmp_path):
-    first = save(tmp_path / "first.png", 20, 30)
-    broken = save(tmp_path / "broken.jpg", 200, 300)
+    first = save(tmp_path / "first.png", noise(20, 30))
+    broken = save(tmp_path / "broken.jpg", noise(200, 300))
     broken.write_bytes(broken.read_bytes()[:2000])
     missing = tmp_path / "missing.jpg"
-    last = save(tmp_path / "last.photo.jpg", 500, 600)
+    last = save(tmp_path / "last.photo.jpg", noise(500, 600))
     out = tmp_path / "out"
     results = dict(predictor.write([first, broken, missing, last], out))
     assert list(results) == [first, broken, missing, last]
@@ -83,7 +77,7 @@ def test_files_with_a_broken_one_among_them(predictor, tmp_path):
 
 @pytest.mark.parametrize(("threshold", "drawn"), [(0.1, 3), (0.5, 2), (0.7, 1), (0.95, 0)])
 def test_pictures_show_what_scores_enough(predictor, tmp_path, threshold, drawn):
-    path = save(tmp_path / "x.png", 500, 600)
+    path = save(tmp_path / "x.png", noise(500, 600))
     for _, problem in predictor.write([path], tmp_path / "out", threshold=threshold):
         assert problem is None
     image = read_image(path)
@@ -96,16 +90,14 @@ def test_pictures_show_what_scores_enough(predictor, tmp_path, threshold, drawn)
 
 
 def test_photographs_are_turned_upright(predictor, tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    path = save(tmp_path / "photo.jpg", 20, 30, exif=exif)
+    path = save(tmp_path / "photo.jpg", noise(20, 30), exif=turned())
     assert [problem for _, problem in predictor.write([path], tmp_path)] == [None]
     line = json.loads((tmp_path / "detections.jsonl").read_text())
     assert np.allclose(line["boxes"][1], [10, 15, 20, 30], atol=1e-4)
 
 
 def test_an_older_file_stays_until_all_is_done(predictor, tmp_path):
-    paths = [save(tmp_path / f"{k}.png", 20, 30 + k) for k in range(3)]
+    paths = [save(tmp_path / f"{k}.png", noise(20, 30 + k)) for k in range(3)]
     lines = tmp_path / "out/detections.jsonl"
     lines.parent.mkdir()
     lines.write_text("older")
@@ -122,6 +114,6 @@ def test_an_older_file_stays_until_all_is_done(predictor, tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_named(predictor, tmp_path):
     (tmp_path / "out").touch()
-    path = save(tmp_path / "x.png", 20, 30)
+    path = save(tmp_path / "x.png", noise(20, 30))
     with pytest.raises(OSError, match="out"):
         list(predictor.write([path], tmp_path / "out"))

@@ -15,6 +15,7 @@ from deformnet.recipes import (
     TestTimeAugmentation,
 )
 from deformnet.tasks.detection import DetectionPredictor
+from pictures import smooth_noise as noise
 
 NONE = TestTimeAugmentation()
 CLASSES = ("one", "two", "three")
@@ -44,13 +45,6 @@ def build(recipe, augmentation=NONE):
             if not name.startswith("backbone") and parameter.ndim > 1:
                 parameter.mul_(5)
     return DetectionPredictor(recipe, model, CLASSES, augmentation, "cpu")
-
-
-def noise(height, width):
-    generator = torch.Generator().manual_seed(height * width)
-    coarse = torch.rand(1, 3, 1 + height // 8, 1 + width // 8, generator=generator)
-    fine = torch.nn.functional.interpolate(coarse, size=(height, width), mode="bilinear")
-    return (255 * fine[0]).to(torch.uint8)
 
 
 def assert_detections(detections, expected):

@@ -196,11 +196,13 @@ def test_no_proposals_no_boxes():
         assert [len(values) for values in detections] == [0, 0, 0]
 
 
-class Walker(Spy):
-    """Moves every box 1 pixel to the right, one pass after another, and scores by position."""
-
+class TwoBoxes(Spy):
     def propose(self, features, sizes):
         return [Proposals(torch.tensor([[0.0, 0, 8, 8], [0, 20, 8, 28]]), torch.ones(2))]
+
+
+class Walker(TwoBoxes):
+    """Moves every box 1 pixel to the right, one pass after another, and scores by position."""
 
     def answer(self, image, proposals):
         boxes = proposals + torch.tensor([1.0, 0, 1, 0])
@@ -243,11 +245,8 @@ def test_mixed_precision_does_not_round_boxes():
     assert torch.allclose(detections.boxes, torch.tensor([[mean, 1, 903, 30]]), rtol=0, atol=1e-3)
 
 
-class ClassWalker(Spy):
+class ClassWalker(TwoBoxes):
     """Each class moves boxes by its own step; scores depend on where the box that was asked is."""
-
-    def propose(self, features, sizes):
-        return [Proposals(torch.tensor([[0.0, 0, 8, 8], [0, 20, 8, 28]]), torch.ones(2))]
 
     def answer(self, image, proposals):
         steps = torch.tensor([10.0, 0, 10, 0])[None] * torch.arange(1, 3)[:, None]
@@ -322,15 +321,14 @@ def test_soft_nms_keeps_what_overlaps_with_a_lower_score():
 
 def test_thresholds_and_limits_are_those_asked_for():
     given = torch.tensor([[0.0, 0, 20, 20], [2, 0, 22, 20], [0, 22, 20, 39]])  # IoU 9/11 and 0
-    image = black(40, 40)
-    assert len(predictor(Repeater(), nms=0.8).predict(image, given).boxes) == 2
-    assert len(predictor(Repeater(), nms=0.85).predict(image, given).boxes) == 3
-    assert len(predictor(Repeater(), max_detections=1).predict(image, given).boxes) == 1
-    # Scores are 0.9, 0.89991 and 0.89982.
-    assert (
-        len(predictor(Repeater(), score_threshold=0.89985, nms=1.0).predict(image, given).boxes)
-        == 2
-    )
+    for options, count in (
+        ({"nms": 0.8}, 2),
+        ({"nms": 0.85}, 3),
+        ({"max_detections": 1}, 1),
+        ({"nms": 1.0, "score_threshold": 0.89985}, 2),  # scores are 0.9, 0.89991 and 0.89982
+    ):
+        detections = predictor(Repeater(), **options).predict(black(40, 40), given)
+        assert len(detections.boxes) == count
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 90), (300, 2)])

@@ -7,16 +7,7 @@ from PIL import Image, ImageOps
 
 from deformnet.data.files import read_image
 from deformnet.tasks.images import as_image, find_images
-
-
-def noise(height, width):
-    generator = torch.Generator().manual_seed(height + width)
-    return torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=generator)
-
-
-def save(path, image, **options):
-    Image.fromarray(image.permute(1, 2, 0).numpy()).save(path, **options)
-    return path
+from pictures import noise, save, turned
 
 
 def test_every_form_is_the_same_image(tmp_path):
@@ -58,9 +49,7 @@ def test_missing_and_broken_files_are_named(tmp_path):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_photographs_are_turned_upright(tmp_path, orientation):
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    path = save(tmp_path / "photo.png", noise(5, 8), exif=exif)
+    path = save(tmp_path / "photo.png", noise(5, 8), exif=turned(orientation))
     with Image.open(path) as file:
         upright = np.asarray(ImageOps.exif_transpose(file))
     assert np.array_equal(read_image(path, upright=True).permute(1, 2, 0).numpy(), upright)

@@ -11,14 +11,10 @@ from deformnet.data.transforms import classification_evaluation_transforms
 from deformnet.recipes import ClassifierRecipe, DeepLabRecipe, RFCNRecipe
 from deformnet.tasks import DataIdentity, task_of
 from deformnet.visualization.drawing import palette
+from pictures import noise, save
 
 CLASSES = ("background", "one", "two")
 SIZES = [(40, 30), (33, 64), (100, 41)]
-
-
-def noise(height, width):
-    generator = torch.Generator().manual_seed(height + width)
-    return torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=generator)
 
 
 def ramp(height, width):
@@ -34,11 +30,8 @@ def predictor_of(recipe):
 
 
 def segmenter(short_side=48, max_side=80):
-    return predictor_of(
-        DeepLabRecipe(
-            backbone="resnet18", deform_layers=0, short_side=short_side, max_side=max_side
-        )
-    )
+    sizes = {"short_side": short_side, "max_side": max_side}
+    return predictor_of(DeepLabRecipe(backbone="resnet18", deform_layers=0, **sizes))
 
 
 def detector():
@@ -96,11 +89,6 @@ def test_other_images_are_refused(build, size):
         build()(torch.zeros(size, dtype=dtype))
 
 
-def save(path, image, **options):
-    Image.fromarray(image.permute(1, 2, 0).numpy()).save(path, **options)
-    return path
-
-
 @pytest.fixture(scope="module")
 def predictor():
     return segmenter(32, 48)
@@ -131,12 +119,8 @@ def test_files(predictor, tmp_path):
     last = save(tmp_path / "last.jpg", noise(30, 20))
     out = tmp_path / "out"
     assert dict(predictor.write([first, last], out)) == {first: None, last: None}
-    assert sorted(p.name for p in out.rglob("*.*")) == [
-        "first.jpg",
-        "first.png",
-        "last.jpg",
-        "last.png",
-    ]
+    written = {path.name for path in out.rglob("*.*")}
+    assert written == {"first.jpg", "first.png", "last.jpg", "last.png"}
     with Image.open(out / "labels/first.png") as file:
         assert file.mode == "P"
         assert np.array_equal(np.asarray(file), predictor(read_image(first, upright=True)).numpy())

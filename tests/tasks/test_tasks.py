@@ -29,6 +29,9 @@ RECIPES = [
 ]
 
 
+FLIP = TestTimeAugmentation(flip=True)
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Shapes in the layout of each task."""
@@ -46,6 +49,11 @@ def folder_of(folders, recipe):
 def network(recipe, classes):
     torch.manual_seed(0)
     return recipe.build_model(len(classes))
+
+
+def predictor_for(recipe, images):
+    data = DataIdentity.of(images.classes, [])
+    return task_of(recipe).predictor(network(recipe, images.classes), data, "cpu")
 
 
 def tensors(value):
@@ -115,10 +123,7 @@ def test_annotated_images_draw_and_locate(folders, recipe):
     images = task.annotated(folder_of(folders, recipe), "val")
     image, known = images[0]
     assert image.dtype == torch.uint8
-    predictor = task.predictor(
-        network(recipe, images.classes), DataIdentity.of(images.classes, []), "cpu"
-    )
-    predicted = predictor.annotate(image)
+    predicted = predictor_for(recipe, images).annotate(image)
     if not task.localizes:
         assert known.label in images.classes
         assert [predicted.draw(image), known.draw(image)] == [None, None]
@@ -139,9 +144,7 @@ def test_annotated_images_draw_and_locate(folders, recipe):
 def test_predictors_take_lists_and_paths(folders):
     recipe = RECIPES[0]
     images = task_of(recipe).annotated(folders / "voc", "val")
-    predict = task_of(recipe).predictor(
-        network(recipe, images.classes), DataIdentity.of(images.classes, []), "cpu"
-    )
+    predict = predictor_for(recipe, images)
     image = images[0][0]
     one, two = predict([image, image.permute(1, 2, 0).numpy()])
     assert torch.equal(one, two)
@@ -151,7 +154,8 @@ def test_predictors_take_lists_and_paths(folders):
 @pytest.mark.parametrize(
     ("recipe", "options", "message"),
     [
-        (RECIPES[0], {"augmentation": TestTimeAugmentation(flip=True)}, "augmentation .* deeplab"),
+        (RECIPES[0], {"augmentation": FLIP}, "augmentation does not apply to deeplab"),
+        (CLASSIFIER, {"augmentation": FLIP}, "augmentation does not apply to classifier"),
         (CLASSIFIER, {"score_at": "network"}, "score_at does not apply to classifier"),
         (RECIPES[1], {"score_at": "network"}, "score_at does not apply to rfcn"),
         (RECIPES[2], {"proposals": ("x",)}, "no stored proposals for rpn, which makes its own"),

@@ -12,30 +12,33 @@ from deformnet.visualization.drawing import (
     overlay,
     palette,
 )
+from pictures import noise
 
 CLASSES = ("cat", "dog", "hovercraft")
 LABELS = ("background", "one", "two")
-
-
-def noise(height, width):
-    generator = torch.Generator().manual_seed(height + width)
-    return torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=generator)
 
 
 def gray(height, width, value=100):
     return torch.full((3, height, width), value, dtype=torch.uint8)
 
 
+def boxes_on(image, boxes, labels, scores=None):
+    """What `draw_boxes` makes of lists: [H, W, 3]."""
+    scores = None if scores is None else torch.tensor(scores)
+    boxes, labels = torch.tensor(boxes).float(), torch.tensor(labels)
+    return np.asarray(draw_boxes(image, boxes, labels, CLASSES, scores))
+
+
 def has_color(drawn, color):
-    return (np.asarray(drawn) == color).all(axis=-1)
+    return (drawn == color).all(axis=-1)
 
 
-@pytest.mark.parametrize("scores", [None, torch.tensor([0.2, 0.9])])
+@pytest.mark.parametrize("scores", [None, [0.2, 0.9]])
 def test_lines_run_along_the_boxes(scores):
-    boxes = torch.tensor([[50.0, 60, 250, 220], [300, 300, 580, 520]])
-    drawn = np.asarray(draw_boxes(gray(600, 700), boxes, torch.tensor([0, 2]), CLASSES, scores))
+    boxes = [[50, 60, 250, 220], [300, 300, 580, 520]]
+    drawn = boxes_on(gray(600, 700), boxes, [0, 2], scores)
     assert drawn.shape[0] > 600, "the legend comes below"
-    for (x1, y1, x2, y2), label in (((50, 60, 250, 220), 0), ((300, 300, 580, 520), 2)):
+    for (x1, y1, x2, y2), label in zip(boxes, [0, 2], strict=True):
         line = has_color(drawn, palette(CLASSES)[label])
         # Whole sides in the class's color, but for where the tag may hang.
         assert line[y1 + 30 : y2 - 30, x1].all()
@@ -50,21 +53,17 @@ def test_lines_run_along_the_boxes(scores):
 
 
 def test_no_boxes_leave_the_image_as_it_is():
-    image = torch.randint(0, 256, (3, 500, 600), dtype=torch.uint8)
-    nothing = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
+    image = noise(500, 600)
     before = image.clone()
-    assert np.array_equal(
-        np.asarray(draw_boxes(image, *nothing, CLASSES, torch.zeros(0))),
-        image.permute(1, 2, 0).numpy(),
-    )
-    draw_boxes(image, torch.tensor([[5.0, 5, 90, 90]]), torch.tensor([0]), CLASSES)
+    nothing = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
+    drawn = draw_boxes(image, *nothing, CLASSES, torch.zeros(0))
+    assert np.array_equal(np.asarray(drawn), image.permute(1, 2, 0).numpy())
+    boxes_on(image, [[5, 5, 90, 90]], [0])
     assert torch.equal(image, before), "drawing does not change what it is given"
 
 
 def test_small_images_are_enlarged_and_boxes_with_them():
-    drawn = np.asarray(
-        draw_boxes(gray(40, 60), torch.tensor([[10.0, 5, 50, 35]]), torch.tensor([1]), CLASSES)
-    )
+    drawn = boxes_on(gray(40, 60), [[10, 5, 50, 35]], [1])
     scale = 8
     assert drawn.shape[1] == scale * 60
     line = has_color(drawn[: scale * 40], palette(CLASSES)[1])
@@ -75,8 +74,7 @@ def test_small_images_are_enlarged_and_boxes_with_them():
 
 
 def test_a_strip_does_not_become_huge():
-    drawn = draw_boxes(gray(3000, 2), torch.tensor([[0.0, 0, 2, 9]]), torch.tensor([0]), CLASSES)
-    assert drawn.width * drawn.height < 100_000
+    assert boxes_on(gray(3000, 2), [[0, 0, 2, 9]], [0]).size < 300_000
 
 
 @pytest.mark.parametrize(
@@ -84,15 +82,12 @@ def test_a_strip_does_not_become_huge():
 )
 def test_boxes_of_any_kind_can_be_drawn(box):
     """Outside the image, without area, inverted: a data set may have them."""
-    drawn = draw_boxes(gray(400, 600), torch.tensor([box]), torch.tensor([0]), CLASSES)
-    assert drawn.width == 600
+    assert boxes_on(gray(400, 600), [box], [0]).shape[1] == 600
 
 
 def test_better_boxes_lie_on_top():
-    boxes = torch.tensor([[100.0, 100, 300, 300], [100, 100, 300, 300]])
-    labels = torch.tensor([0, 1])
-    for scores, top in ((torch.tensor([0.3, 0.6]), 1), (torch.tensor([0.6, 0.3]), 0), (None, 0)):
-        drawn = np.asarray(draw_boxes(gray(600, 600), boxes, labels, CLASSES, scores))
+    for scores, top in (([0.3, 0.6], 1), ([0.6, 0.3], 0), (None, 0)):
+        drawn = boxes_on(gray(600, 600), [[100, 100, 300, 300]] * 2, [0, 1], scores)
         assert (drawn[200, 100] == palette(CLASSES)[top]).all()
 
 
@@ -100,8 +95,7 @@ def test_tags_do_not_cover_one_another():
     """Of two boxes in one place the lower one's lines are hidden, but neither tag is."""
 
     def drawn_colors(*labels):
-        boxes = torch.tensor([[200.0, 200, 400, 400]] * len(labels))
-        drawn = np.asarray(draw_boxes(gray(600, 600), boxes, torch.tensor(labels), CLASSES))[:600]
+        drawn = boxes_on(gray(600, 600), [[200, 200, 400, 400]] * len(labels), labels)[:600]
         return [has_color(drawn, palette(CLASSES)[label]) for label in labels]
 
     alone = drawn_colors(1)[0]
@@ -135,7 +129,7 @@ def test_colors_can_be_told_apart():
 
 
 def test_overlay_tints_classes_and_leaves_the_background():
-    image = torch.full((3, 600, 600), 100, dtype=torch.uint8)
+    image = gray(600, 600)
     labels = torch.zeros(600, 600, dtype=torch.uint8)
     labels[200:400, 200:400] = 2
     drawn = np.asarray(overlay(image, labels, LABELS))
@@ -143,11 +137,9 @@ def test_overlay_tints_classes_and_leaves_the_background():
     assert (drawn[:199, :600] == 100).all()
     assert (drawn[200, 300] == palette(LABELS)[2]).all(), "the outline has the class's color"
     inside = drawn[300, 300].astype(int)
-    assert (
-        np.abs(inside - palette(LABELS)[2]).sum()
-        < np.abs(100 - palette(LABELS)[2].astype(int)).sum()
-    )
-    swatches = (drawn[600:] == palette(LABELS)[2]).all(axis=2).sum()
+    color = palette(LABELS)[2].astype(int)
+    assert np.abs(inside - color).sum() < np.abs(100 - color).sum()
+    swatches = has_color(drawn[600:], color).sum()
     assert swatches > 100
 
 
@@ -165,5 +157,5 @@ def test_label_image_keeps_the_labels():
 def test_void_is_not_tinted():
     image = noise(500, 500)
     labels = torch.full((500, 500), 255, dtype=torch.uint8)
-    drawn = torch.tensor(list(overlay(image, labels, LABELS[1:]).tobytes()), dtype=torch.uint8)
-    assert torch.equal(drawn.reshape(500, 500, 3), image.permute(1, 2, 0))
+    drawn = np.asarray(overlay(image, labels, LABELS[1:]))
+    assert np.array_equal(drawn, image.permute(1, 2, 0).numpy())
