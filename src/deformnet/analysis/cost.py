@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from deformnet.analysis.layers import evaluating, hooks
 from deformnet.nn import DeformConv2d, DeformPSRoIPool2d, DeformRoIPool2d
 from deformnet.ops._arguments import positive
+from deformnet.ops.deform_conv.operator import multiply_adds
 
 
 def _flop_counter() -> FlopCounterMode:
@@ -220,7 +221,7 @@ def _measuring(
 def _torchvision(
     input: Sequence[int], weight: Sequence[int], *others: object, out_shape: Sequence[int]
 ) -> int:
-    products, reads = _multiply_adds(input, weight, out_shape)
+    products, reads = multiply_adds(input, out_shape, weight)
     return 2 * (products + reads)
 
 
@@ -232,14 +233,5 @@ def _torchvision_backward(
     out_shape: object,
 ) -> int:
     # It computes all gradients, needed or not.
-    products, reads = _multiply_adds(input, weight, grad_output)
+    products, reads = multiply_adds(input, grad_output, weight)
     return 2 * (2 * products + 3 * reads)
-
-
-def _multiply_adds(
-    input: Sequence[int], weight: Sequence[int], output: Sequence[int]
-) -> tuple[int, int]:
-    """Multiply-adds of the products, N*Ho*Wo*C_out*C/groups*K, and of the bilinear reads."""
-    out_channels, group_channels, kh, kw = weight
-    taps = output[0] * output[2] * output[3] * kh * kw
-    return taps * out_channels * group_channels, taps * input[1] * 4

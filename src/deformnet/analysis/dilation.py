@@ -166,6 +166,11 @@ class LayerDilation:
     large: MeanStd
     background: MeanStd
 
+    @property
+    def by_size(self) -> tuple[MeanStd, ...]:
+        """Statistics of filters on small, medium and large objects and on the background."""
+        return self.small, self.medium, self.large, self.background
+
     def __add__(self, other: "LayerDilation") -> "LayerDilation":
         """Statistics over the images of both rows.
 
@@ -176,13 +181,8 @@ class LayerDilation:
             raise ValueError(
                 f"expected rows of one layer, but got {self.layer!r} and {other.layer!r}"
             )
-        return LayerDilation(
-            self.layer,
-            self.small + other.small,
-            self.medium + other.medium,
-            self.large + other.large,
-            self.background + other.background,
-        )
+        pairs = zip(self.by_size, other.by_size, strict=True)
+        return LayerDilation(self.layer, *(one + another for one, another in pairs))
 
 
 class AnnotatedImage(NamedTuple):
@@ -247,28 +247,21 @@ def dilation_statistics(
     rows = {name: LayerDilation(name, empty, empty, empty, empty) for name in convolutions}
 
     for annotated in images:
-        image, boxes, scale = annotated
         _check(annotated)
-        batch = image[None]
-        tracer = None if stride is not None else FieldTracer(batch)
+        batch = annotated.image[None]
+        tracer = FieldTracer(batch)
+        tracing = tracer if stride is None else nullcontext()
 
-        def record(
-            it: Call,
-            boxes: Tensor = boxes,
-            scale: float = scale,
-            tracer: FieldTracer | None = tracer,
-        ) -> None:
-            if tracer is None:
-                step = strides[it.name]
-                field = ReceptiveField((1, 1), (step, step), (0, 0))
-            else:
+        def record(it: Call, on: AnnotatedImage = annotated, tracer: FieldTracer = tracer) -> None:
+            if (step := strides.get(it.name)) is None:
                 field = tracer.field(it.output)
-            sizes = _size_classes(size_of(it.output), field, boxes.cpu(), scale)
+            else:
+                field = ReceptiveField((1, 1), (step, step), (0, 0))
+            sizes = _size_classes(size_of(it.output), field, on.boxes.cpu(), on.scale)
             dilation = _dilation(it).cpu().double().mean((0, 1))
             statistics = (_mean_std(dilation[sizes == number]) for number in range(4))
             rows[it.name] += LayerDilation(it.name, *statistics)
 
-        tracing = nullcontext() if tracer is None else tracer
         with torch.no_grad(), evaluating(model), recording_calls(convolutions, record), tracing:
             (call or model)(batch)
     return list(rows.values())

@@ -186,7 +186,28 @@ def record_sampling(
         raise ValueError("expected layers to be at least one name, but got none")
     if stride is not None:
         positive("stride", stride)
-    stack, fields = _record(model, images, layers, stride, call)
+    named = {name: find_layer(model, name) for name in layers}
+    kernels = {name: Kernel.of(layer, name) for name, layer in named.items()}
+    calls: list[Call] = []
+    tracer = FieldTracer(images)
+    tracing = tracer if stride is None else nullcontext()
+    with torch.no_grad(), evaluating(model), recording_calls(named, calls.append), tracing:
+        (call or model)(images)
+    order = [it.name for it in calls]
+    if order != list(reversed(layers)):
+        raise ValueError(
+            "expected layers to run once each, the first one last, "
+            f"but they ran in the order {order}"
+        )
+    stack = [_Layer.of(it, kernels[it.name]) for it in calls]
+    # Of the input of each layer, and of the output of the last.
+    if stride is None:
+        fields = [tracer.field(calls[0].input)]
+    else:
+        fields = [ReceptiveField((1, 1), (stride, stride), (0, 0))]
+    for layer in stack:
+        fields.append(through(layer.kernel, fields[-1]))
+    stack.reverse()
     for above, below in pairwise(stack):
         if above.input_size != below.output_size:
             raise ValueError(
@@ -199,7 +220,7 @@ def record_sampling(
                 "expected layers to run on the same batch, but "
                 f"{above.name} ran on {above.images} images and {below.name} on {below.images}"
             )
-    return SamplingStack(stack, fields)
+    return SamplingStack(stack, fields[::-1])
 
 
 class _Layer(NamedTuple):
@@ -218,6 +239,19 @@ class _Layer(NamedTuple):
     input_size: tuple[int, int]
     output_size: tuple[int, int]
     offset: Tensor | None
+
+    @classmethod
+    def of(cls, call: Call, kernel: Kernel) -> "_Layer":
+        """Record a call of a layer, which is expected to pad as its attributes say."""
+        input_size, output_size = size_of(call.input), size_of(call.output)
+        if not kernel.explains(call.layer, input_size, output_size):
+            raise ValueError(
+                "expected layers to pad as their attributes say, but the output of "
+                f"{call.name} is {_size(output_size)} for an input of {_size(input_size)}"
+            )
+        images = call.output.shape[0] if call.output.ndim == 4 else 1
+        device = call.output.device
+        return cls(call.name, kernel, images, device, input_size, output_size, call.offset)
 
     def samples(self, units: Tensor, *, zero_offsets: bool) -> Tensor:
         """Sampling locations [N, P, G*K, 2] in the input of units [N, P, 2] of the output."""
@@ -250,63 +284,6 @@ class _Layer(NamedTuple):
                 weight = (row_weight[..., 0] * column_weight[..., 1])[:, None]
                 total += torch.where(weight == 0, 0, weight * read)
         return total.unflatten(1, (-1, 2)).permute(0, 3, 1, 2)
-
-
-def _record(
-    model: nn.Module,
-    images: Tensor,
-    names: Sequence[str],
-    stride: int | None,
-    call: Callable[[Tensor], object] | None,
-) -> tuple[list[_Layer], list[ReceptiveField]]:
-    """Record the layers in a forward pass, the top layer first.
-
-    Returns:
-        The layers, and the receptive fields of the top layer's output and of each layer's input.
-    """
-    named = {name: find_layer(model, name) for name in names}
-    kernels = {name: Kernel.of(layer, name) for name, layer in named.items()}
-    calls: list[Call] = []
-    tracer = FieldTracer(images) if stride is None else None
-    tracing = nullcontext() if tracer is None else tracer
-    with torch.no_grad(), evaluating(model), recording_calls(named, calls.append), tracing:
-        (call or model)(images)
-
-    order = [it.name for it in calls]
-    if order != list(reversed(names)):
-        raise ValueError(
-            "expected layers to run once each, the first one last, "
-            f"but they ran in the order {order}"
-        )
-    for it in calls:
-        if not kernels[it.name].explains(it.layer, size_of(it.input), size_of(it.output)):
-            raise ValueError(
-                "expected layers to pad as their attributes say, but the output of "
-                f"{it.name} is {_size(size_of(it.output))} for an input of "
-                f"{_size(size_of(it.input))}"
-            )
-    calls.reverse()
-    layers = [
-        _Layer(
-            it.name,
-            kernels[it.name],
-            it.output.shape[0] if it.output.ndim == 4 else 1,
-            it.output.device,
-            size_of(it.input),
-            size_of(it.output),
-            it.offset,
-        )
-        for it in calls
-    ]
-    if tracer is not None:
-        fields = [tracer.field(calls[-1].input)]
-    else:
-        assert stride is not None
-        fields = [ReceptiveField((1, 1), (stride, stride), (0, 0))]
-    for layer in reversed(layers):
-        fields.append(through(layer.kernel, fields[-1]))
-    fields.reverse()
-    return layers, fields
 
 
 def _size(size: tuple[int, int]) -> str:

@@ -10,17 +10,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from deformnet.visualization.canvas import (
-    OUTSIDE,
-    TEXT,
-    aspect,
-    blank,
-    dimmed,
-    grid,
-    legend,
-    require_image,
-    require_some,
-)
+from deformnet.visualization import canvas
 from deformnet.visualization.colors import VERMILLION, WHITE, YELLOW
 
 
@@ -58,7 +48,7 @@ class DetectionBins:
     moved: Tensor
 
     def __post_init__(self) -> None:
-        require_image(self.image)
+        canvas.require_image(self.image)
         if list(self.box.shape) != [4]:
             raise ValueError(f"expected box to have shape [4], but got {list(self.box.shape)}")
         for name, bins in (("regular", self.regular), ("moved", self.moved)):
@@ -74,15 +64,15 @@ def bins_figure(detections: Sequence[DetectionBins]) -> Figure:
     Raises:
         ValueError: if there are none.
     """
-    require_some("detections", detections)
+    canvas.require_some("detections", detections)
     rows = -(-len(detections) // 3)
     columns = min(3, len(detections))
-    panel = 8 / columns * aspect(detection.image for detection in detections) + 0.3
-    figure = blank(width=8, height=panel * rows + 0.4)
-    axes = grid(figure, rows, columns, used=len(detections))
+    panel = 8 / columns * canvas.aspect(detection.image for detection in detections) + 0.3
+    figure = canvas.blank(width=8, height=panel * rows + 0.4)
+    axes = canvas.grid(figure, rows, columns, used=len(detections))
     for one, detection in zip(axes.flat, detections, strict=False):
         draw_bins(one, detection)
-        one.set_title(detection.title, fontsize=TEXT)
+        one.set_title(detection.title, fontsize=canvas.TEXT)
     handles = [
         Line2D(
             *([], []),
@@ -93,7 +83,7 @@ def bins_figure(detections: Sequence[DetectionBins]) -> Figure:
         )
         for line in (_BOX, _REGULAR, _MOVED)
     ]
-    legend(figure, handles)
+    canvas.legend(figure, handles)
     return figure
 
 
@@ -101,8 +91,8 @@ def draw_bins(axes: Axes, detection: DetectionBins) -> None:
     """A detection's box and bins over its dimmed image."""
     height, width = detection.image.shape[1:]
     # The edges of boxes are those of pixels.
-    axes.imshow(dimmed(detection.image), extent=(0, width, height, 0))
-    axes.set_facecolor(OUTSIDE)
+    axes.imshow(canvas.dimmed(detection.image), extent=(0, width, height, 0))
+    axes.set_facecolor(canvas.OUTSIDE)
     # The thin lines last: bins that hardly move would hide them.
     for bins, line in ((detection.moved, _MOVED), (detection.regular, _REGULAR)):
         for box in bins.reshape(-1, 4):

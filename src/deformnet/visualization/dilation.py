@@ -24,7 +24,7 @@ def dilation_table(layers: Sequence[LayerDilation]) -> str:
         ValueError: if there are no layers.
     """
     require_some("layers", layers)
-    rows = [(layer.layer, *map(dilation_cell, _values(layer))) for layer in layers]
+    rows = [(layer.layer, *map(dilation_cell, layer.by_size)) for layer in layers]
     return str(Table("", ("layer", *_COLUMNS), rows))
 
 
@@ -48,9 +48,8 @@ def dilation_figure(layers: Sequence[LayerDilation]) -> Figure:
     distance = 0.5 / len(layers)
     for number, layer in enumerate(layers):
         color, marker = _STYLES[number % len(_STYLES)]
-        values = _values(layer)
-        means = np.array([np.nan if s.mean is None else s.mean for s in values])
-        deviations = np.array([np.nan if s.std is None else s.std for s in values])
+        # float() makes NaN of None.
+        means, deviations = np.array([(s.mean, s.std) for s in layer.by_size], dtype=float).T
         x = positions + distance * (number - (len(layers) - 1) / 2)
         axes.errorbar(
             x,
@@ -73,7 +72,3 @@ def dilation_figure(layers: Sequence[LayerDilation]) -> Figure:
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=min(3, len(layers)), frameon=False)
     return figure
-
-
-def _values(layer: LayerDilation) -> tuple[MeanStd, ...]:
-    return layer.small, layer.medium, layer.large, layer.background

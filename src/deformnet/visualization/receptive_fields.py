@@ -11,34 +11,15 @@ from matplotlib.patches import ConnectionPatch, Rectangle
 from torch import Tensor
 
 from deformnet.analysis import EffectiveField, SamplingLocations
-from deformnet.visualization.canvas import (
-    TEXT,
-    aspect,
-    blank,
-    grid,
-    legend,
-    pixels,
-    require_image,
-    require_some,
-    same_number,
-)
+from deformnet.visualization import canvas, sampling
 from deformnet.visualization.colors import SKY, VERMILLION, WHITE, YELLOW
-from deformnet.visualization.sampling import (
-    SampledUnit,
-    add_margin,
-    dot_handle,
-    draw_center,
-    draw_image,
-    scatter,
-    unit_handle,
-)
 
 _SAMPLE, _BELOW = 5.0, 3.5  # diameters in points
 _HIGHLIGHT = VERMILLION
 _PERCENTILE = 99.5  # of the gradients, at which the color saturates
 
 
-def two_layer_figure(networks: Mapping[str, Sequence[SampledUnit]]) -> Figure:
+def two_layer_figure(networks: Mapping[str, Sequence[sampling.SampledUnit]]) -> Figure:
     """Figure 5: samples of two layers of filters on two objects of different scale and shape.
 
     A column for each network. Top: two units. Middle: their samples in the map below, one of them
@@ -55,22 +36,22 @@ def two_layer_figure(networks: Mapping[str, Sequence[SampledUnit]]) -> Figure:
     Raises:
         ValueError: if there are not two units, or they have one level.
     """
-    require_some("networks", networks)
+    canvas.require_some("networks", networks)
     for name, units in networks.items():
         if len(units) != 2:
             raise ValueError(f"expected two units of network {name}, but got {len(units)}")
         if min(len(unit.levels) for unit in units) < 2:
             raise ValueError(f"expected two levels of samples of network {name}, but got one")
-    panel = 4 * aspect(units[0].image for units in networks.values())
-    figure = blank(width=4 * len(networks) + 0.3, height=3 * panel + 0.8)
-    axes = grid(figure, 3, len(networks))
+    panel = 4 * canvas.aspect(units[0].image for units in networks.values())
+    figure = canvas.blank(width=4 * len(networks) + 0.3, height=3 * panel + 0.8)
+    axes = canvas.grid(figure, 3, len(networks))
     labels = ("two units", "their samples", "two levels of samples")
     for row, label in zip(axes, labels, strict=True):
-        row[0].set_ylabel(label, fontsize=TEXT)
+        row[0].set_ylabel(label, fontsize=canvas.TEXT)
     for letter, column, (name, units) in zip("abcdefgh", axes.T, networks.items(), strict=False):
-        column[0].set_title(f"({letter}) {name}", fontsize=TEXT)
+        column[0].set_title(f"({letter}) {name}", fontsize=canvas.TEXT)
         for one in column:
-            draw_image(one, units[0].image)
+            sampling.draw_image(one, units[0].image)
         for unit, first in zip(units, (True, False), strict=True):
             _draw_two_levels(column, unit, first=first)
     handles = (
@@ -78,11 +59,13 @@ def two_layer_figure(networks: Mapping[str, Sequence[SampledUnit]]) -> Figure:
         ("samples of these", YELLOW, _BELOW),
         ("one of them, and its samples", _HIGHLIGHT, _SAMPLE),
     )
-    legend(figure, [unit_handle(), *(dot_handle(*handle) for handle in handles)])
+    canvas.legend(
+        figure, [sampling.unit_handle(), *(sampling.dot_handle(*handle) for handle in handles)]
+    )
     return figure
 
 
-def _draw_two_levels(column: Sequence[Axes], unit: SampledUnit, *, first: bool) -> None:
+def _draw_two_levels(column: Sequence[Axes], unit: sampling.SampledUnit, *, first: bool) -> None:
     """A unit in three maps; its first or last sample inside the map is highlighted."""
     top, middle, bottom = column
     samples, below = unit.levels[:2]
@@ -91,13 +74,13 @@ def _draw_two_levels(column: Sequence[Axes], unit: SampledUnit, *, first: bool) 
     inside = samples.inside.nonzero().flatten().tolist() or range(count)
     chosen = inside[0] if first else inside[-1]
     of_chosen = slice(chosen * each, (chosen + 1) * each)  # taps of the top layer vary slowest
-    draw_center(top, unit.center)
-    scatter(middle, samples, WHITE, _SAMPLE)
+    sampling.draw_center(top, unit.center)
+    sampling.scatter(middle, samples, WHITE, _SAMPLE)
     highlighted = SamplingLocations(*(part[chosen : chosen + 1] for part in samples))
-    scatter(middle, highlighted, _HIGHLIGHT, _SAMPLE + 1)
-    scatter(bottom, below, YELLOW, _BELOW)
+    sampling.scatter(middle, highlighted, _HIGHLIGHT, _SAMPLE + 1)
+    sampling.scatter(bottom, below, YELLOW, _BELOW)
     samples_of_chosen = SamplingLocations(*(part[of_chosen] for part in below))
-    scatter(bottom, samples_of_chosen, _HIGHLIGHT, _BELOW + 0.5)
+    sampling.scatter(bottom, samples_of_chosen, _HIGHLIGHT, _BELOW + 0.5)
     _connect(top, unit.center, middle, samples.points, SKY)
     _connect(middle, highlighted.points[0].tolist(), bottom, samples_of_chosen.points, _HIGHLIGHT)
 
@@ -141,7 +124,7 @@ class ReceptiveFieldMap:
     field: EffectiveField
 
     def __post_init__(self) -> None:
-        require_image(self.image)
+        canvas.require_image(self.image)
         if self.image.shape[1:] != self.field.gradient.shape:
             raise ValueError(
                 "expected image to have the size of the gradient, "
@@ -159,17 +142,19 @@ def receptive_field_figure(networks: Mapping[str, Sequence[ReceptiveFieldMap]]) 
     Raises:
         ValueError: if there are no units, or the networks have different numbers of them.
     """
-    count = same_number(networks)
-    panel = 2.7 * aspect(one.image for fields in networks.values() for one in fields)
-    figure = blank(width=2.7 * count, height=panel * len(networks) + 0.7)
-    axes = grid(figure, len(networks), count)
+    count = canvas.same_number(networks)
+    panel = 2.7 * canvas.aspect(one.image for fields in networks.values() for one in fields)
+    figure = canvas.blank(width=2.7 * count, height=panel * len(networks) + 0.7)
+    axes = canvas.grid(figure, len(networks), count)
     for row, (name, fields) in zip(axes, networks.items(), strict=True):
-        row[0].set_ylabel(name, fontsize=TEXT)
+        row[0].set_ylabel(name, fontsize=canvas.TEXT)
         for one, field in zip(row, fields, strict=True):
             _draw_field(one, field)
     for one, field in zip(axes[0], next(iter(networks.values())), strict=True):
-        one.set_title(field.title, fontsize=TEXT)
-    legend(figure, [unit_handle(), Line2D([], [], color=SKY, label="95 % of the gradient")])
+        one.set_title(field.title, fontsize=canvas.TEXT)
+    canvas.legend(
+        figure, [sampling.unit_handle(), Line2D([], [], color=SKY, label="95 % of the gradient")]
+    )
     return figure
 
 
@@ -178,12 +163,12 @@ def _draw_field(axes: Axes, unit: ReceptiveFieldMap) -> None:
     most = np.percentile(gradient[gradient > 0], _PERCENTILE)
     # The root makes the surroundings of a narrow peak visible.
     strength = np.sqrt(np.clip(gradient / most, 0, 1))[..., None]
-    gray = 0.35 * pixels(unit.image).mean(-1, keepdims=True)
+    gray = 0.35 * canvas.pixels(unit.image).mean(-1, keepdims=True)
     axes.imshow((1 - strength) * gray + strength * np.array([0.94, 0.89, 0.26]))
     y, x = unit.center
     side = unit.field.side
     axes.add_patch(
         Rectangle((x - side / 2, y - side / 2), side, side, facecolor="none", edgecolor=SKY)
     )
-    draw_center(axes, unit.center)
-    add_margin(axes, unit.image)
+    sampling.draw_center(axes, unit.center)
+    sampling.add_margin(axes, unit.image)

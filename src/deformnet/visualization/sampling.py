@@ -14,17 +14,7 @@ from matplotlib.lines import Line2D
 from torch import Tensor
 
 from deformnet.analysis import SamplingLocations
-from deformnet.visualization.canvas import (
-    OUTSIDE,
-    TEXT,
-    aspect,
-    blank,
-    dimmed,
-    grid,
-    legend,
-    require_image,
-    same_number,
-)
+from deformnet.visualization import canvas
 from deformnet.visualization.colors import BLACK, GREEN, SKY, VERMILLION, WHITE, YELLOW
 
 _MARGIN = 0.15  # shown around an image, as a fraction of its side
@@ -74,7 +64,7 @@ class SampledUnit:
     levels: Sequence[SamplingLocations]
 
     def __post_init__(self) -> None:
-        require_image(self.image)
+        canvas.require_image(self.image)
         if not 1 <= len(self.levels) <= len(_LEVELS):
             raise ValueError(
                 f"expected 1 to {len(_LEVELS)} levels of samples, but got {len(self.levels)}"
@@ -96,31 +86,31 @@ def sampling_figure(networks: Mapping[str, Sequence[SampledUnit]]) -> Figure:
     Raises:
         ValueError: if there are no units, or the networks have different numbers of them.
     """
-    count = same_number(networks)
+    count = canvas.same_number(networks)
     rows, columns = len(networks) * -(-count // 3), min(count, 3)
-    panel = 8 / columns * aspect(unit.image for units in networks.values() for unit in units)
-    figure = blank(width=8, height=panel * rows + 0.8)
+    panel = 8 / columns * canvas.aspect(unit.image for units in networks.values() for unit in units)
+    figure = canvas.blank(width=8, height=panel * rows + 0.8)
     draw_sampling_grid(figure, networks)
     return figure
 
 
 def draw_sampling_grid(figure: FigureBase, networks: Mapping[str, Sequence[SampledUnit]]) -> None:
     """Fills a figure, or a part of one, as `sampling_figure` does."""
-    count = same_number(networks)
+    count = canvas.same_number(networks)
     groups = -(-count // 3)
-    axes = grid(figure, len(networks) * groups, min(count, 3))
+    axes = canvas.grid(figure, len(networks) * groups, min(count, 3))
     for place, (name, units) in enumerate(networks.items()):
         for number, unit in enumerate(units):
             group, column = divmod(number, 3)
             one = axes[group * len(networks) + place, column]
             draw_sampled_unit(one, unit)
             if place == 0:
-                one.set_title(unit.title, fontsize=TEXT)
+                one.set_title(unit.title, fontsize=canvas.TEXT)
             if column == 0 and len(networks) > 1:
-                one.set_ylabel(name, fontsize=TEXT)
+                one.set_ylabel(name, fontsize=canvas.TEXT)
     for unused in axes[:, count - 3 * (groups - 1) :][-len(networks) :].flat:
         unused.set_visible(False)
-    legend(figure, _level_handles([unit for units in networks.values() for unit in units]))
+    canvas.legend(figure, _level_handles([unit for units in networks.values() for unit in units]))
 
 
 def draw_sampled_unit(axes: Axes, unit: SampledUnit) -> None:
@@ -139,14 +129,14 @@ def draw_center(axes: Axes, center: tuple[float, float], style: Marker = UNIT) -
 
 def draw_image(axes: Axes, image: Tensor) -> None:
     """A dimmed image with a margin around it."""
-    axes.imshow(dimmed(image))
+    axes.imshow(canvas.dimmed(image))
     add_margin(axes, image)
 
 
 def add_margin(axes: Axes, image: Tensor) -> None:
     """Extends the axes around an image."""
     height, width = image.shape[1:]
-    axes.set_facecolor(OUTSIDE)
+    axes.set_facecolor(canvas.OUTSIDE)
     axes.set_xlim(-_MARGIN * width, (1 + _MARGIN) * width)
     axes.set_ylim((1 + _MARGIN) * height, -_MARGIN * height)
 
@@ -183,19 +173,19 @@ def contact_sheet_figure(
         raise ValueError("expected images to hold at least one image, and a unit in each")
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
-    panel = 2.8 * aspect(units[0].image for units in images.values()) + 0.3
-    figure = blank(width=2.8 * columns, height=panel * rows + 0.4)
-    axes = grid(figure, rows, columns, used=len(images))
+    panel = 2.8 * canvas.aspect(units[0].image for units in images.values()) + 0.3
+    figure = canvas.blank(width=2.8 * columns, height=panel * rows + 0.4)
+    axes = canvas.grid(figure, rows, columns, used=len(images))
     titles = dict.fromkeys(unit.title for units in images.values() for unit in units)
     styles = dict(zip(titles, itertools.cycle(_KINDS), strict=False))
     for one, (name, units) in zip(axes.flat, images.items(), strict=False):
         draw_image(one, units[0].image)
-        one.set_title(name, fontsize=TEXT - 3)
+        one.set_title(name, fontsize=canvas.TEXT - 3)
         for unit in units:
             scatter(one, unit.levels[-1], styles[unit.title]["color"], 1.4)
         for unit in units:
             draw_center(one, unit.center, styles[unit.title])
-    legend(
+    canvas.legend(
         figure,
         [Line2D([], [], label=title, linestyle="none", **styles[title]) for title in titles],
     )

@@ -19,7 +19,7 @@ def _flops(
     mask: Tensor | None,
     geometry: Geometry,
 ) -> int:
-    products, reads = _multiply_adds(input, offset, weight)
+    products, reads = multiply_adds(input.shape, offset.shape, weight.shape)
     return 2 * (products + reads)
 
 
@@ -31,7 +31,7 @@ def _backward_flops(
     geometry: Geometry,
     needs: Sequence[bool],
 ) -> int:
-    products, reads = _multiply_adds(input, offset, weight)
+    products, reads = multiply_adds(input.shape, offset.shape, weight.shape)
     by_input, by_position, by_weight = needs[0], needs[1] or needs[4], needs[2]
     by_columns = products if by_input or by_position else 0
     return 2 * (
@@ -39,12 +39,16 @@ def _backward_flops(
     )
 
 
-def _multiply_adds(input: Tensor, offset: Tensor, weight: Tensor) -> tuple[int, int]:
-    """Those of the convolution's products, N*Ho*Wo*C_out*C/groups*K, and of the reads."""
-    batch, _, height, width = offset.shape
-    out_channels, group_channels, kh, kw = weight.shape
-    taps = batch * height * width * kh * kw
-    return taps * out_channels * group_channels, taps * input.shape[1] * _READ
+def multiply_adds(
+    input: Sequence[int], output: Sequence[int], weight: Sequence[int]
+) -> tuple[int, int]:
+    """Multiply-adds of the products, N*Ho*Wo*C_out*C/groups*K, and of the reads, by shapes.
+
+    The offset may stand for the output, whose N, Ho and Wo alone count.
+    """
+    out_channels, group_channels, kh, kw = weight
+    taps = output[0] * output[2] * output[3] * kh * kw
+    return taps * out_channels * group_channels, taps * input[1] * _READ
 
 
 def _triton() -> Kernels:
