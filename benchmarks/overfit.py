@@ -10,7 +10,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from deformnet.data.voc import find_voc
+from deformnet.data.voc_files import find_years
 from deformnet.engine import train
 from deformnet.recipes import ClassAwareRPNRecipe, DetectorRecipe, FasterRCNNRecipe, RFCNRecipe
 
@@ -20,7 +20,7 @@ NETWORKS = {r.network: r for r in (ClassAwareRPNRecipe, FasterRCNNRecipe, RFCNRe
 
 def first_images(data: Path, out: Path) -> None:
     """Creates a data set of links to the first images of another one."""
-    source = find_voc(data).resolve()
+    source = find_years(data)[-1].resolve()
     folder = out / "VOCdevkit/VOC2012"
     lists = folder / "ImageSets/Main"
     lists.mkdir(parents=True, exist_ok=True)

@@ -114,6 +114,11 @@ def forward(predictor: Predictor[object], prepared: Prepared) -> object:
     return predictor.model(*predictor.arguments(prepared))
 
 
+def count_parameters(model: nn.Module) -> int:
+    """Return the number of parameters."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 def require_sound(name: str, output: object) -> None:
     """Check that the output of a network is worth timing.
 

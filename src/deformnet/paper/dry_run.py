@@ -3,12 +3,12 @@
 import ctypes
 import dataclasses
 import gc
-import json
 import resource
 import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TypedDict
 
@@ -17,7 +17,7 @@ from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
 from deformnet._errors import UserError
-from deformnet._files import write_json
+from deformnet._files import read_json, write_json
 from deformnet._text import Table
 from deformnet.data.synthetic import Shapes, scene
 from deformnet.data.transforms import IMAGENET_MEAN, IMAGENET_STD
@@ -25,7 +25,7 @@ from deformnet.engine import Hardware, LoopOptions, evaluate, propose, train
 from deformnet.engine.logs import read_log
 from deformnet.engine.runs import machine, versions
 from deformnet.models.backbones import backbone
-from deformnet.paper.cases import set_statistics
+from deformnet.paper.cases import count_parameters, set_statistics
 from deformnet.paper.rows import Row, proposal_recipe
 from deformnet.paper.settings import DryRun, Splits
 from deformnet.paper.synthetic import write_synthetic_data
@@ -80,11 +80,9 @@ def dry_run_rows(
 
     Args:
         rows: rows to run; those without a recipe are skipped.
-        dry: changes of batch size or image size.
         data: folder of images; None writes synthetic images in the layout of the row's data set.
         out: JSON file of the results; only rows that it does not hold yet are run. None to write
             none.
-        splits: splits of `data`.
     Raises:
         UserError: if `out` was written with other settings, or the data do not fit.
     """
@@ -130,7 +128,7 @@ def dry_run_table(results: Sequence[DryRunResult]) -> str:
 def _earlier_runs(out: Path | None, conditions: dict[str, object]) -> dict[str, RunMeasurements]:
     if out is None or not out.is_file():
         return {}
-    content = json.loads(out.read_text())
+    content = read_json(out)
     for name, value in conditions.items():
         if content["conditions"][name] != value:
             raise UserError(
@@ -148,18 +146,20 @@ def _run(row: Row, dry: DryRun, data: Path | None, folder: Path, splits: Splits)
         data = folder / "data"
         write_synthetic_data(row.data, data, *recipe.image_size)
     recipe = _initialized(recipe, folder / "weights.pth")
+    loop = LoopOptions(log_every=1, progress=False)
+    fit = partial(train, split=train_split, val_split=None, hardware=_HARDWARE, loop=loop)
     _reset_peak()
     proposals: list[Path] = []
     if row.fixed_proposals:
         rpn = dataclasses.replace(_shortened(proposal_recipe(row.recipe), dry), init=recipe.init)
-        _train(rpn, data, folder / "rpn", train_split)
+        fit(rpn, data, folder / "rpn")
         for number, split in enumerate((train_split, test_split)):
             path = folder / f"{number}.safetensors"
             propose(folder / "rpn", data, split, path, hardware=_HARDWARE, progress=False)
             proposals.append(path)
         _reset_peak()
     run = folder / "run"
-    _train(recipe, data, run, train_split, proposals[:1])
+    fit(recipe, data, run, proposals=proposals[:1])
     options = TaskOptions(
         score_at=row.score_at,
         augmentation=_scaled(row.augmentation, dry.scale),
@@ -175,21 +175,6 @@ def _run(row: Row, dry: DryRun, data: Path | None, folder: Path, splits: Splits)
         "machine": machine(),
         "versions": versions(),
     }
-
-
-def _train(
-    recipe: Recipe, data: Path, run: Path, split: str, proposals: Sequence[Path] = ()
-) -> None:
-    train(
-        recipe,
-        data,
-        run,
-        split=split,
-        val_split=None,
-        proposals=proposals,
-        hardware=_HARDWARE,
-        loop=LoopOptions(log_every=1, progress=False),
-    )
 
 
 def _shortened(recipe: Recipe, dry: DryRun) -> Recipe:
@@ -209,7 +194,7 @@ def _parameters(row: Row) -> int:
     recipe = dataclasses.replace(row.recipe, norm="trained", init=None)
     with torch.device("meta"):
         model = recipe.build_model(row.data.classes)
-    return sum(parameter.numel() for parameter in model.parameters())
+    return count_parameters(model)
 
 
 def _initialized(recipe: Recipe, path: Path) -> Recipe:

@@ -4,18 +4,14 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from deformnet._files import read_json
 from deformnet._text import Table
 from deformnet.paper.reproduce import RowResult, result_path
 from deformnet.paper.rows import Row
 
 
 def list_rows(rows: Sequence[Row], out: Path | None) -> str:
-    """Return rows by data set, with the paper's numbers and those measured here.
-
-    Args:
-        rows: rows to list.
-        out: output folder of `reproduce` whose results are shown; None to show none.
-    """
+    """Return rows by data set, with the paper's numbers and those of `reproduce` in `out`."""
     tables = []
     for data in dict.fromkeys(row.data for row in rows):
         of_data = [row for row in rows if row.data is data]
@@ -62,7 +58,7 @@ def _ours(row: Row, out: Path | None) -> str:
     if row.recipe is None:
         return f"not implemented: {row.missing}"
     if out is not None and result_path(row, out).is_file():
-        return _numbers(row, json.loads(result_path(row, out).read_text())["measured"])
+        return _numbers(row, read_json(result_path(row, out))["measured"])
     return "not measured: needs the full data set and days of GPU time"
 
 

@@ -44,34 +44,27 @@ class Comparison(TypedDict):
 
 
 @contextmanager
-def running(options: TimingOptions) -> Iterator[torch.device]:
-    """Yield the device to time on, with the number of threads of the options.
+def running(options: TimingOptions, out: Path | None) -> Iterator[tuple[torch.device, Conditions]]:
+    """Yield device and conditions, which are printed, with the number of threads of the options.
 
     Raises:
-        UserError: if there is no such device.
+        UserError: if there is no such device, or `out`, to be written later, is a folder.
     """
+    if out is not None and out.is_dir():
+        raise UserError(f"expected out to be a file, but got the folder {out}")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("expected a GPU for device cuda, but PyTorch finds none; use cpu")
     before = torch.get_num_threads()
     torch.set_num_threads(options.threads or before)
     try:
-        yield torch.device(options.device)
+        conditions = _conditions(options)
+        print(_describe(conditions), flush=True)
+        yield torch.device(options.device), conditions
     finally:
         torch.set_num_threads(before)
 
 
-def require_writable(out: Path | None) -> None:
-    """Refuse, before minutes of work, an output file that cannot be written.
-
-    Raises:
-        UserError: if it is a folder.
-    """
-    if out is not None and out.is_dir():
-        raise UserError(f"expected out to be a file, but got the folder {out}")
-
-
-def conditions(options: TimingOptions) -> Conditions:
-    """Return the conditions of a timing."""
+def _conditions(options: TimingOptions) -> Conditions:
     return {
         "machine": machine(),
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
@@ -85,7 +78,7 @@ def conditions(options: TimingOptions) -> Conditions:
     }
 
 
-def describe(conditions: Conditions) -> str:
+def _describe(conditions: Conditions) -> str:
     """Return the conditions as text for a terminal."""
     packages = ", ".join(f"{name} {version}" for name, version in conditions["versions"].items())
     load = "" if conditions["load"] is None else f", load {conditions['load']} at the start"

@@ -3,29 +3,21 @@
 from typing import NamedTuple
 
 import torch
-from torch import nn
 
+from deformnet import recipes
 from deformnet._errors import users_values
 from deformnet._text import Table
-from deformnet.recipes import (
-    BackboneName,
-    ClassAwareRPNRecipe,
-    ClassifierRecipe,
-    DeepLabRecipe,
-    FasterRCNNRecipe,
-    Recipe,
-    RFCNRecipe,
-)
+from deformnet.paper.cases import count_parameters
 
 # Millions, plain and deformable, for 20 classes on ResNet-101; DeepLab has a background class, too.
-_TABLE4: tuple[tuple[type[Recipe], int, tuple[float, float]], ...] = (
-    (DeepLabRecipe, 1, (46.0, 46.1)),
-    (ClassAwareRPNRecipe, 0, (46.0, 46.1)),
-    (FasterRCNNRecipe, 0, (58.3, 59.9)),
-    (RFCNRecipe, 0, (47.1, 49.5)),
+_TABLE4: tuple[tuple[type[recipes.Recipe], int, tuple[float, float]], ...] = (
+    (recipes.DeepLabRecipe, 1, (46.0, 46.1)),
+    (recipes.ClassAwareRPNRecipe, 0, (46.0, 46.1)),
+    (recipes.FasterRCNNRecipe, 0, (58.3, 59.9)),
+    (recipes.RFCNRecipe, 0, (47.1, 49.5)),
 )
 # Millions, with a classifier of 1000 classes.
-_TABLE7: dict[BackboneName, float] = {"resnet101": 46.0, "aligned-inception-resnet": 64.3}
+_TABLE7: dict[recipes.BackboneName, float] = {"resnet101": 46.0, "aligned-inception-resnet": 64.3}
 _PUBLISHED = (20, "resnet101")
 _EXPLANATION = """\
 In parentheses: the paper's counts, without region proposal networks, which it trains separately.
@@ -50,26 +42,16 @@ class Count(NamedTuple):
     rpn: int
 
 
-def parameter_counts(num_classes: int, recipe: Recipe) -> Count:
-    """Count parameters with and without deformable layers.
-
-    Args:
-        num_classes: number of classes, as `Recipe.build_model` takes it.
-        recipe: recipe of the deformable network.
-    """
+def parameter_counts(num_classes: int, recipe: recipes.Recipe) -> Count:
+    """Count parameters of the network of a recipe with and without its deformable layers."""
     with torch.device("meta"), users_values():  # counting needs no memory
         plain, deformable = (it.build_model(num_classes) for it in (recipe.baseline(), recipe))
-    rpn = _count(plain.get_submodule("rpn")) if recipe.takes_proposals else 0
-    return Count(_count(plain), _count(deformable), rpn)
+    rpn = count_parameters(plain.get_submodule("rpn")) if recipe.takes_proposals else 0
+    return Count(count_parameters(plain), count_parameters(deformable), rpn)
 
 
-def parameter_table(num_classes: int, backbone: BackboneName) -> str:
-    """Return the counts of all networks as tables, with those of the paper if it has them.
-
-    Args:
-        num_classes: number of classes of objects.
-        backbone: backbone of the networks.
-    """
+def parameter_table(num_classes: int, backbone: recipes.BackboneName) -> str:
+    """Return the counts of all networks as tables, with those of the paper if it has them."""
     published = (num_classes, backbone) == _PUBLISHED
     rows = []
     for network, background, paper in _TABLE4:
@@ -92,13 +74,9 @@ def parameter_table(num_classes: int, backbone: BackboneName) -> str:
     return "\n\n".join(map(str, (networks, classifiers, *([_EXPLANATION] if published else []))))
 
 
-def _classifier_parameters(backbone: BackboneName) -> int:
+def _classifier_parameters(backbone: recipes.BackboneName) -> int:
     with torch.device("meta"):
-        return _count(ClassifierRecipe(backbone=backbone).build_model(1000))
-
-
-def _count(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
+        return count_parameters(recipes.ClassifierRecipe(backbone=backbone).build_model(1000))
 
 
 def _cell(ours: int, paper: float | None) -> str:

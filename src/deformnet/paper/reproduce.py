@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TypedDict
 
@@ -53,13 +54,11 @@ def reproduce(
     """Train a row as published, or resume its training, and evaluate it.
 
     Args:
-        row: row to reproduce.
-        data: folder of its data set; see docs/data.md.
+        data: folder of the row's data set; see docs/data.md.
         out: folder of all rows: `runs` (shared by rows with the same training), `proposals` and
             `results`.
         init: initial weights of the backbone, instead of those that the row names.
         splits: splits to use instead of those of the row; the result records them.
-        hardware, loop: as for `deformnet.engine.train`.
     Returns:
         The content of `results/ROW.json`.
     Raises:
@@ -69,11 +68,15 @@ def reproduce(
     require_runnable([row], data, splits)
     train_split, test_split = splits.of(row.data.train, row.data.test)
     recipe = _initialized(row, out, init)
+    fit = partial(train, split=train_split, val_split=None, hardware=hardware, loop=loop)
     proposals: list[Path] = []
     if row.fixed_proposals:
-        proposals = _proposals(row, recipe, data, out, (train_split, test_split), hardware, loop)
+        rpn = out / "runs" / f"{row.data.key}-rpn"
+        fit(dataclasses.replace(proposal_recipe(recipe), init=recipe.init), data, rpn)
+        for split in (train_split, test_split):
+            proposals.append(_proposals(row, rpn, data, out, split, hardware))
     run = out / "runs" / row.run
-    _train(recipe, data, run, train_split, proposals[:1], hardware, loop)
+    fit(recipe, data, run, proposals=proposals[:1])
     options = TaskOptions(
         score_at=row.score_at, augmentation=row.augmentation, proposals=tuple(proposals[1:])
     )
@@ -149,48 +152,12 @@ def _initialized(row: Row, out: Path, init: str | None) -> Recipe:
     return dataclasses.replace(row.recipe, init=str(run.resolve()))
 
 
-def _proposals(
-    row: Row,
-    recipe: Recipe,
-    data: Path,
-    out: Path,
-    splits: tuple[str, str],
-    hardware: Hardware,
-    loop: LoopOptions,
-) -> list[Path]:
-    """Return the proposal files of both splits, from an RPN that all rows share."""
-    run = out / "runs" / f"{row.data.key}-rpn"
-    rpn = dataclasses.replace(proposal_recipe(recipe), init=recipe.init)
-    _train(rpn, data, run, splits[0], [], hardware, loop)
+def _proposals(row: Row, rpn: Path, data: Path, out: Path, split: str, hardware: Hardware) -> Path:
+    """Return the proposal file of a split, from the run of an RPN that all rows share."""
     # An RPN that is trained anew gives other boxes.
-    with checkpoint_path(run).open("rb") as file:
+    with checkpoint_path(rpn).open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()[:8]
-    files = []
-    for split in splits:
-        name = f"{row.data.key}-{split.replace('/', '_')}-{digest}.safetensors"
-        path = out / "proposals" / name
-        if not path.is_file():
-            propose(run, data, split, path, hardware=hardware)
-        files.append(path)
-    return files
-
-
-def _train(
-    recipe: Recipe,
-    data: Path,
-    run: Path,
-    split: str,
-    proposals: Sequence[Path],
-    hardware: Hardware,
-    loop: LoopOptions,
-) -> None:
-    train(
-        recipe,
-        data,
-        run,
-        split=split,
-        val_split=None,
-        proposals=proposals,
-        hardware=hardware,
-        loop=loop,
-    )
+    path = out / f"proposals/{row.data.key}-{split.replace('/', '_')}-{digest}.safetensors"
+    if not path.is_file():
+        propose(rpn, data, split, path, hardware=hardware)
+    return path

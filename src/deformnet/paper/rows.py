@@ -202,37 +202,34 @@ _ERRORS = ("top-1 error", "top-5 error")
 # Tables 1 and 3: mean IoU on VOC and Cityscapes; then mAP at IoU 0.5 and 0.7 of class-aware RPN,
 # Faster R-CNN and R-FCN.
 _Pair = tuple[float, float]
-_TABLE1: dict[DeformLayers, tuple[_Pair, _Pair, _Pair, _Pair]] = {
+_Line = tuple[_Pair, _Pair, _Pair, _Pair]
+_TABLE1: dict[DeformLayers, _Line] = {
     0: ((69.7, 70.4), (68.0, 44.9), (78.1, 62.1), (80.0, 61.8)),
     1: ((73.9, 73.5), (73.5, 54.4), (78.6, 63.8), (80.6, 63.0)),
     2: ((74.8, 74.4), (74.3, 56.3), (78.5, 63.3), (81.0, 63.8)),
     3: ((75.2, 75.2), (74.5, 57.2), (78.6, 63.3), (81.4, 64.7)),
     6: ((74.8, 75.1), (74.6, 57.7), (78.7, 64.0), (81.5, 65.4)),
 }
-_TABLE3_ATROUS: dict[int, tuple[_Pair, _Pair, _Pair, _Pair]] = {
+_TABLE3_ATROUS: dict[int, _Line] = {
     2: ((69.7, 70.4), (68.0, 44.9), (78.1, 62.1), (80.0, 61.8)),
     4: ((73.1, 71.9), (72.8, 53.1), (78.6, 63.1), (80.5, 63.0)),
     6: ((73.6, 72.7), (73.6, 55.2), (78.5, 62.3), (80.2, 63.5)),
     8: ((73.2, 72.4), (73.2, 55.1), (77.8, 61.8), (80.3, 63.2)),
 }
 # Table 1 has 75.2 for DeepLab with three layers on VOC.
-_TABLE3_CONV: tuple[_Pair, _Pair, _Pair, _Pair] = (
-    (75.3, 75.2),
-    (74.5, 57.2),
-    (78.6, 63.3),
-    (81.4, 64.7),
-)
+_TABLE3_CONV: _Line = ((75.3, 75.2), (74.5, 57.2), (78.6, 63.3), (81.4, 64.7))
 _TABLE3_POOL: tuple[_Pair, _Pair] = ((78.3, 66.6), (81.2, 65.0))
 _TABLE3_BOTH: tuple[_Pair, _Pair] = ((79.3, 66.9), (82.6, 68.5))
 
 _Five = tuple[float, float, float, float, float]
-_TABLE5: tuple[tuple[type[DetectorRecipe], str, _Five, _Five], ...] = (
+_Lines = tuple[tuple[type[DetectorRecipe], str, _Five, _Five], ...]
+# Network, suffix of the row, plain, deformable.
+_TABLE5: _Lines = (
     (ClassAwareRPNRecipe, "", (23.2, 42.6, 6.9, 27.1, 35.1), (25.8, 45.9, 7.2, 28.3, 40.7)),
     (FasterRCNNRecipe, "", (29.4, 48.0, 9.0, 30.5, 47.1), (33.1, 50.3, 11.6, 34.9, 51.2)),
     (RFCNRecipe, "", (30.8, 52.6, 11.8, 33.9, 44.8), (34.5, 55.0, 14.0, 37.7, 50.3)),
 )
-# On Aligned-Inception-ResNet: network, suffix of the row, plain, deformable.
-_TABLE5_ALIGNED: tuple[tuple[type[DetectorRecipe], str, _Five, _Five], ...] = (
+_TABLE5_ALIGNED: _Lines = (
     (FasterRCNNRecipe, "", (30.8, 49.6, 9.6, 32.5, 49.0), (34.1, 51.1, 12.2, 36.5, 52.4)),
     (RFCNRecipe, "", (32.9, 54.5, 12.5, 36.3, 48.3), (36.1, 56.7, 14.8, 39.8, 52.2)),
     (RFCNRecipe, "-m", (34.5, 55.0, 16.8, 37.3, 48.3), (37.1, 57.3, 18.8, 39.7, 52.3)),
@@ -252,11 +249,7 @@ _TABLE7: dict[BackboneName, _Pair] = {
 
 
 def _all_networks(
-    prefix: str,
-    numbers: tuple[_Pair, _Pair, _Pair, _Pair],
-    *,
-    layers: DeformLayers,
-    dilation: int = 2,
+    prefix: str, numbers: _Line, *, layers: DeformLayers, dilation: int = 2
 ) -> Iterator[Row]:
     """Yield a line of Table 1 or 3: five rows, none with deformable RoI pooling."""
     (voc, city), *detectors = numbers
@@ -274,9 +267,8 @@ def _all_networks(
         )
     networks = (ClassAwareRPNRecipe, FasterRCNNRecipe, RFCNRecipe)
     for network, pair in zip(networks, detectors, strict=True):
-        recipe = dataclasses.replace(
-            voc_detection(network).baseline(), deform_layers=layers, dilation=dilation
-        )
+        plain = voc_detection(network).baseline()
+        recipe = dataclasses.replace(plain, deform_layers=layers, dilation=dilation)
         yield _voc_row(f"{table}/{network.network}-{variant}", recipe, pair)
 
 
@@ -311,10 +303,8 @@ def _table5() -> Iterator[Row]:
             recipe = coco_detection(network)
             if aligned:
                 recipe = dataclasses.replace(recipe, backbone="aligned-inception-resnet", init=None)
-            for kind, chosen, numbers in (
-                ("plain", recipe.baseline(), plain),
-                ("deformable", recipe, deformable),
-            ):
+            plain_row = ("plain", recipe.baseline(), plain)
+            for kind, chosen, numbers in (plain_row, ("deformable", recipe, deformable)):
                 yield Row(
                     name=f"table5/{network.network}{aligned}-{kind}{suffix}",
                     recipe=chosen,

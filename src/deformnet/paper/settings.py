@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from deformnet._errors import UserError
+from deformnet._errors import UserError, require_at_least
 from deformnet.recipes import BackboneName
 
 Table4Network = Literal[
@@ -39,8 +39,7 @@ class DryRun:
 
     def __post_init__(self) -> None:
         _require_scale(self.scale)
-        if self.batch is not None:
-            _require_positive("batch", self.batch)
+        require_at_least(self, 1, "batch")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,16 +61,9 @@ class TimingOptions:
     def __post_init__(self) -> None:
         # On smaller images, conv4 has a single unit, on which batch norm cannot train.
         _require_scale(self.scale)
-        _require_positive("rounds", self.rounds)
-        if self.threads is not None:
-            _require_positive("threads", self.threads)
+        require_at_least(self, 1, "rounds", "threads")
 
 
 def _require_scale(scale: float) -> None:
     if not 0.1 <= scale <= 1:
         raise UserError(f"expected scale to be between 0.1 and 1, but got {scale}")
-
-
-def _require_positive(name: str, value: int) -> None:
-    if value < 1:
-        raise UserError(f"expected {name} to be at least 1, but got {value}")

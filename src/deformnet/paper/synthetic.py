@@ -1,9 +1,9 @@
 """Synthetic images in the layout, and with the classes, of the data sets of the paper."""
 
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from xml.etree import ElementTree
 
 import numpy as np
 from PIL import Image
@@ -28,11 +28,7 @@ def write_synthetic_data(data: DataSet, root: Path, height: int, width: int) -> 
 
     All classes of the data set are declared, so that a network has its full size; shapes of a few
     kinds represent the objects.
-
-    Args:
-        data: data set.
-        root: folder; existing files are overwritten.
-        height, width: image size in pixels.
+    Existing files are overwritten.
     """
     scenes = _scenes(height, width)
     if data is COCO:
@@ -43,51 +39,40 @@ def write_synthetic_data(data: DataSet, root: Path, height: int, width: int) -> 
         _write_folders(root, data.classes, scenes)
     elif data is VOC_DETECTION:
         for year, split in (("VOC2007", "trainval"), ("VOC2012", "trainval"), ("VOC2007", "test")):
-            _write_voc_boxes(root / "VOCdevkit" / year, split, scenes)
+            _write_voc(root / "VOCdevkit" / year, "Main", split, scenes)
     else:
         for split in (data.train, data.test):
-            _write_voc_masks(root / "VOCdevkit/VOC2012", split, scenes)
+            _write_voc(root / "VOCdevkit/VOC2012", "Segmentation", split, scenes)
 
 
 def _scenes(height: int, width: int) -> Iterator[Scene]:
     shapes = Shapes(height=height, width=width, objects=(2, 4), radius=(0.1, 0.4))
-    number = 0
-    while True:
-        yield scene(shapes, "train", number)
-        number += 1
+    return (scene(shapes, "train", number) for number in itertools.count())
 
 
-def _write_voc_masks(folder: Path, split: str, scenes: Iterator[Scene]) -> None:
-    names = []
-    for number in range(_IMAGES):
-        drawn = next(scenes)
-        names.append(f"{split}_{number}")
-        _save(drawn.image, folder / f"JPEGImages/{names[-1]}.jpg")
-        _save(drawn.labels, folder / f"SegmentationClass/{names[-1]}.png")
-    _write(folder / f"ImageSets/Segmentation/{split}.txt", "\n".join(names))
+def _write_voc(year: Path, kind: str, split: str, scenes: Iterator[Scene]) -> None:
+    names = [f"{year.name}_{split}_{number}" for number in range(_IMAGES)]
+    for name, drawn in zip(names, scenes, strict=False):
+        _save(drawn.image, year / f"JPEGImages/{name}.jpg")
+        if kind == "Main":
+            _write(year / f"Annotations/{name}.xml", _annotation(drawn))
+        else:
+            _save(drawn.labels, year / f"SegmentationClass/{name}.png")
+    _write(year / f"ImageSets/{kind}/{split}.txt", "\n".join(names))
 
 
-def _write_voc_boxes(folder: Path, split: str, scenes: Iterator[Scene]) -> None:
-    names = []
-    for number in range(_IMAGES):
-        drawn = next(scenes)
-        names.append(f"{folder.name}_{split}_{number}")
-        _save(drawn.image, folder / f"JPEGImages/{names[-1]}.jpg")
-        root = ElementTree.Element("annotation")
-        size = ElementTree.SubElement(root, "size")
-        for tag, value in zip(("height", "width", "depth"), drawn.image.shape, strict=True):
-            ElementTree.SubElement(size, tag).text = str(value)
-        for item in drawn.objects:
-            element = ElementTree.SubElement(root, "object")
-            ElementTree.SubElement(element, "name").text = VOC_CLASSES[item.label]
-            ElementTree.SubElement(element, "difficult").text = "0"
-            box = ElementTree.SubElement(element, "bndbox")
-            x1, y1, x2, y2 = item.box
-            edges = {"xmin": x1 + 1, "ymin": y1 + 1, "xmax": x2, "ymax": y2}
-            for tag, value in edges.items():
-                ElementTree.SubElement(box, tag).text = str(value)
-        _write(folder / f"Annotations/{names[-1]}.xml", ElementTree.tostring(root, "unicode"))
-    _write(folder / f"ImageSets/Main/{split}.txt", "\n".join(names))
+def _annotation(drawn: Scene) -> str:
+    height, width, _ = drawn.image.shape
+    objects = []
+    for item in drawn.objects:
+        x1, y1, x2, y2 = item.box
+        objects.append(
+            f"<object><name>{VOC_CLASSES[item.label]}</name><difficult>0</difficult>"
+            f"<bndbox><xmin>{x1 + 1}</xmin><ymin>{y1 + 1}</ymin>"
+            f"<xmax>{x2}</xmax><ymax>{y2}</ymax></bndbox></object>"
+        )
+    size = f"<size><height>{height}</height><width>{width}</width></size>"
+    return f"<annotation>{size}{''.join(objects)}</annotation>"
 
 
 def _write_coco(root: Path, scenes: Iterator[Scene]) -> None:
@@ -102,16 +87,9 @@ def _write_coco(root: Path, scenes: Iterator[Scene]) -> None:
             images.append({"id": number, "file_name": file, "height": height, "width": width})
             for item in drawn.objects:
                 x1, y1, x2, y2 = item.box
-                annotations.append(
-                    {
-                        "id": len(annotations) + 1,
-                        "image_id": number,
-                        "category_id": item.label,
-                        "bbox": [x1, y1, x2 - x1, y2 - y1],
-                        "area": item.area,
-                        "iscrowd": 0,
-                    }
-                )
+                box = {"bbox": [x1, y1, x2 - x1, y2 - y1], "area": item.area, "iscrowd": 0}
+                ids = {"image_id": number, "category_id": item.label}
+                annotations.append({"id": len(annotations) + 1, **ids, **box})
         content = {"images": images, "categories": categories}
         kind = "image_info"
         if split != COCO.test:

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import TypedDict
 
 import torch
-from torch import nn
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
@@ -13,17 +12,8 @@ from deformnet._errors import UserError
 from deformnet._files import write_json
 from deformnet._text import Table
 from deformnet.analysis import count_flops
-from deformnet.paper.cases import build, case, forward, require_sound
-from deformnet.paper.measuring import (
-    Comparison,
-    Conditions,
-    conditions,
-    describe,
-    require_writable,
-    running,
-    side_by_side,
-    spread,
-)
+from deformnet.paper.cases import build, case, count_parameters, forward, require_sound
+from deformnet.paper.measuring import Comparison, Conditions, running, side_by_side, spread
 from deformnet.paper.settings import Table4Network, TimingOptions
 from deformnet.tasks.predictor import Predictor, Prepared
 
@@ -79,23 +69,17 @@ def run_table4(
     a predictor with an image in memory: resizing, normalization, forward, and non-maximum
     suppression, or upsampling to the size of the image and argmax.
 
-    Args:
-        options: how to measure.
-        networks: which to measure.
-        out: JSON file; None to write none.
     Raises:
         UserError: if there are no networks or no such device, or if `out` is a folder.
         FloatingPointError, RuntimeError: if the output of a network is not worth timing.
     """
-    require_writable(out)
     if not networks:
         raise UserError("expected at least one network, but got none")
-    with running(options) as device:
-        report: Report = {"conditions": conditions(options), "rows": []}
-        print(describe(report["conditions"]), flush=True)
-        for network in tqdm(networks, disable=None, leave=False):
-            report["rows"].append(_measure(network, options, device))
-    print(f"\n{_table(report['rows'])}\n\n{_summary(report['rows'])}")
+    with running(options, out) as (device, conditions):
+        shown = tqdm(networks, disable=None, leave=False)
+        rows = [_measure(network, options, device) for network in shown]
+    report: Report = {"conditions": conditions, "rows": rows}
+    print(f"\n{_table(rows)}\n\n{_summary(rows)}")
     if out is not None:
         write_json(out, report)
     return report
@@ -104,11 +88,11 @@ def run_table4(
 def _measure(network: Table4Network, options: TimingOptions, device: torch.device) -> TimedRow:
     chosen = case(network, options)
     networks = build(chosen, device)
-    plain, deformable = pair = networks.plain, networks.deformable
+    plain, deformable = networks.plain, networks.deformable
     prepared, photo = networks.prepared, networks.photo
-    flops: dict[str, int] = {}
-    boxes = None
-    for name, predictor in zip(("plain", "deformable"), pair, strict=True):
+    flops, parameters, boxes = {}, {}, None
+    for name, predictor in (("plain", plain), ("deformable", deformable)):
+        parameters[name] = count_parameters(predictor.model)
         flops[name], output = _count(predictor, prepared)
         require_sound(f"{network}, {name}", output)
         boxes = len(tree_leaves(output)[0]) if predictor.has_boxes else None
@@ -123,10 +107,7 @@ def _measure(network: Table4Network, options: TimingOptions, device: torch.devic
         "photo": list(chosen.photo),
         "image": list(prepared.size),
         "boxes": boxes,
-        "parameters": {
-            "plain": _parameters(plain.model),
-            "deformable": _parameters(deformable.model),
-        },
+        "parameters": parameters,
         "flops": flops,
         "forward": {**alone, "paper_ratio": paper_forward},
         "whole": {**whole, "paper_ratio": paper_whole},
@@ -139,10 +120,6 @@ def _count(predictor: Predictor[object], prepared: Prepared) -> tuple[int, objec
     outputs: list[object] = []
     flops = count_flops(lambda: outputs.append(forward(predictor, prepared)))
     return flops, outputs[0]
-
-
-def _parameters(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _table(rows: Sequence[TimedRow]) -> Table:

@@ -1,6 +1,7 @@
 """Cost of deformable layers in training: a whole step, and each such layer alone."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TypedDict, cast
 
@@ -15,16 +16,7 @@ from deformnet.models import Network
 from deformnet.nn import DeformConv2d, DeformPSRoIPool2d, DeformRoIPool2d, parameter_groups
 from deformnet.ops import deform_ps_roi_pool
 from deformnet.paper.cases import build, case
-from deformnet.paper.measuring import (
-    Comparison,
-    Conditions,
-    conditions,
-    describe,
-    require_writable,
-    running,
-    side_by_side,
-    spread,
-)
+from deformnet.paper.measuring import Comparison, Conditions, running, side_by_side, spread
 from deformnet.paper.settings import Table4Network, TimingOptions
 
 _Losses = Callable[[], dict[str, Tensor]]
@@ -61,19 +53,12 @@ def run_training_step(options: TimingOptions, network: Table4Network, out: Path 
     makes its offsets, compared to the plain convolution; and deformable RoI pooling, which pools
     twice, compared to plain pooling.
 
-    Args:
-        options: how to measure.
-        network: network of Table 4.
-        out: JSON file; None to write none.
     Raises:
         UserError: if there is no such device, or if `out` is a folder.
         FloatingPointError: if the loss is not finite.
     """
-    require_writable(out)
-    with running(options) as device:
-        found = conditions(options)
-        print(describe(found), flush=True)
-        report = _measure(options, network, device, found)
+    with running(options, out) as (device, conditions):
+        report = _measure(options, network, device, conditions)
     print(f"\n{_table(report)}")
     if out is not None:
         write_json(out, report)
@@ -81,7 +66,7 @@ def run_training_step(options: TimingOptions, network: Table4Network, out: Path 
 
 
 def _measure(
-    options: TimingOptions, network: Table4Network, device: torch.device, found: Conditions
+    options: TimingOptions, network: Table4Network, device: torch.device, conditions: Conditions
 ) -> Report:
     networks = build(case(network, options), device)
     images = networks.prepared.input
@@ -99,7 +84,7 @@ def _measure(
         shapes = [list(tensor.shape) for tensor in given]
         layers.append({"name": name, "kind": type(layer).__name__, "inputs": shapes, **times})
     return {
-        "conditions": found,
+        "conditions": conditions,
         "network": network,
         "image": list(images.shape[2:]),
         "step": step,
@@ -131,14 +116,11 @@ def _layer_inputs(model: nn.Module, losses: _Losses) -> dict[str, tuple[Tensor, 
     """
     recorded: dict[str, tuple[Tensor, ...]] = {}
 
-    def recorder(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def record(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            recorded[name] = inputs
-
-        return record
+    def record(name: str, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        recorded[name] = inputs
 
     hooks = [
-        layer.register_forward_pre_hook(recorder(name))
+        layer.register_forward_pre_hook(partial(record, name))
         for name, layer in model.named_modules()
         if isinstance(layer, (DeformConv2d, DeformRoIPool2d, DeformPSRoIPool2d))
     ]
