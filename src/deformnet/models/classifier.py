@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deformnet.models.backbones import Backbone
+from deformnet.models.backbones.features import initialize
 from deformnet.models.network import Network, require_labels
 
 
@@ -25,8 +26,7 @@ class Classifier(Network):
     def __init__(self, backbone: Backbone, num_classes: int) -> None:
         super().__init__(backbone, num_classes)
         self.fc = nn.Linear(backbone.out_channels, num_classes)
-        nn.init.normal_(self.fc.weight, std=0.01)
-        nn.init.zeros_(self.fc.bias)
+        initialize(self.fc)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [N, num_classes] of normalized images [N, 3, H, W], in float32 or better."""

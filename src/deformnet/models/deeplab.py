@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deformnet.models.backbones import Backbone
+from deformnet.models.backbones.features import initialize
 from deformnet.models.network import Network, require_labels
 
 IGNORE = 255
@@ -34,8 +35,7 @@ class DeepLab(Network):
             raise ValueError(f"expected num_classes to be 1 to {IGNORE}, but got {num_classes}")
         super().__init__(backbone, num_classes)
         self.classifier = nn.Conv2d(backbone.out_channels, num_classes, 1)
-        nn.init.normal_(self.classifier.weight, std=0.01)
-        nn.init.zeros_(self.classifier.get_parameter("bias"))
+        initialize(self.classifier)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [N, num_classes, H, W] of normalized images [N, 3, H, W], float32 or better."""

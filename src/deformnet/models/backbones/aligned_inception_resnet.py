@@ -5,6 +5,8 @@ position in the image. Here every convolution has "same" padding, so that unit (
 pixel (stride * i, stride * j).
 """
 
+from collections import OrderedDict
+
 import torch
 from torch import Tensor, nn
 
@@ -33,13 +35,8 @@ class ConvNormReLU(nn.Sequential):
 class InceptionResidualBlock(nn.Module):
     """Two branches of 3x3 convolutions, a joining 1x1 convolution and a shortcut (Figure 8).
 
-    Args:
-        inputs: Input channels.
-        outputs: Output channels.
-        one: Channels of the branch with one 3x3 convolution.
-        two: Channels of the branch with two 3x3 convolutions.
-        norm: Class of the batch norm layers.
-        stride: Stride of the first 1x1 convolutions.
+    `one` and `two` are the channels of the branches with one and with two 3x3 convolutions; the
+    first 1x1 convolutions have the stride.
     """
 
     def __init__(
@@ -58,11 +55,8 @@ class InceptionResidualBlock(nn.Module):
         self.join = ConvNormReLU(one + two, outputs, 1, norm)
         self.shortcut: nn.Module = nn.Identity()
         if inputs != outputs:
-            self.shortcut = nn.Sequential()
-            self.shortcut.add_module(
-                "conv", nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False)
-            )
-            self.shortcut.add_module("norm", norm(outputs))
+            conv = nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False)
+            self.shortcut = nn.Sequential(OrderedDict(conv=conv, norm=norm(outputs)))
         self.relu = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -77,10 +71,6 @@ class AlignedInceptionResNetFeatures(Backbone):
     The paper does not say where the branches of a block stride (here in their first 1x1
     convolution, as in the authors' ResNet) or whether shortcuts have batch norm (here they do, as
     in ResNet).
-
-    Args:
-        norm: Class of the batch norm layers.
-        output_stride, reduce_channels: See `Backbone`.
     """
 
     name = "Aligned-Inception-ResNet"
@@ -92,18 +82,16 @@ class AlignedInceptionResNetFeatures(Backbone):
         self.stem = ConvNormReLU(3, 64, 7, norm, stride=2)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
         stages = []
-        inputs = 64
-        for stage, (outputs, blocks, (one, two)) in enumerate(
-            zip(_WIDTHS, _BLOCKS, _BRANCHES, strict=True)
-        ):
-            layers = []
-            for block in range(blocks):
-                stride = 2 if block == 0 and stage > 0 else 1
-                layers.append(
-                    InceptionResidualBlock(inputs, outputs, one, two, norm, stride=stride)
+        inputs, stride = 64, 1
+        for outputs, blocks, branches in zip(_WIDTHS, _BLOCKS, _BRANCHES, strict=True):
+            stage = nn.Sequential()
+            for _ in range(blocks):
+                stage.append(
+                    InceptionResidualBlock(inputs, outputs, *branches, norm, stride=stride)
                 )
-                inputs = outputs
-            stages.append(nn.Sequential(*layers))
+                inputs, stride = outputs, 1
+            stages.append(stage)
+            stride = 2
         self.stage2, self.stage3, self.stage4, self.stage5 = stages
         for module in self.modules():
             if isinstance(module, nn.Conv2d):

@@ -97,8 +97,7 @@ class Backbone(nn.Module):
         self.reduce: nn.Conv2d | None = None
         if self._reduces:
             self.reduce = nn.Conv2d(self.conv5_channels, self.out_channels, 1)
-            nn.init.normal_(self.reduce.weight, std=0.01)
-            nn.init.zeros_(self.reduce.get_parameter("bias"))
+            initialize(self.reduce)
 
     def forward(self, images: Tensor) -> Tensor:
         """[N, 3, H, W] -> [N, out_channels, ceil(H/stride), ceil(W/stride)]."""
@@ -143,6 +142,13 @@ class Backbone(nn.Module):
     @abstractmethod
     def freeze_first_stages(self) -> None:
         """Freeze conv1 and conv2, as the authors do in fine-tuning."""
+
+
+def initialize(*layers: nn.Conv2d | nn.Linear) -> None:
+    """Initialize weights randomly, with a standard deviation of 0.01, and biases to zero."""
+    for layer in layers:
+        nn.init.normal_(layer.weight, std=0.01)
+        nn.init.zeros_(layer.get_parameter("bias"))
 
 
 def require_images(images: Tensor) -> None:

@@ -13,6 +13,7 @@ of detectron2's STRIDE_IN_1X1 (its default) into `backbone(..., stride_in_1x1=Tr
 """
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -281,11 +282,7 @@ def _renamed(key: str, format: _Format) -> str | None:
 
 
 def _reason(key: str, bare: str, rules: _Rules) -> str:
-    """What a key outside the ResNet belongs to.
-
-    Raises:
-        UserError: If no rule matches.
-    """
+    """What a key outside the ResNet belongs to; UserError if no rule says so."""
     for pattern, reason in rules:
         if re.match(pattern, bare):
             return reason
@@ -336,20 +333,14 @@ def _filters(state: Mapping[str, Tensor]) -> list[str]:
 
 def _blocks(state: Mapping[str, Tensor]) -> list[str]:
     names = {match[1] for key in state if (match := re.match(_BLOCK, key))}
-    return [
-        f"{len([name for name in names if name.startswith(stage)])} blocks in {stage[:-1]}"
-        for stage in sorted({name.partition(".")[0] + "." for name in names})
-    ]
+    counts = Counter(name.partition(".")[0] for name in sorted(names))
+    return [f"{count} blocks in {stage}" for stage, count in counts.items()]
 
 
 def _input_factors(
     bgr: bool, pixel_mean: Sequence[float], pixel_std: Sequence[float]
 ) -> list[float]:
-    """Factors on the R, G and B channels of the first convolution's weights.
-
-    Raises:
-        UserError: If the mean is not ImageNet's, or the standard deviation not positive.
-    """
+    """Factors on the R, G and B channels of the first convolution's weights."""
     if len(pixel_std) != 3 or min(pixel_std) <= 0:
         raise UserError(
             f"expected pixel_std to be 3 positive numbers, but got {_listed(pixel_std)}"

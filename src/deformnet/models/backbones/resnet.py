@@ -16,12 +16,6 @@ class ResNetFeatures(Backbone):
     Its state dict has the keys of torchvision's ResNet without `fc`, and `reduce.*` and
     `conv_offset.*` of the deformable layers.
 
-    Args:
-        name: resnet18, resnet34, resnet50 or resnet101.
-        norm: Class of the batch norm layers.
-        stride_in_1x1: Whether the blocks stride in their first 1x1 convolution.
-        output_stride, reduce_channels: See `Backbone`.
-
     Raises:
         ValueError: If an argument is out of range.
     """
@@ -60,11 +54,8 @@ class ResNetFeatures(Backbone):
     def filter_chain(self) -> tuple[str, ...]:
         # Basic blocks have two consecutive 3x3 convolutions, bottlenecks one.
         inside = ("conv2", "conv1") if isinstance(self.layer4[0], BasicBlock) else ("conv2",)
-        return tuple(
-            f"layer4.{block}.{conv}"
-            for block in reversed(range(len(self.layer4)))
-            for conv in inside
-        )
+        blocks = reversed(range(len(self.layer4)))
+        return tuple(f"layer4.{block}.{conv}" for block in blocks for conv in inside)
 
     def freeze_first_stages(self) -> None:
         self.conv1.requires_grad_(False)

@@ -63,16 +63,10 @@ def unit_anchors(
 def grid_anchors(
     anchors: Sequence[Corners], map_size: Size, stride: int, device: torch.device
 ) -> Tensor:
-    """Anchors of all units of a feature map.
+    """Anchors of all units of a feature map of this size and stride, float32 [H*W*A, 4].
 
-    Args:
-        anchors: The A boxes of the unit at (0, 0), from `unit_anchors`.
-        map_size: (H, W) of the feature map.
-        stride: Stride of the feature map, in pixels of the image.
-        device: Device of the result.
-
-    Returns:
-        float32 [H*W*A, 4], row by row, the anchors of a unit together.
+    `anchors` are the A boxes of the unit at (0, 0), from `unit_anchors`. The result goes row by
+    row, the anchors of a unit together.
     """
     height, width = map_size
     y, x = torch.meshgrid(
@@ -85,17 +79,7 @@ def grid_anchors(
 
 
 def inside_image(map_size: Size, size: Size, stride: int, device: torch.device) -> Tensor:
-    """Mask of the units of a padded batch's map that the image alone would have.
-
-    Args:
-        map_size: (H, W) of the batch's feature map.
-        size: Image size in pixels.
-        stride: Stride of the feature map, in pixels of the image.
-        device: Device of the result.
-
-    Returns:
-        bool [H*W]
-    """
+    """Mask bool [H*W] of the units of a padded batch's map that an image of `size` would have."""
     rows = torch.arange(map_size[0], device=device) * stride < size[0]
     columns = torch.arange(map_size[1], device=device) * stride < size[1]
     return (rows[:, None] & columns).flatten()

@@ -19,15 +19,9 @@ HEAD: Stds = (0.1, 0.1, 0.2, 0.2)
 
 
 def encode(boxes: Tensor, anchors: Tensor, stds: Stds = UNIT) -> Tensor:
-    """Regression targets of boxes relative to anchors.
+    """Regression targets (dx, dy, dw, dh) of boxes [K, 4] relative to anchors [K, 4].
 
-    Args:
-        boxes: [K, 4].
-        anchors: [K, 4].
-        stds: Standard deviations, by which the targets are divided.
-
-    Returns:
-        (dx, dy, dw, dh), [K, 4]. Not finite where a box or an anchor has no area.
+    They are divided by `stds`, and not finite where a box or an anchor has no area.
     """
     return _coder(stds).encode_single(boxes, anchors)
 
@@ -36,15 +30,8 @@ def decode(deltas: Tensor, anchors: Tensor, stds: Stds = UNIT) -> Tensor:
     """Boxes of predicted deltas, not clipped to the image.
 
     A box has at most 62.5 (1000 / 16) times the width and height of its anchor, so that its size
-    stays finite.
-
-    Args:
-        deltas: [K, 4], or [K, C, 4] with class-specific boxes.
-        anchors: [K, 4].
-        stds: Standard deviations; see `encode`.
-
-    Returns:
-        Boxes in the shape of `deltas`, float32 or better.
+    stays finite. Deltas are [K, 4], or [K, C, 4] with class-specific boxes, and anchors [K, 4]. The
+    result has the shape of the deltas, in float32 or better.
     """
     # Half precision would round corners to several pixels.
     deltas = deltas.to(torch.promote_types(deltas.dtype, torch.float32))

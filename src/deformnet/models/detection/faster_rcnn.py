@@ -9,6 +9,7 @@ from torch import Generator, Tensor, nn
 from torchvision.ops import roi_pool
 
 from deformnet.models.backbones import Backbone
+from deformnet.models.backbones.features import initialize
 from deformnet.models.detection.rois import (
     ROIS_PER_IMAGE,
     RegionDetector,
@@ -70,9 +71,7 @@ class FasterRCNN(RegionDetector):
         self.classifier = nn.Linear(1024, num_classes + 1)
         # The authors also give the background a box, which is neither trained nor reported.
         self.refiner = nn.Linear(1024, 4 * num_classes)
-        for layer in (self.fc1, self.fc2, self.classifier, self.refiner):
-            nn.init.normal_(layer.weight, std=0.01)
-            nn.init.zeros_(layer.bias)
+        initialize(self.fc1, self.fc2, self.classifier, self.refiner)
 
     @property
     def deformable_pooling(self) -> str | None:

@@ -78,24 +78,19 @@ def postprocess(
 def merge(parts: Sequence[Candidates]) -> Candidates:
     """Concatenate the candidates of one image from several passes of a detector.
 
-    Args:
-        parts: Candidates of each pass, at least one. If any has class-specific boxes, so has the
-            result.
+    If any pass has class-specific boxes, so has the result.
 
     Raises:
         ValueError: If `parts` is empty.
     """
     if not parts:
         raise ValueError("expected parts to have candidates of at least one pass, but got none")
-    boxes = [part.boxes for part in parts]
+    boxes, scores = zip(*parts, strict=True)
     if any(own.ndim == 3 for own in boxes):
         boxes = [
-            part.boxes
-            if part.boxes.ndim == 3
-            else part.boxes[:, None].expand(*part.scores.shape, 4)
-            for part in parts
+            own if own.ndim == 3 else own[:, None].expand(*score.shape, 4) for own, score in parts
         ]
-    return Candidates(torch.cat(boxes), torch.cat([part.scores for part in parts]))
+    return Candidates(torch.cat(boxes), torch.cat(scores))
 
 
 def _has_area(boxes: Tensor) -> Tensor:
@@ -108,11 +103,7 @@ def _has_area(boxes: Tensor) -> Tensor:
 def _soft_nms(
     boxes: Tensor, scores: Tensor, score_threshold: float, limit: int
 ) -> tuple[Tensor, Tensor]:
-    """Gaussian soft-NMS of one class.
-
-    Returns:
-        Indices int64 [D] of the remaining candidates and their decayed scores, best first.
-    """
+    """Indices int64 [D] of the candidates of a class after Gaussian soft-NMS, and their scores."""
     scores = scores.clone()
     kept: list[Tensor] = []
     kept_scores: list[Tensor] = []

@@ -1,12 +1,14 @@
 """R-FCN (Dai et al. 2016) as in Dai et al. 2017, section 2.3."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal, get_args
 
 import torch
 from torch import Generator, Tensor, nn
 
 from deformnet.models.backbones import Backbone
+from deformnet.models.backbones.features import initialize
 from deformnet.models.detection.rois import RegionDetector, RoIs, format_rois
 from deformnet.models.detection.rpn import RPN
 from deformnet.nn import DeformPSRoIPool2d
@@ -53,24 +55,20 @@ class RFCN(RegionDetector):
         # Class-agnostic boxes. The authors have eight maps, four of them of the background, which
         # are neither trained nor reported.
         self.box_maps = nn.Conv2d(channels, 4 * bins * bins, 1)
-        for layer in (self.score_maps, self.box_maps):
-            nn.init.normal_(layer.weight, std=0.01)
-            nn.init.zeros_(layer.get_parameter("bias"))
+        initialize(self.score_maps, self.box_maps)
 
-        def pooling(offset_groups: int) -> DeformPSRoIPool2d | None:
-            if pool == "average":
-                return None
-            return DeformPSRoIPool2d(
+        self.score_pool = self.box_pool = None
+        if pool == "deformable":
+            pooling = partial(
+                DeformPSRoIPool2d,
                 channels,
                 bins,
                 1 / backbone.stride,
-                offset_groups=offset_groups,
                 gamma=gamma,
                 sampling=sampling,
             )
-
-        self.score_pool = pooling(num_classes + 1)
-        self.box_pool = pooling(1)
+            self.score_pool = pooling(offset_groups=num_classes + 1)
+            self.box_pool = pooling(offset_groups=1)
 
     @property
     def deformable_pooling(self) -> str | None:

@@ -14,6 +14,7 @@ from torchvision.models.detection._utils import Matcher
 from torchvision.ops import box_iou, clip_boxes_to_image, nms, remove_small_boxes
 
 from deformnet.models.backbones import Backbone
+from deformnet.models.backbones.features import initialize
 from deformnet.models.detection.anchors import Convention, grid_anchors, inside_image, unit_anchors
 from deformnet.models.detection.boxes import decode, encode
 from deformnet.models.detection.detector import (
@@ -89,9 +90,7 @@ class RPN(nn.Module):
         self.conv = nn.Conv2d(in_channels, 512, 3, padding=1)
         self.classifier = nn.Conv2d(512, len(self.unit_anchors) * (num_classes + 1), 1)
         self.regressor = nn.Conv2d(512, len(self.unit_anchors) * 4, 1)
-        for layer in (self.conv, self.classifier, self.regressor):
-            nn.init.normal_(layer.weight, std=0.01)
-            nn.init.zeros_(layer.get_parameter("bias"))
+        initialize(self.conv, self.classifier, self.regressor)
         self._matcher = Matcher(0.7, 0.3, allow_low_quality_matches=True)
 
     def forward(self, features: Tensor) -> RPNOutput:
@@ -208,11 +207,10 @@ class RPN(nn.Module):
     def _assign_targets(
         self, anchors: Tensor, map_size: Size, size: Size, target: Target
     ) -> tuple[Tensor, Tensor]:
-        """Match the anchors of an image to its ground truth.
+        """Labels of the anchors of an image, and the boxes [H*W*A, 4] of their matched objects.
 
-        Returns:
-            Labels, int64 [H*W*A]: 1 to C, background or ignored; and the boxes [H*W*A, 4] of the
-            matched objects, only meaningful for foreground anchors.
+        Labels, int64 [H*W*A], are 1 to C, background or ignored; boxes of others than foreground
+        anchors mean nothing.
         """
         trained = self._inside(map_size, size, anchors.device)
         if self.convention == "msra2017":
