@@ -3,7 +3,6 @@
 import dataclasses
 from pathlib import Path
 
-import torch
 from lightning.fabric import Fabric
 from torch import nn
 
@@ -96,11 +95,7 @@ def propose(
     layout = Layout.of(hardware)
     facts = shared_facts(recipe, trained_on, images)
     with launched(layout, _precision(recipe, layout), facts) as fabric, fabric.autocast():
-        images.write(
-            on_device(fabric, model),
-            Path(out),
-            FabricProcesses(fabric, layout.workers, progress),
-        )
+        images.write(model, Path(out), FabricProcesses(fabric, layout.workers, progress))
         fabric.barrier()  # the file exists when any process goes on
     return len(images)
 
@@ -110,8 +105,7 @@ def score(
 ) -> Scores:
     """Evaluates a network in the processes of a run; all of them get the scores."""
     with fabric.autocast():
-        processes = FabricProcesses(fabric, workers, progress)
-        return images.evaluate(on_device(fabric, model), processes)
+        return images.evaluate(model, FabricProcesses(fabric, workers, progress))
 
 
 def shared_facts(
@@ -124,12 +118,6 @@ def shared_facts(
         "images to evaluate": None if images is None else len(images),
         **versions(),
     }
-
-
-def on_device(fabric: Fabric, model: nn.Module) -> nn.Module:
-    """Moves a network to the device of this process, in place."""
-    # Convolutions run faster on this layout, on CPUs and GPUs alike.
-    return model.to(fabric.device).to(memory_format=torch.channels_last)
 
 
 def _precision(recipe: Recipe, layout: Layout) -> Precision:

@@ -67,9 +67,6 @@ def export_run(run: str | Path, out: str | Path) -> Path:
 def write_weights(state: Mapping[str, Tensor], out: str | Path) -> None:
     """Writes the state dict of a backbone, for `weights` of the backbones and `init` of recipes.
 
-    Args:
-        state: by the names of the backbone.
-        out: NAME.safetensors.
     Raises:
         UserError: if `out` is not called .safetensors.
         OSError: if it cannot be written.

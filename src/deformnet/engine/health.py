@@ -38,19 +38,14 @@ class OffsetHealth:
     """
 
     def __init__(self, model: nn.Module, every: int = 10, *, warn: bool = True) -> None:
-        self.every = positive("every", every)
-        self.warn = warn
+        self.every, self.warn = positive("every", every), warn
         self.layers: list[LayerHealth] = []
         self.messages: dict[str, str] = {}
         self._observer = OffsetObserver(model)
 
     @contextmanager
     def watch(self, iteration: int) -> Iterator[None]:
-        """Measures the forward and backward passes in the block, if the iteration is due.
-
-        Args:
-            iteration: its number, counted from 1.
-        """
+        """Measures the passes in the block, if the iteration (counted from 1) is due."""
         self.layers = []
         if iteration % self.every != 0:
             yield

@@ -22,8 +22,6 @@ class TrainingLog:
         done: iteration that the run resumes from; later rows are dropped.
         total: iterations of the run.
         progress: show a progress bar; where the output is no terminal, every 50 iterations.
-    Raises:
-        OSError: if a file cannot be written.
     """
 
     def __init__(
@@ -60,10 +58,7 @@ class TrainingLog:
     ) -> None:
         """Writes a row, with the mean seconds per iteration (loading included) since the last one.
 
-        Args:
-            iteration: its number, counted from 1.
-            values: by the names of the columns.
-            scalars: further values, for TensorBoard only.
+        `values` go by the names of the columns; `scalars` are for TensorBoard only.
         """
         now = time.perf_counter()
         values = {**values, "seconds": (now - self._since) / (iteration - self._last)}

@@ -40,13 +40,10 @@ class Layout:
 
     @classmethod
     def of(cls, hardware: Hardware) -> "Layout":
-        """
-        Raises:
-            UserError: if a GPU was requested and there is none.
-        """
+        """The layout that is requested; UserError for a GPU where there is none."""
         if hardware.accelerator == "gpu" and not torch.cuda.is_available():
             raise UserError("accelerator: expected a GPU for gpu, but PyTorch finds none; use cpu")
-        launched, spanned = 1, 1
+        launched = spanned = 1
         if "LOCAL_WORLD_SIZE" in os.environ:  # torchrun, Ray
             launched = int(os.environ["LOCAL_WORLD_SIZE"])
             spanned = int(os.environ["WORLD_SIZE"]) // launched

@@ -15,35 +15,26 @@ from deformnet.tasks.base import Scores
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """The scores of a run, and facts about it.
-
-    Attributes:
-        network: name of the network.
-        iterations: iterations that it was trained for.
-        seconds_per_iteration: median over the run; None if nothing was logged.
-        parameters: number of its parameters.
-        seed: seed of its recipe.
-        versions: versions of Python and of the packages that decide numbers and speed.
-        machine: processor, cores and accelerator.
-        split: split that was scored; None if none was.
-        images: number of images that were scored.
-        scores: the scores of the task; None if nothing was scored.
-        augmentation: test-time augmentation of the evaluation.
-        files: entries of `metrics.json` for files that were written, such as a submission.
-    """
+    """The scores of a run, and facts about it."""
 
     network: str
     iterations: int
+    """Iterations that the network was trained for."""
     seconds_per_iteration: float | None
+    """Median over the run; None if nothing was logged."""
     parameters: int
+    """Number of parameters."""
     seed: int
     versions: dict[str, str | None] = field(default_factory=versions)
     machine: str = field(default_factory=machine)
     split: str | None = None
+    """Split that was scored."""
     images: int = 0
+    """Number of images that were scored."""
     scores: Scores | None = None
     augmentation: TestTimeAugmentation = field(default_factory=TestTimeAugmentation)
     files: dict[str, str] = field(default_factory=dict)
+    """Entries of `metrics.json` for files that were written, such as a submission."""
 
     def to_json(self) -> dict[str, object]:
         """The content of `metrics.json`."""
@@ -52,17 +43,9 @@ class Result:
             scored = {"split": self.split, "images": self.images, **self.scores.json}
         if self.augmentation != TestTimeAugmentation():
             scored["augmentation"] = asdict(self.augmentation)
-        return {
-            **scored,
-            **self.files,
-            "network": self.network,
-            "iterations": self.iterations,
-            "seconds_per_iteration": self.seconds_per_iteration,
-            "parameters": self.parameters,
-            "seed": self.seed,
-            "versions": self.versions,
-            "machine": self.machine,
-        }
+        names = ("network", "iterations", "seconds_per_iteration", "parameters", "seed")
+        facts = {name: getattr(self, name) for name in (*names, "versions", "machine")}
+        return {**scored, **self.files, **facts}
 
     def __str__(self) -> str:
         """The scores in percent, and the facts."""
@@ -72,13 +55,11 @@ class Result:
             where = f" on {self.split} ({self.images} images), percent" if table.rows else ""
             lines.append(str(table._replace(title=f"{table.title}{where}")))
         usual = asdict(TestTimeAugmentation())
-        chosen = {k: v for k, v in asdict(self.augmentation).items() if v != usual[k]}
-        if chosen:
-            settings = ", ".join(f"{name} {value}" for name, value in chosen.items())
-            lines.append(f"test-time augmentation: {settings}")
+        changed = [f"{k} {v}" for k, v in asdict(self.augmentation).items() if v != usual[k]]
+        if changed:
+            lines.append(f"test-time augmentation: {', '.join(changed)}")
         lines += [f"{name} in {path}" for name, path in self.files.items()]
-        seconds = self.seconds_per_iteration
-        pace = "" if seconds is None else f", {seconds:.3g} s each"
+        pace = "" if (s := self.seconds_per_iteration) is None else f", {s:.3g} s each"
         size = f"{self.parameters / 1e6:.2f} M parameters"
         lines.append(f"trained for {self.iterations} iterations{pace}; {size}")
         return "\n".join(lines)
@@ -96,11 +77,7 @@ class Result:
         )
 
     def save(self, folder: Path, suffix: str = "") -> "Result":
-        """Writes metrics.json, and the predictions that were scored where the task keeps them.
-
-        Args:
-            suffix: ending of the file names, such as "-val".
-        """
+        """Writes metrics{suffix}.json, and the predictions behind it where the task keeps them."""
         files = {} if self.scores is None else self.scores.save(folder, suffix)
         result = replace(self, files=files)
         write_json(folder / f"metrics{suffix}.json", result.to_json())

@@ -23,6 +23,7 @@ import hashlib
 import os
 import pickle
 import platform
+import re
 import subprocess
 import tomllib
 from collections.abc import Mapping
@@ -35,7 +36,7 @@ from torch import Tensor, nn
 
 from deformnet._errors import UserError
 from deformnet._files import read_json, replacing
-from deformnet.models.backbones.weights import read_safetensors
+from deformnet.models.backbones.weights import misfit, read_safetensors
 from deformnet.recipes import Recipe, recipe_from_dict
 from deformnet.tasks import task_of
 from deformnet.tasks.base import DataIdentity, TaskOptions
@@ -45,13 +46,7 @@ _PACKAGE = Path(__file__).parents[1]
 
 
 class TrainedRun(NamedTuple):
-    """The network of a run.
-
-    Attributes:
-        recipe: the recipe that it was trained with.
-        model: the network in evaluation mode, on the CPU.
-        data: the identity of its training data.
-    """
+    """The network of a run, in evaluation mode, on the CPU; its recipe and its training data."""
 
     recipe: Recipe
     model: nn.Module
@@ -139,36 +134,24 @@ def load_run(run: str | Path) -> TrainedRun:
     path = Path(run)
     if path.suffix == ".safetensors" and path.is_file():
         described, state = _load_exported(path)
-        return _restored(described, state, path, card_path(path))
+        return _restored(*recipe_and_data(described, card_path(path)), state, path)
     path = existing_checkpoint(path)
     return restored(load_checkpoint(path), path)
 
 
 def restored(checkpoint: Checkpoint, path: Path) -> TrainedRun:
     """The network of a checkpoint that was loaded from `path`."""
-    return _restored(checkpoint["deformnet"], checkpoint["model"], path, path)
+    return _restored(*recipe_and_data(checkpoint["deformnet"], path), checkpoint["model"], path)
 
 
 def _restored(
-    described: Description, state: Mapping[str, Tensor], path: Path, source: Path
+    recipe: Recipe, data: DataIdentity, state: Mapping[str, Tensor], path: Path
 ) -> TrainedRun:
-    recipe, data = recipe_and_data(described, source)
     # All weights are here; those that training started from need not exist any more.
     model = dataclasses.replace(recipe, init=None).build_model(len(data.classes))
-    expected = model.state_dict()
-    for name in expected.keys() | state.keys():
-        problem = None
-        if name not in state:
-            problem = f"missing key {name}"
-        elif name not in expected:
-            problem = f"unexpected key {name}"
-        elif expected[name].shape != state[name].shape:
-            problem = (
-                f"expected {name} to have shape {tuple(expected[name].shape)}, but got "
-                f"{tuple(state[name].shape)}"
-            )
-        if problem is not None:
-            raise UserError(f"{path}: does not fit the network of its recipe: {problem}")
+    problem = misfit(model.state_dict(), state)
+    if problem is not None:
+        raise UserError(f"{path}: does not fit the network of its recipe: {problem}")
     model.load_state_dict(state)
     return TrainedRun(recipe, model.eval(), data)
 
@@ -237,23 +220,16 @@ def versions() -> dict[str, str | None]:
     "commit" is that of deformnet's own code, with "-dirty" if it has been changed since; None if
     the code is not in a git checkout.
     """
-    packages = ("deformnet", "torch", "torchvision", "lightning")
-    return {
-        "python": platform.python_version(),
-        **{package: _version(package) for package in packages},
-        "commit": _commit(),
-    }
+    packages = {name: _version(name) for name in ("deformnet", "torch", "torchvision", "lightning")}
+    return {"python": platform.python_version(), **packages, "commit": _commit()}
 
 
 def machine() -> str:
     """The machine in one line: processor, cores, threads in use, accelerator."""
-    name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                name = line.split(":", 1)[1].strip()
-                break
+    known = cpuinfo.read_text() if cpuinfo.is_file() else ""
+    model = re.search(r"^model name\s*:\s*(.*\S)", known, re.MULTILINE)
+    name = model[1] if model else platform.processor() or platform.machine()
     parts = [name, f"{os.cpu_count()} cores", f"threads: {torch.get_num_threads()}"]
     if torch.cuda.is_available():
         parts.append(f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}")
@@ -266,10 +242,8 @@ def _load_exported(path: Path) -> tuple[Description, dict[str, Tensor]]:
     if not card_file.is_file():
         raise FileNotFoundError(f"{path}: its card {card_file.name} is not beside it")
     card = read_json(card_file)
-    if not isinstance(card, dict) or not all(
-        isinstance(card.get(name), kind)
-        for name, kind in (("sha256", str), ("recipe", dict), ("data", dict))
-    ):
+    kinds = {"sha256": str, "recipe": dict, "data": dict}
+    if not isinstance(card, dict) or not all(isinstance(card.get(k), kinds[k]) for k in kinds):
         raise UserError(f"{card_file}: damaged, or not the card of an exported run")
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -308,6 +282,5 @@ def _commit() -> str | None:
 def _git(root: Path, *arguments: str) -> str:
     # Without locks: it must not get in the way of someone who is committing.
     command = ["git", "--no-optional-locks", "-C", str(root), *arguments]
-    return subprocess.run(
-        command, capture_output=True, text=True, check=True, timeout=10
-    ).stdout.strip()
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+    return done.stdout.strip()

@@ -37,9 +37,7 @@ class Draws:
     ) -> None:
         if images == 0:
             raise UserError("images: expected at least one to train on, but the data set is empty")
-        self.images = images
-        self.seed = seed
-        self.batch = batch
+        self.images, self.seed, self.batch = images, seed, batch
         self.groups = None if groups is None else np.asarray(groups)
         self._epoch = -1
         self._order: list[int] = []
@@ -93,43 +91,30 @@ class Iterations(Dataset[list[Batch]]):
     def __init__(
         self, images: TrainingSet, recipe: Recipe, parts: int = 1, rank: int = 0, processes: int = 1
     ) -> None:
-        self.images = images
+        self.images, self.batch = images, recipe.batch
         self.draws = Draws(len(images), recipe.seed, recipe.batch, images.groups)
-        self.batch = recipe.batch
-        self.parts = parts
-        self.rank = rank
-        self.processes = processes
+        self.parts, self.rank, self.processes = parts, rank, processes
 
     def __getitem__(self, iteration: int) -> list[Batch]:
         start = iteration * self.batch
         draws = range(start + self.rank, start + self.batch, self.processes)
         size = len(draws) // self.parts
-        return [self._part(draws[first : first + size]) for first in range(0, len(draws), size)]
-
-    def _part(self, draws: Sequence[int]) -> Batch:
         indices = [self.draws.image_index(draw) for draw in draws]
-        return self.images.batch(indices, [self.draws.sample_seed(draw) for draw in draws])
+        seeds = [self.draws.sample_seed(draw) for draw in draws]
+        parts = (slice(first, first + size) for first in range(0, len(draws), size))
+        return [self.images.batch(indices[part], seeds[part]) for part in parts]
 
     def loader(self, first: int, end: int, *, workers: int, pin: bool) -> DataLoader[list[Batch]]:
-        """Loads the iterations from `first` to `end` - 1.
-
-        Args:
-            workers: processes that load images; 0 loads in this process.
-            pin: whether to load into page-locked memory, for GPUs.
-        """
+        """Loads the iterations from `first` to `end` - 1, into page-locked memory with `pin`."""
         return DataLoader(
             self,
             sampler=range(first, end),
             batch_size=None,
-            collate_fn=_unchanged,
+            collate_fn=list,
             num_workers=workers,
             worker_init_fn=ignore_interrupts,
             pin_memory=pin,
         )
-
-
-def _unchanged(parts: list[Batch]) -> list[Batch]:
-    return parts
 
 
 def _mixed(seed: int, stream: int, number: int) -> int:

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from deformnet._errors import UserError, users_values
-from deformnet._files import replacing
+from deformnet._files import write_json
 from deformnet.analysis.health import has_deformable_layers
-from deformnet.engine.evaluation import on_device, score, shared_facts
+from deformnet.engine.evaluation import score, shared_facts
 from deformnet.engine.health import OffsetHealth
 from deformnet.engine.logs import TrainingLog
 from deformnet.engine.processes import Layout, launched
@@ -93,9 +93,7 @@ def train(
     """
     data, out = Path(data), Path(out)
     layout = Layout.of(hardware)
-    _require_divisible(recipe.batch, layout.processes, loop.accumulate)
-    if recipe.precision == "16-mixed" and not layout.gpu:
-        raise UserError("precision 16-mixed needs a GPU; bf16-mixed works on CPUs, too")
+    _require_fit(recipe, layout, loop)
     task = task_of(recipe, TaskOptions(proposals=tuple(map(Path, proposals))))
     images = task.training_set(data, split)
     validation = None
@@ -117,12 +115,9 @@ def train(
     task.freeze(model)
     with launched(layout, recipe.precision, facts) as fabric:
         if fabric.is_global_zero and checkpoint is None:
-            with replacing(out / "recipe.json") as file:
-                file.write(recipe.to_json().encode())
+            write_json(out / "recipe.json", recipe.to_dict())
         if done < recipe.iterations:
-            run = _Run(fabric, recipe, model, images.identity, out, loop)
-            if checkpoint is not None:
-                run.resume(checkpoint)
+            run = _Run(fabric, recipe, model, images.identity, out, loop, checkpoint)
             batches = Iterations(
                 images, recipe, loop.accumulate, fabric.global_rank, fabric.world_size
             ).loader(done, recipe.iterations, workers=layout.workers, pin=layout.gpu)
@@ -145,16 +140,7 @@ def train(
 
 
 class _Run:
-    """The training of a network in one process.
-
-    Args:
-        fabric: the processes.
-        recipe: the schedule.
-        model: the network of that recipe.
-        data: identity of the training data, for checkpoints.
-        out: run folder.
-        loop: options of the loop.
-    """
+    """The training of a network in one process."""
 
     def __init__(
         self,
@@ -164,6 +150,7 @@ class _Run:
         data: DataIdentity,
         out: Path,
         loop: LoopOptions,
+        checkpoint: Checkpoint | None,
     ) -> None:
         self.fabric, self.recipe, self.loop = fabric, recipe, loop
         self.described, self.path = describe(recipe, data), checkpoint_path(out)
@@ -171,30 +158,25 @@ class _Run:
         self.iteration = 0
         if recipe.norm == "trained" and fabric.world_size > 1:
             share_statistics(model, fabric.device)
-        self.model = on_device(fabric, model.train())
-        groups = parameter_groups(
-            model,
-            recipe.lr,
-            offset_lr_scale=recipe.offset_lr_scale,
-            weight_decay=recipe.weight_decay,
-        )
+        # Convolutions run faster on this layout, on CPUs and GPUs alike.
+        self.model = model.train().to(fabric.device).to(memory_format=torch.channels_last)
+        scale, decay = recipe.offset_lr_scale, recipe.weight_decay
+        groups = parameter_groups(model, recipe.lr, offset_lr_scale=scale, weight_decay=decay)
         self.rates = [group["lr"] for group in groups]
         optimizer = SGD(groups, lr=recipe.lr, momentum=recipe.momentum)
         self.losses, self.optimizer = fabric.setup(_Losses(model), optimizer)
+        if checkpoint is not None:  # the network has its weights already
+            self.iteration = checkpoint["iteration"]
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+            fabric.strategy.precision.load_state_dict(checkpoint["precision"])
         self.health = None
         if has_deformable_layers(model):
             self.health = OffsetHealth(model, loop.log_every, warn=fabric.is_global_zero)
 
-    def resume(self, checkpoint: Checkpoint) -> None:
-        """Continues from a checkpoint, whose weights the network has already."""
-        self.iteration = checkpoint["iteration"]
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
-        self.fabric.strategy.precision.load_state_dict(checkpoint["precision"])
-
     def fit(self, batches: Iterable[list[Batch]], log: TrainingLog | None) -> None:
         """Trains to the last iteration, or until asked to stop."""
         recipe, loop, total = self.recipe, self.loop, self.recipe.iterations
-        with _stopping_on_signals() as request:
+        with _stopping_signals() as received:
             for parts in batches:
                 self.iteration += 1
                 factor = recipe.lr_factor(self.iteration - 1)
@@ -212,7 +194,7 @@ class _Run:
                     log.step()
                 if self.iteration % loop.log_every == 0:
                     self._record(log, losses, recipe.lr * factor)
-                stopped = self._any(request.stop)
+                stopped = self._any(bool(received))
                 due = self.iteration % loop.checkpoint_every == 0
                 if stopped or due or self.iteration == total:
                     self._save()
@@ -343,43 +325,39 @@ class _Losses(nn.Module):
         return losses(self.model)
 
 
-@dataclasses.dataclass
-class _Request:
-    """Whether a signal has asked to stop."""
-
-    stop: bool = False
-
-
 @contextmanager
-def _stopping_on_signals() -> Iterator[_Request]:
-    """Takes Ctrl-C and SIGTERM (of batch systems and torchrun) as requests to stop.
+def _stopping_signals() -> Iterator[list[int]]:
+    """Collects Ctrl-C and SIGTERM (of batch systems and torchrun), requests to stop.
 
     The iteration under way is finished on every process, since half a step could not be resumed
     exactly. A second Ctrl-C interrupts at once and leaves the last checkpoint.
     """
-    request = _Request()
+    received: list[int] = []
 
     def ask(number: int, frame: FrameType | None) -> None:
-        if request.stop and number == signal.SIGINT:
+        if received and number == signal.SIGINT:
             raise KeyboardInterrupt
-        request.stop = True
+        received.append(number)
 
     handlers = {}
     if threading.current_thread() is threading.main_thread():  # signals belong to it
         handlers = {n: signal.signal(n, ask) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield request
+        yield received
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
-def _require_divisible(batch: int, processes: int, parts: int) -> None:
-    if batch % (processes * parts) != 0:
+def _require_fit(recipe: Recipe, layout: Layout, loop: LoopOptions) -> None:
+    """Refuses a recipe that these processes cannot train."""
+    if recipe.batch % (layout.processes * loop.accumulate) != 0:
         raise UserError(
-            f"expected batch to be a multiple of the processes ({processes}) times the parts of "
-            f"each (accumulate={parts}), but got {batch}"
+            f"expected batch to be a multiple of the processes ({layout.processes}) times the "
+            f"parts of each (accumulate={loop.accumulate}), but got {recipe.batch}"
         )
+    if recipe.precision == "16-mixed" and not layout.gpu:
+        raise UserError("precision 16-mixed needs a GPU; bf16-mixed works on CPUs, too")
 
 
 def _initial(recipe: Recipe, classes: int) -> nn.Module:

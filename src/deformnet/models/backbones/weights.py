@@ -1,5 +1,6 @@
 """Pretrained weights of a backbone, from checkpoint files and run folders."""
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -99,45 +100,35 @@ def load_weights(model: Backbone, state: Mapping[str, Tensor], source: str | Pat
     """Load a state dict into a backbone.
 
     It may lack the layers that torchvision's ResNet does not have (`conv_offset` and `reduce`), and
-    may have torchvision's classifier.
-
-    Args:
-        model: Backbone.
-        state: State dict of the same architecture.
-        source: Origin of the state dict, for messages.
+    may have torchvision's classifier. Messages name its `source`.
 
     Raises:
         UserError: If the state dict is of another model.
     """
-    found = architecture(state)
-    problem = f"{source}: expected weights of {model.name}"
-    if found not in (None, model.name):
-        problem += f", but got {found}"
-    own = model.state_dict()
-    missing = [key for key in own if key not in state and not _may_be_missing(key)]
-    unexpected = [key for key in state if key not in own and not _may_be_unexpected(key)]
-    for kind, keys in (("missing", missing), ("unexpected", unexpected)):
-        if keys:
-            more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
-            raise UserError(f"{problem}: {kind} key {keys[0]}{more}")
-    for key, value in state.items():
-        if key in own and own[key].shape != value.shape:
-            raise UserError(
-                f"{problem}: expected {key} to be {list(own[key].shape)}, "
-                f"but got {list(value.shape)}"
-            )
+    # torchvision's older files have no num_batches_tracked.
+    may_lack = re.compile(r"reduce\.|.*(\.conv_offset\.|\.num_batches_tracked$)")
+    may_add = re.compile(r"fc\.|.*\.num_batches_tracked$")
+    own = {k: v for k, v in model.state_dict().items() if k in state or not may_lack.match(k)}
+    problem = misfit(own, {k: v for k, v in state.items() if k in own or not may_add.match(k)})
+    if problem is not None:
+        found = architecture(state)
+        other = "" if found in (None, model.name) else f", but got {found}"
+        raise UserError(f"{source}: expected weights of {model.name}{other}: {problem}")
     model.load_state_dict(dict(state), strict=False)
 
 
-def _may_be_missing(key: str) -> bool:
-    # torchvision's older files have no num_batches_tracked.
-    return (
-        key.endswith(".num_batches_tracked") or ".conv_offset." in key or key.startswith("reduce.")
-    )
-
-
-def _may_be_unexpected(key: str) -> bool:
-    return key.endswith(".num_batches_tracked") or key.startswith("fc.")
+def misfit(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str | None:
+    """The first difference in keys or shapes between two state dicts; None if there is none."""
+    missing = [key for key in expected if key not in state]
+    unexpected = [key for key in state if key not in expected]
+    for kind, keys in (("missing", missing), ("unexpected", unexpected)):
+        if keys:
+            more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+            return f"{kind} key {keys[0]}{more}"
+    for key, value in state.items():
+        if expected[key].shape != value.shape:
+            return f"expected {key} to be {list(expected[key].shape)}, but got {list(value.shape)}"
+    return None
 
 
 def architecture(names: Iterable[str]) -> str | None:
