@@ -141,24 +141,16 @@ class DeformConv2d(nn.Conv2d):
 
 
 def make_conv_offset(conv: nn.Conv2d, offset_groups: int, modulated: bool) -> OffsetConv2d:
-    """The convolution that predicts offsets for `conv`, with its geometry, device and dtype.
-
-    Raises:
-        ValueError: If `offset_groups` does not divide the input channels of `conv`.
-    """
+    """The convolution that predicts offsets for `conv`, with its geometry, device and dtype."""
     if offset_groups < 1 or conv.in_channels % offset_groups:
         raise ValueError(
             f"expected offset_groups to be a divisor of the {conv.in_channels} input channels, "
             f"but got {offset_groups}"
         )
-    kernel_size = pair("kernel_size", conv.kernel_size)
-    offset = OffsetConv2d(
-        int(conv.in_channels),
-        (3 if modulated else 2) * offset_groups * kernel_size[0] * kernel_size[1],
-        kernel_size,
-        device=conv.weight.device,
-        dtype=conv.weight.dtype,
-    )
+    height, width = kernel_size = pair("kernel_size", conv.kernel_size)
+    channels = (3 if modulated else 2) * offset_groups * height * width
+    inputs, weight = int(conv.in_channels), conv.weight
+    offset = OffsetConv2d(inputs, channels, kernel_size, device=weight.device, dtype=weight.dtype)
     for name in _GEOMETRY:
         setattr(offset, name, getattr(conv, name))
     return offset

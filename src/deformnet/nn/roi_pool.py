@@ -12,6 +12,8 @@ from deformnet.ops import deform_ps_roi_pool, deform_roi_pool
 from deformnet.ops._arguments import IntOrPair, integer, number, pair, positive
 from deformnet.ops.roi_pool.checks import Sampling
 
+Boxes = Tensor | Sequence[Tensor]
+
 
 class _RoIPool(nn.Module):
     """Options of both layers; see `DeformRoIPool2d`."""
@@ -35,22 +37,11 @@ class _RoIPool(nn.Module):
         self.samples_per_bin = integer("samples_per_bin", samples_per_bin)
 
     def _pool(
-        self,
-        operator: Callable[..., Tensor],
-        input: Tensor,
-        boxes: Tensor | Sequence[Tensor],
-        offset: Tensor | None,
+        self, operator: Callable[..., Tensor], input: Tensor, boxes: Boxes, offset: Tensor | None
     ) -> Tensor:
-        return operator(
-            input,
-            boxes,
-            offset,
-            self.output_size,
-            self.spatial_scale,
-            self.gamma,
-            sampling=self.sampling,
-            samples_per_bin=self.samples_per_bin,
-        )
+        geometry = self.output_size, self.spatial_scale, self.gamma
+        options = {"sampling": self.sampling, "samples_per_bin": self.samples_per_bin}
+        return operator(input, boxes, offset, *geometry, **options)
 
     def __prepare_scriptable__(self) -> Never:
         refuse_script(self)
@@ -99,10 +90,10 @@ class DeformRoIPool2d(_RoIPool):
         beta = non_negative("beta", beta)
         self.fc_offset = OffsetLinear(self.channels * self.bins, 2 * self.bins, lr_scale=beta)
 
-    def forward(self, input: Tensor, boxes: Tensor | Sequence[Tensor]) -> Tensor:
+    def forward(self, input: Tensor, boxes: Boxes) -> Tensor:
         return self._pool(deform_roi_pool, input, boxes, self.offsets(input, boxes))
 
-    def offsets(self, input: Tensor, boxes: Tensor | Sequence[Tensor]) -> Tensor:
+    def offsets(self, input: Tensor, boxes: Boxes) -> Tensor:
         """Offsets [R, 2, ph, pw] of the bins, (x, y), before scaling by gamma."""
         _check_channels("input", input, self.channels)
         pooled = self._pool(deform_roi_pool, input, boxes, None)
@@ -159,13 +150,17 @@ class DeformPSRoIPool2d(_RoIPool):
         self.offset_groups = positive("offset_groups", offset_groups)
         self.conv_offset = OffsetConv2d(self.in_channels, 2 * self.offset_groups * self.bins, 1)
 
-    def forward(self, maps: Tensor, features: Tensor, boxes: Tensor | Sequence[Tensor]) -> Tensor:
+    def forward(self, maps: Tensor, features: Tensor, boxes: Boxes) -> Tensor:
         return self._pool(deform_ps_roi_pool, maps, boxes, self.offsets(features, boxes))
 
-    def offsets(self, features: Tensor, boxes: Tensor | Sequence[Tensor]) -> Tensor:
+    def offsets(self, features: Tensor, boxes: Boxes) -> Tensor:
         """Offsets [R, 2*G, ph, pw] of the bins, (x, y), before scaling by gamma."""
         _check_channels("features", features, self.in_channels)
-        fields, boxes = self.conv_offset(features), _full_precision(boxes)
+        fields = self.conv_offset(features)
+        if isinstance(boxes, Tensor):
+            boxes = _to_float(boxes)
+        else:
+            boxes = [_to_float(box) for box in boxes]
         device = fields.device.type
         if autocast_enabled(device):  # pooling would round the offsets to half precision
             with torch.autocast(device, enabled=False):
@@ -186,12 +181,6 @@ def _check_channels(name: str, input: Tensor, channels: int) -> None:
         )
 
 
-def _full_precision(boxes: Tensor | Sequence[Tensor]) -> Tensor | list[Tensor]:
-    """Boxes in a dtype that pooling accepts with fields in float32 or better."""
-    if not isinstance(boxes, Tensor):
-        return [_to_float(box) for box in boxes]
-    return _to_float(boxes)
-
-
 def _to_float(boxes: Tensor) -> Tensor:
+    """Boxes in a dtype that pooling accepts with fields in float32 or better."""
     return boxes.float() if boxes.dtype in (torch.float16, torch.bfloat16) else boxes
