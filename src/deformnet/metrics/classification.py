@@ -12,25 +12,19 @@ from torchmetrics import Metric
 
 from deformnet.metrics.numbers import by_name, require_labels, scaled
 
-TOP = 5
-"""Number of guesses that the looser of the two errors allows."""
+_TOP = 5  # guesses that the looser of the two errors allows
 
 
 @dataclass(frozen=True)
 class ClassificationScores:
-    """Errors of a set of images.
-
-    Attributes:
-        top1_error: fraction of the images whose class does not have the best score; NaN without
-            images.
-        top5_error: fraction of the images whose class is not among the five best scores; None for
-            five classes or fewer, for which it is always 0.
-        class_errors: top-1 error over the images of each class; NaN for a class without images.
-    """
+    """Errors of a set of images."""
 
     top1_error: float
+    """Fraction of the images whose class does not have the best score; NaN without images."""
     top5_error: float | None
+    """The same of the five best scores; None for five classes or fewer, where it is always 0."""
     class_errors: tuple[float, ...]
+    """Top-1 error over the images of each class; NaN for a class without images."""
 
     def to_json(self, classes: Sequence[str]) -> dict[str, object]:
         """Plain numbers for a JSON file, with None for NaN and the classes' errors by name."""
@@ -49,16 +43,13 @@ class ClassificationCounts(Metric):
         sync: whether `compute` sums over the processes of torch.distributed.
     """
 
-    is_differentiable = False
-    higher_is_better = None
     full_state_update = False
     counts: Tensor
 
     def __init__(self, num_classes: int, *, sync: bool = True) -> None:
         super().__init__(sync_on_compute=sync)
         self.num_classes = num_classes
-        empty = torch.zeros(num_classes, 3, dtype=torch.int64)
-        self.add_state("counts", empty, dist_reduce_fx="sum")
+        self.add_state("counts", torch.zeros(num_classes, 3, dtype=torch.int64), "sum")
 
     def update(self, logits: Tensor, target: Tensor) -> None:
         """
@@ -80,7 +71,7 @@ class ClassificationCounts(Metric):
                 f"expected logits of {self.num_classes} classes, but got {logits.shape[1]}"
             )
         require_labels("target", target, self.num_classes)
-        guesses = logits.argsort(dim=1, descending=True, stable=True)[:, :TOP]
+        guesses = logits.argsort(dim=1, descending=True, stable=True)[:, :_TOP]
         correct = guesses == target[:, None]
         row = torch.stack([correct[:, 0], correct.any(dim=1), torch.ones_like(target)], dim=1)
         self.counts.index_add_(0, target, row.long())
@@ -95,15 +86,11 @@ class ClassificationCounts(Metric):
 
 
 def classification_scores(counts: Tensor) -> ClassificationScores:
-    """The errors of the whole set, and of each class.
-
-    Args:
-        counts: [C, 3], what `ClassificationCounts.compute` returns.
-    """
+    """The errors of the whole set, and of each class, from `ClassificationCounts.compute`."""
     first, within, images = counts.cpu().double().unbind(dim=1)
     total = images.sum()
     return ClassificationScores(
         float((total - first.sum()) / total),
-        float((total - within.sum()) / total) if len(counts) > TOP else None,
+        float((total - within.sum()) / total) if len(counts) > _TOP else None,
         tuple(((images - first) / images).tolist()),  # NaN where there are none
     )

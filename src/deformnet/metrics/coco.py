@@ -12,18 +12,8 @@ from deformnet._files import read_json
 from deformnet._text import Table, percent
 
 NAMES = (
-    "AP",
-    "AP50",
-    "AP75",
-    "APsmall",
-    "APmedium",
-    "APlarge",
-    "AR1",
-    "AR10",
-    "AR100",
-    "ARsmall",
-    "ARmedium",
-    "ARlarge",
+    *("AP", "AP50", "AP75", "APsmall", "APmedium", "APlarge"),
+    *("AR1", "AR10", "AR100", "ARsmall", "ARmedium", "ARlarge"),
 )
 """COCO's twelve numbers in COCO's order.
 
@@ -70,10 +60,8 @@ def coco_ap(
         ground_truth, ground_truth.loadRes(detections), iouType=iou_type, print_function=_silent
     )
     evaluation.run()
-    values = [float(value) for value in evaluation.all_stats[: len(NAMES)]]
-    return {
-        name: math.nan if value < 0 else value for name, value in zip(NAMES, values, strict=True)
-    }
+    values = (float(value) for value in evaluation.all_stats)
+    return {name: v if v >= 0 else math.nan for name, v in zip(NAMES, values, strict=False)}
 
 
 def coco_table(numbers: Mapping[str, float]) -> Table:
@@ -98,19 +86,18 @@ def _read(path: Path, iou_type: str) -> dict[str, list[dict[str, Any]]]:
             if iou_type == "segm":
                 kept["segmentation"] = annotation["segmentation"]
             annotations.append(kept)
-        images = [
-            {"id": int(image["id"]), "height": image.get("height"), "width": image.get("width")}
-            for image in content["images"]
-        ]
-        categories = [
-            {"id": int(category["id"]), "name": category["name"]}
-            for category in content["categories"]
-        ]
+        return {
+            "images": [
+                {"id": int(image["id"]), "height": image.get("height"), "width": image.get("width")}
+                for image in content["images"]
+            ],
+            "categories": [{"id": int(c["id"]), "name": c["name"]} for c in content["categories"]],
+            "annotations": annotations,
+        }
     except KeyError as error:
         raise UserError(f"{path}: expected COCO annotations, but there is no {error}") from error
     except (ValueError, TypeError, IndexError) as error:
         raise UserError(f"{path}: expected COCO annotations ({error})") from error
-    return {"images": images, "categories": categories, "annotations": annotations}
 
 
 def _joined(files: Sequence[dict[str, list[dict[str, Any]]]]) -> dict[str, list[dict[str, Any]]]:

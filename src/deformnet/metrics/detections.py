@@ -23,10 +23,9 @@ from deformnet._files import read_lines, replacing
 
 
 class Record(NamedTuple):
-    """The detections of an image."""
+    """The detections of an image of this name."""
 
     image: str
-    """Its name."""
     boxes: Tensor | np.ndarray
     """float32 [d, 4], edges x1 y1 x2 y2 in pixels."""
     scores: Tensor | np.ndarray
@@ -37,14 +36,10 @@ class Record(NamedTuple):
 
 def to_line(record: Record) -> str:
     """A line of our own format, without the newline. Numbers are written as float32."""
-    return json.dumps(
-        {
-            "image": record.image,
-            "boxes": [short_floats(box) for box in np.asarray(record.boxes, np.float32)],
-            "scores": short_floats(np.asarray(record.scores, np.float32)),
-            "classes": list(record.classes),
-        }
-    )
+    boxes = [short_floats(box) for box in np.asarray(record.boxes, np.float32)]
+    scores = short_floats(np.asarray(record.scores, np.float32))
+    content = {"image": record.image, "boxes": boxes, "scores": scores}
+    return json.dumps({**content, "classes": list(record.classes)})
 
 
 def write_detections(path: Path, records: Iterable[Record]) -> None:

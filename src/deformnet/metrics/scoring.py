@@ -44,11 +44,7 @@ class DetectionScores:
 
 
 class GroundTruthSet(ABC):
-    """Ground truth of a set of images by their names.
-
-    Attributes:
-        classes: names of the classes.
-    """
+    """Ground truth of a set of images by their names."""
 
     classes: Collection[str]
 
@@ -82,9 +78,7 @@ class NamedGroundTruth(GroundTruthSet):
         methods: Sequence[Method] = get_args(Method),
     ) -> None:
         self.classes = self._names = tuple(classes)
-        self._images = images
-        self._ious = ious
-        self._methods = methods
+        self._images, self._ious, self._methods = images, ious, methods
 
     def score(self, records: Sequence[Record], source: str = "detections") -> DetectionScores:
         known = _known(records, self._images, self.classes, source)
@@ -123,8 +117,7 @@ class COCOGroundTruth(GroundTruthSet):
     def __init__(
         self, files: Sequence[Path], images: Mapping[str, int], classes: Mapping[str, int]
     ) -> None:
-        self.files = tuple(files)
-        self.images = images
+        self.files, self.images = tuple(files), images
         self.classes = self._ids = classes
 
     def score(self, records: Sequence[Record], source: str = "detections") -> DetectionScores:

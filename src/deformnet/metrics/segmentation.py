@@ -26,18 +26,14 @@ SIZES = ("small", "medium", "large")
 
 @dataclass(frozen=True)
 class SegmentationScores:
-    """Scores of a set of images.
-
-    Attributes:
-        mean_iou: mean of `iou` over the classes that occur; NaN if none does.
-        iou: intersection over union of each class; NaN for a class that occurs neither in the
-            ground truth nor in the predictions.
-        pixel_accuracy: fraction of the valid pixels that are correct; NaN without valid pixels.
-    """
+    """Scores of a set of images."""
 
     mean_iou: float
+    """Mean of `iou` over the classes that occur; NaN if none does."""
     iou: tuple[float, ...]
+    """IoU of each class; NaN where neither ground truth nor predictions have the class."""
     pixel_accuracy: float
+    """Fraction of the valid pixels that are correct; NaN without valid pixels."""
 
     def to_json(self, classes: Sequence[str]) -> dict[str, object]:
         """Plain numbers for a JSON file, with None for NaN and the IoU by class name."""
@@ -110,17 +106,14 @@ def segmentation_scores(confusion: Tensor) -> SegmentationScores:
 
 @dataclass(frozen=True)
 class SizeScores:
-    """IoU of the objects of one size.
-
-    Attributes:
-        mean_iou: mean of `iou` over the classes with an object of this size; NaN if none has.
-        iou: of each class; NaN for a class without an object of this size.
-        objects: number of objects.
-    """
+    """IoU of the objects of one size."""
 
     mean_iou: float
+    """Mean of `iou` over the classes with an object of this size; NaN if none has."""
     iou: tuple[float, ...]
+    """IoU of each class; NaN for a class without an object of this size."""
     objects: int
+    """Number of objects."""
 
     def to_json(self, classes: Sequence[str]) -> dict[str, object]:
         """Plain numbers for a JSON file, with None for NaN and the IoU by class name."""
@@ -153,8 +146,6 @@ class ObjectCounts(Metric):
     the large ones. False positives far from any object of their class show in the mean IoU alone.
     """
 
-    is_differentiable = False
-    higher_is_better = None
     full_state_update = False
     counts: Tensor
 
@@ -177,10 +168,8 @@ class ObjectCounts(Metric):
         super().__init__()
         if not 0 < small <= large:
             raise ValueError(f"expected 0 < small <= large, but got small={small}, large={large}")
-        self.num_classes = num_classes
-        self.small = small
-        self.large = large
-        self.background = background
+        self.num_classes, self.background = num_classes, background
+        self.small, self.large = small, large
         empty = torch.zeros(len(SIZES), num_classes, 4, dtype=torch.int64)
         self.add_state("counts", empty, dist_reduce_fx="sum")
 
@@ -229,11 +218,7 @@ class ObjectCounts(Metric):
 
 
 def size_scores(counts: Tensor) -> dict[str, SizeScores]:
-    """The scores of "small", "medium" and "large" objects.
-
-    Args:
-        counts: [3, C, 4], what `ObjectCounts.compute` returns.
-    """
+    """The scores of "small", "medium" and "large" objects, from `ObjectCounts.compute`."""
     scores = {}
     for size, of_size in zip(SIZES, counts.cpu(), strict=True):
         true, false, missed, objects = of_size.unbind(-1)
@@ -243,13 +228,7 @@ def size_scores(counts: Tensor) -> dict[str, SizeScores]:
 
 
 def connected_regions(labels: np.ndarray) -> np.ndarray:
-    """Numbers the connected regions (8 neighbors) of equal labels from 0, in reading order.
-
-    Args:
-        labels: [H, W] integers.
-    Returns:
-        int64 [H, W]
-    """
+    """Numbers connected regions (8 neighbors) of equal labels [H, W] from 0, in reading order."""
     regions = np.zeros(labels.shape, dtype=np.int64)
     count = 0
     for label in np.unique(labels):
@@ -264,11 +243,7 @@ def connected_regions(labels: np.ndarray) -> np.ndarray:
 
 
 def region_boxes(regions: np.ndarray) -> list[tuple[slice, slice]]:
-    """The bounding box (rows, columns) of each region.
-
-    Args:
-        regions: [H, W], as `connected_regions` numbers them.
-    """
+    """The bounding box (rows, columns) of each of the regions of `connected_regions`."""
     return ndimage.find_objects(regions + 1)
 
 

@@ -50,23 +50,18 @@ class Predictions(NamedTuple):
 
 @dataclass(frozen=True)
 class VOCScores:
-    """Average precision of each class.
-
-    Attributes:
-        classes: class names.
-        objects: number of objects of each class, without the ignored ones.
-        ious: IoU thresholds.
-        method: see `Method`.
-        ap: for each threshold the AP of each class; NaN for a class without objects.
-        mean_ap: for each threshold the mean over the classes with objects; NaN if none has any.
-    """
+    """Average precision of each class."""
 
     classes: tuple[str, ...]
     objects: tuple[int, ...]
+    """Number of objects of each class, without the ignored ones."""
     ious: tuple[float, ...]
+    """IoU thresholds."""
     method: Method
     ap: tuple[tuple[float, ...], ...]
+    """For each threshold the AP of each class; NaN for a class without objects."""
     mean_ap: tuple[float, ...]
+    """For each threshold the mean over the classes with objects; NaN if none has any."""
 
     def to_json(self) -> dict[str, object]:
         """Plain numbers for a JSON file, None for NaN, by thresholds ("0.5") and classes."""
@@ -131,16 +126,12 @@ def voc_ap(
     # Stable: see the docstring on equal scores.
     order = np.argsort(-matches.score, kind="stable")
     matches = _Matches(*(column[order] for column in matches))
-    average = _eleven_points if method == "11-point" else _area
+    of_class = [labels[order] == label for label in range(len(classes))]
     ap = []
     for iou in ious:
         true, false = _positives(matches, iou)
-        ap.append(
-            tuple(
-                average(true[labels[order] == c], false[labels[order] == c], int(objects[c]))
-                for c in range(len(classes))
-            )
-        )
+        by_class = zip(of_class, objects.tolist(), strict=True)
+        ap.append(tuple(_average(true[own], false[own], n, method) for own, n in by_class))
     means = tuple(_mean([value for value in values if not math.isnan(value)]) for values in ap)
     counts = tuple(objects.tolist())
     return VOCScores(tuple(classes), counts, tuple(ious), method, tuple(ap), means)
@@ -218,28 +209,18 @@ def _positives(matches: _Matches, iou: float) -> tuple[np.ndarray, np.ndarray]:
     return true, ~true & ~(matched & matches.ignored)
 
 
-def _curve(true: np.ndarray, false: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Number of true positives at each of them, and the best precision from there on."""
+def _average(true: np.ndarray, false: np.ndarray, objects: int, method: Method) -> float:
+    """AP of the detections of one class, sorted by score."""
+    if objects == 0:
+        return math.nan
     hits = true.cumsum()
     counted = np.maximum(hits + false.cumsum(), 1)  # 0 before the first that counts
-    precision = np.maximum.accumulate((hits / counted)[::-1])[::-1]
-    return hits[true], precision[true]
-
-
-def _eleven_points(true: np.ndarray, false: np.ndarray, objects: int) -> float:
-    if objects == 0:
-        return math.nan
-    hits, precision = _curve(true, false)
-    recall = hits / objects
+    precision = np.maximum.accumulate((hits / counted)[::-1])[::-1][true]
+    if method == "area":  # recall rises by 1 / objects at every true positive
+        return float(precision.sum() / objects)
+    recall = hits[true] / objects
     reached = [precision[recall >= point] for point in _RECALL_POINTS]
     return _mean([float(values.max(initial=0.0)) for values in reached])
-
-
-def _area(true: np.ndarray, false: np.ndarray, objects: int) -> float:
-    if objects == 0:
-        return math.nan
-    # Recall rises by 1 / objects at every true positive.
-    return float(_curve(true, false)[1].sum() / objects)
 
 
 def _checked(
