@@ -14,21 +14,12 @@ from deformnet.tasks.detection import DetectionTask
 from deformnet.tasks.images import find_images
 from deformnet.tasks.segmentation import SegmentationTask
 
-__all__ = [
-    "DataIdentity",
-    "Processes",
-    "Task",
-    "TaskOptions",
-    "find_images",
-    "task_of",
-]
+__all__ = ["DataIdentity", "Processes", "Task", "TaskOptions", "find_images", "task_of"]
 
 
 def task_of(recipe: Recipe, options: TaskOptions | None = None) -> Task:
-    """The task of a recipe's network.
+    """The task of a recipe's network, with options of evaluation and prediction.
 
-    Args:
-        options: of evaluation and prediction.
     Raises:
         UserError: for options that the task does not have.
     """

@@ -92,19 +92,11 @@ class Annotation(ABC):
 
     @abstractmethod
     def contents(self, objects: Collection[str]) -> Contents:
-        """Objects and background, by ground truth that locates objects.
-
-        Args:
-            objects: names of the classes whose members are objects; all else is background.
-        """
+        """Objects of the classes with these names, all else as background; for ground truth."""
 
 
 class Images(Protocol):
-    """A data set whose images have names.
-
-    Attributes:
-        classes: names of the labels.
-    """
+    """A data set whose images have names, and `classes` the names of its labels."""
 
     classes: tuple[str, ...]
 
@@ -137,11 +129,9 @@ class AnnotatedImages:
         countable: tuple[str, ...] = (),
         objects_are: str = "",
     ) -> None:
-        self.classes = images.classes
-        self.names = names_of(images)
+        self.classes, self.names = images.classes, names_of(images)
+        self.countable, self.objects_are = countable, objects_are
         self._load = load
-        self.countable = countable
-        self.objects_are = objects_are
 
     def __len__(self) -> int:
         return len(self.names)

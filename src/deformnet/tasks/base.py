@@ -46,8 +46,7 @@ class DataIdentity:
     ) -> "DataIdentity":
         """The identity of a data set with these classes and image names, in this order.
 
-        Args:
-            proposals: digest of the stored proposals of a detector.
+        `proposals` is the digest of a detector's stored proposals.
         """
         listed = list(names)
         parts = (*classes, "", *listed, *([] if proposals is None else ["", proposals]))
@@ -67,28 +66,19 @@ class TaskOptions:
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes that share an evaluation; by default there is only this one.
-
-    Attributes:
-        device: where this process computes.
-        workers: processes that load images for this one; 0 loads them in this one.
-        progress: show a progress bar, in the first process.
-        rank: number of this process.
-        count: number of processes.
-    """
+    """The processes that share an evaluation; by default there is only this one."""
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    """Where this process computes."""
     workers: int = 0
+    """Processes that load images for this one; 0 loads them in this one."""
     progress: bool = False
+    """Show a progress bar, in the first process."""
     rank: int = 0
     count: int = 1
 
     def gather(self, value: _T, /) -> list[_T]:
-        """The values of all processes in order of their ranks, in every process.
-
-        Args:
-            value: picklable, with tensors on the CPU.
-        """
+        """Picklable values (tensors on the CPU) of all processes by rank, in every process."""
         return [value]
 
 
@@ -138,11 +128,7 @@ class TrainingSet(ABC):
 
     @abstractmethod
     def batch(self, indices: Sequence[int], seeds: Sequence[int]) -> Batch:
-        """The images of these indices as a batch; see `seeded`.
-
-        Args:
-            seeds: one for each image; all randomness of its sample follows from it.
-        """
+        """The images of these indices as a batch; the seeds decide all randomness; see `seeded`."""
 
 
 @dataclass(frozen=True)
@@ -171,11 +157,7 @@ class Scores:
 
 
 class EvaluationSet(ABC):
-    """Images to score a network on; those without published ground truth give predictions only.
-
-    Args:
-        images: the data set.
-    """
+    """Images to score a network on; those without published ground truth give predictions only."""
 
     def __init__(self, images: Images) -> None:
         self.classes = images.classes
@@ -186,11 +168,9 @@ class EvaluationSet(ABC):
 
     @abstractmethod
     def evaluate(self, model: nn.Module, processes: Processes) -> Scores:
-        """Scores a network; any number of processes gives the same scores to the last bit.
+        """Scores a network in processes that share the images; all of them call this method.
 
-        Args:
-            model: the network of the task's recipe.
-            processes: share the images; all of them call this method.
+        Any number of processes gives the same scores to the last bit.
         """
 
 
@@ -243,11 +223,7 @@ class Task(ABC, Generic[_RecipeT, _ImagesT]):
     def evaluation_set(
         self, root: Path, split: str, trained_on: DataIdentity | None = None
     ) -> EvaluationSet:
-        """Opens images to score a network on.
-
-        Args:
-            trained_on: the training data of the network, whose classes the images must have.
-        """
+        """Opens images to score a network on, with the classes that it was `trained_on`."""
         return self._evaluation_set(self._checked(root, split, trained_on))
 
     def proposal_set(self, root: Path, split: str, trained_on: DataIdentity) -> ProposalSet:
@@ -264,12 +240,7 @@ class Task(ABC, Generic[_RecipeT, _ImagesT]):
     def predictor(
         self, model: nn.Module, trained_on: DataIdentity, device: Device = None
     ) -> Predictor:
-        """The predictor of a trained network.
-
-        Args:
-            model: the network of the task's recipe.
-            device: where to compute; None takes a GPU if there is one.
-        """
+        """The predictor of a trained network; see `Predictor` for `device`."""
 
     def freeze(self, model: nn.Module) -> None:
         """Excludes from training the parts of the network that learn nothing in this task."""

@@ -30,12 +30,7 @@ _BEST = 5  # classes of an image that are written
 
 
 class Batch(NamedTuple):
-    """Images and classes.
-
-    Attributes:
-        images: [N, 3, crop, crop]
-        labels: int64 [N]
-    """
+    """Images [N, 3, crop, crop] and classes, int64 [N]."""
 
     images: Tensor
     labels: Tensor
@@ -107,15 +102,11 @@ class ClassificationEvaluationSet(CountingSet):
 
 @dataclass(frozen=True)
 class ImageClass(Annotation):
-    """The class of an image.
-
-    Attributes:
-        label: name of the class; of a prediction, the most probable one.
-        probabilities: names and probabilities of all classes, best first; empty for ground truth.
-    """
+    """The class of an image."""
 
     label: str | None = field()  # no default, which the base class has
     probabilities: Sequence[tuple[str, float]] = ()
+    """Names and probabilities of all classes, best first; empty for ground truth."""
 
     def draw(self, image: Tensor) -> None:
         """Nothing: the class of an image has no place in it."""

@@ -24,12 +24,7 @@ def logits_of(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def losses_of(model: nn.Module, images: Tensor, target: Tensor) -> dict[str, Tensor]:
-    """The terms of the loss, scalars.
-
-    Args:
-        images: [N, 3, H, W], normalized.
-        target: labels of the images or of their pixels.
-    """
+    """The terms of the loss, scalars; `target` labels the images or their pixels."""
     return cast(_Network, model).losses(logits_of(model, images), target)
 
 

@@ -68,16 +68,12 @@ class Bins(NamedTuple):
 
 @dataclass(frozen=True)
 class Inference:
-    """One pass of a network over an image, kept for further questions.
-
-    Attributes:
-        annotation: the prediction.
-        bins: bins of predicted boxes (those of `annotation`, or the best of them), moved as their
-            classes move them; gives None without such pooling.
-    """
+    """One pass of a network over an image, kept for further questions."""
 
     annotation: Annotation
     bins: Callable[[Annotation], Bins | None] = lambda boxes: None
+    """Bins of predicted boxes (those of `annotation`, or the best of them), moved as their classes
+    move them; None without such pooling."""
 
 
 class Predictor(ABC, Generic[_P]):
@@ -157,12 +153,7 @@ class Predictor(ABC, Generic[_P]):
 
     @torch.no_grad()
     def infer(self, prepared: Prepared, size: Size) -> Inference:
-        """Runs the network once, without test-time augmentation.
-
-        Args:
-            prepared: the image.
-            size: its height and width before it was prepared.
-        """
+        """Runs the network once, without augmentation; `size` is the image's before preparation."""
         return Inference(self._annotation(self._predict(prepared, size), size))
 
     def arguments(self, prepared: Prepared) -> tuple[object, ...]:

@@ -96,22 +96,10 @@ def _read(path: Path) -> tuple[Tensor, list[str], list[int]]:
 
 
 def write_proposals(path: Path, names: Sequence[str], proposals: Sequence[Proposals]) -> None:
-    """Writes the proposals of images into a file.
-
-    Args:
-        names: of the images.
-        proposals: of each image, in pixels of the image as stored.
-    Raises:
-        OSError: if the file cannot be written.
-    """
+    """Writes the proposals of images, in pixels of the images as stored, into a file."""
     starts = torch.tensor([0, *(len(image.boxes) for image in proposals)]).cumsum(0)
-    content = save(
-        {
-            "boxes": torch.cat([image.boxes for image in proposals]).cpu(),
-            "scores": torch.cat([image.scores for image in proposals]).cpu(),
-            "starts": starts,
-        },
-        metadata={"names": json.dumps(list(names))},
-    )
+    boxes, scores = (torch.cat(parts).cpu() for parts in zip(*proposals, strict=True))
+    tensors = {"boxes": boxes, "scores": scores, "starts": starts}
+    content = save(tensors, metadata={"names": json.dumps(list(names))})
     with replacing(path) as file:
         file.write(content)

@@ -68,11 +68,8 @@ def ground_truth_of(
     ious: Sequence[float] = (0.5, 0.7),
     methods: Sequence[Method] = get_args(Method),
 ) -> GroundTruthSet:
-    """The ground truth of a data set: COCO's for COCO data, named boxes for other.
+    """The ground truth of a data set: COCO's, or named boxes with the settings of VOC AP.
 
-    Args:
-        ious: thresholds of VOC AP.
-        methods: of VOC AP.
     Raises:
         UserError: if the ground truth is not published.
     """
@@ -139,9 +136,9 @@ def _open_texts(data: Path, ious: Sequence[float]) -> NamedGroundTruth:
     if not classes:
         raise UserError(f"{data}: no object in any of the {len(objects)} text files")
     images = {}
-    for record in objects:
-        labels = np.array([classes.index(name) for name in record.classes], dtype=np.int64)
-        images[record.image] = GroundTruth(record.boxes, labels, np.zeros(len(labels), dtype=bool))
+    for image, boxes, _, names in objects:
+        labels = np.array([classes.index(name) for name in names], dtype=np.int64)
+        images[image] = GroundTruth(boxes, labels, np.zeros(len(labels), dtype=bool))
     return NamedGroundTruth(images, classes, ious)
 
 

@@ -53,15 +53,11 @@ def _is_stuff(name: str) -> bool:
 
 
 class Batch(NamedTuple):
-    """Images and label maps.
-
-    Attributes:
-        images: [N, 3, H, W] of the largest height and width; the padding has the mean color (0).
-        masks: int64 [N, H, W]; the padding is void.
-    """
+    """Images [N, 3, H, W], padded with the mean color (0), and label maps, padded with void."""
 
     images: Tensor
     masks: Tensor
+    """int64 [N, H, W]."""
 
     def weight(self) -> Tensor:
         """Number of valid pixels."""
@@ -124,8 +120,7 @@ class SegmentationEvaluationSet(CountingSet):
         image, target = sample
         logits = logits_of(model, image[None])
         if self._score_at == "original":
-            size = list(target.shape)
-            logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+            logits = F.interpolate(logits, size=list(target.shape), mode="bilinear")
         return logits.argmax(dim=1), target[None]
 
     def _scores(self, counts: Tensor) -> Scores:
@@ -140,14 +135,10 @@ class SegmentationEvaluationSet(CountingSet):
 
 @dataclass(frozen=True)
 class LabelMap(Annotation):
-    """The class of every pixel.
-
-    Attributes:
-        labels: uint8 [H, W].
-        classes: names of the labels; others are void.
-    """
+    """The class of every pixel; labels without a name are void."""
 
     labels: Tensor
+    """uint8 [H, W]."""
     classes: tuple[str, ...]
 
     def draw(self, image: Tensor) -> Image.Image:
@@ -187,9 +178,7 @@ class SegmentationPredictor(Predictor[Tensor]):
         best = torch.full((1, 1, *size), -torch.inf, device=self.device)
         labels = torch.zeros(size, dtype=torch.uint8, device=self.device)
         for label in range(logits.shape[1]):
-            plane = F.interpolate(
-                logits[:, label : label + 1], size=size, mode="bilinear", align_corners=False
-            )
+            plane = F.interpolate(logits[:, label : label + 1], size=size, mode="bilinear")
             labels[(plane > best)[0, 0]] = label
             best = torch.maximum(best, plane)
         return labels.cpu()
@@ -235,6 +224,5 @@ class SegmentationTask(Task[SegmentationRecipe, SegmentationDataset]):
             return image.as_subclass(Tensor), LabelMap(mask.as_subclass(Tensor), images.classes)
 
         countable = tuple(name for name in images.classes if not _is_stuff(name))
-        return AnnotatedImages(
-            images, load, countable, "Objects are connected regions of {classes}"
-        )
+        rule = "Objects are connected regions of {classes}"
+        return AnnotatedImages(images, load, countable, rule)

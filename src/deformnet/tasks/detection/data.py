@@ -25,33 +25,21 @@ _PROPOSAL = -1  # label of a proposal, which passes through the transforms with 
 
 
 class Sample(NamedTuple):
-    """An image ready for the network.
-
-    Attributes:
-        image: float32 [3, h, w], normalized.
-        target: its objects.
-        proposals: stored boxes [P, 4] to train on, if there are any.
-        seed: for the network's own random numbers in this image.
-    """
+    """An image float32 [3, h, w] ready for the network, and its objects."""
 
     image: Tensor
     target: Target
     proposals: Tensor | None
+    """Stored boxes [P, 4] to train on, if there are any."""
     seed: int
+    """For the network's own random numbers in this image."""
 
 
 class Batch(NamedTuple):
-    """Samples of different sizes.
-
-    Attributes:
-        images: [N, 3, H, W] of the largest height and width; the padding has the mean color (0).
-        sizes: of the images without padding.
-        targets: their objects.
-        proposals: their stored proposals, if there are any.
-        seeds: for the network's own random numbers in them.
-    """
+    """Samples of different sizes."""
 
     images: Tensor
+    """[N, 3, H, W] of the largest height and width; the padding has the mean color (0)."""
     sizes: list[Size]
     targets: list[Target]
     proposals: list[Tensor] | None
@@ -137,20 +125,14 @@ def to_whole_pixels(boxes: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Boxes(Annotation):
-    """Boxes with classes, and with scores if they are predicted.
-
-    Attributes:
-        boxes: float32 [D, 4] in pixels of the image.
-        labels: int64 [D].
-        classes: names of the labels.
-        size: (height, width) of the image.
-        scores: [D], best first; None for ground truth.
-    """
+    """Boxes with classes, and with scores if they are predicted; see `Annotation`."""
 
     boxes: Tensor = field()  # no default, which the base class has
     labels: Tensor
+    """int64 [D]."""
     classes: tuple[str, ...]
     size: Size
+    """(height, width) of the image."""
     scores: Tensor | None = None
 
     @property
@@ -167,9 +149,8 @@ class Boxes(Annotation):
         if self.scores is None:
             return self
         kept = (self.scores >= least_score).nonzero()[:count, 0]
-        return replace(
-            self, boxes=self.boxes[kept], labels=self.labels[kept], scores=self.scores[kept]
-        )
+        boxes, labels, scores = self.boxes[kept], self.labels[kept], self.scores[kept]
+        return replace(self, boxes=boxes, labels=labels, scores=scores)
 
     def contents(self, objects: Collection[str]) -> Contents:
         """An object fills its box; all boxes count, whatever `objects` says."""

@@ -30,14 +30,11 @@ Scoring = Callable[[list[Record]], Scores]
 
 @dataclass(frozen=True)
 class ScoredDetections(Scores):
-    """Scores with the detections that they are of, which go into a file.
-
-    Attributes:
-        submission: file name and ground truth of a submission to COCO's server, if it scores them.
-    """
+    """Scores with the detections that they are of, which go into a file."""
 
     records: list[Record]
     submission: tuple[Path, COCOGroundTruth] | None = None
+    """File name and ground truth of a submission to COCO's server, if it scores them."""
 
     def save(self, folder: Path, suffix: str = "") -> dict[str, str]:
         """Writes `detections{suffix}.jsonl`, and the submission, whose path is returned."""
@@ -98,12 +95,7 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True)
 class Samples:
-    """Images of a data set, which workers load.
-
-    Attributes:
-        images: the data set; its objects are not used.
-        proposals: stored proposals that replace the detector's own.
-    """
+    """Images of a data set, which workers load, and proposals that replace the detector's own."""
 
     images: DetectionDataset
     proposals: StoredProposals | None = None
@@ -118,18 +110,11 @@ class Samples:
 
 
 class DetectionEvaluationSet(EvaluationSet):
-    """Images to score a detector on.
-
-    Args:
-        predictor: makes the predictor of a network.
-        scoring: of its detections.
-    """
+    """Images to score a detector on."""
 
     def __init__(self, samples: Samples, predictor: MakePredictor, scoring: Scoring) -> None:
         super().__init__(samples.images)
-        self._samples = samples
-        self._predictor = predictor
-        self._scoring = scoring
+        self._samples, self._predictor, self._scoring = samples, predictor, scoring
 
     def evaluate(self, model: nn.Module, processes: Processes) -> Scores:
         predictor = self._predictor(model, processes.device)
@@ -141,7 +126,7 @@ class DetectionEvaluationSet(EvaluationSet):
 
 @dataclass(frozen=True)
 class DetectionProposalSet(ProposalSet):
-    """Images for which a detector makes proposals; arguments as of `DetectionEvaluationSet`."""
+    """Images for which a detector makes proposals."""
 
     samples: Samples
     predictor: MakePredictor

@@ -84,10 +84,18 @@ class DetectionPredictor(Predictor[Detections]):
         self._network = cast(Detector, self.model)
         self.pooling = model.deformable_pooling
         self.sees_conv5 = model.uses_conv5
-        self._thresholds = (recipe.score_threshold, recipe.nms, recipe.max_detections)
+        threshold, nms, limit = recipe.score_threshold, recipe.nms, recipe.max_detections
         if recipe.class_agnostic:
-            self._thresholds = (0.0, cast(RPNDetector, model).rpn.nms, recipe.proposals)
-        self._augmentation = augmentation
+            threshold, nms, limit = 0.0, cast(RPNDetector, model).rpn.nms, recipe.proposals
+        self._score_threshold, self._augmentation = threshold, augmentation
+        self._postprocess = partial(
+            postprocess,
+            score_threshold=threshold,
+            nms=nms,
+            max_detections=limit,
+            soft_nms=augmentation.soft_nms,
+            box_averaging=augmentation.box_averaging,
+        )
         self._scales = [
             preparation(scale, None if bound is None else round(scale * bound / side))
             for scale in augmentation.scales or (side,)
@@ -176,17 +184,9 @@ class DetectionPredictor(Predictor[Detections]):
 
     def _detections(self, candidates: list[Candidates]) -> Detections:
         """Post-processes all candidates of an image."""
-        score_threshold, nms, max_detections = self._thresholds
         # Mixed precision would average the corners of boxes to within several pixels.
         with torch.autocast(self.device.type, enabled=False):
-            detections = postprocess(
-                merge(candidates),
-                score_threshold=score_threshold,
-                nms=nms,
-                max_detections=max_detections,
-                soft_nms=self._augmentation.soft_nms,
-                box_averaging=self._augmentation.box_averaging,
-            )
+            detections = self._postprocess(merge(candidates))
         return Detections(*(values.cpu() for values in detections))
 
     def _checked(self, proposals: Tensor, size: Size) -> Tensor:
@@ -218,7 +218,7 @@ class DetectionPredictor(Predictor[Detections]):
         passes = [self._candidates(features, size, proposals)]
         for _ in range(self._augmentation.refine - 1):
             boxes, scores = passes[-1]
-            kept = scores > self._thresholds[0]
+            kept = scores > self._score_threshold
             if boxes.ndim == 2:
                 kept = kept.any(dim=1) & boxes.isfinite().all(dim=-1)
                 passes.append(self._candidates(features, size, boxes[kept]))
