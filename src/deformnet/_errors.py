@@ -25,7 +25,7 @@ def users_values() -> Iterator[None]:
 
 
 def require_at_least(settings: object, least: int, *names: str) -> None:
-    """Raises UserError for attributes below a bound; None is no bound of its own and passes."""
+    """Raises UserError for attributes below a bound; None passes."""
     for name in names:
         value = getattr(settings, name)
         if value is not None and value < least:

@@ -491,7 +491,9 @@ def recipe_from_dict(values: Mapping[str, Any], *, source: str | Path) -> Recipe
     Raises:
         UserError: if the network or a field is unknown or has an invalid value.
     """
-    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    fields: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+    }
     network = fields.pop("network", None)
     recipe = next((known for known in RECIPES if known.network == network), None)
     if recipe is None:
