@@ -76,11 +76,6 @@ def box_lists(year: Path) -> list[str]:
     return [name for name in names if name not in of_one_class]
 
 
-def mask_lists(year: Path) -> list[str]:
-    """Names of a year's lists of images with masks."""
-    return list_names(year, "Segmentation")
-
-
 def list_names(year: Path, kind: str) -> list[str]:
     """Names of all lists in a folder of `ImageSets`."""
     return sorted(path.stem for path in (year / "ImageSets" / kind).glob("*.txt"))
@@ -227,18 +222,17 @@ def read_object(
     Raises:
         UserError: if one of them is malformed, or the class is unknown.
     """
-    return _read_box(path, item), _read_label(path, item, classes), _is_difficult(path, item)
-
-
-def _read_label(path: Path, item: Element, classes: ClassList) -> int:
+    box = _read_box(path, item)
     name = item.findtext("name", "").strip()
-    try:
-        return classes.names.index(name)
-    except ValueError:
+    if name not in classes.names:
         raise UserError(
             f"{path}: expected an object of one of the classes {classes.origin} "
             f"({listing(classes.names)}), but got class {name!r}; {classes.advice}"
-        ) from None
+        )
+    difficult = item.findtext("difficult", "").strip().lower()
+    if difficult not in _DIFFICULT:
+        raise UserError(f"{path}: expected difficult to be 0 or 1, but got {difficult!r}")
+    return box, classes.names.index(name), _DIFFICULT[difficult]
 
 
 def _read_box(path: Path, item: Element) -> tuple[float, float, float, float]:
@@ -254,13 +248,6 @@ def _read_box(path: Path, item: Element) -> tuple[float, float, float, float]:
     if (x1, y1) == (x2, y2):
         return x1, y1, x1, y1
     return x1 - 1, y1 - 1, x2, y2
-
-
-def _is_difficult(path: Path, item: Element) -> bool:
-    text = item.findtext("difficult", "").strip().lower()
-    if text not in _DIFFICULT:
-        raise UserError(f"{path}: expected difficult to be 0 or 1, but got {text!r}")
-    return _DIFFICULT[text]
 
 
 def color_map() -> np.ndarray:

@@ -19,21 +19,12 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def integer(name: str, value: Any) -> int:
-    """Convert an argument to int. NumPy integers are accepted, floats are not.
-
-    Raises:
-        TypeError: if it is not an integer.
-    """
+    """Convert an argument to int. NumPy integers are accepted, floats are a TypeError."""
     return _index(value, name, "an int", value)
 
 
 def positive(name: str, value: Any) -> int:
-    """Convert an argument to an int of at least 1.
-
-    Raises:
-        TypeError: if it is not an integer.
-        ValueError: if it is less than 1.
-    """
+    """Convert an argument to an int as `integer`; less than 1 is a ValueError."""
     value = integer(name, value)
     if value < 1:
         raise ValueError(f"expected {name} to be at least 1, but got {value}")
@@ -41,11 +32,7 @@ def positive(name: str, value: Any) -> int:
 
 
 def one_of(name: str, value: object, choices: Sequence[object]) -> None:
-    """Check that an argument has one of a few values.
-
-    Raises:
-        ValueError: if it is not one of the choices.
-    """
+    """Raise ValueError unless an argument has one of a few values."""
     if value not in choices:
         raise ValueError(f"expected {name} to be one of {tuple(choices)}, but got {value!r}")
 
@@ -77,11 +64,7 @@ def _index(value: Any, name: str, expected: str, argument: Any) -> int:
 
 
 def number(name: str, value: Any) -> float:
-    """Convert an argument to a number; NumPy floats are accepted, strings are not.
-
-    Raises:
-        TypeError: if it is not a real number.
-    """
+    """Convert an argument to a number. NumPy floats are accepted, strings are a TypeError."""
     if isinstance(value, (float, int, torch.SymFloat, torch.SymInt)):
         return value  # pyright: ignore[reportReturnType]
     if not hasattr(type(value), "__float__"):

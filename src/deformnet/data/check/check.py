@@ -10,6 +10,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -27,23 +28,17 @@ _CHUNK = 16  # items that a process is handed at a time
 _SHOWN = 5  # faults of a folder that the terminal shows
 
 
-@dataclass(frozen=True)
-class ListSummary:
-    """One list of images in the report.
-
-    Attributes:
-        name: such as VOC2007/Main/trainval.
-        images: number of its images.
-        official: number of images in the official list; None if there is none.
-        missing: number of files that it needs and that do not exist.
-        faulty: number of its images that are damaged or do not fit their annotation.
-    """
+class ListSummary(NamedTuple):
+    """One list of images in the report: its name, and how many images and files of each kind."""
 
     name: str
     images: int
     official: int | None
+    """Images in the official list; None if there is none."""
     missing: int
+    """Files that the list needs and that do not exist."""
     faulty: int
+    """Images that are damaged or do not fit their annotation."""
 
 
 @dataclass(frozen=True)
@@ -97,10 +92,8 @@ class DataReport:
             file.write(("\n".join(lines) + "\n").encode(errors="surrogateescape"))
 
     def _table(self) -> Table:
-        counts = ((it.images, it.official, it.missing, it.faulty) for it in self.lists)
-        cells = (["-" if n is None else str(n) for n in numbers] for numbers in counts)
-        rows = [(it.name, *row) for it, row in zip(self.lists, cells, strict=True)]
-        return Table("", ("list", "images", "official", "missing", "faulty"), rows)
+        rows = [["-" if cell is None else str(cell) for cell in it] for it in self.lists]
+        return Table("", ("list", *ListSummary._fields[1:]), rows)
 
 
 def check_data(
@@ -268,10 +261,7 @@ def _report(
         root=root,
         lists=tuple(
             ListSummary(
-                name=images.title,
-                images=images.entries,
-                official=images.official,
-                missing=len(images.missing),
+                *(images.title, images.entries, images.official, len(images.missing)),
                 faulty=sum(item in faulty for item in images.items) if faulty else 0,
             )
             for images in sorted(lists, key=lambda images: images.title)

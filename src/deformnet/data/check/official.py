@@ -22,30 +22,26 @@ class OfficialSet:
     """Number of images in each list, by its name in the check."""
 
 
+def _in_folder(folder: str, counts: Mapping[str, int]) -> dict[str, int]:
+    return {f"{folder}/{name}": count for name, count in counts.items()}
+
+
 OFFICIAL_SETS = (
     OfficialSet(
         name="PASCAL VOC 2007",
         page="http://host.robots.ox.ac.uk/pascal/VOC/voc2007/",
-        files={
-            "VOCtrainval_06-Nov-2007.tar": "0.46 GB",
-            "VOCtest_06-Nov-2007.tar": "0.45 GB",
-        },
+        files={"VOCtrainval_06-Nov-2007.tar": "0.46 GB", "VOCtest_06-Nov-2007.tar": "0.45 GB"},
         folders=(
             "VOCdevkit/VOC2007/ImageSets/Main/<split>.txt\n"
             "VOCdevkit/VOC2007/JPEGImages/<id>.jpg\n"
             "VOCdevkit/VOC2007/Annotations/<id>.xml"
         ),
         splits="VOC2007/trainval, VOC2007/test",
-        counts={
-            "VOC2007/Main/train": 2501,
-            "VOC2007/Main/val": 2510,
-            "VOC2007/Main/trainval": 5011,
-            "VOC2007/Main/test": 4952,
-            "VOC2007/Segmentation/train": 209,
-            "VOC2007/Segmentation/val": 213,
-            "VOC2007/Segmentation/trainval": 422,
-            "VOC2007/Segmentation/test": 210,
-        },
+        counts=_in_folder(
+            "VOC2007",
+            _in_folder("Main", {"train": 2501, "val": 2510, "trainval": 5011, "test": 4952})
+            | _in_folder("Segmentation", {"train": 209, "val": 213, "trainval": 422, "test": 210}),
+        ),
     ),
     OfficialSet(
         name="PASCAL VOC 2012",
@@ -59,14 +55,11 @@ OFFICIAL_SETS = (
             "VOCdevkit/VOC2012/SegmentationClass/<id>.png"
         ),
         splits="boxes: VOC2007/trainval+VOC2012/trainval; masks: train, val",
-        counts={
-            "VOC2012/Main/train": 5717,
-            "VOC2012/Main/val": 5823,
-            "VOC2012/Main/trainval": 11540,
-            "VOC2012/Segmentation/train": 1464,
-            "VOC2012/Segmentation/val": 1449,
-            "VOC2012/Segmentation/trainval": 2913,
-        },
+        counts=_in_folder(
+            "VOC2012",
+            _in_folder("Main", {"train": 5717, "val": 5823, "trainval": 11540})
+            | _in_folder("Segmentation", {"train": 1464, "val": 1449, "trainval": 2913}),
+        ),
     ),
     OfficialSet(
         name="SBD, more masks for VOC 2012",
@@ -128,7 +121,8 @@ OFFICIAL_SETS = (
         page="https://www.cityscapes-dataset.com/downloads/",
         files={"leftImg8bit_trainvaltest.zip": "11.6 GB", "gtFine_trainvaltest.zip": "0.25 GB"},
         folders=(
-            "leftImg8bit/<split>/<city>/*_leftImg8bit.png\ngtFine/<split>/<city>/*_gtFine_labelIds.png"
+            "leftImg8bit/<split>/<city>/*_leftImg8bit.png\n"
+            "gtFine/<split>/<city>/*_gtFine_labelIds.png"
         ),
         splits="train, val",
         counts={"gtFine/train": 2975, "gtFine/val": 500, "gtFine/test": 1525},

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.random import Generator
 from PIL import Image, ImageFilter
 
-from deformnet._errors import UserError
+from deformnet._errors import UserError, require_at_least
 from deformnet.data.base import IGNORE
 
 Array = np.ndarray
@@ -131,12 +131,9 @@ class Shapes:
     object each (whatever `objects` says), in one folder per class."""
 
     def __post_init__(self) -> None:
-        for name in ("train", "val"):
-            require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        for name in ("height", "width"):
-            require(getattr(self, name) >= 16, name, "at least 16", getattr(self, name))
-        for name in ("seed", "clutter", "void_border"):
-            require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
+        require_at_least(self, 1, "train", "val")
+        require_at_least(self, 16, "height", "width")
+        require_at_least(self, 0, "seed", "clutter", "void_border")
         for name in ("warp", "mute"):
             require(0 <= getattr(self, name) <= 1, name, "0 to 1", getattr(self, name))
         fewest, most = self.objects

@@ -8,6 +8,7 @@ import io
 import json
 import logging
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from xml.etree import ElementTree
@@ -186,34 +187,34 @@ def _palette_png(labels: np.ndarray) -> bytes:
 
 def _annotation(name: str, drawn: Scene) -> bytes:
     height, width, depth = drawn.image.shape
+    size = {"width": width, "height": height, "depth": depth}
     root = ElementTree.Element("annotation")
-    _add(root, "folder", "VOC2012")
-    _add(root, "filename", f"{name}.jpg")
-    source = ElementTree.SubElement(root, "source")
-    _add(source, "database", "deformnet shapes")
-    size = ElementTree.SubElement(root, "size")
-    for tag, value in (("width", width), ("height", height), ("depth", depth)):
-        _add(size, tag, value)
-    _add(root, "segmented", 1)
+    _add(root, {"folder": "VOC2012", "filename": f"{name}.jpg"})
+    _add(root, {"source": {"database": "deformnet shapes"}, "size": size, "segmented": 1})
     for item in drawn.objects:
         visible = item.area / item.full_area
-        element = ElementTree.SubElement(root, "object")
-        _add(element, "name", SHAPE_CLASSES[item.label])
-        _add(element, "pose", "Unspecified")
-        _add(element, "truncated", int(visible < _TRUNCATED_FRACTION))
         difficult = visible < _DIFFICULT_FRACTION or item.area < _DIFFICULT_AREA
-        _add(element, "difficult", int(difficult))
         # VOC counts pixels from 1 and includes both ends.
         x1, y1, x2, y2 = item.box
-        box = ElementTree.SubElement(element, "bndbox")
-        for tag, value in (("xmin", x1 + 1), ("ymin", y1 + 1), ("xmax", x2), ("ymax", y2)):
-            _add(box, tag, value)
+        content = {
+            "name": SHAPE_CLASSES[item.label],
+            "pose": "Unspecified",
+            "truncated": int(visible < _TRUNCATED_FRACTION),
+            "difficult": int(difficult),
+            "bndbox": {"xmin": x1 + 1, "ymin": y1 + 1, "xmax": x2, "ymax": y2},
+        }
+        _add(root, {"object": content})
     ElementTree.indent(root, "\t")
     return ElementTree.tostring(root) + b"\n"
 
 
-def _add(parent: ElementTree.Element, tag: str, value: object) -> None:
-    ElementTree.SubElement(parent, tag).text = str(value)
+def _add(parent: ElementTree.Element, children: Mapping[str, object]) -> None:
+    for tag, content in children.items():
+        element = ElementTree.SubElement(parent, tag)
+        if isinstance(content, Mapping):
+            _add(element, content)
+        else:
+            element.text = str(content)
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -1,4 +1,4 @@
-"""Offsets of parts as offsets of bins, for kernels that know bins alone (rule "msra")."""
+"""Offsets of parts as offsets of bins (rule "msra"), for the kernels and the reference."""
 
 import torch
 from torch import Tensor

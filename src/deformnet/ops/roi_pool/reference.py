@@ -12,6 +12,7 @@ from torch import Tensor
 
 from deformnet.ops._arguments import values_known
 from deformnet.ops.roi_pool.checks import Rule
+from deformnet.ops.roi_pool.parts import of_bins
 
 # Numbers read from the map at a time, unless one bin alone has more of them.
 _CHUNK = 2**22
@@ -41,27 +42,17 @@ def roi_pool(input: Tensor, boxes: Tensor, offset: Tensor | None, rule: Rule) ->
 
     y_start, x_start = y_axis.start[:, None, :, None], x_axis.start[:, None, None, :]
     if offset is not None:
-        offset = _of_bins(offset.to(_position_dtype(boxes)), rule.output_size)
+        offset = of_bins(offset.to(_position_dtype(boxes)), rule.output_size)
         shift = gamma * offset.unflatten(1, (groups, 2))
         # The pair is (x, y).
         x_start = x_start + shift[:, :, 0] * x_axis.size[:, None, None, None]
         y_start = y_start + shift[:, :, 1] * y_axis.size[:, None, None, None]
     most_rows = _most(height, sampling, samples_per_bin)
     most_columns = _most(width, sampling, samples_per_bin)
-    y = _grid(
-        y_start.expand(shape).flatten(),
-        y_axis.step[:, None, :, None].expand(shape).flatten(),
-        y_axis.number[:, None, :, None].expand(shape).flatten(),
-        height,
-        most_rows,
-    )
-    x = _grid(
-        x_start.expand(shape).flatten(),
-        x_axis.step[:, None, None, :].expand(shape).flatten(),
-        x_axis.number[:, None, None, :].expand(shape).flatten(),
-        width,
-        most_columns,
-    )
+    rows = (y_start, y_axis.step[:, None, :, None], y_axis.number[:, None, :, None])
+    columns = (x_start, x_axis.step[:, None, None, :], x_axis.number[:, None, None, :])
+    y = _grid(*[it.expand(shape).flatten() for it in rows], size=height, most=most_rows)
+    x = _grid(*[it.expand(shape).flatten() for it in columns], size=width, most=most_columns)
 
     # A row of the table has the values of a pixel: the channels of one group, and of one bin if
     # position-sensitive. `origin` [B] is the row of the pixel (0, 0).
@@ -79,9 +70,9 @@ def roi_pool(input: Tensor, boxes: Tensor, offset: Tensor | None, rule: Rule) ->
     else:
         order, chunks = None, [(slice(None), most_rows, most_columns)]
     sums, insides = [], []
-    for chosen, rows, columns in chunks:
-        y_read = _read_axis(y.at(chosen), rows, height, sampling)
-        x_read = _read_axis(x.at(chosen), columns, width, sampling)
+    for chosen, samples_y, samples_x in chunks:
+        y_read = _read_axis(y.at(chosen), samples_y, height, sampling)
+        x_read = _read_axis(x.at(chosen), samples_x, width, sampling)
         sums.append(_sum(table, origin[chosen], y_read, x_read, width))
         insides.append(y_read.inside * x_read.inside)
     output, inside = torch.cat(sums), torch.cat(insides)
@@ -179,16 +170,6 @@ def _round(numbers: Tensor) -> Tensor:
     whole = numbers.trunc()
     rest = numbers - whole
     return whole + (rest >= 0.5).to(whole.dtype) - (rest <= -0.5).to(whole.dtype)
-
-
-def _of_bins(offset: Tensor, output_size: tuple[int, int]) -> Tensor:
-    """The offsets [R, 2*G, ph, pw] of the bins, from those [R, 2*G, part, part] of the parts."""
-    for axis, bins in zip((2, 3), output_size, strict=True):
-        parts = offset.shape[axis]
-        if parts != bins:
-            part = torch.arange(bins, device=offset.device) * parts // bins
-            offset = offset.index_select(axis, part)
-    return offset
 
 
 class _Grid(NamedTuple):
