@@ -5,6 +5,7 @@ Commands import their dependencies when they run, so that `--help` is fast.
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import tyro
 from tyro.extras import SubcommandApp
@@ -27,12 +28,11 @@ Commands = Mapping[str, "Command | Group"]
 _DESCRIPTION = "Deformable convolutional networks for PyTorch. --version prints the version."
 
 
-class Group:
+class Group(NamedTuple):
     """Commands under one name."""
 
-    def __init__(self, help: str, commands: Commands) -> None:
-        self.help = help
-        self.commands = commands
+    help: str
+    commands: Commands
 
 
 def run(arguments: Sequence[str]) -> None:

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from tyro.conf import Positional
 
 from deformnet.cli.errors import BAD_INPUT
+from deformnet.cli.options import DirPath
 
 
 def score(
@@ -31,7 +31,7 @@ def score(
 
 
 def check(
-    root: Annotated[Positional[Path], tyro.conf.arg(metavar="DIR")],
+    root: DirPath,
     *,
     custom: bool = False,
     workers: int | None = None,
@@ -76,7 +76,7 @@ def synthesize_command(arguments: Sequence[str]) -> Callable[..., None]:
     from deformnet.data.synthetic import Shapes, write_shapes
 
     def synthesize(
-        root: Annotated[Positional[Path], tyro.conf.arg(metavar="DIR")],
+        root: DirPath,
         shapes: Annotated[Shapes, tyro.conf.arg(name="")] = Shapes(),  # noqa: B008 (frozen)
     ) -> None:
         """Generate synthetic shapes with exact label maps and boxes, in VOC or image-folder layout.

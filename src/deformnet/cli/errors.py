@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from deformnet._errors import MissingExtraError, UserError
 
@@ -83,16 +83,10 @@ def warning_lines() -> Iterator[None]:
     """Prints warnings of this package as one line, without their source location."""
     usual = warnings.formatwarning
 
-    def line(
-        message: Warning | str,
-        category: type[Warning],
-        filename: str,
-        lineno: int,
-        line: str | None = None,
-    ) -> str:
+    def line(message: Warning | str, category: type[Warning], filename: str, *place: Any) -> str:
         if Path(filename).is_relative_to(_PACKAGE):
             return f"deformnet: warning: {message}\n"
-        return usual(message, category, filename, lineno, line)
+        return usual(message, category, filename, *place)
 
     warnings.formatwarning = line
     try:

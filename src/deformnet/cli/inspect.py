@@ -5,23 +5,21 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Annotated
 
 import tyro
 from tyro.conf import Positional
 
+from deformnet.cli.options import GROUP, RunPath
+from deformnet.inspection.settings import Analysis, Page
+
 
 def analyze(
-    run: Annotated[Positional[Path], tyro.conf.arg(metavar="RUN")],
+    run: RunPath,
     *,
     data: Path,
     out: Path,
-    split: str = "val",
-    baseline: Path | None = None,
-    images: int | None = None,
-    objects: tuple[str, ...] = (),
-    device: str | None = None,
+    analysis: Annotated[Analysis, GROUP] = Analysis(),  # noqa: B008 (frozen)
 ) -> None:
     """Write a report of what the offsets have learned: Figures 5 to 7, Table 2 and more.
 
@@ -33,39 +31,17 @@ def analyze(
         run: Run folder of DeepLab or a detector with deformable layers.
         data: Data set folder with label maps (DeepLab) or boxes (detectors).
         out: Folder for the report.
-        split: Split to analyze.
-        baseline: Run folder of the same network without deformable layers, for comparison.
-        images: Number of images to analyze, from the start of the split; None analyzes all.
-        objects: For label maps: classes whose connected regions count as objects; all others are
-            background. By default, all classes except stuff such as sky, road and building.
-        device: Device, such as cpu or cuda:1; None uses a GPU if there is one.
     """
     from deformnet.inspection.report import analyze
 
-    analyze(
-        run,
-        data,
-        out,
-        split=split,
-        baseline=baseline,
-        images=images,
-        objects=objects,
-        device=device,
-    )
+    analyze(run, data, out, analysis)
     print(f"report: {out / 'index.html'}")
 
 
 def view(
-    run: Annotated[Positional[Path], tyro.conf.arg(metavar="RUN")],
+    run: RunPath,
     images: Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(metavar="IMAGE")] = (),
-    *,
-    baseline: Path | None = None,
-    data: Path | None = None,
-    split: str = "val",
-    host: str = "127.0.0.1",
-    port: int | None = None,
-    open: bool = False,
-    device: str | None = None,
+    page: Annotated[Page, GROUP] = Page(),  # noqa: B008 (frozen)
 ) -> None:
     """Explore sampling locations interactively on a local web page.
 
@@ -76,28 +52,10 @@ def view(
     Args:
         run: Run folder of a network with deformable layers.
         images: Image files, or folders of images, to choose from; more can be uploaded on the page.
-        baseline: Run folder of the same network without deformable layers, for comparison.
-        data: Data set folder to use instead of IMAGE; its ground truth is shown.
-        split: Split of the data set.
-        host: Address to listen on; 0.0.0.0 makes the page accessible from other machines.
-        port: Port to listen on; None picks a free one.
-        open: Open the page in a browser.
-        device: Device, such as cpu or cuda:1; None uses a GPU if there is one.
     """
     from deformnet.inspection.viewer.serving import serving
 
-    page = serving(
-        run,
-        images,
-        baseline=baseline,
-        data=data,
-        split=split,
-        host=host,
-        port=port,
-        open=open,
-        device=device,
-    )
-    with _interrupted_by_sigterm(), page as address:
+    with _interrupted_by_sigterm(), serving(run, images, page) as address:
         print(f"The page is at {address} (Ctrl-C to stop)", flush=True)
         try:
             threading.Event().wait()
@@ -108,11 +66,7 @@ def view(
 @contextmanager
 def _interrupted_by_sigterm() -> Iterator[None]:
     """Makes SIGTERM end the program like Ctrl-C, so that uploads are removed."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     finally:

@@ -9,16 +9,14 @@ from tyro.conf import Positional
 
 from deformnet._errors import UserError
 from deformnet.cli.errors import BAD_INPUT
-from deformnet.cli.options import GROUP
-from deformnet.cli.scores import print_result
+from deformnet.cli.options import GROUP, RunPath
+from deformnet.cli.scores import print_once
 from deformnet.engine.settings import Hardware
 from deformnet.recipes import TestTimeAugmentation
 
-_Run = Annotated[Positional[Path], tyro.conf.arg(metavar="RUN")]
-
 
 def evaluate(
-    run: _Run,
+    run: RunPath,
     *,
     data: Path,
     split: str = "val",
@@ -45,11 +43,11 @@ def evaluate(
     if run.is_file():
         raise UserError(f"{run}: expected a run folder to write the scores to, but got a file")
     options = TaskOptions(score_at=score_at, augmentation=augmentation, proposals=stored_proposals)
-    print_result(evaluate(run, data, split, options=options, hardware=hardware))
+    print_once(evaluate(run, data, split, options=options, hardware=hardware))
 
 
 def predict(
-    run: _Run,
+    run: RunPath,
     images: Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(metavar="IMAGE")],
     *,
     out: Path,
@@ -93,7 +91,7 @@ def predict(
 
 
 def propose(
-    run: _Run,
+    run: RunPath,
     *,
     data: Path,
     out: Path,
@@ -108,7 +106,6 @@ def propose(
         out: File to write.
         split: Split to write proposals for.
     """
-    from deformnet.cli.scores import print_once
     from deformnet.engine import propose
 
     count = propose(run, data, split, out, hardware=hardware)

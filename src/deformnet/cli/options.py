@@ -8,10 +8,13 @@ import re
 import textwrap
 import typing
 from collections.abc import Callable, Container
+from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
+RunPath = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
+DirPath = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")]
 GROUP = tyro.conf.arg(prefix_name=False)
 """Marks a parameter whose fields form a group of options."""
 

@@ -8,6 +8,7 @@ from tyro.conf import Positional
 
 from deformnet._errors import UserError
 from deformnet.cli.options import GROUP
+from deformnet.cli.scores import print_once
 from deformnet.demo.settings import Demo
 from deformnet.engine.settings import Hardware
 from deformnet.paper.settings import (
@@ -61,7 +62,6 @@ def reproduce(
         file = None if out is None else out / "dry-run.json"
         print(dry_run_table(dry_run_rows(found, dry, data=data, out=file, splits=splits)))
         return
-    from deformnet.cli.scores import print_once
     from deformnet.paper.reproduce import reproduce, require_runnable
 
     if data is None or out is None:

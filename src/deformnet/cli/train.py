@@ -7,26 +7,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+from deformnet import recipes
 from deformnet.cli.options import GROUP, options
-from deformnet.cli.scores import print_result
+from deformnet.cli.scores import print_once
 from deformnet.engine.settings import Hardware, LoopOptions
-from deformnet.recipes import (
-    ClassAwareRPNRecipe,
-    ClassifierRecipe,
-    DeepLabRecipe,
-    FasterRCNNRecipe,
-    Recipe,
-    RFCNRecipe,
-    RPNRecipe,
-)
+from deformnet.recipes import Recipe
 
 NETWORKS: tuple[tuple[type[Recipe], str], ...] = (
-    (DeepLabRecipe, "Train DeepLab for semantic segmentation."),
-    (RFCNRecipe, "Train R-FCN for object detection."),
-    (FasterRCNNRecipe, "Train Faster R-CNN for object detection."),
-    (ClassAwareRPNRecipe, "Train a class-aware RPN, a one-stage object detector."),
-    (RPNRecipe, "Train a region proposal network on its own, for `deformnet propose`."),
-    (ClassifierRecipe, "Train an image classifier, to pretrain a backbone for other networks."),
+    (recipes.DeepLabRecipe, "Train DeepLab for semantic segmentation."),
+    (recipes.RFCNRecipe, "Train R-FCN for object detection."),
+    (recipes.FasterRCNNRecipe, "Train Faster R-CNN for object detection."),
+    (recipes.ClassAwareRPNRecipe, "Train a class-aware RPN, a one-stage object detector."),
+    (recipes.RPNRecipe, "Train a region proposal network on its own, for `deformnet propose`."),
+    (
+        recipes.ClassifierRecipe,
+        "Train an image classifier, to pretrain a backbone for other networks.",
+    ),
 )
 
 # The groups of `--help`; all other fields of a recipe belong to the network.
@@ -47,12 +43,20 @@ class Data:
     val_split: str | None = "val"
     """Validation split, evaluated after training; None skips it."""
 
+    @property
+    def proposals(self) -> tuple[Path, ...]:
+        return ()
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataWithProposals(Data):
     stored_proposals: tuple[Path, ...] = ()
     """Proposal files written by `deformnet propose`, for both splits, to use instead of the
     network's own proposals."""
+
+    @property
+    def proposals(self) -> tuple[Path, ...]:
+        return self.stored_proposals
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +88,21 @@ def train_command(recipe: type[Recipe], what: str, arguments: Sequence[str]) -> 
         loop: Annotated[LoopOptions, GROUP] = LoopOptions(),  # noqa: B008 (both are frozen)
         hardware: Annotated[Hardware, GROUP] = Hardware(),  # noqa: B008
     ) -> None:
-        _train(base, data, run, vars(network) | vars(schedule), loop, hardware)
+        from deformnet.engine import train
+
+        images = {name: value for name, value in vars(data).items() if name in _IMAGES}
+        settings = images | vars(network) | vars(schedule)
+        result = train(
+            dataclasses.replace(base, **settings),
+            data.data,
+            run.out,
+            split=data.split,
+            val_split=data.val_split,
+            proposals=data.proposals,
+            loop=loop,
+            hardware=hardware,
+        )
+        print_once(result)
 
     command.__doc__ = f"{what} Repeat the command to resume an interrupted run."
     files = DataWithProposals if recipe.takes_proposals else Data
@@ -96,37 +114,9 @@ def train_command(recipe: type[Recipe], what: str, arguments: Sequence[str]) -> 
     return command
 
 
-def _train(
-    base: Recipe,
-    data: Data,
-    run: Run,
-    settings: dict[str, Any],
-    loop: LoopOptions,
-    hardware: Hardware,
-) -> None:
-    from deformnet.engine import train
-
-    images = {name: value for name, value in vars(data).items() if name in _IMAGES}
-    recipe = dataclasses.replace(base, **images, **settings)
-    proposals = data.stored_proposals if isinstance(data, DataWithProposals) else ()
-    result = train(
-        recipe,
-        data.data,
-        run.out,
-        split=data.split,
-        val_split=data.val_split,
-        proposals=proposals,
-        loop=loop,
-        hardware=hardware,
-    )
-    print_result(result)
-
-
 def _base_recipe(recipe: type[Recipe], arguments: Sequence[str]) -> Recipe:
     """The recipe that `train NETWORK --recipe FILE` names, or the default one of the network."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--recipe", type=Path)
     known, _ = parser.parse_known_args(arguments)
-    if known.recipe is None or recipe.network not in arguments:
-        return recipe()
-    return recipe.load(known.recipe)
+    return recipe() if known.recipe is None else recipe.load(known.recipe)

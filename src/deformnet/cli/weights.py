@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, get_args
 import tyro
 from tyro.conf import Positional
 
+from deformnet.cli.options import RunPath
 from deformnet.recipes import DeformLayers
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ _File = Annotated[Positional[Path], tyro.conf.arg(metavar="FILE")]
 _Checkpoint = Annotated[Positional[Path], tyro.conf.arg(metavar="CHECKPOINT")]
 
 
-def export(run: Annotated[Positional[Path], tyro.conf.arg(metavar="RUN")], file: _File) -> None:
+def export(run: RunPath, file: _File) -> None:
     """Export a trained network to NAME.safetensors, with a description in NAME.json.
 
     The file can be used instead of the run folder, for prediction and as --init.
@@ -87,13 +88,9 @@ def _write(converted: "Converted", out: Path) -> None:
     for reason, keys in converted.ignored.items():
         print(f"skipped, {reason}: {len(keys)} ({keys[0]}{', ...' if len(keys) > 1 else ''})")
     layers = converted.deform_layers
-    found = "none"
-    if layers:
-        found = (
-            f"{len(converted.deformable)} among the last {layers} 3x3 convolutions, "
-            f"offset_groups={converted.offset_groups}, modulated={converted.modulated}"
-        )
-    print(f"deformable layers: {found}")
+    settings = f"offset_groups={converted.offset_groups}, modulated={converted.modulated}"
+    count = f"{len(converted.deformable)} among the last {layers} 3x3 convolutions"
+    print(f"deformable layers: {f'{count}, {settings}' if layers else 'none'}")
     if converted.backbone in ("ResNet-50", "ResNet-101"):
         print(
             "strides: not recorded in the file; weights of style='caffe' and of STRIDE_IN_1X1 need "
@@ -108,7 +105,6 @@ def _write(converted: "Converted", out: Path) -> None:
         print(f"next: deformnet train rfcn {' '.join(options)} --init {out} --data DIR --out RUN")
     else:
         print(
-            f"next, in Python: backbone('resnet{depth}', deform_layers={layers}, "
-            f"offset_groups={converted.offset_groups}, modulated={converted.modulated}, "
+            f"next, in Python: backbone('resnet{depth}', deform_layers={layers}, {settings}, "
             f'weights="{out}"); recipes allow {get_args(DeformLayers)} deformable layers'
         )

@@ -60,19 +60,18 @@ def detector_score(mean_ap: float | None) -> str:
 
 def write_demo_page(path: Path, demo: Demo, table: Table, score: str, machine: str) -> None:
     """Write the page, which shows the figures beside it."""
-    write_page(
-        path,
-        _TEMPLATE,
-        title="Baseline and deformable networks, side by side",
-        demo=demo,
-        header=table.header,
-        rows=table.rows,
-        note=footnote(demo),
-        small=f"{SMALL:.0%}",
-        large=f"{LARGE:.0%}",
-        score=score,
-        machine=machine,
-    )
+    values = {
+        "title": "Baseline and deformable networks, side by side",
+        "demo": demo,
+        "header": table.header,
+        "rows": table.rows,
+        "note": footnote(demo),
+        "small": f"{SMALL:.0%}",
+        "large": f"{LARGE:.0%}",
+        "score": score,
+        "machine": machine,
+    }
+    write_page(path, _TEMPLATE, values)
 
 
 def _fractions(name: str, baseline: float | None, deformable: float | None) -> list[str]:

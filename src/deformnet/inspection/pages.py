@@ -1,5 +1,6 @@
 """HTML from Jinja templates, in one style."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -9,7 +10,7 @@ from deformnet._files import replacing
 _SHARED = Path(__file__).parent / "templates"
 
 
-def render(template: Path, **values: object) -> str:
+def render(template: Path, values: Mapping[str, object]) -> str:
     """Render a template, which may extend and include those of this package.
 
     Args:
@@ -26,7 +27,7 @@ def render(template: Path, **values: object) -> str:
     return environment.get_template(template.name).render(values)
 
 
-def write_page(path: Path, template: Path, **values: object) -> None:
+def write_page(path: Path, template: Path, values: Mapping[str, object]) -> None:
     """Render a template to a file."""
     with replacing(path) as file:
-        file.write(render(template, **values).encode())
+        file.write(render(template, values).encode())

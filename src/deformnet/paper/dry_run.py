@@ -29,7 +29,7 @@ from deformnet.paper.cases import count_parameters, set_statistics
 from deformnet.paper.rows import Row, proposal_recipe
 from deformnet.paper.settings import DryRun, Splits
 from deformnet.paper.synthetic import write_synthetic_data
-from deformnet.recipes import Recipe, TestTimeAugmentation
+from deformnet.recipes import Recipe
 from deformnet.tasks import TaskOptions
 
 _ITERATIONS = 2
@@ -160,10 +160,10 @@ def _run(row: Row, dry: DryRun, data: Path | None, folder: Path, splits: Splits)
         _reset_peak()
     run = folder / "run"
     fit(recipe, data, run, proposals=proposals[:1])
+    scales = tuple(round(side * dry.scale) for side in row.augmentation.scales)
+    augmentation = dataclasses.replace(row.augmentation, scales=scales)
     options = TaskOptions(
-        score_at=row.score_at,
-        augmentation=_scaled(row.augmentation, dry.scale),
-        proposals=tuple(proposals[1:]),
+        score_at=row.score_at, augmentation=augmentation, proposals=tuple(proposals[1:])
     )
     evaluate(run, data, test_split, options=options, hardware=_HARDWARE, progress=False)
     return {
@@ -181,11 +181,6 @@ def _shortened(recipe: Recipe, dry: DryRun) -> Recipe:
     """Return the recipe with the iterations, batch and image sizes of a dry run."""
     recipe = recipe.scaled(dry.scale)
     return dataclasses.replace(recipe, iterations=_ITERATIONS, batch=dry.batch or recipe.batch)
-
-
-def _scaled(augmentation: TestTimeAugmentation, factor: float) -> TestTimeAugmentation:
-    scales = tuple(round(side * factor) for side in augmentation.scales)
-    return dataclasses.replace(augmentation, scales=scales)
 
 
 def _parameters(row: Row) -> int:

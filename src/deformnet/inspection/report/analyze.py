@@ -8,29 +8,22 @@ OUT/
 ```
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
-from deformnet._errors import UserError
+from deformnet._errors import UserError, require_at_least
 from deformnet.inspection.report.findings import Findings
 from deformnet.inspection.report.images import AnalyzedImages
 from deformnet.inspection.report.recording import UnitRecorder
 from deformnet.inspection.report.sections import bins_section, convolution_sections, cost_section
 from deformnet.inspection.runs import open_runs
+from deformnet.inspection.settings import Analysis
 
 
 def analyze(
     run: Path,
     data: Path,
     out: Path,
-    *,
-    split: str = "val",
-    baseline: Path | None = None,
-    images: int | None = None,
-    objects: Sequence[str] = (),
-    device: torch.device | str | None = None,
+    analysis: Analysis = Analysis(),  # noqa: B008 (frozen)
 ) -> dict[str, object]:
     """Write the figures, the numbers and the page of a run.
 
@@ -38,12 +31,7 @@ def analyze(
         run: run folder of DeepLab or a detector with deformable layers.
         data: data set folder with the classes of the training data.
         out: folder for the results; files of an earlier call are replaced.
-        split: split of the data set.
-        baseline: run folder of the same network without deformable layers, for comparison.
-        images: number of images to analyze, from the start of the split; None analyzes all.
-        objects: for label maps: classes whose connected regions are objects; by default all but
-            stuff such as sky or road.
-        device: device to compute on; None uses a GPU if there is one.
+        analysis: images and objects to analyze, and the baseline.
     Returns:
         The content of analysis.json.
     Raises:
@@ -51,15 +39,14 @@ def analyze(
         UserError: if the run is of a classifier or has no deformable layers, the data have other
             classes or no objects, or an argument is out of range.
     """
-    if images is not None and images < 1:
-        raise UserError(f"expected images to be at least 1, but got {images}")
-    opened, compared = open_runs(run, baseline, device)
+    require_at_least(analysis, 1, "images")
+    opened, compared = open_runs(run, analysis.baseline, analysis.device)
     if not opened.task.localizes:
         raise UserError(
             f"{run}: expected a network that locates objects, but got a {opened.network}"
         )
-    source = AnalyzedImages(opened, data, split, images, objects)
-    findings = Findings(run, baseline, data, split, source, out)
+    source = AnalyzedImages(opened, data, analysis)
+    findings = Findings(run, data, analysis, source, out)
     network = UnitRecorder("deformable", opened)
     other = None if compared is None else UnitRecorder("baseline", compared)
     if opened.deformable:

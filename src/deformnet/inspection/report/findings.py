@@ -10,6 +10,7 @@ from deformnet._text import Table
 from deformnet.engine.runs import machine, versions
 from deformnet.inspection.pages import write_page
 from deformnet.inspection.report.images import AnalyzedImages
+from deformnet.inspection.settings import Analysis
 from deformnet.visualization import save_figure
 
 _TEMPLATE = Path(__file__).parents[1] / "templates" / "report.html"
@@ -42,9 +43,8 @@ class Findings:
     """
 
     run: Path
-    baseline: Path | None
     data: Path
-    split: str
+    analysis: Analysis
     images: AnalyzedImages
     out: Path
     sections: list[Section] = field(default_factory=list)
@@ -61,15 +61,16 @@ class Findings:
         """The images in words."""
         count, total = len(self.images), len(self.images.annotated)
         which = f"{count} images" if count == total else f"the first {count} of {total} images"
-        return f"{which} of {self.split}"
+        return f"{which} of {self.analysis.split}"
 
     def write(self) -> dict[str, object]:
         """Write page and numbers; return the numbers."""
+        baseline = self.analysis.baseline
         report: dict[str, object] = {
             "run": str(self.run),
-            "baseline": None if self.baseline is None else str(self.baseline),
+            "baseline": None if baseline is None else str(baseline),
             "data": str(self.data),
-            "split": self.split,
+            "split": self.analysis.split,
             "images": len(self.images),
             "objects": list(self.images.objects),
             **self.numbers,
@@ -77,15 +78,14 @@ class Findings:
             "machine": machine(),
         }
         write_json(self.out / "analysis.json", report)
-        compared = "" if self.baseline is None else f" Compared to the baseline {self.baseline}."
-        write_page(
-            self.out / "index.html",
-            _TEMPLATE,
-            title=f"What {self.run.name} has learned",
-            facts=[
+        compared = "" if baseline is None else f" Compared to the baseline {baseline}."
+        values = {
+            "title": f"What {self.run.name} has learned",
+            "facts": [
                 f"Run {self.run}, analyzed on {self.where} in {self.data}.{compared}",
                 "Click a figure to open it as SVG. All numbers are in analysis.json.",
             ],
-            sections=self.sections,
-        )
+            "sections": self.sections,
+        }
+        write_page(self.out / "index.html", _TEMPLATE, values)
         return report

@@ -1,6 +1,6 @@
 """The images that are analyzed, with their contents."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from torch import Tensor
@@ -8,38 +8,31 @@ from tqdm import tqdm
 
 from deformnet._errors import UserError
 from deformnet.inspection.runs import OpenedRun
+from deformnet.inspection.settings import Analysis
 from deformnet.tasks.annotations import Contents
 
 
 class AnalyzedImages:
-    """Images of a split with their contents.
+    """The images of a split that a run is analyzed on, with their contents.
 
-    Args:
-        run: run that is analyzed.
-        data: data set folder.
-        split: split of the data set.
-        limit: maximum number of images; None for all.
-        objects: classes of objects; empty for all countable classes.
     Raises:
         FileNotFoundError, UserError: if the data are missing, have other classes than the run or
             no objects, or lack one of `objects`.
     """
 
-    def __init__(
-        self, run: OpenedRun, data: Path, split: str, limit: int | None, objects: Sequence[str]
-    ) -> None:
-        self.annotated = run.task.annotated(data, split, run.data)
+    def __init__(self, run: OpenedRun, data: Path, analysis: Analysis) -> None:
+        self.annotated = run.task.annotated(data, analysis.split, run.data)
         classes = self.annotated.classes
-        unknown = [name for name in objects if name not in classes]
+        unknown = [name for name in analysis.objects if name not in classes]
         if unknown:
             raise UserError(
                 f"expected objects to be classes of {data} ({', '.join(classes)}), but got "
                 f"{unknown[0]!r}"
             )
-        self.objects = tuple(objects) or self.annotated.countable
+        self.objects = tuple(analysis.objects) or self.annotated.countable
         if not self.objects:
             raise UserError(f"{data}: no countable classes found; pass --objects")
-        self._count = len(self.annotated) if limit is None else min(limit, len(self.annotated))
+        self._count = min(analysis.images or len(self.annotated), len(self.annotated))
 
     def __len__(self) -> int:
         return self._count

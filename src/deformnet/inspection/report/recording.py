@@ -23,7 +23,6 @@ class UnitRecorder:
 
     Args:
         name: name of the network in figures.
-        run: the run.
         model: network to record in place of that of the run.
     Attributes:
         layers: names of the layers to follow samples through, the top one first.
@@ -47,11 +46,9 @@ class UnitRecorder:
         zero_offsets: bool = False,
         kinds: bool = False,
     ) -> list[SampledUnit]:
-        """Record what units sample in each layer.
+        """Record what units of the top map sample in each layer, over an image uint8 [3, H, W].
 
         Args:
-            image: uint8 [3, H, W].
-            units: units of the top map.
             zero_offsets: ignore the offsets.
             kinds: name the units by their kind only.
         """

@@ -88,8 +88,7 @@ def choose_scenes(
     Args:
         images: images in order; no more of them are read than needed.
         count: maximum number of scenes; images without objects are not chosen.
-        small: small objects cover a smaller fraction of the image.
-        large: large objects cover a larger fraction.
+        small, large: fractions of the image below and above which objects are small and large.
     """
     fitting: list[Scene] = []
     others: list[tuple[float, Scene]] = []

@@ -8,17 +8,8 @@ from dataclasses import asdict
 from torch import Tensor
 from tqdm import tqdm
 
+from deformnet import analysis, visualization
 from deformnet._text import Table
-from deformnet.analysis import (
-    AnnotatedImage,
-    LayerCost,
-    LayerDilation,
-    LayerHealth,
-    ModelCost,
-    OffsetObserver,
-    dilation_statistics,
-    model_cost,
-)
 from deformnet.engine.runs import machine
 from deformnet.inspection.report.bins import find_bins
 from deformnet.inspection.report.findings import Findings, Section
@@ -26,19 +17,9 @@ from deformnet.inspection.report.images import AnalyzedImages
 from deformnet.inspection.report.recording import UnitRecorder
 from deformnet.inspection.report.scenes import LARGE, SMALL, Scene, Unit, choose_scenes, units_of
 from deformnet.inspection.runs import OpenedRun
-from deformnet.visualization import (
-    SampledUnit,
-    bins_figure,
-    contact_sheet_figure,
-    dilation_cell,
-    dilation_figure,
-    receptive_field_figure,
-    sampling_figure,
-    two_layer_figure,
-)
 
 _SCENES, _DETECTIONS, _SHEET = 2, 6, 24  # images in the figures
-_Sampled = Mapping[str, Sequence[SampledUnit]]
+_Sampled = Mapping[str, Sequence[visualization.SampledUnit]]
 
 
 def convolution_sections(
@@ -69,17 +50,17 @@ def convolution_sections(
 
 def _statistics(
     network: UnitRecorder, images: AnalyzedImages
-) -> tuple[list[LayerDilation], list[LayerHealth]]:
+) -> tuple[list[analysis.LayerDilation], list[analysis.LayerHealth]]:
     """Compute effective dilation and shifts over all images."""
 
-    def annotated() -> Iterator[AnnotatedImage]:
+    def annotated() -> Iterator[analysis.AnnotatedImage]:
         for image, contents in images.contents("effective dilation"):
             prepared = network.run.predictor.prepare(image)
             scale = math.sqrt(math.prod(prepared.scale))
-            yield AnnotatedImage(prepared.input[0], contents.boxes(), scale)
+            yield analysis.AnnotatedImage(prepared.input[0], contents.boxes(), scale)
 
-    with OffsetObserver(network.model) as observer:
-        rows = dilation_statistics(network.model, annotated(), call=network.model.backbone)
+    with analysis.OffsetObserver(network.model) as observer:
+        rows = analysis.dilation_statistics(network.model, annotated(), call=network.model.backbone)
     return rows, observer.health()
 
 
@@ -90,8 +71,8 @@ def _sample(
     scenes: Sequence[Scene],
 ) -> _Sampled:
     """Record the units of scenes in the network, and without offsets."""
-    regular: list[SampledUnit] = []
-    deformable: list[SampledUnit] = []
+    regular: list[visualization.SampledUnit] = []
+    deformable: list[visualization.SampledUnit] = []
     for scene in scenes:
         image = images[scene.index][0]
         deformable += network.samples(image, scene.units)
@@ -144,7 +125,7 @@ def _two_layer_section(
         "A unit at the top samples the map below at nine points, and each of these samples the "
         "next map at nine points. Without offsets the pattern is the same on every object; offsets "
         "adapt it to scale and shape.",
-        (findings.picture("fields", two_layer_figure(pair), caption),),
+        (findings.picture("fields", visualization.two_layer_figure(pair), caption),),
     )
 
 
@@ -167,7 +148,7 @@ def _sampling_section(
         f"whose smallest object covers less than {SMALL:.0%} and whose largest covers more than "
         f"{LARGE:.0%} of the image; if there are too few such images, of those whose objects "
         f"differ most in size. Objects without a unit inside do not count.",
-        (findings.picture("sampling", sampling_figure(sampled), caption),),
+        (findings.picture("sampling", visualization.sampling_figure(sampled), caption),),
     )
 
 
@@ -201,27 +182,26 @@ def _receptive_field_section(
         for network, of_network in maps.items()
     }
     caption = f"Units of {network.layers[0]} in {name}."
+    figure = visualization.receptive_field_figure(maps)
+    sides = [
+        (units[0].title, *(f"{it.field.side:.0f}" for it in units))
+        for units in zip(*maps.values(), strict=True)
+    ]
     return Section(
         "Effective receptive fields",
         f"The gradient of a unit with respect to the image; brighter is larger; {compared}. The "
         f"square around the unit contains 95 % of it.",
         (
-            findings.picture("receptive-fields", receptive_field_figure(maps), caption),
-            Table(
-                "",
-                ("side of the square, pixels of the network's input", *maps),
-                [
-                    (units[0].title, *(f"{it.field.side:.0f}" for it in units))
-                    for units in zip(*maps.values(), strict=True)
-                ],
-            ),
+            findings.picture("receptive-fields", figure, caption),
+            Table("", ("side of the square, pixels of the network's input", *maps), sides),
         ),
     )
 
 
-def _dilation_section(findings: Findings, rows: Sequence[LayerDilation]) -> Section:
+def _dilation_section(findings: Findings, rows: Sequence[analysis.LayerDilation]) -> Section:
     images = findings.images
     objects = images.annotated.objects_are.format(classes=", ".join(images.objects))
+    caption = "Mean and standard deviation of the effective dilation by layer and object size."
     return Section(
         "Effective dilation (Table 2)",
         f"Mean distance between adjacent samples of a filter, in pixels of its input: mean and "
@@ -233,21 +213,14 @@ def _dilation_section(findings: Findings, rows: Sequence[LayerDilation]) -> Sect
             Table(
                 "",
                 ("layer", "small", "medium", "large", "background"),
-                [
-                    (it.layer, *map(dilation_cell, (it.small, it.medium, it.large, it.background)))
-                    for it in rows
-                ],
+                [(it.layer, *map(visualization.dilation_cell, it.by_size)) for it in rows],
             ),
-            findings.picture(
-                "dilation",
-                dilation_figure(rows),
-                "Mean and standard deviation of the effective dilation by layer and object size.",
-            ),
+            findings.picture("dilation", visualization.dilation_figure(rows), caption),
         ),
     )
 
 
-def _offset_section(health: Sequence[LayerHealth]) -> Section:
+def _offset_section(health: Sequence[analysis.LayerHealth]) -> Section:
     return Section(
         "Offsets",
         "Shifts of samples over all these images, in pixels of the layer's input, and the fraction "
@@ -287,7 +260,7 @@ def _contact_sheet_section(findings: Findings, network: UnitRecorder) -> Section
         f"{count} images at equal intervals, each with the samples in the lowest layer of units on "
         f"the background, on the smallest and on the largest object."
     )
-    picture = findings.picture("contact-sheet", contact_sheet_figure(sheet), caption)
+    picture = findings.picture("contact-sheet", visualization.contact_sheet_figure(sheet), caption)
     return Section("Contact sheet", "", (picture,))
 
 
@@ -318,19 +291,20 @@ def bins_section(findings: Findings, run: OpenedRun) -> Section:
         "to the class of the detection if offsets are class-aware. Shown is the best detection of "
         "each of the first images in which it is correct (IoU above 0.5 with an object of its "
         "class); if there are too few, of other images.",
-        (findings.picture("parts", bins_figure(detections), caption),),
+        (findings.picture("parts", visualization.bins_figure(detections), caption),),
     )
 
 
 def cost_section(findings: Findings, run: OpenedRun, baseline: OpenedRun | None) -> Section:
     """Return the section on parameters, FLOPs and time, of whole networks and layer by layer."""
     image = findings.images[0][0]
-    costs: dict[str, ModelCost] = {}
+    costs: dict[str, analysis.ModelCost] = {}
     sizes: dict[str, tuple[int, int]] = {}
     for name, it in (("deformable", run), ("baseline", baseline)):
         if it is not None:
             prepared = it.predictor.prepare(image)
-            costs[name] = model_cost(it.model, *it.predictor.arguments(prepared), repeats=3)
+            arguments = it.predictor.arguments(prepared)
+            costs[name] = analysis.model_cost(it.model, *arguments, repeats=3)
             sizes[name] = prepared.size
     findings.numbers["cost"] = {
         name: {"input": list(sizes[name]), **asdict(cost)} for name, cost in costs.items()
@@ -364,7 +338,7 @@ def cost_section(findings: Findings, run: OpenedRun, baseline: OpenedRun | None)
     )
 
 
-def _cost_cells(cost: ModelCost | LayerCost) -> tuple[str, str, str]:
+def _cost_cells(cost: analysis.ModelCost | analysis.LayerCost) -> tuple[str, str, str]:
     return f"{cost.parameters:,}", f"{cost.flops / 1e9:.2f}", f"{1000 * cost.seconds:.1f}"
 
 

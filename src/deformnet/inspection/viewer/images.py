@@ -1,8 +1,8 @@
 """The images that the page offers, with their ground truth."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
@@ -76,25 +76,17 @@ def require_image(path: Path) -> None:
         )
 
 
-class Images(Protocol):
-    """Images to choose from.
+class Images:
+    """Images to choose from: their names, and a function that reads one by its index.
 
-    Attributes:
-        names: names of the images.
+    It raises UserError or OSError, one line that names the file, if the image cannot be read.
     """
 
-    names: Sequence[str]
-
-    def load(self, index: int) -> Sample:
-        """Read an image.
-
-        Raises:
-            UserError, OSError: one line that names the file, if it cannot be read.
-        """
-        ...
+    def __init__(self, names: Sequence[str], load: Callable[[int], Sample]) -> None:
+        self.names, self.load = names, load
 
 
-class ImageFiles:
+class ImageFiles(Images):
     """Image files, and the image files in folders.
 
     Raises:
@@ -103,22 +95,16 @@ class ImageFiles:
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
-        self._files = find_images(paths)
+        files = find_images(paths)
         for path in paths:
             if not path.is_dir():  # files of a folder are checked when they are chosen
                 require_image(path)
-        self.names: Sequence[str] = [path.name for path in self._files]
-
-    def load(self, index: int) -> Sample:
-        return Sample(open_image(self._files[index]))
+        names = [path.name for path in files]
+        super().__init__(names, lambda index: Sample(open_image(files[index])))
 
 
-class DataSetImages:
+class DataSetImages(Images):
     """Images of a data set with ground truth."""
 
     def __init__(self, images: AnnotatedImages) -> None:
-        self._images = images
-        self.names: Sequence[str] = images.names
-
-    def load(self, index: int) -> Sample:
-        return Sample(*self._images[index])
+        super().__init__(images.names, lambda index: Sample(*images[index]))

@@ -264,22 +264,20 @@ def panel(session: Session, controls: Controls) -> str:
         lines += _about_bins(session, controls) if controls.bins else _about(session, samples)
         if not filters:
             lines.append("This network has no deformable convolutions: its filters are regular.")
-    return render(
-        _TEMPLATES / "panel.html",
-        ranking=[(name, f"{p:.1%}") for name, p in session.best_classes(controls)],
-        true_class=session.true_class(),
-        lines=lines,
-        filters=[
+    values = {
+        "ranking": [(name, f"{p:.1%}") for name, p in session.best_classes(controls)],
+        "true_class": session.true_class(),
+        "lines": lines,
+        "filters": [
             (
                 row.layer.removeprefix("backbone."),
-                f"{row.dilation:.2f}",
-                f"{row.image:.2f}",
-                str(row.layer_dilation),
-                f"{row.shift:.2f}",
+                *(f"{row.dilation:.2f}", f"{row.image:.2f}"),
+                *(str(row.layer_dilation), f"{row.shift:.2f}"),
             )
             for row in filters
         ],
-    )
+    }
+    return render(_TEMPLATES / "panel.html", values)
 
 
 def _about(session: Session, samples: UnitSamples) -> Sequence[str]:
@@ -317,16 +315,14 @@ def _about_bins(session: Session, controls: Controls) -> Sequence[str]:
 def _legend(session: Session, controls: Controls) -> str:
     """Return the legend of the picture, as HTML."""
     predictor = session.run(controls).predictor
-    return render(
-        _TEMPLATES / "legend.html",
-        boxes=predictor.has_boxes,
-        pooling=predictor.pooling is not None,
-        bins=controls.bins,
-        levels=LEVELS[: session.depth(controls)],
-        box=BOX,
-        unit=UNIT,
-        moved_bin=MOVED_BIN,
-    )
+    values = {
+        "boxes": predictor.has_boxes,
+        "pooling": predictor.pooling is not None,
+        "bins": controls.bins,
+        "levels": LEVELS[: session.depth(controls)],
+        **{"box": BOX, "unit": UNIT, "moved_bin": MOVED_BIN},
+    }
+    return render(_TEMPLATES / "legend.html", values)
 
 
 def _problem(action: Callable[[], None]) -> str | None:

@@ -12,16 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from deformnet.inspection.viewer.recording import Point, UnitSamples
-from deformnet.visualization.colors import (
-    GREEN,
-    ORANGE,
-    PURPLE,
-    SKY,
-    VERMILLION,
-    WHITE,
-    YELLOW,
-    rgb,
-)
+from deformnet.visualization import colors
 
 _LONG_SIDE = 840  # of an image in its picture, in pixels
 _MARGIN = 100  # around it, for samples outside the image
@@ -42,14 +33,15 @@ class Level(NamedTuple):
 
 # The map below the unit first; sizes differ, too.
 LEVELS = (
-    Level(rgb(WHITE), 6),
-    Level(rgb(YELLOW), 4),
-    Level(rgb(ORANGE), 3),
-    Level(rgb(VERMILLION), 2),
-    Level(rgb(PURPLE), 2),
-    Level(rgb(GREEN), 2),
+    Level(colors.rgb(colors.WHITE), 6),
+    Level(colors.rgb(colors.YELLOW), 4),
+    Level(colors.rgb(colors.ORANGE), 3),
+    Level(colors.rgb(colors.VERMILLION), 2),
+    Level(colors.rgb(colors.PURPLE), 2),
+    Level(colors.rgb(colors.GREEN), 2),
 )
-UNIT, BOX, REGULAR_BIN, MOVED_BIN = rgb(SKY), rgb(YELLOW), rgb(WHITE), rgb(VERMILLION)
+UNIT, BOX = colors.rgb(colors.SKY), colors.rgb(colors.YELLOW)
+REGULAR_BIN, MOVED_BIN = colors.rgb(colors.WHITE), colors.rgb(colors.VERMILLION)
 
 
 @dataclass(frozen=True)

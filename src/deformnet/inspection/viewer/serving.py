@@ -11,10 +11,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-
 from deformnet._errors import UserError, require_extra
 from deformnet.inspection.runs import open_runs
+from deformnet.inspection.settings import Page
 from deformnet.inspection.viewer.images import LARGEST_FILE, DataSetImages, ImageFiles, Images
 
 _PORTS = range(7860, 7960)  # to pick a free one from
@@ -24,26 +23,14 @@ _PORTS = range(7860, 7960)  # to pick a free one from
 def serving(
     run: Path,
     images: Sequence[Path] = (),
-    *,
-    baseline: Path | None = None,
-    data: Path | None = None,
-    split: str = "val",
-    host: str = "127.0.0.1",
-    port: int | None = None,
-    open: bool = False,
-    device: torch.device | str | None = None,
+    page: Page = Page(),  # noqa: B008 (frozen)
 ) -> Iterator[str]:
     """Serve the page in the background.
 
     Args:
         run: run folder of a network with deformable layers.
         images: image files and folders to choose from; more can be uploaded on the page.
-        baseline: run folder of the same network without deformable layers.
-        data, split: data set to choose images from; its ground truth is shown.
-        host: address to listen on.
-        port: port to listen on; None picks a free one.
-        open: open the page in a browser.
-        device: device to compute on; None uses a GPU if there is one.
+        page: what it shows, and where it is served.
     Yields:
         The address of the page.
     Raises:
@@ -52,6 +39,7 @@ def serving(
         OSError: if it cannot listen on host and port.
         MissingExtraError: if Gradio is not installed.
     """
+    host, port, data = page.host, page.port, page.data
     if images and data is not None:
         raise UserError("expected either images or data, but got both")
     require_extra("the page", "view", "gradio")
@@ -59,16 +47,16 @@ def serving(
     with _temporary_folder():
         from deformnet.inspection.viewer.page import CSS, build_page, theme
 
-        opened, compared = open_runs(run, baseline, device)
+        opened, compared = open_runs(run, page.baseline, page.device)
         offered: Images | None = ImageFiles(images) if images else None
         if data is not None:
-            offered = DataSetImages(opened.task.annotated(data, split, opened.data))
-        page = build_page(run.name, offered, opened, compared)
+            offered = DataSetImages(opened.task.annotated(data, page.split, opened.data))
+        blocks = build_page(run.name, offered, opened, compared)
         try:
-            _, address, _ = page.launch(
+            _, address, _ = blocks.launch(
                 server_name=host,
                 server_port=_free_port(host, port),
-                inbrowser=open,
+                inbrowser=page.open,
                 prevent_thread_lock=True,
                 quiet=True,
                 share=False,
@@ -84,7 +72,7 @@ def serving(
             )
             yield address
         finally:
-            page.close(verbose=False)
+            blocks.close(verbose=False)
 
 
 @contextmanager

@@ -9,25 +9,9 @@ import torch
 from PIL import Image
 
 from deformnet.inspection.runs import OpenedRun
+from deformnet.inspection.viewer import pictures, recording
 from deformnet.inspection.viewer.images import Images, Sample, open_image
-from deformnet.inspection.viewer.pictures import (
-    Frame,
-    backdrop,
-    draw_bins,
-    draw_boxes_around,
-    draw_samples,
-    draw_seen,
-    outside,
-    shrink,
-)
-from deformnet.inspection.viewer.recording import (
-    FilterRow,
-    ForwardPass,
-    Point,
-    UnitSamples,
-    depth_limit,
-    record_pass,
-)
+from deformnet.inspection.viewer.recording import FilterRow, ForwardPass, Point, UnitSamples
 from deformnet.tasks.annotations import Annotation
 
 _KEPT = 4  # images per browser tab whose passes are kept
@@ -55,9 +39,9 @@ class Shown:
 
     def __init__(self, name: str, sample: Sample) -> None:
         self.name = name
-        self.frame = Frame.around((sample.image.shape[1], sample.image.shape[2]))
-        self.inner = shrink(sample.image, self.frame)
-        self.backdrop = backdrop(self.inner, self.frame)
+        self.frame = pictures.Frame.around((sample.image.shape[1], sample.image.shape[2]))
+        self.inner = pictures.shrink(sample.image, self.frame)
+        self.backdrop = pictures.backdrop(self.inner, self.frame)
         self.ground_truth = sample.ground_truth
         self.flat_width = self.inner.width
         """Width of the pictures without a margin; narrow ones are enlarged."""
@@ -66,7 +50,7 @@ class Shown:
 
     def forward(self, run: OpenedRun) -> ForwardPass:
         if run not in self._passes:
-            self._passes[run] = record_pass(run, self._image)
+            self._passes[run] = recording.record_pass(run, self._image)
         return self._passes[run]
 
     def draw(self, annotation: Annotation) -> Image.Image | None:
@@ -79,13 +63,7 @@ class Shown:
 
 
 class Session:
-    """The state of one browser tab.
-
-    Args:
-        images: images to choose from.
-        run: run with deformable layers.
-        baseline: run without, or None.
-    """
+    """The state of one browser tab."""
 
     def __init__(self, images: Images | None, run: OpenedRun, baseline: OpenedRun | None) -> None:
         self._images = images
@@ -140,7 +118,7 @@ class Session:
 
     def depth(self, controls: Controls) -> int:
         """Return the number of layers to follow: as set, if the network has as many."""
-        return min(controls.depth, depth_limit(self.run(controls)))
+        return min(controls.depth, recording.depth_limit(self.run(controls)))
 
     def forward(self, controls: Controls) -> ForwardPass | None:
         """Return the forward pass of the selected network."""
@@ -160,7 +138,7 @@ class Session:
 
     def beyond(self, samples: UnitSamples) -> int:
         """Return the number of samples in the lowest map that lie beyond the picture."""
-        return 0 if self.shown is None else outside(self.shown.frame, samples)
+        return 0 if self.shown is None else pictures.outside(self.shown.frame, samples)
 
     def detection(self, controls: Controls) -> int | None:
         """Return the index of the selected detection."""
@@ -177,19 +155,19 @@ class Session:
         frame, picture = self.shown.frame, self.shown.backdrop
         height, width = frame.size
         if done.frame != (0, 0, width, height):
-            picture = draw_seen(picture, frame, done.frame)
-        picture = draw_boxes_around(
+            picture = pictures.draw_seen(picture, frame, done.frame)
+        picture = pictures.draw_boxes_around(
             picture, frame, done.prediction.best(least_score=controls.least_score).boxes
         )
         if not controls.bins:
             samples = self.samples(controls)
-            return picture if samples is None else draw_samples(picture, frame, samples)
+            return picture if samples is None else pictures.draw_samples(picture, frame, samples)
         index = self.detection(controls)
         if index is None or done.bins is None:
             return picture
         regular, moved = (bins[index] for bins in done.bins)
         box, caption = done.prediction.boxes[index], done.prediction.captions()[index]
-        return draw_bins(picture, frame, box, caption, regular, moved)
+        return pictures.draw_bins(picture, frame, box, caption, regular, moved)
 
     def prediction(self, controls: Controls) -> Image.Image | None:
         """Draw the prediction; None if it has no picture."""
