@@ -42,24 +42,6 @@ def copy(shapes, tmp_path):
     return Path(shutil.copytree(shapes, tmp_path / "copy"))
 
 
-@pytest.fixture
-def complaint(capsys):
-    """Runs a command that must fail with one line and exit code 2; returns the line."""
-
-    def check(*arguments):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main([str(a) for a in arguments])
-        lines = capsys.readouterr().err.strip().splitlines()
-        lines = [line for line in lines if "it/s]" not in line]
-        assert ended.value.code == 2, lines
-        assert len(lines) == 1, lines
-        assert lines[0].startswith("deformnet: ")
-        return lines[0].removeprefix("deformnet: ")
-
-    return check
-
-
 def test_train_evaluate_predict(run, shapes, tmp_path, capsys):
     assert json.loads((run / "recipe.json").read_text())["iterations"] == 2
     main(["evaluate", str(run), "--data", str(shapes), "--split", "train"])

@@ -455,10 +455,9 @@ def test_cities_and_synsets_identify_official_data_sets(cityscapes, folders):
 def test_official_data_sets():
     counts = {name: count for one in OFFICIAL_SETS for name, count in one.counts.items()}
     assert counts["VOC2007/Main/trainval"] + counts["VOC2012/Main/trainval"] == 16551
-    for year, kinds in (("2007", ("Main", "Segmentation")), ("2012", ("Main", "Segmentation"))):
-        for kind in kinds:
-            parts = [counts[f"VOC{year}/{kind}/{name}"] for name in ("train", "val", "trainval")]
-            assert parts[0] + parts[1] == parts[2]
+    for lists in ("2007/Main", "2007/Segmentation", "2012/Main", "2012/Segmentation"):
+        train, val, both = (counts[f"VOC{lists}/{name}"] for name in ("train", "val", "trainval"))
+        assert train + val == both
     assert counts["instances_train2014"] + counts["instances_val2014"] == 123287
     assert counts["instances_train2017"] + counts["instances_val2017"] == 123287
     text = where_text()

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import small
 
 from deformnet.data.synthetic import Shapes, write_shapes
 from deformnet.recipes import DeepLabRecipe
@@ -21,16 +22,7 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def quick() -> DeepLabRecipe:
     """Deformable ResNet-18 on images of 32 pixels."""
-    return DeepLabRecipe(
-        backbone="resnet18",
-        deform_layers=1,
-        short_side=32,
-        max_side=None,
-        batch=2,
-        iterations=6,
-        warmup=2,
-        lr=0.01,
-    )
+    return small(DeepLabRecipe, norm="trained", batch=2, iterations=6, warmup=2, lr=0.01)
 
 
 @pytest.fixture(autouse=True)

@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -23,7 +24,15 @@ import torch
 from PIL import Image
 
 from deformnet.data.synthetic import Shapes, write_shapes
-from deformnet.engine import Hardware, LoopOptions, Result, evaluate, propose, train
+from deformnet.engine import (
+    Hardware,
+    LoopOptions,
+    Result,
+    TrainingStopped,
+    evaluate,
+    propose,
+    train,
+)
 from deformnet.engine.logs import read_log
 from deformnet.engine.runs import iterations_done, load_checkpoint
 from deformnet.engine.shared_norm import share_statistics
@@ -120,6 +129,16 @@ def after_step(
     patch.setattr(torch.optim.SGD, "step", acting)
 
 
+def run_stopped(iteration: int, recipe: Recipe, data: Path, out: Path, **options: Any) -> None:
+    """A run that is asked to stop in an iteration."""
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(iteration, patch)
+        message = f"stopped after {iteration} of {recipe.iterations} iterations"
+        with pytest.raises(TrainingStopped, match=message):
+            run(recipe, data, out, **options)
+    assert iterations_done(out) == iteration
+
+
 def curve(out: Path) -> list[float]:
     """The loss of each iteration."""
     return [float(row["loss"]) for row in read_log(out / "metrics.csv")]
@@ -127,6 +146,12 @@ def curve(out: Path) -> list[float]:
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
     return load_checkpoint(out / "checkpoints/last.ckpt")["model"]
+
+
+def assert_equal_weights(out: Path, expected: Path) -> None:
+    ended = weights(out)
+    for name, tensor in weights(expected).items():
+        assert torch.equal(ended[name], tensor), name
 
 
 def torchrun(jobs: list[dict[str, Any]], folder: Path, *options: str) -> list[str]:
@@ -147,6 +172,15 @@ def start(command: list[str], **environment: str) -> subprocess.Popen[str]:
         text=True,
         start_new_session=True,
     )
+
+
+def wait_for_rows(process: subprocess.Popen[str], out: Path, count: int) -> None:
+    """Waits until a run that goes on has written rows of its log."""
+    deadline = time.monotonic() + LIMIT
+    while len(read_log(out / "metrics.csv")) < count:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 def wait(*processes: subprocess.Popen[str]) -> list[str]:

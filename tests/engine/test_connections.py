@@ -15,27 +15,25 @@ from deformnet.engine.connections import closed_at_exit
 def connect(rank, processes):
     where = "file://" + sys.argv[1]
     init_process_group("gloo", init_method=where, rank=rank, world_size=processes)
+
+def tell_at_exit():
+    # A handler that is registered first is called last.
+    atexit.register(lambda: print("connected" if is_initialized() else "closed"))
 """
 
-# A handler that is registered first is called last.
 MADE_WITHIN = """
-atexit.register(lambda: print("connected" if is_initialized() else "closed"))
+tell_at_exit()
 with closed_at_exit():
     connect(0, 1)
 """
 
-OF_THE_CALLER = """
-connect(0, 1)
-atexit.register(lambda: print("connected" if is_initialized() else "closed"))
+NONE = """
+tell_at_exit()
 with closed_at_exit():
     pass
 """
 
-NONE = """
-atexit.register(lambda: print("connected" if is_initialized() else "closed"))
-with closed_at_exit():
-    pass
-"""
+OF_THE_CALLER = "connect(0, 1)" + NONE
 
 # Rank 1 never adds its part to the second sum.
 STALLS = """

@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 
 import deformnet.engine.runs
 from deformnet.cli import main
-from deformnet.data.synthetic import Shapes, write_shapes
 from deformnet.engine import export_run, load_run
 from deformnet.models.backbones import backbone
 from deformnet.models.backbones.weights import read_weights
@@ -24,13 +23,6 @@ QUICK = [
     *("--backbone", "resnet18", "--deform-layers", "1", "--short-side", "32", "--max-side", "None"),
     *("--batch", "2", "--iterations", "2", "--accelerator", "cpu", "--workers", "0"),
 ]
-
-
-@pytest.fixture(scope="module")
-def shapes(tmp_path_factory):
-    root = tmp_path_factory.mktemp("data") / "shapes"
-    write_shapes(root, Shapes(train=2, val=2, height=40, width=48))
-    return root
 
 
 @pytest.fixture(scope="module")
@@ -47,22 +39,6 @@ def exported(run, tmp_path):
     """The exported run, to be damaged."""
     export_run(run, tmp_path / "net.safetensors")
     return tmp_path / "net.safetensors"
-
-
-@pytest.fixture
-def complaint(capsys):
-    """Runs a command that must fail with one line and exit code 2; returns the line."""
-
-    def check(*arguments):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main([str(a) for a in arguments])
-        lines = capsys.readouterr().err.strip().splitlines()
-        assert ended.value.code == 2, lines
-        assert len(lines) == 1, lines
-        return lines[0].removeprefix("deformnet: ")
-
-    return check
 
 
 def picture(shapes):
@@ -82,7 +58,7 @@ def test_export(run, shapes, tmp_path, capsys):
     assert card["weights"] == "net.safetensors"
     assert card["sha256"] == hashlib.sha256(out.read_bytes()).hexdigest()
     assert card["recipe"] == json.loads((run / "recipe.json").read_text())
-    assert card["data"]["images"] == 2
+    assert card["data"]["images"] == 7
     assert card["data"]["classes"] == list(load_run(run).data.classes)
     assert len(card["data"]["digest"]) == 64
     assert set(card["metrics"]) == {"metrics.json", "metrics-train.json"}
@@ -199,33 +175,8 @@ def test_a_run_that_was_only_begun(tmp_path):
 # What can be wrong with a card and its weights.
 
 
-def no_card(path):
-    path.with_suffix(".json").unlink()
-
-
-def half_a_card(path):
-    cut(path.with_suffix(".json"))
-
-
-def another_card(path):
-    path.with_suffix(".json").write_text("[]")
-
-
-def card_without_data(path):
-    edit(path, "data", None)
-
-
-def unknown_field(path):
-    edit(path, "recipe", {"network": "deeplab", "colors": 3})
-
-
-def other_recipe(path):
-    edit(path, "recipe", DeepLabRecipe(backbone="resnet34").to_dict())
-
-
-def edit(path, key, value):
-    card = path.with_suffix(".json")
-    card.write_text(json.dumps({**json.loads(card.read_text()), key: value}))
+def edited(**changes):
+    return lambda card: card.write_text(json.dumps(json.loads(card.read_text()) | changes))
 
 
 def other_weights(path):
@@ -233,20 +184,32 @@ def other_weights(path):
 
 
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    ("file", "damage", "message"),
     [
-        (no_card, "net.safetensors: its card net.json is not beside it"),
-        (half_a_card, "net.json: damaged, not a JSON file"),
-        (another_card, "net.json: damaged, or not the card of an exported run"),
-        (card_without_data, "net.json: damaged, or not the card of an exported run"),
-        (unknown_field, "net.json: expected fields of a deeplab recipe"),
-        (other_recipe, "net.safetensors: does not fit the network of its recipe"),
-        (other_weights, "net.safetensors: not the weights of its card: expected the sha256 "),
-        (emptied, "of net.json, but got e3b0c44298fc..."),
+        (".json", Path.unlink, "net.safetensors: its card net.json is not beside it"),
+        (".json", cut, "net.json: damaged, not a JSON file"),
+        (
+            ".json",
+            lambda card: card.write_text("[]"),
+            "net.json: damaged, or not the card of an exported run",
+        ),
+        (".json", edited(data=None), "net.json: damaged, or not the card of an exported run"),
+        (
+            ".json",
+            edited(recipe={"network": "deeplab", "colors": 3}),
+            "net.json: expected fields of a deeplab recipe",
+        ),
+        (
+            ".json",
+            edited(recipe=DeepLabRecipe(backbone="resnet34").to_dict()),
+            "net.safetensors: does not fit the network of its recipe",
+        ),
+        (".safetensors", other_weights, "not the weights of its card: expected the sha256 "),
+        (".safetensors", emptied, "of net.json, but got e3b0c44298fc..."),
     ],
 )
-def test_damaged_exports(damage, message, exported, shapes, tmp_path, complaint):
-    damage(exported)
+def test_damaged_exports(file, damage, message, exported, shapes, tmp_path, complaint):
+    damage(exported.with_suffix(file))
     line = complaint("predict", exported, picture(shapes), "--out", tmp_path / "out")
     assert message in line
     assert not (tmp_path / "out").exists()

@@ -1,29 +1,19 @@
 """Runs that are killed, stopped or distributed end where an undisturbed one does."""
 
-import os
 import signal
-import subprocess
 import sys
-import time
 
+import processes
 import pytest
 import torch
-from processes import run
+from processes import curve, run, small
 
 from deformnet.engine.logs import read_log
 from deformnet.engine.runs import checkpoint_path, iterations_done, load_checkpoint
 from deformnet.recipes import DeepLabRecipe
 
-RECIPE = DeepLabRecipe(
-    backbone="resnet18",
-    deform_layers=3,
-    short_side=32,
-    max_side=None,
-    batch=3,
-    iterations=16,
-    warmup=4,
-    lr=0.01,
-)
+CHANGES = {"norm": "trained", "deform_layers": 3, "batch": 3, "iterations": 16}
+RECIPE = small(DeepLabRecipe, **CHANGES, warmup=4, lr=0.01)
 
 
 def start(recipe, data, out, *options):
@@ -33,26 +23,12 @@ def start(recipe, data, out, *options):
     command = [sys.executable, "-m", "deformnet", "train", "deeplab"]
     command += ["--recipe", path, "--data", data, "--out", out, "--accelerator", "cpu"]
     command += ["--val-split", "None", "--log-every", "1", "--checkpoint-every", "4", *options]
-    return subprocess.Popen(
-        [str(part) for part in command],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return processes.start([str(part) for part in command])
 
 
 def finish(recipe, data, out):
     run(recipe, data, out, checkpoint_every=4)
     return load_checkpoint(checkpoint_path(out))
-
-
-def wait_for_rows(out, count, process):
-    deadline = time.monotonic() + 300
-    while len(read_log(out / "metrics.csv")) < count:
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 @pytest.fixture(scope="module")
@@ -81,9 +57,9 @@ def test_a_disturbed_run_ends_in_equal_weights(shapes, undisturbed, tmp_path, si
     out = tmp_path / "run"
     process = start(RECIPE, shapes, out)
     # In the middle of an epoch (7 images) and between two checkpoints, as far as it can be aimed.
-    wait_for_rows(out, 6, process)
+    processes.wait_for_rows(process, out, 6)
     process.send_signal(sign)
-    _, errors = process.communicate(timeout=300)
+    printed, _ = process.communicate(timeout=300)
     done = iterations_done(out)
     assert 4 <= done < RECIPE.iterations
     if sign == signal.SIGKILL:
@@ -91,30 +67,19 @@ def test_a_disturbed_run_ends_in_equal_weights(shapes, undisturbed, tmp_path, si
         assert done % 4 == 0
     else:
         assert process.returncode == 130
-        assert errors.splitlines()[-1] == (
+        assert printed.splitlines()[-1] == (
             f"deformnet: stopped after {done} of 16 iterations; run the same command to continue"
         )
     assert_same_run(undisturbed, finish(RECIPE, shapes, out), out)
 
 
 def test_two_processes_are_as_good_as_one(shapes, tmp_path):
-    recipe = DeepLabRecipe(
-        backbone="resnet18",
-        deform_layers=3,
-        norm="frozen",
-        short_side=32,
-        max_side=None,
-        batch=4,
-        iterations=20,
-        warmup=0,
-        lr=0.001,
-    )
+    recipe = small(DeepLabRecipe, deform_layers=3, iterations=20, lr=0.001)
     one, two = tmp_path / "one", tmp_path / "two"
     process = start(recipe, shapes, two, "--devices", "2")
     finish(recipe, shapes, one)
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-    losses = [[float(r["loss"]) for r in read_log(run / "metrics.csv")] for run in (one, two)]
-    assert len(losses[0]) == len(losses[1]) == 20
-    assert losses[0][0] - losses[0][-1] > 0.01, "the loss must move for this to show anything"
-    assert losses[1] == pytest.approx(losses[0], abs=1e-5, rel=0)
+    processes.wait(process)
+    losses = curve(one)
+    assert len(losses) == 20
+    assert losses[0] - losses[-1] > 0.01, "the loss must move for this to show anything"
+    assert curve(two) == pytest.approx(losses, abs=1e-5, rel=0)

@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -22,93 +23,67 @@ QUICK = [
 
 
 @pytest.fixture
-def complaint(shapes, tmp_path, capfd):
-    """Fails `train`, which must print one line, of all its threads, and exit with code 2."""
-
-    def check():
-        with pytest.raises(SystemExit) as ended:
-            main(
-                ["train", "deeplab", "--data", str(shapes), "--out", str(tmp_path / "run"), *QUICK]
-            )
-        lines = capfd.readouterr().err.strip().splitlines()
-        lines = [line for line in lines if not line.startswith("training:")]
-        assert ended.value.code == 2, lines
-        assert len(lines) == 1, lines
-        return lines[0]
-
-    return check
+def command(shapes, tmp_path):
+    return ["train", "deeplab", *QUICK, "--data", str(shapes), "--out", str(tmp_path / "run")]
 
 
-def no_memory_of_the_machine():
+def in_a_process(command, *options, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "deformnet", *command, *options],
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+    )
+
+
+def no_memory(*arguments, **options):
     torch.empty(2**60, dtype=torch.uint8)
 
 
-def no_memory_of_the_gpu():
-    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a ...")
-
-
-def no_memory_of_python():
-    raise MemoryError
-
-
-def no_port():
+def no_port(*arguments, **options):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         torch.distributed.TCPStore("127.0.0.1", taken.getsockname()[1], is_master=True)
 
 
-def no_connection():
-    raise RuntimeError("Gloo connectFullMesh failed with [pair.cc:152] timed out connecting: ...")
+GPU = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a ...")
+GLOO = RuntimeError("Gloo connectFullMesh failed with [pair.cc:152] timed out connecting: ...")
+KILLED = RuntimeError("DataLoader worker (pid 77) is killed by signal: Killed. ")
 
 
-def killed_loader():
-    raise RuntimeError("DataLoader worker (pid 77) is killed by signal: Killed. ")
+NO_MEMORY = "out of memory; --accumulate 2 processes each training batch in two parts"
 
 
 @pytest.mark.parametrize(
     ("lack", "said"),
     [
-        (
-            no_memory_of_the_machine,
-            "out of memory; --accumulate 2 processes each training batch in two parts",
-        ),
-        (
-            no_memory_of_the_gpu,
-            "out of memory; --accumulate 2 processes each training batch in two parts",
-        ),
-        (
-            no_memory_of_python,
-            "out of memory; --accumulate 2 processes each training batch in two parts",
-        ),
+        (no_memory, NO_MEMORY),
+        (GPU, NO_MEMORY),
+        (MemoryError(), NO_MEMORY),
         (no_port, "port 29777 is in use; choose another one with torchrun --master-port"),
-        (
-            no_connection,
-            "the processes of this run cannot connect to each other; for several machines",
-        ),
-        (killed_loader, "a data loading process was killed, probably out of memory; use fewer"),
+        (GLOO, "the processes of this run cannot connect to each other; for several machines"),
+        (KILLED, "a data loading process was killed, probably out of memory; use fewer"),
     ],
 )
-def test_what_is_lacking_is_said_in_one_line(complaint, monkeypatch, lack, said):
-    def train(*arguments, **options):
-        lack()
-
-    monkeypatch.setattr(deformnet.engine, "train", train)
+def test_what_is_lacking_is_said_in_one_line(command, complaint, monkeypatch, lack, said):
+    monkeypatch.setattr(deformnet.engine, "train", Mock(side_effect=lack))
     monkeypatch.setenv("MASTER_PORT", "29777")
-    assert said in complaint()
+    assert said in complaint(*command)
 
 
-def test_other_mistakes_keep_their_stack_trace(shapes, tmp_path, monkeypatch):
+def test_other_mistakes_keep_their_stack_trace(command, monkeypatch):
     def train(*arguments, **options):
         torch.ones(2) @ torch.ones(3)
 
     monkeypatch.setattr(deformnet.engine, "train", train)
     with pytest.raises(RuntimeError, match="size"):
-        main(["train", "deeplab", "--data", str(shapes), "--out", str(tmp_path), *QUICK])
+        main(command)
 
 
 @pytest.mark.parametrize("becomes", ["nothing", "a file"])
-def test_a_run_folder_that_vanishes(complaint, tmp_path, monkeypatch, becomes):
+def test_a_run_folder_that_vanishes(command, complaint, tmp_path, monkeypatch, becomes):
     """Its disk was unplugged, say."""
 
     def remove():
@@ -117,26 +92,19 @@ def test_a_run_folder_that_vanishes(complaint, tmp_path, monkeypatch, becomes):
             (tmp_path / "run").touch()
 
     after_step(2, remove, monkeypatch)
-    line = complaint()
-    assert line.startswith(f"deformnet: {tmp_path / 'run'}")
+    line = complaint(*command)
+    assert line.startswith(str(tmp_path / "run"))
     assert re.search("No such file or directory|Not a directory|File exists", line), line
 
 
-def test_a_port_in_use(shapes, tmp_path):
+def test_a_port_in_use(command):
     """As a launcher that sets the environment, such as SLURM, runs into it."""
     with socket.socket() as taken:
         taken.bind(("", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        command = [sys.executable, "-m", "deformnet", "train", "deeplab", *QUICK, "--devices", "2"]
         launched = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_RANK": "0"}
-        ended = subprocess.run(
-            [*command, "--data", str(shapes), "--out", str(tmp_path / "run")],
-            env=os.environ | {"OMP_NUM_THREADS": "1"} | launched,
-            capture_output=True,
-            text=True,
-            timeout=LIMIT,
-        )
+        ended = in_a_process(command, "--devices", "2", **launched)
     lines = [line for line in ended.stderr.splitlines() if line.startswith("deformnet: ")]
     assert ended.returncode == 2, ended.stderr
     assert lines == [
@@ -146,20 +114,13 @@ def test_a_port_in_use(shapes, tmp_path):
     assert "Traceback" not in ended.stderr
 
 
-def test_an_unreadable_image_ends_the_program(shapes, tmp_path):
+def test_an_unreadable_image_ends_the_program(command, shapes, tmp_path):
     """At once, though processes that load images are left then."""
     data = tmp_path / "data"
     shutil.copytree(shapes, data)
     for image in (data / "VOCdevkit/VOC2012/JPEGImages").glob("train_*.jpg"):
         image.write_bytes(image.read_bytes()[:600])
-    command = [sys.executable, "-m", "deformnet", "train", "deeplab", *QUICK, "--workers", "2"]
-    ended = subprocess.run(
-        [*command, "--data", str(data), "--out", str(tmp_path / "run")],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=LIMIT,
-    )
+    ended = in_a_process(command, "--workers", "2", "--data", str(data))
     assert ended.returncode == 2, ended.stderr
     assert f"deformnet: {data}" in ended.stderr
     assert "Traceback" not in ended.stderr

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from processes import run
+from processes import run, small
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
@@ -141,17 +141,7 @@ def test_a_run_at_rest_is_not_warned_of(shapes, quick, tmp_path, recwarn):
     [(RFCNRecipe, ("score_pool", "box_pool")), (FasterRCNNRecipe, ("deform_pool",))],
 )
 def test_pooling_is_watched_where_it_alone_is_deformable(shapes, tmp_path, network, pools):
-    recipe = network(
-        backbone="resnet18",
-        deform_layers=0,
-        pool="deformable",
-        short_side=48,
-        anchor_sizes=(16, 32),
-        proposals=20,
-        iterations=2,
-        batch=2,
-        warmup=0,
-    )
+    recipe = small(network, deform_layers=0, pool="deformable", batch=2, iterations=2)
     run(recipe, shapes, tmp_path)
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     logged = {tag for tag in events.Tags()["scalars"] if tag.startswith("offsets/")}

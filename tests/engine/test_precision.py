@@ -50,7 +50,7 @@ def test_a_float16_run_is_scored_on_a_cpu(shapes, quick, tmp_path):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: float16 scales gradients there")
-def test_float16_scales_gradients_and_resumes_with_its_scale(shapes, quick, tmp_path, monkeypatch):
+def test_float16_scales_gradients_and_resumes_with_its_scale(shapes, quick, tmp_path):
     recipe = dataclasses.replace(quick, precision="16-mixed", iterations=10, batch=4)
     gpu = Hardware(accelerator="gpu", workers=1)
 
@@ -63,7 +63,7 @@ def test_float16_scales_gradients_and_resumes_with_its_scale(shapes, quick, tmp_
     assert all(value == value for value in mixed)
     scaler = load_checkpoint(checkpoint_path(tmp_path / "mixed"))["precision"]
     assert scaler["scale"] > 1
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         stop_after(5, patch)
         with pytest.raises(TrainingStopped):
             losses(tmp_path / "broken")

@@ -4,13 +4,23 @@ import os
 import shutil
 import signal
 import sys
-import time
 
 import pytest
 import torch
-from processes import LIMIT, RECIPES, curve, run, start, torchrun, wait, weights, write_images
+from processes import (
+    LIMIT,
+    RECIPES,
+    assert_equal_weights,
+    curve,
+    run,
+    start,
+    torchrun,
+    wait,
+    wait_for_rows,
+    weights,
+    write_images,
+)
 
-from deformnet.engine.logs import read_log
 from deformnet.engine.runs import iterations_done
 
 RECIPE = RECIPES["rfcn"]
@@ -22,11 +32,8 @@ def runs(tmp_path_factory):
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("runs")
     write_images(folder / "data")
-    job = {
-        "recipe": RECIPE.to_dict(),
-        "data": folder / "data",
-        "options": {"checkpoint_every": 3},
-    }
+    job = {"recipe": RECIPE.to_dict(), "data": folder / "data"}
+    job["options"] = {"checkpoint_every": 3}
     (folder / "undisturbed").mkdir()
     undisturbed = [{"do": "train", **job, "out": folder / "undisturbed/run"}]
     killed = [{"do": "killed", "after": 7, **job, "out": folder / "run"}]
@@ -41,9 +48,7 @@ def runs(tmp_path_factory):
 
 
 def test_a_killed_process_changes_nothing(runs):
-    ended = weights(runs / "run")
-    for name, tensor in weights(runs / "undisturbed/run").items():
-        assert torch.equal(ended[name], tensor), name
+    assert_equal_weights(runs / "run", runs / "undisturbed/run")
     assert curve(runs / "run") == curve(runs / "undisturbed/run")
 
 
@@ -65,11 +70,7 @@ def test_sigterm_to_everybody_stops_in_order(shapes, tmp_path):
     options += ["--backbone", "resnet18", "--short-side", "32", "--max-side", "None"]
     options += ["--data", str(shapes), "--out", str(tmp_path), "--accelerator", "cpu"]
     process = start([sys.executable, "-m", "deformnet", "train", "deeplab", *options])
-    deadline = time.monotonic() + LIMIT
-    while len(read_log(tmp_path / "metrics.csv")) < 2:
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for_rows(process, tmp_path, 2)
     os.killpg(process.pid, signal.SIGTERM)
     printed, _ = process.communicate(timeout=LIMIT)
     assert process.returncode == 130, printed

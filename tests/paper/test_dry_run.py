@@ -31,18 +31,13 @@ def named(name):
     return row
 
 
+QUICK = {"backbone": "resnet18", "norm": "trained", "iterations": 2}
+QUICK |= {"short_side": 64, "max_side": 96}
+
+
 def small(row):
     """The row on a network that trains in seconds."""
-    recipe = dataclasses.replace(
-        row.recipe,
-        backbone="resnet18",
-        init=None,
-        norm="trained",
-        iterations=2,
-        short_side=64,
-        max_side=96,
-        warmup=0,
-    )
+    recipe = dataclasses.replace(row.recipe, **QUICK, init=None, warmup=0)
     return dataclasses.replace(row, recipe=recipe)
 
 
@@ -95,18 +90,11 @@ def test_row_with_stored_proposals(tmp_path, monkeypatch):
     data, out = tmp_path / "voc", tmp_path / "out"
     write_synthetic_data(VOC_DETECTION, data, 64, 96)
     rpn = reproducing.proposal_recipe
-    monkeypatch.setattr(
-        reproducing,
-        "proposal_recipe",
-        lambda recipe: dataclasses.replace(
-            rpn(recipe),
-            backbone="resnet18",
-            norm="trained",
-            iterations=2,
-            short_side=64,
-            max_side=96,
-        ),
-    )
+
+    def quick(recipe):
+        return dataclasses.replace(rpn(recipe), **QUICK)
+
+    monkeypatch.setattr(reproducing, "proposal_recipe", quick)
     row = small(named("table3/rfcn-conv-pool"))
     result = reproduce(row, data, out, hardware=Hardware(workers=0))
     assert set(result["measured"]) == {"mAP@0.5", "mAP@0.7"}

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
@@ -18,35 +17,12 @@ from deformnet.engine.runs import checkpoint_path
 from deformnet.inspection.report import analyze
 from deformnet.inspection.report.bins import find_bins
 from deformnet.inspection.runs import OpenedRun
+from deformnet.inspection.settings import Analysis
 from deformnet.recipes import DeepLabRecipe, FasterRCNNRecipe, RFCNRecipe
 from deformnet.visualization import dilation_cell
+from pages import Page
 
 SIZE = 64
-
-
-class Page(HTMLParser):
-    """Collects the links, the images and the cells of a page."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.links, self.pictures, self.cells, self.open = [], [], [], []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        if tag == "img":
-            self.pictures.append(dict(attrs)["src"])
-            assert dict(attrs)["alt"]
-        elif tag == "a":
-            self.links.append(dict(attrs)["href"])
-        if tag not in {"meta", "img"}:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if self.open and self.open[-1] in {"th", "td"}:
-            self.cells.append(data)
 
 
 @pytest.fixture(autouse=True)
@@ -93,7 +69,6 @@ def runs(data, tmp_path_factory):
 def checked(out):
     """Return the page of a folder after checking its files."""
     page = Page((out / "index.html").read_text())
-    assert page.open == []
     for name in page.pictures:
         with Image.open(out / name) as picture:
             picture.load()
@@ -184,7 +159,7 @@ def test_zero_offsets_on_some_images_and_one_class(runs, data, tmp_path):
     torch.save(checkpoint, checkpoint_path(run))
     shown = open_segmentation(data, "val")
     name = shown.classes[int(shown[1][1].max())]
-    found = analyze(run, data, out, images=2, objects=(name,))
+    found = analyze(run, data, out, Analysis(images=2, objects=(name,)))
     checked(out)
     assert (found["images"], found["objects"]) == (2, [name])
     assert "the first 2 of 3 images of val" in (out / "index.html").read_text()
@@ -199,42 +174,30 @@ def test_zero_offsets_on_some_images_and_one_class(runs, data, tmp_path):
     assert fields["deformable"] == fields["offsets at zero"]
 
 
-def refused(capsys, *arguments):
-    """Return the error line of a command."""
-    with pytest.raises(SystemExit) as stop:
-        main(["inspect", "analyze", *map(str, arguments)])
-    assert stop.value.code == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    return error
-
-
-def test_rejected_runs_and_data(runs, data, tmp_path, capsys):
+def test_rejected_runs_and_data(runs, data, tmp_path, complaint):
     run, out = runs("deeplab"), tmp_path / "out"
-    to = ("--data", data, "--out", out)
-    assert "expected a network with deformable layers" in refused(capsys, runs("baseline"), *to)
-    assert "no such run folder" in refused(capsys, tmp_path / "none", *to)
     (tmp_path / "empty").mkdir()
-    assert "expected a trained run" in refused(capsys, tmp_path / "empty", *to)
-    assert "expected a data set with" in refused(capsys, run, "--data", tmp_path, "--out", out)
-    assert "'nothing'" in refused(capsys, run, *to, "--objects", "nothing")
-    assert "expected images to be at least 1" in refused(capsys, run, *to, "--images", "0")
-    assert "other" in refused(capsys, run, *to, "--split", "other")
-    line = refused(capsys, run, *to, "--baseline", run)
-    assert "expected a baseline without deformable layers" in line
-    assert not out.exists()
-
-
-def test_empty_split_and_other_classes(runs, data, tmp_path, capsys):
     copy = tmp_path / "copy"
     shutil.copytree(data, copy)
     (lists,) = copy.rglob("ImageSets/Segmentation")
     (lists / "none.txt").write_text("")
-    to = ("--data", copy, "--out", tmp_path / "out")
-    assert "none" in refused(capsys, runs("deeplab"), *to, "--split", "none")
     (classes,) = copy.rglob("classes.txt")
     classes.write_text(classes.read_text().replace("disc", "ball"))
-    assert "trained on" in refused(capsys, runs("deeplab"), *to)
+    for message, *arguments in (
+        ("expected a network with deformable layers", runs("baseline")),
+        ("no such run folder", tmp_path / "none"),
+        ("expected a trained run", tmp_path / "empty"),
+        ("expected a data set with", run, "--data", tmp_path / "empty"),
+        ("'nothing'", run, "--objects", "nothing"),
+        ("expected images to be at least 1", run, "--images", "0"),
+        ("other", run, "--split", "other"),
+        ("expected a baseline without deformable layers", run, "--baseline", run),
+        ("none", run, "--data", copy, "--split", "none"),
+        ("trained on", run, "--data", copy),
+    ):
+        to = ["--data", data, "--out", out, *arguments[1:]]
+        assert message in complaint("inspect", "analyze", arguments[0], *to)
+    assert not out.exists()
 
 
 def test_bins_are_in_pixels_of_the_image(runs, data):

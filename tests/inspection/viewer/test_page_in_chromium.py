@@ -1,6 +1,7 @@
 """The page in a browser, with its dots at the computed samples."""
 
 import io
+import os
 import re
 from pathlib import Path
 from urllib.parse import urlparse
@@ -9,14 +10,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_runs import noise, rfcn, save, segmenter, write_run
+from tiny_runs import noise, rfcn, segmenter, write_run
 
 from deformnet.inspection.runs import OpenedRun
+from deformnet.inspection.settings import Page
 from deformnet.inspection.viewer.images import Sample
 from deformnet.inspection.viewer.pictures import LEVELS, MOVED_BIN, UNIT
 from deformnet.inspection.viewer.recording import record_pass
 from deformnet.inspection.viewer.session import Shown
 from deformnet.metrics.segmentation import connected_regions
+from pictures import save
 
 pytest.importorskip("gradio", reason="Gradio is not installed")
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -108,11 +111,17 @@ def dots(drawn, color):
     return {tuple(round(float(place)) for place in center) for center in centers}
 
 
+def pixels(frame, samples):
+    """Return the pixels (y, x) of the picture that samples of one layer are drawn at."""
+    ((points, inside),) = samples.levels
+    return {tuple(pixel) for pixel in frame.to_picture(points[inside]).tolist()}
+
+
 def test_load_upload_and_click(folder, page, asked):
     opened = OpenedRun(folder / "deeplab", "cpu")
     given = [folder / "first.png", folder / "second.png"]
     run, baseline = folder / "deeplab", folder / "baseline"
-    with serving(run, given, baseline=baseline, device="cpu") as address:
+    with serving(run, given, Page(baseline=baseline, device="cpu")) as address:
         assert urlparse(address).hostname == "127.0.0.1"
         page.goto(address)
         page.wait_for_selector("#picture img")
@@ -138,8 +147,7 @@ def test_load_upload_and_click(folder, page, asked):
         point = frame.to_image(middle)
         assert np.abs(np.subtract(clicked(page), point)).max() <= 1
         samples = record_pass(opened, noise(*SIZE)).samples(point, 1)
-        ((points, inside),) = samples.levels
-        expected = {tuple(pixel) for pixel in frame.to_picture(points[inside]).tolist()}
+        expected = pixels(frame, samples)
         assert len(expected) > 4
         assert dots(drawn, LEVELS[0].color) == expected
         center = frame.to_picture(torch.tensor(samples.center))
@@ -148,14 +156,11 @@ def test_load_upload_and_click(folder, page, asked):
         page.get_by_label("baseline").check()
         drawn, source = changed(page, source)
         grid = record_pass(OpenedRun(baseline, "cpu"), noise(*SIZE)).samples(point, 1)
-        ((points, inside),) = grid.levels
-        pixels = {tuple(pixel) for pixel in frame.to_picture(points[inside]).tolist()}
         # The cross covers the middle one but for four corners.
-        middle = frame.to_picture(torch.tensor(grid.center)).tolist()
+        middle = tuple(frame.to_picture(torch.tensor(grid.center)).tolist())
         found = dots(drawn, LEVELS[0].color)
-        assert {it for it in found if np.abs(np.subtract(it, middle)).max() > 6} == pixels - {
-            tuple(middle)
-        }
+        around = {it for it in found if np.abs(np.subtract(it, middle)).max() > 6}
+        assert around == pixels(frame, grid) - {middle}
         page.get_by_label("deformable").check()
         drawn, source = changed(page, source)
         assert dots(drawn, LEVELS[0].color) == expected
@@ -188,16 +193,11 @@ def test_load_upload_and_click(folder, page, asked):
         frame = Shown("third", Sample(other)).frame
         click(page, (300, 400))
         drawn, _ = changed(page, source)
-        ((points, inside),) = (
-            record_pass(opened, other).samples(frame.to_image((300, 400)), 1).levels
-        )
-        expected = {tuple(pixel) for pixel in frame.to_picture(points[inside]).tolist()}
-        assert dots(drawn, LEVELS[0].color) == expected
-        kept = [path.name for path in temporary_files()]
-        assert "third.png" not in kept
-        assert "notes.png" not in kept
-        temporary = temporary_folder()
+        samples = record_pass(opened, other).samples(frame.to_image((300, 400)), 1)
+        assert dots(drawn, LEVELS[0].color) == pixels(frame, samples)
+        temporary = Path(os.environ["GRADIO_TEMP_DIR"])
         assert temporary.is_dir()
+        assert not {"third.png", "notes.png"} & {path.name for path in temporary.rglob("*")}
     assert not temporary.exists()
     hosts = {urlparse(url).hostname for url in asked if not url.startswith(("data:", "blob:"))}
     assert hosts == {"127.0.0.1"}
@@ -209,7 +209,7 @@ def test_click_on_a_detection(folder, page):
     done = record_pass(opened, image)
     frame = Shown("first", Sample(image)).frame
     run, baseline = folder / "rfcn", folder / "average"
-    with serving(run, [folder / "first.png"], baseline=baseline, device="cpu") as address:
+    with serving(run, [folder / "first.png"], Page(baseline=baseline, device="cpu")) as address:
         page.goto(address)
         page.wait_for_selector("#picture img")
         page.locator("#score input[type=number]").fill("0.05")
@@ -231,13 +231,3 @@ def test_click_on_a_detection(folder, page):
         page.get_by_label("baseline").check()
         page.wait_for_function("document.querySelector('#legend').innerText.trim() == 'detection'")
         assert "3 x 3 bins" not in page.locator("#panel").inner_text()
-
-
-def temporary_folder():
-    import os
-
-    return Path(os.environ["GRADIO_TEMP_DIR"])
-
-
-def temporary_files():
-    return [path for path in temporary_folder().rglob("*") if path.is_file()]

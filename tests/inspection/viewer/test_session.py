@@ -1,19 +1,15 @@
 """Sessions of the viewer, without the page."""
 
-import io
 import os
 import socket
-import struct
-import zlib
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_runs import classifier, faster_rcnn, noise, rfcn, save, segmenter, write_run
+from tiny_runs import classifier, faster_rcnn, noise, rfcn, segmenter, write_run
 
 from deformnet.analysis import bin_locations, effective_dilation, sampling_locations
-from deformnet.cli import main
 from deformnet.data import open_segmentation
 from deformnet.data.synthetic import Shapes, write_shapes
 from deformnet.inspection.runs import OpenedRun, open_runs
@@ -23,6 +19,7 @@ from deformnet.inspection.viewer.pictures import LEVELS, UNIT, Frame
 from deformnet.inspection.viewer.recording import record_pass
 from deformnet.inspection.viewer.session import Controls, Session
 from deformnet.recipes import RPNRecipe
+from pictures import save, turned
 
 SAMPLES = Controls(baseline=False, depth=3, bins=False, least_score=0.05)
 BINS = SAMPLES._replace(bins=True)
@@ -219,10 +216,10 @@ def test_faster_rcnn_with_zero_offsets(tmp_path, photo):
     torch.testing.assert_close(regular, moved)
 
 
-def test_ground_truth_of_a_data_set(tmp_path, complaint):
+def test_ground_truth_of_a_data_set(tmp_path, refused):
     write_shapes(tmp_path / "data", Shapes(train=2, val=2, height=64, width=64))
     write_run(tmp_path / "other", segmenter())
-    line = complaint(tmp_path / "other", "--data", tmp_path / "data")
+    line = refused(tmp_path / "other", "--data", tmp_path / "data")
     assert "expected the classes that the network was trained on (background, one, two)" in line
     write_run(tmp_path / "run", segmenter(), open_segmentation(tmp_path / "data", "val").classes)
     run = OpenedRun(tmp_path / "run", "cpu")
@@ -249,31 +246,16 @@ def test_classes_of_a_classifier(runs, photo):
 def damaged(tmp_path):
     """Return damaged files with the messages about them."""
     whole = save(tmp_path / "whole.png", noise(50, 60)).read_bytes()
-
-    def huge():
-        def chunk(kind, data):
-            return (
-                struct.pack(">I", len(data))
-                + kind
-                + data
-                + struct.pack(">I", zlib.crc32(kind + data))
-            )
-
-        header = struct.pack(">IIBBBBB", 8000, 8000, 8, 0, 0, 0, 0)
-        body = zlib.compress(bytes(8001 * 100))
-        return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body)
-
+    Image.new("1", (8000, 8000)).save(tmp_path / "huge.png")
+    huge = (tmp_path / "huge.png").read_bytes()
+    script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"
     return [
         ("text.png", b"not an image", "not a readable image"),
         ("empty.jpg", b"", "not a readable image"),
         ("cut.png", whole[: len(whole) // 2], "not a readable image"),
         ("head.png", whole[:20], "not a readable image"),
-        ("huge.png", huge(), "at most 30 million pixels, but got 8000x8000"),
-        (
-            "script.eps",
-            b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
-            "not a readable image",
-        ),
+        ("huge.png", huge, "at most 30 million pixels, but got 8000x8000"),
+        ("script.eps", script, "not a readable image"),
     ]
 
 
@@ -294,61 +276,47 @@ def test_damaged_uploads_are_rejected(tmp_path, runs, photo, monkeypatch):
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "LA", "CMYK"])
 def test_images_of_other_modes(tmp_path, mode):
-    image = Image.fromarray(noise(30, 40).permute(1, 2, 0).numpy()).convert(mode)
     path = tmp_path / ("image.tif" if mode == "CMYK" else "image.png")
-    image.save(path)
+    Image.new(mode, (40, 30)).save(path)
     assert open_image(path).shape == (3, 30, 40)
 
 
 def test_images_are_upright(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    file = io.BytesIO()
-    Image.fromarray(noise(30, 40).permute(1, 2, 0).numpy()).save(file, "jpeg", exif=exif)
-    (tmp_path / "photo.jpg").write_bytes(file.getvalue())
-    assert open_image(tmp_path / "photo.jpg").shape == (3, 40, 30)
+    photo = save(tmp_path / "photo.jpg", noise(30, 40), exif=turned())
+    assert open_image(photo).shape == (3, 40, 30)
 
 
 @pytest.fixture
-def complaint(capsys):
-    def check(*arguments):
-        with pytest.raises(SystemExit) as ended:
-            main(["inspect", "view", *map(str, arguments), "--device", "cpu"])
-        assert ended.value.code == 2
-        (line,) = capsys.readouterr().err.strip().splitlines()
-        return line
-
-    return check
+def refused(complaint):
+    return lambda *arguments: complaint("inspect", "view", *arguments, "--device", "cpu")
 
 
-def test_rejected_runs_and_files(runs, tmp_path, complaint):
+def test_rejected_runs_and_files(runs, tmp_path, refused):
     write_run(tmp_path / "others", segmenter(deform_layers=0), ("background", "cat", "dog"))
     write_run(tmp_path / "rpn", RPNRecipe(backbone="resnet18", anchor_sizes=(16,)))
-    message = "expected a network with deformable layers, but got none"
-    assert message in complaint(runs / "baseline")
-    assert "expected a network that runs conv5" in complaint(tmp_path / "rpn")
-    message = "expected a baseline of deeplab"
-    assert message in complaint(runs / "deeplab", "--baseline", runs / "rfcn")
-    message = "but got background, cat, dog"
-    assert message in complaint(runs / "deeplab", "--baseline", tmp_path / "others")
-    message = "expected a baseline without deformable layers, but got 2"
-    assert message in complaint(runs / "deeplab", "--baseline", runs / "deeplab")
-    assert "no such run folder" in complaint(tmp_path / "missing")
-    assert "missing.png: no such file" in complaint(runs / "deeplab", tmp_path / "missing.png")
     (tmp_path / "notes.txt").write_text("these are not pixels")
-    message = "notes.txt: not a readable image"
-    assert message in complaint(runs / "deeplab", tmp_path / "notes.txt")
     os.mkfifo(tmp_path / "pipe.png")  # reading it would block
-    assert "pipe.png: no such file" in complaint(runs / "deeplab", tmp_path / "pipe.png")
+    run = runs / "deeplab"
+    for message, *arguments in (
+        ("expected a network with deformable layers, but got none", runs / "baseline"),
+        ("expected a network that runs conv5", tmp_path / "rpn"),
+        ("expected a baseline of deeplab", run, "--baseline", runs / "rfcn"),
+        ("but got background, cat, dog", run, "--baseline", tmp_path / "others"),
+        ("expected a baseline without deformable layers, but got 2", run, "--baseline", run),
+        ("no such run folder", tmp_path / "missing"),
+        ("missing.png: no such file", run, tmp_path / "missing.png"),
+        ("notes.txt: not a readable image", run, tmp_path / "notes.txt"),
+        ("pipe.png: no such file", run, tmp_path / "pipe.png"),
+    ):
+        assert message in refused(*arguments)
 
 
-def test_port_in_use(runs, complaint):
+def test_port_in_use(runs, refused):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        line = complaint(runs / "deeplab", "--port", port)
-    assert line == (
-        f"deformnet: port {port} is in use on 127.0.0.1; choose another one, or none for a free one"
-    )
-    assert "cannot listen on" in complaint(runs / "deeplab", "--host", "192.0.2.1")
+        line = refused(runs / "deeplab", "--port", port)
+    message = f"port {port} is in use on 127.0.0.1; choose another one, or none for a free one"
+    assert line == message
+    assert "cannot listen on" in refused(runs / "deeplab", "--host", "192.0.2.1")

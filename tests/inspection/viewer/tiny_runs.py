@@ -1,7 +1,6 @@
 """Runs of tiny networks with random offsets, and images for them."""
 
 import torch
-from PIL import Image
 from torch import nn
 
 from deformnet import DeformConv2d
@@ -9,45 +8,32 @@ from deformnet.engine.runs import checkpoint_path, describe, save_checkpoint
 from deformnet.nn import DeformPSRoIPool2d
 from deformnet.recipes import ClassifierRecipe, DeepLabRecipe, FasterRCNNRecipe, Recipe, RFCNRecipe
 from deformnet.tasks import DataIdentity
+from pictures import smooth_noise
 
 CLASSES = ("background", "one", "two")
 
 
 def segmenter(deform_layers=2):
-    return DeepLabRecipe(
-        backbone="resnet18", deform_layers=deform_layers, short_side=160, max_side=240
-    )
+    sizes = {"short_side": 160, "max_side": 240}
+    return DeepLabRecipe(backbone="resnet18", deform_layers=deform_layers, **sizes)
+
+
+DETECTOR = {"backbone": "resnet18", "short_side": 64, "max_side": 96, "bins": 3}
+DETECTOR |= {"anchor_sizes": (16, 32), "proposals": 20}
 
 
 def rfcn(deform_layers=1, pool="deformable"):
-    options = {"anchor_sizes": (16, 32), "proposals": 20, "score_threshold": 0.0}
-    return RFCNRecipe(
-        backbone="resnet18",
-        deform_layers=deform_layers,
-        pool=pool,
-        bins=3,
-        short_side=64,
-        max_side=96,
-        **options,
-    )
+    options = {"deform_layers": deform_layers, "pool": pool, "score_threshold": 0.0}
+    return RFCNRecipe(**DETECTOR, **options)
 
 
 def faster_rcnn():
-    return FasterRCNNRecipe(
-        backbone="resnet18",
-        deform_layers=0,
-        bins=3,
-        short_side=64,
-        max_side=96,
-        anchor_sizes=(16, 32),
-        proposals=20,
-    )
+    return FasterRCNNRecipe(**DETECTOR, deform_layers=0)
 
 
 def classifier():
-    return ClassifierRecipe(
-        backbone="resnet18", deform_layers=1, resize=(64, 64), test_short_side=64, crop=64
-    )
+    sizes = {"resize": (64, 64), "test_short_side": 64, "crop": 64}
+    return ClassifierRecipe(backbone="resnet18", deform_layers=1, **sizes)
 
 
 def write_run(folder, recipe: Recipe, classes=CLASSES):
@@ -73,12 +59,4 @@ def write_run(folder, recipe: Recipe, classes=CLASSES):
 
 def noise(height, width):
     """Return an image uint8 [3, H, W] so dark that no pixel has the color of a dot."""
-    generator = torch.Generator().manual_seed(height * width)
-    coarse = torch.rand(1, 3, 1 + height // 8, 1 + width // 8, generator=generator)
-    fine = nn.functional.interpolate(coarse, size=(height, width), mode="bilinear")
-    return (150 * fine[0]).to(torch.uint8)
-
-
-def save(path, image):
-    Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
-    return path
+    return smooth_noise(height, width, 150)
