@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from naive_boxes import random_boxes
+from detector_testing import random_boxes
 from torchvision.ops import box_iou, clip_boxes_to_image
 
 from deformnet.models.detection.boxes import HEAD, UNIT, decode, encode
@@ -37,13 +37,9 @@ def authors_decode(deltas, anchor, stds):
     x, y, width, height = center_and_size(anchor)
     dx, dy, dw, dh = (delta * std for delta, std in zip(deltas, stds, strict=True))
     x, y = x + dx * width, y + dy * height
-    width, height = width * math.exp(dw), height * math.exp(dh)
-    return [
-        x - 0.5 * (width - 1),
-        y - 0.5 * (height - 1),
-        x + 0.5 * (width - 1),
-        y + 0.5 * (height - 1),
-    ]
+    half_width = 0.5 * (width * math.exp(dw) - 1)
+    half_height = 0.5 * (height * math.exp(dh) - 1)
+    return [x - half_width, y - half_height, x + half_width, y + half_height]
 
 
 @pytest.mark.parametrize("stds", [UNIT, HEAD], ids=["unit", "head"])

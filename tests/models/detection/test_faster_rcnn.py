@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from detector_testing import BOXES, count_parameters
 from torchvision.ops import roi_align
 
 from deformnet import parameter_groups
@@ -9,8 +10,6 @@ from deformnet.models.detection.detector import Features
 from deformnet.models.detection.faster_rcnn import FasterRCNN
 from deformnet.models.detection.rois import RoIs
 from deformnet.models.detection.rpn import RPN
-
-BOXES = [torch.tensor([[16.0, 32, 113, 129], [3, 5, 60, 41]]), torch.tensor([[20.0, 9, 90, 141]])]
 
 
 def network(classes=3, **options):
@@ -118,20 +117,14 @@ def test_start():
 
 
 def test_parameters_of_the_papers_network():
-    def count(layers, pool):
-        with torch.device("meta"):
-            features = backbone("resnet101", deform_layers=layers, reduce_channels=256)
-            model = FasterRCNN(features, 20, RPN(1024), pool=pool)
-        return sum(parameter.numel() for parameter in model.parameters())
-
-    plain = count(0, "max")
-    assert plain == count(0, "average")
+    plain = count_parameters(FasterRCNN, 256, 0, "max")
+    assert plain == count_parameters(FasterRCNN, 256, 0, "average")
     rpn = (9 * 1024 + 1) * 512 + 513 * 9 * 2 + 513 * 9 * 4
     layers = (256 * 49 + 1) * 1024 + 1025 * 1024 + 1025 * (21 + 80)
     assert plain == 42_500_160 + 2049 * 256 + rpn + layers
     # Offsets of three 3x3 convolutions; the fully connected layer of the pooling.
     added = 3 * (9 * 512 + 1) * 18 + (256 * 49 + 1) * 98
-    assert count(3, "deformable") - plain == added == 1_478_296
+    assert count_parameters(FasterRCNN, 256, 3, "deformable") - plain == added == 1_478_296
 
 
 def test_wrong_beta():

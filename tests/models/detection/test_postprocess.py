@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from naive_boxes import iou, random_boxes
+from detector_testing import iou, random_boxes
 from torchvision import ops
 
 from deformnet.models.detection.detector import Candidates

@@ -1,15 +1,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from detector_testing import BOXES, NO_OBJECTS, count_parameters
 from torchvision.ops import roi_align
 
 from deformnet import parameter_groups
 from deformnet.models.backbones import backbone
-from deformnet.models.detection.detector import Target
 from deformnet.models.detection.rfcn import RFCN
 from deformnet.models.detection.rpn import RPN
-
-BOXES = [torch.tensor([[16.0, 32, 113, 129], [3, 5, 60, 41]]), torch.tensor([[20.0, 9, 90, 141]])]
 
 
 def network(classes=3, **options):
@@ -63,8 +61,7 @@ def test_all_rois_train_and_the_hardest_count():
     images, sizes = torch.randn(1, 3, 160, 160), [(160, 160)]
     corners = 100 * torch.rand(300, 2)
     proposals = [torch.cat((corners, corners + 10 + 40 * torch.rand(300, 2)), dim=1)]
-    nothing = [Target(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))]
-    loss = model.losses(images, sizes, nothing, proposals)["class"]
+    loss = model.losses(images, sizes, [NO_OBJECTS], proposals)["class"]
     logits, _ = model.box_head(model.features(images).last, proposals)
     assert len(logits) == 300
     each = F.cross_entropy(logits, torch.zeros(300, dtype=torch.int64), reduction="none")
@@ -88,16 +85,10 @@ def test_start():
 
 
 def test_parameters_of_the_papers_network():
-    def count(layers, pool):
-        with torch.device("meta"):
-            features = backbone("resnet101", deform_layers=layers, reduce_channels=1024)
-            model = RFCN(features, 20, RPN(1024), pool=pool)
-        return sum(parameter.numel() for parameter in model.parameters())
-
-    plain = count(0, "average")
+    plain = count_parameters(RFCN, 1024, 0, "average")
     # ResNet-101 and its reduction; RPN; 7 x 7 maps of 21 scores and 4 sides.
     rpn = (9 * 1024 + 1) * 512 + 513 * 9 * 2 + 513 * 9 * 4
     assert plain == 42_500_160 + 2049 * 1024 + rpn + 1025 * 49 * (21 + 4)
     # Offsets of three 3x3 convolutions; 21 groups for the scores, one for the boxes.
     added = 3 * (9 * 512 + 1) * 18 + 1025 * 98 * (21 + 1)
-    assert count(3, "deformable") - plain == added == 2_458_786
+    assert count_parameters(RFCN, 1024, 3, "deformable") - plain == added == 2_458_786

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from detector_testing import BOXES, NO_OBJECTS, iou, make_target, random_boxes
 from torch import nn
 
 from deformnet import parameter_groups
@@ -14,37 +15,17 @@ from deformnet.models.detection.rois import RoIs, assign_targets, format_rois, r
 from deformnet.models.detection.rpn import RPN
 
 
-def random_boxes(count, seed=0):
-    corners = 100 * torch.rand(count, 2, 2, generator=torch.Generator().manual_seed(seed))
-    return torch.cat((corners.amin(dim=1), corners.amax(dim=1) + 1), dim=1)
-
-
-def iou(a, b):
-    """Of two boxes, as the authors count it: in pixels, from the first to the last."""
-    ax1, ay1, ax2, ay2 = a[0], a[1], a[2] - 1, a[3] - 1
-    bx1, by1, bx2, by2 = b[0], b[1], b[2] - 1, b[3] - 1
-    width = min(ax2, bx2) - max(ax1, bx1) + 1
-    height = min(ay2, by2) - max(ay1, by1) + 1
-    if width <= 0 or height <= 0:
-        return 0.0
-    areas = (ax2 - ax1 + 1) * (ay2 - ay1 + 1) + (bx2 - bx1 + 1) * (by2 - by1 + 1)
-    return width * height / (areas - width * height)
-
-
-def nothing():
-    return Target(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
-
-
 def rois_of(labels, iou=None):
     """RoIs that tell which they are by their boxes."""
-    labels = torch.tensor(labels, dtype=torch.int64)
+    labels = torch.as_tensor(labels, dtype=torch.int64)
     index = torch.arange(float(len(labels)))
     iou = torch.zeros(len(labels)) if iou is None else torch.tensor(iou)
     return RoIs(index[:, None].expand(-1, 4), labels, torch.zeros(len(labels), 4), iou)
 
 
 def test_boxes_belong_to_the_object_that_they_overlap_most():
-    proposals, objects = random_boxes(400), random_boxes(6, seed=1)
+    torch.manual_seed(0)
+    proposals, objects = random_boxes(400), random_boxes(6)
     classes = torch.tensor([3, 0, 2, 2, 1, 0])
     rois = assign_targets(proposals, Target(objects, classes))
     torch.testing.assert_close(rois.boxes, torch.cat((proposals, objects)))
@@ -81,10 +62,10 @@ def test_objects_train_as_boxes_themselves():
 
 
 def test_an_image_without_objects_is_background():
-    rois = assign_targets(random_boxes(5), nothing())
+    rois = assign_targets(random_boxes(5), NO_OBJECTS)
     assert len(rois.boxes) == 5
     assert not any(values.any() for values in rois[1:])
-    assert all(len(values) == 0 for values in assign_targets(torch.zeros(0, 4), nothing()))
+    assert all(len(values) == 0 for values in assign_targets(torch.zeros(0, 4), NO_OBJECTS))
 
 
 def test_invalid_boxes_are_dropped():
@@ -141,18 +122,11 @@ def test_losses_of_the_hardest(count, own_boxes):
     torch.manual_seed(0)
     classes, sizes = 3, (7, 2, 0)
     images = [
-        RoIs(
-            torch.zeros(n, 4),
-            torch.randint(0, classes + 1, (n,)),
-            torch.randn(n, 4),
-            torch.zeros(n),
-        )
+        rois_of(torch.randint(0, classes + 1, (n,)))._replace(deltas=torch.randn(n, 4))
         for n in sizes
     ]
     logits = (3 * torch.randn(9, classes + 1)).requires_grad_()
-    deltas = (
-        2 * torch.randn(9, classes, 4) if own_boxes else 2 * torch.randn(9, 4)
-    ).requires_grad_()
+    deltas = (2 * torch.randn(9, *([classes] if own_boxes else []), 4)).requires_grad_()
     losses = roi_losses(logits, deltas, images, count)
 
     class_mean = box_mean = 0.0
@@ -215,6 +189,7 @@ NETWORKS = {
     "Faster R-CNN": lambda *parts: FasterRCNN(*parts, pool="max"),
     "deformable Faster R-CNN": lambda *parts: FasterRCNN(*parts, pool="deformable"),
 }
+EVERY_NETWORK = pytest.mark.parametrize("name", NETWORKS)
 SIZES = [(64, 96), (50, 70)]
 
 
@@ -226,8 +201,8 @@ def detector(name, **rpn):
 
 def batch():
     torch.manual_seed(1)
-    objects = torch.tensor([[10.0, 10, 50, 54], [40, 8, 92, 60]])
-    return torch.randn(2, 3, 64, 96), [Target(objects, torch.tensor([0, 2])), nothing()]
+    objects = make_target([[10.0, 10, 50, 54], [40, 8, 92, 60]], [0, 2])
+    return torch.randn(2, 3, 64, 96), [objects, NO_OBJECTS]
 
 
 def check_training(model, losses, names):
@@ -243,7 +218,7 @@ def check_training(model, losses, names):
             assert parameter.grad.isfinite().all(), name
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@EVERY_NETWORK
 def test_trains_on_its_own_proposals(name):
     model = detector(name)
     images, targets = batch()
@@ -254,27 +229,22 @@ def test_trains_on_its_own_proposals(name):
         assert parameter.grad.any()
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-def test_trains_on_stored_proposals(name):
+@EVERY_NETWORK
+@pytest.mark.parametrize("objects", [True, False])
+def test_trains_on_stored_proposals(name, objects):
     model = detector(name)
     images, targets = batch()
     model.propose = model.rpn.forward = None  # nobody asks
-    proposals = [torch.tensor([[12.0, 8, 58, 69], [0, 0, 30, 30]]), torch.zeros(0, 4)]
+    none = torch.zeros(0, 4)
+    proposals = [torch.tensor([[12.0, 8, 58, 69], [0, 0, 30, 30]]), none]
+    if not objects:
+        targets, proposals = [NO_OBJECTS, NO_OBJECTS], [none, none]
     losses = model.losses(images, SIZES, targets, proposals)
     check_training(model, losses, ["class", "box"])
-    assert all(loss > 0 for loss in losses.values())
+    assert all((loss > 0) == objects for loss in losses.values())
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-def test_trains_without_objects_or_proposals(name):
-    model = detector(name)
-    images, _ = batch()
-    losses = model.losses(images, SIZES, [nothing(), nothing()], [torch.zeros(0, 4)] * 2)
-    check_training(model, losses, ["class", "box"])
-    assert all(loss == 0 for loss in losses.values())
-
-
-@pytest.mark.parametrize("name", NETWORKS)
+@EVERY_NETWORK
 def test_a_network_that_proposes_nothing(name):
     model = detector(name)
     nn.init.constant_(model.rpn.regressor.bias, math.nan)  # no box is one
@@ -292,24 +262,15 @@ def test_a_network_that_proposes_nothing(name):
     assert losses["class"] > 0
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@EVERY_NETWORK
 def test_odd_boxes(name):
     model = detector(name)
     images, _ = batch()
     nan, inf = math.nan, math.inf
-    odd = torch.tensor(
-        [
-            [10.0, 10, 60, 70],
-            [-500, -500, -400, -400],
-            [1000, 1000, 2000, 2000],
-            [-1e30, -1e30, 1e30, 1e30],
-            [30, 30, 30, 30],
-            [60, 60, 20, 20],
-            [nan, 0, 10, 10],
-            [0, 0, inf, 10],
-        ]
-    )
-    targets = [Target(odd, torch.zeros(8, dtype=torch.int64)), nothing()]
+    odd = [[10.0, 10, 60, 70], [-500, -500, -400, -400], [1000, 1000, 2000, 2000]]
+    odd += [[-1e30, -1e30, 1e30, 1e30], [30, 30, 30, 30], [60, 60, 20, 20]]
+    odd = torch.tensor([*odd, [nan, 0, 10, 10], [0, 0, inf, 10]])
+    targets = [Target(odd, torch.zeros(8, dtype=torch.int64)), NO_OBJECTS]
     losses = model.losses(images, SIZES, targets, [odd, odd])
     check_training(model, losses, ["class", "box"])
 
@@ -325,7 +286,7 @@ def test_odd_boxes(name):
     assert among.boxes[6:].isnan().flatten(1).any(dim=1).all()
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@EVERY_NETWORK
 @torch.no_grad()
 def test_candidates_lie_in_their_image(name):
     model = detector(name).eval()
@@ -352,7 +313,7 @@ def test_boxes_are_refined_in_their_own_units():
     torch.testing.assert_close(found.boxes, torch.tensor([[48.0, 8, 80, 40]]))
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@EVERY_NETWORK
 def test_no_gradient_goes_through_proposals(name):
     model = detector(name)
     images, targets = batch()
@@ -378,15 +339,15 @@ def test_wrong_inputs():
     with pytest.raises(ValueError, match=message.format("sizes", 1)):
         model.losses(images, SIZES[:1], targets)
     with pytest.raises(ValueError, match=message.format("targets", 3)):
-        model.losses(images, SIZES, [*targets, nothing()])
+        model.losses(images, SIZES, [*targets, NO_OBJECTS])
     with pytest.raises(ValueError, match=message.format("proposals", 0)):
         model.losses(images, SIZES, targets, [])
     for label in (-1, 3):
-        wrong = [nothing(), Target(torch.ones(1, 4), torch.tensor([label]))]
+        wrong = [NO_OBJECTS, Target(torch.ones(1, 4), torch.tensor([label]))]
         message = rf"expected labels of targets\[1\] to be 0 to 2, but got {label}"
         with pytest.raises(ValueError, match=message):
             model.losses(images, SIZES, wrong)
-    wrong = [nothing(), Target(torch.ones(2, 4), torch.tensor([0]))]
+    wrong = [NO_OBJECTS, Target(torch.ones(2, 4), torch.tensor([0]))]
     with pytest.raises(ValueError, match=r"to have boxes \[n, 4\] .*, but got \[2, 4\] and \[1\]"):
         model.losses(images, SIZES, wrong)
 
@@ -407,16 +368,12 @@ def test_deformable_starts_as_average(network, sampling):
     names = [f"{pool}.{offset}.{kind}" for pool in pools for kind in ("weight", "bias")]
     assert missing.missing_keys == names
     last = torch.randn(2, 16, 9, 10)
-    boxes = [
-        torch.tensor([[16.0, 32, 113, 129], [3, 5, 60, 41]]),
-        torch.tensor([[20.0, 9, 90, 141]]),
-    ]
-    before = baseline.box_head(last, boxes)
-    for a, b in zip(before, deformable.box_head(last, boxes), strict=True):
+    before = baseline.box_head(last, BOXES)
+    for a, b in zip(before, deformable.box_head(last, BOXES), strict=True):
         # Bit for bit but for the order in which the bins of another memory layout are summed.
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
     deformable.get_parameter(names[1]).data[:] = 1
-    assert not torch.equal(deformable.box_head(last, boxes)[0], before[0])
+    assert not torch.equal(deformable.box_head(last, BOXES)[0], before[0])
 
 
 @pytest.mark.parametrize("network", [RFCN, FasterRCNN])

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from naive_boxes import iou, random_boxes
+from detector_testing import NO_OBJECTS, iou, make_target, random_boxes
 from torch import nn
 
 from deformnet.models.backbones import backbone
@@ -13,7 +13,6 @@ from deformnet.models.detection.rpn import RPN, RPNDetector, RPNOutput
 
 MAP = (4, 5)  # of images up to 64 x 80
 SIZES = [(64, 80), (50, 33)]  # the second has 4 x 3 units of its own
-NO_OBJECTS = Target(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
 
 
 def small(num_classes=3, **options):
@@ -100,11 +99,7 @@ def test_proposals_against_loops(num_classes, limits):
         boxes = decode(output.deltas[image], anchors).tolist()
         background = output.logits[image].softmax(dim=1)[:, 0].tolist()
         entries = [(1 - background[k], clipped(boxes[k], size)) for k in own_anchors(rpn, size)]
-        entries = [
-            (score, box)
-            for score, box in entries
-            if box[2] - box[0] >= 1e-3 and box[3] - box[1] >= 1e-3
-        ]
+        entries = [e for e in entries if min(e[1][2] - e[1][0], e[1][3] - e[1][1]) >= 1e-3]
         kept = []
         for score, box in sorted(entries, key=lambda entry: -entry[0])[:pre_nms]:
             if all(iou(box, other) <= 0.5 for _, other in kept):
@@ -146,9 +141,8 @@ def test_answers_that_are_not_finite_propose_nothing():
     output = answers(rpn)
     output.logits.data[0] = math.nan
     output.deltas.data[1] = math.nan
-    found = rpn.proposals(output, MAP, SIZES)
-    assert [list(proposals.boxes.shape) for proposals in found] == [[0, 4], [0, 4]]
-    assert [list(proposals.scores.shape) for proposals in found] == [[0], [0]]
+    for proposals in rpn.proposals(output, MAP, SIZES):
+        assert [list(part.shape) for part in proposals] == [[0, 4], [0]]
     # One bad anchor does not hide the others.
     output = answers(rpn)
     before = rpn.proposals(output, MAP, SIZES)[0]
@@ -175,17 +169,11 @@ def test_certain_answers_keep_their_order():
 # What anchors learn ------------------------------------------------------------------------------
 
 TARGETS = [
-    Target(
-        torch.tensor(
-            [
-                [3.0, 5.0, 20.0, 21.0],
-                [30.0, 12.0, 72.0, 50.0],
-                [56.0, 1.0, 60.0, 4.0],  # smaller than any anchor: has its best ones alone
-            ]
-        ),
-        torch.tensor([2, 0, 1]),
+    # The third is smaller than any anchor: has its best ones alone.
+    make_target(
+        [[3.0, 5.0, 20.0, 21.0], [30.0, 12.0, 72.0, 50.0], [56.0, 1.0, 60.0, 4.0]], [2, 0, 1]
     ),
-    Target(torch.tensor([[1.0, 20.0, 30.0, 49.0]]), torch.tensor([1])),
+    make_target([[1.0, 20.0, 30.0, 49.0]], [1]),
 ]
 
 
@@ -194,14 +182,7 @@ def trains(rpn, anchors, size):
     own = own_anchors(rpn, size)
     if rpn.convention == "modern":
         return own
-    return [
-        k
-        for k in own
-        if anchors[k][0] >= 0
-        and anchors[k][1] >= 0
-        and anchors[k][2] <= size[1]
-        and anchors[k][3] <= size[0]
-    ]
+    return [k for k in own if anchors[k] == clipped(anchors[k], size)]
 
 
 def assigned(rpn, anchors, size, target):
@@ -273,8 +254,8 @@ def test_what_an_anchor_of_a_known_overlap_learns(side, learns):
     rpn = small(sizes=(16, side), ratios=(1,), batch=1000)
     output = answers(rpn, images=1)
     unit = 1 * MAP[1] + 1
-    target = Target(torch.tensor([[8.5, 8.5, 24.5, 24.5]]), torch.tensor([2]))  # its first anchor
-    rpn.losses(output, MAP, SIZES[:1], [target])["rpn_class"].backward()
+    objects = make_target([[8.5, 8.5, 24.5, 24.5]], [2])  # the unit's first anchor
+    rpn.losses(output, MAP, SIZES[:1], [objects])["rpn_class"].backward()
     raised = [(row < 0).nonzero().flatten().tolist() for row in output.logits.grad[0]]
     assert raised[2 * unit] == [3]
     assert raised[2 * unit + 1] == {"object": [3], "background": [0], None: []}[learns]
@@ -283,9 +264,8 @@ def test_what_an_anchor_of_a_known_overlap_learns(side, learns):
 def test_all_anchors_that_tie_for_the_best_train():
     rpn = small(sizes=(16,), ratios=(1,), batch=1000)
     output = answers(rpn, images=1)
-    middle = torch.tensor([[22.5, 14.5, 26.5, 18.5]])  # between the units (1, 1) and (1, 2)
-    target = Target(middle, torch.tensor([0]))
-    rpn.losses(output, MAP, SIZES[:1], [target])["rpn_box"].backward()
+    objects = make_target([[22.5, 14.5, 26.5, 18.5]], [0])  # between the units (1, 1) and (1, 2)
+    rpn.losses(output, MAP, SIZES[:1], [objects])["rpn_box"].backward()
     trained = output.deltas.grad[0].any(dim=1).nonzero().squeeze(1)
     assert trained.tolist() == [6, 7]
 
@@ -313,20 +293,15 @@ def test_sampling():
 
 @pytest.mark.parametrize("convention", ["modern", "msra2017"])
 @pytest.mark.parametrize(
-    "box",
-    [
-        [math.nan, 3.0, 20.0, 30.0],
-        [10.0, 10.0, 10.0, 10.0],
-        [500.0, 500.0, 520.0, 520.0],
-        [20.0, 30.0, 10.0, 5.0],
-    ],
-    ids=["nan", "no area", "outside", "inverted"],
+    "box",  # not a number, no area, outside, inverted
+    [[math.nan, 3.0, 20, 30], [10.0] * 4, [500.0, 500, 520, 520], [20.0, 30, 10, 5]],
+    ids=str,
 )
 def test_an_object_that_no_anchor_overlaps_trains_nothing(box, convention):
     rpn = small(convention=convention, batch=1000)
     output = answers(rpn)
     good = TARGETS[0]
-    bad = Target(torch.tensor([box]), torch.tensor([1]))
+    bad = make_target([box], [1])
     both = Target(torch.cat((bad.boxes, good.boxes)), torch.cat((bad.labels, good.labels)))
     for targets, like in ([[both, bad], [good, NO_OBJECTS]], [[bad, bad], [NO_OBJECTS] * 2]):
         losses = rpn.losses(output, MAP, SIZES, targets)
@@ -338,12 +313,7 @@ def test_an_object_that_no_anchor_overlaps_trains_nothing(box, convention):
 def test_no_anchor_that_trains_gives_zero_with_zero_gradients():
     rpn = small(convention="msra2017")
     size = (10, 12)  # smaller than every anchor
-    losses = rpn.losses(
-        rpn(torch.randn(1, 8, 1, 1)),
-        (1, 1),
-        [size],
-        [Target(TARGETS[0].boxes, torch.zeros(3).long())],
-    )
+    losses = rpn.losses(rpn(torch.randn(1, 8, 1, 1)), (1, 1), [size], TARGETS[:1])
     assert {name: loss.item() for name, loss in losses.items()} == {"rpn_class": 0, "rpn_box": 0}
     sum(losses.values()).backward()
     for name, parameter in rpn.named_parameters():
@@ -460,8 +430,8 @@ def test_stored_proposals_are_refused(class_aware):
 @pytest.mark.parametrize("size", [(1, 1), (17, 40)], ids=str)
 def test_small_images(class_aware, size):
     model = detector(class_aware=class_aware).eval()
-    target = Target(torch.tensor([[0.0, 0.0, size[1], size[0]]]), torch.tensor([1]))
-    losses = model.losses(torch.randn(1, 3, *size), [size], [target])
+    objects = make_target([[0.0, 0.0, size[1], size[0]]], [1])
+    losses = model.losses(torch.randn(1, 3, *size), [size], [objects])
     sum(losses.values()).backward()
     assert losses["rpn_class"] > 0
     with torch.no_grad():
