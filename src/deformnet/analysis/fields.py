@@ -323,28 +323,23 @@ _KERNELS = {
 
 def through(kernel: Kernel, field: ReceptiveField) -> ReceptiveField:
     """Receptive field of the output of a layer whose input has a known one."""
-    size, stride, start = zip(
-        *(
-            (
-                field.size[i] + field.stride[i] * kernel.dilation[i] * (kernel.size[i] - 1),
-                field.stride[i] * kernel.stride[i],
-                field.start[i] - field.stride[i] * kernel.padding[i],
-            )
-            for i in (0, 1)
-        ),
-        strict=True,
-    )
-    return ReceptiveField(pair("geometry", size), pair("geometry", stride), pair("geometry", start))
+    axes = [
+        (
+            field.size[i] + field.stride[i] * kernel.dilation[i] * (kernel.size[i] - 1),
+            field.stride[i] * kernel.stride[i],
+            field.start[i] - field.stride[i] * kernel.padding[i],
+        )
+        for i in (0, 1)
+    ]
+    return ReceptiveField(*(pair("geometry", number) for number in zip(*axes, strict=True)))
 
 
 def _union(fields: Sequence[ReceptiveField]) -> ReceptiveField | None:
     """Union of receptive fields; None if their strides differ."""
     if len({field.stride for field in fields}) > 1:
         return None
-    starts, ends = [], []
-    for i in (0, 1):
-        starts.append(min(field.start[i] for field in fields))
-        ends.append(max(field.start[i] + field.size[i] for field in fields))
+    starts = [min(field.start[i] for field in fields) for i in (0, 1)]
+    ends = [max(field.start[i] + field.size[i] for field in fields) for i in (0, 1)]
     size = (ends[0] - starts[0], ends[1] - starts[1])
     return ReceptiveField(size, fields[0].stride, pair("geometry", starts))
 
