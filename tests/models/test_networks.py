@@ -14,43 +14,32 @@ ANCHORS = {"sizes": (16, 32), "ratios": (1,)}
 
 def build(network, name):
     model = backbone(name, deform_layers=2, reduce_channels=8)
+    if network in (Classifier, DeepLab):
+        return network(model, 3)
     rpn = RPN(model.conv4_channels, **ANCHORS)
-    class_aware_rpn = RPN(model.out_channels, 3, **ANCHORS)
-    match network:
-        case "classifier":
-            return Classifier(model, 3)
-        case "deeplab":
-            return DeepLab(model, 3)
-        case "rpn":
-            return RPNDetector(model, rpn, class_aware=False)
-        case "class-aware rpn":
-            return RPNDetector(model, class_aware_rpn, class_aware=True)
-        case "faster rcnn":
-            return FasterRCNN(model, 3, rpn, pool="deformable", bins=2)
-    return RFCN(model, 3, rpn, pool="deformable", bins=2)
+    if network in (RFCN, FasterRCNN):
+        return network(model, 3, rpn, pool="deformable", bins=2)
+    class_aware = network == "class-aware RPN"
+    rpn = RPN(model.out_channels, 3, **ANCHORS) if class_aware else rpn
+    return RPNDetector(model, rpn, class_aware=class_aware)
+
+
+POOLS = {FasterRCNN: "deform_pool", RFCN: "score_pool"}
 
 
 @pytest.mark.parametrize(
-    ("network", "pooling"),
-    [
-        ("classifier", None),
-        ("deeplab", None),
-        ("rpn", None),
-        ("class-aware rpn", None),
-        ("faster rcnn", "deform_pool"),
-        ("rfcn", "score_pool"),
-    ],
+    "network", [Classifier, DeepLab, "RPN", "class-aware RPN", FasterRCNN, RFCN]
 )
 @pytest.mark.parametrize("name", BACKBONES)
-def test_every_network_trains_on_every_backbone(network, pooling, name):
+def test_every_network_trains_on_every_backbone(network, name):
     if name in ("resnet34", "resnet50", "resnet101"):  # as resnet18, without the arithmetic
         with torch.device("meta"):
             build(network, name)
         return
     torch.manual_seed(0)
     model = build(network, name)
-    assert model.deformable_pooling == pooling
-    assert model.uses_conv5 == (network != "rpn")
+    assert model.deformable_pooling == POOLS.get(network)
+    assert model.uses_conv5 == (network != "RPN")
     names = model.reported_classes(("a", "b", "c"))
     assert len(names) == model.num_classes
     optimizer = torch.optim.SGD(parameter_groups(model, 1e-3), 1e-3)
@@ -67,7 +56,7 @@ def test_every_network_trains_on_every_backbone(network, pooling, name):
             assert parameter.grad is None or parameter.grad.isfinite().all()
         optimizer.step()
     if isinstance(model, Detector):
-        assert model.takes_proposals == (network in ("faster rcnn", "rfcn"))
+        assert model.takes_proposals == (network in POOLS)
         model.freeze_rpn()
         assert not any(parameter.requires_grad for parameter in model.rpn.parameters())
     with torch.no_grad():

@@ -1,29 +1,25 @@
 import copy
+from itertools import product
 
 import pytest
 import torch
-import torchvision
+from backbone_testing import bare, randomize_norms
 from torch import nn
 
 from deformnet.models.backbones import backbone
 
+ALIGNED = "aligned-inception-resnet"
 # Table 6 and Figure 8 of the paper.
 WIDTHS = {"stage2": 256, "stage3": 512, "stage4": 1024, "stage5": 2048}
 BLOCKS = {"stage2": 3, "stage3": 4, "stage4": 23, "stage5": 3}
 BRANCHES = {"stage2": (64, 32), "stage3": (128, 64), "stage4": (256, 128), "stage5": (512, 256)}
 
 
-def bare(**arguments):
-    """The network without memory, for its structure."""
-    with torch.device("meta"):
-        return backbone("aligned-inception-resnet", **arguments)
-
-
 @pytest.fixture(scope="module")
 def model():
     """The network without the reducing convolution; not to be changed."""
     torch.manual_seed(0)
-    return backbone("aligned-inception-resnet", norm="frozen", reduce_channels=None).eval()
+    return backbone(ALIGNED, norm="frozen", reduce_channels=None).eval()
 
 
 def filters(model):
@@ -31,7 +27,7 @@ def filters(model):
 
 
 def test_parameters():
-    features = bare(reduce_channels=None)
+    features = bare(ALIGNED, reduce_channels=None)
     count = sum(parameter.numel() for parameter in features.parameters())
     assert count == 62_332_800
     # The paper has 64.3 million, with the classifier of ImageNet.
@@ -39,7 +35,7 @@ def test_parameters():
 
 
 def test_stages_are_those_of_table_6():
-    features = bare(reduce_channels=None)
+    features = bare(ALIGNED, reduce_channels=None)
     inputs = 64
     assert (features.stem.conv.kernel_size, features.stem.conv.stride) == ((7, 7), (2, 2))
     assert features.stem.conv.out_channels == inputs
@@ -67,7 +63,7 @@ def test_stages_are_those_of_table_6():
 
 
 def test_at_stride_32_nothing_is_dilated():
-    features = bare(output_stride=32, dilation=4)
+    features = bare(ALIGNED, output_stride=32, dilation=4)
     assert features.stride == 32
     assert all(module.dilation == (1, 1) for module in filters(features))
     strided = [n for n, m in features.named_modules() if getattr(m, "stride", 1) == (2, 2)]
@@ -82,21 +78,15 @@ def test_at_stride_32_nothing_is_dilated():
 def test_dilated_conv5_is_the_strided_one_on_every_shift(model):
     # Dilation 2 keeps even and odd rows apart: each of four grids is an undilated map of its own.
     stage5 = copy.deepcopy(model.stage5).double()
-    with torch.device("meta"):
-        strided = backbone("aligned-inception-resnet", norm="frozen", output_stride=32).stage5
+    strided = bare(ALIGNED, norm="frozen", output_stride=32).stage5
     strided = strided.to_empty(device="cpu").double()
-    for module in stage5.modules():
-        if isinstance(module, torchvision.ops.FrozenBatchNorm2d):
-            nn.init.uniform_(module.running_mean, -0.5, 0.5)
-            nn.init.uniform_(module.running_var, 0.5, 2)
-            nn.init.uniform_(module.bias, -0.5, 0.5)
+    randomize_norms(stage5)
     strided.load_state_dict(stage5.state_dict())
     conv4 = torch.randn(1, 1024, 7, 6, dtype=torch.float64)
     found = stage5(conv4)
-    for row in (0, 1):
-        for column in (0, 1):
-            expected = strided(conv4[:, :, row:, column:])
-            torch.testing.assert_close(found[:, :, row::2, column::2], expected)
+    for row, column in product((0, 1), repeat=2):
+        expected = strided(conv4[:, :, row:, column:])
+        torch.testing.assert_close(found[:, :, row::2, column::2], expected)
 
 
 # Where units are.
@@ -139,9 +129,3 @@ def test_units_are_centered_on_multiples_of_the_stride(model, axis):
         size, unit = size[::-1], unit[::-1]
     found = field(averaging(model), size, unit)[axis]
     assert found == (16 * units - REACH, 16 * units + REACH)
-
-
-# Deformable layers.
-
-
-# Norms and weights.

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torchvision
+from backbone_testing import bare
 from torch import nn
 
 from deformnet import DeformConv2d
@@ -18,12 +19,6 @@ SMALL = ["resnet18", "resnet50", ALIGNED]
 def build(name, **options):
     torch.manual_seed(0)
     return backbone(name, **options)
-
-
-def bare(name, **options):
-    """A backbone without memory, for its structure."""
-    with torch.device("meta"):
-        return backbone(name, **options)
 
 
 @pytest.mark.parametrize("name", [*SMALL, "resnet34", "resnet101"])

@@ -4,30 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from backbone_testing import bare, randomize_norms, torchvision_resnet
 from torch import nn
 from torchvision.models._utils import IntermediateLayerGetter
 
 from deformnet.models.backbones import backbone
-
-TORCHVISION = {
-    18: torchvision.models.resnet18,
-    34: torchvision.models.resnet34,
-    50: torchvision.models.resnet50,
-    101: torchvision.models.resnet101,
-}
-
-
-def trained_torchvision(depth):
-    """A torchvision ResNet whose batch norm does something, in float64."""
-    torch.manual_seed(0)
-    model = TORCHVISION[depth](weights=None).double().eval()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.running_mean, -0.5, 0.5)
-            nn.init.uniform_(module.running_var, 0.5, 2)
-            nn.init.uniform_(module.weight, 0.5, 1)
-            nn.init.uniform_(module.bias, -0.5, 0.5)
-    return model
 
 
 def saved(tmp_path, state):
@@ -41,12 +22,11 @@ def saved(tmp_path, state):
     [(18, "frozen"), (18, "trained"), (34, "frozen"), (50, "frozen"), (101, "trained")],
 )
 def test_torchvision_weights_load_and_give_its_features(tmp_path, depth, norm):
-    theirs = trained_torchvision(depth)
+    theirs = torchvision_resnet(depth)
     path = saved(tmp_path, theirs.state_dict())
     ours = backbone(f"resnet{depth}", weights=path, norm=norm, reduce_channels=None).double().eval()
     # Loading into a float32 model rounds the weights; compare exactly.
-    own = ours.state_dict()
-    ours.load_state_dict({key: value for key, value in theirs.state_dict().items() if key in own})
+    assert ours.load_state_dict(theirs.state_dict(), strict=False).missing_keys == []
     images = torch.randn(1, 3, 65, 50, dtype=torch.float64)
     stages = IntermediateLayerGetter(theirs, {"layer3": "conv4", "layer4": "conv5"})(images)
     with torch.no_grad():
@@ -61,10 +41,9 @@ def test_torchvision_weights_load_and_give_its_features(tmp_path, depth, norm):
 @pytest.mark.parametrize("depth", [18, 50])
 @pytest.mark.parametrize("dilation", [1, 2, 4])
 def test_conv5_is_torchvisions_with_every_3x3_dilated(depth, dilation):
-    theirs = trained_torchvision(depth)
+    theirs = torchvision_resnet(depth)
     ours = backbone(f"resnet{depth}", dilation=dilation, reduce_channels=None).double().eval()
-    own = ours.state_dict()
-    ours.load_state_dict({key: value for key, value in theirs.state_dict().items() if key in own})
+    ours.load_state_dict(theirs.state_dict(), strict=False)
     x = torch.randn(1, ours.conv4_channels, 7, 6, dtype=torch.float64)
 
     def convolve(conv, x):
@@ -86,12 +65,10 @@ def test_conv5_is_torchvisions_with_every_3x3_dilated(depth, dilation):
 
 @pytest.mark.parametrize("groups", [1, 4])
 def test_parameters_that_the_offsets_add(groups):
-    def count(model):
-        return sum(parameter.numel() for parameter in model.parameters())
+    def count(**options):
+        return sum(p.numel() for p in bare("resnet101", **options).parameters())
 
-    added = count(backbone("resnet101", deform_layers=3, offset_groups=groups)) - count(
-        backbone("resnet101")
-    )
+    added = count(deform_layers=3, offset_groups=groups) - count()
     assert added == {1: 248_886, 4: 995_544}[groups]
 
 
@@ -111,7 +88,7 @@ def test_keys_are_torchvisions():
 
 
 def test_weights_by_name(monkeypatch):
-    state = TORCHVISION[18](weights=None).state_dict()
+    state = torchvision.models.resnet18().state_dict()
     # The published files predate the counts of batches.
     state = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
     asked = []
@@ -135,10 +112,7 @@ def test_frozen_stages_can_still_deform():
 def test_frozen_norm_is_batch_norm_in_evaluation():
     torch.manual_seed(0)
     trained = backbone("resnet18", reduce_channels=None).eval()
-    for module in trained.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.running_mean, -0.5, 0.5)
-            nn.init.uniform_(module.running_var, 0.5, 2)
+    randomize_norms(trained)
     frozen = backbone("resnet18", norm="frozen", reduce_channels=None)
     frozen.load_state_dict(trained.state_dict())
     images = torch.randn(1, 3, 32, 32)
@@ -178,25 +152,20 @@ def test_a_pickled_module_is_no_checkpoint(tmp_path):
 
 
 def test_weights_of_another_model(tmp_path):
-    good = TORCHVISION[18](weights=None).state_dict()
+    good = torchvision.models.resnet18().state_dict()
+    linear = nn.Linear(2, 2).state_dict()
+    larger = torchvision.models.resnet50().state_dict()
+    part = "layer2.0.conv1.weight"
     wrong = {
-        "expected a state dict, but got a dict with keys 'model', 'epoch'": {
-            "model": good,
-            "epoch": 3,
-        },
-        "expected a state dict, but got list": [1, 2],
-        r"expected weights of ResNet-18: missing key .* and \d+ more": nn.Linear(2, 2).state_dict(),
-        "but got ResNet-50: unexpected key layer1.0.conv3.weight": TORCHVISION[50](
-            weights=None
-        ).state_dict(),
-        r"expected layer2.0.conv1.weight to be \[128, 64, 3, 3\], but got \[1\]": {
-            **good,
-            "layer2.0.conv1.weight": torch.zeros(1),
-        },
+        "a state dict, but got a dict with keys 'model', 'epoch'": {"model": good, "epoch": 3},
+        "a state dict, but got list": [1, 2],
+        r"weights of ResNet-18: missing key .* and \d+ more": linear,
+        "weights of ResNet-18, but got ResNet-50: unexpected key layer1.0.conv3.weight": larger,
+        rf"{part} to be \[128, 64, 3, 3\], but got \[1\]": {**good, part: torch.zeros(1)},
     }
     for message, state in wrong.items():
         path = saved(tmp_path, state)
-        with pytest.raises(ValueError, match=message) as error:
+        with pytest.raises(ValueError, match=f"expected {message}") as error:
             backbone("resnet18", weights=path)
         assert str(path) in one_line(error)
 
