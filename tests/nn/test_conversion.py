@@ -63,42 +63,25 @@ def assert_unchanged_by(before, after):
     assert (after - before).abs().max() <= tolerance * scale
 
 
-MODELS = {
-    "torchvision ResNet-50": (
-        lambda: torchvision.models.resnet50(weights=None),
-        "layer4.*.conv2",
-        3,
-    ),
-    "torchvision MobileNetV3": (
-        lambda: torchvision.models.mobilenet_v3_small(weights=None),
-        "features.1?.block.1.0",  # the depthwise convolutions
-        2,
-    ),
-    "torchvision ConvNeXt": (
-        lambda: torchvision.models.convnext_tiny(weights=None),
-        "features.7.*.block.0",  # depthwise 7x7
-        3,
-    ),
-    "timm ResNet-26": (
-        # A zero-initialized residual branch would pass no gradient in the first step.
-        lambda: timm.create_model("resnet26", pretrained=False, zero_init_last=False),
-        "layer[34].*.conv2",
-        4,
-    ),
-    "timm ConvNeXt": (
-        lambda: timm.create_model("convnext_atto", pretrained=False),
-        "stages.3.*.conv_dw",
-        2,
-    ),
-}
+# Their library, name and options; a pattern and the number of convolutions that it matches.
+MODELS = [
+    (torchvision.models.get_model, "resnet50", {}, "layer4.*.conv2", 3),
+    # Depthwise convolutions, of 5x5 and of 7x7.
+    (torchvision.models.get_model, "mobilenet_v3_small", {}, "features.1?.block.1.0", 2),
+    (torchvision.models.get_model, "convnext_tiny", {}, "features.7.*.block.0", 3),
+    # A zero-initialized residual branch would pass no gradient in the first step.
+    (timm.create_model, "resnet26", {"zero_init_last": False}, "layer[34].*.conv2", 4),
+    (timm.create_model, "convnext_atto", {}, "stages.3.*.conv_dw", 2),
+]
 
 
 @pytest.mark.parametrize("modulated", [False, True], ids=["plain", "modulated"])
-@pytest.mark.parametrize("name", MODELS)
-def test_known_networks_start_unchanged_and_learn_offsets(name, modulated):
+@pytest.mark.parametrize(("build", "name", "options", "pattern", "count"), MODELS)
+def test_known_networks_start_unchanged_and_learn_offsets(
+    build, name, options, pattern, count, modulated
+):
     torch.manual_seed(0)
-    build, pattern, count = MODELS[name]
-    model = build().eval()
+    model = build(name, **options).eval()
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         before = model(images)

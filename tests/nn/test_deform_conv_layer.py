@@ -24,25 +24,6 @@ GEOMETRIES = [
 ]
 
 
-def plain_twin(layer: DeformConv2d) -> nn.Conv2d:
-    """An nn.Conv2d with the arguments and the weights of `layer`."""
-    plain = nn.Conv2d(
-        layer.in_channels,
-        layer.out_channels,
-        layer.kernel_size,
-        layer.stride,
-        layer.padding,
-        layer.dilation,
-        layer.groups,
-        layer.bias is not None,
-        layer.padding_mode,
-        dtype=layer.weight.dtype,
-    )
-    own = {k: v for k, v in layer.state_dict().items() if not k.startswith("conv_offset.")}
-    plain.load_state_dict(own)
-    return plain
-
-
 def shake(layer: DeformConv2d, scale: float = 0.2) -> DeformConv2d:
     """Give the layer offsets that matter."""
     for parameter in layer.conv_offset.parameters():
@@ -56,7 +37,10 @@ def test_new_layer_equals_the_plain_convolution(arguments, modulated):
     torch.manual_seed(0)
     layer = DeformConv2d(8, 16, modulated=modulated, dtype=torch.float64, **arguments)
     x = torch.randn(2, 8, 9, 7, dtype=torch.float64)
-    torch.testing.assert_close(layer(x), plain_twin(layer)(x), rtol=0, atol=1e-10)
+    geometry = {name: value for name, value in arguments.items() if name != "offset_groups"}
+    plain = nn.Conv2d(8, 16, dtype=torch.float64, **geometry)
+    plain.load_state_dict(layer.state_dict(), strict=False)
+    torch.testing.assert_close(layer(x), plain(x), rtol=0, atol=1e-10)
 
 
 def test_state_dict_keys_and_shapes():
@@ -204,7 +188,7 @@ def test_a_meta_layer_computes_shapes():
     [
         (
             {"offset_groups": 3},
-            r"expected offset_groups to be a divisor of the 4 input channels, but got 3",
+            r"expected offset_groups .* divisor of the 4 input channels, .* got 3",
         ),
         ({"offset_groups": 0}, r"expected offset_groups .* got 0"),
         ({"offset_groups": -1}, r"expected offset_groups .* got -1"),

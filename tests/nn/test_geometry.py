@@ -84,16 +84,9 @@ def test_a_convolution_built_with_numpy_integers_converts():
 def test_numpy_numbers_in_pooling(sampling):
     x, boxes = torch.randn(1, 36, 9, 9), torch.tensor([[0, 3.0, 5, 90, 70]])
     numbers = {"gamma": np.float32(0.5), "samples_per_bin": np.int64(2), "sampling": sampling}
-    pool = DeformRoIPool2d(
-        np.int64(36), np.int64(3), np.float64(0.1), beta=np.float32(0.5), **numbers
-    )
-    ps_pool = DeformPSRoIPool2d(
-        np.int64(36),
-        np.array([3, 3]).tolist(),
-        np.float32(0.1),
-        offset_groups=np.int8(2),
-        **numbers,
-    )
+    sizes = np.int64(36), np.int64(3), np.float64(0.1)
+    pool = DeformRoIPool2d(*sizes, beta=np.float32(0.5), **numbers)
+    ps_pool = DeformPSRoIPool2d(*sizes, offset_groups=np.int8(2), **numbers)
     assert pool(x, boxes).shape == (1, 36, 3, 3)
     assert ps_pool(x, x, boxes).shape == (1, 4, 3, 3)
     assert type(pool.fc_offset.lr_scale) is float

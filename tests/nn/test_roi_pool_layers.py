@@ -1,4 +1,5 @@
 import copy
+from itertools import product
 
 import pytest
 import torch
@@ -53,12 +54,9 @@ def test_offsets_come_from_what_is_pooled(sampling):
     pooled = deform_roi_pool(x, BOXES, None, (3, 2), 0.125, **options)
     offset = torch.zeros(4, 2, 3, 2, dtype=torch.float64)
     weight, bias = layer.fc_offset.weight, layer.fc_offset.bias
-    for r in range(4):
-        for axis in range(2):
-            for i in range(3):
-                for j in range(2):
-                    row = (axis * 3 + i) * 2 + j
-                    offset[r, axis, i, j] = bias[row] + (weight[row] * pooled[r].flatten()).sum()
+    for r, axis, i, j in product(range(4), range(2), range(3), range(2)):
+        row = (axis * 3 + i) * 2 + j
+        offset[r, axis, i, j] = bias[row] + (weight[row] * pooled[r].flatten()).sum()
     torch.testing.assert_close(layer.offsets(x, BOXES), offset)
     expected = deform_roi_pool(x, BOXES, offset, (3, 2), 0.125, 0.2, **options)
     torch.testing.assert_close(layer(x, BOXES), expected)
@@ -91,13 +89,10 @@ def test_order_of_the_fields():
     # From the first to the last pixel: 4 x 4 cells, 2 x 2 in each bin.
     box = torch.tensor([[1, 0, 0, 3, 3]], dtype=torch.float64)
     found = layer.offsets(features, box)
-    for group in range(2):
-        for axis in range(2):
-            for i in range(2):
-                for j in range(2):
-                    field = fields[1, ((2 * group + axis) * 2 + i) * 2 + j]
-                    cells = field[2 * i : 2 * i + 2, 2 * j : 2 * j + 2]
-                    torch.testing.assert_close(found[0, 2 * group + axis, i, j], cells.mean())
+    for group, axis, i, j in product(range(2), repeat=4):
+        field = fields[1, ((2 * group + axis) * 2 + i) * 2 + j]
+        cells = field[2 * i : 2 * i + 2, 2 * j : 2 * j + 2]
+        torch.testing.assert_close(found[0, 2 * group + axis, i, j], cells.mean())
 
 
 def test_x_comes_first_and_counts_in_widths_of_the_box():
@@ -185,12 +180,9 @@ def test_offsets_stay_in_float32(way):
     for parameter in (*layer.parameters(), *ps_layer.parameters()):
         parameter.data = parameter.data.bfloat16().float()
     ps_expected = ps_layer.offsets(x, boxes)
-    if way == "autocast":
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            offset, ps_offset = layer.offsets(x, boxes), ps_layer.offsets(x, boxes)
-            output, ps_output = layer(x, boxes), ps_layer(x, x, boxes)
-    else:
+    if way == "weights":
         layer, ps_layer, x = layer.bfloat16(), ps_layer.bfloat16(), x.bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=way == "autocast"):
         offset, ps_offset = layer.offsets(x, boxes), ps_layer.offsets(x, boxes)
         output, ps_output = layer(x, boxes), ps_layer(x, x, boxes)
     assert offset.dtype == ps_offset.dtype == torch.float32

@@ -3,12 +3,15 @@
 import random
 from dataclasses import dataclass, replace
 
+import pytest
 import torch
+from operator_testing import Normal, as_channels_last, differentiate
 from torch import Tensor
 
 from deformnet.ops import deform_conv2d
 
 NAMES = ("input", "offset", "weight", "bias", "mask")
+EVERY_BORDER = pytest.mark.parametrize("border", ["zeros", "msra2017"])
 
 
 @dataclass(frozen=True)
@@ -64,11 +67,7 @@ def random_case(seed: int, *, whole: bool | None = None, modulated: bool | None 
         modulated: with a mask or without one; by default either.
     """
     draw = random.Random(seed)
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
-
+    normal = Normal(seed)
     groups, offset_groups = draw.choice([1, 1, 2, 3]), draw.choice([1, 1, 2, 4])
     channels = groups * offset_groups * draw.choice([1, 2, 3])
     out_channels = groups * draw.choice([1, 2, 5])
@@ -78,36 +77,23 @@ def random_case(seed: int, *, whole: bool | None = None, modulated: bool | None 
     padding = draw.choice([(0, 0), (1, 1), (2, 2), (0, 3), (2, 1)])
     dilation = draw.choice([(1, 1), (1, 1), (2, 2), (3, 1), (1, 2)])
     out = draw.randint(1, 7), draw.randint(1, 7)
+    reach = [dilation[k] * (kernel[k] - 1) + 1 - 2 * padding[k] for k in (0, 1)]
     # The input that gives this output, and up to stride - 1 rows and columns that no tap needs.
-    size = [
-        max(
-            1,
-            (out[k] - 1) * stride[k]
-            + dilation[k] * (kernel[k] - 1)
-            + 1
-            - 2 * padding[k]
-            + draw.randrange(stride[k]),
-        )
-        for k in (0, 1)
-    ]
-    out = tuple(
-        (size[k] + 2 * padding[k] - dilation[k] * (kernel[k] - 1) - 1) // stride[k] + 1
-        for k in (0, 1)
-    )
+    least = [(out[k] - 1) * stride[k] + reach[k] for k in (0, 1)]
+    size = [max(1, least[k] + draw.randrange(stride[k])) for k in (0, 1)]
+    out = tuple((size[k] - reach[k]) // stride[k] + 1 for k in (0, 1))
     taps = kernel[0] * kernel[1]
 
-    input = normal(batch, channels, *size)
-    if draw.random() < 0.5:
-        input = input.contiguous(memory_format=torch.channels_last)
+    input = as_channels_last(normal(batch, channels, *size), draw.random() < 0.5)
     offset = normal(batch, 2 * offset_groups * taps, *out) * draw.choice([0.3, 2, 20])
     if whole:
         offset = offset.round()
     elif whole is None:
         offset = torch.where(
-            torch.rand(offset.shape, generator=generator) < 0.2, offset.round(), offset
+            torch.rand(offset.shape, generator=normal.generator) < 0.2, offset.round(), offset
         )
     else:
-        fraction = torch.rand(offset.shape, generator=generator, dtype=torch.float64)
+        fraction = torch.rand(offset.shape, generator=normal.generator, dtype=torch.float64)
         offset = offset.floor() + 0.1 + 0.8 * fraction
     mask = normal(batch, offset_groups * taps, *out)
     has_mask = draw.random() < 0.5 if modulated is None else modulated
@@ -125,18 +111,11 @@ def random_case(seed: int, *, whole: bool | None = None, modulated: bool | None 
 
 def large_case(seed: int, *, channels_last: bool = False) -> Case:
     """A call that fills vectors and tiles and leaves remainders of all of them."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
-
+    normal = Normal(seed)
     batch, groups, offset_groups, height, width = ((3, 1, 4, 9, 11), (2, 2, 1, 14, 7))[seed % 2]
     channels, out_channels = 2 * 4 * 13, 2 * 37
-    input = normal(batch, channels, height, width)
-    if channels_last:
-        input = input.contiguous(memory_format=torch.channels_last)
     return Case(
-        input=input,
+        input=as_channels_last(normal(batch, channels, height, width), channels_last),
         offset=normal(batch, 2 * offset_groups * 9, height, width) * 2,
         weight=normal(out_channels, channels // groups, 3, 3) / 30,
         bias=normal(out_channels),
@@ -148,22 +127,16 @@ def large_case(seed: int, *, channels_last: bool = False) -> Case:
 
 
 def output_gradient(case: Case, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(case.output_size(), generator=generator, dtype=torch.float64).to(
-        case.input.dtype
-    )
+    return Normal(seed)(*case.output_size()).to(case.input.dtype)
 
 
 def run(
     case: Case, backend: str, border: str = "zeros", grad_output: Tensor | None = None
 ) -> dict[str, Tensor]:
     """The output and all gradients, by name."""
-    leaves = {name: tensor.detach().requires_grad_() for name, tensor in case.tensors.items()}
-    output = deform_conv2d(*replace(case, **leaves).public, border=border, backend=backend)
-    if grad_output is None:
-        grad_output = output_gradient(case)
-    gradients = torch.autograd.grad(output, list(leaves.values()), grad_output)
-    return {
-        "output": output.detach(),
-        **{f"grad_{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)},
-    }
+
+    def call(**leaves: Tensor) -> Tensor:
+        return deform_conv2d(*replace(case, **leaves).public, border=border, backend=backend)
+
+    grad_output = output_gradient(case) if grad_output is None else grad_output
+    return differentiate(call, case.tensors, grad_output)

@@ -16,6 +16,27 @@ HALVES = [torch.bfloat16, torch.float16]
 OPERATORS = [DEFORM_CONV, ROI_POOL]
 
 
+class Normal:
+    """float64 tensors of normal numbers, one after the other from a seed."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator, dtype=torch.float64)
+
+
+def differentiate(
+    function: Callable[..., Tensor], leaves: dict[str, Tensor], grad_output: Tensor
+) -> dict[str, Tensor]:
+    """The output of a function of named tensors and all gradients, by name."""
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in leaves.items()}
+    output = function(**leaves)
+    gradients = torch.autograd.grad(output, list(leaves.values()), grad_output)
+    names = (f"grad_{name}" for name in leaves)
+    return {"output": output.detach(), **dict(zip(names, gradients, strict=True))}
+
+
 def assert_same(
     found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float, **options: bool
 ) -> None:
@@ -32,6 +53,46 @@ def assert_same(
             msg=lambda text, name=name: f"{name}: {text}",
             **options,
         )
+
+
+def assert_nan_at(
+    found: dict[str, Tensor], clean: dict[str, Tensor], reached: dict[str, Tensor], tolerance: float
+) -> None:
+    """NaN exactly where `reached` says so, and elsewhere what a clean run has."""
+    for name, value in found.items():
+        assert value.isnan().equal(reached[name]), name
+        elsewhere = ~reached[name]
+        torch.testing.assert_close(
+            value[elsewhere], clean[name][elsewhere], rtol=tolerance, atol=tolerance
+        )
+
+
+def assert_same_where_finite(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Equal where the expected numbers are finite, and not finite elsewhere."""
+    for name, value in expected.items():
+        exact = value.isfinite()
+        torch.testing.assert_close(found[name][exact], value[exact], rtol=1e-10, atol=1e-10)
+        assert not found[name][~exact].isfinite().any(), name
+
+
+def assert_same_bits_for_any_number_of_threads(run: Callable[[], dict[str, Tensor]]) -> None:
+    results = []
+    for threads in (1, 1, 2, 3, 7):
+        torch.set_num_threads(threads)
+        results.append(run())
+    for result in results[1:]:
+        for name, value in result.items():
+            assert value.equal(results[0][name]), name
+
+
+def as_channels_last(tensor: Tensor, enabled: bool = True) -> Tensor:
+    return tensor.contiguous(memory_format=torch.channels_last) if enabled else tensor
+
+
+def with_bad_pixels(input: Tensor, seed: int) -> Tensor:
+    """Some of a map replaced by NaN, some by infinity."""
+    pick = torch.rand(input.shape, generator=torch.Generator().manual_seed(seed))
+    return input.masked_fill(pick < 0.04, float("nan")).masked_fill(pick > 0.97, float("inf"))
 
 
 def strided(tensor: Tensor) -> Tensor:

@@ -3,12 +3,16 @@
 import random
 from dataclasses import dataclass, replace
 
+import pytest
 import torch
+from operator_testing import Normal, as_channels_last, differentiate
 from torch import Tensor
 
 from deformnet.ops import deform_ps_roi_pool, deform_roi_pool
 
 SAMPLINGS = ("bins", "msra", "aligned")
+EVERY_SAMPLING = pytest.mark.parametrize("sampling", SAMPLINGS)
+ROI_OR_PS = pytest.mark.parametrize("position_sensitive", [False, True], ids=["roi", "ps"])
 
 
 @dataclass(frozen=True)
@@ -92,11 +96,7 @@ def random_case(
         shifted: with an offset or without one; by default either.
     """
     draw = random.Random(seed)
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
-
+    normal = Normal(seed)
     sampling = sampling or draw.choice(SAMPLINGS)
     if position_sensitive is None:
         position_sensitive = draw.random() < 0.5
@@ -114,8 +114,7 @@ def random_case(
     if sampling == "msra" and draw.random() < 0.4:
         part = draw.choice([(1, 1), (2, 3), (5, 4)])
     input = normal(batch, channels * (ph * pw if position_sensitive else 1), height, width)
-    if draw.random() < 0.5:
-        input = input.contiguous(memory_format=torch.channels_last)
+    input = as_channels_last(input, draw.random() < 0.5)
     has_offset = draw.random() < 0.7 if shifted is None else shifted
     offset = normal(count, 2 * groups, *part) * draw.choice([0.5, 2, 10])
     return Case(
@@ -140,17 +139,11 @@ def large_case(
     samples_per_bin: int = 4,
 ) -> Case:
     """A call that fills vectors and tiles and leaves remainders of all of them."""
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
-
+    normal = Normal()
     count, channels, (ph, pw) = 23, 42, (3, 5)
     input = normal(2, channels * (ph * pw if position_sensitive else 1), 14, 19)
-    if channels_last:
-        input = input.contiguous(memory_format=torch.channels_last)
     return Case(
-        input=input,
+        input=as_channels_last(input, channels_last),
         boxes=random_boxes(random.Random(0), count, 2, 14 * 16, 19 * 16),
         offset=normal(count, 2 * groups, ph, pw),
         output_size=(ph, pw),
@@ -175,19 +168,12 @@ def call(case: Case, backend: str) -> Tensor:
 
 
 def output_gradient(case: Case) -> Tensor:
-    generator = torch.Generator().manual_seed(1)
-    gradient = torch.randn(case.output_size_of(), generator=generator, dtype=torch.float64)
-    return gradient.to(case.input.dtype)
+    return Normal(1)(*case.output_size_of()).to(case.input.dtype)
 
 
 def run(case: Case, backend: str, grad_output: Tensor | None = None) -> dict[str, Tensor]:
     """The output and all gradients, by name."""
-    leaves = {name: tensor.detach().requires_grad_() for name, tensor in case.leaves.items()}
-    output = call(replace(case, **leaves), backend)
-    if grad_output is None:
-        grad_output = output_gradient(case)
-    gradients = torch.autograd.grad(output, list(leaves.values()), grad_output)
-    return {
-        "output": output.detach(),
-        **{f"grad_{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)},
-    }
+    grad_output = output_gradient(case) if grad_output is None else grad_output
+    return differentiate(
+        lambda **leaves: call(replace(case, **leaves), backend), case.leaves, grad_output
+    )

@@ -33,14 +33,21 @@ def make(request):
         yield empty
 
 
-def assert_like(found: torch.Tensor, wanted: torch.Tensor) -> None:
-    assert found.shape == wanted.shape
+def assert_like(found: torch.Tensor, expected: torch.Tensor) -> None:
+    assert found.shape == expected.shape
     # Not the strides themselves, which mean nothing along an axis of one.
     for memory_format in (torch.contiguous_format, torch.channels_last):
         alike = found.is_contiguous(memory_format=memory_format)
-        assert alike == wanted.is_contiguous(memory_format=memory_format)
-    assert found.dtype == wanted.dtype
-    assert found.device == wanted.device
+        assert alike == expected.is_contiguous(memory_format=memory_format)
+    assert found.dtype == expected.dtype
+    assert found.device == expected.device
+
+
+def check(output: torch.Tensor, expected: torch.Tensor, *leaves: torch.Tensor) -> None:
+    assert_like(output, expected)
+    gradients = torch.autograd.grad(output, leaves, expected)
+    for gradient, leaf in zip(gradients, leaves, strict=True):
+        assert_like(gradient, leaf)
 
 
 @FORMATS
@@ -62,11 +69,8 @@ def test_deform_conv2d(
     weight, bias = make(out_channels, channels, taps, taps), make(out_channels)
     output = deform_conv2d(input, offset, weight, bias, 1, taps // 2, 1, mask)
     assert output.numel() > MOST
-    wanted = make(batch, out_channels, height, width, memory_format=memory_format)
-    assert_like(output, wanted)
-    leaves = input, offset, weight, bias, mask
-    for gradient, leaf in zip(torch.autograd.grad(output, leaves, wanted), leaves, strict=True):
-        assert_like(gradient, leaf)
+    expected = make(batch, out_channels, height, width, memory_format=memory_format)
+    check(output, expected, input, offset, weight, bias, mask)
 
 
 @FORMATS
@@ -88,8 +92,4 @@ def test_roi_pooling(
     pool = deform_ps_roi_pool if position_sensitive else deform_roi_pool
     output = pool(input, boxes, offset, 7, 1 / 16)
     assert max(input.numel(), output.numel()) > MOST
-    wanted = make(count, channels, 7, 7)
-    assert_like(output, wanted)
-    leaves = input, offset
-    for gradient, leaf in zip(torch.autograd.grad(output, leaves, wanted), leaves, strict=True):
-        assert_like(gradient, leaf)
+    check(output, make(count, channels, 7, 7), input, offset)

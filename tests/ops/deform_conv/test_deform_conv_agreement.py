@@ -3,6 +3,7 @@
 import inspect
 import itertools
 from dataclasses import replace
+from functools import partial
 
 import onnx
 import onnxruntime
@@ -10,8 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from deform_conv_cases import Case, large_case, output_gradient, random_case, run
-from operator_testing import assert_same
+from deform_conv_cases import EVERY_BORDER, Case, large_case, output_gradient, random_case, run
+from operator_testing import Normal, assert_same, differentiate
 
 from deformnet import ops
 from deformnet.ops import deform_conv2d
@@ -29,43 +30,36 @@ def test_the_first_arguments_are_torchvisions():
     assert all(p.kind is p.KEYWORD_ONLY for p in ours[8:])
 
 
-def run_torchvision(case: Case) -> dict[str, torch.Tensor]:
-    leaves = {name: tensor.detach().requires_grad_() for name, tensor in case.tensors.items()}
-    output = torchvision.ops.deform_conv2d(*replace(case, **leaves).public)
-    gradients = torch.autograd.grad(output, list(leaves.values()), output_gradient(case))
-    return {
-        "output": output.detach(),
-        **{f"grad_{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)},
-    }
-
-
 @pytest.mark.parametrize("seed", range(220))
 def test_torchvision(backend, seed):
     case = random_case(seed)
-    assert_same(run(case, backend), run_torchvision(case), 1e-10)
+
+    def theirs(**leaves: torch.Tensor) -> torch.Tensor:
+        return torchvision.ops.deform_conv2d(*replace(case, **leaves).public)
+
+    expected = differentiate(theirs, case.tensors, output_gradient(case))
+    assert_same(run(case, backend), expected, 1e-10)
 
 
-@pytest.mark.parametrize("border", ["zeros", "msra2017"])
+@EVERY_BORDER
 @pytest.mark.parametrize("seed", range(1000, 1060))
 def test_fast_against_reference(fast, seed, border):
-    case = random_case(seed)
-    wanted = run(case, "reference", border)
-    assert_same(run(case, fast, border), wanted, 1e-10)
-    assert_same(run(case.to(torch.float32), fast, border), wanted_in_float32(case, border), 2e-5)
-
-
-def wanted_in_float32(case: Case, border: str) -> dict[str, torch.Tensor]:
-    # Rounded to float32 first, so that both see the same positions; then exact arithmetic.
-    return run(case.to(torch.float32).to(torch.float64), "reference", border)
+    check_against_reference(random_case(seed), fast, border)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize("border", ["zeros", "msra2017"])
+@EVERY_BORDER
 def test_fast_against_reference_on_larger_maps(fast, seed, border, channels_last):
-    case = large_case(seed, channels_last=channels_last)
+    check_against_reference(large_case(seed, channels_last=channels_last), fast, border)
+
+
+def check_against_reference(case: Case, fast: str, border: str) -> None:
     assert_same(run(case, fast, border), run(case, "reference", border), 1e-10)
-    assert_same(run(case.to(torch.float32), fast, border), wanted_in_float32(case, border), 2e-5)
+    single = case.to(torch.float32)
+    # Rounded to float32 first, so that both see the same positions; then exact arithmetic.
+    exact = run(single.to(torch.float64), "reference", border)
+    assert_same(run(single, fast, border), exact, 2e-5)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -73,23 +67,23 @@ def test_zero_offsets_are_a_convolution(backend, seed):
     case = random_case(seed, modulated=seed % 2 == 1)
     mask = None if case.mask is None else torch.ones_like(case.mask)
     case = replace(case, offset=torch.zeros_like(case.offset), mask=mask)
-    groups = case.input.shape[1] // case.weight.shape[1]
-    leaves = [case.input, case.weight, *([] if case.bias is None else [case.bias])]
-    leaves = [leaf.detach().requires_grad_() for leaf in leaves]
-    steps = case.stride, case.padding, case.dilation
-    plain = F.conv2d(leaves[0], leaves[1], leaves[2] if len(leaves) == 3 else None, *steps, groups)
-    gradients = torch.autograd.grad(plain, leaves, output_gradient(case))
+    leaves = {k: v for k, v in case.tensors.items() if k not in ("offset", "mask")}
+    convolve = partial(
+        F.conv2d,
+        stride=case.stride,
+        padding=case.padding,
+        dilation=case.dilation,
+        groups=case.input.shape[1] // case.weight.shape[1],
+    )
+    expected = differentiate(convolve, leaves, output_gradient(case))
     found = run(case, backend)
-    torch.testing.assert_close(found["output"], plain.detach(), rtol=0, atol=1e-11)
-    for name, gradient in zip(("input", "weight", "bias"), gradients, strict=False):
-        torch.testing.assert_close(found[f"grad_{name}"], gradient, rtol=0, atol=1e-10)
+    assert_same({name: found[name] for name in expected}, expected, 1e-11)
 
 
 @pytest.mark.parametrize(("dy", "dx"), [(1, 0), (0, -1), (-2, 3), (4, 4)])
 def test_whole_offsets_are_shifts(backend, dy, dx):
-    generator = torch.Generator().manual_seed(0)
-    input = torch.randn(2, 4, 9, 8, generator=generator, dtype=torch.float64)
-    weight = torch.randn(3, 4, 3, 3, generator=generator, dtype=torch.float64)
+    normal = Normal()
+    input, weight = normal(2, 4, 9, 8), normal(3, 4, 3, 3)
     offset = torch.tensor([dy, dx], dtype=torch.float64).repeat(9)[None, :, None, None]
     found = deform_conv2d(input, offset.expand(2, 18, 9, 8), weight, padding=1, backend=backend)
     # Reading at p + d is convolving the map that is shifted by -d, zeros coming in.
@@ -130,15 +124,12 @@ def run_onnxruntime(case: Case) -> torch.Tensor:
         group=case.input.shape[1] // case.weight.shape[1],
         offset_group=case.offset.shape[1] // (2 * case.weight[0, 0].numel()),
     )
-    values = {
-        name: onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
-        for name, shape in [
-            *((name, feed.shape) for name, feed in feeds.items()),
-            ("output", case.output_size()),
-        ]
-    }
-    output = values.pop("output")
-    graph = onnx.helper.make_graph([node], "deform_conv", list(values.values()), [output])
+    sizes = {**{name: feed.shape for name, feed in feeds.items()}, "output": case.output_size()}
+    values = [
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, size)
+        for name, size in sizes.items()
+    ]
+    graph = onnx.helper.make_graph([node], "deform_conv", values[:-1], values[-1:])
     opset = onnx.helper.make_opsetid("", 19)
     model = onnx.helper.make_model(graph, opset_imports=[opset], ir_version=9)
     options = onnxruntime.SessionOptions()
@@ -155,5 +146,4 @@ def test_onnxruntime(backend, seed):
     case = replace(case, input=case.input.contiguous())
     found = deform_conv2d(*case.public, backend=backend)
     wanted = run_onnxruntime(case)
-    scale = max(1.0, wanted.abs().max().item())
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 * scale)
+    assert_same({"": found}, {"": wanted}, 1e-5)

@@ -7,8 +7,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from deform_conv_cases import Case, output_gradient, random_case, run
-from operator_testing import assert_same
+from both_operators import check_bad_gradients
+from deform_conv_cases import EVERY_BORDER, Case, output_gradient, random_case, run
+from operator_testing import (
+    Normal,
+    assert_nan_at,
+    assert_same,
+    assert_same_where_finite,
+    with_bad_pixels,
+)
 
 from deformnet.ops import deform_conv2d
 
@@ -19,11 +26,7 @@ N, GROUP, TAP, ROW, COLUMN = 1, 1, 4, 2, 3
 
 def a_case(*, modulated: bool = True, groups: int = 2, offset_scale: float = 0.4) -> Case:
     """A map 7 wide, all samples within it, off the whole numbers."""
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
-
+    normal = Normal()
     return Case(
         input=normal(2, 8, 6, 7),
         offset=normal(2, 2 * 2 * 9, 6, 7).clamp(-2, 2) * offset_scale,
@@ -62,7 +65,7 @@ def fed(case: Case, results: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
     return reached
 
 
-@pytest.mark.parametrize("border", ["zeros", "msra2017"])
+@EVERY_BORDER
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize(("modulated", "groups"), [(True, 2), (False, 1), (True, 1)])
 @pytest.mark.parametrize(
@@ -73,12 +76,7 @@ def test_nan_offset(backend, y, x, modulated, groups, dtype, border):
     found = run(with_offset(case, y, x), backend, border)
     # All else is as if that sample were taken outside.
     clean = run(with_offset(case, 1e4, 1e4), backend, border)
-    reached = fed(case, found)
-    for name, value in found.items():
-        assert value.isnan().equal(reached[name]), name
-        torch.testing.assert_close(
-            value[~reached[name]], clean[name][~reached[name]], rtol=1e-6, atol=1e-6
-        )
+    assert_nan_at(found, clean, fed(case, found), 1e-6)
 
 
 def test_all_offsets_nan(backend):
@@ -90,7 +88,7 @@ def test_all_offsets_nan(backend):
     assert found["grad_bias"].isfinite().all()
 
 
-@pytest.mark.parametrize("border", ["zeros", "msra2017"])
+@EVERY_BORDER
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("value", [INF, -INF, 1e10, -1e10, 2.0**31, -(2.0**31), 2.0**63, 3e38])
 def test_infinite_and_huge_offsets_read_outside(backend, value, dtype, border):
@@ -128,14 +126,10 @@ def test_nan_mask(backend):
     x = COLUMN + TAP % 3 - 1 + case.offset[N, 2 * at[1] + 1, ROW, COLUMN].item()
     rows, columns = int(y // 1), int(x // 1)
     reached["grad_input"][N, 4:, rows : rows + 2, columns : columns + 2] = True
-    for name, value in found.items():
-        assert value.isnan().equal(reached[name]), name
-        torch.testing.assert_close(
-            value[~reached[name]], clean[name][~reached[name]], rtol=1e-12, atol=1e-12
-        )
+    assert_nan_at(found, clean, reached, 1e-12)
 
 
-@pytest.mark.parametrize("border", ["zeros", "msra2017"])
+@EVERY_BORDER
 @pytest.mark.parametrize("bad", [INF, -INF, NAN])
 def test_corners_outside_are_zero_whatever_the_map_holds(backend, bad, border):
     # Samples half outside on each side, and wholly outside. Every pixel but those of the one
@@ -170,44 +164,25 @@ def test_corners_outside_are_zero_whatever_the_map_holds(backend, bad, border):
         assert found.item() == 0
 
 
-@pytest.mark.parametrize("border", ["zeros", "msra2017"])
+@EVERY_BORDER
 @pytest.mark.parametrize("seed", range(20))
 def test_bad_pixels_touch_only_what_reads_them(fast, seed, border):
     case = random_case(seed)
-    generator = torch.Generator().manual_seed(seed)
-    pick = torch.rand(case.input.shape, generator=generator)
-    input = case.input.clone()
-    input[pick < 0.04] = NAN
-    input[pick > 0.97] = INF
-    case = replace(case, input=input)
+    case = replace(case, input=with_bad_pixels(case.input, seed))
     wanted, found = run(case, "reference", border), run(case, fast, border)
     if border == "msra2017":
         # The derivative by a coordinate held at the border, zero times what the map holds there,
         # is left open.
         del wanted["grad_offset"]
-    for name, value in wanted.items():
-        exact = value.isfinite()
-        torch.testing.assert_close(found[name][exact], value[exact], rtol=1e-10, atol=1e-10)
-        assert not found[name][~exact].isfinite().any(), name
+    assert_same_where_finite(found, wanted)
 
 
 @pytest.mark.parametrize("bad", [NAN, INF])
 def test_bad_gradients_stay_where_they_belong(backend, bad):
-    case = a_case(groups=1)
-    grad_output = output_gradient(case)
-    clean = run(case, backend, grad_output=grad_output)
-    grad_output[N, :, ROW, COLUMN] = bad
-    found = run(case, backend, grad_output=grad_output)
-    # The other image, and all other positions.
-    assert_same({"": found["grad_input"][0]}, {"": clean["grad_input"][0]}, 1e-12)
-    for name in ("grad_offset", "grad_mask"):
-        elsewhere = torch.ones(found[name].shape, dtype=bool)
-        elsewhere[N, :, ROW, COLUMN] = False
-        assert_same({"": found[name][elsewhere]}, {"": clean[name][elsewhere]}, 1e-12)
-        assert not found[name][~elsewhere].isfinite().any()
+    check_bad_gradients(a_case(groups=1), backend, (N, slice(None), ROW, COLUMN), bad)
 
 
-@pytest.mark.parametrize("border", ["zeros", "msra2017"])
+@EVERY_BORDER
 @pytest.mark.parametrize("infinite", ["weight", "mask", "grad_output"])
 def test_what_lies_outside_has_no_slope_whatever_it_is_multiplied_with(backend, infinite, border):
     case = a_case()
@@ -238,11 +213,11 @@ def test_the_2017_kernel_has_no_slope_where_it_stays_at_the_last_cell(backend):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_any_width_survives_any_offset(backend, width, dtype):
     values = torch.tensor([NAN, INF, -INF, 0.0, -1.0, width, 1e10, -1e10, 3e38, 0.5])
-    generator = torch.Generator().manual_seed(width)
+    normal = Normal(width)
     shape = (2, 18, 5, width)
-    offset = values[torch.randint(len(values), shape, generator=generator)].to(dtype)
-    input = torch.randn(2, 3, 5, width, generator=generator).to(dtype).requires_grad_()
-    weight = torch.randn(4, 3, 3, 3, generator=generator).to(dtype).requires_grad_()
+    offset = values[torch.randint(len(values), shape, generator=normal.generator)].to(dtype)
+    input = normal(2, 3, 5, width).to(dtype).requires_grad_()
+    weight = normal(4, 3, 3, 3).to(dtype).requires_grad_()
     offset.requires_grad_()
     output = deform_conv2d(input, offset, weight, padding=1, backend=backend)
     output.backward(torch.ones_like(output))

@@ -1,47 +1,22 @@
 """What the RoI poolings take and refuse: layouts, sizes, dtypes, autocast, bad input."""
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from operator_testing import HALVES, assert_same, bad, check_bad_input, strided
-from roi_pool_cases import SAMPLINGS, Case, call, large_case, output_gradient, random_case, run
+from operator_testing import HALVES, assert_same, bad, check_bad_input
+from roi_pool_cases import (
+    EVERY_SAMPLING,
+    ROI_OR_PS,
+    call,
+    large_case,
+    random_case,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from deformnet.ops import deform_ps_roi_pool, deform_roi_pool
 from deformnet.ops.roi_pool import reference
-
-ROI_OR_PS = pytest.mark.parametrize("position_sensitive", [False, True], ids=["roi", "ps"])
-EVERY_SAMPLING = pytest.mark.parametrize("sampling", SAMPLINGS)
-
-# ----------------------------------------------------------------------------- sizes and layouts
-
-
-@ROI_OR_PS
-@EVERY_SAMPLING
-@pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("shifted", [False, True])
-def test_no_boxes(backend, shifted, channels_last, sampling, position_sensitive):
-    case = large_case(sampling, position_sensitive, channels_last=channels_last)
-    offset = case.offset[:0] if shifted else None
-    found = run(replace(case, boxes=case.boxes[:0], offset=offset), backend)
-    assert found["output"].shape == (0, 42, 3, 5)
-    assert found["grad_input"].shape == case.input.shape
-    assert found["grad_input"].count_nonzero() == 0
-    if shifted:
-        assert found["grad_offset"].shape == (0, 2, 3, 5)
-
-
-@EVERY_SAMPLING
-def test_no_images(backend, sampling):
-    case = large_case(sampling, True)
-    found = run(
-        replace(case, input=case.input[:0], boxes=case.boxes[:0], offset=case.offset[:0]), backend
-    )
-    assert found["output"].shape == (0, 42, 3, 5)
-    assert found["grad_input"].shape == (0, 42 * 15, 14, 19)
 
 
 @pytest.mark.parametrize("function", [deform_roi_pool, deform_ps_roi_pool])
@@ -76,53 +51,6 @@ def test_a_list_of_boxes(backend, position_sensitive):
     assert call(first, backend).equal(call(replace(first, boxes=rows), backend))
 
 
-@ROI_OR_PS
-@EVERY_SAMPLING
-def test_layouts(backend, sampling, position_sensitive):
-    case = large_case(sampling, position_sensitive, groups=2)
-    wanted = run(case, backend)
-    last = case.input.contiguous(memory_format=torch.channels_last)
-    assert_same(run(replace(case, input=last), backend), wanted, 1e-12)
-    views = replace(
-        case, input=strided(case.input), boxes=strided(case.boxes), offset=strided(case.offset)
-    )
-    assert not views.boxes.is_contiguous()
-    found = run(views, backend, grad_output=strided(output_gradient(case)))
-    assert_same(found, wanted, 1e-12)
-
-
-def test_expanded_tensors(backend):
-    case = random_case(11, "aligned", True, shifted=True)
-    offset = case.offset[:1, :, :1, :1].expand_as(case.offset)
-    grad_output = torch.ones((), dtype=torch.float64).expand(case.output_size_of())
-    found = run(replace(case, offset=offset), backend, grad_output)
-    wanted = run(replace(case, offset=offset.contiguous()), backend, grad_output.contiguous())
-    assert_same(found, wanted, 1e-12)
-
-
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_memory_formats(backend, channels_last):
-    for position_sensitive in (False, True):
-        case = large_case("bins", position_sensitive, channels_last=channels_last)
-        found = run(case, backend)
-        assert found["output"].is_contiguous()
-        if backend == "reference":
-            continue
-        assert found["grad_input"].stride() == case.input.stride()
-        assert found["grad_offset"].is_contiguous()
-
-
-@ROI_OR_PS
-@EVERY_SAMPLING
-@pytest.mark.parametrize("name", ["input", "offset"])
-def test_one_gradient_of_two(backend, name, sampling, position_sensitive):
-    case = large_case(sampling, position_sensitive, groups=3)
-    wanted = run(case, "reference")
-    leaf = case.leaves[name].detach().requires_grad_()
-    call(replace(case, **{name: leaf}), backend).backward(output_gradient(case))
-    assert_same({name: leaf.grad}, {name: wanted[f"grad_{name}"]}, 1e-10)
-
-
 def test_no_gradient_goes_to_boxes(backend):
     case = random_case(3, shifted=True)
     boxes = case.boxes.clone().requires_grad_()
@@ -131,68 +59,6 @@ def test_no_gradient_goes_to_boxes(backend):
     call(replace(case, input=input, boxes=boxes), backend).sum().backward()
     assert boxes.grad is None
     assert input.grad is not None
-
-
-def test_no_gradient_is_recorded_where_none_is_wanted(backend):
-    case = random_case(0, shifted=True)
-    assert not call(case, backend).requires_grad
-    leaf = case.offset.clone().requires_grad_()
-    with torch.no_grad():
-        assert not call(replace(case, offset=leaf), backend).requires_grad
-    with torch.inference_mode():
-        output = call(case, backend)
-    assert output.equal(call(case, backend))
-
-
-# ------------------------------------------------------------------------------ reproducibility
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALVES], ids=str)
-def test_every_number_is_written(fast, dtype, poisoned_memory):
-    assert torch.empty(3).isnan().all()
-    cases = [random_case(seed) for seed in range(40)]
-    cases += [large_case(s, ps, groups=2) for s in SAMPLINGS for ps in (False, True)]
-    # Samples all outside: their gradients, too, have to be written.
-    cases.append(replace(cases[-1], offset=torch.full_like(cases[-1].offset, 1e4)))
-    cases.append(replace(cases[-1], boxes=cases[-1].boxes[:0], offset=None))
-    for case in cases:
-        for name, tensor in run(case.to(dtype), fast).items():
-            assert tensor.isfinite().all(), name
-
-
-@ROI_OR_PS
-@EVERY_SAMPLING
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_bits_do_not_depend_on_the_number_of_threads(fast, dtype, sampling, position_sensitive):
-    case = large_case(sampling, position_sensitive, groups=2).to(dtype)
-    results = []
-    for threads in (1, 1, 2, 3):
-        torch.set_num_threads(threads)
-        results.append(run(case, fast))
-    for result in results[1:]:
-        for name, value in result.items():
-            assert value.equal(results[0][name]), name
-
-
-# --------------------------------------------------------------------------------------- dtypes
-
-
-@ROI_OR_PS
-@EVERY_SAMPLING
-@pytest.mark.parametrize("positions", [None, torch.float32], ids=["halves", "float32 positions"])
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_half_precision_rounds_once(backend, dtype, positions, sampling, position_sensitive):
-    # Against exact arithmetic on the rounded numbers, error is a few roundings of the result.
-    cases = [random_case(seed, sampling, position_sensitive, shifted=True) for seed in range(4)]
-    cases.append(large_case(sampling, position_sensitive, groups=2))
-    for case in cases:
-        case = case.to(dtype, positions)
-        found, wanted = run(case, backend), run(case.to(torch.float64), "reference")
-        for name, value in wanted.items():
-            expected = case.offset.dtype if name == "grad_offset" else dtype
-            assert found[name].dtype == expected, name
-            error = (found[name].double() - value).abs().max() / value.abs().max().clamp_min(1e-3)
-            assert error <= 2 * torch.finfo(dtype).eps, name
 
 
 @pytest.mark.parametrize("boxes", [torch.float32, torch.float64], ids=str)
@@ -213,48 +79,6 @@ def test_boxes_are_not_rounded_to_the_dtype_of_the_map(backend, sampling):
     boxes = torch.tensor([[0.0, 1028, 0, 1030, 0], [0, 1020, 0, 1024, 0]])
     found = deform_roi_pool(input, boxes, None, 1, sampling=sampling, backend=backend)
     assert found.flatten().tolist() == [1, 0]
-
-
-# ------------------------------------------------------------------------------------- autocast
-
-
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_autocast(backend, dtype):
-    check_autocast(dtype, lambda case: call(case, backend), backend)
-
-
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_autocast_of_the_registered_operator(fast, dtype):
-    check_autocast(dtype, lambda case: torch.ops.deformnet.roi_pool(*case.operator), fast)
-
-
-def check_autocast(dtype: torch.dtype, pool: Callable[[Case], torch.Tensor], backend: str) -> None:
-    for position_sensitive in (False, True):
-        case = large_case("bins", position_sensitive).to(torch.float32)
-        # The map as an earlier layer leaves it; offsets, too.
-        low = case.offset.to(dtype)
-        mixed = replace(case, input=case.input.to(dtype), offset=low)
-        for given in (case, mixed):
-            offset = given.offset.clone().requires_grad_()
-            wanted = call(
-                replace(given, input=given.input.to(dtype), offset=given.offset.float()), backend
-            )
-            with torch.autocast("cpu", dtype=dtype):
-                found = pool(replace(given, offset=offset))
-            assert found.dtype == dtype
-            assert found.equal(wanted)
-            found.sum().backward()
-            assert offset.grad.dtype == given.offset.dtype
-
-
-def test_autocast_leaves_float64_alone(backend):
-    case = random_case(5, shifted=True)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = call(case, backend)
-    assert found.equal(call(case, backend))
-
-
-# ------------------------------------------------------------------------------------ bad input
 
 
 def good() -> dict:

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from operator_testing import assert_same
-from roi_pool_cases import SAMPLINGS, Case, call, output_gradient, random_case, run
+from operator_testing import Normal, assert_same
+from roi_pool_cases import EVERY_SAMPLING, ROI_OR_PS, Case, call, output_gradient, random_case, run
 from torch.autograd import gradcheck, gradgradcheck
 
 from deformnet.ops import deform_ps_roi_pool, deform_roi_pool
@@ -118,8 +118,8 @@ def naive(case: Case, grad_output: torch.Tensor) -> dict[str, torch.Tensor]:
     return results if grad_offset is None else {**results, "grad_offset": grad_offset}
 
 
-@pytest.mark.parametrize("position_sensitive", [False, True], ids=["roi", "ps"])
-@pytest.mark.parametrize("sampling", SAMPLINGS)
+@ROI_OR_PS
+@EVERY_SAMPLING
 @pytest.mark.parametrize("seed", range(34))
 def test_loops(seed, sampling, position_sensitive):
     case = random_case(seed, sampling, position_sensitive)
@@ -206,8 +206,8 @@ def leaves_and_function(case: Case, backend: str):
     return leaves, function
 
 
-@pytest.mark.parametrize("position_sensitive", [False, True], ids=["roi", "ps"])
-@pytest.mark.parametrize("sampling", SAMPLINGS)
+@ROI_OR_PS
+@EVERY_SAMPLING
 @pytest.mark.parametrize("seed", TINY[:5])
 def test_gradcheck(backend, seed, sampling, position_sensitive):
     case = random_case(seed, sampling, position_sensitive, shifted=True)
@@ -215,7 +215,7 @@ def test_gradcheck(backend, seed, sampling, position_sensitive):
     assert gradcheck(function, leaves)
 
 
-@pytest.mark.parametrize("sampling", SAMPLINGS)
+@EVERY_SAMPLING
 @pytest.mark.parametrize("seed", TINY[:4])
 def test_gradgradcheck(seed, sampling):
     case = random_case(seed, sampling, shifted=True)
@@ -224,8 +224,8 @@ def test_gradgradcheck(seed, sampling):
 
 
 @pytest.mark.parametrize("axis", [0, 1], ids=["x", "y"])
-@pytest.mark.parametrize("position_sensitive", [False, True], ids=["roi", "ps"])
-@pytest.mark.parametrize("sampling", SAMPLINGS)
+@ROI_OR_PS
+@EVERY_SAMPLING
 def test_derivative_at_whole_numbers_is_the_one_from_the_right(
     backend, sampling, position_sensitive, axis
 ):
@@ -238,8 +238,7 @@ def test_derivative_at_whole_numbers_is_the_one_from_the_right(
     # "aligned" in the middle of a box from edge to edge.
     ends = {"bins": (0.0, 0.0), "msra": (0.0, 0.0), "aligned": (0.0, 1.0)}[sampling]
     boxes = torch.stack([torch.zeros_like(x), x, y, x + ends[1], y + ends[1]], dim=1)
-    generator = torch.Generator().manual_seed(0)
-    input = torch.randn(1, 2, height, width, generator=generator, dtype=torch.float64)
+    input = Normal()(1, 2, height, width)
     offset = torch.zeros(len(boxes), 2, 1, 1, dtype=torch.float64)
     if sampling == "msra":
         offset += 0.5
