@@ -18,7 +18,7 @@ def check(program: str, cache: Path) -> None:
     """Run a program that compiles kernels; it fails if its assertions do."""
     environment = os.environ | {
         "TRITON_CACHE_DIR": str(cache),
-        "PYTHONPATH": str(Path(__file__).parent),
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
     }
     environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, "-c", program]

@@ -9,10 +9,13 @@ import torch
 from operator_testing import OPERATORS
 from torch import Tensor
 
+from deformnet.ops import backends
 from deformnet.ops.registration import Kernels, Operator
 
 
 def put_triton_behind_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The CPU kernels need not have been built.
+    monkeypatch.setattr(backends, "CPU_UNAVAILABLE", None)
     for operator in OPERATORS:
         forward, backward = (_there_and_back(operator, name) for name in Kernels._fields)
         monkeypatch.setattr(operator, "cpu", Kernels(forward, backward))

@@ -332,26 +332,26 @@ def _backward_weight(
     )
 
 
-# By kernel and bytes of a number; smaller problems take smaller tiles. NOT measured on a GPU:
-# chosen so that on every card since compute capability 8.0 they fit into shared memory and, by what
-# ptxas reports, nearly into registers. `python -m benchmarks.gpu --tiles` times these and others.
-# The forward kernel samples anew for every tile of output channels, the weight kernel for every
-# tile and split: their tiles are as wide in O as registers allow.
+# By kernel and bytes of a number; smaller problems take smaller tiles. They fit into shared memory
+# on every card since compute capability 8.0. Those of float32 and bfloat16 were the fastest on an
+# H200, or nearly, of `python -m benchmarks.gpu --tiles --layers 1x512x38x63 8x128x28x28`; float32
+# and tf32 share theirs. The forward kernel samples anew for every tile of output channels, the
+# weight kernel for every tile and split: their tiles are as wide in O as registers allow.
 TILES = {
     "forward": {
         8: Tile(32, 32, 16, warps=4, stages=2),
         4: Tile(64, 128, 32, warps=8, stages=2),
-        2: Tile(64, 256, 64, warps=8, stages=2),
+        2: Tile(64, 256, 64, warps=8, stages=1),
     },
     "positions": {
         8: Tile(32, 16, 16, warps=4, stages=2),
-        4: Tile(64, 32, 32, warps=8, stages=2),
-        2: Tile(64, 64, 32, warps=8, stages=2),
+        4: Tile(64, 32, 64, warps=8, stages=2),
+        2: Tile(64, 64, 64, warps=4, stages=2),
     },
     "weight": {
         8: Tile(32, 32, 16, warps=4, stages=2),
-        4: Tile(64, 128, 32, warps=8, stages=2),
-        2: Tile(64, 256, 64, warps=8, stages=2),
+        4: Tile(32, 128, 32, warps=8, stages=2),
+        2: Tile(32, 256, 64, warps=8, stages=2),
     },
 }
 # Numbers in a tile of the kernels in `triton_narrow`, and its maximum of channels; not measured.

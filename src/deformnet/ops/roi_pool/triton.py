@@ -54,6 +54,9 @@ _LEAST_WIDE = 2**31
 _TILE = 256
 _MOST_BINS = 128
 
+# Triton 3.6 and 3.7 reduce tensors that a loop carries as they were before the loop.
+_SKIPS = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 8)
+
 # The cell of a bin that has had no sample yet, or all of them: it and the next lie on no map.
 _NOWHERE = tl.constexpr(-4)
 
@@ -89,6 +92,7 @@ class _Options(NamedTuple):
     adapts: bool  # whether the number of samples depends on the size of the box
     wide: bool  # indices into tensors are int64
     dtype: tl.dtype  # of weights and sums
+    skips: bool  # whether samples that complete no row of pixels cost no loop along x
 
 
 class _Tile(NamedTuple):
@@ -314,8 +318,8 @@ def _take(axis, s, length, run, OPTIONS: tl.constexpr):
     cell = run.cell
     new = tl.where(within, whole.to(tl.int32), tl.where(more, cell, _NOWHERE))
     same, next = new == cell, new == cell + 1
-    low_done = (same == 0) & (cell >= 0) & (cell < length)
-    high_done = ((same | next) == 0) & (cell + 1 >= 0) & (cell + 1 < length)
+    low_done = (new != cell) & (cell >= 0) & (cell < length)
+    high_done = (new != cell) & (new != cell + 1) & (cell + 1 >= 0) & (cell + 1 < length)
 
     dtype = OPTIONS.dtype
     slope = moves.to(dtype)
@@ -364,7 +368,9 @@ def _forward(
         top_done, bottom_done, new_across, _moves_y = _take(y, i, height, across, OPTIONS)
         top_done, bottom_done = top_done & real, bottom_done & real
         along = _start(none)
-        steps = tl.max(tl.where(top_done | bottom_done, columns, 0))
+        steps = columns
+        if OPTIONS.skips:
+            steps = tl.max(tl.where(top_done | bottom_done, columns, 0))
         for j in range(steps):  # pyright: ignore[reportArgumentType]
             left_done, right_done, new_along, _moves_x = _take(x, j, width, along, OPTIONS)
             pixel = origin + across.cell.to(origin.dtype) * width + along.cell
@@ -443,7 +449,9 @@ def _backward(
             top_done, bottom_done = top_done & real, bottom_done & real
             moved_y = moved_y | moves_y
             along = _start(none)
-            steps = tl.max(tl.where(top_done | bottom_done, columns, 0))
+            steps = columns
+            if OPTIONS.skips:
+                steps = tl.max(tl.where(top_done | bottom_done, columns, 0))
             for j in range(steps):  # pyright: ignore[reportArgumentType]
                 left_done, right_done, new_along, moves_x = _take(x, j, width, along, OPTIONS)
                 moved_x = moved_x | moves_x
@@ -540,6 +548,7 @@ class _Call(NamedTuple):
                 adapts=rule.sampling == "bins" or rule.samples_per_bin == 0,
                 wide=any(tensor.numel() >= _LEAST_WIDE for tensor in sized),
                 dtype=tl.float64 if dtype == torch.float64 else tl.float32,
+                skips=_SKIPS,
             ),
             TILE=self.tile,
             num_warps=self.tile.warps,

@@ -102,11 +102,13 @@ def add(target, scale, index, number, where):
         index: indices into the tensor.
     """
     if target.integers.dtype.element_ty == tl.int64:
-        finite = (number - number) == 0
+        # Not by number - number, which the compiler may fuse with the product that gave the number:
+        # the difference is then what has been rounded off.
+        finite = tl.abs(number) < float("inf")
         whole = tl.where(finite, number, 0).to(tl.float64) * scale
         # Round to the nearest integer; the conversion alone would truncate.
         whole = tl.floor(whole + 0.5).to(tl.int64)
         tl.atomic_add(target.integers + index, whole, mask=where & finite, sem="relaxed")
-        tl.atomic_add(target.floats + index, number, mask=where & (finite == 0), sem="relaxed")
+        tl.atomic_add(target.floats + index, number, mask=where & ~finite, sem="relaxed")
     else:
         tl.atomic_add(target.floats + index, number, mask=where, sem="relaxed")
