@@ -244,15 +244,33 @@ def floor_seconds(shape: Shape, precision: str, step: str, card: Card, *, plain:
     return max(products / card.flops[precision], moved[step] / card.bytes)
 
 
+def _processes() -> ProcessPoolExecutor:
+    """Processes that compile kernels; their code stays in Triton's cache on disk."""
+    return ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn"))
+
+
+def _compile_layer(shape: Shape, precision: str) -> None:
+    set_precision(precision)
+    for name, call in calls_of(make_layer(shape, precision)).items():
+        if name.startswith(OURS):
+            call.both()
+
+
 def measure(layers: Sequence[Shape], rounds: int) -> list[dict[str, object]]:
     """One dict per measurement."""
     card = CARDS.get(torch.cuda.get_device_name())
+    with _processes() as pool:
+        for _ in pool.map(
+            _compile_layer, *zip(*itertools.product(layers, PRECISIONS), strict=True)
+        ):
+            pass
     flush = _larger_than_the_cache()
     # cuDNN then looks for its fastest kernel.
     torch.backends.cudnn.benchmark = True
     figures: list[dict[str, object]] = []
     for shape, (precision, tolerance) in itertools.product(layers, PRECISIONS.items()):
         set_precision(precision)
+        print(f"{shape}, {precision}", file=sys.stderr)
         layer = make_layer(shape, precision)
         calls = right_ones(calls_of(layer), layer, tolerance)
         passes = {name: call.passes() for name, call in calls.items()}
@@ -382,7 +400,7 @@ class _Job:
         return _of_kernel(self.kernel, layer)
 
     def compile(self) -> bool:
-        """Whether the kernel runs; its code stays in Triton's cache on disk."""
+        """Whether the kernel runs."""
         from triton.runtime.errors import OutOfResources, PTXASError
 
         try:
@@ -405,8 +423,7 @@ def measure_tiles(layers: Sequence[Shape], rounds: int) -> list[dict[str, object
         usual = kernels.TILES[kernel][2 if precision == "bfloat16" else 4]
         tiles = [usual, *(Tile(*tile) for tile in _CANDIDATES[kernel][precision])]
         jobs += [_Job(kernel, precision, shape, tile) for tile in dict.fromkeys(tiles)]
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
+    with _processes() as pool:
         runs = list(pool.map(_Job.compile, jobs))
     jobs = [job for job, ran in zip(jobs, runs, strict=True) if ran]
 
