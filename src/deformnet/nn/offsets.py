@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deformnet.ops._arguments import number
+from deformnet.ops.backends import autocast_enabled
 
 
 class OffsetLayer(nn.Module):
@@ -68,11 +69,6 @@ class OffsetLinear(OffsetLayer, nn.Linear):
 
     def _compute(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(input, weight, bias)
-
-
-def autocast_enabled(device: str) -> bool:
-    """Whether autocast is enabled for a device type."""
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def non_negative(name: str, value: float) -> float:

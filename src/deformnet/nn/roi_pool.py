@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from deformnet.nn.deform_conv import refuse_script
-from deformnet.nn.offsets import OffsetConv2d, OffsetLinear, autocast_enabled, non_negative
+from deformnet.nn.offsets import OffsetConv2d, OffsetLinear, non_negative
 from deformnet.ops import deform_ps_roi_pool, deform_roi_pool
 from deformnet.ops._arguments import IntOrPair, integer, number, pair, positive
+from deformnet.ops.backends import autocast_enabled
 from deformnet.ops.roi_pool.checks import Sampling
 
 Boxes = Tensor | Sequence[Tensor]

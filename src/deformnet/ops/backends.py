@@ -19,6 +19,11 @@ CPU_UNAVAILABLE: str | None = loading.why_unavailable()
 # The fast implementation for each device type; meta tensors use the operator's fake.
 _FAST: dict[str, Backend] = {"cpu": "cpu", "meta": "cpu", "cuda": "triton"}
 
+# Looked up once, as PyTorch 2.11 cannot trace the question.
+_WITH_AUTOCAST = frozenset(
+    filter(torch.amp.is_autocast_available, ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "xla"))
+)
+
 _default: ContextVar[Backend] = ContextVar("deformnet_default_backend", default="auto")
 _warned: set[str] = set()
 
@@ -28,6 +33,11 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 def names() -> tuple[Backend, ...]:
     """Names of the implementations: the values of `backend=` other than "auto"."""
     return get_args(Backend)[1:]
+
+
+def autocast_enabled(device: str) -> bool:
+    """Whether autocast is enabled for a device type."""
+    return device in _WITH_AUTOCAST and torch.is_autocast_enabled(device)
 
 
 def why_unavailable(backend: str, device: str | None = None) -> str | None:

@@ -20,11 +20,6 @@ from deformnet.ops.flops import register as register_flops
 
 _library = Library("deformnet", "DEF")
 
-# Devices with autocast, looked up once: PyTorch 2.11 cannot trace the question in a compiled model.
-_WITH_AUTOCAST = frozenset(
-    filter(torch.amp.is_autocast_available, ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "xla"))
-)
-
 
 class Kernels(NamedTuple):
     """A fast implementation of an operator.
@@ -157,7 +152,7 @@ class Operator:
             raise TypeError(f"expected input to be a tensor, but got {type(input).__name__}")
         device = input.device.type
         reference = backends.resolve(backend, device) == "reference"
-        if device in _WITH_AUTOCAST and torch.is_autocast_enabled(device):
+        if backends.autocast_enabled(device):
             tensors = self._autocast(device, tensors)
             self._check(*tensors, settings)
             # The casts are done; the reference must not have its own arithmetic cast as well.
