@@ -77,23 +77,33 @@ class Recipe(ABC):
 
     flip: bool = True
     """Flip images horizontally with probability 0.5."""
+    orientation: Literal["auto", "stored", "upright"] = "auto"
+    """Orientation of images with an EXIF flag: as stored, upright, or whichever fits the annotated
+    image size (auto; upright where both fit)."""
 
     batch: int = 8
     """Batch size: images per iteration, over all processes."""
     iterations: int = 30_000
     """Number of training iterations."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """Optimizer: SGD with momentum, or AdamW."""
+    schedule: Literal["step", "cosine"] = "step"
+    """Learning rate schedule after the warmup: steps (see `lr`), or a half cosine down to 0."""
     lr: float = 0.02
-    """Learning rate, divided by 10 after two thirds of the iterations."""
+    """Learning rate; the step schedule divides it by 10 after two thirds of the iterations."""
     offset_lr_scale: float = 1.0
     """Learning rate multiplier of the offset layers (beta in the paper)."""
     momentum: float = 0.9
-    """SGD momentum."""
+    """SGD momentum, or beta1 of AdamW."""
     weight_decay: float = 5e-4
-    """SGD weight decay."""
+    """Weight decay."""
     warmup: int = 100
     """Number of warmup iterations, over which the learning rate grows linearly from `lr` / 10."""
     clip: float | None = None
     """Maximum gradient norm for clipping; None disables clipping."""
+    ema: float | None = None
+    """Decay of the exponential moving average of the weights, which is then the trained network;
+    None disables averaging."""
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     """Training precision: float32, or mixed with bfloat16 or float16."""
     seed: int = 0
@@ -113,6 +123,12 @@ class Recipe(ABC):
                 raise UserError(
                     f"expected {name} to be 0 or positive, but got {getattr(self, name)}"
                 )
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise UserError(f"expected ema to be between 0 and 1, but got {self.ema}")
+        if self.optimizer == "adamw" and not self.momentum < 1:
+            raise UserError(
+                f"expected momentum to be below 1, as beta1 of adamw, but got {self.momentum}"
+            )
         if self.stride_in_1x1 and self.backbone not in ("resnet50", "resnet101"):
             raise UserError(
                 "expected backbone to be resnet50 or resnet101 for stride_in_1x1, whose blocks "
@@ -173,6 +189,12 @@ class Recipe(ABC):
         """The learning rate of an iteration (counted from 0) as a fraction of `lr`."""
         if iteration < self.warmup:
             return 0.1 + 0.9 * iteration / self.warmup
+        if self.schedule == "step":
+            return self._step_factor(iteration)
+        done = (iteration - self.warmup) / max(1, self.iterations - self.warmup)
+        return 0.5 + 0.5 * math.cos(math.pi * min(1.0, done))
+
+    def _step_factor(self, iteration: int) -> float:
         # In integers, so that rounding never moves the drop by an iteration.
         return 1.0 if 3 * iteration < 2 * self.iterations else 0.1
 
@@ -223,9 +245,9 @@ class ClassifierRecipe(Recipe):
     batch: int = 32
     """Batch size: images per iteration, over all processes."""
     lr: float = 0.01
-    """Learning rate, divided by 10 after each third of the iterations."""
+    """Learning rate; the step schedule divides it by 10 after each third of the iterations."""
     weight_decay: float = 1e-4
-    """SGD weight decay."""
+    """Weight decay."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -243,9 +265,7 @@ class ClassifierRecipe(Recipe):
     def image_size(self) -> tuple[int, int]:
         return self.test_short_side, self.test_short_side
 
-    def lr_factor(self, iteration: int) -> float:
-        if iteration < self.warmup:
-            return super().lr_factor(iteration)
+    def _step_factor(self, iteration: int) -> float:
         # In integers; the optimizer also asks for the iteration after the last.
         return (1.0, 0.1, 0.01)[min(2, 3 * iteration // self.iterations)]
 
@@ -267,10 +287,17 @@ class DenseRecipe(Recipe):
     """Shorter side of the images after resizing, in pixels."""
     max_side: int | None = 1000
     """Maximum longer side after resizing, in pixels, which takes precedence; None for no limit."""
+    scale_jitter: tuple[float, float] | None = None
+    """Minimum and maximum factor of random resizing in training, relative to the size above; None
+    disables it."""
+    color_jitter: bool = False
+    """Change brightness, contrast, saturation and hue randomly in training."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require_positive("dilation")
+        self._require_positive("dilation", "scale_jitter")
+        if self.scale_jitter is not None and self.scale_jitter[0] > self.scale_jitter[1]:
+            raise UserError(f"expected scale_jitter to be ascending, but got {self.scale_jitter}")
         if self.max_side is not None and self.max_side < self.short_side:
             raise UserError(
                 f"expected max_side to be at least short_side ({self.short_side}), "
