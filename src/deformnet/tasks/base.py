@@ -126,6 +126,10 @@ class TrainingSet(ABC):
     def __len__(self) -> int:
         return self.identity.images
 
+    def summary(self) -> list[str]:
+        """Lines about the ground truth, shown before training, such as boxes by class."""
+        return []
+
     @abstractmethod
     def batch(self, indices: Sequence[int], seeds: Sequence[int]) -> Batch:
         """The images of these indices as a batch; the seeds decide all randomness; see `seeded`."""
@@ -139,11 +143,14 @@ class Scores:
         json: entries of `metrics.json`: fractions from 0 to 1, None instead of NaN.
         table: scores in percent, by class where there are such; the title names the metric.
         summary: scores in percent, by the names in the paper's tables ("mean IoU", "mAP@0.5").
+        main: name and value in percent of the score that decides which network of a run is best;
+            higher is better, None if there is nothing to score.
     """
 
     json: dict[str, object]
     table: Table
     summary: dict[str, float | None]
+    main: tuple[str, float | None] = field(default=("score", None), kw_only=True)
 
     def save(self, folder: Path, suffix: str = "") -> dict[str, str]:
         """Writes the predictions that were scored, if the task keeps them.

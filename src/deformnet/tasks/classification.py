@@ -97,6 +97,7 @@ class ClassificationEvaluationSet(CountingSet):
             scores.to_json(self.classes),
             Table("Error", (), [(name, percent(error, 1)) for name, error in rows]),
             {f"{name} error": scaled(error, 100) for name, error in totals.items()},
+            main=("top-1 accuracy", scaled(1 - scores.top1_error, 100)),
         )
 
 

@@ -130,6 +130,7 @@ class SegmentationEvaluationSet(CountingSet):
             {"score_at": self._score_at, **scores.to_json(self.classes)},
             Table("IoU", (), [(name, percent(iou, 1)) for name, iou in rows]),
             {"mean IoU": scaled(scores.mean_iou, 100)},
+            main=("mean IoU", scaled(scores.mean_iou, 100)),
         )
 
 

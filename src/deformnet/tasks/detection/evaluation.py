@@ -13,6 +13,7 @@ from deformnet._text import Table, percent
 from deformnet.data.boxes import DetectionDataset
 from deformnet.data.coco import COCODetection
 from deformnet.metrics.detections import Record, write_detections
+from deformnet.metrics.numbers import scaled
 from deformnet.metrics.scoring import COCOGroundTruth
 from deformnet.metrics.voc import Method
 from deformnet.tasks.annotations import names_of
@@ -52,7 +53,8 @@ def precision(images: DetectionDataset, method: Method) -> Scoring:
 
     def score(records: list[Record]) -> Scores:
         scores = ground_truth.score(records)
-        return ScoredDetections(scores.json, scores.tables[0], scores.summary, records)
+        main = next(iter(scores.summary.items()))
+        return ScoredDetections(scores.json, scores.tables[0], scores.summary, records, main=main)
 
     return score
 
@@ -81,7 +83,8 @@ def recall(images: DetectionDataset) -> Scoring:
         }
         rows = [(f"IoU {iou}", percent(value, 1)) for iou, value in by_iou.items()]
         table = Table("Recall of proposals", (), rows)
-        return ScoredDetections({"recall": by_iou}, table, {}, records)
+        main = ("recall@0.7", scaled(by_iou["0.7"], 100))
+        return ScoredDetections({"recall": by_iou}, table, {}, records, main=main)
 
     return score
 
