@@ -279,7 +279,7 @@ class ClassifierRecipe(Recipe):
 class DenseRecipe(Recipe):
     """Base class of the recipes of networks with dense predictions."""
 
-    pixels: ClassVar[tuple[str, ...]] = ("short_side", "max_side")
+    pixels: ClassVar[tuple[str, ...]] = ("short_side", "max_side", "crop")
 
     dilation: int = 2
     """Dilation of conv5, whose stride is 1."""
@@ -292,6 +292,8 @@ class DenseRecipe(Recipe):
     disables it."""
     color_jitter: bool = False
     """Change brightness, contrast, saturation and hue randomly in training."""
+    crop: tuple[int, int] | None = None
+    """Height and width of the random training crop, in pixels; None trains on whole images."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -313,14 +315,10 @@ class DenseRecipe(Recipe):
 class SegmentationRecipe(DenseRecipe):
     """Base class of the recipes for semantic segmentation."""
 
-    pixels: ClassVar[tuple[str, ...]] = ("short_side", "max_side", "crop")
-
     short_side: int = 360
     """Shorter side of the images after resizing, in pixels."""
     max_side: int | None = 600
     """Maximum longer side after resizing, in pixels, which takes precedence; None for no limit."""
-    crop: tuple[int, int] | None = None
-    """Height and width of the random training crop, in pixels; None trains on whole images."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -81,6 +81,8 @@ class SegmentationTrainingSet(TrainingSet):
             max_side=recipe.max_side,
             crop=recipe.crop,
             flip=recipe.flip,
+            scale_jitter=recipe.scale_jitter,
+            color_jitter=recipe.color_jitter,
         )
 
     def batch(self, indices: Sequence[int], seeds: Sequence[int]) -> Batch:

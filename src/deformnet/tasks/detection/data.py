@@ -87,7 +87,12 @@ class DetectionTrainingSet(TrainingSet):
         self._proposals = proposals
         self._round = recipe.convention == "msra2017"
         self._transforms = detection_transforms(
-            short_side=recipe.short_side, max_side=recipe.max_side, flip=recipe.flip
+            short_side=recipe.short_side,
+            max_side=recipe.max_side,
+            flip=recipe.flip,
+            crop=recipe.crop,
+            scale_jitter=recipe.scale_jitter,
+            color_jitter=recipe.color_jitter,
         )
 
     def batch(self, indices: Sequence[int], seeds: Sequence[int]) -> Batch:
