@@ -36,6 +36,7 @@ ScoreAt = Literal["original", "network"]
 """Size at which predicted label maps are compared with the ground truth: that of the label map on
 disk, to which the logits are upsampled, or that of the network's input, to which the label map is
 resized (the authors' rule on VOC: mean IoU at 360 pixels)."""
+_RecipeT = TypeVar("_RecipeT", bound="Recipe")
 _Detector = TypeVar("_Detector", bound="DetectorRecipe")
 
 
@@ -43,8 +44,8 @@ _Detector = TypeVar("_Detector", bound="DetectorRecipe")
 class Recipe(ABC):
     """Base class of the recipes: the backbone and the schedule.
 
-    The defaults train from random weights on one machine; the functions of this module return the
-    paper's settings for fine-tuning.
+    The defaults train from random weights on one machine. The functions of this module return
+    other settings: `finetune` for your own data, and those of the paper.
 
     Raises:
         TypeError: if a field has the wrong type.
@@ -185,6 +186,15 @@ class Recipe(ABC):
         """Returns the recipe without deformable layers."""
         return dataclasses.replace(self, deform_layers=0)
 
+    def fitted(self, short_side: int) -> Self:
+        """Returns the recipe for images of this size, with augmentation; see `finetune`."""
+        return self
+
+    @classmethod
+    def published(cls) -> "Recipe":
+        """Returns the paper's settings of the network, on VOC or ImageNet."""
+        return cls()
+
     def lr_factor(self, iteration: int) -> float:
         """The learning rate of an iteration (counted from 0) as a fraction of `lr`."""
         if iteration < self.warmup:
@@ -274,6 +284,10 @@ class ClassifierRecipe(Recipe):
 
         return Classifier(self._backbone(None, output_stride=32), num_classes)
 
+    @classmethod
+    def published(cls) -> "Recipe":
+        return imagenet(backbone="resnet50")
+
 
 @dataclass(frozen=True, kw_only=True)
 class DenseRecipe(Recipe):
@@ -310,6 +324,15 @@ class DenseRecipe(Recipe):
     def image_size(self) -> tuple[int, int]:
         return self.short_side, self.max_side or self.short_side
 
+    def fitted(self, short_side: int) -> Self:
+        return dataclasses.replace(
+            self,
+            short_side=short_side,
+            max_side=round(short_side * 5 / 3),
+            scale_jitter=(0.75, 1.25),
+            color_jitter=True,
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentationRecipe(DenseRecipe):
@@ -331,6 +354,10 @@ class DeepLabRecipe(SegmentationRecipe):
         from deformnet.models.deeplab import DeepLab
 
         return DeepLab(self._backbone(1024, dilation=self.dilation), num_classes)
+
+    @classmethod
+    def published(cls) -> "Recipe":
+        return voc2012()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -360,6 +387,15 @@ class DetectorRecipe(DenseRecipe):
         for name in ("score_threshold", "nms"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"expected {name} to be 0 to 1, but got {getattr(self, name)}")
+
+    def fitted(self, short_side: int) -> Self:
+        """Returns it also with anchors from 16 pixels to the size of the image."""
+        sizes = tuple(size for size in (16, 32, 64, 128, 256) if size <= short_side)
+        return dataclasses.replace(super().fitted(short_side), anchor_sizes=sizes)
+
+    @classmethod
+    def published(cls) -> "Recipe":
+        return voc_detection(cls)
 
     def _rpn(self, in_channels: int, num_classes: int = 1) -> "RPN":
         from deformnet.models.detection.rpn import RPN
@@ -535,6 +571,52 @@ def recipe_from_dict(values: Mapping[str, Any], *, source: str | Path) -> Recipe
         return recipe(**fields)
     except (TypeError, ValueError) as error:
         raise UserError(f"{source}: {error}") from error
+
+
+def finetune(
+    recipe: type[_RecipeT],
+    *,
+    images: int,
+    short_side: int = 480,
+    gpu: bool = True,
+    batch: int | None = None,
+    backbone: BackboneName = "resnet50",
+    init: str | None = "IMAGENET1K_V1",
+) -> _RecipeT:
+    """Settings for your own data: from pretrained weights, for some hundreds of images or more.
+
+    40 passes over the images, but 1,000 to 30,000 iterations; SGD with a cosine schedule, averaged
+    weights, and color and scale jitter. Offsets learn at a tenth of the rate, and gradients are
+    clipped, so that sampling locations stay on the feature map. Batch norm is frozen, because
+    batches are small; from random weights it has to be trained.
+
+    Args:
+        recipe: the network's class.
+        images: number of training images.
+        short_side: typical shorter side of the images, in pixels. Training resizes to that, within
+            bounds: 160 to 480, on a CPU to 240.
+        gpu: whether to train on a GPU.
+        batch: batch size; None takes that of the network, on a CPU half of it.
+        backbone: backbone network.
+        init: initial weights of the backbone; None for random ones.
+    """
+    plain = recipe(backbone=backbone)
+    if batch is None:
+        batch = max(1, min(plain.batch, images) // (1 if gpu else 2))
+    settings = dataclasses.replace(
+        plain,
+        init=init,
+        norm="trained" if init is None else "frozen",
+        batch=batch,
+        iterations=min(30_000, max(1_000, math.ceil(40 * images / batch))),
+        schedule="cosine",
+        lr=(plain.lr if init is None else 0.01) * batch / plain.batch,
+        warmup=100,
+        offset_lr_scale=0.1,
+        clip=10.0,
+        ema=0.99,
+    )
+    return settings.fitted(min(480 if gpu else 240, max(160, short_side)))
 
 
 def voc2012(*, deform_layers: DeformLayers = 3) -> DeepLabRecipe:

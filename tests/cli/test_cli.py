@@ -16,6 +16,7 @@ from deformnet.cli import main
 from deformnet.data.synthetic import Shapes, write_shapes
 
 QUICK = [
+    *("--recipe", "scratch"),
     *("--backbone", "resnet18", "--deform-layers", "1", "--short-side", "32", "--max-side", "None"),
     *("--batch", "2", "--iterations", "2", "--accelerator", "cpu", "--workers", "0"),
 ]
@@ -163,7 +164,7 @@ def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch, tmp_path):
 
     monkeypatch.setattr(deformnet.engine, "train", faulty)
     with pytest.raises(ValueError, match="invalid literal") as raised:
-        main(["train", "deeplab", "--data", str(tmp_path), "--out", str(tmp_path)])
+        main(["train", "deeplab", "--data", str(tmp_path), "--out", str(tmp_path), *QUICK])
     assert "report it with this traceback" in raised.value.__notes__[0]
 
 

@@ -128,7 +128,7 @@ class TrainingLog:
             main, summary: as of `Scores`.
             pictures: predictions, by the names of their images.
         """
-        scores = dict([main]) | summary
+        scores = {main[0]: main[1], **summary}
         row = {k: "" if v is None else f"{v:.9g}" for k, v in scores.items()}
         self._validated.append({"iteration": str(iteration), **row})
         self._write_validations()

@@ -499,9 +499,12 @@ def _checkpoint_of(
     for field in dataclasses.fields(recipe):
         old, new = getattr(old_recipe, field.name), getattr(recipe, field.name)
         if old != new and not (further and field.name == "iterations"):
+            remedy = "continue it with its own recipe or choose another folder"
+            if field.name == "iterations":
+                remedy = f"train it to {new} with continue_to, or choose another folder"
             raise UserError(
                 f"{run}: expected a run with {field.name}={new!r}, but it holds one with "
-                f"{field.name}={old!r}; continue it with its own recipe or choose another folder"
+                f"{field.name}={old!r}; {remedy}"
             )
     if old_data != data:
         raise UserError(

@@ -6,6 +6,7 @@ was never interrupted.
 """
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -44,7 +45,9 @@ class Validator:
         validated: Validated | None = None,
     ) -> None:
         self._images, self._workers = images, workers
-        self._every, self._patience, self._total = loop.validate_every, loop.patience, total
+        self._patience, self._total = loop.patience, total
+        every = loop.validate_every
+        self._every = math.ceil(total / 10) if every == "auto" else every
         self.validated: Validated = validated or {
             "iteration": 0,
             "best": None,

@@ -181,10 +181,12 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _checkpoint_in(run: Path) -> Path:
     """The checkpoint of a run's network: the best one if there is one, otherwise the last."""
-    for name in _RUN_CHECKPOINTS:
-        if (run / name).is_file():
-            return run / name
-    raise FileNotFoundError(f"{run}: expected a trained run, but there is no {name}")
+    for path in (run / name for name in _RUN_CHECKPOINTS):
+        if path.is_file():
+            return path
+    raise FileNotFoundError(
+        f"{run}: expected a trained run, but there is no {_RUN_CHECKPOINTS[-1]}"
+    )
 
 
 def _bare(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
