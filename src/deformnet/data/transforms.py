@@ -280,9 +280,8 @@ class RandomBoxCrop(v2.Transform):
         self._crop = _random_crop(crop)
         self._sanitize = v2.SanitizeBoundingBoxes(labels_getter=lambda inputs: inputs[1][1:])
 
-    def forward(
-        self, image: tv_tensors.Image, objects: BoxAnnotations
-    ) -> tuple[tv_tensors.Image, BoxAnnotations]:
+    def forward(self, *inputs: Any) -> Any:
+        image, objects = inputs
         wanted = _has_objects(objects)
         cropped = self._sanitize(*self._crop(image, objects))
         for _ in range(_CROPS - 1):

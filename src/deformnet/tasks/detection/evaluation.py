@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torchvision.ops import box_iou
 
 from deformnet._text import Table, percent
-from deformnet.data.boxes import DetectionDataset
 from deformnet.data.coco import COCODetection
 from deformnet.metrics.detections import Record, write_detections
 from deformnet.metrics.numbers import scaled
@@ -18,6 +17,7 @@ from deformnet.metrics.scoring import COCOGroundTruth
 from deformnet.metrics.voc import Method
 from deformnet.tasks.annotations import names_of
 from deformnet.tasks.base import EvaluationSet, Processes, ProposalSet, Scores
+from deformnet.tasks.detection.data import BoxImages
 from deformnet.tasks.detection.predictor import DetectionPredictor
 from deformnet.tasks.loading import predictions
 from deformnet.tasks.predictor import Device
@@ -47,7 +47,7 @@ class ScoredDetections(Scores):
         return {"submission": str(folder / name)}
 
 
-def precision(images: DetectionDataset, method: Method) -> Scoring:
+def precision(images: BoxImages, method: Method) -> Scoring:
     """Scores by VOC AP with this method, or by COCO AP."""
     ground_truth = ground_truth_of(images, methods=[method])
 
@@ -66,7 +66,7 @@ def submission(images: COCODetection, network: str) -> Scoring:
     return lambda records: ScoredDetections({}, table, {}, records, files)
 
 
-def recall(images: DetectionDataset) -> Scoring:
+def recall(images: BoxImages) -> Scoring:
     """Scores proposals by the fraction of the objects that one overlaps; None without objects."""
 
     def score(records: list[Record]) -> Scores:
@@ -100,7 +100,7 @@ class Sample(NamedTuple):
 class Samples:
     """Images of a data set, which workers load, and proposals that replace the detector's own."""
 
-    images: DetectionDataset
+    images: BoxImages
     proposals: StoredProposals | None = None
 
     def __len__(self) -> int:
