@@ -8,7 +8,9 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset, IterableDataset, Subset
 
+import deformnet
 from deformnet import UserError
+from deformnet.engine import Hardware, LoopOptions, evaluate
 from deformnet.recipes import ClassifierRecipe, DeepLabRecipe, RFCNRecipe, RPNRecipe
 from deformnet.tasks import DataIdentity, Processes, task_of
 from pictures import noise
@@ -168,6 +170,9 @@ def test_items_are_checked_by_their_index(kind, item, message):
 class Endless(IterableDataset):
     classes = CLASSES
 
+    def __iter__(self):
+        yield from ()
+
 
 def with_classes(classes):
     data = own("class")
@@ -260,3 +265,19 @@ def test_reading_some_images_changes_no_random_numbers():
     for kind in RECIPES:
         training_set(kind, Random(own(kind).items)).summary()
     assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("kind", RECIPES)
+def test_own_data_from_training_to_a_prediction(kind, tmp_path):
+    recipe = type(RECIPES[kind])(**{**vars(RECIPES[kind]), "batch": 2, "iterations": 2})
+    hardware = Hardware(accelerator="cpu", workers=1)
+    train = {"hardware": hardware, "loop": LoopOptions(progress=False)}
+    result = deformnet.train(recipe, own(kind), str(tmp_path), val_data=own(kind, count=3), **train)
+    assert result.scores is not None
+    assert result.images == 3
+    again = evaluate(tmp_path, own(kind, count=3), hardware=hardware, progress=False)
+    assert again.scores.json == result.scores.json
+    assert deformnet.load(str(tmp_path))(noise(40, 60)).plot()
+    assert deformnet.train(recipe, own(kind), tmp_path, **train).scores is None, "no val_data"
+    with pytest.raises(UserError, match="on the same data"):
+        deformnet.train(recipe, own(kind, count=13), tmp_path, **train)

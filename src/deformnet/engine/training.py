@@ -48,7 +48,8 @@ from deformnet.engine.validation import Pictures, Validator, pictures_of
 from deformnet.nn import parameter_groups
 from deformnet.recipes import Recipe
 from deformnet.tasks import task_of
-from deformnet.tasks.base import Batch, DataIdentity, TaskOptions
+from deformnet.tasks.base import Batch, DataIdentity, EvaluationSet, Task, TaskOptions
+from deformnet.tasks.own import Data, Location
 
 
 class TrainingStopped(Exception):
@@ -57,12 +58,12 @@ class TrainingStopped(Exception):
 
 def train(
     recipe: Recipe,
-    data: str | Path,
+    data: Data,
     out: str | Path,
     *,
     split: str = "train",
     val_split: str | None = "val",
-    val_data: str | Path | None = None,
+    val_data: Data | None = None,
     proposals: Sequence[str | Path] = (),
     epochs: float | None = None,
     continue_to: int | None = None,
@@ -81,12 +82,14 @@ def train(
 
     Args:
         recipe: network, image size and schedule.
-        data: folder of the data set, in a layout that the task of the recipe reads.
+        data: folder of the data set, in a layout that the task of the recipe reads; or a torch data
+            set, as `deformnet.tasks.own` describes it, which has no splits.
         out: run folder; see `deformnet.engine.runs` for its contents.
         split: split to train on.
         val_split: split to evaluate on at the end, and during training as `loop` says; None for
             none. The default may be missing.
-        val_data: data set of `val_split`, if it is not `data`.
+        val_data: data set of `val_split`, if it is not `data`; with a torch data set, the only one
+            that is evaluated on.
         proposals: files of stored proposals for both splits, which replace those of the detector;
             see `deformnet.engine.propose`.
         epochs: passes over the training images, in the place of the recipe's iterations.
@@ -108,17 +111,16 @@ def train(
             is due, or offsets run away and `loop.stop_on_runaway` is set.
         TrainingStopped: after Ctrl-C or SIGTERM.
     """
-    data, out = Path(data), Path(out)
-    val_data = data if val_data is None else Path(val_data)
+    out = Path(out)
     layout = Layout.of(hardware)
     task = task_of(recipe, TaskOptions(proposals=tuple(map(Path, proposals))))
     images = task.training_set(data, split)
     recipe = _with_iterations(recipe, len(images), epochs, continue_to)
     _require_fit(recipe, layout, loop)
-    validation = None
-    if val_split is not None and (val_split != "val" or val_split in task.splits(val_data)):
-        validation = task.evaluation_set(val_data, val_split, images.identity)
-    elif loop.patience is not None:
+    if val_data is None and isinstance(data, Location):
+        val_data = data
+    validation = _validation(task, val_data, val_split, images.identity)
+    if validation is None and loop.patience is not None:
         raise UserError("expected a validation split for patience, but there is none")
     checkpoint = _checkpoint_of(out, recipe, images.identity, further=continue_to is not None)
     done = 0 if checkpoint is None else checkpoint["iteration"]
@@ -174,6 +176,17 @@ def train(
         if fabric.is_global_zero:
             result = result.save(out)
     return result
+
+
+def _validation(
+    task: Task, data: Data | None, split: str | None, trained_on: DataIdentity
+) -> EvaluationSet | None:
+    """The images to evaluate on; None for none, also if the default split is missing."""
+    if data is None or split is None:
+        return None
+    if isinstance(data, Location) and split == "val" and split not in task.splits(data):
+        return None
+    return task.evaluation_set(data, split, trained_on)
 
 
 class _Run:
