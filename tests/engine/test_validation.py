@@ -96,8 +96,9 @@ def scores() -> Iterator[None]:
     score, main = Validator.score, {2: 10.0, 4: 30.0}
 
     def scored(self: Validator, *args: object) -> Scores:
-        iteration = self.validated["iteration"] + 2
-        return dataclasses.replace(score(self, *args), main=("mean IoU", main.get(iteration, 20.0)))
+        value = main.get(self.validated["iteration"] + 2, 20.0)
+        scores = score(self, *args)
+        return dataclasses.replace(scores, main=("mean IoU", value), summary={"mean IoU": value})
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Validator, "score", scored)
@@ -140,7 +141,7 @@ def _equal(value: object, expected: object) -> None:
         # A chain of kills: each run goes on where the one before was killed.
         [("before step", 2), ("before scoring", 1), ("after scoring", 1), ("after row", 1)],
         [("after best.ckpt", 1), ("before best.ckpt", 2), ("before last.ckpt", 2)],
-        [("after step", 5), ("before scoring", 3), ("after last.ckpt", 3), ("after row", 1)],
+        [("after step", 5), ("before scoring", 1), ("after last.ckpt", 3), ("after row", 1)],
     ],
     ids=["first validation", "best checkpoint", "later"],
 )

@@ -21,6 +21,8 @@ def header(
 ) -> Iterator[str]:
     """Lines about data, network, schedule and device."""
     scored = "no validation images"
+    if val_split is not None:
+        scored += f", because there is no split {val_split}"
     if validation is not None:
         scored = f"{len(validation)} images to validate on ({val_split})"
     yield f"data: {len(images)} images to train on ({split}), {scored}"

@@ -31,7 +31,7 @@ import tomllib
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple, TypedDict, cast
+from typing import NamedTuple, NotRequired, TypedDict, cast
 
 import torch
 from torch import Tensor, nn
@@ -80,12 +80,12 @@ class Checkpoint(TypedDict):
     deformnet: Description
     model: dict[str, Tensor]
     """The network, with averaged weights if the recipe has `ema`."""
-    unaveraged: dict[str, Tensor] | None
+    unaveraged: NotRequired[dict[str, Tensor] | None]
     """The weights that the optimizer works on, if they are others."""
     optimizer: dict[str, object]
     precision: dict[str, object]
     iteration: int
-    validated: Validated
+    validated: NotRequired[Validated]
 
 
 def checkpoint_path(run: Path) -> Path:
@@ -204,7 +204,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
         raise UserError(f"{path}: damaged, or not a checkpoint") from error
-    if not isinstance(checkpoint, dict) or not Checkpoint.__annotations__.keys() <= set(checkpoint):
+    if not isinstance(checkpoint, dict) or not Checkpoint.__required_keys__ <= set(checkpoint):
         raise UserError(f"{path}: not a checkpoint of deformnet")
     return cast(Checkpoint, checkpoint)
 

@@ -139,7 +139,7 @@ def train(
     task.freeze(model)
     workers = layout.workers
     with launched(layout, recipe.precision, facts) as fabric:
-        earlier = None if checkpoint is None else checkpoint["validated"]
+        earlier = None if checkpoint is None else checkpoint.get("validated")
         validator = Validator(validation, loop, recipe.iterations, workers, earlier)
         if fabric.is_global_zero and (checkpoint is None or continue_to is not None):
             write_json(out / "recipe.json", recipe.to_dict())
@@ -213,8 +213,8 @@ class _Run:
         # Convolutions run faster on this layout, on CPUs and GPUs alike.
         self.model = model.train().to(fabric.device).to(memory_format=torch.channels_last)
         self.average = None if recipe.ema is None else AveragedNetwork(self.model, recipe.ema)
-        if checkpoint is not None and checkpoint["unaveraged"] is not None:
-            self.model.load_state_dict(checkpoint["unaveraged"])
+        if checkpoint is not None and (trained := checkpoint.get("unaveraged")) is not None:
+            self.model.load_state_dict(trained)
         optimizer = _optimizer(recipe, model)
         self.rates = [group["lr"] for group in optimizer.param_groups]
         self.losses, self.optimizer = fabric.setup(_Losses(model), optimizer)
@@ -537,4 +537,6 @@ def _continued(checkpoint: Checkpoint, before: int, after: int, run: Path) -> Ch
             f"{run}: expected continue_to to be at least the {checkpoint['iteration']} iterations "
             f"that the run has been trained for, but got {after}"
         )
+    if "validated" not in checkpoint:
+        return checkpoint
     return {**checkpoint, "validated": {**checkpoint["validated"], "waited": 0}}
