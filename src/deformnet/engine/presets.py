@@ -1,13 +1,13 @@
 """Settings that fit a data set and a machine."""
 
 import statistics
-from pathlib import Path
 from typing import TypeVar
 
 from deformnet.engine.processes import Layout
 from deformnet.engine.settings import Hardware
 from deformnet.recipes import BackboneName, Recipe, finetune
 from deformnet.tasks import task_of
+from deformnet.tasks.own import Data
 
 _RecipeT = TypeVar("_RecipeT", bound=Recipe)
 _SAMPLED = 20  # images whose sizes are read
@@ -15,7 +15,7 @@ _SAMPLED = 20  # images whose sizes are read
 
 def finetune_on(
     recipe: type[_RecipeT],
-    data: str | Path,
+    data: Data,
     *,
     split: str = "train",
     batch: int | None = None,
@@ -27,7 +27,7 @@ def finetune_on(
 
     Args:
         recipe: the network's class.
-        data: folder of the data set.
+        data: data set, as for `train`.
         split: training split.
         batch: batch size; None chooses.
         backbone, init: backbone network and its initial weights; None for random ones.
@@ -35,7 +35,7 @@ def finetune_on(
     Raises:
         FileNotFoundError, UserError: as of `train`.
     """
-    images = task_of(recipe()).annotated(Path(data), split)
+    images = task_of(recipe()).annotated(data, split)
     count = len(images)
     chosen = sorted({round(n * (count - 1) / (_SAMPLED - 1)) for n in range(_SAMPLED)})
     sides = [min(images[index][0].shape[1:]) for index in chosen] if count else [480]

@@ -44,7 +44,7 @@ from deformnet.engine.runs import (
 from deformnet.engine.sampling import Iterations
 from deformnet.engine.settings import Hardware, LoopOptions
 from deformnet.engine.shared_norm import share_statistics
-from deformnet.engine.validation import Pictures, Validator, pictures_of
+from deformnet.engine.validation import Validator, pictures_of
 from deformnet.nn import parameter_groups
 from deformnet.recipes import Recipe
 from deformnet.tasks import task_of
@@ -141,6 +141,8 @@ def train(
     with launched(layout, recipe.precision, facts) as fabric:
         earlier = None if checkpoint is None else checkpoint.get("validated")
         validator = Validator(validation, loop, recipe.iterations, workers, earlier)
+        if val_data is not None and val_split is not None:
+            validator.pictures = pictures_of(task, val_data, val_split, images.identity)
         if fabric.is_global_zero and (checkpoint is None or continue_to is not None):
             write_json(out / "recipe.json", recipe.to_dict())
         if not validator.exhausted and (done < recipe.iterations or validator.due(done)):
@@ -148,7 +150,7 @@ def train(
             batches = Iterations(
                 images, recipe, loop.accumulate, fabric.global_rank, fabric.world_size
             ).loader(done, recipe.iterations, workers=workers, pin=layout.gpu)
-            log = pictures = None
+            log = None
             if fabric.is_global_zero:
                 for line in header(recipe, images, split, validation, val_split, fabric, model):
                     logger.info(line)
@@ -158,13 +160,9 @@ def train(
                     validated=validator.validated["iteration"],
                     progress=loop.progress,
                 )
-                if validation is not None and val_split is not None:
-                    pictures = pictures_of(
-                        task, val_data, val_split, images.identity, fabric.device
-                    )
             with closing(log) if log else nullcontext():
-                run.fit(batches, log, pictures)
-            del run
+                run.fit(batches, log)
+            del run  # and the memory of the optimizer
         ended = load_checkpoint(path := existing_checkpoint(out))
         model = restored(ended, path).model
         result = Result.of(recipe, model, out, ended["iteration"])
@@ -226,17 +224,12 @@ class _Run:
         if has_deformable_layers(model):
             self.health = OffsetHealth(model, loop.log_every, warn=fabric.is_global_zero)
 
-    def fit(
-        self,
-        batches: Iterable[list[Batch]],
-        log: TrainingLog | None,
-        pictures: Pictures | None = None,
-    ) -> None:
+    def fit(self, batches: Iterable[list[Batch]], log: TrainingLog | None) -> None:
         """Trains to the last iteration, as long as validations improve, or until asked to stop."""
         recipe, loop, total = self.recipe, self.loop, self.recipe.iterations
         with _stopping_signals() as received:
             if self.validator.due(self.iteration):  # an interruption cut this one off
-                self._validate(log, pictures)
+                self._validate(log)
             for parts in batches:
                 if self.validator.exhausted:
                     break
@@ -270,7 +263,7 @@ class _Run:
                         "run the same command to continue"
                     )
                 if self.validator.due(self.iteration):
-                    self._validate(log, pictures)
+                    self._validate(log)
         if self.validator.exhausted:
             validated = self.validator.validated
             logger.info(
@@ -348,14 +341,16 @@ class _Run:
         """The network of the run: the average of the trained one, if the recipe has it."""
         return self.model if self.average is None else self.average.model
 
-    def _validate(self, log: TrainingLog | None, pictures: Pictures | None) -> None:
+    def _validate(self, log: TrainingLog | None) -> None:
         """Scores the network, and keeps it if it is the best."""
         with log.aside() if log else nullcontext():
             scores = self.validator.score(self.fabric, self.network)
             improved = self.validator.add(self.iteration, scores.main[1])
             if log is not None:
-                drawn = pictures(self.network) if pictures and scores.main[1] is not None else ()
-                log.validated(self.iteration, scores.main, scores.summary, drawn)
+                pictures = ()
+                if scores.main[1] is not None:  # otherwise the ground truth is not published
+                    pictures = self.validator.pictures(self.network, self.fabric.device)
+                log.validated(self.iteration, scores.main, scores.summary, pictures)
                 if improved:
                     best: Checkpoint = {**self._checkpoint(), "unaveraged": None, "optimizer": {}}
                     save_checkpoint(best, self.best_path)  # without what only training needs

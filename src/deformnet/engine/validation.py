@@ -7,8 +7,7 @@ was never interrupted.
 
 import copy
 import math
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from lightning.fabric import Fabric
@@ -19,9 +18,10 @@ from deformnet.engine.evaluation import score
 from deformnet.engine.runs import Validated
 from deformnet.engine.settings import LoopOptions
 from deformnet.tasks.base import DataIdentity, EvaluationSet, Scores, Task
+from deformnet.tasks.own import Data
 
-Pictures = Callable[[nn.Module], Iterator[tuple[str, Image.Image]]]
-"""Names and pictures of predictions of a network."""
+Pictures = Callable[[nn.Module, torch.device], Iterable[tuple[str, Image.Image]]]
+"""Names and pictures of predictions of a network on a device."""
 _COUNT, _SIDE = 4, 640  # pictures of predictions, and their longer side in pixels
 
 
@@ -34,7 +34,11 @@ class Validator:
         total: last iteration of the run.
         workers: processes that load images.
         validated: what earlier validations have shown.
+    Attributes:
+        pictures: draws predictions; none by default.
     """
+
+    pictures: Pictures = staticmethod(lambda model, device: ())
 
     def __init__(
         self,
@@ -94,13 +98,11 @@ class Validator:
         return improved
 
 
-def pictures_of(
-    task: Task, data: Path, split: str, trained_on: DataIdentity, device: torch.device
-) -> Pictures:
+def pictures_of(task: Task, data: Data, split: str, trained_on: DataIdentity) -> Pictures:
     """Draws the predictions for the first images of a split, opened at the first call."""
     opened = []
 
-    def draw(model: nn.Module) -> Iterator[tuple[str, Image.Image]]:
+    def draw(model: nn.Module, device: torch.device) -> Iterator[tuple[str, Image.Image]]:
         if trained_on.proposals:  # such a network cannot predict an image by itself
             return
         if not opened:
