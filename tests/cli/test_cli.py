@@ -238,7 +238,7 @@ def test_pretrained_weights_without_a_network(shapes, tmp_path, complaint, monke
     assert not (tmp_path / "recipe.json").exists()
 
 
-def test_epochs_and_settings_of_the_paper(shapes, tmp_path, capsys, complaint):
+def test_epochs_and_settings_of_the_paper(shapes, tmp_path, capfd, complaint):
     train = ["train", "deeplab", "--data", str(shapes), "--out", str(tmp_path), *QUICK]
     both = complaint(*train, "--epochs", "2")
     assert both == "expected --epochs or --iterations, but got both"
@@ -247,7 +247,7 @@ def test_epochs_and_settings_of_the_paper(shapes, tmp_path, capsys, complaint):
     assert json.loads((tmp_path / "recipe.json").read_text())["iterations"] == 1
     with pytest.raises(SystemExit):
         main(["train", "rfcn", "--recipe", "paper", "--help"])
-    assert "240" not in (text := capsys.readouterr().out)
+    assert "240" not in (text := capfd.readouterr().out)
     assert "msra2017" in text
     assert "IMAGENET1K_V1" in text
 

@@ -141,7 +141,7 @@ def _equal(value: object, expected: object) -> None:
         # A chain of kills: each run goes on where the one before was killed.
         [("before step", 2), ("before scoring", 1), ("after scoring", 1), ("after row", 1)],
         [("after best.ckpt", 1), ("before best.ckpt", 2), ("before last.ckpt", 2)],
-        [("after step", 5), ("before scoring", 1), ("after last.ckpt", 3), ("after row", 1)],
+        [("after step", 5), ("before scoring", 1), ("after last.ckpt", 2), ("after row", 1)],
     ],
     ids=["first validation", "best checkpoint", "later"],
 )
