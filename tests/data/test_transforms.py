@@ -7,6 +7,7 @@ from PIL import Image
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from deformnet import UserError
 from deformnet.data import segmentation_evaluation_transforms, segmentation_training_transforms
 from deformnet.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Resize
 from pictures import noise
@@ -186,6 +187,12 @@ def test_scale_and_color_jitter():
     out, labels = colors(image, mask)
     assert torch.equal(labels, mask.long())
     assert not torch.equal(out, normalized(image))
+
+
+def test_strips_do_not_fill_the_memory():
+    """A picture of 157 bytes, 1 x 20000 pixels, would become one of 1.3 gigapixels."""
+    with pytest.raises(UserError, match=r"at most 100 million .* one of 20000x1, .* 5120000x256"):
+        Resize(256, None)(*pair(1, 20000))
 
 
 def test_bad_sizes():

@@ -126,3 +126,15 @@ def test_files(predictor, tmp_path):
         assert file.mode == "P"
         assert np.array_equal(np.asarray(file), predictor(first).labels.numpy())
         assert file.getpalette()[: 3 * len(CLASSES)] == palette(CLASSES).flatten().tolist()
+
+
+def test_a_strip_costs_itself(tmp_path):
+    """It has few pixels, but as many rows as any image after resizing."""
+    strip, good = save(tmp_path / "a.png", noise(1, 20000)), save(tmp_path / "b.png", noise(9, 9))
+    predict = predictor_of(
+        ClassifierRecipe(backbone="resnet18", resize=(256, 256), test_short_side=256, crop=64)
+    )
+    results = list(predict.write(find_images([strip, good]), tmp_path / "out"))
+    assert results[0].problem.startswith(f"{strip}: expected an image of at most 100 million pixels")
+    assert results[1].problem is None
+    assert len((tmp_path / "out/predictions.jsonl").read_text().splitlines()) == 1

@@ -35,6 +35,7 @@ _COLOR_DIRECTIONS = (
 _COLOR_SPREAD = 0.1
 
 _COLOR_JITTER = {"brightness": 0.3, "contrast": 0.3, "saturation": 0.3, "hue": 0.03}
+_MOST_PIXELS = 10**8
 _CROPS = 10  # draws of a crop until it has an object
 
 
@@ -216,12 +217,22 @@ class Resize(v2.Transform):
         self.max_side = max_side
 
     def size(self, height: int, width: int) -> tuple[int, int]:
-        """(height, width) of an image of this size after resizing."""
+        """(height, width) of an image of this size after resizing.
+
+        Raises:
+            UserError: if a long strip of few pixels would become too large for the memory.
+        """
         short, long = min(height, width), max(height, width)
         scale = self.short_side / short
         if self.max_side is not None and scale * long > self.max_side:
             scale = self.max_side / long
-        return max(1, round(scale * height)), max(1, round(scale * width))
+        resized = max(1, round(scale * height)), max(1, round(scale * width))
+        if math.prod(resized) > _MOST_PIXELS:
+            raise UserError(
+                f"expected an image of at most {_MOST_PIXELS // 10**6} million pixels after "
+                f"resizing, but got one of {width}x{height}, resized to {resized[1]}x{resized[0]}"
+            )
+        return resized
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         boxes = isinstance(inpt, tv_tensors.BoundingBoxes)

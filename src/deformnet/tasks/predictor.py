@@ -224,7 +224,7 @@ class Predictor(ABC, Generic[_P, _A]):
                 for source in sources(file, upright=self.upright):
                     try:
                         yield self._write(source, out, threshold, add)
-                    except (OSError, RuntimeError, MemoryError) as error:
+                    except (OSError, UserError, RuntimeError, MemoryError) as error:
                         if (text := problem(source.path, error)) is None:
                             raise
                         yield Written(source.name, text)

@@ -98,6 +98,8 @@ def problem(path: Path, error: Exception) -> str | None:
         isinstance(error, RuntimeError) and "allocate memory" in str(error)
     ):
         return f"{path}: too large for the memory of this machine"
+    if isinstance(error, UserError):  # such as a strip that resizing would make too large
+        return f"{path}: {error}"
     if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.EILSEQ):
         return f"{path}: {error.strerror}"
     return None
