@@ -98,19 +98,19 @@ def test_files_of_predictions(trained, folder, tmp_path):
     predictor = deformnet.load(trained[0], device="cpu")
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(b"no image")
-    files = [*find_images([folder / "val/star"]), broken]
+    files = find_images([folder / "val/star", broken])
     results = list(predictor.write(files, tmp_path / "out"))
-    assert [problem is None for _, problem in results] == [True, True, False]
+    assert [one.problem is None for one in results] == [True, True, False]
     lines = (tmp_path / "out/predictions.jsonl").read_text().splitlines()
     predictions = [json.loads(line) for line in lines]
-    assert [one["image"] for one in predictions] == [path.name for path in files[:2]]
-    for one, path in zip(predictions, files, strict=False):
+    assert [one["image"] for one in predictions] == [file.name for file in files[:2]]
+    for one, file in zip(predictions, files, strict=False):
         listed = one["classes"]
         assert len(listed) == 5
         probabilities = [item["probability"] for item in listed]
         assert probabilities == sorted(probabilities, reverse=True)
         image = ImageFolderClassification(folder, "val")
-        index = image.samples.index((str(path), image.classes.index("star")))
+        index = image.samples.index((str(file.path), image.classes.index("star")))
         expected = predictor.predict(torch.as_tensor(image[index][0]))
         for item in listed:
             there = float(expected[predictor.classes.index(item["class"])])
