@@ -1,5 +1,6 @@
 import dataclasses
 import inspect
+import math
 import re
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from deformnet import UserError
 from deformnet.recipes import (
     RECIPES,
+    ClassifierRecipe,
     DeepLabRecipe,
     DetectorRecipe,
     FasterRCNNRecipe,
@@ -14,6 +16,8 @@ from deformnet.recipes import (
     RFCNRecipe,
     cityscapes,
     coco_detection,
+    finetune,
+    imagenet,
     voc2012,
     voc_detection,
 )
@@ -135,3 +139,63 @@ def test_the_papers_settings_of_detectors(recipe):
         assert settings.convention == "msra2017"
     assert (voc.iterations, voc.anchor_sizes, voc.max_detections) == (30_000, (128, 256, 512), 300)
     assert (coco.iterations, len(coco.anchor_sizes), coco.max_detections) == (240_000, 4, 100)
+
+
+def test_the_cosine_schedule():
+    recipe = DeepLabRecipe(iterations=30, warmup=10, schedule="cosine")
+    factors = [recipe.lr_factor(i) for i in range(31)]
+    assert factors[:3] == pytest.approx([0.1, 0.19, 0.28])
+    assert factors[10] == 1.0
+    assert factors[20] == pytest.approx(0.5)
+    assert factors[15] == pytest.approx(0.5 + 0.5 * math.cos(math.pi / 4))
+    assert factors[30] == 0.0
+    assert recipe.lr_factor(31) == 0.0
+    assert DeepLabRecipe(iterations=5, warmup=10, schedule="cosine").lr_factor(10) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"ema": 1.0}, "expected ema to be between 0 and 1, but got 1.0"),
+        ({"optimizer": "adam"}, "optimizer to be one of 'sgd', 'adamw', but got 'adam'"),
+        ({"optimizer": "adamw", "momentum": 1.0}, "momentum to be below 1, as beta1 of adamw"),
+        ({"scale_jitter": (1.5, 0.5)}, "scale_jitter to be ascending, but got (1.5, 0.5)"),
+        ({"scale_jitter": (0.0, 1.0)}, "scale_jitter to be positive, but got (0.0, 1.0)"),
+        ({"orientation": "exif"}, "orientation to be one of 'auto', 'stored', 'upright'"),
+    ],
+)
+def test_invalid_training_settings_raise(fields, message):
+    with pytest.raises((TypeError, ValueError), match=re.escape(message)):
+        DeepLabRecipe(**fields)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_settings_for_own_data(recipe):
+    usual = finetune(recipe, images=200)
+    assert (usual.init, usual.norm, usual.schedule) == ("IMAGENET1K_V1", "frozen", "cosine")
+    assert usual.iterations == 1000
+    assert usual.iterations * usual.batch / 200 >= 40
+    scratch = finetune(recipe, images=200, init=None)
+    assert (scratch.init, scratch.norm) == (None, "trained")
+    assert finetune(recipe, images=3).batch == 3
+    assert finetune(recipe, images=10**6).iterations == 30_000
+    assert finetune(recipe, images=200, gpu=False).batch == usual.batch // 2
+    fewer = finetune(recipe, images=200, batch=usual.batch // 4)
+    assert fewer.iterations == pytest.approx(40 * 200 / fewer.batch)
+    assert fewer.lr == pytest.approx(usual.lr / 4)
+
+
+def test_image_sizes_for_own_data():
+    small = finetune(RFCNRecipe, images=200, short_side=300)
+    assert (small.short_side, small.max_side) == (300, 500)
+    assert small.anchor_sizes == (16, 32, 64, 128, 256)
+    assert finetune(RFCNRecipe, images=200, short_side=3000).short_side == 480
+    on_cpu = finetune(RFCNRecipe, images=200, short_side=3000, gpu=False)
+    assert (on_cpu.short_side, on_cpu.anchor_sizes) == (240, (16, 32, 64, 128))
+    assert finetune(DeepLabRecipe, images=200, short_side=20).short_side == 160
+
+
+def test_published_settings():
+    assert DeepLabRecipe.published() == voc2012()
+    assert RFCNRecipe.published() == voc_detection(RFCNRecipe)
+    assert ClassifierRecipe.published() == imagenet(backbone="resnet50")

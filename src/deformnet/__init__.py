@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from deformnet._errors import UserError
-    from deformnet.engine import load
+    from deformnet.engine import load, train
     from deformnet.nn import (
         DeformConv2d,
         DeformPSRoIPool2d,
@@ -31,6 +31,7 @@ __all__ = [
     "deform_roi_pool",
     "load",
     "parameter_groups",
+    "train",
     "using",
 ]
 __version__ = "0.1.0"
@@ -43,7 +44,7 @@ _MODULES = {
     "metrics": (),
     "recipes": (),
     "tasks": (),
-    "engine": ("load",),
+    "engine": ("load", "train"),
     "analysis": (),
     "visualization": (),
     "inspection": (),

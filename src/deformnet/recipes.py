@@ -36,6 +36,7 @@ ScoreAt = Literal["original", "network"]
 """Size at which predicted label maps are compared with the ground truth: that of the label map on
 disk, to which the logits are upsampled, or that of the network's input, to which the label map is
 resized (the authors' rule on VOC: mean IoU at 360 pixels)."""
+_RecipeT = TypeVar("_RecipeT", bound="Recipe")
 _Detector = TypeVar("_Detector", bound="DetectorRecipe")
 
 
@@ -43,8 +44,8 @@ _Detector = TypeVar("_Detector", bound="DetectorRecipe")
 class Recipe(ABC):
     """Base class of the recipes: the backbone and the schedule.
 
-    The defaults train from random weights on one machine; the functions of this module return the
-    paper's settings for fine-tuning.
+    The defaults train from random weights on one machine. The functions of this module return
+    other settings: `finetune` for your own data, and those of the paper.
 
     Raises:
         TypeError: if a field has the wrong type.
@@ -77,23 +78,33 @@ class Recipe(ABC):
 
     flip: bool = True
     """Flip images horizontally with probability 0.5."""
+    orientation: Literal["auto", "stored", "upright"] = "auto"
+    """Orientation of images with an EXIF flag: as stored, upright, or whichever fits the annotated
+    image size (auto; upright where both fit)."""
 
     batch: int = 8
     """Batch size: images per iteration, over all processes."""
     iterations: int = 30_000
     """Number of training iterations."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """Optimizer: SGD with momentum, or AdamW."""
+    schedule: Literal["step", "cosine"] = "step"
+    """Learning rate schedule after the warmup: steps (see `lr`), or a half cosine down to 0."""
     lr: float = 0.02
-    """Learning rate, divided by 10 after two thirds of the iterations."""
+    """Learning rate; the step schedule divides it by 10 after two thirds of the iterations."""
     offset_lr_scale: float = 1.0
     """Learning rate multiplier of the offset layers (beta in the paper)."""
     momentum: float = 0.9
-    """SGD momentum."""
+    """SGD momentum, or beta1 of AdamW."""
     weight_decay: float = 5e-4
-    """SGD weight decay."""
+    """Weight decay."""
     warmup: int = 100
     """Number of warmup iterations, over which the learning rate grows linearly from `lr` / 10."""
     clip: float | None = None
     """Maximum gradient norm for clipping; None disables clipping."""
+    ema: float | None = None
+    """Decay of the exponential moving average of the weights, which is then the trained network;
+    None disables averaging."""
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     """Training precision: float32, or mixed with bfloat16 or float16."""
     seed: int = 0
@@ -113,6 +124,12 @@ class Recipe(ABC):
                 raise UserError(
                     f"expected {name} to be 0 or positive, but got {getattr(self, name)}"
                 )
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise UserError(f"expected ema to be between 0 and 1, but got {self.ema}")
+        if self.optimizer == "adamw" and not self.momentum < 1:
+            raise UserError(
+                f"expected momentum to be below 1, as beta1 of adamw, but got {self.momentum}"
+            )
         if self.stride_in_1x1 and self.backbone not in ("resnet50", "resnet101"):
             raise UserError(
                 "expected backbone to be resnet50 or resnet101 for stride_in_1x1, whose blocks "
@@ -169,10 +186,25 @@ class Recipe(ABC):
         """Returns the recipe without deformable layers."""
         return dataclasses.replace(self, deform_layers=0)
 
+    def fitted(self, short_side: int) -> Self:
+        """Returns the recipe for images of this size, with augmentation; see `finetune`."""
+        return self
+
+    @classmethod
+    def published(cls) -> "Recipe":
+        """Returns the paper's settings of the network, on VOC or ImageNet."""
+        return cls()
+
     def lr_factor(self, iteration: int) -> float:
         """The learning rate of an iteration (counted from 0) as a fraction of `lr`."""
         if iteration < self.warmup:
             return 0.1 + 0.9 * iteration / self.warmup
+        if self.schedule == "step":
+            return self._step_factor(iteration)
+        done = (iteration - self.warmup) / max(1, self.iterations - self.warmup)
+        return 0.5 + 0.5 * math.cos(math.pi * min(1.0, done))
+
+    def _step_factor(self, iteration: int) -> float:
         # In integers, so that rounding never moves the drop by an iteration.
         return 1.0 if 3 * iteration < 2 * self.iterations else 0.1
 
@@ -223,9 +255,9 @@ class ClassifierRecipe(Recipe):
     batch: int = 32
     """Batch size: images per iteration, over all processes."""
     lr: float = 0.01
-    """Learning rate, divided by 10 after each third of the iterations."""
+    """Learning rate; the step schedule divides it by 10 after each third of the iterations."""
     weight_decay: float = 1e-4
-    """SGD weight decay."""
+    """Weight decay."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -243,9 +275,7 @@ class ClassifierRecipe(Recipe):
     def image_size(self) -> tuple[int, int]:
         return self.test_short_side, self.test_short_side
 
-    def lr_factor(self, iteration: int) -> float:
-        if iteration < self.warmup:
-            return super().lr_factor(iteration)
+    def _step_factor(self, iteration: int) -> float:
         # In integers; the optimizer also asks for the iteration after the last.
         return (1.0, 0.1, 0.01)[min(2, 3 * iteration // self.iterations)]
 
@@ -254,12 +284,16 @@ class ClassifierRecipe(Recipe):
 
         return Classifier(self._backbone(None, output_stride=32), num_classes)
 
+    @classmethod
+    def published(cls) -> "Recipe":
+        return imagenet(backbone="resnet50")
+
 
 @dataclass(frozen=True, kw_only=True)
 class DenseRecipe(Recipe):
     """Base class of the recipes of networks with dense predictions."""
 
-    pixels: ClassVar[tuple[str, ...]] = ("short_side", "max_side")
+    pixels: ClassVar[tuple[str, ...]] = ("short_side", "max_side", "crop")
 
     dilation: int = 2
     """Dilation of conv5, whose stride is 1."""
@@ -267,10 +301,19 @@ class DenseRecipe(Recipe):
     """Shorter side of the images after resizing, in pixels."""
     max_side: int | None = 1000
     """Maximum longer side after resizing, in pixels, which takes precedence; None for no limit."""
+    scale_jitter: tuple[float, float] | None = None
+    """Minimum and maximum factor of random resizing in training, relative to the size above; None
+    disables it."""
+    color_jitter: bool = False
+    """Change brightness, contrast, saturation and hue randomly in training."""
+    crop: tuple[int, int] | None = None
+    """Height and width of the random training crop, in pixels; None trains on whole images."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require_positive("dilation")
+        self._require_positive("dilation", "scale_jitter")
+        if self.scale_jitter is not None and self.scale_jitter[0] > self.scale_jitter[1]:
+            raise UserError(f"expected scale_jitter to be ascending, but got {self.scale_jitter}")
         if self.max_side is not None and self.max_side < self.short_side:
             raise UserError(
                 f"expected max_side to be at least short_side ({self.short_side}), "
@@ -281,19 +324,24 @@ class DenseRecipe(Recipe):
     def image_size(self) -> tuple[int, int]:
         return self.short_side, self.max_side or self.short_side
 
+    def fitted(self, short_side: int) -> Self:
+        return dataclasses.replace(
+            self,
+            short_side=short_side,
+            max_side=round(short_side * 5 / 3),
+            scale_jitter=(0.75, 1.25),
+            color_jitter=True,
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentationRecipe(DenseRecipe):
     """Base class of the recipes for semantic segmentation."""
 
-    pixels: ClassVar[tuple[str, ...]] = ("short_side", "max_side", "crop")
-
     short_side: int = 360
     """Shorter side of the images after resizing, in pixels."""
     max_side: int | None = 600
     """Maximum longer side after resizing, in pixels, which takes precedence; None for no limit."""
-    crop: tuple[int, int] | None = None
-    """Height and width of the random training crop, in pixels; None trains on whole images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -306,6 +354,10 @@ class DeepLabRecipe(SegmentationRecipe):
         from deformnet.models.deeplab import DeepLab
 
         return DeepLab(self._backbone(1024, dilation=self.dilation), num_classes)
+
+    @classmethod
+    def published(cls) -> "Recipe":
+        return voc2012()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -335,6 +387,15 @@ class DetectorRecipe(DenseRecipe):
         for name in ("score_threshold", "nms"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"expected {name} to be 0 to 1, but got {getattr(self, name)}")
+
+    def fitted(self, short_side: int) -> Self:
+        """Returns it also with anchors from 16 pixels to the size of the image."""
+        sizes = tuple(size for size in (16, 32, 64, 128, 256) if size <= short_side)
+        return dataclasses.replace(super().fitted(short_side), anchor_sizes=sizes)
+
+    @classmethod
+    def published(cls) -> "Recipe":
+        return voc_detection(cls)
 
     def _rpn(self, in_channels: int, num_classes: int = 1) -> "RPN":
         from deformnet.models.detection.rpn import RPN
@@ -510,6 +571,52 @@ def recipe_from_dict(values: Mapping[str, Any], *, source: str | Path) -> Recipe
         return recipe(**fields)
     except (TypeError, ValueError) as error:
         raise UserError(f"{source}: {error}") from error
+
+
+def finetune(
+    recipe: type[_RecipeT],
+    *,
+    images: int,
+    short_side: int = 480,
+    gpu: bool = True,
+    batch: int | None = None,
+    backbone: BackboneName = "resnet50",
+    init: str | None = "IMAGENET1K_V1",
+) -> _RecipeT:
+    """Settings for your own data: from pretrained weights, for some hundreds of images or more.
+
+    40 passes over the images, but 1,000 to 30,000 iterations; SGD with a cosine schedule, averaged
+    weights, and color and scale jitter. Offsets learn at a tenth of the rate, and gradients are
+    clipped, so that sampling locations stay on the feature map. Batch norm is frozen, because
+    batches are small; from random weights it has to be trained.
+
+    Args:
+        recipe: the network's class.
+        images: number of training images.
+        short_side: typical shorter side of the images, in pixels. Training resizes to that, within
+            bounds: 160 to 480, on a CPU to 240.
+        gpu: whether to train on a GPU.
+        batch: batch size; None takes that of the network, on a CPU half of it.
+        backbone: backbone network.
+        init: initial weights of the backbone; None for random ones.
+    """
+    plain = recipe(backbone=backbone)
+    if batch is None:
+        batch = max(1, min(plain.batch, images) // (1 if gpu else 2))
+    settings = dataclasses.replace(
+        plain,
+        init=init,
+        norm="trained" if init is None else "frozen",
+        batch=batch,
+        iterations=min(30_000, max(1_000, math.ceil(40 * images / batch))),
+        schedule="cosine",
+        lr=(plain.lr if init is None else 0.01) * batch / plain.batch,
+        warmup=100,
+        offset_lr_scale=0.1,
+        clip=10.0,
+        ema=0.99,
+    )
+    return settings.fitted(min(480 if gpu else 240, max(160, short_side)))
 
 
 def voc2012(*, deform_layers: DeformLayers = 3) -> DeepLabRecipe:

@@ -6,9 +6,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from urllib.error import URLError
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import deformnet.engine
@@ -16,6 +18,7 @@ from deformnet.cli import main
 from deformnet.data.synthetic import Shapes, write_shapes
 
 QUICK = [
+    *("--recipe", "scratch"),
     *("--backbone", "resnet18", "--deform-layers", "1", "--short-side", "32", "--max-side", "None"),
     *("--batch", "2", "--iterations", "2", "--accelerator", "cpu", "--workers", "0"),
 ]
@@ -163,7 +166,7 @@ def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch, tmp_path):
 
     monkeypatch.setattr(deformnet.engine, "train", faulty)
     with pytest.raises(ValueError, match="invalid literal") as raised:
-        main(["train", "deeplab", "--data", str(tmp_path), "--out", str(tmp_path)])
+        main(["train", "deeplab", "--data", str(tmp_path), "--out", str(tmp_path), *QUICK])
     assert "report it with this traceback" in raised.value.__notes__[0]
 
 
@@ -194,6 +197,71 @@ def test_options_of_training_are_grouped(capsys):
     assert places == sorted(places)
     assert text.index("--data PATH") < text.index("--split") < text.index("--out PATH")
     assert "Proposal files written by `deformnet propose`" in text
+
+
+FINETUNE = [arg for arg in QUICK if arg not in ("--recipe", "scratch")]
+
+
+def test_settings_for_own_data_by_default(shapes, tmp_path, capsys):
+    out = tmp_path / "run"
+    train = ["train", "deeplab", "--data", str(shapes), "--out", str(out)]
+    main([*train, *FINETUNE, "--init", "none", "--val-split", "None"])
+    printed = capsys.readouterr()
+    lines = printed.out.splitlines()
+    assert lines[0] == "data: 2 images to train on (train), no validation images"
+    assert "schedule: 2 iterations of 2 images, 2 passes over the data; sgd, cosine" in lines
+    assert "device: CPU, 32-true" in lines
+    assert "initial weights: random" in lines
+    assert "Traceback" not in printed.err
+    recipe = json.loads((out / "recipe.json").read_text())
+    assert (recipe["init"], recipe["norm"]) == (None, "trained")
+    assert (recipe["offset_lr_scale"], recipe["clip"], recipe["ema"]) == (0.1, 10.0, 0.99)
+    # Further, with the settings of the run.
+    train += ["--log-every", "1", "--accelerator", "cpu", "--workers", "0"]
+    main([*train, "--continue-to", "4"])
+    printed = capsys.readouterr()
+    assert "resumes after iteration 2 of 4" in printed.out
+    for line in ("training: 3 of 4, loss ", "training: 4 of 4, loss ", "training: mean IoU "):
+        assert line in printed.err
+    assert json.loads((out / "recipe.json").read_text()) == recipe | {"iterations": 4}
+
+
+def test_pretrained_weights_without_a_network(shapes, tmp_path, complaint, monkeypatch):
+    def unreachable(*args, **kwargs):
+        raise URLError("no network")
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", unreachable)
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", unreachable)
+    line = complaint("train", "deeplab", "--data", shapes, "--out", tmp_path, *FINETUNE)
+    assert "cannot download IMAGENET1K_V1 from https://" in line
+    assert "(--init FILE), or start from random weights (--init none)" in line
+    assert not (tmp_path / "recipe.json").exists()
+
+
+def test_epochs_and_settings_of_the_paper(shapes, tmp_path, capfd, complaint):
+    train = ["train", "deeplab", "--data", str(shapes), "--out", str(tmp_path), *QUICK]
+    both = complaint(*train, "--epochs", "2")
+    assert both == "expected --epochs or --iterations, but got both"
+    at = train.index("--iterations")
+    main([*train[:at], *train[at + 2 :], "--epochs", "1", "--val-split", "None"])
+    assert json.loads((tmp_path / "recipe.json").read_text())["iterations"] == 1
+    with pytest.raises(SystemExit):
+        main(["train", "rfcn", "--recipe", "paper", "--help"])
+    assert "240" not in (text := capfd.readouterr().out)
+    assert "msra2017" in text
+    assert "IMAGENET1K_V1" in text
+
+
+def test_initial_weights_from_a_run(run, shapes, tmp_path, capsys):
+    main(
+        [
+            *("train", "deeplab", "--data", str(shapes), "--out", str(tmp_path)),
+            *QUICK,
+            "--init",
+            str(run),
+        ]
+    )
+    assert f"initial weights: {run}, backbone and head: " in capsys.readouterr().out
 
 
 def test_synthesize(tmp_path, capsys):

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from torchvision import tv_tensors
+from torchvision.transforms import v2
 
 from deformnet.data import BoxAnnotations, detection_transforms
-from deformnet.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from deformnet.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Resize
 from small_sets import one_line
 
 
@@ -126,3 +127,86 @@ def test_bad_sizes():
         detection_transforms(short_side=0, max_side=None, flip=False)
     with one_line(ValueError, "expected max_side to be at least 1, but got 0"):
         detection_transforms(short_side=1, max_side=0, flip=False)
+
+
+def test_defaults_draw_and_compute_nothing_else():
+    """Bit for bit the resizing and the flip of before there was other augmentation."""
+    plain = v2.Compose(
+        [
+            *(Resize(30, 60), v2.ClampBoundingBoxes(), v2.RandomHorizontalFlip()),
+            v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True),
+            *(v2.Normalize(IMAGENET_MEAN, IMAGENET_STD), v2.ToPureTensor()),
+        ]
+    )
+    transforms = detection_transforms(short_side=30, max_side=60, flip=True)
+    for seed in range(6):
+        drawn = []
+        for each in (plain, transforms):
+            torch.manual_seed(seed)
+            image, objects = each(*sample(20, 33, [(3, 4, 10, 20), (5, 0, 30, 20)]))
+            drawn.append([image, *objects, torch.rand(1)])
+        assert all(torch.equal(a, b) for a, b in zip(*drawn, strict=True))
+
+
+def test_scale_jitter_moves_boxes_with_their_pixels():
+    transforms = detection_transforms(
+        short_side=40, max_side=90, flip=True, scale_jitter=(0.5, 1.5), color_jitter=False
+    )
+    sizes = set()
+    for seed in range(20):
+        torch.manual_seed(seed)
+        image, objects = transforms(*sample(40, 60, [(12, 8, 30, 32)]))
+        height, width = image.shape[1:]
+        sizes.add(height)
+        assert abs(width - 1.5 * height) <= 1
+        assert objects.boxes[0].tolist() == pytest.approx(white(image), abs=1)
+    assert min(sizes) >= 20
+    assert max(sizes) <= 60
+    assert len(sizes) > 10
+
+
+def test_crops_keep_boxes():
+    """Seven of ten crops miss the object, and are drawn again."""
+    transforms = detection_transforms(short_side=100, max_side=None, flip=False, crop=(50, 60))
+    boxes = [(4, 4, 30, 32), (80, 70, 90, 80)]  # the second one is ignored
+    kept, places = 0, set()
+    for seed in range(40):
+        torch.manual_seed(seed)
+        image, objects = transforms(*sample(100, 120, boxes))
+        assert image.shape == (3, 50, 60)
+        assert len(objects.boxes) == len(objects.labels) == len(objects.ignored)
+        learned = objects.boxes[~objects.ignored]
+        kept += len(learned)
+        if len(objects.boxes) == 1:
+            assert objects.boxes[0].tolist() == white(image)
+        if len(learned):
+            places.add(tuple(learned[0].tolist()))
+    assert kept > 35
+    assert len(places) > 10
+
+
+def test_crops_of_images_without_objects():
+    transforms = detection_transforms(short_side=20, max_side=None, flip=False, crop=(32, 24))
+    torch.manual_seed(0)
+    image, objects = transforms(*sample(20, 40, []))
+    assert image.shape == (3, 32, 24)
+    assert objects.boxes.shape == (0, 4)
+    assert len(objects.labels) == 0
+
+
+def test_color_jitter_leaves_boxes_and_follows_from_the_seed():
+    transforms = detection_transforms(short_side=20, max_side=None, flip=False, color_jitter=True)
+    images = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        image, objects = transforms(*sample(20, 30, [(3, 4, 10, 20)]))
+        assert objects.boxes.tolist() == [[3, 4, 10, 20]]
+        images.append(image)
+    assert torch.equal(images[0], images[1])
+    assert not torch.equal(images[0], images[2])
+
+
+@pytest.mark.parametrize("factors", [(0, 1), (1.5, 1), (1, float("inf")), (float("nan"), 1)])
+def test_bad_factors_are_refused(factors):
+    with one_line(ValueError, "expected scale_jitter to be positive and ascending, but got"):
+        detection_transforms(short_side=20, max_side=None, flip=True, scale_jitter=factors)

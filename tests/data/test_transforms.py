@@ -5,7 +5,9 @@ import pytest
 import torch
 from PIL import Image
 from torchvision import tv_tensors
+from torchvision.transforms import v2
 
+from deformnet import UserError
 from deformnet.data import segmentation_evaluation_transforms, segmentation_training_transforms
 from deformnet.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Resize
 from pictures import noise
@@ -143,6 +145,54 @@ def test_randomness_is_from_the_global_generator():
         assert torch.equal(a, c)
         assert torch.equal(b, d)
     assert not torch.equal(results[0][0][0], results[0][1][0])
+
+
+def test_defaults_draw_and_compute_nothing_else():
+    """Bit for bit the resizing, the crop and the flip of before there was other augmentation."""
+    fill = {tv_tensors.Image: [124, 116, 104], tv_tensors.Mask: 255}
+    kinds = {tv_tensors.Image: torch.float32, tv_tensors.Mask: torch.int64, "others": None}
+    plain = v2.Compose(
+        [
+            *(Resize(30, None), v2.RandomCrop((24, 56), pad_if_needed=True, fill=fill)),
+            *(v2.RandomHorizontalFlip(), v2.ToDtype(kinds, scale=True)),
+            *(v2.Normalize(IMAGENET_MEAN, IMAGENET_STD), v2.ToPureTensor()),
+        ]
+    )
+    for seed in range(6):
+        drawn = []
+        for each in (plain, training(30, crop=(24, 56), flip=True)):
+            torch.manual_seed(seed)
+            drawn.append([*each(*pair(40, 60)), torch.rand(1)])
+        assert all(torch.equal(a, b) for a, b in zip(*drawn, strict=True))
+
+
+def test_scale_and_color_jitter():
+    """Labels stay with their pixels, and the seed decides both."""
+    transforms = segmentation_training_transforms(
+        short_side=40, max_side=60, crop=None, flip=True, scale_jitter=(0.5, 2), color_jitter=True
+    )
+    image, mask = pair(40, 60)
+    results = []
+    for seed in (0, 0, 1, 2, 3):
+        torch.manual_seed(seed)
+        out, labels = transforms(image, mask)
+        assert out.shape[1:] == labels.shape
+        assert 20 <= labels.shape[0] <= 80
+        results.append((out, labels))
+    assert torch.equal(results[0][0], results[1][0])
+    assert len({labels.shape for _, labels in results}) > 2
+    colors = segmentation_training_transforms(
+        short_side=40, max_side=60, crop=None, flip=False, color_jitter=True
+    )
+    out, labels = colors(image, mask)
+    assert torch.equal(labels, mask.long())
+    assert not torch.equal(out, normalized(image))
+
+
+def test_strips_do_not_fill_the_memory():
+    """A picture of 157 bytes, 1 x 20000 pixels, would become one of 1.3 gigapixels."""
+    with pytest.raises(UserError, match=r"at most 100 million .* one of 20000x1, .* 5120000x256"):
+        Resize(256, None)(*pair(1, 20000))
 
 
 def test_bad_sizes():

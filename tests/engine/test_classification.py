@@ -85,7 +85,7 @@ def test_scores_are_those_of_the_predictor(trained, folder):
     places = []
     for i in range(len(images)):
         image, label = images[i]
-        probabilities = predictor(torch.as_tensor(image))
+        probabilities = predictor.predict(torch.as_tensor(image))
         assert probabilities.sum() == pytest.approx(1)
         places.append(int((probabilities > probabilities[label]).sum()))
     assert metrics["top1_error"] == pytest.approx(sum(place > 0 for place in places) / 12)
@@ -98,20 +98,20 @@ def test_files_of_predictions(trained, folder, tmp_path):
     predictor = deformnet.load(trained[0], device="cpu")
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(b"no image")
-    files = [*find_images([folder / "val/star"]), broken]
+    files = find_images([folder / "val/star", broken])
     results = list(predictor.write(files, tmp_path / "out"))
-    assert [problem is None for _, problem in results] == [True, True, False]
+    assert [one.problem is None for one in results] == [True, True, False]
     lines = (tmp_path / "out/predictions.jsonl").read_text().splitlines()
     predictions = [json.loads(line) for line in lines]
-    assert [one["image"] for one in predictions] == [path.name for path in files[:2]]
-    for one, path in zip(predictions, files, strict=False):
+    assert [one["image"] for one in predictions] == [file.name for file in files[:2]]
+    for one, file in zip(predictions, files, strict=False):
         listed = one["classes"]
         assert len(listed) == 5
         probabilities = [item["probability"] for item in listed]
         assert probabilities == sorted(probabilities, reverse=True)
         image = ImageFolderClassification(folder, "val")
-        index = image.samples.index((str(path), image.classes.index("star")))
-        expected = predictor(torch.as_tensor(image[index][0]))
+        index = image.samples.index((str(file.path), image.classes.index("star")))
+        expected = predictor.predict(torch.as_tensor(image[index][0]))
         for item in listed:
             there = float(expected[predictor.classes.index(item["class"])])
             assert item["probability"] == pytest.approx(there, abs=1e-6)
@@ -220,6 +220,7 @@ def test_the_learning_rate_falls_twice():
 def test_from_training_to_predictions(folder, tmp_path, capfd, complaint):
     out = tmp_path / "run"
     command = ["train", "classifier", "--data", str(folder), "--out", str(out)]
+    command += ["--recipe", "scratch"]
     command += ["--backbone", "resnet18", "--resize", "32", "40", "--crop", "32", "--batch", "4"]
     command += ["--test-short-side", "32", "--iterations", "1", "--accelerator", "cpu"]
     main([*command, "--workers", "0"])

@@ -20,6 +20,7 @@ from deformnet.models.backbones.weights import read_weights
 from deformnet.recipes import DeepLabRecipe, RFCNRecipe
 
 QUICK = [
+    *("--recipe", "scratch"),
     *("--backbone", "resnet18", "--deform-layers", "1", "--short-side", "32", "--max-side", "None"),
     *("--batch", "2", "--iterations", "2", "--accelerator", "cpu", "--workers", "0"),
 ]

@@ -16,6 +16,7 @@ import deformnet.engine
 from deformnet.cli import main
 
 QUICK = [
+    *("--recipe", "scratch"),
     *("--backbone", "resnet18", "--deform-layers", "1", "--short-side", "32", "--max-side", "None"),
     *("--batch", "2", "--iterations", "4", "--accelerator", "cpu", "--workers", "0"),
     *("--checkpoint-every", "1", "--log-every", "1"),

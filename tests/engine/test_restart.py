@@ -66,7 +66,18 @@ def test_one_process_goes_on_where_two_were_killed(runs, tmp_path):
 
 def test_sigterm_to_everybody_stops_in_order(shapes, tmp_path):
     """As batch systems send it: to the processes that load images, too."""
-    options = ["--batch", "2", "--iterations", "1000", "--log-every", "1", "--workers", "1"]
+    options = [
+        "--recipe",
+        "scratch",
+        "--batch",
+        "2",
+        "--iterations",
+        "1000",
+        "--log-every",
+        "1",
+        "--workers",
+        "1",
+    ]
     options += ["--backbone", "resnet18", "--short-side", "32", "--max-side", "None"]
     options += ["--data", str(shapes), "--out", str(tmp_path), "--accelerator", "cpu"]
     process = start([sys.executable, "-m", "deformnet", "train", "deeplab", *options])

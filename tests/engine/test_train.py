@@ -89,7 +89,7 @@ def test_scores_are_those_of_the_predictor(trained, shapes):
     counts = ConfusionMatrix(len(images.classes))
     for i in range(len(images)):
         image, target = images[i]
-        counts.update(predictor(torch.as_tensor(image))[None].long(), target[None].long())
+        counts.update(predictor.predict(torch.as_tensor(image))[None].long(), target[None].long())
     assert segmentation_scores(counts.compute()).mean_iou == pytest.approx(metrics["mean_iou"])
     assert evaluate(str(out), str(shapes), "val", progress=False).to_json() == metrics
 

@@ -72,7 +72,7 @@ def as_in_training(image, short_side, max_side):
 def test_images_of_any_size(recipe):
     predict = build(recipe)
     for height, width in [(64, 100), (50, 41), (130, 400), (3, 200), (1, 1)]:
-        boxes, scores, labels = predict(noise(height, width))
+        boxes, scores, labels = predict.predict(noise(height, width))
         assert boxes.shape == (len(scores), 4)
         assert len(scores) == len(labels) <= 50
         assert boxes.isfinite().all()
@@ -97,7 +97,7 @@ def test_one_look_is_the_network_on_the_images_of_training(two_stages):
         own = boxes if boxes.ndim == 2 else boxes[:, label]
         kept = nms(own, scores[:, label], 0.3)
         expected += [(float(scores[k, label]), label, own[k]) for k in kept]
-    assert_detections(predict(image), expected)
+    assert_detections(predict.predict(image), expected)
 
 
 @pytest.mark.parametrize("two_stages", TWO_STAGES)
@@ -108,7 +108,7 @@ def test_own_proposals_given_back_change_nothing(two_stages):
     assert len(proposals) == len(scores) == 20
     assert (proposals >= 0).all()
     assert (proposals <= torch.tensor([120, 90, 120, 90])).all()
-    given, own = predict.predict(image, proposals), predict(image)
+    given, own = predict.predict(image, proposals), predict.predict(image)
     assert torch.equal(given.labels, own.labels)
     assert torch.allclose(given.scores, own.scores, atol=1e-4)
     assert torch.allclose(given.boxes, own.boxes, atol=1e-1)
@@ -160,7 +160,7 @@ def test_everything_at_once_against_plain_loops(two_stages):
             near = box_iou(own[k][None], own)[0] >= 0.5
             weights = scores[near][:, None]
             expected.append((float(scores[k]), label, (weights * own[near]).sum(0) / weights.sum()))
-    assert_detections(predict(image), expected)
+    assert_detections(predict.predict(image), expected)
 
 
 @pytest.mark.parametrize("soft_nms", [False, True])

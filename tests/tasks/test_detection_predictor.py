@@ -260,7 +260,7 @@ class ClassWalker(TwoBoxes):
 
 def test_where_classes_have_their_own_boxes_each_is_followed_for_its_class():
     model = ClassWalker(num_classes=2)
-    detections = predictor(model, TestTimeAugmentation(refine=2))(black(40, 60))
+    detections = predictor(model, TestTimeAugmentation(refine=2)).predict(black(40, 60))
     assert model.asked[0].tolist() == [[0, 0, 8, 8], [0, 20, 8, 28]]
     assert model.asked[1].tolist() == [[10, 0, 18, 8], [20, 20, 28, 28]]
     seen = {

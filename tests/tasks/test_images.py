@@ -63,16 +63,54 @@ def test_sixteen_bits_are_not_white(tmp_path):
         assert np.array_equal(read, np.broadcast_to(gray >> 8, (3, 60, 64)))
 
 
+def test_pil_images_are_turned_as_their_files(tmp_path):
+    path = save(tmp_path / "photo.jpg", noise(5, 8), exif=turned())
+    with Image.open(path) as photo:
+        assert torch.equal(as_image(photo), as_image(path))
+        assert as_image(path).shape == (3, 8, 5)
+        assert torch.equal(as_image(photo, upright=False), as_image(path, upright=False))
+        assert as_image(photo, upright=False).shape == (3, 5, 8)
+
+
+def names(paths, **options):
+    return [file.name for file in find_images(paths, **options)]
+
+
 def test_folders_stand_for_their_images(tmp_path):
-    for name in ("b.jpg", "a.PNG", "notes.txt"):
+    for name in ("b.jpg", "a.PNG", "notes.txt", ".hidden.jpg", "sub/deep/c.jpg", ".git/d.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     alone = tmp_path / "x" / "c.jpg"
-    assert [p.name for p in find_images([alone, tmp_path])] == ["c.jpg", "a.PNG", "b.jpg"]
+    assert names([alone, tmp_path]) == ["c.jpg", "a.PNG", "b.jpg", "sub/deep/c.jpg"]
     (tmp_path / "x").mkdir()
     with pytest.raises(FileNotFoundError, match="no image in this folder"):
         find_images([tmp_path / "x"])
+    (tmp_path / "sub" / "loop").symlink_to(tmp_path)
+    assert names([tmp_path]) == ["a.PNG", "b.jpg", "sub/deep/c.jpg"]
+    assert names([tmp_path], apart_from=tmp_path / "sub") == ["a.PNG", "b.jpg"]
+
+
+def test_patterns_stand_for_what_matches(tmp_path, monkeypatch):
+    for name in ("a/1.jpg", "a/b/2.jpg", "a/b/3.txt", "[x].jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    assert names(["a/*.jpg"]) == names([tmp_path / "a" / "*"]) == ["1.jpg"]
+    assert names(["a/**/*"]) == ["1.jpg", "b/2.jpg"]
+    assert names(["*/b/*"]) == ["a/b/2.jpg"]
+    assert names(["[x].jpg"]) == ["[x].jpg"], "a file of this name is that file"
+    with pytest.raises(FileNotFoundError, match=r"\*\.png: no image matches this pattern"):
+        find_images(["a/*.png"])
 
 
 def test_two_images_of_one_name_are_refused(tmp_path):
     with pytest.raises(ValueError, match="have the same name"):
-        find_images([tmp_path / "a" / "x.jpg", tmp_path / "b" / "x.png"])
+        find_images([tmp_path / "a" / "x.jpg", tmp_path / "b" / "x.jpg"])
+
+
+def test_names_that_differ_in_their_suffix_have_their_own_results(tmp_path):
+    for name in ("x.jpg", "x.png", "y.z.jpg", "s/x.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    results = {file.name: file.result for file in find_images([tmp_path])}
+    assert results == {"x.jpg": "x.jpg", "x.png": "x.png", "y.z.jpg": "y.z", "s/x.jpg": "s/x"}

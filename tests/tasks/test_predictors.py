@@ -6,10 +6,10 @@ import torch
 from PIL import Image
 from torchvision import tv_tensors
 
-from deformnet.data.files import read_image
 from deformnet.data.transforms import classification_evaluation_transforms
 from deformnet.recipes import ClassifierRecipe, DeepLabRecipe, RFCNRecipe
-from deformnet.tasks import DataIdentity, task_of
+from deformnet.tasks import DataIdentity, find_images, task_of
+from deformnet.tasks.results import Written
 from deformnet.visualization.drawing import palette
 from pictures import noise, save
 
@@ -68,9 +68,9 @@ def test_one_pass_gives_the_prediction(build):
     image, predictor = noise(40, 50), build()
     prepared = predictor.prepare(image)
     once, expected = predictor.infer(prepared, (40, 50)).annotation, predictor.annotate(image)
-    assert vars(once).keys() == vars(expected).keys()
-    for one, other in zip(vars(once).values(), vars(expected).values(), strict=True):
-        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+    assert once.to_dict() == expected.to_dict()
+    assert once.image is None
+    assert expected.image is image
     with torch.no_grad():
         predictor.model(*predictor.arguments(prepared))
 
@@ -96,7 +96,7 @@ def predictor():
 
 @pytest.mark.parametrize("size", [(32, 48), (40, 30), (90, 200), (1, 1), (7, 300)])
 def test_label_maps_have_the_size_of_the_image(predictor, size):
-    labels = predictor(noise(*size))
+    labels = predictor(noise(*size)).labels
     assert labels.dtype == torch.uint8
     assert labels.shape == size
     assert labels.max() < len(CLASSES)
@@ -105,7 +105,7 @@ def test_label_maps_have_the_size_of_the_image(predictor, size):
 def test_labels_are_those_of_the_highest_logit(predictor):
     """At the network's own size there is nothing to resize."""
     image = noise(32, 40)
-    labels = predictor(image)
+    labels = predictor.predict(image)
     prepared = image.float() / 255
     mean = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
     std = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
@@ -118,10 +118,23 @@ def test_files(predictor, tmp_path):
     first = save(tmp_path / "first.png", noise(20, 30))
     last = save(tmp_path / "last.jpg", noise(30, 20))
     out = tmp_path / "out"
-    assert dict(predictor.write([first, last], out)) == {first: None, last: None}
+    results = list(predictor.write(find_images([first, last]), out))
+    assert results == [Written("first.png"), Written("last.jpg")]
     written = {path.name for path in out.rglob("*.*")}
     assert written == {"first.jpg", "first.png", "last.jpg", "last.png"}
     with Image.open(out / "labels/first.png") as file:
         assert file.mode == "P"
-        assert np.array_equal(np.asarray(file), predictor(read_image(first, upright=True)).numpy())
+        assert np.array_equal(np.asarray(file), predictor(first).labels.numpy())
         assert file.getpalette()[: 3 * len(CLASSES)] == palette(CLASSES).flatten().tolist()
+
+
+def test_a_strip_costs_itself(tmp_path):
+    """It has few pixels, but as many rows as any image after resizing."""
+    strip, good = save(tmp_path / "a.png", noise(1, 20000)), save(tmp_path / "b.png", noise(9, 9))
+    predict = predictor_of(
+        ClassifierRecipe(backbone="resnet18", resize=(256, 256), test_short_side=256, crop=64)
+    )
+    results = list(predict.write(find_images([strip, good]), tmp_path / "out"))
+    assert results[0].problem.startswith(f"{strip}: expected an image of at most 100 million pixels")
+    assert results[1].problem is None
+    assert len((tmp_path / "out/predictions.jsonl").read_text().splitlines()) == 1

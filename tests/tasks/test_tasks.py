@@ -141,16 +141,6 @@ def test_annotated_images_draw_and_locate(folders, recipe):
     assert contents.background.shape == image.shape[1:]
 
 
-def test_predictors_take_lists_and_paths(folders):
-    recipe = RECIPES[0]
-    images = task_of(recipe).annotated(folders / "voc", "val")
-    predict = predictor_for(recipe, images)
-    image = images[0][0]
-    one, two = predict([image, image.permute(1, 2, 0).numpy()])
-    assert torch.equal(one, two)
-    assert torch.equal(one, predict(image))
-
-
 @pytest.mark.parametrize(
     ("recipe", "options", "message"),
     [

@@ -1,8 +1,11 @@
 """Commands that use a trained network."""
 
+import os
 import sys
+from collections.abc import Sequence
+from operator import itemgetter
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from tyro.conf import Positional
@@ -13,6 +16,9 @@ from deformnet.cli.options import GROUP, RunPath
 from deformnet.cli.scores import print_once
 from deformnet.engine.settings import Hardware
 from deformnet.recipes import TestTimeAugmentation
+
+if TYPE_CHECKING:
+    from deformnet.tasks.results import Written
 
 
 def evaluate(
@@ -52,20 +58,26 @@ def predict(
     *,
     out: Path,
     threshold: float = 0.5,
+    box_format: Annotated[
+        Literal["jsonl", "coco", "yolo", "csv"], tyro.conf.arg(name="format")
+    ] = "jsonl",
     augmentation: Annotated[TestTimeAugmentation, GROUP] = TestTimeAugmentation(),  # noqa: B008
     device: str | None = None,
 ) -> None:
     """Segment images, detect objects in them, or classify them.
 
     DeepLab writes label maps to OUT/labels and overlays to OUT/overlays. Detectors write images
-    with boxes to OUT/pictures and all boxes to OUT/detections.jsonl. Classifiers write the five
-    most probable classes of each image to OUT/predictions.jsonl.
+    with boxes to OUT/pictures and all boxes to OUT/detections.jsonl, or in another format.
+    Classifiers write the five most probable classes of each image to OUT/predictions.jsonl. Images
+    are listed by their path in the given folder.
 
     Args:
         run: Run folder, or .safetensors file of an exported network.
-        images: Image files, or folders of images.
+        images: Images, videos, folders with both in any depth, or patterns such as "photos/*.jpg".
         out: Folder for the results.
         threshold: For detectors: minimum score of the boxes to draw; the file contains all boxes.
+        box_format: For detectors: file of all boxes, detections.jsonl, detections.json (COCO),
+            labels/IMAGE.txt (YOLO) or detections.csv.
         augmentation: For detectors: inference at several scales, flipped, with refined boxes.
         device: Device, such as cpu or cuda:1; None uses a GPU if there is one.
     """
@@ -76,18 +88,35 @@ def predict(
 
     if not images:
         raise UserError("expected at least one image file or folder, but got none")
-    files = find_images(images)
+    files = find_images(images, videos=True, apart_from=out)
     predictor = load(run, options=TaskOptions(augmentation=augmentation), device=device)
-    failures = 0
-    results = predictor.write(files, out, threshold=threshold)
-    with tqdm(results, total=len(files), disable=None) as bar:
-        for _, problem in bar:
-            if problem is not None:
-                failures += 1
-                bar.write(f"deformnet: {problem}", file=sys.stderr)
-    print(f"{len(files) - failures} of {len(files)} images done, results in {out}")
+    results = predictor.write(files, out, threshold=threshold, box_format=box_format)
+    total = None if any(file.is_video for file in files) else len(files)
+    done: list[Written] = []
+    with tqdm(results, total=total, disable=None) as bar:
+        for result in bar:
+            done.append(result)
+            if result.problem is not None:
+                bar.write(f"deformnet: {result.problem}", file=sys.stderr)
+    failures = sum(result.problem is not None for result in done)
+    print(f"{len(done) - failures} of {len(done)} images done, results in {out}")
+    if predictor.has_boxes and failures < len(done):
+        print(_boxes_line(done, threshold))
     if failures:
         raise SystemExit(BAD_INPUT)
+
+
+def _boxes_line(done: Sequence["Written"], threshold: float) -> str:
+    """How many boxes were drawn; without any, the best score."""
+    boxes, images = sum(one.boxes for one in done), sum(one.boxes > 0 for one in done)
+    if boxes:
+        return f"{boxes} boxes with a score of at least {threshold:g}, in {images} images"
+    none = f"no box has a score of at least {threshold:g}, so none is drawn"
+    name, best = max(((one.name, one.best or 0.0) for one in done), key=itemgetter(1))
+    if best == 0:
+        return f"{none}; there is no box at all"
+    readable = os.fsencode(name).decode(errors="replace")
+    return f"{none}; the best one has {best:.3f}, in {readable}: try a lower --threshold"
 
 
 def propose(

@@ -1,13 +1,16 @@
 """The commands that train a network: one for each recipe, with its fields as options in groups."""
 
-import argparse
 import dataclasses
-from collections.abc import Callable, Sequence
+import logging
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 from deformnet import recipes
+from deformnet._errors import UserError
 from deformnet.cli.options import GROUP, options
 from deformnet.cli.scores import print_once
 from deformnet.engine.settings import Hardware, LoopOptions
@@ -26,10 +29,13 @@ NETWORKS: tuple[tuple[type[Recipe], str], ...] = (
 )
 
 # The groups of `--help`; all other fields of a recipe belong to the network.
-_IMAGES = {"short_side", "max_side", "crop", "resize", "test_short_side", "flip", "color_jitter"}
+_IMAGES = {
+    *("short_side", "max_side", "crop", "resize", "test_short_side", "orientation"),
+    *("flip", "scale_jitter", "color_jitter"),
+}
 _SCHEDULE = {
-    *("batch", "iterations", "lr", "offset_lr_scale", "momentum", "weight_decay", "warmup"),
-    *("clip", "precision", "seed"),
+    *("batch", "iterations", "optimizer", "schedule", "lr", "offset_lr_scale", "momentum"),
+    *("weight_decay", "warmup", "clip", "ema", "precision", "seed"),
 }
 
 
@@ -41,7 +47,18 @@ class Data:
     split: str = "train"
     """Training split."""
     val_split: str | None = "val"
-    """Validation split, evaluated after training; None skips it."""
+    """Validation split; None skips validation."""
+    val_fraction: float | None = None
+    """Fraction of the training split to hold out for validation, the same images every time; None
+    validates on the validation split."""
+
+    @property
+    def splits(self) -> tuple[str, str | None]:
+        """Names of the training and the validation split."""
+        if self.val_fraction is None:
+            return self.split, self.val_split
+        fraction = f"{self.val_fraction}"
+        return f"{self.split}[without={fraction}]", f"{self.split}[held-out={fraction}]"
 
     @property
     def proposals(self) -> tuple[Path, ...]:
@@ -62,11 +79,17 @@ class DataWithProposals(Data):
 @dataclass(frozen=True, kw_only=True)
 class Run:
     out: Path
-    """Run folder: recipe, checkpoint, logs and scores. If it contains an interrupted run, training
+    """Run folder: recipe, checkpoints, logs and scores. If it contains an interrupted run, training
     resumes."""
-    recipe: Path | None = None
-    """JSON file of a recipe, such as recipe.json of another run; its values replace the defaults
-    below."""
+    recipe: str | None = None
+    """Settings that the options below change: finetune (your own data, from pretrained weights),
+    scratch (random weights), paper (the paper's settings on VOC or ImageNet) or a JSON file such as
+    recipe.json of another run. None takes those of the run in OUT, or finetune."""
+    epochs: float | None = None
+    """Passes over the training images, instead of iterations; None counts iterations."""
+    continue_to: int | None = None
+    """Number of iterations to train the run in OUT to, finished or not; None trains for those of
+    its recipe."""
 
 
 def train_command(recipe: type[Recipe], what: str, arguments: Sequence[str]) -> Callable[..., None]:
@@ -78,6 +101,8 @@ def train_command(recipe: type[Recipe], what: str, arguments: Sequence[str]) -> 
         unused.__doc__ = what
         return unused
     base = _base_recipe(recipe, arguments)
+    # A run with settings of its own is validated as often as they say.
+    loops = LoopOptions(validate_every=None if _given("recipe", arguments) else "auto")
     rest = {field.name for field in dataclasses.fields(recipe)} - _IMAGES - _SCHEDULE
 
     def command(
@@ -85,23 +110,29 @@ def train_command(recipe: type[Recipe], what: str, arguments: Sequence[str]) -> 
         run: Annotated[Run, GROUP],
         network: Any,
         schedule: Any,
-        loop: Annotated[LoopOptions, GROUP] = LoopOptions(),  # noqa: B008 (both are frozen)
-        hardware: Annotated[Hardware, GROUP] = Hardware(),  # noqa: B008
+        loop: Annotated[LoopOptions, GROUP] = loops,
+        hardware: Annotated[Hardware, GROUP] = Hardware(),  # noqa: B008 (frozen)
     ) -> None:
         from deformnet.engine import train
 
         images = {name: value for name, value in vars(data).items() if name in _IMAGES}
         settings = images | vars(network) | vars(schedule)
-        result = train(
-            dataclasses.replace(base, **settings),
-            data.data,
-            run.out,
-            split=data.split,
-            val_split=data.val_split,
-            proposals=data.proposals,
-            loop=loop,
-            hardware=hardware,
-        )
+        if str(settings["init"]).lower() == "none":
+            settings["init"] = None
+        split, val_split = data.splits
+        with _printed_log():
+            result = train(
+                dataclasses.replace(base, **settings),
+                data.data,
+                run.out,
+                split=split,
+                val_split=val_split,
+                proposals=data.proposals,
+                epochs=run.epochs,
+                continue_to=run.continue_to,
+                loop=loop,
+                hardware=hardware,
+            )
         print_once(result)
 
     command.__doc__ = f"{what} Repeat the command to resume an interrupted run."
@@ -115,8 +146,68 @@ def train_command(recipe: type[Recipe], what: str, arguments: Sequence[str]) -> 
 
 
 def _base_recipe(recipe: type[Recipe], arguments: Sequence[str]) -> Recipe:
-    """The recipe that `train NETWORK --recipe FILE` names, or the default one of the network."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--recipe", type=Path)
-    known, _ = parser.parse_known_args(arguments)
-    return recipe() if known.recipe is None else recipe.load(known.recipe)
+    """The recipe whose values are the defaults of the options: see `Run.recipe`."""
+    if _given("epochs", arguments) and _given("iterations", arguments):
+        raise UserError("expected --epochs or --iterations, but got both")
+    match _given("recipe", arguments), _given("out", arguments):
+        case "scratch", _:
+            return recipe()
+        case "paper", _:
+            return recipe.published()
+        case None, str(out) if (path := Path(out) / "recipe.json").is_file():
+            return recipe.load(path)
+        case None | "finetune", _:
+            return _finetune(recipe, arguments)
+        case file, _:
+            return recipe.load(file)
+
+
+def _finetune(recipe: type[Recipe], arguments: Sequence[str]) -> Recipe:
+    """Settings for the data, the backbone and the machine that the arguments name."""
+    backbone, batch = _given("backbone", arguments), _given("batch", arguments)
+    names = typing.get_args(recipes.BackboneName)
+    backbone = backbone if backbone in names else "resnet50"  # others are refused later
+    init = _given("init", arguments)
+    if init is None:
+        init = "none" if backbone == "aligned-inception-resnet" else "IMAGENET1K_V1"
+    settings: dict[str, Any] = {
+        "backbone": backbone,
+        "init": None if init.lower() == "none" else init,
+        "batch": int(batch) if batch is not None and batch.isdecimal() and int(batch) else None,
+    }
+    data = _given("data", arguments)
+    if data is None or {"-h", "--help"} & set(arguments):
+        return recipes.finetune(recipe, images=200, **settings)
+    from deformnet.engine import finetune_on
+
+    hardware = Hardware(accelerator="cpu") if _given("accelerator", arguments) == "cpu" else None
+    split = _given("split", arguments) or "train"
+    return finetune_on(recipe, data, split=split, hardware=hardware or Hardware(), **settings)
+
+
+def _given(name: str, arguments: Sequence[str]) -> str | None:
+    """The value of an option among the arguments, before they are parsed; None if it is missing."""
+    given = None
+    for word, following in zip(arguments, (*arguments[1:], None), strict=True):
+        option, equals, value = word.partition("=")
+        if option.replace("_", "-") == f"--{name}":
+            given = value if equals else following
+    return given
+
+
+@contextmanager
+def _printed_log() -> Iterator[None]:
+    """Prints what the run reports as lines, also beside a progress bar."""
+    from tqdm import tqdm
+
+    class Lines(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            tqdm.write(self.format(record))
+
+    logger, lines = logging.getLogger("deformnet"), Lines()
+    logger.addHandler(lines)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(lines)

@@ -159,6 +159,11 @@ class DetectionDataset(VisionDataset):
         )
         return BoxAnnotations(boxes, self._labels[span].clone(), self._ignored[span].clone())
 
+    def all_annotations(self) -> tuple[BoxAnnotations, Tensor]:
+        """Objects of all images together, as plain tensors, and their number in each image."""
+        counts = self._ends.diff(prepend=self._ends.new_zeros(1))
+        return BoxAnnotations(self._boxes, self._labels, self._ignored), counts
+
     def __getitem__(self, index: int) -> tuple[tv_tensors.Image, BoxAnnotations]:
         """
         Returns:

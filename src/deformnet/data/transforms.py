@@ -3,6 +3,7 @@
 All randomness comes from torch's global generator, so a seed reproduces it.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -33,11 +34,21 @@ _COLOR_DIRECTIONS = (
 )
 _COLOR_SPREAD = 0.1
 
+_COLOR_JITTER = {"brightness": 0.3, "contrast": 0.3, "saturation": 0.3, "hue": 0.03}
+_MOST_PIXELS = 10**8
+_CROPS = 10  # draws of a crop until it has an object
+
 
 def segmentation_training_transforms(
-    *, short_side: int, max_side: int | None, crop: tuple[int, int] | None, flip: bool
+    *,
+    short_side: int,
+    max_side: int | None,
+    crop: tuple[int, int] | None,
+    flip: bool,
+    scale_jitter: tuple[float, float] | None = None,
+    color_jitter: bool = False,
 ) -> SegmentationTransforms:
-    """Resize, random crop, random horizontal flip, normalize.
+    """Resize, random crop, random horizontal flip, random change of colors, normalize.
 
     Args:
         short_side: length of the shorter side after resizing, in pixels (the paper: 360 for VOC,
@@ -47,20 +58,19 @@ def segmentation_training_transforms(
         crop: (height, width) of the random crop. A smaller image is placed at random on the mean
             color, and its mask on void. None for the whole image.
         flip: flip horizontally with probability 0.5.
+        scale_jitter: minimum and maximum of a factor of both sizes, drawn uniformly for each image;
+            None for none.
+        color_jitter: change brightness, contrast, saturation and hue at random.
     Returns:
         A function of an image (uint8 [3, H, W]) and a mask ([H, W]). It returns float32 [3, h, w],
         normalized with ImageNet's mean and standard deviation, and int64 [h, w].
     Raises:
-        UserError: for sizes that are not positive.
+        UserError: for sizes that are not positive, and factors that are not in order.
     """
-    steps: list[v2.Transform] = [Resize(short_side, max_side)]
+    steps = [_resize(short_side, max_side, scale_jitter)]
     if crop is not None:
-        for side in crop:
-            _require_positive("crop", side)
-        mean_color = [round(255 * channel) for channel in IMAGENET_MEAN]
-        fill = {tv_tensors.Image: mean_color, tv_tensors.Mask: IGNORE}
-        steps.append(v2.RandomCrop(crop, pad_if_needed=True, fill=fill))
-    return v2.Compose([*steps, *_flip(flip), *_to_network()])
+        steps.append(_random_crop(crop))
+    return v2.Compose([*steps, *_flip(flip), *_jitter(color_jitter), *_to_network()])
 
 
 def segmentation_evaluation_transforms(
@@ -75,22 +85,34 @@ def segmentation_evaluation_transforms(
 
 
 def detection_transforms(
-    *, short_side: int, max_side: int | None, flip: bool
+    *,
+    short_side: int,
+    max_side: int | None,
+    flip: bool,
+    crop: tuple[int, int] | None = None,
+    scale_jitter: tuple[float, float] | None = None,
+    color_jitter: bool = False,
 ) -> DetectionTransforms:
     """Resize, random horizontal flip, normalize; for evaluation, without the flip.
 
-    Boxes are scaled by the factors of the image: its sides after rounding over those before.
+    Boxes are scaled by the factors of the image: its sides after rounding over those before. A crop
+    clips boxes, and drops those of less than a pixel.
 
     Args:
-        short_side, max_side, flip: as of `segmentation_training_transforms`, and with its errors
-            (the paper: 600 and 1000).
+        short_side, max_side, flip, scale_jitter, color_jitter: as of
+            `segmentation_training_transforms`, and with its errors (the paper: 600 and 1000).
+        crop: (height, width) of the random crop, drawn again, up to 10 times, where it has no
+            object to learn. A smaller image is placed at random on the mean color. None for the
+            whole image.
     Returns:
         A function of an image (uint8 [3, H, W]) and its annotations. It returns float32 [3, h, w],
         normalized with ImageNet's mean and standard deviation, and annotations with boxes in its
         pixels, all plain tensors.
     """
-    resize = [Resize(short_side, max_side), v2.ClampBoundingBoxes()]
-    return v2.Compose([*resize, *_flip(flip), *_to_network()])
+    steps = [_resize(short_side, max_side, scale_jitter), v2.ClampBoundingBoxes()]
+    if crop is not None:
+        steps.append(RandomBoxCrop(crop))
+    return v2.Compose([*steps, *_flip(flip), *_jitter(color_jitter), *_to_network()])
 
 
 def classification_training_transforms(
@@ -136,8 +158,28 @@ def classification_evaluation_transforms(*, short_side: int, crop: int) -> Image
     return v2.Compose([Resize(short_side, None), v2.CenterCrop(crop), *_to_network()])
 
 
+def _resize(
+    short_side: int, max_side: int | None, scale_jitter: tuple[float, float] | None
+) -> v2.Transform:
+    if scale_jitter is None:
+        return Resize(short_side, max_side)
+    return ScaleJitter(short_side, max_side, *scale_jitter)
+
+
+def _random_crop(crop: tuple[int, int]) -> v2.RandomCrop:
+    for side in crop:
+        _require_positive("crop", side)
+    mean_color = [round(255 * channel) for channel in IMAGENET_MEAN]
+    fill = {tv_tensors.Image: mean_color, tv_tensors.Mask: IGNORE}
+    return v2.RandomCrop(crop, pad_if_needed=True, fill=fill)
+
+
 def _flip(flip: bool) -> list[v2.Transform]:
     return [v2.RandomHorizontalFlip()] if flip else []
+
+
+def _jitter(jitter: bool) -> list[v2.Transform]:
+    return [v2.ColorJitter(**_COLOR_JITTER)] if jitter else []
 
 
 def _to_network() -> list[v2.Transform]:
@@ -175,12 +217,22 @@ class Resize(v2.Transform):
         self.max_side = max_side
 
     def size(self, height: int, width: int) -> tuple[int, int]:
-        """(height, width) of an image of this size after resizing."""
+        """(height, width) of an image of this size after resizing.
+
+        Raises:
+            UserError: if a long strip of few pixels would become too large for the memory.
+        """
         short, long = min(height, width), max(height, width)
         scale = self.short_side / short
         if self.max_side is not None and scale * long > self.max_side:
             scale = self.max_side / long
-        return max(1, round(scale * height)), max(1, round(scale * width))
+        resized = max(1, round(scale * height)), max(1, round(scale * width))
+        if math.prod(resized) > _MOST_PIXELS:
+            raise UserError(
+                f"expected an image of at most {_MOST_PIXELS // 10**6} million pixels after "
+                f"resizing, but got one of {width}x{height}, resized to {resized[1]}x{resized[0]}"
+            )
+        return resized
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         boxes = isinstance(inpt, tv_tensors.BoundingBoxes)
@@ -193,6 +245,66 @@ class Resize(v2.Transform):
             mode = InterpolationMode.NEAREST_EXACT
             return tv_tensors.Mask(F.resize(plain, list(size), interpolation=mode)[0])
         return F.resize(inpt, list(size), interpolation=InterpolationMode.BILINEAR, antialias=True)
+
+
+class ScaleJitter(v2.Transform):
+    """Resizes as `Resize`, with both lengths times a random factor.
+
+    Args:
+        short_side, max_side: as of `Resize`.
+        smallest, largest: bounds of the factor.
+    """
+
+    def __init__(
+        self, short_side: int, max_side: int | None, smallest: float, largest: float
+    ) -> None:
+        super().__init__()
+        if not 0 < smallest <= largest < math.inf:
+            raise UserError(
+                f"expected scale_jitter to be positive and ascending, but got {(smallest, largest)}"
+            )
+        self.resize = Resize(short_side, max_side)
+        self.smallest = smallest
+        self.largest = largest
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        factor = self.smallest + (self.largest - self.smallest) * float(torch.rand(()))
+        short_side, max_side = self.resize.short_side, self.resize.max_side
+        bound = None if max_side is None else max(1, round(factor * max_side))
+        return {"resize": Resize(max(1, round(factor * short_side)), bound)}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        return params["resize"].transform(inpt, {})
+
+
+class RandomBoxCrop(v2.Transform):
+    """Crops an image and its `BoxAnnotations` at random, so that an object stays if there is one.
+
+    An object that is ignored does not count.
+
+    Args:
+        crop: height and width.
+    """
+
+    def __init__(self, crop: tuple[int, int]) -> None:
+        super().__init__()
+        self._crop = _random_crop(crop)
+        self._sanitize = v2.SanitizeBoundingBoxes(labels_getter=lambda inputs: inputs[1][1:])
+
+    def forward(self, *inputs: Any) -> Any:
+        image, objects = inputs
+        wanted = _has_objects(objects)
+        cropped = self._sanitize(*self._crop(image, objects))
+        for _ in range(_CROPS - 1):
+            if not wanted or _has_objects(cropped[1]):
+                break
+            cropped = self._sanitize(*self._crop(image, objects))
+        return cropped
+
+
+def _has_objects(objects: BoxAnnotations) -> bool:
+    # Negative labels mark boxes that only move with the objects.
+    return bool((~objects.ignored & (objects.labels >= 0)).any())
 
 
 class RandomResize(v2.Transform):

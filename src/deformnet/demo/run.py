@@ -175,7 +175,7 @@ def _evaluate_by_size(
     predictions = []
     for index in tqdm(range(len(images)), desc="objects by size", disable=None):
         image, mask = images[index]
-        labels: Tensor = run.predictor(image)
+        labels = run.predictor.predict(image)
         objects.update(labels[None].long(), mask.as_subclass(Tensor)[None].long())
         if index < _EXAMPLES:
             predictions.append(labels)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from deformnet.engine.evaluation import evaluate, propose
     from deformnet.engine.export import export_run
     from deformnet.engine.health import OffsetHealth
+    from deformnet.engine.presets import finetune_on
     from deformnet.engine.processes import is_first_process
     from deformnet.engine.results import Result
     from deformnet.engine.runs import TrainedRun, load, load_run
@@ -27,6 +28,7 @@ __all__ = [
     "TrainingStopped",
     "evaluate",
     "export_run",
+    "finetune_on",
     "is_first_process",
     "load",
     "load_run",
@@ -38,6 +40,7 @@ _MODULES = {
     "deformnet.engine.evaluation": ("evaluate", "propose"),
     "deformnet.engine.export": ("export_run",),
     "deformnet.engine.health": ("OffsetHealth",),
+    "deformnet.engine.presets": ("finetune_on",),
     "deformnet.engine.processes": ("is_first_process",),
     "deformnet.engine.results": ("Result",),
     "deformnet.engine.runs": ("TrainedRun", "load", "load_run"),

@@ -14,12 +14,13 @@ from deformnet.engine.settings import Hardware
 from deformnet.recipes import Recipe
 from deformnet.tasks import task_of
 from deformnet.tasks.base import DataIdentity, EvaluationSet, ProposalSet, Scores, TaskOptions
+from deformnet.tasks.own import Data
 
 
 def evaluate(
     run: str | Path,
-    data: str | Path,
-    split: str,
+    data: Data,
+    split: str = "val",
     *,
     options: TaskOptions = TaskOptions(),  # noqa: B008 (frozen)
     out: str | Path | None = None,
@@ -30,8 +31,9 @@ def evaluate(
 
     Args:
         run: run folder.
-        data: folder of a data set as for `train`, with the classes that the run was trained on.
-        split: split to evaluate on.
+        data: folder of a data set, or torch data set, as for `train`, with the classes that the
+            run was trained on.
+        split: split to evaluate on; of a torch data set, its name in the results.
         options: size at which labels are compared, test-time augmentation, stored proposals.
         out: folder of the results; None is the run folder.
         hardware: processes and devices.
@@ -49,7 +51,7 @@ def evaluate(
         raise UserError(f"{run}: expected a run folder to write the scores to, but got a file")
     checkpoint = load_checkpoint(path := existing_checkpoint(run))
     recipe, model, trained_on = restored(checkpoint, path)
-    images = task_of(recipe, options).evaluation_set(Path(data), split, trained_on)
+    images = task_of(recipe, options).evaluation_set(data, split, trained_on)
     layout = Layout.of(hardware)
     facts = shared_facts(recipe, trained_on, images)
     with launched(layout, _precision(recipe, layout), facts) as fabric:

@@ -1,16 +1,24 @@
-"""What a training run reports while it proceeds: metrics.csv, TensorBoard and the progress bar."""
+"""What a training run reports while it proceeds: its logs, TensorBoard and the progress bar."""
 
 import csv
 import io
+import logging
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
 from torch.utils.tensorboard.writer import SummaryWriter
 from tqdm import tqdm
 
 from deformnet._files import naming, replacing
+
+logger = logging.getLogger("deformnet")
+"""Receives lines about the course of a run; the command line prints them."""
+_STEPS = 10  # after which the time of the rest is estimated
 
 
 class TrainingLog:
@@ -21,11 +29,19 @@ class TrainingLog:
         terms: names of the terms of the loss, if there are several.
         done: iteration that the run resumes from; later rows are dropped.
         total: iterations of the run.
-        progress: show a progress bar; where the output is no terminal, every 50 iterations.
+        validated: iteration of the last validation; later rows are dropped.
+        progress: show a progress bar; where the output is no terminal, a line for each row.
     """
 
     def __init__(
-        self, run: Path, terms: Sequence[str], done: int, total: int, *, progress: bool = False
+        self,
+        run: Path,
+        terms: Sequence[str],
+        done: int,
+        total: int,
+        *,
+        validated: int = 0,
+        progress: bool = False,
     ) -> None:
         self.path = run / "metrics.csv"
         self.columns = ("iteration", "loss", *terms, "learning_rate", "seconds")
@@ -33,16 +49,20 @@ class TrainingLog:
         with replacing(self.path) as file:
             header = ",".join(self.columns) + "\n"
             file.write((header + self._text(rows)).encode())
+        self._validations = run / "validation.csv"
+        rows = read_log(self._validations)
+        self._validated = [row for row in rows if int(row["iteration"]) <= validated]
+        if rows:
+            self._write_validations()
         self._tensorboard = SummaryWriter(run / "tensorboard", purge_step=done + 1)
         terminal = sys.stderr.isatty()
         self._bar = tqdm(
-            desc="training",
-            initial=done,
-            total=total,
-            disable=not progress,
-            miniters=1 if terminal else 50,
-            mininterval=0.1 if terminal else 0,
+            desc="training", initial=done, total=total, disable=not (progress and terminal)
         )
+        self._lines = progress and not terminal
+        self._done, self._total, self._postfix = done, total, {}
+        self._started: float | None = None
+        self._steps = 0
         self._since, self._last = time.perf_counter(), done
 
     def close(self) -> None:
@@ -52,6 +72,23 @@ class TrainingLog:
     def step(self) -> None:
         """Counts an iteration."""
         self._bar.update()
+        self._steps += 1
+        if self._started is None:  # the first one takes longer
+            self._started = time.perf_counter()
+        elif self._steps == _STEPS:
+            pace = (time.perf_counter() - self._started) / (_STEPS - 1)
+            left = self._total - self._done - _STEPS
+            logger.info("expected time: %s (%.3g s per iteration)", duration(left * pace), pace)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Leaves the block out of the seconds per iteration."""
+        started = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - started
+        self._since += seconds
+        if self._started is not None:
+            self._started += seconds
 
     def record(
         self, iteration: int, values: Mapping[str, float], scalars: Mapping[str, float]
@@ -70,12 +107,78 @@ class TrainingLog:
             self._tensorboard.add_scalar(name, value, iteration)
         # Written here, so that no other thread runs into a full disk later.
         self._tensorboard.flush()
-        self._bar.set_postfix(loss=f"{values['loss']:.4g}", refresh=False)
+        self._show(loss=f"{values['loss']:.4g}")
+        if self._lines:
+            left = duration((self._total - iteration) * values["seconds"])
+            self._line(
+                f"{iteration} of {self._total}, loss {values['loss']:.4g}, "
+                f"{values['seconds']:.3g} s per iteration, {left} left"
+            )
+
+    def validated(
+        self,
+        iteration: int,
+        main: tuple[str, float | None],
+        summary: Mapping[str, float | None],
+        pictures: Iterable[tuple[str, Image.Image]] = (),
+    ) -> None:
+        """Writes the scores of a validation to file and TensorBoard.
+
+        Args:
+            main, summary: as of `Scores`.
+            pictures: predictions, by the names of their images.
+        """
+        scores = {main[0]: main[1], **summary}
+        row = {k: "" if v is None else f"{v:.9g}" for k, v in scores.items()}
+        self._validated.append({"iteration": str(iteration), **row})
+        self._write_validations()
+        for name, value in scores.items():
+            if value is not None:
+                self._tensorboard.add_scalar(f"validation/{name}", value, iteration)
+        for name, picture in pictures:
+            image = np.asarray(picture.convert("RGB"))
+            self._tensorboard.add_image(f"predictions/{name}", image, iteration, dataformats="HWC")
+        self._tensorboard.flush()
+        name, value = main
+        text = "-" if value is None else f"{value:.1f}"
+        self._show(**{name: text})
+        if self._lines:
+            self._line(f"{name} {text} after {iteration} of {self._total}")
+
+    def _show(self, **values: str) -> None:
+        self._postfix |= values
+        self._bar.set_postfix(self._postfix, refresh=False)
+
+    def _line(self, text: str) -> None:
+        print(f"training: {text}", file=sys.stderr, flush=True)
+
+    def _write_validations(self) -> None:
+        if not self._validated:
+            self._validations.unlink(missing_ok=True)
+            return
+        columns = dict.fromkeys(name for row in self._validated for name in row)
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self._validated)
+        with replacing(self._validations) as file:
+            file.write(text.getvalue().encode())
 
     def _text(self, rows: Iterable[Mapping[str, str]]) -> str:
         text = io.StringIO()
         csv.DictWriter(text, self.columns, lineterminator="\n").writerows(rows)
         return text.getvalue()
+
+
+def duration(seconds: float) -> str:
+    """A time in one or two units: "40 s", "12 min", "3 h 20 min", "2 d 5 h"."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
 
 
 def read_log(path: Path) -> list[dict[str, str]]:

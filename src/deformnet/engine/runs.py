@@ -4,6 +4,8 @@
 RUN/
   recipe.json             the recipe that repeats the run
   checkpoints/last.ckpt   network, optimizer and iteration; training continues from here
+  checkpoints/best.ckpt   the network with the best score, if it is validated during training
+  validation.csv          scores of each validation, in percent
   metrics.csv             one row every few iterations: loss, learning rate, seconds per iteration
   tensorboard/            the same for TensorBoard
   metrics.json            scores on the validation images, and facts about the run
@@ -29,7 +31,7 @@ import tomllib
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple, TypedDict, cast
+from typing import NamedTuple, NotRequired, TypedDict, cast
 
 import torch
 from torch import Tensor, nn
@@ -60,28 +62,53 @@ class Description(TypedDict):
     data: dict[str, object]
 
 
+class Validated(TypedDict):
+    """What the validations of a run have shown so far."""
+
+    iteration: int
+    """Iteration of the last validation; 0 before the first."""
+    best: float | None
+    """Best score in percent."""
+    best_iteration: int
+    waited: int
+    """Validations since the best one."""
+
+
 class Checkpoint(TypedDict):
     """The content of a checkpoint; `precision` is the scale of gradients in float16."""
 
     deformnet: Description
     model: dict[str, Tensor]
+    """The network, with averaged weights if the recipe has `ema`."""
+    unaveraged: NotRequired[dict[str, Tensor] | None]
+    """The weights that the optimizer works on, if they are others."""
     optimizer: dict[str, object]
     precision: dict[str, object]
     iteration: int
+    validated: NotRequired[Validated]
 
 
 def checkpoint_path(run: Path) -> Path:
-    """The checkpoint of a run folder."""
+    """The checkpoint from which a run folder's training continues."""
     return run / "checkpoints" / "last.ckpt"
 
 
-def existing_checkpoint(run: Path) -> Path:
-    """The checkpoint of a run folder, if there is one.
+def best_path(run: Path) -> Path:
+    """The checkpoint of the best network of a run folder."""
+    return run / "checkpoints" / "best.ckpt"
 
+
+def existing_checkpoint(run: Path) -> Path:
+    """The checkpoint of a run's network: the best one if there is one, otherwise the last.
+
+    Args:
+        run: run folder, or one of its checkpoints.
     Raises:
         FileNotFoundError: if there is no such folder, or no checkpoint in it.
     """
     path = checkpoint_path(run)
+    if run.suffix == ".ckpt" and run.is_file():
+        return run
     if run.is_file():
         raise UserError(f"{run}: expected a run folder or an exported .safetensors, but got a file")
     if not run.is_dir():
@@ -90,7 +117,7 @@ def existing_checkpoint(run: Path) -> Path:
         raise FileNotFoundError(
             f"{run}: expected a trained run, but there is no {path.relative_to(run)}"
         )
-    return path
+    return best if (best := best_path(run)).is_file() else path
 
 
 def card_path(weights: Path) -> Path:
@@ -110,7 +137,7 @@ def load(
         >>> prediction = predictor("street.jpg")
 
     Args:
-        run: run folder, or the .safetensors file of an exported run.
+        run: run folder, one of its checkpoints, or the .safetensors file of an exported run.
         options: test-time augmentation, for detectors.
         device: where to compute; None takes a GPU if there is one.
     Raises:
@@ -124,8 +151,9 @@ def load_run(run: str | Path) -> TrainedRun:
     """Loads recipe, network and identity of the training data of a run.
 
     Args:
-        run: run folder, finished or not (the last checkpoint counts); or the .safetensors file of
-            an exported run, with its card beside it.
+        run: run folder, finished or not: its best checkpoint if it was validated during training,
+            otherwise the last one; or a checkpoint file; or the .safetensors file of an exported
+            run, with its card beside it.
     Raises:
         FileNotFoundError: if there is no such folder or file, no checkpoint in it, or no card.
         UserError: if checkpoint, weights or card are damaged, do not belong together, or are not
@@ -157,12 +185,13 @@ def _restored(
 
 
 def iterations_done(run: str | Path) -> int:
-    """Number of iterations that the network of a run folder has been trained for.
+    """Number of iterations that a run folder has been trained for.
 
     Raises:
         FileNotFoundError, UserError: as `load_run`.
     """
-    return load_checkpoint(existing_checkpoint(Path(run)))["iteration"]
+    existing_checkpoint(run := Path(run))
+    return load_checkpoint(checkpoint_path(run))["iteration"]
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
@@ -175,7 +204,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
         raise UserError(f"{path}: damaged, or not a checkpoint") from error
-    if not isinstance(checkpoint, dict) or not Checkpoint.__annotations__.keys() <= set(checkpoint):
+    if not isinstance(checkpoint, dict) or not Checkpoint.__required_keys__ <= set(checkpoint):
         raise UserError(f"{path}: not a checkpoint of deformnet")
     return cast(Checkpoint, checkpoint)
 

@@ -17,20 +17,25 @@ from types import FrameType
 import torch
 from lightning.fabric import Fabric
 from torch import Tensor, nn
-from torch.optim import SGD
+from torch.optim import SGD, AdamW, Optimizer
 
-from deformnet._errors import UserError, users_values
+from deformnet._errors import UserError
 from deformnet._files import write_json
 from deformnet.analysis.health import has_deformable_layers
+from deformnet.engine.averaging import AveragedNetwork
 from deformnet.engine.evaluation import score, shared_facts
+from deformnet.engine.header import header
 from deformnet.engine.health import OffsetHealth
-from deformnet.engine.logs import TrainingLog
+from deformnet.engine.initial import initial
+from deformnet.engine.logs import TrainingLog, logger
 from deformnet.engine.processes import Layout, launched
 from deformnet.engine.results import Result
 from deformnet.engine.runs import (
     Checkpoint,
+    best_path,
     checkpoint_path,
     describe,
+    existing_checkpoint,
     load_checkpoint,
     recipe_and_data,
     restored,
@@ -39,10 +44,12 @@ from deformnet.engine.runs import (
 from deformnet.engine.sampling import Iterations
 from deformnet.engine.settings import Hardware, LoopOptions
 from deformnet.engine.shared_norm import share_statistics
+from deformnet.engine.validation import Validator, pictures_of
 from deformnet.nn import parameter_groups
 from deformnet.recipes import Recipe
 from deformnet.tasks import task_of
-from deformnet.tasks.base import Batch, DataIdentity, TaskOptions
+from deformnet.tasks.base import Batch, DataIdentity, EvaluationSet, Task, TaskOptions
+from deformnet.tasks.own import Data, Location
 
 
 class TrainingStopped(Exception):
@@ -51,12 +58,15 @@ class TrainingStopped(Exception):
 
 def train(
     recipe: Recipe,
-    data: str | Path,
+    data: Data,
     out: str | Path,
     *,
     split: str = "train",
     val_split: str | None = "val",
+    val_data: Data | None = None,
     proposals: Sequence[str | Path] = (),
+    epochs: float | None = None,
+    continue_to: int | None = None,
     hardware: Hardware = Hardware(),  # noqa: B008 (frozen)
     loop: LoopOptions = LoopOptions(),  # noqa: B008
 ) -> Result:
@@ -72,16 +82,26 @@ def train(
 
     Args:
         recipe: network, image size and schedule.
-        data: folder of the data set, in a layout that the task of the recipe reads.
+        data: folder of the data set, in a layout that the task of the recipe reads; or a torch data
+            set, as `deformnet.tasks.own` describes it, which has no splits.
         out: run folder; see `deformnet.engine.runs` for its contents.
         split: split to train on.
-        val_split: split to evaluate on at the end; None for none. The default may be missing.
+        val_split: split to evaluate on at the end, and during training as `loop` says; None for
+            none. The default may be missing.
+        val_data: data set of `val_split`, if it is not `data`; with a torch data set, the only one
+            that is evaluated on.
         proposals: files of stored proposals for both splits, which replace those of the detector;
             see `deformnet.engine.propose`.
+        epochs: passes over the training images, in the place of the recipe's iterations.
+        continue_to: iterations to train the run in `out` to, finished or not, instead of the
+            recipe's. The learning rate follows the schedule of the new number from the iteration
+            that the run has reached. After a run that ended for lack of improvement, patience
+            starts anew.
         hardware: processes and devices.
         loop: checkpoints, logs and memory.
     Returns:
-        The scores and facts that `metrics.json` holds.
+        The scores and facts that `metrics.json` holds: of the best network if it was validated
+        during training, otherwise of the last.
     Raises:
         FileNotFoundError: if data or weights are missing.
         UserError: if an image is unreadable, `out` holds a run of another recipe or on other data,
@@ -91,52 +111,80 @@ def train(
             is due, or offsets run away and `loop.stop_on_runaway` is set.
         TrainingStopped: after Ctrl-C or SIGTERM.
     """
-    data, out = Path(data), Path(out)
+    out = Path(out)
     layout = Layout.of(hardware)
-    _require_fit(recipe, layout, loop)
     task = task_of(recipe, TaskOptions(proposals=tuple(map(Path, proposals))))
     images = task.training_set(data, split)
-    validation = None
-    if val_split is not None and (val_split != "val" or val_split in task.splits(data)):
-        validation = task.evaluation_set(data, val_split, images.identity)
-    checkpoint = _checkpoint_of(out, recipe, images.identity)
+    recipe = _with_iterations(recipe, len(images), epochs, continue_to)
+    _require_fit(recipe, layout, loop)
+    if val_data is None and isinstance(data, Location):
+        val_data = data
+    validation = _validation(task, val_data, val_split, images.identity)
+    if validation is None and loop.patience is not None:
+        raise UserError("expected a validation split for patience, but there is none")
+    checkpoint = _checkpoint_of(out, recipe, images.identity, further=continue_to is not None)
     done = 0 if checkpoint is None else checkpoint["iteration"]
     facts = {
         **shared_facts(recipe, images.identity, validation),
         "accumulate": loop.accumulate,
         "checkpoint_every": loop.checkpoint_every,
+        "validate_every": loop.validate_every,
+        "patience": loop.patience,
         "the run folder's last iteration": done,
     }
-    model = (
-        _initial(recipe, len(images.classes))
-        if checkpoint is None
-        else restored(checkpoint, checkpoint_path(out)).model
-    )
+    if checkpoint is None:
+        model, taken = initial(recipe, images.classes)
+    else:
+        model, taken = restored(checkpoint, checkpoint_path(out)).model, None
     task.freeze(model)
+    workers = layout.workers
     with launched(layout, recipe.precision, facts) as fabric:
-        if fabric.is_global_zero and checkpoint is None:
+        earlier = None if checkpoint is None else checkpoint.get("validated")
+        validator = Validator(validation, loop, recipe.iterations, workers, earlier)
+        if val_data is not None and val_split is not None:
+            validator.pictures = pictures_of(task, val_data, val_split, images.identity)
+        if fabric.is_global_zero and (checkpoint is None or continue_to is not None):
             write_json(out / "recipe.json", recipe.to_dict())
-        if done < recipe.iterations:
-            run = _Run(fabric, recipe, model, images.identity, out, loop, checkpoint)
+        if not validator.exhausted and (done < recipe.iterations or validator.due(done)):
+            run = _Run(fabric, recipe, model, images.identity, out, loop, checkpoint, validator)
             batches = Iterations(
                 images, recipe, loop.accumulate, fabric.global_rank, fabric.world_size
-            ).loader(done, recipe.iterations, workers=layout.workers, pin=layout.gpu)
+            ).loader(done, recipe.iterations, workers=workers, pin=layout.gpu)
             log = None
             if fabric.is_global_zero:
+                for line in header(recipe, images, split, validation, val_split, fabric, model):
+                    logger.info(line)
+                logger.info(taken or f"resumes after iteration {done} of {recipe.iterations}")
                 log = TrainingLog(
-                    out, task.loss_terms, done, recipe.iterations, progress=loop.progress
+                    *(out, task.loss_terms, done, recipe.iterations),
+                    validated=validator.validated["iteration"],
+                    progress=loop.progress,
                 )
             with closing(log) if log else nullcontext():
                 run.fit(batches, log)
-        result = Result.of(recipe, model, out, recipe.iterations)
+            del run  # and the memory of the optimizer
+        ended = load_checkpoint(path := existing_checkpoint(out))
+        model = restored(ended, path).model
+        result = Result.of(recipe, model, out, ended["iteration"])
         if validation is not None:
-            scores = score(fabric, model, validation, layout.workers, progress=loop.progress)
+            scores = score(fabric, model, validation, workers, progress=loop.progress)
             result = dataclasses.replace(
                 result, split=val_split, images=len(validation), scores=scores
             )
         if fabric.is_global_zero:
             result = result.save(out)
     return result
+
+
+def _validation(
+    task: Task, data: Data | None, split: str | None, trained_on: DataIdentity
+) -> EvaluationSet | None:
+    """The images to evaluate on; None for none, also if the default split is missing."""
+    if data is None or split is None:
+        return None
+    if isinstance(data, Location) and split == "val" and split not in task.splits(data):
+        return None
+    return task.evaluation_set(data, split, trained_on)
 
 
 class _Run:
@@ -151,19 +199,22 @@ class _Run:
         out: Path,
         loop: LoopOptions,
         checkpoint: Checkpoint | None,
+        validator: Validator,
     ) -> None:
-        self.fabric, self.recipe, self.loop = fabric, recipe, loop
+        self.fabric, self.recipe, self.loop, self.validator = fabric, recipe, loop, validator
         self.described, self.path = describe(recipe, data), checkpoint_path(out)
+        self.best_path = best_path(out)
         self.saved: int | None = None
         self.iteration = 0
         if recipe.norm == "trained" and fabric.world_size > 1:
             share_statistics(model, fabric.device)
         # Convolutions run faster on this layout, on CPUs and GPUs alike.
         self.model = model.train().to(fabric.device).to(memory_format=torch.channels_last)
-        scale, decay = recipe.offset_lr_scale, recipe.weight_decay
-        groups = parameter_groups(model, recipe.lr, offset_lr_scale=scale, weight_decay=decay)
-        self.rates = [group["lr"] for group in groups]
-        optimizer = SGD(groups, lr=recipe.lr, momentum=recipe.momentum)
+        self.average = None if recipe.ema is None else AveragedNetwork(self.model, recipe.ema)
+        if checkpoint is not None and (trained := checkpoint.get("unaveraged")) is not None:
+            self.model.load_state_dict(trained)
+        optimizer = _optimizer(recipe, model)
+        self.rates = [group["lr"] for group in optimizer.param_groups]
         self.losses, self.optimizer = fabric.setup(_Losses(model), optimizer)
         if checkpoint is not None:  # the network has its weights already
             self.iteration = checkpoint["iteration"]
@@ -174,10 +225,14 @@ class _Run:
             self.health = OffsetHealth(model, loop.log_every, warn=fabric.is_global_zero)
 
     def fit(self, batches: Iterable[list[Batch]], log: TrainingLog | None) -> None:
-        """Trains to the last iteration, or until asked to stop."""
+        """Trains to the last iteration, as long as validations improve, or until asked to stop."""
         recipe, loop, total = self.recipe, self.loop, self.recipe.iterations
         with _stopping_signals() as received:
+            if self.validator.due(self.iteration):  # an interruption cut this one off
+                self._validate(log)
             for parts in batches:
+                if self.validator.exhausted:
+                    break
                 self.iteration += 1
                 factor = recipe.lr_factor(self.iteration - 1)
                 for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
@@ -190,6 +245,8 @@ class _Run:
                         self.losses, self.optimizer, max_norm=recipe.clip, error_if_nonfinite=False
                     )
                 self.optimizer.step()
+                if self.average is not None:
+                    self.average.update(self.model, self.iteration)
                 if log is not None:
                     log.step()
                 if self.iteration % loop.log_every == 0:
@@ -205,6 +262,14 @@ class _Run:
                         f"stopped after {self.iteration} of {total} iterations; "
                         "run the same command to continue"
                     )
+                if self.validator.due(self.iteration):
+                    self._validate(log)
+        if self.validator.exhausted:
+            validated = self.validator.validated
+            logger.info(
+                "ends after %d of %d iterations: no improvement in %d validations",
+                *(self.iteration, total, validated["waited"]),
+            )
 
     def _backward(self, parts: Sequence[Batch]) -> dict[str, Tensor]:
         """Computes the gradients of a batch, the same however it is divided.
@@ -271,22 +336,46 @@ class _Run:
             messages = [*self.health.messages.values(), "the offsets run away in another process"]
             raise FloatingPointError(f"{messages[0]}; {self._last_checkpoint()}")
 
+    @property
+    def network(self) -> nn.Module:
+        """The network of the run: the average of the trained one, if the recipe has it."""
+        return self.model if self.average is None else self.average.model
+
+    def _validate(self, log: TrainingLog | None) -> None:
+        """Scores the network, and keeps it if it is the best."""
+        with log.aside() if log else nullcontext():
+            scores = self.validator.score(self.fabric, self.network)
+            improved = self.validator.add(self.iteration, scores.main[1])
+            if log is not None:
+                pictures = ()
+                if scores.main[1] is not None:  # otherwise the ground truth is not published
+                    pictures = self.validator.pictures(self.network, self.fabric.device)
+                log.validated(self.iteration, scores.main, scores.summary, pictures)
+                if improved:
+                    best: Checkpoint = {**self._checkpoint(), "unaveraged": None, "optimizer": {}}
+                    save_checkpoint(best, self.best_path)  # without what only training needs
+            self._save()
+
     def _save(self) -> None:
         for name, parameter in self.model.named_parameters():
             # The loss was finite, but its gradient need not have been.
             if not parameter.isfinite().all():
                 raise self._diverged(f"{name} is not finite after iteration {self.iteration}")
         if self.fabric.is_global_zero:
-            checkpoint: Checkpoint = {
-                "deformnet": self.described,
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "precision": self.fabric.strategy.precision.state_dict(),
-                "iteration": self.iteration,
-            }
-            save_checkpoint(checkpoint, self.path)
+            save_checkpoint(self._checkpoint(), self.path)
         self.fabric.barrier()
         self.saved = self.iteration
+
+    def _checkpoint(self) -> Checkpoint:
+        return {
+            "deformnet": self.described,
+            "model": self.network.state_dict(),
+            "unaveraged": None if self.average is None else self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "precision": self.fabric.strategy.precision.state_dict(),
+            "iteration": self.iteration,
+            "validated": self.validator.validated,
+        }
 
     def _diverged(self, what: str) -> FloatingPointError:
         remedy = "a lower lr, gradient clipping (clip) or a longer warmup may help"
@@ -358,24 +447,55 @@ def _require_fit(recipe: Recipe, layout: Layout, loop: LoopOptions) -> None:
         )
     if recipe.precision == "16-mixed" and not layout.gpu:
         raise UserError("precision 16-mixed needs a GPU; bf16-mixed works on CPUs, too")
+    if loop.patience is not None and loop.validate_every is None:
+        raise UserError("expected validate_every to be set for patience, but got None")
 
 
-def _initial(recipe: Recipe, classes: int) -> nn.Module:
-    """The network with its starting weights, the same in every process."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(recipe.seed)
-        with users_values():
-            return recipe.build_model(classes)
+def _optimizer(recipe: Recipe, model: nn.Module) -> Optimizer:
+    groups = parameter_groups(
+        model,
+        recipe.lr,
+        offset_lr_scale=recipe.offset_lr_scale,
+        weight_decay=recipe.weight_decay,
+    )
+    if recipe.optimizer == "adamw":
+        return AdamW(groups, lr=recipe.lr, betas=(recipe.momentum, 0.999))
+    return SGD(groups, lr=recipe.lr, momentum=recipe.momentum)
 
 
-def _checkpoint_of(run: Path, recipe: Recipe, data: DataIdentity) -> Checkpoint | None:
+def _with_iterations(
+    recipe: Recipe, images: int, epochs: float | None, continue_to: int | None
+) -> Recipe:
+    """The recipe with the iterations that `epochs` or `continue_to` ask for."""
+    if epochs is not None and continue_to is not None:
+        raise UserError("expected epochs or continue_to, but got both")
+    if epochs is not None and not 0 < epochs < math.inf:
+        raise UserError(f"expected epochs to be positive, but got {epochs}")
+    if continue_to is not None and continue_to < 1:
+        raise UserError(f"expected continue_to to be at least 1, but got {continue_to}")
+    iterations = recipe.iterations if continue_to is None else continue_to
+    if epochs is not None:
+        iterations = max(1, math.ceil(epochs * images / recipe.batch))
+    return dataclasses.replace(recipe, iterations=iterations)
+
+
+def _checkpoint_of(
+    run: Path, recipe: Recipe, data: DataIdentity, *, further: bool
+) -> Checkpoint | None:
     """The checkpoint to continue from, if there is one.
 
+    Args:
+        further: whether the recipe may have other iterations than the run.
     Raises:
-        UserError: if it belongs to another recipe or to other data.
+        UserError: if it belongs to another recipe or to other data; or if there is none, or it has
+            more iterations already, to be trained `further`.
     """
     path = checkpoint_path(run)
     if not path.is_file():
+        if further:
+            raise UserError(
+                f"{run}: expected a run to continue, but there is no {path.relative_to(run)}"
+            )
         return None
     checkpoint = load_checkpoint(path)
     old_recipe, old_data = recipe_and_data(checkpoint["deformnet"], path)
@@ -386,10 +506,13 @@ def _checkpoint_of(run: Path, recipe: Recipe, data: DataIdentity) -> Checkpoint 
         )
     for field in dataclasses.fields(recipe):
         old, new = getattr(old_recipe, field.name), getattr(recipe, field.name)
-        if old != new:
+        if old != new and not (further and field.name == "iterations"):
+            remedy = "continue it with its own recipe or choose another folder"
+            if field.name == "iterations":
+                remedy = f"train it to {new} with continue_to, or choose another folder"
             raise UserError(
                 f"{run}: expected a run with {field.name}={new!r}, but it holds one with "
-                f"{field.name}={old!r}; continue it with its own recipe or choose another folder"
+                f"{field.name}={old!r}; {remedy}"
             )
     if old_data != data:
         raise UserError(
@@ -397,4 +520,18 @@ def _checkpoint_of(run: Path, recipe: Recipe, data: DataIdentity) -> Checkpoint 
             f"classes), but it holds one on other data ({old_data.images} and "
             f"{len(old_data.classes)})"
         )
+    if old_recipe.iterations != recipe.iterations:
+        return _continued(checkpoint, old_recipe.iterations, recipe.iterations, run)
     return checkpoint
+
+
+def _continued(checkpoint: Checkpoint, before: int, after: int, run: Path) -> Checkpoint:
+    """The checkpoint of a run, to be trained to another number of iterations."""
+    if after < checkpoint["iteration"]:
+        raise UserError(
+            f"{run}: expected continue_to to be at least the {checkpoint['iteration']} iterations "
+            f"that the run has been trained for, but got {after}"
+        )
+    if "validated" not in checkpoint:
+        return checkpoint
+    return {**checkpoint, "validated": {**checkpoint["validated"], "waited": 0}}

@@ -79,8 +79,8 @@ class Networks:
         prepared: input of both networks.
     """
 
-    plain: Predictor[object]
-    deformable: Predictor[object]
+    plain: Predictor
+    deformable: Predictor
     photo: Tensor
     prepared: Prepared
 
@@ -109,7 +109,7 @@ def build(case: Case, device: torch.device) -> Networks:
     return networks
 
 
-def forward(predictor: Predictor[object], prepared: Prepared) -> object:
+def forward(predictor: Predictor, prepared: Prepared) -> object:
     """Run the network alone: to logits, or to boxes before non-maximum suppression."""
     return predictor.model(*predictor.arguments(prepared))
 
@@ -133,7 +133,7 @@ def require_sound(name: str, output: object) -> None:
         raise FloatingPointError(f"{name}: the output of the network is not finite")
 
 
-def _predictor(recipe: Recipe, data: DataSet, device: torch.device) -> Predictor[object]:
+def _predictor(recipe: Recipe, data: DataSet, device: torch.device) -> Predictor:
     classes = tuple(map(str, range(data.classes)))
     model = recipe.build_model(data.classes)
     return task_of(recipe).predictor(model, DataIdentity(classes, 1, ""), device)

@@ -100,7 +100,7 @@ def _measure(network: Table4Network, options: TimingOptions, device: torch.devic
         alone = side_by_side(
             lambda: forward(plain, prepared), lambda: forward(deformable, prepared), options
         )
-    whole = side_by_side(lambda: plain(photo), lambda: deformable(photo), options)
+    whole = side_by_side(lambda: plain.predict(photo), lambda: deformable.predict(photo), options)
     paper_forward, paper_whole = (after / before for before, after in _PAPER[network])
     return {
         "network": network,
@@ -115,7 +115,7 @@ def _measure(network: Table4Network, options: TimingOptions, device: torch.devic
 
 
 @torch.inference_mode()
-def _count(predictor: Predictor[object], prepared: Prepared) -> tuple[int, object]:
+def _count(predictor: Predictor, prepared: Prepared) -> tuple[int, object]:
     """Return the FLOPs of a forward pass, and its output."""
     outputs: list[object] = []
     flops = count_flops(lambda: outputs.append(forward(predictor, prepared)))

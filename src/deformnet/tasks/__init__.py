@@ -9,12 +9,25 @@ require_extra(__name__, "train", "torchvision", "torchmetrics", "tqdm")
 
 from deformnet.recipes import ClassifierRecipe, DetectorRecipe, Recipe, SegmentationRecipe
 from deformnet.tasks.base import DataIdentity, Processes, Task, TaskOptions
-from deformnet.tasks.classification import ClassificationTask
+from deformnet.tasks.classification import ClassificationTask, ImageClass
 from deformnet.tasks.detection import DetectionTask
+from deformnet.tasks.detection.data import Boxes
 from deformnet.tasks.images import find_images
-from deformnet.tasks.segmentation import SegmentationTask
+from deformnet.tasks.predictor import Predictor
+from deformnet.tasks.segmentation import LabelMap, SegmentationTask
 
-__all__ = ["DataIdentity", "Processes", "Task", "TaskOptions", "find_images", "task_of"]
+__all__ = [
+    "Boxes",
+    "DataIdentity",
+    "ImageClass",
+    "LabelMap",
+    "Predictor",
+    "Processes",
+    "Task",
+    "TaskOptions",
+    "find_images",
+    "task_of",
+]
 
 
 def task_of(recipe: Recipe, options: TaskOptions | None = None) -> Task:

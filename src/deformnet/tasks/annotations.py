@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
@@ -64,12 +64,34 @@ class Annotation(ABC):
         names: class names of the boxes, D.
         scores: [D] of predicted boxes, best first; None for ground truth.
         label: class of the whole image, if there is one.
+        image: uint8 [3, H, W], the image that was predicted; None for ground truth.
     """
 
     boxes: Tensor = torch.zeros(0, 4)
     names: Sequence[str] = ()
     scores: Tensor | None = None
     label: str | None = None
+    image: Tensor | None = None
+
+    def plot(self, *, threshold: float = 0.5) -> Image.Image:
+        """A picture of the prediction over its image.
+
+        Args:
+            threshold: least score of a box that is drawn.
+        Raises:
+            ValueError: for ground truth, which has no image.
+        """
+        if self.image is None:
+            raise ValueError("expected a prediction, which keeps its image, but got ground truth")
+        return self.best(least_score=threshold)._plot(self.image)
+
+    @abstractmethod
+    def to_dict(self) -> dict[str, Any]:
+        """The annotation in plain values, with classes by name."""
+
+    @abstractmethod
+    def _plot(self, image: Tensor) -> Image.Image:
+        """A picture of it over the image, uint8 [3, H, W]."""
 
     @abstractmethod
     def draw(self, image: Tensor) -> Image.Image | None:

@@ -13,16 +13,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import ClassVar, Generic, Protocol, Self, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from deformnet._errors import UserError
 from deformnet._text import Table
 from deformnet.data.files import listing
 from deformnet.recipes import Recipe, ScoreAt, TestTimeAugmentation
 from deformnet.tasks.annotations import AnnotatedImages, Images, names_of
+from deformnet.tasks.own import Data, Location, place
 from deformnet.tasks.predictor import Device, Predictor
 
 _T = TypeVar("_T")
@@ -46,6 +48,7 @@ class DataIdentity:
     ) -> "DataIdentity":
         """The identity of a data set with these classes and image names, in this order.
 
+        The names of a torch data set are indices: its classes and its length are all that is known.
         `proposals` is the digest of a detector's stored proposals.
         """
         listed = list(names)
@@ -126,6 +129,10 @@ class TrainingSet(ABC):
     def __len__(self) -> int:
         return self.identity.images
 
+    def summary(self) -> list[str]:
+        """Lines about the ground truth, shown before training, such as boxes by class."""
+        return []
+
     @abstractmethod
     def batch(self, indices: Sequence[int], seeds: Sequence[int]) -> Batch:
         """The images of these indices as a batch; the seeds decide all randomness; see `seeded`."""
@@ -139,11 +146,14 @@ class Scores:
         json: entries of `metrics.json`: fractions from 0 to 1, None instead of NaN.
         table: scores in percent, by class where there are such; the title names the metric.
         summary: scores in percent, by the names in the paper's tables ("mean IoU", "mAP@0.5").
+        main: name and value in percent of the score that decides which network of a run is best;
+            higher is better, None if there is nothing to score.
     """
 
     json: dict[str, object]
     table: Table
     summary: dict[str, float | None]
+    main: tuple[str, float | None] = field(default=("score", None), kw_only=True)
 
     def save(self, folder: Path, suffix: str = "") -> dict[str, str]:
         """Writes the predictions that were scored, if the task keeps them.
@@ -212,29 +222,37 @@ class Task(ABC, Generic[_RecipeT, _ImagesT]):
         self.network = recipe.network
         self.options = options
 
-    @abstractmethod
-    def splits(self, root: Path) -> list[str]:
-        """The splits of the data set in a folder."""
+    def splits(self, data: Data) -> list[str]:
+        """The splits of a data set; none of a torch data set, which takes any name."""
+        return self._splits(data) if isinstance(data, Location) else []
 
-    def training_set(self, root: Path, split: str) -> TrainingSet:
-        """Opens images to train on."""
-        return self._training_set(self._open(root, split))
+    def training_set(self, data: Data, split: str = "train") -> TrainingSet:
+        """Opens images to train on.
+
+        Args:
+            data: folder of a data set, or a torch data set as `deformnet.tasks.own` describes it.
+            split: split of the folder; a torch data set has none.
+        Raises:
+            UserError: also if there is nothing to learn from, such as an object or a pixel with a
+                class.
+        """
+        return self._training_set(self._opened(data, split))
 
     def evaluation_set(
-        self, root: Path, split: str, trained_on: DataIdentity | None = None
+        self, data: Data, split: str = "val", trained_on: DataIdentity | None = None
     ) -> EvaluationSet:
         """Opens images to score a network on, with the classes that it was `trained_on`."""
-        return self._evaluation_set(self._checked(root, split, trained_on))
+        return self._evaluation_set(self._checked(data, split, trained_on))
 
-    def proposal_set(self, root: Path, split: str, trained_on: DataIdentity) -> ProposalSet:
+    def proposal_set(self, data: Data, split: str, trained_on: DataIdentity) -> ProposalSet:
         """Opens images to make proposals for; for detectors only."""
         raise UserError(f"expected a detector, which makes proposals, but got {self.network}")
 
     def annotated(
-        self, root: Path, split: str, trained_on: DataIdentity | None = None
+        self, data: Data, split: str = "val", trained_on: DataIdentity | None = None
     ) -> AnnotatedImages:
         """Opens images with ground truth to look at; arguments as of `evaluation_set`."""
-        return self._annotated(self._checked(root, split, trained_on))
+        return self._annotated(self._checked(data, split, trained_on))
 
     @abstractmethod
     def predictor(
@@ -246,8 +264,15 @@ class Task(ABC, Generic[_RecipeT, _ImagesT]):
         """Excludes from training the parts of the network that learn nothing in this task."""
 
     @abstractmethod
-    def _open(self, root: Path, split: str) -> _ImagesT:
-        """Opens the data set in a folder."""
+    def _splits(self, data: Location) -> list[str]: ...
+
+    @abstractmethod
+    def _open(self, data: Location, split: str) -> _ImagesT:
+        """Opens a stored data set."""
+
+    @abstractmethod
+    def _own(self, data: Dataset[Any]) -> _ImagesT:
+        """Takes the images of a torch data set."""
 
     @abstractmethod
     def _training_set(self, images: _ImagesT) -> TrainingSet: ...
@@ -258,12 +283,15 @@ class Task(ABC, Generic[_RecipeT, _ImagesT]):
     @abstractmethod
     def _annotated(self, images: _ImagesT) -> AnnotatedImages: ...
 
-    def _checked(self, root: Path, split: str, trained_on: DataIdentity | None) -> _ImagesT:
+    def _opened(self, data: Data, split: str) -> _ImagesT:
+        return self._open(data, split) if isinstance(data, Location) else self._own(data)
+
+    def _checked(self, data: Data, split: str, trained_on: DataIdentity | None) -> _ImagesT:
         """The data set, if it has the classes that a network was trained on."""
-        images = self._open(root, split)
+        images = self._opened(data, split)
         if trained_on is not None and tuple(images.classes) != tuple(trained_on.classes):
             raise UserError(
-                f"{root}: expected the classes that the network was trained on "
+                f"{place(data)}: expected the classes that the network was trained on "
                 f"({listing(trained_on.classes)}), but got {listing(images.classes)}"
             )
         return images

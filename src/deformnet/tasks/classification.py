@@ -1,15 +1,19 @@
 """Image classification: a class for every image."""
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, NamedTuple, NoReturn
+from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
+from deformnet._files import replacing
 from deformnet._text import Table, percent
 from deformnet.data.image_folder import ImageFolderClassification, image_folder_splits
 from deformnet.data.transforms import (
@@ -24,7 +28,13 @@ from deformnet.tasks.annotations import AnnotatedImages, Annotation
 from deformnet.tasks.base import DataIdentity, Scores, Task, TrainingSet, seeded
 from deformnet.tasks.images import require_image
 from deformnet.tasks.labeling import CountingSet, logits_of, losses_of
-from deformnet.tasks.predictor import Device, Predictor, Prepared, Size
+from deformnet.tasks.own import Location, OwnClasses
+from deformnet.tasks.predictor import Add, Device, Predictor, Prepared, Size
+from deformnet.tasks.results import BoxFormat
+from deformnet.tasks.summary import absent, by_class, sample_of
+from deformnet.visualization.drawing import captioned
+
+_Images = ImageFolderClassification | OwnClasses
 
 _BEST = 5  # classes of an image that are written
 
@@ -49,7 +59,7 @@ class Batch(NamedTuple):
 class ClassificationTrainingSet(TrainingSet):
     """Images and classes with random transforms."""
 
-    def __init__(self, recipe: ClassifierRecipe, images: ImageFolderClassification) -> None:
+    def __init__(self, recipe: ClassifierRecipe, images: _Images) -> None:
         super().__init__(images)
         self._images = images
         self._transforms = classification_training_transforms(
@@ -58,6 +68,18 @@ class ClassificationTrainingSet(TrainingSet):
             flip=recipe.flip,
             color_jitter=recipe.color_jitter,
         )
+
+    def summary(self) -> list[str]:
+        """Images by class, of a torch data set of at most 50 images; the classes without any."""
+        labels = _labels_of(self._images)
+        counts = torch.bincount(torch.tensor(labels), minlength=len(self.classes)).tolist()
+        every = len(labels) == len(self)
+        images = "images" if every else f"{len(labels)} of {len(self)} images"
+        where = "" if every else f" among these {len(labels)}"
+        return [
+            f"{images} by class: {by_class(self.classes, counts)}",
+            *absent("image", self.classes, counts, where),
+        ]
 
     def batch(self, indices: Sequence[int], seeds: Sequence[int]) -> Batch:
         images, labels = zip(*seeded(self._sample, indices, seeds), strict=True)
@@ -68,10 +90,18 @@ class ClassificationTrainingSet(TrainingSet):
         return self._transforms(tv_tensors.Image(image)), label
 
 
+def _labels_of(images: _Images) -> list[int]:
+    """The labels of all images, or of some if that takes reading them."""
+    if isinstance(images, ImageFolderClassification):
+        return [label for _, label in images.samples]
+    with torch.random.fork_rng(devices=[]):
+        return [images[index][1] for index in sample_of(len(images))]
+
+
 class ClassificationEvaluationSet(CountingSet):
     """Images, the square that the network sees, each with its class [1]."""
 
-    def __init__(self, recipe: ClassifierRecipe, images: ImageFolderClassification) -> None:
+    def __init__(self, recipe: ClassifierRecipe, images: _Images) -> None:
         super().__init__(images)
         self._images = images
         self._transforms = classification_evaluation_transforms(
@@ -97,6 +127,7 @@ class ClassificationEvaluationSet(CountingSet):
             scores.to_json(self.classes),
             Table("Error", (), [(name, percent(error, 1)) for name, error in rows]),
             {f"{name} error": scaled(error, 100) for name, error in totals.items()},
+            main=("top-1 accuracy", scaled(1 - scores.top1_error, 100)),
         )
 
 
@@ -105,20 +136,36 @@ class ImageClass(Annotation):
     """The class of an image."""
 
     label: str | None = field()  # no default, which the base class has
-    probabilities: Sequence[tuple[str, float]] = ()
-    """Names and probabilities of all classes, best first; empty for ground truth."""
+    classes: tuple[str, ...] = ()
+    probabilities: Tensor | None = None
+    """float32 [C], of each class; None for ground truth."""
+    image: Tensor | None = field(default=None, repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The class, and the probabilities of all classes, best first, if it is predicted."""
+        values: dict[str, Any] = {"class": self.label}
+        ranking = dict(self.ranking(len(self.classes)))
+        return values if self.probabilities is None else {**values, "probabilities": ranking}
+
+    def _plot(self, image: Tensor) -> Image.Image:
+        lines = [f"{name} {probability:.2f}" for name, probability in self.ranking(_BEST)]
+        return captioned(image, lines)
 
     def draw(self, image: Tensor) -> None:
         """Nothing: the class of an image has no place in it."""
 
     def ranking(self, count: int) -> list[tuple[str, float]]:
-        return list(self.probabilities[:count])
+        if self.probabilities is None:
+            return []
+        best, labels = self.probabilities.sort(descending=True, stable=True)
+        names = [self.classes[label] for label in labels[:count].tolist()]
+        return list(zip(names, best[:count].tolist(), strict=True))
 
     def contents(self, objects: Collection[str]) -> NoReturn:
         raise TypeError("expected ground truth that locates objects, but got the class of an image")
 
 
-class ClassificationPredictor(Predictor[Tensor]):
+class ClassificationPredictor(Predictor[Tensor, ImageClass]):
     """Predicts the probability of each class, [C], from the square in the middle of the image.
 
     `write` makes `predictions.jsonl`, the five most probable classes of each image, best first:
@@ -127,7 +174,6 @@ class ClassificationPredictor(Predictor[Tensor]):
     """
 
     has_picture: ClassVar[bool] = False
-    lines: ClassVar[str | None] = "predictions.jsonl"
 
     def __init__(
         self,
@@ -137,7 +183,8 @@ class ClassificationPredictor(Predictor[Tensor]):
         device: Device = None,
     ) -> None:
         short_side, crop = recipe.test_short_side, recipe.crop
-        super().__init__(model, classes, short_side, None, device)
+        upright = recipe.orientation != "stored"
+        super().__init__(model, classes, short_side, None, device, upright=upright)
         self._transforms = classification_evaluation_transforms(short_side=short_side, crop=crop)
         self._resize = Resize(short_side, None)
 
@@ -153,43 +200,53 @@ class ClassificationPredictor(Predictor[Tensor]):
     def _predict(self, prepared: Prepared, size: Size) -> Tensor:
         return logits_of(self.model, prepared.input).softmax(dim=1)[0].cpu()
 
-    def _annotation(self, prediction: Tensor, size: Size) -> ImageClass:
-        best, labels = prediction.sort(descending=True, stable=True)
-        names = (self.classes[label] for label in labels.tolist())
-        ranking = list(zip(names, best.tolist(), strict=True))
-        return ImageClass(ranking[0][0], ranking)
+    def _annotation(
+        self, prediction: Tensor, size: Size, image: Tensor | None = None
+    ) -> ImageClass:
+        label = self.classes[int(prediction.argmax())]
+        return ImageClass(label, self.classes, prediction, image)
 
-    def _write(self, path: Path, image: Tensor, out: Path, threshold: float) -> str:
-        classes = [
-            {"class": name, "probability": round(probability, 6)}
-            for name, probability in self.annotate(image).ranking(_BEST)
-        ]
-        return json.dumps({"image": path.name, "classes": classes}, ensure_ascii=False)
+    @contextmanager
+    def _listed(self, out: Path, box_format: BoxFormat) -> Iterator[Add[ImageClass]]:
+        with replacing(out / "predictions.jsonl") as file:
+            yield lambda name, _, annotation: file.write(_line(name, annotation))
 
 
-class ClassificationTask(Task[ClassifierRecipe, ImageFolderClassification]):
+def _line(name: str, annotation: ImageClass) -> bytes:
+    classes = [
+        {"class": class_name, "probability": round(probability, 6)}
+        for class_name, probability in annotation.ranking(_BEST)
+    ]
+    line = json.dumps({"image": name, "classes": classes}, ensure_ascii=False)
+    return f"{line}\n".encode(errors="backslashreplace")  # JSON's form of a name that is not UTF-8
+
+
+class ClassificationTask(Task[ClassifierRecipe, _Images]):
     """Image classification; data in the layout SPLIT/CLASS/IMAGE."""
 
     localizes: ClassVar[bool] = False
-
-    def splits(self, root: Path) -> list[str]:
-        return image_folder_splits(root)
 
     def predictor(
         self, model: nn.Module, trained_on: DataIdentity, device: Device = None
     ) -> ClassificationPredictor:
         return ClassificationPredictor(self.recipe, model, trained_on.classes, device)
 
-    def _open(self, root: Path, split: str) -> ImageFolderClassification:
-        return ImageFolderClassification(root, split)
+    def _splits(self, data: Location) -> list[str]:
+        return image_folder_splits(data)
 
-    def _training_set(self, images: ImageFolderClassification) -> ClassificationTrainingSet:
+    def _open(self, data: Location, split: str) -> ImageFolderClassification:
+        return ImageFolderClassification(data, split)
+
+    def _own(self, data: Dataset[Any]) -> OwnClasses:
+        return OwnClasses(data)
+
+    def _training_set(self, images: _Images) -> ClassificationTrainingSet:
         return ClassificationTrainingSet(self.recipe, images)
 
-    def _evaluation_set(self, images: ImageFolderClassification) -> ClassificationEvaluationSet:
+    def _evaluation_set(self, images: _Images) -> ClassificationEvaluationSet:
         return ClassificationEvaluationSet(self.recipe, images)
 
-    def _annotated(self, images: ImageFolderClassification) -> AnnotatedImages:
+    def _annotated(self, images: _Images) -> AnnotatedImages:
         def load(index: int) -> tuple[Tensor, ImageClass]:
             image, label = images[index]
             return image.as_subclass(Tensor), ImageClass(images.classes[label])

@@ -1,16 +1,20 @@
-"""Images that users pass in: files, folders, and pixels in any common form."""
+"""Images that users pass in: files, folders, patterns, videos, and pixels in any common form."""
 
-from collections.abc import Sequence
-from pathlib import Path
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from glob import has_magic
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from deformnet._errors import UserError
-from deformnet._files import replacing
 from deformnet.data.files import read_image
+from deformnet.tasks.video import VIDEO_SUFFIXES, require_reader
 
 ImageInput = str | Path | Image.Image | np.ndarray | Tensor
 """Path, PIL image, uint8 array [H, W, 3] or uint8 tensor [3, H, W], in RGB."""
@@ -18,18 +22,22 @@ ImageInput = str | Path | Image.Image | np.ndarray | Tensor
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 
 
-def as_image(image: ImageInput) -> Tensor:
+def as_image(image: ImageInput, *, upright: bool = True) -> Tensor:
     """Converts an image in any supported form to uint8 [3, H, W].
 
+    Args:
+        image: the image.
+        upright: turn files and PIL images as their EXIF orientation says.
     Raises:
         TypeError: for an object of another kind.
         ValueError: for an array or a tensor of another dtype or shape, or without pixels.
         OSError: if a file cannot be read.
     """
     if isinstance(image, str | Path):
-        return read_image(Path(image).expanduser(), upright=True)
+        return read_image(Path(image).expanduser(), upright=upright)
     if isinstance(image, Image.Image):
-        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
+        turned = ImageOps.exif_transpose(image) if upright else image
+        return torch.from_numpy(np.array(turned.convert("RGB"))).permute(2, 0, 1).contiguous()
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
             raise ValueError(
@@ -54,33 +62,97 @@ def require_image(image: Tensor) -> Tensor:
     return image.as_subclass(Tensor)
 
 
-def find_images(paths: Sequence[str | Path]) -> list[Path]:
-    """Lists the given files, and instead of a folder its image files, sorted by name.
+class InputFile(NamedTuple):
+    """An image file or a video.
 
-    Raises:
-        FileNotFoundError: if a folder holds no image.
-        UserError: if two files have the same name (their results would, too).
+    Attributes:
+        name: path relative to the folder that was given, with "/" and the suffix; the file name
+            of a file that was given itself.
+        path: the file.
+        result: relative path of its results, without a suffix: that of `name`, or all of `name`
+            where another file differs from it in the suffix alone.
     """
-    files: list[Path] = []
-    for path in map(Path, paths):
-        if not path.is_dir():
-            files.append(path)
-            continue
-        inside = sorted(p for p in path.iterdir() if p.suffix.lower() in _SUFFIXES)
-        if not inside:
-            raise FileNotFoundError(f"{path}: no image in this folder")
-        files += inside
+
+    name: str
+    path: Path
+    result: str
+
+    @property
+    def is_video(self) -> bool:
+        return self.path.suffix.lower() in VIDEO_SUFFIXES
+
+
+def find_images(
+    paths: Sequence[str | Path], *, videos: bool = False, apart_from: Path | None = None
+) -> list[InputFile]:
+    """Lists the given files, the image files in given folders, and what matches given patterns.
+
+    Folders are searched with their sub-folders, and sorted by name; names that begin with a dot are
+    skipped, and links to folders are not followed. A path that does not exist may be a pattern,
+    such as `photos/**/*.jpg`.
+
+    Args:
+        paths: files, folders and patterns.
+        videos: list videos in folders, too.
+        apart_from: a folder that is skipped inside other folders: that of the results.
+    Raises:
+        FileNotFoundError: if a folder holds no image, or nothing matches a pattern.
+        UserError: if two files have the same name (their results would, too), or if there are
+            videos and nothing to read them with.
+    """
+    files = [file for path in map(Path, paths) for file in _expanded(path, videos, apart_from)]
     by_name: dict[str, Path] = {}
-    for path in files:
-        if path.stem in by_name:
+    for name, path in files:
+        if by_name.setdefault(name, path) is not path:
             raise UserError(
-                f"{by_name[path.stem]} and {path} have the same name: use two output folders"
+                f"{by_name[name]} and {path} have the same name: pass a folder that holds both, "
+                "or use two output folders"
             )
-        by_name[path.stem] = path
-    return files
+    stems = Counter(_stem(name) for name in by_name)
+    listed = [
+        InputFile(name, path, _stem(name) if stems[_stem(name)] == 1 else name)
+        for name, path in by_name.items()
+    ]
+    if any(file.is_video for file in listed):
+        require_reader()
+    return listed
 
 
-def write_picture(path: Path, picture: Image.Image) -> None:
-    """Writes a picture as JPEG of high quality, as a whole or not at all."""
-    with replacing(path) as file:
-        picture.save(file, format="JPEG", quality=92, subsampling=0)
+def _expanded(path: Path, videos: bool, apart_from: Path | None) -> list[tuple[str, Path]]:
+    """Names and paths of the files that a path stands for."""
+    if path.is_dir():
+        inside = sorted(_walk(path, videos, apart_from))
+        if not inside:
+            kinds = "image or video" if videos else "image"
+            raise FileNotFoundError(f"{path}: no {kinds} in this folder")
+        return [(file.relative_to(path).as_posix(), file) for file in inside]
+    if path.exists() or not has_magic(str(path)):
+        return [(path.name, path)]
+    fixed = next(parent for parent in path.parents if not has_magic(str(parent)))
+    found = fixed.glob(str(path.relative_to(fixed)))
+    matches = sorted(file for file in found if _is_input(file, videos) and file.is_file())
+    if not matches:
+        raise FileNotFoundError(f"{path}: no image matches this pattern")
+    return [(file.relative_to(fixed).as_posix(), file) for file in matches]
+
+
+def _walk(folder: Path, videos: bool, apart_from: Path | None) -> Iterator[Path]:
+    skipped = None if apart_from is None else apart_from.resolve()
+    for parent, folders, names in os.walk(folder):
+        here = Path(parent)
+        folders[:] = [
+            name
+            for name in folders
+            if not name.startswith(".") and (here / name).resolve() != skipped
+        ]
+        yield from (here / name for name in names if _is_input(here / name, videos))
+
+
+def _is_input(path: Path, videos: bool) -> bool:
+    suffix = path.suffix.lower()
+    known = suffix in _SUFFIXES or (videos and suffix in VIDEO_SUFFIXES)
+    return known and not path.name.startswith(".")
+
+
+def _stem(name: str) -> str:
+    return str(PurePosixPath(name).with_suffix(""))

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Generic, NamedTuple, TypeVar, overload
@@ -12,13 +12,23 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from deformnet._errors import UserError
-from deformnet._files import replacing
-from deformnet.data.files import read_image
 from deformnet.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Resize
 from deformnet.tasks.annotations import Annotation
-from deformnet.tasks.images import ImageInput, as_image, require_image
+from deformnet.tasks.images import ImageInput, InputFile, as_image, require_image
+from deformnet.tasks.results import (
+    BoxFormat,
+    Source,
+    Written,
+    problem,
+    require_apart,
+    sources,
+    write_picture,
+)
 
 _P = TypeVar("_P")
+_A = TypeVar("_A", bound=Annotation)
+Add = Callable[[str, str, _A], object]
+"""Lists the prediction of an image: its name, the path of its results, and the prediction."""
 _Pair = tuple[float, float]
 Size = tuple[int, int]
 Device = torch.device | str | None
@@ -76,7 +86,7 @@ class Inference:
     move them; None without such pooling."""
 
 
-class Predictor(ABC, Generic[_P]):
+class Predictor(ABC, Generic[_P, _A]):
     """A trained network that takes images of any size.
 
     Args:
@@ -85,6 +95,7 @@ class Predictor(ABC, Generic[_P]):
         short_side: shorter side of the network's input, in pixels.
         max_side: bound on the longer side, which wins over `short_side`; None for none.
         device: where to compute; None takes a GPU if there is one.
+        upright: turn images as their EXIF orientation says.
     Attributes:
         model: the network, in evaluation mode on `device`.
         classes: names of the labels.
@@ -93,14 +104,14 @@ class Predictor(ABC, Generic[_P]):
         has_boxes: whether it predicts boxes.
         has_picture: whether `Annotation.draw` gives pictures of its predictions.
         sees_conv5: whether its predictions depend on conv5, where deformable layers are.
-        lines: name of the file with a line for each image, if `write` makes one.
+        folders: folders of the pictures that `write` makes of an image, with their suffixes.
     """
 
     pooling: str | None = None
     has_boxes: ClassVar[bool] = False
     has_picture: ClassVar[bool] = True
     sees_conv5: bool = True
-    lines: ClassVar[str | None] = None
+    folders: ClassVar[dict[str, str]] = {}
 
     def __init__(
         self,
@@ -109,40 +120,47 @@ class Predictor(ABC, Generic[_P]):
         short_side: int,
         max_side: int | None,
         device: Device = None,
+        *,
+        upright: bool = True,
     ) -> None:
         self.device = _device(device)
+        self.upright = upright
         self.classes = tuple(classes)
         self.model = ready(model, self.device)
         self._preparation = preparation(short_side, max_side)
 
     @overload
-    def __call__(self, image: ImageInput, /) -> _P: ...
+    def __call__(self, image: ImageInput, /) -> _A: ...
 
     @overload
-    def __call__(self, image: list[ImageInput], /) -> list[_P]: ...
+    def __call__(self, image: list[ImageInput] | tuple[ImageInput, ...], /) -> list[_A]: ...
 
-    def __call__(self, image: ImageInput | list[ImageInput], /) -> _P | list[_P]:
+    def __call__(
+        self, image: ImageInput | list[ImageInput] | tuple[ImageInput, ...], /
+    ) -> _A | list[_A]:
         """The prediction of an image, or of each in a list.
 
         Args:
-            image: path (turned as its EXIF orientation says), PIL image, uint8 array [H, W, 3], or
-                uint8 tensor [3, H, W], in RGB; or a list of those.
+            image: path, PIL image (both turned as their EXIF orientation says), uint8 array
+                [H, W, 3], or uint8 tensor [3, H, W], in RGB; or a list of those.
+        Returns:
+            Tensors on the CPU, with `plot()` for a picture and `to_dict()` for plain values.
         Raises:
             ValueError, TypeError: for anything else.
             OSError: if a file cannot be read.
         """
-        if isinstance(image, list):
-            return [self.predict(as_image(one)) for one in image]
-        return self.predict(as_image(image))
+        if isinstance(image, list | tuple):
+            return [self.annotate(as_image(one, upright=self.upright)) for one in image]
+        return self.annotate(as_image(image, upright=self.upright))
 
     @torch.inference_mode()
     def predict(self, image: Tensor) -> _P:
-        """The prediction of an image uint8 [3, H, W], on the CPU."""
+        """The bare prediction of an image uint8 [3, H, W], on the CPU."""
         return self._predict(self.prepare(image), (image.shape[1], image.shape[2]))
 
-    def annotate(self, image: Tensor) -> Annotation:
-        """The same, as what can be drawn and listed."""
-        return self._annotation(self.predict(image), (image.shape[1], image.shape[2]))
+    def annotate(self, image: Tensor) -> _A:
+        """The same, as what can be drawn and listed; it keeps the image."""
+        return self._annotation(self.predict(image), (image.shape[1], image.shape[2]), image)
 
     def prepare(self, image: Tensor) -> Prepared:
         """The input of the network for an image uint8 [3, H, W]."""
@@ -165,42 +183,81 @@ class Predictor(ABC, Generic[_P]):
         """The prediction of one pass, on the CPU; arguments as of `infer`."""
 
     @abstractmethod
-    def _annotation(self, prediction: _P, size: Size) -> Annotation:
+    def _annotation(self, prediction: _P, size: Size, image: Tensor | None = None) -> _A:
         """A prediction for an image of this height and width, as what can be drawn and listed."""
 
     def write(
-        self, files: Sequence[Path], out: Path, *, threshold: float = 0.5
-    ) -> Iterator[tuple[Path, str | None]]:
-        """Predicts image files into a folder.
+        self,
+        files: Sequence[InputFile],
+        out: Path,
+        *,
+        threshold: float = 0.5,
+        box_format: BoxFormat = "jsonl",
+    ) -> Iterator[Written]:
+        """Predicts image files, and the frames of videos, into a folder.
 
-        The file `lines` is replaced when all images are done; an interruption leaves an older one.
+        An image that cannot be read, or is too large, costs nothing but itself. A file that is of
+        all images is replaced when these are done; an interruption leaves an older one.
 
         Args:
-            files: as `find_images` returns them; read as their EXIF orientation says.
+            files: as `find_images` returns them.
             out: the folder.
             threshold: least score of a box that is drawn.
-        Yields:
-            Each file when it is done, with None or one line about what is wrong with it.
+            box_format: file of the boxes; for detectors only.
+        Returns:
+            Each image when it is done.
         Raises:
-            OSError: if a result cannot be written.
+            UserError: if a result would overwrite an input, or for a format of a network without
+                boxes; at once.
+            OSError: if a result cannot be written; when the image is asked for.
         """
-        with replacing(out / self.lines) if self.lines else nullcontext() as lines:
-            for path in files:
-                try:
-                    image = read_image(path, upright=True)
-                except OSError as error:
-                    yield path, f"{path}: {error.strerror or error}"
-                except ValueError as error:
-                    yield path, str(error)
-                else:
-                    line = self._write(path, image, out, threshold)
-                    if lines is not None:
-                        lines.write(f"{line}\n".encode())
-                    yield path, None
+        if box_format != "jsonl" and not self.has_boxes:
+            raise UserError(f"expected no format for a network without boxes, but got {box_format}")
+        require_apart(files, out, self.folders)
+        return self._written(files, out, threshold, box_format)
 
-    @abstractmethod
-    def _write(self, path: Path, image: Tensor, out: Path, threshold: float) -> str | None:
-        """Predicts an image of this path; the pictures go into `out`, the line is returned."""
+    def _written(
+        self, files: Sequence[InputFile], out: Path, threshold: float, box_format: BoxFormat
+    ) -> Iterator[Written]:
+        with self._listed(out, box_format) as add:
+            for file in files:
+                for source in sources(file, upright=self.upright):
+                    try:
+                        yield self._write(source, out, threshold, add)
+                    except (OSError, UserError, RuntimeError, MemoryError) as error:
+                        if (text := problem(source.path, error)) is None:
+                            raise
+                        yield Written(source.name, text)
+
+    def _write(self, source: Source, out: Path, threshold: float, add: Add[_A]) -> Written:
+        try:
+            image = source.read()
+        except OSError as error:
+            return Written(source.name, f"{source.path}: {error.strerror or error}")
+        except ValueError as error:
+            return Written(source.name, str(error))
+        annotation = self.annotate(image)
+        try:
+            pictures = self._pictures(annotation, threshold)
+        except (OSError, ValueError) as error:  # of Pillow: JPEG has at most 65,500 pixels a side
+            return Written(source.name, f"{source.path}: no picture can be made of it ({error})")
+        for folder, content in pictures.items():
+            write_picture(out / folder / f"{source.result}{self.folders[folder]}", content)
+        add(source.name, source.result, annotation)
+        scores = annotation.scores
+        if scores is None or not len(scores):
+            return Written(source.name)
+        return Written(
+            source.name, boxes=int((scores >= threshold).sum()), best=float(scores.max())
+        )
+
+    def _pictures(self, annotation: _A, threshold: float) -> dict[str, bytes]:
+        """The pictures of a prediction by their folders, encoded."""
+        return {}
+
+    def _listed(self, out: Path, box_format: BoxFormat) -> AbstractContextManager[Add[_A]]:
+        """Where the predictions of all images are listed, for as long as it is open."""
+        return nullcontext(lambda name, result, annotation: None)
 
 
 def _device(device: Device) -> torch.device:

@@ -20,6 +20,7 @@ from deformnet.metrics.scoring import (
 )
 from deformnet.metrics.voc import GroundTruth, Method
 from deformnet.tasks.annotations import names_of
+from deformnet.tasks.own import OwnBoxes
 
 
 def score(
@@ -64,7 +65,7 @@ def score(
 
 
 def ground_truth_of(
-    dataset: DetectionDataset,
+    dataset: DetectionDataset | OwnBoxes,
     ious: Sequence[float] = (0.5, 0.7),
     methods: Sequence[Method] = get_args(Method),
 ) -> GroundTruthSet:

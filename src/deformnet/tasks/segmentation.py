@@ -1,20 +1,22 @@
 """Semantic segmentation: a class for every pixel."""
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import NamedTuple
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import Dataset
 from torchmetrics import Metric
 
-from deformnet._files import replacing
+from deformnet._errors import UserError
 from deformnet._text import Table, percent
 from deformnet.data.base import IGNORE, SegmentationDataset
+from deformnet.data.files import listing
 from deformnet.data.opening import open_segmentation, segmentation_splits
 from deformnet.data.transforms import (
     segmentation_evaluation_transforms,
@@ -30,11 +32,15 @@ from deformnet.metrics.segmentation import (
 from deformnet.recipes import ScoreAt, SegmentationRecipe
 from deformnet.tasks.annotations import AnnotatedImages, Annotation, Contents, Thing
 from deformnet.tasks.base import DataIdentity, Scores, Task, TrainingSet, seeded
-from deformnet.tasks.images import write_picture
 from deformnet.tasks.labeling import CountingSet, logits_of, losses_of
 from deformnet.tasks.loading import pad, stack
+from deformnet.tasks.own import Location, OwnMasks
 from deformnet.tasks.predictor import Device, Predictor, Prepared, Size
+from deformnet.tasks.results import encoded
+from deformnet.tasks.summary import absent, by_class, sample_of
 from deformnet.visualization.drawing import label_image, overlay
+
+_Images = SegmentationDataset | OwnMasks
 
 # Classes of regions rather than objects: of Cityscapes its groups flat, construction, nature, sky
 # and void; and their names in CamVid and VOC.
@@ -73,18 +79,58 @@ class Batch(NamedTuple):
 class SegmentationTrainingSet(TrainingSet):
     """Images and label maps with random transforms."""
 
-    def __init__(self, recipe: SegmentationRecipe, images: SegmentationDataset) -> None:
+    def __init__(self, recipe: SegmentationRecipe, images: _Images) -> None:
         super().__init__(images)
         self._images = images
+        self._pixels, self._sampled = _pixels_of(images)
         self._transforms = segmentation_training_transforms(
             short_side=recipe.short_side,
             max_side=recipe.max_side,
             crop=recipe.crop,
             flip=recipe.flip,
+            scale_jitter=recipe.scale_jitter,
+            color_jitter=recipe.color_jitter,
         )
+
+    def summary(self) -> list[str]:
+        """Pixels by class, of at most 50 masks, and the classes without any."""
+        pixels = 100 * self._pixels.double() / self._pixels.sum()
+        counts = pixels[: len(self.classes)].tolist()
+        fractions = by_class(self.classes, counts, "{:.3g} %")
+        if pixels[IGNORE]:
+            fractions += f", void {pixels[IGNORE]:.3g} %"
+        every = self._sampled == len(self)
+        masks = f"all {len(self)} masks" if every else f"{self._sampled} of {len(self)} masks"
+        where = "" if every else " in these masks"
+        return [f"pixels in {masks}: {fractions}", *absent("pixel", self.classes, counts, where)]
 
     def batch(self, indices: Sequence[int], seeds: Sequence[int]) -> Batch:
         return collate(seeded(lambda n: self._transforms(*self._images[n]), indices, seeds))
+
+
+def _pixels_of(images: _Images) -> tuple[Tensor, int]:
+    """Pixels by label, [256], in some masks, and the number of masks.
+
+    Raises:
+        UserError: if all pixels of all masks are void.
+    """
+    pixels = torch.zeros(256, dtype=torch.int64)
+    sample = sample_of(len(images))
+    others = sorted({*range(len(images))} - {*sample})
+    count = 0
+    with torch.random.fork_rng(devices=[]):
+        for index in (*sample, *others):
+            if count >= len(sample) and pixels[:IGNORE].any():
+                break
+            count += 1
+            with suppress(OSError, UserError):  # raised again when the image is trained on
+                pixels += torch.bincount(images[index][1].flatten(), minlength=256)
+    if pixels[IGNORE] and not pixels[:IGNORE].any():
+        raise UserError(
+            f"{images.root}: expected pixels of the classes {listing(images.classes, 5)} to train "
+            f"on, but all pixels of all {len(images)} masks are void ({IGNORE})"
+        )
+    return pixels, count
 
 
 def collate(samples: Sequence[tuple[Tensor, Tensor]]) -> Batch:
@@ -96,9 +142,7 @@ def collate(samples: Sequence[tuple[Tensor, Tensor]]) -> Batch:
 class SegmentationEvaluationSet(CountingSet):
     """Images with their label maps, both at the size of the network's input and as stored."""
 
-    def __init__(
-        self, recipe: SegmentationRecipe, images: SegmentationDataset, score_at: ScoreAt
-    ) -> None:
+    def __init__(self, recipe: SegmentationRecipe, images: _Images, score_at: ScoreAt) -> None:
         super().__init__(images)
         self._images = images
         self._score_at = score_at
@@ -130,6 +174,7 @@ class SegmentationEvaluationSet(CountingSet):
             {"score_at": self._score_at, **scores.to_json(self.classes)},
             Table("IoU", (), [(name, percent(iou, 1)) for name, iou in rows]),
             {"mean IoU": scaled(scores.mean_iou, 100)},
+            main=("mean IoU", scaled(scores.mean_iou, 100)),
         )
 
 
@@ -140,6 +185,17 @@ class LabelMap(Annotation):
     labels: Tensor
     """uint8 [H, W]."""
     classes: tuple[str, ...]
+    image: Tensor | None = field(default=None, repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Height and width of the image, and the number of pixels of each class in it."""
+        height, width = self.labels.shape
+        counts = torch.bincount(self.labels.flatten(), minlength=256).tolist()
+        pixels = {name: counts[k] for k, name in enumerate(self.classes) if counts[k]}
+        return {"height": height, "width": width, "pixels": pixels}
+
+    def _plot(self, image: Tensor) -> Image.Image:
+        return self.draw(image)
 
     def draw(self, image: Tensor) -> Image.Image:
         """The image tinted by class, with a legend."""
@@ -165,12 +221,14 @@ class LabelMap(Annotation):
         return Contents(things, background)
 
 
-class SegmentationPredictor(Predictor[Tensor]):
+class SegmentationPredictor(Predictor[Tensor, LabelMap]):
     """Predicts the label map of an image, uint8 [H, W].
 
     For `photo.jpg` `write` makes `labels/photo.png`, a palette PNG of class indices of the size of
     the image, and `overlays/photo.jpg`, the image tinted by class with a legend.
     """
+
+    folders: ClassVar[dict[str, str]] = {"labels": ".png", "overlays": ".jpg"}
 
     def _predict(self, prepared: Prepared, size: Size) -> Tensor:
         logits = logits_of(self.model, prepared.input)
@@ -183,42 +241,51 @@ class SegmentationPredictor(Predictor[Tensor]):
             best = torch.maximum(best, plane)
         return labels.cpu()
 
-    def _annotation(self, prediction: Tensor, size: Size) -> LabelMap:
-        return LabelMap(prediction, self.classes)
+    def _annotation(self, prediction: Tensor, size: Size, image: Tensor | None = None) -> LabelMap:
+        return LabelMap(prediction, self.classes, image)
 
-    def _write(self, path: Path, image: Tensor, out: Path, threshold: float) -> None:
-        annotation = LabelMap(self.predict(image), self.classes)
-        with replacing(out / "labels" / f"{path.stem}.png") as file:
-            label_image(annotation.labels, self.classes).save(file, format="PNG")
-        write_picture(out / "overlays" / f"{path.stem}.jpg", annotation.draw(image))
+    def _pictures(self, annotation: LabelMap, threshold: float) -> dict[str, bytes]:
+        labels = label_image(annotation.labels, self.classes)
+        return {
+            "labels": encoded(labels, ".png"),
+            "overlays": encoded(annotation.plot(), ".jpg"),
+        }
 
 
-class SegmentationTask(Task[SegmentationRecipe, SegmentationDataset]):
-    """Semantic segmentation; data in VOC or Cityscapes layout."""
+class SegmentationTask(Task[SegmentationRecipe, _Images]):
+    """Semantic segmentation."""
 
     accepts = ("score_at",)
-
-    def splits(self, root: Path) -> list[str]:
-        return segmentation_splits(root)
 
     def predictor(
         self, model: nn.Module, trained_on: DataIdentity, device: Device = None
     ) -> SegmentationPredictor:
         recipe = self.recipe
         return SegmentationPredictor(
-            model, trained_on.classes, recipe.short_side, recipe.max_side, device
+            model,
+            trained_on.classes,
+            recipe.short_side,
+            recipe.max_side,
+            device,
+            upright=recipe.orientation != "stored",
         )
 
-    def _open(self, root: Path, split: str) -> SegmentationDataset:
-        return open_segmentation(root, split)
+    def _splits(self, data: Location) -> list[str]:
+        return segmentation_splits(data)
 
-    def _training_set(self, images: SegmentationDataset) -> SegmentationTrainingSet:
+    def _open(self, data: Location, split: str) -> SegmentationDataset:
+        return open_segmentation(data, split)
+
+    def _own(self, data: Dataset[Any]) -> OwnMasks:
+        return OwnMasks(data)
+
+    def _training_set(self, images: _Images) -> SegmentationTrainingSet:
         return SegmentationTrainingSet(self.recipe, images)
 
-    def _evaluation_set(self, images: SegmentationDataset) -> SegmentationEvaluationSet:
+    def _evaluation_set(self, images: _Images) -> SegmentationEvaluationSet:
         return SegmentationEvaluationSet(self.recipe, images, self.options.score_at)
 
-    def _annotated(self, images: SegmentationDataset) -> AnnotatedImages:
+    def _annotated(self, images: _Images) -> AnnotatedImages:
         def load(index: int) -> tuple[Tensor, LabelMap]:
             image, mask = images[index]
             return image.as_subclass(Tensor), LabelMap(mask.as_subclass(Tensor), images.classes)

@@ -11,7 +11,7 @@ from torchvision.utils import draw_segmentation_masks
 
 from deformnet.visualization.colors import distinct_colors, legible_on, palette
 
-__all__ = ["distinct_colors", "draw_boxes", "label_image", "legible_on", "overlay", "palette"]
+__all__ = ["captioned", "distinct_colors", "draw_boxes", "label_image", "legible_on", "overlay", "palette"]
 
 _OPACITY = 0.55
 _SMALLEST = 480  # pixels; a smaller picture is enlarged, so that its legend is legible
@@ -105,6 +105,21 @@ def draw_boxes(
         center = ((x1 + x2) / 2, (y1 + y2) / 2)
         draw.text(center, text, fill=legible_on(color), font=font, anchor="mm")
     return _with_legend(picture, [(classes[k], colors[k]) for k in sorted(set(kinds))])
+
+
+def captioned(image: Tensor, lines: Sequence[str]) -> Image.Image:
+    """An image, uint8 [3, H, W], with lines of text below."""
+    picture, _ = _enlarged(Image.fromarray(image.permute(1, 2, 0).numpy()))
+    text = max(14, picture.width // 50)
+    font, row = ImageFont.load_default(size=text), round(1.5 * text)
+    height = picture.height + row * len(lines) + text // 2
+    joined = Image.new("RGB", (picture.width, height), "white")
+    joined.paste(picture, (0, 0))
+    draw = ImageDraw.Draw(joined)
+    for number, line in enumerate(lines):
+        middle = picture.height + text // 4 + row * (number + 0.5)
+        draw.text((text // 2, middle), line, fill="black", font=font, anchor="lm")
+    return joined
 
 
 _Rectangle = tuple[int, int, int, int]

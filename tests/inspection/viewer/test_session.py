@@ -95,13 +95,13 @@ def test_samples_and_dilation_agree_with_analysis(runs, name):
 def test_predictions_are_those_of_the_predictor(runs):
     image = noise(70, 100)
     run = OpenedRun(runs / "deeplab", "cpu")
-    assert torch.equal(record_pass(run, image).prediction.labels, run.predictor(image))
+    assert torch.equal(record_pass(run, image).prediction.labels, run.predictor.predict(image))
     run = OpenedRun(runs / "classifier", "cpu")
     ranking = dict(record_pass(run, image).prediction.ranking(3))
     probabilities = [ranking[name] for name in run.classes]
-    torch.testing.assert_close(torch.tensor(probabilities), run.predictor(image))
+    torch.testing.assert_close(torch.tensor(probabilities), run.predictor.predict(image))
     run = OpenedRun(runs / "rfcn", "cpu")
-    found, expected = record_pass(run, image).prediction, run.predictor(image)
+    found, expected = record_pass(run, image).prediction, run.predictor.predict(image)
     count = len(found.scores)
     assert 0 < count <= 100
     torch.testing.assert_close(found.boxes, expected.boxes[:count])

@@ -99,8 +99,8 @@ class ImageFiles(Images):
         for path in paths:
             if not path.is_dir():  # files of a folder are checked when they are chosen
                 require_image(path)
-        names = [path.name for path in files]
-        super().__init__(names, lambda index: Sample(open_image(files[index])))
+        names = [file.name for file in files]
+        super().__init__(names, lambda index: Sample(open_image(files[index].path)))
 
 
 class DataSetImages(Images):

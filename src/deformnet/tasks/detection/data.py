@@ -1,8 +1,8 @@
 """Images with boxes: to train on, and to look at."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple, Self, cast
+from typing import Any, NamedTuple, Self, cast
 
 import numpy as np
 import torch
@@ -13,13 +13,18 @@ from torchvision import tv_tensors
 from deformnet._errors import UserError
 from deformnet.data.boxes import BoxAnnotations, DetectionDataset
 from deformnet.data.transforms import detection_transforms
+from deformnet.metrics.detections import short_floats
 from deformnet.models.detection.detector import Detector, Size, Target
 from deformnet.recipes import DetectorRecipe
 from deformnet.tasks.annotations import Annotation, Contents, Thing
 from deformnet.tasks.base import TrainingSet, seeded
 from deformnet.tasks.loading import pad, stack
+from deformnet.tasks.own import OwnBoxes
 from deformnet.tasks.proposals import StoredProposals
+from deformnet.tasks.summary import absent, by_class, sample_of
 from deformnet.visualization.drawing import draw_boxes
+
+BoxImages = DetectionDataset | OwnBoxes
 
 _PROPOSAL = -1  # label of a proposal, which passes through the transforms with the objects
 
@@ -75,20 +80,34 @@ class DetectionTrainingSet(TrainingSet):
     """Images with their objects, and their stored proposals, with random transforms."""
 
     def __init__(
-        self, recipe: DetectorRecipe, images: DetectionDataset, proposals: StoredProposals | None
+        self, recipe: DetectorRecipe, images: BoxImages, proposals: StoredProposals | None
     ) -> None:
         if not images.has_ground_truth:
             raise UserError(f"{images.root}: expected objects to train on, but none are published")
         super().__init__(images, None if proposals is None else proposals.digest)
-        if recipe.batch > 1:  # landscape and portrait apart, so that less of a batch is padding
+        if recipe.batch > 1 and isinstance(images, DetectionDataset):
+            # Landscape and portrait apart, so that less of a batch is padding.
             sizes = [images.size(index) for index in range(len(images))]
             self.groups = [int(width >= height) for height, width in sizes]
+        self._objects = _ObjectCounts.of(images)
+        self._objects.require(images)
+        self._needs_classes = not recipe.class_agnostic
         self._images = images
         self._proposals = proposals
         self._round = recipe.convention == "msra2017"
         self._transforms = detection_transforms(
-            short_side=recipe.short_side, max_side=recipe.max_side, flip=recipe.flip
+            short_side=recipe.short_side,
+            max_side=recipe.max_side,
+            flip=recipe.flip,
+            crop=recipe.crop,
+            scale_jitter=recipe.scale_jitter,
+            color_jitter=recipe.color_jitter,
         )
+
+    def summary(self) -> list[str]:
+        """Objects by class, and the classes without any; of a torch data set, of at most 50."""
+        lines = self._objects.lines(self.classes, len(self))
+        return lines if self._needs_classes else lines[:1]
 
     def batch(self, indices: Sequence[int], seeds: Sequence[int]) -> Batch:
         return collate(seeded(self.sample, indices, seeds))
@@ -105,6 +124,83 @@ class DetectionTrainingSet(TrainingSet):
             target = target._replace(boxes=to_whole_pixels(target.boxes))
         stored = None if self._proposals is None else boxes[labels == _PROPOSAL]
         return Sample(pixels, target, stored, int(torch.randint(2**63 - 1, ())))
+
+
+@dataclass(frozen=True)
+class _ObjectCounts:
+    """What there is to learn from in a data set, or in some of its images."""
+
+    images: int
+    """Number of images that were counted."""
+    objects: list[int]
+    """By class."""
+    ignored: int
+    without: int
+    """Images without an object to learn."""
+    largest: float
+    """Largest coordinate of a box."""
+
+    @classmethod
+    def of(cls, images: BoxImages) -> Self:
+        """Counts all images of a stored data set, and some of a torch data set."""
+        if isinstance(images, DetectionDataset):
+            (boxes, labels, ignored), counts = images.all_annotations()
+        else:
+            (boxes, labels, ignored), counts = _some_of(images)
+        owners = torch.arange(len(counts)).repeat_interleave(counts)
+        learned = torch.bincount(owners[~ignored], minlength=len(counts))
+        return cls(
+            len(counts),
+            torch.bincount(labels[~ignored], minlength=len(images.classes)).tolist(),
+            int(ignored.sum()),
+            int((learned == 0).sum()),
+            float(boxes.amax()) if len(boxes) else 0.0,
+        )
+
+    def require(self, images: BoxImages) -> None:
+        """Raises UserError if there is nothing to learn from."""
+        every = self.images == len(images)
+        where = f"any of {'the' if every else f'{self.images} of the'} {len(images)} images"
+        if not sum(self.objects):
+            reason = ""
+            if self.ignored:
+                reason = f": all {self.ignored} are ignored (difficult, or crowds)"
+            elif isinstance(images, DetectionDataset) and images.dropped:
+                reason = f": all {images.dropped} boxes have no area inside their image"
+            raise UserError(
+                f"{images.root}: expected objects to train on, but there is none in {where}{reason}"
+            )
+        if self.largest <= 1:
+            raise UserError(
+                f"{images.root}: expected boxes in pixels, but none in {where} reaches beyond 1: "
+                "they seem to be fractions of the image's size"
+            )
+
+    def lines(self, classes: Sequence[str], length: int) -> list[str]:
+        every = self.images == length
+        where = "" if every else f" in {self.images} of {length} images"
+        more = f", {self.ignored} ignored" if self.ignored else ""
+        more += f"; images without objects: {self.without}" if self.without else ""
+        missing = "" if every else f" in these {self.images} images"
+        return [
+            f"objects{where}: {sum(self.objects):,} ({by_class(classes, self.objects)}){more}",
+            *absent("object", classes, self.objects, missing),
+        ]
+
+
+def _some_of(images: OwnBoxes) -> tuple[BoxAnnotations, Tensor]:
+    """Objects of at most 50 images, and their number in each; of more images if there are none."""
+    sample = sample_of(len(images))
+    others = sorted({*range(len(images))} - {*sample})
+    parts: list[BoxAnnotations] = []
+    with torch.random.fork_rng(devices=[]):
+        for index in (*sample, *others):
+            if len(parts) >= len(sample) and any(not part.ignored.all() for part in parts):
+                break
+            parts.append(images.annotations(index))
+    boxes, labels, ignored = (torch.cat(values) for values in zip(*parts, strict=True))
+    counts = torch.tensor([len(part.labels) for part in parts])
+    return BoxAnnotations(boxes.as_subclass(Tensor), labels, ignored), counts
 
 
 def _with_proposals(objects: BoxAnnotations, proposals: Tensor) -> BoxAnnotations:
@@ -134,10 +230,36 @@ class Boxes(Annotation):
     size: Size
     """(height, width) of the image."""
     scores: Tensor | None = None
+    image: Tensor | None = field(default=None, repr=False)
 
     @property
     def names(self) -> list[str]:  # pyright: ignore[reportIncompatibleVariableOverride]
         return [self.classes[label] for label in self.labels.tolist()]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Boxes x1, y1, x2, y2, their scores if they are predicted, and their classes."""
+        values = {"boxes": _rows(self.boxes), "classes": self.names}
+        return values if self.scores is None else {**values, "scores": _numbers(self.scores)}
+
+    def to_coco(
+        self, image_id: int, category_ids: Mapping[str, int] | None = None
+    ) -> list[dict[str, Any]]:
+        """The boxes in COCO's result format, x, y, width, height.
+
+        Args:
+            image_id: id of the image in the data set.
+            category_ids: ids of the classes by name; None counts them from 1.
+        """
+        ids = category_ids or {name: k for k, name in enumerate(self.classes, start=1)}
+        boxes = torch.cat([self.boxes[:, :2], self.boxes[:, 2:] - self.boxes[:, :2]], dim=1)
+        scores = [1.0] * len(boxes) if self.scores is None else _numbers(self.scores)
+        return [
+            {"image_id": image_id, "category_id": ids[name], "bbox": box, "score": score}
+            for box, name, score in zip(_rows(boxes), self.names, scores, strict=True)
+        ]
+
+    def _plot(self, image: Tensor) -> Image.Image:
+        return self.draw(image)
 
     def draw(self, image: Tensor) -> Image.Image:
         """The image with boxes, tags and a legend."""
@@ -163,3 +285,11 @@ class Boxes(Annotation):
             mask = np.ones((y2 - y1, x2 - x1), dtype=bool)
             things.append(Thing(name, tuple(box), mask, (y1, x1)))
         return Contents(things, background)
+
+
+def _rows(boxes: Tensor) -> list[list[float]]:
+    return [short_floats(box) for box in boxes.float().numpy()]
+
+
+def _numbers(values: Tensor) -> list[float]:
+    return short_floats(values.float().numpy())

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from torchvision.ops import box_iou
 
 from deformnet._text import Table, percent
-from deformnet.data.boxes import DetectionDataset
 from deformnet.data.coco import COCODetection
 from deformnet.metrics.detections import Record, write_detections
+from deformnet.metrics.numbers import scaled
 from deformnet.metrics.scoring import COCOGroundTruth
 from deformnet.metrics.voc import Method
 from deformnet.tasks.annotations import names_of
 from deformnet.tasks.base import EvaluationSet, Processes, ProposalSet, Scores
+from deformnet.tasks.detection.data import BoxImages
 from deformnet.tasks.detection.predictor import DetectionPredictor
 from deformnet.tasks.loading import predictions
 from deformnet.tasks.predictor import Device
@@ -46,13 +47,14 @@ class ScoredDetections(Scores):
         return {"submission": str(folder / name)}
 
 
-def precision(images: DetectionDataset, method: Method) -> Scoring:
+def precision(images: BoxImages, method: Method) -> Scoring:
     """Scores by VOC AP with this method, or by COCO AP."""
     ground_truth = ground_truth_of(images, methods=[method])
 
     def score(records: list[Record]) -> Scores:
         scores = ground_truth.score(records)
-        return ScoredDetections(scores.json, scores.tables[0], scores.summary, records)
+        main = next(iter(scores.summary.items()))
+        return ScoredDetections(scores.json, scores.tables[0], scores.summary, records, main=main)
 
     return score
 
@@ -64,7 +66,7 @@ def submission(images: COCODetection, network: str) -> Scoring:
     return lambda records: ScoredDetections({}, table, {}, records, files)
 
 
-def recall(images: DetectionDataset) -> Scoring:
+def recall(images: BoxImages) -> Scoring:
     """Scores proposals by the fraction of the objects that one overlaps; None without objects."""
 
     def score(records: list[Record]) -> Scores:
@@ -81,7 +83,8 @@ def recall(images: DetectionDataset) -> Scoring:
         }
         rows = [(f"IoU {iou}", percent(value, 1)) for iou, value in by_iou.items()]
         table = Table("Recall of proposals", (), rows)
-        return ScoredDetections({"recall": by_iou}, table, {}, records)
+        main = ("recall@0.7", scaled(by_iou["0.7"], 100))
+        return ScoredDetections({"recall": by_iou}, table, {}, records, main=main)
 
     return score
 
@@ -97,7 +100,7 @@ class Sample(NamedTuple):
 class Samples:
     """Images of a data set, which workers load, and proposals that replace the detector's own."""
 
-    images: DetectionDataset
+    images: BoxImages
     proposals: StoredProposals | None = None
 
     def __len__(self) -> int:

@@ -6,6 +6,7 @@ CNN model", section 5).
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import ClassVar, cast
@@ -17,7 +18,7 @@ from torchvision.ops import clip_boxes_to_image
 
 from deformnet._errors import UserError
 from deformnet.analysis import bin_locations
-from deformnet.metrics.detections import Record, to_line
+from deformnet.metrics.detections import Record
 from deformnet.models.detection.detector import (
     Candidates,
     Detections,
@@ -31,18 +32,27 @@ from deformnet.models.detection.rpn import RPNDetector
 from deformnet.recipes import DetectorRecipe, TestTimeAugmentation
 from deformnet.tasks.annotations import Annotation
 from deformnet.tasks.detection.data import Boxes
-from deformnet.tasks.images import require_image, write_picture
-from deformnet.tasks.predictor import Bins, Device, Inference, Predictor, Prepared, preparation
+from deformnet.tasks.detection.files import listing_boxes
+from deformnet.tasks.images import require_image
+from deformnet.tasks.predictor import (
+    Add,
+    Bins,
+    Device,
+    Inference,
+    Predictor,
+    Prepared,
+    preparation,
+)
+from deformnet.tasks.results import BoxFormat, encoded
 
 _BOXES_AT_ONCE = 1000  # boxes whose pooled features are in memory at a time
 
 
-class DetectionPredictor(Predictor[Detections]):
+class DetectionPredictor(Predictor[Detections, Boxes]):
     """Predicts the objects of an image, boxes in its pixels.
 
-    `write` makes `detections.jsonl`, all detections of each image (see
-    `deformnet.metrics.detections`), and for `photo.jpg` the picture `pictures/photo.jpg` of the
-    boxes with at least the score `threshold`.
+    `write` makes a file of all detections (see `deformnet.tasks.detection.files`), and for
+    `photo.jpg` the picture `pictures/photo.jpg` of the boxes with at least the score `threshold`.
 
     Args:
         recipe: sizes of the image, and thresholds. The proposals of a region proposal network are
@@ -58,7 +68,7 @@ class DetectionPredictor(Predictor[Detections]):
     """
 
     has_boxes: ClassVar[bool] = True
-    lines: ClassVar[str | None] = "detections.jsonl"
+    folders: ClassVar[dict[str, str]] = {"pictures": ".jpg"}
 
     def __init__(
         self,
@@ -80,7 +90,8 @@ class DetectionPredictor(Predictor[Detections]):
                 f"refine, but got {augmentation.refine}"
             )
         side, bound = recipe.short_side, recipe.max_side
-        super().__init__(model, classes, side, bound, device)
+        upright = recipe.orientation != "stored"
+        super().__init__(model, classes, side, bound, device, upright=upright)
         self._network = cast(Detector, self.model)
         self.pooling = model.deformable_pooling
         self.sees_conv5 = model.uses_conv5
@@ -171,16 +182,15 @@ class DetectionPredictor(Predictor[Detections]):
         names = [self.classes[label] for label in detections.labels.tolist()]
         return Record(name, detections.boxes, detections.scores, names)
 
-    def _write(self, path: Path, image: Tensor, out: Path, threshold: float) -> str:
-        detections = self.predict(image)
-        annotation = self._annotation(detections, (image.shape[1], image.shape[2]))
-        drawn = annotation.best(least_score=threshold).draw(image)
-        write_picture(out / "pictures" / f"{path.stem}.jpg", drawn)
-        return to_line(self.record(path.stem, detections))
+    def _pictures(self, annotation: Boxes, threshold: float) -> dict[str, bytes]:
+        return {"pictures": encoded(annotation.plot(threshold=threshold), ".jpg")}
 
-    def _annotation(self, prediction: Detections, size: Size) -> Boxes:
+    def _listed(self, out: Path, box_format: BoxFormat) -> AbstractContextManager[Add[Boxes]]:
+        return listing_boxes(out, box_format, self.classes)
+
+    def _annotation(self, prediction: Detections, size: Size, image: Tensor | None = None) -> Boxes:
         boxes, scores, labels = prediction
-        return Boxes(boxes, labels, self.classes, size, scores)
+        return Boxes(boxes, labels, self.classes, size, scores, image)
 
     def _detections(self, candidates: list[Candidates]) -> Detections:
         """Post-processes all candidates of an image."""

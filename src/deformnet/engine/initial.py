@@ -1,0 +1,64 @@
+"""The network that training starts from: with random weights, those of a backbone, or of a run."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from deformnet._errors import users_values
+from deformnet.engine.runs import TrainedRun, load_run
+from deformnet.models.backbones.weights import holds_run, misfit
+from deformnet.recipes import Recipe
+
+_OFFSETS = re.compile(r".*\.(conv_offset|fc_offset)\.")  # a network without offsets lacks them
+
+
+def initial(recipe: Recipe, classes: Sequence[str]) -> tuple[nn.Module, str]:
+    """The network with its starting weights, the same in every process.
+
+    From a run of the same network with the same classes it takes the whole network, otherwise the
+    backbone alone.
+
+    Returns:
+        The network, and a line about what was taken.
+    Raises:
+        FileNotFoundError, UserError: if the weights that `init` names do not exist or do not fit.
+        OSError: if their download fails.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(recipe.seed)
+        with users_values():
+            model = recipe.build_model(len(classes))
+    if recipe.init is None:
+        return model, "initial weights: random"
+    if not holds_run(path := Path(recipe.init)):
+        return model, f"initial weights of the backbone: {recipe.init}"
+    run = load_run(path)
+    state = run.model.state_dict()
+    reason = _reason(model, run, recipe, classes)
+    if reason is None:
+        model.load_state_dict(state, strict=False)
+        return model, f"initial weights: {recipe.init}, backbone and head: {len(state)} tensors"
+    backbone = sum(name.startswith("backbone.") for name in state)
+    return model, (
+        f"initial weights: {recipe.init}, backbone only ({backbone} tensors), because {reason}"
+    )
+
+
+def _reason(
+    model: nn.Module, run: TrainedRun, recipe: Recipe, classes: Sequence[str]
+) -> str | None:
+    """Why a network cannot start from the whole one of a run; None if it can."""
+    if run.recipe.network != recipe.network:
+        return f"the run is of {run.recipe.network}, not {recipe.network}"
+    if len(run.data.classes) != len(classes):
+        return f"the run has {len(run.data.classes)} classes, not {len(classes)}"
+    if tuple(run.data.classes) != tuple(classes):
+        pairs = zip(run.data.classes, classes, strict=True)
+        old, new = next((old, new) for old, new in pairs if old != new)
+        return f"the classes are others ({old!r} in the run, {new!r} in the data)"
+    state = run.model.state_dict()
+    own = model.state_dict()
+    return misfit({k: v for k, v in own.items() if k in state or not _OFFSETS.match(k)}, state)

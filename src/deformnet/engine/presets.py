@@ -1,0 +1,50 @@
+"""Settings that fit a data set and a machine."""
+
+import statistics
+from typing import TypeVar
+
+from deformnet.engine.processes import Layout
+from deformnet.engine.settings import Hardware
+from deformnet.recipes import BackboneName, Recipe, finetune
+from deformnet.tasks import task_of
+from deformnet.tasks.own import Data
+
+_RecipeT = TypeVar("_RecipeT", bound=Recipe)
+_SAMPLED = 20  # images whose sizes are read
+
+
+def finetune_on(
+    recipe: type[_RecipeT],
+    data: Data,
+    *,
+    split: str = "train",
+    batch: int | None = None,
+    backbone: BackboneName = "resnet50",
+    init: str | None = "IMAGENET1K_V1",
+    hardware: Hardware = Hardware(),  # noqa: B008 (frozen)
+) -> _RecipeT:
+    """`deformnet.recipes.finetune` for the images of a data set and this machine.
+
+    Args:
+        recipe: the network's class.
+        data: data set, as for `train`.
+        split: training split.
+        batch: batch size; None chooses.
+        backbone, init: backbone network and its initial weights; None for random ones.
+        hardware: processes and devices that will train.
+    Raises:
+        FileNotFoundError, UserError: as of `train`.
+    """
+    images = task_of(recipe()).annotated(data, split)
+    count = len(images)
+    chosen = sorted({round(n * (count - 1) / (_SAMPLED - 1)) for n in range(_SAMPLED)})
+    sides = [min(images[index][0].shape[1:]) for index in chosen] if count else [480]
+    return finetune(
+        recipe,
+        images=max(1, count),
+        short_side=round(statistics.median(sides)),
+        gpu=Layout.of(hardware).gpu,
+        batch=batch,
+        backbone=backbone,
+        init=init,
+    )
