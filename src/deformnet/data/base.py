@@ -10,6 +10,7 @@ from torchvision.datasets import VisionDataset
 
 from deformnet._errors import UserError
 from deformnet.data.files import read_image, read_labels, size_text
+from deformnet.data.flat import StringList
 
 IGNORE = 255
 """Label of pixels without a class (void), which are neither trained on nor scored."""
@@ -21,6 +22,22 @@ class LabeledImage(NamedTuple):
     name: str
     image: Path
     labels: Path
+
+
+class _Samples(Sequence[LabeledImage]):
+    """Files of many images, in flat tensors."""
+
+    def __init__(self, samples: Sequence[LabeledImage]) -> None:
+        self._names = StringList(sample.name for sample in samples)
+        self._images = StringList(str(sample.image) for sample in samples)
+        self._labels = StringList(str(sample.labels) for sample in samples)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, index: int) -> LabeledImage:  # pyright: ignore[reportIncompatibleMethodOverride]
+        image, labels = self._images[index], self._labels[index]
+        return LabeledImage(self._names[index], Path(image), Path(labels))
 
 
 class SegmentationDataset(VisionDataset):
@@ -55,7 +72,7 @@ class SegmentationDataset(VisionDataset):
         """
         super().__init__(root, transforms=transforms)
         self.split = split
-        self.samples = tuple(samples)
+        self.samples: Sequence[LabeledImage] = _Samples(samples)
         self.classes = classes
         self._label_map = label_map
         self._classes_from = classes_from
@@ -70,6 +87,10 @@ class SegmentationDataset(VisionDataset):
         """Id of the image in the data set, usable as a file name."""
         return self.samples[index].name
 
+    def image_path(self, index: int) -> Path:
+        """File of the image."""
+        return self.samples[index].image
+
     def __getitem__(self, index: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
         """
         Returns:
@@ -79,16 +100,26 @@ class SegmentationDataset(VisionDataset):
             UserError: one line that names the file, for an unreadable image or label map, a label
                 map of another size than its image, and labels without a class.
         """
-        sample = self.samples[index]
-        image, labels = read_image(sample.image), read_labels(sample.labels)
-        if labels.shape != image.shape[1:]:
-            raise UserError(
-                f"{sample.labels}: expected the size of its image {sample.image.name}, "
-                f"{size_text(*image.shape[1:])}, but got {size_text(*labels.shape)}"
-            )
-        mask = self._to_classes(labels, sample.labels)
+        image = read_image(self.samples[index].image)
+        mask = self.labels(index, (image.shape[1], image.shape[2]))
         pair = tv_tensors.Image(image), tv_tensors.Mask(mask)
         return pair if self.transforms is None else self.transforms(*pair)
+
+    def labels(self, index: int, size: tuple[int, int]) -> Tensor:
+        """Label map of an image whose height and width are `size`: uint8 [H, W], as the mask of a
+        sample before its transforms.
+
+        Raises:
+            UserError: as `__getitem__`.
+        """
+        sample = self.samples[index]
+        labels = read_labels(sample.labels)
+        if labels.shape != size:
+            raise UserError(
+                f"{sample.labels}: expected the size of its image {sample.image.name}, "
+                f"{size_text(*size)}, but got {size_text(*labels.shape)}"
+            )
+        return self._to_classes(labels, sample.labels)
 
     def _to_classes(self, labels: Tensor, path: Path) -> Tensor:
         mapped = labels if self._label_map is None else self._label_map[labels.int()]

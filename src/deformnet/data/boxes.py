@@ -1,12 +1,10 @@
 """Base class of the detection data sets."""
 
 import logging
-import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torchvision import tv_tensors
@@ -14,6 +12,7 @@ from torchvision.datasets import VisionDataset
 
 from deformnet._errors import UserError
 from deformnet.data.files import read_image, size_text
+from deformnet.data.flat import StringList, span
 
 _log = logging.getLogger(__name__)
 
@@ -64,9 +63,8 @@ class DetectionDataset(VisionDataset):
     """Images with boxes. Abstract: a subclass reads the files that list them.
 
     Construction reads all annotations and checks that every image exists. They are kept in a few
-    flat tensors instead of one object each: a forked worker of a `DataLoader` would copy every
-    memory page with Python objects when it counts references to them (COCO: 118,000 images, 860,000
-    boxes, in each worker), and a spawned one shares tensors.
+    flat tensors instead of one object each (`deformnet.data.flat`; COCO: 118,000 images, 860,000
+    boxes, in each worker).
 
     Boxes are clipped to their image. Boxes without area are then dropped and counted, with one
     warning.
@@ -102,8 +100,8 @@ class DetectionDataset(VisionDataset):
         self.folder = folder
         self.classes = classes
         self.has_ground_truth = has_ground_truth
-        self._names = _StringList(image.name for image in images)
-        self._files = _StringList(image.file for image in images)
+        self._names = StringList(image.name for image in images)
+        self._files = StringList(image.file for image in images)
         self._sizes = torch.tensor([image.size for image in images], dtype=torch.int64)
         kept = self._keep(objects)
         self.dropped = int((~kept).sum())
@@ -151,13 +149,13 @@ class DetectionDataset(VisionDataset):
 
     def annotations(self, index: int) -> BoxAnnotations:
         """Objects of the image, without reading it."""
-        span = _span(self._ends, index)
+        objects = span(self._ends, index)
         boxes = tv_tensors.BoundingBoxes(  # pyright: ignore[reportCallIssue] (it has a __new__)
-            self._boxes[span].clone(),
+            self._boxes[objects].clone(),
             format=tv_tensors.BoundingBoxFormat.XYXY,
             canvas_size=self.size(index),
         )
-        return BoxAnnotations(boxes, self._labels[span].clone(), self._ignored[span].clone())
+        return BoxAnnotations(boxes, self._labels[objects].clone(), self._ignored[objects].clone())
 
     def __getitem__(self, index: int) -> tuple[tv_tensors.Image, BoxAnnotations]:
         """
@@ -175,24 +173,3 @@ class DetectionDataset(VisionDataset):
             )
         pair = tv_tensors.Image(image), self.annotations(index)
         return pair if self.transforms is None else self.transforms(*pair)
-
-
-class _StringList:
-    """A list of strings in two tensors."""
-
-    def __init__(self, strings: Iterable[str]) -> None:
-        encoded = [os.fsencode(string) for string in strings]
-        self._bytes = torch.from_numpy(np.frombuffer(bytearray(b"".join(encoded)), np.uint8))
-        self._ends = torch.tensor([len(string) for string in encoded], dtype=torch.int64).cumsum(0)
-
-    def __len__(self) -> int:
-        return len(self._ends)
-
-    def __getitem__(self, index: int) -> str:
-        return os.fsdecode(self._bytes[_span(self._ends, index)].numpy().tobytes())
-
-
-def _span(ends: Tensor, index: int) -> slice:
-    """Range of the entries of `index`, which may be negative, in a flat tensor."""
-    index = range(len(ends))[index]
-    return slice(int(ends[index - 1]) if index else 0, int(ends[index]))

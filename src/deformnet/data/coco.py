@@ -1,6 +1,5 @@
 """COCO's layout for detection (Lin et al. 2014)."""
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -10,13 +9,16 @@ import torch
 
 from deformnet._errors import UserError
 from deformnet.data.boxes import DetectionDataset, ImageFile, ObjectList
-from deformnet.data.files import Folder, listing, read_size, require_folder
+from deformnet.data.files import Folder, listing, read_json, read_size, require_folder
 from deformnet.data.items import ImageItem, has_area
 from deformnet.data.layouts import ImageList, Layout, Missing
 from deformnet.data.splits import Part, require_union, split_parts
 
 Entry = Mapping[str, object]
 """An object of a json file."""
+
+Hook = Callable[[dict[str, object]], dict[str, object]]
+"""Changes an object of a json file when it is read."""
 
 _INSTANCES, _IMAGE_INFO = "instances_", "image_info_"
 
@@ -59,14 +61,14 @@ class COCODetection(DetectionDataset):
         files: list[COCOFile] = []
         parts: list[Part] = []
         for name in split_parts(split):
-            file = COCOFile(_annotation_file(root, name))
+            file = COCOFile(annotation_file(root, name))
             found = ImageList(name, file.path)
-            _add_images(found, file, root, name)
+            add_images(found, file, root, name)
             found.require()
             for entry in file.annotations:
                 place, box, label, crowd = file.parse(entry)
                 objects.add(len(images) + place, box, label, crowd)
-            names = _image_names(file.files)
+            names = image_names(file.files)
             for image_name, (path, size) in zip(names, found.singles, strict=True):
                 place = Path(path).relative_to(root)
                 images.append(ImageFile(image_name, str(place), size or read_size(Path(path))))
@@ -93,7 +95,7 @@ def coco_splits(root: Path) -> list[str]:
     return sorted(names)
 
 
-def _annotation_file(root: Path, split: str) -> Path:
+def annotation_file(root: Path, split: str) -> Path:
     """The json file of a split: of its instances, or else of its images alone.
 
     Raises:
@@ -116,15 +118,15 @@ class COCOFile:
         files: file names of the images by id.
         sizes: height and width of each image; None if not given.
         categories: names of the categories by id, in the order of the ids.
-        annotations: as stored, without segmentations.
+        annotations: as stored, without segmentations, or as a hook makes them.
     Raises:
         UserError: if the file is not json, lacks one of the lists, or repeats an id or a name.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, hook: Hook | None = None) -> None:
         self.path = path
         self.has_annotations = not path.name.startswith(_IMAGE_INFO)
-        content = _read_json(path)
+        content = read_json(path, hook or _without_segmentation)
         images = self._entries(content, "images")
         self.files = self._by_id("images", images, "file_name")
         self.sizes = [_image_size(entry) for entry in images]
@@ -190,15 +192,6 @@ class COCOFile:
         return texts
 
 
-def _read_json(path: Path) -> object:
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            return json.load(file, object_hook=_without_segmentation)
-    except (ValueError, RecursionError) as error:  # text that is not UTF-8 is a ValueError, too
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path}: not readable as json ({reason})") from error
-
-
 def _without_segmentation(entry: dict[str, object]) -> dict[str, object]:
     """Drops what takes nine tenths of the memory and is not used."""
     entry.pop("segmentation", None)
@@ -213,7 +206,7 @@ def _image_folders(root: Path, split: str) -> list[Path]:
     return list(dict.fromkeys(root / place for place in places))
 
 
-def _add_images(images: ImageList, content: COCOFile, root: Path, split: str) -> None:
+def add_images(images: ImageList, content: COCOFile, root: Path, split: str) -> None:
     """Adds the images of a file to its list, from the folder that has most of them."""
     files = [Path(file) for file in content.files.values()]
     folders = _image_folders(root, split)
@@ -240,11 +233,11 @@ def _missing_images(folder: Path, files: Sequence[Path]) -> list[Path]:
 
 def _lists(root: Path) -> Iterator[ImageList]:
     for split in coco_splits(root):
-        path = _annotation_file(root, split)
+        path = annotation_file(root, split)
         images = ImageList(path.stem, path, may_be_official=True)
         with images.noting_errors():
             content = COCOFile(path)
-            _add_images(images, content, root, split)
+            add_images(images, content, root, split)
             for entry in content.annotations:
                 with images.noting_errors():
                     place, box, _, _ = content.parse(entry)
@@ -264,7 +257,7 @@ COCO_BOXES = Layout[DetectionDataset](
 )
 
 
-def _image_names(files: Mapping[int, str]) -> list[str]:
+def image_names(files: Mapping[int, str]) -> list[str]:
     """File names, which tell people more than ids, if they are unique; else the ids."""
     stems = [Path(name).stem for name in files.values()]
     return stems if len(set(stems)) == len(stems) else list(map(str, files))

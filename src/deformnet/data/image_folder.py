@@ -85,7 +85,7 @@ class ImageFolderClassification(VisionDataset):
             UserError: one line that names the file, if it is unreadable.
         """
         path, label = self.samples[index]
-        image = tv_tensors.Image(read_image(path, upright=True))
+        image = tv_tensors.Image(read_image(path, orientation="upright"))
         return (image if self.transform is None else self.transform(image)), label
 
     def extra_repr(self) -> str:

@@ -1,8 +1,9 @@
 """Files that are checked together, and their faults."""
 
 import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from deformnet.data.files import read_image, read_labels, size_text
 from deformnet.data.voc_files import ClassList, annotated_size, parse_annotation, read_object
@@ -28,7 +29,7 @@ class ImageItem(NamedTuple):
     """Annotated size; None if there is none."""
 
     def faults(self) -> list[Fault]:
-        return _check_image(self.image, self.size)[1]
+        return check_image(self.image, self.size)[1]
 
 
 class BoxesItem(NamedTuple):
@@ -43,8 +44,8 @@ class BoxesItem(NamedTuple):
         try:
             content = parse_annotation(path)
         except (ValueError, OSError) as error:
-            return [*_check_image(self.image, None)[1], Fault(self.annotation, reason(error, path))]
-        size, faults = _check_image(self.image, annotated_size(content))
+            return [*check_image(self.image, None)[1], Fault(self.annotation, reason(error, path))]
+        size, faults = check_image(self.image, annotated_size(content))
         for number, item in enumerate(content.iterfind("object"), start=1):
             try:
                 box, _, _ = read_object(path, item, self.classes)
@@ -66,7 +67,7 @@ class LabelsItem(NamedTuple):
     """Labels that may occur."""
 
     def faults(self) -> list[Fault]:
-        size, faults = _check_image(self.image, None)
+        size, faults = check_image(self.image, None)
         path = Path(self.labels)
         try:
             labels = read_labels(path)
@@ -86,11 +87,21 @@ class LabelsItem(NamedTuple):
         return faults
 
 
-Item = ImageItem | BoxesItem | LabelsItem
-"""Its strings are the files that it reads, its other fields what they must agree with."""
+class Item(Protocol):
+    """A named tuple. Its first fields are the files that it reads, as strings; the others, none of
+    them a string, are what the files must agree with."""
+
+    def faults(self) -> list[Fault]:
+        """Faults of the files."""
+        ...
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+    def __getitem__(self, places: slice, /) -> Sequence[Any]: ...
 
 
 def files_of(item: Item) -> list[str]:
+    """The files that an item reads."""
     return [field for field in item if isinstance(field, str)]
 
 
@@ -109,7 +120,7 @@ def reason(error: Exception, path: Path) -> str:
     return str(error).removeprefix(f"{path}: ")
 
 
-def _check_image(file: str, annotated: Size | None) -> tuple[Size | None, list[Fault]]:
+def check_image(file: str, annotated: Size | None) -> tuple[Size | None, list[Fault]]:
     """Size of an image, None if it does not decode; and its faults."""
     path = Path(file)
     try:

@@ -87,11 +87,12 @@ class ImageList:
     def require(self) -> None:
         """
         Raises:
-            UserError: for the first fault.
+            UserError: for the first fault that is no remark.
             FileNotFoundError: for the first missing file.
         """
         for fault in self.faults:
-            raise UserError(f"{fault.file}: {fault.text}")
+            if not fault.is_remark:
+                raise UserError(f"{fault.file}: {fault.text}")
         for file in self.missing:
             more = f" (and {len(self.missing) - 1} more)" if len(self.missing) > 1 else ""
             places = " or ".join(file.folders)

@@ -8,16 +8,27 @@ from deformnet.data.base import SegmentationDataset
 from deformnet.data.boxes import DetectionDataset
 from deformnet.data.cityscapes import CITYSCAPES_MASKS
 from deformnet.data.coco import COCO_BOXES
+from deformnet.data.coco_masks import COCO_MASKS
 from deformnet.data.files import listing, require_folder
 from deformnet.data.image_folder import IMAGE_FOLDER
 from deformnet.data.layouts import Layout
 from deformnet.data.voc import VOC_BOXES, VOC_MASKS
+from deformnet.data.yolo import YOLO_BOXES, YOLO_MASKS
 
 _Dataset = TypeVar("_Dataset")
 
 # Of each kind, the first that recognizes a folder reads it.
-_BOXES: tuple[Layout[DetectionDataset], ...] = (COCO_BOXES, VOC_BOXES)
-_MASKS: tuple[Layout[SegmentationDataset], ...] = (CITYSCAPES_MASKS, VOC_MASKS)
+_BOXES: tuple[Layout[DetectionDataset], ...] = (
+    COCO_BOXES,
+    VOC_BOXES,
+    YOLO_BOXES,
+)
+_MASKS: tuple[Layout[SegmentationDataset], ...] = (
+    CITYSCAPES_MASKS,
+    VOC_MASKS,
+    COCO_MASKS,
+    YOLO_MASKS,
+)
 LAYOUTS: tuple[Layout, ...] = (*_BOXES, *_MASKS, IMAGE_FOLDER)
 """All layouts. The folders of classes come last: only a folder of no other layout is read so."""
 

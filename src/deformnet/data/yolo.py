@@ -1,0 +1,275 @@
+"""The layout of YOLO (darknet, ultralytics) for detection and segmentation."""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import chain, islice
+from pathlib import Path
+from typing import NamedTuple, final
+
+from torch import Tensor
+
+from deformnet._errors import UserError
+from deformnet._files import read_lines
+from deformnet.data.base import LabeledImage, SegmentationDataset
+from deformnet.data.boxes import DetectionDataset, ImageFile, ObjectList
+from deformnet.data.files import (
+    Folder,
+    find_images,
+    image_names,
+    listing,
+    read_size,
+    require_folder,
+)
+from deformnet.data.items import Fault, ImageItem, check_image, has_area, reason
+from deformnet.data.layouts import ImageList, Layout, Missing
+from deformnet.data.polygons import Region, draw, with_background
+from deformnet.data.splits import Part, require_union, split_parts
+from deformnet.data.yolo_files import (
+    FILES,
+    YOLOClasses,
+    YOLOObject,
+    find_splits,
+    has_labels,
+    listed_images,
+    parse_line,
+    read_classes,
+    read_objects,
+)
+
+_SAMPLED = 100  # label files that are read to find out whether there are polygons
+
+
+@final
+class YOLODetection(DetectionDataset):
+    """Images and boxes in the layout of YOLO.
+
+    ```
+    data.yaml                          names, and where the splits are; or
+    classes.txt (obj.names)            names alone, one per line
+    images/<split>/<any name>.jpg      also <split>/images/, images/ or <split>/
+    labels/<split>/<any name>.txt      also <split>/labels/, labels/, or beside the images
+    ```
+
+    A line of a label file is an object: `class x y width height`, the center and the size of its
+    box, or `class x1 y1 x2 y2 x3 y3 ...`, a polygon, of which the box is read. All are fractions of
+    the width and height of the image; those outside 0 to 1 are errors (1% is left to rounding).
+    Keypoints (`kpt_shape` in data.yaml) are not read. An image without a label file has no objects.
+
+    The entries `train`, `val` and `test` of data.yaml are folders, files that list images, or lists
+    of these. Folders of another machine are found by the end of their path; nothing outside `root`
+    is read. Without data.yaml every folder of images is a split, or all images are `train`. Several
+    splits are joined by `+`.
+    """
+
+    def __init__(self, root: str | Path, split: str, transforms: Callable | None = None) -> None:
+        """
+        Raises:
+            FileNotFoundError: for a missing folder, split (the message says which exist) or image.
+            UserError: for a malformed data.yaml or label, an object of an unknown class, a split
+                without images or without any label, and for parts of a union that share an image.
+        """
+        root = require_folder(Path(root).expanduser())
+        classes = read_classes(root)
+        files: list[ImageFile] = []
+        objects = ObjectList([], [], [], [])
+        for name, image, labels in _read_union(root, split, classes):
+            size = read_size(image)
+            for item in read_objects(labels, classes) if labels else ():
+                objects.add(len(files), item.box(*size), item.label, False)
+            files.append(ImageFile(name, str(image.relative_to(root)), size))
+        super().__init__(root, split, root, files, objects, classes.names, transforms)
+
+
+@final
+class YOLOSegmentation(SegmentationDataset):
+    """Images in the layout of YOLO with label maps drawn from polygons.
+
+    Files as for `YOLODetection`; label files are read when a sample is. Label 0 is the background,
+    the classes of data.yaml follow from 1. Later objects are drawn over earlier ones. A box among
+    the polygons is an error.
+    """
+
+    def __init__(self, root: str | Path, split: str, transforms: Callable | None = None) -> None:
+        """
+        Raises:
+            FileNotFoundError, UserError: as `YOLODetection`, except for the content of label files.
+        """
+        root = require_folder(Path(root).expanduser())
+        self._yolo_classes = read_classes(root)
+        classes = with_background(self._yolo_classes.names, self._yolo_classes.file)
+        self._first = len(classes) - len(self._yolo_classes.names)
+        samples = [
+            # An image is its own label file if it has none.
+            LabeledImage(name, image, labels or image)
+            for name, image, labels in _read_union(root, split, self._yolo_classes)
+        ]
+        super().__init__(root, split, samples, classes, transforms)
+
+    def labels(self, index: int, size: tuple[int, int]) -> Tensor:
+        _, image, labels = self.samples[index]
+        objects = [] if labels == image else read_objects(labels, self._yolo_classes)
+        return draw(size, [self._region(labels, item, size) for item in objects])
+
+    def _region(self, path: Path, item: YOLOObject, size: tuple[int, int]) -> Region:
+        if item.is_box:
+            raise UserError(
+                f"{path}: line {item.line}: expected a polygon, as other objects of this data set "
+                "have, but got a box; draw its outline, or train a detector"
+            )
+        return Region(self._first + item.label, [item.polygon(*size)])
+
+
+class YOLOItem(NamedTuple):
+    """An image and its label file."""
+
+    image: str
+    annotation: str
+    classes: YOLOClasses
+
+    def faults(self) -> list[Fault]:
+        size, faults = check_image(self.image, None)
+        path = Path(self.annotation)
+        try:
+            lines = read_lines(path)
+        except (ValueError, OSError) as error:
+            return [*faults, Fault(self.annotation, reason(error, path))]
+        for number, line in enumerate(lines, start=1):
+            try:
+                item = parse_line(path, number, line, self.classes)
+            except ValueError as error:
+                faults.append(Fault(self.annotation, reason(error, path)))
+                continue
+            if size and not has_area(item.box(*size), size):
+                text = f"line {number}: the box has no area inside the image; readers drop it"
+                faults.append(Fault(self.annotation, text, is_remark=True))
+        return faults
+
+
+def yolo_splits(root: Path) -> list[str]:
+    """Splits of data.yaml that exist, or folders of images."""
+    return [name for name, sources in find_splits(root).items() if all(s.exists() for s in sources)]
+
+
+def _read_union(
+    root: Path, split: str, classes: YOLOClasses
+) -> Iterator[tuple[str, Path, Path | None]]:
+    """Name, image and label file (None if it has none) of each image in a union of splits."""
+    splits = find_splits(root)
+    parts: list[Part] = []
+    rows: list[tuple[str, Path, Path | None]] = []
+    for name in split_parts(split):
+        if name not in splits:
+            known = listing(yolo_splits(root))
+            raise FileNotFoundError(f"{root}: no split {name!r}; the splits are: {known}")
+        images = _fill(root, name, splits[name], classes)
+        images.require()
+        files: list[tuple[Path, Path | None]] = sorted(
+            [*images.pairs, *((Path(item.image), None) for item in images.singles)],
+            key=lambda pair: pair[0],
+        )
+        names = image_names([image.relative_to(root) for image, _ in files])
+        rows += [(name, *pair) for name, pair in zip(names, files, strict=True)]
+        parts.append(Part(str(images.source), classes.names, names))
+    require_union(parts)
+    return iter(rows)
+
+
+def _fill(root: Path, name: str, sources: Sequence[Path], classes: YOLOClasses) -> ImageList:
+    """The images of a split, from folders or lists of images, with their label files."""
+    images = ImageList(name, sources[0])
+    images.pair_item = partial(YOLOItem, classes=classes)
+    files: list[Path | Missing] = []
+    for source in sources:
+        if source.is_dir():
+            files += find_images(source)
+        elif source.is_file():
+            files += listed_images(root, source)
+        else:
+            images.fault(f"no such folder or list of images, which {classes.file.name} names")
+    labels = _Labels(root)
+    for file in dict.fromkeys(files):
+        annotation = None if isinstance(file, Missing) else labels.of(file)
+        if isinstance(file, Missing):
+            images.entries += 1
+            images.missing.append(file)
+        elif annotation is None:
+            images.entries += 1
+            images.singles.append(ImageItem(str(file), None))
+        else:
+            images.add(file, annotation)
+    if not images.entries:
+        images.fault("expected images, but found none")
+    elif images.singles and not images.pairs:
+        tried = listing([str(folder) for folder in labels.folders(Path(images.singles[0].image))])
+        images.fault(
+            f"expected a label file (<name>.txt) of at least one of its {images.entries} images in "
+            f"{tried}, but found none"
+        )
+    elif images.singles:
+        text = f"{len(images.singles)} images have no label file; they are read without objects"
+        images.fault(text, is_remark=True)
+    return images
+
+
+class _Labels:
+    """Label files of images."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._folders: dict[Path, list[Folder]] = {}
+
+    def of(self, image: Path) -> Path | None:
+        """The label file of an image; None if there is none."""
+        if image.parent not in self._folders:
+            self._folders[image.parent] = [Folder(place) for place in self.folders(image)]
+        name = f"{image.stem}.txt"
+        return next(filter(None, (place.find(name) for place in self._folders[image.parent])), None)
+
+    def folders(self, image: Path) -> list[Path]:
+        """Folders where the label file of an image may be, the likeliest first."""
+        parts = image.parent.relative_to(self._root).parts
+        places = [image.parent, image.parent / "labels"]
+        if "images" in parts:
+            at = len(parts) - 1 - parts[::-1].index("images")
+            places.insert(0, self._root.joinpath(*parts[:at], "labels", *parts[at + 1 :]))
+        return places
+
+
+def _lists(root: Path) -> Iterator[ImageList]:
+    for name, sources in find_splits(root).items():
+        failed = ImageList(name, sources[0])
+        with failed.noting_errors():
+            yield _fill(root, name, sources, read_classes(root))
+        if failed.faults:
+            yield failed
+
+
+def _has_polygons(root: Path) -> bool:
+    """Whether one of the first label files has polygons."""
+    if not has_labels(root):
+        return False
+    try:
+        classes = read_classes(root)
+        filled = (_fill(root, name, places, classes) for name, places in find_splits(root).items())
+        labels = islice(chain.from_iterable(images.pairs for images in filled), _SAMPLED)
+        return any(not item.is_box for _, path in labels for item in read_objects(path, classes))
+    except (ValueError, OSError):
+        return True  # the reader reports it
+
+
+YOLO_BOXES = Layout[DetectionDataset](
+    name="YOLO",
+    files=FILES,
+    recognizes=has_labels,
+    splits=yolo_splits,
+    lists=_lists,
+    open=YOLODetection,
+)
+YOLO_MASKS = Layout[SegmentationDataset](
+    name="YOLO with polygons",
+    files=FILES,
+    recognizes=_has_polygons,
+    splits=yolo_splits,
+    lists=lambda root: iter(()),  # those of the boxes, which read polygons too
+    open=YOLOSegmentation,
+)
