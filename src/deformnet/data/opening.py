@@ -11,6 +11,7 @@ from deformnet.data.coco import COCO_BOXES
 from deformnet.data.coco_masks import COCO_MASKS
 from deformnet.data.files import listing, require_folder
 from deformnet.data.image_folder import IMAGE_FOLDER
+from deformnet.data.labelme import LABELME_BOXES, LABELME_MASKS
 from deformnet.data.layouts import Layout
 from deformnet.data.voc import VOC_BOXES, VOC_MASKS
 from deformnet.data.yolo import YOLO_BOXES, YOLO_MASKS
@@ -22,12 +23,14 @@ _BOXES: tuple[Layout[DetectionDataset], ...] = (
     COCO_BOXES,
     VOC_BOXES,
     YOLO_BOXES,
+    LABELME_BOXES,
 )
 _MASKS: tuple[Layout[SegmentationDataset], ...] = (
     CITYSCAPES_MASKS,
     VOC_MASKS,
     COCO_MASKS,
     YOLO_MASKS,
+    LABELME_MASKS,
 )
 LAYOUTS: tuple[Layout, ...] = (*_BOXES, *_MASKS, IMAGE_FOLDER)
 """All layouts. The folders of classes come last: only a folder of no other layout is read so."""
