@@ -75,7 +75,7 @@ def test_labels_of_another_size(cityscapes):
 
 
 def test_color_labels(cityscapes):
-    Image.new("RGB", (16, 12)).save(labels_of(cityscapes))
+    Image.new("RGB", (16, 12), "red").save(labels_of(cityscapes))
     with one_line(ValueError, labels_of(cityscapes), "class ids", "RGB"):
         CityscapesSegmentation(cityscapes, "val")[0]
 

@@ -221,11 +221,19 @@ def test_missing_background_is_suggested(voc):
         images[0]
 
 
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_mask_with_colors_beside_masks_with_ids(voc, mode):
+    """The first masks, a and b, hold ids; c is another kind."""
+    images = VOCSegmentation(voc, "val")
+    Image.new(mode, (16, 12), "red").save(voc / YEAR / "SegmentationClass/c.png")
+    with one_line(ValueError, "c.png", "class ids", f"mode {mode}", "(255, 0, 0)", "classes.txt"):
+        images[0]
+
+
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "1", "LA"])
-def test_mask_without_ids(voc, mode):
-    Image.new(mode, (16, 12)).save(voc / YEAR / "SegmentationClass/c.png")
-    with one_line(ValueError, "c.png", "class ids", f"mode {mode}"):
-        VOCSegmentation(voc, "val")[0]
+def test_gray_masks_of_any_mode_hold_ids(voc, mode):
+    Image.new("L", (16, 12), 1).convert(mode).save(voc / YEAR / "SegmentationClass/c.png")
+    assert (VOCSegmentation(voc, "val")[0][1] == int(mode != "1")).all()
 
 
 def test_mask_of_16_bits(voc):

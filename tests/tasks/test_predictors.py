@@ -139,5 +139,7 @@ def test_files(predictor, tmp_path):
     ]
     with Image.open(out / "labels/first.png") as file:
         assert file.mode == "P"
-        assert np.array_equal(np.asarray(file), predictor(read_image(first, upright=True)).numpy())
+        assert np.array_equal(
+            np.asarray(file), predictor(read_image(first, orientation="upright")).numpy()
+        )
         assert file.getpalette()[: 3 * len(CLASSES)] == palette(CLASSES).flatten().tolist()

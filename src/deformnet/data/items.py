@@ -5,11 +5,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from deformnet.data.files import read_image, read_labels, size_text
+from deformnet.data.base import IGNORE, LabelReader, wrong_mask_size
+from deformnet.data.files import Size, read_image, size_error
 from deformnet.data.voc_files import ClassList, annotated_size, parse_annotation, read_object
-
-Size = tuple[int, int]
-"""Height and width."""
 
 
 class Fault(NamedTuple):
@@ -63,27 +61,21 @@ class LabelsItem(NamedTuple):
 
     image: str
     labels: str
-    allowed: bytes
-    """Labels that may occur."""
+    reader: LabelReader
 
     def faults(self) -> list[Fault]:
-        size, faults = check_image(self.image, None)
         path = Path(self.labels)
         try:
-            labels = read_labels(path)
+            labels = self.reader.read(path)
         except (ValueError, OSError) as error:
-            return [*faults, Fault(self.labels, reason(error, path))]
+            return [*check_image(self.image, None)[1], Fault(self.labels, reason(error, path))]
         height, width = labels.shape
+        size, faults = _read_image_size(self.image, (height, width))
         if size and size != (height, width):
-            text = (
-                f"expected the size of its image, {size_text(*size)}, "
-                f"but got {size_text(height, width)}"
-            )
+            text = wrong_mask_size(Path(self.image), size, (height, width))
             faults.append(Fault(self.labels, text))
-        unknown = sorted(set(labels.unique().tolist()) - set(self.allowed))
-        if unknown:
-            text = f"labels without a class: {', '.join(map(str, unknown))}"
-            faults.append(Fault(self.labels, text))
+        if (labels == IGNORE).all():
+            faults.append(Fault(self.labels, "all pixels are void", is_remark=True))
         return faults
 
 
@@ -122,13 +114,16 @@ def reason(error: Exception, path: Path) -> str:
 
 def check_image(file: str, annotated: Size | None) -> tuple[Size | None, list[Fault]]:
     """Size of an image, None if it does not decode; and its faults."""
+    size, faults = _read_image_size(file, annotated)
+    if size is None or annotated is None or size == annotated:
+        return size, faults
+    return size, [Fault(file, size_error(Path(file), size, annotated))]
+
+
+def _read_image_size(file: str, annotated: Size | None) -> tuple[Size | None, list[Fault]]:
     path = Path(file)
     try:
-        _, height, width = read_image(path).shape
+        _, height, width = read_image(path, orientation="auto", annotated=annotated).shape
     except (ValueError, OSError) as error:
         return None, [Fault(file, reason(error, path))]
-    size = height, width
-    if annotated is None or size == annotated:
-        return size, []
-    text = f"expected the annotated size {size_text(*annotated)}, but got {size_text(*size)}"
-    return size, [Fault(file, text)]
+    return (height, width), []

@@ -108,6 +108,14 @@ def find_file(kind: str, folders: Sequence[Folder], *names: str) -> Path | Missi
     return next(filter(None, found), missing)
 
 
+def find_image_file(kind: str, folders: Sequence[Folder], name: str, suffix: str) -> Path | Missing:
+    """As `find_file`, for a name that may lack its suffix, any of an image; `suffix` is the usual
+    one, for messages."""
+    found = (folder.find_image(name) for folder in folders)
+    missing = Missing(kind, tuple(str(folder.path) for folder in folders), f"{name}{suffix}")
+    return next(filter(None, found), missing)
+
+
 @dataclass(frozen=True)
 class Layout(Generic[_Dataset]):
     """One way in which the files of a data set are arranged.

@@ -14,6 +14,7 @@ from torch import Tensor
 from deformnet._errors import UserError
 from deformnet.data.base import IGNORE
 from deformnet.data.files import StoredMask, listing, read_stored_mask
+from deformnet.data.layouts import ImageList
 from deformnet.data.palette import ClassFile, Color, Colors, color_of, voc_colors
 from deformnet.data.voc_files import VOC_CLASSES
 
@@ -42,6 +43,7 @@ class MaskReader:
         table: class (or IGNORE) of every stored id. Other values mark ids that are errors.
         colors: classes of colors; empty for masks that store ids.
         note: remark about how the masks are read, if any.
+        void_advice: what to do about a data set that is all void, for messages.
     """
 
     classes: tuple[str, ...]
@@ -50,6 +52,7 @@ class MaskReader:
     table: bytes = IDENTITY
     colors: Colors = ()
     note: str = ""
+    void_advice: str = "correct the masks, or leave out the split"
 
     def read(self, path: Path) -> Tensor:
         """Reads a mask.
@@ -99,6 +102,20 @@ class MaskReader:
         if path.suffix.lower() in (".jpg", ".jpeg"):
             text += "; JPEG changes values, so save masks as PNG"
         return text
+
+
+def note_void(images: ImageList, reader: MaskReader, *, is_remark: bool = False) -> None:
+    """Adds a fault to a list if all pixels of its masks are void. Reads masks until one has a pixel
+    of a class."""
+    for _, mask in images.pairs:
+        try:
+            labels = reader.read(mask)
+        except (ValueError, OSError):
+            return  # reported with the mask
+        if (labels != IGNORE).any():
+            return
+    if images.pairs:
+        images.fault(f"all pixels of its masks are void; {reader.void_advice}", is_remark=is_remark)
 
 
 def find_labels(codes: np.ndarray, colors: Colors) -> np.ndarray:

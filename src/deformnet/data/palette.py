@@ -6,8 +6,6 @@ from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from deformnet._errors import UserError
 from deformnet._files import read_lines
 from deformnet.data.base import IGNORE

@@ -17,6 +17,34 @@ class Part(NamedTuple):
     """Names of its images."""
 
 
+_OTHER_NAMES = {
+    "train": ("training",),
+    "val": ("valid", "validation", "dev", "test"),
+}
+"""Names under which a split may be found, the likeliest first; `test` if there is none to validate
+on."""
+
+USUAL_SPLITS = frozenset(
+    ("train", "training", "val", "valid", "validation", "dev", "test", "testing", "trainval")
+)
+"""Names by which a folder is known to be a split."""
+
+
+def resolve(names: Sequence[str], wanted: str) -> str:
+    """The split of a data set that has the name `wanted`, in any case, or another usual name of it.
+
+    Args:
+        names: the splits that exist.
+    Returns:
+        one of `names`, or `wanted` if none fits
+    """
+    if wanted in names:
+        return wanted
+    by_name = {name.lower(): name for name in reversed(names)}
+    others = (wanted.lower(), *_OTHER_NAMES.get(wanted.lower(), ()))
+    return next((by_name[other] for other in others if other in by_name), wanted)
+
+
 def split_parts(split: str) -> list[str]:
     """Names of the splits in a union, one or more, joined by `+`.
 

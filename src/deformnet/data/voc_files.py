@@ -1,7 +1,6 @@
 """Files of the PASCAL VOC layout: years, lists of images, class names and annotations."""
 
 from collections.abc import Callable
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
@@ -11,8 +10,7 @@ import numpy as np
 
 from deformnet._errors import UserError
 from deformnet._files import read_lines
-from deformnet.data.base import IGNORE
-from deformnet.data.files import listing, read_labels, require_folder
+from deformnet.data.files import listing, require_folder
 from deformnet.data.splits import split_parts
 
 VOC_CLASSES = (
@@ -23,9 +21,6 @@ VOC_CLASSES = (
 
 YEARS = "VOCdevkit/VOC*/ImageSets/, VOC*/ImageSets/ or ImageSets/"
 """Folders by which the layout is recognized, for messages."""
-
-# Masks read to find out whether a classes.txt omits the background (see `read_mask_classes`).
-_MASKS_SAMPLED = 100
 
 # Content of the tag <difficult> in files of VOC and of tools that write its format.
 _DIFFICULT = {"1": True, "true": True, "0": False, "false": False, "": False, "unspecified": False}
@@ -135,22 +130,6 @@ class ClassList(NamedTuple):
         return "add the class to that file or correct the annotation"
 
 
-def read_mask_classes(year: Path) -> ClassList:
-    """Classes of the masks of a year."""
-    classes = read_class_list(year)
-    names = classes.names
-    if len(names) > IGNORE:
-        raise UserError(
-            f"{classes.file}: expected at most {IGNORE} classes, the most that 8-bit masks hold, "
-            f"but got {len(names)}"
-        )
-    if names[0] != "background" and (
-        names == VOC_CLASSES[1:] or _has_label(year / "SegmentationClass", len(names))
-    ):
-        return classes._replace(names=("background", *names))
-    return classes
-
-
 def read_box_classes(year: Path) -> ClassList:
     """Classes of the boxes of a year."""
     classes = read_class_list(year)
@@ -160,11 +139,16 @@ def read_box_classes(year: Path) -> ClassList:
     return classes._replace(names=names)
 
 
-def read_class_list(year: Path) -> ClassList:
-    """The classes.txt in the folder of a year, or beside VOCdevkit; VOC itself has none."""
+def class_folders(year: Path) -> list[Path]:
+    """Folders that may hold classes.txt, in this order; messages name the last."""
     year = year.absolute()  # "." has no parents
     in_devkit = year.parent.name == "VOCdevkit"
-    places = [year, *(year.parents[:2] if in_devkit else ())]
+    return [year, *(year.parents[:2] if in_devkit else ())]
+
+
+def read_class_list(year: Path) -> ClassList:
+    """The classes.txt in the folder of a year, or beside VOCdevkit; VOC itself has none."""
+    places = class_folders(year)
     for path in (place / "classes.txt" for place in places):
         if path.is_file():
             return ClassList(_read_names(path), path, is_default=False)
@@ -179,18 +163,6 @@ def _read_names(path: Path) -> tuple[str, ...]:
     if repeated:
         raise UserError(f"{path}: names {repeated[0]!r} more than once")
     return names
-
-
-def _has_label(folder: Path, label: int) -> bool:
-    """Whether one of the first masks has `label`: in name order, so the same for every split."""
-    for path in islice(sorted(folder.glob("*.png")), _MASKS_SAMPLED):
-        try:
-            labels = read_labels(path)
-        except ValueError:
-            continue  # reported when the sample itself is read
-        if (labels == label).any():
-            return True
-    return False
 
 
 # Annotations.

@@ -27,7 +27,7 @@ def as_image(image: ImageInput) -> Tensor:
         OSError: if a file cannot be read.
     """
     if isinstance(image, str | Path):
-        return read_image(Path(image).expanduser(), upright=True)
+        return read_image(Path(image).expanduser(), orientation="upright")
     if isinstance(image, Image.Image):
         return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
     if isinstance(image, np.ndarray):

@@ -196,7 +196,7 @@ class Predictor(ABC, Generic[_P]):
         with replacing(out / self.lines) if self.lines else nullcontext() as lines:
             for path in files:
                 try:
-                    image = read_image(path, upright=True)
+                    image = read_image(path, orientation="upright")
                 except OSError as error:
                     yield path, f"{path}: {error.strerror or error}"
                 except ValueError as error:

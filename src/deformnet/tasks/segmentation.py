@@ -224,6 +224,7 @@ class SegmentationTask(Task[SegmentationRecipe, SegmentationDataset]):
         return open_segmentation(root, split)
 
     def _training_set(self, images: SegmentationDataset) -> SegmentationTrainingSet:
+        images.require_labels()
         return SegmentationTrainingSet(self.recipe, images)
 
     def _evaluation_set(self, images: SegmentationDataset) -> SegmentationEvaluationSet:
