@@ -9,7 +9,8 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import Conv2dSame, freeze_batch_norm_2d
+from timm.layers.conv2d_same import Conv2dSame
+from timm.layers.norm_act import freeze_batch_norm_2d
 from timm.layers.pool2d_same import AvgPool2dSame, MaxPool2dSame
 from timm.models.hrnet import HighResolutionNet
 from torch import Tensor, nn
@@ -53,8 +54,9 @@ class TimmFeatures(Backbone):
         )
         self.name = f"timm/{name}"
         hub = cast(Any, net).pretrained_cfg
-        if hub.get("hf_hub_id") or hub.get("url"):
-            self.published = {"timm": HubWeights(name, hub.get("hf_hub_id") or hub["url"])}
+        if hub.get("hf_hub_id"):
+            url = f"https://huggingface.co/{hub['hf_hub_id']}"
+            self.published = {"timm": HubWeights(name, url)}
         # Images come normalized by ImageNet's mean and deviation, whatever the network. Its own
         # normalization, (pixel - mean) / std, is an affine function of that.
         given_mean, given_std, mean, std = (
@@ -69,8 +71,7 @@ class TimmFeatures(Backbone):
         theirs = {id(value): key for key, value in net.state_dict(keep_vars=True).items()}
         self._shapes = {key: value.shape for key, value in net.state_dict().items()}
         if isinstance(net, HighResolutionNet):
-            self.trunk, self.conv5 = _HighResolutionTrunk(net), _HighResolutionHead(net)
-            self._first = ["conv1", "bn1", "conv2", "bn2", "layer1"]
+            self.trunk, self.conv5, self._first = _split_high_resolution(net)
         else:
             self.trunk, self.conv5, self._first = _split(net, name, levels)
         self._names = {
@@ -110,9 +111,10 @@ class TimmFeatures(Backbone):
             (conv4, self.conv4_channels, 16),
             (conv5, self.conv5_channels, self.stride),
         ):
-            expected = (1, channels, 64 // stride, 96 // stride)
-            if maps.shape != expected:
-                raise _unfit(name, f"features {list(maps.shape)} in the place of {list(expected)}")
+            shape = list(maps.shape) if isinstance(maps, Tensor) else type(maps).__name__
+            expected = [1, channels, 64 // stride, 96 // stride]
+            if shape != expected:
+                raise _unfit(name, f"features {shape} in the place of {expected}")
         for hook in hooks:
             hook.remove()
         self.train()
@@ -188,46 +190,39 @@ class HubWeights:
 
 
 class _HighResolutionTrunk(nn.Module):
-    """HRNet up to the stride 16 of its classifier, and the branch of stride 32.
+    """HRNet up to stride 16 of its classifier, and its branch of stride 32.
 
     HRNet keeps four resolutions side by side. Its classifier joins them from the finest to the
-    coarsest, so that the last join is the only layer with a stride on the way from 16 to 32.
+    coarsest, so that the last join is the only way from stride 16 to 32. All four need images of
+    whole cells of 32 pixels.
     """
 
-    def __init__(self, net: HighResolutionNet) -> None:
+    def __init__(self, net: HighResolutionNet, widen: nn.ModuleList, down: nn.ModuleList) -> None:
         super().__init__()
-        for name, module in net.named_children():
-            if name in ("incre_modules", "downsamp_modules"):
-                module = cast(nn.ModuleList, module)[: 3 if name == "incre_modules" else 2]
-            elif name == "final_layer":
-                break
-            self.add_module(name, module)
+        self.net, self.widen, self.down = net, widen, down
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        x = self.act1(self.bn1(self.conv1(x)))
-        x = self.act2(self.bn2(self.conv2(x)))
-        *branches, last = HighResolutionNet.stages(cast(HighResolutionNet, self), x)
-        joined = self.incre_modules[0](branches[0])
-        for branch, widen, down in zip(
-            branches[1:], self.incre_modules[1:], self.downsamp_modules, strict=True
-        ):
+        height, width = x.shape[2:]
+        branches = self.net.forward_features(F.pad(x, (0, -width % 32, 0, -height % 32)))
+        joined = self.widen[0](branches[0])
+        for branch, widen, down in zip(branches[1:3], self.widen[1:], self.down, strict=True):
             joined = widen(branch) + down(joined)
-        return joined, last
+        return joined[..., : height // 16, : width // 16], branches[3]
 
 
 class _HighResolutionHead(nn.Module):
-    """The last join of HRNet's classifier, at the resolution that its layer `down` keeps."""
+    """The last join of HRNet's classifier, at the resolution that `down` keeps."""
 
-    def __init__(self, net: HighResolutionNet) -> None:
+    def __init__(self, widen: nn.Module, down: nn.Sequential) -> None:
         super().__init__()
-        self.widen = net.incre_modules[3]
-        self.down = net.downsamp_modules[2]
+        self.widen, self.down = widen, down
 
     def forward(self, maps: tuple[Tensor, Tensor]) -> Tensor:
         joined, last = maps
-        last = self.widen(last)
+        scale = 2 // cast(nn.Conv2d, self.down[0]).stride[0]
+        last = F.interpolate(self.widen(last), scale_factor=scale)
         down = self.down(joined)
-        return down + F.interpolate(last, down.shape[2:], mode="nearest")
+        return down + last[..., : down.shape[2], : down.shape[3]]
 
 
 def _create(name: str) -> nn.Module:
@@ -245,7 +240,7 @@ def _create(name: str) -> nn.Module:
 
 def _split(
     net: nn.Module, name: str, levels: Mapping[int, Mapping[str, Any]]
-) -> tuple[nn.Sequential, nn.Sequential, list[str]]:
+) -> tuple[nn.Module, nn.Module, list[str]]:
     """Modules up to stride 16 and from there to 32, and the names of those up to stride 4.
 
     As timm's `FeatureListNet`, which takes modules to run in the order of their definition.
@@ -267,6 +262,16 @@ def _split(
         if position < conv5:
             (trunk if position < conv4 else last).add_module(part.replace(".", "_"), module)
     return trunk, last, [part.replace(".", "_") for part in names[:first]]
+
+
+def _split_high_resolution(net: HighResolutionNet) -> tuple[nn.Module, nn.Module, list[str]]:
+    """As `_split`, for HRNet."""
+    widen, down = cast(nn.ModuleList, net.incre_modules), cast(nn.ModuleList, net.downsamp_modules)
+    net.incre_modules = net.downsamp_modules = net.final_layer = None  # features are the branches
+    net.reset_classifier(0)
+    first = [f"net.{name}" for name in ("conv1", "bn1", "conv2", "bn2", "layer1")]
+    trunk = _HighResolutionTrunk(net, widen[:3], down[:2])
+    return trunk, _HighResolutionHead(widen[3], cast(nn.Sequential, down[2])), first
 
 
 def _keep_resolution(stage: nn.Module) -> None:
