@@ -11,7 +11,7 @@ from torchvision import tv_tensors
 from torchvision.datasets import VisionDataset
 
 from deformnet._errors import UserError
-from deformnet.data.files import read_image, size_text
+from deformnet.data.files import Orientation, read_image, size_error
 from deformnet.data.flat import StringList, span
 
 _log = logging.getLogger(__name__)
@@ -74,6 +74,7 @@ class DetectionDataset(VisionDataset):
         dropped: number of boxes without area.
         has_ground_truth: False for images whose annotations are not published: they have no objects
             here, and can be neither trained on nor scored.
+        orientation: use of the EXIF orientation of images; `auto` takes what fits their size.
         transforms: called with (image, annotations); None for no change.
     """
 
@@ -88,6 +89,7 @@ class DetectionDataset(VisionDataset):
         transforms: Callable | None,
         *,
         has_ground_truth: bool = True,
+        orientation: Orientation = "auto",
     ) -> None:
         """
         Args:
@@ -100,6 +102,7 @@ class DetectionDataset(VisionDataset):
         self.folder = folder
         self.classes = classes
         self.has_ground_truth = has_ground_truth
+        self.orientation: Orientation = orientation
         self._names = StringList(image.name for image in images)
         self._files = StringList(image.file for image in images)
         self._sizes = torch.tensor([image.size for image in images], dtype=torch.int64)
@@ -165,11 +168,10 @@ class DetectionDataset(VisionDataset):
             UserError: one line that names the file, for an image that is unreadable or of another
                 size than annotated.
         """
-        image, size = read_image(self.image_path(index)), self.size(index)
-        if image.shape[1:] != size:
-            raise UserError(
-                f"{self.image_path(index)}: expected the annotated size {size_text(*size)}, "
-                f"but got an image of {size_text(*image.shape[1:])}"
-            )
+        path, size = self.image_path(index), self.size(index)
+        image = read_image(path, orientation=self.orientation, annotated=size)
+        height, width = image.shape[1:]
+        if (height, width) != size:
+            raise UserError(f"{path}: {size_error(path, (height, width), size)}")
         pair = tv_tensors.Image(image), self.annotations(index)
         return pair if self.transforms is None else self.transforms(*pair)

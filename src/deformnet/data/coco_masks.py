@@ -12,7 +12,7 @@ from torch import Tensor
 from deformnet._errors import UserError
 from deformnet.data import coco
 from deformnet.data.base import IGNORE, LabeledImage, SegmentationDataset
-from deformnet.data.files import require_folder, size_text
+from deformnet.data.files import Orientation, Size, require_folder, size_text
 from deformnet.data.flat import BytesList, span
 from deformnet.data.layouts import ImageList, Layout
 from deformnet.data.polygons import Region, draw, pack, unpack, with_background
@@ -34,7 +34,14 @@ class COCOSegmentation(SegmentationDataset):
     workers.
     """
 
-    def __init__(self, root: str | Path, split: str, transforms: Callable | None = None) -> None:
+    def __init__(
+        self,
+        root: str | Path,
+        split: str,
+        transforms: Callable | None = None,
+        *,
+        orientation: Orientation = "auto",
+    ) -> None:
         """
         Raises:
             FileNotFoundError: as `COCODetection`.
@@ -47,6 +54,7 @@ class COCOSegmentation(SegmentationDataset):
         values: list[int] = []
         segmentations: list[bytes] = []
         parts: list[Part] = []
+        sizes: list[Size | None] = []
         classes: tuple[str, ...] = ()
         for name in split_parts(split):
             file = coco.COCOFile(coco.annotation_file(root, name), _pack_segmentation)
@@ -63,24 +71,30 @@ class COCOSegmentation(SegmentationDataset):
             coco.add_images(found, file, root, name)
             found.require()
             names = coco.image_names(file.files)
+            sizes += file.sizes
             samples += [
                 LabeledImage(image_name, Path(item.image), file.path)
                 for image_name, item in zip(names, found.singles, strict=True)
             ]
             parts.append(Part(str(file.path), file.classes, names))
         require_union(parts)
-        super().__init__(root, split, samples, classes, transforms)
+        super().__init__(root, split, samples, classes, transforms, orientation=orientation)
+        self._sizes = torch.tensor([size or (0, 0) for size in sizes], dtype=torch.int64)
         order = torch.tensor(owners, dtype=torch.int64).argsort(stable=True)
         self._values = torch.tensor(values, dtype=torch.uint8)[order]
         self._segmentations = BytesList(segmentations[i] for i in order.tolist())
         counts = torch.bincount(torch.tensor(owners, dtype=torch.int64), minlength=len(samples))
         self._ends = counts.cumsum(0)
 
-    def labels(self, index: int, size: tuple[int, int]) -> Tensor:
+    def annotated_size(self, index: int) -> Size | None:
+        height, width = self._sizes[index].tolist()
+        return (height, width) if height else None
+
+    def labels(self, index: int, size: Size) -> Tensor:
         objects = range(len(self._values))[span(self._ends, index)]
         return draw(size, [self._region(index, item, size) for item in objects])
 
-    def _region(self, index: int, item: int, size: tuple[int, int]) -> Region:
+    def _region(self, index: int, item: int, size: Size) -> Region:
         region = unpack(self._segmentations[item], int(self._values[item]), size)
         if region is None:
             raise UserError(

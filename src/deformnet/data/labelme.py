@@ -19,6 +19,8 @@ from deformnet._files import read_lines
 from deformnet.data.base import IGNORE, LabeledImage, SegmentationDataset
 from deformnet.data.boxes import DetectionDataset, ImageFile, ObjectList
 from deformnet.data.files import (
+    Orientation,
+    Size,
     image_names,
     is_image,
     listing,
@@ -87,9 +89,7 @@ class LabelmeFile:
         if not isinstance(content, dict) or not isinstance(content.get("shapes"), list):
             raise UserError(f"{path}: expected a file of labelme, with a list of shapes")
         self.image_path = str(content.get("imagePath") or "")
-        height, width = (content.get(key) for key in ("imageHeight", "imageWidth"))
-        known = isinstance(height, int) and isinstance(width, int) and height > 0 and width > 0
-        self.size = (height, width) if known else None
+        self.size = _size(content.get("imageHeight"), content.get("imageWidth"))
         self.skipped = 0
         self.objects: list[LabelmeObject] = []
         groups: dict[tuple[str, str], LabelmeObject] = {}
@@ -145,7 +145,14 @@ class LabelmeDetection(DetectionDataset):
     Without classes.txt the classes are the labels of all splits, sorted.
     """
 
-    def __init__(self, root: str | Path, split: str, transforms: Callable | None = None) -> None:
+    def __init__(
+        self,
+        root: str | Path,
+        split: str,
+        transforms: Callable | None = None,
+        *,
+        orientation: Orientation = "auto",
+    ) -> None:
         """
         Raises:
             FileNotFoundError: for a missing folder, split (the message says which exist) or image.
@@ -162,9 +169,12 @@ class LabelmeDetection(DetectionDataset):
                 label = label_of(path, item, classes)
                 if label is not None:
                     objects.add(len(files), item.box, label, item.ignored)
-            size = content.size or read_size(image)
+            size = content.size or read_size(image, orientation=orientation)
             files.append(ImageFile(name, str(image.relative_to(root)), size))
-        super().__init__(root, split, root, files, objects, classes.names, transforms)
+        super().__init__(
+            *(root, split, root, files, objects, classes.names, transforms),
+            orientation=orientation,
+        )
 
 
 @final
@@ -176,7 +186,14 @@ class LabelmeSegmentation(SegmentationDataset):
     ones and those labeled `__ignore__` are void.
     """
 
-    def __init__(self, root: str | Path, split: str, transforms: Callable | None = None) -> None:
+    def __init__(
+        self,
+        root: str | Path,
+        split: str,
+        transforms: Callable | None = None,
+        *,
+        orientation: Orientation = "auto",
+    ) -> None:
         """
         Raises:
             FileNotFoundError, UserError: as `LabelmeDetection`.
@@ -185,9 +202,12 @@ class LabelmeSegmentation(SegmentationDataset):
         self._object_classes = read_classes(root)
         classes = with_background(self._object_classes.names, self._object_classes.origin)
         samples = [LabeledImage(*row) for row in _read_union(root, split, self._object_classes)]
-        super().__init__(root, split, samples, classes, transforms)
+        super().__init__(root, split, samples, classes, transforms, orientation=orientation)
 
-    def labels(self, index: int, size: tuple[int, int]) -> Tensor:
+    def annotated_size(self, index: int) -> Size | None:
+        return LabelmeFile(self.samples[index].labels).size
+
+    def labels(self, index: int, size: Size) -> Tensor:
         path = self.samples[index].labels
         regions = []
         for item in LabelmeFile(path).objects:
@@ -420,13 +440,19 @@ def _without_image(entry: dict[str, object]) -> dict[str, object]:
     return entry
 
 
+def _size(height: object, width: object) -> Size | None:
+    if isinstance(height, int) and isinstance(width, int) and height > 0 and width > 0:
+        return height, width
+    return None
+
+
 def _points(where: str, value: object) -> np.ndarray:
     """Corners, float [n, 2]."""
     try:
         points = np.array(value, np.float64)
     except (ValueError, TypeError, OverflowError):
         points = np.empty(0)
-    if points.ndim != 2 or points.shape[1] != 2 or not np.isfinite(points).all():
+    if points.ndim != 2 or points.shape[-1] != 2 or not np.isfinite(points).all():
         raise UserError(f"{where}: expected points to be a list of x, y, but got something else")
     return points
 

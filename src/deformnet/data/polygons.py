@@ -9,9 +9,7 @@ from torch import Tensor
 
 from deformnet._errors import UserError
 from deformnet.data.base import IGNORE
-
-Size = tuple[int, int]
-"""Height and width."""
+from deformnet.data.files import Size
 
 MAX_CLASSES = IGNORE - 1
 """Classes of objects that an 8-bit label map holds, beside the background and void."""
@@ -94,7 +92,7 @@ def _draw_polygons(labels: np.ndarray, region: Region) -> None:
     # The time and memory of drawing a line depend on its length: far points are moved nearer.
     far = 2 * (width + height)
     rings = [(points.clip(-far, far) - (x1, y1)).ravel().tolist() for points in polygons]
-    coded = rle.merge(rle.frPyObjects(rings, *part.shape))
+    coded = rle.segmToRle(rings, part.shape[1], part.shape[0])
     part[rle.decode(coded).astype(bool)] = region.label
 
 

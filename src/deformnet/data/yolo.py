@@ -14,6 +14,7 @@ from deformnet.data.base import LabeledImage, SegmentationDataset
 from deformnet.data.boxes import DetectionDataset, ImageFile, ObjectList
 from deformnet.data.files import (
     Folder,
+    Orientation,
     find_images,
     image_names,
     listing,
@@ -61,7 +62,14 @@ class YOLODetection(DetectionDataset):
     splits are joined by `+`.
     """
 
-    def __init__(self, root: str | Path, split: str, transforms: Callable | None = None) -> None:
+    def __init__(
+        self,
+        root: str | Path,
+        split: str,
+        transforms: Callable | None = None,
+        *,
+        orientation: Orientation = "auto",
+    ) -> None:
         """
         Raises:
             FileNotFoundError: for a missing folder, split (the message says which exist) or image.
@@ -73,11 +81,14 @@ class YOLODetection(DetectionDataset):
         files: list[ImageFile] = []
         objects = ObjectList([], [], [], [])
         for name, image, labels in _read_union(root, split, classes):
-            size = read_size(image)
+            size = read_size(image, orientation=orientation)
             for item in read_objects(labels, classes) if labels else ():
                 objects.add(len(files), item.box(*size), item.label, False)
             files.append(ImageFile(name, str(image.relative_to(root)), size))
-        super().__init__(root, split, root, files, objects, classes.names, transforms)
+        super().__init__(
+            *(root, split, root, files, objects, classes.names, transforms),
+            orientation=orientation,
+        )
 
 
 @final
@@ -89,7 +100,14 @@ class YOLOSegmentation(SegmentationDataset):
     the polygons is an error.
     """
 
-    def __init__(self, root: str | Path, split: str, transforms: Callable | None = None) -> None:
+    def __init__(
+        self,
+        root: str | Path,
+        split: str,
+        transforms: Callable | None = None,
+        *,
+        orientation: Orientation = "auto",
+    ) -> None:
         """
         Raises:
             FileNotFoundError, UserError: as `YOLODetection`, except for the content of label files.
@@ -103,7 +121,7 @@ class YOLOSegmentation(SegmentationDataset):
             LabeledImage(name, image, labels or image)
             for name, image, labels in _read_union(root, split, self._yolo_classes)
         ]
-        super().__init__(root, split, samples, classes, transforms)
+        super().__init__(root, split, samples, classes, transforms, orientation=orientation)
 
     def labels(self, index: int, size: tuple[int, int]) -> Tensor:
         _, image, labels = self.samples[index]

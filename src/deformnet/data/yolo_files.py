@@ -217,12 +217,13 @@ def find_splits(root: Path) -> dict[str, list[Path]]:
     splits: dict[str, list[Path]] = {}
     entries: dict[str, list[str]] = {}
     for key in _SPLITS if path is not None else ():
-        value = config.get(key) or []
-        texts = value if isinstance(value, list) else [value]
-        if not all(isinstance(text, str) and text and "\0" not in text for text in texts):
-            raise UserError(f"{path}: expected {key} to be folders or lists, but got {value}")
+        texts = _texts(config.get(key) or [])
+        if texts is None:
+            raise UserError(
+                f"{path}: expected {key} to be folders or lists, but got {_short(config[key])}"
+            )
         if texts:
-            entries[key] = list(map(str, texts))
+            entries[key] = texts
             splits[key] = [_locate(root, str(config.get("path") or ""), text) for text in texts]
     for one, other in combinations(splits, 2):
         if splits[one] == splits[other] and entries[one] != entries[other]:
@@ -231,6 +232,13 @@ def find_splits(root: Path) -> dict[str, list[Path]]:
                 f"{listing(entries[one], 2)} and {listing(entries[other], 2)} are not there"
             )
     return splits or _folders_of_images(root)
+
+
+def _texts(value: object) -> list[str] | None:
+    """A text or list of texts as a list; None for anything else."""
+    entries = value if isinstance(value, list) else [value]
+    texts = [entry for entry in entries if isinstance(entry, str) and entry and "\0" not in entry]
+    return texts if len(texts) == len(entries) else None
 
 
 def _folders_of_images(root: Path) -> dict[str, list[Path]]:
