@@ -286,6 +286,17 @@ def _walk_images(
             yield from _walk_images(folder / entry.name, above | {here})
 
 
+def has_images(folder: Path) -> bool:
+    """Whether there is an image in a folder or its subfolders; links as for `walk_images`."""
+    return any(names for _, names in _walk_images(folder, frozenset()))
+
+
+def subfolders(folder: Path) -> list[Path]:
+    """Folders in a folder, sorted, without hidden ones."""
+    paths = (path for path in folder.iterdir() if not path.name.startswith("."))
+    return sorted(path for path in paths if path.is_dir())
+
+
 def find_images(folder: Path) -> list[Path]:
     """Images in a folder and its subfolders, sorted; links as for `walk_images`."""
     return sorted(Path(place, name) for place, names in walk_images(folder) for name in names)

@@ -1,7 +1,7 @@
 """Reading of masks as class ids, whether they store ids, 0 and 255, or colors."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
@@ -127,7 +127,7 @@ def find_labels(codes: np.ndarray, colors: Colors) -> np.ndarray:
 
 
 def choose_reader(
-    masks: Sequence[Path],
+    masks: Iterable[Path],
     content: ClassFile | None,
     *,
     file: Path,
@@ -148,6 +148,7 @@ def choose_reader(
         UserError: if the masks have unknown colors, hold 0 and 255 although the classes are more
             than two, or hold ids that nothing names.
     """
+    masks = list(masks)
     if content is not None and content.colors and _have_colors(masks, content.colors):
         return _color_reader(content.names, content.colors, f"in {content.file}", content.file)
     if content is not None and content.ids and not content.colors:

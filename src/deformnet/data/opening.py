@@ -13,6 +13,7 @@ from deformnet.data.files import listing, require_folder
 from deformnet.data.image_folder import IMAGE_FOLDER
 from deformnet.data.labelme import LABELME_BOXES, LABELME_MASKS
 from deformnet.data.layouts import Layout
+from deformnet.data.masks import FOLDER_MASKS
 from deformnet.data.voc import VOC_BOXES, VOC_MASKS
 from deformnet.data.yolo import YOLO_BOXES, YOLO_MASKS
 
@@ -30,6 +31,7 @@ _MASKS: tuple[Layout[SegmentationDataset], ...] = (
     VOC_MASKS,
     COCO_MASKS,
     YOLO_MASKS,
+    FOLDER_MASKS,
     LABELME_MASKS,
 )
 LAYOUTS: tuple[Layout, ...] = (*_BOXES, *_MASKS, IMAGE_FOLDER)
