@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Sequence
-from itertools import takewhile
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -150,7 +150,10 @@ def _read_table(path: Path, lines: Sequence[str]) -> list[_Entry]:
 def _split(line: str) -> tuple[list[str], str, list[str]]:
     """Numbers before the name, the name, and numbers after it."""
     fields = _SEPARATORS.split(line) if _SEPARATORS.search(line) else line.split()
-    fields = [field.strip().strip('"').strip() for field in fields]
+    parts = (field.strip().strip('"').strip() for field in fields)
+    # Numbers may be separated by blanks though the name is by a tab.
+    split = (part.split() if _is_number(part.replace(" ", "")) else [part] for part in parts)
+    fields = list(chain.from_iterable(split))
     first = list(takewhile(_is_number, fields))
     rest = fields[len(first) :]
     last = list(takewhile(_is_number, reversed(rest)))[::-1]
