@@ -55,7 +55,11 @@ def test_polygons_around_the_image(points):
 
 
 @pytest.mark.parametrize(
-    "points", [square(-9, -9, -1, -1), square(40, 40, 50, 50), np.ones((2, 2))]
+    "points",
+    [
+        *(square(*box) for box in ((-9, -9, -1, -1), (40, 40, 50, 50), (1e30, 0, 1e31, 5))),
+        np.ones((2, 2)),
+    ],
 )
 def test_polygons_outside_or_without_area(points):
     assert not draw((12, 16), [Region(1, [points])]).any()

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from tyro.conf import Positional
@@ -55,6 +55,28 @@ def check(
     print(result)
     if not result.ok:
         raise SystemExit(BAD_INPUT)
+
+
+def convert(
+    source: Annotated[Positional[Path], tyro.conf.arg(metavar="FROM")],
+    out: Annotated[Positional[Path], tyro.conf.arg(metavar="TO")],
+    *,
+    layout: Literal["coco", "voc", "yolo"],
+    hard_links: bool = False,
+) -> None:
+    """Write a data set, with all its splits, in the layout of COCO, VOC or YOLO.
+
+    Boxes stay equal; label maps, also those of polygons, are written for VOC alone.
+
+    Args:
+        source: Folder of a data set in any layout.
+        out: Folder to create.
+        layout: Layout of the new data set.
+        hard_links: Link images instead of copying them.
+    """
+    from deformnet.data.convert import convert
+
+    print(convert(source, out, layout, hard_links=hard_links))
 
 
 def where() -> None:

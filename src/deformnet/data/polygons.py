@@ -79,20 +79,21 @@ def _draw_polygons(labels: np.ndarray, region: Region) -> None:
     from faster_coco_eval.core import mask as rle
 
     height, width = labels.shape
-    polygons = [points for points in region.polygons if len(points) >= 3]
+    # The time and memory of drawing a line depend on its length: far points are moved nearer.
+    far = 2 * (width + height)
+    polygons = [points.clip(-far, far) for points in region.polygons if len(points) >= 3]
     if not polygons:
         return
     points = np.concatenate(polygons)
     # The part of the image with the region: large images have many small objects.
     x1, y1 = np.floor(points.min(0).clip(0)).astype(int).tolist()
     x2, y2 = np.ceil(points.max(0).clip(max=(width, height)) + 1).astype(int).tolist()
-    part = labels[y1:y2, x1:x2]
+    part = labels[y1 : max(y2, 0), x1 : max(x2, 0)]
     if not part.size:
         return
-    # The time and memory of drawing a line depend on its length: far points are moved nearer.
-    far = 2 * (width + height)
-    rings = [(points.clip(-far, far) - (x1, y1)).ravel().tolist() for points in polygons]
-    coded = rle.segmToRle(rings, part.shape[1], part.shape[0])
+    rings = [(points - (x1, y1)).ravel().tolist() for points in polygons]
+    height, width = part.shape
+    coded = rle.segmToRle(rings, width, height)  # pyright: ignore[reportArgumentType] (its hint)
     part[rle.decode(coded).astype(bool)] = region.label
 
 

@@ -258,21 +258,18 @@ def _fill_boxes(images: ImageList, year: Path, classes: voc_files.ClassList) -> 
     images.may_be_official = classes.is_default
     folders = [Folder(year / "JPEGImages")], [Folder(year / "Annotations")]
     seen: set[str] = set()
-    for name, *rest in _read_fields(images.source):
+    for line in _require_lines(images.source):
+        name, *rest = line.split()
+        if rest and folders[1][0].find(f"{line}.xml"):
+            name, rest = line, []  # a name with blanks
         if rest not in ([], ["1"], ["0"], ["-1"]):
-            line = " ".join([name, *rest])
             images.fault(f"expected an id, or an id and 1, 0 or -1, per line, but got {line!r}")
         elif name in seen:
             images.fault(f"lists {name} more than once")
         else:
             seen.add(name)
-            image = find_file("images", folders[0], f"{name}.jpg", f"{name}.png")
+            image = find_image_file("images", folders[0], name, ".jpg")
             images.add(image, find_file("annotations", folders[1], f"{name}.xml"))
-
-
-def _read_fields(path: Path) -> list[list[str]]:
-    """Fields of each line of a list."""
-    return [line.split() for line in _require_lines(path)]
 
 
 def _require_lines(path: Path) -> list[str]:

@@ -24,6 +24,7 @@ _SPLIT_NAMES = ("train", "val", "test", "dev")
 """What the names of splits begin with; other folders of images are parts of one."""
 _SPLITS = ("train", "val", "valid", "test")
 """Keys of data.yaml and of darknet's .data files."""
+_OTHER_KEYS = ("path", "names", "nc", "download", "kpt_shape", "flip_idx", "channels", "backup")
 
 _MOST_YAML = 1 << 22  # bytes
 _ROUNDING = 0.01  # by which a coordinate may be outside 0 to 1, as ultralytics allows
@@ -216,15 +217,17 @@ def find_splits(root: Path) -> dict[str, list[Path]]:
     path, config = _read_config(root)
     splits: dict[str, list[Path]] = {}
     entries: dict[str, list[str]] = {}
-    for key in _SPLITS if path is not None else ():
+    others = [key for key in config if key not in (*_SPLITS, *_OTHER_KEYS)]
+    for key in (*_SPLITS, *others) if path is not None else ():
         texts = _texts(config.get(key) or [])
-        if texts is None:
+        if texts is None and key in _SPLITS:
             raise UserError(
                 f"{path}: expected {key} to be folders or lists, but got {_short(config[key])}"
             )
         if texts:
-            entries[key] = texts
-            splits[key] = [_locate(root, str(config.get("path") or ""), text) for text in texts]
+            found = [_locate(root, str(config.get("path") or ""), text) for text in texts]
+            if key in _SPLITS or all(map(_names_images, found)):
+                splits[key], entries[key] = found, texts
     for one, other in combinations(splits, 2):
         if splits[one] == splits[other] and entries[one] != entries[other]:
             raise UserError(
@@ -254,6 +257,15 @@ def _folders_of_images(root: Path) -> dict[str, list[Path]]:
         or {path.name: [path / "images"] for path in folders if (path / "images").is_dir()}
         or {path.name: [path] for path in folders if path != images and _has_pairs(path)}
         or {"train": [images if images.is_dir() else root]}
+    )
+
+
+def _names_images(path: Path) -> bool:
+    """Whether a path is a folder of images or a list of them."""
+    if path.is_dir():
+        return _has_images(path)
+    return path.suffix == ".txt" and any(
+        is_image(_posix(line).name) for line in read_lines(path)[:1]
     )
 
 
