@@ -283,7 +283,7 @@ def test_bad_classes_file(boxes, content, message):
 def test_image_of_another_size(boxes):
     annotate(boxes, "a", height=16, width=12)
     images = VOCDetection(boxes, "train")
-    with one_line(ValueError, "a.jpg", "annotated size 12x16", "image of 16x12"):
+    with one_line(ValueError, "a.jpg", "annotated size 12x16", "got 16x12"):
         images[0]
 
 
