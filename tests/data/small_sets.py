@@ -26,7 +26,9 @@ def save_labels(path: Path, labels: np.ndarray, mode: str = "P") -> None:
 
 
 @contextmanager
-def one_line(error: type[Exception], *parts: object) -> Iterator[None]:
+def one_line(
+    error: type[Exception] | tuple[type[Exception], ...], *parts: object
+) -> Iterator[None]:
     """The block raises `error` with a message of one line that contains all `parts`."""
     with pytest.raises(error) as caught:
         yield

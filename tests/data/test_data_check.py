@@ -14,6 +14,7 @@ from detection_sets import voc_object, voc_xml
 from small_sets import one_line, save_image, save_labels
 
 from deformnet.data.check import OFFICIAL_SETS, check_data, where_text
+from deformnet.data.files import IMAGE_SUFFIXES
 from deformnet.data.items import has_area
 
 
@@ -231,7 +232,8 @@ def test_augmented_masks(voc):
     assert line.endswith("the first is c.png")
     save_label(year / "SegmentationClassAug/c.png", 2)
     (line,) = check(voc).summary
-    assert "SegmentationClassAug/c.png: labels without a class: 2" in line
+    assert "SegmentationClassAug/c.png: expected labels of the 2 classes" in line
+    assert "but got label 2" in line
 
 
 def test_cityscapes_without_labels_or_images(cityscapes):
@@ -363,13 +365,13 @@ def test_wrong_masks(voc, cityscapes):
     save_label(masks / "a.png", 9)
     save_label(masks / "b.png", 1, height=13)
     lines = check(voc).problems
-    assert [line.split("SegmentationClass/")[1] for line in lines] == [
-        "a.png: labels without a class: 9",
-        "b.png: expected the size of its image, 16x12, but got 16x13",
-    ]
+    assert "SegmentationClass/a.png: expected labels of the 2 classes" in lines[0]
+    assert "but got label 9" in lines[0]
+    text = "SegmentationClass/b.png: expected the size of its image b.jpg, 16x12, but got 16x13"
+    assert lines[1].endswith(text)
     save_label(next((cityscapes / "gtFine").glob("*/*/*000001*")), 40)
     (line,) = check(cityscapes).problems
-    assert line.endswith("labels without a class: 40")
+    assert "expected the ids of Cityscapes, 0 to 33, but got label 40" in line
 
 
 def test_wrong_coco(coco):
@@ -414,7 +416,7 @@ def test_wrong_image_folders(folders):
     lines = check(folders).problems
     assert lines == (
         f"val/cow: expected the classes of {folders}/train, which has no class cow",
-        "train/ant: expected images (.jpg, .jpeg, .png, .bmp, .webp, .tif, .tiff), but found none",
+        f"train/ant: expected images ({', '.join(IMAGE_SUFFIXES)}), but found none",
     )
     shutil.rmtree(folders / "val")
     save_image(folders / "val/1.JPEG")

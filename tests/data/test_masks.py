@@ -132,6 +132,16 @@ def test_no_split_but_train(root):
         open_segmentation(root, "val")
 
 
+def test_folders_that_are_no_splits(tmp_path):
+    """Several data sets in a folder; and one whose folders have its own names."""
+    for name in ("cars", "cats"):
+        write(tmp_path / "sets", (f"{name}/images/a.jpg", f"{name}/masks/a.png"))
+    assert find_folders(tmp_path / "sets") == {}
+    assert list(find_folders(tmp_path / "sets/cars")) == ["train"]
+    root = write(tmp_path / "one", ("cars/a.jpg", "cars_masks/a.png"))
+    assert find_folders(root) == {"train": MaskFolders(root / "cars", root / "cars_masks")}
+
+
 def test_names_of_samples(tmp_path):
     root = write(tmp_path, ("images/x/a.jpg", "masks/x/a.png"), ("images/b.jpg", "masks/b.png"))
     images = FolderSegmentation(root, "train")

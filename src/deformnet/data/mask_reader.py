@@ -70,10 +70,10 @@ class MaskReader:
     def _by_id(self, path: Path, stored: StoredMask) -> np.ndarray:
         ids = stored.ids()
         if ids is None:
+            color = color_of(_first_colored(stored))
             raise UserError(
-                f"{path}: expected class ids (palette, or 8-bit grayscale), but got mode "
-                f"{stored.mode} with colors such as {color_of(_first_colored(stored))}; name the "
-                f"colors: {self.advice}"
+                f"{path}: expected class ids, {self.expected}, but got mode {stored.mode} with "
+                f"colors such as {color}; the masks of a data set hold either ids or colors"
             )
         labels = np.frombuffer(self.table, np.uint8)[ids]
         wrong = (labels >= len(self.classes)) & (labels != IGNORE)

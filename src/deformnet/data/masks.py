@@ -22,6 +22,7 @@ from deformnet.data.layouts import ImageList, Layout, Missing
 from deformnet.data.mask_reader import MaskReader, choose_reader, note_void
 from deformnet.data.palette import find_class_file
 from deformnet.data.splits import USUAL_SPLITS, Part, require_union, resolve, split_parts
+from deformnet.data.voc_files import voc_years
 
 # In lower case, the likeliest first.
 _IMAGE_FOLDERS = ("images", "image", "imgs", "img", "jpegimages", "photos", "rgb")
@@ -114,15 +115,20 @@ class FolderSegmentation(SegmentationDataset):
 
 
 def find_folders(root: Path) -> dict[str, MaskFolders]:
-    """Folders of each split, possibly none, in the first arrangement that fits."""
+    """Folders of each split, possibly none, in the first arrangement that fits.
+
+    Folders in `root` are splits only if one has the usual name of a split: they may be data sets.
+    """
     folders = {path.name.lower(): path for path in subfolders(root)}
     pair = _pair_of_folders(folders)
     if pair is not None:
         return _splits_inside(pair) or {"train": pair}
+    beside = _named({name: _beside(name, folders) for name in folders})
     return (
-        _named({folder.name: _pair_of_folders(_by_name(folder)) for folder in folders.values()})
-        or _named({name: _beside(name, folders) for name in folders})
-        or _named({folder.name: _single(folder) for folder in folders.values()})
+        _splits({path.name: _pair_of_folders(_by_name(path)) for path in folders.values()})
+        or _splits(beside)
+        or ({"train": next(iter(beside.values()))} if len(beside) == 1 else {})
+        or _splits({path.name: _single(path) for path in folders.values()})
         or _named({"train": _single(root)})
     )
 
@@ -133,6 +139,11 @@ def _by_name(folder: Path) -> dict[str, Path]:
 
 def _named(splits: Mapping[str, MaskFolders | None]) -> dict[str, MaskFolders]:
     return {name: folders for name, folders in splits.items() if folders is not None}
+
+
+def _splits(candidates: Mapping[str, MaskFolders | None]) -> dict[str, MaskFolders]:
+    found = _named(candidates)
+    return found if any(name.lower() in USUAL_SPLITS for name in found) else {}
 
 
 def _pair_of_folders(folders: Mapping[str, Path]) -> MaskFolders | None:
@@ -300,7 +311,7 @@ def _split_names(root: Path) -> list[str]:
 
 
 def _recognizes(root: Path) -> bool:
-    return bool(find_folders(root))
+    return not voc_years(root) and bool(find_folders(root))
 
 
 FOLDER_MASKS = Layout[SegmentationDataset](

@@ -234,6 +234,8 @@ def _fill_masks(images: ImageList, year: Path, classes: _MaskClasses) -> None:
         if not isinstance(image, Path) and len(paths) == 2 and "/" in line:
             images.add(*map(_existing, ("images", "label maps"), (year / path for path in paths)))
         elif isinstance(image, Path) or len(paths) <= 2:
+            if isinstance(image, Path):
+                name = str(image.relative_to(folders[0][0].path).with_suffix(""))
             images.add(image, find_image_file("label maps", folders[1], name, ".png"))
         else:
             images.fault(f"expected an id or two paths per line, but got {line!r}")
