@@ -2,13 +2,15 @@
 
 from deformnet._errors import require_extra
 
-require_extra(__name__, "train", "torchvision", "PIL", "tqdm")
+require_extra(__name__, "train", "torchvision", "PIL", "tqdm", "yaml")
 
 from deformnet.data.base import IGNORE
 from deformnet.data.boxes import BoxAnnotations, DetectionDataset
 from deformnet.data.cityscapes import CityscapesSegmentation
 from deformnet.data.coco import COCODetection
+from deformnet.data.coco_masks import COCOSegmentation
 from deformnet.data.image_folder import ImageFolderClassification, image_folder_splits
+from deformnet.data.labelme import LabelmeDetection, LabelmeSegmentation
 from deformnet.data.opening import (
     detection_splits,
     open_detection,
@@ -24,17 +26,23 @@ from deformnet.data.transforms import (
     segmentation_training_transforms,
 )
 from deformnet.data.voc import VOCDetection, VOCSegmentation
+from deformnet.data.yolo import YOLODetection, YOLOSegmentation
 
 __all__ = [
     "IGNORE",
     "BoxAnnotations",
     "COCODetection",
+    "COCOSegmentation",
     "CityscapesSegmentation",
     "DetectionDataset",
     "ImageFolderClassification",
+    "LabelmeDetection",
+    "LabelmeSegmentation",
     "Shapes",
     "VOCDetection",
     "VOCSegmentation",
+    "YOLODetection",
+    "YOLOSegmentation",
     "classification_evaluation_transforms",
     "classification_training_transforms",
     "detection_splits",
