@@ -62,9 +62,8 @@ class YOLOObject(NamedTuple):
             # Multiplied first: the edges of a box at a border are then exactly 0.
             x, y, w, h = x * width, y * height, w * width / 2, h * height / 2
             return x - w, y - h, x + w, y + h
-        points = self.polygon(height, width)
-        (x1, y1), (x2, y2) = points.min(0).tolist(), points.max(0).tolist()
-        return x1, y1, x2, y2
+        xs, ys = self.numbers[::2], self.numbers[1::2]
+        return min(xs) * width, min(ys) * height, max(xs) * width, max(ys) * height
 
     def polygon(self, height: int, width: int) -> np.ndarray:
         """Corners in pixels, float [n, 2]."""
@@ -96,7 +95,7 @@ def parse_line(path: Path, number: int, line: str, classes: YOLOClasses) -> YOLO
     except ValueError:
         raise UserError(f"{where}: expected numbers, but got {_short(line)!r}") from None
     count = len(classes.names)
-    if label not in range(count):
+    if not (0 <= label < count and label.is_integer()):
         raise UserError(
             f"{where}: expected a class from 0 to {count - 1}, those of {classes.file} "
             f"({listing(classes.names, 5)}), but got {label:g}; add its name to that file or "
