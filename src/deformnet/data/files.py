@@ -257,7 +257,7 @@ def _require_file(path: Path) -> None:
 
 def is_image(name: str) -> bool:
     """Whether a file name is one of an image; hidden files are not."""
-    return Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith(".")
+    return name[name.rfind(".") :].lower() in IMAGE_SUFFIXES and not name.startswith(".")
 
 
 def walk_images(folder: Path) -> Iterator[tuple[str, list[str]]]:
@@ -293,8 +293,9 @@ def has_images(folder: Path) -> bool:
 
 def subfolders(folder: Path) -> list[Path]:
     """Folders in a folder, sorted, without hidden ones."""
-    paths = (path for path in folder.iterdir() if not path.name.startswith("."))
-    return sorted(path for path in paths if path.is_dir())
+    with os.scandir(folder) as entries:
+        names = [it.name for it in entries if not it.name.startswith(".") and it.is_dir()]
+    return [folder / name for name in sorted(names)]
 
 
 def find_images(folder: Path) -> list[Path]:

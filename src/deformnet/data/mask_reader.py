@@ -1,7 +1,7 @@
 """Reading of masks as class ids, whether they store ids, 0 and 255, or colors."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
@@ -148,7 +148,7 @@ def choose_reader(
         UserError: if the masks have unknown colors, hold 0 and 255 although the classes are more
             than two, or hold ids that nothing names.
     """
-    masks = list(masks)
+    masks = _Once(masks)
     if content is not None and content.colors and _have_colors(masks, content.colors):
         return _color_reader(content.names, content.colors, f"in {content.file}", content.file)
     if content is not None and content.ids and not content.colors:
@@ -170,6 +170,20 @@ def choose_reader(
         f"{file}: no such file; expected names of the classes, one per line from id 0, since the "
         f"masks hold ids up to {highest}"
     )
+
+
+class _Once(Iterable[Path]):
+    """Iterates over files that are listed as late as they are needed, again and again."""
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        self._rest = iter(paths)
+        self._known: list[Path] = []
+
+    def __iter__(self) -> Iterator[Path]:
+        yield from self._known
+        for path in self._rest:
+            self._known.append(path)
+            yield path
 
 
 @dataclass

@@ -1,9 +1,9 @@
 """Folders of images and folders of masks, in the arrangements that are in use."""
 
+import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
-from itertools import chain
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple, final
 
@@ -101,7 +101,8 @@ class FolderSegmentation(SegmentationDataset):
                 raise FileNotFoundError(f"{root}: no split {name!r}; the splits are: {names}")
             images = _list(part, found[part], reader)
             images.require()
-            names = _names(images, found[part].images)
+            folder = found[part].images
+            names = [_sample_name(str(it.relative_to(folder))) for it, _ in images.pairs]
             samples += [
                 LabeledImage(name, *files) for name, files in zip(names, images.pairs, strict=True)
             ]
@@ -186,51 +187,54 @@ def _reader(root: Path, splits: Mapping[str, MaskFolders]) -> MaskReader:
     places = dict.fromkeys([root, *(path for path in inside if path.is_relative_to(root))])
     content = find_class_file(places)
     file = root / "classes.txt" if content is None else content.file
-    masks = chain.from_iterable(_masks(folders) for folders in ordered)
+    masks = (folders.masks / mask for folders in ordered for mask in _masks(folders))
     return choose_reader(masks, content, file=file)
 
 
-def _files(folder: Path) -> list[Path]:
-    return [Path(place, name) for place, names in walk_images(folder) for name in names]
+def _files(folder: Path) -> list[str]:
+    """Paths of images relative to a folder."""
+    found: list[str] = []
+    for place, names in walk_images(folder):
+        inner = os.path.relpath(place, folder)
+        prefix = "" if inner == os.curdir else f"{Path(inner).as_posix()}/"
+        found += [prefix + name for name in names]
+    return found
 
 
-def _masks(folders: MaskFolders) -> list[Path]:
+def _masks(folders: MaskFolders) -> list[str]:
     files = _files(folders.masks)
     if folders.images != folders.masks:
         return files
-    return [path for path in files if _MASK_SUFFIX.fullmatch(path.stem)]
+    return [file for file in files if _MASK_SUFFIX.fullmatch(_name(_stem(file)))]
 
 
 def _list(name: str, folders: MaskFolders, reader: MaskReader) -> ImageList:
     """The images of a split with their masks."""
     result = ImageList(f"{name} (masks)", folders.images)
     result.pair_item = partial(LabelsItem, reader=reader)
-    masks = {path.relative_to(folders.masks): path for path in _masks(folders)}
-    found = set(masks.values()) if folders.images == folders.masks else set()
-    images = [path for path in _files(folders.images) if path not in found]
+    masks = _masks(folders)
+    others = set(masks) if folders.images == folders.masks else set()
+    images = [file for file in _files(folders.images) if file not in others]
     if not images:
         result.fault("expected images, but found none")
     if reader.note:
         result.fault(reader.note, file=folders.masks, is_remark=True)
     find_mask = _MaskFinder(masks)
-    used: set[Path] = set()
-    for image in images:
-        relative = image.relative_to(folders.images)
-        mask = find_mask(relative)
-        used |= set() if mask is None else {mask}
-        missing = Missing("masks", (str(folders.masks),), str(relative.with_suffix(".png")))
-        result.add(image, mask or missing)
-    unused = [str(relative) for relative, path in masks.items() if path not in used]
-    if images and masks and not used:
+    found = {image: find_mask(image) for image in images}
+    for image, mask in found.items():
+        missing = Missing("masks", (str(folders.masks),), f"{_stem(image)}.png")
+        result.add(folders.images / image, missing if mask is None else folders.masks / mask)
+    unused = sorted({*masks} - {*found.values()})
+    if images and masks and len(unused) == len(masks):
         result.fault(
             f"expected masks with the names of the images, such as NAME.png or NAME_mask.png, but "
-            f"found {len(images)} images ({images[0].name}, ...) and {len(masks)} masks "
+            f"found {len(images)} images ({images[0]}, ...) and {len(masks)} masks "
             f"({unused[0]}, ...) without a name in common"
         )
     elif unused:
         text = f"{len(unused)} masks have no image: {listing(unused, 3)}"
         result.fault(text, file=folders.masks, is_remark=True)
-    _note_equal_names(result, folders.images)
+    _note_equal_names(result, images)
     return result
 
 
@@ -238,45 +242,53 @@ class _MaskFinder:
     """Finds the mask of an image: by its path; without what tells masks from images; or by its name
     in any subfolder. Names that several masks have find none."""
 
-    def __init__(self, masks: Mapping[Path, Path]) -> None:
+    def __init__(self, masks: Sequence[str]) -> None:
         """
         Args:
-            masks: masks by their path in their folder.
+            masks: paths in the folder of masks.
         """
-        stems = {_stem(path): mask for path, mask in masks.items()}
-        self._levels = [
-            stems,
-            _unique((_without(stem, _MASK_SUFFIX, _LETTER_SUFFIX), stems[stem]) for stem in stems),
-            _unique((_without(stem, _MASK_PREFIX), stems[stem]) for stem in stems),
-        ]
-        self._levels += [
-            _unique((stem.rpartition("/")[2], mask) for stem, mask in level.items())
-            for level in self._levels
-        ]
+        self._exact = {_stem(mask): mask for mask in masks}
 
-    def __call__(self, image: Path) -> Path | None:
+    def __call__(self, image: str) -> str | None:
         stem = _stem(image)
-        names = [stem, image.as_posix(), _without(stem, _IMAGE_SUFFIX, _IMAGE_PREFIX)]
-        names += [name.rpartition("/")[2] for name in names]
+        return self._exact.get(stem) or self._similar(image, stem)
+
+    def _similar(self, image: str, stem: str) -> str | None:
+        names = [stem, image, _without(stem, _IMAGE_SUFFIX, _IMAGE_PREFIX)]
+        names += [_name(name) for name in names]
         found = (level.get(name) for name in names for level in self._levels)
         return next(filter(None, found), None)
 
+    @cached_property
+    def _levels(self) -> list[dict[str, str]]:
+        """Masks by names of images, the surest first."""
+        stems = self._exact.items()
+        suffixed = _unique((_without(s, _MASK_SUFFIX, _LETTER_SUFFIX), mask) for s, mask in stems)
+        prefixed = _unique((_without(stem, _MASK_PREFIX), mask) for stem, mask in stems)
+        paths = (self._exact, suffixed, prefixed)
+        names = [_unique((_name(stem), mask) for stem, mask in it.items()) for it in paths]
+        return [*paths, *names]
 
-def _stem(path: Path) -> str:
-    return path.with_suffix("").as_posix()
+
+def _stem(path: str) -> str:
+    return path.rpartition(".")[0]
+
+
+def _name(path: str) -> str:
+    return path.rpartition("/")[2]
 
 
 def _without(stem: str, *patterns: re.Pattern[str]) -> str:
     """A path without the part of its name that the first matching pattern has beside the name."""
-    folder, slash, name = stem.rpartition("/")
+    name = _name(stem)
     matches = (pattern.fullmatch(name) for pattern in patterns)
     match = next(filter(None, matches), None)
-    return stem if match is None else f"{folder}{slash}{match['name']}"
+    return stem if match is None else stem.removesuffix(name) + match["name"]
 
 
-def _unique(entries: Iterable[tuple[str, Path]]) -> dict[str, Path]:
+def _unique(entries: Iterable[tuple[str, str]]) -> dict[str, str]:
     """Entries by their names, without names that occur more than once."""
-    result: dict[str, Path] = {}
+    result: dict[str, str] = {}
     repeated: set[str] = set()
     for name, path in entries:
         if result.setdefault(name, path) != path:
@@ -284,17 +296,18 @@ def _unique(entries: Iterable[tuple[str, Path]]) -> dict[str, Path]:
     return {name: path for name, path in result.items() if name not in repeated}
 
 
-def _names(images: ImageList, folder: Path) -> list[str]:
-    """Names of images, usable as file names: their paths with `__` for the separator."""
-    return [_stem(image.relative_to(folder)).replace("/", "__") for image, _ in images.pairs]
+def _sample_name(image: str) -> str:
+    """Name of an image, usable as a file name: its path with `__` for the separator."""
+    return _stem(image).replace("/", "__")
 
 
-def _note_equal_names(images: ImageList, folder: Path) -> None:
-    seen: dict[str, Path] = {}
-    for name, (image, _) in zip(_names(images, folder), images.pairs, strict=True):
-        other = seen.setdefault(name, image)
+def _note_equal_names(result: ImageList, images: Sequence[str]) -> None:
+    seen: dict[str, str] = {}
+    for image in images:
+        other = seen.setdefault(_sample_name(image), image)
         if other != image:
-            images.fault(f"expected images of different names, but got {other.name}", file=image)
+            file = result.source / image
+            result.fault(f"expected images of different names, but got {other}", file=file)
 
 
 def _lists(root: Path) -> Iterator[ImageList]:
