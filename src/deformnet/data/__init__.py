@@ -11,6 +11,7 @@ from deformnet.data.coco import COCODetection
 from deformnet.data.coco_masks import COCOSegmentation
 from deformnet.data.image_folder import ImageFolderClassification, image_folder_splits
 from deformnet.data.labelme import LabelmeDetection, LabelmeSegmentation
+from deformnet.data.masks import FolderSegmentation
 from deformnet.data.opening import (
     detection_splits,
     open_detection,
@@ -35,6 +36,7 @@ __all__ = [
     "COCOSegmentation",
     "CityscapesSegmentation",
     "DetectionDataset",
+    "FolderSegmentation",
     "ImageFolderClassification",
     "LabelmeDetection",
     "LabelmeSegmentation",
