@@ -1,5 +1,7 @@
 """The layout of YOLO: where its files are, and their content."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -266,6 +268,18 @@ def test_nothing_outside_the_folder_is_read(one, line):
         open_detection(one, "train")
     write(one, {"data.yaml": "train: ../one/..\nval: /etc\nnames: [a, b]"})
     assert YOLODetection(one, "train").image_path(0) == one / "images/a.jpg"
+
+
+def test_pipes_and_links_in_a_circle(one):
+    (one / "images/again").symlink_to(one / "images")
+    with one_line(ValueError, one / "images/again", "a link to a folder that it is in"):
+        open_detection(one, "train")
+    (one / "images/again").unlink()
+    (one / "labels/a.txt").unlink()
+    os.mkfifo(one / "labels/a.txt")
+    write(one, {"labels/b.txt": BOX, "images/b.jpg": ""})
+    with one_line(ValueError, one / "labels/a.txt", "expected a file"):
+        open_detection(one, "train")
 
 
 def test_many_images_in_workers(tmp_path):

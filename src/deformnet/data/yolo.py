@@ -9,7 +9,6 @@ from typing import NamedTuple, final
 from torch import Tensor
 
 from deformnet._errors import UserError
-from deformnet._files import read_lines
 from deformnet.data.base import LabeledImage, SegmentationDataset
 from deformnet.data.boxes import DetectionDataset, ImageFile, ObjectList
 from deformnet.data.files import (
@@ -34,6 +33,7 @@ from deformnet.data.yolo_files import (
     listed_images,
     parse_line,
     read_classes,
+    read_labels,
     read_objects,
 )
 
@@ -148,7 +148,7 @@ class YOLOItem(NamedTuple):
         size, faults = check_image(self.image, None)
         path = Path(self.annotation)
         try:
-            lines = read_lines(path)
+            lines = read_labels(path)
         except (ValueError, OSError) as error:
             return [*faults, Fault(self.annotation, reason(error, path))]
         for number, line in enumerate(lines, start=1):

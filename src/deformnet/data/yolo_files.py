@@ -1,6 +1,5 @@
 """Files of the layout of YOLO: class names, splits, lists of images and labels."""
 
-import os
 from collections.abc import Iterator, Mapping
 from itertools import combinations, islice
 from pathlib import Path, PurePosixPath
@@ -11,7 +10,7 @@ import yaml
 
 from deformnet._errors import UserError
 from deformnet._files import read_lines
-from deformnet.data.files import Folder, is_image, listing
+from deformnet.data.files import Folder, has_images, is_image, listing
 from deformnet.data.layouts import Missing
 
 FILES = "data.yaml, or images/ and labels/*.txt"
@@ -79,8 +78,19 @@ def read_objects(path: Path, classes: YOLOClasses) -> list[YOLOObject]:
     Raises:
         UserError: if a line is malformed, or names a class that does not exist.
     """
-    lines = enumerate(read_lines(path), start=1)
+    lines = enumerate(read_labels(path), start=1)
     return [parse_line(path, number, line, classes) for number, line in lines]
+
+
+def read_labels(path: Path) -> list[str]:
+    """Lines of a label file.
+
+    Raises:
+        UserError: if it is not a text file.
+    """
+    if not path.is_file():  # a named pipe would be waited for
+        raise UserError(f"{path}: expected a file of labels")
+    return read_lines(path)
 
 
 def parse_line(path: Path, number: int, line: str, classes: YOLOClasses) -> YOLOObject:
@@ -252,7 +262,7 @@ def _folders_of_images(root: Path) -> dict[str, list[Path]]:
     images = root / "images"
     below = [path for path in sorted(images.glob("*/")) if path.name.startswith(_SPLIT_NAMES)]
     return (
-        {path.name: [path] for path in below if _has_images(path)}
+        {path.name: [path] for path in below if has_images(path)}
         or {path.name: [path / "images"] for path in folders if (path / "images").is_dir()}
         or {path.name: [path] for path in folders if path != images and _has_pairs(path)}
         or {"train": [images if images.is_dir() else root]}
@@ -262,14 +272,10 @@ def _folders_of_images(root: Path) -> dict[str, list[Path]]:
 def _names_images(path: Path) -> bool:
     """Whether a path is a folder of images or a list of them."""
     if path.is_dir():
-        return _has_images(path)
+        return has_images(path)
     return path.suffix == ".txt" and any(
         is_image(_posix(line).name) for line in read_lines(path)[:1]
     )
-
-
-def _has_images(folder: Path) -> bool:
-    return any(is_image(name) for _, _, names in os.walk(folder) for name in names)
 
 
 def _locate(root: Path, base: str, entry: str) -> Path:
