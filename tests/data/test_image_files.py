@@ -293,7 +293,7 @@ def test_names_that_leave_the_folder(tmp_path, name):
         ("[NaN]", "NaN"),
         ("[-Infinity]", "-Infinity"),
         ("[1e400]", "1e400"),
-        ("[1e39]", "1e39"),
+        ("[-1E+400]", "-1E+400"),
         (f"[{'9' * 400}]", "but got 99999999999999999999..."),
         (f"[{'9' * 9000}]", "but got 99999999999999999999..."),
         (f"[{'9' * 400}.5]", "but got 99999999999999999999..."),
@@ -313,7 +313,7 @@ def test_json_of_other_encoding(tmp_path):
 
 
 def test_good_json(tmp_path):
-    values = {"large": 10**37, "float": 1.5e30, "id": 2**62, "tiny": 1e-300, "name": "0e99"}
+    values = {"large": 10**300, "float": 1.5e300, "id": 2**62, "tiny": 1e-300, "name": "0e99"}
     (tmp_path / "a.json").write_text(json.dumps(values), encoding="utf-8-sig")
     assert read_json(tmp_path / "a.json") == values
     assert read_json(tmp_path / "a.json", lambda entry: sorted(entry)) == sorted(values)

@@ -1,6 +1,7 @@
 """Reading of a single image, label map or list, with errors that name the file."""
 
 import json
+import math
 import os
 import re
 import stat
@@ -208,7 +209,7 @@ def read_json(path: Path, hook: Callable[[dict[str, object]], object] | None = N
         hook: applied to every object, from the inside out, to drop or pack what takes memory.
     Raises:
         UserError: if the file is not JSON, or nested deeper than Python reads; if a number is NaN,
-            infinite, or of 1e38 or more, which is no size, place or id.
+            infinite, or too large for a float.
     """
     _require_file(path)
     try:
@@ -218,7 +219,7 @@ def read_json(path: Path, hook: Callable[[dict[str, object]], object] | None = N
         return json.loads(
             text,
             object_hook=hook,
-            parse_constant=_refuse_number,
+            parse_constant=_refuse_constant,
             parse_int=_bounded_int if suspicious else None,
             parse_float=_bounded_float if suspicious else None,
         )
@@ -231,21 +232,24 @@ def read_json(path: Path, hook: Callable[[dict[str, object]], object] | None = N
         raise UserError(f"{path}: not readable as json ({reason})") from error
 
 
-_LARGE_NUMBER = re.compile(r"[0-9]{39}|[0-9][eE]\+?[0-9]{2}")
+_LARGE_NUMBER = re.compile(r"[0-9]{200}|[0-9][eE]\+?[0-9]{3}")
 
 
-def _refuse_number(text: str) -> object:
-    shown = text if len(text) <= 20 else f"{text[:20]}..."
-    raise UserError(f"expected numbers below 1e38, but got {shown}")
+def _refuse_constant(name: str) -> object:
+    raise UserError(f"expected numbers as JSON has them, but got {name}")
 
 
 def _bounded_int(text: str) -> object:
-    return int(text) if len(text) < 39 else _refuse_number(text)
+    return int(text) if len(text) <= 308 else _refuse_large(text)
 
 
 def _bounded_float(text: str) -> object:
     value = float(text)
-    return value if abs(value) < 1e38 else _refuse_number(text)
+    return value if math.isfinite(value) else _refuse_large(text)
+
+
+def _refuse_large(text: str) -> object:
+    raise UserError(f"expected numbers below 1e308, but got {text[:20]}...")
 
 
 def _require_file(path: Path) -> None:
