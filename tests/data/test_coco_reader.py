@@ -247,7 +247,7 @@ def test_missing_images(coco, names, parts):
         ("bbox", [1, 2, 3], ["bbox", "[1, 2, 3]"]),
         ("bbox", None, ["bbox", "None"]),
         ("bbox", [1, 2, "3", 4], ["bbox", "'3'"]),
-        ("bbox", [1, 2, 10**400, 4], ["numbers below 1e308"]),
+        ("bbox", [1, 2, 10**300, 4], ["bbox"]),
         ("iscrowd", 2, ["iscrowd", "0 or 1, but got 2"]),
     ],
 )
