@@ -11,9 +11,12 @@ from deformnet.data.coco import COCODetection
 from deformnet.data.coco_masks import COCOSegmentation
 from deformnet.data.image_folder import ImageFolderClassification, image_folder_splits
 from deformnet.data.labelme import LabelmeDetection, LabelmeSegmentation
+from deformnet.data.location import DataFiles, Location
 from deformnet.data.masks import FolderSegmentation
 from deformnet.data.opening import (
+    classification_splits,
     detection_splits,
+    open_classification,
     open_detection,
     open_segmentation,
     segmentation_splits,
@@ -27,6 +30,7 @@ from deformnet.data.transforms import (
     segmentation_training_transforms,
 )
 from deformnet.data.voc import VOCDetection, VOCSegmentation
+from deformnet.data.voc_folders import VOCFolderDetection
 from deformnet.data.yolo import YOLODetection, YOLOSegmentation
 
 __all__ = [
@@ -35,21 +39,26 @@ __all__ = [
     "COCODetection",
     "COCOSegmentation",
     "CityscapesSegmentation",
+    "DataFiles",
     "DetectionDataset",
     "FolderSegmentation",
     "ImageFolderClassification",
     "LabelmeDetection",
     "LabelmeSegmentation",
+    "Location",
     "Shapes",
     "VOCDetection",
+    "VOCFolderDetection",
     "VOCSegmentation",
     "YOLODetection",
     "YOLOSegmentation",
     "classification_evaluation_transforms",
+    "classification_splits",
     "classification_training_transforms",
     "detection_splits",
     "detection_transforms",
     "image_folder_splits",
+    "open_classification",
     "open_detection",
     "open_segmentation",
     "segmentation_evaluation_transforms",

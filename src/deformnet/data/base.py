@@ -1,8 +1,9 @@
 """Base class of the segmentation data sets."""
 
+import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, Self
 
 from torch import Tensor
 from torchvision import tv_tensors
@@ -106,6 +107,13 @@ class SegmentationDataset(VisionDataset):
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    def subset(self, indices: Sequence[int], split: str) -> Self:
+        """The data set with some of its images."""
+        part = copy.copy(self)
+        part.split = split
+        part.samples = _Samples([self.samples[index] for index in indices])
+        return part
 
     def name(self, index: int) -> str:
         """Id of the image in the data set, usable as a file name."""

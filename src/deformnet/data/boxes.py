@@ -1,9 +1,10 @@
 """Base class of the detection data sets."""
 
+import copy
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torchvision.datasets import VisionDataset
 from deformnet._errors import UserError
 from deformnet.data.files import Orientation, read_image, size_error
 from deformnet.data.flat import StringList, span
+from deformnet.data.items import FAR
 
 _log = logging.getLogger(__name__)
 
@@ -67,7 +69,7 @@ class DetectionDataset(VisionDataset):
     boxes, in each worker).
 
     Boxes are clipped to their image. Boxes without area are then dropped and counted, with one
-    warning.
+    warning; another one tells of boxes far outside their images, or all within 0 to 1.
 
     Attributes:
         classes: names of the object classes, without the background.
@@ -124,12 +126,53 @@ class DetectionDataset(VisionDataset):
         bounds = torch.stack([width, height, width, height], dim=1)
         boxes = edges.clamp(min=0).minimum(bounds).float()
         kept = edges.isfinite().all(1) & (boxes[:, 2:] > boxes[:, :2]).all(1)
+        self._warn(edges, bounds, kept, owners)
         kept_owners, order = owners[kept].sort(stable=True)
         self._boxes = boxes[kept][order]
         self._labels = torch.tensor(objects.labels, dtype=torch.int64)[kept][order]
         self._ignored = torch.tensor(objects.ignored, dtype=torch.bool)[kept][order]
         self._ends = torch.bincount(kept_owners, minlength=len(self._sizes)).cumsum(0)
         return kept
+
+    def _warn(self, edges: Tensor, bounds: Tensor, kept: Tensor, owners: Tensor) -> None:
+        """Tells of boxes that are probably not in pixels of their image."""
+        if len(edges) and bounds.min() > 1 and edges[:, 2:].max() <= 1:
+            _log.warning(
+                "%s: all %d boxes lie within 0 to 1: expected pixels, but these seem to be "
+                "fractions of the width and height",
+                *(self.root, len(edges)),
+            )
+        beyond = torch.maximum(-edges, edges - bounds).amax(1)
+        far = kept & (beyond > (FAR * bounds.amax(1)).clamp(min=2))
+        if far.any():
+            first = self._names[int(owners[far][0])]
+            _log.warning(
+                "%s: %d of %d boxes reach far outside their image and are clipped, the first one "
+                "in %s",
+                *(self.root, int(far.sum()), len(edges), first),
+            )
+
+    def subset(self, indices: Sequence[int], split: str) -> Self:
+        """The data set with some of its images; `dropped` remains that of all."""
+        part = copy.copy(self)
+        part.split = split
+        part._names = StringList(self._names[i] for i in indices)
+        part._files = StringList(self._files[i] for i in indices)
+        chosen = torch.tensor(list(indices), dtype=torch.int64)
+        part._sizes = self._sizes[chosen]
+        counts = self._ends.diff(prepend=self._ends.new_zeros(1))[chosen]
+        part._ends = counts.cumsum(0)
+        # The place of each object is its place in the part, shifted by where its image was.
+        shift = (self._ends[chosen] - part._ends).repeat_interleave(counts)
+        objects = torch.arange(len(shift)) + shift
+        part._boxes = self._boxes[objects]
+        part._labels = self._labels[objects]
+        part._ignored = self._ignored[objects]
+        return part
+
+    def counts(self) -> Tensor:
+        """Number of objects of each class, without ignored ones: int64 [C]."""
+        return torch.bincount(self._labels[~self._ignored], minlength=len(self.classes))
 
     def extra_repr(self) -> str:
         return f"Split: {self.split}"

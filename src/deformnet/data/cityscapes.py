@@ -11,6 +11,7 @@ from deformnet.data.base import IGNORE, LabeledImage, SegmentationDataset
 from deformnet.data.files import Orientation, is_image, listing, require_folder
 from deformnet.data.items import LabelsItem
 from deformnet.data.layouts import ImageList, Layout, Missing
+from deformnet.data.location import Location, locate
 from deformnet.data.mask_reader import MaskReader, choose_reader, note_void
 from deformnet.data.palette import find_class_file
 from deformnet.data.splits import Part, require_union, resolve, split_parts
@@ -55,7 +56,7 @@ class CityscapesSegmentation(SegmentationDataset):
 
     def __init__(
         self,
-        root: str | Path,
+        root: Location,
         split: str,
         transforms: Callable | None = None,
         *,
@@ -67,7 +68,7 @@ class CityscapesSegmentation(SegmentationDataset):
                 file.
             UserError: if the split has no images, or two parts share the name of an image.
         """
-        root = require_folder(Path(root).expanduser())
+        root = locate(root).annotations
         reader = _reader(root)
         splits = cityscapes_splits(root)
         samples: list[LabeledImage] = []
@@ -125,6 +126,7 @@ def _find_images(root: Path, split: str, reader: MaskReader) -> ImageList:
     """The images of a split, with their label maps."""
     images = ImageList(f"gtFine/{split}", root / "leftImg8bit" / split)
     labels = root / "gtFine" / split
+    images.classes, images.unit = reader.classes, "pixels"
     images.pair_item = partial(LabelsItem, reader=reader)
     existing = set(labels.glob(f"*/*{_LABELS}"))
     for image in sorted(filter(_is_image, images.source.glob("*/*"))):

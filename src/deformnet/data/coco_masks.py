@@ -2,9 +2,9 @@
 
 import mmap
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import final
+from typing import Self, final
 
 import torch
 from torch import Tensor
@@ -12,9 +12,10 @@ from torch import Tensor
 from deformnet._errors import UserError
 from deformnet.data import coco
 from deformnet.data.base import IGNORE, LabeledImage, SegmentationDataset
-from deformnet.data.files import Orientation, Size, require_folder, size_text
+from deformnet.data.files import Orientation, Size, size_text
 from deformnet.data.flat import BytesList, span
 from deformnet.data.layouts import ImageList, Layout
+from deformnet.data.location import DataFiles, Location, locate
 from deformnet.data.polygons import Region, draw, pack, unpack, with_background
 from deformnet.data.splits import Part, require_union, split_parts
 
@@ -36,7 +37,7 @@ class COCOSegmentation(SegmentationDataset):
 
     def __init__(
         self,
-        root: str | Path,
+        root: Location,
         split: str,
         transforms: Callable | None = None,
         *,
@@ -48,7 +49,7 @@ class COCOSegmentation(SegmentationDataset):
             UserError: as `COCODetection`; for a segmentation that is malformed or missing, and for
                 more classes than a mask holds.
         """
-        root = require_folder(Path(root).expanduser())
+        place = locate(root)
         samples: list[LabeledImage] = []
         owners: list[int] = []
         values: list[int] = []
@@ -57,18 +58,19 @@ class COCOSegmentation(SegmentationDataset):
         sizes: list[Size | None] = []
         classes: tuple[str, ...] = ()
         for name in split_parts(split):
-            file = coco.COCOFile(coco.annotation_file(root, name), _pack_segmentation)
+            part = coco.find_split(place, name)
+            file = coco.COCOFile(part.file, _pack_segmentation)
             if not file.has_annotations:
                 raise UserError(f"{file.path}: has images without annotations: no label maps")
             classes = with_background(file.classes, file.path)
             first = len(classes) - len(file.classes)
             for entry in file.annotations:
-                place, _, label, crowd = file.parse(entry)
-                owners.append(len(samples) + place)
+                index, _, label, crowd = file.parse(entry)
+                owners.append(len(samples) + index)
                 values.append(IGNORE if crowd else first + label)
                 segmentations.append(_segmentation(file.path, entry))
             found = ImageList(name, file.path)
-            coco.add_images(found, file, root, name)
+            coco.add_images(found, file, part)
             found.require()
             names = coco.image_names(file.files)
             sizes += file.sizes
@@ -78,13 +80,25 @@ class COCOSegmentation(SegmentationDataset):
             ]
             parts.append(Part(str(file.path), file.classes, names))
         require_union(parts)
-        super().__init__(root, split, samples, classes, transforms, orientation=orientation)
+        super().__init__(
+            *(place.annotations, split, samples, classes, transforms), orientation=orientation
+        )
         self._sizes = torch.tensor([size or (0, 0) for size in sizes], dtype=torch.int64)
         order = torch.tensor(owners, dtype=torch.int64).argsort(stable=True)
         self._values = torch.tensor(values, dtype=torch.uint8)[order]
         self._segmentations = BytesList(segmentations[i] for i in order.tolist())
         counts = torch.bincount(torch.tensor(owners, dtype=torch.int64), minlength=len(samples))
         self._ends = counts.cumsum(0)
+
+    def subset(self, indices: Sequence[int], split: str) -> Self:
+        part = super().subset(indices, split)
+        part._sizes = self._sizes[list(indices)]
+        spans = [range(len(self._values))[span(self._ends, index)] for index in indices]
+        objects = [item for objects in spans for item in objects]
+        part._values = self._values[objects]
+        part._segmentations = BytesList(self._segmentations[item] for item in objects)
+        part._ends = torch.tensor([len(objects) for objects in spans], dtype=torch.int64).cumsum(0)
+        return part
 
     def annotated_size(self, index: int) -> Size | None:
         height, width = self._sizes[index].tolist()
@@ -121,11 +135,8 @@ def _segmentation(path: Path, entry: coco.Entry) -> bytes:
 
 
 def _has_segmentations(root: Path) -> bool:
-    return any(_SIGN.search(_content(path)) for path in _annotation_files(root))
-
-
-def _annotation_files(root: Path) -> list[Path]:
-    return [coco.annotation_file(root, split) for split in coco.coco_splits(root)]
+    splits = coco.find_splits(DataFiles(root, root)).values()
+    return any(_SIGN.search(_content(split.file)) for split in splits)
 
 
 def _content(path: Path) -> bytes | mmap.mmap:
@@ -136,15 +147,15 @@ def _content(path: Path) -> bytes | mmap.mmap:
 
 
 def _lists(root: Path) -> Iterator[ImageList]:
-    for split in coco.coco_splits(root):
-        path = coco.annotation_file(root, split)
+    for split in coco.find_splits(DataFiles(root, root)).values():
+        path = split.file
         images = ImageList(f"{path.stem} (masks)", path)
         with images.noting_errors():
             content = coco.COCOFile(path, _pack_segmentation)
             if not content.has_annotations:
                 continue
             with_background(content.classes, path)
-            coco.add_images(images, content, root, split)
+            coco.add_images(images, content, split)
             for entry in content.annotations:
                 with images.noting_errors():
                     _segmentation(path, entry)
@@ -153,9 +164,13 @@ def _lists(root: Path) -> Iterator[ImageList]:
 
 COCO_MASKS = Layout[SegmentationDataset](
     name="COCO with polygons",
-    files="annotations/instances_*.json",
+    files=coco.FILES,
     recognizes=_has_segmentations,
     splits=coco.coco_splits,
     lists=_lists,
     open=COCOSegmentation,
+    recognizes_files=lambda files: (
+        coco.COCO_BOXES.recognizes_files(files)
+        and any(_SIGN.search(_content(it.file)) for it in coco.find_splits(files).values())
+    ),
 )

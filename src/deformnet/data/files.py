@@ -9,7 +9,7 @@ import struct
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import IO, Literal, NamedTuple
 
 import numpy as np
@@ -264,19 +264,25 @@ def is_image(name: str) -> bool:
     return name[name.rfind(".") :].lower() in IMAGE_SUFFIXES and not name.startswith(".")
 
 
-def walk_images(folder: Path) -> Iterator[tuple[str, list[str]]]:
-    """The folder and its subfolders in the order of their paths, each with its sorted images.
+def walk_files(folder: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, list[str]]]:
+    """The folder and its subfolders in the order of their paths, each with the sorted names of its
+    files that are wanted.
 
     Symbolic links are followed; hidden folders are skipped.
 
     Raises:
         UserError: if a link leads back to a folder that it is in.
     """
-    yield from sorted(_walk_images(folder, frozenset()))
+    yield from sorted(_walk_files(folder, wanted, frozenset()))
 
 
-def _walk_images(
-    folder: Path, above: frozenset[tuple[int, int]]
+def walk_images(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """As `walk_files`, with images."""
+    return walk_files(folder, is_image)
+
+
+def _walk_files(
+    folder: Path, wanted: Callable[[str], bool], above: frozenset[tuple[int, int]]
 ) -> Iterator[tuple[str, list[str]]]:
     status = folder.stat()
     here = status.st_dev, status.st_ino
@@ -284,15 +290,15 @@ def _walk_images(
         raise UserError(f"{folder}: expected a folder, but got a link to a folder that it is in")
     with os.scandir(folder) as entries:
         visible = [entry for entry in entries if not entry.name.startswith(".")]
-    yield str(folder), sorted(entry.name for entry in visible if is_image(entry.name))
+    yield str(folder), sorted(entry.name for entry in visible if wanted(entry.name))
     for entry in visible:
         if entry.is_dir():
-            yield from _walk_images(folder / entry.name, above | {here})
+            yield from _walk_files(folder / entry.name, wanted, above | {here})
 
 
 def has_images(folder: Path) -> bool:
     """Whether there is an image in a folder or its subfolders; links as for `walk_images`."""
-    return any(names for _, names in _walk_images(folder, frozenset()))
+    return any(names for _, names in _walk_files(folder, is_image, frozenset()))
 
 
 def subfolders(folder: Path) -> list[Path]:
@@ -329,6 +335,15 @@ class Folder:
         """The first of `names` that exists."""
         return next((self.path / name for name in names if name in self._names), None)
 
+    def inner(self, path: PurePath) -> "Folder":
+        """A folder in this one, which may not exist; itself for an empty path."""
+        folder = self
+        for name in path.parts:
+            if name not in folder._folders:
+                folder._folders[name] = Folder(folder.path / name)
+            folder = folder._folders[name]
+        return folder
+
     def find_image(self, name: str) -> Path | None:
         """The image with a name, which may lack its suffix and begin with subfolders.
 
@@ -337,8 +352,7 @@ class Folder:
         """
         *folders, last = inside(name).parts or ("",)
         if folders:
-            first, rest = folders[0], "/".join([*folders[1:], last])
-            return self._folders.setdefault(first, Folder(self.path / first)).find_image(rest)
+            return self.inner(PurePosixPath(*folders)).find_image(last)
         if self._by_stem is None:
             names = sorted(filter(is_image, self._names), key=_by_suffix, reverse=True)
             self._by_stem = {Path(file).stem: file for file in names}

@@ -1,9 +1,10 @@
 """Images sorted into one folder per class."""
 
+import copy
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import final
+from typing import Self, final
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from deformnet.data.files import (
 from deformnet.data.flat import StringList
 from deformnet.data.items import ImageItem
 from deformnet.data.layouts import ImageList, Layout
+from deformnet.data.location import Location, locate
 from deformnet.data.splits import USUAL_SPLITS, resolve, split_parts
 
 _LISTED = 5  # names in a message; ImageNet has a thousand classes
@@ -75,7 +77,7 @@ class ImageFolderClassification(VisionDataset):
 
     def __init__(
         self,
-        root: str | Path,
+        root: Location,
         split: str,
         transform: Callable[[tv_tensors.Image], Tensor] | None = None,
         *,
@@ -88,7 +90,7 @@ class ImageFolderClassification(VisionDataset):
             UserError: if a split has no classes, a class no image, or a split a class that `train`
                 lacks.
         """
-        root = Path(root).expanduser()
+        root = locate(root).images
         splits = image_folder_splits(root)
         folders = [_split_folder(root, splits, name) for name in split_parts(split)]
         for folder in folders:
@@ -109,6 +111,13 @@ class ImageFolderClassification(VisionDataset):
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    def subset(self, indices: Sequence[int], split: str) -> Self:
+        """The data set with some of its images."""
+        part = copy.copy(self)
+        part.split = split
+        part.samples = _Samples([self.samples[index] for index in indices])
+        return part
 
     def name(self, index: int) -> str:
         """Path of an image relative to the root: `val/cat/1.jpg`."""
@@ -197,6 +206,8 @@ def _find_images(folder: Path, reference: Path) -> tuple[ImageList, list[tuple[s
         if number not in with_images:
             text = f"expected images ({', '.join(IMAGE_SUFFIXES)}), but found none"
             images.fault(text, file=folder / name)
+    images.classes, images.unit = tuple(labels), "images"
+    images.counts.update(labels[name] for _, n in found if (name := names[n]) in labels)
     images.singles = [ImageItem(path, None) for path, _ in found]
     images.entries = len(found)
     return images, [(path, labels.get(names[number], -1)) for path, number in found]
@@ -224,7 +235,7 @@ def _folder_names(folder: Path) -> list[str]:
     return [path.name for path in subfolders(folder)]
 
 
-IMAGE_FOLDER = Layout(
+IMAGE_FOLDER = Layout[ImageFolderClassification](
     name="image folder",
     files="train/<class>/*.jpg",
     recognizes=_recognizes,

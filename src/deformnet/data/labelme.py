@@ -4,6 +4,7 @@ import base64
 import binascii
 import io
 import mmap
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
@@ -26,12 +27,13 @@ from deformnet.data.files import (
     listing,
     read_json,
     read_size,
-    require_folder,
+    walk_images,
 )
-from deformnet.data.items import Fault, check_image, has_area, reason
+from deformnet.data.items import Fault, Findings, check_image, has_area, reason, unreadable
 from deformnet.data.layouts import ImageList, Layout, Missing
+from deformnet.data.location import DataFiles, Location, locate
 from deformnet.data.polygons import BACKGROUND, Region, Stamp, draw, with_background
-from deformnet.data.splits import Part, require_union, split_parts
+from deformnet.data.splits import Part, require_union, resolve, split_parts
 
 _JSON_FOLDERS = ("annotations", "Annotations", "labels", "json", "jsons", "labelme")
 _IMAGE_FOLDERS = ("images", "Images", "JPEGImages", "imgs")
@@ -147,7 +149,7 @@ class LabelmeDetection(DetectionDataset):
 
     def __init__(
         self,
-        root: str | Path,
+        root: Location,
         split: str,
         transforms: Callable | None = None,
         *,
@@ -159,20 +161,20 @@ class LabelmeDetection(DetectionDataset):
             UserError: for a json file that is malformed, a label that classes.txt lacks, and for
                 parts of a union that share an image.
         """
-        root = require_folder(Path(root).expanduser())
-        classes = read_classes(root)
+        place = locate(root)
+        classes = read_classes(place)
         files: list[ImageFile] = []
         objects = ObjectList([], [], [], [])
-        for name, image, path in _read_union(root, split, classes):
+        for name, image, path in _read_union(place, split, classes):
             content = LabelmeFile(path)
             for item in content.objects:
                 label = label_of(path, item, classes)
                 if label is not None:
                     objects.add(len(files), item.box, label, item.ignored)
             size = content.size or read_size(image, orientation=orientation)
-            files.append(ImageFile(name, str(image.relative_to(root)), size))
+            files.append(ImageFile(name, str(image.relative_to(place.images)), size))
         super().__init__(
-            *(root, split, root, files, objects, classes.names, transforms),
+            *(place.annotations, split, place.images, files, objects, classes.names, transforms),
             orientation=orientation,
         )
 
@@ -188,7 +190,7 @@ class LabelmeSegmentation(SegmentationDataset):
 
     def __init__(
         self,
-        root: str | Path,
+        root: Location,
         split: str,
         transforms: Callable | None = None,
         *,
@@ -198,11 +200,13 @@ class LabelmeSegmentation(SegmentationDataset):
         Raises:
             FileNotFoundError, UserError: as `LabelmeDetection`.
         """
-        root = require_folder(Path(root).expanduser())
-        self._object_classes = read_classes(root)
+        place = locate(root)
+        self._object_classes = read_classes(place)
         classes = with_background(self._object_classes.names, self._object_classes.origin)
-        samples = [LabeledImage(*row) for row in _read_union(root, split, self._object_classes)]
-        super().__init__(root, split, samples, classes, transforms, orientation=orientation)
+        samples = [LabeledImage(*row) for row in _read_union(place, split, self._object_classes)]
+        super().__init__(
+            *(place.annotations, split, samples, classes, transforms), orientation=orientation
+        )
 
     def annotated_size(self, index: int) -> Size | None:
         return LabelmeFile(self.samples[index].labels).size
@@ -225,20 +229,23 @@ class LabelmeItem(NamedTuple):
     annotation: str
     classes: LabelmeClasses
 
-    def faults(self) -> list[Fault]:
+    def check(self) -> Findings:
         path = Path(self.annotation)
+        counts: Counter[int] = Counter()
         try:
             content = LabelmeFile(path)
         except (ValueError, OSError) as error:
-            return [*check_image(self.image, None)[1], Fault(self.annotation, reason(error, path))]
+            return unreadable(self.image, path, error)
         size, faults = check_image(self.image, content.size)
         for item in content.objects:
             try:
-                label_of(path, item, self.classes)
+                label = label_of(path, item, self.classes)
             except ValueError as error:
                 faults.append(Fault(self.annotation, reason(error, path)))
                 continue
-            if not has_area(item.box, size):
+            if has_area(item.box, size):
+                counts.update([label] if label is not None and not item.ignored else [])
+            else:
                 text = f"shape {item.number} has no area inside the image; readers drop it"
                 faults.append(Fault(self.annotation, text, is_remark=True))
         if content.skipped:
@@ -248,13 +255,13 @@ class LabelmeItem(NamedTuple):
         if stored != Path(self.image).name:
             text = f"imagePath is {stored!r}; readers take {Path(self.image).name}, of its own name"
             faults.append(Fault(self.annotation, text, is_remark=True))
-        return faults
+        return Findings(faults, counts)
 
 
 # Classes.
 
 
-def read_classes(root: Path, *, strict: bool = True) -> LabelmeClasses:
+def read_classes(place: DataFiles, *, strict: bool = True) -> LabelmeClasses:
     """Classes of classes.txt or labels.txt, or else the labels of all splits, sorted.
 
     Args:
@@ -262,9 +269,10 @@ def read_classes(root: Path, *, strict: bool = True) -> LabelmeClasses:
     Raises:
         UserError: if there are none, or a json file is malformed.
     """
+    root = place.annotations
     path = next((root / name for name in _NAMES if (root / name).is_file()), None)
     if path is None:
-        files = (file for folder in _splits(root).values() for file in _json_files(folder))
+        files = (file for folder in _splits(place).values() for file in _json_files(folder))
         names = sorted({label for file in files for label in _labels(file, strict)})
     else:
         names = read_lines(path)
@@ -307,17 +315,20 @@ def label_of(path: Path, item: LabelmeObject, classes: LabelmeClasses) -> int | 
 
 def labelme_splits(root: Path) -> list[str]:
     """Folders with json files of labelme; `train` for files in `root` itself."""
-    return list(_splits(root))
+    return list(_splits(DataFiles(root, root)))
 
 
-def _splits(root: Path) -> dict[str, Path]:
+def _splits(place: DataFiles) -> dict[str, Path]:
     """Folder of the json files of each split."""
+    root = place.annotations
+    if place.are_apart:
+        return {"train": root} if root.is_dir() and has_shapes(root) else {}
     places = [root, *(root / name for name in _JSON_FOLDERS if (root / name).is_dir())]
     splits: dict[str, Path] = {}
-    for place in places:
-        if has_shapes(place):
-            splits.setdefault("train", place)
-        for folder in sorted(place.glob("*/")):
+    for base in places:
+        if has_shapes(base):
+            splits.setdefault("train", base)
+        for folder in sorted(base.glob("*/")):
             own = folder.name.startswith(".") or folder.name in _JSON_FOLDERS
             below = [folder, *(folder / name for name in _JSON_FOLDERS)]
             found = None if own else next(filter(has_shapes, below), None)
@@ -343,30 +354,31 @@ def _is_labelme(path: Path) -> bool:
 
 
 def _read_union(
-    root: Path, split: str, classes: LabelmeClasses
+    place: DataFiles, split: str, classes: LabelmeClasses
 ) -> Iterator[tuple[str, Path, Path]]:
     """Name, image and json file of each image in a union of splits."""
-    splits = _splits(root)
+    splits = _splits(place)
     parts: list[Part] = []
     rows: list[tuple[str, Path, Path]] = []
     for name in split_parts(split):
-        if name not in splits:
+        part = resolve(list(splits), name)
+        if part not in splits:
             known = listing(list(splits))
-            raise FileNotFoundError(f"{root}: no split {name!r}; the splits are: {known}")
-        images = _fill(root, name, splits[name], classes)
+            raise FileNotFoundError(f"{place}: no split {name!r}; the splits are: {known}")
+        images = _fill(place, part, splits[part], classes)
         images.require()
-        names = image_names([image.relative_to(root) for image, _ in images.pairs])
+        names = image_names([image.relative_to(place.images) for image, _ in images.pairs])
         rows += [(name, *pair) for name, pair in zip(names, images.pairs, strict=True)]
         parts.append(Part(str(images.source), classes.names, names))
     require_union(parts)
     return iter(rows)
 
 
-def _fill(root: Path, name: str, folder: Path, classes: LabelmeClasses) -> ImageList:
+def _fill(place: DataFiles, name: str, folder: Path, classes: LabelmeClasses) -> ImageList:
     """The images of a split with their json files."""
-    images = ImageList(name, folder)
+    images = ImageList(name, folder, classes=classes.names)
     images.pair_item = partial(LabelmeItem, classes=classes)
-    places = [_ImageFolder(place) for place in _image_folders(root, folder)]
+    places = [_ImageFolder(place) for place in _image_folders(place, folder)]
     owners: dict[Path, Path] = {}
     for path in _json_files(folder):
         image = next(filter(None, (place.named(path.stem) for place in places)), None)
@@ -388,8 +400,11 @@ def _fill(root: Path, name: str, folder: Path, classes: LabelmeClasses) -> Image
     return images
 
 
-def _image_folders(root: Path, folder: Path) -> list[Path]:
+def _image_folders(place: DataFiles, folder: Path) -> list[Path]:
     """Folders where the images of json files may be, the likeliest first."""
+    root = place.annotations
+    if place.are_apart:
+        return [Path(inner) for inner, _ in walk_images(place.images)]
     parts = folder.relative_to(root).parts
     places = [folder]
     if parts and parts[0] in _JSON_FOLDERS:  # annotations/train: images/train
@@ -423,10 +438,11 @@ class _ImageFolder:
 
 
 def _lists(root: Path) -> Iterator[ImageList]:
-    for name, folder in _splits(root).items():
+    place = DataFiles(root, root)
+    for name, folder in _splits(place).items():
         failed = ImageList(name, folder)
         with failed.noting_errors():
-            yield _fill(root, name, folder, read_classes(root, strict=False))
+            yield _fill(place, name, folder, read_classes(place, strict=False))
         if failed.faults:
             yield failed
 
@@ -498,10 +514,11 @@ def _read_mask(where: str, points: np.ndarray, value: object) -> Stamp:
 LABELME_BOXES = Layout[DetectionDataset](
     name="labelme",
     files="<image>.json with shapes",
-    recognizes=lambda root: bool(_splits(root)),
+    recognizes=lambda root: bool(labelme_splits(root)),
     splits=labelme_splits,
     lists=_lists,
     open=LabelmeDetection,
+    recognizes_files=lambda files: bool(_splits(files)),
 )
 LABELME_MASKS = Layout[SegmentationDataset](
     name="labelme",
@@ -510,4 +527,5 @@ LABELME_MASKS = Layout[SegmentationDataset](
     splits=labelme_splits,
     lists=lambda root: iter(()),  # those of the boxes, which read all shapes
     open=LabelmeSegmentation,
+    recognizes_files=LABELME_BOXES.recognizes_files,
 )

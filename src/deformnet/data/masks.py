@@ -13,12 +13,12 @@ from deformnet.data.files import (
     has_images,
     is_image,
     listing,
-    require_folder,
     subfolders,
     walk_images,
 )
 from deformnet.data.items import LabelsItem
 from deformnet.data.layouts import ImageList, Layout, Missing
+from deformnet.data.location import Location, locate
 from deformnet.data.mask_reader import MaskReader, choose_reader, note_void
 from deformnet.data.palette import find_class_file
 from deformnet.data.splits import USUAL_SPLITS, Part, require_union, resolve, split_parts
@@ -74,24 +74,25 @@ class FolderSegmentation(SegmentationDataset):
 
     def __init__(
         self,
-        root: str | Path,
+        root: Location,
         split: str,
         transforms: Callable | None = None,
         *,
         orientation: Orientation = "auto",
-        folders: Mapping[str, MaskFolders] | None = None,
     ) -> None:
         """
-        Args:
-            folders: the folders of each split, where they are not in `root`.
         Raises:
             FileNotFoundError: for a missing folder, split (the message says which exist) or mask.
             UserError: if a split has no images, for a malformed file of classes, for masks whose
                 content no class has, and for parts of a union that share an image.
         """
-        root = require_folder(Path(root).expanduser())
-        found = find_folders(root) if folders is None else folders
-        reader = _reader(root, found)
+        place = locate(root)
+        root = place.annotations
+        found = (
+            {"train": MaskFolders(place.images, root)} if place.are_apart else find_folders(root)
+        )
+        # Beside masks that lie apart there may be the file of classes.
+        reader = _reader(root.parent if place.are_apart else root, found)
         samples: list[LabeledImage] = []
         parts: list[Part] = []
         for name in split_parts(split):
@@ -211,6 +212,7 @@ def _masks(folders: MaskFolders) -> list[str]:
 def _list(name: str, folders: MaskFolders, reader: MaskReader) -> ImageList:
     """The images of a split with their masks."""
     result = ImageList(f"{name} (masks)", folders.images)
+    result.classes, result.unit = reader.classes, "pixels"
     result.pair_item = partial(LabelsItem, reader=reader)
     masks = _masks(folders)
     others = set(masks) if folders.images == folders.masks else set()
@@ -334,4 +336,5 @@ FOLDER_MASKS = Layout[SegmentationDataset](
     splits=_split_names,
     lists=_lists,
     open=FolderSegmentation,
+    recognizes_files=lambda files: files.annotations.is_dir() and has_images(files.annotations),
 )

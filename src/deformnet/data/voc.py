@@ -10,9 +10,10 @@ from deformnet._files import read_lines
 from deformnet.data import voc_files
 from deformnet.data.base import LabeledImage, SegmentationDataset
 from deformnet.data.boxes import DetectionDataset, ImageFile, ObjectList
-from deformnet.data.files import Folder, Orientation, inside, listing, read_size
+from deformnet.data.files import Folder, Orientation, Size, inside, listing, read_size
 from deformnet.data.items import BoxesItem, LabelsItem
 from deformnet.data.layouts import ImageList, Layout, Missing, find_file, find_image_file
+from deformnet.data.location import Location, locate
 from deformnet.data.mask_reader import MaskReader, choose_reader, note_void
 from deformnet.data.palette import find_class_file
 from deformnet.data.splits import Part, require_union
@@ -53,7 +54,7 @@ class VOCSegmentation(SegmentationDataset):
 
     def __init__(
         self,
-        root: str | Path,
+        root: Location,
         split: str,
         transforms: Callable | None = None,
         *,
@@ -66,7 +67,7 @@ class VOCSegmentation(SegmentationDataset):
             UserError: for an empty or malformed list or classes.txt, and for parts of a union that
                 differ in their classes or share an image.
         """
-        root = Path(root).expanduser()
+        root = locate(root).annotations
         parts = _MASKS.read_union(root, split)
         samples = [
             LabeledImage(_name(image), image, mask)
@@ -89,7 +90,7 @@ class VOCDetection(DetectionDataset):
     classes.txt                                     optional
     VOCdevkit/VOC2012/
       ImageSets/Main/<split>.txt                    one image id per line
-      JPEGImages/<id>.jpg (or .png)
+      JPEGImages/<id>.jpg                           or any other suffix of an image
       Annotations/<id>.xml
     ```
 
@@ -103,10 +104,18 @@ class VOCDetection(DetectionDataset):
     has no area here.
 
     `classes.txt` names the classes, one per line, in the order of the labels; a `background` in the
-    first line is skipped. Without it the classes are VOC's 20.
+    first line is skipped. Without it the classes are VOC's 20, or, if an object of any split has
+    another name, the names of all objects, sorted.
     """
 
-    def __init__(self, root: str | Path, split: str, transforms: Callable | None = None) -> None:
+    def __init__(
+        self,
+        root: Location,
+        split: str,
+        transforms: Callable | None = None,
+        *,
+        orientation: Orientation = "auto",
+    ) -> None:
         """
         Raises:
             FileNotFoundError: for a missing folder, list (the message says which splits exist),
@@ -115,21 +124,35 @@ class VOCDetection(DetectionDataset):
                 has an object of an unknown class, and for parts of a union that differ in their
                 classes or share an image.
         """
-        root = Path(root).expanduser()
+        root = locate(root).annotations
         files: list[ImageFile] = []
         objects = ObjectList([], [], [], [])
         parts = _BOXES.read_union(root, split)
+        # The folder of a year given as "." has no name, and is its own parent.
+        years = voc_files.find_years(root)[0].parent
         for images, classes in parts:
             for image, xml in images.pairs:
-                content = voc_files.parse_annotation(xml)
-                for item in content.iterfind("object"):
-                    objects.add(len(files), *voc_files.read_object(xml, item, classes))
-                size = voc_files.annotated_size(content) or read_size(image)
-                # The folder of a year given as "." has no name, and is its own parent.
-                file = Path(image.parent.parent.name, "JPEGImages", image.name)
-                files.append(ImageFile(image.stem, str(file), size))
-        years = voc_files.find_years(root)[0].parent
-        super().__init__(root, split, years, files, objects, parts[0][1].names, transforms)
+                size = add_objects(objects, len(files), xml, classes)
+                size = size or read_size(image, orientation=orientation)
+                files.append(ImageFile(_name(image), str(image.relative_to(years)), size))
+        super().__init__(
+            *(root, split, years, files, objects, parts[0][1].names, transforms),
+            orientation=orientation,
+        )
+
+
+def add_objects(
+    objects: ObjectList, image: int, xml: Path, classes: voc_files.ClassList
+) -> Size | None:
+    """Adds the objects in the XML file of an image; returns its annotated size.
+
+    Raises:
+        UserError: if the file or an object is malformed.
+    """
+    content = voc_files.parse_annotation(xml)
+    for item in content.iterfind("object"):
+        objects.add(image, *voc_files.read_object(xml, item, classes))
+    return voc_files.annotated_size(content)
 
 
 class _Classes(Protocol):
@@ -179,7 +202,7 @@ class _Lists(NamedTuple, Generic[_C]):
             parts.append((images, classes))
         require_union(
             [
-                Part(str(images.source), classes.names, [image.stem for image, _ in images.pairs])
+                Part(str(images.source), classes.names, [_name(image) for image, _ in images.pairs])
                 for images, classes in parts
             ]
         )
@@ -220,6 +243,7 @@ def _mask_classes(year: Path) -> _MaskClasses:
 
 
 def _fill_masks(images: ImageList, year: Path, classes: _MaskClasses) -> None:
+    images.classes, images.unit = classes.names, "pixels"
     images.pair_item = partial(LabelsItem, reader=classes.reader)
     images.may_be_official = classes.is_default
     if classes.reader.note:
@@ -256,13 +280,15 @@ def _name(image: Path) -> str:
 
 
 def _fill_boxes(images: ImageList, year: Path, classes: voc_files.ClassList) -> None:
+    images.classes = classes.names
     images.pair_item = partial(BoxesItem, classes=classes)
-    images.may_be_official = classes.is_default
-    folders = [Folder(year / "JPEGImages")], [Folder(year / "Annotations")]
+    images.may_be_official = classes.is_official
+    places = Folder(year / "JPEGImages"), Folder(year / "Annotations")
     seen: set[str] = set()
     for line in _require_lines(images.source):
         name, *rest = line.split()
-        if rest and folders[1][0].find(f"{line}.xml"):
+        whole = _find_boxes(images, places, line)
+        if rest and any(isinstance(file, Path) for file in whole):
             name, rest = line, []  # a name with blanks
         if rest not in ([], ["1"], ["0"], ["-1"]):
             images.fault(f"expected an id, or an id and 1, 0 or -1, per line, but got {line!r}")
@@ -270,8 +296,20 @@ def _fill_boxes(images: ImageList, year: Path, classes: voc_files.ClassList) -> 
             images.fault(f"lists {name} more than once")
         else:
             seen.add(name)
-            image = find_image_file("images", folders[0], name, ".jpg")
-            images.add(image, find_file("annotations", folders[1], f"{name}.xml"))
+            images.add(*(whole if name == line else _find_boxes(images, places, name)))
+
+
+def _find_boxes(
+    images: ImageList, places: tuple[Folder, Folder], name: str
+) -> tuple[Path | Missing, Path | Missing]:
+    """The image of a name, which may have its suffix and begin with subfolders, and its XML."""
+    name = _inside(images, name)
+    image = find_image_file("images", places[:1], name, ".jpg")
+    if isinstance(image, Path):
+        name = str(image.relative_to(places[0].path).with_suffix(""))
+    folder = places[1].inner(Path(name).parent)
+    xml = find_file("annotations", [folder], f"{Path(name).name}.xml")
+    return image, xml
 
 
 def _require_lines(path: Path) -> list[str]:

@@ -1,5 +1,6 @@
 """The layout of YOLO (darknet, ultralytics) for detection and segmentation."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import chain, islice
@@ -18,19 +19,22 @@ from deformnet.data.files import (
     image_names,
     listing,
     read_size,
-    require_folder,
+    walk_files,
 )
-from deformnet.data.items import Fault, ImageItem, check_image, has_area, reason
+from deformnet.data.items import Fault, Findings, ImageItem, check_image, has_area, reason
 from deformnet.data.layouts import ImageList, Layout, Missing
+from deformnet.data.location import DataFiles, Location, locate
 from deformnet.data.polygons import Region, draw, with_background
-from deformnet.data.splits import Part, require_union, split_parts
+from deformnet.data.splits import Part, require_union, resolve, split_parts
 from deformnet.data.yolo_files import (
     FILES,
     YOLOClasses,
     YOLOObject,
     find_splits,
     has_labels,
+    is_label,
     listed_images,
+    names_classes,
     parse_line,
     read_classes,
     read_labels,
@@ -64,7 +68,7 @@ class YOLODetection(DetectionDataset):
 
     def __init__(
         self,
-        root: str | Path,
+        root: Location,
         split: str,
         transforms: Callable | None = None,
         *,
@@ -76,17 +80,17 @@ class YOLODetection(DetectionDataset):
             UserError: for a malformed data.yaml or label, an object of an unknown class, a split
                 without images or without any label, and for parts of a union that share an image.
         """
-        root = require_folder(Path(root).expanduser())
-        classes = read_classes(root)
+        place = locate(root)
+        classes = _classes(place)
         files: list[ImageFile] = []
         objects = ObjectList([], [], [], [])
-        for name, image, labels in _read_union(root, split, classes):
+        for name, image, labels in _read_union(place, split, classes):
             size = read_size(image, orientation=orientation)
             for item in read_objects(labels, classes) if labels else ():
                 objects.add(len(files), item.box(*size), item.label, False)
-            files.append(ImageFile(name, str(image.relative_to(root)), size))
+            files.append(ImageFile(name, str(image.relative_to(place.images)), size))
         super().__init__(
-            *(root, split, root, files, objects, classes.names, transforms),
+            *(place.annotations, split, place.images, files, objects, classes.names, transforms),
             orientation=orientation,
         )
 
@@ -102,7 +106,7 @@ class YOLOSegmentation(SegmentationDataset):
 
     def __init__(
         self,
-        root: str | Path,
+        root: Location,
         split: str,
         transforms: Callable | None = None,
         *,
@@ -112,16 +116,18 @@ class YOLOSegmentation(SegmentationDataset):
         Raises:
             FileNotFoundError, UserError: as `YOLODetection`, except for the content of label files.
         """
-        root = require_folder(Path(root).expanduser())
-        self._yolo_classes = read_classes(root)
+        place = locate(root)
+        self._yolo_classes = _classes(place)
         classes = with_background(self._yolo_classes.names, self._yolo_classes.file)
         self._first = len(classes) - len(self._yolo_classes.names)
         samples = [
             # An image is its own label file if it has none.
             LabeledImage(name, image, labels or image)
-            for name, image, labels in _read_union(root, split, self._yolo_classes)
+            for name, image, labels in _read_union(place, split, self._yolo_classes)
         ]
-        super().__init__(root, split, samples, classes, transforms, orientation=orientation)
+        super().__init__(
+            *(place.annotations, split, samples, classes, transforms), orientation=orientation
+        )
 
     def labels(self, index: int, size: tuple[int, int]) -> Tensor:
         _, image, labels = self.samples[index]
@@ -144,23 +150,26 @@ class YOLOItem(NamedTuple):
     annotation: str
     classes: YOLOClasses
 
-    def faults(self) -> list[Fault]:
+    def check(self) -> Findings:
         size, faults = check_image(self.image, None)
         path = Path(self.annotation)
+        counts: Counter[int] = Counter()
         try:
             lines = read_labels(path)
         except (ValueError, OSError) as error:
-            return [*faults, Fault(self.annotation, reason(error, path))]
+            return Findings([*faults, Fault(self.annotation, reason(error, path))], counts)
         for number, line in enumerate(lines, start=1):
             try:
                 item = parse_line(path, number, line, self.classes)
             except ValueError as error:
                 faults.append(Fault(self.annotation, reason(error, path)))
                 continue
-            if size and not has_area(item.box(*size), size):
+            if size is None or has_area(item.box(*size), size):
+                counts[item.label] += 1
+            else:
                 text = f"line {number}: the box has no area inside the image; readers drop it"
                 faults.append(Fault(self.annotation, text, is_remark=True))
-        return faults
+        return Findings(faults, counts)
 
 
 def yolo_splits(root: Path) -> list[str]:
@@ -168,43 +177,54 @@ def yolo_splits(root: Path) -> list[str]:
     return [name for name, sources in find_splits(root).items() if all(s.exists() for s in sources)]
 
 
+def _splits(place: DataFiles) -> dict[str, list[Path]]:
+    return {"train": [place.images]} if place.are_apart else find_splits(place.annotations)
+
+
+def _classes(place: DataFiles) -> YOLOClasses:
+    folder = place.annotations
+    places = [folder, folder.parent, place.images] if place.are_apart else [folder]
+    return read_classes(next(filter(names_classes, places), folder))
+
+
 def _read_union(
-    root: Path, split: str, classes: YOLOClasses
+    place: DataFiles, split: str, classes: YOLOClasses
 ) -> Iterator[tuple[str, Path, Path | None]]:
     """Name, image and label file (None if it has none) of each image in a union of splits."""
-    splits = find_splits(root)
+    splits = _splits(place)
     parts: list[Part] = []
     rows: list[tuple[str, Path, Path | None]] = []
     for name in split_parts(split):
-        if name not in splits:
-            known = listing(yolo_splits(root))
-            raise FileNotFoundError(f"{root}: no split {name!r}; the splits are: {known}")
-        images = _fill(root, name, splits[name], classes)
+        part = resolve(list(splits), name)
+        if part not in splits:
+            known = listing(list(splits))
+            raise FileNotFoundError(f"{place}: no split {name!r}; the splits are: {known}")
+        images = _fill(place, part, splits[part], classes)
         images.require()
         files: list[tuple[Path, Path | None]] = sorted(
             [*images.pairs, *((Path(item.image), None) for item in images.singles)],
             key=lambda pair: pair[0],
         )
-        names = image_names([image.relative_to(root) for image, _ in files])
+        names = image_names([image.relative_to(place.images) for image, _ in files])
         rows += [(name, *pair) for name, pair in zip(names, files, strict=True)]
         parts.append(Part(str(images.source), classes.names, names))
     require_union(parts)
     return iter(rows)
 
 
-def _fill(root: Path, name: str, sources: Sequence[Path], classes: YOLOClasses) -> ImageList:
+def _fill(place: DataFiles, name: str, sources: Sequence[Path], classes: YOLOClasses) -> ImageList:
     """The images of a split, from folders or lists of images, with their label files."""
-    images = ImageList(name, sources[0])
+    images = ImageList(name, sources[0], classes=classes.names)
     images.pair_item = partial(YOLOItem, classes=classes)
     files: list[Path | Missing] = []
     for source in sources:
         if source.is_dir():
             files += find_images(source)
         elif source.is_file():
-            files += listed_images(root, source)
+            files += listed_images(place.images, source)
         else:
             images.fault(f"no such folder or list of images, which {classes.file.name} names")
-    labels = _Labels(root)
+    labels = _Labels(place)
     for file in dict.fromkeys(files):
         annotation = None if isinstance(file, Missing) else labels.of(file)
         if isinstance(file, Missing):
@@ -232,8 +252,8 @@ def _fill(root: Path, name: str, sources: Sequence[Path], classes: YOLOClasses) 
 class _Labels:
     """Label files of images."""
 
-    def __init__(self, root: Path) -> None:
-        self._root = root
+    def __init__(self, place: DataFiles) -> None:
+        self._place = place
         self._folders: dict[Path, list[Folder]] = {}
 
     def of(self, image: Path) -> Path | None:
@@ -245,34 +265,49 @@ class _Labels:
 
     def folders(self, image: Path) -> list[Path]:
         """Folders where the label file of an image may be, the likeliest first."""
-        parts = image.parent.relative_to(self._root).parts
+        root = self._place.images
+        parts = image.parent.relative_to(root).parts
+        if self._place.are_apart:
+            return list(
+                dict.fromkeys([self._place.annotations.joinpath(*parts), self._place.annotations])
+            )
         places = [image.parent, image.parent / "labels"]
         if "images" in parts:
             at = len(parts) - 1 - parts[::-1].index("images")
-            places.insert(0, self._root.joinpath(*parts[:at], "labels", *parts[at + 1 :]))
+            places.insert(0, root.joinpath(*parts[:at], "labels", *parts[at + 1 :]))
         return places
 
 
 def _lists(root: Path) -> Iterator[ImageList]:
+    place = DataFiles(root, root)
     for name, sources in find_splits(root).items():
         failed = ImageList(name, sources[0])
         with failed.noting_errors():
-            yield _fill(root, name, sources, read_classes(root))
+            yield _fill(place, name, sources, read_classes(root))
         if failed.faults:
             yield failed
 
 
-def _has_polygons(root: Path) -> bool:
+def _has_polygons(place: DataFiles) -> bool:
     """Whether one of the first label files has polygons."""
-    if not has_labels(root):
+    if not (_holds_labels(place) if place.are_apart else has_labels(place.annotations)):
         return False
     try:
-        classes = read_classes(root)
-        filled = (_fill(root, name, places, classes) for name, places in find_splits(root).items())
+        classes = _classes(place)
+        filled = (_fill(place, name, folders, classes) for name, folders in _splits(place).items())
         labels = islice(chain.from_iterable(images.pairs for images in filled), _SAMPLED)
         return any(not item.is_box for _, path in labels for item in read_objects(path, classes))
     except (ValueError, OSError):
         return True  # the reader reports it
+
+
+def _holds_labels(place: DataFiles) -> bool:
+    """Whether one of the first files of a folder is a label file."""
+    return place.annotations.is_dir() and any(
+        is_label(path)
+        for folder, names in walk_files(place.annotations, lambda name: name.endswith(".txt"))
+        for path in (Path(folder, name) for name in names[:_SAMPLED])
+    )
 
 
 YOLO_BOXES = Layout[DetectionDataset](
@@ -282,12 +317,14 @@ YOLO_BOXES = Layout[DetectionDataset](
     splits=yolo_splits,
     lists=_lists,
     open=YOLODetection,
+    recognizes_files=_holds_labels,
 )
 YOLO_MASKS = Layout[SegmentationDataset](
     name="YOLO with polygons",
     files=FILES,
-    recognizes=_has_polygons,
+    recognizes=lambda root: _has_polygons(DataFiles(root, root)),
     splits=yolo_splits,
     lists=lambda root: iter(()),  # those of the boxes, which read polygons too
     open=YOLOSegmentation,
+    recognizes_files=_has_polygons,
 )

@@ -153,6 +153,11 @@ def read_classes(root: Path) -> YOLOClasses:
     return YOLOClasses(_unique(path, _config_names(path, config)), path, keypoints)
 
 
+def names_classes(root: Path) -> bool:
+    """Whether a file in a folder names the classes."""
+    return _names_file(root) is not None or bool(_read_config(root)[1].get("names"))
+
+
 def _names_file(root: Path) -> Path | None:
     """The first file of class names: in `root`, beside the labels, or in a split."""
     places = [root, root / "labels", *sorted(p for p in root.glob("*/labels") if p.is_dir())]
@@ -202,12 +207,13 @@ def has_labels(root: Path) -> bool:
         return True
     # Label files in a folder of labels, or beside images where a file names the classes.
     places = [root / "labels", *(root / "labels").glob("*/"), *root.glob("*/labels/")]
-    if any(_is_label(path) for place in places for path in islice(place.glob("*.txt"), _PEEKED)):
+    if any(is_label(path) for place in places for path in islice(place.glob("*.txt"), _PEEKED)):
         return True
     return _names_file(root) is not None and any(map(_has_pairs, (root, *root.glob("*/"))))
 
 
-def _is_label(path: Path) -> bool:
+def is_label(path: Path) -> bool:
+    """Whether a text file may hold labels: it is none of class names."""
     return path.name not in _NAMES and path.is_file()
 
 
