@@ -222,7 +222,7 @@ def test_invalid_lists(coco, content, change, message):
 def test_images_in_no_folder(coco):
     for path in (coco / "train").iterdir():
         path.unlink()
-    with one_line(FileNotFoundError, "instances_train.json", "needs 0007.jpg", coco / "images"):
+    with one_line(FileNotFoundError, "instances_train.json", "needs 0007.jpg", coco / "train"):
         COCODetection(coco, "train")
 
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from small_sets import one_line, save_image, save_labels
 
-from deformnet.data import open_segmentation, segmentation_splits
+from deformnet.data import DataFiles, open_segmentation, segmentation_splits
 from deformnet.data.check import check_data
 from deformnet.data.files import read_stored_mask
 from deformnet.data.mask_reader import SAMPLED
@@ -150,8 +150,8 @@ def test_names_of_samples(tmp_path):
 
 def test_folders_that_lie_apart(tmp_path):
     write(tmp_path, ("here/a.jpg", "there/deep/a.png"))
-    folders = MaskFolders(tmp_path / "here", tmp_path / "there/deep")
-    images = FolderSegmentation(tmp_path / "here", "train", folders={"train": folders})
+    files = DataFiles(tmp_path / "here", tmp_path / "there/deep")
+    images = FolderSegmentation(files, "train")
     assert images[0][1].unique().tolist() == [0, 1]
 
 
