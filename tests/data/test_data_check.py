@@ -596,12 +596,12 @@ def test_stopped_check_resumes(tmp_path, end):
         "import os, signal, sys; from pathlib import Path; from deformnet.data.check import check\n"
         # A shell starts programs in the background with this signal ignored.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "add, end = check._Record.add, int(sys.argv[3])\n"
-        "def stopping(self, line):\n"
-        "    add(self, line)\n"
+        "add, end = check.Record.add, int(sys.argv[3])\n"
+        "def stopping(self, key, result):\n"
+        "    add(self, key, result)\n"
         "    if len(Path(sys.argv[2]).read_text().splitlines()) == 20:\n"
         "        os.kill(os.getpid(), end)\n"
-        "check._Record.add = stopping\n"
+        "check.Record.add = stopping\n"
         "check.check_data(Path(sys.argv[1]), workers=2, record=Path(sys.argv[2]))"
     )
     # Importing torch takes minutes on a crowded machine. No pipe: workers that outlive a killed

@@ -2,12 +2,16 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from tyro.conf import Positional
 
+from deformnet._errors import UserError
 from deformnet.cli.errors import BAD_INPUT
+
+if TYPE_CHECKING:
+    from deformnet.data.location import Location
 
 
 def score(
@@ -31,19 +35,23 @@ def score(
 
 
 def check(
-    root: Annotated[Positional[Path], tyro.conf.arg(metavar="DIR")],
+    root: Annotated[Positional[Path | None], tyro.conf.arg(metavar="DIR")] = None,
     *,
+    images: Path | None = None,
+    annotations: Path | None = None,
     custom: bool = False,
     workers: int | None = None,
     record: Path | None = None,
     report: Path | None = None,
 ) -> None:
-    """Check every image, label map and box of a data set, and report what is wrong or missing.
+    """Check every image, label map and box of a data set: what is in it, wrong or missing.
 
     Valid files are recorded, so an interrupted check resumes and a second one is fast.
 
     Args:
         root: Folder of one or more data sets.
+        images: Instead of DIR: folder of images whose annotations lie elsewhere.
+        annotations: File or folder of these annotations.
         custom: Custom data sets: skip the check against official image counts.
         workers: Number of worker processes; None selects it automatically.
         record: File that records valid files; None uses the user's cache folder.
@@ -51,10 +59,21 @@ def check(
     """
     from deformnet.data.check import check_data
 
-    result = check_data(root, custom=custom, workers=workers, record=record, report=report)
+    place = _location(root, images, annotations)
+    result = check_data(place, custom=custom, workers=workers, record=record, report=report)
     print(result)
     if not result.ok:
         raise SystemExit(BAD_INPUT)
+
+
+def _location(root: Path | None, images: Path | None, annotations: Path | None) -> "Location":
+    from deformnet.data.location import DataFiles
+
+    if root is not None and images is None and annotations is None:
+        return root
+    if root is None and images is not None and annotations is not None:
+        return DataFiles(images, annotations)
+    raise UserError("expected DIR, or both --images and --annotations")
 
 
 def convert(

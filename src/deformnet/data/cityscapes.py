@@ -11,7 +11,7 @@ from deformnet.data.base import IGNORE, LabeledImage, SegmentationDataset
 from deformnet.data.files import Orientation, is_image, listing, require_folder
 from deformnet.data.items import LabelsItem
 from deformnet.data.layouts import ImageList, Layout, Missing
-from deformnet.data.location import Location, locate
+from deformnet.data.location import DataFiles, Location, locate
 from deformnet.data.mask_reader import MaskReader, choose_reader, note_void
 from deformnet.data.palette import find_class_file
 from deformnet.data.splits import Part, require_union, resolve, split_parts
@@ -141,7 +141,8 @@ def _is_image(path: Path) -> bool:
     return path.stem.endswith(_IMAGE) and is_image(path.name)
 
 
-def _lists(root: Path) -> Iterator[ImageList]:
+def _lists(place: DataFiles) -> Iterator[ImageList]:
+    root = place.annotations
     reader = _reader(root)
     folders = (path for kind in ("leftImg8bit", "gtFine") for path in (root / kind).glob("*"))
     for split in sorted({path.name for path in folders if path.is_dir()}):

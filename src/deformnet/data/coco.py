@@ -436,8 +436,9 @@ def _missing_images(folder: Path, files: Sequence[PurePosixPath]) -> list[PurePo
     return [file for file in files if folders[file.parent].find(file.name) is None]
 
 
-def _lists(root: Path) -> Iterator[ImageList]:
-    for split in find_splits(DataFiles(root, root)).values():
+def _lists(place: DataFiles) -> Iterator[ImageList]:
+    root = place.annotations
+    for split in find_splits(place).values():
         name = split.file.stem
         if split.file.name == _ROBOFLOW and split.file.parent != root:
             name = split.name
@@ -446,14 +447,17 @@ def _lists(root: Path) -> Iterator[ImageList]:
             content = COCOFile(split.file)
             add_images(images, content, split)
             images.classes = content.classes if content.has_annotations else ()
+            owners: set[int] = set()
             for entry in content.annotations:
                 with images.noting_errors():
-                    place, box, label, crowd = content.parse(entry)
-                    images.counts[label] += not crowd and has_area(box, content.sizes[place])
-                    remark = box_remark(box, content.sizes[place])
+                    owner, box, label, crowd = content.parse(entry)
+                    owners.add(owner)
+                    images.counts[label] += not crowd and has_area(box, content.sizes[owner])
+                    remark = box_remark(box, content.sizes[owner])
                     if remark:
                         text = f"annotation {entry.get('id')}: box {entry.get('bbox')} {remark}"
                         images.fault(text, is_remark=True)
+            images.empty = (images.entries - len(owners)) * content.has_annotations
         yield images
 
 

@@ -146,8 +146,8 @@ def _content(path: Path) -> bytes | mmap.mmap:
         return b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
-def _lists(root: Path) -> Iterator[ImageList]:
-    for split in coco.find_splits(DataFiles(root, root)).values():
+def _lists(place: DataFiles) -> Iterator[ImageList]:
+    for split in coco.find_splits(place).values():
         path = split.file
         images = ImageList(f"{path.stem} (masks)", path)
         with images.noting_errors():

@@ -24,7 +24,7 @@ from deformnet.data.files import (
 from deformnet.data.flat import StringList
 from deformnet.data.items import ImageItem
 from deformnet.data.layouts import ImageList, Layout
-from deformnet.data.location import Location, locate
+from deformnet.data.location import DataFiles, Location, locate
 from deformnet.data.splits import USUAL_SPLITS, resolve, split_parts
 
 _LISTED = 5  # names in a message; ImageNet has a thousand classes
@@ -213,7 +213,8 @@ def _find_images(folder: Path, reference: Path) -> tuple[ImageList, list[tuple[s
     return images, [(path, labels.get(names[number], -1)) for path, number in found]
 
 
-def _lists(root: Path) -> Iterator[ImageList]:
+def _lists(place: DataFiles) -> Iterator[ImageList]:
+    root = place.images
     splits = image_folder_splits(root)
     folders = dict.fromkeys(_split_folder(root, splits, name) for name in ("train", "val"))
     existing = [folder for folder in folders if folder.is_dir()]

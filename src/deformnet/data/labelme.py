@@ -437,8 +437,7 @@ class _ImageFolder:
         return self.path / name if name in self._names else None
 
 
-def _lists(root: Path) -> Iterator[ImageList]:
-    place = DataFiles(root, root)
+def _lists(place: DataFiles) -> Iterator[ImageList]:
     for name, folder in _splits(place).items():
         failed = ImageList(name, folder)
         with failed.noting_errors():
@@ -525,7 +524,7 @@ LABELME_MASKS = Layout[SegmentationDataset](
     files="<image>.json with shapes",
     recognizes=LABELME_BOXES.recognizes,
     splits=labelme_splits,
-    lists=lambda root: iter(()),  # those of the boxes, which read all shapes
+    lists=lambda place: iter(()),  # those of the boxes, which read all shapes
     open=LabelmeSegmentation,
     recognizes_files=LABELME_BOXES.recognizes_files,
 )

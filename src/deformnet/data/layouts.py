@@ -38,6 +38,7 @@ class ImageList:
         classes: class names; empty if there are no annotations.
         unit: what the check counts of each class.
         counts: number of these in annotations that the items do not read.
+        empty: number of images without any of them, likewise.
         pair_item: what is checked of an image with its annotation.
         pairs: images with their annotations.
         singles: images without annotations.
@@ -54,6 +55,7 @@ class ImageList:
     classes: tuple[str, ...] = ()
     unit: Literal["objects", "pixels", "images"] = "objects"
     counts: Counter[int] = field(default_factory=Counter)
+    empty: int = 0
     pair_item: Callable[[str, str], Item] | None = None
     pairs: list[tuple[Path, Path]] = field(default_factory=list)
     singles: list[ImageItem] = field(default_factory=list)
@@ -150,7 +152,7 @@ class Layout(Generic[_Dataset]):
         files: files or folders by which the layout is recognized, in messages.
         recognizes: whether a folder has this layout.
         splits: names of the splits in such a folder.
-        lists: all lists of images in such a folder, with their problems.
+        lists: all lists of images, with their problems.
         open: reader.
         folders: folders that belong to the data set as a whole; there may be others beside them.
         recognizes_files: whether images and annotations that lie apart have this layout.
@@ -160,7 +162,7 @@ class Layout(Generic[_Dataset]):
     files: str
     recognizes: Callable[[Path], bool]
     splits: Callable[[Path], list[str]]
-    lists: Callable[[Path], Iterable[ImageList]]
+    lists: Callable[[DataFiles], Iterable[ImageList]]
     open: Reader[_Dataset]
     folders: Callable[[Path], set[Path]] = lambda root: {root}
     recognizes_files: Callable[[DataFiles], bool] = lambda files: False

@@ -18,7 +18,7 @@ from deformnet.data.files import (
 )
 from deformnet.data.items import LabelsItem
 from deformnet.data.layouts import ImageList, Layout, Missing
-from deformnet.data.location import Location, locate
+from deformnet.data.location import DataFiles, Location, locate
 from deformnet.data.mask_reader import MaskReader, choose_reader, note_void
 from deformnet.data.palette import find_class_file
 from deformnet.data.splits import USUAL_SPLITS, Part, require_union, resolve, split_parts
@@ -88,11 +88,7 @@ class FolderSegmentation(SegmentationDataset):
         """
         place = locate(root)
         root = place.annotations
-        found = (
-            {"train": MaskFolders(place.images, root)} if place.are_apart else find_folders(root)
-        )
-        # Beside masks that lie apart there may be the file of classes.
-        reader = _reader(root.parent if place.are_apart else root, found)
+        found, reader = _find(place)
         samples: list[LabeledImage] = []
         parts: list[Part] = []
         for name in split_parts(split):
@@ -114,6 +110,16 @@ class FolderSegmentation(SegmentationDataset):
             reader=reader,
             orientation=orientation,
         )
+
+
+def _find(place: DataFiles) -> tuple[dict[str, MaskFolders], MaskReader]:
+    """Folders of each split, and the reader of all their masks."""
+    root = place.annotations
+    if place.are_apart:  # the file of classes may be beside the masks
+        folders = {"train": MaskFolders(place.images, root)}
+        return folders, _reader(root.parent, folders)
+    folders = find_folders(root)
+    return folders, _reader(root, folders)
 
 
 def find_folders(root: Path) -> dict[str, MaskFolders]:
@@ -312,9 +318,8 @@ def _note_equal_names(result: ImageList, images: Sequence[str]) -> None:
             result.fault(f"expected images of different names, but got {other}", file=file)
 
 
-def _lists(root: Path) -> Iterator[ImageList]:
-    splits = find_folders(root)
-    reader = _reader(root, splits)
+def _lists(place: DataFiles) -> Iterator[ImageList]:
+    splits, reader = _find(place)
     for name, folders in splits.items():
         images = _list(name, folders, reader)
         note_void(images, reader)

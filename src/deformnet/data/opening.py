@@ -153,7 +153,7 @@ def segmentation_splits(root: Location) -> list[str]:
     return _splits(_MASKS, root)
 
 
-def classification_splits(root: str | Path) -> list[str]:
+def classification_splits(root: Location) -> list[str]:
     """Splits that `open_classification` takes, as `detection_splits`."""
     return _splits(_CLASSES, root)
 

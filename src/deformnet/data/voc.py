@@ -13,7 +13,7 @@ from deformnet.data.boxes import DetectionDataset, ImageFile, ObjectList
 from deformnet.data.files import Folder, Orientation, Size, inside, listing, read_size
 from deformnet.data.items import BoxesItem, LabelsItem
 from deformnet.data.layouts import ImageList, Layout, Missing, find_file, find_image_file
-from deformnet.data.location import Location, locate
+from deformnet.data.location import DataFiles, Location, locate
 from deformnet.data.mask_reader import MaskReader, choose_reader, note_void
 from deformnet.data.palette import find_class_file
 from deformnet.data.splits import Part, require_union
@@ -208,9 +208,9 @@ class _Lists(NamedTuple, Generic[_C]):
         )
         return parts
 
-    def in_folder(self, root: Path) -> Iterator[ImageList]:
+    def in_folder(self, place: DataFiles) -> Iterator[ImageList]:
         """All lists, with their problems."""
-        for year in voc_files.voc_years(root):
+        for year in voc_files.voc_years(place.annotations):
             try:
                 names = self.names(year)
             except ValueError:  # a bad classes.txt, reported for every list

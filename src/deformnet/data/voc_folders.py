@@ -268,8 +268,7 @@ class _ImageFinder:
         return files[0] if len(files) == 1 else None
 
 
-def _lists(root: Path) -> Iterator[ImageList]:
-    place = DataFiles(root, root)
+def _lists(place: DataFiles) -> Iterator[ImageList]:
     splits = find_folders(place)
     for name, folders in splits.items():
         failed = ImageList(name, folders.annotations)

@@ -278,12 +278,11 @@ class _Labels:
         return places
 
 
-def _lists(root: Path) -> Iterator[ImageList]:
-    place = DataFiles(root, root)
-    for name, sources in find_splits(root).items():
+def _lists(place: DataFiles) -> Iterator[ImageList]:
+    for name, sources in _splits(place).items():
         failed = ImageList(name, sources[0])
         with failed.noting_errors():
-            yield _fill(place, name, sources, read_classes(root))
+            yield _fill(place, name, sources, _classes(place))
         if failed.faults:
             yield failed
 
@@ -324,7 +323,7 @@ YOLO_MASKS = Layout[SegmentationDataset](
     files=FILES,
     recognizes=lambda root: _has_polygons(DataFiles(root, root)),
     splits=yolo_splits,
-    lists=lambda root: iter(()),  # those of the boxes, which read polygons too
+    lists=lambda place: iter(()),  # those of the boxes, which read polygons too
     open=YOLOSegmentation,
     recognizes_files=_has_polygons,
 )
