@@ -21,7 +21,14 @@ from typing import Any, Literal, get_args
 from deformnet._files import write_json
 from deformnet.engine import evaluate, train
 from deformnet.paper.rows import find_rows
-from deformnet.recipes import BackboneName, DeepLabRecipe, DeformLayers, Recipe, RFCNRecipe
+from deformnet.recipes import (
+    BACKBONES,
+    BackboneName,
+    DeepLabRecipe,
+    DeformLayers,
+    Recipe,
+    RFCNRecipe,
+)
 
 Precision = Literal["32-true", "bf16-mixed"]
 LAYERS: tuple[DeformLayers, ...] = get_args(DeformLayers)
@@ -120,7 +127,7 @@ def main() -> None:
     parser.add_argument("study", choices=("camvid", "nuclei"))
     parser.add_argument("data", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--backbone", choices=get_args(BackboneName), default="resnet50")
+    parser.add_argument("--backbone", choices=BACKBONES, default="resnet50")
     parser.add_argument("--iterations", type=int, default=3000)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument(

@@ -40,7 +40,9 @@ def write_list(path: Path, names: Iterable[str]) -> None:
 
 
 @contextmanager
-def one_line(error: type[Exception], *parts: object) -> Iterator[None]:
+def one_line(
+    error: type[Exception] | tuple[type[Exception], ...], *parts: object
+) -> Iterator[None]:
     """The block raises `error` with a message of one line that contains all `parts`."""
     with pytest.raises(error) as caught:
         yield

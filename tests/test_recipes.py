@@ -75,8 +75,8 @@ def test_invalid_detector_settings_raise(fields, message):
         ('{"network": "yolo"}', "expected network to be one of deeplab, rpn, "),
         (
             '{"backbone": "resnet19"}',
-            "expected backbone to be one of 'resnet18', 'resnet34', 'resnet50', 'resnet101', "
-            "'aligned-inception-resnet', but got 'resnet19'",
+            "expected backbone to be one of resnet18, resnet34, resnet50, resnet101, "
+            "aligned-inception-resnet or timm/NAME, but got resnet19",
         ),
         ('{"batch": "18"}', "expected batch to be int, but got '18'"),
         (

@@ -27,7 +27,9 @@ if TYPE_CHECKING:  # the command line reads recipes before anything heavy is nee
     from deformnet.models.detection.rpn import RPN, RPNDetector
     from deformnet.models.network import Network
 
-BackboneName = Literal["resnet18", "resnet34", "resnet50", "resnet101", "aligned-inception-resnet"]
+BackboneName = str
+"""One of `BACKBONES`, or timm/NAME."""
+BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "aligned-inception-resnet")
 DeformLayers = Literal[0, 1, 2, 3, 6]
 """Numbers of deformable convolutions in Table 1."""
 Sampling = Literal["bins", "msra", "aligned"]
@@ -60,9 +62,11 @@ class Recipe(ABC):
     """Names of the fields that are image sizes."""
 
     backbone: BackboneName = "resnet50"
-    """Backbone network."""
-    deform_layers: DeformLayers = 3
-    """Number of deformable 3x3 convolutions, counted from the last; 0 is the baseline."""
+    """Backbone network: resnet18, resnet34, resnet50, resnet101, aligned-inception-resnet, or
+    timm/NAME for a convolutional network of timm."""
+    deform_layers: int = 3
+    """Number of deformable 3x3 convolutions, counted from the last; 0 is the baseline. Of timm's
+    networks, convolutions of any size larger than 1x1 count."""
     offset_groups: int = 1
     """Number of offset groups: groups of channels with their own offsets."""
     modulated: bool = False
@@ -73,8 +77,8 @@ class Recipe(ABC):
     """For ResNet-50 and 101: put the stride in the 1x1 convolutions, as the weights of the authors
     and of older detectron2 models expect, not in the 3x3 convolutions, as torchvision does."""
     init: str | None = None
-    """Initial weights of the backbone: a run folder, a file, or a torchvision name such as
-    IMAGENET1K_V1; None initializes randomly."""
+    """Initial weights of the backbone: a run folder, a file, an installed package that holds one, a
+    torchvision name such as IMAGENET1K_V1, or timm (its hub); None initializes randomly."""
 
     flip: bool = True
     """Flip images horizontally with probability 0.5."""
@@ -119,7 +123,19 @@ class Recipe(ABC):
                     f"expected {field.name} to be {_describe(hints[field.name])}, but got {value!r}"
                 )
         self._require_positive("offset_groups", "batch", "iterations", "lr", "clip", *self.pixels)
-        for name in ("offset_lr_scale", "momentum", "weight_decay", "warmup", "seed"):
+        if self.backbone not in BACKBONES and not self.backbone.startswith("timm/"):
+            raise UserError(
+                f"expected backbone to be one of {', '.join(BACKBONES)} or timm/NAME, "
+                f"but got {self.backbone}"
+            )
+        for name in (
+            "deform_layers",
+            "offset_lr_scale",
+            "momentum",
+            "weight_decay",
+            "warmup",
+            "seed",
+        ):
             if not 0 <= getattr(self, name) < math.inf:  # NaN is neither
                 raise UserError(
                     f"expected {name} to be 0 or positive, but got {getattr(self, name)}"
@@ -242,7 +258,7 @@ class ClassifierRecipe(Recipe):
     network: ClassVar[str] = "classifier"
     pixels: ClassVar[tuple[str, ...]] = ("resize", "crop", "test_short_side")
 
-    deform_layers: DeformLayers = 0
+    deform_layers: int = 0
     """Number of deformable 3x3 convolutions, counted from the last; 0 is the baseline."""
     resize: tuple[int, int] = (256, 480)
     """Minimum and maximum shorter side of training images after random resizing, in pixels."""
@@ -416,7 +432,7 @@ class RPNRecipe(DetectorRecipe):
     network: ClassVar[str] = "rpn"
     class_agnostic: ClassVar[bool] = True
 
-    deform_layers: DeformLayers = 0
+    deform_layers: int = 0
     """Leave at 0: the network does not run conv5, which has the deformable layers."""
 
     def build_model(self, num_classes: int) -> "RPNDetector":
@@ -571,6 +587,13 @@ def recipe_from_dict(values: Mapping[str, Any], *, source: str | Path) -> Recipe
         return recipe(**fields)
     except (TypeError, ValueError) as error:
         raise UserError(f"{source}: {error}") from error
+
+
+def published_weights(backbone: BackboneName) -> str | None:
+    """The name of a backbone's published ImageNet weights, for `init`; None if there are none."""
+    if backbone.startswith("timm/"):
+        return "timm"
+    return "IMAGENET1K_V1" if backbone.startswith("resnet") else None
 
 
 def finetune(

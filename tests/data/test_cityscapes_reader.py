@@ -6,6 +6,7 @@ from torchvision import tv_tensors
 from torchvision.datasets import Cityscapes
 
 from deformnet.data import CityscapesSegmentation
+from deformnet.data.check import check_data
 from small_sets import one_line, save_image, save_labels
 
 TRAIN_IDS = {7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 19: 6, 20: 7, 21: 8, 22: 9}
@@ -75,7 +76,7 @@ def test_labels_of_another_size(cityscapes):
 
 
 def test_color_labels(cityscapes):
-    Image.new("RGB", (16, 12)).save(labels_of(cityscapes))
+    Image.new("RGB", (16, 12), "red").save(labels_of(cityscapes))
     with one_line(ValueError, labels_of(cityscapes), "class ids", "RGB"):
         CityscapesSegmentation(cityscapes, "val")[0]
 
@@ -93,3 +94,51 @@ def test_agrees_with_torchvision_on_real_images(real_data):
         np.testing.assert_array_equal(image.permute(1, 2, 0).numpy(), np.asarray(expected_image))
         lookup = np.array([TRAIN_IDS.get(label, 255) for label in range(256)])
         np.testing.assert_array_equal(mask.numpy(), lookup[np.asarray(expected_labels)])
+
+
+# Ids of one's own.
+
+
+def own_ids(root):
+    """Ids 0 and 1, which are void in Cityscapes."""
+    for path in sorted((root / "gtFine").glob("*/*/*.png")):
+        save_labels(path, np.eye(12, 16), mode="L")
+
+
+def test_own_ids_are_void(cityscapes, tmp_path):
+    own_ids(cityscapes)
+    images = CityscapesSegmentation(cityscapes, "train")
+    assert images[0][1].unique().tolist() == [255]
+    advice = ("all pixels", "void", "0 to 6 are void in Cityscapes", cityscapes / "classes.txt")
+    with one_line(ValueError, cityscapes, "split train", *advice):
+        images.require_labels()
+    report = check_data(cityscapes, workers=0, progress=False, record=tmp_path / "record")
+    assert any("leftImg8bit/train: all pixels" in line for line in report.problems)
+
+
+def test_own_ids_with_names(cityscapes):
+    own_ids(cityscapes)
+    (cityscapes / "classes.txt").write_text("grass\nweed\n")
+    images = CityscapesSegmentation(cityscapes, "train")
+    images.require_labels()
+    assert images.classes == ("grass", "weed")
+    assert images[0][1].unique().tolist() == [0, 1]
+
+
+def test_other_suffixes_and_names_of_splits(cityscapes):
+    image = next((cityscapes / "leftImg8bit/val").glob("*/*.png"))
+    image.unlink()
+    save_image(image.with_suffix(".JPG"))
+    for part in ("leftImg8bit", "gtFine"):
+        (cityscapes / part / "val").rename(cityscapes / part / "valid")
+    assert CityscapesSegmentation(cityscapes, "val").name(0) == "bonn_000000_000000"
+
+
+def test_orientation_by_the_labels(cityscapes):
+    path = next((cityscapes / "leftImg8bit/val").glob("*/*.png"))
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    Image.new("RGB", (16, 12)).save(path, exif=exif)
+    assert CityscapesSegmentation(cityscapes, "val")[0][0].shape == (3, 12, 16)
+    save_labels(labels_of(cityscapes), np.full((16, 12), 7))
+    assert CityscapesSegmentation(cityscapes, "val")[0][0].shape == (3, 16, 12)

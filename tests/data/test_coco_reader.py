@@ -109,8 +109,7 @@ def test_set_without_annotations(tmp_path, content):
         [3, 3, 4, -2],
         [16, 0, 5, 5],
         [-5, -5, 5, 5],
-        [float("nan"), 1, 5, 5],
-        [1, 1, float("inf"), 5],
+        [1e300, 1, 1e308, 1e308],
     ],
 )
 def test_boxes_without_area_are_dropped(tmp_path, content, box, caplog):
@@ -123,6 +122,14 @@ def test_boxes_without_area_are_dropped(tmp_path, content, box, caplog):
     (record,) = caplog.records
     assert "1 of 4 boxes" in record.getMessage()
     assert record.getMessage().endswith("0007")
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
+def test_numbers_that_json_does_not_have(tmp_path, content, number):
+    content["annotations"][0]["bbox"] = [number, 1, 5, 5]
+    path = write_coco(tmp_path, content)
+    with one_line(ValueError, path, "expected numbers as JSON has them"):
+        COCODetection(tmp_path, "train")
 
 
 def test_boxes_are_clipped(tmp_path, content):
@@ -214,7 +221,7 @@ def test_invalid_lists(coco, file, content, change, message):
 def test_images_in_no_folder(coco):
     for path in (coco / "train").iterdir():
         path.unlink()
-    with one_line(FileNotFoundError, "instances_train.json", "needs 0007.jpg", coco / "images"):
+    with one_line(FileNotFoundError, "instances_train.json", "needs 0007.jpg", coco / "train"):
         COCODetection(coco, "train")
 
 
@@ -239,7 +246,7 @@ def test_missing_images(coco, names, parts):
         ("bbox", [1, 2, 3], ["bbox", "[1, 2, 3]"]),
         ("bbox", None, ["bbox", "None"]),
         ("bbox", [1, 2, "3", 4], ["bbox", "'3'"]),
-        ("bbox", [1, 2, 10**400, 4], ["bbox"]),
+        ("bbox", [1, 2, 10**300, 4], ["bbox"]),
         ("iscrowd", 2, ["iscrowd", "0 or 1, but got 2"]),
     ],
 )

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from deformnet.data.check import OFFICIAL_SETS, check_data, where_text
+from deformnet.data.files import IMAGE_SUFFIXES
 from deformnet.data.items import has_area
 from detection_sets import coco as coco_annotations
 from detection_sets import coco_object, voc_object, voc_xml, write_coco, write_voc_images
@@ -185,7 +186,8 @@ def test_augmented_masks(voc):
     assert line.endswith("the first is c.png")
     save_labels(year / "SegmentationClassAug/c.png", 2)
     (line,) = check(voc).summary
-    assert "SegmentationClassAug/c.png: labels without a class: 2" in line
+    assert "SegmentationClassAug/c.png: expected labels of the 2 classes" in line
+    assert "but got label 2" in line
 
 
 def test_cityscapes_without_labels_or_images(cityscapes):
@@ -310,13 +312,13 @@ def test_wrong_masks(voc, cityscapes):
     save_labels(masks / "a.png", 9)
     save_labels(masks / "b.png", np.ones((13, 16)))
     lines = check(voc).problems
-    assert [line.split("SegmentationClass/")[1] for line in lines] == [
-        "a.png: labels without a class: 9",
-        "b.png: expected the size of its image, 16x12, but got 16x13",
-    ]
+    assert "SegmentationClass/a.png: expected labels of the 2 classes" in lines[0]
+    assert "but got label 9" in lines[0]
+    text = "SegmentationClass/b.png: expected the size of its image b.jpg, 16x12, but got 16x13"
+    assert lines[1].endswith(text)
     save_labels(next((cityscapes / "gtFine").glob("*/*/*000001*")), 40, mode="L")
     (line,) = check(cityscapes).problems
-    assert line.endswith("labels without a class: 40")
+    assert "expected the ids of Cityscapes, 0 to 33, but got label 40" in line
 
 
 def test_wrong_coco(coco):
@@ -359,7 +361,7 @@ def test_wrong_image_folders(folders):
     lines = check(folders).problems
     assert lines == (
         f"val/cow: expected the classes of {folders}/train, which has no class cow",
-        "train/ant: expected images (.jpg, .jpeg, .png, .bmp, .webp, .tif, .tiff), but found none",
+        f"train/ant: expected images ({', '.join(IMAGE_SUFFIXES)}), but found none",
     )
     shutil.rmtree(folders / "val")
     save_image(folders / "val/1.JPEG")
@@ -538,12 +540,12 @@ def test_stopped_check_resumes(tmp_path, end):
         "import os, signal, sys; from pathlib import Path; from deformnet.data.check import check\n"
         # A shell starts programs in the background with this signal ignored.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "add, end = check._Record.add, int(sys.argv[3])\n"
-        "def stopping(self, line):\n"
-        "    add(self, line)\n"
+        "add, end = check.Record.add, int(sys.argv[3])\n"
+        "def stopping(self, key, result):\n"
+        "    add(self, key, result)\n"
         "    if len(Path(sys.argv[2]).read_text().splitlines()) == 20:\n"
         "        os.kill(os.getpid(), end)\n"
-        "check._Record.add = stopping\n"
+        "check.Record.add = stopping\n"
         "check.check_data(Path(sys.argv[1]), workers=2, record=Path(sys.argv[2]))"
     )
     # Importing torch takes minutes on a crowded machine. No pipe: workers that outlive a killed

@@ -15,6 +15,7 @@ from deformnet.data import (
     classification_training_transforms,
     image_folder_splits,
 )
+from deformnet.data.check import check_data
 from deformnet.data.transforms import IMAGENET_MEAN, IMAGENET_STD, PCAColorJitter
 from pictures import noise, save, turned
 from small_sets import one_line, save_image
@@ -98,6 +99,69 @@ def test_photographs_are_turned_upright(root):
     assert ImageFolderClassification(root, "val")[0][0].shape == (3, 16, 12)
 
 
+def test_stored_pixels_on_request(root):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (16, 12)).save(root / "val/bee/1.jpg", exif=exif)
+    images = ImageFolderClassification(root, "val", orientation="stored")
+    assert images[0][0].shape == (3, 12, 16)
+
+
+@pytest.mark.parametrize("suffix", ["gif", "PPM", "WebP", "TIF"])
+def test_every_suffix_of_an_image(root, suffix):
+    save_image(root / f"val/bee/an image.v2.{suffix}")
+    assert len(ImageFolderClassification(root, "val")) == 3
+
+
+@pytest.mark.parametrize("name", ["valid", "Validation", "dev", "test"])
+def test_usual_names_of_splits(root, name):
+    (root / "val").rename(root / name)
+    images = ImageFolderClassification(root, "val")
+    assert images.name(0) == f"{name}/bee/1.jpg"
+    assert images.classes == ("ant", "bee", "cat")
+
+
+def test_val_is_test_only_if_nothing_else_is(root):
+    save_image(root / "test/bee/9.jpg")
+    assert ImageFolderClassification(root, "val").name(0) == "val/bee/1.jpg"
+    (root / "val").rename(root / "dev")
+    assert ImageFolderClassification(root, "val").name(0) == "dev/bee/1.jpg"
+
+
+# Without splits: DIR/CLASS/IMAGE.
+
+
+@pytest.mark.parametrize("names", ["ant bee", "bus train tram", "test ant bee"])
+def test_classes_without_splits(tmp_path, names):
+    for name in names.split():
+        save_image(tmp_path / name / "1.jpg")
+        save_image(tmp_path / name / "2.JPG")
+    assert image_folder_splits(tmp_path) == ["train"]
+    images = ImageFolderClassification(tmp_path, "train")
+    assert images.classes == tuple(sorted(names.split()))
+    assert len(images) == 2 * len(images.classes)
+    assert images.name(0) == f"{images.classes[0]}/1.jpg"
+    with one_line(FileNotFoundError, tmp_path / "val", "without splits", "'train'"):
+        ImageFolderClassification(tmp_path, "val")
+    report = check_data(tmp_path, workers=0, progress=False, record=tmp_path / "record")
+    assert report.ok
+    assert report.checked == len(images)
+
+
+@pytest.mark.parametrize("names", ["train val", "train2017 val2017", "images masks", "ant"])
+def test_folders_of_images_that_are_no_classes(tmp_path, names):
+    for name in names.split():
+        save_image(tmp_path / name / "1.jpg")
+    with one_line((ValueError, FileNotFoundError), "DIR/SPLIT/CLASS/IMAGE"):
+        ImageFolderClassification(tmp_path, "train")
+
+
+def test_links_in_circles(root):
+    (root / "train/ant/again").symlink_to(root / "train/ant")
+    with one_line(ValueError, root / "train/ant/again", "link"):
+        ImageFolderClassification(root, "train")
+
+
 # Bad input.
 
 
@@ -118,7 +182,7 @@ def test_only_a_few_of_many_names_are_listed(tmp_path):
 
 
 def test_class_without_images(root):
-    (root / "train/bee/x.JPEG").rename(root / "train/bee/x.gif")
+    (root / "train/bee/x.JPEG").rename(root / "train/bee/x.heic")
     with one_line(ValueError, root / "train/bee", "expected images", "found none"):
         ImageFolderClassification(root, "train")
 

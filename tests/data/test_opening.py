@@ -1,8 +1,6 @@
 """Recognition of the layout of a data set; folders and splits that do not exist."""
 
 import pytest
-from detection_sets import coco_content, write_coco, write_voc
-from small_sets import one_line
 
 from deformnet.data import (
     CityscapesSegmentation,
@@ -13,6 +11,8 @@ from deformnet.data import (
     open_detection,
     open_segmentation,
 )
+from detection_sets import coco_content, write_coco, write_voc
+from small_sets import one_line
 
 READERS = {
     "voc": (VOCSegmentation, open_segmentation),
@@ -64,16 +64,16 @@ def test_year_as_root(voc_boxes):
 
 def test_unknown_layout(tmp_path):
     (tmp_path / "photos").mkdir()
-    parts = (tmp_path, "VOCdevkit", "holds photos")
+    parts = (tmp_path, "found no images", "VOCdevkit", "holds photos")
     with one_line(FileNotFoundError, *parts, "leftImg8bit"):
         open_segmentation(tmp_path, "train")
-    with one_line(FileNotFoundError, *parts, "annotations/instances_*.json"):
+    with one_line(FileNotFoundError, *parts, "annotations/instances_<split>.json"):
         open_detection(tmp_path, "train")
-    with one_line(FileNotFoundError, *parts, "annotations/instances_*.json"):
+    with one_line(FileNotFoundError, *parts, "annotations/instances_<split>.json"):
         detection_splits(tmp_path)
 
 
 def test_segmentation_data_set_without_boxes(voc):
     assert detection_splits(voc) == []
-    with one_line(FileNotFoundError, "ImageSets/Main/train.txt", "none"):
+    with one_line(FileNotFoundError, "found masks, no boxes: train deeplab"):
         open_detection(voc, "train")

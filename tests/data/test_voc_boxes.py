@@ -1,6 +1,7 @@
 """Boxes in the VOC layout: content, and messages about bad input."""
 
 import logging
+import os
 from xml.etree import ElementTree
 
 import numpy as np
@@ -9,11 +10,18 @@ import torch
 from PIL import Image
 from torchvision import tv_tensors
 
-from deformnet.data import BoxAnnotations, Shapes, VOCDetection, detection_splits, write_shapes
+from deformnet.data import (
+    BoxAnnotations,
+    Shapes,
+    VOCDetection,
+    detection_splits,
+    open_detection,
+    write_shapes,
+)
 from deformnet.data.synthetic import scene
 from deformnet.data.voc_files import VOC_CLASSES
 from detection_sets import voc_object, voc_xml, write_voc
-from small_sets import one_line
+from small_sets import one_line, save_image
 
 YEAR = "VOCdevkit/VOC2012"
 YEAR_2007 = "VOCdevkit/VOC2007"
@@ -104,6 +112,19 @@ def test_default_classes_are_those_of_voc(boxes):
     assert images.annotations(0).labels.tolist() == [19]
 
 
+def test_classes_of_all_splits_and_years_where_one_is_not_of_voc(boxes):
+    (boxes / "classes.txt").unlink()
+    annotate(boxes, "a", voc_object((1, 1, 4, 4), "raccoon"))
+    annotate(boxes, "c", voc_object((1, 1, 4, 4), "person"))
+    (boxes / YEAR_2007 / "ImageSets/Main").mkdir(parents=True)
+    (boxes / YEAR_2007 / "Annotations").mkdir()
+    (boxes / YEAR_2007 / "Annotations/old.xml").write_text(voc_xml(voc_object((1, 1, 4, 4), "fox")))
+    for root in (boxes, boxes / "VOCdevkit", boxes / YEAR):
+        for split in ("train", "val"):
+            assert VOCDetection(root, split).classes == ("fox", "person", "raccoon")
+    assert VOCDetection(boxes, "train").annotations(0).labels.tolist() == [2]
+
+
 def test_background_is_not_an_object(boxes):
     (boxes / "classes.txt").write_text("background\none\ntwo\n")
     images = VOCDetection(boxes, "train")
@@ -119,9 +140,11 @@ def test_list_of_one_class(boxes):
 def test_splits_exclude_lists_of_one_class(boxes):
     lists = boxes / YEAR / "ImageSets/Main"
     (boxes / "classes.txt").write_text("one\ntwo\ntrain\n")
-    for name in ("one_train", "two_val", "train_train", "train_small"):
+    for name in ("one_train", "two_val", "train_train"):
+        (lists / f"{name}.txt").write_text("a  1\nb -1\n")
+    for name in ("train_small", "small_train"):
         (lists / f"{name}.txt").write_text("a\n")
-    assert detection_splits(boxes) == ["train", "train_small", "val"]
+    assert detection_splits(boxes) == ["small_train", "train", "train_small", "val"]
 
 
 def test_size_missing_from_the_annotation(boxes):
@@ -184,6 +207,129 @@ def test_no_warning_if_no_box_is_dropped(boxes, caplog):
     assert not caplog.records
 
 
+@pytest.mark.parametrize(
+    ("box", "text"),
+    [
+        ((0.2, 0.1, 0.7, 0.9), "all 1 boxes lie within 0 to 1"),
+        ((5, 5, 100, 9), "1 of 1 boxes reach far outside their image"),
+        ((-30, 5, 9, 9), "far outside their image and are clipped, the first one in a"),
+    ],
+)
+def test_boxes_that_are_not_in_pixels_of_their_image(boxes, caplog, box, text):
+    annotate(boxes, "a", voc_object(box))
+    VOCDetection(boxes, "train")
+    (record,) = caplog.records
+    assert text in record.getMessage()
+
+
+def test_counts(boxes):
+    assert VOCDetection(boxes, "train").counts().tolist() == [1, 1]
+    assert VOCDetection(boxes, "val").counts().tolist() == [0, 0]  # a difficult one
+
+
+@pytest.mark.parametrize("number", ["9" * 400, "-1e300", "1" + "0" * 40])
+def test_large_numbers(boxes, number):
+    annotate(boxes, "a", voc_object((1, 1, 5, number)))
+    with one_line(ValueError, "a.xml", "below 1e38", number[:20]):
+        VOCDetection(boxes, "train")
+    annotate(boxes, "a", voc_object((1, 1, 5, 5)), width="9" * 400)
+    assert VOCDetection(boxes, "train").size(0) == (12, 16)
+
+
+# Names of images.
+
+
+@pytest.mark.parametrize("suffix", [".JPG", ".Png", ".jpeg", ".webp", ".tif", ".BMP"])
+def test_every_suffix_in_any_case(boxes, suffix):
+    path = boxes / YEAR / "JPEGImages/b.jpg"
+    path.rename(path.with_suffix(suffix))
+    images = VOCDetection(boxes, "train")
+    assert images.image_path(1) == path.with_suffix(suffix)
+    assert images[1][0].shape == (3, 12, 16)
+
+
+@pytest.mark.parametrize("name", ["cat 1", "a.b", "x/cat 1", "b c.d e"])
+def test_whole_lines_are_names_first(boxes, name):
+    """`cat 1` may be the image `cat 1`, or `cat` of a list of one class."""
+    folder = boxes / YEAR
+    for one in ("cat", name):
+        save_image(folder / f"JPEGImages/{one}.jpg")
+        xml = folder / f"Annotations/{one}.xml"
+        xml.parent.mkdir(exist_ok=True)
+        xml.write_text(voc_xml(voc_object((1, 1, 4, 4), "one" if one == "cat" else "two")))
+    for line in (name, f"{name}.jpg"):
+        (folder / "ImageSets/Main/train.txt").write_text(f"{line}\n")
+        images = VOCDetection(boxes, "train")
+        assert images.image_path(0) == folder / f"JPEGImages/{name}.jpg"
+        assert images.name(0) == name.replace("/", "__")
+        assert images.annotations(0).labels.tolist() == [1]
+    (folder / "ImageSets/Main/one_train.txt").write_text("cat  1\n")
+    assert VOCDetection(boxes, "one_train").annotations(0).labels.tolist() == [0]
+
+
+@pytest.mark.parametrize("line", ["../../secret", "/etc/passwd", "C:\\secret", "a/../../b 1"])
+def test_lines_that_leave_the_data_set(boxes, line):
+    (boxes / YEAR / "ImageSets/Main/train.txt").write_text(f"{line}\n")
+    with one_line(ValueError, "train.txt", "inside the data folder"):
+        VOCDetection(boxes, "train")
+
+
+# Entities.
+
+
+BOMB = """<!DOCTYPE bomb [<!ENTITY a "lol"><!ENTITY b "&a;&a;&a;&a;&a;&a;&a;&a;&a;&a;">]>
+<annotation><folder>&b;</folder></annotation>"""
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        BOMB.encode(),
+        BOMB.encode("utf-16"),
+        b'<!DOCTYPE a [<!ENTITY x SYSTEM "file:///etc/passwd">]><annotation>&x;</annotation>',
+        b"<!DOCTYPE annotation><annotation/>",
+    ],
+)
+def test_entities_are_refused(boxes, content):
+    path = boxes / YEAR / "Annotations/a.xml"
+    path.write_bytes(content)
+    with one_line(ValueError, path, "without DOCTYPE and entities"):
+        VOCDetection(boxes, "train")
+
+
+def test_utf_16_and_pipes(boxes):
+    path = boxes / YEAR / "Annotations/a.xml"
+    path.write_bytes(voc_xml(voc_object((1, 1, 4, 4))).encode("utf-16"))
+    assert VOCDetection(boxes, "train").annotations(0).labels.tolist() == [0]
+    path.unlink()
+    os.mkfifo(path)
+    with one_line(ValueError, path, "expected an XML file"):
+        VOCDetection(boxes, "train")
+
+
+# EXIF.
+
+
+@pytest.mark.parametrize(
+    ("annotated", "expected"), [((12, 16), (12, 16)), ((16, 12), (16, 12)), ((0, 0), (16, 12))]
+)
+def test_orientation_is_that_of_the_annotation(boxes, annotated, expected):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = boxes / YEAR / "JPEGImages/a.jpg"
+    Image.new("RGB", (16, 12), "red").save(path, exif=exif)
+    height, width = annotated
+    annotate(boxes, "a", voc_object((2, 2, 11, 11)), height=height, width=width)
+    image, annotations = open_detection(boxes, "train")[0]
+    assert image.shape[1:] == annotations.boxes.canvas_size == expected
+    other = "upright" if expected == (12, 16) else "stored"
+    if any(annotated):
+        with one_line(ValueError, path, "EXIF"):
+            open_detection(boxes, "train", orientation=other)[0]
+    else:
+        assert open_detection(boxes, "train", orientation=other)[0][0].shape[1:] == (12, 16)
+
+
 # Bad input. Everything but the pixels is checked at construction.
 
 
@@ -228,18 +374,10 @@ def test_truncated_xml_or_another_kind(boxes, content, message):
         VOCDetection(boxes, "train")
 
 
-@pytest.mark.parametrize(
-    ("default", "parts"),
-    [
-        (False, ["one, two", "add the class to that file"]),
-        (True, ["classes of PASCAL VOC (aeroplane", "tvmonitor)", "one per line"]),
-    ],
-)
-def test_unknown_class(boxes, default, parts):
-    if default:
-        (boxes / "classes.txt").unlink()
+def test_unknown_class(boxes):
     annotate(boxes, "a", voc_object((1, 1, 3, 3), "three"))
-    with one_line(ValueError, "a.xml", "'three'", *parts, boxes / "classes.txt"):
+    parts = ["'three'", "one, two", "add the class to that file", boxes / "classes.txt"]
+    with one_line(ValueError, "a.xml", *parts):
         VOCDetection(boxes, "train")
 
 
@@ -269,7 +407,7 @@ def test_no_class_but_the_background(boxes):
 def test_image_of_another_size(boxes):
     annotate(boxes, "a", height=16, width=12)
     images = VOCDetection(boxes, "train")
-    with one_line(ValueError, "a.jpg", "annotated size 12x16", "image of 16x12"):
+    with one_line(ValueError, "a.jpg", "annotated size 12x16", "got 16x12"):
         images[0]
 
 

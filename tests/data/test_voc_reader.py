@@ -116,6 +116,72 @@ def test_augmented_list_of_paths(voc_aug):
     assert [int(images[i][1].max()) for i in range(2)] == [2, 1]
 
 
+# Names in lists.
+
+
+def write_list(voc, text):
+    (voc / YEAR / "ImageSets/Segmentation/train.txt").write_text(text)
+
+
+def rename(voc, old, new, suffix=".jpg"):
+    for folder, old_suffix, new_suffix in (
+        ("JPEGImages", ".jpg", suffix),
+        ("SegmentationClass", ".png", ".png"),
+    ):
+        target = voc / YEAR / folder / f"{new}{new_suffix}"
+        target.parent.mkdir(exist_ok=True)
+        (voc / YEAR / folder / f"{old}{old_suffix}").rename(target)
+
+
+def test_whole_lines_are_names(voc):
+    """`cat 1` is an image of its own, not `cat` with a flag."""
+    rename(voc, "a", "cat")
+    rename(voc, "b", "cat 1")
+    write_list(voc, "cat 1\ncat\n")
+    images = VOCSegmentation(voc, "train")
+    assert [images.name(i) for i in range(2)] == ["cat 1", "cat"]
+    assert [int(images[i][1].max()) for i in range(2)] == [1, 0]
+    (voc / YEAR / "JPEGImages/cat 1.jpg").unlink()
+    with one_line(FileNotFoundError, "train.txt", "needs cat 1.jpg"):
+        VOCSegmentation(voc, "train")
+
+
+@pytest.mark.parametrize("suffix", [".JPG", ".jpeg", ".Png", ".bmp", ".tif", ".webp"])
+def test_suffixes_of_images(voc, suffix):
+    rename(voc, "a", "a.v1.0", ".jpg")
+    path = voc / YEAR / "JPEGImages/a.v1.0.jpg"
+    path.unlink()
+    save_image(path.with_suffix(suffix))
+    write_list(voc, "a.v1.0\n")
+    assert VOCSegmentation(voc, "train").name(0) == "a.v1.0"
+
+
+def test_names_in_subfolders(voc):
+    rename(voc, "a", "sub/a")
+    write_list(voc, "sub/a\nb.jpg\n")
+    images = VOCSegmentation(voc, "train")
+    assert [images.name(i) for i in range(2)] == ["sub__a", "b"]
+
+
+@pytest.mark.parametrize("line", ["../a", "/JPEGImages/../../x.jpg /SegmentationClass/a.png"])
+def test_lists_that_lead_out_of_the_folder(voc, line):
+    write_list(voc, f"{line}\n")
+    with one_line(ValueError, "train.txt", "inside the data folder"):
+        VOCSegmentation(voc, "train")
+
+
+def test_usual_orientation(voc):
+    """A mask drawn on the upright image decides so."""
+    path = voc / YEAR / "JPEGImages/c.jpg"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.open(path).copy().save(path, exif=exif)
+    save_labels(voc / YEAR / "SegmentationClass/c.png", np.full((16, 12), 2))
+    assert VOCSegmentation(voc, "val")[0][0].shape == (3, 16, 12)
+    with one_line(ValueError, "c.png", "EXIF"):
+        VOCSegmentation(voc, "val", orientation="stored")[0]
+
+
 # classes.txt.
 
 
@@ -219,11 +285,19 @@ def test_missing_background_is_suggested(voc):
         images[0]
 
 
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_mask_with_colors_beside_masks_with_ids(voc, mode):
+    """The first masks, a and b, hold ids; c is another kind."""
+    images = VOCSegmentation(voc, "val")
+    Image.new(mode, (16, 12), "red").save(voc / YEAR / "SegmentationClass/c.png")
+    with one_line(ValueError, "c.png", "class ids", f"mode {mode}", "(255, 0, 0)", "classes.txt"):
+        images[0]
+
+
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "1", "LA"])
-def test_mask_without_ids(voc, mode):
-    Image.new(mode, (16, 12)).save(voc / YEAR / "SegmentationClass/c.png")
-    with one_line(ValueError, "c.png", "class ids", f"mode {mode}"):
-        VOCSegmentation(voc, "val")[0]
+def test_gray_masks_of_any_mode_hold_ids(voc, mode):
+    Image.new("L", (16, 12), 1).convert(mode).save(voc / YEAR / "SegmentationClass/c.png")
+    assert (VOCSegmentation(voc, "val")[0][1] == int(mode != "1")).all()
 
 
 def test_mask_of_16_bits(voc):

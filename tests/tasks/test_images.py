@@ -52,7 +52,7 @@ def test_photographs_are_turned_upright(tmp_path, orientation):
     path = save(tmp_path / "photo.png", noise(5, 8), exif=turned(orientation))
     with Image.open(path) as file:
         upright = np.asarray(ImageOps.exif_transpose(file))
-    assert np.array_equal(read_image(path, upright=True).permute(1, 2, 0).numpy(), upright)
+    assert np.array_equal(read_image(path, orientation="upright").permute(1, 2, 0).numpy(), upright)
 
 
 def test_sixteen_bits_are_not_white(tmp_path):

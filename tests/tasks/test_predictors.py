@@ -135,6 +135,8 @@ def test_a_strip_costs_itself(tmp_path):
         ClassifierRecipe(backbone="resnet18", resize=(256, 256), test_short_side=256, crop=64)
     )
     results = list(predict.write(find_images([strip, good]), tmp_path / "out"))
-    assert results[0].problem.startswith(f"{strip}: expected an image of at most 100 million pixels")
+    assert results[0].problem.startswith(
+        f"{strip}: expected an image of at most 100 million pixels"
+    )
     assert results[1].problem is None
     assert len((tmp_path / "out/predictions.jsonl").read_text().splitlines()) == 1

@@ -4,6 +4,7 @@ import threading
 
 import pytest
 import torch
+from PIL import Image
 
 from deformnet import UserError
 from deformnet.data.synthetic import Shapes, write_shapes
@@ -201,3 +202,16 @@ def test_unknown_recipes_are_refused():
 
     with pytest.raises(TypeError, match="a known task, but got Other"):
         task_of(Other())
+
+
+def test_label_maps_without_a_class_are_not_trained_on(tmp_path):
+    """All void, as label ids of one's own are in the layout of Cityscapes."""
+    for folder, name, pixels in (
+        ("leftImg8bit", "town_0_leftImg8bit.png", Image.new("RGB", (64, 56))),
+        ("gtFine", "town_0_gtFine_labelIds.png", Image.new("L", (64, 56), 3)),
+    ):
+        (tmp_path / folder / "train/town").mkdir(parents=True)
+        pixels.save(tmp_path / folder / "train/town" / name)
+    task = task_of(RECIPES[0])
+    with pytest.raises(UserError, match=r"split train, but all pixels .* are void .*classes\.txt"):
+        task.training_set(tmp_path, "train")

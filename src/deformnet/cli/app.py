@@ -11,7 +11,7 @@ import tyro
 from tyro.extras import SubcommandApp
 
 import deformnet
-from deformnet.cli.data import check, score, synthesize_command, where
+from deformnet.cli.data import check, convert, score, synthesize_command, where
 from deformnet.cli.errors import BAD_INPUT, leave
 from deformnet.cli.inspect import analyze, view
 from deformnet.cli.machine import doctor
@@ -63,8 +63,13 @@ def _commands(arguments: Sequence[str]) -> Commands:
         "predict": predict,
         "export": export,
         "data": Group(
-            "Check data sets, show where to get them, or generate a synthetic one.",
-            {"check": check, "where": where, "synthesize": synthesize_command(arguments)},
+            "Check or convert data sets, show where to get them, or generate a synthetic one.",
+            {
+                "check": check,
+                "convert": convert,
+                "where": where,
+                "synthesize": synthesize_command(arguments),
+            },
         ),
         "weights": Group(
             "Convert weights from other code bases.",

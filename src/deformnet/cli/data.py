@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
+from tyro.conf import Positional
 
 from deformnet.cli.errors import BAD_INPUT
-from deformnet.cli.options import DirPath
+from deformnet.cli.options import DirPath, location
 
 
 def score(
@@ -31,19 +32,23 @@ def score(
 
 
 def check(
-    root: DirPath,
+    root: Annotated[Path | None, Positional, tyro.conf.arg(metavar="DIR")] = None,
     *,
+    images: Path | None = None,
+    annotations: Path | None = None,
     custom: bool = False,
     workers: int | None = None,
     record: Path | None = None,
     report: Path | None = None,
 ) -> None:
-    """Check every image, label map and box of a data set, and report what is wrong or missing.
+    """Check every image, label map and box of a data set: what is in it, wrong or missing.
 
     Valid files are recorded, so an interrupted check resumes and a second one is fast.
 
     Args:
         root: Folder of one or more data sets.
+        images: Instead of DIR: folder of images whose annotations lie elsewhere.
+        annotations: File or folder of these annotations.
         custom: Custom data sets: skip the check against official image counts.
         workers: Number of worker processes; None selects it automatically.
         record: File that records valid files; None uses the user's cache folder.
@@ -51,10 +56,33 @@ def check(
     """
     from deformnet.data.check import check_data
 
-    result = check_data(root, custom=custom, workers=workers, record=record, report=report)
+    place = location(root, images, annotations, "DIR")
+    result = check_data(place, custom=custom, workers=workers, record=record, report=report)
     print(result)
     if not result.ok:
         raise SystemExit(BAD_INPUT)
+
+
+def convert(
+    source: Annotated[Path, Positional, tyro.conf.arg(metavar="FROM")],
+    out: Annotated[Path, Positional, tyro.conf.arg(metavar="TO")],
+    *,
+    layout: Literal["coco", "voc", "yolo"],
+    hard_links: bool = False,
+) -> None:
+    """Write a data set, with all its splits, in the layout of COCO, VOC or YOLO.
+
+    Boxes stay equal; label maps, also those of polygons, are written for VOC alone.
+
+    Args:
+        source: Folder of a data set in any layout.
+        out: Folder to create.
+        layout: Layout of the new data set.
+        hard_links: Link images instead of copying them.
+    """
+    from deformnet.data.convert import convert
+
+    print(convert(source, out, layout, hard_links=hard_links))
 
 
 def where() -> None:

@@ -9,14 +9,37 @@ import textwrap
 import typing
 from collections.abc import Callable, Container
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
+
+from deformnet._errors import UserError
+
+if TYPE_CHECKING:
+    from deformnet.data.location import Location
 
 RunPath = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
 DirPath = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")]
 GROUP = tyro.conf.arg(prefix_name=False)
 """Marks a parameter whose fields form a group of options."""
+
+
+def location(
+    root: Path | None, images: Path | None, annotations: Path | None, name: str, prefix: str = ""
+) -> "Location":
+    """Where a data set is: in a folder (the option or argument `name`), or in two places.
+
+    Raises:
+        UserError: unless either the folder or both places are given.
+    """
+    from deformnet.data.location import DataFiles
+
+    if root is not None and images is None and annotations is None:
+        return root
+    if root is None and images is not None and annotations is not None:
+        return DataFiles(images, annotations)
+    either = f"{name}, or both " if name else "both "
+    raise UserError(f"expected {either}--{prefix}images and --{prefix}annotations")
 
 
 def options(name: str, defaults: Any, fields: Container[str], base: type | None = None) -> type:

@@ -11,10 +11,13 @@ from typing import Annotated, Any
 
 from deformnet import recipes
 from deformnet._errors import UserError
-from deformnet.cli.options import GROUP, options
+from deformnet.cli.options import GROUP, location, options
 from deformnet.cli.scores import print_once
 from deformnet.engine.settings import Hardware, LoopOptions
 from deformnet.recipes import Recipe
+
+if typing.TYPE_CHECKING:
+    from deformnet.data.location import Location
 
 NETWORKS: tuple[tuple[type[Recipe], str], ...] = (
     (recipes.DeepLabRecipe, "Train DeepLab for semantic segmentation."),
@@ -41,9 +44,18 @@ _SCHEDULE = {
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    data: Path
-    """Data set folder: images with label maps or boxes in VOC, Cityscapes or COCO layout, or
-    DATA/SPLIT/CLASS/IMAGE for classification."""
+    data: Path | None = None
+    """Data set folder, in any layout that `deformnet data check` recognizes: images with boxes for
+    detectors, with masks or polygons for DeepLab, folders of classes for the classifier."""
+    images: Path | None = None
+    """Folder of the training images, if the annotations lie elsewhere; instead of --data."""
+    annotations: Path | None = None
+    """Annotations of --images: a JSON file (COCO), or a folder of XML, YOLO, labelme or mask
+    files."""
+    val_images: Path | None = None
+    """Folder of the validation images, if they are not in --data."""
+    val_annotations: Path | None = None
+    """Annotations of --val-images."""
     split: str = "train"
     """Training split."""
     val_split: str | None = "val"
@@ -53,12 +65,21 @@ class Data:
     validates on the validation split."""
 
     @property
+    def locations(self) -> "tuple[Location, Location | None]":
+        """The training data, and the validation data if they are elsewhere."""
+        training = location(self.data, self.images, self.annotations, "--data")
+        if self.val_images is None and self.val_annotations is None:
+            return training, None
+        return training, location(None, self.val_images, self.val_annotations, "", prefix="val-")
+
+    @property
     def splits(self) -> tuple[str, str | None]:
         """Names of the training and the validation split."""
-        if self.val_fraction is None:
-            return self.split, self.val_split
-        fraction = f"{self.val_fraction}"
-        return f"{self.split}[without={fraction}]", f"{self.split}[held-out={fraction}]"
+        if self.val_fraction is not None:
+            fraction = f"{self.val_fraction}"
+            return f"{self.split}[without={fraction}]", f"{self.split}[held-out={fraction}]"
+        # Images and annotations that lie apart are one split.
+        return self.split, self.val_split if self.val_images is None else "train"
 
     @property
     def proposals(self) -> tuple[Path, ...]:
@@ -119,14 +140,15 @@ def train_command(recipe: type[Recipe], what: str, arguments: Sequence[str]) -> 
         settings = images | vars(network) | vars(schedule)
         if str(settings["init"]).lower() == "none":
             settings["init"] = None
-        split, val_split = data.splits
+        (place, val_place), (split, val_split) = data.locations, data.splits
         with _printed_log():
             result = train(
                 dataclasses.replace(base, **settings),
-                data.data,
+                place,
                 run.out,
                 split=split,
                 val_split=val_split,
+                val_data=val_place,
                 proposals=data.proposals,
                 epochs=run.epochs,
                 continue_to=run.continue_to,
@@ -165,24 +187,26 @@ def _base_recipe(recipe: type[Recipe], arguments: Sequence[str]) -> Recipe:
 def _finetune(recipe: type[Recipe], arguments: Sequence[str]) -> Recipe:
     """Settings for the data, the backbone and the machine that the arguments name."""
     backbone, batch = _given("backbone", arguments), _given("batch", arguments)
-    names = typing.get_args(recipes.BackboneName)
-    backbone = backbone if backbone in names else "resnet50"  # others are refused later
-    init = _given("init", arguments)
-    if init is None:
-        init = "none" if backbone == "aligned-inception-resnet" else "IMAGENET1K_V1"
+    if backbone is None or not (backbone in recipes.BACKBONES or backbone.startswith("timm/")):
+        backbone = "resnet50"  # others are refused later
+    init = _given("init", arguments) or recipes.published_weights(backbone) or "none"
     settings: dict[str, Any] = {
         "backbone": backbone,
         "init": None if init.lower() == "none" else init,
         "batch": int(batch) if batch is not None and batch.isdecimal() and int(batch) else None,
     }
-    data = _given("data", arguments)
-    if data is None or {"-h", "--help"} & set(arguments):
+    data, images, annotations = (
+        None if (given := _given(name, arguments)) is None else Path(given)
+        for name in ("data", "images", "annotations")
+    )
+    if (data is None and images is None) or {"-h", "--help"} & set(arguments):
         return recipes.finetune(recipe, images=200, **settings)
     from deformnet.engine import finetune_on
 
+    place = location(data, images, annotations, "--data")
     hardware = Hardware(accelerator="cpu") if _given("accelerator", arguments) == "cpu" else None
     split = _given("split", arguments) or "train"
-    return finetune_on(recipe, data, split=split, hardware=hardware or Hardware(), **settings)
+    return finetune_on(recipe, place, split=split, hardware=hardware or Hardware(), **settings)
 
 
 def _given(name: str, arguments: Sequence[str]) -> str | None:

@@ -1,13 +1,12 @@
 """Commands that convert weights."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, get_args
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 from tyro.conf import Positional
 
 from deformnet.cli.options import RunPath
-from deformnet.recipes import DeformLayers
 
 if TYPE_CHECKING:
     from deformnet.models.backbones.foreign import Converted
@@ -97,14 +96,8 @@ def _write(converted: "Converted", out: Path) -> None:
             "--stride-in-1x1"
         )
     depth = converted.backbone.removeprefix("ResNet-")
-    if layers in get_args(DeformLayers):
-        options = [f"--backbone resnet{depth}", f"--deform-layers {layers}"]
-        if layers:
-            options.append(f"--offset-groups {converted.offset_groups}")
-            options += ["--modulated"] * converted.modulated
-        print(f"next: deformnet train rfcn {' '.join(options)} --init {out} --data DIR --out RUN")
-    else:
-        print(
-            f"next, in Python: backbone('resnet{depth}', deform_layers={layers}, {settings}, "
-            f'weights="{out}"); recipes allow {get_args(DeformLayers)} deformable layers'
-        )
+    options = [f"--backbone resnet{depth}", f"--deform-layers {layers}"]
+    if layers:
+        options.append(f"--offset-groups {converted.offset_groups}")
+        options += ["--modulated"] * converted.modulated
+    print(f"next: deformnet train rfcn {' '.join(options)} --init {out} --data DIR --out RUN")

@@ -1,15 +1,24 @@
 """Base class of the segmentation data sets."""
 
+import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, Self
 
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.datasets import VisionDataset
 
 from deformnet._errors import UserError
-from deformnet.data.files import read_image, read_labels, size_text
+from deformnet.data.files import (
+    Orientation,
+    Size,
+    is_rotated,
+    read_image,
+    read_size,
+    size_text,
+)
+from deformnet.data.flat import StringList
 
 IGNORE = 255
 """Label of pixels without a class (void), which are neither trained on nor scored."""
@@ -23,6 +32,40 @@ class LabeledImage(NamedTuple):
     labels: Path
 
 
+class _Samples(Sequence[LabeledImage]):
+    """Files of many images, in flat tensors."""
+
+    def __init__(self, samples: Sequence[LabeledImage]) -> None:
+        self._names = StringList(sample.name for sample in samples)
+        self._images = StringList(str(sample.image) for sample in samples)
+        self._labels = StringList(str(sample.labels) for sample in samples)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, index: int) -> LabeledImage:  # pyright: ignore[reportIncompatibleMethodOverride]
+        image, labels = self._images[index], self._labels[index]
+        return LabeledImage(self._names[index], Path(image), Path(labels))
+
+
+class LabelReader(Protocol):
+    """Reads files of label maps."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names."""
+        ...
+
+    @property
+    def void_advice(self) -> str:
+        """What to do about a data set that is all void, for messages."""
+        ...
+
+    def read(self, path: Path) -> Tensor:
+        """Labels below `len(classes)` or IGNORE, uint8 [H, W]; UserError for others."""
+        ...
+
+
 class SegmentationDataset(VisionDataset):
     """Images with label maps. Abstract: a subclass finds the files.
 
@@ -32,6 +75,7 @@ class SegmentationDataset(VisionDataset):
     Attributes:
         classes: class names; their indices are the labels.
         samples: files of the images and label maps.
+        orientation: use of the EXIF orientation of images; `auto` takes what fits the mask.
         transforms: called with (image, mask); None for no change.
     """
 
@@ -43,22 +87,20 @@ class SegmentationDataset(VisionDataset):
         classes: tuple[str, ...],
         transforms: Callable | None,
         *,
-        label_map: Tensor | None = None,
-        classes_from: str = "",
+        reader: LabelReader | None = None,
+        orientation: Orientation = "auto",
     ) -> None:
         """
         Args:
             root, split: folder of the data set and its split, for `repr`.
-            label_map: uint8 [256], class (or IGNORE) of every stored label; None for the identity.
-                Other values from `len(classes)` on mark stored labels that are errors.
-            classes_from: origin of the classes, for messages.
+            reader: reads label maps; None for a subclass that has its own `labels`.
         """
         super().__init__(root, transforms=transforms)
         self.split = split
-        self.samples = tuple(samples)
+        self.samples: Sequence[LabeledImage] = _Samples(samples)
         self.classes = classes
-        self._label_map = label_map
-        self._classes_from = classes_from
+        self.orientation: Orientation = orientation
+        self._reader = reader
 
     def extra_repr(self) -> str:
         return f"Split: {self.split}"
@@ -66,9 +108,24 @@ class SegmentationDataset(VisionDataset):
     def __len__(self) -> int:
         return len(self.samples)
 
+    def subset(self, indices: Sequence[int], split: str) -> Self:
+        """The data set with some of its images."""
+        part = copy.copy(self)
+        part.split = split
+        part.samples = _Samples([self.samples[index] for index in indices])
+        return part
+
     def name(self, index: int) -> str:
         """Id of the image in the data set, usable as a file name."""
         return self.samples[index].name
+
+    def image_path(self, index: int) -> Path:
+        """File of the image."""
+        return self.samples[index].image
+
+    def annotated_size(self, index: int) -> Size | None:
+        """Height and width by the annotation, None if it has none."""
+        return None if self._reader is None else read_size(self.samples[index].labels)
 
     def __getitem__(self, index: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
         """
@@ -79,27 +136,61 @@ class SegmentationDataset(VisionDataset):
             UserError: one line that names the file, for an unreadable image or label map, a label
                 map of another size than its image, and labels without a class.
         """
-        sample = self.samples[index]
-        image, labels = read_image(sample.image), read_labels(sample.labels)
-        if labels.shape != image.shape[1:]:
-            raise UserError(
-                f"{sample.labels}: expected the size of its image {sample.image.name}, "
-                f"{size_text(*image.shape[1:])}, but got {size_text(*labels.shape)}"
-            )
-        mask = self._to_classes(labels, sample.labels)
+        image = read_image(
+            self.image_path(index),
+            orientation=self.orientation,
+            annotated=self.annotated_size(index),
+        )
+        mask = self.labels(index, (image.shape[1], image.shape[2]))
         pair = tv_tensors.Image(image), tv_tensors.Mask(mask)
         return pair if self.transforms is None else self.transforms(*pair)
 
-    def _to_classes(self, labels: Tensor, path: Path) -> Tensor:
-        mapped = labels if self._label_map is None else self._label_map[labels.int()]
-        wrong = (mapped >= len(self.classes)) & (mapped != IGNORE)
-        if wrong.any():
-            raise UserError(self._wrong_label(path, int(labels[wrong].max())))
-        return mapped
+    def labels(self, index: int, size: Size) -> Tensor:
+        """Label map of an image whose height and width are `size`: uint8 [H, W], as the mask of a
+        sample before its transforms.
 
-    def _wrong_label(self, path: Path, label: int) -> str:
-        count = len(self.classes)
-        return (
-            f"{path}: expected labels of the {count} classes{self._classes_from} "
-            f"(0 to {count - 1}; {IGNORE} is void), but got label {label}"
+        Raises:
+            UserError: as `__getitem__`.
+        """
+        if self._reader is None:
+            raise NotImplementedError
+        sample = self.samples[index]
+        labels = self._reader.read(sample.labels)
+        height, width = labels.shape
+        if (height, width) != size:
+            raise UserError(
+                f"{sample.labels}: {wrong_mask_size(sample.image, size, (height, width))}"
+            )
+        return labels
+
+    def require_labels(self) -> None:
+        """Reads label maps until one has a pixel of a class: in most data sets the first.
+
+        Raises:
+            UserError: if all pixels are void.
+        """
+        for index in range(len(self)):
+            try:
+                annotated = self.annotated_size(index)
+                size = annotated or read_size(self.image_path(index), orientation=self.orientation)
+                labels = self.labels(index, size)
+            except (ValueError, OSError):
+                return  # reported when the sample itself is read
+            if (labels != IGNORE).any():
+                return
+        advice = "" if self._reader is None else f"; {self._reader.void_advice}"
+        raise UserError(
+            f"{self.root}: expected pixels with a class in split {self.split}, but all pixels of "
+            f"its {len(self)} label maps are void ({IGNORE}){advice}"
         )
+
+
+def wrong_mask_size(image: Path, size: Size, mask: Size) -> str:
+    """What is wrong with a mask of another size than its image."""
+    text = (
+        f"expected the size of its image {image.name}, {size_text(*size)}, "
+        f"but got {size_text(*mask)}"
+    )
+    if mask == size[::-1] and is_rotated(image):
+        text += " (the image has an EXIF orientation; orientation='auto' takes what fits the mask)"
+    return text

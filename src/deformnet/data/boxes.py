@@ -1,19 +1,20 @@
 """Base class of the detection data sets."""
 
+import copy
 import logging
-import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
-import numpy as np
 import torch
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.datasets import VisionDataset
 
 from deformnet._errors import UserError
-from deformnet.data.files import read_image, size_text
+from deformnet.data.files import Orientation, read_image, size_error
+from deformnet.data.flat import StringList, span
+from deformnet.data.items import FAR
 
 _log = logging.getLogger(__name__)
 
@@ -64,18 +65,18 @@ class DetectionDataset(VisionDataset):
     """Images with boxes. Abstract: a subclass reads the files that list them.
 
     Construction reads all annotations and checks that every image exists. They are kept in a few
-    flat tensors instead of one object each: a forked worker of a `DataLoader` would copy every
-    memory page with Python objects when it counts references to them (COCO: 118,000 images, 860,000
-    boxes, in each worker), and a spawned one shares tensors.
+    flat tensors instead of one object each (`deformnet.data.flat`; COCO: 118,000 images, 860,000
+    boxes, in each worker).
 
     Boxes are clipped to their image. Boxes without area are then dropped and counted, with one
-    warning.
+    warning; another one tells of boxes far outside their images, or all within 0 to 1.
 
     Attributes:
         classes: names of the object classes, without the background.
         dropped: number of boxes without area.
         has_ground_truth: False for images whose annotations are not published: they have no objects
             here, and can be neither trained on nor scored.
+        orientation: use of the EXIF orientation of images; `auto` takes what fits their size.
         transforms: called with (image, annotations); None for no change.
     """
 
@@ -90,6 +91,7 @@ class DetectionDataset(VisionDataset):
         transforms: Callable | None,
         *,
         has_ground_truth: bool = True,
+        orientation: Orientation = "auto",
     ) -> None:
         """
         Args:
@@ -102,8 +104,9 @@ class DetectionDataset(VisionDataset):
         self.folder = folder
         self.classes = classes
         self.has_ground_truth = has_ground_truth
-        self._names = _StringList(image.name for image in images)
-        self._files = _StringList(image.file for image in images)
+        self.orientation: Orientation = orientation
+        self._names = StringList(image.name for image in images)
+        self._files = StringList(image.file for image in images)
         self._sizes = torch.tensor([image.size for image in images], dtype=torch.int64)
         kept = self._keep(objects)
         self.dropped = int((~kept).sum())
@@ -123,12 +126,53 @@ class DetectionDataset(VisionDataset):
         bounds = torch.stack([width, height, width, height], dim=1)
         boxes = edges.clamp(min=0).minimum(bounds).float()
         kept = edges.isfinite().all(1) & (boxes[:, 2:] > boxes[:, :2]).all(1)
+        self._warn(edges, bounds, kept, owners)
         kept_owners, order = owners[kept].sort(stable=True)
         self._boxes = boxes[kept][order]
         self._labels = torch.tensor(objects.labels, dtype=torch.int64)[kept][order]
         self._ignored = torch.tensor(objects.ignored, dtype=torch.bool)[kept][order]
         self._ends = torch.bincount(kept_owners, minlength=len(self._sizes)).cumsum(0)
         return kept
+
+    def _warn(self, edges: Tensor, bounds: Tensor, kept: Tensor, owners: Tensor) -> None:
+        """Tells of boxes that are probably not in pixels of their image."""
+        if len(edges) and bounds.min() > 1 and edges[:, 2:].max() <= 1:
+            _log.warning(
+                "%s: all %d boxes lie within 0 to 1: expected pixels, but these seem to be "
+                "fractions of the width and height",
+                *(self.root, len(edges)),
+            )
+        beyond = torch.maximum(-edges, edges - bounds).amax(1)
+        far = kept & (beyond > (FAR * bounds.amax(1)).clamp(min=2))
+        if far.any():
+            first = self._names[int(owners[far][0])]
+            _log.warning(
+                "%s: %d of %d boxes reach far outside their image and are clipped, the first one "
+                "in %s",
+                *(self.root, int(far.sum()), len(edges), first),
+            )
+
+    def subset(self, indices: Sequence[int], split: str) -> Self:
+        """The data set with some of its images; `dropped` remains that of all."""
+        part = copy.copy(self)
+        part.split = split
+        part._names = StringList(self._names[i] for i in indices)
+        part._files = StringList(self._files[i] for i in indices)
+        chosen = torch.tensor(list(indices), dtype=torch.int64)
+        part._sizes = self._sizes[chosen]
+        counts = self._ends.diff(prepend=self._ends.new_zeros(1))[chosen]
+        part._ends = counts.cumsum(0)
+        # The place of each object is its place in the part, shifted by where its image was.
+        shift = (self._ends[chosen] - part._ends).repeat_interleave(counts)
+        objects = torch.arange(len(shift)) + shift
+        part._boxes = self._boxes[objects]
+        part._labels = self._labels[objects]
+        part._ignored = self._ignored[objects]
+        return part
+
+    def counts(self) -> Tensor:
+        """Number of objects of each class, without ignored ones: int64 [C]."""
+        return torch.bincount(self._labels[~self._ignored], minlength=len(self.classes))
 
     def extra_repr(self) -> str:
         return f"Split: {self.split}"
@@ -151,13 +195,13 @@ class DetectionDataset(VisionDataset):
 
     def annotations(self, index: int) -> BoxAnnotations:
         """Objects of the image, without reading it."""
-        span = _span(self._ends, index)
+        objects = span(self._ends, index)
         boxes = tv_tensors.BoundingBoxes(  # pyright: ignore[reportCallIssue] (it has a __new__)
-            self._boxes[span].clone(),
+            self._boxes[objects].clone(),
             format=tv_tensors.BoundingBoxFormat.XYXY,
             canvas_size=self.size(index),
         )
-        return BoxAnnotations(boxes, self._labels[span].clone(), self._ignored[span].clone())
+        return BoxAnnotations(boxes, self._labels[objects].clone(), self._ignored[objects].clone())
 
     def all_annotations(self) -> tuple[BoxAnnotations, Tensor]:
         """Objects of all images together, as plain tensors, and their number in each image."""
@@ -172,32 +216,10 @@ class DetectionDataset(VisionDataset):
             UserError: one line that names the file, for an image that is unreadable or of another
                 size than annotated.
         """
-        image, size = read_image(self.image_path(index)), self.size(index)
-        if image.shape[1:] != size:
-            raise UserError(
-                f"{self.image_path(index)}: expected the annotated size {size_text(*size)}, "
-                f"but got an image of {size_text(*image.shape[1:])}"
-            )
+        path, size = self.image_path(index), self.size(index)
+        image = read_image(path, orientation=self.orientation, annotated=size)
+        height, width = image.shape[1:]
+        if (height, width) != size:
+            raise UserError(f"{path}: {size_error(path, (height, width), size)}")
         pair = tv_tensors.Image(image), self.annotations(index)
         return pair if self.transforms is None else self.transforms(*pair)
-
-
-class _StringList:
-    """A list of strings in two tensors."""
-
-    def __init__(self, strings: Iterable[str]) -> None:
-        encoded = [os.fsencode(string) for string in strings]
-        self._bytes = torch.from_numpy(np.frombuffer(bytearray(b"".join(encoded)), np.uint8))
-        self._ends = torch.tensor([len(string) for string in encoded], dtype=torch.int64).cumsum(0)
-
-    def __len__(self) -> int:
-        return len(self._ends)
-
-    def __getitem__(self, index: int) -> str:
-        return os.fsdecode(self._bytes[_span(self._ends, index)].numpy().tobytes())
-
-
-def _span(ends: Tensor, index: int) -> slice:
-    """Range of the entries of `index`, which may be negative, in a flat tensor."""
-    index = range(len(ends))[index]
-    return slice(int(ends[index - 1]) if index else 0, int(ends[index]))

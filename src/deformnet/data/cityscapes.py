@@ -5,22 +5,24 @@ from functools import partial
 from pathlib import Path
 from typing import final
 
-import torch
 from torchvision.datasets import Cityscapes
 
 from deformnet.data.base import IGNORE, LabeledImage, SegmentationDataset
-from deformnet.data.files import listing, require_folder
+from deformnet.data.files import Orientation, is_image, listing, require_folder
 from deformnet.data.items import LabelsItem
 from deformnet.data.layouts import ImageList, Layout, Missing
-from deformnet.data.splits import Part, require_union, split_parts
+from deformnet.data.location import DataFiles, Location, locate
+from deformnet.data.mask_reader import MaskReader, choose_reader, note_void
+from deformnet.data.palette import find_class_file
+from deformnet.data.splits import Part, require_union, resolve, split_parts
 
 # id -> train id of the 34 stored ids; license plates (-1) have no 8-bit id. From torchvision's copy
 # of the official table.
 _TRAIN_ID = {c.id: c.train_id for c in Cityscapes.classes if c.id >= 0}
 CITYSCAPES_CLASSES = tuple(c.name for c in Cityscapes.classes if c.train_id not in (-1, IGNORE))
 
-_IMAGE, _LABELS = "_leftImg8bit.png", "_gtFine_labelIds.png"
-_EMPTY = f"expected images, but found no <city>/*{_IMAGE}"
+_IMAGE, _LABELS = "_leftImg8bit", "_gtFine_labelIds.png"
+_EMPTY = f"expected images, but found no <city>/*{_IMAGE}.png"
 
 # Stored labels outside the table: neither class nor void, so reading one is an error.
 _UNKNOWN = 254
@@ -43,51 +45,76 @@ class CityscapesSegmentation(SegmentationDataset):
     gtFine/<split>/<city>/<city>_<seq>_<frame>_gtFine_labelIds.png
     ```
 
-    A split is a folder, or several joined by `+` (`train+val`).
+    Images may have any suffix of an image. A split is a folder, or several joined by `+`
+    (`train+val`).
 
     Only these two kinds of files are read. Of the 34 stored ids, 19 become the train ids and the
-    others void. (torchvision's reader of this layout knows three fixed splits, takes files in the
+    others void. With a `classes.txt` beside these folders, the ids are its lines, counted from 0.
+    (torchvision's reader of this layout knows three fixed splits, takes files in the
     order of the disk, finds missing ones only when it reads them, and returns the stored ids.)
     """
 
-    def __init__(self, root: str | Path, split: str, transforms: Callable | None = None) -> None:
+    def __init__(
+        self,
+        root: Location,
+        split: str,
+        transforms: Callable | None = None,
+        *,
+        orientation: Orientation = "auto",
+    ) -> None:
         """
         Raises:
             FileNotFoundError: for a missing folder, split (the message says which exist) or label
                 file.
             UserError: if the split has no images, or two parts share the name of an image.
         """
-        root = require_folder(Path(root).expanduser())
+        root = locate(root).annotations
+        reader = _reader(root)
+        splits = cityscapes_splits(root)
         samples: list[LabeledImage] = []
         parts: list[Part] = []
         for name in split_parts(split):
-            images = _find_images(root, name)
+            images = _find_images(root, resolve(splits, name), reader)
             if not images.source.is_dir():
-                splits = listing(cityscapes_splits(root))
                 raise FileNotFoundError(
-                    f"{images.source}: no such folder; the splits in {root} are: {splits}"
+                    f"{images.source}: no such folder; the splits in {root} are: {listing(splits)}"
                 )
-            require_folder(root / "gtFine" / name)
+            require_folder(root / "gtFine" / images.source.name)
             if not images.entries:
                 images.fault(_EMPTY)
             images.require()
             added = [
-                LabeledImage(image.name.removesuffix(_IMAGE), image, labels)
+                LabeledImage(image.stem.removesuffix(_IMAGE), image, labels)
                 for image, labels in images.pairs
             ]
             samples += added
             parts.append(Part(str(images.source), (), [sample.name for sample in added]))
         require_union(parts)
-        label_map = torch.full((256,), _UNKNOWN, dtype=torch.uint8)
-        for label, train_id in _TRAIN_ID.items():
-            label_map[label] = train_id
-        label_map[IGNORE] = IGNORE
-        super().__init__(root, split, samples, CITYSCAPES_CLASSES, transforms, label_map=label_map)
-
-    def _wrong_label(self, path: Path, label: int) -> str:
-        return (
-            f"{path}: expected the ids of Cityscapes, 0 to {max(_TRAIN_ID)}, but got label {label}"
+        super().__init__(
+            *(root, split, samples, reader.classes, transforms),
+            reader=reader,
+            orientation=orientation,
         )
+
+
+def _reader(root: Path) -> MaskReader:
+    """The ids of Cityscapes, or of a file of classes."""
+    content = find_class_file([root])
+    if content is not None:
+        masks = sorted((root / "gtFine").glob(f"*/*/*{_LABELS}"))
+        return choose_reader(masks, content, file=content.file)
+    table = bytearray([_UNKNOWN] * 256)
+    for label, train_id in _TRAIN_ID.items():
+        table[label] = train_id
+    table[IGNORE] = IGNORE
+    own = f"for ids of your own, write the names of the classes, one per line, to {root}"
+    return MaskReader(
+        CITYSCAPES_CLASSES,
+        f"the ids of Cityscapes, 0 to {max(_TRAIN_ID)}",
+        f"{own}/classes.txt",
+        bytes(table),
+        void_advice=f"ids such as 0 to 6 are void in Cityscapes; {own}/classes.txt",
+    )
 
 
 def cityscapes_splits(root: Path) -> list[str]:
@@ -95,31 +122,40 @@ def cityscapes_splits(root: Path) -> list[str]:
     return sorted(path.name for path in (root / "leftImg8bit").glob("*") if path.is_dir())
 
 
-def _find_images(root: Path, split: str) -> ImageList:
+def _find_images(root: Path, split: str, reader: MaskReader) -> ImageList:
     """The images of a split, with their label maps."""
     images = ImageList(f"gtFine/{split}", root / "leftImg8bit" / split)
     labels = root / "gtFine" / split
-    images.pair_item = partial(LabelsItem, allowed=bytes([*_TRAIN_ID, IGNORE]))
+    images.classes, images.unit = reader.classes, "pixels"
+    images.pair_item = partial(LabelsItem, reader=reader)
     existing = set(labels.glob(f"*/*{_LABELS}"))
-    for image in sorted(images.source.glob(f"*/*{_IMAGE}")):
+    for image in sorted(filter(_is_image, images.source.glob("*/*"))):
         images.may_be_official |= image.parent.name in _CITIES.split()
-        name = f"{image.parent.name}/{image.name.removesuffix(_IMAGE)}{_LABELS}"
+        name = f"{image.parent.name}/{image.stem.removesuffix(_IMAGE)}{_LABELS}"
         path = labels / name
         images.add(image, path if path in existing else Missing("label maps", (str(labels),), name))
     return images
 
 
-def _lists(root: Path) -> Iterator[ImageList]:
+def _is_image(path: Path) -> bool:
+    return path.stem.endswith(_IMAGE) and is_image(path.name)
+
+
+def _lists(place: DataFiles) -> Iterator[ImageList]:
+    root = place.annotations
+    reader = _reader(root)
     folders = (path for kind in ("leftImg8bit", "gtFine") for path in (root / kind).glob("*"))
     for split in sorted({path.name for path in folders if path.is_dir()}):
-        images = _find_images(root, split)
+        images = _find_images(root, split, reader)
         labels = root / "gtFine" / split
         # A reader does not need the images of other label maps.
         for path in sorted({*labels.glob(f"*/*{_LABELS}")} - {path for _, path in images.pairs}):
-            name = f"{path.parent.name}/{path.name.removesuffix(_LABELS)}{_IMAGE}"
+            name = f"{path.parent.name}/{path.name.removesuffix(_LABELS)}{_IMAGE}.png"
             images.add(Missing("images", (str(images.source),), name), path)
         if not images.entries:
             images.fault(_EMPTY)
+        # The published labels of the test set are all void.
+        note_void(images, reader, is_remark=split == "test")
         yield images
 
 

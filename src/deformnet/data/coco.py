@@ -1,24 +1,48 @@
-"""COCO's layout for detection (Lin et al. 2014)."""
+"""COCO's layout for detection (Lin et al. 2014), and where its files are."""
 
-import json
+import mmap
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
-from pathlib import Path
-from typing import TypeGuard, final
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple, Self, TypeGuard, final
 
 import torch
 
 from deformnet._errors import UserError
 from deformnet.data.boxes import DetectionDataset, ImageFile, ObjectList
-from deformnet.data.files import Folder, listing, read_size, require_folder
-from deformnet.data.items import ImageItem, has_area
+from deformnet.data.files import (
+    Folder,
+    Orientation,
+    inside,
+    listing,
+    read_json,
+    read_size,
+    subfolders,
+    walk_files,
+)
+from deformnet.data.items import ImageItem, box_remark, has_area
 from deformnet.data.layouts import ImageList, Layout, Missing
-from deformnet.data.splits import Part, require_union, split_parts
+from deformnet.data.location import DataFiles, Location, locate
+from deformnet.data.splits import USUAL_SPLITS, Part, require_union, resolve, split_parts
 
 Entry = Mapping[str, object]
 """An object of a json file."""
 
-_INSTANCES, _IMAGE_INFO = "instances_", "image_info_"
+Hook = Callable[[dict[str, object]], dict[str, object]]
+"""Changes an object of a json file when it is read."""
+
+FILES = "a json file of COCO, such as annotations/instances_<split>.json"
+"""Files by which the layout is recognized, for messages."""
+
+_INSTANCES, _IMAGE_INFO, _KEYPOINTS = "instances_", "image_info_", "person_keypoints_"
+_FOLDERS = ("annotations", "annotation", "labels", "json", "jsons")
+_ROBOFLOW = "_annotations.coco.json"
+_OTHERS = ("captions_", "panoptic_")  # what COCO publishes beside boxes
+_UNNAMED = ("default", "_annotations.coco")  # CVAT, Roboflow
+_OTHER_FOLDERS = {"train": ("training",), "val": ("valid", "validation", "dev")}
+_FEW = 20  # json files of a folder, of which all are looked at
+_PEEKED = 3
 
 
 @final
@@ -31,12 +55,17 @@ class COCODetection(DetectionDataset):
     <split>/<file_name>                  images, or in one of the other folders below
     ```
 
+    The json files may also be `annotations/<split>.json`, `<split>.json`, or
+    `<split>/_annotations.coco.json` beside the images (Roboflow). One that names no split, such as
+    `instances_default.json` (CVAT), is `train`.
+
     The images are in the folder that has most of them: `<split>/`, `<split>/` without its last
     underscore and what follows (`train/` for `train_small`), `test2017/` for `test-dev2017`, `root`
-    or `images/`.
+    or `images/`, `images/<split>/`, `<split>/images/`, the folder of the json file, or any other.
 
     Several splits are joined by `+` (`train2014+val2014`). Crowds are ignored, segmentations
-    (polygons, RLE) not read. Labels number the categories in the order of their ids.
+    (polygons, RLE) not read. Labels number the categories in the order of their ids; the one that
+    Roboflow puts above the others is none.
 
     Attributes:
         annotation_files: json file of each part.
@@ -44,67 +73,183 @@ class COCODetection(DetectionDataset):
         category_ids: ids of the classes in these files.
     """
 
-    def __init__(self, root: str | Path, split: str, transforms: Callable | None = None) -> None:
+    def __init__(
+        self,
+        root: Location,
+        split: str,
+        transforms: Callable | None = None,
+        *,
+        orientation: Orientation = "auto",
+    ) -> None:
         """
         Raises:
             FileNotFoundError: for a missing folder, json file (the message says which splits exist)
                 or image.
-            UserError: for a json file that is broken, inconsistent or without images, and for parts
-                of a union that differ in their classes or ids, share an image, or have published
-                annotations only in some.
+            UserError: for a json file that is broken, inconsistent or without images, or names
+                images outside the data set, and for parts of a union that differ in their classes
+                or ids, share an image, or have published annotations only in some.
         """
-        root = require_folder(Path(root).expanduser())
+        place = locate(root)
         images: list[ImageFile] = []
         objects = ObjectList([], [], [], [])
         files: list[COCOFile] = []
         parts: list[Part] = []
         for name in split_parts(split):
-            file = COCOFile(_annotation_file(root, name))
+            part = find_split(place, name)
+            file = COCOFile(part.file)
             found = ImageList(name, file.path)
-            _add_images(found, file, root, name)
+            add_images(found, file, part)
             found.require()
             for entry in file.annotations:
-                place, box, label, crowd = file.parse(entry)
-                objects.add(len(images) + place, box, label, crowd)
-            names = _image_names(file.files)
+                index, box, label, crowd = file.parse(entry)
+                objects.add(len(images) + index, box, label, crowd)
+            names = image_names(file.files)
             for image_name, (path, size) in zip(names, found.singles, strict=True):
-                place = Path(path).relative_to(root)
-                images.append(ImageFile(image_name, str(place), size or read_size(Path(path))))
+                relative = Path(path).relative_to(place.images)
+                size = size or read_size(Path(path), orientation=orientation)
+                images.append(ImageFile(image_name, str(relative), size))
             files.append(file)
             parts.append(Part(str(file.path), file.classes, names))
         require_union(parts)
         _require_same_ids(files)
         super().__init__(
-            *(root, split, root, images, objects, files[0].classes, transforms),
+            *(place.annotations, split, place.images, images, objects),
+            *(files[0].classes, transforms),
             has_ground_truth=files[0].has_annotations,
+            orientation=orientation,
         )
         self.annotation_files = tuple(file.path for file in files)
         self.image_ids = torch.tensor([i for file in files for i in file.files], dtype=torch.int64)
         self.category_ids = tuple(files[0].categories)
 
-
-def coco_splits(root: Path) -> list[str]:
-    """Splits with a json file of instances, or of images alone."""
-    names = {
-        path.stem.removeprefix(prefix)
-        for prefix in (_INSTANCES, _IMAGE_INFO)
-        for path in (root / "annotations").glob(f"{prefix}*.json")
-    }
-    return sorted(names)
+    def subset(self, indices: Sequence[int], split: str) -> Self:
+        part = super().subset(indices, split)
+        part.image_ids = self.image_ids[list(indices)]
+        return part
 
 
-def _annotation_file(root: Path, split: str) -> Path:
-    """The json file of a split: of its instances, or else of its images alone.
+class COCOSplit(NamedTuple):
+    """The file of a split."""
+
+    name: str
+    file: Path
+    images: Path
+    """Folder that has the images, in one of its subfolders."""
+
+
+def find_splits(place: DataFiles) -> dict[str, COCOSplit]:
+    """The splits of a data set, with their files, sorted.
 
     Raises:
-        FileNotFoundError: if neither exists; the message says which splits do.
+        UserError: if the annotations lie apart from the images and are not one file.
     """
-    paths = [root / f"annotations/{kind}{split}.json" for kind in (_INSTANCES, _IMAGE_INFO)]
-    for path in paths:
-        if path.is_file():
-            return path
-    known = listing(coco_splits(root))
-    raise FileNotFoundError(f"{paths[0]}: no such file; the splits in {root} are: {known}")
+    if place.are_apart:
+        files = _files_apart(place.annotations)
+        if len(files) != 1:
+            found = listing([file.name for file in files], 5)
+            raise UserError(
+                f"{place.annotations}: expected one json file of COCO, but found {found}; name one"
+            )
+        return {"train": COCOSplit("train", files[0], place.images)}
+    files = _official_files(place.annotations) or _all_files(place.annotations)
+    return {
+        name: COCOSplit(name, file, place.images) for name, file in sorted(_named(files).items())
+    }
+
+
+def coco_splits(root: Path) -> list[str]:
+    """Names of the splits in a folder."""
+    return list(find_splits(DataFiles(root, root)))
+
+
+def find_split(place: DataFiles, name: str) -> COCOSplit:
+    """The split of a name.
+
+    Raises:
+        FileNotFoundError: if there is none; the message says which splits exist.
+    """
+    splits = find_splits(place)
+    part = splits.get(resolve(list(splits), name))
+    if part is None:
+        file = place.annotations / f"annotations/{_INSTANCES}{name}.json"
+        known = listing(list(splits))
+        raise FileNotFoundError(f"{file}: no such file; the splits in {place} are: {known}")
+    return part
+
+
+def _files_apart(path: Path) -> list[Path]:
+    return [path] if is_coco(path) else _coco_files(path) if path.is_dir() else []
+
+
+def _official_files(root: Path) -> list[Path]:
+    """Files named like those of COCO; of two of the same split, the one with annotations."""
+    folder = root / "annotations"
+    info = sorted(folder.glob(f"{_IMAGE_INFO}*.json"))
+    instances = sorted(folder.glob(f"{_INSTANCES}*.json"))
+    known = {_rest(path) for path in instances}
+    return [*instances, *(path for path in info if _rest(path) not in known)]
+
+
+def _all_files(root: Path) -> list[Path]:
+    folders = subfolders(root)
+    files = _coco_files(root)
+    for folder in folders:
+        if folder.name.lower() in _FOLDERS:
+            files += _coco_files(folder)
+    for folder in folders:
+        if (folder / _ROBOFLOW).is_file():
+            files.append(folder / _ROBOFLOW)
+        elif folder.name.lower() in USUAL_SPLITS:
+            files += _coco_files(folder)[:1]
+    return files
+
+
+def _coco_files(folder: Path) -> list[Path]:
+    """Files of COCO directly in a folder; of many files, the first tell what all are."""
+    paths = sorted(path for path in folder.glob("*.json") if not path.name.startswith("."))
+    if len(paths) > _FEW and not any(map(is_coco, paths[:_PEEKED])):
+        return []
+    return [path for path in paths if not path.name.startswith(_OTHERS) and is_coco(path)]
+
+
+def is_coco(path: Path) -> bool:
+    """Whether a file looks like one of COCO."""
+    if path.suffix.lower() != ".json" or not path.is_file() or not path.stat().st_size:
+        return False
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return content.find(b'"images"') >= 0 and content.find(b'"categories"') >= 0
+
+
+def _named(files: Sequence[Path]) -> dict[str, Path]:
+    """Files by the names of their splits."""
+    if len(files) == 1 and _split_name(files[0]) is None and not _is_official(files[0]):
+        return {"train": files[0]}
+    named: dict[str, Path] = {}
+    for file in files:
+        name = _rest(file) if _is_official(file) else _split_name(file) or file.stem
+        name = "train" if name in _UNNAMED else name
+        if name in named:
+            name = file.stem if file.stem not in named else f"{file.parent.name}_{file.stem}"
+        named[name] = file
+    return named
+
+
+def _is_official(path: Path) -> bool:
+    return path.name.startswith((_INSTANCES, _IMAGE_INFO, _KEYPOINTS))
+
+
+def _rest(path: Path) -> str:
+    """Name of the split in an official name."""
+    return re.sub(f"^({_INSTANCES}|{_IMAGE_INFO}|{_KEYPOINTS})", "", path.stem)
+
+
+def _split_name(path: Path) -> str | None:
+    """The split that the name of a file, or of the folder of a file without one, has in it."""
+    words = [word for word in re.split(r"[_\-. ]+", path.stem) if word.lower() in USUAL_SPLITS]
+    if len(words) == 1:
+        return words[0]
+    is_unnamed = path.name == _ROBOFLOW or path.parent.name.lower() in USUAL_SPLITS
+    return path.parent.name if is_unnamed else None
 
 
 class COCOFile:
@@ -115,22 +260,27 @@ class COCOFile:
         has_annotations: False for a file of images whose annotations are not published.
         files: file names of the images by id.
         sizes: height and width of each image; None if not given.
-        categories: names of the categories by id, in the order of the ids.
-        annotations: as stored, without segmentations.
+        categories: names of the categories by id, in the order of the ids; without the one that
+            Roboflow puts above the others.
+        annotations: as stored, without segmentations, or as a hook makes them.
     Raises:
         UserError: if the file is not json, lacks one of the lists, or repeats an id or a name.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, hook: Hook | None = None) -> None:
         self.path = path
         self.has_annotations = not path.name.startswith(_IMAGE_INFO)
-        content = _read_json(path)
+        content = read_json(path, hook or _without_segmentation)
         images = self._entries(content, "images")
         self.files = self._by_id("images", images, "file_name")
         self.sizes = [_image_size(entry) for entry in images]
-        categories = self._by_id("categories", self._entries(content, "categories"), "name")
-        self.categories = dict(sorted(categories.items()))
+        entries = self._entries(content, "categories")
+        categories = self._by_id("categories", entries, "name")
         self.annotations = self._entries(content, "annotations") if self.has_annotations else []
+        unused = _category_above(entries)
+        if unused is not None and all(it.get("category_id") != unused for it in self.annotations):
+            del categories[unused]
+        self.categories = dict(sorted(categories.items()))
         self._places = {number: place for place, number in enumerate(self.files)}
         self._labels = {number: label for label, number in enumerate(self.categories)}
 
@@ -190,41 +340,60 @@ class COCOFile:
         return texts
 
 
-def _read_json(path: Path) -> object:
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            return json.load(file, object_hook=_without_segmentation)
-    except (ValueError, RecursionError) as error:  # text that is not UTF-8 is a ValueError, too
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path}: not readable as json ({reason})") from error
-
-
 def _without_segmentation(entry: dict[str, object]) -> dict[str, object]:
     """Drops what takes nine tenths of the memory and is not used."""
     entry.pop("segmentation", None)
     return entry
 
 
-def _image_folders(root: Path, split: str) -> list[Path]:
+def _category_above(entries: Sequence[Entry]) -> int | None:
+    """Id of a category that all others name as the one above them, as Roboflow writes it."""
+    for entry in entries:
+        others = [other for other in entries if other is not entry]
+        above = {str(other.get("supercategory")) for other in others}
+        if entry.get("supercategory") == "none" and above == {entry["name"]}:
+            number = entry["id"]
+            return number if isinstance(number, int) else None
+    return None
+
+
+def _image_folders(split: COCOSplit) -> list[Path]:
     """Folders to which the file names of a split may be relative, the likeliest first."""
-    shorter = split.rpartition("_")[0] or split
+    name = split.name
+    shorter = name.rpartition("_")[0] or name
     # test-dev2017 is a part of test2017.
-    places = [split, shorter, split.replace("-dev", ""), "", "images"]
-    return list(dict.fromkeys(root / place for place in places))
+    names = dict.fromkeys(
+        [name, shorter, name.replace("-dev", ""), split.file.stem, _rest(split.file)]
+    )
+    others = [*names, *_OTHER_FOLDERS.get(name, ())]
+    places = [*names, "", "images", *(f"images/{other}" for other in others)]
+    places += [f"{other}/images" for other in others] + others
+    places += ["data", *(f"data/{other}" for other in others), "JPEGImages", "imgs", "img"]
+    folders = [split.images / place for place in places]
+    beside = split.file.parent
+    if beside != split.images and beside.is_relative_to(split.images):
+        first = 0 if split.file.name == _ROBOFLOW else len(folders)
+        folders[first:first] = [beside, beside / "images"]
+    return list(dict.fromkeys(folders))
 
 
-def _add_images(images: ImageList, content: COCOFile, root: Path, split: str) -> None:
-    """Adds the images of a file to its list, from the folder that has most of them."""
-    files = [Path(file) for file in content.files.values()]
-    folders = _image_folders(root, split)
-    absent = {folder: _missing_images(folder, files) for folder in folders}
-    folder = min(folders, key=lambda place: len(absent[place]))
-    missing = set(absent[folder])
-    places = [folder] if len(missing) < len(files) else folders
+def add_images(images: ImageList, content: COCOFile, split: COCOSplit) -> None:
+    """Adds the images of a file to its list, from the folder that has most of them.
+
+    Raises:
+        UserError: if a file name leads out of the folder.
+    """
+    files = [_inside(content.path, file) for file in content.files.values()]
+    folder, absent = _best_folder(_image_folders(split), files)
+    tried = [str(folder)]
+    if len(absent) == len(files):
+        tried = [str(place) for place in _image_folders(split) if place.is_dir()]
+        folder, absent = _best_folder(_folders_with(split.images, files[0]) or [folder], files)
+    missing = set(absent)
     images.entries = len(files)
-    images.missing += [
-        Missing("images", tuple(map(str, places)), str(file)) for file in absent[folder]
-    ]
+    if missing and len(missing) < len(files):
+        tried = [str(folder)]
+    images.missing += [Missing("images", tuple(tried), str(file)) for file in absent]
     images.singles += [
         ImageItem(str(folder / file), size)
         for file, size in zip(files, content.sizes, strict=True)
@@ -232,39 +401,78 @@ def _add_images(images: ImageList, content: COCOFile, root: Path, split: str) ->
     ]
 
 
-def _missing_images(folder: Path, files: Sequence[Path]) -> list[Path]:
+def _best_folder(
+    folders: Sequence[Path], files: Sequence[PurePosixPath]
+) -> tuple[Path, list[PurePosixPath]]:
+    """The first folder with all files, or that with most of them, and those that it lacks."""
+    best, lacks = folders[0], list(files)
+    for folder in folders:
+        absent = _missing_images(folder, files)
+        if len(absent) < len(lacks):
+            best, lacks = folder, absent
+        if not absent:
+            break
+    return best, lacks
+
+
+def _folders_with(root: Path, file: PurePosixPath) -> list[Path]:
+    """All folders below `root` that have a file."""
+    folders = (Path(place) for place, _ in walk_files(root, lambda name: False))
+    return [folder for folder in folders if (folder / file).is_file()]
+
+
+def _inside(path: Path, name: str) -> PurePosixPath:
+    try:
+        return inside(name)
+    except UserError as error:
+        raise UserError(f"{path}: file_name: {error}") from error
+
+
+def _missing_images(folder: Path, files: Sequence[PurePosixPath]) -> list[PurePosixPath]:
     """Those of `files`, paths relative to `folder`, that do not exist."""
+    if not folder.is_dir():
+        return list(files)
     folders = {parent: Folder(folder / parent) for parent in {file.parent for file in files}}
     return [file for file in files if folders[file.parent].find(file.name) is None]
 
 
-def _lists(root: Path) -> Iterator[ImageList]:
-    for split in coco_splits(root):
-        path = _annotation_file(root, split)
-        images = ImageList(path.stem, path, may_be_official=True)
+def _lists(place: DataFiles) -> Iterator[ImageList]:
+    root = place.annotations
+    for split in find_splits(place).values():
+        name = split.file.stem
+        if split.file.name == _ROBOFLOW and split.file.parent != root:
+            name = split.name
+        images = ImageList(name, split.file, may_be_official=True)
         with images.noting_errors():
-            content = COCOFile(path)
-            _add_images(images, content, root, split)
+            content = COCOFile(split.file)
+            add_images(images, content, split)
+            images.classes = content.classes if content.has_annotations else ()
+            owners: set[int] = set()
             for entry in content.annotations:
                 with images.noting_errors():
-                    place, box, _, _ = content.parse(entry)
-                    if not has_area(box, content.sizes[place]):
-                        text = f"annotation {entry.get('id')}: box {entry.get('bbox')} has no area"
-                        images.fault(f"{text} inside its image; readers drop it", is_remark=True)
+                    owner, box, label, crowd = content.parse(entry)
+                    owners.add(owner)
+                    images.counts[label] += not crowd and has_area(box, content.sizes[owner])
+                    remark = box_remark(box, content.sizes[owner])
+                    if remark:
+                        text = f"annotation {entry.get('id')}: box {entry.get('bbox')} {remark}"
+                        images.fault(text, is_remark=True)
+            images.empty = (images.entries - len(owners)) * content.has_annotations
         yield images
 
 
 COCO_BOXES = Layout[DetectionDataset](
     name="COCO",
-    files="annotations/instances_*.json or image_info_*.json",
+    files=FILES,
     recognizes=lambda root: bool(coco_splits(root)),
     splits=coco_splits,
     lists=_lists,
     open=COCODetection,
+    recognizes_files=lambda files: bool(_files_apart(files.annotations)),
 )
 
 
-def _image_names(files: Mapping[int, str]) -> list[str]:
+def image_names(files: Mapping[int, str]) -> list[str]:
     """File names, which tell people more than ids, if they are unique; else the ids."""
     stems = [Path(name).stem for name in files.values()]
     return stems if len(set(stems)) == len(stems) else list(map(str, files))

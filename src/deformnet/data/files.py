@@ -1,60 +1,180 @@
 """Reading of a single image, label map or list, with errors that name the file."""
 
+import json
+import math
+import os
+import re
+import stat
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePath, PurePosixPath
+from typing import IO, Literal, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from deformnet._errors import UserError
 
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"),
+    *(".ppm", ".pgm", ".pbm", ".pnm"),
+)
+"""Suffixes of image files, in lower case."""
+
+Size = tuple[int, int]
+"""Height and width."""
+
+Orientation = Literal["auto", "stored", "upright"]
+"""How the EXIF orientation of an image is used: `upright` applies it, `stored` ignores it, and
+`auto` takes what fits the annotated size, and applies it where both fit or no size is known."""
+
+MAX_PIXELS = 178_956_970
+"""Images with more pixels are refused: a small file can hold gigabytes."""
+
+# The formats that are opened, whatever a file is called: Pillow would run Ghostscript for others.
+_FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "GIF", "PPM")
+_FORMATS_TEXT = "JPEG, PNG, BMP, TIFF, WebP, GIF or PPM"
+
 # What Pillow raises on broken bytes, found by truncating and flipping bytes of JPEG and PNG files.
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, zlib.error, struct.error)
 
+_EXIF_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What makes an image upright, by its EXIF orientation."""
+_SWAPS_SIDES = (5, 6, 7, 8)
 
-def read_image(path: str | Path, *, upright: bool = False) -> Tensor:
-    """Reads a JPEG or PNG file as RGB; the upper 8 bits of 16-bit images.
+
+def read_image(
+    path: str | Path, *, orientation: Orientation = "stored", annotated: Size | None = None
+) -> Tensor:
+    """Reads an image as RGB; the first of several frames, the upper 8 bits of 16-bit images.
 
     Args:
-        path: the file.
-        upright: apply the EXIF orientation. Images with boxes or label maps are read as stored,
-            since these are drawn on the stored pixels.
+        path: a file in the format JPEG, PNG, BMP, TIFF, WebP, GIF or PPM.
+        orientation: use of the EXIF orientation.
+        annotated: height and width by the annotation, which decide for `auto`.
     Returns:
         uint8 [3, H, W]
     Raises:
         FileNotFoundError: if the file does not exist.
-        UserError: if the file is not an image, truncated or corrupt.
+        UserError: if the file is not an image, truncated or corrupt, or larger than `MAX_PIXELS`.
     """
-    pixels = np.array(_decode(Path(path), convert="RGB", upright=upright))
+    with _opened(path) as image:
+        turn = _turn(image, orientation, annotated)
+        _load(path, image)
+        if image.mode.startswith("I;16"):
+            # Pillow would turn every value above 255 into white.
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        image = image.convert("RGB")
+        pixels = np.array(image if turn is None else image.transpose(turn))
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
+class StoredMask(NamedTuple):
+    """A mask as stored."""
+
+    mode: str
+    """Pillow's mode."""
+    pixels: np.ndarray
+    """uint8 [H, W] of ids, or uint8 [H, W, 3] of colors."""
+    palette: np.ndarray
+    """uint8 [256, 3], colors of the ids."""
+
+    def ids(self) -> np.ndarray | None:
+        """uint8 [H, W] of ids, or None if there are colors other than grays."""
+        if self.pixels.ndim == 2:
+            return self.pixels
+        is_gray = (self.pixels == self.pixels[..., :1]).all()
+        return self.pixels[..., 0] if is_gray else None
+
+    def codes(self) -> np.ndarray:
+        """int32 [H, W], one number for each color: 0xRRGGBB."""
+        if self.pixels.ndim == 2:
+            return _codes(self.palette)[self.pixels]
+        return _codes(self.pixels)
+
+
+def read_stored_mask(path: str | Path) -> StoredMask:
+    """Reads a mask: palette, grayscale of 1 or 8 bits, or RGB. The EXIF orientation is ignored, and
+    transparent pixels are black.
+
+    Raises:
+        FileNotFoundError, UserError: as `read_image`, and for a file of another mode.
+    """
+    with _opened(path) as image:
+        _load(path, image)
+        palette = np.arange(256, dtype=np.uint8)[:, None].repeat(3, axis=1)
+        if image.mode in ("LA", "PA", "RGBA"):
+            pixels = np.array(image.convert("RGBA"))
+            pixels = pixels[..., :3] * (pixels[..., 3:] > 0)
+        elif image.mode in ("1", "L", "P", "RGB"):
+            pixels = np.array(image).astype(np.uint8)
+        else:
+            raise UserError(
+                f"expected class ids (palette, or 8-bit grayscale) or RGB colors, "
+                f"but got mode {image.mode}"
+            )
+        if image.mode == "1":
+            palette[1] = 255
+        if image.mode == "P":
+            colors = np.array(image.getpalette("RGB"), np.uint8).reshape(-1, 3)[:256]
+            palette = np.zeros((256, 3), np.uint8)
+            palette[: len(colors)] = colors
+        return StoredMask(image.mode, pixels, palette)
+
+
 def read_labels(path: str | Path) -> Tensor:
-    """Reads a PNG of class ids with 8 bits: palette (mode P) or grayscale (mode L).
+    """Reads a mask of class ids: palette, or grayscale of 1 or 8 bits, also stored as RGB.
 
     Returns:
         uint8 [H, W]
     Raises:
-        FileNotFoundError, UserError: as `read_image`, and for a file that holds colors.
+        FileNotFoundError, UserError: as `read_stored_mask`, and for a file that holds colors.
     """
-    image = _decode(Path(path), convert=None)
-    if image.mode not in ("P", "L"):
+    stored = read_stored_mask(path)
+    ids = stored.ids()
+    if ids is None:
         raise UserError(
             f"{path}: expected class ids (mode P, palette, or L, 8-bit grayscale), "
-            f"but got mode {image.mode}"
+            f"but got mode {stored.mode}"
         )
-    return torch.from_numpy(np.array(image))
+    return torch.from_numpy(ids)
 
 
-def read_size(path: Path) -> tuple[int, int]:
-    """Height and width of an image as stored, from its header; errors as `read_image`."""
-    with _readable(path), Image.open(path) as image:
-        return image.height, image.width
+def read_size(
+    path: str | Path, *, orientation: Orientation = "stored", annotated: Size | None = None
+) -> Size:
+    """Height and width of an image, as `read_image` returns it, from its header."""
+    with _opened(path) as image:
+        turns = _turn(image, orientation, annotated) is not None
+        swaps = turns and _exif_orientation(image) in _SWAPS_SIDES
+        return (image.width, image.height) if swaps else (image.height, image.width)
+
+
+def is_rotated(path: str | Path) -> bool:
+    """Whether an EXIF orientation turns or flips the stored pixels; errors as `read_image`."""
+    with _opened(path) as image:
+        return _exif_orientation(image) in _TURNS
+
+
+def size_error(path: Path, size: Size, annotated: Size) -> str:
+    """What is wrong with the size of an image, with the EXIF orientation if that is the cause."""
+    text = f"expected the annotated size {size_text(*annotated)}, but got {size_text(*size)}"
+    if size == annotated[::-1] and is_rotated(path):
+        text += ", since its EXIF orientation turns it; orientation='auto' takes what fits"
+    return text
 
 
 def size_text(height: int, width: int) -> str:
@@ -82,26 +202,262 @@ def listing(names: Sequence[str], limit: int = 30) -> str:
     return (", ".join(names[:limit]) or "none") + more
 
 
+def read_json(path: Path, hook: Callable[[dict[str, object]], object] | None = None) -> object:
+    """Reads a JSON file.
+
+    Args:
+        hook: applied to every object, from the inside out, to drop or pack what takes memory.
+    Raises:
+        UserError: if the file is not JSON, or nested deeper than Python reads; if a number is NaN,
+            infinite, or too large for a float.
+    """
+    _require_file(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        # Numbers are looked at one by one, in Python, only if a large one seems to be among them.
+        suspicious = _LARGE_NUMBER.search(text) is not None
+        return json.loads(
+            text,
+            object_hook=hook,
+            parse_constant=_refuse_constant,
+            parse_int=_bounded_int if suspicious else None,
+            parse_float=_bounded_float if suspicious else None,
+        )
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    except RecursionError as error:
+        raise UserError(f"{path}: not readable as json (nested too deeply)") from error
+    except ValueError as error:  # text that is not UTF-8 is a ValueError, too
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path}: not readable as json ({reason})") from error
+
+
+_LARGE_NUMBER = re.compile(r"[0-9]{200}|[0-9][eE]\+?[0-9]{3}")
+
+
+def _refuse_constant(name: str) -> object:
+    raise UserError(f"expected numbers as JSON has them, but got {name}")
+
+
+def _bounded_int(text: str) -> object:
+    return int(text) if len(text) <= 308 else _refuse_large(text)
+
+
+def _bounded_float(text: str) -> object:
+    value = float(text)
+    return value if math.isfinite(value) else _refuse_large(text)
+
+
+def _refuse_large(text: str) -> object:
+    raise UserError(f"expected numbers below 1e308, but got {text[:20]}...")
+
+
+def _require_file(path: Path) -> None:
+    """Refuses what is no regular file: reading a pipe may wait for ever."""
+    kind = path.stat().st_mode
+    if not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):  # folders have the system's message
+        raise UserError(f"{path}: expected a file, but got a pipe or a device")
+
+
+def is_image(name: str) -> bool:
+    """Whether a file name is one of an image; hidden files are not."""
+    return name[name.rfind(".") :].lower() in IMAGE_SUFFIXES and not name.startswith(".")
+
+
+def walk_files(folder: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, list[str]]]:
+    """The folder and its subfolders in the order of their paths, each with the sorted names of its
+    files that are wanted.
+
+    Symbolic links are followed; hidden folders are skipped.
+
+    Raises:
+        UserError: if a link leads back to a folder that it is in.
+    """
+    yield from sorted(_walk_files(folder, wanted, frozenset()))
+
+
+def walk_images(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """As `walk_files`, with images."""
+    return walk_files(folder, is_image)
+
+
+def _walk_files(
+    folder: Path, wanted: Callable[[str], bool], above: frozenset[tuple[int, int]]
+) -> Iterator[tuple[str, list[str]]]:
+    status = folder.stat()
+    here = status.st_dev, status.st_ino
+    if here in above:
+        raise UserError(f"{folder}: expected a folder, but got a link to a folder that it is in")
+    with os.scandir(folder) as entries:
+        visible = [entry for entry in entries if not entry.name.startswith(".")]
+    yield str(folder), sorted(entry.name for entry in visible if wanted(entry.name))
+    for entry in visible:
+        if entry.is_dir():
+            yield from _walk_files(folder / entry.name, wanted, above | {here})
+
+
+def has_images(folder: Path) -> bool:
+    """Whether there is an image in a folder or its subfolders; links as for `walk_images`."""
+    return any(names for _, names in _walk_files(folder, is_image, frozenset()))
+
+
+def subfolders(folder: Path) -> list[Path]:
+    """Folders in a folder, sorted, without hidden ones."""
+    with os.scandir(folder) as entries:
+        names = [it.name for it in entries if not it.name.startswith(".") and it.is_dir()]
+    return [folder / name for name in sorted(names)]
+
+
+def find_images(folder: Path) -> list[Path]:
+    """Images in a folder and its subfolders, sorted; links as for `walk_images`."""
+    return sorted(Path(place, name) for place, names in walk_images(folder) for name in names)
+
+
+def image_names(files: Sequence[Path]) -> list[str]:
+    """Unique names of images, usable as file names, from their relative paths: the stems; if some
+    are equal, the names; or else the paths with `__` for the separator."""
+    for names in ([file.stem for file in files], [file.name for file in files]):
+        if len(set(names)) == len(names):
+            return names
+    return ["__".join(file.parts) for file in files]
+
+
 class Folder:
     """File names in a folder, read once: 10,582 single queries are slow on network disks."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._names = {file.name for file in path.iterdir()} if path.is_dir() else set()
+        self._folders: dict[str, Folder] = {}
+        self._by_stem: dict[str, str] | None = None
 
     def find(self, *names: str) -> Path | None:
         """The first of `names` that exists."""
         return next((self.path / name for name in names if name in self._names), None)
 
+    def inner(self, path: PurePath) -> "Folder":
+        """A folder in this one, which may not exist; itself for an empty path."""
+        folder = self
+        for name in path.parts:
+            if name not in folder._folders:
+                folder._folders[name] = Folder(folder.path / name)
+            folder = folder._folders[name]
+        return folder
 
-def _decode(path: Path, convert: str | None, upright: bool = False) -> Image.Image:
-    with _readable(path), Image.open(path) as image:
-        image.load()
-        decoded = ImageOps.exif_transpose(image) if upright else image.copy()
-        if convert is not None and decoded.mode.startswith("I;16"):
-            # Pillow would turn every value above 255 into white.
-            decoded = Image.fromarray((np.asarray(decoded) >> 8).astype(np.uint8))
-        return decoded if convert is None else decoded.convert(convert)
+    def find_image(self, name: str) -> Path | None:
+        """The image with a name, which may lack its suffix and begin with subfolders.
+
+        Raises:
+            UserError: if the name leads out of the folder.
+        """
+        *folders, last = inside(name).parts or ("",)
+        if folders:
+            return self.inner(PurePosixPath(*folders)).find_image(last)
+        if self._by_stem is None:
+            names = sorted(filter(is_image, self._names), key=_by_suffix, reverse=True)
+            self._by_stem = {Path(file).stem: file for file in names}
+        file = last if last in self._names and is_image(last) else self._by_stem.get(last)
+        return None if file is None else self.path / file
+
+
+def _by_suffix(name: str) -> tuple[int, str]:
+    """Order of images of the same stem: JPEG before PNG, as in VOC."""
+    return list(IMAGE_SUFFIXES).index(Path(name).suffix.lower()), name
+
+
+def inside(name: str) -> PurePosixPath:
+    """A path relative to a folder, as lists and annotations name files.
+
+    Raises:
+        UserError: if it leads out of the folder.
+    """
+    path = PurePosixPath(name.replace("\\", "/"))
+    if path.is_absolute() or ".." in path.parts or re.match("[A-Za-z]:", name):
+        raise UserError(f"expected a path inside the data folder, but got {name!r}")
+    return path
+
+
+def _codes(pixels: np.ndarray) -> np.ndarray:
+    red, green, blue = np.moveaxis(pixels.astype(np.int32), -1, 0)
+    return red << 16 | green << 8 | blue
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Image.Image]:
+    """An image of which the header is read. Errors inside get the name of the file."""
+    path = Path(path)
+    _require_file(path)
+    with _readable(path), Image.open(path, formats=_FORMATS) as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise Image.DecompressionBombError(
+                f"expected at most {MAX_PIXELS} pixels, but got {image.width}x{image.height}"
+            )
+        yield image
+
+
+def _load(path: str | Path, image: Image.Image) -> None:
+    """Decodes an image, all of it: where the compressed data of a PNG ends early, Pillow leaves the
+    missing rows black, which the length of the data tells from rows that are black."""
+    image.load()
+    if image.format != "PNG":
+        return
+    if image.info.get("interlace") or not np.asarray(image)[-1].any():
+        with Path(path).open("rb") as file:
+            _require_png_rows(file)
+
+
+def _require_png_rows(file: IO[bytes]) -> None:
+    file.seek(8)
+    expected, count = 0, 0
+    inflate = zlib.decompressobj()
+    while len(head := file.read(8)) == 8 and (not expected or count < expected):
+        length, kind = struct.unpack(">I4s", head)
+        data = file.read(length)
+        file.seek(4, os.SEEK_CUR)  # the checksum, which Pillow compares
+        if kind == b"IHDR":
+            expected = _png_bytes(*struct.unpack(">IIBB2xB", data))
+        elif kind == b"IDAT":
+            while data and count < expected:
+                count += len(inflate.decompress(data, 1 << 20))
+                data = inflate.unconsumed_tail
+    if count < expected:
+        raise UserError("not a readable image (the data of the last rows is missing)")
+
+
+def _png_bytes(width: int, height: int, depth: int, color: int, interlaced: int) -> int:
+    """Length of the uncompressed data of a PNG."""
+    bits = depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[color]
+    passes = [(0, 0, 1, 1)]  # first column and row, and their steps
+    if interlaced:
+        passes = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4)]
+        passes += [(0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)]
+    sizes = [(len(range(x, width, dx)), len(range(y, height, dy))) for x, y, dx, dy in passes]
+    return sum(rows * (1 + (columns * bits + 7) // 8) for columns, rows in sizes if columns)
+
+
+def _turn(
+    image: Image.Image, orientation: Orientation, annotated: Size | None
+) -> Image.Transpose | None:
+    """How to turn an image to the orientation in which it is read."""
+    number = _exif_orientation(image)
+    stored = image.height, image.width
+    upright = stored[::-1] if number in _SWAPS_SIDES else stored
+    if orientation == "auto":
+        fits_stored_only = annotated == stored and annotated != upright
+        orientation = "stored" if fits_stored_only else "upright"
+    return _TURNS.get(number) if orientation == "upright" else None
+
+
+def _exif_orientation(image: Image.Image) -> int:
+    """Number from 1 to 8; 1 if absent or broken. Pillow itself turns TIFF images upright."""
+    if image.format == "TIFF":
+        return 1
+    try:
+        # Not PNG's own method, which decodes the image to look for data at the end of the file.
+        number = Image.Image.getexif(image).get(_EXIF_ORIENTATION, 1)
+    except (*_BROKEN, KeyError, TypeError):
+        return 1
+    return number if isinstance(number, int) else 1
 
 
 @contextmanager
@@ -109,8 +465,12 @@ def _readable(path: Path) -> Iterator[None]:
     """Adds the name of the file to whatever Pillow raises inside."""
     try:
         yield
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
     except UnidentifiedImageError as error:
-        raise UserError(f"{path}: not a readable image (empty or of unknown format)") from error
+        raise UserError(
+            f"{path}: not a readable image (empty, or of a format other than {_FORMATS_TEXT})"
+        ) from error
     except _BROKEN as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # missing file, no permission, failing disk: the system's message names the file

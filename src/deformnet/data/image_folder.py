@@ -1,22 +1,56 @@
 """Images sorted into one folder per class."""
 
+import copy
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import final
+from typing import Self, final
 
+import torch
 from torch import Tensor
 from torchvision import tv_tensors
-from torchvision.datasets import ImageFolder, VisionDataset
+from torchvision.datasets import VisionDataset
 
-from deformnet.data.files import listing, read_image, require_folder
+from deformnet.data.files import (
+    IMAGE_SUFFIXES,
+    Orientation,
+    is_image,
+    listing,
+    read_image,
+    require_folder,
+    subfolders,
+    walk_images,
+)
+from deformnet.data.flat import StringList
 from deformnet.data.items import ImageItem
 from deformnet.data.layouts import ImageList, Layout
-from deformnet.data.splits import split_parts
+from deformnet.data.location import DataFiles, Location, locate
+from deformnet.data.splits import USUAL_SPLITS, resolve, split_parts
 
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 _LISTED = 5  # names in a message; ImageNet has a thousand classes
 _SYNSET = re.compile(r"n\d{8}")  # ImageNet's classes
+_ONLY_SPLIT = "train"  # of a data set without splits
+_SPLIT_LIKE = re.compile(rf"({'|'.join(sorted(USUAL_SPLITS))})[_-]?\d*")
+
+# Folders of images that belong to other layouts.
+_NO_CLASSES = {
+    *("images", "image", "img", "imgs", "jpegimages", "masks", "mask", "labels", "annotations"),
+    *("segmentationclass", "segmentationobject", "segmentationclassaug"),
+}
+
+
+class _Samples(Sequence[tuple[str, int]]):
+    """Files of many images and their labels, in flat tensors."""
+
+    def __init__(self, samples: Sequence[tuple[str, int]]) -> None:
+        self._files = StringList(file for file, _ in samples)
+        self._labels = torch.tensor([label for _, label in samples], dtype=torch.int64)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: int) -> tuple[str, int]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return self._files[index], int(self._labels[index])
 
 
 @final
@@ -24,25 +58,30 @@ class ImageFolderClassification(VisionDataset):
     """Images and their classes in the layout of torchvision's `ImageFolder`.
 
     ```
-    <split>/<class>/<any name>.jpg     also .jpeg, .png, .bmp, .webp, .tif, .tiff, or in capitals
+    <split>/<class>/<any name>.jpg     or any other suffix of an image, also in capitals
+    <class>/<any name>.jpg             without splits: all images are the split `train`
     ```
 
-    A split is a folder, or several joined by `+` (`train+val`). The classes of all splits are the
-    names of the folders in `train`, sorted, so that a split without one of them has the same
-    labels. Without a `train` they are those of the (first) split itself. Files and folders whose
-    name begins with a dot are skipped.
+    A split is a folder, or several joined by `+` (`train+val`); where there is no `val`, it is
+    `valid`, `validation`, `dev` or `test`. The classes of all splits are the names of the folders
+    in `train`, sorted, so that a split without one of them has the same labels. Without a `train`
+    they are those of the (first) split itself. Files and folders whose name begins with a dot are
+    skipped.
 
     Attributes:
         classes: class names; their indices are the labels.
         samples: file and label of each image.
         transform: called with an image (uint8 [3, H, W]); None for no change.
+        orientation: use of the EXIF orientation; `auto` applies it, since no annotation has a size.
     """
 
     def __init__(
         self,
-        root: str | Path,
+        root: Location,
         split: str,
         transform: Callable[[tv_tensors.Image], Tensor] | None = None,
+        *,
+        orientation: Orientation = "auto",
     ) -> None:
         """
         Raises:
@@ -51,41 +90,52 @@ class ImageFolderClassification(VisionDataset):
             UserError: if a split has no classes, a class no image, or a split a class that `train`
                 lacks.
         """
-        root = Path(root).expanduser()
-        folders = [root / name for name in split_parts(split)]
+        root = locate(root).images
+        splits = image_folder_splits(root)
+        folders = [_split_folder(root, splits, name) for name in split_parts(split)]
         for folder in folders:
             if not folder.is_dir():
-                raise FileNotFoundError(
-                    f"{folder}: no such folder; expected DIR/SPLIT/CLASS/IMAGE, the folders in "
-                    f"{root} are: {listing(image_folder_splits(root), _LISTED)}"
-                )
+                raise FileNotFoundError(f"{folder}: no such folder; {_expected(root, splits)}")
         super().__init__(root, transform=transform)
         self.split = split
-        reference = root / "train" if (root / "train").is_dir() else folders[0]
+        self.orientation: Orientation = orientation
+        train = _split_folder(root, splits, "train")
+        reference = train if train.is_dir() else folders[0]
         self.classes = tuple(_folder_names(reference))
-        self.samples: list[tuple[str, int]] = []
+        samples: list[tuple[str, int]] = []
         for folder in folders:
-            images, samples = _find_images(folder, reference)
+            images, added = _find_images(folder, reference)
             images.require()
-            self.samples += samples
+            samples += added
+        self.samples: Sequence[tuple[str, int]] = _Samples(samples)
 
     def __len__(self) -> int:
         return len(self.samples)
 
+    def subset(self, indices: Sequence[int], split: str) -> Self:
+        """The data set with some of its images."""
+        part = copy.copy(self)
+        part.split = split
+        part.samples = _Samples([self.samples[index] for index in indices])
+        return part
+
     def name(self, index: int) -> str:
         """Path of an image relative to the root: `val/cat/1.jpg`."""
-        return Path(self.samples[index][0]).relative_to(self.root).as_posix()
+        return self.image_path(index).relative_to(self.root).as_posix()
+
+    def image_path(self, index: int) -> Path:
+        """File of the image."""
+        return Path(self.samples[index][0])
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """
         Returns:
-            image uint8 [3, H, W], converted to RGB and turned by its EXIF orientation (no label
-            depends on the stored pixels), or what `transform` makes of it; its label.
+            image uint8 [3, H, W], converted to RGB, or what `transform` makes of it; its label.
         Raises:
             UserError: one line that names the file, if it is unreadable.
         """
         path, label = self.samples[index]
-        image = tv_tensors.Image(read_image(path, upright=True))
+        image = tv_tensors.Image(read_image(path, orientation=self.orientation))
         return (image if self.transform is None else self.transform(image)), label
 
     def extra_repr(self) -> str:
@@ -93,18 +143,44 @@ class ImageFolderClassification(VisionDataset):
 
 
 def image_folder_splits(root: str | Path) -> list[str]:
-    """Names of the folders in `root`, each of which may be a split.
+    """Names of the folders in `root`, each of which may be a split; `train` alone if they are
+    classes.
 
     Raises:
         FileNotFoundError: if `root` does not exist.
     """
-    return _folder_names(require_folder(Path(root).expanduser()))
+    root = require_folder(Path(root).expanduser())
+    return [_ONLY_SPLIT] if _has_no_splits(root) else _folder_names(root)
 
 
-def _is_image(path: str | Path) -> bool:
-    """Whether a file name is one of an image; hidden files are not."""
-    name = Path(path).name
-    return name.lower().endswith(_SUFFIXES) and not name.startswith(".")
+def _has_no_splits(root: Path) -> bool:
+    """Whether the folders in `root` are classes: two or more hold images themselves, at most one
+    has the name of a split, such as the class `train`, and none belongs to another layout."""
+    names = _folder_names(root)
+    split_like = [name for name in names if _SPLIT_LIKE.fullmatch(name.lower())]
+    if len(split_like) > 1 or any(name.lower() in _NO_CLASSES for name in names):
+        return False
+    if any(_folder_names(root / name) for name in split_like):
+        return False
+    with_images = (name for name in names if _holds_image(root / name))
+    return len([name for name, _ in zip(with_images, range(2), strict=False)]) == 2
+
+
+def _holds_image(folder: Path) -> bool:
+    return any(is_image(path.name) and path.is_file() for path in folder.iterdir())
+
+
+def _split_folder(root: Path, splits: Sequence[str], name: str) -> Path:
+    """Folder of a split, which may not exist."""
+    found = resolve(splits, name)
+    return root if found == _ONLY_SPLIT and _has_no_splits(root) else root / found
+
+
+def _expected(root: Path, splits: Sequence[str]) -> str:
+    if _has_no_splits(root):
+        return f"the folders in {root} are classes without splits: all images are {_ONLY_SPLIT!r}"
+    names = listing(splits, _LISTED)
+    return f"expected DIR/SPLIT/CLASS/IMAGE, the folders in {root} are: {names}"
 
 
 def _find_images(folder: Path, reference: Path) -> tuple[ImageList, list[tuple[str, int]]]:
@@ -116,41 +192,54 @@ def _find_images(folder: Path, reference: Path) -> tuple[ImageList, list[tuple[s
         images.fault("expected DIR/SPLIT/CLASS/IMAGE, but found no folder of a class")
         return images, []
     images.may_be_official = any(_SYNSET.fullmatch(name) for name in names)
-    found = ImageFolder.make_dataset(
-        str(folder),
-        {name: number for number, name in enumerate(names)},
-        is_valid_file=_is_image,
-        allow_empty=True,
-    )
+    found = [
+        (str(Path(place, file)), number)
+        for number, name in enumerate(names)
+        for place, files in walk_images(folder / name)
+        for file in files
+    ]
     with_images = {number for _, number in found}
     for number, name in enumerate(names):
         if name not in labels:
             text = f"expected the classes of {reference}, which has no class {name}"
             images.fault(text, file=folder / name)
         if number not in with_images:
-            text = f"expected images ({', '.join(_SUFFIXES)}), but found none"
+            text = f"expected images ({', '.join(IMAGE_SUFFIXES)}), but found none"
             images.fault(text, file=folder / name)
+    images.classes, images.unit = tuple(labels), "images"
+    images.counts.update(labels[name] for _, n in found if (name := names[n]) in labels)
     images.singles = [ImageItem(path, None) for path, _ in found]
     images.entries = len(found)
     return images, [(path, labels.get(names[number], -1)) for path, number in found]
 
 
-def _lists(root: Path) -> Iterator[ImageList]:
-    splits = [root / name for name in ("train", "val") if (root / name).is_dir()]
-    return (_find_images(folder, splits[0])[0] for folder in splits)
+def _lists(place: DataFiles) -> Iterator[ImageList]:
+    root = place.images
+    splits = image_folder_splits(root)
+    folders = dict.fromkeys(_split_folder(root, splits, name) for name in ("train", "val"))
+    existing = [folder for folder in folders if folder.is_dir()]
+    return (_find_images(folder, existing[0])[0] for folder in existing)
+
+
+def _recognizes(root: Path) -> bool:
+    if _has_no_splits(root):
+        return True
+    split = _split_folder(root, image_folder_splits(root), "train")
+    return split.is_dir() and any(
+        _holds_image(split / name)
+        for name in _folder_names(split)
+        if name.lower() not in _NO_CLASSES
+    )
 
 
 def _folder_names(folder: Path) -> list[str]:
-    paths = (path for path in folder.iterdir() if not path.name.startswith("."))
-    return sorted(path.name for path in paths if path.is_dir())
+    return [path.name for path in subfolders(folder)]
 
 
-IMAGE_FOLDER = Layout(
+IMAGE_FOLDER = Layout[ImageFolderClassification](
     name="image folder",
     files="train/<class>/*.jpg",
-    recognizes=lambda root: any(
-        _is_image(path) and path.is_file() for path in (root / "train").glob("*/*")
-    ),
+    recognizes=_recognizes,
     splits=image_folder_splits,
     lists=_lists,
     open=ImageFolderClassification,

@@ -1,14 +1,17 @@
 """Files that are checked together, and their faults."""
 
 import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
-from deformnet.data.files import read_image, read_labels, size_text
+from deformnet.data.base import IGNORE, LabelReader, wrong_mask_size
+from deformnet.data.files import Size, read_image, size_error
 from deformnet.data.voc_files import ClassList, annotated_size, parse_annotation, read_object
 
-Size = tuple[int, int]
-"""Height and width."""
+FAR = 0.1
+"""Boxes may reach so far beyond their image, as a fraction of its longer side, without a remark."""
 
 
 class Fault(NamedTuple):
@@ -20,6 +23,14 @@ class Fault(NamedTuple):
     """Whether it does no harm, such as a box without area, which readers drop."""
 
 
+class Findings(NamedTuple):
+    """What a check of files finds."""
+
+    faults: list[Fault]
+    counts: Counter[int]
+    """Objects or pixels of each class, without ignored and void ones and boxes without area."""
+
+
 class ImageItem(NamedTuple):
     """An image."""
 
@@ -27,8 +38,8 @@ class ImageItem(NamedTuple):
     size: Size | None
     """Annotated size; None if there is none."""
 
-    def faults(self) -> list[Fault]:
-        return _check_image(self.image, self.size)[1]
+    def check(self) -> Findings:
+        return Findings(check_image(self.image, self.size)[1], Counter())
 
 
 class BoxesItem(NamedTuple):
@@ -38,23 +49,26 @@ class BoxesItem(NamedTuple):
     annotation: str
     classes: ClassList
 
-    def faults(self) -> list[Fault]:
+    def check(self) -> Findings:
         path = Path(self.annotation)
+        counts: Counter[int] = Counter()
         try:
             content = parse_annotation(path)
         except (ValueError, OSError) as error:
-            return [*_check_image(self.image, None)[1], Fault(self.annotation, reason(error, path))]
-        size, faults = _check_image(self.image, annotated_size(content))
+            return unreadable(self.image, path, error)
+        size, faults = check_image(self.image, annotated_size(content))
         for number, item in enumerate(content.iterfind("object"), start=1):
             try:
-                box, _, _ = read_object(path, item, self.classes)
+                box, label, ignored = read_object(path, item, self.classes)
             except ValueError as error:
                 faults.append(Fault(self.annotation, f"object {number}: {reason(error, path)}"))
                 continue
-            if not has_area(box, size):
-                text = f"object {number}: box {list(box)} has no area inside the image"
-                faults.append(Fault(self.annotation, f"{text}; readers drop it", is_remark=True))
-        return faults
+            counts[label] += not ignored and has_area(box, size)
+            remark = box_remark(box, size)
+            if remark:
+                text = f"object {number}: box {list(box)} {remark}"
+                faults.append(Fault(self.annotation, text, is_remark=True))
+        return Findings(faults, counts)
 
 
 class LabelsItem(NamedTuple):
@@ -62,35 +76,41 @@ class LabelsItem(NamedTuple):
 
     image: str
     labels: str
-    allowed: bytes
-    """Labels that may occur."""
+    reader: LabelReader
 
-    def faults(self) -> list[Fault]:
-        size, faults = _check_image(self.image, None)
+    def check(self) -> Findings:
         path = Path(self.labels)
         try:
-            labels = read_labels(path)
+            labels = self.reader.read(path)
         except (ValueError, OSError) as error:
-            return [*faults, Fault(self.labels, reason(error, path))]
+            return unreadable(self.image, path, error)
         height, width = labels.shape
+        size, faults = _read_image_size(self.image, (height, width))
         if size and size != (height, width):
-            text = (
-                f"expected the size of its image, {size_text(*size)}, "
-                f"but got {size_text(height, width)}"
-            )
+            text = wrong_mask_size(Path(self.image), size, (height, width))
             faults.append(Fault(self.labels, text))
-        unknown = sorted(set(labels.unique().tolist()) - set(self.allowed))
-        if unknown:
-            text = f"labels without a class: {', '.join(map(str, unknown))}"
-            faults.append(Fault(self.labels, text))
-        return faults
+        pixels = enumerate(labels.flatten().bincount(minlength=IGNORE)[:IGNORE].tolist())
+        counts = Counter({label: count for label, count in pixels if count})
+        if not counts:
+            faults.append(Fault(self.labels, "all pixels are void", is_remark=True))
+        return Findings(faults, counts)
 
 
-Item = ImageItem | BoxesItem | LabelsItem
-"""Its strings are the files that it reads, its other fields what they must agree with."""
+class Item(Protocol):
+    """A named tuple. Its first fields are the files that it reads, as strings, the image first; the
+    others, none of them a string, are what the files must agree with."""
+
+    def check(self) -> Findings:
+        """Reads the files."""
+        ...
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+    def __getitem__(self, places: slice, /) -> Sequence[Any]: ...
 
 
 def files_of(item: Item) -> list[str]:
+    """The files that an item reads."""
     return [field for field in item if isinstance(field, str)]
 
 
@@ -102,6 +122,21 @@ def has_area(box: tuple[float, float, float, float], size: Size | None) -> bool:
     return inside and all(map(math.isfinite, box))
 
 
+def box_remark(box: tuple[float, float, float, float], size: Size | None) -> str:
+    """What is odd about a box (edges) that readers take; empty if nothing is."""
+    if size is not None and min(size) > 1 and max(box[2:]) <= 1 and max(box) > 0:
+        return "lies within 0 to 1: expected pixels, but it seems to be fractions"
+    if not has_area(box, size):
+        return "has no area inside the image; readers drop it"
+    if size is None:
+        return ""
+    x1, y1, x2, y2 = box
+    height, width = size
+    beyond = max(-x1, -y1, x2 - width, y2 - height)
+    is_far = beyond > max(2, FAR * max(size))
+    return "reaches far outside the image; readers clip it" if is_far else ""
+
+
 def reason(error: Exception, path: Path) -> str:
     """Message of an error about a file, without the file's name."""
     if isinstance(error, OSError) and error.strerror:
@@ -109,15 +144,24 @@ def reason(error: Exception, path: Path) -> str:
     return str(error).removeprefix(f"{path}: ")
 
 
-def _check_image(file: str, annotated: Size | None) -> tuple[Size | None, list[Fault]]:
+def unreadable(image: str, annotation: Path, error: Exception) -> Findings:
+    """Findings of an image whose annotation cannot be read."""
+    faults = [*check_image(image, None)[1], Fault(str(annotation), reason(error, annotation))]
+    return Findings(faults, Counter())
+
+
+def check_image(file: str, annotated: Size | None) -> tuple[Size | None, list[Fault]]:
     """Size of an image, None if it does not decode; and its faults."""
+    size, faults = _read_image_size(file, annotated)
+    if size is None or annotated is None or size == annotated:
+        return size, faults
+    return size, [Fault(file, size_error(Path(file), size, annotated))]
+
+
+def _read_image_size(file: str, annotated: Size | None) -> tuple[Size | None, list[Fault]]:
     path = Path(file)
     try:
-        _, height, width = read_image(path).shape
+        _, height, width = read_image(path, orientation="auto", annotated=annotated).shape
     except (ValueError, OSError) as error:
         return None, [Fault(file, reason(error, path))]
-    size = height, width
-    if annotated is None or size == annotated:
-        return size, []
-    text = f"expected the annotated size {size_text(*annotated)}, but got {size_text(*size)}"
-    return size, [Fault(file, text)]
+    return (height, width), []

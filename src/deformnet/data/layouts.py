@@ -1,14 +1,16 @@
 """Layouts of data sets on disk: how one is recognized, its lists of images, and its reader."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, Literal, NamedTuple, Protocol, TypeVar
 
 from deformnet._errors import UserError
-from deformnet.data.files import Folder
+from deformnet.data.files import Folder, Orientation
 from deformnet.data.items import Fault, ImageItem, Item, reason
+from deformnet.data.location import DataFiles, Location
 
 _Dataset = TypeVar("_Dataset", covariant=True)
 
@@ -33,6 +35,10 @@ class ImageList:
         name: such as VOC2007/Main/trainval, by which official lists are known.
         source: file or folder that makes the list.
         may_be_official: False for a data set whose classes or folders differ from the official one.
+        classes: class names; empty if there are no annotations.
+        unit: what the check counts of each class.
+        counts: number of these in annotations that the items do not read.
+        empty: number of images without any of them, likewise.
         pair_item: what is checked of an image with its annotation.
         pairs: images with their annotations.
         singles: images without annotations.
@@ -46,6 +52,10 @@ class ImageList:
     name: str
     source: Path
     may_be_official: bool = False
+    classes: tuple[str, ...] = ()
+    unit: Literal["objects", "pixels", "images"] = "objects"
+    counts: Counter[int] = field(default_factory=Counter)
+    empty: int = 0
     pair_item: Callable[[str, str], Item] | None = None
     pairs: list[tuple[Path, Path]] = field(default_factory=list)
     singles: list[ImageItem] = field(default_factory=list)
@@ -87,11 +97,12 @@ class ImageList:
     def require(self) -> None:
         """
         Raises:
-            UserError: for the first fault.
+            UserError: for the first fault that is no remark.
             FileNotFoundError: for the first missing file.
         """
         for fault in self.faults:
-            raise UserError(f"{fault.file}: {fault.text}")
+            if not fault.is_remark:
+                raise UserError(f"{fault.file}: {fault.text}")
         for file in self.missing:
             more = f" (and {len(self.missing) - 1} more)" if len(self.missing) > 1 else ""
             places = " or ".join(file.folders)
@@ -107,6 +118,28 @@ def find_file(kind: str, folders: Sequence[Folder], *names: str) -> Path | Missi
     return next(filter(None, found), missing)
 
 
+def find_image_file(kind: str, folders: Sequence[Folder], name: str, suffix: str) -> Path | Missing:
+    """As `find_file`, for a name that may lack its suffix, any of an image; `suffix` is the usual
+    one, for messages."""
+    found = (folder.find_image(name) for folder in folders)
+    missing = Missing(kind, tuple(str(folder.path) for folder in folders), f"{name}{suffix}")
+    return next(filter(None, found), missing)
+
+
+class Reader(Protocol[_Dataset]):
+    """Reads a split of a data set."""
+
+    def __call__(
+        self,
+        root: Location,
+        split: str,
+        transforms: Callable | None = None,
+        /,
+        *,
+        orientation: Orientation = "auto",
+    ) -> _Dataset: ...
+
+
 @dataclass(frozen=True)
 class Layout(Generic[_Dataset]):
     """One way in which the files of a data set are arranged.
@@ -119,15 +152,17 @@ class Layout(Generic[_Dataset]):
         files: files or folders by which the layout is recognized, in messages.
         recognizes: whether a folder has this layout.
         splits: names of the splits in such a folder.
-        lists: all lists of images in such a folder, with their problems.
-        open: reader, called with the folder, the split and the transforms.
+        lists: all lists of images, with their problems.
+        open: reader.
         folders: folders that belong to the data set as a whole; there may be others beside them.
+        recognizes_files: whether images and annotations that lie apart have this layout.
     """
 
     name: str
     files: str
     recognizes: Callable[[Path], bool]
     splits: Callable[[Path], list[str]]
-    lists: Callable[[Path], Iterable[ImageList]]
-    open: Callable[[str | Path, str, Callable | None], _Dataset]
+    lists: Callable[[DataFiles], Iterable[ImageList]]
+    open: Reader[_Dataset]
     folders: Callable[[Path], set[Path]] = lambda root: {root}
+    recognizes_files: Callable[[DataFiles], bool] = lambda files: False

@@ -1,67 +1,142 @@
 """Data sets in any known layout."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Generic, TypeVar
+
+from torch import Tensor
+from torchvision import tv_tensors
 
 from deformnet.data.base import SegmentationDataset
 from deformnet.data.boxes import DetectionDataset
 from deformnet.data.cityscapes import CITYSCAPES_MASKS
 from deformnet.data.coco import COCO_BOXES
-from deformnet.data.files import listing, require_folder
-from deformnet.data.image_folder import IMAGE_FOLDER
+from deformnet.data.coco_masks import COCO_MASKS
+from deformnet.data.files import Orientation, subfolders
+from deformnet.data.image_folder import IMAGE_FOLDER, ImageFolderClassification
+from deformnet.data.labelme import LABELME_BOXES, LABELME_MASKS
 from deformnet.data.layouts import Layout
+from deformnet.data.location import DataFiles, Location, locate
+from deformnet.data.masks import FOLDER_MASKS
+from deformnet.data.splits import PartOfSplit, Selectable, parse_part, resolve, split_parts
+from deformnet.data.survey import survey
 from deformnet.data.voc import VOC_BOXES, VOC_MASKS
+from deformnet.data.voc_folders import VOC_FOLDERS
+from deformnet.data.yolo import YOLO_BOXES, YOLO_MASKS
 
-_Dataset = TypeVar("_Dataset")
+_Dataset = TypeVar("_Dataset", bound=Selectable)
 
-# Of each kind, the first that recognizes a folder reads it.
-_BOXES: tuple[Layout[DetectionDataset], ...] = (COCO_BOXES, VOC_BOXES)
-_MASKS: tuple[Layout[SegmentationDataset], ...] = (CITYSCAPES_MASKS, VOC_MASKS)
-LAYOUTS: tuple[Layout, ...] = (*_BOXES, *_MASKS, IMAGE_FOLDER)
+
+@dataclass(frozen=True)
+class _Kind(Generic[_Dataset]):
+    """Data sets with one kind of annotations.
+
+    Attributes:
+        annotations: the kind.
+        networks: what is trained on them.
+        layouts: the first that recognizes a folder reads it.
+    """
+
+    annotations: str
+    networks: str
+    layouts: tuple[Layout[_Dataset], ...]
+
+
+_BOXES = _Kind[DetectionDataset](
+    "boxes",
+    "rfcn or another detector",
+    (COCO_BOXES, VOC_BOXES, VOC_FOLDERS, YOLO_BOXES, LABELME_BOXES),
+)
+_MASKS = _Kind[SegmentationDataset](
+    "masks",
+    "deeplab",
+    (CITYSCAPES_MASKS, VOC_MASKS, COCO_MASKS, YOLO_MASKS, FOLDER_MASKS, LABELME_MASKS),
+)
+_CLASSES = _Kind[ImageFolderClassification]("folders of classes", "a classifier", (IMAGE_FOLDER,))
+_KINDS: tuple[_Kind, ...] = (_BOXES, _MASKS, _CLASSES)
+
+LAYOUTS: tuple[Layout, ...] = tuple(layout for kind in _KINDS for layout in kind.layouts)
 """All layouts. The folders of classes come last: only a folder of no other layout is read so."""
+
+_WRAPPERS = 3  # folders that hold nothing but another folder, as unpacked archives have them
+_TRIED = 20  # subfolders in which data sets are looked for, for messages
 
 
 def open_detection(
-    root: str | Path, split: str, transforms: Callable | None = None
+    root: Location,
+    split: str,
+    transforms: Callable | None = None,
+    *,
+    orientation: Orientation = "auto",
 ) -> DetectionDataset:
-    """Opens a detection data set; its layout, VOC or COCO, is recognized.
+    """Opens a detection data set; its layout is recognized by its files.
 
     Args:
-        root: folder with `VOCdevkit` (or that folder itself, or one year of it), or with
-            `annotations/instances_*.json` (or `image_info_*.json` of images without published
-            annotations).
-        split: name of a list file (VOC) or of what follows `instances_` (COCO), or several joined
-            by `+`. A name of the VOC layout may begin with the folder of a year, as in
+        root: folder in the layout of VOC (with `VOCdevkit`, or that folder itself, or one year of
+            it), COCO, YOLO or labelme, or with XML files of VOC; or `DataFiles` for images and
+            annotations that lie apart, which are the split `train`.
+        split: name of a list file (VOC), of what follows `instances_` (COCO) or of a folder, or
+            several joined by `+`. Where there is no `val`, it is `valid`, `validation`, `dev` or
+            `test`. A name of the VOC layout may begin with the folder of a year, as in
             `VOC2007/trainval+VOC2012/trainval`; the default is the last year.
+            `train[held-out=0.2]` is a fifth of the images of `train`, chosen by their names, and
+            `train[without=0.2]` the others; `[held-out=0.2,seed=1]` is another choice.
         transforms: called with (image, annotations), such as `detection_transforms`.
+        orientation: use of the EXIF orientation of images; `auto` takes what fits the annotated
+            size, and applies it where there is none.
     Raises:
         FileNotFoundError: if `root` has no known layout or no such split; the message says what was
-            looked for, or which splits exist.
+            found, or which splits exist.
         UserError: if the split is empty, an annotation is malformed, or the parts of a union do not
             fit together.
     """
-    return _find(Path(root).expanduser(), _BOXES).open(root, split, transforms)
+    return _open(_BOXES, root, split, transforms, orientation)
 
 
 def open_segmentation(
-    root: str | Path, split: str, transforms: Callable | None = None
+    root: Location,
+    split: str,
+    transforms: Callable | None = None,
+    *,
+    orientation: Orientation = "auto",
 ) -> SegmentationDataset:
-    """Opens a segmentation data set; its layout, VOC or Cityscapes, is recognized.
+    """Opens a segmentation data set; its layout is recognized by its files.
 
     Args:
-        root: folder with `VOCdevkit` (or that folder itself, or one year of it), or with
-            `leftImg8bit` and `gtFine`.
-        split: name of a list file (VOC) or of a folder (Cityscapes), or several joined by `+`; of
-            the VOC layout as in `open_detection`, such as `VOC2012/train_aug`.
+        root: folder in the layout of VOC, Cityscapes, or with images and masks; in that of COCO,
+            YOLO or labelme with polygons; or `DataFiles`, as `open_detection`.
+        split: name of a list file (VOC), of a file (COCO) or of a folder, or several joined by `+`,
+            as `open_detection`.
         transforms: called with (image, mask), such as `segmentation_training_transforms`.
+        orientation: as `open_detection`.
     Raises:
         FileNotFoundError, UserError: as `open_detection`.
     """
-    return _find(Path(root).expanduser(), _MASKS).open(root, split, transforms)
+    return _open(_MASKS, root, split, transforms, orientation)
 
 
-def detection_splits(root: str | Path) -> list[str]:
+def open_classification(
+    root: str | Path,
+    split: str,
+    transform: Callable[[tv_tensors.Image], Tensor] | None = None,
+    *,
+    orientation: Orientation = "auto",
+) -> ImageFolderClassification:
+    """Opens a data set of folders of classes.
+
+    Args:
+        root: folder with `<split>/<class>/<image>`, or `<class>/<image>` for the split `train`.
+        split: name of a folder, or several joined by `+`, as `open_detection`.
+        transform: called with an image.
+        orientation: as `open_detection`.
+    Raises:
+        FileNotFoundError, UserError: as `open_detection`.
+    """
+    return _open(_CLASSES, root, split, transform, orientation)
+
+
+def detection_splits(root: Location) -> list[str]:
     """Splits that `open_detection` takes, without unions and VOC's lists of one class.
 
     In the VOC layout, the splits of the last year; with several years also those of every year,
@@ -70,23 +145,167 @@ def detection_splits(root: str | Path) -> list[str]:
     Raises:
         FileNotFoundError: if `root` has no known layout.
     """
-    root = Path(root).expanduser()
-    return _find(root, _BOXES).splits(root)
+    return _splits(_BOXES, root)
 
 
-def segmentation_splits(root: str | Path) -> list[str]:
+def segmentation_splits(root: Location) -> list[str]:
     """Splits that `open_segmentation` takes, as `detection_splits`."""
-    root = Path(root).expanduser()
-    return _find(root, _MASKS).splits(root)
+    return _splits(_MASKS, root)
 
 
-def _find(root: Path, layouts: Sequence[Layout[_Dataset]]) -> Layout[_Dataset]:
-    require_folder(root)
-    for layout in layouts:
+def classification_splits(root: Location) -> list[str]:
+    """Splits that `open_classification` takes, as `detection_splits`."""
+    return _splits(_CLASSES, root)
+
+
+@dataclass(frozen=True)
+class _Found(Generic[_Dataset]):
+    """A data set and its layout."""
+
+    place: DataFiles
+    layout: Layout[_Dataset]
+
+    @property
+    def splits(self) -> list[str]:
+        return ["train"] if self.place.are_apart else self.layout.splits(self.place.annotations)
+
+    def open(self, split: str, transforms: Callable | None, orientation: Orientation) -> _Dataset:
+        location = self.place if self.place.are_apart else self.place.annotations
+        return self.layout.open(location, split, transforms, orientation=orientation)
+
+
+def _open(
+    kind: _Kind[_Dataset],
+    location: Location,
+    split: str,
+    transforms: Callable | None,
+    orientation: Orientation,
+) -> _Dataset:
+    parts = [parse_part(name) for name in split_parts(split)]
+    found = _find(kind, location)
+    known = found.splits
+    if not known:
+        raise FileNotFoundError(what_was_found(found.place.annotations, kind.annotations))
+    names = [resolve(known, part.name) for part in parts]
+    images = found.open("+".join(names), transforms, orientation)
+    if all(part.fraction is None for part in parts):
+        return images
+    if len(parts) == 1:
+        lengths = [len(images)]
+    else:
+        lengths = [len(found.open(name, None, orientation)) for name in names]
+    return images.subset(_chosen(images, parts, lengths), split)
+
+
+def _chosen(images: Selectable, parts: Sequence[PartOfSplit], lengths: Sequence[int]) -> list[int]:
+    """Images of parts of splits, by the numbers of images of the whole splits."""
+    chosen: list[int] = []
+    start = 0
+    for part, length in zip(parts, lengths, strict=True):
+        names = [images.name(index) for index in range(start, start + length)]
+        chosen += [start + index for index in part.choose(names)]
+        start += length
+    return chosen
+
+
+def _splits(kind: _Kind[_Dataset], location: Location) -> list[str]:
+    return _find(kind, location).splits
+
+
+def _find(kind: _Kind[_Dataset], location: Location) -> _Found[_Dataset]:
+    place = locate(location)
+    if place.are_apart:
+        for layout in kind.layouts:
+            if layout.recognizes_files(place):
+                return _Found(place, layout)
+        raise FileNotFoundError(_refuse_files(place, kind.annotations))
+    root = place.annotations
+    for _ in range(_WRAPPERS):
+        layout = _recognized(kind, root)
+        if layout is not None:
+            return _Found(DataFiles(root, root), layout)
+        inner = _only_folder(root)
+        if inner is None:
+            break
+        root = inner
+    raise FileNotFoundError(what_was_found(place.annotations, kind.annotations))
+
+
+def _recognized(kind: _Kind[_Dataset], root: Path) -> Layout[_Dataset] | None:
+    """The layout of a folder; one that has splits of this kind, if any has."""
+    without_splits = None
+    for layout in kind.layouts:
         if layout.recognizes(root):
-            return layout
-    expected = " or ".join(f"{layout.files} ({layout.name})" for layout in layouts)
-    raise FileNotFoundError(
-        f"{root}: expected a data set with {expected}, but the folder holds "
-        f"{listing(sorted(path.name for path in root.iterdir()), 5)}"
+            if layout.splits(root):
+                return layout
+            without_splits = without_splits or layout
+    return without_splits
+
+
+def _only_folder(root: Path) -> Path | None:
+    """The only visible entry of a folder, if that is a folder."""
+    visible = [path for path in root.iterdir() if not path.name.startswith((".", "__MACOSX"))]
+    return visible[0] if len(visible) == 1 and visible[0].is_dir() else None
+
+
+# Messages about folders that no layout fits.
+
+
+def what_was_found(root: Path, wanted: str | None = None) -> str:
+    """What a folder holds, and what to do.
+
+    Args:
+        wanted: annotations that were looked for, such as boxes; None for any.
+    """
+    found = survey(root)
+    kinds = [kind for kind in _KINDS if wanted in (None, kind.annotations)]
+    files = dict.fromkeys(f"{it.files} ({it.name})" for kind in kinds for it in kind.layouts)
+    expected = f"expected a data set with {' or '.join(files)}"
+    start = f"{root}: found {found}"
+    other = next((it for it in _KINDS if it not in kinds and _holds(it, root)), None)
+    if other is not None:
+        return (
+            f"{root}: found {other.annotations}, no {wanted}: train {other.networks}, or add "
+            f"{wanted} ({expected})"
+        )
+    inner = _data_set_below(root, kinds)
+    if inner is not None:
+        return f"{start}; the data set is in {inner}: pass that folder"
+    advice = found.advice()
+    if not advice and found.has_images and not found.has_annotations:
+        advice = ["add annotations, or pass DataFiles if they lie elsewhere"]
+    return "; ".join([start, *advice, expected])
+
+
+def _holds(kind: _Kind, root: Path) -> bool:
+    layout = _recognized(kind, root)
+    return layout is not None and bool(layout.splits(root))
+
+
+def _data_set_below(root: Path, kinds: Sequence[_Kind]) -> Path | None:
+    try:
+        folders = subfolders(root)[:_TRIED]
+        return next((it for it in folders if any(_holds(kind, it) for kind in kinds)), None)
+    except (ValueError, OSError):
+        return None  # one that is not readable
+
+
+def _refuse_files(place: DataFiles, wanted: str) -> str:
+    """What annotations that lie apart are."""
+    other = next(
+        (
+            kind
+            for kind in _KINDS
+            if kind.annotations != wanted
+            and any(layout.recognizes_files(place) for layout in kind.layouts)
+        ),
+        None,
+    )
+    if other is not None:
+        return f"{place}: found {other.annotations}, no {wanted}: train {other.networks}"
+    path = place.annotations
+    found = f"found {survey(path)}" if path.is_dir() else "got a file of another kind"
+    return (
+        f"{path}: expected {wanted}: a json file of COCO, or a folder of XML files, text files of "
+        f"YOLO, json files of labelme, or masks; {found}"
     )

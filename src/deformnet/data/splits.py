@@ -1,7 +1,10 @@
-"""Unions of splits, such as `train2014+val2014`: parsing and consistency."""
+"""Names of splits, their unions, such as `train2014+val2014`, and parts held out of a split."""
 
+import hashlib
+import os
+import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, Self
 
 from deformnet._errors import UserError
 from deformnet.data.files import listing
@@ -17,6 +20,43 @@ class Part(NamedTuple):
     """Names of its images."""
 
 
+_OTHER_NAMES = {
+    "train": ("training",),
+    "val": ("valid", "validation", "dev", "test"),
+}
+"""Names under which a split may be found, the likeliest first; `test` if there is none to validate
+on."""
+
+USUAL_SPLITS = frozenset(
+    ("train", "training", "val", "valid", "validation", "dev", "test", "testing", "trainval")
+)
+"""Names by which a folder is known to be a split."""
+
+
+def resolve(names: Sequence[str], wanted: str) -> str:
+    """The split of a data set that has the name `wanted`, in any case, or another usual name of it.
+
+    The only split of a data set is its `train`, unless it has the usual name of another.
+
+    Args:
+        names: the splits that exist.
+    Returns:
+        one of `names`, or `wanted` if none fits
+    """
+    if wanted in names:
+        return wanted
+    by_name = {name.lower(): name for name in reversed(names)}
+    others = (wanted.lower(), *_OTHER_NAMES.get(wanted.lower(), ()))
+    if wanted.lower() == "train" and len(names) == 1 and not is_usual(names[0]):
+        return names[0]
+    return next((by_name[other] for other in others if other in by_name), wanted)
+
+
+def is_usual(name: str) -> bool:
+    """Whether a split has a usual name, with or without a year: `val2017`, `VOC2007/test`."""
+    return name.rpartition("/")[2].lower().rstrip("0123456789").rstrip("_-") in USUAL_SPLITS
+
+
 def split_parts(split: str) -> list[str]:
     """Names of the splits in a union, one or more, joined by `+`.
 
@@ -30,6 +70,85 @@ def split_parts(split: str) -> list[str]:
         if name in names[:place]:
             raise UserError(f"split {split!r}: {name} is named more than once")
     return names
+
+
+class PartOfSplit(NamedTuple):
+    """A split, or what is held out of it or left of it."""
+
+    name: str
+    fraction: float | None = None
+    """Fraction of the images that are held out; None for all images."""
+    is_held_out: bool = False
+    """Whether this part is the images that are held out; else the others."""
+    seed: int = 0
+
+    def choose(self, names: Sequence[str]) -> list[int]:
+        """Indices of the images of this part, by the names of the images of the split.
+
+        An image is held out by its name and the seed alone: the rank of its SHA-256.
+
+        Raises:
+            UserError: if this part or the rest would have no image.
+        """
+        if self.fraction is None:
+            return list(range(len(names)))
+        count = round(self.fraction * len(names))
+        if not 0 < count < len(names):
+            raise UserError(
+                f"split {self.name!r}: expected a fraction that leaves an image on both sides, but "
+                f"{self.fraction:g} of its {len(names)} images is {count}"
+            )
+        ranked = sorted(
+            range(len(names)),
+            key=lambda i: hashlib.sha256(os.fsencode(f"{self.seed}/{names[i]}")).digest(),
+        )
+        return sorted(ranked[:count] if self.is_held_out else ranked[count:])
+
+
+_PART = re.compile(
+    r"(?P<name>[^\[\]]+)"
+    r"(?:\[(?P<kind>held-out|without)=(?P<fraction>[0-9.eE-]+)(?:,seed=(?P<seed>[0-9]{1,18}))?\])?"
+)
+
+
+def parse_part(text: str) -> PartOfSplit:
+    """Parses a name of a split, `NAME[held-out=F]` or `NAME[without=F]`: the fraction F of its
+    images, or the others. `seed=S` after the fraction makes another choice than seed 0.
+
+    Raises:
+        UserError: if it has another form, or F is not between 0 and 1.
+    """
+    match = _PART.fullmatch(text)
+    if match is None:
+        raise UserError(
+            f"split {text!r}: expected NAME, NAME[held-out=F] or NAME[without=F], or with a seed "
+            "NAME[held-out=F,seed=S], such as train[held-out=0.2]"
+        )
+    if match["kind"] is None:
+        return PartOfSplit(match["name"])
+    try:
+        fraction = float(match["fraction"])
+    except ValueError:
+        fraction = 0.0
+    if not 0 < fraction < 1:
+        raise UserError(
+            f"split {text!r}: expected a fraction between 0 and 1, but got {match['fraction']}"
+        )
+    return PartOfSplit(
+        match["name"], fraction, match["kind"] == "held-out", int(match["seed"] or 0)
+    )
+
+
+class Selectable(Protocol):
+    """A data set with named images, of which some can be chosen."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int, /) -> str: ...
+
+    def subset(self, indices: Sequence[int], split: str) -> Self:
+        """The data set with some of its images, as the split of that name."""
+        ...
 
 
 def require_union(parts: Sequence[Part]) -> None:

@@ -3,17 +3,21 @@
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, final
+from typing import Generic, NamedTuple, Protocol, TypeVar, final
 
 from deformnet._errors import UserError
 from deformnet._files import read_lines
 from deformnet.data import voc_files
-from deformnet.data.base import IGNORE, LabeledImage, SegmentationDataset
+from deformnet.data.base import LabeledImage, SegmentationDataset
 from deformnet.data.boxes import DetectionDataset, ImageFile, ObjectList
-from deformnet.data.files import Folder, listing, read_size
+from deformnet.data.files import Folder, Orientation, Size, inside, listing, read_size
 from deformnet.data.items import BoxesItem, LabelsItem
-from deformnet.data.layouts import ImageList, Layout, Missing, find_file
+from deformnet.data.layouts import ImageList, Layout, Missing, find_file, find_image_file
+from deformnet.data.location import DataFiles, Location, locate
+from deformnet.data.mask_reader import MaskReader, choose_reader, note_void
+from deformnet.data.palette import find_class_file
 from deformnet.data.splits import Part, require_union
+from deformnet.data.voc_files import VOC_CLASSES
 
 
 @final
@@ -24,8 +28,8 @@ class VOCSegmentation(SegmentationDataset):
     classes.txt                                     optional
     VOCdevkit/VOC2012/
       ImageSets/Segmentation/<split>.txt            one image id per line
-      JPEGImages/<id>.jpg (or .png)
-      SegmentationClass/<id>.png                    class ids, mode P or L; 255 is void
+      JPEGImages/<id>.jpg                           or any other suffix of an image
+      SegmentationClass/<id>.png                    class ids (255 is void), or colors
       SegmentationClassAug/<id>.png                 optional, for `train_aug`
     ```
 
@@ -43,11 +47,19 @@ class VOCSegmentation(SegmentationDataset):
 
     `classes.txt` names the classes in the order of their ids, one per line, from id 0. Lists of
     objects, as detection data sets have them, omit `background`; it is prepended if the list is
-    VOC's 20 objects, or if a mask has an id one beyond the list. Without `classes.txt` the classes
-    are VOC's 21.
+    VOC's 20 objects, or if a mask has an id one beyond the list. Without such a file the classes
+    are VOC's 21. CVAT's `labelmap.txt` and the other files of `deformnet.data.palette` name colors,
+    too. Masks of 0 and 255 only are read as 0 and 1 if the classes are two or unknown.
     """
 
-    def __init__(self, root: str | Path, split: str, transforms: Callable | None = None) -> None:
+    def __init__(
+        self,
+        root: Location,
+        split: str,
+        transforms: Callable | None = None,
+        *,
+        orientation: Orientation = "auto",
+    ) -> None:
         """
         Raises:
             FileNotFoundError: for a missing folder, list (the message says which splits exist),
@@ -55,24 +67,19 @@ class VOCSegmentation(SegmentationDataset):
             UserError: for an empty or malformed list or classes.txt, and for parts of a union that
                 differ in their classes or share an image.
         """
-        root = Path(root).expanduser()
+        root = locate(root).annotations
         parts = _MASKS.read_union(root, split)
         samples = [
-            LabeledImage(image.stem, image, mask)
+            LabeledImage(_name(image), image, mask)
             for images, _ in parts
             for image, mask in images.pairs
         ]
-        classes = parts[0][1]
+        reader = parts[0][1].reader
         super().__init__(
-            *(root, split, samples, classes.names, transforms), classes_from=f" {classes.origin}"
+            *(root, split, samples, reader.classes, transforms),
+            reader=reader,
+            orientation=orientation,
         )
-        self._advice = classes.advice
-
-    def _wrong_label(self, path: Path, label: int) -> str:
-        message = f"{super()._wrong_label(path, label)}; {self._advice}"
-        if label == len(self.classes) and self.classes[0] != "background":
-            message += ", or, if id 0 is the background, insert 'background' as its first line"
-        return message
 
 
 @final
@@ -83,7 +90,7 @@ class VOCDetection(DetectionDataset):
     classes.txt                                     optional
     VOCdevkit/VOC2012/
       ImageSets/Main/<split>.txt                    one image id per line
-      JPEGImages/<id>.jpg (or .png)
+      JPEGImages/<id>.jpg                           or any other suffix of an image
       Annotations/<id>.xml
     ```
 
@@ -97,10 +104,18 @@ class VOCDetection(DetectionDataset):
     has no area here.
 
     `classes.txt` names the classes, one per line, in the order of the labels; a `background` in the
-    first line is skipped. Without it the classes are VOC's 20.
+    first line is skipped. Without it the classes are VOC's 20, or, if an object of any split has
+    another name, the names of all objects, sorted.
     """
 
-    def __init__(self, root: str | Path, split: str, transforms: Callable | None = None) -> None:
+    def __init__(
+        self,
+        root: Location,
+        split: str,
+        transforms: Callable | None = None,
+        *,
+        orientation: Orientation = "auto",
+    ) -> None:
         """
         Raises:
             FileNotFoundError: for a missing folder, list (the message says which splits exist),
@@ -109,41 +124,74 @@ class VOCDetection(DetectionDataset):
                 has an object of an unknown class, and for parts of a union that differ in their
                 classes or share an image.
         """
-        root = Path(root).expanduser()
+        root = locate(root).annotations
         files: list[ImageFile] = []
         objects = ObjectList([], [], [], [])
         parts = _BOXES.read_union(root, split)
+        # The folder of a year given as "." has no name, and is its own parent.
+        years = voc_files.find_years(root)[0].parent
         for images, classes in parts:
             for image, xml in images.pairs:
-                content = voc_files.parse_annotation(xml)
-                for item in content.iterfind("object"):
-                    objects.add(len(files), *voc_files.read_object(xml, item, classes))
-                size = voc_files.annotated_size(content) or read_size(image)
-                # The folder of a year given as "." has no name, and is its own parent.
-                file = Path(image.parent.parent.name, "JPEGImages", image.name)
-                files.append(ImageFile(image.stem, str(file), size))
-        years = voc_files.find_years(root)[0].parent
-        super().__init__(root, split, years, files, objects, parts[0][1].names, transforms)
+                size = add_objects(objects, len(files), xml, classes)
+                size = size or read_size(image, orientation=orientation)
+                files.append(ImageFile(_name(image), str(image.relative_to(years)), size))
+        super().__init__(
+            *(root, split, years, files, objects, parts[0][1].names, transforms),
+            orientation=orientation,
+        )
 
 
-class _Lists(NamedTuple):
+def add_objects(
+    objects: ObjectList, image: int, xml: Path, classes: voc_files.ClassList
+) -> Size | None:
+    """Adds the objects in the XML file of an image; returns its annotated size.
+
+    Raises:
+        UserError: if the file or an object is malformed.
+    """
+    content = voc_files.parse_annotation(xml)
+    for item in content.iterfind("object"):
+        objects.add(image, *voc_files.read_object(xml, item, classes))
+    return voc_files.annotated_size(content)
+
+
+class _Classes(Protocol):
+    @property
+    def names(self) -> tuple[str, ...]: ...
+
+
+class _MaskClasses(NamedTuple):
+    """Classes of the masks of a year."""
+
+    names: tuple[str, ...]
+    reader: MaskReader
+    is_default: bool
+    """Whether they are VOC's, and no file names them."""
+
+
+_C = TypeVar("_C", bound=_Classes)
+
+
+class _Lists(NamedTuple, Generic[_C]):
     """The lists of images with one kind of annotation."""
 
     folder: str
     """Name in ImageSets."""
     names: Callable[[Path], list[str]]
     """Names of the lists of a year that are splits."""
-    classes: Callable[[Path], voc_files.ClassList]
+    classes: Callable[[Path], _C]
     """Classes of a year."""
-    fill: Callable[[ImageList, Path, voc_files.ClassList], None]
+    fill: Callable[[ImageList, Path, _C], None]
     """Adds the images of a list of a year."""
+    note: Callable[[ImageList, _C], None]
+    """Adds faults of the list as a whole."""
 
     def splits(self, root: Path) -> list[str]:
         return voc_files.splits_of_years(root, self.names)
 
-    def read_union(self, root: Path, split: str) -> list[tuple[ImageList, voc_files.ClassList]]:
+    def read_union(self, root: Path, split: str) -> list[tuple[ImageList, _C]]:
         """The lists of a union of splits, without problems, and their classes."""
-        parts: list[tuple[ImageList, voc_files.ClassList]] = []
+        parts: list[tuple[ImageList, _C]] = []
         for year, name in voc_files.find_lists(root, split):
             images, classes = self._list(year, name), self.classes(year)
             if not images.source.is_file():
@@ -154,15 +202,15 @@ class _Lists(NamedTuple):
             parts.append((images, classes))
         require_union(
             [
-                Part(str(images.source), classes.names, [image.stem for image, _ in images.pairs])
+                Part(str(images.source), classes.names, [_name(image) for image, _ in images.pairs])
                 for images, classes in parts
             ]
         )
         return parts
 
-    def in_folder(self, root: Path) -> Iterator[ImageList]:
+    def in_folder(self, place: DataFiles) -> Iterator[ImageList]:
         """All lists, with their problems."""
-        for year in voc_files.voc_years(root):
+        for year in voc_files.voc_years(place.annotations):
             try:
                 names = self.names(year)
             except ValueError:  # a bad classes.txt, reported for every list
@@ -170,7 +218,9 @@ class _Lists(NamedTuple):
             for name in names:
                 images = self._list(year, name)
                 with images.noting_errors():
-                    self.fill(images, year, self.classes(year))
+                    classes = self.classes(year)
+                    self.fill(images, year, classes)
+                    self.note(images, classes)
                 yield images
 
     def _list(self, year: Path, name: str) -> ImageList:
@@ -178,45 +228,93 @@ class _Lists(NamedTuple):
         return ImageList(f"{year.absolute().name}/{self.folder}/{name}", path)
 
 
-def _fill_masks(images: ImageList, year: Path, classes: voc_files.ClassList) -> None:
-    allowed = bytes([*range(len(classes.names)), IGNORE])
-    images.pair_item = partial(LabelsItem, allowed=allowed)
+def _mask_classes(year: Path) -> _MaskClasses:
+    places = voc_files.class_folders(year)
+    content = find_class_file(places)
+    masks = [
+        path
+        for folder in ("SegmentationClass", "SegmentationClassAug")
+        for path in sorted((year / folder).glob("*.*"))
+    ]
+    file = places[-1] / "classes.txt" if content is None else content.file
+    reader = choose_reader(masks, content, file=file, default=VOC_CLASSES)
+    is_default = content is None and reader.classes == VOC_CLASSES
+    return _MaskClasses(reader.classes, reader, is_default)
+
+
+def _fill_masks(images: ImageList, year: Path, classes: _MaskClasses) -> None:
+    images.classes, images.unit = classes.names, "pixels"
+    images.pair_item = partial(LabelsItem, reader=classes.reader)
     images.may_be_official = classes.is_default
+    if classes.reader.note:
+        images.fault(classes.reader.note, file=year / "SegmentationClass", is_remark=True)
     folders = [Folder(year / "JPEGImages")], [Folder(year / "SegmentationClass")]
     if images.source.stem == "train_aug":
         folders[1].insert(0, Folder(year / "SegmentationClassAug"))
-    for fields in _read_fields(images.source):
-        if len(fields) == 1:
-            name = fields[0]
-            image = find_file("images", folders[0], f"{name}.jpg", f"{name}.png")
-            images.add(image, find_file("label maps", folders[1], f"{name}.png"))
-        elif len(fields) == 2:
-            image, mask = (year / field.lstrip("/") for field in fields)
-            images.add(_existing("images", image), _existing("label maps", mask))
+    for line in _require_lines(images.source):
+        paths = [_inside(images, field.lstrip("/")) for field in line.split()]
+        name = _inside(images, line.lstrip("/"))
+        image = find_image_file("images", folders[0], name, ".jpg")
+        if not isinstance(image, Path) and len(paths) == 2 and "/" in line:
+            images.add(*map(_existing, ("images", "label maps"), (year / path for path in paths)))
+        elif isinstance(image, Path) or len(paths) <= 2:
+            if isinstance(image, Path):
+                name = str(image.relative_to(folders[0][0].path).with_suffix(""))
+            images.add(image, find_image_file("label maps", folders[1], name, ".png"))
         else:
-            images.fault(f"expected an id or two paths per line, but got {' '.join(fields)!r}")
+            images.fault(f"expected an id or two paths per line, but got {line!r}")
+
+
+def _inside(images: ImageList, name: str) -> str:
+    try:
+        return str(inside(name))
+    except UserError as error:
+        raise UserError(f"{images.source}: {error}") from error
+
+
+def _name(image: Path) -> str:
+    """Id of an image: its path in JPEGImages."""
+    parts = image.with_suffix("").parts
+    place = max((i for i, part in enumerate(parts) if part == "JPEGImages"), default=-2)
+    return "__".join(parts[place + 1 :])
 
 
 def _fill_boxes(images: ImageList, year: Path, classes: voc_files.ClassList) -> None:
+    images.classes = classes.names
     images.pair_item = partial(BoxesItem, classes=classes)
-    images.may_be_official = classes.is_default
-    folders = [Folder(year / "JPEGImages")], [Folder(year / "Annotations")]
+    images.may_be_official = classes.is_official
+    places = Folder(year / "JPEGImages"), Folder(year / "Annotations")
     seen: set[str] = set()
-    for name, *rest in _read_fields(images.source):
+    for line in _require_lines(images.source):
+        name, *rest = line.split()
+        whole = _find_boxes(images, places, line)
+        if rest and any(isinstance(file, Path) for file in whole):
+            name, rest = line, []  # a name with blanks
         if rest not in ([], ["1"], ["0"], ["-1"]):
-            line = " ".join([name, *rest])
             images.fault(f"expected an id, or an id and 1, 0 or -1, per line, but got {line!r}")
         elif name in seen:
             images.fault(f"lists {name} more than once")
         else:
             seen.add(name)
-            image = find_file("images", folders[0], f"{name}.jpg", f"{name}.png")
-            images.add(image, find_file("annotations", folders[1], f"{name}.xml"))
+            images.add(*(whole if name == line else _find_boxes(images, places, name)))
 
 
-def _read_fields(path: Path) -> list[list[str]]:
-    """Fields of each line of a list."""
-    lines = [line.split() for line in read_lines(path)]
+def _find_boxes(
+    images: ImageList, places: tuple[Folder, Folder], name: str
+) -> tuple[Path | Missing, Path | Missing]:
+    """The image of a name, which may have its suffix and begin with subfolders, and its XML."""
+    name = _inside(images, name)
+    image = find_image_file("images", places[:1], name, ".jpg")
+    if isinstance(image, Path):
+        name = str(image.relative_to(places[0].path).with_suffix(""))
+    folder = places[1].inner(Path(name).parent)
+    xml = find_file("annotations", [folder], f"{Path(name).name}.xml")
+    return image, xml
+
+
+def _require_lines(path: Path) -> list[str]:
+    """Lines of a list."""
+    lines = read_lines(path)
     if not lines:
         raise UserError(f"{path}: expected image ids, but the list is empty")
     return lines
@@ -229,10 +327,17 @@ def _existing(kind: str, path: Path) -> Path | Missing:
 _MASKS = _Lists(
     "Segmentation",
     lambda year: voc_files.list_names(year, "Segmentation"),
-    voc_files.read_mask_classes,
+    _mask_classes,
     _fill_masks,
+    lambda images, classes: note_void(images, classes.reader),
 )
-_BOXES = _Lists("Main", voc_files.box_lists, voc_files.read_box_classes, _fill_boxes)
+_BOXES = _Lists(
+    "Main",
+    voc_files.box_lists,
+    voc_files.read_box_classes,
+    _fill_boxes,
+    lambda images, classes: None,
+)
 
 
 def _is_voc(root: Path) -> bool:

@@ -1,6 +1,6 @@
 """Files of the PASCAL VOC layout: years, lists of images, class names and annotations."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -11,8 +11,7 @@ import numpy as np
 
 from deformnet._errors import UserError
 from deformnet._files import read_lines
-from deformnet.data.base import IGNORE
-from deformnet.data.files import listing, read_labels, require_folder
+from deformnet.data.files import listing, require_folder
 from deformnet.data.splits import split_parts
 
 VOC_CLASSES = (
@@ -24,11 +23,10 @@ VOC_CLASSES = (
 YEARS = "VOCdevkit/VOC*/ImageSets/, VOC*/ImageSets/ or ImageSets/"
 """Folders by which the layout is recognized, for messages."""
 
-# Masks read to find out whether a classes.txt omits the background (see `read_mask_classes`).
-_MASKS_SAMPLED = 100
-
 # Content of the tag <difficult> in files of VOC and of tools that write its format.
 _DIFFICULT = {"1": True, "true": True, "0": False, "false": False, "": False, "unspecified": False}
+
+_LARGE = 1e38  # no place in an image
 
 # Years.
 
@@ -69,11 +67,20 @@ def splits_of_years(root: Path, lists: Callable[[Path], list[str]]) -> list[str]
 
 
 def box_lists(year: Path) -> list[str]:
-    """Names of a year's lists of images with boxes, without those of one class."""
+    """Names of a year's lists of images with boxes, without those of one class: `cat_train` beside
+    `train`, with 1, 0 or -1 after each image."""
     names = list_names(year, "Main")
-    # Not every name that begins with a class is of one class: VOC has a class `train`.
-    of_one_class = {f"{label}_{name}" for label in read_box_classes(year).names for name in names}
-    return [name for name in names if name not in of_one_class]
+    return [name for name in names if not _is_of_one_class(year, name, names)]
+
+
+def _is_of_one_class(year: Path, name: str, names: Sequence[str]) -> bool:
+    parts = name.split("_")
+    ends = ("_".join(parts[i:]) for i in range(1, len(parts)))
+    if not any(end in names for end in ends):
+        return False
+    with (year / f"ImageSets/Main/{name}.txt").open(errors="replace") as file:
+        lines = [line for line in islice(file, 3) if line.strip()]
+    return all(line.split()[-1] in ("1", "0", "-1") and " " in line.strip() for line in lines)
 
 
 def list_names(year: Path, kind: str) -> list[str]:
@@ -115,12 +122,19 @@ class ClassList(NamedTuple):
     file: Path
     """The classes.txt that names them; if there is none, where one would be read."""
     is_default: bool
-    """Whether there is no classes.txt and the names are VOC's."""
+    """Whether there is no classes.txt and the names are VOC's, or those of all XML files."""
+
+    @property
+    def is_official(self) -> bool:
+        """Whether the names are VOC's, and no file names them."""
+        return self.is_default and self.names == VOC_CLASSES[1:]
 
     @property
     def origin(self) -> str:
         """Where the names come from, for messages."""
-        return "of PASCAL VOC" if self.is_default else f"in {self.file}"
+        if self.is_default:
+            return "of PASCAL VOC" if self.is_official else "in the XML files"
+        return f"in {self.file}"
 
     @property
     def advice(self) -> str:
@@ -130,40 +144,52 @@ class ClassList(NamedTuple):
         return "add the class to that file or correct the annotation"
 
 
-def read_mask_classes(year: Path) -> ClassList:
-    """Classes of the masks of a year."""
-    classes = read_class_list(year)
-    names = classes.names
-    if len(names) > IGNORE:
-        raise UserError(
-            f"{classes.file}: expected at most {IGNORE} classes, the most that 8-bit masks hold, "
-            f"but got {len(names)}"
-        )
-    if names[0] != "background" and (
-        names == VOC_CLASSES[1:] or _has_label(year / "SegmentationClass", len(names))
-    ):
-        return classes._replace(names=("background", *names))
-    return classes
-
-
 def read_box_classes(year: Path) -> ClassList:
-    """Classes of the boxes of a year."""
-    classes = read_class_list(year)
-    names = classes.names[classes.names[0] == "background" :]
-    if not names:
-        raise UserError(f"{classes.file}: names no class but the background")
-    return classes._replace(names=names)
+    """Classes of the boxes of a year: of classes.txt; or else VOC's if all objects of this and
+    other years in the folder have them, or the names of the objects, sorted."""
+    listed = read_class_file(class_folders(year))
+    if listed is not None:
+        return listed
+    place = class_folders(year)[-1]
+    beside = voc_years(year.absolute().parent)
+    years = beside if year.absolute() in beside else [year]
+    names = object_names(path for it in years for path in (it / "Annotations").rglob("*.xml"))
+    classes = VOC_CLASSES[1:]
+    if not set(names) <= set(classes):
+        classes = tuple(names)
+    return ClassList(classes, place / "classes.txt", is_default=True)
 
 
-def read_class_list(year: Path) -> ClassList:
-    """The classes.txt in the folder of a year, or beside VOCdevkit; VOC itself has none."""
+def object_names(files: Iterable[Path]) -> list[str]:
+    """Names of the objects in XML files, sorted. Malformed files are left out."""
+    names: set[str] = set()
+    for path in files:
+        try:
+            content = parse_annotation(path)
+        except (ValueError, OSError):
+            continue  # reported when it is read as the annotation of an image
+        names |= {item.findtext("name", "").strip() for item in content.iterfind("object")}
+    return sorted(names - {""})
+
+
+def class_folders(year: Path) -> list[Path]:
+    """Folders that may hold classes.txt, in this order; messages name the last."""
     year = year.absolute()  # "." has no parents
     in_devkit = year.parent.name == "VOCdevkit"
-    places = [year, *(year.parents[:2] if in_devkit else ())]
+    return [year, *(year.parents[:2] if in_devkit else ())]
+
+
+def read_class_file(places: Iterable[Path]) -> ClassList | None:
+    """Classes of the first classes.txt in some folders, without the background; None if there is no
+    such file."""
     for path in (place / "classes.txt" for place in places):
         if path.is_file():
-            return ClassList(_read_names(path), path, is_default=False)
-    return ClassList(VOC_CLASSES, places[-1] / "classes.txt", is_default=True)
+            names = _read_names(path)
+            names = names[names[0] == "background" :]
+            if not names:
+                raise UserError(f"{path}: names no class but the background")
+            return ClassList(names, path, is_default=False)
+    return None
 
 
 def _read_names(path: Path) -> tuple[str, ...]:
@@ -176,18 +202,6 @@ def _read_names(path: Path) -> tuple[str, ...]:
     return names
 
 
-def _has_label(folder: Path, label: int) -> bool:
-    """Whether one of the first masks has `label`: in name order, so the same for every split."""
-    for path in islice(sorted(folder.glob("*.png")), _MASKS_SAMPLED):
-        try:
-            labels = read_labels(path)
-        except ValueError:
-            continue  # reported when the sample itself is read
-        if (labels == label).any():
-            return True
-    return False
-
-
 # Annotations.
 
 
@@ -195,10 +209,19 @@ def parse_annotation(path: Path) -> Element:
     """The <annotation> of an XML file.
 
     Raises:
-        UserError: if the file is not XML, or of another kind.
+        UserError: if the file is not XML, or of another kind; if it has a DOCTYPE, in which a few
+            bytes may declare gigabytes of text.
     """
+    if path.exists() and not path.is_file():  # a named pipe would be waited for
+        raise UserError(f"{path}: expected an XML file")
+    content = path.read_bytes()
+    # Zeros: of UTF-16, in which the letters are not next to each other.
+    suspicious = b"<!DOCTYPE" in content or b"\0" in content
     try:
-        root = ElementTree.parse(path).getroot()
+        parser = ElementTree.XMLParser(target=_Builder()) if suspicious else None
+        root = ElementTree.fromstring(content, parser)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
     except (SyntaxError, ValueError, LookupError) as error:  # the last two: of its encoding
         reason = str(error).splitlines()[0]
         raise UserError(f"{path}: not readable as XML ({reason})") from error
@@ -207,10 +230,15 @@ def parse_annotation(path: Path) -> Element:
     return root
 
 
+class _Builder(ElementTree.TreeBuilder):
+    def doctype(self, name: str, pubid: str | None, system: str | None) -> None:
+        raise UserError("expected XML without DOCTYPE and entities")
+
+
 def annotated_size(content: Element) -> tuple[int, int] | None:
     """Height and width; None if absent or zero."""
     texts = [content.findtext(f"size/{tag}", "").strip() for tag in ("height", "width")]
-    height, width = (int(text) if text.isdecimal() else 0 for text in texts)
+    height, width = (int(text) if text.isdecimal() and len(text) < 10 else 0 for text in texts)
     return (height, width) if height and width else None
 
 
@@ -240,11 +268,15 @@ def _read_box(path: Path, item: Element) -> tuple[float, float, float, float]:
     tags = ("xmin", "ymin", "xmax", "ymax")
     texts = [item.findtext(f"bndbox/{tag}", "").strip() for tag in tags]
     try:
-        x1, y1, x2, y2 = map(float, texts)
+        x1, y1, x2, y2 = numbers = tuple(map(float, texts))
     except ValueError as error:
         raise UserError(
             f"{path}: expected numbers as {', '.join(tags)} of bndbox, but got {texts}"
         ) from error
+    for number, text in zip(numbers, texts, strict=True):
+        if abs(number) >= _LARGE and any(map(str.isdecimal, text)):
+            shown = text if len(text) <= 20 else f"{text[:20]}... of {len(text)} characters"
+            raise UserError(f"{path}: expected numbers in bndbox below 1e38, but got {shown}")
     if (x1, y1) == (x2, y2):
         return x1, y1, x1, y1
     return x1 - 1, y1 - 1, x2, y2

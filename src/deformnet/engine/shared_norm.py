@@ -35,15 +35,24 @@ class SharedBatchNorm2d(nn.BatchNorm2d):
         return (centered * scale[:, None, None] + self.bias[:, None, None]).to(input.dtype)
 
 
+class SharedBatchNormAct2d(SharedBatchNorm2d):
+    """The same for timm's batch norm with an activation."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.act(self.drop(super().forward(input)))
+
+
 def share_statistics(model: nn.Module, device: torch.device) -> None:
     """Makes all batch norm layers of a model take their statistics over all processes."""
+    from timm.layers.norm_act import BatchNormAct2d, convert_sync_batchnorm
+
     if device.type == "cuda":
-        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        convert_sync_batchnorm(model)  # PyTorch's own drops the activations of timm's layers
         return
+    shared = {nn.BatchNorm2d: SharedBatchNorm2d, BatchNormAct2d: SharedBatchNormAct2d}
     for module in model.modules():
-        if type(module) is nn.BatchNorm2d:
-            # Parameters and buffers are the same; only the computation differs.
-            module.__class__ = SharedBatchNorm2d
+        # Parameters and buffers are the same; only the computation differs.
+        module.__class__ = shared.get(type(module), type(module))
 
 
 def _over_processes(mean: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from deformnet._errors import UserError
 from deformnet._files import write_json
 from deformnet.analysis.health import has_deformable_layers
+from deformnet.data.location import Location
 from deformnet.engine.averaging import AveragedNetwork
 from deformnet.engine.evaluation import score, shared_facts
 from deformnet.engine.header import header
@@ -49,7 +50,7 @@ from deformnet.nn import parameter_groups
 from deformnet.recipes import Recipe
 from deformnet.tasks import task_of
 from deformnet.tasks.base import Batch, DataIdentity, EvaluationSet, Task, TaskOptions
-from deformnet.tasks.own import Data, Location
+from deformnet.tasks.own import Data
 
 
 class TrainingStopped(Exception):

@@ -2,7 +2,7 @@
 
 from deformnet._errors import require_extra
 
-require_extra(__name__, "models", "torchvision", "safetensors", "numpy")
+require_extra(__name__, "models", "torchvision", "timm", "safetensors", "numpy")
 
 from deformnet.models.classifier import Classifier
 from deformnet.models.deeplab import DeepLab

@@ -22,9 +22,10 @@ from torch.utils.data import Dataset
 from deformnet._errors import UserError
 from deformnet._text import Table
 from deformnet.data.files import listing
+from deformnet.data.location import Location
 from deformnet.recipes import Recipe, ScoreAt, TestTimeAugmentation
 from deformnet.tasks.annotations import AnnotatedImages, Images, names_of
-from deformnet.tasks.own import Data, Location, place
+from deformnet.tasks.own import Data, place
 from deformnet.tasks.predictor import Device, Predictor
 
 _T = TypeVar("_T")

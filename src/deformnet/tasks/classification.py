@@ -15,7 +15,9 @@ from torchvision import tv_tensors
 
 from deformnet._files import replacing
 from deformnet._text import Table, percent
-from deformnet.data.image_folder import ImageFolderClassification, image_folder_splits
+from deformnet.data.image_folder import ImageFolderClassification
+from deformnet.data.location import Location
+from deformnet.data.opening import classification_splits, open_classification
 from deformnet.data.transforms import (
     Resize,
     classification_evaluation_transforms,
@@ -28,7 +30,7 @@ from deformnet.tasks.annotations import AnnotatedImages, Annotation
 from deformnet.tasks.base import DataIdentity, Scores, Task, TrainingSet, seeded
 from deformnet.tasks.images import require_image
 from deformnet.tasks.labeling import CountingSet, logits_of, losses_of
-from deformnet.tasks.own import Location, OwnClasses
+from deformnet.tasks.own import OwnClasses
 from deformnet.tasks.predictor import Add, Device, Predictor, Prepared, Size
 from deformnet.tasks.results import BoxFormat
 from deformnet.tasks.summary import absent, by_class, sample_of
@@ -232,10 +234,10 @@ class ClassificationTask(Task[ClassifierRecipe, _Images]):
         return ClassificationPredictor(self.recipe, model, trained_on.classes, device)
 
     def _splits(self, data: Location) -> list[str]:
-        return image_folder_splits(data)
+        return classification_splits(data)
 
     def _open(self, data: Location, split: str) -> ImageFolderClassification:
-        return ImageFolderClassification(data, split)
+        return open_classification(data, split, orientation=self.recipe.orientation)
 
     def _own(self, data: Dataset[Any]) -> OwnClasses:
         return OwnClasses(data)

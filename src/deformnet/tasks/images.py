@@ -34,7 +34,8 @@ def as_image(image: ImageInput, *, upright: bool = True) -> Tensor:
         OSError: if a file cannot be read.
     """
     if isinstance(image, str | Path):
-        return read_image(Path(image).expanduser(), upright=upright)
+        orientation = "upright" if upright else "stored"
+        return read_image(Path(image).expanduser(), orientation=orientation)
     if isinstance(image, Image.Image):
         turned = ImageOps.exif_transpose(image) if upright else image
         return torch.from_numpy(np.array(turned.convert("RGB"))).permute(2, 0, 1).contiguous()

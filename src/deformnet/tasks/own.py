@@ -14,7 +14,6 @@ normalize, so a data set should not.
 
 import operator
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,10 +27,9 @@ from deformnet._errors import UserError
 from deformnet.data.base import IGNORE
 from deformnet.data.boxes import BoxAnnotations
 from deformnet.data.files import listing
+from deformnet.data.location import Location
 from deformnet.tasks.images import as_image
 
-Location = str | Path
-"""Where a data set is stored."""
 Data = Location | Dataset[Any]
 
 
@@ -123,6 +121,17 @@ class OwnMasks(OwnData):
         labels = mask.long()
         self._labels(index, labels[labels != IGNORE])
         return image, tv_tensors.Mask(labels.to(torch.uint8))
+
+    def require_labels(self) -> None:
+        """
+        Raises:
+            UserError: if all pixels are void.
+        """
+        if all((self[index][1] == IGNORE).all() for index in range(len(self))):
+            raise UserError(
+                f"{self.root}: expected pixels of the classes {listing(self.classes, 5)} to train "
+                f"on, but all pixels of all {len(self)} masks are void ({IGNORE})"
+            )
 
 
 class OwnBoxes(OwnData):

@@ -16,7 +16,7 @@ from torchmetrics import Metric
 from deformnet._errors import UserError
 from deformnet._text import Table, percent
 from deformnet.data.base import IGNORE, SegmentationDataset
-from deformnet.data.files import listing
+from deformnet.data.location import Location
 from deformnet.data.opening import open_segmentation, segmentation_splits
 from deformnet.data.transforms import (
     segmentation_evaluation_transforms,
@@ -34,7 +34,7 @@ from deformnet.tasks.annotations import AnnotatedImages, Annotation, Contents, T
 from deformnet.tasks.base import DataIdentity, Scores, Task, TrainingSet, seeded
 from deformnet.tasks.labeling import CountingSet, logits_of, losses_of
 from deformnet.tasks.loading import pad, stack
-from deformnet.tasks.own import Location, OwnMasks
+from deformnet.tasks.own import OwnMasks
 from deformnet.tasks.predictor import Device, Predictor, Prepared, Size
 from deformnet.tasks.results import encoded
 from deformnet.tasks.summary import absent, by_class, sample_of
@@ -126,10 +126,7 @@ def _pixels_of(images: _Images) -> tuple[Tensor, int]:
             with suppress(OSError, UserError):  # raised again when the image is trained on
                 pixels += torch.bincount(images[index][1].flatten(), minlength=256)
     if pixels[IGNORE] and not pixels[:IGNORE].any():
-        raise UserError(
-            f"{images.root}: expected pixels of the classes {listing(images.classes, 5)} to train "
-            f"on, but all pixels of all {len(images)} masks are void ({IGNORE})"
-        )
+        images.require_labels()
     return pixels, count
 
 
@@ -274,7 +271,7 @@ class SegmentationTask(Task[SegmentationRecipe, _Images]):
         return segmentation_splits(data)
 
     def _open(self, data: Location, split: str) -> SegmentationDataset:
-        return open_segmentation(data, split)
+        return open_segmentation(data, split, orientation=self.recipe.orientation)
 
     def _own(self, data: Dataset[Any]) -> OwnMasks:
         return OwnMasks(data)

@@ -11,7 +11,15 @@ from torchvision.utils import draw_segmentation_masks
 
 from deformnet.visualization.colors import distinct_colors, legible_on, palette
 
-__all__ = ["captioned", "distinct_colors", "draw_boxes", "label_image", "legible_on", "overlay", "palette"]
+__all__ = [
+    "captioned",
+    "distinct_colors",
+    "draw_boxes",
+    "label_image",
+    "legible_on",
+    "overlay",
+    "palette",
+]
 
 _OPACITY = 0.55
 _SMALLEST = 480  # pixels; a smaller picture is enlarged, so that its legend is legible

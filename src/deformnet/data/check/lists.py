@@ -1,37 +1,121 @@
-"""Data sets in a folder: their lists of images, compared with the official ones."""
+"""Data sets in a folder: their lists of images, compared with the official ones, and what can be
+trained on them."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from deformnet.data.check.official import official_count
+from deformnet.data.files import require_folder
 from deformnet.data.layouts import ImageList, Layout
-from deformnet.data.opening import LAYOUTS
+from deformnet.data.location import DataFiles, Location
+from deformnet.data.opening import (
+    LAYOUTS,
+    classification_splits,
+    detection_splits,
+    segmentation_splits,
+    what_was_found,
+)
+from deformnet.data.splits import resolve
+
+_ADVISED = 3  # data sets for which the report says how to train
 
 
-def find_lists(root: Path, *, custom: bool) -> list[ImageList]:
-    """Lists of all data sets in a folder, or in its subfolders.
+@dataclass(frozen=True)
+class FoundSet:
+    """A data set.
+
+    Attributes:
+        place: its folder, or its images and annotations.
+        name: names of its layouts, and its folder.
+        lists: its lists of images.
+    """
+
+    place: DataFiles
+    name: str
+    lists: list[ImageList]
+
+
+def find_sets(place: DataFiles, *, custom: bool) -> list[FoundSet]:
+    """Data sets in a folder, or in its subfolders.
 
     Args:
         custom: skip the check against official image counts.
     Raises:
-        FileNotFoundError: if there is none; the message says what was looked for.
+        FileNotFoundError: if there is none; the message says what was found.
     """
-    lists = []
-    for place in _places(root):
-        for images in (images for layout in _layouts_of(place) for images in layout.lists(place)):
-            images.title = str(place.relative_to(root) / images.name)
-            if images.may_be_official and not custom:
-                images.official = official_count(images.name)
-            _compare(images)
-            lists.append(images)
-    if not lists:
-        expected = dict.fromkeys(f"{layout.files} ({layout.name})" for layout in LAYOUTS)
-        raise FileNotFoundError(
-            f"{root}: expected a data set here or in a subfolder, but found none of "
-            f"{', '.join(expected)}"
-        )
-    return lists
+    if place.are_apart:
+        layouts = [layout for layout in LAYOUTS if layout.recognizes_files(place)]
+        sets = [_read(place, layouts, "", custom=custom)]
+    else:
+        root = require_folder(place.annotations)
+        sets = [
+            _read(DataFiles(it, it), _layouts_of(it), _inner(it, root), custom=custom)
+            for it in _places(root)
+        ]
+    found = [one for one in sets if one.lists]
+    if not found:
+        raise FileNotFoundError(what_was_found(place.annotations))
+    return found
+
+
+def advise(place: DataFiles, sets: Sequence[FoundSet]) -> Iterator[str]:
+    """Lines that say how to train on data sets."""
+    for found in islice(sets, _ADVISED):
+        for network, splits_of in _NETWORKS:
+            splits = _splits(splits_of, found.place)
+            if not splits:
+                continue
+            root = found.place
+            data = f"--data {root.annotations}"
+            if root.are_apart:
+                data = f"--images {root.images} --annotations {root.annotations}"
+            has_val = resolve(splits, "val") in splits
+            held_out = "" if has_val else " --val-fraction 0.2"
+            has_train = resolve(splits, "train") in splits
+            split = "" if has_train else f" --split {splits[0]}"
+            yield f"train with: deformnet train {network} {data} --out RUN{split}{held_out}"
+            break
+
+
+_NETWORKS: tuple[tuple[str, Callable[[Location], list[str]]], ...] = (
+    ("rfcn", detection_splits),
+    ("deeplab", segmentation_splits),
+    ("classifier", classification_splits),
+)
+
+
+def _splits(splits_of: Callable[[Location], list[str]], place: DataFiles) -> list[str]:
+    """Splits of a kind, possibly none."""
+    try:
+        return splits_of(place)
+    except (ValueError, OSError):
+        return []
+
+
+def _read(place: DataFiles, layouts: Sequence[Layout], inner: str, *, custom: bool) -> FoundSet:
+    """The lists of a data set, with their faults."""
+    lists: list[ImageList] = []
+    for layout in layouts:
+        failed = ImageList(layout.name, place.annotations)
+        with failed.noting_errors():
+            for images in layout.lists(place):
+                images.title = str(Path(inner) / images.name)
+                if images.may_be_official and not custom:
+                    images.official = official_count(images.name)
+                _compare(images)
+                lists.append(images)
+        if failed.faults:
+            failed.title = str(Path(inner) / failed.name)
+            lists.append(failed)
+    names = ", ".join(dict.fromkeys(layout.name for layout in layouts))
+    return FoundSet(place, f"{names} in {inner}" if inner else names, lists)
+
+
+def _inner(place: Path, root: Path) -> str:
+    return "" if place == root else str(place.relative_to(root))
 
 
 def _places(root: Path) -> list[Path]:

@@ -34,7 +34,7 @@ def open_image(path: Path) -> Tensor:
     """
     require_image(path)
     try:
-        return read_image(path, upright=True)
+        return read_image(path, orientation="upright")
     except ValueError as error:
         raise UserError(str(error).replace(str(path), path.name)) from error
 

@@ -21,6 +21,7 @@ from deformnet.ops._arguments import one_of
 __all__ = ["AlignedInceptionResNetFeatures", "Backbone", "ResNetFeatures", "backbone"]
 
 _NAMES = ("resnet18", "resnet34", "resnet50", "resnet101", "aligned-inception-resnet")
+_TIMM = "timm/"
 
 
 def backbone(
@@ -42,11 +43,13 @@ def backbone(
     `replace_stride_with_dilation` leaves the first block undilated.)
 
     Args:
-        name: resnet18, resnet34, resnet50, resnet101 or aligned-inception-resnet.
+        name: resnet18, resnet34, resnet50, resnet101, aligned-inception-resnet, or timm/NAME for a
+            convolutional network of timm, whose stage of stride 32 is conv5.
         deform_layers: Number of deformable 3x3 convolutions, counted from the end (Table 1: 0, 1,
-            2, 3, 6). conv5 has three of them in ResNet-50 and 101 (so 6 includes the last three of
-            conv4), four in ResNet-18 and six in ResNet-34. Aligned-Inception-ResNet has three in
-            each block: the two consecutive ones of the last block, its single one, and so on.
+            2, 3, 6); of timm's networks, of convolutions larger than 1x1, depthwise ones too. conv5
+            has three of them in ResNet-50 and 101 (so 6 includes the last three of conv4), four in
+            ResNet-18 and six in ResNet-34. Aligned-Inception-ResNet has three in each block: the
+            two consecutive ones of the last block, its single one, and so on.
         dilation: Dilation of conv5 (2; Table 3 tries 4, 6 and 8).
         offset_groups: Offset groups of the deformable layers.
         modulated: Whether the deformable layers also learn a mask.
@@ -59,7 +62,10 @@ def backbone(
         output_stride: 16, or 32 for classification, where conv5 has stride 2 and no dilation.
         weights: Name of torchvision's weights ("IMAGENET1K_V1", ..., cached by torch.hub), a file
             with the state dict of this backbone or of torchvision's ResNet, or a run folder. There
-            are no public weights of Aligned-Inception-ResNet. None initializes randomly.
+            are no public weights of Aligned-Inception-ResNet. For timm/NAME: "timm" (downloaded
+            from its hub), or a state dict of timm's network, or one with the same shapes in the
+            same order. Also the name of an installed package that holds such a file. None
+            initializes randomly.
         reduce_channels: Output channels of the randomly initialized 1x1 convolution and ReLU after
             conv5; None leaves both out.
 
@@ -69,13 +75,20 @@ def backbone(
         FileNotFoundError: If `weights` is neither a file nor the name of torchvision's weights.
         OSError: If named weights cannot be downloaded.
     """
-    one_of("name", name, _NAMES)
+    if not name.startswith(_TIMM):
+        one_of("name", name, _NAMES)
     one_of("norm", norm, get_args(Norm))
     norm_layer = FrozenBatchNorm2d if norm == "frozen" else nn.BatchNorm2d
     if name.startswith("resnet"):
         model = ResNetFeatures(name, norm_layer, stride_in_1x1, output_stride, reduce_channels)
     elif stride_in_1x1:
         raise ValueError(f"expected stride_in_1x1 to be False for {name}, but got True")
+    elif name.startswith(_TIMM):
+        # Seconds that other backbones need not wait.
+        from deformnet.models.backbones.timm import TimmFeatures
+
+        name = name.removeprefix(_TIMM)
+        model = TimmFeatures(name, norm, output_stride, reduce_channels)
     else:
         model = AlignedInceptionResNetFeatures(norm_layer, output_stride, reduce_channels)
     if output_stride == 16:
@@ -84,5 +97,6 @@ def backbone(
         model.freeze_first_stages()
     deform_last(model, deform_layers, offset_groups=offset_groups, modulated=modulated)
     if weights is not None:
-        load_weights(model, initial_weights(model, weights, stride_in_1x1), weights)
+        state = initial_weights(model, weights, stride_in_1x1)
+        load_weights(model, model.own_names(state), weights)
     return model

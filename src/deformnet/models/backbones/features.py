@@ -6,13 +6,13 @@ Dai et al. 2017, section 2.3, "Deformable Convolution for Feature Extraction".
 from abc import abstractmethod
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
-from torchvision.models import WeightsEnum
 
+from deformnet._errors import UserError, users_values
 from deformnet.nn import deform_
 from deformnet.ops._arguments import one_of, positive
 
@@ -41,6 +41,15 @@ class FrozenBatchNorm2d(torchvision.ops.FrozenBatchNorm2d):
 NormLayer = type[FrozenBatchNorm2d] | type[nn.BatchNorm2d]
 
 
+class Published(Protocol):
+    """Weights that can be downloaded: torchvision's `WeightsEnum`, or those of timm's hub."""
+
+    @property
+    def url(self) -> str: ...
+
+    def get_state_dict(self, *, check_hash: bool) -> Mapping[str, Any]: ...
+
+
 class Backbone(nn.Module):
     """Abstract base class: a classification network without its classifier.
 
@@ -59,7 +68,7 @@ class Backbone(nn.Module):
 
     Attributes:
         name: Name of the backbone in messages.
-        published: torchvision's weights, by name.
+        published: Weights to download, by name.
         stride: Stride of conv5, in pixels of the image.
         out_channels: Channels of the output.
 
@@ -68,7 +77,7 @@ class Backbone(nn.Module):
     """
 
     name: str
-    published: Mapping[str, WeightsEnum] = MappingProxyType({})
+    published: Mapping[str, Published] = MappingProxyType({})
 
     def __init__(
         self,
@@ -132,6 +141,18 @@ class Backbone(nn.Module):
     def conv4(self, images: Tensor) -> Tensor:
         """Feature map [N, conv4_channels, ceil(H/16), ceil(W/16)] of conv4; see `stages`."""
 
+    def filters(self) -> list[str]:
+        """Names of the convolutions that `deform_last` counts, from the input to the output."""
+        return [
+            name
+            for name, module in self.named_modules()
+            if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3)
+        ]
+
+    def own_names(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """A state dict by the names of this backbone, where weights come with others."""
+        return state
+
     @abstractmethod
     def filter_chain(self) -> tuple[str, ...]:
         """Names of the 3x3 convolutions of conv5 along one path, from the output to the input.
@@ -162,7 +183,10 @@ def require_images(images: Tensor) -> None:
 
 
 def dilate(stage: nn.Module, dilation: int) -> None:
-    """Set the stride of a stage to 1 and dilate its 3x3 convolutions.
+    """Set the stride of a stage to 1 and dilate its convolutions of odd size.
+
+    Convolutions of even size, with which some networks go from patches to larger ones, see the same
+    pixels as before.
 
     Raises:
         ValueError: If `dilation` is less than 1.
@@ -171,25 +195,28 @@ def dilate(stage: nn.Module, dilation: int) -> None:
     for module in stage.modules():
         if isinstance(module, nn.Conv2d):
             module.stride = (1, 1)
-            if module.kernel_size == (3, 3):
-                module.dilation = module.padding = (dilation, dilation)
+            if any(size % 2 == 0 for size in module.kernel_size):
+                module.padding = "same"
+                continue
+            module.dilation = tuple(dilation * step for step in module.dilation)
+            module.padding = tuple(
+                step * (size // 2)
+                for step, size in zip(module.dilation, module.kernel_size, strict=True)
+            )
 
 
 def deform_last(model: Backbone, layers: int, *, offset_groups: int, modulated: bool) -> None:
-    """Convert the last 3x3 convolutions of a backbone to deformable convolutions.
+    """Convert the last `filters` of a backbone to deformable convolutions.
 
     Raises:
-        ValueError: If `layers` exceeds their number.
+        UserError: If `layers` exceeds their number, or one of them cannot be converted.
     """
-    filters = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3)
-    ]
+    filters = model.filters()
     if not 0 <= layers <= len(filters):
-        raise ValueError(
-            f"expected deform_layers to be 0 to {len(filters)}, the number of 3x3 convolutions of "
-            f"{model.name}, but got {layers}"
+        raise UserError(
+            f"expected deform_layers to be 0 to {len(filters)}, the number of convolutions larger "
+            f"than 1x1 of {model.name}, but got {layers}"
         )
     if layers:
-        deform_(model, *filters[-layers:], offset_groups=offset_groups, modulated=modulated)
+        with users_values():
+            deform_(model, *filters[-layers:], offset_groups=offset_groups, modulated=modulated)

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping
+from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 from typing import Any
 
@@ -83,11 +84,12 @@ def holds_run(path: Path) -> bool:
 def initial_weights(
     model: Backbone, weights: str | Path, stride_in_1x1: bool
 ) -> Mapping[str, Tensor]:
-    """State dict of torchvision's weights by name, of a file or of a run folder.
+    """State dict of published weights by name, of a file, of a run folder or of a package.
 
     Raises:
         FileNotFoundError: If `weights` is neither a file nor a known name.
-        UserError: If it is not a checkpoint, or of a run with another `stride_in_1x1`.
+        UserError: If it is not a checkpoint, a package does not hold one, or it is of a run with
+            another `stride_in_1x1`.
         OSError: If the download fails.
     """
     published = model.published.get(str(weights))
@@ -102,10 +104,13 @@ def initial_weights(
             ) from error
     path = Path(weights)
     if not path.exists():
+        path = _file_of_package(str(weights)) or path
+    if not path.exists():
         names = ", ".join(model.published)
         raise FileNotFoundError(
-            f"{path}: no such file; expected a file, a run folder or the name of torchvision's "
-            f"weights of {model.name} ({names or 'there are none'})"
+            f"{path}: no such file; expected a file, a run folder, an installed package with "
+            f"weights or the name of published weights of {model.name} "
+            f"({names or 'there are none'})"
         )
     state = read_weights(path)
     if path.is_dir():  # the strides are in the recipe alone
@@ -116,6 +121,24 @@ def initial_weights(
                 f"but got {not stride_in_1x1}"
             )
     return state
+
+
+def _file_of_package(name: str) -> Path | None:
+    """The file of weights in an installed package; None if there is no such package.
+
+    Raises:
+        UserError: If it holds none, or more than one.
+    """
+    try:
+        found = [file for file in files(name) or () if file.suffix in (".pth", ".safetensors")]
+    except (PackageNotFoundError, ValueError):  # ValueError: no name of a package at all
+        return None
+    if len(found) != 1:
+        raise UserError(
+            f"{name}: expected a package with one file of weights (.pth or .safetensors), but got "
+            f"{len(found)}; pass the path of the file"
+        )
+    return Path(str(found[0].locate()))
 
 
 def load_weights(model: Backbone, state: Mapping[str, Tensor], source: str | Path) -> None:

@@ -8,6 +8,7 @@ from torch.utils.data import Dataset
 from deformnet._errors import UserError
 from deformnet.data.boxes import DetectionDataset
 from deformnet.data.coco import COCODetection
+from deformnet.data.location import Location
 from deformnet.data.opening import detection_splits, open_detection
 from deformnet.models.detection.detector import Detector
 from deformnet.recipes import DetectorRecipe
@@ -25,7 +26,7 @@ from deformnet.tasks.detection.evaluation import (
     submission,
 )
 from deformnet.tasks.detection.predictor import DetectionPredictor
-from deformnet.tasks.own import Data, Location, OwnBoxes
+from deformnet.tasks.own import Data, OwnBoxes
 from deformnet.tasks.predictor import Device
 from deformnet.tasks.proposals import StoredProposals
 
@@ -76,7 +77,7 @@ class DetectionTask(Task[DetectorRecipe, BoxImages]):
         return detection_splits(data)
 
     def _open(self, data: Location, split: str) -> DetectionDataset:
-        return open_detection(data, split)
+        return open_detection(data, split, orientation=self.recipe.orientation)
 
     def _own(self, data: Dataset[Any]) -> OwnBoxes:
         return OwnBoxes(data)

@@ -1,0 +1,112 @@
+"""Images that are in two splits that should not share any, by file or by content."""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
+from itertools import combinations
+from pathlib import Path
+
+from deformnet.data.files import listing
+from deformnet.data.items import files_of
+from deformnet.data.layouts import ImageList
+
+_PEEKED = 256  # bytes that are compared before files are read as a whole
+_SHOWN = 3
+
+_ROLES = {
+    **dict.fromkeys(("train", "training", "train_aug"), frozenset({"train"})),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), frozenset({"val"})),
+    **dict.fromkeys(("test", "testing"), frozenset({"test"})),
+    "trainval": frozenset({"train", "val"}),
+}
+
+
+def role(images: ImageList) -> frozenset[str]:
+    """What a list is for, by its name: train, val, both or test; empty if it is not known."""
+    name = images.name.removesuffix(" (masks)").rpartition("/")[2].lower()
+    name = name.removeprefix("instances_").rstrip("0123456789").rstrip("_-")
+    return _ROLES.get(name, frozenset())
+
+
+def find_duplicates(groups: Iterable[Sequence[ImageList]]) -> Iterator[str]:
+    """A line for every two lists that share images and should not.
+
+    Args:
+        groups: lists of one data set with one kind of annotations each.
+    """
+    # A file is read only if others are like it so far.
+    keys = tuple(cache(key) for key in (_size, _middle, _digest))
+    for lists in groups:
+        for one, other in combinations(lists, 2):
+            first, second = role(one), role(other)
+            if first and second and not first & second:
+                pairs = _pairs(_images(one), _images(other), keys)
+                if pairs:
+                    yield (
+                        f"{one.title} and {other.title} have {len(pairs)} images in common, which "
+                        f"makes scores too good: {_listing(pairs)}"
+                    )
+
+
+def _images(images: ImageList) -> list[str]:
+    return list(dict.fromkeys(files_of(item)[0] for item in images.items))
+
+
+def _listing(pairs: Sequence[tuple[str, str]]) -> str:
+    names = [[Path(file).name for file in pair] for pair in pairs[:_SHOWN]]
+    shown = [name if name == twin else f"{name} = {twin}" for name, twin in names]
+    return listing(shown + [""] * (len(pairs) - len(shown)), _SHOWN)
+
+
+_Key = Callable[[str], int | bytes | None]
+
+
+def _pairs(
+    files: Sequence[str], others: Sequence[str], keys: Sequence[_Key]
+) -> list[tuple[str, str]]:
+    """Files and their twins among others: themselves, or of the same content."""
+    both = set(files) & set(others)
+    groups = [([it for it in files if it not in both], [it for it in others if it not in both])]
+    for key in keys:
+        groups = [part for group in groups for part in _parts(*group, key)]
+    twins = ((file, group[1][0]) for group in groups for file in group[0])
+    return sorted([*((file, file) for file in both), *twins])
+
+
+def _parts(
+    files: Iterable[str], others: Iterable[str], key: _Key
+) -> list[tuple[list[str], list[str]]]:
+    """Files and others that have the same key."""
+    parts: dict[int | bytes | None, tuple[list[str], list[str]]] = {}
+    for side, names in enumerate((files, others)):
+        for name in names:
+            parts.setdefault(key(name), ([], []))[side].append(name)
+    parts.pop(None, None)
+    return [part for part in parts.values() if all(part)]
+
+
+def _size(file: str) -> int | None:
+    """Bytes of a file; None, as of the other keys, if it cannot be read."""
+    try:
+        return Path(file).stat().st_size
+    except OSError:
+        return None  # reported when it is checked
+
+
+def _middle(file: str) -> bytes | None:
+    """Some bytes of a file, not of its header: those of photos of one camera are equal."""
+    try:
+        with Path(file).open("rb") as content:
+            content.seek(max(Path(file).stat().st_size - _PEEKED, 0) // 2)
+            return content.read(_PEEKED)
+    except OSError:
+        return None
+
+
+def _digest(file: str) -> bytes | None:
+    """SHA-256 of a file."""
+    try:
+        with Path(file).open("rb") as content:
+            return hashlib.file_digest(content, "sha256").digest()
+    except OSError:
+        return None

@@ -1,0 +1,80 @@
+"""Memory of a check: what files held that were good, so that a stopped check resumes."""
+
+import json
+import os
+import zlib
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+from deformnet._errors import UserError
+from deformnet.data.items import Fault, Item, files_of
+
+
+class Result(NamedTuple):
+    """What the check of an item found."""
+
+    faults: list[Fault]
+    counts: Counter[int]
+    """Objects or pixels of each class."""
+    is_rotated: bool
+    """Whether the image has an EXIF orientation other than upright."""
+
+
+class Record:
+    """A file with a line for each good item: its key, a tab, and what it holds. A partly written
+    line is ignored."""
+
+    def __init__(self, path: Path, root: Path) -> None:
+        """
+        Raises:
+            UserError: if there is another file of this name.
+        """
+        self._root = f"{root}{os.sep}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path}: expected a file for the record, but got something else")
+        text = path.read_text(encoding="ascii", errors="replace") if path.is_file() else ""
+        if text and not text.startswith('["'):
+            raise UserError(
+                f"{path}: expected a new file or the record of an earlier check, but got another "
+                "file, which stays as it is; choose another name"
+            )
+        lines = (line.partition("\t") for line in text.splitlines())
+        self._known = {key: content for key, _, content in lines}
+        self._file = path.open("a", encoding="ascii")
+        if text and not text.endswith("\n"):
+            self._file.write("\n")
+
+    def key(self, item: Item) -> str | None:
+        """The key of the item as it is now: its files with their sizes and times (ns), and a
+        checksum of its other fields. None if a file cannot be read."""
+        try:
+            stats = [Path(file).stat() for file in files_of(item)]
+        except (OSError, ValueError):
+            return None
+        files = [
+            [file.removeprefix(self._root), stat.st_size, stat.st_mtime_ns]
+            for file, stat in zip(files_of(item), stats, strict=True)
+        ]
+        checksum = zlib.crc32(repr(item[len(files) :]).encode())
+        return json.dumps([type(item).__name__, *files, checksum])
+
+    def find(self, key: str) -> Result | None:
+        """What the item of this key holds; None if it is not known to be good."""
+        try:
+            counts, is_rotated = json.loads(self._known[key])
+            numbers = Counter({int(label): int(count) for label, count in counts})
+        except (KeyError, ValueError, TypeError):
+            return None
+        return Result([], numbers, bool(is_rotated))
+
+    def add(self, key: str, result: Result) -> None:
+        """Records a good item."""
+        content = json.dumps([list(result.counts.items()), result.is_rotated])
+        # Flushed at once: what the system has survives this process, however it ends.
+        self._file.write(f"{key}\t{content}\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()

@@ -1,0 +1,303 @@
+"""Any convolutional network of timm as a dilated and deformable feature extractor."""
+
+import warnings
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import Any, cast
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers.conv2d_same import Conv2dSame
+from timm.layers.norm_act import freeze_batch_norm_2d
+from timm.layers.pool2d_same import AvgPool2dSame, MaxPool2dSame
+from timm.models.hrnet import HighResolutionNet
+from torch import Tensor, nn
+
+from deformnet._errors import UserError
+from deformnet.models.backbones.features import (
+    Backbone,
+    Norm,
+    OutputStride,
+    dilate,
+    require_images,
+)
+
+
+class TimmFeatures(Backbone):
+    """A network of timm without its classifier; see `backbone`.
+
+    Its modules up to stride 16 are in `trunk`, those up to stride 32 in `conv5`, with the names of
+    timm. Images are padded at the right and at the bottom to whole cells, since networks that begin
+    with patches would leave out the rest. Units of these networks, and of those with TensorFlow's
+    padding ("tf_..."), are centered up to half a cell beside those of other backbones.
+
+    Args:
+        name: timm's name of the network, with or without the tag of weights.
+        norm, output_stride, reduce_channels: See `backbone`.
+
+    Raises:
+        UserError: If timm has no such network, or it is not a sequence of convolutional stages.
+    """
+
+    def __init__(
+        self, name: str, norm: Norm, output_stride: OutputStride, reduce_channels: int | None
+    ) -> None:
+        net = _create(name)
+        # The last feature of each stride.
+        levels = {level["reduction"]: level for level in cast(Any, net).feature_info}
+        if not {16, 32} <= levels.keys():
+            raise _unfit(name, f"features of stride {', '.join(map(str, levels))} alone")
+        super().__init__(
+            levels[16]["num_chs"], levels[32]["num_chs"], output_stride, reduce_channels
+        )
+        self.name = f"timm/{name}"
+        hub = cast(Any, net).pretrained_cfg
+        if hub.get("hf_hub_id"):
+            url = f"https://huggingface.co/{hub['hf_hub_id']}"
+            self.published = {"timm": HubWeights(name, url)}
+        # Images come normalized by ImageNet's mean and deviation, whatever the network. Its own
+        # normalization, (pixel - mean) / std, is an affine function of that.
+        given_mean, given_std, mean, std = (
+            torch.tensor(values)[:, None, None]
+            for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, hub["mean"], hub["std"])
+        )
+        self.scale: Tensor
+        self.shift: Tensor
+        self.register_buffer("scale", given_std / std, persistent=False)
+        self.register_buffer("shift", (given_mean - mean) / std, persistent=False)
+
+        theirs = {id(value): key for key, value in net.state_dict(keep_vars=True).items()}
+        self._shapes = {key: value.shape for key, value in net.state_dict().items()}
+        if isinstance(net, HighResolutionNet):
+            self.trunk, self.conv5, self._first = _split_high_resolution(net)
+        else:
+            self.trunk, self.conv5, self._first = _split(net, name, levels)
+        self._names = {
+            theirs[id(value)]: key
+            for key, value in self.state_dict(keep_vars=True).items()
+            if id(value) in theirs
+        }
+        if output_stride == 16:
+            _keep_resolution(self.conv5)
+        if norm == "frozen":
+            freeze_batch_norm_2d(self.trunk)
+            freeze_batch_norm_2d(self.conv5)
+        self._filters = self._run(name)
+        self._add_reduction()
+
+    def _run(self, name: str) -> list[str]:
+        """Names of the convolutions larger than 1x1 in the order of the forward pass.
+
+        Raises:
+            UserError: If the features have another shape than promised.
+        """
+        order: list[str] = []
+        hooks = [
+            module.register_forward_pre_hook(lambda *_, part=part: order.append(part))
+            for part, module in self.named_modules()
+            if isinstance(module, nn.Conv2d) and max(module.kernel_size) > 1
+        ]
+        self.eval()
+        try:
+            with torch.no_grad(), warnings.catch_warnings():
+                # PyTorch warns once that padding="same" copies the input of even kernels.
+                warnings.simplefilter("ignore")
+                conv4, conv5 = self.stages(torch.zeros(1, 3, 64, 96))
+        except Exception as error:  # whatever modules that are no sequence of stages raise
+            raise _unfit(name, str(error).partition("\n")[0]) from error
+        for maps, channels, stride in (
+            (conv4, self.conv4_channels, 16),
+            (conv5, self.conv5_channels, self.stride),
+        ):
+            shape = list(maps.shape) if isinstance(maps, Tensor) else type(maps).__name__
+            expected = [1, channels, 64 // stride, 96 // stride]
+            if shape != expected:
+                raise _unfit(name, f"features {shape} in the place of {expected}")
+        for hook in hooks:
+            hook.remove()
+        self.train()
+        return order
+
+    def _normalized(self, images: Tensor) -> Tensor:
+        require_images(images)
+        height, width = images.shape[2:]
+        images = F.pad(images, (0, -width % self.stride, 0, -height % self.stride))
+        return images * self.scale + self.shift
+
+    def stages(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        maps = self.trunk(self._normalized(images))
+        return _first(maps), self.conv5(maps)
+
+    def conv4(self, images: Tensor) -> Tensor:
+        return _first(self.trunk(self._normalized(images)))
+
+    @property
+    def conv5_stage(self) -> nn.Module:
+        return self.conv5
+
+    def filters(self) -> list[str]:
+        return self._filters
+
+    def filter_chain(self) -> tuple[str, ...]:
+        chain = tuple(name for name in reversed(self._filters) if name.startswith("conv5."))
+        return chain if isinstance(self.conv5, nn.Sequential) else chain[:1]
+
+    def freeze_first_stages(self) -> None:
+        for name in self._first:
+            self.trunk.get_submodule(name).requires_grad_(False)
+
+    def own_names(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """A state dict of timm's network, by the names of this backbone.
+
+        If its names are others but number, order and shapes of its tensors are those of timm's
+        network, it is another implementation of the same network, and pairs in order.
+        """
+        theirs, given = _without_counters(self._shapes), _without_counters(state)
+        shapes = [value.shape for value in given.values()]
+        if theirs.keys() != given.keys() and shapes == list(theirs.values()):
+            state = dict(zip(theirs, given.values(), strict=True))
+        return {
+            self._names.get(key, key): value
+            for key, value in state.items()
+            if key in self._names or key not in self._shapes  # not the classifier
+        }
+
+
+class HubWeights:
+    """Weights on timm's hub; as torchvision's `WeightsEnum`.
+
+    Args:
+        name: timm's name of the network.
+        url: Where they are.
+    """
+
+    def __init__(self, name: str, url: str) -> None:
+        self.name = name
+        self.url = url
+
+    def get_state_dict(self, *, check_hash: bool) -> Mapping[str, Tensor]:
+        """Downloads them once.
+
+        Raises:
+            OSError: If this fails.
+        """
+        try:
+            return timm.create_model(self.name, pretrained=True).state_dict()
+        except Exception as error:  # of the hub's client, whichever it uses
+            raise OSError(str(error).partition("\n")[0]) from error
+
+
+class _HighResolutionTrunk(nn.Module):
+    """HRNet up to stride 16 of its classifier, and its branch of stride 32.
+
+    HRNet keeps four resolutions side by side. Its classifier joins them from the finest to the
+    coarsest, so that the last join is the only way from stride 16 to 32. All four need images of
+    whole cells of 32 pixels.
+    """
+
+    def __init__(self, net: HighResolutionNet, widen: nn.ModuleList, down: nn.ModuleList) -> None:
+        super().__init__()
+        self.net, self.widen, self.down = net, widen, down
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        height, width = x.shape[2:]
+        branches = self.net.forward_features(F.pad(x, (0, -width % 32, 0, -height % 32)))
+        joined = self.widen[0](branches[0])
+        for branch, widen, down in zip(branches[1:3], self.widen[1:], self.down, strict=True):
+            joined = widen(branch) + down(joined)
+        return joined[..., : height // 16, : width // 16], branches[3]
+
+
+class _HighResolutionHead(nn.Module):
+    """The last join of HRNet's classifier, at the resolution that `down` keeps."""
+
+    def __init__(self, widen: nn.Module, down: nn.Sequential) -> None:
+        super().__init__()
+        self.widen, self.down = widen, down
+
+    def forward(self, maps: tuple[Tensor, Tensor]) -> Tensor:
+        joined, last = maps
+        scale = 2 // cast(nn.Conv2d, self.down[0]).stride[0]
+        last = F.interpolate(self.widen(last), scale_factor=scale)
+        down = self.down(joined)
+        return down + last[..., : down.shape[2], : down.shape[3]]
+
+
+def _create(name: str) -> nn.Module:
+    if not timm.is_model(name):
+        near = get_close_matches(name, timm.list_models(), n=3)
+        raise UserError(
+            f"timm/{name}: timm {timm.__version__} has no such network"
+            + (f", near misses: {', '.join(f'timm/{other}' for other in near)}" if near else "")
+        )
+    try:
+        return timm.create_model(name)
+    except RuntimeError as error:  # the tag of the weights is unknown
+        raise UserError(f"timm/{name}: {error}") from error
+
+
+def _split(
+    net: nn.Module, name: str, levels: Mapping[int, Mapping[str, Any]]
+) -> tuple[nn.Module, nn.Module, list[str]]:
+    """Modules up to stride 16 and from there to 32, and the names of those up to stride 4.
+
+    As timm's `FeatureListNet`, which takes modules to run in the order of their definition.
+    """
+    ends = {stride: level["module"] for stride, level in levels.items()}
+    modules: dict[str, nn.Module] = {}
+    for child, module in net.named_children():
+        if any(end.startswith(f"{child}.") for end in ends.values()):
+            modules |= {f"{child}.{inner}": part for inner, part in module.named_children()}
+        else:
+            modules[child] = module
+    if not {ends[16], ends[32]} <= modules.keys():
+        raise _unfit(name, f"features inside of its module {ends[16].partition('.')[0]}")
+    names = list(modules)
+    conv4, conv5 = (names.index(ends[stride]) + 1 for stride in (16, 32))
+    first = names.index(ends[4]) + 1 if ends.get(4) in modules else 0
+    trunk, last = nn.Sequential(), nn.Sequential()
+    for position, (part, module) in enumerate(modules.items()):
+        if position < conv5:
+            (trunk if position < conv4 else last).add_module(part.replace(".", "_"), module)
+    return trunk, last, [part.replace(".", "_") for part in names[:first]]
+
+
+def _split_high_resolution(net: HighResolutionNet) -> tuple[nn.Module, nn.Module, list[str]]:
+    """As `_split`, for HRNet."""
+    widen, down = cast(nn.ModuleList, net.incre_modules), cast(nn.ModuleList, net.downsamp_modules)
+    net.incre_modules = net.downsamp_modules = net.final_layer = None  # features are the branches
+    net.reset_classifier(0)
+    first = [f"net.{name}" for name in ("conv1", "bn1", "conv2", "bn2", "layer1")]
+    trunk = _HighResolutionTrunk(net, widen[:3], down[:2])
+    return trunk, _HighResolutionHead(widen[3], cast(nn.Sequential, down[2])), first
+
+
+def _keep_resolution(stage: nn.Module) -> None:
+    """Set all strides of a stage to 1."""
+    for name, module in list(stage.named_modules()):
+        if type(module) is Conv2dSame:  # pads as any other without a stride
+            module.__class__ = nn.Conv2d
+        elif isinstance(module, nn.AvgPool2d):
+            stage.set_submodule(name, AvgPool2dSame(module.kernel_size, 1))
+        elif isinstance(module, nn.MaxPool2d):
+            stage.set_submodule(name, MaxPool2dSame(module.kernel_size, 1))
+    dilate(stage, 1)
+
+
+def _first(maps: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+    return maps[0] if isinstance(maps, tuple) else maps
+
+
+def _without_counters(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the counters of batch norm, which older files do not have."""
+    return {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
+
+
+def _unfit(name: str, reason: str) -> UserError:
+    return UserError(
+        f"timm/{name}: expected a convolutional network, a sequence of stages with features of "
+        f"stride 16 and 32, but got {reason}; choose one such as timm/resnet50d, "
+        "timm/regnety_016, timm/convnext_tiny or timm/tf_efficientnet_lite0"
+    )
