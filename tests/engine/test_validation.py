@@ -24,7 +24,13 @@ from deformnet import UserError
 from deformnet.engine import load_run, train
 from deformnet.engine.averaging import AveragedNetwork
 from deformnet.engine.logs import TrainingLog, duration, read_log
-from deformnet.engine.runs import best_path, checkpoint_path, iterations_done, load_checkpoint
+from deformnet.engine.runs import (
+    best_path,
+    checkpoint_path,
+    iterations_done,
+    load_checkpoint,
+    locked,
+)
 from deformnet.engine.settings import LoopOptions
 from deformnet.engine.validation import Validator
 from deformnet.recipes import DeepLabRecipe
@@ -266,3 +272,27 @@ def test_pictures_and_scores_in_tensorboard(undisturbed):
 def test_durations(seconds, text):
     assert duration(seconds) == text
     assert duration(53 * 3600) == "2 d 5 h"
+
+
+def test_two_trainings_into_one_folder(shapes, tmp_path):
+    """The second one names the first, and leaves the folder as it is."""
+    out = tmp_path / "run"
+    context = multiprocessing.get_context("fork")
+    held, release = context.Event(), context.Event()
+
+    def hold() -> None:
+        with locked(out):
+            held.set()
+            release.wait(240)
+
+    process = context.Process(target=hold)
+    process.start()
+    assert held.wait(240)
+    try:
+        with pytest.raises(UserError, match=f"but process {process.pid} writes to it"):
+            run(RECIPE, shapes, out)
+        assert [path.name for path in out.iterdir()] == [".lock"]
+    finally:
+        release.set()
+        process.join(240)
+    run(dataclasses.replace(RECIPE, iterations=1), shapes, out)

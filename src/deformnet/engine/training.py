@@ -10,7 +10,7 @@ import math
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 
@@ -37,6 +37,7 @@ from deformnet.engine.runs import (
     describe,
     existing_checkpoint,
     load_checkpoint,
+    locked,
     recipe_and_data,
     restored,
     save_checkpoint,
@@ -138,7 +139,7 @@ def train(
         model, taken = restored(checkpoint, checkpoint_path(out)).model, None
     task.freeze(model)
     workers = layout.workers
-    with launched(layout, recipe.precision, facts) as fabric:
+    with launched(layout, recipe.precision, facts) as fabric, _alone(out, fabric):
         earlier = None if checkpoint is None else checkpoint.get("validated")
         validator = Validator(validation, loop, recipe.iterations, workers, earlier)
         if val_data is not None and val_split is not None:
@@ -174,6 +175,11 @@ def train(
         if fabric.is_global_zero:
             result = result.save(out)
     return result
+
+
+def _alone(run: Path, fabric: Fabric) -> AbstractContextManager[None]:
+    """The first process keeps other trainings out of the run folder."""
+    return locked(run) if fabric.is_global_zero else nullcontext()
 
 
 def _validation(
