@@ -10,13 +10,14 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from processes import run, small
+from processes import curve, run, small, start, wait
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import deformnet.engine.training as training
@@ -296,3 +297,23 @@ def test_two_trainings_into_one_folder(shapes, tmp_path):
         release.set()
         process.join(240)
     run(dataclasses.replace(RECIPE, iterations=1), shapes, out)
+
+
+def test_two_processes_validate_as_one(shapes, tmp_path):
+    recipe = small(DeepLabRecipe, iterations=4, ema=0.9, schedule="cosine")
+    file, one, two = tmp_path / "recipe.json", tmp_path / "one", tmp_path / "two"
+    file.write_text(recipe.to_json())
+    command = ["train", "deeplab", "--recipe", file, "--data", shapes, "--out", two]
+    command += ["--devices", "2", "--accelerator", "cpu", "--workers", "0", "--log-every", "1"]
+    command += ["--validate-every", "2", "--patience", "9"]
+    process = start([sys.executable, "-m", "deformnet", *map(str, command)])
+    run(recipe, shapes, one, val_split="val", validate_every=2)
+    (printed,) = wait(process)
+    assert "device: 2 processes, CPU, 32-true" in printed
+    assert printed.count("mean IoU") >= 2
+    assert curve(two) == pytest.approx(curve(one), abs=1e-5, rel=0)
+    states = [load_checkpoint(checkpoint_path(out)) for out in (one, two)]
+    assert [state["validated"]["iteration"] for state in states] == [4, 4]
+    for key in ("model", "unaveraged"):
+        for name, tensor in states[0][key].items():
+            torch.testing.assert_close(states[1][key][name], tensor, rtol=1e-4, atol=1e-5)
