@@ -74,7 +74,9 @@ def confusion_figure(
     axes.set_xlabel("prediction", fontsize=TEXT)
     axes.set_ylabel(f"ground truth (number of {things})", fontsize=TEXT)
     figure.suptitle(f"Percent of the {things} of each class", fontsize=TEXT)
-    of_background = "last row: percent of the detections of each class" if background else ""
+    of_background = (
+        "last row: percent of the detections of each class, on no object" if background else ""
+    )
     notes = [line for line in (note, of_background, shown) if line]
     if notes:
         figure.supxlabel("\n".join(notes), fontsize=8)
