@@ -114,10 +114,10 @@ def train(
     """
     out = Path(out)
     layout = Layout.of(hardware)
+    _require_fit(recipe, layout, loop)
     task = task_of(recipe, TaskOptions(proposals=tuple(map(Path, proposals))))
     images = task.training_set(data, split)
     recipe = _with_iterations(recipe, len(images), epochs, continue_to)
-    _require_fit(recipe, layout, loop)
     if val_data is None and isinstance(data, Location):
         val_data = data
     validation = _validation(task, val_data, val_split, images.identity)
@@ -146,6 +146,8 @@ def train(
             validator.pictures = pictures_of(task, val_data, val_split, images.identity)
         if fabric.is_global_zero and (checkpoint is None or continue_to is not None):
             write_json(out / "recipe.json", recipe.to_dict())
+        if fabric.is_global_zero and validator.validated["best"] is None:
+            best_path(out).unlink(missing_ok=True)  # of a validation that no checkpoint knows
         if not validator.exhausted and (done < recipe.iterations or validator.due(done)):
             run = _Run(fabric, recipe, model, images.identity, out, loop, checkpoint, validator)
             batches = Iterations(
