@@ -93,7 +93,7 @@ def train(
             that is evaluated on.
         proposals: files of stored proposals for both splits, which replace those of the detector;
             see `deformnet.engine.propose`.
-        epochs: passes over the training images, in the place of the recipe's iterations.
+        epochs: passes over the training images, instead of the recipe's iterations.
         continue_to: iterations to train the run in `out` to, finished or not, instead of the
             recipe's. The learning rate follows the schedule of the new number from the iteration
             that the run has reached. After a run that ended for lack of improvement, patience

@@ -1,4 +1,4 @@
-"""Confusion matrices: what is predicted in the place of what."""
+"""Confusion matrices: what is predicted instead of what."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
