@@ -148,6 +148,7 @@ def train(
             write_json(out / "recipe.json", recipe.to_dict())
         if fabric.is_global_zero and validator.validated["best"] is None:
             best_path(out).unlink(missing_ok=True)  # of a validation that no checkpoint knows
+        fabric.barrier()
         if not validator.exhausted and (done < recipe.iterations or validator.due(done)):
             run = _Run(fabric, recipe, model, images.identity, out, loop, checkpoint, validator)
             batches = Iterations(
