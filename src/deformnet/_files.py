@@ -2,12 +2,16 @@
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 from deformnet._errors import UserError
+
+_NUMBERS = re.compile(r'\[\n *([^\[\]{}"]+?)\n *\]')
+"""A list without strings, lists and objects in indented JSON."""
 
 
 @contextmanager
@@ -43,9 +47,12 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def write_json(path: Path, values: Mapping[str, object]) -> None:
-    """Writes or replaces a JSON file as a whole."""
+    """Writes or replaces a JSON file as a whole; a list of numbers is in one line."""
+    text = json.dumps(values, indent=2)
+    # JSON strings have no line breaks, so that nothing within them matches.
+    text = _NUMBERS.sub(lambda match: f"[{' '.join(match[1].split())}]", text)
     with replacing(path) as file:
-        file.write((json.dumps(values, indent=2) + "\n").encode())
+        file.write(f"{text}\n".encode())
 
 
 def read_json(path: Path) -> Any:

@@ -253,15 +253,17 @@ def test_epochs_and_settings_of_the_paper(shapes, tmp_path, capfd, complaint):
 
 
 def test_initial_weights_from_a_run(run, shapes, tmp_path, capsys):
-    main(
-        [
-            *("train", "deeplab", "--data", str(shapes), "--out", str(tmp_path)),
-            *QUICK,
-            "--init",
-            str(run),
-        ]
-    )
+    """The backbone and the number of deformable layers are those of the run."""
+    train = ["train", "deeplab", "--data", str(shapes), "--out", str(tmp_path)]
+    options = [*("--iterations", "1"), *("--accelerator", "cpu", "--workers", "0")]
+    main([*train, "--init", str(run), *options])
     assert f"initial weights: {run}, backbone and head: " in capsys.readouterr().out
+    recipe = json.loads((tmp_path / "recipe.json").read_text())
+    assert (recipe["backbone"], recipe["deform_layers"], recipe["norm"]) == (
+        "resnet18",
+        1,
+        "frozen",
+    )
 
 
 def test_synthesize(tmp_path, capsys):

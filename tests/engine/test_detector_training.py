@@ -220,19 +220,23 @@ def test_recall_is_that_of_the_proposals(shapes, tmp_path):
 def test_images_without_objects_train(shapes, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(shapes, data)
-    for file in (data / "VOCdevkit/VOC2012/Annotations").glob("train_*.xml"):
+    for file in (data / "VOCdevkit/VOC2012/Annotations").glob("*.xml"):
+        if file.stem == "train_000000":  # a set without any is refused
+            continue
         text = file.read_text()
         file.write_text(text[: text.index("<object>")] + "</annotation>")
     for network in NETWORKS:
         out = tmp_path / network.network
-        recipe = quick(network, iterations=2, deform_layers=0)
-        metrics = run(recipe, data, out, val_split="train").to_json()
+        recipe = quick(network, batch=1, iterations=3, deform_layers=0)
+        metrics = run(recipe, data, out, val_split="val").to_json()
         if network is RPNRecipe:
             assert metrics["recall"] == {"0.5": None, "0.7": None}
         else:
             assert metrics["voc"]["area"]["mean_ap"] == {"0.5": None, "0.7": None}
-        for row in read_log(out / "metrics.csv"):
-            assert float(row["rpn_box"]) == float(row.get("box", 0)) == 0
+        empty = [row for row in read_log(out / "metrics.csv") if float(row["rpn_box"]) == 0]
+        assert len(empty) >= 2
+        for row in empty:
+            assert float(row.get("box", 0)) == 0
             assert float(row["rpn_class"]) > 0
 
 

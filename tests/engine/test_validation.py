@@ -10,13 +10,14 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from processes import run, small
+from processes import curve, run, small, start, wait
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import deformnet.engine.training as training
@@ -24,7 +25,13 @@ from deformnet import UserError
 from deformnet.engine import load_run, train
 from deformnet.engine.averaging import AveragedNetwork
 from deformnet.engine.logs import TrainingLog, duration, read_log
-from deformnet.engine.runs import best_path, checkpoint_path, iterations_done, load_checkpoint
+from deformnet.engine.runs import (
+    best_path,
+    checkpoint_path,
+    iterations_done,
+    load_checkpoint,
+    locked,
+)
 from deformnet.engine.settings import LoopOptions
 from deformnet.engine.validation import Validator
 from deformnet.recipes import DeepLabRecipe
@@ -266,3 +273,47 @@ def test_pictures_and_scores_in_tensorboard(undisturbed):
 def test_durations(seconds, text):
     assert duration(seconds) == text
     assert duration(53 * 3600) == "2 d 5 h"
+
+
+def test_two_trainings_into_one_folder(shapes, tmp_path):
+    """The second one names the first, and leaves the folder as it is."""
+    out = tmp_path / "run"
+    context = multiprocessing.get_context("fork")
+    held, release = context.Event(), context.Event()
+
+    def hold() -> None:
+        with locked(out):
+            held.set()
+            release.wait(240)
+
+    process = context.Process(target=hold)
+    process.start()
+    assert held.wait(240)
+    try:
+        with pytest.raises(UserError, match=f"but process {process.pid} writes to it"):
+            run(RECIPE, shapes, out)
+        assert [path.name for path in out.iterdir()] == [".lock"]
+    finally:
+        release.set()
+        process.join(240)
+    run(dataclasses.replace(RECIPE, iterations=1), shapes, out)
+
+
+def test_two_processes_validate_as_one(shapes, tmp_path):
+    recipe = small(DeepLabRecipe, iterations=4, ema=0.9, schedule="cosine")
+    file, one, two = tmp_path / "recipe.json", tmp_path / "one", tmp_path / "two"
+    file.write_text(recipe.to_json())
+    command = ["train", "deeplab", "--recipe", file, "--data", shapes, "--out", two]
+    command += ["--devices", "2", "--accelerator", "cpu", "--workers", "0", "--log-every", "1"]
+    command += ["--validate-every", "2", "--patience", "9"]
+    process = start([sys.executable, "-m", "deformnet", *map(str, command)])
+    run(recipe, shapes, one, val_split="val", validate_every=2)
+    (printed,) = wait(process)
+    assert "device: 2 processes, CPU, 32-true" in printed
+    assert printed.count("mean IoU") >= 2
+    assert curve(two) == pytest.approx(curve(one), abs=1e-5, rel=0)
+    states = [load_checkpoint(checkpoint_path(out)) for out in (one, two)]
+    assert [state["validated"]["iteration"] for state in states] == [4, 4]
+    for key in ("model", "unaveraged"):
+        for name, tensor in states[0][key].items():
+            torch.testing.assert_close(states[1][key][name], tensor, rtol=1e-4, atol=1e-5)

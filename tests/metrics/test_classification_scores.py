@@ -24,7 +24,9 @@ def test_errors_counted_by_hand():
         torch.tensor([0, 0, 0]),
     )
     counts.update(logits_of([0, 1, 2, 3, 4, 6, 5], [6, 5, 4, 3, 2, 1, 0]), torch.tensor([6, 6]))
-    assert counts.compute().tolist() == [[1, 3, 3], *[[0, 0, 0]] * 5, [1, 1, 2]]
+    first = [1, 2, 0, 0, 0, 0, 0]
+    last = [1, 0, 0, 0, 0, 0, 1]
+    assert counts.compute().tolist() == [[*first, 3], *[[0] * 8] * 5, [*last, 1]]
     scores = classification_scores(counts.compute())
     assert scores.top1_error == 3 / 5
     assert scores.top5_error == 1 / 5
@@ -34,8 +36,23 @@ def test_errors_counted_by_hand():
     json = scores.to_json(list("abcdefg"))
     assert json["top1_error"] == 3 / 5
     assert json["class_errors"] == {"a": 2 / 3, **dict.fromkeys("bcdef"), "g": 1 / 2}
+    assert (json["classes_scored"], json["classes"]) == (2, 7)
     counts.reset()
     assert counts.compute().sum() == 0
+
+
+def test_confusion_matrix_agrees_with_loops():
+    generator = torch.Generator().manual_seed(0)
+    counts, expected = ClassificationCounts(7), [[0] * 8 for _ in range(7)]
+    for _ in range(3):
+        logits = torch.randint(4, (40, 7), generator=generator).float()  # with ties
+        target = torch.randint(7, (40,), generator=generator)
+        counts.update(logits, target)
+        for row, label in zip(logits.tolist(), target.tolist(), strict=True):
+            ranked = sorted(range(7), key=lambda k: (-row[k], k))
+            expected[label][ranked[0]] += 1
+            expected[label][7] += label in ranked[:5]
+    assert counts.compute().tolist() == expected
 
 
 @pytest.mark.parametrize("classes", [1, 5, 6])

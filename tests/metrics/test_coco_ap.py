@@ -4,9 +4,12 @@ import copy
 import json
 import math
 
+import numpy as np
 import pytest
 
-from deformnet.metrics import coco_ap, coco_table
+from box_sets import naive_iou
+from deformnet.metrics import coco_ap, coco_scores, coco_table
+from deformnet.metrics.coco import NAMES
 from detection_sets import coco, coco_object
 
 SMALL, MEDIUM = [10.0, 10.0, 20.0, 20.0], [50.0, 50.0, 60.0, 40.0]
@@ -16,6 +19,11 @@ def content():
     """Two images; one small and one medium object in the first one."""
     objects = [coco_object(1, 1, 7, SMALL), coco_object(2, 1, 7, MEDIUM)]
     return coco({1: "1.jpg", 2: "2.jpg"}, {7: "cat"}, objects, size=(200, 300))
+
+
+def corners(box):
+    x, y, width, height = box
+    return [x, y, x + width, y + height]
 
 
 def detection(box=SMALL, score=0.9, image=1, category=7):
@@ -58,6 +66,101 @@ def test_a_set_in_several_files_scores_as_in_one(tmp_path):
     assert both["AR100"] == pytest.approx(2 / 3)
     with pytest.raises(ValueError, match=r"unknown to .*1\.json and .*2\.json"):
         coco_ap(parts, [detection(image=3)])
+
+
+def test_scores_of_each_class(real_data):
+    """Their means are the published numbers, which are means over classes."""
+    folder = real_data / "eval_vectors/coco_val2014_100"
+    results = json.loads((folder / "instances_val2014_fakebbox100_results.json").read_text())
+    expected = json.loads((folder / "expected.json").read_text())["bbox"]
+    scores = coco_scores(folder / "instances_val2014_100.json", results)
+    assert scores.numbers == pytest.approx(expected, abs=1e-12)
+    assert len(scores.per_class) == 80
+    for name in (*NAMES[:6], "AR100"):
+        values = [of_class[name] for of_class in scores.per_class.values()]
+        counted = [value for value in values if not math.isnan(value)]
+        assert sum(counted) / len(counted) == pytest.approx(expected[name], abs=1e-12)
+    content = scores.to_json()
+    json.dumps(content, allow_nan=False)
+    scored = sum(count > 0 for count in scores.objects.values())
+    assert (content["classes_scored"], content["classes"]) == (scored, 80)
+    means, by_class = scores.tables()
+    assert means.title == f"COCO AP and AR, means over {scored} of 80 classes"
+    assert len(by_class.rows) == 80
+    # Every object that is no crowd is in one row and column.
+    assert scores.confusion.counts[:-1].sum() == sum(scores.objects.values())
+    assert scores.confusion.counts.trace() > 300
+
+
+def naive_curve(objects, found, threshold):
+    """Recall, precision and score after each detection of a class; rows of image, box, score."""
+    points, taken = [], set()
+    for number, (image, box, score) in enumerate(sorted(found, key=lambda row: -row[2]), start=1):
+        near = [
+            (naive_iou(box, other), k)
+            for k, (where, other) in enumerate(objects)
+            if where == image and k not in taken and naive_iou(box, other) >= threshold
+        ]
+        taken |= {max(near)[1]} if near else set()
+        points.append((len(taken) / len(objects), len(taken) / number, score))
+    return points
+
+
+def test_each_class_agrees_with_loops(file):
+    rng = np.random.default_rng(0)
+    rows = {7: ([], []), 3: ([], []), 5: ([], [])}  # objects and detections by category
+    for image in range(1, 9):
+        for category in (7, 3):
+            for _ in range(3):
+                box = [*rng.uniform(0, 100, 2), *rng.uniform(20, 60, 2)]
+                rows[category][0].append((image, corners(box), box))
+                moved = [float(value) for value in box + rng.normal(0, 5, 4)]
+                rows[category][1].append((image, corners(moved), float(rng.random()), moved))
+    annotations = content() | {
+        "images": [{"id": k, "file_name": f"{k}.jpg"} for k in range(1, 9)],
+        "categories": [{"id": k, "name": name} for k, name in ((7, "cat"), (3, "dog"), (5, "cow"))],
+        "annotations": [
+            coco_object(100 * category + k, image, category, box)
+            for category, (objects, _) in rows.items()
+            for k, (image, _, box) in enumerate(objects)
+        ],
+    }
+    results = [
+        detection(box, score, image, category)
+        for category, (_, found) in rows.items()
+        for image, _, score, box in found
+    ]
+    scores = coco_scores(file(annotations), results)
+    assert scores.curves.classes == ("dog", "cow", "cat")
+    assert scores.objects == {"dog": 24, "cow": 0, "cat": 24}
+    assert np.isnan(scores.curves.precision[1]).all()
+    for category, name, row in ((3, "dog", 0), (7, "cat", 2)):
+        objects, found = (
+            [entry[:size] for entry in rows[category][k]] for k, size in ((0, 2), (1, 3))
+        )
+        precision = []
+        for threshold in np.linspace(0.5, 0.95, 10):
+            points = naive_curve(objects, found, threshold)
+            later = [[point for point in points if point[0] >= k / 100] for k in range(101)]
+            precision.append([max((p for _, p, _ in some), default=0) for some in later])
+            if threshold == 0.5:
+                reached = [some[0][2] if some else 0 for some in later]
+        assert scores.per_class[name]["AP"] == pytest.approx(np.mean(precision))
+        assert scores.per_class[name]["AP50"] == scores.curves.ap[row]
+        assert scores.curves.ap[row] == pytest.approx(np.mean(precision[0]))
+        assert 0.1 < scores.curves.ap[row] < 0.95
+        np.testing.assert_allclose(scores.curves.precision[row], precision[0])
+        np.testing.assert_allclose(scores.curves.scores[row], reached)
+
+
+def test_confusion_counts_no_detection_on_a_crowd(file):
+    annotations = content()
+    annotations["annotations"][1]["iscrowd"] = 1
+    inside = [60.0, 60.0, 10.0, 10.0]
+    results = [detection(SMALL), detection(inside), detection(inside, image=2)]
+    scores = coco_scores(file(annotations), results)
+    assert scores.confusion.classes == ("cat", "background")
+    assert scores.confusion.counts.tolist() == [[1, 0], [1, 0]]
 
 
 def test_all_found_half_found_none_found(file):

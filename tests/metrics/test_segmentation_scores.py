@@ -97,8 +97,18 @@ def test_nothing_to_score_is_nan_and_null():
     assert math.isnan(scores.mean_iou)
     assert math.isnan(scores.pixel_accuracy)
     expected = {"mean_iou": None, "pixel_accuracy": None, "iou": {"a": None, "b": None}}
+    expected |= {"classes_scored": 0, "classes": 2}
     assert scores.to_json(("a", "b")) == expected
     json.dumps(scores.to_json(("a", "b")), allow_nan=False)
+
+
+def test_a_mean_says_over_how_many_classes_it_is():
+    alone = segmentation_scores(torch.tensor([[9, 0], [0, 0]]))
+    json = alone.to_json(("a", "b"))
+    assert (json["mean_iou"], json["classes_scored"], json["classes"]) == (1, 1, 2)
+    assert alone.table(("a", "b")).rows[-1] == ("mean IoU over 1 of 2 classes", "100.0")
+    both = segmentation_scores(torch.tensor([[9, 0], [0, 1]]))
+    assert both.table(("a", "b")).rows[-1] == ("mean", "100.0")
 
 
 def test_logits_are_taken_too():

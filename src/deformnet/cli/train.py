@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 from deformnet import recipes
 from deformnet._errors import UserError
+from deformnet._files import read_json
 from deformnet.cli.options import GROUP, location, options
 from deformnet.cli.scores import print_once
 from deformnet.engine.settings import Hardware, LoopOptions
@@ -200,13 +201,35 @@ def _finetune(recipe: type[Recipe], arguments: Sequence[str]) -> Recipe:
         for name in ("data", "images", "annotations")
     )
     if (data is None and images is None) or {"-h", "--help"} & set(arguments):
-        return recipes.finetune(recipe, images=200, **settings)
-    from deformnet.engine import finetune_on
+        found = recipes.finetune(recipe, images=200, **settings)
+    else:
+        from deformnet.engine import finetune_on
 
-    place = location(data, images, annotations, "--data")
-    hardware = Hardware(accelerator="cpu") if _given("accelerator", arguments) == "cpu" else None
-    split = _given("split", arguments) or "train"
-    return finetune_on(recipe, place, split=split, hardware=hardware or Hardware(), **settings)
+        place = location(data, images, annotations, "--data")
+        hardware = Hardware(
+            accelerator="cpu" if _given("accelerator", arguments) == "cpu" else "auto"
+        )
+        split = _given("split", arguments) or "train"
+        found = finetune_on(recipe, place, split=split, hardware=hardware, **settings)
+    start = _given("init", arguments)
+    return found if start is None else _shaped_like(found, Path(start))
+
+
+def _shaped_like(recipe: Recipe, run: Path) -> Recipe:
+    """A recipe with the network of a run that it starts from, as far as it has one like it."""
+    file = run / "recipe.json"
+    card = run.with_suffix(".json")
+    if file.is_file():
+        old = Recipe.load(file)
+    elif run.suffix == ".safetensors" and run.is_file() and card.is_file():
+        old = recipes.recipe_from_dict(read_json(card).get("recipe", {}), source=card)
+    else:
+        return recipe
+    names = {"backbone", "deform_layers", "offset_groups", "modulated", "stride_in_1x1"}
+    if old.network == recipe.network:
+        names = {field.name for field in dataclasses.fields(old)} - _IMAGES - _SCHEDULE
+    changes = {name: getattr(old, name) for name in names - {"init", "norm"}}
+    return dataclasses.replace(recipe, **changes)
 
 
 def _given(name: str, arguments: Sequence[str]) -> str | None:

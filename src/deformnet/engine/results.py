@@ -54,6 +54,7 @@ class Result:
             table = self.scores.table
             where = f" on {self.split} ({self.images} images), percent" if table.rows else ""
             lines.append(str(table._replace(title=f"{table.title}{where}")))
+            lines += [str(it._replace(title=f"{it.title}, percent")) for it in self.scores.details]
         usual = asdict(TestTimeAugmentation())
         changed = [f"{k} {v}" for k, v in asdict(self.augmentation).items() if v != usual[k]]
         if changed:
@@ -77,7 +78,7 @@ class Result:
         )
 
     def save(self, folder: Path, suffix: str = "") -> "Result":
-        """Writes metrics{suffix}.json, and the predictions behind it where the task keeps them."""
+        """Writes metrics{suffix}.json, pictures, and the predictions where the task keeps them."""
         files = {} if self.scores is None else self.scores.save(folder, suffix)
         result = replace(self, files=files)
         write_json(folder / f"metrics{suffix}.json", result.to_json())

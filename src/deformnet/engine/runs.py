@@ -28,7 +28,8 @@ import platform
 import re
 import subprocess
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple, NotRequired, TypedDict, cast
@@ -43,6 +44,11 @@ from deformnet.recipes import Recipe, recipe_from_dict
 from deformnet.tasks import task_of
 from deformnet.tasks.base import DataIdentity, TaskOptions
 from deformnet.tasks.predictor import Predictor
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 _PACKAGE = Path(__file__).parents[1]
 
@@ -118,6 +124,32 @@ def existing_checkpoint(run: Path) -> Path:
             f"{run}: expected a trained run, but there is no {path.relative_to(run)}"
         )
     return best if (best := best_path(run)).is_file() else path
+
+
+@contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Keeps other trainings out of a run folder, where the system can.
+
+    Raises:
+        UserError: if another process trains into it.
+    """
+    if fcntl is None:
+        yield
+        return
+    run.mkdir(parents=True, exist_ok=True)
+    with (run / ".lock").open("a+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by loader processes
+        except (BlockingIOError, PermissionError) as error:
+            file.seek(0)
+            raise UserError(
+                f"{run}: expected a folder that no other training uses, but process "
+                f"{file.read()} writes to it"
+            ) from error
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
 
 
 def card_path(weights: Path) -> Path:

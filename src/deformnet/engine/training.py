@@ -10,7 +10,7 @@ import math
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 
@@ -38,6 +38,7 @@ from deformnet.engine.runs import (
     describe,
     existing_checkpoint,
     load_checkpoint,
+    locked,
     recipe_and_data,
     restored,
     save_checkpoint,
@@ -93,7 +94,7 @@ def train(
             that is evaluated on.
         proposals: files of stored proposals for both splits, which replace those of the detector;
             see `deformnet.engine.propose`.
-        epochs: passes over the training images, in the place of the recipe's iterations.
+        epochs: passes over the training images, instead of the recipe's iterations.
         continue_to: iterations to train the run in `out` to, finished or not, instead of the
             recipe's. The learning rate follows the schedule of the new number from the iteration
             that the run has reached. After a run that ended for lack of improvement, patience
@@ -114,10 +115,10 @@ def train(
     """
     out = Path(out)
     layout = Layout.of(hardware)
+    _require_fit(recipe, layout, loop)
     task = task_of(recipe, TaskOptions(proposals=tuple(map(Path, proposals))))
     images = task.training_set(data, split)
     recipe = _with_iterations(recipe, len(images), epochs, continue_to)
-    _require_fit(recipe, layout, loop)
     if val_data is None and isinstance(data, Location):
         val_data = data
     validation = _validation(task, val_data, val_split, images.identity)
@@ -139,13 +140,16 @@ def train(
         model, taken = restored(checkpoint, checkpoint_path(out)).model, None
     task.freeze(model)
     workers = layout.workers
-    with launched(layout, recipe.precision, facts) as fabric:
+    with launched(layout, recipe.precision, facts) as fabric, _alone(out, fabric):
         earlier = None if checkpoint is None else checkpoint.get("validated")
         validator = Validator(validation, loop, recipe.iterations, workers, earlier)
         if val_data is not None and val_split is not None:
             validator.pictures = pictures_of(task, val_data, val_split, images.identity)
         if fabric.is_global_zero and (checkpoint is None or continue_to is not None):
             write_json(out / "recipe.json", recipe.to_dict())
+        if fabric.is_global_zero and validator.validated["best"] is None:
+            best_path(out).unlink(missing_ok=True)  # of a validation that no checkpoint knows
+        fabric.barrier()
         if not validator.exhausted and (done < recipe.iterations or validator.due(done)):
             run = _Run(fabric, recipe, model, images.identity, out, loop, checkpoint, validator)
             batches = Iterations(
@@ -175,6 +179,11 @@ def train(
         if fabric.is_global_zero:
             result = result.save(out)
     return result
+
+
+def _alone(run: Path, fabric: Fabric) -> AbstractContextManager[None]:
+    """The first process keeps other trainings out of the run folder."""
+    return locked(run) if fabric.is_global_zero else nullcontext()
 
 
 def _validation(

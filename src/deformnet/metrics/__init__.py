@@ -9,7 +9,9 @@ from deformnet.metrics.classification import (
     ClassificationScores,
     classification_scores,
 )
-from deformnet.metrics.coco import coco_ap, coco_table
+from deformnet.metrics.coco import COCOScores, coco_ap, coco_scores, coco_table
+from deformnet.metrics.confusion import Confusion, detection_confusion
+from deformnet.metrics.curves import PrecisionRecall
 from deformnet.metrics.segmentation import (
     ConfusionMatrix,
     ObjectCounts,
@@ -18,23 +20,29 @@ from deformnet.metrics.segmentation import (
     segmentation_scores,
     size_scores,
 )
-from deformnet.metrics.voc import GroundTruth, Method, Predictions, VOCScores, voc_ap
+from deformnet.metrics.voc import GroundTruth, Method, Predictions, VOCScores, voc_ap, voc_curves
 
 __all__ = [
+    "COCOScores",
     "ClassificationCounts",
     "ClassificationScores",
+    "Confusion",
     "ConfusionMatrix",
     "GroundTruth",
     "Method",
     "ObjectCounts",
+    "PrecisionRecall",
     "Predictions",
     "SegmentationScores",
     "SizeScores",
     "VOCScores",
     "classification_scores",
     "coco_ap",
+    "coco_scores",
     "coco_table",
+    "detection_confusion",
     "segmentation_scores",
     "size_scores",
     "voc_ap",
+    "voc_curves",
 ]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from deformnet.metrics.numbers import by_name, require_labels, scaled
+from deformnet.metrics.numbers import by_name, require_labels, scaled, scored_classes
 
 _TOP = 5  # guesses that the looser of the two errors allows
 
@@ -32,6 +32,7 @@ class ClassificationScores:
             "top1_error": scaled(self.top1_error),
             "top5_error": scaled(self.top5_error),
             "class_errors": by_name(classes, self.class_errors),
+            **scored_classes(self.class_errors),
         }
 
 
@@ -49,7 +50,8 @@ class ClassificationCounts(Metric):
     def __init__(self, num_classes: int, *, sync: bool = True) -> None:
         super().__init__(sync_on_compute=sync)
         self.num_classes = num_classes
-        self.add_state("counts", torch.zeros(num_classes, 3, dtype=torch.int64), "sum")
+        empty = torch.zeros(num_classes, num_classes + 1, dtype=torch.int64)
+        self.add_state("counts", empty, "sum")
 
     def update(self, logits: Tensor, target: Tensor) -> None:
         """
@@ -72,22 +74,24 @@ class ClassificationCounts(Metric):
             )
         require_labels("target", target, self.num_classes)
         guesses = logits.argsort(dim=1, descending=True, stable=True)[:, :_TOP]
-        correct = guesses == target[:, None]
-        row = torch.stack([correct[:, 0], correct.any(dim=1), torch.ones_like(target)], dim=1)
-        self.counts.index_add_(0, target, row.long())
+        one = torch.ones_like(target)
+        self.counts.index_put_((target, guesses[:, 0]), one, accumulate=True)
+        within = (guesses == target[:, None]).any(dim=1).long()
+        self.counts[:, -1].index_add_(0, target, within)
 
     def compute(self) -> Tensor:
         """
         Returns:
-            int64 [C, 3]: for each class the number of images whose first guess is correct, of those
-            with the class among their five first guesses, and of all.
+            int64 [C, C + 1]: for each class the number of its images whose first guess is each
+            class (the confusion matrix), and of those with it among their five first guesses.
         """
         return self.counts
 
 
 def classification_scores(counts: Tensor) -> ClassificationScores:
     """The errors of the whole set, and of each class, from `ClassificationCounts.compute`."""
-    first, within, images = counts.cpu().double().unbind(dim=1)
+    confusion, within = counts[:, :-1].cpu().double(), counts[:, -1].cpu().double()
+    first, images = confusion.diagonal(), confusion.sum(dim=1)
     total = images.sum()
     return ClassificationScores(
         float((total - first.sum()) / total),

@@ -1,15 +1,22 @@
 """Average precision as COCO defines it; faster-coco-eval computes it."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 from faster_coco_eval import COCO, COCOeval_faster
 
 from deformnet._errors import UserError
 from deformnet._files import read_json
 from deformnet._text import Table, percent
+from deformnet.metrics.confusion import Confusion, detection_confusion
+from deformnet.metrics.curves import PrecisionRecall
+from deformnet.metrics.numbers import by_name, scored_classes
+from deformnet.metrics.voc import GroundTruth, Predictions
 
 NAMES = (
     *("AP", "AP50", "AP75", "APsmall", "APmedium", "APlarge"),
@@ -21,6 +28,96 @@ AP and AR are means over the IoU thresholds 0.5, 0.55, ..., 0.95 and over the cl
 100 detections an image; AP50 and AP75 are at one threshold; small is below 32^2 pixels of area,
 large above 96^2; AR1, AR10 and AR100 are recalls with so many detections an image.
 """
+
+
+_CLASS_NAMES = (*NAMES[:6], "AR100")
+"""The numbers of each class."""
+
+
+@dataclass(frozen=True, eq=False)
+class COCOScores:
+    """Scores of boxes.
+
+    Attributes:
+        numbers: COCO's twelve numbers (`NAMES`), NaN where the set has no such objects.
+        per_class: AP, AP50, AP75, APsmall, APmedium, APlarge and AR100 of each class.
+        objects: number of objects of each class, without crowds.
+        curves: precision and recall of each class.
+        confusion: classes of objects and detections.
+    """
+
+    numbers: dict[str, float]
+    per_class: dict[str, dict[str, float]]
+    objects: dict[str, int]
+    curves: PrecisionRecall
+    confusion: Confusion
+
+    def to_json(self) -> dict[str, object]:
+        """Plain numbers for a JSON file, with None for NaN."""
+        return {
+            "coco": by_name(self.numbers, self.numbers.values()),
+            "per_class": {
+                name: {**by_name(values, values.values()), "objects": self.objects[name]}
+                for name, values in self.per_class.items()
+            },
+            **scored_classes(self.curves.ap),
+        }
+
+    def tables(self) -> list[Table]:
+        """The twelve numbers in percent, which are means over classes, and those of each class."""
+        scored = scored_classes(self.curves.ap)
+        means = coco_table(self.numbers)
+        if scored["classes_scored"] < scored["classes"]:
+            over = f"means over {scored['classes_scored']} of {scored['classes']} classes"
+            means = means._replace(title=f"{means.title}, {over}")
+        rows = [
+            (name, str(self.objects[name]), *(percent(value) for value in values.values()))
+            for name, values in self.per_class.items()
+        ]
+        return [means, Table("COCO AP of each class", ("class", "objects", *_CLASS_NAMES), rows)]
+
+
+def coco_scores(
+    annotation_file: Path | Sequence[Path], results: Sequence[Mapping[str, Any]]
+) -> COCOScores:
+    """Scores boxes in COCO's result format, of all classes together and of each; see `coco_ap`."""
+    evaluated = _evaluated(annotation_file, results, "bbox")
+    categories = {c["id"]: c["name"] for c in evaluated.annotations["categories"]}
+    ids: list[int] = evaluated.of.params.catIds  # in the order of the results
+    classes = tuple(categories[number] for number in ids)
+    # [IoU thresholds, recalls, classes, sizes, limits of detections]; -1 for no objects.
+    results_of = evaluated.of.eval
+    precision, recall = (
+        np.where(results_of[key] < 0, math.nan, results_of[key]) for key in ("precision", "recall")
+    )
+    scores = np.where(np.isnan(precision), math.nan, results_of["scores"])
+    parts = {
+        "AP": precision[:, :, :, 0, -1],
+        "AP50": precision[:1, :, :, 0, -1],
+        "AP75": precision[5:6, :, :, 0, -1],
+        "APsmall": precision[:, :, :, 1, -1],
+        "APmedium": precision[:, :, :, 2, -1],
+        "APlarge": precision[:, :, :, 3, -1],
+        "AR100": recall[:, None, :, 0, -1],
+    }
+    means = {name: values.mean((0, 1)).tolist() for name, values in parts.items()}
+    objects = Counter(
+        entry["category_id"]
+        for entry in evaluated.annotations["annotations"]
+        if not entry["iscrowd"]
+    )
+    return COCOScores(
+        evaluated.numbers(),
+        {name: {key: values[k] for key, values in means.items()} for k, name in enumerate(classes)},
+        {categories[number]: objects[number] for number in ids},
+        PrecisionRecall(
+            classes,
+            precision[0, :, :, 0, -1].T,
+            scores[0, :, :, 0, -1].T,
+            tuple(means["AP50"]),
+        ),
+        _confusion(evaluated, {number: k for k, number in enumerate(ids)}, classes),
+    )
 
 
 def coco_ap(
@@ -43,6 +140,32 @@ def coco_ap(
         ValueError: if it is not a COCO JSON file; for a malformed detection, or one of an image or
             a category that the file does not list.
     """
+    return _evaluated(annotation_file, results, iou_type).numbers()
+
+
+def coco_table(numbers: Mapping[str, float]) -> Table:
+    """The numbers of `coco_ap` in percent."""
+    return Table("COCO AP and AR", (), [(name, percent(v)) for name, v in numbers.items()])
+
+
+class _Evaluated(NamedTuple):
+    """Checked annotations and detections, and the evaluation after its run."""
+
+    annotations: dict[str, list[dict[str, Any]]]
+    detections: list[dict[str, Any]]
+    of: COCOeval_faster
+
+    def numbers(self) -> dict[str, float]:
+        values = (float(value) for value in self.of.all_stats)
+        return {name: v if v >= 0 else math.nan for name, v in zip(NAMES, values, strict=False)}
+
+
+def _evaluated(
+    annotation_file: Path | Sequence[Path],
+    results: Sequence[Mapping[str, Any]],
+    iou_type: Literal["bbox", "segm"],
+) -> _Evaluated:
+    """Arguments and errors as of `coco_ap`."""
     files = [annotation_file] if isinstance(annotation_file, Path) else list(annotation_file)
     annotations = _joined([_read(file, iou_type) for file in files])
     images = {image["id"] for image in annotations["images"]}
@@ -60,13 +183,40 @@ def coco_ap(
         ground_truth, ground_truth.loadRes(detections), iouType=iou_type, print_function=_silent
     )
     evaluation.run()
-    values = (float(value) for value in evaluation.all_stats)
-    return {name: v if v >= 0 else math.nan for name, v in zip(NAMES, values, strict=False)}
+    return _Evaluated(annotations, detections, evaluation)
 
 
-def coco_table(numbers: Mapping[str, float]) -> Table:
-    """The numbers of `coco_ap` in percent."""
-    return Table("COCO AP and AR", (), [(name, percent(v)) for name, v in numbers.items()])
+def _confusion(
+    evaluated: _Evaluated, labels: Mapping[int, int], classes: Sequence[str]
+) -> Confusion:
+    """The classes of objects and of the detections in their place."""
+    objects: dict[int, list[dict[str, Any]]] = {}
+    detections: dict[int, list[dict[str, Any]]] = {}
+    for entries, by_image in (
+        (evaluated.annotations["annotations"], objects),
+        (evaluated.detections, detections),
+    ):
+        for entry in entries:
+            by_image.setdefault(entry["image_id"], []).append(entry)
+
+    def boxes(entries: Sequence[Mapping[str, Any]]) -> np.ndarray:
+        corners = np.array([entry["bbox"] for entry in entries], np.float64).reshape(-1, 4)
+        corners[:, 2:] += corners[:, :2]
+        return corners
+
+    def column(entries: Sequence[Mapping[str, Any]]) -> np.ndarray:
+        return np.array([labels[entry["category_id"]] for entry in entries], np.int64)
+
+    # Images without objects may have detections.
+    targets = {
+        image: GroundTruth(boxes(own), column(own), np.array([e["iscrowd"] for e in own], bool))
+        for image, own in ((image, objects.get(image, [])) for image in {*objects, *detections})
+    }
+    predictions = {
+        image: Predictions(boxes(own), np.array([e["score"] for e in own], float), column(own))
+        for image, own in detections.items()
+    }
+    return detection_confusion(targets, predictions, classes, crowds=True)
 
 
 def _read(path: Path, iou_type: str) -> dict[str, list[dict[str, Any]]]:

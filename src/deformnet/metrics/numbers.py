@@ -18,6 +18,17 @@ def by_name(
     return {name: scaled(score, factor) for name, score in zip(names, scores, strict=True)}
 
 
+def scored_classes(scores: Iterable[float]) -> dict[str, int]:
+    """Entries of a JSON file: how many of the classes a mean is over, those without NaN."""
+    missing = [math.isnan(score) for score in scores]
+    return {"classes_scored": len(missing) - sum(missing), "classes": len(missing)}
+
+
+def mean_name(score: str, scored: int, classes: int) -> str:
+    """Name of a mean over classes: "mean", or "mean IoU over 1 of 2 classes"."""
+    return "mean" if scored == classes else f"mean {score} over {scored} of {classes} classes"
+
+
 def require_labels(name: str, labels: Tensor, num_classes: int) -> None:
     """Raises ValueError, which names the tensor, for labels out of range."""
     wrong = (labels < 0) | (labels >= num_classes)

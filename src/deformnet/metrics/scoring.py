@@ -12,10 +12,12 @@ import numpy as np
 from deformnet._errors import UserError
 from deformnet._files import replacing
 from deformnet._text import Table
-from deformnet.metrics.coco import coco_ap, coco_table
+from deformnet.metrics.coco import coco_scores
+from deformnet.metrics.confusion import IOU, SCORE, Confusion, detection_confusion
+from deformnet.metrics.curves import PrecisionRecall
 from deformnet.metrics.detections import Record, short_floats
-from deformnet.metrics.numbers import by_name
-from deformnet.metrics.voc import GroundTruth, Method, Predictions, voc_ap
+from deformnet.metrics.numbers import by_name, scored_classes
+from deformnet.metrics.voc import GroundTruth, Method, Predictions, voc_ap, voc_curves
 
 _IMAGE_FILES = (".jpg", ".jpeg", ".png")
 
@@ -27,14 +29,18 @@ class DetectionScores:
     Attributes:
         json: plain numbers for a JSON file, with None for NaN: VOC AP by one or both methods, or
             COCO's twelve numbers, and how many images and detections there are. Fewer images with
-            detections than expected hint at incomplete detections.
+            detections than expected hint at incomplete detections. Curves and confusion, too.
         tables: average precision in percent.
         summary: the numbers of the paper's tables, in percent.
+        curves: precision and recall of each class.
+        confusion: classes of objects and of the detections in their place.
     """
 
     json: dict[str, Any]
     tables: list[Table]
     summary: dict[str, float | None]
+    curves: PrecisionRecall
+    confusion: Confusion
 
     def __str__(self) -> str:
         images = f"{self.json['images_with_detections']} of {self.json['images']} images"
@@ -95,13 +101,19 @@ class NamedGroundTruth(GroundTruthSet):
             for method in self._methods
         ]
         names = (f"mAP@{iou:g}" for iou in self._ious)
+        curves = voc_curves(self._images, predictions, self._names, self._methods[0])
+        confusion = detection_confusion(self._images, predictions, self._names)
         return DetectionScores(
             {
                 **_counts(self._images, len(counts), sum(counts)),
                 "voc": {of_method.method: of_method.to_json() for of_method in scores},
+                **scored_classes(curves.ap),
+                **_details(curves, confusion),
             },
             [of_method.table() for of_method in scores],
             by_name(names, scores[0].mean_ap, 100),
+            curves,
+            confusion,
         )
 
 
@@ -126,15 +138,17 @@ class COCOGroundTruth(GroundTruthSet):
     def score_results(self, results: Sequence[Mapping[str, Any]], source: str) -> DetectionScores:
         """Scores detections in COCO's result format; errors as of `score`."""
         try:
-            numbers = coco_ap(self.files, results)
+            scores = coco_scores(self.files, results)
         except ValueError as error:
             raise UserError(f"{source}: {error}") from error
         with_detections = len({result["image_id"] for result in results})
         counts = _counts(self.images, with_detections, len(results))
         return DetectionScores(
-            {**counts, "coco": by_name(numbers, numbers.values())},
-            [coco_table(numbers)],
-            by_name(numbers, numbers.values(), 100),
+            {**counts, **scores.to_json(), **_details(scores.curves, scores.confusion)},
+            scores.tables(),
+            by_name(scores.numbers, scores.numbers.values(), 100),
+            scores.curves,
+            scores.confusion,
         )
 
     def write_submission(self, path: Path, records: Sequence[Record]) -> None:
@@ -212,3 +226,8 @@ def _counts(images: Collection[str], with_detections: int, detections: int) -> d
         "images_with_detections": with_detections,
         "detections": detections,
     }
+
+
+def _details(curves: PrecisionRecall, confusion: Confusion) -> dict[str, object]:
+    matrix = {"iou": IOU, "score": SCORE, **confusion.to_json()}
+    return {"precision_recall": curves.to_json(), "confusion_matrix": matrix}

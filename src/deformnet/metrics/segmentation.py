@@ -16,7 +16,8 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from deformnet.metrics.numbers import by_name, require_labels, scaled
+from deformnet._text import Table, percent
+from deformnet.metrics.numbers import by_name, mean_name, require_labels, scaled, scored_classes
 
 IGNORE = 255
 """Label of pixels that are not scored."""
@@ -41,7 +42,14 @@ class SegmentationScores:
             "mean_iou": scaled(self.mean_iou),
             "pixel_accuracy": scaled(self.pixel_accuracy),
             "iou": by_name(classes, self.iou),
+            **scored_classes(self.iou),
         }
+
+    def table(self, classes: Sequence[str]) -> Table:
+        """IoU in percent, a row for each class and one for their mean."""
+        mean = mean_name("IoU", *scored_classes(self.iou).values())
+        rows = [*zip(classes, self.iou, strict=True), (mean, self.mean_iou)]
+        return Table("IoU", (), [(name, percent(iou, 1)) for name, iou in rows])
 
 
 class ConfusionMatrix(MulticlassConfusionMatrix):

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
-from torch import Tensor
 
 from deformnet._text import Table, percent
-from deformnet.metrics.numbers import by_name
+from deformnet.metrics.boxes import Array, as_array
+from deformnet.metrics.boxes import ious as box_ious
+from deformnet.metrics.curves import RECALLS, PrecisionRecall
+from deformnet.metrics.numbers import by_name, mean_name
 
 Method = Literal["11-point", "area"]
 """How AP is computed from the curve of precision and recall.
@@ -22,8 +24,6 @@ or beyond it.
 # As floats the points 0.3, 0.6 and 0.7 lie just above the tenths, so that 9 objects of 15 do not
 # reach 0.6. So do the evaluators of published numbers, and a point is worth up to 1/11 of AP.
 _RECALL_POINTS = np.arange(11) * 0.1
-
-Array = Tensor | np.ndarray
 
 
 class GroundTruth(NamedTuple):
@@ -63,6 +63,11 @@ class VOCScores:
     mean_ap: tuple[float, ...]
     """For each threshold the mean over the classes with objects; NaN if none has any."""
 
+    @property
+    def classes_scored(self) -> int:
+        """Number of classes with objects."""
+        return sum(count > 0 for count in self.objects)
+
     def to_json(self) -> dict[str, object]:
         """Plain numbers for a JSON file, None for NaN, by thresholds ("0.5") and classes."""
         keys = [f"{iou:g}" for iou in self.ious]
@@ -76,7 +81,8 @@ class VOCScores:
     def table(self) -> Table:
         """The scores in percent, a row for each class."""
         columns = zip(self.classes, self.objects, zip(*self.ap, strict=True), strict=True)
-        rows = [*columns, ("mean", sum(self.objects), self.mean_ap)]
+        mean = mean_name("AP", self.classes_scored, len(self.classes))
+        rows = [*columns, (mean, sum(self.objects), self.mean_ap)]
         return Table(
             f"VOC AP ({self.method})",
             ("class", "objects", *(f"AP@{iou:g}" for iou in self.ious)),
@@ -123,10 +129,7 @@ def voc_ap(
             f"truth, such as {unknown[0]!r}"
         )
     objects, labels, matches = _match_all(ground_truth, predictions, len(classes))
-    # Stable: see the docstring on equal scores.
-    order = np.argsort(-matches.score, kind="stable")
-    matches = _Matches(*(column[order] for column in matches))
-    of_class = [labels[order] == label for label in range(len(classes))]
+    of_class = [labels == label for label in range(len(classes))]
     ap = []
     for iou in ious:
         true, false = _positives(matches, iou)
@@ -135,6 +138,29 @@ def voc_ap(
     means = tuple(_mean([value for value in values if not math.isnan(value)]) for values in ap)
     counts = tuple(objects.tolist())
     return VOCScores(tuple(classes), counts, tuple(ious), method, tuple(ap), means)
+
+
+def voc_curves(
+    ground_truth: Mapping[str, GroundTruth],
+    predictions: Mapping[str, Predictions],
+    classes: Sequence[str],
+    method: Method = "area",
+) -> PrecisionRecall:
+    """Precision and recall of each class at an IoU of 0.5; arguments and errors as of `voc_ap`."""
+    objects, labels, matches = _match_all(ground_truth, predictions, len(classes))
+    positives = _positives(matches, 0.5)
+    precision, scores, ap = [], [], []
+    for label, count in enumerate(objects.tolist()):
+        own = labels == label
+        true, false = (kind[own] for kind in positives)
+        ap.append(_average(true, false, count, method))
+        at, score = _sampled(true, false, count, matches.score[own])
+        precision.append(at)
+        scores.append(score)
+    shape = (len(classes), len(RECALLS))
+    return PrecisionRecall(
+        tuple(classes), np.reshape(precision, shape), np.reshape(scores, shape), tuple(ap)
+    )
 
 
 class _Matches(NamedTuple):
@@ -154,7 +180,8 @@ def _match_all(
     predictions: Mapping[str, Predictions],
     num_classes: int,
 ) -> tuple[np.ndarray, np.ndarray, _Matches]:
-    """Objects that count of each class [C], labels of the detections [D], and their matches."""
+    """Objects that count of each class [C]; by descending score labels of the detections [D] and
+    their matches."""
     objects = np.zeros(num_classes, dtype=np.int64)
     first = 0
     labels = [np.zeros(0, dtype=np.int64)]
@@ -176,8 +203,10 @@ def _match_all(
             of_ignored = ignored[best] if len(boxes) else np.zeros(len(best), dtype=bool)
             matches.append(_Matches(scores, iou, first + best, of_ignored))
         first += len(boxes)
-    columns = (np.concatenate(column) for column in zip(*matches, strict=True))
-    return objects, np.concatenate(labels), _Matches(*columns)
+    columns = [np.concatenate(column) for column in zip(*matches, strict=True)]
+    # Stable: see `voc_ap` on equal scores.
+    order = np.argsort(-columns[0], kind="stable")
+    return objects, np.concatenate(labels)[order], _Matches(*(column[order] for column in columns))
 
 
 def _best(
@@ -186,18 +215,9 @@ def _best(
     """IoU with the object of the same class that overlaps most, and that object's index, [d]."""
     if len(true_boxes) == 0:
         return np.zeros(len(boxes)), np.zeros(len(boxes), dtype=np.int64)
-    low = np.maximum(boxes[:, None, :2], true_boxes[None, :, :2])
-    high = np.minimum(boxes[:, None, 2:], true_boxes[None, :, 2:])
-    common = np.clip(high - low, 0, None).prod(-1)
-    union = _areas(boxes)[:, None] + _areas(true_boxes) - common
-    same = labels[:, None] == true_labels
-    iou = np.divide(common, union, out=np.zeros_like(common), where=same & (union > 0))
+    iou = np.where(labels[:, None] == true_labels, box_ious(boxes, true_boxes), 0)
     best = iou.argmax(1)
     return iou[np.arange(len(boxes)), best], best
-
-
-def _areas(boxes: np.ndarray) -> np.ndarray:
-    return np.clip(boxes[:, 2:] - boxes[:, :2], 0, None).prod(-1)
 
 
 def _positives(matches: _Matches, iou: float) -> tuple[np.ndarray, np.ndarray]:
@@ -213,9 +233,8 @@ def _average(true: np.ndarray, false: np.ndarray, objects: int, method: Method) 
     """AP of the detections of one class, sorted by score."""
     if objects == 0:
         return math.nan
-    hits = true.cumsum()
-    counted = np.maximum(hits + false.cumsum(), 1)  # 0 before the first that counts
-    precision = np.maximum.accumulate((hits / counted)[::-1])[::-1][true]
+    hits, precision = _best_precision(true, false)
+    precision = precision[true]
     if method == "area":  # recall rises by 1 / objects at every true positive
         return float(precision.sum() / objects)
     recall = hits[true] / objects
@@ -223,12 +242,32 @@ def _average(true: np.ndarray, false: np.ndarray, objects: int, method: Method) 
     return _mean([float(values.max(initial=0.0)) for values in reached])
 
 
+def _best_precision(true: np.ndarray, false: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Number of true positives down to each detection, and the best precision there or below."""
+    hits = true.cumsum()
+    counted = np.maximum(hits + false.cumsum(), 1)  # 0 before the first that counts
+    return hits, np.maximum.accumulate((hits / counted)[::-1])[::-1]
+
+
+def _sampled(
+    true: np.ndarray, false: np.ndarray, objects: int, scores: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Precision and score at each of `RECALLS`; arguments as of `_average`."""
+    if objects == 0:
+        return np.full(len(RECALLS), math.nan), np.full(len(RECALLS), math.nan)
+    hits, precision = _best_precision(true, false)
+    first = np.searchsorted(hits / objects, RECALLS)
+    sampled = (np.append(values, 0.0)[first] for values in (precision, scores))
+    precision, scores = sampled
+    return precision, scores
+
+
 def _checked(
     name: str, boxes: Array, labels: Array, num_classes: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Boxes float64 [n, 4] and labels int64 [n]."""
-    numbers = _array(boxes).astype(np.float64)
-    places = _array(labels)
+    numbers = as_array(boxes).astype(np.float64)
+    places = as_array(labels)
     if numbers.size == 0 and places.size == 0:
         return np.zeros((0, 4)), np.zeros(0, dtype=np.int64)
     if numbers.ndim != 2 or numbers.shape[1] != 4 or places.shape != numbers.shape[:1]:
@@ -246,17 +285,13 @@ def _checked(
 
 def _column(where: str, name: str, values: Array, labels: np.ndarray) -> np.ndarray:
     """Values [n] beside the labels of an image."""
-    column = _array(values)
+    column = as_array(values)
     if column.shape != labels.shape:
         raise ValueError(
             f"{where}: expected {name} to be [{len(labels)}] like the labels, but got "
             f"{list(column.shape)}"
         )
     return column
-
-
-def _array(values: Array) -> np.ndarray:
-    return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -10,12 +10,13 @@ A new task is one module: a subclass of `Task` with its sets and its predictor, 
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -27,6 +28,7 @@ from deformnet.recipes import Recipe, ScoreAt, TestTimeAugmentation
 from deformnet.tasks.annotations import AnnotatedImages, Images, names_of
 from deformnet.tasks.own import Data, place
 from deformnet.tasks.predictor import Device, Predictor
+from deformnet.visualization import save_figure
 
 _T = TypeVar("_T")
 _RecipeT = TypeVar("_RecipeT", bound=Recipe)
@@ -139,6 +141,9 @@ class TrainingSet(ABC):
         """The images of these indices as a batch; the seeds decide all randomness; see `seeded`."""
 
 
+Pictures = Mapping[str, Callable[[], Figure]]
+
+
 @dataclass(frozen=True)
 class Scores:
     """The result of an evaluation, the same in every process.
@@ -149,21 +154,27 @@ class Scores:
         summary: scores in percent, by the names in the paper's tables ("mean IoU", "mAP@0.5").
         main: name and value in percent of the score that decides which network of a run is best;
             higher is better, None if there is nothing to score.
+        details: further scores in percent.
+        pictures: functions that draw the scores, by file name without suffix.
     """
 
     json: dict[str, object]
     table: Table
     summary: dict[str, float | None]
     main: tuple[str, float | None] = field(default=("score", None), kw_only=True)
+    details: tuple[Table, ...] = field(default=(), kw_only=True)
+    pictures: Pictures = field(default_factory=dict, kw_only=True, compare=False, repr=False)
 
     def save(self, folder: Path, suffix: str = "") -> dict[str, str]:
-        """Writes the predictions that were scored, if the task keeps them.
+        """Writes the pictures, and the predictions that were scored, if the task keeps them.
 
         Args:
             suffix: ending of the file names, such as "-val".
         Returns:
             Further entries of `metrics.json`.
         """
+        for name, draw in self.pictures.items():
+            save_figure(draw(), folder / f"{name}{suffix}.png")
         return {}
 
 

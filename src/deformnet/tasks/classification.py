@@ -24,10 +24,12 @@ from deformnet.data.transforms import (
     classification_training_transforms,
 )
 from deformnet.metrics.classification import ClassificationCounts, classification_scores
+from deformnet.metrics.confusion import Confusion
 from deformnet.metrics.numbers import scaled
 from deformnet.recipes import ClassifierRecipe
 from deformnet.tasks.annotations import AnnotatedImages, Annotation
 from deformnet.tasks.base import DataIdentity, Scores, Task, TrainingSet, seeded
+from deformnet.tasks.figures import confusion_picture
 from deformnet.tasks.images import require_image
 from deformnet.tasks.labeling import CountingSet, logits_of, losses_of
 from deformnet.tasks.own import OwnClasses
@@ -125,11 +127,13 @@ class ClassificationEvaluationSet(CountingSet):
         scores = classification_scores(counts)
         totals = {"top-1": scores.top1_error, "top-5": scores.top5_error}
         rows = [*zip(self.classes, scores.class_errors, strict=True), *totals.items()]
+        confusion = Confusion.of(self.classes, counts[:, :-1])
         return Scores(
-            scores.to_json(self.classes),
+            {**scores.to_json(self.classes), "confusion_matrix": confusion.to_json()},
             Table("Error", (), [(name, percent(error, 1)) for name, error in rows]),
             {f"{name} error": scaled(error, 100) for name, error in totals.items()},
             main=("top-1 accuracy", scaled(1 - scores.top1_error, 100)),
+            pictures=confusion_picture(confusion, "images"),
         )
 
 

@@ -14,7 +14,6 @@ from torch.utils.data import Dataset
 from torchmetrics import Metric
 
 from deformnet._errors import UserError
-from deformnet._text import Table, percent
 from deformnet.data.base import IGNORE, SegmentationDataset
 from deformnet.data.location import Location
 from deformnet.data.opening import open_segmentation, segmentation_splits
@@ -22,6 +21,7 @@ from deformnet.data.transforms import (
     segmentation_evaluation_transforms,
     segmentation_training_transforms,
 )
+from deformnet.metrics.confusion import Confusion
 from deformnet.metrics.numbers import scaled
 from deformnet.metrics.segmentation import (
     ConfusionMatrix,
@@ -32,6 +32,7 @@ from deformnet.metrics.segmentation import (
 from deformnet.recipes import ScoreAt, SegmentationRecipe
 from deformnet.tasks.annotations import AnnotatedImages, Annotation, Contents, Thing
 from deformnet.tasks.base import DataIdentity, Scores, Task, TrainingSet, seeded
+from deformnet.tasks.figures import confusion_picture
 from deformnet.tasks.labeling import CountingSet, logits_of, losses_of
 from deformnet.tasks.loading import pad, stack
 from deformnet.tasks.own import OwnMasks
@@ -166,12 +167,14 @@ class SegmentationEvaluationSet(CountingSet):
 
     def _scores(self, counts: Tensor) -> Scores:
         scores = segmentation_scores(counts)
-        rows = [*zip(self.classes, scores.iou, strict=True), ("mean", scores.mean_iou)]
+        confusion = Confusion.of(self.classes, counts)
+        matrix = {"confusion_matrix": confusion.to_json()}
         return Scores(
-            {"score_at": self._score_at, **scores.to_json(self.classes)},
-            Table("IoU", (), [(name, percent(iou, 1)) for name, iou in rows]),
+            {"score_at": self._score_at, **scores.to_json(self.classes), **matrix},
+            scores.table(self.classes),
             {"mean IoU": scaled(scores.mean_iou, 100)},
             main=("mean IoU", scaled(scores.mean_iou, 100)),
+            pictures=confusion_picture(confusion, "pixels"),
         )
 
 

@@ -25,12 +25,14 @@ from deformnet.visualization.sampling import (
     draw_sampling_grid,
     sampling_figure,
 )
+from deformnet.visualization.scores import confusion_figure, precision_recall_figure
 
 __all__ = [
     "DetectionBins",
     "ReceptiveFieldMap",
     "SampledUnit",
     "bins_figure",
+    "confusion_figure",
     "contact_sheet_figure",
     "dilation_cell",
     "dilation_figure",
@@ -43,6 +45,7 @@ __all__ = [
     "label_image",
     "overlay",
     "palette",
+    "precision_recall_figure",
     "receptive_field_figure",
     "sampling_figure",
     "save_figure",

@@ -12,7 +12,7 @@ from deformnet.analysis import MeanStd
 from deformnet.cli import main
 from deformnet.data import open_segmentation
 from deformnet.data.synthetic import Shapes, write_shapes
-from deformnet.engine import Hardware, LoopOptions, train
+from deformnet.engine import Hardware, LoopOptions, evaluate, train
 from deformnet.engine.runs import checkpoint_path
 from deformnet.inspection.report import analyze
 from deformnet.inspection.report.bins import find_bins
@@ -90,10 +90,13 @@ def test_deeplab_with_its_baseline(runs, data, tmp_path, capsys):
     assert str(out / "index.html") in capsys.readouterr().out
     page = checked(out)
     expected = ["fields", "sampling", "receptive-fields", "dilation", "contact-sheet"]
+    expected.insert(0, "confusion-matrix")
     assert page.pictures == [f"{name}.png" for name in expected]
 
     found = json.loads((out / "analysis.json").read_text())
     assert (found["images"], found["split"]) == (3, "val")
+    assert found["scores"] == evaluate(runs("deeplab"), data, "val", progress=False).scores.json
+    assert f"{100 * found['scores']['mean_iou']:.1f}" in page.cells
     layers = [row["layer"] for row in found["effective_dilation"]]
     assert layers == [layer["layer"] for layer in found["offset_health"]]
     assert len(layers) == 3
@@ -131,6 +134,7 @@ def test_rfcn_with_deformable_pooling(runs, data, tmp_path):
     found = analyze(runs("rfcn"), data, tmp_path)
     page = checked(tmp_path)
     expected = ["fields", "sampling", "receptive-fields", "dilation", "contact-sheet", "parts"]
+    expected = ["confusion-matrix", "precision-recall", *expected]
     assert page.pictures == [f"{name}.png" for name in expected]
     assert len(found["parts"]) == 3
     for parts in found["parts"]:
@@ -143,7 +147,9 @@ def test_rfcn_with_deformable_pooling(runs, data, tmp_path):
 
 def test_detector_without_deformable_convolutions(runs, data, tmp_path):
     found = analyze(runs("faster"), data, tmp_path)
-    assert checked(tmp_path).pictures == ["parts.png"]
+    assert checked(tmp_path).pictures == [
+        *("confusion-matrix.png", "precision-recall.png", "parts.png")
+    ]
     assert "effective_dilation" not in found
     assert len(found["parts"]) == 3
 
@@ -160,6 +166,7 @@ def test_zero_offsets_on_some_images_and_one_class(runs, data, tmp_path):
     shown = open_segmentation(data, "val")
     name = shown.classes[int(shown[1][1].max())]
     found = analyze(run, data, out, Analysis(images=2, objects=(name,)))
+    assert "scores" not in found  # they are of all images
     checked(out)
     assert (found["images"], found["objects"]) == (2, [name])
     assert "the first 2 of 3 images of val" in (out / "index.html").read_text()

@@ -14,7 +14,12 @@ from deformnet._errors import UserError, require_at_least
 from deformnet.inspection.report.findings import Findings
 from deformnet.inspection.report.images import AnalyzedImages
 from deformnet.inspection.report.recording import UnitRecorder
-from deformnet.inspection.report.sections import bins_section, convolution_sections, cost_section
+from deformnet.inspection.report.sections import (
+    bins_section,
+    convolution_sections,
+    cost_section,
+    scores_section,
+)
 from deformnet.inspection.runs import open_runs
 from deformnet.inspection.settings import Analysis
 
@@ -49,6 +54,8 @@ def analyze(
     findings = Findings(run, data, analysis, source, out)
     network = UnitRecorder("deformable", opened)
     other = None if compared is None else UnitRecorder("baseline", compared)
+    if len(source) == len(source.annotated):
+        findings.sections.append(scores_section(findings, opened))
     if opened.deformable:
         findings.sections += convolution_sections(findings, network, other)
     if opened.predictor.pooling is not None:

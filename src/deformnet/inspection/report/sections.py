@@ -17,8 +17,10 @@ from deformnet.inspection.report.images import AnalyzedImages
 from deformnet.inspection.report.recording import UnitRecorder
 from deformnet.inspection.report.scenes import LARGE, SMALL, Scene, Unit, choose_scenes, units_of
 from deformnet.inspection.runs import OpenedRun
+from deformnet.tasks.base import Processes
 
 _SCENES, _DETECTIONS, _SHEET = 2, 6, 24  # images in the figures
+_UNFOLDED = 25  # rows of a table of scores
 _Sampled = Mapping[str, Sequence[visualization.SampledUnit]]
 
 
@@ -293,6 +295,24 @@ def bins_section(findings: Findings, run: OpenedRun) -> Section:
         "class); if there are too few, of other images.",
         (findings.picture("parts", visualization.bins_figure(detections), caption),),
     )
+
+
+def scores_section(findings: Findings, run: OpenedRun) -> Section:
+    """Return the section on the scores of the run on all images."""
+    images = run.task.evaluation_set(findings.data, findings.analysis.split, run.data)
+    processes = Processes(device=run.predictor.device, progress=True)
+    scores = images.evaluate(run.model, processes)
+    findings.numbers["scores"] = scores.json
+    pictures = (
+        findings.picture(name, draw(), f"{name.replace('-', ' ').capitalize()}.")
+        for name, draw in scores.pictures.items()
+    )
+    # Tables with a title are folded.
+    tables = (
+        table if len(table.rows) > _UNFOLDED else table._replace(title="")
+        for table in (scores.table, *scores.details)
+    )
+    return Section("Scores", f"{scores.table.title}, percent.", (*tables, *pictures))
 
 
 def cost_section(findings: Findings, run: OpenedRun, baseline: OpenedRun | None) -> Section:

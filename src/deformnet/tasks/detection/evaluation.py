@@ -19,6 +19,7 @@ from deformnet.tasks.annotations import names_of
 from deformnet.tasks.base import EvaluationSet, Processes, ProposalSet, Scores
 from deformnet.tasks.detection.data import BoxImages
 from deformnet.tasks.detection.predictor import DetectionPredictor
+from deformnet.tasks.figures import detection_pictures
 from deformnet.tasks.loading import predictions
 from deformnet.tasks.predictor import Device
 from deformnet.tasks.proposals import StoredProposals, write_proposals
@@ -38,7 +39,8 @@ class ScoredDetections(Scores):
     """File name and ground truth of a submission to COCO's server, if it scores them."""
 
     def save(self, folder: Path, suffix: str = "") -> dict[str, str]:
-        """Writes `detections{suffix}.jsonl`, and the submission, whose path is returned."""
+        """Writes pictures, `detections{suffix}.jsonl`, and a submission, whose path it returns."""
+        super().save(folder, suffix)
         write_detections(folder / f"detections{suffix}.jsonl", self.records)
         if self.submission is None:
             return {}
@@ -54,7 +56,16 @@ def precision(images: BoxImages, method: Method) -> Scoring:
     def score(records: list[Record]) -> Scores:
         scores = ground_truth.score(records)
         main = next(iter(scores.summary.items()))
-        return ScoredDetections(scores.json, scores.tables[0], scores.summary, records, main=main)
+        table, *details = scores.tables
+        return ScoredDetections(
+            scores.json,
+            table,
+            scores.summary,
+            records,
+            main=main,
+            details=tuple(details),
+            pictures=detection_pictures(scores),
+        )
 
     return score
 
