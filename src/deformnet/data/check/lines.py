@@ -50,10 +50,9 @@ def _absent_classes(summaries: Sequence[ListSummary]) -> Iterator[str]:
     for (unit, absent), lists in lacking.items():
         names = listing([one.name for one in lists], 3)
         total = max(len(one.classes) for one in lists)
-        classes = "class is" if len(absent) == 1 else "classes are"
-        yield (
-            f"{names}: {len(absent)} of {total} {classes} in no {_ONE[unit]}: {listing(absent, 5)}"
-        )
+        verb = "is" if len(absent) == 1 else "are"
+        count = f"{len(absent)} of {total} classes {verb}"
+        yield f"{names}: {count} in no {_ONE[unit]}: {listing(absent, 5)}"
 
 
 def _rotated(summaries: Sequence[ListSummary]) -> Iterator[str]:

@@ -48,6 +48,8 @@ def find_sets(place: DataFiles, *, custom: bool) -> list[FoundSet]:
     """
     if place.are_apart:
         layouts = [layout for layout in LAYOUTS if layout.recognizes_files(place)]
+        if not layouts:
+            detection_splits(place)  # says what was found
         sets = [_read(place, layouts, "", custom=custom)]
     else:
         root = require_folder(place.annotations)
