@@ -264,6 +264,8 @@ def test_images_without_annotations(coco):
     path = coco / "annotations/instances_own.json"
     content = json.loads(path.read_text())
     del content["annotations"]
+    names = ["person", *(f"class {number}" for number in range(78)), "toothbrush"]
+    content["categories"] = [{"id": i, "name": name} for i, name in enumerate(names)]
     (coco / "annotations/image_info_test-dev2017.json").write_text(json.dumps(content))
     path.unlink()
     (coco / "own").rename(coco / "test2017")

@@ -288,6 +288,12 @@ class COCOFile:
     def classes(self) -> tuple[str, ...]:
         return tuple(self.categories.values())
 
+    @property
+    def has_classes_of_coco(self) -> bool:
+        """Whether the categories are the 80 of COCO, as far as their number and ends tell."""
+        classes = self.classes
+        return len(classes) == 80 and (classes[0], classes[-1]) == ("person", "toothbrush")
+
     def parse(self, entry: Entry) -> tuple[int, tuple[float, float, float, float], int, bool]:
         """Index of its image, box (edges), label and whether it is a crowd, of one annotation.
 
@@ -442,9 +448,10 @@ def _lists(place: DataFiles) -> Iterator[ImageList]:
         name = split.file.stem
         if split.file.name == _ROBOFLOW and split.file.parent != root:
             name = split.name
-        images = ImageList(name, split.file, may_be_official=True)
+        images = ImageList(name, split.file)
         with images.noting_errors():
             content = COCOFile(split.file)
+            images.may_be_official = content.has_classes_of_coco
             add_images(images, content, split)
             images.classes = content.classes if content.has_annotations else ()
             owners: set[int] = set()
