@@ -384,7 +384,7 @@ def test_lists_that_share_images(tmp_path):
     lists.mkdir(parents=True)
     for name, ids in {"train": "ab", "val": "c", "trainval": "abc"}.items():
         (lists / f"{name}.txt").write_text("\n".join(ids))
-    (tmp_path / "set/classes.txt").write_text("cat\n")
+    (year / "classes.txt").write_text("cat\n")
     assert not check(tmp_path / "set").remarks
     (lists / "test.txt").write_text("c\nb\n")
     remarks = check(tmp_path / "set").remarks
