@@ -628,10 +628,10 @@ def test_stopped_check_resumes(tmp_path, end):
 
 def test_real_data_sets(real_data, tmp_path):
     expected = {
-        "voc2012_mini": (True, 0, 193),
+        "voc2012_mini": (True, 2, 193),
         "bccd_voc": (True, 2, 364),
         "nuclei_coco": (True, 0, 664),
-        "camvid_cityscapes": (True, 0, 22),
+        "camvid_cityscapes": (True, 1, 22),
     }
     for name, numbers in expected.items():
         report = check_data(real_data / name, workers=2, progress=False)
