@@ -41,23 +41,26 @@ def fingerprint(file: Path) -> int:
 def find_duplicates(
     groups: Iterable[Sequence[ImageList]], fingerprints: Mapping[str, int | None]
 ) -> Iterator[str]:
-    """A line for every two lists that share images and should not.
+    """A line for lists, two by two, that share the same images and should share none.
 
     Args:
         groups: lists of one data set with one kind of annotations each.
         fingerprints: of the files of the images; None for those that cannot be read.
     """
     keys: tuple[_Key, ...] = (fingerprints.get, cache(_digest))  # few files are read as a whole
+    found: dict[tuple[tuple[str, str], ...], list[str]] = {}
     for lists in groups:
         for one, other in combinations(lists, 2):
             first, second = role(one), role(other)
             if first and second and not first & second:
                 pairs = _pairs(_images(one), _images(other), keys)
                 if pairs:
-                    yield (
-                        f"{one.title} and {other.title} have {len(pairs)} images in common, which "
-                        f"makes scores too good: {_listing(pairs)}"
-                    )
+                    found.setdefault(tuple(pairs), []).append(f"{one.title} and {other.title}")
+    for pairs, names in found.items():
+        yield (
+            f"{listing(names, 1)} have {len(pairs)} images in common, which makes scores too good: "
+            f"{_listing(pairs)}"
+        )
 
 
 def _images(images: ImageList) -> list[str]:
