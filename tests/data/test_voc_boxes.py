@@ -105,7 +105,7 @@ def test_annotations_are_copies(boxes):
 
 def test_default_classes_are_those_of_voc(boxes):
     (boxes / "classes.txt").unlink()
-    for name in "ab":
+    for name in "abc":
         annotate(boxes, name, voc_object((1, 1, 4, 4), "tvmonitor"))
     images = VOCDetection(boxes, "train")
     assert images.classes == VOC_CLASSES[1:]

@@ -153,7 +153,8 @@ def find_splits(place: DataFiles) -> dict[str, COCOSplit]:
         return {"train": COCOSplit("train", files[0], place.images)}
     files = _official_files(place.annotations) or _all_files(place.annotations)
     return {
-        name: COCOSplit(name, file, place.images) for name, file in sorted(_named(files).items())
+        name: COCOSplit(name, file, place.images)
+        for name, file in sorted(_named(files, place.images).items())
     }
 
 
@@ -220,13 +221,13 @@ def is_coco(path: Path) -> bool:
         return content.find(b'"images"') >= 0 and content.find(b'"categories"') >= 0
 
 
-def _named(files: Sequence[Path]) -> dict[str, Path]:
+def _named(files: Sequence[Path], root: Path) -> dict[str, Path]:
     """Files by the names of their splits."""
-    if len(files) == 1 and _split_name(files[0]) is None and not _is_official(files[0]):
+    if len(files) == 1 and _split_name(files[0], root) is None and not _is_official(files[0]):
         return {"train": files[0]}
     named: dict[str, Path] = {}
     for file in files:
-        name = _rest(file) if _is_official(file) else _split_name(file) or file.stem
+        name = _rest(file) if _is_official(file) else _split_name(file, root) or file.stem
         name = "train" if name in _UNNAMED else name
         if name in named:
             name = file.stem if file.stem not in named else f"{file.parent.name}_{file.stem}"
@@ -243,13 +244,13 @@ def _rest(path: Path) -> str:
     return re.sub(f"^({_INSTANCES}|{_IMAGE_INFO}|{_KEYPOINTS})", "", path.stem)
 
 
-def _split_name(path: Path) -> str | None:
-    """The split that the name of a file, or of the folder of a file without one, has in it."""
+def _split_name(path: Path, root: Path) -> str | None:
+    """The split that the name of a file, or else of its folder in `root`, has in it."""
     words = [word for word in re.split(r"[_\-. ]+", path.stem) if word.lower() in USUAL_SPLITS]
     if len(words) == 1:
         return words[0]
     is_unnamed = path.name == _ROBOFLOW or path.parent.name.lower() in USUAL_SPLITS
-    return path.parent.name if is_unnamed else None
+    return path.parent.name if is_unnamed and path.parent != root else None
 
 
 class COCOFile:
@@ -287,6 +288,12 @@ class COCOFile:
     @property
     def classes(self) -> tuple[str, ...]:
         return tuple(self.categories.values())
+
+    @property
+    def has_classes_of_coco(self) -> bool:
+        """Whether the categories are the 80 of COCO, as far as their number and ends tell."""
+        classes = self.classes
+        return len(classes) == 80 and (classes[0], classes[-1]) == ("person", "toothbrush")
 
     def parse(self, entry: Entry) -> tuple[int, tuple[float, float, float, float], int, bool]:
         """Index of its image, box (edges), label and whether it is a crowd, of one annotation.
@@ -442,9 +449,10 @@ def _lists(place: DataFiles) -> Iterator[ImageList]:
         name = split.file.stem
         if split.file.name == _ROBOFLOW and split.file.parent != root:
             name = split.name
-        images = ImageList(name, split.file, may_be_official=True)
+        images = ImageList(name, split.file)
         with images.noting_errors():
             content = COCOFile(split.file)
+            images.may_be_official = content.has_classes_of_coco
             add_images(images, content, split)
             images.classes = content.classes if content.has_annotations else ()
             owners: set[int] = set()

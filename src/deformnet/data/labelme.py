@@ -29,7 +29,15 @@ from deformnet.data.files import (
     read_size,
     walk_images,
 )
-from deformnet.data.items import Fault, Findings, check_image, has_area, reason, unreadable
+from deformnet.data.items import (
+    Fault,
+    Findings,
+    box_remark,
+    check_image,
+    has_area,
+    reason,
+    unreadable,
+)
 from deformnet.data.layouts import ImageList, Layout, Missing
 from deformnet.data.location import DataFiles, Location, locate
 from deformnet.data.polygons import BACKGROUND, Region, Stamp, draw, with_background
@@ -243,10 +251,11 @@ class LabelmeItem(NamedTuple):
             except ValueError as error:
                 faults.append(Fault(self.annotation, reason(error, path)))
                 continue
-            if has_area(item.box, size):
-                counts.update([label] if label is not None and not item.ignored else [])
-            else:
-                text = f"shape {item.number} has no area inside the image; readers drop it"
+            if label is not None:
+                counts[label] += not item.ignored and has_area(item.box, size)
+            remark = box_remark(item.box, size)
+            if remark:
+                text = f"shape {item.number} {remark}"
                 faults.append(Fault(self.annotation, text, is_remark=True))
         if content.skipped:
             text = f"{content.skipped} points or lines have no area; readers skip them"

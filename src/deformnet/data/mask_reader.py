@@ -168,7 +168,7 @@ def choose_reader(
         return _id_reader(_BINARY_CLASSES, "of binary masks", file, is_default=True)
     raise UserError(
         f"{file}: no such file; expected names of the classes, one per line from id 0, since the "
-        f"masks hold ids up to {highest}"
+        f"masks hold ids up to {highest}; if they number objects, save the id of the class instead"
     )
 
 

@@ -184,7 +184,7 @@ def _open(
     parts = [parse_part(name) for name in split_parts(split)]
     found = _find(kind, location)
     known = found.splits
-    if not known:
+    if not known and _other_kind(found.place.annotations, [kind]):
         raise FileNotFoundError(what_was_found(found.place.annotations, kind.annotations))
     names = [resolve(known, part.name) for part in parts]
     images = found.open("+".join(names), transforms, orientation)
@@ -262,7 +262,7 @@ def what_was_found(root: Path, wanted: str | None = None) -> str:
     files = dict.fromkeys(f"{it.files} ({it.name})" for kind in kinds for it in kind.layouts)
     expected = f"expected a data set with {' or '.join(files)}"
     start = f"{root}: found {found}"
-    other = next((it for it in _KINDS if it not in kinds and _holds(it, root)), None)
+    other = _other_kind(root, kinds)
     if other is not None:
         return (
             f"{root}: found {other.annotations}, no {wanted}: train {other.networks}, or add "
@@ -275,6 +275,11 @@ def what_was_found(root: Path, wanted: str | None = None) -> str:
     if not advice and found.has_images and not found.has_annotations:
         advice = ["add annotations, or pass DataFiles if they lie elsewhere"]
     return "; ".join([start, *advice, expected])
+
+
+def _other_kind(root: Path, kinds: Sequence[_Kind]) -> _Kind | None:
+    """The kind of data set that a folder holds, other than some."""
+    return next((kind for kind in _KINDS if kind not in kinds and _holds(kind, root)), None)
 
 
 def _holds(kind: _Kind, root: Path) -> bool:

@@ -175,8 +175,9 @@ def object_names(files: Iterable[Path]) -> list[str]:
 def class_folders(year: Path) -> list[Path]:
     """Folders that may hold classes.txt, in this order; messages name the last."""
     year = year.absolute()  # "." has no parents
-    in_devkit = year.parent.name == "VOCdevkit"
-    return [year, *(year.parents[:2] if in_devkit else ())]
+    if year.parent.name == "VOCdevkit":
+        return [year, *year.parents[:2]]
+    return [year, *(year.parents[:1] if year.name.startswith("VOC") else ())]
 
 
 def read_class_file(places: Iterable[Path]) -> ClassList | None:

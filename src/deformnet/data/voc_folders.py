@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from itertools import islice
@@ -187,7 +188,8 @@ def _is_voc(path: Path) -> bool:
         return False
     with path.open("rb") as file:
         start = file.read(4096)
-    return b"<annotation" in start or b"\0" in start
+    # CVAT's own files have <annotations>.
+    return re.search(rb"<annotation[\s>]", start) is not None or b"\0" in start
 
 
 def read_classes(place: DataFiles, splits: Mapping[str, XMLFolders]) -> ClassList:

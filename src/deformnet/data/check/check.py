@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from deformnet._errors import UserError
+from deformnet.data.check.duplicates import fingerprint
 from deformnet.data.check.lines import (
     absent_lists,
     fault_lines,
@@ -85,6 +86,7 @@ def check_data(
         for item in tally.images.items:
             owners.setdefault(item, []).append(tally)
     faults: list[Fault] = []
+    fingerprints: dict[str, int | None] = {}
     checked = 0
     with (
         closing(Record(record, place.images)) as known,
@@ -96,6 +98,7 @@ def check_data(
         def count(item: Item, result: Result) -> None:
             for tally in owners[item]:
                 tally.add(result)
+            fingerprints[files_of(item)[0]] = result.fingerprint
             bar.update()
 
         for item, key, result in _check(_unknown(owners, known, count), workers):
@@ -104,7 +107,12 @@ def check_data(
             faults += result.faults
             if key is not None and not result.faults:
                 known.add(key, result)
-    result = _report(place, sets, tallies, faults, checked, len(owners) - checked, report)
+    for tally in tallies:
+        note_nothing_to_learn(tally.images, tally.summary())
+    summaries = sorted((tally.summary() for tally in tallies), key=lambda one: one.name)
+    notes = list_notes(lists, summaries, fingerprints)
+    remembered = len(owners) - checked
+    result = _report(place, sets, lists, summaries, notes, faults, checked, remembered, report)
     result.write()
     return result
 
@@ -180,13 +188,13 @@ class _Checking:
         faults, counts = item.check()
         image = Path(files_of(item)[0])
         try:
-            is_turned, size = is_rotated(image), read_size(image)
+            is_turned, size, its_print = is_rotated(image), read_size(image), fingerprint(image)
         except (ValueError, OSError):  # among the faults
-            return item, key, Result(faults, counts, is_rotated=False)
+            return item, key, Result(faults, counts, is_rotated=False, fingerprint=None)
         remark = _size_remark(*size)
         if remark:
             faults = [*faults, Fault(str(image), remark, is_remark=True)]
-        return item, key, Result(faults, counts, is_turned)
+        return item, key, Result(faults, counts, is_turned, its_print)
 
 
 def _size_remark(height: int, width: int) -> str:
@@ -222,21 +230,18 @@ def _ignore_interrupts(worker: int) -> None:
 def _report(
     place: DataFiles,
     sets: Sequence[FoundSet],
-    tallies: Sequence[_Tally],
+    lists: Sequence[ImageList],
+    summaries: Sequence[ListSummary],
+    notes: Sequence[str],
     faults: Sequence[Fault],
     checked: int,
     remembered: int,
     path: Path,
 ) -> DataReport:
-    for tally in tallies:
-        note_nothing_to_learn(tally.images, tally.summary())
-    lists = [tally.images for tally in tallies]
-    summaries = sorted((tally.summary() for tally in tallies), key=lambda one: one.name)
     root = place.annotations
     missing_problems, missing_summary = missing_lines(root, lists)
     of_lists = [fault for images in lists for fault in images.faults]
     problems, summary, remarks = fault_lines(root, dict.fromkeys((*of_lists, *faults)))
-    notes = list_notes(lists, summaries)
     is_ok = not missing_problems and not problems
     return DataReport(
         root=str(place),

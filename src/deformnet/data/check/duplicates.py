@@ -1,7 +1,8 @@
 """Images that are in two splits that should not share any, by file or by content."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import combinations
 from pathlib import Path
@@ -10,7 +11,7 @@ from deformnet.data.files import listing
 from deformnet.data.items import files_of
 from deformnet.data.layouts import ImageList
 
-_PEEKED = 256  # bytes that are compared before files are read as a whole
+_PEEKED = 256  # bytes of a file in its fingerprint
 _SHOWN = 3
 
 _ROLES = {
@@ -28,24 +29,38 @@ def role(images: ImageList) -> frozenset[str]:
     return _ROLES.get(name, frozenset())
 
 
-def find_duplicates(groups: Iterable[Sequence[ImageList]]) -> Iterator[str]:
-    """A line for every two lists that share images and should not.
+def fingerprint(file: Path) -> int:
+    """The size of a file and a checksum of some bytes in its middle, since the headers of photos of
+    one camera are equal."""
+    size = file.stat().st_size
+    with file.open("rb") as content:
+        content.seek(max(size - _PEEKED, 0) // 2)
+        return size << 32 | zlib.crc32(content.read(_PEEKED))
+
+
+def find_duplicates(
+    groups: Iterable[Sequence[ImageList]], fingerprints: Mapping[str, int | None]
+) -> Iterator[str]:
+    """A line for lists, two by two, that share the same images and should share none.
 
     Args:
         groups: lists of one data set with one kind of annotations each.
+        fingerprints: of the files of the images; None for those that cannot be read.
     """
-    # A file is read only if others are like it so far.
-    keys = tuple(cache(key) for key in (_size, _middle, _digest))
+    keys: tuple[_Key, ...] = (fingerprints.get, cache(_digest))  # few files are read as a whole
+    found: dict[tuple[tuple[str, str], ...], list[str]] = {}
     for lists in groups:
         for one, other in combinations(lists, 2):
             first, second = role(one), role(other)
             if first and second and not first & second:
                 pairs = _pairs(_images(one), _images(other), keys)
                 if pairs:
-                    yield (
-                        f"{one.title} and {other.title} have {len(pairs)} images in common, which "
-                        f"makes scores too good: {_listing(pairs)}"
-                    )
+                    found.setdefault(tuple(pairs), []).append(f"{one.title} and {other.title}")
+    for pairs, names in found.items():
+        yield (
+            f"{listing(names, 1)} have {len(pairs)} images in common, which makes scores too good: "
+            f"{_listing(pairs)}"
+        )
 
 
 def _images(images: ImageList) -> list[str]:
@@ -85,26 +100,8 @@ def _parts(
     return [part for part in parts.values() if all(part)]
 
 
-def _size(file: str) -> int | None:
-    """Bytes of a file; None, as of the other keys, if it cannot be read."""
-    try:
-        return Path(file).stat().st_size
-    except OSError:
-        return None  # reported when it is checked
-
-
-def _middle(file: str) -> bytes | None:
-    """Some bytes of a file, not of its header: those of photos of one camera are equal."""
-    try:
-        with Path(file).open("rb") as content:
-            content.seek(max(Path(file).stat().st_size - _PEEKED, 0) // 2)
-            return content.read(_PEEKED)
-    except OSError:
-        return None
-
-
 def _digest(file: str) -> bytes | None:
-    """SHA-256 of a file."""
+    """SHA-256 of a file; None, as of the other key, if it cannot be read."""
     try:
         with Path(file).open("rb") as content:
             return hashlib.file_digest(content, "sha256").digest()

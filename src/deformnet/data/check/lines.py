@@ -1,6 +1,6 @@
 """Lines of a report about files, lists and classes."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from deformnet.data.check.duplicates import find_duplicates, role
@@ -34,9 +34,14 @@ def note_nothing_to_learn(images: ImageList, summary: ListSummary) -> None:
         )
 
 
-def list_notes(lists: Sequence[ImageList], summaries: Sequence[ListSummary]) -> list[str]:
+def list_notes(
+    lists: Sequence[ImageList],
+    summaries: Sequence[ListSummary],
+    fingerprints: Mapping[str, int | None],
+) -> list[str]:
     """Remarks about lists as a whole: absent classes, rotated images, shared images."""
-    return [*_absent_classes(summaries), *_rotated(summaries), *find_duplicates(_groups(lists))]
+    shared = find_duplicates(_groups(lists), fingerprints)
+    return [*_absent_classes(summaries), *_rotated(summaries), *shared]
 
 
 def _absent_classes(summaries: Sequence[ListSummary]) -> Iterator[str]:
@@ -50,10 +55,9 @@ def _absent_classes(summaries: Sequence[ListSummary]) -> Iterator[str]:
     for (unit, absent), lists in lacking.items():
         names = listing([one.name for one in lists], 3)
         total = max(len(one.classes) for one in lists)
-        classes = "class is" if len(absent) == 1 else "classes are"
-        yield (
-            f"{names}: {len(absent)} of {total} {classes} in no {_ONE[unit]}: {listing(absent, 5)}"
-        )
+        verb = "is" if len(absent) == 1 else "are"
+        count = f"{len(absent)} of {total} classes {verb}"
+        yield f"{names}: {count} in no {_ONE[unit]}: {listing(absent, 5)}"
 
 
 def _rotated(summaries: Sequence[ListSummary]) -> Iterator[str]:

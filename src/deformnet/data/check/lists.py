@@ -48,6 +48,8 @@ def find_sets(place: DataFiles, *, custom: bool) -> list[FoundSet]:
     """
     if place.are_apart:
         layouts = [layout for layout in LAYOUTS if layout.recognizes_files(place)]
+        if not layouts:
+            detection_splits(place)  # says what was found
         sets = [_read(place, layouts, "", custom=custom)]
     else:
         root = require_folder(place.annotations)
@@ -64,8 +66,9 @@ def find_sets(place: DataFiles, *, custom: bool) -> list[FoundSet]:
 def advise(place: DataFiles, sets: Sequence[FoundSet]) -> Iterator[str]:
     """Lines that say how to train on data sets."""
     for found in islice(sets, _ADVISED):
-        for network, splits_of in _NETWORKS:
-            splits = _splits(splits_of, found.place)
+        known = [(network, _splits(splits_of, found.place)) for network, splits_of in _NETWORKS]
+        # Folders of another layout may look like classes, too.
+        for network, splits in [it for it in known[:-1] if it[1]] or known[-1:]:
             if not splits:
                 continue
             root = found.place
@@ -77,7 +80,6 @@ def advise(place: DataFiles, sets: Sequence[FoundSet]) -> Iterator[str]:
             has_train = resolve(splits, "train") in splits
             split = "" if has_train else f" --split {splits[0]}"
             yield f"train with: deformnet train {network} {data} --out RUN{split}{held_out}"
-            break
 
 
 _NETWORKS: tuple[tuple[str, Callable[[Location], list[str]]], ...] = (

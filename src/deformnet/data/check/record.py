@@ -19,6 +19,8 @@ class Result(NamedTuple):
     """Objects or pixels of each class."""
     is_rotated: bool
     """Whether the image has an EXIF orientation other than upright."""
+    fingerprint: int | None
+    """Of the image, for the search for copies; None if it cannot be read."""
 
 
 class Record:
@@ -63,15 +65,15 @@ class Record:
     def find(self, key: str) -> Result | None:
         """What the item of this key holds; None if it is not known to be good."""
         try:
-            counts, is_rotated = json.loads(self._known[key])
+            counts, is_rotated, fingerprint = json.loads(self._known[key])
             numbers = Counter({int(label): int(count) for label, count in counts})
         except (KeyError, ValueError, TypeError):
             return None
-        return Result([], numbers, bool(is_rotated))
+        return Result([], numbers, bool(is_rotated), int(fingerprint))
 
     def add(self, key: str, result: Result) -> None:
         """Records a good item."""
-        content = json.dumps([list(result.counts.items()), result.is_rotated])
+        content = json.dumps([list(result.counts.items()), result.is_rotated, result.fingerprint])
         # Flushed at once: what the system has survives this process, however it ends.
         self._file.write(f"{key}\t{content}\n")
         self._file.flush()

@@ -14,7 +14,7 @@ SHOWN = 5
 
 _FIRST_LINE = "# deformnet data check"
 _REMARKS_SHOWN = 12
-_CLASSES_SHOWN = 20
+_CLASSES_SHOWN = 21
 _LISTS_SHOWN = 6
 
 
@@ -137,7 +137,7 @@ class DataReport:
             ("faulty", lambda one: one.faulty, True),
             ("rotated", lambda one: one.rotated, False),
             ("objects", _objects, False),
-            ("empty", lambda one: one.empty, False),
+            ("empty", lambda one: one.empty if one.classes else None, False),
         ]
         used = [
             (name, value)
@@ -197,7 +197,9 @@ def _class_table(unit: str, lists: Sequence[ListSummary], limit: int | None) -> 
     rows = [(name, *(_class_cell(unit, name, it) for it in counts)) for name in shown]
     if len(shown) < len(names):
         rows.append((f"{len(names) - len(shown)} more", *(_rest(unit, shown, it) for it in counts)))
-    return Table("", (title, *(one.name for one in lists)), rows)
+    ends = [one.name.rpartition("/")[2] for one in lists]
+    is_clear = len(set(ends)) == len(ends)
+    return Table("", (title, *(ends if is_clear else [one.name for one in lists])), rows)
 
 
 def _class_cell(unit: str, name: str, counts: dict[str, int]) -> str:
