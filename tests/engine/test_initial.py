@@ -42,6 +42,17 @@ def test_a_whole_network(trained, quick, tmp_path, kind):
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("norms", [("trained", "frozen"), ("frozen", "trained")])
+def test_a_whole_network_with_other_batch_norm(shapes, quick, tmp_path, norms):
+    before, after = (dataclasses.replace(quick, norm=norm, iterations=1) for norm in norms)
+    run(before, shapes, tmp_path)
+    model, line = initial(dataclasses.replace(after, init=str(tmp_path)), CLASSES)
+    assert "backbone and head" in line
+    state = load_run(tmp_path).model.state_dict()
+    for name, value in model.state_dict().items():
+        assert name.endswith("num_batches_tracked") or torch.equal(value, state[name]), name
+
+
 def test_a_network_with_deformable_layers_from_a_plain_one(shapes, quick, tmp_path):
     plain = dataclasses.replace(quick.baseline(), iterations=1)
     run(plain, shapes, tmp_path)

@@ -12,7 +12,8 @@ from deformnet.engine.runs import TrainedRun, load_run
 from deformnet.models.backbones.weights import holds_run, misfit
 from deformnet.recipes import Recipe
 
-_OFFSETS = re.compile(r".*\.(conv_offset|fc_offset)\.")  # a network without offsets lacks them
+_NORM = re.compile(r".*\.num_batches_tracked$")  # of trained batch norm alone
+_MAY_LACK = re.compile(rf".*\.(conv_offset|fc_offset)\.|{_NORM.pattern}")
 
 
 def initial(recipe: Recipe, classes: Sequence[str]) -> tuple[nn.Module, str]:
@@ -59,6 +60,6 @@ def _reason(
         pairs = zip(run.data.classes, classes, strict=True)
         old, new = next((old, new) for old, new in pairs if old != new)
         return f"the classes are others ({old!r} in the run, {new!r} in the data)"
-    state = run.model.state_dict()
-    own = model.state_dict()
-    return misfit({k: v for k, v in own.items() if k in state or not _OFFSETS.match(k)}, state)
+    state, own = run.model.state_dict(), model.state_dict()
+    expected = {k: v for k, v in own.items() if k in state or not _MAY_LACK.match(k)}
+    return misfit(expected, {k: v for k, v in state.items() if k in own or not _NORM.match(k)})

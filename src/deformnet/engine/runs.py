@@ -10,6 +10,8 @@ RUN/
   tensorboard/            the same for TensorBoard
   metrics.json            scores on the validation images, and facts about the run
   metrics-SPLIT.json      scores on another split
+  confusion-matrix.png    pictures of the scores; confusion-matrix-SPLIT.png
+  precision-recall.png    for detectors; precision-recall-SPLIT.png
   detections.jsonl        for detectors: the predictions behind the scores; detections-SPLIT.jsonl
 ```
 
