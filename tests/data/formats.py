@@ -125,9 +125,9 @@ class Format:
     @property
     def command(self):
         if self.is_apart:
-            return f'DataFiles("{self.folder}/photos", "{self.folder}/labels.json")'
+            return 'DataFiles("photos", "labels.json")'
         held_out = "" if self.val or self.message else " --val-fraction 0.2"
-        return f"train {self.network} --data {self.folder}{held_out}"
+        return f"train {self.network}{held_out}"
 
 
 _OPEN = {"rfcn": open_detection, "deeplab": open_segmentation, "classifier": open_classification}
