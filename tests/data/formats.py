@@ -125,9 +125,9 @@ class Format:
     @property
     def command(self):
         if self.is_apart:
-            return f'DataFiles("{self.folder}/photos", "{self.folder}/labels.json")'
+            return 'DataFiles("photos", "labels.json")'
         held_out = "" if self.val or self.message else " --val-fraction 0.2"
-        return f"train {self.network} --data {self.folder}{held_out}"
+        return f"train {self.network}{held_out}"
 
 
 _OPEN = {"rfcn": open_detection, "deeplab": open_segmentation, "classifier": open_classification}
@@ -825,7 +825,7 @@ def _result(it: Format, out: Path) -> str:
     return f"{sizes}; {len(classes)} class{'es' if len(classes) > 1 else ''}"
 
 
-_HEIGHT = 240  # of a picture
+_HEIGHT = 280  # of a picture
 
 
 def pictures(folder: Path, data: Path) -> None:
@@ -837,7 +837,10 @@ def pictures(folder: Path, data: Path) -> None:
     regions = np.asarray(mask) == 1
     photo = Image.fromarray(np.moveaxis(np.asarray(tissue), 0, -1))
     drawn = {
-        "boxes": [draw_boxes(image, target.boxes, target.labels, cells.classes)],
+        "boxes": [
+            Image.fromarray(np.moveaxis(np.asarray(image), 0, -1)),
+            draw_boxes(image, target.boxes, target.labels, cells.classes),
+        ],
         "masks": [photo, Image.fromarray(regions), overlay(tissue, mask, nuclei.classes)],
         "polygons": [photo, _drawn_polygons(photo, regions)],
         "classes": _crops(cells),
@@ -852,7 +855,8 @@ def _drawn_polygons(photo: Image.Image, regions: np.ndarray) -> Image.Image:
     picture = photo.resize((2 * photo.width, 2 * photo.height))
     draw = ImageDraw.Draw(picture)
     for line in _polygons(regions):
-        corners = [(2 * x, 2 * y) for x, y in line[::3]]  # as few as people click
+        step = max(1, len(line) // 12)  # as few corners as people click
+        corners = [(2 * x, 2 * y) for x, y in line[::step]]
         draw.polygon(corners, outline="yellow", width=2)
         for x, y in corners:
             draw.rectangle((x - 2, y - 2, x + 2, y + 2), fill="black", outline="yellow")

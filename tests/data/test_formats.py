@@ -10,6 +10,7 @@ import pytest
 from formats import FORMATS, VOID, Format, blood, table, write
 
 from deformnet.data import open_detection
+from deformnet.data.check import check_data
 from deformnet.data.files import read_image
 
 PAGE = Path(__file__).parents[2] / "docs/own-data.md"
@@ -77,6 +78,18 @@ def test_validation_split(it, written):
         (samples,) = expected.splits.values()
         assert len(names[0]) == round(0.2 * len(samples))
         assert sorted(names[0] + names[1]) == sorted(samples)
+
+
+@pytest.mark.parametrize("it", [it for it in READ if not it.is_apart], ids=by_title)
+def test_data_check_finds_all_and_no_problems(it, written, tmp_path):
+    out, expected = written(it)
+    record = tmp_path / "record.jsonl"
+    custom = it.title == "Cityscapes"  # has the folders of the official data set
+    folder = out / it.folder
+    report = check_data(folder, custom=custom, workers=0, record=record, progress=False)
+    assert report.ok, report
+    images = {images.images for images in report.lists}
+    assert images == {len(samples) for samples in expected.splits.values()}
 
 
 @pytest.mark.parametrize("it", REFUSED, ids=by_title)
