@@ -328,6 +328,21 @@ def test_submission_of_tensors_has_short_numbers(coco, tmp_path):
     assert len(json.dumps(result)) < 100
 
 
+def test_only_images_held_out_count(coco):
+    whole = open_detection(coco, "val")
+    part = open_detection(coco, "val[held-out=0.5]")
+    assert 0 < len(part) < len(whole)
+    records = []
+    for index in range(len(part)):
+        boxes, labels, ignored = part.annotations(index)
+        names = [part.classes[label] for label in labels[~ignored]]
+        boxes = boxes[~ignored].as_subclass(torch.Tensor)
+        records.append(Record(part.name(index), boxes, torch.ones(len(boxes)), names))
+    scores = ground_truth_of(part).score(records)
+    assert scores.json["coco"]["AP"] == 1
+    assert ground_truth_of(whole).score(records).json["coco"]["AR100"] < 1
+
+
 def test_coco_records_in_memory(coco):
     dataset = open_detection(coco, "val")
     assert score_records(COCO_RECORDS, dataset).json["coco"]["AP"] == 1

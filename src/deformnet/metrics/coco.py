@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -78,10 +78,16 @@ class COCOScores:
 
 
 def coco_scores(
-    annotation_file: Path | Sequence[Path], results: Sequence[Mapping[str, Any]]
+    annotation_file: Path | Sequence[Path],
+    results: Sequence[Mapping[str, Any]],
+    images: Collection[int] | None = None,
 ) -> COCOScores:
-    """Scores boxes in COCO's result format, of all classes together and of each; see `coco_ap`."""
-    evaluated = _evaluated(annotation_file, results, "bbox")
+    """Scores boxes in COCO's result format, of all classes together and of each; see `coco_ap`.
+
+    Args:
+        images: ids of the images that count; None for all.
+    """
+    evaluated = _evaluated(annotation_file, results, "bbox", images)
     categories = {c["id"]: c["name"] for c in evaluated.annotations["categories"]}
     ids: list[int] = evaluated.of.params.catIds  # in the order of the results
     classes = tuple(categories[number] for number in ids)
@@ -164,10 +170,15 @@ def _evaluated(
     annotation_file: Path | Sequence[Path],
     results: Sequence[Mapping[str, Any]],
     iou_type: Literal["bbox", "segm"],
+    only: Collection[int] | None = None,
 ) -> _Evaluated:
-    """Arguments and errors as of `coco_ap`."""
+    """Arguments and errors as of `coco_ap`; `only` are ids of the images that count."""
     files = [annotation_file] if isinstance(annotation_file, Path) else list(annotation_file)
     annotations = _joined([_read(file, iou_type) for file in files])
+    if only is not None:
+        only = set(only)
+        for key, number in (("images", "id"), ("annotations", "image_id")):
+            annotations[key] = [entry for entry in annotations[key] if entry[number] in only]
     images = {image["id"] for image in annotations["images"]}
     categories = {category["id"] for category in annotations["categories"]}
     detections = [_detection(i, result, iou_type) for i, result in enumerate(results)]

@@ -122,7 +122,7 @@ class COCOGroundTruth(GroundTruthSet):
 
     Args:
         files: one or more JSON files with the same categories.
-        images: the id of each image, by its name.
+        images: the id of each image, by its name; other images of the files do not count.
         classes: the id of each category, by its name.
     """
 
@@ -138,7 +138,7 @@ class COCOGroundTruth(GroundTruthSet):
     def score_results(self, results: Sequence[Mapping[str, Any]], source: str) -> DetectionScores:
         """Scores detections in COCO's result format; errors as of `score`."""
         try:
-            scores = coco_scores(self.files, results)
+            scores = coco_scores(self.files, results, self.images.values())
         except ValueError as error:
             raise UserError(f"{source}: {error}") from error
         with_detections = len({result["image_id"] for result in results})
