@@ -31,7 +31,7 @@ RANK = {part: rank for rank, parts in enumerate(RANKS) for part in parts}
 # The light core: whoever installs deformnet for an operator or a layer needs PyTorch alone.
 TORCH_ALONE = ("_errors", "_files", "_text", "ops", "nn", "analysis")
 PACKAGES = {
-    "models": {"torch", "torchvision", "safetensors", "numpy"},
+    "models": {"torch", "torchvision", "timm", "safetensors", "numpy"},
     "recipes": set(),  # the command line reads recipes before anything heavy is needed
 }
 IMPLEMENTATIONS = {"reference", "cpu", "triton"}

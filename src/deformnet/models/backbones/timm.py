@@ -114,7 +114,7 @@ class TimmFeatures(Backbone):
             shape = list(maps.shape) if isinstance(maps, Tensor) else type(maps).__name__
             expected = [1, channels, 64 // stride, 96 // stride]
             if shape != expected:
-                raise _unfit(name, f"features {shape} in the place of {expected}")
+                raise _unfit(name, f"features {shape} instead of {expected}")
         for hook in hooks:
             hook.remove()
         self.train()
