@@ -22,7 +22,7 @@ class Part(NamedTuple):
 
 _OTHER_NAMES = {
     "train": ("training",),
-    "val": ("valid", "validation", "dev", "test"),
+    "val": ("valid", "validation", "dev", "test", "testing"),
 }
 """Names under which a split may be found, the likeliest first; `test` if there is none to validate
 on."""
