@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from formats import FORMATS, VOID, Format, binary_masks, blood, labelimg, table, write
 from PIL import Image
-from small_sets import one_line
 
 from deformnet._errors import UserError
 from deformnet.data import open_detection, open_segmentation
 from deformnet.data.check import check_data
 from deformnet.data.files import read_image
+from small_sets import one_line
 
 PAGE = Path(__file__).parents[2] / "docs/own-data.md"
 READ = [it for it in FORMATS if not it.message]

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from faster_coco_eval.core import mask as rle
+from PIL import Image
 
 from deformnet.data import open_segmentation
 from deformnet.data.check import check_data
@@ -194,3 +195,13 @@ def test_union_of_coco(tmp_path, content):
     images = open_segmentation(tmp_path, "train+val")
     assert len(images) == 6
     assert images[3][1].equal(images[0][1])
+
+
+def test_images_of_another_size_than_annotated_are_refused(tmp_path):
+    write_coco(tmp_path, coco_content(), "train", "train")
+    images = open_segmentation(tmp_path, "train")
+    path = images.image_path(0)
+    height, width = images[0][1].shape
+    Image.new("RGB", (2 * width, height)).save(path)
+    with one_line(path, f"expected the annotated size {width}x{height}"):
+        images[0]

@@ -35,7 +35,9 @@ from deformnet.engine.runs import (
 from deformnet.engine.settings import LoopOptions
 from deformnet.engine.validation import Validator
 from deformnet.recipes import DeepLabRecipe
+from deformnet.tasks import task_of
 from deformnet.tasks.base import Scores
+from small_sets import save_labels
 
 RECIPE = small(
     DeepLabRecipe,
@@ -317,3 +319,21 @@ def test_two_processes_validate_as_one(shapes, tmp_path):
     for key in ("model", "unaveraged"):
         for name, tensor in states[0][key].items():
             torch.testing.assert_close(states[1][key][name], tensor, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "validation", "dev", "test"])
+def test_a_validation_split_has_any_usual_name(name, tmp_path):
+    for split in ("train", name):
+        for kind in ("images", "masks"):
+            save_labels(tmp_path / split / kind / "a.png", 1)
+    task = task_of(RECIPE)
+    assert not training._lacks(task, tmp_path, "val")
+    assert len(task.evaluation_set(tmp_path, "val")) == 1
+    shutil.rmtree(tmp_path / name)
+    assert training._lacks(task, tmp_path, "val")
+
+
+def test_scores_that_are_no_numbers_are_never_the_best():
+    validator = Validator(None, LoopOptions(), 8, 0)
+    assert not validator.add(1, math.nan)
+    assert validator.add(2, 10.0)

@@ -514,3 +514,16 @@ def test_bad_ground_truth(voc, coco, tmp_path):
         file.write_text(text)
         with one_line(UserError, file):
             score(path, file)
+
+
+def test_categories_without_objects_above_the_others_do_not_count(tmp_path):
+    objects = [coco_object(1, 1, 1, [0, 0, 9, 9]), coco_object(2, 1, 2, [2, 2, 9, 9])]
+    content = coco_annotations({1: "a.jpg"}, {0: "things", 1: "x", 2: "y"}, objects)
+    for category in content["categories"]:
+        category["supercategory"] = "none" if category["id"] == 0 else "things"
+    write_coco(tmp_path, content, "val", "val")
+    dataset = open_detection(tmp_path, "val")
+    assert dataset.classes == ("x", "y")
+    scores = ground_truth_of(dataset).score([record("a", ("x", 0.9, 0, 0, 9, 9))])
+    assert scores.json["classes"] == 2
+    assert list(scores.json["per_class"]) == ["x", "y"]

@@ -114,3 +114,10 @@ def test_names_that_differ_in_their_suffix_have_their_own_results(tmp_path):
         (tmp_path / name).touch()
     results = {file.name: file.result for file in find_images([tmp_path])}
     assert results == {"x.jpg": "x.jpg", "x.png": "x.png", "y.z.jpg": "y.z", "s/x.jpg": "s/x"}
+
+
+def test_opened_16_bit_images_keep_their_upper_bits(tmp_path):
+    path = tmp_path / "deep.png"
+    Image.fromarray(np.full((4, 5), 30000, np.uint16)).save(path)
+    with Image.open(path) as image:
+        assert torch.equal(as_image(image), as_image(path))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from torch.utils.data import Dataset, IterableDataset, Subset
+from torchvision import tv_tensors
 
 import deformnet
 from deformnet import UserError
@@ -281,3 +282,19 @@ def test_own_data_from_training_to_a_prediction(kind, tmp_path):
     assert deformnet.train(recipe, own(kind), tmp_path, **train).scores is None, "no val_data"
     with pytest.raises(UserError, match="on the same data"):
         deformnet.train(recipe, own(kind, count=13), tmp_path, **train)
+
+
+def test_boxes_in_other_formats():
+    given = tv_tensors.BoundingBoxes(
+        [[10.0, 6, 20, 30]], format="XYWH", canvas_size=(40, 60), dtype=torch.float32
+    )
+    data = own("boxes", boxes(boxes=given, labels=[0]))
+    (learned,) = training_set("boxes", data, flip=False, short_side=40).batch([0], [0]).targets
+    assert learned.boxes.tolist() == [[10, 6, 30, 36]]
+
+
+def test_pil_images_keep_the_orientation_of_their_boxes():
+    photo = Image.fromarray(noise(40, 60).permute(1, 2, 0).numpy())
+    photo.getexif()[0x0112] = 6
+    images = training_set("boxes", Own([(photo, boxes())]), flip=False, short_side=40)
+    assert images.batch([0], [0]).images.shape[-2:] == (40, 60)

@@ -16,6 +16,7 @@ from deformnet.data.files import (
     is_rotated,
     read_image,
     read_size,
+    size_error,
     size_text,
 )
 from deformnet.data.flat import StringList
@@ -136,12 +137,12 @@ class SegmentationDataset(VisionDataset):
             UserError: one line that names the file, for an unreadable image or label map, a label
                 map of another size than its image, and labels without a class.
         """
-        image = read_image(
-            self.image_path(index),
-            orientation=self.orientation,
-            annotated=self.annotated_size(index),
-        )
-        mask = self.labels(index, (image.shape[1], image.shape[2]))
+        path, annotated = self.image_path(index), self.annotated_size(index)
+        image = read_image(path, orientation=self.orientation, annotated=annotated)
+        size = image.shape[1], image.shape[2]
+        if self._reader is None and annotated not in (None, size):  # polygons fit any size
+            raise UserError(f"{path}: {size_error(path, size, annotated)}")
+        mask = self.labels(index, size)
         pair = tv_tensors.Image(image), tv_tensors.Mask(mask)
         return pair if self.transforms is None else self.transforms(*pair)
 

@@ -74,10 +74,7 @@ def read_image(
     with _opened(path) as image:
         turn = _turn(image, orientation, annotated)
         _load(path, image)
-        if image.mode.startswith("I;16"):
-            # Pillow would turn every value above 255 into white.
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        image = image.convert("RGB")
+        image = to_rgb(image)
         pixels = np.array(image if turn is None else image.transpose(turn))
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
@@ -167,6 +164,14 @@ def is_rotated(path: str | Path) -> bool:
     """Whether an EXIF orientation turns or flips the stored pixels; errors as `read_image`."""
     with _opened(path) as image:
         return _exif_orientation(image) in _TURNS
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The image in RGB; of 16-bit images, the upper 8 bits."""
+    if image.mode.startswith("I;16"):
+        # Pillow would turn every value above 255 into white.
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def size_error(path: Path, size: Size, annotated: Size) -> str:

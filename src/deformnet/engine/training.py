@@ -22,7 +22,8 @@ from torch.optim import SGD, AdamW, Optimizer
 from deformnet._errors import UserError
 from deformnet._files import write_json
 from deformnet.analysis.health import has_deformable_layers
-from deformnet.data.location import Location
+from deformnet.data.location import DataFiles, Location
+from deformnet.data.splits import resolve
 from deformnet.engine.averaging import AveragedNetwork
 from deformnet.engine.evaluation import score, shared_facts
 from deformnet.engine.header import header
@@ -50,7 +51,7 @@ from deformnet.engine.validation import Validator, pictures_of
 from deformnet.nn import parameter_groups
 from deformnet.recipes import Recipe
 from deformnet.tasks import task_of
-from deformnet.tasks.base import Batch, DataIdentity, EvaluationSet, Task, TaskOptions
+from deformnet.tasks.base import Batch, DataIdentity, Task, TaskOptions
 from deformnet.tasks.own import Data
 
 
@@ -97,8 +98,7 @@ def train(
         epochs: passes over the training images, instead of the recipe's iterations.
         continue_to: iterations to train the run in `out` to, finished or not, instead of the
             recipe's. The learning rate follows the schedule of the new number from the iteration
-            that the run has reached. After a run that ended for lack of improvement, patience
-            starts anew.
+            that the run has reached. With another number than before, patience starts anew.
         hardware: processes and devices.
         loop: checkpoints, logs and memory.
     Returns:
@@ -119,9 +119,15 @@ def train(
     task = task_of(recipe, TaskOptions(proposals=tuple(map(Path, proposals))))
     images = task.training_set(data, split)
     recipe = _with_iterations(recipe, len(images), epochs, continue_to)
+    if isinstance(val_data, DataFiles) and val_split == "val":
+        val_split = "train"  # images and annotations that lie apart are one split
+    elif val_data is None and isinstance(data, Location) and _lacks(task, data, val_split):
+        val_split = None
     if val_data is None and isinstance(data, Location):
         val_data = data
-    validation = _validation(task, val_data, val_split, images.identity)
+    validation = None
+    if val_data is not None and val_split is not None:
+        validation = task.evaluation_set(val_data, val_split, images.identity)
     if validation is None and loop.patience is not None:
         raise UserError("expected a validation split for patience, but there is none")
     checkpoint = _checkpoint_of(out, recipe, images.identity, further=continue_to is not None)
@@ -186,15 +192,9 @@ def _alone(run: Path, fabric: Fabric) -> AbstractContextManager[None]:
     return locked(run) if fabric.is_global_zero else nullcontext()
 
 
-def _validation(
-    task: Task, data: Data | None, split: str | None, trained_on: DataIdentity
-) -> EvaluationSet | None:
-    """The images to evaluate on; None for none, also if the default split is missing."""
-    if data is None or split is None:
-        return None
-    if isinstance(data, Location) and split == "val" and split not in task.splits(data):
-        return None
-    return task.evaluation_set(data, split, trained_on)
+def _lacks(task: Task, data: Location, split: str | None) -> bool:
+    """Whether a data set lacks the default validation split, by any of its usual names."""
+    return split == "val" and resolve(splits := task.splits(data), split) not in splits
 
 
 class _Run:

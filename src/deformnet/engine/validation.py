@@ -84,6 +84,8 @@ class Validator:
     def add(self, iteration: int, value: float | None) -> bool:
         """Notes the main score of an iteration; whether it is the best so far."""
         best = self.validated["best"]
+        if value is not None and not math.isfinite(value):
+            value = None
         improved = value is not None and (best is None or value > best)
         if improved:
             self.validated = {

@@ -81,16 +81,17 @@ def coco_scores(
     annotation_file: Path | Sequence[Path],
     results: Sequence[Mapping[str, Any]],
     images: Collection[int] | None = None,
+    categories: Collection[int] | None = None,
 ) -> COCOScores:
     """Scores boxes in COCO's result format, of all classes together and of each; see `coco_ap`.
 
     Args:
-        images: ids of the images that count; None for all.
+        images, categories: ids of those that count; None for all.
     """
-    evaluated = _evaluated(annotation_file, results, "bbox", images)
-    categories = {c["id"]: c["name"] for c in evaluated.annotations["categories"]}
+    evaluated = _evaluated(annotation_file, results, "bbox", images, categories)
+    names = {c["id"]: c["name"] for c in evaluated.annotations["categories"]}
     ids: list[int] = evaluated.of.params.catIds  # in the order of the results
-    classes = tuple(categories[number] for number in ids)
+    classes = tuple(names[number] for number in ids)
     # [IoU thresholds, recalls, classes, sizes, limits of detections]; -1 for no objects.
     results_of = evaluated.of.eval
     precision, recall = (
@@ -115,7 +116,7 @@ def coco_scores(
     return COCOScores(
         evaluated.numbers(),
         {name: {key: values[k] for key, values in means.items()} for k, name in enumerate(classes)},
-        {categories[number]: objects[number] for number in ids},
+        {names[number]: objects[number] for number in ids},
         PrecisionRecall(
             classes,
             precision[0, :, :, 0, -1].T,
@@ -170,15 +171,21 @@ def _evaluated(
     annotation_file: Path | Sequence[Path],
     results: Sequence[Mapping[str, Any]],
     iou_type: Literal["bbox", "segm"],
-    only: Collection[int] | None = None,
+    only_images: Collection[int] | None = None,
+    only_categories: Collection[int] | None = None,
 ) -> _Evaluated:
-    """Arguments and errors as of `coco_ap`; `only` are ids of the images that count."""
+    """Arguments and errors as of `coco_ap`; None keeps all images or categories."""
     files = [annotation_file] if isinstance(annotation_file, Path) else list(annotation_file)
     annotations = _joined([_read(file, iou_type) for file in files])
-    if only is not None:
-        only = set(only)
-        for key, number in (("images", "id"), ("annotations", "image_id")):
-            annotations[key] = [entry for entry in annotations[key] if entry[number] in only]
+    for key, number, kept in (
+        ("images", "id", only_images),
+        ("annotations", "image_id", only_images),
+        ("categories", "id", only_categories),
+        ("annotations", "category_id", only_categories),
+    ):
+        if kept is not None:
+            kept = set(kept)
+            annotations[key] = [entry for entry in annotations[key] if entry[number] in kept]
     images = {image["id"] for image in annotations["images"]}
     categories = {category["id"] for category in annotations["categories"]}
     detections = [_detection(i, result, iou_type) for i, result in enumerate(results)]

@@ -138,7 +138,7 @@ class COCOGroundTruth(GroundTruthSet):
     def score_results(self, results: Sequence[Mapping[str, Any]], source: str) -> DetectionScores:
         """Scores detections in COCO's result format; errors as of `score`."""
         try:
-            scores = coco_scores(self.files, results, self.images.values())
+            scores = coco_scores(self.files, results, self.images.values(), self._ids.values())
         except ValueError as error:
             raise UserError(f"{source}: {error}") from error
         with_detections = len({result["image_id"] for result in results})

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from deformnet._errors import UserError
-from deformnet.data.files import read_image
+from deformnet.data.files import read_image, to_rgb
 from deformnet.tasks.video import VIDEO_SUFFIXES, require_reader
 
 ImageInput = str | Path | Image.Image | np.ndarray | Tensor
@@ -38,7 +38,7 @@ def as_image(image: ImageInput, *, upright: bool = True) -> Tensor:
         return read_image(Path(image).expanduser(), orientation=orientation)
     if isinstance(image, Image.Image):
         turned = ImageOps.exif_transpose(image) if upright else image
-        return torch.from_numpy(np.array(turned.convert("RGB"))).permute(2, 0, 1).contiguous()
+        return torch.from_numpy(np.array(to_rgb(turned))).permute(2, 0, 1).contiguous()
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
             raise ValueError(

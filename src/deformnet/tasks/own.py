@@ -1,6 +1,7 @@
 """A torch data set of the user's own, in the form in which tasks take images.
 
-Item i is (image, target). The image is a PIL image or uint8 [3, H, W]; the target is
+Item i is (image, target). The image is uint8 [3, H, W] or a PIL image, whose EXIF orientation is
+ignored; the target is
 
 - a mask, for segmentation: integers [H, W], class indices or 255 (void);
 - a dict, for detection: `boxes` [n, 4], x1, y1, x2, y2 in pixels, `labels` [n], class indices, and
@@ -22,6 +23,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
+from torchvision.transforms.v2.functional import convert_bounding_box_format
 
 from deformnet._errors import UserError
 from deformnet.data.base import IGNORE
@@ -29,6 +31,8 @@ from deformnet.data.boxes import BoxAnnotations
 from deformnet.data.files import listing
 from deformnet.data.location import Location
 from deformnet.tasks.images import as_image
+
+_CORNERS = tv_tensors.BoundingBoxFormat.XYXY
 
 Data = Location | Dataset[Any]
 
@@ -88,7 +92,7 @@ class OwnData:
             raise self._error(index, f"(image, target), but got {_described(item)}")
         image, target = item
         try:
-            return tv_tensors.Image(as_image(image)), target
+            return tv_tensors.Image(as_image(image, upright=False)), target
         except (TypeError, ValueError) as error:
             hint = "; the recipe normalizes images" if _is_float(image) else ""
             raise UserError(f"{self.root}[{index}]: {error}{hint}") from error
@@ -161,11 +165,13 @@ class OwnBoxes(OwnData):
         clipped = boxes.clamp(min=0).minimum(bounds)
         kept = (clipped[:, 2:] > clipped[:, :2]).all(dim=1)
         wrapped = tv_tensors.BoundingBoxes(  # pyright: ignore[reportCallIssue] (it has a __new__)
-            clipped[kept], format=tv_tensors.BoundingBoxFormat.XYXY, canvas_size=(height, width)
+            clipped[kept], format=_CORNERS, canvas_size=(height, width)
         )
         return image, BoxAnnotations(wrapped, labels[kept], ignored[kept])
 
     def _boxes(self, index: int, given: Any) -> Tensor:
+        if isinstance(given, tv_tensors.BoundingBoxes):
+            given = convert_bounding_box_format(given, new_format=_CORNERS)
         boxes = _tensor(given)
         if boxes is not None and not boxes.numel():
             boxes = boxes.reshape(0, 4)
