@@ -203,5 +203,5 @@ def test_images_of_another_size_than_annotated_are_refused(tmp_path):
     path = images.image_path(0)
     height, width = images[0][1].shape
     Image.new("RGB", (2 * width, height)).save(path)
-    with one_line(path, f"expected the annotated size {width}x{height}"):
+    with one_line(ValueError, path, f"expected the annotated size {width}x{height}"):
         images[0]
