@@ -253,7 +253,7 @@ def test_images_beyond_the_memory_cost_themselves(predictor, tmp_path, monkeypat
 def test_images_too_long_for_jpeg_cost_themselves(predictor, tmp_path):
     paths = [save(tmp_path / "a.png", noise(1, 66000)), save(tmp_path / "b.png", noise(20, 30))]
     problems = written(predictor, paths, tmp_path / "out")
-    assert problems[0].startswith(f"{paths[0]}: no picture can be made of it (")
+    assert problems[0].startswith(f"{paths[0]}: cannot write a picture of it (")
     assert problems[1] is None
 
 
@@ -304,7 +304,7 @@ def test_videos_without_a_reader(tmp_path, monkeypatch):
     for name in ("torchcodec", "torchcodec.decoders", "av", "cv2"):
         monkeypatch.setitem(sys.modules, name, None)
     (tmp_path / "a.mp4").touch()
-    message = "none of torchcodec, PyAV and OpenCV is installed: pip install av"
+    message = "none of torchcodec, PyAV and OpenCV is installed; run `pip install av`"
     with pytest.raises(UserError, match=message):
         find_images([tmp_path], videos=True)
 
