@@ -211,7 +211,7 @@ def test_inputs_are_never_overwritten(predictor, tmp_path):
     before = path.read_bytes()
     (tmp_path / "link").symlink_to(tmp_path / "photos")
     for out in (tmp_path / "photos", tmp_path / "link"):
-        with pytest.raises(UserError, match=r"the results of .* would overwrite .*x\.jpg"):
+        with pytest.raises(UserError, match=r"those of .* would overwrite .*x\.jpg"):
             predictor.write(find_images([pictures]), out)
     assert path.read_bytes() == before
     # The second time, the results of the first are not among the images.
@@ -260,7 +260,9 @@ def test_images_too_long_for_jpeg_cost_themselves(predictor, tmp_path):
 def test_pipes_are_not_read(predictor, tmp_path):
     os.mkfifo(tmp_path / "pipe.jpg")
     problems = written(predictor, [tmp_path / "pipe.jpg"], tmp_path / "out")
-    assert problems == [f"{tmp_path / 'pipe.jpg'}: expected an image file"]
+    assert problems == [
+        f"{tmp_path / 'pipe.jpg'}: expected an image file, but got a folder, a pipe or a device"
+    ]
 
 
 class Decoder:
