@@ -65,8 +65,8 @@ class Recipe(ABC):
     """Backbone network: resnet18, resnet34, resnet50, resnet101, aligned-inception-resnet, or
     timm/NAME for a convolutional network of timm."""
     deform_layers: int = 3
-    """Number of deformable 3x3 convolutions, counted from the last; 0 is the baseline. Of timm's
-    networks, convolutions of any size larger than 1x1 count."""
+    """Number of deformable 3x3 convolutions, counted from the last; 0 is the baseline. For timm
+    networks, all convolutions larger than 1x1 count."""
     offset_groups: int = 1
     """Number of offset groups: groups of channels with their own offsets."""
     modulated: bool = False
@@ -77,14 +77,15 @@ class Recipe(ABC):
     """For ResNet-50 and 101: put the stride in the 1x1 convolutions, as the weights of the authors
     and of older detectron2 models expect, not in the 3x3 convolutions, as torchvision does."""
     init: str | None = None
-    """Initial weights of the backbone: a run folder, a file, an installed package that holds one, a
-    torchvision name such as IMAGENET1K_V1, or timm (its hub); None initializes randomly."""
+    """Initial weights of the backbone: a run folder, a file, an installed package that contains
+    one, a torchvision name such as IMAGENET1K_V1, or timm (timm's hub); None initializes
+    randomly."""
 
     flip: bool = True
     """Flip images horizontally with probability 0.5."""
     orientation: Literal["auto", "stored", "upright"] = "auto"
-    """Orientation of images with an EXIF flag: as stored, upright, or whichever fits the annotated
-    image size (auto; upright where both fit)."""
+    """Orientation of images with an EXIF orientation tag: stored, upright, or auto, which selects
+    the one that matches the annotated image size (upright if both match)."""
 
     batch: int = 8
     """Batch size: images per iteration, over all processes."""
@@ -107,8 +108,8 @@ class Recipe(ABC):
     clip: float | None = None
     """Maximum gradient norm for clipping; None disables clipping."""
     ema: float | None = None
-    """Decay of the exponential moving average of the weights, which is then the trained network;
-    None disables averaging."""
+    """Decay of the exponential moving average (EMA) of the weights, which is then the trained
+    network; None disables averaging."""
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     """Training precision: float32, or mixed with bfloat16 or float16."""
     seed: int = 0
@@ -144,7 +145,7 @@ class Recipe(ABC):
             raise UserError(f"expected ema to be between 0 and 1, but got {self.ema}")
         if self.optimizer == "adamw" and not self.momentum < 1:
             raise UserError(
-                f"expected momentum to be below 1, as beta1 of adamw, but got {self.momentum}"
+                f"expected momentum (beta1 of AdamW) to be below 1, but got {self.momentum}"
             )
         if self.stride_in_1x1 and self.backbone not in ("resnet50", "resnet101"):
             raise UserError(
@@ -203,12 +204,12 @@ class Recipe(ABC):
         return dataclasses.replace(self, deform_layers=0)
 
     def fitted(self, short_side: int) -> Self:
-        """Returns the recipe for images of this size, with augmentation; see `finetune`."""
+        """Returns the recipe adapted to images of this size, with augmentation; see `finetune`."""
         return self
 
     @classmethod
     def published(cls) -> "Recipe":
-        """Returns the paper's settings of the network, on VOC or ImageNet."""
+        """Returns the paper's settings for the network on VOC or ImageNet."""
         return cls()
 
     def lr_factor(self, iteration: int) -> float:
@@ -318,10 +319,10 @@ class DenseRecipe(Recipe):
     max_side: int | None = 1000
     """Maximum longer side after resizing, in pixels, which takes precedence; None for no limit."""
     scale_jitter: tuple[float, float] | None = None
-    """Minimum and maximum factor of random resizing in training, relative to the size above; None
-    disables it."""
+    """Minimum and maximum factor of random resizing during training, relative to the size above;
+    None disables it."""
     color_jitter: bool = False
-    """Change brightness, contrast, saturation and hue randomly in training."""
+    """Randomly change brightness, contrast, saturation and hue during training."""
     crop: tuple[int, int] | None = None
     """Height and width of the random training crop, in pixels; None trains on whole images."""
 
@@ -405,7 +406,7 @@ class DetectorRecipe(DenseRecipe):
                 raise UserError(f"expected {name} to be 0 to 1, but got {getattr(self, name)}")
 
     def fitted(self, short_side: int) -> Self:
-        """Returns it also with anchors from 16 pixels to the size of the image."""
+        """Returns the adapted recipe, with anchors from 16 pixels up to the image size as well."""
         sizes = tuple(size for size in (16, 32, 64, 128, 256) if size <= short_side)
         return dataclasses.replace(super().fitted(short_side), anchor_sizes=sizes)
 
@@ -606,20 +607,20 @@ def finetune(
     backbone: BackboneName = "resnet50",
     init: str | None = "IMAGENET1K_V1",
 ) -> _RecipeT:
-    """Settings for your own data: from pretrained weights, for some hundreds of images or more.
+    """Settings for fine-tuning on your own data: pretrained weights, a few hundred images or more.
 
-    40 passes over the images, but 1,000 to 30,000 iterations; SGD with a cosine schedule, averaged
-    weights, and color and scale jitter. Offsets learn at a tenth of the rate, and gradients are
-    clipped, so that sampling locations stay on the feature map. Batch norm is frozen, because
-    batches are small; from random weights it has to be trained.
+    Trains for 40 passes over the images, but at least 1,000 and at most 30,000 iterations, with
+    SGD, a cosine schedule, averaged weights, and color and scale jitter. Offset layers use a tenth
+    of the learning rate, and gradients are clipped, so that sampling locations stay on the feature
+    map. Batch norm is frozen because batches are small; with random weights, it is trained.
 
     Args:
         recipe: the network's class.
         images: number of training images.
-        short_side: typical shorter side of the images, in pixels. Training resizes to that, within
-            bounds: 160 to 480, on a CPU to 240.
+        short_side: typical shorter side of the images, in pixels. Training images are resized to
+            it, clamped to 160 to 480 (on a CPU, 160 to 240).
         gpu: whether to train on a GPU.
-        batch: batch size; None takes that of the network, on a CPU half of it.
+        batch: batch size; None uses the network's default, halved on a CPU.
         backbone: backbone network.
         init: initial weights of the backbone; None for random ones.
     """

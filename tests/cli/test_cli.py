@@ -220,7 +220,7 @@ def test_settings_for_own_data_by_default(shapes, tmp_path, capsys):
     train += ["--log-every", "1", "--accelerator", "cpu", "--workers", "0"]
     main([*train, "--continue-to", "4"])
     printed = capsys.readouterr()
-    assert "resumes after iteration 2 of 4" in printed.out
+    assert "resuming after iteration 2 of 4" in printed.out
     for line in ("training: 3 of 4, loss ", "training: 4 of 4, loss ", "training: mean IoU "):
         assert line in printed.err
     assert json.loads((out / "recipe.json").read_text()) == recipe | {"iterations": 4}

@@ -62,15 +62,15 @@ def test_boxes_are_counted(detector, photos, tmp_path, capsys):
     ]
 
 
-def test_the_best_score_is_said_where_no_box_has_enough(detector, photos, tmp_path, capsys):
+def test_highest_score_is_printed_if_no_box_is_drawn(detector, photos, tmp_path, capsys):
     lines = said(capsys, photos, "--out", tmp_path / "out")
     assert lines[1] == (
-        "no box has a score of at least 0.5, so none is drawn; the best one has 0.420, in a.png: "
+        "no boxes drawn: none has a score of at least 0.5; the highest score is 0.420, in a.png: "
         "try a lower --threshold"
     )
     detector.score = 0.0
     lines = said(capsys, photos, "--out", tmp_path / "out")
-    assert lines[1].endswith("so none is drawn; there is no box at all")
+    assert lines[1].endswith("none has a score of at least 0.5; the network predicted no boxes")
 
 
 @pytest.mark.parametrize(

@@ -259,7 +259,7 @@ def _coco(
     *,
     polygons: bool = False,
 ) -> str:
-    """A json file of COCO; `above` is the class that Roboflow puts above all others."""
+    """A JSON file of COCO; `above` is the class that Roboflow puts above all others."""
     categories = [{"id": i, "name": name} for i, name in enumerate(classes, start=1)]
     if above:
         categories = [{"id": 0, "name": above, "supercategory": "none"}] + [
@@ -723,7 +723,7 @@ def class_folders(root: Path, data: Path) -> Written:
     return Written(tuple(sorted({it.names[0] for it in samples.values()})), {"train": samples})
 
 
-_EXPECTED = "expected a data set with a json file of COCO"
+_EXPECTED = "expected a data set with a COCO JSON file"
 
 FORMATS = (
     Format("labelImg", "`a.jpg`, `a.xml`", "rfcn", labelimg),
@@ -763,33 +763,32 @@ FORMATS = (
     Format("Class folders", "`CLASS/*.png`", "classifier", class_folders),
     Format(
         *("YOLO, no names", "`images/`, `labels/`", "rfcn", yolo_unnamed),
-        message="{root}: expected the names of the classes in data.yaml, classes.txt or obj.names, "
-        "but found none; write them, one per line, to {root}/classes.txt",
+        message="{root}: expected class names in data.yaml, classes.txt or obj.names, but found "
+        "none; write them, one per line, to {root}/classes.txt",
         by_hand="1: write them",
     ),
     Format(
         *("Masks of instances", "`images/`, `masks/`", "deeplab", instance_masks),
-        message="{root}/classes.txt: no such file; expected names of the classes, one per line "
-        "from id 0, since the masks hold ids up to 3; if they number objects, save the id of the "
-        "class instead",
+        message="{root}/classes.txt: no such file; expected class names, one per line from id 0, "
+        "since the masks contain ids up to 3; if the ids number objects, save class ids instead",
         by_hand="5: a script",
     ),
     Format(
         *("CVAT for images", "`annotations.xml`, `images/`", "rfcn", cvat_xml),
-        message="{root}: found 12 images, 1 XML files of CVAT; the folder holds annotations.xml, "
+        message="{root}: found 12 images, 1 CVAT XML files; the folder contains annotations.xml, "
         f"images; export them as COCO or YOLO; {_EXPECTED}",
         by_hand="2: export again",
     ),
     Format(
         *("Table of boxes", "`labels.csv`, `images/`", "rfcn", table_of_boxes),
-        message="{root}: found 12 images, 1 tables (.csv); the folder holds images, labels.csv; "
+        message="{root}: found 12 images, 1 tables (.csv); the folder contains images, labels.csv; "
         f"convert the tables to COCO; {_EXPECTED}",
         by_hand="10: a script",
     ),
     Format(
         *("Boxes for DeepLab", "`a.jpg`, `a.xml`", "deeplab", labelimg),
-        message="{root}: found boxes, no masks: train rfcn or another detector, or add masks "
-        "(expected a data set with leftImg8bit/ and gtFine/",
+        message="{root}: expected masks, but found boxes; train rfcn or another detector, or add "
+        "masks (expected a data set with leftImg8bit/ and gtFine/",
         by_hand="0: train rfcn",
     ),
 )

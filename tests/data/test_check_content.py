@@ -204,7 +204,7 @@ def test_boxes_with_nothing_to_learn_from(boxes, objects):
         path.write_text(voc_xml(*objects))
     report = check(boxes)
     (problem,) = report.problems
-    assert problem.startswith("train: nothing to learn from: its 2 images have no object")
+    assert problem.startswith("train: nothing to learn from: its 2 images have no objects")
 
 
 def test_coco_with_nothing_to_learn_from(tmp_path):
@@ -215,7 +215,7 @@ def test_coco_with_nothing_to_learn_from(tmp_path):
     }.items():
         root = write_coco(tmp_path / name, content).parents[1]
         (problem,) = check(root).problems
-        assert "nothing to learn from: its 2 images have no object" in problem
+        assert "nothing to learn from: its 2 images have no objects" in problem
     content = coco_of(2, 0)
     del content["annotations"]
     path = write_coco(tmp_path / "test", content)
@@ -273,15 +273,15 @@ def test_binary_masks(tmp_path):
     assert report.ok
     assert counts(report) == {"train (masks)": {"background": 192, "person": 192}}
     (line,) = report.remarks
-    assert line.endswith("masks hold 0 and 255 only: 255 is read as label 1, person")
+    assert line.endswith("masks contain only 0 and 255: 255 is read as label 1, person")
     (root / "classes.txt").write_text("background\nperson\ncow\n")
     (problem,) = check(root).problems
-    assert "the masks hold 0 and 255 only, and 255 is void here" in problem
+    assert "they contain only 0 and 255, and 255 is void" in problem
 
 
 @pytest.mark.parametrize(
     ("box", "remark"),
-    [((0.2, 0.2, 0.9, 0.9), "lies within 0 to 1"), ((2, 2, 90, 9), "reaches far outside")],
+    [((0.2, 0.2, 0.9, 0.9), "is within 0 to 1"), ((2, 2, 90, 9), "extends far outside")],
 )
 def test_boxes_in_other_units(tmp_path, box, remark):
     x1, y1, x2, y2 = box
@@ -407,7 +407,10 @@ def test_xml_with_entities(boxes):
     (boxes / "train/a.xml").write_text(bomb)
     report = check(boxes)
     (problem,) = report.problems
-    assert problem == "train/a.xml: expected XML without DOCTYPE and entities"
+    assert (
+        problem
+        == "train/a.xml: expected XML without DOCTYPE and entities, but found one; remove it"
+    )
 
 
 @pytest.mark.parametrize(
@@ -451,7 +454,7 @@ def test_links_in_a_circle(tmp_path):
             problems = check(place).problems
         except UserError as error:
             problems = [str(error)]
-        assert any("link to a folder that it is in" in line for line in problems)
+        assert any("link to a folder that contains it" in line for line in problems)
         assert all("\n" not in line for line in problems)
 
 

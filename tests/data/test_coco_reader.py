@@ -128,7 +128,7 @@ def test_boxes_without_area_are_dropped(tmp_path, content, box, caplog):
 def test_numbers_that_json_does_not_have(tmp_path, content, number):
     content["annotations"][0]["bbox"] = [number, 1, 5, 5]
     path = write_coco(tmp_path, content)
-    with one_line(ValueError, path, "expected numbers as JSON has them"):
+    with one_line(ValueError, path, "expected finite numbers"):
         COCODetection(tmp_path, "train")
 
 
@@ -190,7 +190,7 @@ def test_no_python_object_per_image(coco, content):
 def test_broken_or_truncated_json(coco, file, text):
     whole = file.read_bytes()
     file.write_bytes(text if isinstance(text, bytes) else whole[: int(text * len(whole))])
-    with one_line(ValueError, file, "not readable as json"):
+    with one_line(ValueError, file, "not readable as JSON"):
         COCODetection(coco, "train")
 
 

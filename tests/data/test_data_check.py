@@ -340,7 +340,7 @@ def test_wrong_coco(coco):
     assert text.count("\n") == 2
     path.write_text("{")
     (line,) = check(coco).problems
-    assert "not readable as json" in line
+    assert "not readable as JSON" in line
 
 
 def test_wrong_lists_of_voc(voc):

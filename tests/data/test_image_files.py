@@ -286,8 +286,8 @@ def test_names_that_leave_the_folder(tmp_path, name):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "not readable as json"),
-        ("", "not readable as json"),
+        ("{", "not readable as JSON"),
+        ("", "not readable as JSON"),
         ("[" * 1_000_000, "nested too deeply"),
         ('{"a":' * 1_000_000, "nested too deeply"),
         ("[NaN]", "NaN"),
@@ -308,7 +308,7 @@ def test_bad_json(tmp_path, content, message):
 
 def test_json_of_other_encoding(tmp_path):
     (tmp_path / "a.json").write_bytes('{"a": "ä"}'.encode("utf-16"))
-    with one_line(ValueError, tmp_path / "a.json", "not readable as json"):
+    with one_line(ValueError, tmp_path / "a.json", "not readable as JSON"):
         read_json(tmp_path / "a.json")
 
 

@@ -23,7 +23,7 @@ def shape(label, kind, points, **more):
 
 
 def write(path, *shapes, image=None, size=(12, 16), **more):
-    """Writes a json file for an image of 12 x 16 (height, width)."""
+    """Writes a JSON file for an image of 12 x 16 (height, width)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {
         "version": "5.4.1",
@@ -108,14 +108,14 @@ def test_name_of_the_json_file_before_image_path(one):
     report = check_data(one, record=one.parent / "record", workers=0, progress=False)
     assert report.ok
     assert "imagePath is 'old.jpg'; readers take a.jpg" in " ".join(report.remarks)
-    assert "1 images have no json file" in " ".join(report.remarks)
+    assert "1 images have no JSON file" in " ".join(report.remarks)
     (one / "a.jpg").unlink()
     assert open_detection(one, "train").image_path(0) == one / "old.jpg"
 
 
 def test_image_of_two_files(one):
     write(one / "b.json", RECTANGLE, image="a.jpg")
-    with one_line(ValueError, one / "b.json", "a.jpg is also that of a.json"):
+    with one_line(ValueError, one / "b.json", "a.jpg is also annotated by a.json"):
         open_detection(one, "train")
 
 
@@ -201,8 +201,8 @@ def test_classes_of_all_splits(tmp_path):
 @pytest.mark.parametrize(
     ("content", "parts"),
     [
-        ("{", ["not readable as json"]),
-        ("[" * 100000, ["not readable as json"]),
+        ("{", ["not readable as JSON"]),
+        ("[" * 100000, ["not readable as JSON"]),
         ('{"shapes": [{"points": NaN}]}', ["but got NaN"]),
         ('{"shapes": 3}', ["list of shapes"]),
         ('{"shapes": [4]}', ["shape 1", "with a label"]),

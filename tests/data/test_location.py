@@ -106,9 +106,11 @@ def test_masks(photos, tmp_path, writer, count):
 
 def test_what_is_there_instead(photos, tmp_path):
     boxes, masks = write_xml(tmp_path / "boxes"), write_masks(tmp_path / "masks")
-    with one_line(FileNotFoundError, "found boxes, no masks: train rfcn or another detector"):
+    with one_line(
+        FileNotFoundError, "expected masks, but found boxes; train rfcn or another detector"
+    ):
         open_segmentation(DataFiles(photos, boxes), "train")
-    with one_line(FileNotFoundError, "found masks, no boxes: train deeplab"):
+    with one_line(FileNotFoundError, "expected boxes, but found masks; train deeplab"):
         open_detection(DataFiles(photos, masks), "train")
     write(tmp_path / "notes/a.csv", "1,2")
     with one_line(FileNotFoundError, "expected boxes", "COCO", "found 1 tables"):
@@ -121,5 +123,5 @@ def test_what_is_there_instead(photos, tmp_path):
 def test_several_files_of_coco(photos, tmp_path):
     path = write_coco(tmp_path / "elsewhere")
     (path.parent / "other.json").write_text(path.read_text())
-    with one_line(ValueError, "elsewhere", "one json file", "boxes.json, other.json"):
+    with one_line(ValueError, "elsewhere", "one JSON file", "boxes.json, other.json"):
         open_detection(DataFiles(photos, path.parent), "train")

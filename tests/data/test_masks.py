@@ -251,7 +251,7 @@ def test_binary_masks(tmp_path, names, mode, caplog):
     assert images.classes[1] == {None: "object", "no yes": "yes"}.get(names, "nucleus")
     assert images[0][1].unique().tolist() == [0, 1]
     assert images[0][1].sum() == 12
-    notes = [record for record in caplog.records if "0 and 255 only" in record.message]
+    notes = [record for record in caplog.records if "only 0 and 255" in record.message]
     assert [record.levelno for record in notes] == [logging.INFO]
 
 
@@ -259,7 +259,7 @@ def test_other_values_in_binary_masks(tmp_path):
     root = write(tmp_path, ("images/a.jpg", "masks/a.png"), labels=(0, 255))
     images = FolderSegmentation(root, "train")
     save_labels(root / "masks/a.png", np.full(SHAPE, 1), mode="L")
-    with one_line(ValueError, "a.png", "0 and 255 only", "label 1"):
+    with one_line(ValueError, "a.png", "only 0 and 255", "label 1"):
         images[0]
 
 
@@ -279,7 +279,7 @@ def test_binary_masks_with_more_classes(root):
     (root / "classes.txt").write_text("background\ncat\ndog\n")
     for name in "ab":
         save_labels(root / f"masks/{name}.png", np.eye(*SHAPE) * 255, mode="L")
-    with one_line(ValueError, "classes.txt", "0 and 255 only", "255 is void here", "3 classes"):
+    with one_line(ValueError, "classes.txt", "only 0 and 255", "255 is void", "3 classes"):
         FolderSegmentation(root, "train")
     # A single mask with a class shows that 255 is void: also beyond the first ones.
     for number in range(SAMPLED):
@@ -292,7 +292,7 @@ def test_binary_masks_with_more_classes(root):
 def test_binary_masks_in_the_voc_layout(voc):
     for path in (voc / "VOCdevkit/VOC2012/SegmentationClass").glob("*.png"):
         save_labels(path, np.eye(*SHAPE) * 255, mode="L")
-    with one_line(ValueError, voc / "classes.txt", "0 and 255 only", "255 is void here"):
+    with one_line(ValueError, voc / "classes.txt", "only 0 and 255", "255 is void"):
         open_segmentation(voc, "train")
     (voc / "classes.txt").write_text("background\nperson\n")
     images = open_segmentation(voc, "train")
@@ -493,7 +493,7 @@ def test_check_of_binary_and_void_masks(root, tmp_path):
         save_labels(root / f"masks/{name}.png", np.eye(*SHAPE) * 255, mode="L")
     report = check()
     assert report.ok
-    assert any("0 and 255 only" in line for line in report.remarks)
+    assert any("only 0 and 255" in line for line in report.remarks)
     for name in "ab":
         save_labels(root / f"masks/{name}.png", np.full(SHAPE, 255), mode="L")
     report = check()

@@ -64,7 +64,7 @@ def test_year_as_root(voc_boxes):
 
 def test_unknown_layout(tmp_path):
     (tmp_path / "photos").mkdir()
-    parts = (tmp_path, "found no images", "VOCdevkit", "holds photos")
+    parts = (tmp_path, "found no images", "VOCdevkit", "contains photos")
     with one_line(FileNotFoundError, *parts, "leftImg8bit"):
         open_segmentation(tmp_path, "train")
     with one_line(FileNotFoundError, *parts, "annotations/instances_<split>.json"):
@@ -75,5 +75,5 @@ def test_unknown_layout(tmp_path):
 
 def test_segmentation_data_set_without_boxes(voc):
     assert detection_splits(voc) == []
-    with one_line(FileNotFoundError, "found masks, no boxes: train deeplab"):
+    with one_line(FileNotFoundError, "expected boxes, but found masks; train deeplab"):
         open_detection(voc, "train")

@@ -87,16 +87,16 @@ def test_class_of_two_colors(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("classes.txt", "# nothing\n", "names no class"),
+        ("classes.txt", "# nothing\n", "expected class names, one per line, but found none"),
         ("classes.txt", "a\nb\na\n", "'a' more than once"),
-        ("classes.txt", "void\n", "names no class"),
+        ("classes.txt", "void\n", "expected class names, one per line, but found none"),
         ("classes.txt", "sky 0 0 0\nroad 128 0\n", "'road 128 0'"),
         ("classes.txt", "sky 0 0 0\nroad 0 0 0\n", "sky and road both have (0, 0, 0)"),
         ("classes.txt", "sky 0 0 256\n", "0 to 255, but got 'sky 0 0 256'"),
         ("labelmap.txt", "sky:0,0::\n", "'sky:0,0::'"),
         ("labelmap.txt", "sky:0,0,x::\n", "'sky:0,0,x::'"),
-        ("_classes.csv", "0, a\n0, b\n", "an id of its own"),
-        ("_classes.csv", "0, a\n300, b\n", "an id of its own, from 0 to 255"),
+        ("_classes.csv", "0, a\n0, b\n", "a unique id"),
+        ("_classes.csv", "0, a\n300, b\n", "a unique id, from 0 to 255"),
         ("classes.txt", "\n".join(map(str, range(256))), "at most 255 classes"),
     ],
 )

@@ -39,10 +39,10 @@ def test_empty_folder(tmp_path):
         ("a.mp4", "", ["1 videos", "save frames"]),
         ("a.heic", "", ["1 photos", "as JPEG"]),
         ("a.tfrecord", "", ["1 TFRecord files"]),
-        ("a.xml", "<annotations><version>1.1</version>", ["XML files of CVAT", "export"]),
-        ("via.json", '{"a": {"filename": "a", "regions": []}}', ["json files of VIA", "export"]),
-        ("b.json", "[]", ["1 other json files"]),
-        ("a.txt", "0 0.5 0.5 0.1 0.1\n", ["1 label files of YOLO", "classes.txt"]),
+        ("a.xml", "<annotations><version>1.1</version>", ["CVAT XML files", "export"]),
+        ("via.json", '{"a": {"filename": "a", "regions": []}}', ["VIA JSON files", "export"]),
+        ("b.json", "[]", ["1 other JSON files"]),
+        ("a.txt", "0 0.5 0.5 0.1 0.1\n", ["1 YOLO label files", "classes.txt"]),
     ],
 )
 def test_files_of_other_programs(tmp_path, file, text, parts):
@@ -61,20 +61,24 @@ def test_boxes_instead_of_masks_and_so_on(tmp_path):
     save_labels(tmp_path / "masks/masks/a.png", np.eye(12, 16))
     for name in ("cat/1.jpg", "dog/1.jpg"):
         save_image(tmp_path / "classes" / name)
-    with one_line(FileNotFoundError, "found boxes, no masks: train rfcn or another detector"):
+    with one_line(
+        FileNotFoundError, "expected masks, but found boxes; train rfcn or another detector"
+    ):
         open_segmentation(tmp_path / "boxes", "train")
-    with one_line(FileNotFoundError, "found masks, no boxes: train deeplab"):
+    with one_line(FileNotFoundError, "expected boxes, but found masks; train deeplab"):
         open_detection(tmp_path / "masks", "train")
-    with one_line(FileNotFoundError, "found folders of classes, no boxes: train a classifier"):
+    with one_line(
+        FileNotFoundError, "expected boxes, but found folders of classes; train a classifier"
+    ):
         open_detection(tmp_path / "classes", "train")
-    with one_line(FileNotFoundError, "found boxes, no folders of classes"):
+    with one_line(FileNotFoundError, "expected folders of classes, but found boxes"):
         open_classification(tmp_path / "boxes", "train")
 
 
 def test_data_set_in_a_subfolder(tmp_path):
     write_coco(tmp_path / "first", coco_content())
     write_coco(tmp_path / "second", coco_content())
-    with one_line(FileNotFoundError, f"the data set is in {tmp_path / 'first'}: pass that folder"):
+    with one_line(FileNotFoundError, f"the data set is in {tmp_path / 'first'}; pass that folder"):
         open_detection(tmp_path, "train")
 
 
@@ -83,7 +87,7 @@ def test_counts_of_kinds(tmp_path):
         write(tmp_path / f"{number}.json", json.dumps({"shapes": [], "imagePath": "a"}))
         write(tmp_path / f"{number}.xml", voc_xml(voc_object((1, 1, 2, 2))))
     found = survey(tmp_path)
-    assert found.counts == {"json files of labelme": 40, "XML files of VOC": 40}
+    assert found.counts == {"labelme JSON files": 40, "VOC XML files": 40}
     assert found.is_complete
 
 

@@ -210,8 +210,8 @@ def test_no_warning_if_no_box_is_dropped(boxes, caplog):
 @pytest.mark.parametrize(
     ("box", "text"),
     [
-        ((0.2, 0.1, 0.7, 0.9), "all 1 boxes lie within 0 to 1"),
-        ((5, 5, 100, 9), "1 of 1 boxes reach far outside their image"),
+        ((0.2, 0.1, 0.7, 0.9), "all 1 boxes are within 0 to 1"),
+        ((5, 5, 100, 9), "1 of 1 boxes extend far outside their image"),
         ((-30, 5, 9, 9), "far outside their image and are clipped, the first one in a"),
     ],
 )
@@ -400,7 +400,7 @@ def test_malformed_objects(boxes, old, new, parts):
 
 def test_no_class_but_the_background(boxes):
     (boxes / "classes.txt").write_text("background\n")
-    with one_line(ValueError, "classes.txt", "but the background"):
+    with one_line(ValueError, "classes.txt", "but found only the background"):
         VOCDetection(boxes, "train")
 
 

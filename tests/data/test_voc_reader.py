@@ -202,7 +202,11 @@ def test_classes(voc, names, classes):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [("\n \n", "names no class"), ("a\nb\na\n", "'a' more than once")]
+    ("content", "message"),
+    [
+        ("\n \n", "expected class names, one per line, but found none"),
+        ("a\nb\na\n", "'a' more than once"),
+    ],
 )
 def test_bad_classes_file(voc, content, message):
     (voc / "classes.txt").write_text(content)

@@ -222,11 +222,11 @@ def test_malformed_labels(one, line, parts):
         ("names: [a", ["not readable as YAML"]),
         ("[" * 100000, ["not readable as YAML"]),
         ("- a", ["expected keys and values"]),
-        ("train: images\nnames: 3", ["expected the names of the classes"]),
+        ("train: images\nnames: 3", ["expected class names"]),
         ("train: images\nnames: {0: a, 2: b}", ["numbers from 0 to 1", "but got 0, 2"]),
-        ("train: images\nnames: [a, [b]]", ["list of texts"]),
+        ("train: images\nnames: [a, [b]]", ["list of strings"]),
         ("train: images\nnames: [a, a]", ["'a' more than once"]),
-        ("train: images\nnc: 3\nnames: [a, b]", ["3 classes (nc), but got 2"]),
+        ("train: images\nnc: 3\nnames: [a, b]", ["3 class names (nc), but got 2"]),
         ("train: {a: b}\nnames: [a, b]", ["expected train to be folders"]),
         ("train: nowhere\nnames: [a, b]", ["nowhere", "no such folder"]),
         (
@@ -272,7 +272,7 @@ def test_nothing_outside_the_folder_is_read(one, line):
 
 def test_pipes_and_links_in_a_circle(one):
     (one / "images/again").symlink_to(one / "images")
-    with one_line(ValueError, one / "images/again", "a link to a folder that it is in"):
+    with one_line(ValueError, one / "images/again", "a link to a folder that contains it"):
         open_detection(one, "train")
     (one / "images/again").unlink()
     (one / "labels/a.txt").unlink()

@@ -67,7 +67,7 @@ def test_a_network_with_deformable_layers_from_a_plain_one(shapes, quick, tmp_pa
     ("classes", "reason"),
     [
         (CLASSES[:5], "the run has 7 classes, not 5"),
-        ((*CLASSES[:6], "cog"), "the classes are others ('gear' in the run, 'cog' in the data)"),
+        ((*CLASSES[:6], "cog"), "the classes differ ('gear' in the run, 'cog' in the data)"),
     ],
 )
 def test_the_backbone_of_a_run_with_other_classes(trained, quick, classes, reason):
@@ -80,7 +80,7 @@ def test_the_backbone_of_a_run_with_other_classes(trained, quick, classes, reaso
 def test_the_backbone_of_another_network(trained):
     recipe = small(RFCNRecipe, init=str(trained), norm="trained")
     model, line = initial(recipe, CLASSES[1:])
-    assert line.endswith("because the run is of deeplab, not rfcn")
+    assert line.endswith("because the run trained deeplab, not rfcn")
     assert_backbone(model, trained)
 
 

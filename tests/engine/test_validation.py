@@ -215,7 +215,7 @@ def test_a_finished_run_is_trained_further(shapes, undisturbed, tmp_path):
 def test_what_cannot_be_trained_further(shapes, undisturbed, tmp_path):
     with pytest.raises(UserError, match=r"at least the 8 iterations .* but got 4"):
         further(shapes, undisturbed, 4)
-    with pytest.raises(UserError, match=r"expected a run to continue, but there is no checkpoints"):
+    with pytest.raises(UserError, match=r"expected a run to continue, but found no checkpoints"):
         further(shapes, tmp_path / "nothing", 12)
     other = dataclasses.replace(RECIPE, lr=0.5)
     with pytest.raises(UserError, match=r"a run with lr=0.5"):

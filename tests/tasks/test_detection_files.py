@@ -211,7 +211,7 @@ def test_inputs_are_never_overwritten(predictor, tmp_path):
     before = path.read_bytes()
     (tmp_path / "link").symlink_to(tmp_path / "photos")
     for out in (tmp_path / "photos", tmp_path / "link"):
-        with pytest.raises(UserError, match=r"the results of .* would overwrite .*x\.jpg"):
+        with pytest.raises(UserError, match=r"those of .* would overwrite .*x\.jpg"):
             predictor.write(find_images([pictures]), out)
     assert path.read_bytes() == before
     # The second time, the results of the first are not among the images.
@@ -253,14 +253,16 @@ def test_images_beyond_the_memory_cost_themselves(predictor, tmp_path, monkeypat
 def test_images_too_long_for_jpeg_cost_themselves(predictor, tmp_path):
     paths = [save(tmp_path / "a.png", noise(1, 66000)), save(tmp_path / "b.png", noise(20, 30))]
     problems = written(predictor, paths, tmp_path / "out")
-    assert problems[0].startswith(f"{paths[0]}: no picture can be made of it (")
+    assert problems[0].startswith(f"{paths[0]}: cannot write a picture of it (")
     assert problems[1] is None
 
 
 def test_pipes_are_not_read(predictor, tmp_path):
     os.mkfifo(tmp_path / "pipe.jpg")
     problems = written(predictor, [tmp_path / "pipe.jpg"], tmp_path / "out")
-    assert problems == [f"{tmp_path / 'pipe.jpg'}: expected an image file"]
+    assert problems == [
+        f"{tmp_path / 'pipe.jpg'}: expected an image file, but got a folder, a pipe or a device"
+    ]
 
 
 class Decoder:
@@ -304,7 +306,7 @@ def test_videos_without_a_reader(tmp_path, monkeypatch):
     for name in ("torchcodec", "torchcodec.decoders", "av", "cv2"):
         monkeypatch.setitem(sys.modules, name, None)
     (tmp_path / "a.mp4").touch()
-    message = "none of torchcodec, PyAV and OpenCV is installed: pip install av"
+    message = "none of torchcodec, PyAV and OpenCV is installed; run `pip install av`"
     with pytest.raises(UserError, match=message):
         find_images([tmp_path], videos=True)
 

@@ -137,19 +137,27 @@ IMAGE = noise(40, 60)
         ("class", (IMAGE / 255, 1), r"but got torch.float32 .*; the recipe normalizes images"),
         ("class", ("none.jpg", 1), r"none\.jpg"),
         ("class", (IMAGE, 2), r"labels from 0 to 1 \(cat, dog\), but got label 2"),
-        ("class", (IMAGE, "cat"), "the index of a class, but got str"),
-        ("mask", (IMAGE, mask().float()), r"a mask of integers \[40, 60\], .* got torch.float32"),
-        ("mask", (IMAGE, mask()[:20]), r"the size of its image; got torch.uint8 \[20, 60\]"),
+        ("class", (IMAGE, "cat"), "a class index, but got str"),
+        ("mask", (IMAGE, mask().float()), r"an integer mask \[40, 60\], .* got torch.float32"),
+        ("mask", (IMAGE, mask()[:20]), r"as large as its image, but got torch.uint8 \[20, 60\]"),
         ("mask", (IMAGE, mask() + 1), r"labels from 0 to 1 \(cat, dog\), but got label 2"),
         ("mask", (IMAGE, {}), "got dict"),
         ("boxes", (IMAGE, []), "a dict with boxes and labels, but got list of 0"),
         ("boxes", (IMAGE, {"boxes": []}), r"a dict with boxes and labels, but got \['boxes'\]"),
         ("boxes", (IMAGE, boxes(boxes=torch.ones(2, 5))), r"boxes \[n, 4\], but got torch.float32"),
         ("boxes", (IMAGE, boxes(boxes="x")), r"boxes \[n, 4\], but got str"),
-        ("boxes", (IMAGE, boxes(labels=[1])), "labels of the 2 boxes, integers, but got list of 1"),
+        (
+            "boxes",
+            (IMAGE, boxes(labels=[1])),
+            "labels to be 2 integers, one per box, but got list of 1",
+        ),
         ("boxes", (IMAGE, boxes(labels=[1, 2])), r"labels from 0 to 1 .* got label 2"),
         ("boxes", (IMAGE, boxes(labels=[-1, 0])), "got label -1"),
-        ("boxes", (IMAGE, boxes(ignored=[0.5, 1])), "ignored of the 2 boxes, integers, but got"),
+        (
+            "boxes",
+            (IMAGE, boxes(ignored=[0.5, 1])),
+            "ignored to be 2 integers, one per box, but got",
+        ),
         (
             "boxes",
             (IMAGE, boxes(boxes=[[5, 6, 30, 36], [20, 30, 10, 10]])),
@@ -186,11 +194,11 @@ def with_classes(classes):
     [
         (Own([]), "Own: expected images, but the data set is empty"),
         (Endless(), "Endless: expected a data set with a length"),
-        (with_classes(None), "with `classes`, the names of its labels, but got None"),
-        (with_classes(()), r"`classes`, the names of its labels, but got \(\)"),
+        (with_classes(None), "with `classes`, a list of class names, but got None"),
+        (with_classes(()), r"`classes`, a list of class names, but got \(\)"),
         (with_classes("cat"), "but got 'cat'"),
-        (with_classes([0, 1]), r"`classes` to be different names, but got \[0, 1\]"),
-        (with_classes(["a", "a"]), "to be different names"),
+        (with_classes([0, 1]), r"`classes` to be unique names, but got \[0, 1\]"),
+        (with_classes(["a", "a"]), "to be unique names"),
     ],
 )
 def test_data_sets_are_checked(data, message):
@@ -204,7 +212,7 @@ NOTHING = boxes(boxes=torch.zeros(0, 4), labels=torch.zeros(0))
 @pytest.mark.parametrize(
     ("kind", "targets", "message"),
     [
-        ("boxes", [NOTHING], "expected objects to train on, but there is none in any of the 60"),
+        ("boxes", [NOTHING], "expected objects to train on, but found none in any of the 60"),
         (
             "boxes",
             [boxes(ignored=[1, 1])],

@@ -41,14 +41,15 @@ def check(
     record: Path | None = None,
     report: Path | None = None,
 ) -> None:
-    """Check every image, label map and box of a data set: what is in it, wrong or missing.
+    """Check every image, label map and box of a data set, and report contents and problems.
 
     Valid files are recorded, so an interrupted check resumes and a second one is fast.
 
     Args:
         root: Folder of one or more data sets.
-        images: Instead of DIR: folder of images whose annotations lie elsewhere.
-        annotations: File or folder of these annotations.
+        images: Folder of images whose annotations are stored elsewhere; use with --annotations
+            instead of DIR.
+        annotations: File or folder with the annotations for --images.
         custom: Custom data sets: skip the check against official image counts.
         workers: Number of worker processes; None selects it automatically.
         record: File that records valid files; None uses the user's cache folder.
@@ -70,15 +71,16 @@ def convert(
     layout: Literal["coco", "voc", "yolo"],
     hard_links: bool = False,
 ) -> None:
-    """Write a data set, with all its splits, in the layout of COCO, VOC or YOLO.
+    """Convert a data set with all its splits to the COCO, VOC or YOLO layout.
 
-    Boxes stay equal; label maps, also those of polygons, are written for VOC alone.
+    Boxes are preserved exactly. Label maps, including those drawn from polygons, are written only
+    in the VOC layout.
 
     Args:
         source: Folder of a data set in any layout.
         out: Folder to create.
         layout: Layout of the new data set.
-        hard_links: Link images instead of copying them.
+        hard_links: Create hard links to the images instead of copying them.
     """
     from deformnet.data.convert import convert
 

@@ -67,17 +67,17 @@ def predict(
     """Segment images, detect objects in them, or classify them.
 
     DeepLab writes label maps to OUT/labels and overlays to OUT/overlays. Detectors write images
-    with boxes to OUT/pictures and all boxes to OUT/detections.jsonl, or in another format.
-    Classifiers write the five most probable classes of each image to OUT/predictions.jsonl. Images
-    are listed by their path in the given folder.
+    with boxes to OUT/pictures and all boxes to OUT/detections.jsonl or, with --format, to another
+    file. Classifiers write the five most probable classes of each image to OUT/predictions.jsonl.
+    Images are named by their path relative to the given folder.
 
     Args:
         run: Run folder, or .safetensors file of an exported network.
-        images: Images, videos, folders with both in any depth, or patterns such as "photos/*.jpg".
+        images: Images, videos, folders (searched recursively), or patterns such as "photos/*.jpg".
         out: Folder for the results.
         threshold: For detectors: minimum score of the boxes to draw; the file contains all boxes.
-        box_format: For detectors: file of all boxes, detections.jsonl, detections.json (COCO),
-            labels/IMAGE.txt (YOLO) or detections.csv.
+        box_format: For detectors: format of the file with all boxes: detections.jsonl,
+            detections.json (COCO), labels/IMAGE.txt (YOLO) or detections.csv.
         augmentation: For detectors: inference at several scales, flipped, with refined boxes.
         device: Device, such as cpu or cuda:1; None uses a GPU if there is one.
     """
@@ -107,16 +107,16 @@ def predict(
 
 
 def _boxes_line(done: Sequence["Written"], threshold: float) -> str:
-    """How many boxes were drawn; without any, the best score."""
+    """The number of boxes drawn or, if there are none, the highest score."""
     boxes, images = sum(one.boxes for one in done), sum(one.boxes > 0 for one in done)
     if boxes:
         return f"{boxes} boxes with a score of at least {threshold:g}, in {images} images"
-    none = f"no box has a score of at least {threshold:g}, so none is drawn"
+    none = f"no boxes drawn: none has a score of at least {threshold:g}"
     name, best = max(((one.name, one.best or 0.0) for one in done), key=itemgetter(1))
     if best == 0:
-        return f"{none}; there is no box at all"
+        return f"{none}; the network predicted no boxes"
     readable = os.fsencode(name).decode(errors="replace")
-    return f"{none}; the best one has {best:.3f}, in {readable}: try a lower --threshold"
+    return f"{none}; the highest score is {best:.3f}, in {readable}: try a lower --threshold"
 
 
 def propose(

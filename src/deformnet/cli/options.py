@@ -27,10 +27,10 @@ GROUP = tyro.conf.arg(prefix_name=False)
 def location(
     root: Path | None, images: Path | None, annotations: Path | None, name: str, prefix: str = ""
 ) -> "Location":
-    """Where a data set is: in a folder (the option or argument `name`), or in two places.
+    """Location of a data set: one folder (the option or argument `name`), or two places.
 
     Raises:
-        UserError: unless either the folder or both places are given.
+        UserError: unless exactly the folder or exactly both places are given.
     """
     from deformnet.data.location import DataFiles
 

@@ -46,28 +46,29 @@ _SCHEDULE = {
 @dataclass(frozen=True, kw_only=True)
 class Data:
     data: Path | None = None
-    """Data set folder, in any layout that `deformnet data check` recognizes: images with boxes for
-    detectors, with masks or polygons for DeepLab, folders of classes for the classifier."""
+    """Data set folder in any layout that `deformnet data check` recognizes: images with boxes for
+    detectors, images with masks or polygons for DeepLab, or class folders for the classifier."""
     images: Path | None = None
-    """Folder of the training images, if the annotations lie elsewhere; instead of --data."""
+    """Folder of training images whose annotations are stored elsewhere; use with --annotations
+    instead of --data."""
     annotations: Path | None = None
-    """Annotations of --images: a JSON file (COCO), or a folder of XML, YOLO, labelme or mask
+    """Annotations for --images: a COCO JSON file, or a folder of XML, YOLO, labelme or mask
     files."""
     val_images: Path | None = None
-    """Folder of the validation images, if they are not in --data."""
+    """Folder of validation images that are not in --data; use with --val-annotations."""
     val_annotations: Path | None = None
-    """Annotations of --val-images."""
+    """Annotations for --val-images."""
     split: str = "train"
     """Training split."""
     val_split: str | None = "val"
     """Validation split; None skips validation."""
     val_fraction: float | None = None
-    """Fraction of the training split to hold out for validation, the same images every time; None
-    validates on the validation split."""
+    """Fraction of the training split to hold out for validation (the same images in every run);
+    None uses the validation split."""
 
     @property
     def locations(self) -> "tuple[Location, Location | None]":
-        """The training data, and the validation data if they are elsewhere."""
+        """Locations of the training data, and of the validation data if they are separate."""
         training = location(self.data, self.images, self.annotations, "--data")
         if self.val_images is None and self.val_annotations is None:
             return training, None
@@ -79,7 +80,7 @@ class Data:
         if self.val_fraction is not None:
             fraction = f"{self.val_fraction}"
             return f"{self.split}[without={fraction}]", f"{self.split}[held-out={fraction}]"
-        # Images and annotations that lie apart are one split.
+        # Images with annotations stored elsewhere have a single split.
         return self.split, self.val_split if self.val_images is None else "train"
 
     @property
@@ -104,14 +105,16 @@ class Run:
     """Run folder: recipe, checkpoints, logs and scores. If it contains an interrupted run, training
     resumes."""
     recipe: str | None = None
-    """Settings that the options below change: finetune (your own data, from pretrained weights),
-    scratch (random weights), paper (the paper's settings on VOC or ImageNet) or a JSON file such as
-    recipe.json of another run. None takes those of the run in OUT, or finetune."""
+    """Base settings, which the options below override: finetune (your own data, from pretrained
+    weights), scratch (random weights), paper (the paper's settings on VOC or ImageNet), or a JSON
+    file such as recipe.json of another run. None uses the settings of the run in OUT if there is
+    one, and finetune otherwise."""
     epochs: float | None = None
-    """Passes over the training images, instead of iterations; None counts iterations."""
+    """Number of passes over the training images, instead of --iterations; None uses
+    --iterations."""
     continue_to: int | None = None
-    """Number of iterations to train the run in OUT to, finished or not; None trains for those of
-    its recipe."""
+    """Total number of iterations to train the run in OUT for, whether finished or not; None uses
+    the number in its recipe."""
 
 
 def train_command(recipe: type[Recipe], what: str, arguments: Sequence[str]) -> Callable[..., None]:
@@ -123,7 +126,7 @@ def train_command(recipe: type[Recipe], what: str, arguments: Sequence[str]) -> 
         unused.__doc__ = what
         return unused
     base = _base_recipe(recipe, arguments)
-    # A run with settings of its own is validated as often as they say.
+    # With an explicit recipe, validation during training is off unless requested.
     loops = LoopOptions(validate_every=None if _given("recipe", arguments) else "auto")
     rest = {field.name for field in dataclasses.fields(recipe)} - _IMAGES - _SCHEDULE
 
@@ -169,7 +172,7 @@ def train_command(recipe: type[Recipe], what: str, arguments: Sequence[str]) -> 
 
 
 def _base_recipe(recipe: type[Recipe], arguments: Sequence[str]) -> Recipe:
-    """The recipe whose values are the defaults of the options: see `Run.recipe`."""
+    """The recipe that provides the defaults of the options; see `Run.recipe`."""
     if _given("epochs", arguments) and _given("iterations", arguments):
         raise UserError("expected --epochs or --iterations, but got both")
     match _given("recipe", arguments), _given("out", arguments):
@@ -186,10 +189,10 @@ def _base_recipe(recipe: type[Recipe], arguments: Sequence[str]) -> Recipe:
 
 
 def _finetune(recipe: type[Recipe], arguments: Sequence[str]) -> Recipe:
-    """Settings for the data, the backbone and the machine that the arguments name."""
+    """Fine-tuning settings for the data, backbone and machine given by the arguments."""
     backbone, batch = _given("backbone", arguments), _given("batch", arguments)
     if backbone is None or not (backbone in recipes.BACKBONES or backbone.startswith("timm/")):
-        backbone = "resnet50"  # others are refused later
+        backbone = "resnet50"  # unknown names raise an error later
     init = _given("init", arguments) or recipes.published_weights(backbone) or "none"
     settings: dict[str, Any] = {
         "backbone": backbone,
@@ -216,7 +219,7 @@ def _finetune(recipe: type[Recipe], arguments: Sequence[str]) -> Recipe:
 
 
 def _shaped_like(recipe: Recipe, run: Path) -> Recipe:
-    """A recipe with the network of a run that it starts from, as far as it has one like it."""
+    """The recipe, with the network settings of the run that its initial weights come from."""
     file = run / "recipe.json"
     card = run.with_suffix(".json")
     if file.is_file():
@@ -233,7 +236,7 @@ def _shaped_like(recipe: Recipe, run: Path) -> Recipe:
 
 
 def _given(name: str, arguments: Sequence[str]) -> str | None:
-    """The value of an option among the arguments, before they are parsed; None if it is missing."""
+    """The value of an option in the unparsed arguments; None if it is missing."""
     given = None
     for word, following in zip(arguments, (*arguments[1:], None), strict=True):
         option, equals, value = word.partition("=")
@@ -244,7 +247,7 @@ def _given(name: str, arguments: Sequence[str]) -> str | None:
 
 @contextmanager
 def _printed_log() -> Iterator[None]:
-    """Prints what the run reports as lines, also beside a progress bar."""
+    """Prints the log of the run line by line, without breaking the progress bar."""
     from tqdm import tqdm
 
     class Lines(logging.Handler):

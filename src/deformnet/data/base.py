@@ -59,7 +59,7 @@ class LabelReader(Protocol):
 
     @property
     def void_advice(self) -> str:
-        """What to do about a data set that is all void, for messages."""
+        """Advice for a data set in which all pixels are void, for messages."""
         ...
 
     def read(self, path: Path) -> Tensor:
@@ -68,16 +68,16 @@ class LabelReader(Protocol):
 
 
 class SegmentationDataset(VisionDataset):
-    """Images with label maps. Abstract: a subclass finds the files.
+    """Abstract base class of images with label maps; a subclass finds the files.
 
-    Lists, and that every file exists, are checked at construction; the content of a file when it
-    is read: that it decodes, its size, and that its labels are classes.
+    Lists and the existence of every file are checked at construction. The content of a file (its
+    format, size and labels) is checked when it is read.
 
     Attributes:
         classes: class names; their indices are the labels.
         samples: files of the images and label maps.
-        orientation: use of the EXIF orientation of images; `auto` takes what fits the mask.
-        transforms: called with (image, mask); None for no change.
+        orientation: use of the EXIF orientation of images; `auto` selects what matches the mask.
+        transforms: called with (image, mask); None for no transforms.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class SegmentationDataset(VisionDataset):
         """
         Args:
             root, split: folder of the data set and its split, for `repr`.
-            reader: reads label maps; None for a subclass that has its own `labels`.
+            reader: reads label maps; None if the subclass overrides `labels`.
         """
         super().__init__(root, transforms=transforms)
         self.split = split
@@ -110,7 +110,7 @@ class SegmentationDataset(VisionDataset):
         return len(self.samples)
 
     def subset(self, indices: Sequence[int], split: str) -> Self:
-        """The data set with some of its images."""
+        """A subset of the data set."""
         part = copy.copy(self)
         part.split = split
         part.samples = _Samples([self.samples[index] for index in indices])
@@ -125,7 +125,7 @@ class SegmentationDataset(VisionDataset):
         return self.samples[index].image
 
     def annotated_size(self, index: int) -> Size | None:
-        """Height and width by the annotation, None if it has none."""
+        """Annotated height and width; None if there are none."""
         return None if self._reader is None else read_size(self.samples[index].labels)
 
     def __getitem__(self, index: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
@@ -147,11 +147,10 @@ class SegmentationDataset(VisionDataset):
         return pair if self.transforms is None else self.transforms(*pair)
 
     def labels(self, index: int, size: Size) -> Tensor:
-        """Label map of an image whose height and width are `size`: uint8 [H, W], as the mask of a
-        sample before its transforms.
+        """Label map of an image with height and width `size`: uint8 [H, W], before any transforms.
 
         Raises:
-            UserError: as `__getitem__`.
+            UserError: see `__getitem__`.
         """
         if self._reader is None:
             raise NotImplementedError
@@ -165,7 +164,7 @@ class SegmentationDataset(VisionDataset):
         return labels
 
     def require_labels(self) -> None:
-        """Reads label maps until one has a pixel of a class: in most data sets the first.
+        """Reads label maps until one has a labeled pixel, usually the first one.
 
         Raises:
             UserError: if all pixels are void.
@@ -181,17 +180,17 @@ class SegmentationDataset(VisionDataset):
                 return
         advice = "" if self._reader is None else f"; {self._reader.void_advice}"
         raise UserError(
-            f"{self.root}: expected pixels with a class in split {self.split}, but all pixels of "
+            f"{self.root}: expected labeled pixels in split {self.split}, but all pixels of "
             f"its {len(self)} label maps are void ({IGNORE}){advice}"
         )
 
 
 def wrong_mask_size(image: Path, size: Size, mask: Size) -> str:
-    """What is wrong with a mask of another size than its image."""
+    """Message about a mask whose size differs from its image."""
     text = (
         f"expected the size of its image {image.name}, {size_text(*size)}, "
         f"but got {size_text(*mask)}"
     )
     if mask == size[::-1] and is_rotated(image):
-        text += " (the image has an EXIF orientation; orientation='auto' takes what fits the mask)"
+        text += " (the image has an EXIF orientation; orientation='auto' selects what matches)"
     return text

@@ -62,22 +62,22 @@ class ObjectList(NamedTuple):
 
 
 class DetectionDataset(VisionDataset):
-    """Images with boxes. Abstract: a subclass reads the files that list them.
+    """Abstract base class of images with boxes; a subclass reads the annotation files.
 
-    Construction reads all annotations and checks that every image exists. They are kept in a few
-    flat tensors instead of one object each (`deformnet.data.flat`; COCO: 118,000 images, 860,000
-    boxes, in each worker).
+    Construction reads all annotations and checks that every image exists. Annotations are kept in a
+    few flat tensors instead of one object each (`deformnet.data.flat`; COCO: 118,000 images,
+    860,000 boxes, in each worker).
 
-    Boxes are clipped to their image. Boxes without area are then dropped and counted, with one
-    warning; another one tells of boxes far outside their images, or all within 0 to 1.
+    Boxes are clipped to their image. Boxes without area are then dropped and counted, with a
+    warning. There is also a warning if boxes are far outside their images or all within 0 to 1.
 
     Attributes:
         classes: names of the object classes, without the background.
         dropped: number of boxes without area.
         has_ground_truth: False for images whose annotations are not published: they have no objects
-            here, and can be neither trained on nor scored.
-        orientation: use of the EXIF orientation of images; `auto` takes what fits their size.
-        transforms: called with (image, annotations); None for no change.
+            and can be neither trained on nor scored.
+        orientation: use of the EXIF orientation of images; `auto` selects what matches their size.
+        transforms: called with (image, annotations); None for no transforms.
     """
 
     def __init__(
@@ -135,10 +135,10 @@ class DetectionDataset(VisionDataset):
         return kept
 
     def _warn(self, edges: Tensor, bounds: Tensor, kept: Tensor, owners: Tensor) -> None:
-        """Tells of boxes that are probably not in pixels of their image."""
+        """Warns about boxes that are probably not in pixels of their image."""
         if len(edges) and bounds.min() > 1 and edges[:, 2:].max() <= 1:
             _log.warning(
-                "%s: all %d boxes lie within 0 to 1: expected pixels, but these seem to be "
+                "%s: expected boxes in pixels, but all %d boxes are within 0 to 1; they seem to be "
                 "fractions of the width and height",
                 *(self.root, len(edges)),
             )
@@ -147,13 +147,13 @@ class DetectionDataset(VisionDataset):
         if far.any():
             first = self._names[int(owners[far][0])]
             _log.warning(
-                "%s: %d of %d boxes reach far outside their image and are clipped, the first one "
-                "in %s",
+                "%s: %d of %d boxes extend far outside their image and are clipped; the first one "
+                "is in %s",
                 *(self.root, int(far.sum()), len(edges), first),
             )
 
     def subset(self, indices: Sequence[int], split: str) -> Self:
-        """The data set with some of its images; `dropped` remains that of all."""
+        """A subset of the data set; `dropped` still refers to all images."""
         part = copy.copy(self)
         part.split = split
         part._names = StringList(self._names[i] for i in indices)
@@ -162,7 +162,7 @@ class DetectionDataset(VisionDataset):
         part._sizes = self._sizes[chosen]
         counts = self._ends.diff(prepend=self._ends.new_zeros(1))[chosen]
         part._ends = counts.cumsum(0)
-        # The place of each object is its place in the part, shifted by where its image was.
+        # Index of each object: its index within the subset, shifted by the offset of its image.
         shift = (self._ends[chosen] - part._ends).repeat_interleave(counts)
         objects = torch.arange(len(shift)) + shift
         part._boxes = self._boxes[objects]

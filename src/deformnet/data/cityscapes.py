@@ -45,13 +45,12 @@ class CityscapesSegmentation(SegmentationDataset):
     gtFine/<split>/<city>/<city>_<seq>_<frame>_gtFine_labelIds.png
     ```
 
-    Images may have any suffix of an image. A split is a folder, or several joined by `+`
-    (`train+val`).
+    Images may have any image suffix. A split is a folder, or several joined by `+` (`train+val`).
 
-    Only these two kinds of files are read. Of the 34 stored ids, 19 become the train ids and the
-    others void. With a `classes.txt` beside these folders, the ids are its lines, counted from 0.
-    (torchvision's reader of this layout knows three fixed splits, takes files in the
-    order of the disk, finds missing ones only when it reads them, and returns the stored ids.)
+    Only these two kinds of files are read. Of the 34 stored ids, 19 are mapped to train ids and the
+    others to void. With a `classes.txt` in the same folder, ids are its line numbers, starting at
+    0. (torchvision's reader supports three fixed splits, lists files in the order of the disk,
+    reports missing files only when it reads them, and returns the stored ids.)
     """
 
     def __init__(
@@ -98,7 +97,7 @@ class CityscapesSegmentation(SegmentationDataset):
 
 
 def _reader(root: Path) -> MaskReader:
-    """The ids of Cityscapes, or of a file of classes."""
+    """Reader of the ids of Cityscapes, or of the ids in a class file."""
     content = find_class_file([root])
     if content is not None:
         masks = sorted((root / "gtFine").glob(f"*/*/*{_LABELS}"))
@@ -107,7 +106,7 @@ def _reader(root: Path) -> MaskReader:
     for label, train_id in _TRAIN_ID.items():
         table[label] = train_id
     table[IGNORE] = IGNORE
-    own = f"for ids of your own, write the names of the classes, one per line, to {root}"
+    own = f"for custom ids, write the class names, one per line, to {root}"
     return MaskReader(
         CITYSCAPES_CLASSES,
         f"the ids of Cityscapes, 0 to {max(_TRAIN_ID)}",

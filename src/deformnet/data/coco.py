@@ -1,4 +1,4 @@
-"""COCO's layout for detection (Lin et al. 2014), and where its files are."""
+"""COCO's layout for detection (Lin et al. 2014)."""
 
 import mmap
 import re
@@ -27,21 +27,21 @@ from deformnet.data.location import DataFiles, Location, locate
 from deformnet.data.splits import USUAL_SPLITS, Part, require_union, resolve, split_parts
 
 Entry = Mapping[str, object]
-"""An object of a json file."""
+"""An object of a JSON file."""
 
 Hook = Callable[[dict[str, object]], dict[str, object]]
-"""Changes an object of a json file when it is read."""
+"""Changes an object of a JSON file when it is read."""
 
-FILES = "a json file of COCO, such as annotations/instances_<split>.json"
+FILES = "a COCO JSON file, such as annotations/instances_<split>.json"
 """Files by which the layout is recognized, for messages."""
 
 _INSTANCES, _IMAGE_INFO, _KEYPOINTS = "instances_", "image_info_", "person_keypoints_"
 _FOLDERS = ("annotations", "annotation", "labels", "json", "jsons")
 _ROBOFLOW = "_annotations.coco.json"
-_OTHERS = ("captions_", "panoptic_")  # what COCO publishes beside boxes
+_OTHERS = ("captions_", "panoptic_")  # other files that COCO publishes
 _UNNAMED = ("default", "_annotations.coco")  # CVAT, Roboflow
 _OTHER_FOLDERS = {"train": ("training",), "val": ("valid", "validation", "dev")}
-_FEW = 20  # json files of a folder, of which all are looked at
+_FEW = 20  # JSON files of a folder, of which all are inspected
 _PEEKED = 3
 
 
@@ -55,20 +55,21 @@ class COCODetection(DetectionDataset):
     <split>/<file_name>                  images, or in one of the other folders below
     ```
 
-    The json files may also be `annotations/<split>.json`, `<split>.json`, or
-    `<split>/_annotations.coco.json` beside the images (Roboflow). One that names no split, such as
-    `instances_default.json` (CVAT), is `train`.
+    The JSON files may also be `annotations/<split>.json`, `<split>.json`, or
+    `<split>/_annotations.coco.json` next to the images (Roboflow). A file without the name of a
+    split, such as `instances_default.json` (CVAT), is `train`.
 
-    The images are in the folder that has most of them: `<split>/`, `<split>/` without its last
-    underscore and what follows (`train/` for `train_small`), `test2017/` for `test-dev2017`, `root`
-    or `images/`, `images/<split>/`, `<split>/images/`, the folder of the json file, or any other.
+    Images are read from the folder that contains most of them: `<split>/`, `<split>/` without its
+    last underscore and the rest (`train/` for `train_small`), `test2017/` for `test-dev2017`,
+    `root`, `images/`, `images/<split>/`, `<split>/images/`, the folder of the JSON file, or any
+    other folder.
 
-    Several splits are joined by `+` (`train2014+val2014`). Crowds are ignored, segmentations
-    (polygons, RLE) not read. Labels number the categories in the order of their ids; the one that
-    Roboflow puts above the others is none.
+    Several splits are joined by `+` (`train2014+val2014`). Crowds are ignored; segmentations
+    (polygons, RLE) are not read. Labels number the categories in the order of their ids, without
+    the parent category that Roboflow adds.
 
     Attributes:
-        annotation_files: json file of each part.
+        annotation_files: JSON file of each part of the split.
         image_ids: int64 [n], ids of the images in these files.
         category_ids: ids of the classes in these files.
     """
@@ -83,11 +84,11 @@ class COCODetection(DetectionDataset):
     ) -> None:
         """
         Raises:
-            FileNotFoundError: for a missing folder, json file (the message says which splits exist)
-                or image.
-            UserError: for a json file that is broken, inconsistent or without images, or names
-                images outside the data set, and for parts of a union that differ in their classes
-                or ids, share an image, or have published annotations only in some.
+            FileNotFoundError: if a folder, JSON file (the message lists the splits that exist) or
+                image is missing.
+            UserError: if a JSON file is malformed, inconsistent, without images, or names images
+                outside the data set; or if the parts of a union differ in their classes or ids,
+                share an image, or only some of them have published annotations.
         """
         place = locate(root)
         images: list[ImageFile] = []
@@ -134,21 +135,21 @@ class COCOSplit(NamedTuple):
     name: str
     file: Path
     images: Path
-    """Folder that has the images, in one of its subfolders."""
+    """Folder that contains the images, in one of its subfolders."""
 
 
 def find_splits(place: DataFiles) -> dict[str, COCOSplit]:
     """The splits of a data set, with their files, sorted.
 
     Raises:
-        UserError: if the annotations lie apart from the images and are not one file.
+        UserError: if separate annotations are not a single file.
     """
     if place.are_apart:
         files = _files_apart(place.annotations)
         if len(files) != 1:
             found = listing([file.name for file in files], 5)
             raise UserError(
-                f"{place.annotations}: expected one json file of COCO, but found {found}; name one"
+                f"{place.annotations}: expected one COCO JSON file, but found {found}; pass one"
             )
         return {"train": COCOSplit("train", files[0], place.images)}
     files = _official_files(place.annotations) or _all_files(place.annotations)
@@ -164,10 +165,10 @@ def coco_splits(root: Path) -> list[str]:
 
 
 def find_split(place: DataFiles, name: str) -> COCOSplit:
-    """The split of a name.
+    """The split with a name.
 
     Raises:
-        FileNotFoundError: if there is none; the message says which splits exist.
+        FileNotFoundError: if there is none; the message lists the splits that exist.
     """
     splits = find_splits(place)
     part = splits.get(resolve(list(splits), name))
@@ -183,7 +184,7 @@ def _files_apart(path: Path) -> list[Path]:
 
 
 def _official_files(root: Path) -> list[Path]:
-    """Files named like those of COCO; of two of the same split, the one with annotations."""
+    """Files with COCO's names; if two have the same split, the one with annotations."""
     folder = root / "annotations"
     info = sorted(folder.glob(f"{_IMAGE_INFO}*.json"))
     instances = sorted(folder.glob(f"{_INSTANCES}*.json"))
@@ -206,7 +207,7 @@ def _all_files(root: Path) -> list[Path]:
 
 
 def _coco_files(folder: Path) -> list[Path]:
-    """Files of COCO directly in a folder; of many files, the first tell what all are."""
+    """COCO files directly in a folder; if there are many, only the first are inspected."""
     paths = sorted(path for path in folder.glob("*.json") if not path.name.startswith("."))
     if len(paths) > _FEW and not any(map(is_coco, paths[:_PEEKED])):
         return []
@@ -214,7 +215,7 @@ def _coco_files(folder: Path) -> list[Path]:
 
 
 def is_coco(path: Path) -> bool:
-    """Whether a file looks like one of COCO."""
+    """Whether a file looks like a COCO file."""
     if path.suffix.lower() != ".json" or not path.is_file() or not path.stat().st_size:
         return False
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
@@ -245,7 +246,7 @@ def _rest(path: Path) -> str:
 
 
 def _split_name(path: Path, root: Path) -> str | None:
-    """The split that the name of a file, or else of its folder in `root`, has in it."""
+    """The split in the name of a file or, if there is none, of its folder in `root`."""
     words = [word for word in re.split(r"[_\-. ]+", path.stem) if word.lower() in USUAL_SPLITS]
     if len(words) == 1:
         return words[0]
@@ -254,18 +255,18 @@ def _split_name(path: Path, root: Path) -> str | None:
 
 
 class COCOFile:
-    """The content of a json file, validated.
+    """The content of a JSON file, validated.
 
     Attributes:
         path: the file.
-        has_annotations: False for a file of images whose annotations are not published.
+        has_annotations: False for a list of images whose annotations are not published.
         files: file names of the images by id.
         sizes: height and width of each image; None if not given.
-        categories: names of the categories by id, in the order of the ids; without the one that
-            Roboflow puts above the others.
-        annotations: as stored, without segmentations, or as a hook makes them.
+        categories: names of the categories by id, in the order of the ids, without the parent
+            category that Roboflow adds.
+        annotations: as stored, without segmentations, or as returned by a hook.
     Raises:
-        UserError: if the file is not json, lacks one of the lists, or repeats an id or a name.
+        UserError: if the file is not JSON, lacks one of the lists, or repeats an id or a name.
     """
 
     def __init__(self, path: Path, hook: Hook | None = None) -> None:
@@ -291,7 +292,7 @@ class COCOFile:
 
     @property
     def has_classes_of_coco(self) -> bool:
-        """Whether the categories are the 80 of COCO, as far as their number and ends tell."""
+        """Whether the categories are COCO's 80, judged by their number, first and last name."""
         classes = self.classes
         return len(classes) == 80 and (classes[0], classes[-1]) == ("person", "toothbrush")
 
@@ -354,7 +355,7 @@ def _without_segmentation(entry: dict[str, object]) -> dict[str, object]:
 
 
 def _category_above(entries: Sequence[Entry]) -> int | None:
-    """Id of a category that all others name as the one above them, as Roboflow writes it."""
+    """Id of the category that is the parent of all others, as written by Roboflow."""
     for entry in entries:
         others = [other for other in entries if other is not entry]
         above = {str(other.get("supercategory")) for other in others}
@@ -385,10 +386,10 @@ def _image_folders(split: COCOSplit) -> list[Path]:
 
 
 def add_images(images: ImageList, content: COCOFile, split: COCOSplit) -> None:
-    """Adds the images of a file to its list, from the folder that has most of them.
+    """Adds the images of a file to its list, from the folder that contains most of them.
 
     Raises:
-        UserError: if a file name leads out of the folder.
+        UserError: if a file name refers to a path outside the folder.
     """
     files = [_inside(content.path, file) for file in content.files.values()]
     folder, absent = _best_folder(_image_folders(split), files)
@@ -411,7 +412,7 @@ def add_images(images: ImageList, content: COCOFile, split: COCOSplit) -> None:
 def _best_folder(
     folders: Sequence[Path], files: Sequence[PurePosixPath]
 ) -> tuple[Path, list[PurePosixPath]]:
-    """The first folder with all files, or that with most of them, and those that it lacks."""
+    """The first folder with all files, or the one with most of them; and the missing files."""
     best, lacks = folders[0], list(files)
     for folder in folders:
         absent = _missing_images(folder, files)
@@ -423,7 +424,7 @@ def _best_folder(
 
 
 def _folders_with(root: Path, file: PurePosixPath) -> list[Path]:
-    """All folders below `root` that have a file."""
+    """All folders below `root` that contain a file."""
     folders = (Path(place) for place, _ in walk_files(root, lambda name: False))
     return [folder for folder in folders if (folder / file).is_file()]
 

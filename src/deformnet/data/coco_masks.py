@@ -1,4 +1,4 @@
-"""COCO's layout for semantic segmentation: polygons and run lengths, drawn when they are read."""
+"""COCO's layout for semantic segmentation: polygons and RLE, drawn when an image is read."""
 
 import mmap
 import re
@@ -19,7 +19,7 @@ from deformnet.data.location import DataFiles, Location, locate
 from deformnet.data.polygons import Region, draw, pack, unpack, with_background
 from deformnet.data.splits import Part, require_union, split_parts
 
-# Polygons or run lengths; sets with boxes alone have an empty list.
+# Polygons or RLE; data sets with only boxes have an empty list.
 _SIGN = re.compile(rb'"segmentation"\s*:\s*(\[\s*\[|\{)')
 
 
@@ -27,12 +27,11 @@ _SIGN = re.compile(rb'"segmentation"\s*:\s*(\[\s*\[|\{)')
 class COCOSegmentation(SegmentationDataset):
     """Images in the COCO layout with label maps drawn from the segmentations of their objects.
 
-    Files as for `COCODetection`. Label 0 is the background, the categories in the order of their
-    ids follow from 1. Objects are drawn in the order of the file, later ones over earlier ones;
-    crowds are void.
+    See `COCODetection` for the files. Label 0 is the background; the categories follow from 1, in
+    the order of their ids. Objects are drawn in the order of the file, later objects over earlier
+    ones; crowds are void.
 
-    Segmentations are kept in flat tensors: the train2017 of COCO takes 0.2 GB, shared by all
-    workers.
+    Segmentations are kept in flat tensors: COCO's train2017 takes 0.2 GB, shared by all workers.
     """
 
     def __init__(
@@ -45,9 +44,9 @@ class COCOSegmentation(SegmentationDataset):
     ) -> None:
         """
         Raises:
-            FileNotFoundError: as `COCODetection`.
-            UserError: as `COCODetection`; for a segmentation that is malformed or missing, and for
-                more classes than a mask holds.
+            FileNotFoundError: see `COCODetection`.
+            UserError: see `COCODetection`; also if a segmentation is malformed or missing, or if
+                there are more classes than a mask can hold.
         """
         place = locate(root)
         samples: list[LabeledImage] = []
@@ -61,7 +60,7 @@ class COCOSegmentation(SegmentationDataset):
             part = coco.find_split(place, name)
             file = coco.COCOFile(part.file, _pack_segmentation)
             if not file.has_annotations:
-                raise UserError(f"{file.path}: has images without annotations: no label maps")
+                raise UserError(f"{file.path}: expected annotations, but found only images")
             classes = with_background(file.classes, file.path)
             first = len(classes) - len(file.classes)
             for entry in file.annotations:
@@ -112,8 +111,8 @@ class COCOSegmentation(SegmentationDataset):
         region = unpack(self._segmentations[item], int(self._values[item]), size)
         if region is None:
             raise UserError(
-                f"{self.samples[index].labels}: image {self.name(index)}: expected run lengths "
-                f"(RLE) of its size, {size_text(*size)}, but got those of another size"
+                f"{self.samples[index].labels}: image {self.name(index)}: expected RLE of the "
+                f"image size, {size_text(*size)}, but got RLE of another size"
             )
         return region
 
@@ -130,7 +129,7 @@ def _segmentation(path: Path, entry: coco.Entry) -> bytes:
         return segmentation
     raise UserError(
         f"{path}: annotation {entry.get('id')}: expected segmentation to be polygons of at least 3 "
-        "points x, y, or run lengths (RLE), but got none or something else"
+        "points x, y, or RLE (run lengths), but got none or something else"
     )
 
 
@@ -140,7 +139,7 @@ def _has_segmentations(root: Path) -> bool:
 
 
 def _content(path: Path) -> bytes | mmap.mmap:
-    """Content of a file, of which only the pages that are looked at are read."""
+    """Memory-mapped content of a file, so that only the pages in use are read."""
     with path.open("rb") as file:
         empty = not path.stat().st_size
         return b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

@@ -41,7 +41,7 @@ class Conversion:
         splits: number of images in each of its splits.
         boxes: number of boxes that were written.
         masks: number of label maps that were written.
-        remarks: what was left out, in a sentence each.
+        remarks: one sentence about each kind of annotation that was left out.
     """
 
     root: Path
@@ -64,12 +64,11 @@ def convert(
     hard_links: bool = False,
     progress: bool = True,
 ) -> Conversion:
-    """Writes a data set with all its splits in another layout.
+    """Converts a data set with all its splits to another layout.
 
-    The new data set appears as a whole when it is complete. Images are not decoded and keep their
-    bytes. The boxes that a reader finds are equal, also after several conversions; those without
-    area are left out. Label maps, drawn from polygons where these are the annotations, are written
-    in the layout `voc` alone.
+    The new data set appears only when it is complete. Image files are copied unchanged. Boxes are
+    preserved exactly, even after several conversions; boxes without area are left out. Label maps,
+    including those drawn from polygons, are written only in the layout `voc`.
 
     Args:
         source: folder of a data set in any layout with boxes or, for `voc`, label maps.
@@ -77,20 +76,20 @@ def convert(
         layout: `coco`: `annotations/instances_<split>.json` and `images/`. `voc`: `Annotations/`,
             `ImageSets/`, `JPEGImages/`, `SegmentationClass/` and classes.txt. `yolo`: data.yaml,
             `images/<split>/` and `labels/<split>/`.
-        hard_links: link images instead of copying them, on the same disk.
+        hard_links: create hard links to the images (on the same disk) instead of copying them.
         progress: show a progress bar.
     Raises:
         FileNotFoundError: if `source` does not exist or has no known layout.
         FileExistsError: if `out` is not empty.
-        UserError: if `source` is malformed or has no annotations that the layout holds.
-        OSError: if writing fails; `out` is then as it was before.
+        UserError: if `source` is malformed or has no annotations that the layout supports.
+        OSError: if writing fails; `out` is then left unchanged.
     """
     source = require_folder(Path(source).expanduser())
     out = Path(out).expanduser()
     if out.resolve().is_relative_to(source.resolve()):
-        raise UserError(f"{out}: expected a folder outside of the data set {source}")
+        raise UserError(f"{out}: expected a folder outside the data set, but it is in {source}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out}: expected a new or empty folder, but it holds files")
+        raise FileExistsError(f"{out}: expected a new or empty folder, but it contains files")
     content, remarks = _read(source, with_masks=layout == "voc")
     with _complete_folder(out) as folder:
         writer = _WRITERS[layout](folder, content)
@@ -113,7 +112,7 @@ def convert(
 
 @contextmanager
 def _complete_folder(out: Path) -> Iterator[Path]:
-    """A folder beside `out`, which becomes `out` if nothing fails, and else is removed."""
+    """A folder next to `out`, which is renamed to `out` on success and removed on failure."""
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
     partial.mkdir()
@@ -131,12 +130,12 @@ def _complete_folder(out: Path) -> Iterator[Path]:
 
 
 def _read(source: Path, *, with_masks: bool) -> tuple[Content, list[str]]:
-    """Boxes and label maps of all splits, and remarks on what is left out."""
+    """Boxes and label maps of all splits, and remarks about annotations that are left out."""
     remarks: list[str] = []
     box_splits = _known_splits(detection_splits, source)
     mask_splits = _known_splits(segmentation_splits, source)
     if not box_splits and not (with_masks and mask_splits):
-        detection_splits(source)  # says what was looked for
+        detection_splits(source)  # raises an error that lists what was expected
     boxes: dict[str, DetectionDataset] = {}
     for split in box_splits:
         images = open_detection(source, split)
@@ -150,17 +149,17 @@ def _read(source: Path, *, with_masks: bool) -> tuple[Content, list[str]]:
     if with_masks:
         masks = {_plain(split): open_segmentation(source, split) for split in mask_splits}
     elif mask_splits:
-        remarks.append("Polygons and label maps are left out; the layout voc holds them.")
+        remarks.append("Polygons and label maps are left out; use the layout voc to keep them.")
     if not boxes and not masks:
         raise UserError(
             f"{source}: expected a data set with boxes, but found none"
-            + ("; label maps are written in the layout voc" if mask_splits else "")
+            + ("; use the layout voc for label maps" if mask_splits else "")
         )
     return _collect(source, boxes, masks), remarks
 
 
 def _known_splits(splits: Callable[[Path], list[str]], source: Path) -> list[str]:
-    """Splits of a kind of annotation, possibly none; those of several years (VOC) with the year."""
+    """Splits of a kind of annotation, possibly none; with the year if VOC has several years."""
     try:
         names = splits(source)
     except FileNotFoundError:
@@ -169,14 +168,14 @@ def _known_splits(splits: Callable[[Path], list[str]], source: Path) -> list[str
 
 
 def _plain(split: str) -> str:
-    """A split as a file name: `VOC2007/test` is `VOC2007_test`."""
+    """A split name as a file name: `VOC2007/test` becomes `VOC2007_test`."""
     return split.replace("/", "_")
 
 
 def _collect(
     source: Path, boxes: Mapping[str, DetectionDataset], masks: Mapping[str, SegmentationDataset]
 ) -> Content:
-    """Images of all splits: a file in several of them is one image."""
+    """Images of all splits; a file in several splits is one image."""
     images = _Images()
     splits: dict[str, list[SourceImage]] = {}
     mask_splits: dict[str, list[SourceImage]] = {}
@@ -228,7 +227,7 @@ class _Images:
 
 
 def _common_classes(source: Path, lists: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
-    """The classes of all splits, which must be the same."""
+    """The classes, which are the same in all splits."""
     for names in lists:
         if names != lists[0]:
             raise UserError(

@@ -30,12 +30,12 @@ Size = tuple[int, int]
 
 Orientation = Literal["auto", "stored", "upright"]
 """How the EXIF orientation of an image is used: `upright` applies it, `stored` ignores it, and
-`auto` takes what fits the annotated size, and applies it where both fit or no size is known."""
+`auto` selects what matches the annotated size; it applies it if both match or no size is known."""
 
 MAX_PIXELS = 178_956_970
-"""Images with more pixels are refused: a small file can hold gigabytes."""
+"""Images with more pixels raise an error: a small file can expand to gigabytes."""
 
-# The formats that are opened, whatever a file is called: Pillow would run Ghostscript for others.
+# Supported formats, regardless of file names: Pillow would run Ghostscript for others.
 _FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "GIF", "PPM")
 _FORMATS_TEXT = "JPEG, PNG, BMP, TIFF, WebP, GIF or PPM"
 
@@ -59,12 +59,12 @@ _SWAPS_SIDES = (5, 6, 7, 8)
 def read_image(
     path: str | Path, *, orientation: Orientation = "stored", annotated: Size | None = None
 ) -> Tensor:
-    """Reads an image as RGB; the first of several frames, the upper 8 bits of 16-bit images.
+    """Reads an image as RGB: the first of several frames, the upper 8 bits of 16-bit images.
 
     Args:
         path: a file in the format JPEG, PNG, BMP, TIFF, WebP, GIF or PPM.
         orientation: use of the EXIF orientation.
-        annotated: height and width by the annotation, which decide for `auto`.
+        annotated: annotated height and width, used by `auto`.
     Returns:
         uint8 [3, H, W]
     Raises:
@@ -108,7 +108,7 @@ def read_stored_mask(path: str | Path) -> StoredMask:
     transparent pixels are black.
 
     Raises:
-        FileNotFoundError, UserError: as `read_image`, and for a file of another mode.
+        FileNotFoundError, UserError: see `read_image`; also for a file of another mode.
     """
     with _opened(path) as image:
         _load(path, image)
@@ -138,7 +138,7 @@ def read_labels(path: str | Path) -> Tensor:
     Returns:
         uint8 [H, W]
     Raises:
-        FileNotFoundError, UserError: as `read_stored_mask`, and for a file that holds colors.
+        FileNotFoundError, UserError: see `read_stored_mask`; also for a file with colors.
     """
     stored = read_stored_mask(path)
     ids = stored.ids()
@@ -153,7 +153,7 @@ def read_labels(path: str | Path) -> Tensor:
 def read_size(
     path: str | Path, *, orientation: Orientation = "stored", annotated: Size | None = None
 ) -> Size:
-    """Height and width of an image, as `read_image` returns it, from its header."""
+    """Height and width of an image as returned by `read_image`, from its header."""
     with _opened(path) as image:
         turns = _turn(image, orientation, annotated) is not None
         swaps = turns and _exif_orientation(image) in _SWAPS_SIDES
@@ -161,7 +161,7 @@ def read_size(
 
 
 def is_rotated(path: str | Path) -> bool:
-    """Whether an EXIF orientation turns or flips the stored pixels; errors as `read_image`."""
+    """Whether the EXIF orientation rotates or flips the pixels; see `read_image` for errors."""
     with _opened(path) as image:
         return _exif_orientation(image) in _TURNS
 
@@ -175,10 +175,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def size_error(path: Path, size: Size, annotated: Size) -> str:
-    """What is wrong with the size of an image, with the EXIF orientation if that is the cause."""
+    """Message about a wrong image size, with the EXIF orientation if that is the cause."""
     text = f"expected the annotated size {size_text(*annotated)}, but got {size_text(*size)}"
     if size == annotated[::-1] and is_rotated(path):
-        text += ", since its EXIF orientation turns it; orientation='auto' takes what fits"
+        text += " because of its EXIF orientation; orientation='auto' selects what matches"
     return text
 
 
@@ -211,7 +211,7 @@ def read_json(path: Path, hook: Callable[[dict[str, object]], object] | None = N
     """Reads a JSON file.
 
     Args:
-        hook: applied to every object, from the inside out, to drop or pack what takes memory.
+        hook: applied to every object, innermost first, to drop or compress large values.
     Raises:
         UserError: if the file is not JSON, or nested deeper than Python reads; if a number is NaN,
             infinite, or too large for a float.
@@ -219,7 +219,7 @@ def read_json(path: Path, hook: Callable[[dict[str, object]], object] | None = N
     _require_file(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
-        # Numbers are looked at one by one, in Python, only if a large one seems to be among them.
+        # Numbers are checked one by one in Python only if the text may contain a large one.
         suspicious = _LARGE_NUMBER.search(text) is not None
         return json.loads(
             text,
@@ -231,17 +231,17 @@ def read_json(path: Path, hook: Callable[[dict[str, object]], object] | None = N
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     except RecursionError as error:
-        raise UserError(f"{path}: not readable as json (nested too deeply)") from error
+        raise UserError(f"{path}: not readable as JSON (nested too deeply)") from error
     except ValueError as error:  # text that is not UTF-8 is a ValueError, too
         reason = str(error).splitlines()[0]
-        raise UserError(f"{path}: not readable as json ({reason})") from error
+        raise UserError(f"{path}: not readable as JSON ({reason})") from error
 
 
 _LARGE_NUMBER = re.compile(r"[0-9]{200}|[0-9][eE]\+?[0-9]{3}")
 
 
 def _refuse_constant(name: str) -> object:
-    raise UserError(f"expected numbers as JSON has them, but got {name}")
+    raise UserError(f"expected finite numbers, but got {name}")
 
 
 def _bounded_int(text: str) -> object:
@@ -258,31 +258,30 @@ def _refuse_large(text: str) -> object:
 
 
 def _require_file(path: Path) -> None:
-    """Refuses what is no regular file: reading a pipe may wait for ever."""
+    """Raises UserError for pipes and devices, from which reading may block forever."""
     kind = path.stat().st_mode
     if not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):  # folders have the system's message
         raise UserError(f"{path}: expected a file, but got a pipe or a device")
 
 
 def is_image(name: str) -> bool:
-    """Whether a file name is one of an image; hidden files are not."""
+    """Whether a file name is that of a visible image file."""
     return name[name.rfind(".") :].lower() in IMAGE_SUFFIXES and not name.startswith(".")
 
 
 def walk_files(folder: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, list[str]]]:
-    """The folder and its subfolders in the order of their paths, each with the sorted names of its
-    files that are wanted.
+    """The folder and its subfolders in path order, each with the sorted names of matching files.
 
     Symbolic links are followed; hidden folders are skipped.
 
     Raises:
-        UserError: if a link leads back to a folder that it is in.
+        UserError: if a link points to a folder that contains it.
     """
     yield from sorted(_walk_files(folder, wanted, frozenset()))
 
 
 def walk_images(folder: Path) -> Iterator[tuple[str, list[str]]]:
-    """As `walk_files`, with images."""
+    """Same as `walk_files`, for images."""
     return walk_files(folder, is_image)
 
 
@@ -292,7 +291,7 @@ def _walk_files(
     status = folder.stat()
     here = status.st_dev, status.st_ino
     if here in above:
-        raise UserError(f"{folder}: expected a folder, but got a link to a folder that it is in")
+        raise UserError(f"{folder}: expected a folder, but got a link to a folder that contains it")
     with os.scandir(folder) as entries:
         visible = [entry for entry in entries if not entry.name.startswith(".")]
     yield str(folder), sorted(entry.name for entry in visible if wanted(entry.name))
@@ -302,25 +301,25 @@ def _walk_files(
 
 
 def has_images(folder: Path) -> bool:
-    """Whether there is an image in a folder or its subfolders; links as for `walk_images`."""
+    """Whether there is an image in a folder or its subfolders; links as in `walk_images`."""
     return any(names for _, names in _walk_files(folder, is_image, frozenset()))
 
 
 def subfolders(folder: Path) -> list[Path]:
-    """Folders in a folder, sorted, without hidden ones."""
+    """Visible folders in a folder, sorted."""
     with os.scandir(folder) as entries:
         names = [it.name for it in entries if not it.name.startswith(".") and it.is_dir()]
     return [folder / name for name in sorted(names)]
 
 
 def find_images(folder: Path) -> list[Path]:
-    """Images in a folder and its subfolders, sorted; links as for `walk_images`."""
+    """Images in a folder and its subfolders, sorted; links as in `walk_images`."""
     return sorted(Path(place, name) for place, names in walk_images(folder) for name in names)
 
 
 def image_names(files: Sequence[Path]) -> list[str]:
-    """Unique names of images, usable as file names, from their relative paths: the stems; if some
-    are equal, the names; or else the paths with `__` for the separator."""
+    """Unique image names that are valid as file names, from relative paths: the stems or, if some
+    are equal, the file names or, if some are equal, the paths with `__` as the separator."""
     for names in ([file.stem for file in files], [file.name for file in files]):
         if len(set(names)) == len(names):
             return names
@@ -341,7 +340,7 @@ class Folder:
         return next((self.path / name for name in names if name in self._names), None)
 
     def inner(self, path: PurePath) -> "Folder":
-        """A folder in this one, which may not exist; itself for an empty path."""
+        """A folder in this one, which may not exist; this folder for an empty path."""
         folder = self
         for name in path.parts:
             if name not in folder._folders:
@@ -350,10 +349,10 @@ class Folder:
         return folder
 
     def find_image(self, name: str) -> Path | None:
-        """The image with a name, which may lack its suffix and begin with subfolders.
+        """The image with a name, which may omit the suffix and begin with subfolders.
 
         Raises:
-            UserError: if the name leads out of the folder.
+            UserError: if the name refers to a path outside the folder.
         """
         *folders, last = inside(name).parts or ("",)
         if folders:
@@ -366,15 +365,15 @@ class Folder:
 
 
 def _by_suffix(name: str) -> tuple[int, str]:
-    """Order of images of the same stem: JPEG before PNG, as in VOC."""
+    """Sort key of images with the same stem: JPEG before PNG, as in VOC."""
     return list(IMAGE_SUFFIXES).index(Path(name).suffix.lower()), name
 
 
 def inside(name: str) -> PurePosixPath:
-    """A path relative to a folder, as lists and annotations name files.
+    """A path relative to a folder, as in lists and annotations.
 
     Raises:
-        UserError: if it leads out of the folder.
+        UserError: if the path is outside the folder.
     """
     path = PurePosixPath(name.replace("\\", "/"))
     if path.is_absolute() or ".." in path.parts or re.match("[A-Za-z]:", name):
@@ -389,7 +388,7 @@ def _codes(pixels: np.ndarray) -> np.ndarray:
 
 @contextmanager
 def _opened(path: str | Path) -> Iterator[Image.Image]:
-    """An image of which the header is read. Errors inside get the name of the file."""
+    """Opens an image and reads its header. Errors in the block get the name of the file."""
     path = Path(path)
     _require_file(path)
     with _readable(path), Image.open(path, formats=_FORMATS) as image:
@@ -401,8 +400,8 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
 
 
 def _load(path: str | Path, image: Image.Image) -> None:
-    """Decodes an image, all of it: where the compressed data of a PNG ends early, Pillow leaves the
-    missing rows black, which the length of the data tells from rows that are black."""
+    """Decodes an image completely. If the compressed data of a PNG ends early, Pillow leaves the
+    missing rows black; the length of the data distinguishes them from rows that are black."""
     image.load()
     if image.format != "PNG":
         return
@@ -443,7 +442,7 @@ def _png_bytes(width: int, height: int, depth: int, color: int, interlaced: int)
 def _turn(
     image: Image.Image, orientation: Orientation, annotated: Size | None
 ) -> Image.Transpose | None:
-    """How to turn an image to the orientation in which it is read."""
+    """The transposition that brings an image to its orientation; None if there is none."""
     number = _exif_orientation(image)
     stored = image.height, image.width
     upright = stored[::-1] if number in _SWAPS_SIDES else stored
@@ -454,7 +453,7 @@ def _turn(
 
 
 def _exif_orientation(image: Image.Image) -> int:
-    """Number from 1 to 8; 1 if absent or broken. Pillow itself turns TIFF images upright."""
+    """EXIF orientation, 1 to 8; 1 if absent or invalid. Pillow itself rotates TIFF images."""
     if image.format == "TIFF":
         return 1
     try:

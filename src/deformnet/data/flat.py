@@ -1,7 +1,7 @@
-"""Lists in a few tensors: no Python object for each entry.
+"""Lists stored in a few tensors, without a Python object per entry.
 
-A forked worker of a `DataLoader` copies every memory page with Python objects when it counts
-references to them; a spawned one shares tensors.
+A forked `DataLoader` worker copies every memory page with Python objects when it updates their
+reference counts; tensors are not copied, and spawned workers share them.
 """
 
 import os

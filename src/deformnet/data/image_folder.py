@@ -58,21 +58,20 @@ class ImageFolderClassification(VisionDataset):
     """Images and their classes in the layout of torchvision's `ImageFolder`.
 
     ```
-    <split>/<class>/<any name>.jpg     or any other suffix of an image, also in capitals
-    <class>/<any name>.jpg             without splits: all images are the split `train`
+    <split>/<class>/<any name>.jpg     or any other image suffix, in lower or upper case
+    <class>/<any name>.jpg             without splits: all images are in the split `train`
     ```
 
-    A split is a folder, or several joined by `+` (`train+val`); where there is no `val`, it is
-    `valid`, `validation`, `dev` or `test`. The classes of all splits are the names of the folders
-    in `train`, sorted, so that a split without one of them has the same labels. Without a `train`
-    they are those of the (first) split itself. Files and folders whose name begins with a dot are
-    skipped.
+    A split is a folder, or several joined by `+` (`train+val`). If there is no `val`, it refers to
+    `valid`, `validation`, `dev` or `test`. The classes of all splits are the sorted folder names in
+    `train`, so that a split in which a class is absent has the same labels. If there is no `train`,
+    the (first) split itself defines the classes. Hidden files and folders are skipped.
 
     Attributes:
         classes: class names; their indices are the labels.
         samples: file and label of each image.
-        transform: called with an image (uint8 [3, H, W]); None for no change.
-        orientation: use of the EXIF orientation; `auto` applies it, since no annotation has a size.
+        transform: called with an image (uint8 [3, H, W]); None for no transform.
+        orientation: use of the EXIF orientation; `auto` applies it, as there is no annotated size.
     """
 
     def __init__(
@@ -113,7 +112,7 @@ class ImageFolderClassification(VisionDataset):
         return len(self.samples)
 
     def subset(self, indices: Sequence[int], split: str) -> Self:
-        """The data set with some of its images."""
+        """A subset of the data set."""
         part = copy.copy(self)
         part.split = split
         part.samples = _Samples([self.samples[index] for index in indices])
@@ -130,9 +129,9 @@ class ImageFolderClassification(VisionDataset):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """
         Returns:
-            image uint8 [3, H, W], converted to RGB, or what `transform` makes of it; its label.
+            RGB image uint8 [3, H, W], or the result of `transform`; and its label.
         Raises:
-            UserError: one line that names the file, if it is unreadable.
+            UserError: if the file is unreadable; the message names it.
         """
         path, label = self.samples[index]
         image = tv_tensors.Image(read_image(path, orientation=self.orientation))
@@ -143,7 +142,7 @@ class ImageFolderClassification(VisionDataset):
 
 
 def image_folder_splits(root: str | Path) -> list[str]:
-    """Names of the folders in `root`, each of which may be a split; `train` alone if they are
+    """Names of the folders in `root`, each of which may be a split; only `train` if they are
     classes.
 
     Raises:
@@ -154,8 +153,8 @@ def image_folder_splits(root: str | Path) -> list[str]:
 
 
 def _has_no_splits(root: Path) -> bool:
-    """Whether the folders in `root` are classes: two or more hold images themselves, at most one
-    has the name of a split, such as the class `train`, and none belongs to another layout."""
+    """Whether the folders in `root` are classes: two or more directly contain images, at most one
+    has the name of a split (such as the class `train`), and none belongs to another layout."""
     names = _folder_names(root)
     split_like = [name for name in names if _SPLIT_LIKE.fullmatch(name.lower())]
     if len(split_like) > 1 or any(name.lower() in _NO_CLASSES for name in names):
@@ -178,9 +177,9 @@ def _split_folder(root: Path, splits: Sequence[str], name: str) -> Path:
 
 def _expected(root: Path, splits: Sequence[str]) -> str:
     if _has_no_splits(root):
-        return f"the folders in {root} are classes without splits: all images are {_ONLY_SPLIT!r}"
+        return f"the folders in {root} are classes, so all images are in the split {_ONLY_SPLIT!r}"
     names = listing(splits, _LISTED)
-    return f"expected DIR/SPLIT/CLASS/IMAGE, the folders in {root} are: {names}"
+    return f"expected DIR/SPLIT/CLASS/IMAGE, but the folders in {root} are: {names}"
 
 
 def _find_images(folder: Path, reference: Path) -> tuple[ImageList, list[tuple[str, int]]]:

@@ -11,7 +11,8 @@ from deformnet.data.files import Size, read_image, size_error
 from deformnet.data.voc_files import ClassList, annotated_size, parse_annotation, read_object
 
 FAR = 0.1
-"""Boxes may reach so far beyond their image, as a fraction of its longer side, without a remark."""
+"""Distance that boxes may extend beyond their image without a remark, as a fraction of its longer
+side."""
 
 
 class Fault(NamedTuple):
@@ -24,11 +25,11 @@ class Fault(NamedTuple):
 
 
 class Findings(NamedTuple):
-    """What a check of files finds."""
+    """Result of a check of files."""
 
     faults: list[Fault]
     counts: Counter[int]
-    """Objects or pixels of each class, without ignored and void ones and boxes without area."""
+    """Objects or pixels of each class, without ignored objects, void, and boxes without area."""
 
 
 class ImageItem(NamedTuple):
@@ -97,8 +98,8 @@ class LabelsItem(NamedTuple):
 
 
 class Item(Protocol):
-    """A named tuple. Its first fields are the files that it reads, as strings, the image first; the
-    others, none of them a string, are what the files must agree with."""
+    """A named tuple. The first fields are the files to read, as strings, starting with the image;
+    the other fields, which are not strings, are what the files are checked against."""
 
     def check(self) -> Findings:
         """Reads the files."""
@@ -123,9 +124,9 @@ def has_area(box: tuple[float, float, float, float], size: Size | None) -> bool:
 
 
 def box_remark(box: tuple[float, float, float, float], size: Size | None) -> str:
-    """What is odd about a box (edges) that readers take; empty if nothing is."""
+    """Remark about an unusual but accepted box (edges); empty if there is none."""
     if size is not None and min(size) > 1 and max(box[2:]) <= 1 and max(box) > 0:
-        return "lies within 0 to 1: expected pixels, but it seems to be fractions"
+        return "is within 0 to 1: expected pixels, but it seems to be in fractions"
     if not has_area(box, size):
         return "has no area inside the image; readers drop it"
     if size is None:
@@ -134,7 +135,7 @@ def box_remark(box: tuple[float, float, float, float], size: Size | None) -> str
     height, width = size
     beyond = max(-x1, -y1, x2 - width, y2 - height)
     is_far = beyond > max(2, FAR * max(size))
-    return "reaches far outside the image; readers clip it" if is_far else ""
+    return "extends far outside the image; readers clip it" if is_far else ""
 
 
 def reason(error: Exception, path: Path) -> str:

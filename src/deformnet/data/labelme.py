@@ -1,4 +1,4 @@
-"""The layout of labelme for detection and segmentation: one json file per image."""
+"""The layout of labelme for detection and segmentation: one JSON file per image."""
 
 import base64
 import binascii
@@ -46,11 +46,11 @@ from deformnet.data.splits import Part, require_union, resolve, split_parts
 _JSON_FOLDERS = ("annotations", "Annotations", "labels", "json", "jsons", "labelme")
 _IMAGE_FOLDERS = ("images", "Images", "JPEGImages", "imgs")
 _NAMES = ("classes.txt", "labels.txt")
-# Labels of labelme's own labels.txt.
+# Special labels in labelme's labels.txt.
 _IGNORED, _BACKGROUNDS = "__ignore__", ("_background_", BACKGROUND)
 
 _LINES = ("point", "points", "line", "linestrip")
-_PEEKED = 3  # json files of a folder that are looked at to recognize the layout
+_PEEKED = 3  # JSON files of a folder that are inspected to recognize the layout
 _CIRCLE = 72  # corners of the polygon of a circle
 
 
@@ -59,14 +59,14 @@ class LabelmeClasses(NamedTuple):
 
     names: tuple[str, ...]
     origin: str
-    """Where they come from, for messages."""
+    """Source of the names, for messages."""
 
 
 class LabelmeObject(NamedTuple):
     """One object: a shape, or several with the same label and group."""
 
     number: int
-    """Of its first shape, from 1."""
+    """Number of its first shape, counted from 1."""
     label: str
     ignored: bool
     polygons: list[np.ndarray]
@@ -81,23 +81,23 @@ class LabelmeObject(NamedTuple):
 
 
 class LabelmeFile:
-    """The content of a json file.
+    """The content of a JSON file.
 
     Attributes:
         path: the file.
-        image_path: path of the image as stored; often that of another machine, or an older name.
+        image_path: path of the image as stored; often from another machine, or an older name.
         size: height and width; None if not given.
         objects: the objects, in the order of their first shapes.
         skipped: number of points and lines, which have no area.
     Raises:
-        UserError: if the file is not labelme's, or a shape is malformed.
+        UserError: if the file is not a labelme file, or a shape is malformed.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         content = read_json(path, _without_image)
         if not isinstance(content, dict) or not isinstance(content.get("shapes"), list):
-            raise UserError(f"{path}: expected a file of labelme, with a list of shapes")
+            raise UserError(f"{path}: expected a labelme JSON file with a list of shapes")
         self.image_path = str(content.get("imagePath") or "")
         self.size = _size(content.get("imageHeight"), content.get("imageWidth"))
         self.skipped = 0
@@ -140,19 +140,20 @@ class LabelmeDetection(DetectionDataset):
 
     ```
     classes.txt (labels.txt)     optional
-    <any name>.json              beside the images, or in annotations/, labels/ or json/
+    <any name>.json              next to the images, or in annotations/, labels/ or json/
     <any name>.jpg               or in images/
     ```
 
-    or the same in a folder for each split. Without one, all images are `train`. Several splits are
-    joined by `+`.
+    or the same in a folder for each split. Without such folders, all images are `train`. Several
+    splits are joined by `+`.
 
     Rectangles, polygons, circles, rotated boxes and masks are objects; shapes with the same label
-    and `group_id` are one. Points and lines have no area and are skipped, and so is what is labeled
-    `__ignore__` or `_background_`. Objects that X-AnyLabeling marks as difficult are ignored.
+    and `group_id` are one object. Points and lines, which have no area, and shapes labeled
+    `__ignore__` or `_background_` are skipped. Objects marked as difficult by X-AnyLabeling are
+    ignored.
 
-    An image has the name of its json file, or else the one in `imagePath`. `imageData` is not used.
-    Without classes.txt the classes are the labels of all splits, sorted.
+    The image has the name of its JSON file or, if there is none, the name in `imagePath`.
+    `imageData` is not used. Without classes.txt, the classes are the sorted labels of all splits.
     """
 
     def __init__(
@@ -165,9 +166,10 @@ class LabelmeDetection(DetectionDataset):
     ) -> None:
         """
         Raises:
-            FileNotFoundError: for a missing folder, split (the message says which exist) or image.
-            UserError: for a json file that is malformed, a label that classes.txt lacks, and for
-                parts of a union that share an image.
+            FileNotFoundError: if a folder, split (the message lists those that exist) or image is
+                missing.
+            UserError: if a JSON file is malformed, classes.txt lacks a label, or the parts of a
+                union share an image.
         """
         place = locate(root)
         classes = read_classes(place)
@@ -189,11 +191,11 @@ class LabelmeDetection(DetectionDataset):
 
 @final
 class LabelmeSegmentation(SegmentationDataset):
-    """Images with label maps drawn from the shapes of labelme.
+    """Images with label maps drawn from labelme's shapes.
 
-    Files and shapes as for `LabelmeDetection`; json files are read again when a sample is. Label 0
-    is the background, the classes follow from 1. Later shapes are drawn over earlier ones; ignored
-    ones and those labeled `__ignore__` are void.
+    See `LabelmeDetection` for files and shapes; the JSON file is read again with its sample. Label
+    0 is the background; the classes follow from 1. Later shapes are drawn over earlier ones;
+    ignored shapes and shapes labeled `__ignore__` are void.
     """
 
     def __init__(
@@ -206,7 +208,7 @@ class LabelmeSegmentation(SegmentationDataset):
     ) -> None:
         """
         Raises:
-            FileNotFoundError, UserError: as `LabelmeDetection`.
+            FileNotFoundError, UserError: see `LabelmeDetection`.
         """
         place = locate(root)
         self._object_classes = read_classes(place)
@@ -231,7 +233,7 @@ class LabelmeSegmentation(SegmentationDataset):
 
 
 class LabelmeItem(NamedTuple):
-    """An image and its json file."""
+    """An image and its JSON file."""
 
     image: str
     annotation: str
@@ -262,7 +264,7 @@ class LabelmeItem(NamedTuple):
             faults.append(Fault(self.annotation, text, is_remark=True))
         stored = PureWindowsPath(content.image_path).name
         if stored != Path(self.image).name:
-            text = f"imagePath is {stored!r}; readers take {Path(self.image).name}, of its own name"
+            text = f"imagePath is {stored!r}; readers use {Path(self.image).name} by its name"
             faults.append(Fault(self.annotation, text, is_remark=True))
         return Findings(faults, counts)
 
@@ -271,12 +273,12 @@ class LabelmeItem(NamedTuple):
 
 
 def read_classes(place: DataFiles, *, strict: bool = True) -> LabelmeClasses:
-    """Classes of classes.txt or labels.txt, or else the labels of all splits, sorted.
+    """Classes in classes.txt or labels.txt or, without them, the sorted labels of all splits.
 
     Args:
-        strict: if False, malformed json files are left out.
+        strict: if False, malformed JSON files are skipped.
     Raises:
-        UserError: if there are none, or a json file is malformed.
+        UserError: if there are none, or a JSON file is malformed.
     """
     root = place.annotations
     path = next((root / name for name in _NAMES if (root / name).is_file()), None)
@@ -287,9 +289,9 @@ def read_classes(place: DataFiles, *, strict: bool = True) -> LabelmeClasses:
         names = read_lines(path)
     names = [name for name in names if name not in (_IGNORED, *_BACKGROUNDS)]
     if not names:
-        raise UserError(f"{path or root}: expected labels of objects, but got none")
+        raise UserError(f"{path or root}: expected labels of objects, but found none")
     if len(set(names)) < len(names):
-        raise UserError(f"{path}: names a class more than once")
+        raise UserError(f"{path}: expected unique class names, but got one more than once")
     return LabelmeClasses(tuple(names), f"in {path or root}")
 
 
@@ -303,7 +305,7 @@ def _labels(path: Path, strict: bool) -> set[str]:
 
 
 def label_of(path: Path, item: LabelmeObject, classes: LabelmeClasses) -> int | None:
-    """Index of the class of an object; None for the background and what has no class.
+    """Index of the class of an object; None for the background and objects without a class.
 
     Raises:
         UserError: if the class is unknown.
@@ -313,7 +315,7 @@ def label_of(path: Path, item: LabelmeObject, classes: LabelmeClasses) -> int | 
     if item.label in (_IGNORED, *_BACKGROUNDS):
         return None
     raise UserError(
-        f"{path}: shape {item.number}: expected a label {classes.origin} "
+        f"{path}: shape {item.number}: expected one of the labels {classes.origin} "
         f"({listing(classes.names, 5)}), but got {item.label!r}; add it to that file or correct "
         "the label"
     )
@@ -323,12 +325,12 @@ def label_of(path: Path, item: LabelmeObject, classes: LabelmeClasses) -> int | 
 
 
 def labelme_splits(root: Path) -> list[str]:
-    """Folders with json files of labelme; `train` for files in `root` itself."""
+    """Folders with labelme JSON files; `train` for files in `root` itself."""
     return list(_splits(DataFiles(root, root)))
 
 
 def _splits(place: DataFiles) -> dict[str, Path]:
-    """Folder of the json files of each split."""
+    """Folder of the JSON files of each split."""
     root = place.annotations
     if place.are_apart:
         return {"train": root} if root.is_dir() and has_shapes(root) else {}
@@ -347,7 +349,7 @@ def _splits(place: DataFiles) -> dict[str, Path]:
 
 
 def has_shapes(folder: Path) -> bool:
-    """Whether the first json files of a folder are labelme's."""
+    """Whether the first JSON files of a folder are labelme's."""
     return any(_is_labelme(path) for path in islice(_json_files(folder), _PEEKED))
 
 
@@ -365,7 +367,7 @@ def _is_labelme(path: Path) -> bool:
 def _read_union(
     place: DataFiles, split: str, classes: LabelmeClasses
 ) -> Iterator[tuple[str, Path, Path]]:
-    """Name, image and json file of each image in a union of splits."""
+    """Name, image and JSON file of each image in a union of splits."""
     splits = _splits(place)
     parts: list[Part] = []
     rows: list[tuple[str, Path, Path]] = []
@@ -384,7 +386,7 @@ def _read_union(
 
 
 def _fill(place: DataFiles, name: str, folder: Path, classes: LabelmeClasses) -> ImageList:
-    """The images of a split with their json files."""
+    """The images of a split with their JSON files."""
     images = ImageList(name, folder, classes=classes.names)
     images.pair_item = partial(LabelmeItem, classes=classes)
     places = [_ImageFolder(place) for place in _image_folders(place, folder)]
@@ -398,19 +400,19 @@ def _fill(place: DataFiles, name: str, folder: Path, classes: LabelmeClasses) ->
             tried = tuple(str(place.path) for place in places[:2])
             images.add(Missing("images", tried, f"{path.stem}.jpg"), path)
         elif image in owners:
-            images.fault(f"its image {image.name} is also that of {owners[image].name}", file=path)
+            images.fault(f"image {image.name} is also annotated by {owners[image].name}", file=path)
         else:
             owners[image] = path
             images.add(image, path)
     unlabeled = len({file for place in places[:2] for file in place.files} - {*owners})
     if unlabeled:
-        text = f"{unlabeled} images have no json file; they are not read"
+        text = f"{unlabeled} images have no JSON file; they are not read"
         images.fault(text, is_remark=True)
     return images
 
 
 def _image_folders(place: DataFiles, folder: Path) -> list[Path]:
-    """Folders where the images of json files may be, the likeliest first."""
+    """Folders that may contain the images of JSON files, in order of preference."""
     root = place.annotations
     if place.are_apart:
         return [Path(inner) for inner, _ in walk_images(place.images)]
@@ -438,11 +440,11 @@ class _ImageFolder:
         return [self.path / name for name in self._names]
 
     def named(self, stem: str) -> Path | None:
-        """The image of this stem."""
+        """The image with this stem."""
         return self.path / self._stems[stem] if stem in self._stems else None
 
     def file(self, name: str) -> Path | None:
-        """The image of this name."""
+        """The image with this name."""
         return self.path / name if name in self._names else None
 
 
@@ -477,7 +479,7 @@ def _points(where: str, value: object) -> np.ndarray:
     except (ValueError, TypeError, OverflowError):
         points = np.empty(0)
     if points.ndim != 2 or points.shape[-1] != 2 or not np.isfinite(points).all():
-        raise UserError(f"{where}: expected points to be a list of x, y, but got something else")
+        raise UserError(f"{where}: expected points to be a list of [x, y], but got something else")
     return points
 
 
@@ -499,7 +501,7 @@ def _polygon(where: str, kind: object, points: np.ndarray) -> np.ndarray:
 
 
 def _corners(stamp: Stamp) -> np.ndarray:
-    """First and last corner of the pixels of a mask; of the mask if it is empty."""
+    """First and last corner of the foreground of a mask; of the whole mask if it is empty."""
     rows, columns = np.flatnonzero(stamp.mask.any(1)), np.flatnonzero(stamp.mask.any(0))
     if not len(rows):
         return np.array([(stamp.x, stamp.y), (stamp.x, stamp.y)])
@@ -533,7 +535,7 @@ LABELME_MASKS = Layout[SegmentationDataset](
     files="<image>.json with shapes",
     recognizes=LABELME_BOXES.recognizes,
     splits=labelme_splits,
-    lists=lambda place: iter(()),  # those of the boxes, which read all shapes
+    lists=lambda place: iter(()),  # same as the lists with boxes, which read all shapes
     open=LabelmeSegmentation,
     recognizes_files=LABELME_BOXES.recognizes_files,
 )

@@ -27,26 +27,26 @@ class Missing(NamedTuple):
 
 @dataclass
 class ImageList:
-    """A list of images and all that is known about it without opening them.
+    """A list of images and all information about it that does not require opening them.
 
-    Readers raise its first problem (`require`), the check of data sets reports all.
+    Readers raise its first problem (`require`); the check of data sets reports all problems.
 
     Attributes:
-        name: such as VOC2007/Main/trainval, by which official lists are known.
-        source: file or folder that makes the list.
+        name: name such as VOC2007/Main/trainval, which identifies official lists.
+        source: file or folder that defines the list.
         may_be_official: False for a data set whose classes or folders differ from the official one.
         classes: class names; empty if there are no annotations.
-        unit: what the check counts of each class.
-        counts: number of these in annotations that the items do not read.
-        empty: number of images without any of them, likewise.
-        pair_item: what is checked of an image with its annotation.
+        unit: what the check counts for each class.
+        counts: number of units of each class in annotations that the items do not read.
+        empty: number of images without any, in the same annotations.
+        pair_item: check of an image with its annotation.
         pairs: images with their annotations.
         singles: images without annotations.
         missing: files that do not exist.
         faults: faults of the list itself.
         entries: number of images that the list names.
-        title: for the check, the name with the place of the data set.
-        official: for the check, number of images in the official list of this name, if any.
+        title: for the check, the name with the location of the data set.
+        official: for the check, number of images in the official list with this name, if any.
     """
 
     name: str
@@ -97,8 +97,8 @@ class ImageList:
     def require(self) -> None:
         """
         Raises:
-            UserError: for the first fault that is no remark.
-            FileNotFoundError: for the first missing file.
+            UserError: if there is a fault that is not a remark; names the first one.
+            FileNotFoundError: if a file is missing; names the first one.
         """
         for fault in self.faults:
             if not fault.is_remark:
@@ -119,8 +119,8 @@ def find_file(kind: str, folders: Sequence[Folder], *names: str) -> Path | Missi
 
 
 def find_image_file(kind: str, folders: Sequence[Folder], name: str, suffix: str) -> Path | Missing:
-    """As `find_file`, for a name that may lack its suffix, any of an image; `suffix` is the usual
-    one, for messages."""
+    """Same as `find_file`, for a name that may omit its image suffix; messages show `suffix`, the
+    usual one."""
     found = (folder.find_image(name) for folder in folders)
     missing = Missing(kind, tuple(str(folder.path) for folder in folders), f"{name}{suffix}")
     return next(filter(None, found), missing)
@@ -142,9 +142,9 @@ class Reader(Protocol[_Dataset]):
 
 @dataclass(frozen=True)
 class Layout(Generic[_Dataset]):
-    """One way in which the files of a data set are arranged.
+    """A layout: the arrangement of the files of a data set.
 
-    A layout is an object of this class beside its reader, and an entry in a tuple of
+    A layout is an instance of this class, defined next to its reader, and an entry in a tuple in
     `deformnet.data.opening`.
 
     Attributes:
@@ -154,8 +154,8 @@ class Layout(Generic[_Dataset]):
         splits: names of the splits in such a folder.
         lists: all lists of images, with their problems.
         open: reader.
-        folders: folders that belong to the data set as a whole; there may be others beside them.
-        recognizes_files: whether images and annotations that lie apart have this layout.
+        folders: folders that belong to the data set as a whole; there may be other folders.
+        recognizes_files: whether separate images and annotations have this layout.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Places of data sets: a folder, or images and annotations that lie apart."""
+"""Locations of data sets: one folder, or separate images and annotations."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,12 +8,12 @@ from deformnet.data.files import require_folder
 
 @dataclass(frozen=True, init=False)
 class DataFiles:
-    """Images and annotations that lie apart; they are one split, `train`.
+    """Images and annotations in separate places; they form one split, `train`.
 
     Attributes:
-        images: folder of the images; subfolders are read, too.
-        annotations: a json file of COCO; or a folder of XML files, text files of YOLO, json files
-            of labelme, or masks.
+        images: folder of the images; subfolders are included.
+        annotations: a COCO JSON file; or a folder of XML files, YOLO text files, labelme JSON
+            files, or masks.
     """
 
     images: Path

@@ -1,4 +1,4 @@
-"""Reading of masks as class ids, whether they store ids, 0 and 255, or colors."""
+"""Reading of masks that store class ids, 0 and 255, or colors, as class ids."""
 
 import logging
 from collections.abc import Iterable, Iterator
@@ -19,7 +19,7 @@ from deformnet.data.palette import ClassFile, Color, Colors, color_of, voc_color
 from deformnet.data.voc_files import VOC_CLASSES
 
 SAMPLED = 100
-"""Masks that are read to find out how masks store classes."""
+"""Number of masks to read to find out how masks store classes."""
 
 IDENTITY = bytes(range(256))
 """Table of masks that store labels."""
@@ -38,12 +38,12 @@ class MaskReader:
 
     Attributes:
         classes: class names; their indices are the labels.
-        expected: what masks hold, for messages.
-        advice: what to do about a label or a color without a class, for messages.
-        table: class (or IGNORE) of every stored id. Other values mark ids that are errors.
+        expected: expected content of masks, for messages.
+        advice: advice for a label or a color without a class, for messages.
+        table: class (or IGNORE) of every stored id. Other values mark invalid ids.
         colors: classes of colors; empty for masks that store ids.
-        note: remark about how the masks are read, if any.
-        void_advice: what to do about a data set that is all void, for messages.
+        note: remark on how the masks are read, if any.
+        void_advice: advice for a data set in which all pixels are void, for messages.
     """
 
     classes: tuple[str, ...]
@@ -73,7 +73,7 @@ class MaskReader:
             color = color_of(_first_colored(stored))
             raise UserError(
                 f"{path}: expected class ids, {self.expected}, but got mode {stored.mode} with "
-                f"colors such as {color}; the masks of a data set hold either ids or colors"
+                f"colors such as {color}; use either ids or colors in all masks of a data set"
             )
         labels = np.frombuffer(self.table, np.uint8)[ids]
         wrong = (labels >= len(self.classes)) & (labels != IGNORE)
@@ -105,8 +105,8 @@ class MaskReader:
 
 
 def note_void(images: ImageList, reader: MaskReader, *, is_remark: bool = False) -> None:
-    """Adds a fault to a list if all pixels of its masks are void. Reads masks until one has a pixel
-    of a class."""
+    """Adds a fault to a list if all pixels of its masks are void. Reads masks until one has a
+    labeled pixel."""
     for _, mask in images.pairs:
         try:
             labels = reader.read(mask)
@@ -133,20 +133,21 @@ def choose_reader(
     file: Path,
     default: tuple[str, ...] | None = None,
 ) -> MaskReader:
-    """Finds out how masks store their classes, from a file of classes and the first masks.
+    """Determines how masks store their classes, from a class file and the first masks.
 
-    Colors of the file count if the masks have them. Else, masks with colors have VOC's. Masks that
-    hold 0 and 255 only are binary if the classes are two or unknown: 255 is then label 1. Other
-    masks hold labels; `background` is prepended to names that omit it.
+    If the file lists colors and the masks use them, they define the classes. Other masks with
+    colors use VOC's colors. Masks with only 0 and 255 are binary if there are two classes or the
+    classes are unknown: 255 is then label 1. All other masks store labels; `background` is
+    prepended to class names that omit it.
 
     Args:
         masks: all masks, in an order that is the same for every split.
-        content: the classes, if a file names them.
-        file: the file that names the classes, or should, for messages.
-        default: classes of masks with ids where no file names them.
+        content: the content of the class file, if there is one.
+        file: the class file, which may be missing, for messages.
+        default: classes of masks with ids if there is no class file.
     Raises:
-        UserError: if the masks have unknown colors, hold 0 and 255 although the classes are more
-            than two, or hold ids that nothing names.
+        UserError: if the masks have unknown colors, only 0 and 255 although there are more than two
+            classes, or ids without a class name.
     """
     masks = _Once(masks)
     if content is not None and content.colors and _have_colors(masks, content.colors):
@@ -167,13 +168,13 @@ def choose_reader(
     if highest <= 1:
         return _id_reader(_BINARY_CLASSES, "of binary masks", file, is_default=True)
     raise UserError(
-        f"{file}: no such file; expected names of the classes, one per line from id 0, since the "
-        f"masks hold ids up to {highest}; if they number objects, save the id of the class instead"
+        f"{file}: no such file; expected class names, one per line from id 0, since the masks "
+        f"contain ids up to {highest}; if the ids number objects, save class ids instead"
     )
 
 
 class _Once(Iterable[Path]):
-    """Iterates over files that are listed as late as they are needed, again and again."""
+    """Re-iterable sequence of files that are listed only when needed."""
 
     def __init__(self, paths: Iterable[Path]) -> None:
         self._rest = iter(paths)
@@ -188,16 +189,16 @@ class _Once(Iterable[Path]):
 
 @dataclass
 class _Survey:
-    """What the first masks hold."""
+    """Content of the first masks."""
 
     ids: set[int]
     colors: dict[Color, tuple[int, Path]]
-    """Of masks that are not gray, with the number of pixels and the first file of each."""
+    """Colors of masks that are not gray, with the number of pixels and first file of each."""
 
 
 def _survey(masks: Iterable[Path], names: tuple[str, ...] | None, *, is_default: bool) -> _Survey:
-    """Reads masks until it is clear what they hold: often a single one, at most `SAMPLED`, or all
-    if it seems that 255 is all that there is to see."""
+    """Reads masks until their content is clear: often a single mask, at most `SAMPLED`, or all
+    masks as long as they contain only 255."""
     survey = _Survey(set(), {})
     asks_count = names is not None and names[0] != "background" and names != VOC_CLASSES[1:]
     for number, path in enumerate(masks):
@@ -229,7 +230,7 @@ def _add(survey: _Survey, path: Path) -> None:
 
 
 def _have_colors(masks: Iterable[Path], colors: Colors) -> bool:
-    """Whether masks store colors, by the first that is not gray or has two values."""
+    """Whether masks store colors, judged by the first mask that is not gray or has two values."""
     known = True
     for path in islice(masks, SAMPLED):
         try:
@@ -250,7 +251,7 @@ def _id_reader(
 ) -> MaskReader:
     advice = "add the class to that file or correct the annotation"
     if is_default:
-        advice = f"for other classes, write their names, one per line, to {file}"
+        advice = f"for other classes, write the class names, one per line, to {file}"
     count = len(names)
     return MaskReader(
         names,
@@ -284,16 +285,16 @@ def _binary_reader(names: tuple[str, ...] | None, file: Path) -> MaskReader:
         classes = ("background", *classes)
     if len(classes) != 2:
         raise UserError(
-            f"{file}: names {len(classes)} classes, but the masks hold 0 and 255 only, and 255 is "
-            "void here: with two names, 0 and 255 are read as the first and the second class; "
-            f"for {len(classes)} classes, store ids from 0 to {len(classes) - 1}"
+            f"{file}: expected ids of {len(classes)} classes in the masks, but they contain only 0 "
+            "and 255, and 255 is void; with two names, 0 and 255 are read as the first and second "
+            f"class; for {len(classes)} classes, store ids from 0 to {len(classes) - 1}"
         )
-    note = f"masks hold 0 and 255 only: 255 is read as label 1, {classes[1]}"
+    note = f"masks contain only 0 and 255: 255 is read as label 1, {classes[1]}"
     _say_once(file.parent, note)
     return MaskReader(
         classes,
-        "0 and 255 only, as in the other masks",
-        f"if 255 is void, name all classes in {file}",
+        "only 0 and 255, as in the other masks",
+        f"if 255 is void, list all classes in {file}",
         _BINARY_TABLE,
         note=note,
     )
@@ -319,7 +320,7 @@ def _voc_color_reader(survey: _Survey, names: tuple[str, ...] | None, file: Path
 
 
 def _objects_with_background(names: tuple[str, ...]) -> tuple[str, ...]:
-    """Names for VOC's color map, where black is the background."""
+    """Class names for VOC's color map, in which black is the background."""
     return names if names[0] == "background" else ("background", *names)
 
 

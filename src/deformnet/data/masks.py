@@ -1,4 +1,4 @@
-"""Folders of images and folders of masks, in the arrangements that are in use."""
+"""Folders of images and folders of masks, in common arrangements."""
 
 import os
 import re
@@ -24,7 +24,7 @@ from deformnet.data.palette import find_class_file
 from deformnet.data.splits import USUAL_SPLITS, Part, require_union, resolve, split_parts
 from deformnet.data.voc_files import voc_years
 
-# In lower case, the likeliest first.
+# In lower case, in order of preference.
 _IMAGE_FOLDERS = ("images", "image", "imgs", "img", "jpegimages", "photos", "rgb")
 _MASK_FOLDERS = (
     *("masks", "mask", "labels", "label", "annotations", "annotation", "annot"),
@@ -32,7 +32,7 @@ _MASK_FOLDERS = (
     *("groundtruth", "ground_truth", "gt", "targets", "target"),
 )
 
-# Parts of a name that tell a mask from its image: a_mask.png, mask-a.png, a_L.png.
+# Parts of a name that distinguish a mask from its image: a_mask.png, mask-a.png, a_L.png.
 _MASK_WORDS = "masks?|labels?|labelids|gt|seg|segmentation|annotations?|annot|groundtruth"
 _MASK_SUFFIX = re.compile(rf"(?P<name>.+)[_.\- ](?:{_MASK_WORDS})", re.IGNORECASE)
 _LETTER_SUFFIX = re.compile(r"(?P<name>.+)_L")
@@ -53,7 +53,7 @@ class MaskFolders(NamedTuple):
 
 @final
 class FolderSegmentation(SegmentationDataset):
-    """Images and masks of the same names, in folders:
+    """Images and masks with the same names, in folders:
 
     ```
     images/, masks/                          one split, `train`
@@ -64,12 +64,12 @@ class FolderSegmentation(SegmentationDataset):
     classes.txt                              or another file of `deformnet.data.palette`
     ```
 
-    Folders of masks may also be called labels, annotations, SegmentationClass and so on, and those
-    of images JPEGImages; in any case. Names of masks may have a usual suffix or prefix that those
-    of the images lack, such as `_mask` or `label-`. Subfolders are read, too.
+    Mask folders may also be called labels, annotations, SegmentationClass and so on, and image
+    folders JPEGImages, in lower or upper case. Names of masks may have a common suffix or prefix,
+    such as `_mask` or `label-`, that the names of images lack. Subfolders are included.
 
-    Masks hold class ids (255 is void), 0 and 255 only, or the colors that the file of classes
-    names; see `deformnet.data.mask_reader.choose_reader`.
+    Masks contain class ids (255 is void), only 0 and 255, or the colors listed in the class file;
+    see `deformnet.data.mask_reader.choose_reader`.
     """
 
     def __init__(
@@ -82,9 +82,10 @@ class FolderSegmentation(SegmentationDataset):
     ) -> None:
         """
         Raises:
-            FileNotFoundError: for a missing folder, split (the message says which exist) or mask.
-            UserError: if a split has no images, for a malformed file of classes, for masks whose
-                content no class has, and for parts of a union that share an image.
+            FileNotFoundError: if a folder, split (the message lists those that exist) or mask is
+                missing.
+            UserError: if a split has no images, the class file is malformed, masks contain ids or
+                colors without a class, or the parts of a union share an image.
         """
         place = locate(root)
         root = place.annotations
@@ -115,7 +116,7 @@ class FolderSegmentation(SegmentationDataset):
 def _find(place: DataFiles) -> tuple[dict[str, MaskFolders], MaskReader]:
     """Folders of each split, and the reader of all their masks."""
     root = place.annotations
-    if place.are_apart:  # the file of classes may be beside the masks
+    if place.are_apart:  # the class file may be next to the masks
         folders = {"train": MaskFolders(place.images, root)}
         return folders, _reader(root.parent, folders)
     folders = find_folders(root)
@@ -125,7 +126,7 @@ def _find(place: DataFiles) -> tuple[dict[str, MaskFolders], MaskReader]:
 def find_folders(root: Path) -> dict[str, MaskFolders]:
     """Folders of each split, possibly none, in the first arrangement that fits.
 
-    Folders in `root` are splits only if one has the usual name of a split: they may be data sets.
+    Folders in `root` are splits only if one has a common split name; they may also be data sets.
     """
     folders = {path.name.lower(): path for path in subfolders(root)}
     pair = _pair_of_folders(folders)
@@ -155,7 +156,7 @@ def _splits(candidates: Mapping[str, MaskFolders | None]) -> dict[str, MaskFolde
 
 
 def _pair_of_folders(folders: Mapping[str, Path]) -> MaskFolders | None:
-    """A folder of images and one of masks, by their names and content."""
+    """A folder of images and a folder of masks, found by their names and contents."""
     images = next((folders[name] for name in _IMAGE_FOLDERS if name in folders), None)
     if images is None or not has_images(images):
         return None
@@ -164,14 +165,14 @@ def _pair_of_folders(folders: Mapping[str, Path]) -> MaskFolders | None:
 
 
 def _splits_inside(pair: MaskFolders) -> dict[str, MaskFolders]:
-    """Splits that are folders inside those of images and masks."""
+    """Splits that are subfolders of the image and mask folders."""
     images, masks = map(_by_name, pair)
     names = [name for name in images if name in masks and name in USUAL_SPLITS]
     return {images[name].name: MaskFolders(images[name], masks[name]) for name in names}
 
 
 def _beside(name: str, folders: Mapping[str, Path]) -> MaskFolders | None:
-    """A folder of images with one of masks beside it: train and train_masks."""
+    """An image folder with a mask folder next to it: train and train_masks."""
     for separator in ("_", "-", ""):
         for kind in _MASK_FOLDERS:
             masks = folders.get(f"{name}{separator}{kind}")
@@ -181,14 +182,14 @@ def _beside(name: str, folders: Mapping[str, Path]) -> MaskFolders | None:
 
 
 def _single(folder: Path) -> MaskFolders | None:
-    """A folder with images and their masks."""
+    """A folder that contains both images and masks."""
     stems = {path.stem for path in folder.iterdir() if is_image(path.name)}
     masks = (match["name"] for stem in stems if (match := _MASK_SUFFIX.fullmatch(stem)))
     return MaskFolders(folder, folder) if any(name in stems for name in masks) else None
 
 
 def _reader(root: Path, splits: Mapping[str, MaskFolders]) -> MaskReader:
-    """Reader of the masks of all splits, so that they agree."""
+    """Reader of the masks, the same for all splits."""
     ordered = [splits[name] for name in sorted(splits, key=lambda name: name != "train")]
     inside = (path for folders in ordered for path in (*folders, *(p.parent for p in folders)))
     places = dict.fromkeys([root, *(path for path in inside if path.is_relative_to(root))])
@@ -237,7 +238,7 @@ def _list(name: str, folders: MaskFolders, reader: MaskReader) -> ImageList:
         result.fault(
             f"expected masks with the names of the images, such as NAME.png or NAME_mask.png, but "
             f"found {len(images)} images ({images[0]}, ...) and {len(masks)} masks "
-            f"({unused[0]}, ...) without a name in common"
+            f"({unused[0]}, ...) with no name in common"
         )
     elif unused:
         text = f"{len(unused)} masks have no image: {listing(unused, 3)}"
@@ -247,13 +248,13 @@ def _list(name: str, folders: MaskFolders, reader: MaskReader) -> ImageList:
 
 
 class _MaskFinder:
-    """Finds the mask of an image: by its path; without what tells masks from images; or by its name
-    in any subfolder. Names that several masks have find none."""
+    """Finds the mask of an image by its path, by its path without the suffix or prefix of masks, or
+    by its name in any subfolder. Ambiguous names are ignored."""
 
     def __init__(self, masks: Sequence[str]) -> None:
         """
         Args:
-            masks: paths in the folder of masks.
+            masks: paths in the mask folder.
         """
         self._exact = {_stem(mask): mask for mask in masks}
 
@@ -269,7 +270,7 @@ class _MaskFinder:
 
     @cached_property
     def _levels(self) -> list[dict[str, str]]:
-        """Masks by names of images, the surest first."""
+        """Masks by image name, in order of confidence."""
         stems = self._exact.items()
         suffixed = _unique((_without(s, _MASK_SUFFIX, _LETTER_SUFFIX), mask) for s, mask in stems)
         prefixed = _unique((_without(stem, _MASK_PREFIX), mask) for stem, mask in stems)
@@ -287,7 +288,7 @@ def _name(path: str) -> str:
 
 
 def _without(stem: str, *patterns: re.Pattern[str]) -> str:
-    """A path without the part of its name that the first matching pattern has beside the name."""
+    """A path whose name lacks the suffix or prefix that the first matching pattern removes."""
     name = _name(stem)
     matches = (pattern.fullmatch(name) for pattern in patterns)
     match = next(filter(None, matches), None)
@@ -305,7 +306,7 @@ def _unique(entries: Iterable[tuple[str, str]]) -> dict[str, str]:
 
 
 def _sample_name(image: str) -> str:
-    """Name of an image, usable as a file name: its path with `__` for the separator."""
+    """Name of an image that is valid as a file name: its path with `__` as the separator."""
     return _stem(image).replace("/", "__")
 
 
@@ -315,7 +316,7 @@ def _note_equal_names(result: ImageList, images: Sequence[str]) -> None:
         other = seen.setdefault(_sample_name(image), image)
         if other != image:
             file = result.source / image
-            result.fault(f"expected images of different names, but got {other}", file=file)
+            result.fault(f"expected images with different names, but got {other}", file=file)
 
 
 def _lists(place: DataFiles) -> Iterator[ImageList]:

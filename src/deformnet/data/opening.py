@@ -33,9 +33,9 @@ class _Kind(Generic[_Dataset]):
     """Data sets with one kind of annotations.
 
     Attributes:
-        annotations: the kind.
-        networks: what is trained on them.
-        layouts: the first that recognizes a folder reads it.
+        annotations: name of the kind.
+        networks: networks that train on them.
+        layouts: layouts; the first one that recognizes a folder reads it.
     """
 
     annotations: str
@@ -59,8 +59,8 @@ _KINDS: tuple[_Kind, ...] = (_BOXES, _MASKS, _CLASSES)
 LAYOUTS: tuple[Layout, ...] = tuple(layout for kind in _KINDS for layout in kind.layouts)
 """All layouts. The folders of classes come last: only a folder of no other layout is read so."""
 
-_WRAPPERS = 3  # folders that hold nothing but another folder, as unpacked archives have them
-_TRIED = 20  # subfolders in which data sets are looked for, for messages
+_WRAPPERS = 3  # nested folders that contain only another folder, as in unpacked archives
+_TRIED = 20  # subfolders searched for data sets, for messages
 
 
 def open_detection(
@@ -70,24 +70,24 @@ def open_detection(
     *,
     orientation: Orientation = "auto",
 ) -> DetectionDataset:
-    """Opens a detection data set; its layout is recognized by its files.
+    """Opens a detection data set and detects its layout.
 
     Args:
-        root: folder in the layout of VOC (with `VOCdevkit`, or that folder itself, or one year of
-            it), COCO, YOLO or labelme, or with XML files of VOC; or `DataFiles` for images and
-            annotations that lie apart, which are the split `train`.
-        split: name of a list file (VOC), of what follows `instances_` (COCO) or of a folder, or
-            several joined by `+`. Where there is no `val`, it is `valid`, `validation`, `dev` or
-            `test`. A name of the VOC layout may begin with the folder of a year, as in
-            `VOC2007/trainval+VOC2012/trainval`; the default is the last year.
-            `train[held-out=0.2]` is a fifth of the images of `train`, chosen by their names, and
-            `train[without=0.2]` the others; `[held-out=0.2,seed=1]` is another choice.
+        root: folder in the layout of VOC (the folder with `VOCdevkit`, that folder itself, or one
+            of its years), COCO, YOLO or labelme, or with VOC XML files; or `DataFiles` for images
+            and annotations in separate places, which form the split `train`.
+        split: name of a list file (VOC), the part of a file name after `instances_` (COCO), or name
+            of a folder; or several of these joined by `+`. If there is no `val`, it refers to
+            `valid`, `validation`, `dev` or `test`. In VOC layout, a name may begin with the folder
+            of a year, as in `VOC2007/trainval+VOC2012/trainval`; the default is the last year.
+            `train[held-out=0.2]` is a fifth of the images of `train`, selected by their names, and
+            `train[without=0.2]` is the rest; `[held-out=0.2,seed=1]` makes another selection.
         transforms: called with (image, annotations), such as `detection_transforms`.
-        orientation: use of the EXIF orientation of images; `auto` takes what fits the annotated
-            size, and applies it where there is none.
+        orientation: use of the EXIF orientation of images; `auto` selects what matches the
+            annotated size, and applies the orientation if there is no size.
     Raises:
-        FileNotFoundError: if `root` has no known layout or no such split; the message says what was
-            found, or which splits exist.
+        FileNotFoundError: if `root` has no known layout or no such split; the message lists what
+            was found, or the splits that exist.
         UserError: if the split is empty, an annotation is malformed, or the parts of a union do not
             fit together.
     """
@@ -101,17 +101,17 @@ def open_segmentation(
     *,
     orientation: Orientation = "auto",
 ) -> SegmentationDataset:
-    """Opens a segmentation data set; its layout is recognized by its files.
+    """Opens a segmentation data set and detects its layout.
 
     Args:
-        root: folder in the layout of VOC, Cityscapes, or with images and masks; in that of COCO,
-            YOLO or labelme with polygons; or `DataFiles`, as `open_detection`.
-        split: name of a list file (VOC), of a file (COCO) or of a folder, or several joined by `+`,
-            as `open_detection`.
+        root: folder in the layout of VOC or Cityscapes, with images and masks, or in the layout of
+            COCO, YOLO or labelme with polygons; or `DataFiles`, see `open_detection`.
+        split: name of a list file (VOC), of a file (COCO) or of a folder, or several joined by `+`;
+            see `open_detection`.
         transforms: called with (image, mask), such as `segmentation_training_transforms`.
-        orientation: as `open_detection`.
+        orientation: see `open_detection`.
     Raises:
-        FileNotFoundError, UserError: as `open_detection`.
+        FileNotFoundError, UserError: see `open_detection`.
     """
     return _open(_MASKS, root, split, transforms, orientation)
 
@@ -123,15 +123,15 @@ def open_classification(
     *,
     orientation: Orientation = "auto",
 ) -> ImageFolderClassification:
-    """Opens a data set of folders of classes.
+    """Opens a data set of class folders.
 
     Args:
         root: folder with `<split>/<class>/<image>`, or `<class>/<image>` for the split `train`.
-        split: name of a folder, or several joined by `+`, as `open_detection`.
+        split: name of a folder, or several joined by `+`; see `open_detection`.
         transform: called with an image.
-        orientation: as `open_detection`.
+        orientation: see `open_detection`.
     Raises:
-        FileNotFoundError, UserError: as `open_detection`.
+        FileNotFoundError, UserError: see `open_detection`.
     """
     return _open(_CLASSES, root, split, transform, orientation)
 
@@ -154,7 +154,7 @@ def segmentation_splits(root: Location) -> list[str]:
 
 
 def classification_splits(root: Location) -> list[str]:
-    """Splits that `open_classification` takes, as `detection_splits`."""
+    """Splits that `open_classification` accepts; see `detection_splits`."""
     return _splits(_CLASSES, root)
 
 
@@ -198,7 +198,7 @@ def _open(
 
 
 def _chosen(images: Selectable, parts: Sequence[PartOfSplit], lengths: Sequence[int]) -> list[int]:
-    """Images of parts of splits, by the numbers of images of the whole splits."""
+    """Indices of the images in parts of splits, given the number of images in each whole split."""
     chosen: list[int] = []
     start = 0
     for part, length in zip(parts, lengths, strict=True):
@@ -232,7 +232,7 @@ def _find(kind: _Kind[_Dataset], location: Location) -> _Found[_Dataset]:
 
 
 def _recognized(kind: _Kind[_Dataset], root: Path) -> Layout[_Dataset] | None:
-    """The layout of a folder; one that has splits of this kind, if any has."""
+    """The layout of a folder; preferably one with splits of this kind."""
     without_splits = None
     for layout in kind.layouts:
         if layout.recognizes(root):
@@ -243,7 +243,7 @@ def _recognized(kind: _Kind[_Dataset], root: Path) -> Layout[_Dataset] | None:
 
 
 def _only_folder(root: Path) -> Path | None:
-    """The only visible entry of a folder, if that is a folder."""
+    """The only visible entry of a folder, if it is a folder."""
     visible = [path for path in root.iterdir() if not path.name.startswith((".", "__MACOSX"))]
     return visible[0] if len(visible) == 1 and visible[0].is_dir() else None
 
@@ -252,10 +252,10 @@ def _only_folder(root: Path) -> Path | None:
 
 
 def what_was_found(root: Path, wanted: str | None = None) -> str:
-    """What a folder holds, and what to do.
+    """Message about the contents of a folder, and what to do next.
 
     Args:
-        wanted: annotations that were looked for, such as boxes; None for any.
+        wanted: expected annotations, such as boxes; None for any.
     """
     found = survey(root)
     kinds = [kind for kind in _KINDS if wanted in (None, kind.annotations)]
@@ -265,20 +265,20 @@ def what_was_found(root: Path, wanted: str | None = None) -> str:
     other = _other_kind(root, kinds)
     if other is not None:
         return (
-            f"{root}: found {other.annotations}, no {wanted}: train {other.networks}, or add "
-            f"{wanted} ({expected})"
+            f"{root}: expected {wanted}, but found {other.annotations}; train {other.networks}, or "
+            f"add {wanted} ({expected})"
         )
     inner = _data_set_below(root, kinds)
     if inner is not None:
-        return f"{start}; the data set is in {inner}: pass that folder"
+        return f"{start}; the data set is in {inner}; pass that folder"
     advice = found.advice()
     if not advice and found.has_images and not found.has_annotations:
-        advice = ["add annotations, or pass DataFiles if they lie elsewhere"]
+        advice = ["add annotations, or pass --images and --annotations if they are elsewhere"]
     return "; ".join([start, *advice, expected])
 
 
 def _other_kind(root: Path, kinds: Sequence[_Kind]) -> _Kind | None:
-    """The kind of data set that a folder holds, other than some."""
+    """The kind of data set in a folder, other than the given kinds."""
     return next((kind for kind in _KINDS if kind not in kinds and _holds(kind, root)), None)
 
 
@@ -292,11 +292,11 @@ def _data_set_below(root: Path, kinds: Sequence[_Kind]) -> Path | None:
         folders = subfolders(root)[:_TRIED]
         return next((it for it in folders if any(_holds(kind, it) for kind in kinds)), None)
     except (ValueError, OSError):
-        return None  # one that is not readable
+        return None  # an unreadable folder
 
 
 def _refuse_files(place: DataFiles, wanted: str) -> str:
-    """What annotations that lie apart are."""
+    """Message about separate annotations that have no known layout."""
     other = next(
         (
             kind
@@ -307,10 +307,10 @@ def _refuse_files(place: DataFiles, wanted: str) -> str:
         None,
     )
     if other is not None:
-        return f"{place}: found {other.annotations}, no {wanted}: train {other.networks}"
+        return f"{place}: expected {wanted}, but found {other.annotations}; train {other.networks}"
     path = place.annotations
     found = f"found {survey(path)}" if path.is_dir() else "got a file of another kind"
     return (
-        f"{path}: expected {wanted}: a json file of COCO, or a folder of XML files, text files of "
-        f"YOLO, json files of labelme, or masks; {found}"
+        f"{path}: expected {wanted} (a COCO JSON file, or a folder of XML files, YOLO text files, "
+        f"labelme JSON files or masks), but {found}"
     )

@@ -28,7 +28,7 @@ CLASS_FILES = (
     "palette.csv",
     "classes.csv",
 )
-"""Files that may name classes; the first that exists decides."""
+"""Class files; the first one that exists is used."""
 
 VOID_COLOR: Color = (224, 224, 192)
 """Color of void pixels in VOC's masks."""
@@ -39,17 +39,17 @@ _SEPARATORS = re.compile(r"[,;\t]")
 
 
 class ClassFile(NamedTuple):
-    """Classes of masks, from a file.
+    """Classes of masks, from a class file.
 
-    A class named `void` or `ignore` is no class: its pixels are void.
+    The names `void` and `ignore` are not classes: their pixels are void.
     """
 
     file: Path
     names: tuple[str, ...]
     colors: Colors = ()
-    """Empty if the file has names alone."""
+    """Colors of the classes; empty if the file has only names."""
     ids: tuple[tuple[int, int], ...] = ()
-    """Stored ids and their labels; empty if a class's id is its place among the names."""
+    """Stored ids and their labels; empty if the id of a class is its index."""
 
 
 class _Entry(NamedTuple):
@@ -59,7 +59,7 @@ class _Entry(NamedTuple):
 
 
 def find_class_file(folders: Iterable[Path]) -> ClassFile | None:
-    """Reads the first file of `CLASS_FILES` in the first of `folders` that has one.
+    """Reads the first of `CLASS_FILES` in the first of `folders` that contains one.
 
     Raises:
         UserError: if the file is malformed.
@@ -72,14 +72,14 @@ def find_class_file(folders: Iterable[Path]) -> ClassFile | None:
 def read_class_file(path: Path) -> ClassFile:
     """Reads class names, one per line, with or without their colors.
 
-    The lines are names; `name:r,g,b:parts:actions`, as in CVAT's labelmap.txt, where a class
-    without a color has VOC's color of its place; `name r g b` or `r g b name`, separated by blanks,
-    commas, semicolons or tabs, with or without an id before; or, in a .csv file, `id, name`. Lines
-    that begin with # are comments, and the first line of a .csv file may name the columns.
+    A line is a name; `name:r,g,b:parts:actions`, as in CVAT's labelmap.txt, where a class without a
+    color has VOC's color of its index; `name r g b` or `r g b name`, separated by blanks, commas,
+    semicolons or tabs, with an optional id in front; or, in a .csv file, `id, name`. Lines that
+    begin with # are comments, and the first line of a .csv file may be a header.
 
     Raises:
         UserError: if the file is malformed: no class, a repeated name or color, a color outside
-            0 to 255, or colors in some of the lines only.
+            0 to 255, or colors in only some of the lines.
     """
     lines = [line for line in read_lines(path) if not line.startswith("#")]
     entries = _read_cvat(path, lines) or _read_table(path, lines)
@@ -88,10 +88,10 @@ def read_class_file(path: Path) -> ClassFile:
         _require_once(path, [entry.name for entry in entries])
     content = _class_file(path, entries)
     if not content.names:
-        raise UserError(f"{path}: names no class; write one name per line")
+        raise UserError(f"{path}: expected class names, one per line, but found none")
     if len(content.names) > IGNORE:
         raise UserError(
-            f"{path}: expected at most {IGNORE} classes, the most that 8-bit masks hold, "
+            f"{path}: expected at most {IGNORE} classes, the maximum of 8-bit masks, "
             f"but got {len(content.names)}"
         )
     return content
@@ -105,12 +105,12 @@ def voc_colors(count: int) -> Colors:
 
 
 def color_of(code: int) -> Color:
-    """The color that has a code."""
+    """The color with a code."""
     return code >> 16, code >> 8 & 255, code & 255
 
 
 def _read_cvat(path: Path, lines: Sequence[str]) -> list[_Entry]:
-    """Entries in CVAT's form, or none."""
+    """Entries in CVAT's format, or none."""
     matches = [_CVAT.fullmatch(line) for line in lines]
     if not all(matches):
         return []
@@ -128,7 +128,7 @@ def _read_table(path: Path, lines: Sequence[str]) -> list[_Entry]:
     rows = [_split(line) for line in lines]
     is_csv = path.suffix.lower() == ".csv"
     if is_csv and len(rows) > 1 and not (rows[0][0] or rows[0][2]):
-        lines, rows = lines[1:], rows[1:]  # names of the columns
+        lines, rows = lines[1:], rows[1:]  # header
     if is_csv and rows and all(len(first) == 1 and name and not last for first, name, last in rows):
         return [_Entry(name, id=int(first[0])) for first, name, _ in rows]
     complete = [bool(name) and len(first) + len(last) in (3, 4) for first, name, last in rows]
@@ -151,7 +151,7 @@ def _split(line: str) -> tuple[list[str], str, list[str]]:
     """Numbers before the name, the name, and numbers after it."""
     fields = _SEPARATORS.split(line) if _SEPARATORS.search(line) else line.split()
     parts = (field.strip().strip('"').strip() for field in fields)
-    # Numbers may be separated by blanks though the name is by a tab.
+    # Numbers may be separated by blanks even if the name is separated by a tab.
     split = (part.split() if _is_number(part.replace(" ", "")) else [part] for part in parts)
     fields = list(chain.from_iterable(split))
     first = list(takewhile(_is_number, fields))
@@ -175,7 +175,9 @@ def _color(path: Path, line: str, values: Sequence[str | int]) -> Color:
 def _require_once(path: Path, names: Sequence[str]) -> None:
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
-        raise UserError(f"{path}: names {repeated[0]!r} more than once")
+        raise UserError(
+            f"{path}: expected unique class names, but got {repeated[0]!r} more than once"
+        )
 
 
 def _class_file(path: Path, entries: Sequence[_Entry]) -> ClassFile:
@@ -200,10 +202,10 @@ def _class_file(path: Path, entries: Sequence[_Entry]) -> ClassFile:
 def _ids(
     path: Path, entries: Sequence[_Entry], labels: Sequence[int]
 ) -> tuple[tuple[int, int], ...]:
-    """Stored ids and their labels, where they are not the places in the file."""
+    """Stored ids and their labels, if the ids are not the line numbers."""
     numbers = [place if entry.id is None else entry.id for place, entry in enumerate(entries)]
     if len(set(numbers)) < len(numbers) or max(numbers, default=0) > IGNORE:
-        raise UserError(f"{path}: expected an id of its own, from 0 to {IGNORE}, for each class")
+        raise UserError(f"{path}: expected a unique id from 0 to {IGNORE} for each class")
     pairs = tuple(zip(numbers, labels, strict=True))
     return () if all(number == label for number, label in pairs) else pairs
 

@@ -1,4 +1,4 @@
-"""Label maps from outlines: polygons, and the run lengths of COCO."""
+"""Label maps drawn from polygons and COCO's RLE."""
 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -12,7 +12,7 @@ from deformnet.data.base import IGNORE
 from deformnet.data.files import Size
 
 MAX_CLASSES = IGNORE - 1
-"""Classes of objects that an 8-bit label map holds, beside the background and void."""
+"""Maximum number of object classes in an 8-bit label map, in addition to background and void."""
 
 BACKGROUND = "background"
 
@@ -31,7 +31,7 @@ class Region(NamedTuple):
 
     label: int
     polygons: Sequence[np.ndarray] = ()
-    """float [n, 2] each: x, y in pixels, measured at edges."""
+    """float [n, 2] each: x, y in pixels, where (0, 0) is the corner of the first pixel."""
     stamps: Sequence[Stamp] = ()
 
 
@@ -39,22 +39,22 @@ def with_background(names: Sequence[str], origin: object) -> tuple[str, ...]:
     """Classes of label maps: the background and the classes of the objects.
 
     Args:
-        names: classes of the objects. A background that they begin with is not repeated.
-        origin: file that names them, for messages.
+        names: classes of the objects. If they begin with a background, it is not repeated.
+        origin: file with the names, for messages.
     Raises:
-        UserError: if they are more than a label map holds.
+        UserError: if there are more classes than a label map can hold.
     """
     objects = names[1:] if names and names[0] == BACKGROUND else names
     if len(objects) > MAX_CLASSES:
         raise UserError(
-            f"{origin}: expected at most {MAX_CLASSES} classes of objects, the most that 8-bit "
-            f"masks hold, but got {len(objects)}"
+            f"{origin}: expected at most {MAX_CLASSES} object classes, the maximum of 8-bit masks, "
+            f"but got {len(objects)}"
         )
     return BACKGROUND, *objects
 
 
 def draw(size: Size, regions: Iterable[Region]) -> Tensor:
-    """Draws a label map: void regions first, then the others in their order, over earlier ones.
+    """Draws a label map: void regions first, then the others in order, over earlier ones.
 
     Pixels that no region covers are 0, the background.
 
@@ -85,7 +85,7 @@ def _draw_polygons(labels: np.ndarray, region: Region) -> None:
     if not polygons:
         return
     points = np.concatenate(polygons)
-    # The part of the image with the region: large images have many small objects.
+    # Only the part of the image that contains the region: large images have many small objects.
     x1, y1 = np.floor(points.min(0).clip(0)).astype(int).tolist()
     x2, y2 = np.ceil(points.max(0).clip(max=(width, height)) + 1).astype(int).tolist()
     part = labels[y1 : max(y2, 0), x1 : max(x2, 0)]
@@ -97,13 +97,13 @@ def _draw_polygons(labels: np.ndarray, region: Region) -> None:
     part[rle.decode(coded).astype(bool)] = region.label
 
 
-# Segmentations of COCO, packed: all of train2017 as lists of numbers take gigabytes.
+# Packed COCO segmentations: as lists of numbers, those of train2017 take gigabytes.
 
 _POLYGONS, _RUNS = b"p", b"r"
 
 
 def pack(segmentation: object) -> bytes | None:
-    """A segmentation of COCO (polygons, or run lengths with its size) as bytes; None if it is
+    """Packs a COCO segmentation (polygons, or RLE with its size) into bytes; None if it is
     malformed."""
     match segmentation:
         case list():
@@ -133,7 +133,7 @@ def unpack(packed: bytes, label: int, size: Size) -> Region | None:
         return None
     runs = numbers[2:]
     values = np.arange(len(runs)) % 2 == 1
-    mask = np.repeat(values, runs).reshape(width, height).T  # in the order of columns
+    mask = np.repeat(values, runs).reshape(width, height).T  # in column-major order
     return Region(label, stamps=[Stamp(0, 0, mask)])
 
 

@@ -1,4 +1,4 @@
-"""Names of splits, their unions, such as `train2014+val2014`, and parts held out of a split."""
+"""Split names, unions such as `train2014+val2014`, and parts held out of a split."""
 
 import hashlib
 import os
@@ -24,24 +24,23 @@ _OTHER_NAMES = {
     "train": ("training",),
     "val": ("valid", "validation", "dev", "test", "testing"),
 }
-"""Names under which a split may be found, the likeliest first; `test` if there is none to validate
-on."""
+"""Common names of a split, in order of preference; `test` if there is no validation split."""
 
 USUAL_SPLITS = frozenset(
     ("train", "training", "val", "valid", "validation", "dev", "test", "testing", "trainval")
 )
-"""Names by which a folder is known to be a split."""
+"""Folder names that identify splits."""
 
 
 def resolve(names: Sequence[str], wanted: str) -> str:
-    """The split of a data set that has the name `wanted`, in any case, or another usual name of it.
+    """The split of a data set that is called `wanted` (ignoring case) or has another common name.
 
-    The only split of a data set is its `train`, unless it has the usual name of another.
+    The only split of a data set is used as `train`, unless it has the common name of another split.
 
     Args:
         names: the splits that exist.
     Returns:
-        one of `names`, or `wanted` if none fits
+        one of `names`, or `wanted` if there is no match
     """
     if wanted in names:
         return wanted
@@ -53,7 +52,7 @@ def resolve(names: Sequence[str], wanted: str) -> str:
 
 
 def is_usual(name: str) -> bool:
-    """Whether a split has a usual name, with or without a year: `val2017`, `VOC2007/test`."""
+    """Whether a split has a common name, with or without a year: `val2017`, `VOC2007/test`."""
     return name.rpartition("/")[2].lower().rstrip("0123456789").rstrip("_-") in USUAL_SPLITS
 
 
@@ -73,19 +72,19 @@ def split_parts(split: str) -> list[str]:
 
 
 class PartOfSplit(NamedTuple):
-    """A split, or what is held out of it or left of it."""
+    """A split, the part that is held out of it, or the rest."""
 
     name: str
     fraction: float | None = None
-    """Fraction of the images that are held out; None for all images."""
+    """Fraction of the images to hold out; None for the whole split."""
     is_held_out: bool = False
-    """Whether this part is the images that are held out; else the others."""
+    """Whether this is the part that is held out; False for the rest."""
     seed: int = 0
 
     def choose(self, names: Sequence[str]) -> list[int]:
-        """Indices of the images of this part, by the names of the images of the split.
+        """Indices of the images of this part, given the image names of the split.
 
-        An image is held out by its name and the seed alone: the rank of its SHA-256.
+        The images to hold out depend only on their names and the seed: they are ranked by SHA-256.
 
         Raises:
             UserError: if this part or the rest would have no image.
@@ -112,8 +111,8 @@ _PART = re.compile(
 
 
 def parse_part(text: str) -> PartOfSplit:
-    """Parses a name of a split, `NAME[held-out=F]` or `NAME[without=F]`: the fraction F of its
-    images, or the others. `seed=S` after the fraction makes another choice than seed 0.
+    """Parses the name of a split, `NAME[held-out=F]` (a fraction F of its images) or
+    `NAME[without=F]` (the rest). `seed=S` after the fraction makes another selection.
 
     Raises:
         UserError: if it has another form, or F is not between 0 and 1.
@@ -140,14 +139,14 @@ def parse_part(text: str) -> PartOfSplit:
 
 
 class Selectable(Protocol):
-    """A data set with named images, of which some can be chosen."""
+    """A data set with named images that supports subsets."""
 
     def __len__(self) -> int: ...
 
     def name(self, index: int, /) -> str: ...
 
     def subset(self, indices: Sequence[int], split: str) -> Self:
-        """The data set with some of its images, as the split of that name."""
+        """A subset of the data set, as the split with that name."""
         ...
 
 

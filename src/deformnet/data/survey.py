@@ -1,4 +1,4 @@
-"""What a folder holds, for messages about data sets that no layout fits."""
+"""Contents of a folder, for messages about data sets without a known layout."""
 
 import os
 import re
@@ -10,9 +10,9 @@ from pathlib import Path
 
 from deformnet.data.files import IMAGE_SUFFIXES, listing
 
-_LIMIT = 2000  # files and folders that are looked at
-_SNIFFED = 20  # files of a suffix that are opened
-_START = 1 << 16  # bytes of them that are read
+_LIMIT = 2000  # maximum number of files and folders to list
+_SNIFFED = 20  # maximum number of files to open per suffix
+_START = 1 << 16  # bytes to read from each of them
 _SHOWN = 5
 
 _IMAGES = "images"
@@ -24,32 +24,32 @@ _SUFFIXES = {
     **dict.fromkeys((".mat", ".npy", ".npz", ".h5"), "arrays (.mat, .npy)"),
     **dict.fromkeys((".heic", ".heif", ".avif", ".dng", ".cr2", ".nef"), "photos (.heic, raw)"),
 }
-_JSON = (  # what tells files of a program from others
-    ("json files of labelme", (b'"shapes"', b'"imagePath"')),
-    ("json files of COCO", (b'"images"', b'"categories"')),
-    ("json files of COCO", (b'"images"', b'"annotations"')),
-    ("json files of VIA", (b'"regions"', b'"filename"')),
-    ("json files of Create ML", (b'"annotations"', b'"coordinates"')),
+_JSON = (  # content that identifies the files of a program
+    ("labelme JSON files", (b'"shapes"', b'"imagePath"')),
+    ("COCO JSON files", (b'"images"', b'"categories"')),
+    ("COCO JSON files", (b'"images"', b'"annotations"')),
+    ("VIA JSON files", (b'"regions"', b'"filename"')),
+    ("Create ML JSON files", (b'"annotations"', b'"coordinates"')),
 )
 _XML = (
-    ("XML files of CVAT", (b"<annotations", b"<version")),
-    ("XML files of CVAT", (b"<annotations", b"<image ")),
-    ("XML files of VOC", (b"<annotation",)),
+    ("CVAT XML files", (b"<annotations", b"<version")),
+    ("CVAT XML files", (b"<annotations", b"<image ")),
+    ("VOC XML files", (b"<annotation",)),
 )
 _YOLO = re.compile(rb"\s*\d+(\s+-?[\d.eE+-]+){4,}\s*(\n|$)")
-_WORDS = {".json": "json", ".xml": "XML", ".txt": "YOLO"}
+_WORDS = {".json": "JSON", ".xml": "XML", ".txt": "YOLO"}
 """Suffixes of files that are opened, and a word in the names of their kinds."""
 
 _ADVICE = {
     "archives": "unpack the archives",
     "videos": "save frames of the videos as images",
-    "json files of VIA": "export them as COCO",
-    "json files of Create ML": "export them as COCO",
-    "XML files of CVAT": "export them as COCO or YOLO",
+    "VIA JSON files": "export them as COCO",
+    "Create ML JSON files": "export them as COCO",
+    "CVAT XML files": "export them as COCO or YOLO",
     "tables (.csv)": "convert the tables to COCO",
     "TFRecord files": "export them as COCO",
     "photos (.heic, raw)": "save the photos as JPEG",
-    "label files of YOLO": (
+    "YOLO label files": (
         "write the names of their classes, one per line, to classes.txt beside images/ and labels/"
     ),
 }
@@ -62,7 +62,7 @@ class Survey:
     Attributes:
         counts: number of files of each kind; other files are left out.
         names: names in the folder itself.
-        is_complete: False if there are more files than were looked at.
+        is_complete: False if there are more files than were listed.
     """
 
     counts: Counter[str]
@@ -80,18 +80,18 @@ class Survey:
         return any(kind not in (_IMAGES, "videos", "photos (.heic, raw)") for kind in self.counts)
 
     def advice(self) -> list[str]:
-        """What to do about files that no layout reads."""
+        """Advice on files that no layout can read."""
         return list(dict.fromkeys(_ADVICE[kind] for kind in self.counts if kind in _ADVICE))
 
     def __str__(self) -> str:
         more = "" if self.is_complete else "at least "
         kinds = [f"{count} {kind}" for kind, count in self.counts.most_common()]
         files = more + listing(kinds, _SHOWN) if kinds else "no images or annotations"
-        return f"{files}; the folder holds {listing(self.names, _SHOWN)}"
+        return f"{files}; the folder contains {listing(self.names, _SHOWN)}"
 
 
 def survey(root: Path, limit: int = _LIMIT) -> Survey:
-    """Looks at a folder, level by level, in bounded time."""
+    """Lists a folder, level by level, in bounded time."""
     counts: Counter[str] = Counter()
     sniffed: Counter[str] = Counter()
     entries = list(islice(_entries(root, limit), limit))
@@ -100,7 +100,7 @@ def survey(root: Path, limit: int = _LIMIT) -> Survey:
         kind = _IMAGES if suffix in IMAGE_SUFFIXES else _SUFFIXES.get(suffix)
         if suffix in _WORDS:
             sniffed[suffix] += 1
-            # Of many files, the later ones are taken to be like the first.
+            # If there are many files, later ones are assumed to be like the first.
             is_early = sniffed[suffix] <= _SNIFFED
             kind = _sniff(path, suffix) if is_early else _most_frequent(counts, _WORDS[suffix])
         if kind is not None and path.is_file():
@@ -132,8 +132,8 @@ def _entries(root: Path, limit: int) -> Iterator[Path]:
 
 
 def _sniff(path: Path, suffix: str) -> str | None:
-    """The program of which a file is, by its beginning and end."""
-    if not path.is_file():  # a named pipe would be waited for
+    """The kind of a file, by its beginning and end."""
+    if not path.is_file():  # reading a named pipe would block
         return None
     try:
         with path.open("rb") as file:
@@ -143,7 +143,7 @@ def _sniff(path: Path, suffix: str) -> str | None:
     except OSError:
         return None
     if suffix == ".txt":
-        return "label files of YOLO" if _YOLO.match(start) else None
+        return "YOLO label files" if _YOLO.match(start) else None
     kinds = _JSON if suffix == ".json" else _XML
     found = (kind for kind, signs in kinds if all(sign in content for sign in signs))
-    return next(found, "other json files" if suffix == ".json" else "other XML files")
+    return next(found, "other JSON files" if suffix == ".json" else "other XML files")

@@ -36,7 +36,7 @@ _COLOR_SPREAD = 0.1
 
 _COLOR_JITTER = {"brightness": 0.3, "contrast": 0.3, "saturation": 0.3, "hue": 0.03}
 _MOST_PIXELS = 10**8
-_CROPS = 10  # draws of a crop until it has an object
+_CROPS = 10  # maximum number of draws until a crop has an object
 
 
 def segmentation_training_transforms(
@@ -58,14 +58,14 @@ def segmentation_training_transforms(
         crop: (height, width) of the random crop. A smaller image is placed at random on the mean
             color, and its mask on void. None for the whole image.
         flip: flip horizontally with probability 0.5.
-        scale_jitter: minimum and maximum of a factor of both sizes, drawn uniformly for each image;
-            None for none.
-        color_jitter: change brightness, contrast, saturation and hue at random.
+        scale_jitter: minimum and maximum factor for both lengths, drawn uniformly for each image;
+            None disables it.
+        color_jitter: randomly change brightness, contrast, saturation and hue.
     Returns:
         A function of an image (uint8 [3, H, W]) and a mask ([H, W]). It returns float32 [3, h, w],
         normalized with ImageNet's mean and standard deviation, and int64 [h, w].
     Raises:
-        UserError: for sizes that are not positive, and factors that are not in order.
+        UserError: if a size is not positive, or the factors are not in ascending order.
     """
     steps = [_resize(short_side, max_side, scale_jitter)]
     if crop is not None:
@@ -95,14 +95,14 @@ def detection_transforms(
 ) -> DetectionTransforms:
     """Resize, random horizontal flip, normalize; for evaluation, without the flip.
 
-    Boxes are scaled by the factors of the image: its sides after rounding over those before. A crop
-    clips boxes, and drops those of less than a pixel.
+    Boxes are scaled by the exact factors of the image (its rounded size over its original size). A
+    crop clips boxes, and drops boxes smaller than a pixel.
 
     Args:
-        short_side, max_side, flip, scale_jitter, color_jitter: as of
-            `segmentation_training_transforms`, and with its errors (the paper: 600 and 1000).
-        crop: (height, width) of the random crop, drawn again, up to 10 times, where it has no
-            object to learn. A smaller image is placed at random on the mean color. None for the
+        short_side, max_side, flip, scale_jitter, color_jitter: see
+            `segmentation_training_transforms`, also for errors (the paper: 600 and 1000).
+        crop: (height, width) of the random crop, which is drawn again, up to 10 times, if it has no
+            object to train on. A smaller image is placed at random on the mean color. None for the
             whole image.
     Returns:
         A function of an image (uint8 [3, H, W]) and its annotations. It returns float32 [3, h, w],
@@ -220,7 +220,7 @@ class Resize(v2.Transform):
         """(height, width) of an image of this size after resizing.
 
         Raises:
-            UserError: if a long strip of few pixels would become too large for the memory.
+            UserError: if a long, narrow image would be too large after resizing.
         """
         short, long = min(height, width), max(height, width)
         scale = self.short_side / short
@@ -248,11 +248,11 @@ class Resize(v2.Transform):
 
 
 class ScaleJitter(v2.Transform):
-    """Resizes as `Resize`, with both lengths times a random factor.
+    """Resizes like `Resize`, with both lengths multiplied by a random factor.
 
     Args:
-        short_side, max_side: as of `Resize`.
-        smallest, largest: bounds of the factor.
+        short_side, max_side: see `Resize`.
+        smallest, largest: minimum and maximum factor.
     """
 
     def __init__(
@@ -278,9 +278,9 @@ class ScaleJitter(v2.Transform):
 
 
 class RandomBoxCrop(v2.Transform):
-    """Crops an image and its `BoxAnnotations` at random, so that an object stays if there is one.
+    """Crops an image and its `BoxAnnotations` at random, and keeps an object if there is one.
 
-    An object that is ignored does not count.
+    Ignored objects do not count.
 
     Args:
         crop: height and width.

@@ -28,12 +28,12 @@ class VOCSegmentation(SegmentationDataset):
     classes.txt                                     optional
     VOCdevkit/VOC2012/
       ImageSets/Segmentation/<split>.txt            one image id per line
-      JPEGImages/<id>.jpg                           or any other suffix of an image
+      JPEGImages/<id>.jpg                           or any other image suffix
       SegmentationClass/<id>.png                    class ids (255 is void), or colors
       SegmentationClassAug/<id>.png                 optional, for `train_aug`
     ```
 
-    `root` is the folder that holds VOCdevkit, VOCdevkit itself or the folder of a year.
+    `root` is the folder that contains VOCdevkit, VOCdevkit itself, or the folder of a year.
 
     A split is any list file: train, val, trainval, test or a custom one, with the folder of its
     year (`VOC2012/train`) or of the last year, since VOC2012 includes the segmentations of earlier
@@ -45,11 +45,11 @@ class VOCSegmentation(SegmentationDataset):
     archives differ in whether they include VOC's own masks. Its lines are ids or pairs of paths
     (`/JPEGImages/x.jpg /SegmentationClassAug/x.png`), two forms in circulation.
 
-    `classes.txt` names the classes in the order of their ids, one per line, from id 0. Lists of
-    objects, as detection data sets have them, omit `background`; it is prepended if the list is
-    VOC's 20 objects, or if a mask has an id one beyond the list. Without such a file the classes
-    are VOC's 21. CVAT's `labelmap.txt` and the other files of `deformnet.data.palette` name colors,
-    too. Masks of 0 and 255 only are read as 0 and 1 if the classes are two or unknown.
+    `classes.txt` lists the classes in the order of their ids, one per line, from id 0. The class
+    lists of detection data sets omit `background`; it is prepended if the list is VOC's 20 objects,
+    or if a mask has an id one beyond the list. Without such a file, the classes are VOC's 21.
+    CVAT's `labelmap.txt` and the other files of `deformnet.data.palette` also list colors. Masks
+    with only 0 and 255 are read as 0 and 1 if there are two classes or the classes are unknown.
     """
 
     def __init__(
@@ -90,22 +90,22 @@ class VOCDetection(DetectionDataset):
     classes.txt                                     optional
     VOCdevkit/VOC2012/
       ImageSets/Main/<split>.txt                    one image id per line
-      JPEGImages/<id>.jpg                           or any other suffix of an image
+      JPEGImages/<id>.jpg                           or any other image suffix
       Annotations/<id>.xml
     ```
 
-    `root` and splits as for `VOCSegmentation`; the paper's training set is
-    `VOC2007/trainval+VOC2012/trainval`. Lists of one class (`cat_train`) have a second field, 1, 0
-    or -1, whether the class is in the image: it is ignored, and all images of the list are read
-    with the objects of all classes.
+    See `VOCSegmentation` for `root` and splits; the paper's training set is
+    `VOC2007/trainval+VOC2012/trainval`. Lists of one class (`cat_train`) have a second field (1, 0
+    or -1) that tells whether the class is in the image. It is ignored: all images of the list are
+    read with the objects of all classes.
 
-    Difficult objects are ignored, truncated ones are like any other. The files name the first and
-    last pixel of a box, counted from 1. A box of a single pixel, as an accidental click leaves it,
-    has no area here.
+    Difficult objects are ignored; truncated objects are not. The files store the first and last
+    pixel of a box, counted from 1. A box of a single pixel, usually an accidental click, has no
+    area here.
 
-    `classes.txt` names the classes, one per line, in the order of the labels; a `background` in the
-    first line is skipped. Without it the classes are VOC's 20, or, if an object of any split has
-    another name, the names of all objects, sorted.
+    `classes.txt` lists the classes, one per line, in the order of the labels; a `background` in the
+    first line is skipped. Without it, the classes are VOC's 20 or, if an object of any split has
+    another name, the sorted names of all objects.
     """
 
     def __init__(
@@ -166,7 +166,7 @@ class _MaskClasses(NamedTuple):
     names: tuple[str, ...]
     reader: MaskReader
     is_default: bool
-    """Whether they are VOC's, and no file names them."""
+    """Whether the classes are VOC's by default, without a class file."""
 
 
 _C = TypeVar("_C", bound=_Classes)
@@ -302,7 +302,7 @@ def _fill_boxes(images: ImageList, year: Path, classes: voc_files.ClassList) -> 
 def _find_boxes(
     images: ImageList, places: tuple[Folder, Folder], name: str
 ) -> tuple[Path | Missing, Path | Missing]:
-    """The image of a name, which may have its suffix and begin with subfolders, and its XML."""
+    """The image with a name, which may include a suffix and subfolders, and its XML file."""
     name = _inside(images, name)
     image = find_image_file("images", places[:1], name, ".jpg")
     if isinstance(image, Path):

@@ -26,7 +26,7 @@ YEARS = "VOCdevkit/VOC*/ImageSets/, VOC*/ImageSets/ or ImageSets/"
 # Content of the tag <difficult> in files of VOC and of tools that write its format.
 _DIFFICULT = {"1": True, "true": True, "0": False, "false": False, "": False, "unspecified": False}
 
-_LARGE = 1e38  # no place in an image
+_LARGE = 1e38  # far beyond any image
 
 # Years.
 
@@ -67,8 +67,8 @@ def splits_of_years(root: Path, lists: Callable[[Path], list[str]]) -> list[str]
 
 
 def box_lists(year: Path) -> list[str]:
-    """Names of a year's lists of images with boxes, without those of one class: `cat_train` beside
-    `train`, with 1, 0 or -1 after each image."""
+    """Names of a year's lists of images with boxes, without lists of one class (`cat_train` next to
+    `train`, with 1, 0 or -1 after each image)."""
     names = list_names(year, "Main")
     return [name for name in names if not _is_of_one_class(year, name, names)]
 
@@ -122,11 +122,11 @@ class ClassList(NamedTuple):
     file: Path
     """The classes.txt that names them; if there is none, where one would be read."""
     is_default: bool
-    """Whether there is no classes.txt and the names are VOC's, or those of all XML files."""
+    """Whether there is no classes.txt: the names are VOC's, or the names in all XML files."""
 
     @property
     def is_official(self) -> bool:
-        """Whether the names are VOC's, and no file names them."""
+        """Whether the names are VOC's by default, without a class file."""
         return self.is_default and self.names == VOC_CLASSES[1:]
 
     @property
@@ -145,8 +145,8 @@ class ClassList(NamedTuple):
 
 
 def read_box_classes(year: Path) -> ClassList:
-    """Classes of the boxes of a year: of classes.txt; or else VOC's if all objects of this and
-    other years in the folder have them, or the names of the objects, sorted."""
+    """Classes of the boxes of a year: those in classes.txt; without it, VOC's if all objects of all
+    years in the folder have them, otherwise the sorted names of the objects."""
     listed = read_class_file(class_folders(year))
     if listed is not None:
         return listed
@@ -161,7 +161,7 @@ def read_box_classes(year: Path) -> ClassList:
 
 
 def object_names(files: Iterable[Path]) -> list[str]:
-    """Names of the objects in XML files, sorted. Malformed files are left out."""
+    """Sorted names of the objects in XML files. Malformed files are skipped."""
     names: set[str] = set()
     for path in files:
         try:
@@ -181,14 +181,14 @@ def class_folders(year: Path) -> list[Path]:
 
 
 def read_class_file(places: Iterable[Path]) -> ClassList | None:
-    """Classes of the first classes.txt in some folders, without the background; None if there is no
-    such file."""
+    """Classes in the first classes.txt in the given folders, without the background; None if there
+    is no such file."""
     for path in (place / "classes.txt" for place in places):
         if path.is_file():
             names = _read_names(path)
             names = names[names[0] == "background" :]
             if not names:
-                raise UserError(f"{path}: names no class but the background")
+                raise UserError(f"{path}: expected class names, but found only the background")
             return ClassList(names, path, is_default=False)
     return None
 
@@ -210,11 +210,11 @@ def parse_annotation(path: Path) -> Element:
     """The <annotation> of an XML file.
 
     Raises:
-        UserError: if the file is not XML, or of another kind; if it has a DOCTYPE, in which a few
-            bytes may declare gigabytes of text.
+        UserError: if the file is not XML, or another kind of XML; or if it has a DOCTYPE, in which
+            a few bytes can declare gigabytes of text.
     """
-    if path.exists() and not path.is_file():  # a named pipe would be waited for
-        raise UserError(f"{path}: expected an XML file")
+    if path.exists() and not path.is_file():  # reading a named pipe would block
+        raise UserError(f"{path}: expected an XML file, but got a folder, a pipe or a device")
     content = path.read_bytes()
     # Zeros: of UTF-16, in which the letters are not next to each other.
     suspicious = b"<!DOCTYPE" in content or b"\0" in content
@@ -233,7 +233,7 @@ def parse_annotation(path: Path) -> Element:
 
 class _Builder(ElementTree.TreeBuilder):
     def doctype(self, name: str, pubid: str | None, system: str | None) -> None:
-        raise UserError("expected XML without DOCTYPE and entities")
+        raise UserError("expected XML without DOCTYPE and entities, but found one; remove it")
 
 
 def annotated_size(content: Element) -> tuple[int, int] | None:

@@ -1,4 +1,4 @@
-"""Folders of images with VOC's XML, without lists: labelImg, Roboflow, CVAT."""
+"""Folders of images and VOC XML files without image lists: labelImg, Roboflow, CVAT."""
 
 import logging
 import os
@@ -32,13 +32,13 @@ from deformnet.data.voc_files import ClassList
 
 _XML_FOLDERS = ("annotations", "annotation", "labels", "label", "xml", "xmls", "ann")
 _IMAGE_FOLDERS = ("images", "image", "jpegimages", "imgs", "img", "photos", "data")
-_PEEKED = 3  # XML files of a folder that are looked at to recognize the layout
+_PEEKED = 3  # number of XML files to inspect to recognize the layout
 _log = logging.getLogger(__name__)
 
 
 @final
 class VOCFolderDetection(DetectionDataset):
-    """Images and boxes in VOC's XML, in folders without lists:
+    """Images and boxes in VOC XML files, in folders without image lists:
 
     ```
     classes.txt                            optional
@@ -48,10 +48,10 @@ class VOCFolderDetection(DetectionDataset):
     images/<split>/, annotations/<split>/
     ```
 
-    Without splits all images are `train`. Folders may also be called JPEGImages, Annotations,
-    labels and so on; subfolders are read, too. An image without an XML file has no objects; their
-    number is logged. Boxes and classes as of `VOCDetection`, but without classes.txt the classes
-    are always the names of the objects in all splits, sorted.
+    Without splits, all images are `train`. Folders may also be called JPEGImages, Annotations,
+    labels and so on; subfolders are included. An image without an XML file has no objects; the
+    number of such images is logged. See `VOCDetection` for boxes and classes; without classes.txt,
+    however, the classes are always the sorted names of the objects in all splits.
     """
 
     def __init__(
@@ -64,10 +64,10 @@ class VOCFolderDetection(DetectionDataset):
     ) -> None:
         """
         Raises:
-            FileNotFoundError: for a missing folder or split (the message says which exist), and for
-                an XML file without its image.
-            UserError: for a malformed XML file or classes.txt, an object of an unknown class, and
-                for parts of a union that share an image.
+            FileNotFoundError: if a folder, a split (the message lists those that exist) or the
+                image of an XML file is missing.
+            UserError: if an XML file or classes.txt is malformed, an object has an unknown class,
+                or the parts of a union share an image.
         """
         place = locate(root)
         splits = find_folders(place)
@@ -137,7 +137,7 @@ def find_folders(place: DataFiles) -> dict[str, XMLFolders]:
 
 
 def _pair(root: Path) -> XMLFolders | None:
-    """A folder of images, or `root` itself, and one of XML files."""
+    """A folder of images, or `root` itself, and a folder of XML files."""
     folders = {path.name.lower(): path for path in subfolders(root)}
     xml = next(
         (folders[name] for name in _XML_FOLDERS if name in folders and _holds_xml(folders[name])),
@@ -150,7 +150,7 @@ def _pair(root: Path) -> XMLFolders | None:
 
 
 def _splits_inside(pair: XMLFolders) -> dict[str, XMLFolders]:
-    """Splits that are folders inside those of images and annotations."""
+    """Splits that are subfolders of the image and annotation folders."""
     folders = {path.name: path for path in subfolders(pair.annotations) if is_usual(path.name)}
     images = {path.name.lower(): path for path in subfolders(pair.images)}
     return {
@@ -161,14 +161,14 @@ def _splits_inside(pair: XMLFolders) -> dict[str, XMLFolders]:
 
 
 def _has_xml(folder: Path) -> bool:
-    """Whether the first XML files directly in a folder are VOC's."""
+    """Whether the first XML files directly in a folder are VOC files."""
     with os.scandir(folder) as entries:
         files = [folder / entry.name for entry in entries if is_xml(entry.name)]
     return any(map(_is_voc, sorted(files)[:_PEEKED]))
 
 
 def _holds_xml(folder: Path) -> bool:
-    """Whether the first XML files in a folder or its subfolders are VOC's."""
+    """Whether the first XML files in a folder or its subfolders are VOC files."""
     if not folder.is_dir():
         return False
     files = (
@@ -178,12 +178,12 @@ def _holds_xml(folder: Path) -> bool:
 
 
 def is_xml(name: str) -> bool:
-    """Whether a file name is one of an XML file; hidden files are not."""
+    """Whether a file name is that of a visible XML file."""
     return name.lower().endswith(".xml") and not name.startswith(".")
 
 
 def _is_voc(path: Path) -> bool:
-    """Whether a file looks like an annotation of VOC, or is broken."""
+    """Whether a file looks like a VOC annotation, or is damaged."""
     if not path.is_file():
         return False
     with path.open("rb") as file:
@@ -193,7 +193,7 @@ def _is_voc(path: Path) -> bool:
 
 
 def read_classes(place: DataFiles, splits: Mapping[str, XMLFolders]) -> ClassList:
-    """Classes of classes.txt, or else the names of the objects of all splits, sorted.
+    """Classes in classes.txt or, without it, the sorted names of the objects of all splits.
 
     Raises:
         UserError: if there are none.
@@ -205,7 +205,7 @@ def read_classes(place: DataFiles, splits: Mapping[str, XMLFolders]) -> ClassLis
     files = (path for folders in splits.values() for path in _xml_files(folders.annotations))
     names = voc_files.object_names(files)
     if not names:
-        raise UserError(f"{place}: expected objects with names, but its XML files have none")
+        raise UserError(f"{place}: expected named objects, but found none in its XML files")
     return ClassList(tuple(names), place.annotations / "classes.txt", is_default=True)
 
 
@@ -227,7 +227,7 @@ def _fill(name: str, folders: XMLFolders, classes: ClassList) -> ImageList:
             missing = Missing("images", (str(folders.images),), f"{xml.stem}.jpg")
             images.add(missing, xml)
         elif image in owners:
-            images.fault(f"its image {image.name} is also that of {owners[image].name}", file=xml)
+            images.fault(f"image {image.name} is also annotated by {owners[image].name}", file=xml)
         else:
             owners[image] = xml
             images.add(image, xml)
@@ -257,7 +257,7 @@ class _ImageFinder:
         return self._by_path.get(xml.with_suffix("")) or self._unique(xml.stem)
 
     def stored(self, xml: Path) -> Path | None:
-        """By the name that the file stores, for files that were renamed."""
+        """The image with the name stored in the XML file, for files that were renamed."""
         try:
             name = voc_files.parse_annotation(xml).findtext("filename", "").strip()
         except UserError:

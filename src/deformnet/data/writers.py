@@ -31,14 +31,14 @@ class SourceObject(NamedTuple):
 
 @dataclass
 class SourceImage:
-    """An image of the data set that is converted.
+    """An image of the data set to convert.
 
     Attributes:
-        path: its file.
+        path: image file.
         name: unique name, without suffix.
         split: the smallest of its splits.
-        boxes: data set with its boxes, and its place there.
-        masks: data set with its label map, and its place there.
+        boxes: data set with its boxes, and its index there.
+        masks: data set with its label map, and its index there.
     """
 
     path: Path
@@ -54,7 +54,7 @@ class SourceImage:
 
     @property
     def size(self) -> Size:
-        """Height and width, as boxes and label map have them."""
+        """Height and width of the image, as used by its boxes and label map."""
         if self.boxes is not None:
             images, index = self.boxes
             return images.size(index)
@@ -104,7 +104,7 @@ class Writer(ABC):
 
     Attributes:
         folder: folder of the data set.
-        content: what is converted.
+        content: data set to convert.
         boxes: number of boxes that have been written.
         masks: number of label maps that have been written.
     """
@@ -117,7 +117,7 @@ class Writer(ABC):
 
     @abstractmethod
     def image_folder(self, image: SourceImage) -> str:
-        """Folder of an image file, relative to that of the data set."""
+        """Folder of an image file, relative to the folder of the data set."""
 
     @abstractmethod
     def add(self, image: SourceImage) -> None:
@@ -125,10 +125,10 @@ class Writer(ABC):
 
     @abstractmethod
     def finish(self) -> None:
-        """Writes what all images have in common."""
+        """Writes the files that all images share."""
 
     def remarks(self) -> list[str]:
-        """What was left out, in a sentence each."""
+        """One sentence about each kind of annotation that was left out."""
         return []
 
     def write(self, path: str, lines: Iterable[str]) -> None:
@@ -144,7 +144,7 @@ class COCOWriter(Writer):
 
     def __init__(self, folder: Path, content: Content) -> None:
         super().__init__(folder, content)
-        # Texts, which take less memory than objects.
+        # JSON text takes less memory than objects.
         self._images: dict[str, str] = {}
         self._objects: dict[str, list[str]] = {}
 
@@ -210,8 +210,8 @@ class VOCWriter(Writer):
         ]
         for item in image.objects():
             x1, y1, x2, y2 = item.box
-            # First and last pixel, counted from 1. That of a single pixel reads as a box without
-            # area, since VOC has such boxes where somebody clicked by accident.
+            # First and last pixel, counted from 1. A box of a single pixel is read as a box without
+            # area, since such boxes in VOC are accidental clicks.
             corners = x1 + 1, y1 + 1, x2, y2
             if corners[:2] == corners[2:]:
                 self._single_pixels += 1
@@ -250,13 +250,15 @@ class VOCWriter(Writer):
     def remarks(self) -> list[str]:
         if not self._single_pixels:
             return []
-        return [f"{self._single_pixels} boxes of a single pixel are left out: VOC has none."]
+        return [
+            f"{self._single_pixels} boxes of a single pixel are left out; VOC has no such boxes."
+        ]
 
 
 class YOLOWriter(Writer):
     """Writes data.yaml, `images/<split>/` and `labels/<split>/`.
 
-    A split that shares images with a smaller one (trainval, train) is a list of its images.
+    A split that shares images with a smaller one (trainval and train) is written as a list.
     """
 
     def __init__(self, folder: Path, content: Content) -> None:
@@ -303,9 +305,9 @@ class YOLOWriter(Writer):
     def remarks(self) -> list[str]:
         if not self._ignored:
             return []
-        return [f"{self._ignored} difficult objects or crowds are left out: YOLO has none."]
+        return [f"{self._ignored} difficult objects or crowds are left out; YOLO has neither."]
 
 
 def _number(value: float) -> str:
-    """The shortest text that reads as the same number."""
+    """The shortest text that parses to the same number."""
     return str(int(value)) if value.is_integer() else repr(value)

@@ -1,4 +1,4 @@
-"""The layout of YOLO (darknet, ultralytics) for detection and segmentation."""
+"""The YOLO layout (darknet, ultralytics) for detection and segmentation."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -41,29 +41,30 @@ from deformnet.data.yolo_files import (
     read_objects,
 )
 
-_SAMPLED = 100  # label files that are read to find out whether there are polygons
+_SAMPLED = 100  # number of label files to read to find out whether there are polygons
 
 
 @final
 class YOLODetection(DetectionDataset):
-    """Images and boxes in the layout of YOLO.
+    """Images and boxes in the YOLO layout.
 
     ```
-    data.yaml                          names, and where the splits are; or
-    classes.txt (obj.names)            names alone, one per line
+    data.yaml                          names, and locations of the splits; or
+    classes.txt (obj.names)            only names, one per line
     images/<split>/<any name>.jpg      also <split>/images/, images/ or <split>/
-    labels/<split>/<any name>.txt      also <split>/labels/, labels/, or beside the images
+    labels/<split>/<any name>.txt      also <split>/labels/, labels/, or next to the images
     ```
 
-    A line of a label file is an object: `class x y width height`, the center and the size of its
-    box, or `class x1 y1 x2 y2 x3 y3 ...`, a polygon, of which the box is read. All are fractions of
-    the width and height of the image; those outside 0 to 1 are errors (1% is left to rounding).
-    Keypoints (`kpt_shape` in data.yaml) are not read. An image without a label file has no objects.
+    Each line of a label file is an object: `class x y width height` (the center and size of its
+    box) or `class x1 y1 x2 y2 x3 y3 ...` (a polygon, of which the bounding box is read). All
+    coordinates are fractions of the width and height of the image; values outside 0 to 1 raise an
+    error (with a tolerance of 1% for rounding). Keypoints (`kpt_shape` in data.yaml) are not read.
+    An image without a label file has no objects.
 
     The entries `train`, `val` and `test` of data.yaml are folders, files that list images, or lists
-    of these. Folders of another machine are found by the end of their path; nothing outside `root`
-    is read. Without data.yaml every folder of images is a split, or all images are `train`. Several
-    splits are joined by `+`.
+    of these. Paths from another machine are matched by their last components; nothing outside
+    `root` is read. Without data.yaml, every folder of images is a split, or all images are `train`.
+    Several splits are joined by `+`.
     """
 
     def __init__(
@@ -76,9 +77,10 @@ class YOLODetection(DetectionDataset):
     ) -> None:
         """
         Raises:
-            FileNotFoundError: for a missing folder, split (the message says which exist) or image.
-            UserError: for a malformed data.yaml or label, an object of an unknown class, a split
-                without images or without any label, and for parts of a union that share an image.
+            FileNotFoundError: if a folder, split (the message lists those that exist) or image is
+                missing.
+            UserError: if data.yaml or a label is malformed, an object has an unknown class, a split
+                has no images or no labels, or the parts of a union share an image.
         """
         place = locate(root)
         classes = _classes(place)
@@ -97,11 +99,11 @@ class YOLODetection(DetectionDataset):
 
 @final
 class YOLOSegmentation(SegmentationDataset):
-    """Images in the layout of YOLO with label maps drawn from polygons.
+    """Images in the YOLO layout with label maps drawn from polygons.
 
-    Files as for `YOLODetection`; label files are read when a sample is. Label 0 is the background,
-    the classes of data.yaml follow from 1. Later objects are drawn over earlier ones. A box among
-    the polygons is an error.
+    See `YOLODetection` for the files; label files are read with their sample. Label 0 is the
+    background; the classes of data.yaml follow from 1. Later objects are drawn over earlier ones. A
+    box among the polygons raises an error.
     """
 
     def __init__(
@@ -114,14 +116,14 @@ class YOLOSegmentation(SegmentationDataset):
     ) -> None:
         """
         Raises:
-            FileNotFoundError, UserError: as `YOLODetection`, except for the content of label files.
+            FileNotFoundError, UserError: see `YOLODetection`, except for the contents of labels.
         """
         place = locate(root)
         self._yolo_classes = _classes(place)
         classes = with_background(self._yolo_classes.names, self._yolo_classes.file)
         self._first = len(classes) - len(self._yolo_classes.names)
         samples = [
-            # An image is its own label file if it has none.
+            # The image path takes the role of a missing label file.
             LabeledImage(name, image, labels or image)
             for name, image, labels in _read_union(place, split, self._yolo_classes)
         ]
@@ -137,8 +139,8 @@ class YOLOSegmentation(SegmentationDataset):
     def _region(self, path: Path, item: YOLOObject, size: tuple[int, int]) -> Region:
         if item.is_box:
             raise UserError(
-                f"{path}: line {item.line}: expected a polygon, as other objects of this data set "
-                "have, but got a box; draw its outline, or train a detector"
+                f"{path}: line {item.line}: expected a polygon, like other objects of this data "
+                "set, but got a box; draw its outline, or train a detector"
             )
         return Region(self._first + item.label, [item.polygon(*size)])
 
@@ -223,7 +225,7 @@ def _fill(place: DataFiles, name: str, sources: Sequence[Path], classes: YOLOCla
         elif source.is_file():
             files += listed_images(place.images, source)
         else:
-            images.fault(f"no such folder or list of images, which {classes.file.name} names")
+            images.fault(f"no such folder or list of images, but {classes.file.name} refers to it")
     labels = _Labels(place)
     for file in dict.fromkeys(files):
         annotation = None if isinstance(file, Missing) else labels.of(file)
@@ -240,8 +242,8 @@ def _fill(place: DataFiles, name: str, sources: Sequence[Path], classes: YOLOCla
     elif images.singles and not images.pairs:
         tried = listing([str(folder) for folder in labels.folders(Path(images.singles[0].image))])
         images.fault(
-            f"expected a label file (<name>.txt) of at least one of its {images.entries} images in "
-            f"{tried}, but found none"
+            f"expected a label file (<name>.txt) for at least one of its {images.entries} images "
+            f"in {tried}, but found none"
         )
     elif images.singles:
         text = f"{len(images.singles)} images have no label file; they are read without objects"
@@ -264,7 +266,7 @@ class _Labels:
         return next(filter(None, (place.find(name) for place in self._folders[image.parent])), None)
 
     def folders(self, image: Path) -> list[Path]:
-        """Folders where the label file of an image may be, the likeliest first."""
+        """Folders that may contain the label file of an image, in order of preference."""
         root = self._place.images
         parts = image.parent.relative_to(root).parts
         if self._place.are_apart:
@@ -323,7 +325,7 @@ YOLO_MASKS = Layout[SegmentationDataset](
     files=FILES,
     recognizes=lambda root: _has_polygons(DataFiles(root, root)),
     splits=yolo_splits,
-    lists=lambda place: iter(()),  # those of the boxes, which read polygons too
+    lists=lambda place: iter(()),  # same as the lists with boxes, which also read polygons
     open=YOLOSegmentation,
     recognizes_files=_has_polygons,
 )

@@ -1,4 +1,4 @@
-"""Files of the layout of YOLO: class names, splits, lists of images and labels."""
+"""Files of the YOLO layout: class names, splits, lists of images and labels."""
 
 from collections.abc import Iterator, Mapping
 from itertools import combinations, islice
@@ -18,16 +18,16 @@ FILES = "data.yaml, or images/ and labels/*.txt"
 
 _YAML = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")
 _NAMES = ("classes.txt", "obj.names", "_darknet.labels")
-"""Files of class names, one per line. labelImg and others write them beside the labels."""
+"""Files with class names, one per line. labelImg and other tools write them next to the labels."""
 _SPLIT_NAMES = ("train", "val", "test", "dev")
-"""What the names of splits begin with; other folders of images are parts of one."""
+"""Prefixes of split names; other image folders are parts of a split."""
 _SPLITS = ("train", "val", "valid", "test")
 """Keys of data.yaml and of darknet's .data files."""
 _OTHER_KEYS = ("path", "names", "nc", "download", "kpt_shape", "flip_idx", "channels", "backup")
 
 _MOST_YAML = 1 << 22  # bytes
-_ROUNDING = 0.01  # by which a coordinate may be outside 0 to 1, as ultralytics allows
-_PEEKED = 1000  # files of a folder that are looked at to recognize the layout
+_ROUNDING = 0.01  # tolerance of coordinates outside 0 to 1, as in ultralytics
+_PEEKED = 1000  # number of files of a folder to inspect to recognize the layout
 
 Config = Mapping[str, object]
 
@@ -58,7 +58,7 @@ class YOLOObject(NamedTuple):
         """Edges in pixels."""
         if self.is_box:
             x, y, w, h = self.numbers
-            # Multiplied first: the edges of a box at a border are then exactly 0.
+            # Multiplied first, so that the edges of a box at the border are exactly 0.
             x, y, w, h = x * width, y * height, w * width / 2, h * height / 2
             return x - w, y - h, x + w, y + h
         xs, ys = self.numbers[::2], self.numbers[1::2]
@@ -76,7 +76,7 @@ def read_objects(path: Path, classes: YOLOClasses) -> list[YOLOObject]:
     """Reads a label file.
 
     Raises:
-        UserError: if a line is malformed, or names a class that does not exist.
+        UserError: if a line is malformed, or has a class that does not exist.
     """
     lines = enumerate(read_labels(path), start=1)
     return [parse_line(path, number, line, classes) for number, line in lines]
@@ -88,8 +88,8 @@ def read_labels(path: Path) -> list[str]:
     Raises:
         UserError: if it is not a text file.
     """
-    if not path.is_file():  # a named pipe would be waited for
-        raise UserError(f"{path}: expected a file of labels")
+    if not path.is_file():  # reading a named pipe would block
+        raise UserError(f"{path}: expected a label file, but got a folder, a pipe or a device")
     return read_lines(path)
 
 
@@ -97,7 +97,7 @@ def parse_line(path: Path, number: int, line: str, classes: YOLOClasses) -> YOLO
     """The object in a line of a label file.
 
     Raises:
-        UserError: as `read_objects`.
+        UserError: see `read_objects`.
     """
     where = f"{path}: line {number}"
     try:
@@ -107,7 +107,7 @@ def parse_line(path: Path, number: int, line: str, classes: YOLOClasses) -> YOLO
     count = len(classes.names)
     if not (0 <= label < count and label.is_integer()):
         raise UserError(
-            f"{where}: expected a class from 0 to {count - 1}, those of {classes.file} "
+            f"{where}: expected a class from 0 to {count - 1}, as in {classes.file} "
             f"({listing(classes.names, 5)}), but got {label:g}; add its name to that file or "
             "correct the label"
         )
@@ -123,7 +123,7 @@ def parse_line(path: Path, number: int, line: str, classes: YOLOClasses) -> YOLO
     if wrong:
         raise UserError(
             f"{where}: expected fractions of the width and height of the image, 0 to 1, but got "
-            f"{wrong[0]:g}; divide pixels by the size of the image"
+            f"{wrong[0]:g}; divide pixel coordinates by the image size"
         )
     return YOLOObject(number, int(label), tuple(numbers))
 
@@ -132,10 +132,10 @@ def parse_line(path: Path, number: int, line: str, classes: YOLOClasses) -> YOLO
 
 
 def read_classes(root: Path) -> YOLOClasses:
-    """Class names: those of classes.txt if there is one, else of data.yaml, or obj.names.
+    """Class names in classes.txt if there is one, otherwise in data.yaml or obj.names.
 
     Raises:
-        UserError: if no file names them, or one is malformed.
+        UserError: if there is no such file, or it is malformed.
     """
     path, config = _read_config(root)
     keypoints = bool(config.get("kpt_shape"))
@@ -143,23 +143,23 @@ def read_classes(root: Path) -> YOLOClasses:
     if listed is not None and (listed.name == "classes.txt" or "names" not in config):
         names = tuple(read_lines(listed))
         if not names:
-            raise UserError(f"{listed}: names no class; write one name per line")
+            raise UserError(f"{listed}: expected class names, one per line, but found none")
         return YOLOClasses(_unique(listed, names), listed, keypoints)
     if path is None or not isinstance(config.get("names"), (list, dict)):
         raise UserError(
-            f"{root}: expected the names of the classes in data.yaml, classes.txt or obj.names, "
-            f"but found none; write them, one per line, to {root / 'classes.txt'}"
+            f"{root}: expected class names in data.yaml, classes.txt or obj.names, but found none; "
+            f"write them, one per line, to {root / 'classes.txt'}"
         )
     return YOLOClasses(_unique(path, _config_names(path, config)), path, keypoints)
 
 
 def names_classes(root: Path) -> bool:
-    """Whether a file in a folder names the classes."""
+    """Whether a folder contains a file with class names."""
     return _names_file(root) is not None or bool(_read_config(root)[1].get("names"))
 
 
 def _names_file(root: Path) -> Path | None:
-    """The first file of class names: in `root`, beside the labels, or in a split."""
+    """The first file with class names: in `root`, next to the labels, or in a split."""
     places = [root, root / "labels", *sorted(p for p in root.glob("*/labels") if p.is_dir())]
     places += [root / name for name in _SPLITS]
     return next(
@@ -173,24 +173,24 @@ def _config_names(path: Path, config: Config) -> tuple[str, ...]:
         expected = [str(number) for number in range(len(names))]
         if sorted(names) != sorted(expected):
             raise UserError(
-                f"{path}: expected names by numbers from 0 to {len(names) - 1}, but got "
+                f"{path}: expected names with keys from 0 to {len(names) - 1}, but got "
                 f"{listing(list(map(str, names)), 5)}"
             )
         names = [names[number] for number in expected]
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-        raise UserError(f"{path}: expected names to be a list of texts, but got {_short(names)}")
+        raise UserError(f"{path}: expected names to be a list of strings, but got {_short(names)}")
     count = config.get("nc")
     if count not in (None, "", str(len(names))):
-        raise UserError(
-            f"{path}: expected names of {_short(count)} classes (nc), but got {len(names)}"
-        )
+        raise UserError(f"{path}: expected {_short(count)} class names (nc), but got {len(names)}")
     return tuple(names)
 
 
 def _unique(path: Path, names: tuple[str, ...]) -> tuple[str, ...]:
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
-        raise UserError(f"{path}: names {repeated[0]!r} more than once")
+        raise UserError(
+            f"{path}: expected unique class names, but got {repeated[0]!r} more than once"
+        )
     return names
 
 
@@ -202,10 +202,10 @@ def has_labels(root: Path) -> bool:
     try:
         path, config = _read_config(root)
     except UserError:
-        return True  # of a data.yaml; the reader reports it
+        return True  # malformed data.yaml; the reader reports it
     if path is not None and any(config.get(key) for key in _SPLITS):
         return True
-    # Label files in a folder of labels, or beside images where a file names the classes.
+    # Label files in a label folder, or next to images if there is a file with class names.
     places = [root / "labels", *(root / "labels").glob("*/"), *root.glob("*/labels/")]
     if any(is_label(path) for place in places for path in islice(place.glob("*.txt"), _PEEKED)):
         return True
@@ -213,18 +213,18 @@ def has_labels(root: Path) -> bool:
 
 
 def is_label(path: Path) -> bool:
-    """Whether a text file may hold labels: it is none of class names."""
+    """Whether a text file may contain labels, not class names."""
     return path.name not in _NAMES and path.is_file()
 
 
 def _has_pairs(folder: Path) -> bool:
-    """Whether one of the first images of a folder has a text file beside it."""
+    """Whether one of the first images of a folder has a text file next to it."""
     images = islice((path for path in folder.glob("*.*") if is_image(path.name)), _PEEKED)
     return any(path.with_suffix(".txt").is_file() for path in images)
 
 
 def find_splits(root: Path) -> dict[str, list[Path]]:
-    """Splits, with the folders or lists of images of each; those of data.yaml may not exist.
+    """Splits, with their folders or lists of images; entries of data.yaml may not exist.
 
     Raises:
         UserError: if data.yaml is malformed.
@@ -253,14 +253,14 @@ def find_splits(root: Path) -> dict[str, list[Path]]:
 
 
 def _texts(value: object) -> list[str] | None:
-    """A text or list of texts as a list; None for anything else."""
+    """Converts a string or list of strings to a list; None for anything else."""
     entries = value if isinstance(value, list) else [value]
     texts = [entry for entry in entries if isinstance(entry, str) and entry and "\0" not in entry]
     return texts if len(texts) == len(entries) else None
 
 
 def _folders_of_images(root: Path) -> dict[str, list[Path]]:
-    """Splits of a data set without data.yaml; `train` if there is but one folder of images."""
+    """Splits of a data set without data.yaml; `train` if there is only one image folder."""
     lists = [root / f"{name}.txt" for name in _SPLITS]
     if any(path.is_file() for path in lists) and (root / "obj.names").is_file():
         return {path.stem: [path] for path in lists if path.is_file()}
@@ -285,7 +285,7 @@ def _names_images(path: Path) -> bool:
 
 
 def _locate(root: Path, base: str, entry: str) -> Path:
-    """The folder or file in `root` that an entry of data.yaml means."""
+    """The folder or file in `root` that an entry of data.yaml refers to."""
     path = _posix(base) / _posix(entry)
     ends = [*_ends(root, path), *_ends(root, _posix(entry))]
     return next((end for end in ends if end.exists()), ends[0])
@@ -296,16 +296,16 @@ def _posix(path: str) -> PurePosixPath:
 
 
 def _ends(root: Path, path: PurePosixPath) -> list[Path]:
-    """Files in `root` that a path may name, by its end, the longest first: the path may be one of
-    another machine, or relative to another folder. `root` itself only for a path without names."""
+    """Files in `root` that match the last components of a path, longest match first, since the path
+    may be from another machine or relative to another folder. `root` only for an empty path."""
     parts = path.parts
     start = max((i + 1 for i, part in enumerate(parts) if part in ("..", "/", "//")), default=0)
     return [root.joinpath(*parts[i:]) for i in range(start, len(parts))] or [root]
 
 
 def listed_images(root: Path, source: Path) -> Iterator[Path | Missing]:
-    """Images of a list, one path per line: relative to `root` or to the list, or of another
-    machine, found by the end of the path. Nothing outside `root` is found."""
+    """Images of a list, one path per line: relative to `root` or to the list, or from another
+    machine, matched by their last components. Nothing outside `root` is read."""
     folders: dict[PurePosixPath, Folder] = {}
     for line in read_lines(source):
         path = _posix(line)
@@ -321,10 +321,10 @@ def listed_images(root: Path, source: Path) -> Iterator[Path | Missing]:
 
 
 def _read_config(root: Path) -> tuple[Path | None, Config]:
-    """The file that describes a data set, and its entries; all numbers are texts.
+    """The file that describes a data set, and its entries; all numbers are strings.
 
     Raises:
-        UserError: for a file named data.yaml that is none.
+        UserError: if a file named data.yaml does not describe a data set.
     """
     for path in (root / name for name in _YAML):
         if path.is_file():
@@ -333,9 +333,9 @@ def _read_config(root: Path) -> tuple[Path | None, Config]:
         try:
             config = _read_darknet(path) if path.suffix == ".data" else _read_yaml(path)
         except (UserError, OSError):
-            continue  # of another program
+            continue  # from another program
         if "names" in config and any(key in config for key in _SPLITS):
-            if isinstance(config["names"], str):  # of a file, which is found without it
+            if isinstance(config["names"], str):  # a file name; that file is found anyway
                 config = {key: value for key, value in config.items() if key != "names"}
             return path, config
     return None, {}
@@ -350,7 +350,7 @@ def _read_yaml(path: Path) -> Config:
     if path.stat().st_size > _MOST_YAML:
         raise UserError(f"{path}: expected a description of a data set, but got a file over 4 MB")
     try:
-        # Without types: a class may be named `no` or `1e3`.
+        # Without type conversion: a class may be named `no` or `1e3`.
         content = yaml.load(path.read_text(encoding="utf-8-sig"), Loader=yaml.BaseLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         text = " ".join(str(error).split()) or type(error).__name__

@@ -7,14 +7,15 @@ from torch import nn
 
 
 class AveragedNetwork:
-    """A copy of a network whose weights follow those of the network smoothly.
+    """A copy of a network with an exponential moving average of its weights.
 
-    Early in training the average is shorter than `decay` says, so that the initial weights leave
-    it. It depends on the weights and the iteration alone: a resumed run averages as before.
+    The decay is lower than `decay` early in training, so that the initial weights are soon
+    forgotten. The average depends only on the weights and the iteration, so a resumed run computes
+    the same average.
 
     Args:
-        model: the network, with the weights that the average starts from.
-        decay: fraction of the average that an iteration keeps.
+        model: the network, whose current weights initialize the average.
+        decay: fraction of the average that each iteration keeps.
     Attributes:
         model: the averaged network.
     """
@@ -25,7 +26,7 @@ class AveragedNetwork:
 
     @torch.no_grad()
     def update(self, model: nn.Module, iteration: int) -> None:
-        """Adds the weights after an iteration, counted from 1; buffers are copied."""
+        """Updates the average after an iteration (counted from 1); buffers are copied."""
         decay = min(self.decay, iteration / (iteration + 9))
         for average, weight in zip(self.model.parameters(), model.parameters(), strict=True):
             average.lerp_(weight, 1 - decay)

@@ -31,20 +31,19 @@ def evaluate(
 
     Args:
         run: run folder.
-        data: folder of a data set, or torch data set, as for `train`, with the classes that the
+        data: folder of a data set, or a torch data set, as for `train`, with the classes that the
             run was trained on.
-        split: split to evaluate on; of a torch data set, its name in the results.
+        split: split to evaluate on; for a torch data set, its name in the results.
         options: size at which labels are compared, test-time augmentation, stored proposals.
         out: folder of the results; None is the run folder.
         hardware: processes and devices.
         progress: show a progress bar.
     Returns:
-        The scores and facts that the file holds. Predictions of detectors go into
-        `detections-SPLIT.jsonl`.
+        The contents of that file. Detections are written to `detections-SPLIT.jsonl`.
     Raises:
-        FileNotFoundError: if run or data are missing.
-        UserError: if checkpoint or images are damaged, the classes differ, or an option does not
-            apply to the network.
+        FileNotFoundError: if the run or the data set is missing.
+        UserError: if the checkpoint or an image is damaged, the classes differ, or an option does
+            not apply to the network.
     """
     run, out = Path(run), Path(run if out is None else out)
     if run.is_file():

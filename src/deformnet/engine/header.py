@@ -1,4 +1,4 @@
-"""What a run is about to do, in a few lines before it begins."""
+"""Summary of a run, printed before training starts."""
 
 from collections.abc import Iterator
 
@@ -19,7 +19,7 @@ def header(
     fabric: Fabric,
     model: nn.Module,
 ) -> Iterator[str]:
-    """Lines about data, network, schedule and device."""
+    """Lines that describe the data, network, schedule and device."""
     scored = "no validation images"
     if val_split is not None:
         scored += f", because there is no split {val_split}"

@@ -1,4 +1,4 @@
-"""The network that training starts from: with random weights, those of a backbone, or of a run."""
+"""Initial network of a training run: random weights, a pretrained backbone, or an earlier run."""
 
 import re
 from collections.abc import Sequence
@@ -12,21 +12,21 @@ from deformnet.engine.runs import TrainedRun, load_run
 from deformnet.models.backbones.weights import holds_run, misfit
 from deformnet.recipes import Recipe
 
-_NORM = re.compile(r".*\.num_batches_tracked$")  # of trained batch norm alone
+_NORM = re.compile(r".*\.num_batches_tracked$")  # only in trained batch norm
 _MAY_LACK = re.compile(rf".*\.(conv_offset|fc_offset)\.|{_NORM.pattern}")
 
 
 def initial(recipe: Recipe, classes: Sequence[str]) -> tuple[nn.Module, str]:
-    """The network with its starting weights, the same in every process.
+    """The network with its initial weights, which are the same in every process.
 
-    From a run of the same network with the same classes it takes the whole network, otherwise the
-    backbone alone.
+    A run of the same network with the same classes provides the whole network; any other run
+    provides only the backbone.
 
     Returns:
-        The network, and a line about what was taken.
+        The network, and a line that describes the source of its weights.
     Raises:
         FileNotFoundError, UserError: if the weights that `init` names do not exist or do not fit.
-        OSError: if their download fails.
+        OSError: if the download fails.
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(recipe.seed)
@@ -51,15 +51,15 @@ def initial(recipe: Recipe, classes: Sequence[str]) -> tuple[nn.Module, str]:
 def _reason(
     model: nn.Module, run: TrainedRun, recipe: Recipe, classes: Sequence[str]
 ) -> str | None:
-    """Why a network cannot start from the whole one of a run; None if it can."""
+    """Why a network cannot start from all weights of a run; None if it can."""
     if run.recipe.network != recipe.network:
-        return f"the run is of {run.recipe.network}, not {recipe.network}"
+        return f"the run trained {run.recipe.network}, not {recipe.network}"
     if len(run.data.classes) != len(classes):
         return f"the run has {len(run.data.classes)} classes, not {len(classes)}"
     if tuple(run.data.classes) != tuple(classes):
         pairs = zip(run.data.classes, classes, strict=True)
         old, new = next((old, new) for old, new in pairs if old != new)
-        return f"the classes are others ({old!r} in the run, {new!r} in the data)"
+        return f"the classes differ ({old!r} in the run, {new!r} in the data)"
     state, own = run.model.state_dict(), model.state_dict()
     expected = {k: v for k, v in own.items() if k in state or not _MAY_LACK.match(k)}
     return misfit(expected, {k: v for k, v in state.items() if k in own or not _NORM.match(k)})

@@ -1,4 +1,4 @@
-"""What a training run reports while it proceeds: its logs, TensorBoard and the progress bar."""
+"""Progress of a training run: log files, TensorBoard and the progress bar."""
 
 import csv
 import io
@@ -17,20 +17,20 @@ from tqdm import tqdm
 from deformnet._files import naming, replacing
 
 logger = logging.getLogger("deformnet")
-"""Receives lines about the course of a run; the command line prints them."""
-_STEPS = 10  # after which the time of the rest is estimated
+"""Receives progress messages of a run, which the command line prints."""
+_STEPS = 10  # iterations before the remaining time is estimated
 
 
 class TrainingLog:
-    """Logs of the first process. Rows are on disk at once, and never repeated after a resume.
+    """Logs of the first process. Rows are flushed at once and not repeated after a resume.
 
     Args:
         run: run folder.
-        terms: names of the terms of the loss, if there are several.
+        terms: names of the loss terms, if there are several.
         done: iteration that the run resumes from; later rows are dropped.
-        total: iterations of the run.
+        total: number of iterations of the run.
         validated: iteration of the last validation; later rows are dropped.
-        progress: show a progress bar; where the output is no terminal, a line for each row.
+        progress: show a progress bar or, if the output is not a terminal, a line for each row.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class TrainingLog:
         """Counts an iteration."""
         self._bar.update()
         self._steps += 1
-        if self._started is None:  # the first one takes longer
+        if self._started is None:  # the first iteration takes longer
             self._started = time.perf_counter()
         elif self._steps == _STEPS:
             pace = (time.perf_counter() - self._started) / (_STEPS - 1)
@@ -82,7 +82,7 @@ class TrainingLog:
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """Leaves the block out of the seconds per iteration."""
+        """Excludes the block from the seconds per iteration."""
         started = time.perf_counter()
         yield
         seconds = time.perf_counter() - started
@@ -122,11 +122,11 @@ class TrainingLog:
         summary: Mapping[str, float | None],
         pictures: Iterable[tuple[str, Image.Image]] = (),
     ) -> None:
-        """Writes the scores of a validation to file and TensorBoard.
+        """Writes the scores of a validation to `validation.csv` and TensorBoard.
 
         Args:
-            main, summary: as of `Scores`.
-            pictures: predictions, by the names of their images.
+            main, summary: see `Scores`.
+            pictures: drawn predictions by image name.
         """
         scores = {main[0]: main[1], **summary}
         row = {k: "" if v is None else f"{v:.9g}" for k, v in scores.items()}
@@ -171,7 +171,7 @@ class TrainingLog:
 
 
 def duration(seconds: float) -> str:
-    """A time in one or two units: "40 s", "12 min", "3 h 20 min", "2 d 5 h"."""
+    """Formats a duration in one or two units: "40 s", "12 min", "3 h 20 min", "2 d 5 h"."""
     if seconds < 60:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

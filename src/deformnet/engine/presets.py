@@ -1,4 +1,4 @@
-"""Settings that fit a data set and a machine."""
+"""Default settings for a data set and a machine."""
 
 import statistics
 from typing import TypeVar
@@ -10,7 +10,7 @@ from deformnet.tasks import task_of
 from deformnet.tasks.own import Data
 
 _RecipeT = TypeVar("_RecipeT", bound=Recipe)
-_SAMPLED = 20  # images whose sizes are read
+_SAMPLED = 20  # number of images whose size is read
 
 
 def finetune_on(
@@ -23,17 +23,17 @@ def finetune_on(
     init: str | None = "IMAGENET1K_V1",
     hardware: Hardware = Hardware(),  # noqa: B008 (frozen)
 ) -> _RecipeT:
-    """`deformnet.recipes.finetune` for the images of a data set and this machine.
+    """Returns the settings of `deformnet.recipes.finetune` for a data set and this machine.
 
     Args:
         recipe: the network's class.
         data: data set, as for `train`.
         split: training split.
-        batch: batch size; None chooses.
-        backbone, init: backbone network and its initial weights; None for random ones.
-        hardware: processes and devices that will train.
+        batch: batch size; None selects it automatically.
+        backbone, init: backbone network and its initial weights; None for random weights.
+        hardware: processes and devices to train on.
     Raises:
-        FileNotFoundError, UserError: as of `train`.
+        FileNotFoundError, UserError: see `train`.
     """
     images = task_of(recipe()).annotated(data, split)
     count = len(images)

@@ -78,7 +78,7 @@ class Result:
         )
 
     def save(self, folder: Path, suffix: str = "") -> "Result":
-        """Writes metrics{suffix}.json, pictures, and the predictions where the task keeps them."""
+        """Writes metrics{suffix}.json, pictures, and the predictions if the task keeps them."""
         files = {} if self.scores is None else self.scores.save(folder, suffix)
         result = replace(self, files=files)
         write_json(folder / f"metrics{suffix}.json", result.to_json())

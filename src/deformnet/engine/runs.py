@@ -1,22 +1,22 @@
-"""Run folders: their layout, and how their files are written and read.
+"""Run folders: layout, reading and writing.
 
 ```
 RUN/
   recipe.json             the recipe that repeats the run
-  checkpoints/last.ckpt   network, optimizer and iteration; training continues from here
-  checkpoints/best.ckpt   the network with the best score, if it is validated during training
+  checkpoints/last.ckpt   network, optimizer and iteration; training resumes from here
+  checkpoints/best.ckpt   the network with the best score, if it was validated during training
   validation.csv          scores of each validation, in percent
   metrics.csv             one row every few iterations: loss, learning rate, seconds per iteration
   tensorboard/            the same for TensorBoard
-  metrics.json            scores on the validation images, and facts about the run
+  metrics.json            scores on the validation images, and a description of the run
   metrics-SPLIT.json      scores on another split
-  confusion-matrix.png    pictures of the scores; confusion-matrix-SPLIT.png
-  precision-recall.png    for detectors; precision-recall-SPLIT.png
+  confusion-matrix.png    confusion matrix; confusion-matrix-SPLIT.png for another split
+  precision-recall.png    for detectors: precision-recall curves; precision-recall-SPLIT.png
   detections.jsonl        for detectors: the predictions behind the scores; detections-SPLIT.jsonl
 ```
 
-Every file but the logs is written under another name and renamed into place, so that a crash at any
-moment leaves the old file or the new one.
+Every file except the logs is written under a temporary name and then renamed, so that a crash at
+any time leaves either the old file or the new one.
 
 An exported run (`deformnet.engine.export`) is two files: the weights, NAME.safetensors, and their
 card, NAME.json, with what the checkpoint holds in addition to the weights.
@@ -71,7 +71,7 @@ class Description(TypedDict):
 
 
 class Validated(TypedDict):
-    """What the validations of a run have shown so far."""
+    """Outcome of the validations of a run so far."""
 
     iteration: int
     """Iteration of the last validation; 0 before the first."""
@@ -89,7 +89,7 @@ class Checkpoint(TypedDict):
     model: dict[str, Tensor]
     """The network, with averaged weights if the recipe has `ema`."""
     unaveraged: NotRequired[dict[str, Tensor] | None]
-    """The weights that the optimizer works on, if they are others."""
+    """The weights that the optimizer updates, if they differ from those of the network."""
     optimizer: dict[str, object]
     precision: dict[str, object]
     iteration: int
@@ -97,7 +97,7 @@ class Checkpoint(TypedDict):
 
 
 def checkpoint_path(run: Path) -> Path:
-    """The checkpoint from which a run folder's training continues."""
+    """The checkpoint from which training in a run folder resumes."""
     return run / "checkpoints" / "last.ckpt"
 
 
@@ -130,10 +130,10 @@ def existing_checkpoint(run: Path) -> Path:
 
 @contextmanager
 def locked(run: Path) -> Iterator[None]:
-    """Keeps other trainings out of a run folder, where the system can.
+    """Locks a run folder against concurrent training, if the system supports it.
 
     Raises:
-        UserError: if another process trains into it.
+        UserError: if another process is training in it.
     """
     if fcntl is None:
         yield
@@ -145,8 +145,8 @@ def locked(run: Path) -> Iterator[None]:
         except (BlockingIOError, PermissionError) as error:
             file.seek(0)
             raise UserError(
-                f"{run}: expected a folder that no other training uses, but process "
-                f"{file.read()} writes to it"
+                f"{run}: expected a run folder that is not in use, but process {file.read()} "
+                "writes to it; wait for that run to end, or choose another folder"
             ) from error
         file.truncate(0)
         file.write(str(os.getpid()))
@@ -173,25 +173,25 @@ def load(
     Args:
         run: run folder, one of its checkpoints, or the .safetensors file of an exported run.
         options: test-time augmentation, for detectors.
-        device: where to compute; None takes a GPU if there is one.
+        device: device to run on; None uses a GPU if there is one.
     Raises:
-        FileNotFoundError, UserError: as `load_run`.
+        FileNotFoundError, UserError: see `load_run`.
     """
     recipe, model, data = load_run(run)
     return task_of(recipe, options).predictor(model, data, device)
 
 
 def load_run(run: str | Path) -> TrainedRun:
-    """Loads recipe, network and identity of the training data of a run.
+    """Loads the recipe, the network and the identity of the training data of a run.
 
     Args:
-        run: run folder, finished or not: its best checkpoint if it was validated during training,
-            otherwise the last one; or a checkpoint file; or the .safetensors file of an exported
-            run, with its card beside it.
+        run: run folder, finished or not (its best checkpoint if the network was validated during
+            training, otherwise the last one); a checkpoint file; or the .safetensors file of an
+            exported run, with its card in the same folder.
     Raises:
-        FileNotFoundError: if there is no such folder or file, no checkpoint in it, or no card.
-        UserError: if checkpoint, weights or card are damaged, do not belong together, or are not
-            deformnet's.
+        FileNotFoundError: if the folder or file, its checkpoint or its card does not exist.
+        UserError: if the checkpoint, weights or card are damaged, do not belong together, or were
+            not written by deformnet.
     """
     path = Path(run)
     if path.suffix == ".safetensors" and path.is_file():
@@ -219,10 +219,10 @@ def _restored(
 
 
 def iterations_done(run: str | Path) -> int:
-    """Number of iterations that a run folder has been trained for.
+    """Number of iterations for which the network in a run folder has been trained.
 
     Raises:
-        FileNotFoundError, UserError: as `load_run`.
+        FileNotFoundError, UserError: see `load_run`.
     """
     existing_checkpoint(run := Path(run))
     return load_checkpoint(checkpoint_path(run))["iteration"]

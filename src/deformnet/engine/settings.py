@@ -37,15 +37,17 @@ class LoopOptions:
     log_every: int = 10
     """Iterations between rows of the logs, and between checks of the offsets."""
     validate_every: int | Literal["auto"] | None = None
-    """Iterations between validations, which keep the best network; auto validates ten times, None
-    after training only."""
+    """Number of iterations between validations, which keep the best network; auto validates ten
+    times, None only after training."""
     patience: int | None = None
-    """Validations without improvement after which training ends; None never ends it early."""
+    """Number of validations without improvement after which training stops; None disables early
+    stopping."""
     stop_on_runaway: bool = False
     """Stop when the offsets of a layer run away (its samples leave the feature map), instead of
     warning."""
     progress: bool = True
-    """Show a progress bar, or a line for each row of the logs where the output is no terminal."""
+    """Show a progress bar or, if the output is not a terminal, print a line for each row of the
+    logs."""
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "accumulate", "checkpoint_every", "log_every", "patience")

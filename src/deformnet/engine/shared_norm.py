@@ -47,7 +47,7 @@ def share_statistics(model: nn.Module, device: torch.device) -> None:
     from timm.layers.norm_act import BatchNormAct2d, convert_sync_batchnorm
 
     if device.type == "cuda":
-        convert_sync_batchnorm(model)  # PyTorch's own drops the activations of timm's layers
+        convert_sync_batchnorm(model)  # PyTorch's version drops the activations of timm's layers
         return
     shared = {nn.BatchNorm2d: SharedBatchNorm2d, BatchNormAct2d: SharedBatchNormAct2d}
     for module in model.modules():

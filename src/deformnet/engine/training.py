@@ -73,10 +73,10 @@ def train(
     hardware: Hardware = Hardware(),  # noqa: B008 (frozen)
     loop: LoopOptions = LoopOptions(),  # noqa: B008
 ) -> Result:
-    """Trains a network into a run folder, or continues the run that is there, and evaluates it.
+    """Trains a network in a run folder, or resumes the run in it, and evaluates the network.
 
-    A continued run ends with exactly the weights that it would have had without the break, as far
-    as the machine's arithmetic is reproducible (on a CPU: with the same number of threads).
+    A resumed run ends with exactly the same weights as an uninterrupted one, as far as the
+    machine's arithmetic is reproducible (on a CPU: with the same number of threads).
 
     With several devices and no launcher, Fabric starts the other processes by running the program
     again, so call this under `if __name__ == "__main__":`. Gradients are those of the whole batch,
@@ -85,30 +85,31 @@ def train(
 
     Args:
         recipe: network, image size and schedule.
-        data: folder of the data set, in a layout that the task of the recipe reads; or a torch data
-            set, as `deformnet.tasks.own` describes it, which has no splits.
+        data: folder of the data set, in a layout that the recipe's task reads; or a torch data set
+            without splits (see `deformnet.tasks.own`).
         out: run folder; see `deformnet.engine.runs` for its contents.
         split: split to train on.
-        val_split: split to evaluate on at the end, and during training as `loop` says; None for
-            none. The default may be missing.
-        val_data: data set of `val_split`, if it is not `data`; with a torch data set, the only one
-            that is evaluated on.
-        proposals: files of stored proposals for both splits, which replace those of the detector;
-            see `deformnet.engine.propose`.
+        val_split: split to evaluate on at the end, and during training as set by `loop`; None
+            disables evaluation. The default split may be missing.
+        val_data: data set with `val_split`, if it is not `data`; required to evaluate a network
+            trained on a torch data set.
+        proposals: files of stored proposals for both splits, which replace the detector's own
+            proposals; see `deformnet.engine.propose`.
         epochs: passes over the training images, instead of the recipe's iterations.
-        continue_to: iterations to train the run in `out` to, finished or not, instead of the
-            recipe's. The learning rate follows the schedule of the new number from the iteration
-            that the run has reached. With another number than before, patience starts anew.
+        continue_to: total number of iterations for the run in `out`, whether finished or not,
+            instead of the recipe's number. From the iteration that the run has reached, the
+            learning rate follows the schedule for the new number. If the number differs from the
+            run's, patience starts again from zero.
         hardware: processes and devices.
         loop: checkpoints, logs and memory.
     Returns:
-        The scores and facts that `metrics.json` holds: of the best network if it was validated
-        during training, otherwise of the last.
+        The contents of `metrics.json`, for the best network if there was validation during
+        training, otherwise for the last one.
     Raises:
         FileNotFoundError: if data or weights are missing.
-        UserError: if an image is unreadable, `out` holds a run of another recipe or on other data,
-            the batch cannot be divided, or the processes of the run were not started alike.
-        OSError: if a file cannot be written; the last checkpoint is whole.
+        UserError: if an image is unreadable, `out` contains a run with another recipe or other
+            data, the batch cannot be divided, or the processes were started differently.
+        OSError: if a file cannot be written; the last checkpoint stays intact.
         FloatingPointError: if the loss is not finite, the weights are not finite when a checkpoint
             is due, or offsets run away and `loop.stop_on_runaway` is set.
         TrainingStopped: after Ctrl-C or SIGTERM.
@@ -129,7 +130,7 @@ def train(
     if val_data is not None and val_split is not None:
         validation = task.evaluation_set(val_data, val_split, images.identity)
     if validation is None and loop.patience is not None:
-        raise UserError("expected a validation split for patience, but there is none")
+        raise UserError("expected a validation split for patience, but got none")
     checkpoint = _checkpoint_of(out, recipe, images.identity, further=continue_to is not None)
     done = 0 if checkpoint is None else checkpoint["iteration"]
     facts = {
@@ -154,7 +155,7 @@ def train(
         if fabric.is_global_zero and (checkpoint is None or continue_to is not None):
             write_json(out / "recipe.json", recipe.to_dict())
         if fabric.is_global_zero and validator.validated["best"] is None:
-            best_path(out).unlink(missing_ok=True)  # of a validation that no checkpoint knows
+            best_path(out).unlink(missing_ok=True)  # from a validation that no checkpoint records
         fabric.barrier()
         if not validator.exhausted and (done < recipe.iterations or validator.due(done)):
             run = _Run(fabric, recipe, model, images.identity, out, loop, checkpoint, validator)
@@ -165,7 +166,7 @@ def train(
             if fabric.is_global_zero:
                 for line in header(recipe, images, split, validation, val_split, fabric, model):
                     logger.info(line)
-                logger.info(taken or f"resumes after iteration {done} of {recipe.iterations}")
+                logger.info(taken or f"resuming after iteration {done} of {recipe.iterations}")
                 log = TrainingLog(
                     *(out, task.loss_terms, done, recipe.iterations),
                     validated=validator.validated["iteration"],
@@ -173,7 +174,7 @@ def train(
                 )
             with closing(log) if log else nullcontext():
                 run.fit(batches, log)
-            del run  # and the memory of the optimizer
+            del run  # frees the memory of the optimizer
         ended = load_checkpoint(path := existing_checkpoint(out))
         model = restored(ended, path).model
         result = Result.of(recipe, model, out, ended["iteration"])
@@ -188,7 +189,7 @@ def train(
 
 
 def _alone(run: Path, fabric: Fabric) -> AbstractContextManager[None]:
-    """The first process keeps other trainings out of the run folder."""
+    """Locks the run folder in the first process."""
     return locked(run) if fabric.is_global_zero else nullcontext()
 
 
@@ -235,10 +236,10 @@ class _Run:
             self.health = OffsetHealth(model, loop.log_every, warn=fabric.is_global_zero)
 
     def fit(self, batches: Iterable[list[Batch]], log: TrainingLog | None) -> None:
-        """Trains to the last iteration, as long as validations improve, or until asked to stop."""
+        """Trains until the last iteration, early stopping, or a request to stop."""
         recipe, loop, total = self.recipe, self.loop, self.recipe.iterations
         with _stopping_signals() as received:
-            if self.validator.due(self.iteration):  # an interruption cut this one off
+            if self.validator.due(self.iteration):  # interrupted before its end
                 self._validate(log)
             for parts in batches:
                 if self.validator.exhausted:
@@ -277,7 +278,7 @@ class _Run:
         if self.validator.exhausted:
             validated = self.validator.validated
             logger.info(
-                "ends after %d of %d iterations: no improvement in %d validations",
+                "stopped after %d of %d iterations: no improvement in %d validations",
                 *(self.iteration, total, validated["waited"]),
             )
 
@@ -348,22 +349,22 @@ class _Run:
 
     @property
     def network(self) -> nn.Module:
-        """The network of the run: the average of the trained one, if the recipe has it."""
+        """The network of the run: the averaged one if the recipe has `ema`."""
         return self.model if self.average is None else self.average.model
 
     def _validate(self, log: TrainingLog | None) -> None:
-        """Scores the network, and keeps it if it is the best."""
+        """Evaluates the network, and saves it if it is the best so far."""
         with log.aside() if log else nullcontext():
             scores = self.validator.score(self.fabric, self.network)
             improved = self.validator.add(self.iteration, scores.main[1])
             if log is not None:
                 pictures = ()
-                if scores.main[1] is not None:  # otherwise the ground truth is not published
+                if scores.main[1] is not None:  # None: the ground truth is not published
                     pictures = self.validator.pictures(self.network, self.fabric.device)
                 log.validated(self.iteration, scores.main, scores.summary, pictures)
                 if improved:
                     best: Checkpoint = {**self._checkpoint(), "unaveraged": None, "optimizer": {}}
-                    save_checkpoint(best, self.best_path)  # without what only training needs
+                    save_checkpoint(best, self.best_path)  # without the state of training
             self._save()
 
     def _save(self) -> None:
@@ -476,7 +477,7 @@ def _optimizer(recipe: Recipe, model: nn.Module) -> Optimizer:
 def _with_iterations(
     recipe: Recipe, images: int, epochs: float | None, continue_to: int | None
 ) -> Recipe:
-    """The recipe with the iterations that `epochs` or `continue_to` ask for."""
+    """The recipe with the number of iterations given by `epochs` or `continue_to`."""
     if epochs is not None and continue_to is not None:
         raise UserError("expected epochs or continue_to, but got both")
     if epochs is not None and not 0 < epochs < math.inf:
@@ -492,19 +493,19 @@ def _with_iterations(
 def _checkpoint_of(
     run: Path, recipe: Recipe, data: DataIdentity, *, further: bool
 ) -> Checkpoint | None:
-    """The checkpoint to continue from, if there is one.
+    """The checkpoint to resume from, if there is one.
 
     Args:
-        further: whether the recipe may have other iterations than the run.
+        further: whether the recipe's number of iterations may differ from the run's.
     Raises:
-        UserError: if it belongs to another recipe or to other data; or if there is none, or it has
-            more iterations already, to be trained `further`.
+        UserError: if it belongs to another recipe or other data; or, with `further`, if there is
+            none or it already has more iterations.
     """
     path = checkpoint_path(run)
     if not path.is_file():
         if further:
             raise UserError(
-                f"{run}: expected a run to continue, but there is no {path.relative_to(run)}"
+                f"{run}: expected a run to continue, but found no {path.relative_to(run)}"
             )
         return None
     checkpoint = load_checkpoint(path)

@@ -1,8 +1,7 @@
-"""Validation of a network while it trains: the best network, and when to give up.
+"""Validation during training: selection of the best network, and early stopping.
 
-A validation works on a copy of the network or on its average, and what it has shown is part of the
-checkpoint: training continues as if there had been none, and a resumed run validates as one that
-was never interrupted.
+Validation runs on a copy of the network or on its average, and its outcome is stored in the
+checkpoint. It does not affect training, and a resumed run validates like an uninterrupted one.
 """
 
 import copy
@@ -21,21 +20,21 @@ from deformnet.tasks.base import DataIdentity, EvaluationSet, Scores, Task
 from deformnet.tasks.own import Data
 
 Pictures = Callable[[nn.Module, torch.device], Iterable[tuple[str, Image.Image]]]
-"""Names and pictures of predictions of a network on a device."""
+"""Draws predictions of a network on a device; returns image names and pictures."""
 _COUNT, _SIDE = 4, 640  # pictures of predictions, and their longer side in pixels
 
 
 class Validator:
-    """The validations of a run; every process has one.
+    """Validates the network of a run; every process has its own instance.
 
     Args:
-        images: images to score on; None never validates.
-        loop: how often, and with how much patience.
+        images: images to validate on; None disables validation.
+        loop: frequency of validations, and patience.
         total: last iteration of the run.
-        workers: processes that load images.
-        validated: what earlier validations have shown.
+        workers: number of processes that load images.
+        validated: outcome of earlier validations.
     Attributes:
-        pictures: draws predictions; none by default.
+        pictures: function that draws predictions; draws none by default.
     """
 
     pictures: Pictures = staticmethod(lambda model, device: ())
@@ -60,9 +59,10 @@ class Validator:
         }
 
     def due(self, iteration: int) -> bool:
-        """Whether the network of an iteration is still to be validated.
+        """Whether the network is to be validated after an iteration.
 
-        The last one is, so that it can be the best; also if only earlier calls validated.
+        If the run has been validated during training, the last iteration is validated as well,
+        because its network may be the best.
         """
         if self._images is None or iteration in (0, self.validated["iteration"]):
             return False
@@ -72,17 +72,17 @@ class Validator:
 
     @property
     def exhausted(self) -> bool:
-        """Whether there has been no improvement for too long."""
+        """Whether patience has run out."""
         return self._patience is not None and self.validated["waited"] >= self._patience
 
     def score(self, fabric: Fabric, model: nn.Module) -> Scores:
-        """The scores of a network; all processes call this method."""
+        """Evaluates a network; all processes must call this method."""
         assert self._images is not None
-        # A copy: training goes on with a network and caches that have seen no inference.
+        # On a copy, so that inference does not affect the network and caches used in training.
         return score(fabric, copy.deepcopy(model), self._images, self._workers, progress=False)
 
     def add(self, iteration: int, value: float | None) -> bool:
-        """Notes the main score of an iteration; whether it is the best so far."""
+        """Records the main score of an iteration; returns whether it is the best so far."""
         best = self.validated["best"]
         if value is not None and not math.isfinite(value):
             value = None
@@ -101,7 +101,7 @@ class Validator:
 
 
 def pictures_of(task: Task, data: Data, split: str, trained_on: DataIdentity) -> Pictures:
-    """Draws the predictions for the first images of a split, opened at the first call."""
+    """Draws the predictions for the first images of a split, which the first call opens."""
     opened = []
 
     def draw(model: nn.Module, device: torch.device) -> Iterator[tuple[str, Image.Image]]:

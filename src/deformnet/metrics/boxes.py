@@ -1,4 +1,4 @@
-"""Overlaps of boxes, and arrays from what callers pass."""
+"""Box overlaps, and conversion of arguments to arrays."""
 
 import numpy as np
 from torch import Tensor
@@ -7,12 +7,12 @@ Array = Tensor | np.ndarray
 
 
 def as_array(values: Array) -> np.ndarray:
-    """The values of a tensor on any device, or an array."""
+    """Converts a tensor on any device, or an array, to an array."""
     return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
 
 
 def areas(boxes: np.ndarray) -> np.ndarray:
-    """Areas of boxes [n, 4]; 0 for a box that ends before it begins."""
+    """Areas of boxes [n, 4]; 0 for a box with negative width or height."""
     return np.clip(boxes[:, 2:] - boxes[:, :2], 0, None).prod(-1)
 
 

@@ -82,8 +82,8 @@ class ClassificationCounts(Metric):
     def compute(self) -> Tensor:
         """
         Returns:
-            int64 [C, C + 1]: for each class the number of its images whose first guess is each
-            class (the confusion matrix), and of those with it among their five first guesses.
+            int64 [C, C + 1]: for each class, the number of its images that are predicted as each
+            class (the confusion matrix), and the number with the class among the top five.
         """
         return self.counts
 

@@ -39,11 +39,11 @@ class COCOScores:
     """Scores of boxes.
 
     Attributes:
-        numbers: COCO's twelve numbers (`NAMES`), NaN where the set has no such objects.
+        numbers: COCO's twelve metrics (`NAMES`); NaN if there are no such objects.
         per_class: AP, AP50, AP75, APsmall, APmedium, APlarge and AR100 of each class.
         objects: number of objects of each class, without crowds.
         curves: precision and recall of each class.
-        confusion: classes of objects and detections.
+        confusion: confusion matrix of objects and detections.
     """
 
     numbers: dict[str, float]
@@ -64,7 +64,8 @@ class COCOScores:
         }
 
     def tables(self) -> list[Table]:
-        """The twelve numbers in percent, which are means over classes, and those of each class."""
+        """The twelve metrics, which are means over classes, and the metrics of each class, in
+        percent."""
         scored = scored_classes(self.curves.ap)
         means = coco_table(self.numbers)
         if scored["classes_scored"] < scored["classes"]:
@@ -83,10 +84,10 @@ def coco_scores(
     images: Collection[int] | None = None,
     categories: Collection[int] | None = None,
 ) -> COCOScores:
-    """Scores boxes in COCO's result format, of all classes together and of each; see `coco_ap`.
+    """Evaluates boxes in COCO's result format, for all classes and for each class; see `coco_ap`.
 
     Args:
-        images, categories: ids of those that count; None for all.
+        images, categories: ids of the images and categories to evaluate; None for all.
     """
     evaluated = _evaluated(annotation_file, results, "bbox", images, categories)
     names = {c["id"]: c["name"] for c in evaluated.annotations["categories"]}
@@ -151,12 +152,12 @@ def coco_ap(
 
 
 def coco_table(numbers: Mapping[str, float]) -> Table:
-    """The numbers of `coco_ap` in percent."""
+    """The metrics of `coco_ap` in percent."""
     return Table("COCO AP and AR", (), [(name, percent(v)) for name, v in numbers.items()])
 
 
 class _Evaluated(NamedTuple):
-    """Checked annotations and detections, and the evaluation after its run."""
+    """Validated annotations and detections, and the finished evaluation."""
 
     annotations: dict[str, list[dict[str, Any]]]
     detections: list[dict[str, Any]]
@@ -174,7 +175,7 @@ def _evaluated(
     only_images: Collection[int] | None = None,
     only_categories: Collection[int] | None = None,
 ) -> _Evaluated:
-    """Arguments and errors as of `coco_ap`; None keeps all images or categories."""
+    """See `coco_ap` for arguments and errors; None keeps all images or categories."""
     files = [annotation_file] if isinstance(annotation_file, Path) else list(annotation_file)
     annotations = _joined([_read(file, iou_type) for file in files])
     for key, number, kept in (
@@ -207,7 +208,7 @@ def _evaluated(
 def _confusion(
     evaluated: _Evaluated, labels: Mapping[int, int], classes: Sequence[str]
 ) -> Confusion:
-    """The classes of objects and of the detections in their place."""
+    """The confusion matrix of objects and detections."""
     objects: dict[int, list[dict[str, Any]]] = {}
     detections: dict[int, list[dict[str, Any]]] = {}
     for entries, by_image in (

@@ -1,4 +1,4 @@
-"""Confusion matrices: what is predicted instead of what."""
+"""Confusion matrices of classes."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from deformnet.metrics.boxes import Array, areas, as_array, intersections, ious
 from deformnet.metrics.voc import GroundTruth, Predictions
 
 SCORE = 0.5
-"""Least score of the detections that are counted; `predict` draws the same ones."""
+"""Minimum score of the detections that are counted; `predict` draws the same ones by default."""
 IOU = 0.5
 
 _Name = TypeVar("_Name")
@@ -27,11 +27,11 @@ class Confusion:
 
     @classmethod
     def of(cls, classes: Sequence[str], counts: Array) -> "Confusion":
-        """From counts [n, n], or a single one."""
+        """Creates it from counts [n, n]."""
         return cls(tuple(classes), as_array(counts).reshape(len(classes), len(classes)))
 
     def to_json(self) -> dict[str, object]:
-        """Plain numbers for a JSON file, a list for each row."""
+        """Plain numbers for a JSON file, one list per row."""
         return {"classes": list(self.classes), "counts": self.counts.tolist()}
 
 
@@ -42,21 +42,21 @@ def detection_confusion(
     *,
     crowds: bool = False,
 ) -> Confusion:
-    """Counts of objects by their class and that of the detection in their place.
+    """Confusion matrix of objects and detections.
 
-    The detections of an image with a score of at least `SCORE`, best first, each take one of the
-    free objects with which their IoU is above `IOU`: of those of their own class, or else of
-    another, the one that they overlap most. Objects without a detection count in the last column,
-    detections without an object in the last row, both named "background" (or "no object", if a
-    class has that name). Ignored objects are not counted, nor are detections of their class on
-    them.
+    In each image, detections with a score of at least `SCORE` are matched in descending order of
+    score. A detection is matched with the unmatched object of its class that has the largest IoU
+    with it, if that is above `IOU`; if there is none, with such an object of another class. Objects
+    without a detection count in the last column, and detections without an object in the last row;
+    both are named "background" (or "no object" if a class has that name). Ignored objects, and
+    detections of their class that match them, are not counted.
 
     Args:
-        ground_truth: the objects of every image, by its name or number.
+        ground_truth: the objects of every image, by name or number.
         predictions: the detections by the same names; images without detections may be missing.
-        classes: class names; labels are places in this list.
-        crowds: ignored objects are COCO's crowds, which a detection is on if `IOU` of its own area
-            is inside. Otherwise it is on an ignored object if their IoU is above `IOU`.
+        classes: class names; labels are indices into this list.
+        crowds: ignored objects are COCO crowds, which a detection matches if more than `IOU` of
+            the detection's area is inside. Otherwise, the IoU needs to be above `IOU`.
     """
     counts = np.zeros((len(classes) + 1,) * 2, dtype=np.int64)
     for name, target in ground_truth.items():

@@ -1,11 +1,11 @@
-"""Curves of precision and recall."""
+"""Precision-recall curves."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
 RECALLS = np.linspace(0, 1, 101)
-"""The recalls at which precision is given: COCO's."""
+"""Recalls at which the precision is sampled, as in COCO."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -14,16 +14,16 @@ class PrecisionRecall:
 
     classes: tuple[str, ...]
     precision: np.ndarray
-    """[C, 101]: the best precision at each of `RECALLS` or beyond it; 0 where no score is low
-    enough to reach it, NaN for a class without objects."""
+    """[C, 101]: the highest precision at each of `RECALLS` or a larger recall; 0 if the recall is
+    not reached, NaN for a class without objects."""
     scores: np.ndarray
-    """[C, 101]: the score down to which detections count for that recall; 0 where it is not
-    reached, NaN for a class without objects."""
+    """[C, 101]: the score threshold that gives this recall; 0 if the recall is not reached, NaN for
+    a class without objects."""
     ap: tuple[float, ...]
     """AP of each class at this IoU; NaN for a class without objects."""
 
     def to_json(self) -> dict[str, object]:
-        """Plain numbers for a JSON file: lists as long as the recall is reached, by class."""
+        """Plain numbers for a JSON file: a list per class, up to the highest recall."""
         lists: dict[str, dict[str, list[float]]] = {"precision": {}, "score": {}}
         for number, name in enumerate(self.classes):
             reached = np.count_nonzero(self.precision[number] > 0)

@@ -19,7 +19,7 @@ def by_name(
 
 
 def scored_classes(scores: Iterable[float]) -> dict[str, int]:
-    """Entries of a JSON file: how many of the classes a mean is over, those without NaN."""
+    """Entries of a JSON file: the number of classes that a mean includes (those without NaN)."""
     missing = [math.isnan(score) for score in scores]
     return {"classes_scored": len(missing) - sum(missing), "classes": len(missing)}
 

@@ -28,12 +28,12 @@ class DetectionScores:
 
     Attributes:
         json: plain numbers for a JSON file, with None for NaN: VOC AP by one or both methods, or
-            COCO's twelve numbers, and how many images and detections there are. Fewer images with
-            detections than expected hint at incomplete detections. Curves and confusion, too.
+            COCO's twelve metrics; the number of images and detections (fewer images with detections
+            than expected suggest that detections are incomplete); curves and confusion matrix.
         tables: average precision in percent.
         summary: the numbers of the paper's tables, in percent.
-        curves: precision and recall of each class.
-        confusion: classes of objects and of the detections in their place.
+        curves: precision-recall curve of each class.
+        confusion: confusion matrix of objects and detections.
     """
 
     json: dict[str, Any]
@@ -122,7 +122,7 @@ class COCOGroundTruth(GroundTruthSet):
 
     Args:
         files: one or more JSON files with the same categories.
-        images: the id of each image, by its name; other images of the files do not count.
+        images: the id of each image by name; other images in the files are not evaluated.
         classes: the id of each category, by its name.
     """
 

@@ -46,7 +46,7 @@ class SegmentationScores:
         }
 
     def table(self, classes: Sequence[str]) -> Table:
-        """IoU in percent, a row for each class and one for their mean."""
+        """IoU in percent, with a row for each class and one for the mean."""
         mean = mean_name("IoU", *scored_classes(self.iou).values())
         rows = [*zip(classes, self.iou, strict=True), (mean, self.mean_iou)]
         return Table("IoU", (), [(name, percent(iou, 1)) for name, iou in rows])

@@ -146,7 +146,7 @@ def voc_curves(
     classes: Sequence[str],
     method: Method = "area",
 ) -> PrecisionRecall:
-    """Precision and recall of each class at an IoU of 0.5; arguments and errors as of `voc_ap`."""
+    """Precision-recall curves at an IoU of 0.5; see `voc_ap` for arguments and errors."""
     objects, labels, matches = _match_all(ground_truth, predictions, len(classes))
     positives = _positives(matches, 0.5)
     precision, scores, ap = [], [], []
@@ -180,8 +180,8 @@ def _match_all(
     predictions: Mapping[str, Predictions],
     num_classes: int,
 ) -> tuple[np.ndarray, np.ndarray, _Matches]:
-    """Objects that count of each class [C]; by descending score labels of the detections [D] and
-    their matches."""
+    """Number of evaluated objects of each class, [C]; labels of the detections in descending order
+    of score, [D], and their matches."""
     objects = np.zeros(num_classes, dtype=np.int64)
     first = 0
     labels = [np.zeros(0, dtype=np.int64)]
@@ -243,7 +243,7 @@ def _average(true: np.ndarray, false: np.ndarray, objects: int, method: Method) 
 
 
 def _best_precision(true: np.ndarray, false: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Number of true positives down to each detection, and the best precision there or below."""
+    """Cumulative number of true positives, and the highest precision from there on."""
     hits = true.cumsum()
     counted = np.maximum(hits + false.cumsum(), 1)  # 0 before the first that counts
     return hits, np.maximum.accumulate((hits / counted)[::-1])[::-1]
@@ -252,7 +252,7 @@ def _best_precision(true: np.ndarray, false: np.ndarray) -> tuple[np.ndarray, np
 def _sampled(
     true: np.ndarray, false: np.ndarray, objects: int, scores: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Precision and score at each of `RECALLS`; arguments as of `_average`."""
+    """Precision and score at each of `RECALLS`; see `_average` for the arguments."""
     if objects == 0:
         return np.full(len(RECALLS), math.nan), np.full(len(RECALLS), math.nan)
     hits, precision = _best_precision(true, false)

@@ -57,14 +57,14 @@ class Contents:
 
 
 class Annotation(ABC):
-    """What is in an image: predicted by a network, or known as ground truth.
+    """Annotation of an image: a prediction, or ground truth.
 
     Attributes:
-        boxes: float32 [D, 4] in pixels of the image; D is 0 where a task has no boxes.
+        boxes: float32 [D, 4] in pixels of the image; D is 0 if the task has no boxes.
         names: class names of the boxes, D.
         scores: [D] of predicted boxes, best first; None for ground truth.
         label: class of the whole image, if there is one.
-        image: uint8 [3, H, W], the image that was predicted; None for ground truth.
+        image: uint8 [3, H, W], the input image; None for ground truth.
     """
 
     boxes: Tensor = torch.zeros(0, 4)
@@ -74,10 +74,10 @@ class Annotation(ABC):
     image: Tensor | None = None
 
     def plot(self, *, threshold: float = 0.5) -> Image.Image:
-        """A picture of the prediction over its image.
+        """Draws the prediction on its image.
 
         Args:
-            threshold: least score of a box that is drawn.
+            threshold: minimum score of the boxes to draw.
         Raises:
             ValueError: for ground truth, which has no image.
         """
@@ -87,11 +87,11 @@ class Annotation(ABC):
 
     @abstractmethod
     def to_dict(self) -> dict[str, Any]:
-        """The annotation in plain values, with classes by name."""
+        """The annotation as plain Python values, with class names."""
 
     @abstractmethod
     def _plot(self, image: Tensor) -> Image.Image:
-        """A picture of it over the image, uint8 [3, H, W]."""
+        """Draws the annotation on the image; returns uint8 [3, H, W]."""
 
     @abstractmethod
     def draw(self, image: Tensor) -> Image.Image | None:

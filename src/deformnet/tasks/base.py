@@ -51,7 +51,7 @@ class DataIdentity:
     ) -> "DataIdentity":
         """The identity of a data set with these classes and image names, in this order.
 
-        The names of a torch data set are indices: its classes and its length are all that is known.
+        The image names of a torch data set are indices, so only its classes and length identify it.
         `proposals` is the digest of a detector's stored proposals.
         """
         listed = list(names)
@@ -133,7 +133,7 @@ class TrainingSet(ABC):
         return self.identity.images
 
     def summary(self) -> list[str]:
-        """Lines about the ground truth, shown before training, such as boxes by class."""
+        """Lines that summarize the ground truth before training, such as boxes by class."""
         return []
 
     @abstractmethod
@@ -150,10 +150,10 @@ class Scores:
 
     Attributes:
         json: entries of `metrics.json`: fractions from 0 to 1, None instead of NaN.
-        table: scores in percent, by class where there are such; the title names the metric.
+        table: scores in percent, by class if there are any; the title names the metric.
         summary: scores in percent, by the names in the paper's tables ("mean IoU", "mAP@0.5").
-        main: name and value in percent of the score that decides which network of a run is best;
-            higher is better, None if there is nothing to score.
+        main: name and value in percent of the score that selects the best network of a run; higher
+            is better, None if there is nothing to score.
         details: further scores in percent.
         pictures: functions that draw the scores, by file name without suffix.
     """
@@ -235,18 +235,17 @@ class Task(ABC, Generic[_RecipeT, _ImagesT]):
         self.options = options
 
     def splits(self, data: Data) -> list[str]:
-        """The splits of a data set; none of a torch data set, which takes any name."""
+        """The splits of a data set; empty for a torch data set, which accepts any name."""
         return self._splits(data) if isinstance(data, Location) else []
 
     def training_set(self, data: Data, split: str = "train") -> TrainingSet:
         """Opens images to train on.
 
         Args:
-            data: folder of a data set, or a torch data set as `deformnet.tasks.own` describes it.
+            data: folder of a data set, or a torch data set (see `deformnet.tasks.own`).
             split: split of the folder; a torch data set has none.
         Raises:
-            UserError: also if there is nothing to learn from, such as an object or a pixel with a
-                class.
+            UserError: also if there is nothing to learn from, such as objects or labeled pixels.
         """
         return self._training_set(self._opened(data, split))
 
@@ -284,7 +283,7 @@ class Task(ABC, Generic[_RecipeT, _ImagesT]):
 
     @abstractmethod
     def _own(self, data: Dataset[Any]) -> _ImagesT:
-        """Takes the images of a torch data set."""
+        """Opens a torch data set."""
 
     @abstractmethod
     def _training_set(self, images: _ImagesT) -> TrainingSet: ...

@@ -74,7 +74,7 @@ class ClassificationTrainingSet(TrainingSet):
         )
 
     def summary(self) -> list[str]:
-        """Images by class, of a torch data set of at most 50 images; the classes without any."""
+        """Images by class (for a torch data set, of at most 50 images), and classes without any."""
         labels = _labels_of(self._images)
         counts = torch.bincount(torch.tensor(labels), minlength=len(self.classes)).tolist()
         every = len(labels) == len(self)
@@ -95,7 +95,7 @@ class ClassificationTrainingSet(TrainingSet):
 
 
 def _labels_of(images: _Images) -> list[int]:
-    """The labels of all images, or of some if that takes reading them."""
+    """The labels of all images, or of some if labels require reading the images."""
     if isinstance(images, ImageFolderClassification):
         return [label for _, label in images.samples]
     with torch.random.fork_rng(devices=[]):
@@ -144,11 +144,11 @@ class ImageClass(Annotation):
     label: str | None = field()  # no default, which the base class has
     classes: tuple[str, ...] = ()
     probabilities: Tensor | None = None
-    """float32 [C], of each class; None for ground truth."""
+    """float32 [C], probability of each class; None for ground truth."""
     image: Tensor | None = field(default=None, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """The class, and the probabilities of all classes, best first, if it is predicted."""
+        """The class and, for predictions, the probabilities of all classes in descending order."""
         values: dict[str, Any] = {"class": self.label}
         ranking = dict(self.ranking(len(self.classes)))
         return values if self.probabilities is None else {**values, "probabilities": ranking}
@@ -224,7 +224,9 @@ def _line(name: str, annotation: ImageClass) -> bytes:
         for class_name, probability in annotation.ranking(_BEST)
     ]
     line = json.dumps({"image": name, "classes": classes}, ensure_ascii=False)
-    return f"{line}\n".encode(errors="backslashreplace")  # JSON's form of a name that is not UTF-8
+    return f"{line}\n".encode(
+        errors="backslashreplace"
+    )  # names that are not UTF-8, as JSON escapes
 
 
 class ClassificationTask(Task[ClassifierRecipe, _Images]):

@@ -12,13 +12,13 @@ CONFUSION = "confusion-matrix"
 
 
 def confusion_picture(confusion: Confusion, things: str) -> Pictures:
-    """The confusion matrix of counts of `things`."""
+    """The confusion matrix of `things`, such as pixels."""
     draw = partial(confusion_figure, confusion.counts, confusion.classes, things=things)
     return {CONFUSION: draw}
 
 
 def detection_pictures(scores: DetectionScores) -> Pictures:
-    """The confusion matrix of objects, and curves of precision and recall."""
+    """The confusion matrix of objects, and precision-recall curves."""
     confusion, curves = scores.confusion, scores.curves
     return {
         CONFUSION: partial(

@@ -1,4 +1,4 @@
-"""Images that users pass in: files, folders, patterns, videos, and pixels in any common form."""
+"""Input images: files, folders, patterns, videos, PIL images, arrays and tensors."""
 
 import os
 from collections import Counter
@@ -27,10 +27,10 @@ def as_image(image: ImageInput, *, upright: bool = True) -> Tensor:
 
     Args:
         image: the image.
-        upright: turn files and PIL images as their EXIF orientation says.
+        upright: apply the EXIF orientation of files and PIL images.
     Raises:
-        TypeError: for an object of another kind.
-        ValueError: for an array or a tensor of another dtype or shape, or without pixels.
+        TypeError: if the object has an unsupported type.
+        ValueError: if an array or tensor has an unsupported dtype or shape, or no pixels.
         OSError: if a file cannot be read.
     """
     if isinstance(image, str | Path):
@@ -67,11 +67,11 @@ class InputFile(NamedTuple):
     """An image file or a video.
 
     Attributes:
-        name: path relative to the folder that was given, with "/" and the suffix; the file name
-            of a file that was given itself.
+        name: path relative to the given folder, with "/" and the suffix; for a file that was given
+            directly, its file name.
         path: the file.
-        result: relative path of its results, without a suffix: that of `name`, or all of `name`
-            where another file differs from it in the suffix alone.
+        result: relative path of its results, without a suffix: `name` without its suffix, or all of
+            `name` if another file differs only in the suffix.
     """
 
     name: str
@@ -86,27 +86,27 @@ class InputFile(NamedTuple):
 def find_images(
     paths: Sequence[str | Path], *, videos: bool = False, apart_from: Path | None = None
 ) -> list[InputFile]:
-    """Lists the given files, the image files in given folders, and what matches given patterns.
+    """Lists the given files, the images in the given folders, and the matches of patterns.
 
-    Folders are searched with their sub-folders, and sorted by name; names that begin with a dot are
-    skipped, and links to folders are not followed. A path that does not exist may be a pattern,
-    such as `photos/**/*.jpg`.
+    Folders are searched recursively and sorted by name; names that begin with a dot are skipped,
+    and links to folders are not followed. A path that does not exist may be a pattern, such as
+    `photos/**/*.jpg`.
 
     Args:
         paths: files, folders and patterns.
-        videos: list videos in folders, too.
-        apart_from: a folder that is skipped inside other folders: that of the results.
+        videos: also list videos in folders.
+        apart_from: folder to skip inside other folders (the folder of the results).
     Raises:
-        FileNotFoundError: if a folder holds no image, or nothing matches a pattern.
-        UserError: if two files have the same name (their results would, too), or if there are
-            videos and nothing to read them with.
+        FileNotFoundError: if a folder contains no image, or nothing matches a pattern.
+        UserError: if two files have the same name, so that their results would as well, or if there
+            are videos but no video reader.
     """
     files = [file for path in map(Path, paths) for file in _expanded(path, videos, apart_from)]
     by_name: dict[str, Path] = {}
     for name, path in files:
         if by_name.setdefault(name, path) is not path:
             raise UserError(
-                f"{by_name[name]} and {path} have the same name: pass a folder that holds both, "
+                f"{by_name[name]} and {path} have the same name: pass a folder that contains both, "
                 "or use two output folders"
             )
     stems = Counter(_stem(name) for name in by_name)
@@ -120,7 +120,7 @@ def find_images(
 
 
 def _expanded(path: Path, videos: bool, apart_from: Path | None) -> list[tuple[str, Path]]:
-    """Names and paths of the files that a path stands for."""
+    """Names and paths of the files that a path refers to."""
     if path.is_dir():
         inside = sorted(_walk(path, videos, apart_from))
         if not inside:

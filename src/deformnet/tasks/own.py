@@ -1,16 +1,16 @@
-"""A torch data set of the user's own, in the form in which tasks take images.
+"""Adapters from torch data sets to the tasks.
 
 Item i is (image, target). The image is uint8 [3, H, W] or a PIL image, whose EXIF orientation is
 ignored; the target is
 
-- a mask, for segmentation: integers [H, W], class indices or 255 (void);
-- a dict, for detection: `boxes` [n, 4], x1, y1, x2, y2 in pixels, `labels` [n], class indices, and
-  optionally `ignored`, bool [n]: objects that are neither trained on nor scored;
-- a class index, for classification.
+- for segmentation, a mask: integers [H, W] with class indices or 255 (void);
+- for detection, a dict: `boxes` [n, 4] (x1, y1, x2, y2 in pixels), `labels` [n] (class indices)
+  and, optionally, `ignored` (bool [n], objects that are neither trained on nor scored);
+- for classification, a class index.
 
-The data set has `classes`, the names of its labels; indices count from 0. Images are named by their
-index, with leading zeros. Items are checked when they are read; recipes resize, augment and
-normalize, so a data set should not.
+The data set has an attribute `classes` with the class names; indices start at 0. Images are named
+by their index, with leading zeros. Items are validated when they are read. The recipe resizes,
+augments and normalizes images, so the data set should not.
 """
 
 import operator
@@ -38,7 +38,7 @@ Data = Location | Dataset[Any]
 
 
 def place(data: Data) -> str:
-    """What a data set is called in messages."""
+    """Name of a data set in messages."""
     return str(data) if isinstance(data, Location) else type(data).__name__
 
 
@@ -46,7 +46,7 @@ class OwnData:
     """Images with targets.
 
     Attributes:
-        root: name of the type of the data set, for messages.
+        root: type name of the data set, for messages.
         classes: class names; their indices are the labels.
     Raises:
         UserError: if the data set has no length, no images or no class names.
@@ -65,17 +65,17 @@ class OwnData:
 
     def _classes(self, items: object) -> tuple[str, ...]:
         whole = items
-        while not hasattr(whole, "classes") and hasattr(whole, "dataset"):  # a part of a data set
+        while not hasattr(whole, "classes") and hasattr(whole, "dataset"):  # a torch Subset
             whole = whole.dataset  # pyright: ignore[reportAttributeAccessIssue]
         names = getattr(whole, "classes", None)
         if not isinstance(names, Sequence) or isinstance(names, str) or not names:
             raise UserError(
-                f"{self.root}: expected a data set with `classes`, the names of its labels, but "
+                f"{self.root}: expected a data set with `classes`, a list of class names, but "
                 f"got {names!r}"
             )
         if not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
             raise UserError(
-                f"{self.root}: expected `classes` to be different names, but got {names!r}"
+                f"{self.root}: expected `classes` to be unique names, but got {names!r}"
             )
         return tuple(names)
 
@@ -83,7 +83,7 @@ class OwnData:
         return self._length
 
     def name(self, index: int) -> str:
-        """The index with leading zeros, so that names are in order."""
+        """The index with leading zeros, so that names sort by index."""
         return f"{index:0{len(str(self._length - 1))}}"
 
     def _item(self, index: int) -> tuple[tv_tensors.Image, Any]:
@@ -121,7 +121,9 @@ class OwnMasks(OwnData):
         size = list(image.shape[1:])
         if mask is None or mask.is_floating_point() or list(mask.shape) != size:
             got = _described(target)
-            raise self._error(index, f"a mask of integers {size}, the size of its image; got {got}")
+            raise self._error(
+                index, f"an integer mask {size}, as large as its image, but got {got}"
+            )
         labels = mask.long()
         self._labels(index, labels[labels != IGNORE])
         return image, tv_tensors.Mask(labels.to(torch.uint8))
@@ -139,7 +141,7 @@ class OwnMasks(OwnData):
 
 
 class OwnBoxes(OwnData):
-    """Images with boxes. Boxes are clipped to their image, and dropped without area."""
+    """Images with boxes. Boxes are clipped to the image; boxes without area are dropped."""
 
     has_ground_truth = True
 
@@ -191,12 +193,12 @@ class OwnBoxes(OwnData):
             values = values.reshape(0).long()
         if values is None or values.is_floating_point() or list(values.shape) != [length]:
             got = _described(given)
-            raise self._error(index, f"{name} of the {length} boxes, integers, but got {got}")
+            raise self._error(index, f"{name} to be {length} integers, one per box, but got {got}")
         return values.as_subclass(Tensor)
 
 
 class OwnClasses(OwnData):
-    """Images with a class each."""
+    """Images with one class each."""
 
     def __getitem__(self, index: int) -> tuple[tv_tensors.Image, int]:
         """Image uint8 [3, H, W] and its label; UserError for anything else."""
@@ -205,13 +207,13 @@ class OwnClasses(OwnData):
             label = operator.index(target)
         except TypeError:
             got = _described(target)
-            raise self._error(index, f"the index of a class, but got {got}") from None
+            raise self._error(index, f"a class index, but got {got}") from None
         self._labels(index, torch.tensor([label]))
         return image, label
 
 
 def _tensor(value: Any) -> Tensor | None:
-    """A tensor of numbers in any form; None for anything else."""
+    """Converts numbers in any form to a tensor; returns None for anything else."""
     if isinstance(value, Tensor):
         return value.cpu()
     if isinstance(value, Image.Image):
@@ -227,7 +229,7 @@ def _is_float(value: object) -> bool:
 
 
 def _described(value: object) -> str:
-    """Type of a value, and of numbers also their shape."""
+    """Type of a value and, for numbers, their shape."""
     if isinstance(value, Tensor | np.ndarray):
         return f"{value.dtype} {list(value.shape)}"
     if isinstance(value, Image.Image):

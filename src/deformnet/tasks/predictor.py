@@ -28,7 +28,7 @@ from deformnet.tasks.results import (
 _P = TypeVar("_P")
 _A = TypeVar("_A", bound=Annotation)
 Add = Callable[[str, str, _A], object]
-"""Lists the prediction of an image: its name, the path of its results, and the prediction."""
+"""Records a prediction; takes the image name, the path of its results, and the prediction."""
 _Pair = tuple[float, float]
 Size = tuple[int, int]
 Device = torch.device | str | None
@@ -93,18 +93,18 @@ class Predictor(ABC, Generic[_P, _A]):
         model: the network.
         classes: names of its labels, without the background of detectors.
         short_side: shorter side of the network's input, in pixels.
-        max_side: bound on the longer side, which wins over `short_side`; None for none.
-        device: where to compute; None takes a GPU if there is one.
-        upright: turn images as their EXIF orientation says.
+        max_side: maximum longer side, which takes precedence; None for no limit.
+        device: device to run on; None uses a GPU if there is one.
+        upright: apply the EXIF orientation of images.
     Attributes:
         model: the network, in evaluation mode on `device`.
         classes: names of the labels.
-        device: where it computes.
+        device: device of the model.
         pooling: name of the deformable RoI pooling in `model`; None if it has none.
-        has_boxes: whether it predicts boxes.
-        has_picture: whether `Annotation.draw` gives pictures of its predictions.
-        sees_conv5: whether its predictions depend on conv5, where deformable layers are.
-        folders: folders of the pictures that `write` makes of an image, with their suffixes.
+        has_boxes: whether predictions have boxes.
+        has_picture: whether predictions can be drawn with `Annotation.draw`.
+        sees_conv5: whether predictions depend on conv5, which has the deformable layers.
+        folders: folders of the pictures that `write` creates for an image, with their suffixes.
     """
 
     pooling: str | None = None
@@ -138,15 +138,15 @@ class Predictor(ABC, Generic[_P, _A]):
     def __call__(
         self, image: ImageInput | list[ImageInput] | tuple[ImageInput, ...], /
     ) -> _A | list[_A]:
-        """The prediction of an image, or of each in a list.
+        """Predicts an image, or each image of a list.
 
         Args:
-            image: path, PIL image (both turned as their EXIF orientation says), uint8 array
-                [H, W, 3], or uint8 tensor [3, H, W], in RGB; or a list of those.
+            image: path, PIL image (for both, the EXIF orientation is applied), uint8 array
+                [H, W, 3] or uint8 tensor [3, H, W] in RGB, or a list of these.
         Returns:
             Tensors on the CPU, with `plot()` for a picture and `to_dict()` for plain values.
         Raises:
-            ValueError, TypeError: for anything else.
+            ValueError, TypeError: if `image` is anything else.
             OSError: if a file cannot be read.
         """
         if isinstance(image, list | tuple):
@@ -155,11 +155,11 @@ class Predictor(ABC, Generic[_P, _A]):
 
     @torch.inference_mode()
     def predict(self, image: Tensor) -> _P:
-        """The bare prediction of an image uint8 [3, H, W], on the CPU."""
+        """The raw prediction for an image uint8 [3, H, W], on the CPU."""
         return self._predict(self.prepare(image), (image.shape[1], image.shape[2]))
 
     def annotate(self, image: Tensor) -> _A:
-        """The same, as what can be drawn and listed; it keeps the image."""
+        """The prediction as an annotation that can be drawn; it keeps the image."""
         return self._annotation(self.predict(image), (image.shape[1], image.shape[2]), image)
 
     def prepare(self, image: Tensor) -> Prepared:
@@ -194,22 +194,22 @@ class Predictor(ABC, Generic[_P, _A]):
         threshold: float = 0.5,
         box_format: BoxFormat = "jsonl",
     ) -> Iterator[Written]:
-        """Predicts image files, and the frames of videos, into a folder.
+        """Predicts image files and video frames, and writes the results to a folder.
 
-        An image that cannot be read, or is too large, costs nothing but itself. A file that is of
-        all images is replaced when these are done; an interruption leaves an older one.
+        An image that is too large or cannot be read is skipped. A file for all images is replaced
+        when all of them are done; if the call is interrupted, an older file stays as it is.
 
         Args:
-            files: as `find_images` returns them.
-            out: the folder.
-            threshold: least score of a box that is drawn.
-            box_format: file of the boxes; for detectors only.
+            files: files returned by `find_images`.
+            out: output folder.
+            threshold: minimum score of the boxes to draw.
+            box_format: format of the detection file; only for detectors.
         Returns:
-            Each image when it is done.
+            An iterator over the images, in the order in which they are done.
         Raises:
-            UserError: if a result would overwrite an input, or for a format of a network without
-                boxes; at once.
-            OSError: if a result cannot be written; when the image is asked for.
+            UserError: if a result would overwrite an input, or if a format is given for a network
+                without boxes; raised immediately.
+            OSError: if a result cannot be written; raised during iteration.
         """
         if box_format != "jsonl" and not self.has_boxes:
             raise UserError(f"expected no format for a network without boxes, but got {box_format}")
@@ -240,7 +240,7 @@ class Predictor(ABC, Generic[_P, _A]):
         try:
             pictures = self._pictures(annotation, threshold)
         except (OSError, ValueError) as error:  # of Pillow: JPEG has at most 65,500 pixels a side
-            return Written(source.name, f"{source.path}: no picture can be made of it ({error})")
+            return Written(source.name, f"{source.path}: cannot write a picture of it ({error})")
         for folder, content in pictures.items():
             write_picture(out / folder / f"{source.result}{self.folders[folder]}", content)
         add(source.name, source.result, annotation)
@@ -252,11 +252,11 @@ class Predictor(ABC, Generic[_P, _A]):
         )
 
     def _pictures(self, annotation: _A, threshold: float) -> dict[str, bytes]:
-        """The pictures of a prediction by their folders, encoded."""
+        """The encoded pictures of a prediction, by folder."""
         return {}
 
     def _listed(self, out: Path, box_format: BoxFormat) -> AbstractContextManager[Add[_A]]:
-        """Where the predictions of all images are listed, for as long as it is open."""
+        """Context manager of the file that lists the predictions of all images."""
         return nullcontext(lambda name, result, annotation: None)
 
 

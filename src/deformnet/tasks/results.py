@@ -1,4 +1,4 @@
-"""Predictions of files: what is read, and what is written where."""
+"""Inputs and outputs of `Predictor.write`."""
 
 import errno
 import io
@@ -17,24 +17,24 @@ from deformnet.tasks.images import InputFile, as_image
 from deformnet.tasks.video import read_frames
 
 BoxFormat = Literal["jsonl", "coco", "yolo", "csv"]
-"""File of detections: our own (`deformnet.metrics.detections`), a COCO data set with scores, a
-text file of an image for YOLO, or one table."""
+"""Format of detection files: deformnet's (`deformnet.metrics.detections`), a COCO data set with
+scores, a YOLO text file per image, or a CSV table."""
 
 
 class Written(NamedTuple):
-    """The outcome of an image or of a frame of a video."""
+    """The outcome for an image or a video frame."""
 
     name: str
     problem: str | None = None
-    """One line about what is wrong with it, or None."""
+    """One line that describes the problem; None if there is none."""
     boxes: int = 0
     """Number of boxes that were drawn."""
     best: float | None = None
-    """Best score of its boxes; None without a box."""
+    """Highest score of its boxes; None if there are no boxes."""
 
 
 class Source(NamedTuple):
-    """An image, or a frame of a video."""
+    """An image or a video frame."""
 
     name: str
     path: Path
@@ -64,26 +64,26 @@ def sources(file: InputFile, *, upright: bool) -> Iterator[Source]:
 
 
 def require_apart(files: Sequence[InputFile], out: Path, folders: dict[str, str]) -> None:
-    """Raises UserError if a picture, in one of `folders` of `out`, would overwrite an input."""
+    """Raises UserError if a picture in one of the `folders` in `out` would overwrite an input."""
     inputs = {_identity(file.path): file.path for file in files}
     for file in files:
         for folder, suffix in folders.items():
             identity = _identity(out / folder / f"{file.result}{suffix}")
             if identity is not None and identity in inputs:
                 raise UserError(
-                    f"{out}: expected a folder apart from the images, but the results of "
-                    f"{file.path} would overwrite {inputs[identity]}"
+                    f"{out}: expected a separate folder for the results, but those of {file.path} "
+                    f"would overwrite {inputs[identity]}"
                 )
 
 
 def write_picture(path: Path, content: bytes) -> None:
-    """Writes or replaces a picture as a whole."""
+    """Writes or replaces a picture atomically."""
     with replacing(path) as file:
         file.write(content)
 
 
 def encoded(picture: Image.Image, suffix: str) -> bytes:
-    """A picture as PNG, or as JPEG of high quality; in memory, as Pillow misses a full disk."""
+    """Encodes a picture as PNG or high-quality JPEG, in memory as Pillow ignores full disks."""
     memory = io.BytesIO()
     if suffix == ".png":
         picture.save(memory, format="PNG")
@@ -93,12 +93,14 @@ def encoded(picture: Image.Image, suffix: str) -> bytes:
 
 
 def problem(path: Path, error: Exception) -> str | None:
-    """One line about an error that concerns this image alone; None for any other error."""
+    """One line about an error that concerns only this image; None for any other error."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and "allocate memory" in str(error)
     ):
         return f"{path}: too large for the memory of this machine"
-    if isinstance(error, UserError):  # such as a strip that resizing would make too large
+    if isinstance(
+        error, UserError
+    ):  # such as a long, narrow image that is too large after resizing
         return f"{path}: {error}"
     if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.EILSEQ):
         return f"{path}: {error.strerror}"
@@ -107,7 +109,7 @@ def problem(path: Path, error: Exception) -> str | None:
 
 def _read(path: Path, upright: bool) -> Tensor:
     if path.exists() and not path.is_file():  # reading a pipe would block
-        raise UserError(f"{path}: expected an image file")
+        raise UserError(f"{path}: expected an image file, but got a folder, a pipe or a device")
     return as_image(path, upright=upright)
 
 
@@ -120,7 +122,7 @@ def _fail(error: Exception) -> Tensor:
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
-    """What tells files apart, whatever their names; None if there is none."""
+    """Identity of a file, independent of its name; None if the file does not exist."""
     try:
         found = path.stat()
     except OSError:

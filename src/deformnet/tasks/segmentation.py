@@ -94,7 +94,7 @@ class SegmentationTrainingSet(TrainingSet):
         )
 
     def summary(self) -> list[str]:
-        """Pixels by class, of at most 50 masks, and the classes without any."""
+        """Pixels by class of at most 50 masks, and classes without any."""
         pixels = 100 * self._pixels.double() / self._pixels.sum()
         counts = pixels[: len(self.classes)].tolist()
         fractions = by_class(self.classes, counts, "{:.3g} %")

@@ -1,4 +1,4 @@
-"""Frames of videos, through whichever reader is installed: torchcodec, PyAV or OpenCV."""
+"""Video frames, decoded by torchcodec, PyAV or OpenCV, whichever is installed."""
 
 import importlib
 from collections.abc import Callable, Iterator
@@ -17,16 +17,16 @@ _Frames = Iterator[Tensor]
 
 
 def require_reader() -> None:
-    """Raises UserError if no reader of videos is installed."""
+    """Raises UserError if no video reader is installed."""
     _reader()
 
 
 def read_frames(path: Path) -> _Frames:
-    """The frames of a video, uint8 [3, H, W], one at a time and upright.
+    """Iterates over the upright frames of a video, uint8 [3, H, W].
 
     Raises:
         FileNotFoundError: if there is no such file.
-        UserError: if no reader is installed, or the file is not a readable video.
+        UserError: if no video reader is installed, or the file is not a readable video.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
@@ -36,7 +36,7 @@ def read_frames(path: Path) -> _Frames:
         for frame in frames(module, path):
             empty = False
             yield frame
-    except (RuntimeError, ValueError, OSError) as error:  # each reader has its own
+    except (RuntimeError, ValueError, OSError) as error:  # depends on the reader
         reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
         raise UserError(f"{path}: not a readable video ({reason[0]})") from error
     if empty:
@@ -85,6 +85,6 @@ def _reader() -> tuple[Any, Callable[[Any, Path], _Frames]]:
         except (ImportError, RuntimeError, OSError):  # torchcodec without FFmpeg's libraries
             continue
     raise UserError(
-        "expected a reader of videos, but none of torchcodec, PyAV and OpenCV is installed: "
-        "pip install av"
+        "expected a video reader, but none of torchcodec, PyAV and OpenCV is installed; "
+        "run `pip install av`"
     )

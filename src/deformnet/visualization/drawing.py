@@ -116,7 +116,7 @@ def draw_boxes(
 
 
 def captioned(image: Tensor, lines: Sequence[str]) -> Image.Image:
-    """An image, uint8 [3, H, W], with lines of text below."""
+    """Adds lines of text below an image, uint8 [3, H, W]."""
     picture, _ = _enlarged(Image.fromarray(image.permute(1, 2, 0).numpy()))
     text = max(14, picture.width // 50)
     font, row = ImageFont.load_default(size=text), round(1.5 * text)

@@ -1,4 +1,4 @@
-"""Scores as pictures: confusion matrices, and curves of precision and recall."""
+"""Figures of scores: confusion matrices and precision-recall curves."""
 
 from collections.abc import Sequence
 
@@ -11,9 +11,9 @@ from deformnet.visualization.canvas import TEXT, blank
 from deformnet.visualization.colors import BLACK, BLUE, WHITE, distinct_colors
 
 MOST = 30
-"""Classes in a picture; more would not be legible."""
+"""Maximum number of classes in a figure; more would not be legible."""
 
-_LONGEST = 24  # letters of a name
+_LONGEST = 24  # characters of a name
 _SHADES = LinearSegmentedColormap.from_list("shades", [WHITE, BLUE])
 _EMPTY = "#f2f2f2"
 _LINES = ("-", "--", ":")
@@ -27,24 +27,25 @@ def confusion_figure(
     background: bool = False,
     note: str = "",
 ) -> Figure:
-    """A confusion matrix in percent of the ground truth of each class.
+    """Draws a confusion matrix in percent of the ground truth of each class.
 
-    Of more than `MOST` classes those with most ground truth are shown, and the others as one.
+    If there are more than `MOST` classes, the classes with the most ground truth are shown, and the
+    others are combined.
 
     Args:
         counts: [n, n], rows ground truth, columns prediction.
-        classes: names of rows and columns.
-        things: what is counted, such as "pixels".
+        classes: names of the rows and columns.
+        things: name of the counted items, such as "pixels".
         background: the last row and column stand for no object; the last row is then in percent
             of the predictions of each class.
-        note: a line below the picture.
+        note: a line below the figure.
     Raises:
-        ValueError: if the sizes disagree.
+        ValueError: if the sizes do not match.
     """
     if counts.shape != (len(classes), len(classes)):
         raise ValueError(
-            f"expected counts to be [{len(classes)}, {len(classes)}], as there are so many "
-            f"classes, but got {list(counts.shape)}"
+            f"expected counts to be [{len(classes)}, {len(classes)}] for {len(classes)} classes, "
+            f"but got {list(counts.shape)}"
         )
     counts, names, shown = _most_frequent(counts, classes, things, background)
     side = len(names)
@@ -75,7 +76,9 @@ def confusion_figure(
     axes.set_ylabel(f"ground truth (number of {things})", fontsize=TEXT)
     figure.suptitle(f"Percent of the {things} of each class", fontsize=TEXT)
     of_background = (
-        "last row: percent of the detections of each class, on no object" if background else ""
+        "last row: percent of the detections of each class that match no object"
+        if background
+        else ""
     )
     notes = [line for line in (note, of_background, shown) if line]
     if notes:
@@ -90,12 +93,12 @@ def precision_recall_figure(
     objects: Sequence[int],
     classes: Sequence[str],
 ) -> Figure:
-    """Precision by recall of each class, and the mean over the classes with objects.
+    """Draws the precision-recall curve of each class, and the mean over the classes with objects.
 
-    Of more than `MOST` classes those with most objects are shown.
+    If there are more than `MOST` classes, the classes with the most objects are shown.
 
     Args:
-        precision: [C, R], 0 where a recall is not reached, NaN for a class without objects.
+        precision: [C, R], 0 if a recall is not reached, NaN for a class without objects.
         recall: [R].
         ap: average precision of each class.
         objects: number of objects of each class.
@@ -109,7 +112,7 @@ def precision_recall_figure(
     for k in sorted(shown, key=lambda k: -ap[k]):
         line = _LINES[k // 7 % len(_LINES)]
         label = f"{_shortened(classes[k])}  {100 * ap[k]:.1f}"
-        # A curve falls to 0 where the recall ends.
+        # A curve drops to 0 at its maximum recall.
         end = np.count_nonzero(precision[k] > 0)
         x, y = np.append(recall[:end], recall[max(end - 1, 0)]), np.append(precision[k][:end], 0)
         axes.step(x, y, line, color=colors[k], linewidth=1.3, label=label)
@@ -134,7 +137,7 @@ def precision_recall_figure(
         )
     notes = []
     if len(scored) > len(shown):
-        notes.append(f"the {len(shown)} of {len(scored)} classes with most objects")
+        notes.append(f"the {len(shown)} of {len(scored)} classes with the most objects")
     if len(scored) < len(classes):
         notes.append(f"{len(classes) - len(scored)} of {len(classes)} classes have no objects")
     if notes:
@@ -143,7 +146,7 @@ def precision_recall_figure(
 
 
 def short_count(count: int) -> str:
-    """A count with at most three digits: "987", "12k", "3.4M"."""
+    """Formats a count with at most three digits: "987", "12k", "3.4M"."""
     for unit, letter in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
         if count >= unit:
             return (
@@ -155,14 +158,14 @@ def short_count(count: int) -> str:
 def _most_frequent(
     counts: np.ndarray, classes: Sequence[str], things: str, background: bool
 ) -> tuple[np.ndarray, list[str], str]:
-    """The matrix of the classes that are shown, their names, and a note if some are left out."""
+    """The matrix and names of the classes to show, and a note if some are combined."""
     own = len(classes) - background
     if own <= MOST:
         return counts, [_shortened(name) for name in classes], ""
     frequent = np.argsort(-counts.sum(1)[:own], kind="stable")[:MOST]
     shown = sorted(frequent.tolist())
     others = own - MOST
-    # Where each class goes: to its own place, or to that of the others.
+    # Row of each class: its own, or that of the combined classes.
     places = np.full(len(classes), MOST)
     places[shown] = np.arange(MOST)
     places[own:] = MOST + 1
@@ -170,12 +173,12 @@ def _most_frequent(
     joined = np.zeros((size, size), dtype=counts.dtype)
     np.add.at(joined, (places[:, None], places[None, :]), counts)
     names = [*(classes[k] for k in shown), f"{others} others", *classes[own:]]
-    note = f"the {MOST} of {own} classes with most {things}; the others as one"
+    note = f"the {MOST} of {own} classes with the most {things}; the others are combined"
     return joined, [_shortened(name) for name in names], note
 
 
 def _write_cells(axes: Axes, fractions: np.ndarray) -> None:
-    """Percent in the cells; nothing below one percent."""
+    """Labels the cells in percent; cells that round to zero stay empty."""
     size = 8 if len(fractions) <= 12 else 7
     for (row, column), value in np.ndenumerate(fractions):
         if value >= 0.005:

@@ -47,24 +47,26 @@ def check_data(
 ) -> DataReport:
     """Checks that the data sets in a folder are complete and every file is valid.
 
-    Finds data sets of all layouts in the folder and its subfolders. Lists named like an official
-    one must have its number of images; every listed file must exist, every image decode and have
-    its annotated size, every label be a class, and every list have something to learn from.
+    Finds data sets of all layouts in the folder and its subfolders. Checks that lists with an
+    official name have the official number of images, that every listed file exists, that every
+    image can be decoded and has its annotated size, that every label is a class, and that every
+    list has something to learn from.
 
-    Good images are recorded as they are found, with the sizes and times of their files: a stopped
-    check resumes, and a second check of a good data set only lists it.
+    Valid images are recorded with the sizes and times of their files, so an interrupted check
+    resumes, and a second check of a valid data set does not read the images again.
 
     Args:
-        root: the folder, or images and annotations that lie apart.
+        root: the folder, or separate images and annotations.
         custom: skip the check against official image counts.
-        workers: processes that read files; 0 reads in this process, None takes all cores.
-        record: file of the good images; None takes one in the user's cache, named after `root`.
-        report: file of all results; None takes one beside the record. A former report is replaced.
+        workers: number of processes that read files; 0 reads in this process, None uses all cores.
+        record: file that records valid images; None uses the user's cache folder.
+        report: file with all results; None writes it next to the record. An older report is
+            replaced.
         progress: show a progress bar.
     Raises:
-        FileNotFoundError: if `root` does not exist or holds no data set; the message says what was
-            found.
-        UserError: if `workers` is negative, or the record or the report would be another file.
+        FileNotFoundError: if `root` does not exist or contains no data set; the message lists what
+            was found.
+        UserError: if `workers` is negative, or the record or report would replace another file.
         OSError: if the record or the report cannot be written.
     """
     place = locate(root)
@@ -169,7 +171,7 @@ _Task = tuple[Item, str | None]  # with its key in the record, as its files were
 def _unknown(
     items: Iterable[Item], known: Record, count: Callable[[Item, Result], None]
 ) -> Iterator[_Task]:
-    """Items that are not known to be good; the others are counted."""
+    """Items that are not recorded as valid; the others are counted."""
     for item in items:
         key = known.key(item)
         result = None if key is None else known.find(key)
@@ -198,7 +200,7 @@ class _Checking:
 
 
 def _size_remark(height: int, width: int) -> str:
-    """What is odd about the size of an image; empty if nothing is."""
+    """Remark about an unusual image size; empty if there is none."""
     short, long = sorted((height, width))
     size = size_text(height, width)
     if short < _MIN_SIDE:

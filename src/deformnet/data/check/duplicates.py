@@ -1,4 +1,4 @@
-"""Images that are in two splits that should not share any, by file or by content."""
+"""Images that two splits share although they should not, by file or by content."""
 
 import hashlib
 import zlib
@@ -23,15 +23,15 @@ _ROLES = {
 
 
 def role(images: ImageList) -> frozenset[str]:
-    """What a list is for, by its name: train, val, both or test; empty if it is not known."""
+    """Purpose of a list by its name: train, val, both or test; empty if unknown."""
     name = images.name.removesuffix(" (masks)").rpartition("/")[2].lower()
     name = name.removeprefix("instances_").rstrip("0123456789").rstrip("_-")
     return _ROLES.get(name, frozenset())
 
 
 def fingerprint(file: Path) -> int:
-    """The size of a file and a checksum of some bytes in its middle, since the headers of photos of
-    one camera are equal."""
+    """The size of a file and a checksum of bytes in its middle, since photos of the same camera
+    have equal headers."""
     size = file.stat().st_size
     with file.open("rb") as content:
         content.seek(max(size - _PEEKED, 0) // 2)
@@ -41,11 +41,11 @@ def fingerprint(file: Path) -> int:
 def find_duplicates(
     groups: Iterable[Sequence[ImageList]], fingerprints: Mapping[str, int | None]
 ) -> Iterator[str]:
-    """A line for lists, two by two, that share the same images and should share none.
+    """One line for all pairs of lists that share the same images although they should not.
 
     Args:
         groups: lists of one data set with one kind of annotations each.
-        fingerprints: of the files of the images; None for those that cannot be read.
+        fingerprints: fingerprints of the image files; None for files that cannot be read.
     """
     keys: tuple[_Key, ...] = (fingerprints.get, cache(_digest))  # few files are read as a whole
     found: dict[tuple[tuple[str, str], ...], list[str]] = {}
@@ -69,7 +69,7 @@ def _images(images: ImageList) -> list[str]:
 
 def _listing(pairs: Sequence[tuple[str, str]]) -> str:
     names = [[Path(file).name for file in pair] for pair in pairs[:_SHOWN]]
-    shown = [name if name == twin else f"{name} = {twin}" for name, twin in names]
+    shown = [name if name == copy else f"{name} = {copy}" for name, copy in names]
     return listing(shown + [""] * (len(pairs) - len(shown)), _SHOWN)
 
 
@@ -79,19 +79,19 @@ _Key = Callable[[str], int | bytes | None]
 def _pairs(
     files: Sequence[str], others: Sequence[str], keys: Sequence[_Key]
 ) -> list[tuple[str, str]]:
-    """Files and their twins among others: themselves, or of the same content."""
+    """Files and their duplicates among other files (the same file, or the same content)."""
     both = set(files) & set(others)
     groups = [([it for it in files if it not in both], [it for it in others if it not in both])]
     for key in keys:
         groups = [part for group in groups for part in _parts(*group, key)]
-    twins = ((file, group[1][0]) for group in groups for file in group[0])
-    return sorted([*((file, file) for file in both), *twins])
+    copies = ((file, group[1][0]) for group in groups for file in group[0])
+    return sorted([*((file, file) for file in both), *copies])
 
 
 def _parts(
     files: Iterable[str], others: Iterable[str], key: _Key
 ) -> list[tuple[list[str], list[str]]]:
-    """Files and others that have the same key."""
+    """Pairs of files that have the same key."""
     parts: dict[int | bytes | None, tuple[list[str], list[str]]] = {}
     for side, names in enumerate((files, others)):
         for name in names:
@@ -101,7 +101,7 @@ def _parts(
 
 
 def _digest(file: str) -> bytes | None:
-    """SHA-256 of a file; None, as of the other key, if it cannot be read."""
+    """SHA-256 of a file; None if it cannot be read."""
     try:
         with Path(file).open("rb") as content:
             return hashlib.file_digest(content, "sha256").digest()

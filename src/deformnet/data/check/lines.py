@@ -14,7 +14,7 @@ _ONE = {"objects": "box", "pixels": "mask", "images": "folder"}
 
 
 def note_nothing_to_learn(images: ImageList, summary: ListSummary) -> None:
-    """Adds a fault to a list of readable annotations with nothing in them to train on."""
+    """Adds a fault to a list whose annotations are readable but have nothing to train on."""
     counts = summary.class_counts()
     annotated = images.pair_item is None or bool(images.pairs)
     if not counts or not annotated or summary.faulty or summary.missing or not images.entries:
@@ -23,8 +23,8 @@ def note_nothing_to_learn(images: ImageList, summary: ListSummary) -> None:
     present = [name for name, count in counts.items() if count]
     if not present and summary.unit == "objects":
         images.fault(
-            f"nothing to learn from: its {images.entries} images have no object, apart from "
-            "ignored ones and boxes without area",
+            f"nothing to learn from: its {images.entries} images have no objects, except ignored "
+            "ones and boxes without area",
             is_remark=is_test,
         )
     elif summary.unit == "pixels" and present == ["background"]:
@@ -39,7 +39,7 @@ def list_notes(
     summaries: Sequence[ListSummary],
     fingerprints: Mapping[str, int | None],
 ) -> list[str]:
-    """Remarks about lists as a whole: absent classes, rotated images, shared images."""
+    """Remarks about whole lists: absent classes, rotated images, shared images."""
     shared = find_duplicates(_groups(lists), fingerprints)
     return [*_absent_classes(summaries), *_rotated(summaries), *shared]
 
@@ -79,7 +79,7 @@ def _groups(lists: Iterable[ImageList]) -> Iterable[Sequence[ImageList]]:
 
 
 def missing_lines(root: Path, lists: Sequence[ImageList]) -> tuple[list[str], list[str]]:
-    """Lines for missing files, each once though several lists need it: all, and by folder."""
+    """Lines for missing files, all and by folder; a file that several lists need appears once."""
     problems: list[str] = []
     summary: list[str] = []
     seen: set[Missing] = set()
@@ -102,7 +102,7 @@ def missing_lines(root: Path, lists: Sequence[ImageList]) -> tuple[list[str], li
 
 
 def fault_lines(root: Path, faults: Iterable[Fault]) -> tuple[list[str], list[str], list[str]]:
-    """Lines for faults: all problems, those for a terminal, and remarks."""
+    """Lines for faults: all problems, the problems to show in a terminal, and remarks."""
     by_folder: dict[str, list[str]] = {}
     remarks: list[str] = []
     for fault in faults:
@@ -118,7 +118,7 @@ def fault_lines(root: Path, faults: Iterable[Fault]) -> tuple[list[str], list[st
 
 
 def absent_lists(lists: Sequence[ImageList]) -> list[str]:
-    """Lines for official lists that are absent, of data sets that are not."""
+    """Lines for official lists that are absent from an official data set."""
     present = {images.name for images in lists if images.official is not None}
     return [
         f"{name} of {official.name} ({count} images) is absent"
@@ -130,6 +130,6 @@ def absent_lists(lists: Sequence[ImageList]) -> list[str]:
 
 
 def _relative(file: str, root: Path) -> str:
-    """A path relative to `root` if it is inside."""
+    """The path relative to `root` if it is inside, otherwise the path."""
     path = Path(file)
     return str(path.relative_to(root)) if path.is_relative_to(root) else file

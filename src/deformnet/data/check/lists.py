@@ -1,5 +1,5 @@
-"""Data sets in a folder: their lists of images, compared with the official ones, and what can be
-trained on them."""
+"""Data sets in a folder: their image lists, a comparison with the official ones, and training
+commands."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +20,7 @@ from deformnet.data.opening import (
 )
 from deformnet.data.splits import resolve
 
-_ADVISED = 3  # data sets for which the report says how to train
+_ADVISED = 3  # maximum number of data sets with a training command in the report
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,12 @@ def find_sets(place: DataFiles, *, custom: bool) -> list[FoundSet]:
     Args:
         custom: skip the check against official image counts.
     Raises:
-        FileNotFoundError: if there is none; the message says what was found.
+        FileNotFoundError: if there is none; the message lists what was found.
     """
     if place.are_apart:
         layouts = [layout for layout in LAYOUTS if layout.recognizes_files(place)]
         if not layouts:
-            detection_splits(place)  # says what was found
+            detection_splits(place)  # raises an error that lists what was found
         sets = [_read(place, layouts, "", custom=custom)]
     else:
         root = require_folder(place.annotations)
@@ -64,7 +64,7 @@ def find_sets(place: DataFiles, *, custom: bool) -> list[FoundSet]:
 
 
 def advise(place: DataFiles, sets: Sequence[FoundSet]) -> Iterator[str]:
-    """Lines that say how to train on data sets."""
+    """Commands that train on the data sets."""
     for found in islice(sets, _ADVISED):
         known = [(network, _splits(splits_of, found.place)) for network, splits_of in _NETWORKS]
         # Folders of another layout may look like classes, too.

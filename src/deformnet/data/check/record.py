@@ -1,4 +1,4 @@
-"""Memory of a check: what files held that were good, so that a stopped check resumes."""
+"""Record of the valid files of a check, so that an interrupted check resumes."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from deformnet.data.items import Fault, Item, files_of
 
 
 class Result(NamedTuple):
-    """What the check of an item found."""
+    """Result of the check of an item."""
 
     faults: list[Fault]
     counts: Counter[int]
@@ -20,27 +20,27 @@ class Result(NamedTuple):
     is_rotated: bool
     """Whether the image has an EXIF orientation other than upright."""
     fingerprint: int | None
-    """Of the image, for the search for copies; None if it cannot be read."""
+    """Fingerprint of the image, to find duplicates; None if it cannot be read."""
 
 
 class Record:
-    """A file with a line for each good item: its key, a tab, and what it holds. A partly written
-    line is ignored."""
+    """A file with a line for each valid item: key, tab and content. An incomplete line is
+    ignored."""
 
     def __init__(self, path: Path, root: Path) -> None:
         """
         Raises:
-            UserError: if there is another file of this name.
+            UserError: if another file has this name.
         """
         self._root = f"{root}{os.sep}"
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and not path.is_file():
-            raise UserError(f"{path}: expected a file for the record, but got something else")
+            raise UserError(f"{path}: expected a regular file for the record, but got another kind")
         text = path.read_text(encoding="ascii", errors="replace") if path.is_file() else ""
         if text and not text.startswith('["'):
             raise UserError(
                 f"{path}: expected a new file or the record of an earlier check, but got another "
-                "file, which stays as it is; choose another name"
+                "file, which was not changed; choose another name"
             )
         lines = (line.partition("\t") for line in text.splitlines())
         self._known = {key: content for key, _, content in lines}
@@ -49,8 +49,8 @@ class Record:
             self._file.write("\n")
 
     def key(self, item: Item) -> str | None:
-        """The key of the item as it is now: its files with their sizes and times (ns), and a
-        checksum of its other fields. None if a file cannot be read."""
+        """The current key of the item: its files with sizes and times (ns), and a checksum of its
+        other fields. None if a file cannot be read."""
         try:
             stats = [Path(file).stat() for file in files_of(item)]
         except (OSError, ValueError):
@@ -63,7 +63,7 @@ class Record:
         return json.dumps([type(item).__name__, *files, checksum])
 
     def find(self, key: str) -> Result | None:
-        """What the item of this key holds; None if it is not known to be good."""
+        """The content of the item with this key; None if it is not recorded as valid."""
         try:
             counts, is_rotated, fingerprint = json.loads(self._known[key])
             numbers = Counter({int(label): int(count) for label, count in counts})
@@ -72,9 +72,9 @@ class Record:
         return Result([], numbers, bool(is_rotated), int(fingerprint))
 
     def add(self, key: str, result: Result) -> None:
-        """Records a good item."""
+        """Records a valid item."""
         content = json.dumps([list(result.counts.items()), result.is_rotated, result.fingerprint])
-        # Flushed at once: what the system has survives this process, however it ends.
+        # Flushed at once, so that the data survives if the process is killed.
         self._file.write(f"{key}\t{content}\n")
         self._file.flush()
 

@@ -1,4 +1,4 @@
-"""Result of a check, as text."""
+"""Text report of a check."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ from deformnet._files import replacing
 from deformnet._text import Table
 
 SHOWN = 5
-"""Faults of a folder that the terminal shows."""
+"""Number of faults per folder that the terminal shows."""
 
 _FIRST_LINE = "# deformnet data check"
 _REMARKS_SHOWN = 12
@@ -26,10 +26,10 @@ class ListSummary:
         name: such as VOC2007/Main/trainval.
         images: number of its images.
         official: number of images in the official list; None if there is none.
-        missing: number of files that it needs and that do not exist.
-        faulty: number of its images that are damaged or do not fit their annotation.
+        missing: number of required files that do not exist.
+        faulty: number of its images that are damaged or do not match their annotation.
         rotated: number of its images with an EXIF orientation other than upright.
-        empty: number of its images without an object or a pixel of a class.
+        empty: number of its images without objects or labeled pixels.
         classes: class names; empty if there are no annotations.
         unit: what `counts` counts: objects, pixels or images.
         counts: number of objects, pixels or images of each class, by its index.
@@ -59,15 +59,15 @@ class DataReport:
         root: the folder, or the images and annotations.
         layouts: layouts of the data sets that were found, with their folders.
         lists: lists that were found.
-        problems: a line for each problem.
-        remarks: a line for all that does no harm, or that only its owner can judge.
-        summary: `problems` for a terminal: one line for missing files of a folder, and the first
-            few of its other problems.
-        notes: number of `remarks`, the first ones, that are about lists as a whole.
-        advice: what to do next.
+        problems: one line per problem.
+        remarks: one line per finding that is harmless, or that only the user can judge.
+        summary: `problems` for a terminal: one line for the missing files of a folder, and the
+            first few of its other problems.
+        notes: number of `remarks` (the first ones) about whole lists.
+        advice: suggested next steps.
         checked: number of images that were read.
-        remembered: number of images known to be good from an earlier check.
-        file: file of the report with all lines.
+        remembered: number of images recorded as valid by an earlier check.
+        file: file of the full report.
     """
 
     root: str
@@ -107,7 +107,7 @@ class DataReport:
         """Writes all lines into `file`.
 
         Raises:
-            UserError: if `file` is not a former report.
+            UserError: if `file` exists and is not a report of an earlier check.
         """
         require_report(self.file)
         lines = [f"{_FIRST_LINE} of {self.root}", *self._tables(None), "", "Problems:"]
@@ -129,7 +129,7 @@ class DataReport:
         return text.splitlines()
 
     def _lists(self) -> Table:
-        """A row for each list; columns of nothing but zeros are left out."""
+        """One row per list; columns with only zeros are omitted."""
         columns: list[tuple[str, Callable[[ListSummary], int | None], bool]] = [
             ("images", lambda one: one.images, True),
             ("official", lambda one: one.official, False),
@@ -149,10 +149,10 @@ class DataReport:
 
 
 def require_report(path: Path) -> None:
-    """Refuses a file that is not a report of an earlier check.
+    """Checks that a file is new or a report of an earlier check.
 
     Raises:
-        UserError: as said; the file stays as it is.
+        UserError: if it is another file, which is not changed.
     """
     if not path.exists() and not path.is_symlink():
         return
@@ -163,7 +163,7 @@ def require_report(path: Path) -> None:
     if start != _FIRST_LINE.encode():
         raise UserError(
             f"{path}: expected a new file or the report of an earlier check, but got another file, "
-            "which stays as it is; choose another name"
+            "which was not changed; choose another name"
         )
 
 
@@ -182,8 +182,7 @@ def _cell(value: int | None) -> str:
 
 
 def _class_table(unit: str, lists: Sequence[ListSummary], limit: int | None) -> Table:
-    """Objects, percent of pixels or images of each class: the commonest, in the order of the
-    labels."""
+    """Objects, percentage of pixels, or images of the most frequent classes, in label order."""
     counts = [one.class_counts() for one in lists]
     names = list(dict.fromkeys(name for classes in counts for name in classes))
     shown = names

@@ -46,8 +46,8 @@ def backbone(
         name: resnet18, resnet34, resnet50, resnet101, aligned-inception-resnet, or timm/NAME for a
             convolutional network of timm, whose stage of stride 32 is conv5.
         deform_layers: Number of deformable 3x3 convolutions, counted from the end (Table 1: 0, 1,
-            2, 3, 6); of timm's networks, of convolutions larger than 1x1, depthwise ones too. conv5
-            has three of them in ResNet-50 and 101 (so 6 includes the last three of conv4), four in
+            2, 3, 6); for timm networks, of convolutions larger than 1x1, including depthwise ones.
+            conv5 has three in ResNet-50 and 101 (so 6 includes the last three of conv4), four in
             ResNet-18 and six in ResNet-34. Aligned-Inception-ResNet has three in each block: the
             two consecutive ones of the last block, its single one, and so on.
         dilation: Dilation of conv5 (2; Table 3 tries 4, 6 and 8).
@@ -63,9 +63,9 @@ def backbone(
         weights: Name of torchvision's weights ("IMAGENET1K_V1", ..., cached by torch.hub), a file
             with the state dict of this backbone or of torchvision's ResNet, or a run folder. There
             are no public weights of Aligned-Inception-ResNet. For timm/NAME: "timm" (downloaded
-            from its hub), or a state dict of timm's network, or one with the same shapes in the
-            same order. Also the name of an installed package that holds such a file. None
-            initializes randomly.
+            from timm's hub), a state dict of timm's network, or one with the same shapes in the
+            same order. The name of an installed package that contains such a file is accepted as
+            well. None initializes randomly.
         reduce_channels: Output channels of the randomly initialized 1x1 convolution and ReLU after
             conv5; None leaves both out.
 
@@ -84,7 +84,7 @@ def backbone(
     elif stride_in_1x1:
         raise ValueError(f"expected stride_in_1x1 to be False for {name}, but got True")
     elif name.startswith(_TIMM):
-        # Seconds that other backbones need not wait.
+        # timm takes seconds to import, so other backbones do not import it.
         from deformnet.models.backbones.timm import TimmFeatures
 
         name = name.removeprefix(_TIMM)

@@ -42,7 +42,7 @@ NormLayer = type[FrozenBatchNorm2d] | type[nn.BatchNorm2d]
 
 
 class Published(Protocol):
-    """Weights that can be downloaded: torchvision's `WeightsEnum`, or those of timm's hub."""
+    """Weights that can be downloaded: torchvision's `WeightsEnum`, or weights on timm's hub."""
 
     @property
     def url(self) -> str: ...
@@ -55,8 +55,8 @@ class Backbone(nn.Module):
 
     Unit (i, j) of its feature maps is centered on pixel (stride * i, stride * j) of the image.
 
-    A subclass builds its stages and then calls `_add_reduction`; one whose conv5 has another stride
-    than `output_stride` sets `stride`.
+    A subclass builds its stages and then calls `_add_reduction`. If the stride of its conv5 differs
+    from `output_stride`, it sets `stride`.
 
     Args:
         conv4_channels: Channels of conv4.
@@ -68,7 +68,7 @@ class Backbone(nn.Module):
 
     Attributes:
         name: Name of the backbone in messages.
-        published: Weights to download, by name.
+        published: Downloadable weights by name.
         stride: Stride of conv5, in pixels of the image.
         out_channels: Channels of the output.
 
@@ -150,7 +150,7 @@ class Backbone(nn.Module):
         ]
 
     def own_names(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """A state dict by the names of this backbone, where weights come with others."""
+        """A state dict with this backbone's names, converted from one with other names."""
         return state
 
     @abstractmethod
@@ -185,8 +185,7 @@ def require_images(images: Tensor) -> None:
 def dilate(stage: nn.Module, dilation: int) -> None:
     """Set the stride of a stage to 1 and dilate its convolutions of odd size.
 
-    Convolutions of even size, with which some networks go from patches to larger ones, see the same
-    pixels as before.
+    Convolutions of even size, which merge patches in some networks, are not dilated.
 
     Raises:
         ValueError: If `dilation` is less than 1.
@@ -209,7 +208,7 @@ def deform_last(model: Backbone, layers: int, *, offset_groups: int, modulated: 
     """Convert the last `filters` of a backbone to deformable convolutions.
 
     Raises:
-        UserError: If `layers` exceeds their number, or one of them cannot be converted.
+        UserError: If `layers` exceeds the number of filters, or a filter cannot be converted.
     """
     filters = model.filters()
     if not 0 <= layers <= len(filters):

@@ -1,4 +1,4 @@
-"""Any convolutional network of timm as a dilated and deformable feature extractor."""
+"""Convolutional networks of timm as dilated and deformable feature extractors."""
 
 import warnings
 from collections.abc import Mapping
@@ -26,29 +26,31 @@ from deformnet.models.backbones.features import (
 
 
 class TimmFeatures(Backbone):
-    """A network of timm without its classifier; see `backbone`.
+    """A timm network without its classifier; see `backbone`.
 
-    Its modules up to stride 16 are in `trunk`, those up to stride 32 in `conv5`, with the names of
-    timm. Images are padded at the right and at the bottom to whole cells, since networks that begin
-    with patches would leave out the rest. Units of these networks, and of those with TensorFlow's
-    padding ("tf_..."), are centered up to half a cell beside those of other backbones.
+    The modules up to stride 16 are in `trunk`, and the modules from there to stride 32 in `conv5`,
+    with timm's names. Images are padded on the right and at the bottom to a multiple of the stride,
+    since networks with a patch stem would drop the remainder. The units of these networks, and of
+    networks with TensorFlow's padding ("tf_..."), are offset by up to half a cell from the units of
+    other backbones.
 
     Args:
-        name: timm's name of the network, with or without the tag of weights.
+        name: timm's name of the network, with or without a weights tag.
         norm, output_stride, reduce_channels: See `backbone`.
 
     Raises:
-        UserError: If timm has no such network, or it is not a sequence of convolutional stages.
+        UserError: If timm has no such network, or the network is not a sequence of convolutional
+            stages.
     """
 
     def __init__(
         self, name: str, norm: Norm, output_stride: OutputStride, reduce_channels: int | None
     ) -> None:
         net = _create(name)
-        # The last feature of each stride.
+        # The last feature map of each stride.
         levels = {level["reduction"]: level for level in cast(Any, net).feature_info}
         if not {16, 32} <= levels.keys():
-            raise _unfit(name, f"features of stride {', '.join(map(str, levels))} alone")
+            raise _unfit(name, f"only features of stride {', '.join(map(str, levels))}")
         super().__init__(
             levels[16]["num_chs"], levels[32]["num_chs"], output_stride, reduce_channels
         )
@@ -57,8 +59,8 @@ class TimmFeatures(Backbone):
         if hub.get("hf_hub_id"):
             url = f"https://huggingface.co/{hub['hf_hub_id']}"
             self.published = {"timm": HubWeights(name, url)}
-        # Images come normalized by ImageNet's mean and deviation, whatever the network. Its own
-        # normalization, (pixel - mean) / std, is an affine function of that.
+        # The input is always normalized with ImageNet's mean and standard deviation. The network's
+        # own normalization, (pixel - mean) / std, is an affine function of it.
         given_mean, given_std, mean, std = (
             torch.tensor(values)[:, None, None]
             for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, hub["mean"], hub["std"])
@@ -91,7 +93,7 @@ class TimmFeatures(Backbone):
         """Names of the convolutions larger than 1x1 in the order of the forward pass.
 
         Raises:
-            UserError: If the features have another shape than promised.
+            UserError: If the features do not have the expected shape.
         """
         order: list[str] = []
         hooks = [
@@ -105,7 +107,7 @@ class TimmFeatures(Backbone):
                 # PyTorch warns once that padding="same" copies the input of even kernels.
                 warnings.simplefilter("ignore")
                 conv4, conv5 = self.stages(torch.zeros(1, 3, 64, 96))
-        except Exception as error:  # whatever modules that are no sequence of stages raise
+        except Exception as error:  # anything can fail in a network that is not sequential
             raise _unfit(name, str(error).partition("\n")[0]) from error
         for maps, channels, stride in (
             (conv4, self.conv4_channels, 16),
@@ -114,7 +116,7 @@ class TimmFeatures(Backbone):
             shape = list(maps.shape) if isinstance(maps, Tensor) else type(maps).__name__
             expected = [1, channels, 64 // stride, 96 // stride]
             if shape != expected:
-                raise _unfit(name, f"features {shape} instead of {expected}")
+                raise _unfit(name, f"features of shape {shape} instead of {expected}")
         for hook in hooks:
             hook.remove()
         self.train()
@@ -149,10 +151,10 @@ class TimmFeatures(Backbone):
             self.trunk.get_submodule(name).requires_grad_(False)
 
     def own_names(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """A state dict of timm's network, by the names of this backbone.
+        """A state dict of timm's network, with the names of this backbone.
 
-        If its names are others but number, order and shapes of its tensors are those of timm's
-        network, it is another implementation of the same network, and pairs in order.
+        If the names differ, but the number, order and shapes of the tensors match timm's network,
+        the state dict is from another implementation of that network, and is matched by order.
         """
         theirs, given = _without_counters(self._shapes), _without_counters(state)
         shapes = [value.shape for value in given.values()]
@@ -166,11 +168,11 @@ class TimmFeatures(Backbone):
 
 
 class HubWeights:
-    """Weights on timm's hub; as torchvision's `WeightsEnum`.
+    """Weights on timm's hub, analogous to torchvision's `WeightsEnum`.
 
     Args:
         name: timm's name of the network.
-        url: Where they are.
+        url: URL of the weights.
     """
 
     def __init__(self, name: str, url: str) -> None:
@@ -178,23 +180,23 @@ class HubWeights:
         self.url = url
 
     def get_state_dict(self, *, check_hash: bool) -> Mapping[str, Tensor]:
-        """Downloads them once.
+        """Downloads the weights, or loads them from the cache.
 
         Raises:
-            OSError: If this fails.
+            OSError: If the download fails.
         """
         try:
             return timm.create_model(self.name, pretrained=True).state_dict()
-        except Exception as error:  # of the hub's client, whichever it uses
+        except Exception as error:  # depends on the client of the hub
             raise OSError(str(error).partition("\n")[0]) from error
 
 
 class _HighResolutionTrunk(nn.Module):
     """HRNet up to stride 16 of its classifier, and its branch of stride 32.
 
-    HRNet keeps four resolutions side by side. Its classifier joins them from the finest to the
-    coarsest, so that the last join is the only way from stride 16 to 32. All four need images of
-    whole cells of 32 pixels.
+    HRNet has four parallel branches of different resolution. Its classifier merges them from the
+    finest to the coarsest, so the last merge is the only path from stride 16 to 32. The branches
+    require image sizes that are multiples of 32 pixels.
     """
 
     def __init__(self, net: HighResolutionNet, widen: nn.ModuleList, down: nn.ModuleList) -> None:
@@ -211,7 +213,7 @@ class _HighResolutionTrunk(nn.Module):
 
 
 class _HighResolutionHead(nn.Module):
-    """The last join of HRNet's classifier, at the resolution that `down` keeps."""
+    """The last merge of HRNet's classifier, at the resolution that `down` keeps."""
 
     def __init__(self, widen: nn.Module, down: nn.Sequential) -> None:
         super().__init__()
@@ -229,8 +231,9 @@ def _create(name: str) -> nn.Module:
     if not timm.is_model(name):
         near = get_close_matches(name, timm.list_models(), n=3)
         raise UserError(
-            f"timm/{name}: timm {timm.__version__} has no such network"
-            + (f", near misses: {', '.join(f'timm/{other}' for other in near)}" if near else "")
+            f"timm/{name}: expected a network of timm {timm.__version__}, but it has none of this "
+            "name"
+            + (f"; near misses: {', '.join(f'timm/{other}' for other in near)}" if near else "")
         )
     try:
         return timm.create_model(name)
@@ -241,9 +244,9 @@ def _create(name: str) -> nn.Module:
 def _split(
     net: nn.Module, name: str, levels: Mapping[int, Mapping[str, Any]]
 ) -> tuple[nn.Module, nn.Module, list[str]]:
-    """Modules up to stride 16 and from there to 32, and the names of those up to stride 4.
+    """Modules up to stride 16, modules from there to 32, and names of modules up to stride 4.
 
-    As timm's `FeatureListNet`, which takes modules to run in the order of their definition.
+    Like timm's `FeatureListNet`, assumes that modules run in the order of their definition.
     """
     ends = {stride: level["module"] for stride, level in levels.items()}
     modules: dict[str, nn.Module] = {}
@@ -253,7 +256,7 @@ def _split(
         else:
             modules[child] = module
     if not {ends[16], ends[32]} <= modules.keys():
-        raise _unfit(name, f"features inside of its module {ends[16].partition('.')[0]}")
+        raise _unfit(name, f"features inside its module {ends[16].partition('.')[0]}")
     names = list(modules)
     conv4, conv5 = (names.index(ends[stride]) + 1 for stride in (16, 32))
     first = names.index(ends[4]) + 1 if ends.get(4) in modules else 0
@@ -265,7 +268,7 @@ def _split(
 
 
 def _split_high_resolution(net: HighResolutionNet) -> tuple[nn.Module, nn.Module, list[str]]:
-    """As `_split`, for HRNet."""
+    """Same as `_split`, for HRNet."""
     widen, down = cast(nn.ModuleList, net.incre_modules), cast(nn.ModuleList, net.downsamp_modules)
     net.incre_modules = net.downsamp_modules = net.final_layer = None  # features are the branches
     net.reset_classifier(0)
@@ -277,7 +280,7 @@ def _split_high_resolution(net: HighResolutionNet) -> tuple[nn.Module, nn.Module
 def _keep_resolution(stage: nn.Module) -> None:
     """Set all strides of a stage to 1."""
     for name, module in list(stage.named_modules()):
-        if type(module) is Conv2dSame:  # pads as any other without a stride
+        if type(module) is Conv2dSame:  # pads like any other convolution at stride 1
             module.__class__ = nn.Conv2d
         elif isinstance(module, nn.AvgPool2d):
             stage.set_submodule(name, AvgPool2dSame(module.kernel_size, 1))
@@ -291,13 +294,13 @@ def _first(maps: Tensor | tuple[Tensor, Tensor]) -> Tensor:
 
 
 def _without_counters(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Without the counters of batch norm, which older files do not have."""
+    """The state dict without the batch norm counters, which older files lack."""
     return {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
 
 
 def _unfit(name: str, reason: str) -> UserError:
     return UserError(
         f"timm/{name}: expected a convolutional network, a sequence of stages with features of "
-        f"stride 16 and 32, but got {reason}; choose one such as timm/resnet50d, "
+        f"stride 16 and 32, but got {reason}; choose another, such as timm/resnet50d, "
         "timm/regnety_016, timm/convnext_tiny or timm/tf_efficientnet_lite0"
     )

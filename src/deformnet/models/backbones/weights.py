@@ -15,7 +15,7 @@ from deformnet.models.backbones.features import Backbone
 
 _RUN_CHECKPOINTS = (Path("checkpoints/best.ckpt"), Path("checkpoints/last.ckpt"))
 _BACKBONE = "backbone."  # key prefix of the backbone in the network of a run
-# What training code bases put around a state dict, and before its keys.
+# Keys that training code bases wrap around a state dict, and prefixes of its keys.
 _WRAPPERS = ("state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.", "model.")
 EXPORTED = "deformnet"
@@ -33,9 +33,9 @@ _RESNETS: dict[tuple[tuple[int, ...], bool], str] = {
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Read the state dict of a backbone from a file or a run folder.
 
-    From a run, of any network, it is the backbone alone without the channel reduction, which
-    differs between networks. State dicts may be under "state_dict" or "model" in a checkpoint, and
-    their keys may begin with `module.`, `_orig_mod.`, `model.` or `backbone.`.
+    A run of any network provides only its backbone, without the channel reduction, which differs
+    between networks. In a checkpoint, the state dict may be under "state_dict" or "model", and its
+    keys may begin with `module.`, `_orig_mod.`, `model.` or `backbone.`.
 
     Args:
         path: PyTorch checkpoint, safetensors file (a backbone or an exported run) or run folder.
@@ -62,7 +62,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             kind = f"a dict with keys {', '.join(map(repr, list(state)[:3]))}"
         raise UserError(f"{path}: expected a state dict, but got {kind}")
     if "meta" in content and any(".conv_offset." in key for key in state):
-        # Its masks are twice as small for the same weights.
+        # For the same weights, mmdetection's masks are half as large.
         raise UserError(
             f"{path}: expected a backbone's weights, but got a checkpoint of mmdetection with "
             "deformable layers; convert it with `deformnet weights import mmdetection`"
@@ -84,11 +84,11 @@ def holds_run(path: Path) -> bool:
 def initial_weights(
     model: Backbone, weights: str | Path, stride_in_1x1: bool
 ) -> Mapping[str, Tensor]:
-    """State dict of published weights by name, of a file, of a run folder or of a package.
+    """The state dict of published weights, a file, a run folder or an installed package.
 
     Raises:
         FileNotFoundError: If `weights` is neither a file nor a known name.
-        UserError: If it is not a checkpoint, a package does not hold one, or it is of a run with
+        UserError: If the file is not a checkpoint, the package does not contain one, or the run has
             another `stride_in_1x1`.
         OSError: If the download fails.
     """
@@ -109,7 +109,7 @@ def initial_weights(
         names = ", ".join(model.published)
         raise FileNotFoundError(
             f"{path}: no such file; expected a file, a run folder, an installed package with "
-            f"weights or the name of published weights of {model.name} "
+            f"weights, or the name of published weights of {model.name} "
             f"({names or 'there are none'})"
         )
     state = read_weights(path)
@@ -124,18 +124,18 @@ def initial_weights(
 
 
 def _file_of_package(name: str) -> Path | None:
-    """The file of weights in an installed package; None if there is no such package.
+    """The weights file in an installed package; None if there is no such package.
 
     Raises:
-        UserError: If it holds none, or more than one.
+        UserError: If the package contains no weights file, or more than one.
     """
     try:
         found = [file for file in files(name) or () if file.suffix in (".pth", ".safetensors")]
-    except (PackageNotFoundError, ValueError):  # ValueError: no name of a package at all
+    except (PackageNotFoundError, ValueError):  # ValueError: not a valid package name
         return None
     if len(found) != 1:
         raise UserError(
-            f"{name}: expected a package with one file of weights (.pth or .safetensors), but got "
+            f"{name}: expected a package with one weights file (.pth or .safetensors), but got "
             f"{len(found)}; pass the path of the file"
         )
     return Path(str(found[0].locate()))
@@ -207,9 +207,7 @@ def _checkpoint_in(run: Path) -> Path:
     for path in (run / name for name in _RUN_CHECKPOINTS):
         if path.is_file():
             return path
-    raise FileNotFoundError(
-        f"{run}: expected a trained run, but there is no {_RUN_CHECKPOINTS[-1]}"
-    )
+    raise FileNotFoundError(f"{run}: expected a trained run, but found no {_RUN_CHECKPOINTS[-1]}")
 
 
 def _bare(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

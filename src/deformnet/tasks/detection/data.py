@@ -86,7 +86,7 @@ class DetectionTrainingSet(TrainingSet):
             raise UserError(f"{images.root}: expected objects to train on, but none are published")
         super().__init__(images, None if proposals is None else proposals.digest)
         if recipe.batch > 1 and isinstance(images, DetectionDataset):
-            # Landscape and portrait apart, so that less of a batch is padding.
+            # Landscape and portrait images are grouped separately, to reduce padding.
             sizes = [images.size(index) for index in range(len(images))]
             self.groups = [int(width >= height) for height, width in sizes]
         self._objects = _ObjectCounts.of(images)
@@ -105,7 +105,7 @@ class DetectionTrainingSet(TrainingSet):
         )
 
     def summary(self) -> list[str]:
-        """Objects by class, and the classes without any; of a torch data set, of at most 50."""
+        """Objects by class (for a torch data set, in at most 50 images), and absent classes."""
         lines = self._objects.lines(self.classes, len(self))
         return lines if self._needs_classes else lines[:1]
 
@@ -128,15 +128,15 @@ class DetectionTrainingSet(TrainingSet):
 
 @dataclass(frozen=True)
 class _ObjectCounts:
-    """What there is to learn from in a data set, or in some of its images."""
+    """Statistics of the objects in a data set, or in some of its images."""
 
     images: int
     """Number of images that were counted."""
     objects: list[int]
-    """By class."""
+    """Number of objects by class."""
     ignored: int
     without: int
-    """Images without an object to learn."""
+    """Number of images without an object to train on."""
     largest: float
     """Largest coordinate of a box."""
 
@@ -168,12 +168,12 @@ class _ObjectCounts:
             elif isinstance(images, DetectionDataset) and images.dropped:
                 reason = f": all {images.dropped} boxes have no area inside their image"
             raise UserError(
-                f"{images.root}: expected objects to train on, but there is none in {where}{reason}"
+                f"{images.root}: expected objects to train on, but found none in {where}{reason}"
             )
         if self.largest <= 1:
             raise UserError(
                 f"{images.root}: expected boxes in pixels, but none in {where} reaches beyond 1: "
-                "they seem to be fractions of the image's size"
+                "they seem to be fractions of the image size; multiply them by width and height"
             )
 
     def lines(self, classes: Sequence[str], length: int) -> list[str]:
@@ -189,7 +189,7 @@ class _ObjectCounts:
 
 
 def _some_of(images: OwnBoxes) -> tuple[BoxAnnotations, Tensor]:
-    """Objects of at most 50 images, and their number in each; of more images if there are none."""
+    """Objects of at most 50 images (of more if these have none), and their number in each."""
     sample = sample_of(len(images))
     others = sorted({*range(len(images))} - {*sample})
     parts: list[BoxAnnotations] = []
@@ -237,7 +237,7 @@ class Boxes(Annotation):
         return [self.classes[label] for label in self.labels.tolist()]
 
     def to_dict(self) -> dict[str, Any]:
-        """Boxes x1, y1, x2, y2, their scores if they are predicted, and their classes."""
+        """Boxes (x1, y1, x2, y2), their classes and, for predictions, their scores."""
         values = {"boxes": _rows(self.boxes), "classes": self.names}
         return values if self.scores is None else {**values, "scores": _numbers(self.scores)}
 
@@ -248,7 +248,7 @@ class Boxes(Annotation):
 
         Args:
             image_id: id of the image in the data set.
-            category_ids: ids of the classes by name; None counts them from 1.
+            category_ids: category ids by class name; None numbers the classes from 1.
         """
         ids = category_ids or {name: k for k, name in enumerate(self.classes, start=1)}
         boxes = torch.cat([self.boxes[:, :2], self.boxes[:, 2:] - self.boxes[:, :2]], dim=1)

@@ -39,7 +39,7 @@ class ScoredDetections(Scores):
     """File name and ground truth of a submission to COCO's server, if it scores them."""
 
     def save(self, folder: Path, suffix: str = "") -> dict[str, str]:
-        """Writes pictures, `detections{suffix}.jsonl`, and a submission, whose path it returns."""
+        """Writes the pictures, `detections{suffix}.jsonl` and a submission; returns its path."""
         super().save(folder, suffix)
         write_detections(folder / f"detections{suffix}.jsonl", self.records)
         if self.submission is None:

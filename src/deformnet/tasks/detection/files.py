@@ -1,10 +1,10 @@
-"""Files of detections for other programs, written while images are predicted.
+"""Detection files for other programs, written during inference.
 
-All boxes are in them, whatever is drawn, each with its score:
+They contain all boxes with their scores, including boxes that are not drawn:
 
-- `jsonl`: `detections.jsonl`, our own format; see `deformnet.metrics.detections`.
-- `coco`: `detections.json`, a data set in COCO's format whose annotations have a score. They are
-  also a list in COCO's result format.
+- `jsonl`: `detections.jsonl`, deformnet's format; see `deformnet.metrics.detections`.
+- `coco`: `detections.json`, a data set in COCO's format whose annotations have scores. The list of
+  annotations is also valid in COCO's result format.
 - `yolo`: `labels/photo.txt` for each image, lines `class x y width height score`: the index of the
   class in `classes.txt`, and center and size of the box as fractions of the image's size.
 - `csv`: `detections.csv`, a table with a row for each box: image, class, score, x1, y1, x2, y2.
@@ -28,10 +28,10 @@ AddBoxes = Callable[[str, str, Boxes], object]
 
 @contextmanager
 def listing_boxes(out: Path, box_format: BoxFormat, classes: Sequence[str]) -> Iterator[AddBoxes]:
-    """Writes the boxes of images into a folder; a file of all images is replaced at the end.
+    """Writes the boxes of images to a folder; a file for all images is replaced at the end.
 
     Yields:
-        A function of the name of an image, the path of its results, and its boxes.
+        A function that takes the name of an image, the path of its results, and its boxes.
     """
     match box_format:
         case "jsonl":
@@ -84,7 +84,7 @@ def _write_yolo(path: Path, boxes: Boxes) -> None:
 
 @contextmanager
 def _coco(path: Path, classes: Sequence[str]) -> Iterator[AddBoxes]:
-    """Writes annotations as they come: those of a long video would not fit into memory."""
+    """Writes annotations one by one, since those of a long video may not fit in memory."""
     images: list[dict[str, Any]] = []
     count = 0
     with replacing(path) as file:

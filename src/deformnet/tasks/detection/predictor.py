@@ -49,19 +49,19 @@ _BOXES_AT_ONCE = 1000  # boxes whose pooled features are in memory at a time
 
 
 class DetectionPredictor(Predictor[Detections, Boxes]):
-    """Predicts the objects of an image, boxes in its pixels.
+    """Predicts the objects of an image, with boxes in pixels of the image.
 
-    `write` makes a file of all detections (see `deformnet.tasks.detection.files`), and for
-    `photo.jpg` the picture `pictures/photo.jpg` of the boxes with at least the score `threshold`.
+    `write` writes a file with all detections (see `deformnet.tasks.detection.files`) and, for
+    `photo.jpg`, the picture `pictures/photo.jpg` with the boxes that score at least `threshold`.
 
     Args:
-        recipe: sizes of the image, and thresholds. The proposals of a region proposal network are
-            suppressed as another network gets them and no further.
+        recipe: image sizes and thresholds. Proposals of a region proposal network are only filtered
+            by the non-maximum suppression that precedes a detector.
         model: the network.
         classes: class names of the training data. A region proposal network predicts the single
             class "object", whatever it was trained on.
         augmentation: test-time augmentation; `max_side` is scaled in proportion to the scales.
-        device: where to compute; None takes a GPU if there is one.
+        device: device to run on; None uses a GPU if there is one.
     Raises:
         ValueError: if the model has another number of classes, or if `augmentation` refines the
             boxes of a model that takes no proposals.
