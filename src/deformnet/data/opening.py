@@ -117,7 +117,7 @@ def open_segmentation(
 
 
 def open_classification(
-    root: str | Path,
+    root: Location,
     split: str,
     transform: Callable[[tv_tensors.Image], Tensor] | None = None,
     *,

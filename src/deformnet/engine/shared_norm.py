@@ -38,6 +38,9 @@ class SharedBatchNorm2d(nn.BatchNorm2d):
 class SharedBatchNormAct2d(SharedBatchNorm2d):
     """The same for timm's batch norm with an activation."""
 
+    act: nn.Module
+    drop: nn.Module
+
     def forward(self, input: Tensor) -> Tensor:
         return self.act(self.drop(super().forward(input)))
 
