@@ -125,7 +125,7 @@ class Format:
     @property
     def command(self):
         if self.is_apart:
-            return 'DataFiles("photos", "labels.json")'
+            return "train rfcn --images photos --annotations labels.json --val-fraction 0.2"
         held_out = "" if self.val or self.message else " --val-fraction 0.2"
         return f"train {self.network}{held_out}"
 

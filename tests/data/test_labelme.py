@@ -107,7 +107,7 @@ def test_name_of_the_json_file_before_image_path(one):
     assert open_detection(one, "train").image_path(0) == one / "a.jpg"
     report = check_data(one, record=one.parent / "record", workers=0, progress=False)
     assert report.ok
-    assert "imagePath is 'old.jpg'; readers take a.jpg" in " ".join(report.remarks)
+    assert "imagePath is 'old.jpg'; readers use a.jpg" in " ".join(report.remarks)
     assert "1 images have no JSON file" in " ".join(report.remarks)
     (one / "a.jpg").unlink()
     assert open_detection(one, "train").image_path(0) == one / "old.jpg"
@@ -207,7 +207,7 @@ def test_classes_of_all_splits(tmp_path):
         ('{"shapes": 3}', ["list of shapes"]),
         ('{"shapes": [4]}', ["shape 1", "with a label"]),
         ('{"shapes": [{"label": 3}]}', ["shape 1", "with a label"]),
-        ('{"shapes": [{"label": "a", "points": [[1, 2], [3]]}]}', ["points", "list of x, y"]),
+        ('{"shapes": [{"label": "a", "points": [[1, 2], [3]]}]}', ["points", "list of [x, y]"]),
         ('{"shapes": [{"label": "a", "points": [[1, 1e400], [3, 3], [1, 3]]}]}', ["1e400"]),
         ('{"shapes": [{"label": "a", "points": [[1, 2], [3, 4]]}]}', ["polygon", "2 points"]),
         (

@@ -123,5 +123,5 @@ def test_what_is_there_instead(photos, tmp_path):
 def test_several_files_of_coco(photos, tmp_path):
     path = write_coco(tmp_path / "elsewhere")
     (path.parent / "other.json").write_text(path.read_text())
-    with one_line(ValueError, "elsewhere", "one JSON file", "boxes.json, other.json"):
+    with one_line(ValueError, "elsewhere", "one COCO JSON file", "boxes.json, other.json"):
         open_detection(DataFiles(photos, path.parent), "train")

@@ -96,7 +96,7 @@ def test_class_of_two_colors(tmp_path):
         ("labelmap.txt", "sky:0,0::\n", "'sky:0,0::'"),
         ("labelmap.txt", "sky:0,0,x::\n", "'sky:0,0,x::'"),
         ("_classes.csv", "0, a\n0, b\n", "a unique id"),
-        ("_classes.csv", "0, a\n300, b\n", "a unique id, from 0 to 255"),
+        ("_classes.csv", "0, a\n300, b\n", "a unique id from 0 to 255"),
         ("classes.txt", "\n".join(map(str, range(256))), "at most 255 classes"),
     ],
 )

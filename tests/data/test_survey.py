@@ -27,7 +27,7 @@ def test_images_alone(tmp_path):
 
 
 def test_empty_folder(tmp_path):
-    with one_line(FileNotFoundError, "found no images or annotations", "holds none"):
+    with one_line(FileNotFoundError, "found no images or annotations", "contains none"):
         open_detection(tmp_path, "train")
 
 

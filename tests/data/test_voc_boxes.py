@@ -212,7 +212,7 @@ def test_no_warning_if_no_box_is_dropped(boxes, caplog):
     [
         ((0.2, 0.1, 0.7, 0.9), "all 1 boxes are within 0 to 1"),
         ((5, 5, 100, 9), "1 of 1 boxes extend far outside their image"),
-        ((-30, 5, 9, 9), "far outside their image and are clipped, the first one in a"),
+        ((-30, 5, 9, 9), "far outside their image and are clipped; the first one is in a"),
     ],
 )
 def test_boxes_that_are_not_in_pixels_of_their_image(boxes, caplog, box, text):

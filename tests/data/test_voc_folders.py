@@ -147,7 +147,7 @@ def test_classes_txt_decides(flat):
 def test_no_object_at_all(flat):
     for name in "ab":
         annotate(flat / f"{name}.xml")
-    with one_line(ValueError, flat, "expected objects"):
+    with one_line(ValueError, flat, "expected named objects"):
         open_detection(flat, "train")
 
 

@@ -196,7 +196,7 @@ def test_keypoints_are_skipped(one):
         ("-1 0.5 0.5 0.1 0.1", ["but got -1"]),
         ("0.5 0.5 0.5 0.1 0.1", ["but got 0.5"]),
         ("nan 0.5 0.5 0.1 0.1", ["but got nan"]),
-        ("0 4 3 9 9", ["0 to 1", "but got 4", "divide pixels"]),
+        ("0 4 3 9 9", ["0 to 1", "but got 4", "divide pixel coordinates"]),
         ("0 0.5 0.5 nan 0.1", ["but got nan"]),
         ("0 0.5 0.5 inf 0.1", ["but got inf"]),
         ("0 0.5 0.5 -0.2 0.1", ["but got -0.2"]),
@@ -223,7 +223,7 @@ def test_malformed_labels(one, line, parts):
         ("[" * 100000, ["not readable as YAML"]),
         ("- a", ["expected keys and values"]),
         ("train: images\nnames: 3", ["expected class names"]),
-        ("train: images\nnames: {0: a, 2: b}", ["numbers from 0 to 1", "but got 0, 2"]),
+        ("train: images\nnames: {0: a, 2: b}", ["keys from 0 to 1", "but got 0, 2"]),
         ("train: images\nnames: [a, [b]]", ["list of strings"]),
         ("train: images\nnames: [a, a]", ["'a' more than once"]),
         ("train: images\nnc: 3\nnames: [a, b]", ["3 class names (nc), but got 2"]),
@@ -245,7 +245,7 @@ def test_malformed_data_yaml(one, text, parts):
 
 def test_no_names(one):
     (one / "classes.txt").unlink()
-    with one_line(ValueError, "names of the classes", "to", one / "classes.txt"):
+    with one_line(ValueError, "class names", "to", one / "classes.txt"):
         open_detection(one, "train")
 
 
@@ -278,7 +278,7 @@ def test_pipes_and_links_in_a_circle(one):
     (one / "labels/a.txt").unlink()
     os.mkfifo(one / "labels/a.txt")
     write(one, {"labels/b.txt": BOX, "images/b.jpg": ""})
-    with one_line(ValueError, one / "labels/a.txt", "expected a file"):
+    with one_line(ValueError, one / "labels/a.txt", "expected a label file"):
         open_detection(one, "train")
 
 

@@ -11,14 +11,14 @@ class Hardware:
     """Machines and processes of a run."""
 
     devices: int | None = None
-    """Processes (CPU) or GPUs on each node; None takes those that a launcher started, or 1."""
+    """Number of processes (CPU) or GPUs per node; None uses the launcher's number, or 1."""
     nodes: int | None = None
-    """Nodes; None takes those that a launcher (torchrun, SLURM, Ray) spans, or 1. All of them need
-    the same folders."""
+    """Number of nodes; None uses the launcher's number (torchrun, SLURM, Ray), or 1. All nodes need
+    access to the same folders."""
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
-    """Hardware to compute on; auto uses GPUs if there are any."""
+    """Hardware to run on; auto uses GPUs if there are any."""
     workers: int | None = None
-    """Processes that load images, for each computing process; None chooses."""
+    """Number of data loader workers per process; None selects it automatically."""
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "devices", "nodes")
@@ -27,15 +27,15 @@ class Hardware:
 
 @dataclass(frozen=True, kw_only=True)
 class LoopOptions:
-    """How the training loop proceeds."""
+    """Options of the training loop."""
 
     accumulate: int = 1
-    """Split each batch into this many parts that are processed in turn, to use less memory. The
-    result is the same, except for trained batch norm, whose statistics are then those of a part."""
+    """Number of parts into which each batch is split to save memory (gradient accumulation). The
+    result is the same, except that trained batch norm computes its statistics over one part."""
     checkpoint_every: int = 200
-    """Iterations between checkpoints."""
+    """Number of iterations between checkpoints."""
     log_every: int = 10
-    """Iterations between rows of the logs, and between checks of the offsets."""
+    """Number of iterations between rows of the logs, and between checks of the offsets."""
     validate_every: int | Literal["auto"] | None = None
     """Number of iterations between validations, which keep the best network; auto validates ten
     times, None only after training."""
@@ -43,8 +43,8 @@ class LoopOptions:
     """Number of validations without improvement after which training stops; None disables early
     stopping."""
     stop_on_runaway: bool = False
-    """Stop when the offsets of a layer run away (its samples leave the feature map), instead of
-    warning."""
+    """Stop training, instead of warning, if the offsets of a layer run away (its samples leave the
+    feature map)."""
     progress: bool = True
     """Show a progress bar or, if the output is not a terminal, print a line for each row of the
     logs."""
