@@ -195,7 +195,7 @@ def test_options_of_training_are_grouped(capsys):
     titles = [f"{name} options" for name in ("data", "run", "network", "schedule", "hardware")]
     places = [text.index(title) for title in titles]
     assert places == sorted(places)
-    assert text.index("--data PATH") < text.index("--split") < text.index("--out PATH")
+    assert text.index("--data {None}|PATH") < text.index("--split") < text.index("--out PATH")
     assert "Proposal files written by `deformnet propose`" in text
 
 

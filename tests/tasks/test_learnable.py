@@ -52,13 +52,13 @@ def test_images_without_objects_are_refused(tmp_path, objects, reason):
 
 def test_masks_of_void_are_refused(tmp_path):
     root = masks(tmp_path / "voc", *[255] * 60, classes=["background", "person"])
-    message = "the classes background, person to train on, but all pixels of all 60 masks are void"
+    message = "expected labeled pixels in split train, but all pixels of its 60 label maps are void"
     with pytest.raises(UserError, match=f"{root}: .*{message}"):
         task_of(SEGMENTER).training_set(root, "train")
     # Own ids, which mean nothing in Cityscapes.
     for number in range(2):
         save_city(tmp_path / "city", "train", f"aachen_00000{number}_000000", number)
-    with pytest.raises(UserError, match="all pixels of all 2 masks are void"):
+    with pytest.raises(UserError, match="all pixels of its 2 label maps are void"):
         task_of(SEGMENTER).training_set(tmp_path / "city", "train")
 
 
