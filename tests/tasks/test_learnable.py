@@ -73,8 +73,11 @@ def test_classes_that_never_occur_are_named(tmp_path):
     labels = np.full((12, 16), 255)
     labels[:6] = 0
     root = masks(tmp_path / "binary", labels, labels, 0, classes=["background", "person"])
+    binary = task_of(SEGMENTER).training_set(root, "train").summary()
+    assert binary == ["pixels in all 3 masks: background 66.7 %, person 33.3 %"]
+    root = masks(tmp_path / "empty", 0, 0, classes=["background", "person"])
     assert task_of(SEGMENTER).training_set(root, "train").summary() == [
-        "pixels in all 3 masks: background 66.7 %, void 33.3 %",
+        "pixels in all 2 masks: background 100 %",
         "warning: no pixel of class person",
     ]
     root = masks(tmp_path / "voc", *[1] * 60)
