@@ -97,7 +97,7 @@ for number, column in enumerate(axes.T):
     shown = (
         image.permute(1, 2, 0).numpy(),
         overlay(image, label_map, images.classes),
-        overlay(image, predictor(image), images.classes),
+        predictor(image).plot(),
     )
     for ax, picture in zip(column, shown, strict=True):
         ax.imshow(picture)
