@@ -43,6 +43,8 @@ nitpick_ignore_regex = [
     # Types in public signatures that are not documented themselves.
     ("py:class", r"deformnet\..*"),
     ("py:exc", "UserError"),
+    # Of defaults that Sphinx cannot parse (`=<factory>`), it splits the types at their commas.
+    ("py:class", r"dict\[str"),
 ]
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
