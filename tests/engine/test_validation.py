@@ -22,6 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import deformnet.engine.training as training
 from deformnet import UserError
+from deformnet.data import DataFiles
 from deformnet.engine import load_run, train
 from deformnet.engine.averaging import AveragedNetwork
 from deformnet.engine.logs import TrainingLog, duration, read_log
@@ -327,10 +328,12 @@ def test_a_validation_split_has_any_usual_name(name, tmp_path):
         for kind in ("images", "masks"):
             save_labels(tmp_path / split / kind / "a.png", 1)
     task = task_of(RECIPE)
-    assert not training._lacks(task, tmp_path, "val")
+    assert task.validation(tmp_path, None, "val") == (tmp_path, "val")
     assert len(task.evaluation_set(tmp_path, "val")) == 1
     shutil.rmtree(tmp_path / name)
-    assert training._lacks(task, tmp_path, "val")
+    assert task.validation(tmp_path, None, "val") is None
+    apart = DataFiles(tmp_path / "train/images", tmp_path / "train/masks")
+    assert task.validation(tmp_path, apart, "val") == (apart, "train")
 
 
 def test_scores_that_are_no_numbers_are_never_the_best():

@@ -22,8 +22,6 @@ from torch.optim import SGD, AdamW, Optimizer
 from deformnet._errors import UserError
 from deformnet._files import write_json
 from deformnet.analysis.health import has_deformable_layers
-from deformnet.data.location import DataFiles, Location
-from deformnet.data.splits import resolve
 from deformnet.engine.averaging import AveragedNetwork
 from deformnet.engine.evaluation import score, shared_facts
 from deformnet.engine.header import header
@@ -51,7 +49,7 @@ from deformnet.engine.validation import Validator, pictures_of
 from deformnet.nn import parameter_groups
 from deformnet.recipes import Recipe
 from deformnet.tasks import task_of
-from deformnet.tasks.base import Batch, DataIdentity, Task, TaskOptions
+from deformnet.tasks.base import Batch, DataIdentity, TaskOptions
 from deformnet.tasks.own import Data
 
 
@@ -120,13 +118,8 @@ def train(
     task = task_of(recipe, TaskOptions(proposals=tuple(map(Path, proposals))))
     images = task.training_set(data, split)
     recipe = _with_iterations(recipe, len(images), epochs, continue_to)
-    if isinstance(val_data, DataFiles) and val_split == "val":
-        val_split = "train"  # images and annotations that lie apart are one split
-    elif val_data is None and isinstance(data, Location) and _lacks(task, data, val_split):
-        val_split = None
-    if val_data is None and isinstance(data, Location):
-        val_data = data
     validation = None
+    val_data, val_split = task.validation(data, val_data, val_split) or (None, None)
     if val_data is not None and val_split is not None:
         validation = task.evaluation_set(val_data, val_split, images.identity)
     if validation is None and loop.patience is not None:
@@ -191,11 +184,6 @@ def train(
 def _alone(run: Path, fabric: Fabric) -> AbstractContextManager[None]:
     """Locks the run folder in the first process."""
     return locked(run) if fabric.is_global_zero else nullcontext()
-
-
-def _lacks(task: Task, data: Location, split: str | None) -> bool:
-    """Whether a data set lacks the default validation split, by any of its usual names."""
-    return split == "val" and resolve(splits := task.splits(data), split) not in splits
 
 
 class _Run:

@@ -23,7 +23,8 @@ from torch.utils.data import Dataset
 from deformnet._errors import UserError
 from deformnet._text import Table
 from deformnet.data.files import listing
-from deformnet.data.location import Location
+from deformnet.data.location import DataFiles, Location
+from deformnet.data.splits import resolve
 from deformnet.recipes import Recipe, ScoreAt, TestTimeAugmentation
 from deformnet.tasks.annotations import AnnotatedImages, Images, names_of
 from deformnet.tasks.own import Data, place
@@ -248,6 +249,27 @@ class Task(ABC, Generic[_RecipeT, _ImagesT]):
             UserError: also if there is nothing to learn from, such as objects or labeled pixels.
         """
         return self._training_set(self._opened(data, split))
+
+    def validation(
+        self, data: Data, val_data: Data | None, split: str | None
+    ) -> tuple[Data, str] | None:
+        """The data set and the split to validate on; None if there are none.
+
+        Args:
+            data: the training data.
+            val_data: the validation data, if they are elsewhere.
+            split: the split; None for no validation. The default, `val`, may be missing.
+        """
+        if split is None:
+            return None
+        if val_data is not None:
+            # Images and annotations that lie apart are one split.
+            apart = isinstance(val_data, DataFiles) and split == "val"
+            return val_data, "train" if apart else split
+        if not isinstance(data, Location):
+            return None
+        splits = self.splits(data)
+        return None if split == "val" and resolve(splits, split) not in splits else (data, split)
 
     def evaluation_set(
         self, data: Data, split: str = "val", trained_on: DataIdentity | None = None
