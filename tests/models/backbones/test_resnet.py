@@ -157,7 +157,7 @@ def test_weights_of_another_model(tmp_path):
     larger = torchvision.models.resnet50().state_dict()
     part = "layer2.0.conv1.weight"
     wrong = {
-        "a state dict, but got a dict with keys 'model', 'epoch'": {"model": good, "epoch": 3},
+        "a state dict, but got a dict with keys 'nets', 'epoch'": {"nets": good, "epoch": 3},
         "a state dict, but got list": [1, 2],
         r"weights of ResNet-18: missing key .* and \d+ more": linear,
         "weights of ResNet-18, but got ResNet-50: unexpected key layer1.0.conv3.weight": larger,
