@@ -178,7 +178,7 @@ def test_deeplab_trains_from_a_classifier(trained, shapes, quick, tmp_path):
 
 
 def test_other_data_and_options_are_refused(trained, folder, shapes, tmp_path):
-    with pytest.raises(FileNotFoundError, match="found boxes, no folders of classes"):
+    with pytest.raises(FileNotFoundError, match="expected folders of classes, but found boxes"):
         run(recipe_of(), shapes, tmp_path)
     options = TaskOptions(augmentation=TestTimeAugmentation(flip=True))
     with pytest.raises(ValueError, match="augmentation does not apply to classifier"):
