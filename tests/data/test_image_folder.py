@@ -141,7 +141,7 @@ def test_classes_without_splits(tmp_path, names):
     assert images.classes == tuple(sorted(names.split()))
     assert len(images) == 2 * len(images.classes)
     assert images.name(0) == f"{images.classes[0]}/1.jpg"
-    with one_line(FileNotFoundError, tmp_path / "val", "without splits", "'train'"):
+    with one_line(FileNotFoundError, tmp_path / "val", "so all images are in the split", "'train'"):
         ImageFolderClassification(tmp_path, "val")
     report = check_data(tmp_path, workers=0, progress=False, record=tmp_path / "record")
     assert report.ok
