@@ -1,6 +1,7 @@
 """Base class of the segmentation data sets."""
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol, Self
@@ -67,8 +68,8 @@ class LabelReader(Protocol):
         ...
 
 
-class SegmentationDataset(VisionDataset):
-    """Abstract base class of images with label maps; a subclass finds the files.
+class SegmentationDataset(VisionDataset, ABC):
+    """Abstract base class of images with label maps; a subclass finds the files and reads labels.
 
     Lists and the existence of every file are checked at construction. The content of a file (its
     format, size and labels) is checked when it is read.
@@ -78,7 +79,12 @@ class SegmentationDataset(VisionDataset):
         samples: files of the images and label maps.
         orientation: use of the EXIF orientation of images; `auto` selects what matches the mask.
         transforms: called with (image, mask); None for no transforms.
+        void_advice: advice for a data set in which all pixels are void, for messages.
     """
+
+    @property
+    def void_advice(self) -> str:
+        return "correct the annotations, or leave out the split"
 
     def __init__(
         self,
@@ -87,21 +93,17 @@ class SegmentationDataset(VisionDataset):
         samples: Sequence[LabeledImage],
         classes: tuple[str, ...],
         transforms: Callable | None,
-        *,
-        reader: LabelReader | None = None,
-        orientation: Orientation = "auto",
+        orientation: Orientation,
     ) -> None:
         """
         Args:
             root, split: folder of the data set and its split, for `repr`.
-            reader: reads label maps; None if the subclass overrides `labels`.
         """
         super().__init__(root, transforms=transforms)
         self.split = split
         self.samples: Sequence[LabeledImage] = _Samples(samples)
         self.classes = classes
         self.orientation: Orientation = orientation
-        self._reader = reader
 
     def extra_repr(self) -> str:
         return f"Split: {self.split}"
@@ -126,7 +128,7 @@ class SegmentationDataset(VisionDataset):
 
     def annotated_size(self, index: int) -> Size | None:
         """Annotated height and width; None if there are none."""
-        return None if self._reader is None else read_size(self.samples[index].labels)
+        return None
 
     def __getitem__(self, index: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
         """
@@ -137,31 +139,28 @@ class SegmentationDataset(VisionDataset):
             UserError: one line that names the file, for an unreadable image or label map, a label
                 map of another size than its image, and labels without a class.
         """
-        path, annotated = self.image_path(index), self.annotated_size(index)
-        image = read_image(path, orientation=self.orientation, annotated=annotated)
-        size = image.shape[1], image.shape[2]
-        if self._reader is None and annotated not in (None, size):  # polygons fit any size
-            raise UserError(f"{path}: {size_error(path, size, annotated)}")
-        mask = self.labels(index, size)
+        image = read_image(
+            self.image_path(index),
+            orientation=self.orientation,
+            annotated=self.annotated_size(index),
+        )
+        mask = self.labels(index, (image.shape[1], image.shape[2]))
         pair = tv_tensors.Image(image), tv_tensors.Mask(mask)
         return pair if self.transforms is None else self.transforms(*pair)
 
+    @abstractmethod
     def labels(self, index: int, size: Size) -> Tensor:
         """Label map of an image with height and width `size`: uint8 [H, W], before any transforms.
 
         Raises:
             UserError: see `__getitem__`.
         """
-        if self._reader is None:
-            raise NotImplementedError
-        sample = self.samples[index]
-        labels = self._reader.read(sample.labels)
-        height, width = labels.shape
-        if (height, width) != size:
-            raise UserError(
-                f"{sample.labels}: {wrong_mask_size(sample.image, size, (height, width))}"
-            )
-        return labels
+
+    def _require_size(self, index: int, size: Size, annotated: Size | None) -> None:
+        """Raises UserError if an image does not have its annotated size."""
+        if annotated not in (None, size):
+            path = self.image_path(index)
+            raise UserError(f"{path}: {size_error(path, size, annotated)}")
 
     def require_labels(self) -> None:
         """Reads label maps until one has a labeled pixel, usually the first one.
@@ -178,11 +177,48 @@ class SegmentationDataset(VisionDataset):
                 return  # reported when the sample itself is read
             if (labels != IGNORE).any():
                 return
-        advice = "" if self._reader is None else f"; {self._reader.void_advice}"
         raise UserError(
             f"{self.root}: expected labeled pixels in split {self.split}, but all pixels of "
-            f"its {len(self)} label maps are void ({IGNORE}){advice}"
+            f"its {len(self)} label maps are void ({IGNORE}); {self.void_advice}"
         )
+
+
+class MaskFileDataset(SegmentationDataset):
+    """Abstract base class of images with label maps in image files."""
+
+    def __init__(
+        self,
+        root: Path,
+        split: str,
+        samples: Sequence[LabeledImage],
+        reader: LabelReader,
+        transforms: Callable | None,
+        orientation: Orientation,
+    ) -> None:
+        """
+        Args:
+            root, split, samples, transforms, orientation: see `SegmentationDataset`.
+            reader: reads label maps.
+        """
+        super().__init__(root, split, samples, reader.classes, transforms, orientation)
+        self._reader = reader
+
+    @property
+    def void_advice(self) -> str:
+        return self._reader.void_advice
+
+    def annotated_size(self, index: int) -> Size | None:
+        return read_size(self.samples[index].labels)
+
+    def labels(self, index: int, size: Size) -> Tensor:
+        sample = self.samples[index]
+        labels = self._reader.read(sample.labels)
+        height, width = labels.shape
+        if (height, width) != size:
+            raise UserError(
+                f"{sample.labels}: {wrong_mask_size(sample.image, size, (height, width))}"
+            )
+        return labels
 
 
 def wrong_mask_size(image: Path, size: Size, mask: Size) -> str:

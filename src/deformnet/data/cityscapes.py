@@ -7,7 +7,7 @@ from typing import final
 
 from torchvision.datasets import Cityscapes
 
-from deformnet.data.base import IGNORE, LabeledImage, SegmentationDataset
+from deformnet.data.base import IGNORE, LabeledImage, MaskFileDataset, SegmentationDataset
 from deformnet.data.files import Orientation, is_image, listing, require_folder
 from deformnet.data.items import LabelsItem
 from deformnet.data.layouts import ImageList, Layout, Missing
@@ -37,7 +37,7 @@ _CITIES = """
 
 
 @final
-class CityscapesSegmentation(SegmentationDataset):
+class CityscapesSegmentation(MaskFileDataset):
     """Images and fine labels in the Cityscapes layout.
 
     ```
@@ -89,11 +89,7 @@ class CityscapesSegmentation(SegmentationDataset):
             samples += added
             parts.append(Part(str(images.source), (), [sample.name for sample in added]))
         require_union(parts)
-        super().__init__(
-            *(root, split, samples, reader.classes, transforms),
-            reader=reader,
-            orientation=orientation,
-        )
+        super().__init__(root, split, samples, reader, transforms, orientation)
 
 
 def _reader(root: Path) -> MaskReader:

@@ -79,9 +79,7 @@ class COCOSegmentation(SegmentationDataset):
             ]
             parts.append(Part(str(file.path), file.classes, names))
         require_union(parts)
-        super().__init__(
-            *(place.annotations, split, samples, classes, transforms), orientation=orientation
-        )
+        super().__init__(place.annotations, split, samples, classes, transforms, orientation)
         self._sizes = torch.tensor([size or (0, 0) for size in sizes], dtype=torch.int64)
         order = torch.tensor(owners, dtype=torch.int64).argsort(stable=True)
         self._values = torch.tensor(values, dtype=torch.uint8)[order]
@@ -104,6 +102,7 @@ class COCOSegmentation(SegmentationDataset):
         return (height, width) if height else None
 
     def labels(self, index: int, size: Size) -> Tensor:
+        self._require_size(index, size, self.annotated_size(index))
         objects = range(len(self._values))[span(self._ends, index)]
         return draw(size, [self._region(index, item, size) for item in objects])
 

@@ -214,17 +214,17 @@ class LabelmeSegmentation(SegmentationDataset):
         self._object_classes = read_classes(place)
         classes = with_background(self._object_classes.names, self._object_classes.origin)
         samples = [LabeledImage(*row) for row in _read_union(place, split, self._object_classes)]
-        super().__init__(
-            *(place.annotations, split, samples, classes, transforms), orientation=orientation
-        )
+        super().__init__(place.annotations, split, samples, classes, transforms, orientation)
 
     def annotated_size(self, index: int) -> Size | None:
         return LabelmeFile(self.samples[index].labels).size
 
     def labels(self, index: int, size: Size) -> Tensor:
         path = self.samples[index].labels
+        content = LabelmeFile(path)
+        self._require_size(index, size, content.size)
         regions = []
-        for item in LabelmeFile(path).objects:
+        for item in content.objects:
             label = label_of(path, item, self._object_classes)
             background = 0 if item.label in _BACKGROUNDS else IGNORE
             value = background if label is None or item.ignored else label + 1

@@ -7,7 +7,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple, final
 
-from deformnet.data.base import LabeledImage, SegmentationDataset
+from deformnet.data.base import LabeledImage, MaskFileDataset, SegmentationDataset
 from deformnet.data.files import (
     Orientation,
     has_images,
@@ -52,7 +52,7 @@ class MaskFolders(NamedTuple):
 
 
 @final
-class FolderSegmentation(SegmentationDataset):
+class FolderSegmentation(MaskFileDataset):
     """Images and masks with the same names, in folders:
 
     ```
@@ -106,11 +106,7 @@ class FolderSegmentation(SegmentationDataset):
             ]
             parts.append(Part(str(images.source), reader.classes, names))
         require_union(parts)
-        super().__init__(
-            *(root, split, samples, reader.classes, transforms),
-            reader=reader,
-            orientation=orientation,
-        )
+        super().__init__(root, split, samples, reader, transforms, orientation)
 
 
 def _find(place: DataFiles) -> tuple[dict[str, MaskFolders], MaskReader]:

@@ -8,7 +8,7 @@ from typing import Generic, NamedTuple, Protocol, TypeVar, final
 from deformnet._errors import UserError
 from deformnet._files import read_lines
 from deformnet.data import voc_files
-from deformnet.data.base import LabeledImage, SegmentationDataset
+from deformnet.data.base import LabeledImage, MaskFileDataset, SegmentationDataset
 from deformnet.data.boxes import DetectionDataset, ImageFile, ObjectList
 from deformnet.data.files import Folder, Orientation, Size, inside, listing, read_size
 from deformnet.data.items import BoxesItem, LabelsItem
@@ -21,7 +21,7 @@ from deformnet.data.voc_files import VOC_CLASSES
 
 
 @final
-class VOCSegmentation(SegmentationDataset):
+class VOCSegmentation(MaskFileDataset):
     """Images and label maps in the VOC layout.
 
     ```
@@ -75,11 +75,7 @@ class VOCSegmentation(SegmentationDataset):
             for image, mask in images.pairs
         ]
         reader = parts[0][1].reader
-        super().__init__(
-            *(root, split, samples, reader.classes, transforms),
-            reader=reader,
-            orientation=orientation,
-        )
+        super().__init__(root, split, samples, reader, transforms, orientation)
 
 
 @final

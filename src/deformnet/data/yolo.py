@@ -127,9 +127,7 @@ class YOLOSegmentation(SegmentationDataset):
             LabeledImage(name, image, labels or image)
             for name, image, labels in _read_union(place, split, self._yolo_classes)
         ]
-        super().__init__(
-            *(place.annotations, split, samples, classes, transforms), orientation=orientation
-        )
+        super().__init__(place.annotations, split, samples, classes, transforms, orientation)
 
     def labels(self, index: int, size: tuple[int, int]) -> Tensor:
         _, image, labels = self.samples[index]

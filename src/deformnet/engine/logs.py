@@ -107,7 +107,7 @@ class TrainingLog:
             self._tensorboard.add_scalar(name, value, iteration)
         # Written here, so that no other thread runs into a full disk later.
         self._tensorboard.flush()
-        self._show(loss=f"{values['loss']:.4g}")
+        self._show("loss", f"{values['loss']:.4g}")
         if self._lines:
             left = duration((self._total - iteration) * values["seconds"])
             self._line(
@@ -141,12 +141,12 @@ class TrainingLog:
         self._tensorboard.flush()
         name, value = main
         text = "-" if value is None else f"{value:.1f}"
-        self._show(**{name: text})
+        self._show(name, text)
         if self._lines:
             self._line(f"{name} {text} after {iteration} of {self._total}")
 
-    def _show(self, **values: str) -> None:
-        self._postfix |= values
+    def _show(self, name: str, value: str) -> None:
+        self._postfix[name] = value
         self._bar.set_postfix(self._postfix, refresh=False)
 
     def _line(self, text: str) -> None:

@@ -145,10 +145,11 @@ def train(
         validator = Validator(validation, loop, recipe.iterations, workers, earlier)
         if val_data is not None and val_split is not None:
             validator.pictures = pictures_of(task, val_data, val_split, images.identity)
-        if fabric.is_global_zero and (checkpoint is None or continue_to is not None):
-            write_json(out / "recipe.json", recipe.to_dict())
-        if fabric.is_global_zero and validator.validated["best"] is None:
-            best_path(out).unlink(missing_ok=True)  # from a validation that no checkpoint records
+        if fabric.is_global_zero:
+            if checkpoint is None or continue_to is not None:
+                write_json(out / "recipe.json", recipe.to_dict())
+            if validator.validated["best"] is None:
+                best_path(out).unlink(missing_ok=True)  # of a validation that no checkpoint records
         fabric.barrier()
         if not validator.exhausted and (done < recipe.iterations or validator.due(done)):
             run = _Run(fabric, recipe, model, images.identity, out, loop, checkpoint, validator)
