@@ -167,9 +167,7 @@ def test_weights_as_safetensors(tmp_path):
 def test_a_run_that_was_only_begun(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "last.ckpt.partial").write_bytes(b"half")
-    with pytest.raises(
-        FileNotFoundError, match="expected a trained run, but found no checkpoints"
-    ):
+    with pytest.raises(FileNotFoundError, match="expected a trained run, but found no checkpoints"):
         backbone("resnet18", weights=tmp_path)
 
 

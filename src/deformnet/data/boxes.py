@@ -12,11 +12,9 @@ from torchvision import tv_tensors
 from torchvision.datasets import VisionDataset
 
 from deformnet._errors import UserError
-from deformnet.data.files import Orientation, read_image, size_error
+from deformnet.data.files import Orientation, log_once, read_image, size_error
 from deformnet.data.flat import StringList, span
 from deformnet.data.items import FAR
-
-_log = logging.getLogger(__name__)
 
 
 class BoxAnnotations(NamedTuple):
@@ -112,10 +110,10 @@ class DetectionDataset(VisionDataset):
         self.dropped = int((~kept).sum())
         if self.dropped:
             first = images[objects.images[int(kept.logical_not().nonzero()[0])]].name
-            _log.warning(
-                "%s: %d of %d boxes have no area inside their image and are dropped, "
-                "the first one in %s",
-                *(root, self.dropped, len(kept), first),
+            log_once(
+                logging.WARNING,
+                f"{root}: {self.dropped} of {len(kept)} boxes have no area inside their image and "
+                f"are dropped, the first one in {first}",
             )
 
     def _keep(self, objects: ObjectList) -> Tensor:
@@ -137,19 +135,19 @@ class DetectionDataset(VisionDataset):
     def _warn(self, edges: Tensor, bounds: Tensor, kept: Tensor, owners: Tensor) -> None:
         """Warns about boxes that are probably not in pixels of their image."""
         if len(edges) and bounds.min() > 1 and edges[:, 2:].max() <= 1:
-            _log.warning(
-                "%s: expected boxes in pixels, but all %d boxes are within 0 to 1; they seem to be "
-                "fractions of the width and height",
-                *(self.root, len(edges)),
+            log_once(
+                logging.WARNING,
+                f"{self.root}: expected boxes in pixels, but all {len(edges)} boxes are within 0 "
+                "to 1; they seem to be fractions of the width and height",
             )
         beyond = torch.maximum(-edges, edges - bounds).amax(1)
         far = kept & (beyond > (FAR * bounds.amax(1)).clamp(min=2))
         if far.any():
             first = self._names[int(owners[far][0])]
-            _log.warning(
-                "%s: %d of %d boxes extend far outside their image and are clipped; the first one "
-                "is in %s",
-                *(self.root, int(far.sum()), len(edges), first),
+            log_once(
+                logging.WARNING,
+                f"{self.root}: {int(far.sum())} of {len(edges)} boxes extend far outside their "
+                f"image and are clipped; the first one is in {first}",
             )
 
     def subset(self, indices: Sequence[int], split: str) -> Self:

@@ -1,6 +1,7 @@
 """Reading of a single image, label map or list, with errors that name the file."""
 
 import json
+import logging
 import math
 import os
 import re
@@ -9,6 +10,7 @@ import struct
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path, PurePath, PurePosixPath
 from typing import IO, Literal, NamedTuple
 
@@ -18,6 +20,8 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from deformnet._errors import UserError
+
+_log = logging.getLogger("deformnet.data")
 
 IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"),
@@ -180,6 +184,12 @@ def size_error(path: Path, size: Size, annotated: Size) -> str:
     if size == annotated[::-1] and is_rotated(path):
         text += " because of its EXIF orientation; orientation='auto' selects what matches"
     return text
+
+
+@lru_cache(maxsize=64)
+def log_once(level: int, text: str) -> None:
+    """Logs a message about a data set, once however often the data set is opened."""
+    _log.log(level, text)
 
 
 def size_text(height: int, width: int) -> str:

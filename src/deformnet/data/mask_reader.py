@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from deformnet._errors import UserError
 from deformnet.data.base import IGNORE
-from deformnet.data.files import StoredMask, listing, read_stored_mask
+from deformnet.data.files import StoredMask, listing, log_once, read_stored_mask
 from deformnet.data.layouts import ImageList
 from deformnet.data.palette import ClassFile, Color, Colors, color_of, voc_colors
 from deformnet.data.voc_files import VOC_CLASSES
@@ -29,7 +28,6 @@ _UNKNOWN = 254
 _BINARY_TABLE = bytes([0, *[_UNKNOWN] * 254, 1])
 _BINARY_CLASSES = ("background", "object")
 _NO_LABEL = -1
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -290,7 +288,7 @@ def _binary_reader(names: tuple[str, ...] | None, file: Path) -> MaskReader:
             f"class; for {len(classes)} classes, store ids from 0 to {len(classes) - 1}"
         )
     note = f"masks contain only 0 and 255: 255 is read as label 1, {classes[1]}"
-    _say_once(file.parent, note)
+    log_once(logging.INFO, f"{file.parent}: {note}")
     return MaskReader(
         classes,
         "only 0 and 255, as in the other masks",
@@ -328,8 +326,3 @@ def _first_colored(stored: StoredMask) -> int:
     pixels = stored.pixels
     colored = (pixels != pixels[..., :1]).any(-1)
     return int(stored.codes()[colored][0])
-
-
-@lru_cache(maxsize=64)
-def _say_once(folder: Path, note: str) -> None:
-    _log.info("%s: %s", folder, note)

@@ -19,6 +19,7 @@ from deformnet.data.files import (
     image_names,
     is_image,
     listing,
+    log_once,
     read_size,
     subfolders,
     walk_files,
@@ -33,7 +34,6 @@ from deformnet.data.voc_files import ClassList
 _XML_FOLDERS = ("annotations", "annotation", "labels", "label", "xml", "xmls", "ann")
 _IMAGE_FOLDERS = ("images", "image", "jpegimages", "imgs", "img", "photos", "data")
 _PEEKED = 3  # number of XML files to inspect to recognize the layout
-_log = logging.getLogger(__name__)
 
 
 @final
@@ -95,9 +95,10 @@ class VOCFolderDetection(DetectionDataset):
                 files.append(ImageFile(image_name, file, size))
             parts.append(Part(str(images.source), classes.names, names))
             if images.singles:
-                _log.info(
-                    "%s: %d of %d images have no XML file; they are read without objects",
-                    *(images.source, len(images.singles), len(rows)),
+                log_once(
+                    logging.INFO,
+                    f"{images.source}: {len(images.singles)} of {len(rows)} images have no XML "
+                    "file; they are read without objects",
                 )
         require_union(parts)
         super().__init__(
