@@ -114,7 +114,6 @@ def test_classes_txt_is_all_that_yolo_lacks(written, tmp_path):
     assert len(it.open(tmp_path, "train")) == 12
 
 
-@pytest.mark.xfail(strict=True, reason="the advice of MaskReader on JPEG is not in choose_reader")
 def test_binary_masks_saved_as_jpeg(real_data, tmp_path):
     binary_masks(tmp_path, real_data)
     (tmp_path / "classes.txt").unlink()
@@ -125,7 +124,6 @@ def test_binary_masks_saved_as_jpeg(real_data, tmp_path):
         open_segmentation(tmp_path, "train")
 
 
-@pytest.mark.xfail(strict=True, reason="data check says nothing of classes that differ in case")
 def test_misspelled_class(real_data, tmp_path):
     labelimg(tmp_path / "set", real_data)
     xml = min((tmp_path / "set").glob("*.xml"))

@@ -96,10 +96,13 @@ class MaskReader:
         return labels.astype(np.uint8)
 
     def _message(self, path: Path, got: str) -> str:
-        text = f"{path}: expected {self.expected}, but got {got}; {self.advice}"
-        if path.suffix.lower() in (".jpg", ".jpeg"):
-            text += "; JPEG changes values, so save masks as PNG"
-        return text
+        return f"{path}: expected {self.expected}, but got {got}; {self.advice}{_if_jpeg(path)}"
+
+
+def _if_jpeg(mask: Path) -> str:
+    """Advice for messages about masks in JPEG files."""
+    is_jpeg = mask.suffix.lower() in (".jpg", ".jpeg")
+    return "; JPEG changes values, so save masks as PNG" if is_jpeg else ""
 
 
 def note_void(images: ImageList, reader: MaskReader, *, is_remark: bool = False) -> None:
@@ -168,6 +171,7 @@ def choose_reader(
     raise UserError(
         f"{file}: no such file; expected class names, one per line from id 0, since the masks "
         f"contain ids up to {highest}; if the ids number objects, save class ids instead"
+        f"{_if_jpeg(next(iter(masks)))}"
     )
 
 

@@ -39,9 +39,20 @@ def list_notes(
     summaries: Sequence[ListSummary],
     fingerprints: Mapping[str, int | None],
 ) -> list[str]:
-    """Remarks about whole lists: absent classes, rotated images, shared images."""
+    """Remarks about whole lists: absent and similar classes, rotated images, shared images."""
     shared = find_duplicates(_groups(lists), fingerprints)
-    return [*_absent_classes(summaries), *_rotated(summaries), *shared]
+    similar = _similar_classes(lists)
+    return [*_absent_classes(summaries), *similar, *_rotated(summaries), *shared]
+
+
+def _similar_classes(lists: Sequence[ImageList]) -> Iterator[str]:
+    """A line for class names that differ only in case or blanks, as misspelled ones do."""
+    names: dict[str, set[str]] = {}
+    for name in {name for images in lists for name in images.classes}:
+        names.setdefault("".join(name.casefold().split()), set()).add(name)
+    for same in names.values():
+        if len(same) > 1:
+            yield f"classes {listing(sorted(same))} differ only in case or blanks; are they one?"
 
 
 def _absent_classes(summaries: Sequence[ListSummary]) -> Iterator[str]:
