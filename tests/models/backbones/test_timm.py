@@ -148,6 +148,19 @@ def test_frozen_norm_and_first_stages(name):
     assert {key for key, p in model.named_parameters() if p.grad is None} >= frozen
 
 
+def test_stages_of_the_trunk(name):
+    model = build(name, norm="frozen", reduce_channels=8)
+    names = [part for stage in model.trunk_stages for part in stage]
+    assert len(model.trunk_stages) == 4
+    assert len(set(names)) == len(names)
+    stages = [model.get_submodule(part).parameters() for part in names]
+    ids = [id(parameter) for parameters in stages for parameter in parameters]
+    assert sorted(ids) == sorted(id(parameter) for parameter in model.trunk.parameters())
+    model.freeze(4)
+    assert not any(p.requires_grad for p in model.trunk.parameters())
+    assert all(p.requires_grad for p in model.conv5.parameters())
+
+
 @pytest.mark.parametrize("network", ["classifier", "deeplab", "rpn", "aware", "faster", "rfcn"])
 def test_every_network_trains(name, network):
     anchors = {"sizes": (16, 32), "ratios": (1,)}

@@ -32,6 +32,7 @@ def backbone(
     offset_groups: int = 1,
     modulated: bool = False,
     norm: Norm = "trained",
+    freeze: int | None = None,
     stride_in_1x1: bool = False,
     output_stride: OutputStride = 16,
     weights: str | Path | None = None,
@@ -53,8 +54,10 @@ def backbone(
         dilation: Dilation of conv5 (2; Table 3 tries 4, 6 and 8).
         offset_groups: Offset groups of the deformable layers.
         modulated: Whether the deformable layers also learn a mask.
-        norm: "frozen" fixes the statistics and parameters of all batch norm, and conv1 and conv2,
-            as in the authors' fine-tuning. "trained" trains everything, which random weights need.
+        norm: "frozen" fixes the statistics and parameters of all batch norm; "trained" trains them.
+        freeze: Number of stages to freeze, from 0 to 5 (conv1 to conv5); requires frozen batch
+            norm. Offsets of deformable layers in these stages are still trained. None freezes conv1
+            and conv2 with frozen batch norm, as in the authors' fine-tuning, and nothing otherwise.
         stride_in_1x1: Whether conv3 and conv4 stride in the first 1x1 convolution of their blocks,
             as in He et al. 2016, the authors' code and detectron2's older models, rather than in
             the 3x3 convolution, as in torchvision. Weights belong to one of the two, which their
@@ -78,6 +81,11 @@ def backbone(
     if not name.startswith(_TIMM):
         one_of("name", name, _NAMES)
     one_of("norm", norm, get_args(Norm))
+    freeze = (2 if norm == "frozen" else 0) if freeze is None else freeze
+    if freeze and norm == "trained":
+        raise ValueError(f"expected norm to be frozen for freeze={freeze}, but got trained")
+    if not 0 <= freeze <= 5:
+        raise ValueError(f"expected freeze to be 0 to 5, but got {freeze}")
     norm_layer = FrozenBatchNorm2d if norm == "frozen" else nn.BatchNorm2d
     if name.startswith("resnet"):
         model = ResNetFeatures(name, norm_layer, stride_in_1x1, output_stride, reduce_channels)
@@ -93,8 +101,7 @@ def backbone(
         model = AlignedInceptionResNetFeatures(norm_layer, output_stride, reduce_channels)
     if output_stride == 16:
         dilate(model.conv5_stage, dilation)
-    if norm == "frozen":
-        model.freeze_first_stages()
+    model.freeze(freeze)
     deform_last(model, deform_layers, offset_groups=offset_groups, modulated=modulated)
     if weights is not None:
         state = initial_weights(model, weights, stride_in_1x1)

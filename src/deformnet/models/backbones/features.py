@@ -4,7 +4,8 @@ Dai et al. 2017, section 2.3, "Deformable Convolution for Feature Extraction".
 """
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from types import MappingProxyType
 from typing import Any, Literal, Protocol, get_args
 
@@ -160,9 +161,17 @@ class Backbone(nn.Module):
         `deformnet.analysis.sampling_locations` takes all or the first few of them (Figure 6).
         """
 
+    @property
     @abstractmethod
-    def freeze_first_stages(self) -> None:
-        """Freeze conv1 and conv2, as the authors do in fine-tuning."""
+    def trunk_stages(self) -> Sequence[Sequence[str]]:
+        """Names of the modules with parameters in each of conv1 to conv4."""
+
+    def freeze(self, stages: int) -> None:
+        """Freeze the first stages: 2 for conv1 and conv2, 4 for everything up to conv4."""
+        for name in chain.from_iterable(self.trunk_stages[:stages]):
+            self.get_submodule(name).requires_grad_(False)
+        if stages > len(self.trunk_stages):
+            self.conv5_stage.requires_grad_(False)
 
 
 def initialize(*layers: nn.Conv2d | nn.Linear) -> None:

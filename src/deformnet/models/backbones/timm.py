@@ -1,7 +1,7 @@
 """Convolutional networks of timm as dilated and deformable feature extractors."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, cast
 
@@ -73,9 +73,9 @@ class TimmFeatures(Backbone):
         theirs = {id(value): key for key, value in net.state_dict(keep_vars=True).items()}
         self._shapes = {key: value.shape for key, value in net.state_dict().items()}
         if isinstance(net, HighResolutionNet):
-            self.trunk, self.conv5, self._first = _split_high_resolution(net)
+            self.trunk, self.conv5, self._stages = _split_high_resolution(net)
         else:
-            self.trunk, self.conv5, self._first = _split(net, name, levels)
+            self.trunk, self.conv5, self._stages = _split(net, name, levels)
         self._names = {
             theirs[id(value)]: key
             for key, value in self.state_dict(keep_vars=True).items()
@@ -146,9 +146,9 @@ class TimmFeatures(Backbone):
         chain = tuple(name for name in reversed(self._filters) if name.startswith("conv5."))
         return chain if isinstance(self.conv5, nn.Sequential) else chain[:1]
 
-    def freeze_first_stages(self) -> None:
-        for name in self._first:
-            self.trunk.get_submodule(name).requires_grad_(False)
+    @property
+    def trunk_stages(self) -> Sequence[Sequence[str]]:
+        return self._stages
 
     def own_names(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """A state dict of timm's network, with the names of this backbone.
@@ -243,8 +243,8 @@ def _create(name: str) -> nn.Module:
 
 def _split(
     net: nn.Module, name: str, levels: Mapping[int, Mapping[str, Any]]
-) -> tuple[nn.Module, nn.Module, list[str]]:
-    """Modules up to stride 16, modules from there to 32, and names of modules up to stride 4.
+) -> tuple[nn.Module, nn.Module, list[list[str]]]:
+    """Modules up to stride 16, modules from there to 32, and `Backbone.trunk_stages`.
 
     Like timm's `FeatureListNet`, assumes that modules run in the order of their definition.
     """
@@ -259,22 +259,33 @@ def _split(
         raise _unfit(name, f"features inside its module {ends[16].partition('.')[0]}")
     names = list(modules)
     conv4, conv5 = (names.index(ends[stride]) + 1 for stride in (16, 32))
-    first = names.index(ends[4]) + 1 if ends.get(4) in modules else 0
+    # A stem of stride 4 has no module of stride 2: all of it belongs to conv2.
+    found = {stride: names.index(end) + 1 for stride, end in ends.items() if end in modules}
+    bounds = [0, *(found.get(stride, 0) for stride in (2, 4, 8)), conv4]
+    stages = [
+        [f"trunk.{part.replace('.', '_')}" for part in names[max(bounds[:end]) : bounds[end]]]
+        for end in range(1, len(bounds))
+    ]
     trunk, last = nn.Sequential(), nn.Sequential()
     for position, (part, module) in enumerate(modules.items()):
         if position < conv5:
             (trunk if position < conv4 else last).add_module(part.replace(".", "_"), module)
-    return trunk, last, [part.replace(".", "_") for part in names[:first]]
+    return trunk, last, stages
 
 
-def _split_high_resolution(net: HighResolutionNet) -> tuple[nn.Module, nn.Module, list[str]]:
+def _split_high_resolution(net: HighResolutionNet) -> tuple[nn.Module, nn.Module, list[list[str]]]:
     """Same as `_split`, for HRNet."""
     widen, down = cast(nn.ModuleList, net.incre_modules), cast(nn.ModuleList, net.downsamp_modules)
     net.incre_modules = net.downsamp_modules = net.final_layer = None  # features are the branches
     net.reset_classifier(0)
-    first = [f"net.{name}" for name in ("conv1", "bn1", "conv2", "bn2", "layer1")]
     trunk = _HighResolutionTrunk(net, widen[:3], down[:2])
-    return trunk, _HighResolutionHead(widen[3], cast(nn.Sequential, down[2])), first
+    first = [["trunk.net.conv1", "trunk.net.bn1"]]
+    first.append([f"trunk.net.{part}" for part in ("conv2", "bn2", "layer1")])
+    rest = [f"trunk.net.{part}" for part, _ in net.named_children()]
+    rest = [part for part in rest if part not in first[0] + first[1]]
+    # Its branches of stride 8 and 16 run side by side.
+    stages = [*first, [], [*rest, "trunk.widen", "trunk.down"]]
+    return trunk, _HighResolutionHead(widen[3], cast(nn.Sequential, down[2])), stages
 
 
 def _keep_resolution(stage: nn.Module) -> None:
