@@ -12,7 +12,6 @@ from deformnet.models.backbones.features import (
     Norm,
     OutputStride,
     deform_last,
-    dilate,
 )
 from deformnet.models.backbones.resnet import ResNetFeatures
 from deformnet.models.backbones.weights import initial_weights, load_weights
@@ -40,8 +39,10 @@ def backbone(
 ) -> Backbone:
     """Build a backbone by name, by default at output stride 16.
 
-    conv5 (layer4 of ResNet) then has stride 1 and dilated 3x3 convolutions. (torchvision's
-    `replace_stride_with_dilation` leaves the first block undilated.)
+    conv5 (layer4 of ResNet) then has stride 1 and dilated 3x3 convolutions, all of them, as in the
+    authors' code. In networks of timm, the convolution that had the stride, and those before it,
+    get half the dilation, as in torchvision's `replace_stride_with_dilation`: with the default, the
+    features are then those of the pretrained network, at more positions.
 
     Args:
         name: resnet18, resnet34, resnet50, resnet101, aligned-inception-resnet, or timm/NAME for a
@@ -100,7 +101,7 @@ def backbone(
     else:
         model = AlignedInceptionResNetFeatures(norm_layer, output_stride, reduce_channels)
     if output_stride == 16:
-        dilate(model.conv5_stage, dilation)
+        model.dilate(dilation)
     model.freeze(freeze)
     deform_last(model, deform_layers, offset_groups=offset_groups, modulated=modulated)
     if weights is not None:

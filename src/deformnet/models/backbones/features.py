@@ -4,7 +4,7 @@ Dai et al. 2017, section 2.3, "Deformable Convolution for Feature Extraction".
 """
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import chain
 from types import MappingProxyType
 from typing import Any, Literal, Protocol, get_args
@@ -166,6 +166,10 @@ class Backbone(nn.Module):
     def trunk_stages(self) -> Sequence[Sequence[str]]:
         """Names of the modules with parameters in each of conv1 to conv4."""
 
+    def dilate(self, dilation: int) -> None:
+        """Set the stride of conv5 to 1 and dilate its convolutions; see `dilate`."""
+        dilate(self.conv5_stage, dilation)
+
     def freeze(self, stages: int) -> None:
         """Freeze the first stages: 2 for conv1 and conv2, 4 for everything up to conv4."""
         for name in chain.from_iterable(self.trunk_stages[:stages]):
@@ -191,11 +195,13 @@ def require_images(images: Tensor) -> None:
         raise ValueError(f"expected images to be [N, 3, H, W], but got {list(images.shape)}")
 
 
-def dilate(stage: nn.Module, dilation: int) -> None:
+def dilate(stage: nn.Module, dilation: int, *, entry: Collection[nn.Module] = ()) -> None:
     """Set the stride of a stage to 1 and dilate its convolutions of odd size.
 
     Convolutions of even size, which merge patches in some networks, are not dilated.
 
+    Args:
+        entry: Convolutions that get half the dilation.
     Raises:
         ValueError: If `dilation` is less than 1.
     """
@@ -206,7 +212,8 @@ def dilate(stage: nn.Module, dilation: int) -> None:
             if any(size % 2 == 0 for size in module.kernel_size):
                 module.padding = "same"
                 continue
-            module.dilation = tuple(dilation * step for step in module.dilation)
+            factor = max(1, dilation // 2) if module in entry else dilation
+            module.dilation = tuple(factor * step for step in module.dilation)
             module.padding = tuple(
                 step * (size // 2)
                 for step, size in zip(module.dilation, module.kernel_size, strict=True)

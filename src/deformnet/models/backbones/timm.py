@@ -81,8 +81,7 @@ class TimmFeatures(Backbone):
             for key, value in self.state_dict(keep_vars=True).items()
             if id(value) in theirs
         }
-        if output_stride == 16:
-            _keep_resolution(self.conv5)
+        self._entry = _keep_resolution(self.conv5) if output_stride == 16 else []
         if norm == "frozen":
             freeze_batch_norm_2d(self.trunk)
             freeze_batch_norm_2d(self.conv5)
@@ -145,6 +144,10 @@ class TimmFeatures(Backbone):
     def filter_chain(self) -> tuple[str, ...]:
         chain = tuple(name for name in reversed(self._filters) if name.startswith("conv5."))
         return chain if isinstance(self.conv5, nn.Sequential) else chain[:1]
+
+    def dilate(self, dilation: int) -> None:
+        entry = [self.conv5.get_submodule(name) for name in self._entry]
+        dilate(self.conv5, dilation, entry=entry)
 
     @property
     def trunk_stages(self) -> Sequence[Sequence[str]]:
@@ -288,8 +291,17 @@ def _split_high_resolution(net: HighResolutionNet) -> tuple[nn.Module, nn.Module
     return trunk, _HighResolutionHead(widen[3], cast(nn.Sequential, down[2])), stages
 
 
-def _keep_resolution(stage: nn.Module) -> None:
-    """Set all strides of a stage to 1."""
+def _keep_resolution(stage: nn.Module) -> list[str]:
+    """Set all strides of a stage to 1.
+
+    Returns:
+        Names of the convolutions larger than 1x1 up to the last that had a stride.
+    """
+    names, strided = [], 0
+    for name, module in stage.named_modules():
+        if isinstance(module, nn.Conv2d) and max(module.kernel_size) > 1:
+            names.append(name)
+            strided = len(names) if max(module.stride) > 1 else strided
     for name, module in list(stage.named_modules()):
         if type(module) is Conv2dSame:  # pads like any other convolution at stride 1
             module.__class__ = nn.Conv2d
@@ -298,6 +310,7 @@ def _keep_resolution(stage: nn.Module) -> None:
         elif isinstance(module, nn.MaxPool2d):
             stage.set_submodule(name, MaxPool2dSame(module.kernel_size, 1))
     dilate(stage, 1)
+    return names[:strided]
 
 
 def _first(maps: Tensor | tuple[Tensor, Tensor]) -> Tensor:
