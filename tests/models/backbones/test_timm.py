@@ -71,16 +71,19 @@ def test_features_are_those_of_timm(name, tmp_path):
 
 @torch.no_grad()
 def test_dilated_features_contain_the_pretrained_ones(name):
-    networks = [build(name, output_stride=stride, reduce_channels=None) for stride in (16, 32)]
-    state = random_state(networks[0])
-    images = torch.rand(1, 3, 128, 128)
-    for network in networks:
+    dense, coarse = (
+        build(name, output_stride=stride, reduce_channels=None).eval() for stride in (16, 32)
+    )
+    state = random_state(dense)
+    for network in (dense, coarse):
         network.load_state_dict(state)
-        network.eval()
-    dense, coarse = (network.stages(images)[1] for network in networks)
-    # TensorFlow's padding samples at odd positions for even sizes.
-    first = 1 if name.startswith("tf_") else 0
-    torch.testing.assert_close(dense[..., first::2, first::2], coarse, rtol=1e-4, atol=1e-4)
+    images = F.interpolate(torch.rand(1, 3, 64, 64), (512, 512), mode="bicubic")
+    # TensorFlow's padding centers units of stride 32 at 31, 63, ...; a patch stem at 7.5 + 8, ...
+    lead = {"tf_efficientnet_lite0": 31, "convnext_atto": 8}.get(name, 0)
+    inside = (..., slice(7, 9), slice(7, 9))  # the borders differ
+    found = dense.stages(images)[1][..., ::2, ::2][inside]
+    expected = coarse.stages(F.pad(images, (lead, 0, lead, 0)))[1][inside]
+    assert (found - expected).abs().mean() < 0.02 * expected.abs().mean()
 
 
 @torch.no_grad()
@@ -150,7 +153,7 @@ def test_any_number_of_layers_up_to_all():
         ):
             build(name, deform_layers=99)
     with pytest.raises(UserError, match="Conv2dSame, which overrides"):
-        build(LITE0, deform_layers=17)
+        build(LITE0, deform_layers=17, output_stride=32)
 
 
 def test_frozen_norm_and_first_stages(name):

@@ -30,9 +30,12 @@ class TimmFeatures(Backbone):
 
     The modules up to stride 16 are in `trunk`, and the modules from there to stride 32 in `conv5`,
     with timm's names. Images are padded on the right and at the bottom to a multiple of the stride,
-    since networks with a patch stem would drop the remainder. The units of these networks, and of
-    networks with TensorFlow's padding ("tf_..."), are offset by up to half a cell from the units of
-    other backbones.
+    since networks with a patch stem would drop the remainder.
+
+    At output stride 16, units are centered as in other backbones, since boxes and label maps are
+    placed by them. In a network with TensorFlow's padding ("tf_..."), they would be 15 pixels away,
+    so its strided convolutions are padded on both sides; with a patch stem, 7.5 pixels, so images
+    are also padded on the left and at the top. Except at the borders, both translate the image.
 
     Args:
         name: timm's name of the network, with or without a weights tag.
@@ -81,7 +84,11 @@ class TimmFeatures(Backbone):
             for key, value in self.state_dict(keep_vars=True).items()
             if id(value) in theirs
         }
-        self._entry = _keep_resolution(self.conv5) if output_stride == 16 else []
+        self._entry: list[str] = []
+        self._lead = 0
+        if output_stride == 16:
+            self._entry = _keep_resolution(self.conv5)
+            self._lead = _center(self.trunk)
         if norm == "frozen":
             freeze_batch_norm_2d(self.trunk)
             freeze_batch_norm_2d(self.conv5)
@@ -123,16 +130,23 @@ class TimmFeatures(Backbone):
 
     def _normalized(self, images: Tensor) -> Tensor:
         require_images(images)
-        height, width = images.shape[2:]
-        images = F.pad(images, (0, -width % self.stride, 0, -height % self.stride))
+        height, width = (self._lead + side for side in images.shape[2:])
+        right, bottom = -width % self.stride, -height % self.stride
+        images = F.pad(images, (self._lead, right, self._lead, bottom))
         return images * self.scale + self.shift
+
+    def _cropped(self, maps: Tensor, images: Tensor, stride: int) -> Tensor:
+        """The units of the images, without those that are due to the padding on the left."""
+        rows, columns = (-(-side // stride) for side in images.shape[2:])
+        return maps[..., :rows, :columns] if self._lead else maps
 
     def stages(self, images: Tensor) -> tuple[Tensor, Tensor]:
         maps = self.trunk(self._normalized(images))
-        return _first(maps), self.conv5(maps)
+        conv5 = self._cropped(self.conv5(maps), images, self.stride)
+        return self._cropped(_first(maps), images, 16), conv5
 
     def conv4(self, images: Tensor) -> Tensor:
-        return _first(self.trunk(self._normalized(images)))
+        return self._cropped(_first(self.trunk(self._normalized(images))), images, 16)
 
     @property
     def conv5_stage(self) -> nn.Module:
@@ -311,6 +325,29 @@ def _keep_resolution(stage: nn.Module) -> list[str]:
             stage.set_submodule(name, MaxPool2dSame(module.kernel_size, 1))
     dilate(stage, 1)
     return names[:strided]
+
+
+def _center(trunk: nn.Module) -> int:
+    """Pad the strided convolutions of a trunk on both sides.
+
+    Returns:
+        Pixels by which units are off center because of kernels of even size, which merge patches.
+    """
+    offset, stride = 0.0, 1
+    for module in trunk.modules():
+        if not isinstance(module, nn.Conv2d | nn.MaxPool2d):
+            continue
+        size, step = (
+            value if isinstance(value, int) else value[0]
+            for value in (module.kernel_size, module.stride)
+        )
+        if type(module) is Conv2dSame:
+            module.__class__ = nn.Conv2d
+            module.padding = tuple(side // 2 for side in module.kernel_size)
+        elif step > 1 and size % 2 == 0:
+            offset += (size - 1) / 2 * stride
+        stride *= step if size > 1 else 1  # not of shortcuts
+    return round(offset)
 
 
 def _first(maps: Tensor | tuple[Tensor, Tensor]) -> Tensor:
