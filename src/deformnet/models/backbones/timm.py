@@ -335,18 +335,15 @@ def _center(trunk: nn.Module) -> int:
     """
     offset, stride = 0.0, 1
     for module in trunk.modules():
-        if not isinstance(module, nn.Conv2d | nn.MaxPool2d):
+        if not isinstance(module, nn.Conv2d) or module.kernel_size[0] == 1:
             continue
-        size, step = (
-            value if isinstance(value, int) else value[0]
-            for value in (module.kernel_size, module.stride)
-        )
         if type(module) is Conv2dSame:
             module.__class__ = nn.Conv2d
             module.padding = tuple(side // 2 for side in module.kernel_size)
-        elif step > 1 and size % 2 == 0:
+        size, step = module.kernel_size[0], module.stride[0]
+        if step > 1 and size % 2 == 0:  # no network with such kernels has max pooling
             offset += (size - 1) / 2 * stride
-        stride *= step if size > 1 else 1  # not of shortcuts
+        stride *= step
     return round(offset)
 
 
