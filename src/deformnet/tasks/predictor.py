@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from deformnet._errors import UserError
+from deformnet._files import require_writable
 from deformnet.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Resize
 from deformnet.tasks.annotations import Annotation
 from deformnet.tasks.images import ImageInput, InputFile, as_image, require_image
@@ -207,13 +208,17 @@ class Predictor(ABC, Generic[_P, _A]):
         Returns:
             An iterator over the images, in the order in which they are done.
         Raises:
-            UserError: if a result would overwrite an input, or if a format is given for a network
-                without boxes; raised immediately.
-            OSError: if a result cannot be written; raised during iteration.
+            UserError: if a result would overwrite an input, the threshold is not 0 to 1, or a
+                format is given for a network without boxes; raised immediately.
+            OSError: if `out` cannot be written to, raised immediately; or a result, raised during
+                iteration.
         """
         if box_format != "jsonl" and not self.has_boxes:
             raise UserError(f"expected no format for a network without boxes, but got {box_format}")
+        if not 0 <= threshold <= 1:
+            raise UserError(f"expected threshold to be 0 to 1, but got {threshold}")
         require_apart(files, out, self.folders)
+        require_writable(out)
         return self._written(files, out, threshold, box_format)
 
     def _written(
