@@ -4,12 +4,14 @@ import json
 import os
 import struct
 import zlib
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from deformnet._errors import UserError
 from deformnet.data.files import (
     IMAGE_SUFFIXES,
     MAX_PIXELS,
@@ -228,10 +230,8 @@ def test_files_that_end_anywhere(tmp_path, kind):
     content, whole = path.read_bytes(), read_image(path)
     for length in range(len(content)):
         path.write_bytes(content[:length])
-        try:
+        with suppress(UserError):
             assert read_image(path).equal(whole), length
-        except ValueError as error:
-            assert str(error).startswith(f"{path}: not a readable image")
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB"])

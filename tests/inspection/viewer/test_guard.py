@@ -24,7 +24,7 @@ OWN = {"host": "localhost:7860"}
 LINK = {"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate", "sec-fetch-dest": "document"}
 
 
-def asked(headers, *, method="GET", path="/", kind="http", host="127.0.0.1", folder="."):
+def asked(headers, *, method="GET", path="/", kind="http", host="127.0.0.1", folder="/nowhere"):
     """The status of a request; 200 if it reaches the page."""
     sent = []
 
@@ -111,14 +111,15 @@ def test_large_requests(length):
 
 
 def test_old_uploads_make_room(tmp_path):
+    uploads = tmp_path / "uploads"
     for number in range(10):
-        (tmp_path / str(number)).mkdir()
-        (tmp_path / f"{number}/image.png").touch()
-        os.utime(tmp_path / str(number), (number, number))
-    (tmp_path / "begun").touch()
+        (uploads / str(number)).mkdir(parents=True)
+        (uploads / f"{number}/image.png").touch()
+        os.utime(uploads / str(number), (number, number))
+    (uploads / "begun").touch()
     upload = {**OWN, "content-length": "10"}
     assert asked(upload, method="POST", path="/gradio_api/upload", folder=tmp_path) == 200
-    assert {path.name for path in tmp_path.iterdir()} == {"begun", "9", "8"}
+    assert {path.name for path in uploads.iterdir()} == {"begun", "9", "8"}
 
 
 # Served.

@@ -31,11 +31,12 @@ class Guard:
     Args:
         app: the page.
         host: address that it listens on.
-        uploads: folder of uploaded files; only the last `UPLOADS` are kept.
+        folder: a temporary folder; of the uploaded files in its `uploads`, the last `UPLOADS` are
+            kept.
     """
 
-    def __init__(self, app: ASGIApp, host: str, uploads: Path) -> None:
-        self._app, self._uploads = app, uploads
+    def __init__(self, app: ASGIApp, host: str, folder: Path) -> None:
+        self._app, self._uploads = app, folder / "uploads"
         self._names = {"localhost", "127.0.0.1", "::1", host.lower()}
         self._has_any_address = host in _ANY
         if self._has_any_address:

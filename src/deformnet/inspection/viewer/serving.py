@@ -44,7 +44,7 @@ def serving(
         raise UserError("expected either images or data, but got both")
     require_extra("the page", "view", "gradio")
     _free_port(host, port)  # checked before the networks are loaded
-    with _temporary_folder() as uploads:
+    with _temporary_folder() as folder:
         from starlette.middleware import Middleware
 
         from deformnet.inspection.viewer.guard import Guard
@@ -72,9 +72,11 @@ def serving(
                 max_file_size=LARGEST_FILE,
                 theme=theme(),
                 css=CSS,
-                app_kwargs={"middleware": [Middleware(Guard, host=host, uploads=uploads)]},
+                app_kwargs={"middleware": [Middleware(Guard, host=host, folder=folder)]},
             )
-            app.uploaded_file_dir = str(uploads)  # apart from the pictures, to be counted
+            app.uploaded_file_dir = str(
+                folder / "uploads"
+            )  # apart from the pictures, to be counted
             yield address
         finally:
             blocks.close(verbose=False)
@@ -82,18 +84,14 @@ def serving(
 
 @contextmanager
 def _temporary_folder() -> Iterator[Path]:
-    """Make Gradio keep pictures, and uploads inside it, in a folder that is removed with the page.
-
-    Yields:
-        The folder for uploads.
-    """
+    """Make Gradio keep uploads and pictures in a folder that is removed with the page."""
     folder = _folder()
     # Gradio reads these when it is imported. It must not send usage data.
     os.environ["GRADIO_TEMP_DIR"] = folder
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["GRADIO_NUM_WORKERS"] = "0"  # other processes, which the guard does not see
     try:
-        yield Path(folder) / "uploads"
+        yield Path(folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
