@@ -123,7 +123,7 @@ def test_every_bad_item_costs_itself_and_is_listed(detector, photos, tmp_path, c
     assert f"3 of 11 images done, results in {tmp_path / 'out'}\n" in said
     assert f"failed: {', '.join(bad)}\n" in said
     lines = complaints.splitlines()
-    assert [Path(line.split(": ")[1]).name for line in lines] == bad
+    assert [Path(line.split(": ")[1]).name for line in lines if ": " in line] == bad, lines
     done = [json.loads(line) for line in (tmp_path / "out/detections.jsonl").open()]
     assert [it["image"] for it in done] == ["a.png", "sub/b.png", "\udcff.png"]
 
@@ -164,8 +164,8 @@ def test_inputs_are_not_overwritten_through_links(detector, photos, tmp_path, co
     assert (photos / "a.jpg").read_bytes() == before
 
 
-def test_a_second_run_on_its_own_pictures_is_refused(detector, photos, capsys, complaint):
-    said(capsys, photos, "--out", photos)
+def test_a_second_run_on_its_own_pictures_is_refused(detector, photos, complaint):
+    main(["predict", "run", str(photos), "--out", str(photos)])
     before = {path: path.read_bytes() for path in photos.rglob("*.*")}
     assert "would overwrite" in complaint("predict", "run", photos, "--out", photos)
     assert {path: path.read_bytes() for path in photos.rglob("*.*")} == before

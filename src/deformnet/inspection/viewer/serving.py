@@ -76,7 +76,7 @@ def serving(
             )
             app.uploaded_file_dir = str(
                 folder / "uploads"
-            )  # apart from the pictures, to be counted
+            )  # pictures are elsewhere
             yield address
         finally:
             blocks.close(verbose=False)
