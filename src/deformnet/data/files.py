@@ -427,7 +427,7 @@ def _opened(path: str | Path) -> Iterator[tuple[IO[bytes], Image.Image]]:
 
 
 @contextmanager
-def _decoding(file: IO[bytes], place: str, formats: Sequence[str]) -> Iterator[Image.Image]:
+def _decoding(file: IO[bytes], place: str, formats: tuple[str, ...]) -> Iterator[Image.Image]:
     with _readable(place), Image.open(file, formats=formats) as image:
         if image.width * image.height > MAX_PIXELS:
             raise Image.DecompressionBombError(

@@ -74,9 +74,7 @@ def serving(
                 css=CSS,
                 app_kwargs={"middleware": [Middleware(Guard, host=host, folder=folder)]},
             )
-            app.uploaded_file_dir = str(
-                folder / "uploads"
-            )  # pictures are elsewhere
+            app.uploaded_file_dir = str(folder / "uploads")  # pictures are elsewhere
             yield address
         finally:
             blocks.close(verbose=False)
