@@ -151,8 +151,18 @@ class Predictor(ABC, Generic[_P, _A]):
             OSError: if a file cannot be read.
         """
         if isinstance(image, list | tuple):
-            return [self.annotate(as_image(one, upright=self.upright)) for one in image]
-        return self.annotate(as_image(image, upright=self.upright))
+            return [self._of_any(one) for one in image]
+        return self._of_any(image)
+
+    def _of_any(self, image: ImageInput) -> _A:
+        pixels = as_image(image, upright=self.upright)
+        place = f"{image}: " if isinstance(image, str | Path) else ""
+        try:
+            return self.annotate(pixels)
+        except UserError as error:
+            raise UserError(
+                f"{image}: {error}" if isinstance(image, str | Path) else error
+            ) from error
 
     @torch.inference_mode()
     def predict(self, image: Tensor) -> _P:
