@@ -160,9 +160,7 @@ class Predictor(ABC, Generic[_P, _A]):
         try:
             return self.annotate(pixels)
         except UserError as error:
-            raise UserError(
-                f"{image}: {error}" if isinstance(image, str | Path) else error
-            ) from error
+            raise UserError(f"{place}{error}") from error
 
     @torch.inference_mode()
     def predict(self, image: Tensor) -> _P:
