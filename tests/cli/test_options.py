@@ -80,6 +80,8 @@ KNOWN = [
     (("predict",), "refine", 1, str(10**30)),
     (("predict",), "device", 1, "nonsense"),
     (("predict",), "device", 1, "cuda:99"),
+    (("predict",), "device", 1, "meta"),
+    (("predict",), "device", 1, "mps"),
     (("data", "synthesize"), "width", 1, str(10**30)),
     (("demo",), "size", 1, "-1"),
 ]

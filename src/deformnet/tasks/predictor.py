@@ -283,6 +283,10 @@ def _device(device: Device) -> torch.device:
         raise UserError(f"expected device such as cpu or cuda:1, but got {device!r}") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"expected a device that is here, but got {device}: PyTorch finds no GPU")
+    try:
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError):  # such as cuda:99, meta, or a kind that is not built in
+        raise UserError(f"expected a device that computes here, but got {device}") from None
     return device
 
 
