@@ -406,7 +406,7 @@ def test_scores_that_cannot_be_written_are_printed(run, shapes, tmp_path, capfd,
     assert ended.value.code == 2
     table, complaint = capfd.readouterr()
     assert "IoU on val (2 images), percent" in table
-    assert complaint.splitlines()[-1].startswith(f"deformnet: {copy / name}: ")
+    assert complaint.splitlines()[-1].startswith(f"deformnet: {copy / name}")
 
 
 def test_weights_are_not_written_over_what_is_read(run, tmp_path, complaint):
