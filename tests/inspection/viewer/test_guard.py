@@ -169,6 +169,15 @@ def test_rebinding_and_foreign_origins(page):
         assert upload(address, b"x", **names)[0] == 403
 
 
+def test_pictures_are_sent(page):
+    address, _ = page
+    picture = Path(os.environ["GRADIO_TEMP_DIR"]) / "picture/image.png"
+    picture.parent.mkdir(parents=True)
+    save(picture, noise(8, 9))
+    status, content = request(address, "GET", f"/gradio_api/file={picture}")
+    assert (status, content) == (200, picture.read_bytes())
+
+
 def test_files_of_this_machine_stay_here(page):
     address, photo = page
     for path in (photo, "/etc/passwd", "../../../../etc/passwd", "%2e%2e/%2e%2e/etc/passwd"):

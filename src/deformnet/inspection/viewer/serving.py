@@ -86,6 +86,7 @@ def _temporary_folder() -> Iterator[Path]:
     folder = _folder()
     # Gradio reads these when it is imported. It must not send usage data.
     os.environ["GRADIO_TEMP_DIR"] = folder
+    os.environ["GRADIO_EXAMPLES_CACHE"] = folder  # what it may send: pictures, apart from uploads
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["GRADIO_NUM_WORKERS"] = "0"  # other processes, which the guard does not see
     try:
