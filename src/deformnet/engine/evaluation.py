@@ -95,11 +95,11 @@ def propose(
         OSError: if the file cannot be written.
     """
     out = Path(out)
-    require_writable(out.parent)
     if out.exists():
         StoredProposals([out])  # no other file is replaced
     recipe, model, trained_on = load_run(run)
     images = task_of(recipe).proposal_set(Path(data), split, trained_on)
+    require_writable(out.parent)
     layout = Layout.of(hardware)
     facts = shared_facts(recipe, trained_on, images)
     with launched(layout, _precision(recipe, layout), facts) as fabric, fabric.autocast():

@@ -84,9 +84,9 @@ def check_data(
     require_report(report)
     if record.resolve() == report.resolve():
         raise UserError(f"{report}: expected another file for the report than for the record")
-    require_writable(report.parent)
 
     sets = find_sets(place, custom=custom)
+    require_writable(report.parent)
     # The longest list first: files missing from trainval need not be named again for train and val.
     lists = sorted((it for found in sets for it in found.lists), key=lambda it: -it.entries)
     tallies = [_Tally(images) for images in lists]

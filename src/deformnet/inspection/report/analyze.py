@@ -46,7 +46,6 @@ def analyze(
             classes or no objects, or an argument is out of range.
     """
     require_at_least(analysis, 1, "images")
-    require_writable(out)
     refuse_overwrite(out, [run, data])
     opened, compared = open_runs(run, analysis.baseline, analysis.device)
     if not opened.task.localizes:
@@ -54,6 +53,7 @@ def analyze(
             f"{run}: expected a network that locates objects, but got a {opened.network}"
         )
     source = AnalyzedImages(opened, data, analysis)
+    require_writable(out)
     findings = Findings(run, data, analysis, source, out)
     network = UnitRecorder("deformable", opened)
     other = None if compared is None else UnitRecorder("baseline", compared)
