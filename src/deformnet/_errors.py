@@ -32,6 +32,18 @@ def require_at_least(settings: object, least: int, *names: str) -> None:
             raise UserError(f"expected {name} to be at least {least}, but got {value}")
 
 
+def require_at_most(settings: object, most: float, *names: str) -> None:
+    """Raises UserError for attributes above a bound, also of numbers in a tuple; None passes.
+
+    Such a value would only use up time or memory: a slip of the hand, or a broken script.
+    """
+    for name in names:
+        value = getattr(settings, name)
+        numbers = value if isinstance(value, tuple) else () if value is None else (value,)
+        if any(number > most for number in numbers):
+            raise UserError(f"expected {name} to be at most {most:g}, but got {value}")
+
+
 class MissingExtraError(ImportError):
     """A part of deformnet was used whose optional dependencies are not installed."""
 

@@ -3,7 +3,8 @@
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -35,6 +36,17 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     _sync_folder(path.parent)
 
 
+def require_writable(folder: Path) -> None:
+    """Makes sure, before hours of computation, that their results can be written to a folder.
+
+    Raises:
+        OSError: if it cannot be created, or a file in it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with naming(folder), tempfile.TemporaryFile(dir=folder):
+        pass
+
+
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
     """Adds the name of a file to errors of writing it, which the system reports without it."""
@@ -53,6 +65,30 @@ def write_json(path: Path, values: Mapping[str, object]) -> None:
     text = _NUMBERS.sub(lambda match: f"[{' '.join(match[1].split())}]", text)
     with replacing(path) as file:
         file.write(f"{text}\n".encode())
+
+
+def identity(path: Path) -> tuple[int, int] | None:
+    """Identity of a file, whatever its name; None if there is no file."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def refuse_overwrite(path: Path, inputs: Iterable[Path]) -> None:
+    """Refuses to write a file that the same command reads, whatever its name.
+
+    Raises:
+        UserError: if `path` is one of the `inputs`.
+    """
+    written = identity(path)
+    for file in inputs if written is not None else ():
+        if identity(file) == written:
+            raise UserError(
+                f"{path}: expected a new file for the result, but got {file}, which is read; "
+                "choose another name"
+            )
 
 
 def read_json(path: Path) -> Any:

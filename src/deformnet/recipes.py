@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar
 
-from deformnet._errors import UserError, require_at_least
+from deformnet._errors import UserError, require_at_least, require_at_most
 from deformnet._files import read_json
 
 if TYPE_CHECKING:  # the command line reads recipes before anything heavy is needed
@@ -38,6 +38,7 @@ ScoreAt = Literal["original", "network"]
 """Size at which predicted label maps are compared with the ground truth: that of the label map on
 disk, to which the logits are upsampled, or that of the network's input, to which the label map is
 resized (the authors' rule on VOC: mean IoU at 360 pixels)."""
+_MOST_PIXELS = 2**15  # of a side of an image
 _RecipeT = TypeVar("_RecipeT", bound="Recipe")
 _Detector = TypeVar("_Detector", bound="DetectorRecipe")
 
@@ -145,6 +146,12 @@ class Recipe(ABC):
                 raise UserError(
                     f"expected {name} to be 0 or positive, but got {getattr(self, name)}"
                 )
+        require_at_most(self, _MOST_PIXELS, *self.pixels)
+        require_at_most(self, 1024, "offset_groups")
+        require_at_most(self, 2**16, "batch")
+        require_at_most(self, 1e12, "iterations", "warmup")
+        require_at_most(self, 1e6, "lr", "offset_lr_scale", "momentum", "weight_decay", "clip")
+        require_at_most(self, 2**63 - 1, "seed")
         if self.ema is not None and not 0 < self.ema < 1:
             raise UserError(f"expected ema to be between 0 and 1, but got {self.ema}")
         if self.optimizer == "adamw" and not self.momentum < 1:
@@ -341,6 +348,7 @@ class DenseRecipe(Recipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require_positive("dilation", "scale_jitter")
+        require_at_most(self, 100, "dilation", "scale_jitter")
         if self.scale_jitter is not None and self.scale_jitter[0] > self.scale_jitter[1]:
             raise UserError(f"expected scale_jitter to be ascending, but got {self.scale_jitter}")
         if self.max_side is not None and self.max_side < self.short_side:
@@ -413,6 +421,8 @@ class DetectorRecipe(DenseRecipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require_positive("proposals", "max_detections", "anchor_sizes")
+        require_at_most(self, 1e5, "proposals", "max_detections")
+        require_at_most(self, _MOST_PIXELS, "anchor_sizes")
         for name in ("score_threshold", "nms"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"expected {name} to be 0 to 1, but got {getattr(self, name)}")
@@ -484,6 +494,7 @@ class TwoStageRecipe(DetectorRecipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require_positive("bins")
+        require_at_most(self, 100, "bins")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -559,6 +570,8 @@ class TestTimeAugmentation:
         if len(set(self.scales)) < len(self.scales):
             raise UserError(f"expected scales to be distinct, but got {self.scales}")
         require_at_least(self, 1, "refine")
+        require_at_most(self, _MOST_PIXELS, "scales")
+        require_at_most(self, 100, "refine")
 
 
 RECIPES = (

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -392,3 +393,45 @@ def test_values_that_only_a_network_refuses(run, shapes, detector, tmp_path, com
     assert "expected device such as" in complaint(*predict, "--device", "foo")
     file = run / "recipe.json"
     assert "expected a run folder" in complaint("predict", file, "photo.jpg", "--out", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["metrics-val.json", "confusion-matrix-val.png"])
+def test_scores_that_cannot_be_written_are_printed(run, shapes, tmp_path, capfd, name):
+    """A full disk or a folder that is read-only; here, a folder of the file's name."""
+    copy = shutil.copytree(run, tmp_path / "run")
+    (copy / name).unlink(missing_ok=True)
+    (copy / name / "full").mkdir(parents=True)
+    with pytest.raises(SystemExit) as ended:
+        main(["evaluate", str(copy), "--data", str(shapes), "--split", "val"])
+    assert ended.value.code == 2
+    table, complaint = capfd.readouterr()
+    assert "IoU on val (2 images), percent" in table
+    assert complaint.splitlines()[-1].startswith(f"deformnet: {copy / name}")
+
+
+def test_weights_are_not_written_over_what_is_read(run, tmp_path, complaint):
+    copy = shutil.copytree(run, tmp_path / "run")
+    before = (copy / "recipe.json").read_bytes()
+    line = complaint("export", copy, copy / "recipe.safetensors")
+    assert line.startswith(f"{copy / 'recipe.json'}: expected a new file")
+    assert (copy / "recipe.json").read_bytes() == before
+    main(["export", str(copy), str(tmp_path / "a.safetensors")])
+    (tmp_path / "b.safetensors").symlink_to("a.safetensors")
+    for other in ("a.safetensors", "b.safetensors"):
+        words = ["weights", "import", "mmdetection", tmp_path / "a.safetensors", tmp_path / other]
+        assert "expected a new file" in complaint(*words)
+
+
+def test_an_image_too_large_after_resizing_is_named(run, shapes, tmp_path, complaint):
+    """1 x 20000 pixels: few bytes, but as many rows as any image after resizing."""
+    root = Path(shutil.copytree(shapes, tmp_path / "copy")) / "VOCdevkit/VOC2012"
+    for image in (root / "JPEGImages").glob("*.jpg"):
+        strip = np.zeros((1, 20000), np.uint8)
+        Image.fromarray(strip).save(image)
+        Image.fromarray(strip).save(root / f"SegmentationClass/{image.stem}.png")
+    sizes = ["--short-side", "160"]
+    line = complaint(
+        *("train", "deeplab", "--data", tmp_path / "copy", "--out", tmp_path), *QUICK, *sizes
+    )
+    assert re.search(r"image train_00000\d: expected an image of at most 100 million pixels", line)
+    assert "resized to 3200000x160; crop it or leave it out" in line

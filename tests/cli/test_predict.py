@@ -1,7 +1,13 @@
 """What `deformnet predict` says, with a detector that finds a box of score 0.42 everywhere."""
 
+import errno
+import json
+import os
+from pathlib import Path
+
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import deformnet.engine
@@ -95,3 +101,83 @@ def test_inputs_are_not_overwritten(detector, photos, tmp_path, complaint):
     line = complaint("predict", "run", photos, "--out", photos)
     assert f"would overwrite {photos / 'pictures/a.jpg'}" in line
     assert {path: path.read_bytes() for path in photos.rglob("*.*")} == before
+
+
+def test_every_bad_item_costs_itself_and_is_listed(detector, photos, tmp_path, capfd):
+    os.mkfifo(photos / "pipe.jpg")
+    (photos / "cut.jpg").write_bytes((photos / "a.png").read_bytes()[:300])
+    (photos / "lost.jpg").symlink_to("nowhere")
+    (photos / "text.png").write_text("no image")
+    Image.new("RGB", (30, 20)).save(photos / "script.jpg", format="EPS")
+    save(photos / os.fsdecode(b"\xff.png"), noise(20, 33))
+    save(photos / "long.png", noise(1, 66000))
+    folder = tmp_path / "folder.jpg"
+    folder.mkdir()
+    words = ["predict", "run", photos, folder, tmp_path / "none.jpg", "--out", tmp_path / "out"]
+    with pytest.raises(SystemExit) as ended:
+        main(list(map(str, words)))
+    assert ended.value.code == 2
+    said, complaints = capfd.readouterr()
+    bad = ["cut.jpg", "long.png", "lost.jpg", "pipe.jpg", "script.jpg", "text.png"]
+    bad += ["folder.jpg", "none.jpg"]
+    assert f"3 of 11 images done, results in {tmp_path / 'out'}\n" in said
+    assert f"failed: {', '.join(bad)}\n" in said
+    lines = complaints.splitlines()
+    assert [Path(line.split(": ")[1]).name for line in lines if ": " in line] == bad, lines
+    done = [json.loads(line) for line in (tmp_path / "out/detections.jsonl").open()]
+    assert [it["image"] for it in done] == ["a.png", "sub/b.png", "\udcff.png"]
+
+
+def test_unreadable_folders_are_failures(detector, photos, tmp_path, monkeypatch, capfd):
+    listed = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("sub"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    monkeypatch.setattr(Path, "iterdir", lambda path: scandir(path))
+    with pytest.raises(SystemExit):
+        main(["predict", "run", str(photos), "--out", str(tmp_path / "out")])
+    assert capfd.readouterr().err == f"deformnet: {photos / 'sub'}: Permission denied\n"
+
+
+def test_matches_of_a_pattern_are_not_results(detector, photos, tmp_path, capsys):
+    for _ in range(3):
+        assert "2 of 2 images" in said(capsys, photos / "**/*.*", "--out", photos / "out")[0]
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_inputs_are_not_overwritten_through_links(detector, photos, tmp_path, complaint, link):
+    out = tmp_path / "out"
+    (out / "pictures").mkdir(parents=True)
+    link(photos / "a.png", out / "pictures/a.jpg")
+    assert "would overwrite" in complaint("predict", "run", photos, "--out", out)
+    (out / "pictures/a.jpg").unlink()
+    (out / "pictures").rmdir()
+    (out / "pictures").symlink_to(photos)
+    (photos / "a.png").unlink()
+    save(photos / "a.jpg", noise(20, 30))
+    before = (photos / "a.jpg").read_bytes()
+    assert "would overwrite" in complaint("predict", "run", photos, "--out", out)
+    assert (photos / "a.jpg").read_bytes() == before
+
+
+def test_a_second_run_on_its_own_pictures_is_refused(detector, photos, complaint):
+    main(["predict", "run", str(photos), "--out", str(photos)])
+    before = {path: path.read_bytes() for path in photos.rglob("*.*")}
+    assert "would overwrite" in complaint("predict", "run", photos, "--out", photos)
+    assert {path: path.read_bytes() for path in photos.rglob("*.*")} == before
+
+
+def test_a_folder_that_cannot_be_written_is_named_at_once(detector, photos, tmp_path, complaint):
+    (tmp_path / "file").touch()
+    detector.features = None  # nothing is computed
+    out = tmp_path / "file/out"
+    assert complaint("predict", "run", photos, "--out", out).startswith(str(tmp_path / "file"))
+
+
+def test_results_in_a_folder_whose_name_is_not_text(detector, photos, tmp_path, capsys):
+    out = tmp_path / os.fsdecode(b"\xfe")
+    assert said(capsys, photos, "--out", out)[0].endswith("/\\udcfe")

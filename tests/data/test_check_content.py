@@ -1,10 +1,12 @@
 """What the check of data sets says of their content, and of files that attack their reader."""
 
 import json
+import os
 import re
 import shutil
 import struct
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ import pytest
 from PIL import Image
 
 from deformnet._errors import UserError
+from deformnet.cli import main
 from deformnet.cli.data import check as check_command
 from deformnet.data import DataFiles
 from deformnet.data.check import check_data
@@ -123,11 +126,13 @@ def write_yolo(root: Path) -> Path:
     return root
 
 
-def write_labelme(root: Path) -> Path:
-    save_image(root / "a.jpg")
+def write_labelme(root: Path, names: Sequence[str] = ("a",)) -> Path:
     shape = {"label": "cat", "points": [[2, 2], [9, 9]], "shape_type": "rectangle"}
-    content = {"shapes": [shape], "imagePath": "a.jpg", "imageHeight": 12, "imageWidth": 16}
-    (root / "a.json").write_text(json.dumps(content))
+    for name in names:
+        save_image(root / f"{name}.jpg")
+        size = {"imageHeight": 12, "imageWidth": 16}
+        content = {"shapes": [shape], "imagePath": f"{name}.jpg", **size}
+        (root / f"{name}.json").write_text(json.dumps(content))
     return root
 
 
@@ -160,6 +165,74 @@ def test_every_layout_is_named_and_what_to_train(tmp_path, write, layout, advice
     assert str(report).startswith(f"Found {layout}\n")
     assert str(report).endswith(report.advice[-1])
     assert sum(sum(one.values()) for one in counts(report).values()) > 0
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:200])
+
+
+def replace_by_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def replace_by_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def replace_by_link_to_nothing(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("nowhere")
+
+
+def replace_by_script(path: Path) -> None:
+    Image.new("RGB", (16, 12)).save(path, format="EPS")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        truncate,
+        replace_by_pipe,
+        replace_by_folder,
+        replace_by_link_to_nothing,
+        replace_by_script,
+    ],
+)
+def test_one_bad_image_costs_itself_in_every_layout(tmp_path, damage):
+    halved = halves(0, 1)
+    for name, (root, image) in {
+        "yolo": (write_yolo(tmp_path / "yolo"), "images/train/train.jpg"),
+        "labelme": (write_labelme(tmp_path / "labelme", ("a", "b")), "a.jpg"),
+        "folders": (write_folders(tmp_path / "folders"), "train/cat/1.JPEG"),
+        "xml": (write_xml(tmp_path / "xml", {"a": (CAT,), "b": (DOG,)}), "a.jpg"),
+        "masks": (
+            write_masks(tmp_path / "masks", {"a": halved, "b": halved}, "x\ny\n"),
+            "images/a.jpg",
+        ),
+        "coco": (write_coco(tmp_path / "coco", coco_of(2, 2)).parents[1], "train/1.jpg"),
+    }.items():
+        good = check(root)
+        assert good.ok, name
+        damage(root / image)
+        report = check(root)
+        assert not report.ok, name
+        assert all(Path(image).stem in line for line in report.problems), report.problems
+        assert sum(it.images - it.faulty - it.missing for it in report.lists) >= 1
+        assert str(report).count("\n") < 40
+
+
+def test_names_that_are_not_text(boxes, tmp_path, capsys):
+    odd = boxes / "train" / os.fsdecode(b"\xff.jpg")
+    (boxes / "train/a.jpg").rename(odd)
+    (boxes / "train/a.xml").rename(odd.with_suffix(".xml"))
+    truncate(odd)
+    with pytest.raises(SystemExit) as ended:
+        main(["data", "check", str(boxes), "--workers", "0", "--report", str(tmp_path / "r.txt")])
+    assert ended.value.code == 2
+    assert "\\udcff.jpg: not a readable image" in capsys.readouterr().out
+    assert b"\xff.jpg: not a readable image" in (tmp_path / "r.txt").read_bytes()
 
 
 def test_images_and_annotations_apart(tmp_path, capsys):
@@ -474,6 +547,10 @@ def test_other_files_are_not_overwritten(boxes, tmp_path, content):
         assert other.read_text() == content
     with one_line(UserError, boxes):
         check(boxes, report=boxes)
+    with one_line(UserError, tmp_path / "x.txt", "expected another file for the report"):
+        check(boxes, record=tmp_path / "x.txt", report=tmp_path / "x.txt")
+    with pytest.raises(OSError, match="other"):  # before the check, not after
+        check(boxes, report=other / "report.txt")
 
 
 def test_a_former_report_is_replaced(boxes, tmp_path):

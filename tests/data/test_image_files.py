@@ -4,12 +4,14 @@ import json
 import os
 import struct
 import zlib
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from deformnet._errors import UserError
 from deformnet.data.files import (
     IMAGE_SUFFIXES,
     MAX_PIXELS,
@@ -200,6 +202,53 @@ def test_truncated_files(tmp_path, suffix, fraction):
     path.write_bytes(content[: int(fraction * len(content))])
     with one_line(ValueError, path, "not a readable image"):
         read_image(path)
+
+
+WRITERS = {
+    "jpeg": ("JPEG", {}),
+    "progressive": ("JPEG", {"progressive": True}),
+    "png": ("PNG", {}),
+    "gif": ("GIF", {}),
+    "webp": ("WEBP", {}),
+    "lossless webp": ("WEBP", {"lossless": True}),
+    "tiff": ("TIFF", {}),
+    "deflated tiff": ("TIFF", {"compression": "tiff_deflate"}),
+    "lzw tiff": ("TIFF", {"compression": "tiff_lzw"}),
+    "bmp": ("BMP", {}),
+    "ppm": ("PPM", {}),
+}
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+@pytest.mark.filterwarnings("ignore")
+def test_files_that_end_anywhere(tmp_path, kind):
+    """Refused, or complete: at the end of some formats there is no pixel."""
+    name, options = WRITERS[kind]
+    path = tmp_path / "a"
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 11, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path, name, **options)
+    content, whole = path.read_bytes(), read_image(path)
+    for length in range(len(content)):
+        path.write_bytes(content[:length])
+        with suppress(UserError):
+            assert read_image(path).equal(whole), length
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_jpeg_whose_data_end_early(tmp_path, mode):
+    """The file is whole in itself: the decoder makes the other rows gray."""
+    path = tmp_path / "a.jpg"
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(pixels).convert(mode).save(path)
+    content = path.read_bytes()
+    for fraction in (0.5, 0.8):
+        path.write_bytes(content[: int(fraction * len(content))] + b"\xff\xd9")
+        with one_line(ValueError, path, "the data of the last rows is missing"):
+            read_image(path)
+    for options in ({}, {"progressive": True}, {"restart_marker_blocks": 1}):
+        Image.new(mode, (64, 60), "#808080").save(path, **options)
+        path.write_bytes(path.read_bytes() + b"more behind the end")
+        assert (read_image(path) == 128).all()
 
 
 def test_small_file_with_too_many_pixels(tmp_path):

@@ -9,7 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
-from deformnet.data import detection_splits, open_detection, open_segmentation
+from deformnet.data import (
+    detection_splits,
+    files,
+    labelme,
+    open_detection,
+    open_segmentation,
+)
 from deformnet.data.check import check_data
 from deformnet.data.labelme import LabelmeDetection, LabelmeSegmentation
 from small_sets import one_line, save_image
@@ -154,6 +160,19 @@ def test_masks_of_shapes(one):
     write(one / "a.json", shape("cat", "mask", [[14, 2], [17, 4]], mask=data))
     assert boxes(one) == [[15, 2, 16, 4]]
     assert open_segmentation(one, "train")[0][1].nonzero().tolist() == [[2, 15], [3, 15]]
+
+
+def test_masks_of_gigabytes(one, monkeypatch):
+    """A few bytes of JSON may stand for a mask of any size, and there may be many."""
+    file = io.BytesIO()
+    Image.new("1", (40, 25)).save(file, "PNG")
+    data = base64.b64encode(file.getvalue()).decode()
+    write(one / "a.json", *[shape("cat", "mask", [[0, 0], [1, 1]], mask=data)] * 3)
+    for most, message in ((2999, "shape 3: expected at most 2999"), (999, "shape 1: mask: ")):
+        monkeypatch.setattr(labelme, "MAX_PIXELS", most)
+        monkeypatch.setattr(files, "MAX_PIXELS", most)
+        with one_line(ValueError, one / "a.json", message):
+            open_segmentation(one, "train")
 
 
 def test_groups_are_one_object(one):

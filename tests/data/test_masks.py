@@ -175,9 +175,9 @@ def test_large_sets_stay_lazy(root, monkeypatch):
     opened = []
     real_open = Image.open
 
-    def counting_open(path, **options):
-        opened.append(path)
-        return real_open(path, **options)
+    def counting_open(file, **options):
+        opened.append(Path(file.name))
+        return real_open(file, **options)
 
     monkeypatch.setattr(Image, "open", counting_open)
     assert len(FolderSegmentation(root, "train")) == 302

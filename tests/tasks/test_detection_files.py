@@ -18,7 +18,7 @@ from deformnet.data.files import read_image
 from deformnet.metrics.detections import read_detections
 from deformnet.models.detection.detector import Candidates, Detector, Features
 from deformnet.recipes import RFCNRecipe
-from deformnet.tasks import find_images
+from deformnet.tasks import find_images, video
 from deformnet.tasks.detection import DetectionPredictor
 from deformnet.tasks.video import read_frames
 from deformnet.visualization.drawing import draw_boxes
@@ -300,6 +300,13 @@ def test_videos(predictor, tmp_path, torchcodec):
     ]
     assert (tmp_path / "out/pictures/a.MP4/000002.jpg").is_file()
     assert [file.name for file in find_images([tmp_path / "in"])] == ["c.png"]
+
+
+def test_large_frames(tmp_path, torchcodec, monkeypatch):
+    monkeypatch.setattr(video, "MAX_PIXELS", 599)
+    (tmp_path / "a.mp4").touch()
+    with pytest.raises(UserError, match="frames of at most 599 pixels, but got 30x20"):
+        list(read_frames(tmp_path / "a.mp4"))
 
 
 def test_videos_without_a_reader(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 from torchvision import tv_tensors
 
+from deformnet import UserError
 from deformnet.data.transforms import classification_evaluation_transforms
 from deformnet.recipes import ClassifierRecipe, DeepLabRecipe, RFCNRecipe
 from deformnet.tasks import DataIdentity, find_images, task_of
@@ -139,4 +140,6 @@ def test_a_strip_costs_itself(tmp_path):
         f"{strip}: expected an image of at most 100 million pixels"
     )
     assert results[1].problem is None
+    with pytest.raises(UserError, match=r"a\.png: expected an image of at most 100 million"):
+        predict(strip)
     assert len((tmp_path / "out/predictions.jsonl").read_text().splitlines()) == 1

@@ -1,5 +1,6 @@
 """The command line: `deformnet COMMAND ...`."""
 
+import io
 import sys
 from collections.abc import Sequence
 
@@ -21,6 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         leave(str(error), BAD_INPUT)
     from deformnet.cli.app import run
 
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files are not always text
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with warning_lines():
             run(sys.argv[1:] if arguments is None else list(arguments))

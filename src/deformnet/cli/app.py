@@ -44,6 +44,7 @@ def run(arguments: Sequence[str]) -> None:
     if list(arguments) == ["--version"]:
         print(f"deformnet {deformnet.__version__}")
         return
+    _require_words(arguments)
     command, words = _find(_commands(arguments), arguments)
     prog, rest = " ".join(("deformnet", *words)), arguments[len(words) :]
     config = (tyro.conf.OmitArgPrefixes,)
@@ -51,6 +52,13 @@ def run(arguments: Sequence[str]) -> None:
         _app(command.commands).cli(prog=prog, description=command.help, args=rest, config=config)
     else:
         tyro.cli(rewrap(command), prog=prog, args=rest, config=config)
+
+
+def _require_words(arguments: Sequence[str]) -> None:
+    """Ends the program for an empty word: as a path, it would be the current folder."""
+    for before, word in zip(("deformnet", *arguments), arguments, strict=False):
+        if not word or (word.startswith("--") and word.endswith("=")):
+            leave(f"expected a value after {word or before}, but got none", BAD_INPUT)
 
 
 def _commands(arguments: Sequence[str]) -> Commands:

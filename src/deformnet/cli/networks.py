@@ -1,6 +1,5 @@
 """Commands that use a trained network."""
 
-import os
 import sys
 from collections.abc import Sequence
 from operator import itemgetter
@@ -13,7 +12,7 @@ from tyro.conf import Positional
 from deformnet._errors import UserError
 from deformnet.cli.errors import BAD_INPUT
 from deformnet.cli.options import GROUP, RunPath
-from deformnet.cli.scores import print_once
+from deformnet.cli.scores import print_once, printing_unsaved
 from deformnet.engine.settings import Hardware
 from deformnet.recipes import TestTimeAugmentation
 
@@ -49,7 +48,8 @@ def evaluate(
     if run.is_file():
         raise UserError(f"{run}: expected a run folder to write the scores to, but got a file")
     options = TaskOptions(score_at=score_at, augmentation=augmentation, proposals=stored_proposals)
-    print_once(evaluate(run, data, split, options=options, hardware=hardware))
+    with printing_unsaved():
+        print_once(evaluate(run, data, split, options=options, hardware=hardware))
 
 
 def predict(
@@ -83,6 +83,7 @@ def predict(
     """
     from tqdm import tqdm
 
+    from deformnet.data.files import listing
     from deformnet.engine import load
     from deformnet.tasks import TaskOptions, find_images
 
@@ -98,11 +99,12 @@ def predict(
             done.append(result)
             if result.problem is not None:
                 bar.write(f"deformnet: {result.problem}", file=sys.stderr)
-    failures = sum(result.problem is not None for result in done)
-    print(f"{len(done) - failures} of {len(done)} images done, results in {out}")
-    if predictor.has_boxes and failures < len(done):
+    failed = [result.name for result in done if result.problem is not None]
+    print(f"{len(done) - len(failed)} of {len(done)} images done, results in {out}")
+    if predictor.has_boxes and len(failed) < len(done):
         print(_boxes_line(done, threshold))
-    if failures:
+    if failed:
+        print(f"failed: {listing(failed)}")
         raise SystemExit(BAD_INPUT)
 
 
@@ -115,8 +117,7 @@ def _boxes_line(done: Sequence["Written"], threshold: float) -> str:
     name, best = max(((one.name, one.best or 0.0) for one in done), key=itemgetter(1))
     if best == 0:
         return f"{none}; the network predicted no boxes"
-    readable = os.fsencode(name).decode(errors="replace")
-    return f"{none}; the highest score is {best:.3f}, in {readable}: try a lower --threshold"
+    return f"{none}; the highest score is {best:.3f}, in {name}: try a lower --threshold"
 
 
 def propose(

@@ -8,7 +8,7 @@ from tyro.conf import Positional
 
 from deformnet._errors import UserError
 from deformnet.cli.options import GROUP
-from deformnet.cli.scores import print_once
+from deformnet.cli.scores import print_once, printing_unsaved
 from deformnet.demo.settings import Demo
 from deformnet.engine.settings import Hardware
 from deformnet.paper.settings import (
@@ -70,7 +70,8 @@ def reproduce(
         )
     require_runnable(found, data, splits)
     for row in found:
-        result = reproduce(row, data, out, init=init, splits=splits, hardware=hardware)
+        with printing_unsaved():
+            result = reproduce(row, data, out, init=init, splits=splits, hardware=hardware)
         print_once(compare(row, result))
 
 

@@ -13,7 +13,7 @@ from deformnet import recipes
 from deformnet._errors import UserError
 from deformnet._files import read_json
 from deformnet.cli.options import GROUP, location, options
-from deformnet.cli.scores import print_once
+from deformnet.cli.scores import print_once, printing_unsaved
 from deformnet.engine.settings import Hardware, LoopOptions
 from deformnet.recipes import Recipe
 
@@ -145,7 +145,7 @@ def train_command(recipe: type[Recipe], what: str, arguments: Sequence[str]) -> 
         if str(settings["init"]).lower() == "none":
             settings["init"] = None
         (place, val_place), (split, val_split) = data.locations, data.splits
-        with _printed_log():
+        with printing_unsaved(), _printed_log():
             result = train(
                 dataclasses.replace(base, **settings),
                 place,

@@ -1,5 +1,6 @@
 """Conversion of data sets between layouts."""
 
+import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -101,13 +102,22 @@ def convert(
             if hard_links:
                 os.link(image.path.resolve(), target)
             else:
-                shutil.copyfile(image.path, target)
+                _copy(image.path, target)
             writer.add(image)
         writer.finish()
     splits = {**content.mask_splits, **content.splits}
     counts = {name: len(images) for name, images in splits.items()}
     remarks = (*remarks, *writer.remarks())
     return Conversion(out, counts, writer.boxes, writer.masks, remarks)
+
+
+def _copy(path: Path, target: Path) -> None:
+    try:
+        shutil.copyfile(path, target)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:  # it names the file that it reads
+            error.filename = str(target)
+        raise
 
 
 @contextmanager

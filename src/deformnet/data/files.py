@@ -1,5 +1,6 @@
 """Reading of a single image, label map or list, with errors that name the file."""
 
+import io
 import json
 import logging
 import math
@@ -20,6 +21,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from deformnet._errors import UserError
+from deformnet._files import naming
 
 _log = logging.getLogger("deformnet.data")
 
@@ -42,6 +44,8 @@ MAX_PIXELS = 178_956_970
 # Supported formats, regardless of file names: Pillow would run Ghostscript for others.
 _FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "GIF", "PPM")
 _FORMATS_TEXT = "JPEG, PNG, BMP, TIFF, WebP, GIF or PPM"
+
+_ENDS_EARLY = "not a readable image (the data of the last rows is missing)"
 
 # What Pillow raises on broken bytes, found by truncating and flipping bytes of JPEG and PNG files.
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, zlib.error, struct.error)
@@ -75,9 +79,9 @@ def read_image(
         FileNotFoundError: if the file does not exist.
         UserError: if the file is not an image, truncated or corrupt, or larger than `MAX_PIXELS`.
     """
-    with _opened(path) as image:
+    with _opened(path) as (file, image):
         turn = _turn(image, orientation, annotated)
-        _load(path, image)
+        _load(file, image)
         image = to_rgb(image)
         pixels = np.array(image if turn is None else image.transpose(turn))
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
@@ -114,8 +118,8 @@ def read_stored_mask(path: str | Path) -> StoredMask:
     Raises:
         FileNotFoundError, UserError: see `read_image`; also for a file of another mode.
     """
-    with _opened(path) as image:
-        _load(path, image)
+    with _opened(path) as (file, image):
+        _load(file, image)
         palette = np.arange(256, dtype=np.uint8)[:, None].repeat(3, axis=1)
         if image.mode in ("LA", "PA", "RGBA"):
             pixels = np.array(image.convert("RGBA"))
@@ -158,7 +162,7 @@ def read_size(
     path: str | Path, *, orientation: Orientation = "stored", annotated: Size | None = None
 ) -> Size:
     """Height and width of an image as returned by `read_image`, from its header."""
-    with _opened(path) as image:
+    with _opened(path) as (_, image):
         turns = _turn(image, orientation, annotated) is not None
         swaps = turns and _exif_orientation(image) in _SWAPS_SIDES
         return (image.width, image.height) if swaps else (image.height, image.width)
@@ -166,8 +170,21 @@ def read_size(
 
 def is_rotated(path: str | Path) -> bool:
     """Whether the EXIF orientation rotates or flips the pixels; see `read_image` for errors."""
-    with _opened(path) as image:
+    with _opened(path) as (_, image):
         return _exif_orientation(image) in _TURNS
+
+
+def read_png(content: bytes, place: str) -> np.ndarray:
+    """Reads a PNG that another file contains, as gray levels: uint8 [H, W].
+
+    Args:
+        place: where it is, for messages.
+    Raises:
+        UserError: see `read_image`.
+    """
+    with _decoding(io.BytesIO(content), place, ("PNG",)) as image:
+        _load(io.BytesIO(content), image)
+        return np.array(image.convert("L"))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -397,27 +414,47 @@ def _codes(pixels: np.ndarray) -> np.ndarray:
 
 
 @contextmanager
-def _opened(path: str | Path) -> Iterator[Image.Image]:
+def _opened(path: str | Path) -> Iterator[tuple[IO[bytes], Image.Image]]:
     """Opens an image and reads its header. Errors in the block get the name of the file."""
     path = Path(path)
     _require_file(path)
-    with _readable(path), Image.open(path, formats=_FORMATS) as image:
+    with (
+        naming(path),
+        path.open("rb") as file,
+        _decoding(file, str(path), _FORMATS) as image,
+    ):
+        yield file, image
+
+
+@contextmanager
+def _decoding(file: IO[bytes], place: str, formats: tuple[str, ...]) -> Iterator[Image.Image]:
+    with _readable(place), Image.open(file, formats=formats) as image:
         if image.width * image.height > MAX_PIXELS:
             raise Image.DecompressionBombError(
-                f"expected at most {MAX_PIXELS} pixels, but got {image.width}x{image.height}"
+                f"expected at most {MAX_PIXELS} pixels, but got {size_text(*image.size[::-1])}"
             )
         yield image
 
 
-def _load(path: str | Path, image: Image.Image) -> None:
-    """Decodes an image completely. If the compressed data of a PNG ends early, Pillow leaves the
-    missing rows black; the length of the data distinguishes them from rows that are black."""
+def _load(file: IO[bytes], image: Image.Image) -> None:
+    """Decodes an image completely. If the compressed data ends early in a file that is whole
+    otherwise, Pillow leaves the missing rows black (PNG) or gray (JPEG); the data distinguishes
+    them from rows of this color."""
     image.load()
-    if image.format != "PNG":
-        return
-    if image.info.get("interlace") or not np.asarray(image)[-1].any():
-        with Path(path).open("rb") as file:
-            _require_png_rows(file)
+    last = np.asarray(image.crop((0, image.height - 1, *image.size)))[-1]
+    if image.format == "PNG" and (image.info.get("interlace") or not last.any()):
+        _require_png_rows(file)
+    if image.format == "JPEG" and (last[-1] == 128).all():
+        _require_jpeg_rows(file, image)
+
+
+def _require_jpeg_rows(file: IO[bytes], image: Image.Image) -> None:
+    """More data before the end changes the pixels only if there was too little."""
+    file.seek(0)
+    data, end, rest = file.read().rpartition(b"\xff\xd9")
+    with Image.open(io.BytesIO(data + b"Z" * 64 + end + rest), formats=("JPEG",)) as longer:
+        if longer.tobytes() != image.tobytes():
+            raise UserError(_ENDS_EARLY)
 
 
 def _require_png_rows(file: IO[bytes]) -> None:
@@ -435,7 +472,7 @@ def _require_png_rows(file: IO[bytes]) -> None:
                 count += len(inflate.decompress(data, 1 << 20))
                 data = inflate.unconsumed_tail
     if count < expected:
-        raise UserError("not a readable image (the data of the last rows is missing)")
+        raise UserError(_ENDS_EARLY)
 
 
 def _png_bytes(width: int, height: int, depth: int, color: int, interlaced: int) -> int:
@@ -475,20 +512,20 @@ def _exif_orientation(image: Image.Image) -> int:
 
 
 @contextmanager
-def _readable(path: Path) -> Iterator[None]:
+def _readable(place: str) -> Iterator[None]:
     """Adds the name of the file to whatever Pillow raises inside."""
     try:
         yield
     except UserError as error:
-        raise UserError(f"{path}: {error}") from error
+        raise UserError(f"{place}: {error}") from error
     except UnidentifiedImageError as error:
         raise UserError(
-            f"{path}: not a readable image (empty, or of a format other than {_FORMATS_TEXT})"
+            f"{place}: not a readable image (empty, or of a format other than {_FORMATS_TEXT})"
         ) from error
     except _BROKEN as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # missing file, no permission, failing disk: the system's message names the file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: not a readable image ({reason})") from error
+        raise UserError(f"{place}: not a readable image ({reason})") from error
     except Image.DecompressionBombError as error:
-        raise UserError(f"{path}: {error}") from error
+        raise UserError(f"{place}: {error}") from error

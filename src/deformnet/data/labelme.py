@@ -1,8 +1,6 @@
 """The layout of labelme for detection and segmentation: one JSON file per image."""
 
 import base64
-import binascii
-import io
 import mmap
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -12,7 +10,6 @@ from pathlib import Path, PureWindowsPath
 from typing import NamedTuple, final
 
 import numpy as np
-from PIL import Image
 from torch import Tensor
 
 from deformnet._errors import UserError
@@ -20,12 +17,14 @@ from deformnet._files import read_lines
 from deformnet.data.base import IGNORE, LabeledImage, SegmentationDataset
 from deformnet.data.boxes import DetectionDataset, ImageFile, ObjectList
 from deformnet.data.files import (
+    MAX_PIXELS,
     Orientation,
     Size,
     image_names,
     is_image,
     listing,
     read_json,
+    read_png,
     read_size,
     walk_images,
 )
@@ -102,12 +101,19 @@ class LabelmeFile:
         self.size = _size(content.get("imageHeight"), content.get("imageWidth"))
         self.skipped = 0
         self.objects: list[LabelmeObject] = []
+        pixels = 0
         groups: dict[tuple[str, str], LabelmeObject] = {}
         for number, shape in enumerate(content["shapes"], start=1):
             item = self._parse(number, shape)
             if item is None:
                 self.skipped += 1
                 continue
+            pixels += sum(stamp.mask.size for stamp in item.stamps)
+            if pixels > MAX_PIXELS:
+                raise UserError(
+                    f"{path}: shape {number}: expected at most {MAX_PIXELS} pixels in all masks of "
+                    "the file together, but got more; crop the masks to their objects"
+                )
             group = shape.get("group_id")
             key = (item.label, str(number) if group is None else f"group {group}")
             if key in groups:
@@ -513,10 +519,9 @@ def _read_mask(where: str, points: np.ndarray, value: object) -> Stamp:
     """The mask of a shape: a PNG in base64, placed at its first point."""
     try:
         data = base64.b64decode(value if isinstance(value, str) else "", validate=True)
-        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
-            mask = np.asarray(image.convert("L")) > 0
-    except (binascii.Error, OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+    except ValueError:
         raise UserError(f"{where}: expected a mask as PNG in base64, but got none") from None
+    mask = read_png(data, f"{where}: mask") > 0
     x, y = points.min(0).clip(-(2**31), 2**31).round().astype(int).tolist()
     return Stamp(x, y, mask)
 

@@ -1,6 +1,6 @@
 """Label maps drawn from polygons and COCO's RLE."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -32,7 +32,8 @@ class Region(NamedTuple):
     label: int
     polygons: Sequence[np.ndarray] = ()
     """float [n, 2] each: x, y in pixels, where (0, 0) is the corner of the first pixel."""
-    stamps: Sequence[Stamp] = ()
+    stamps: Iterable[Stamp] = ()
+    """Iterated over once, when they are drawn: those of all objects may not fit in memory."""
 
 
 def with_background(names: Sequence[str], origin: object) -> tuple[str, ...]:
@@ -131,10 +132,13 @@ def unpack(packed: bytes, label: int, size: Size) -> Region | None:
     height, width, *_ = numbers = np.frombuffer(content, np.int32)
     if (height, width) != size:
         return None
-    runs = numbers[2:]
+    return Region(label, stamps=_decoded(height, width, numbers[2:]))
+
+
+def _decoded(height: int, width: int, runs: np.ndarray) -> Iterator[Stamp]:
     values = np.arange(len(runs)) % 2 == 1
     mask = np.repeat(values, runs).reshape(width, height).T  # in column-major order
-    return Region(label, stamps=[Stamp(0, 0, mask)])
+    yield Stamp(0, 0, mask)
 
 
 _END = np.full(2, np.nan, np.float32)

@@ -169,6 +169,10 @@ def _resize(
 def _random_crop(crop: tuple[int, int]) -> v2.RandomCrop:
     for side in crop:
         _require_positive("crop", side)
+    if math.prod(crop) > _MOST_PIXELS:
+        raise UserError(
+            f"expected a crop of at most {_MOST_PIXELS // 10**6} million pixels, but got {crop}"
+        )
     mean_color = [round(255 * channel) for channel in IMAGENET_MEAN]
     fill = {tv_tensors.Image: mean_color, tv_tensors.Mask: IGNORE}
     return v2.RandomCrop(crop, pad_if_needed=True, fill=fill)
@@ -230,7 +234,8 @@ class Resize(v2.Transform):
         if math.prod(resized) > _MOST_PIXELS:
             raise UserError(
                 f"expected an image of at most {_MOST_PIXELS // 10**6} million pixels after "
-                f"resizing, but got one of {width}x{height}, resized to {resized[1]}x{resized[0]}"
+                f"resizing, but got one of {width}x{height}, resized to {resized[1]}x{resized[0]}; "
+                "crop it or leave it out"
             )
         return resized
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from deformnet._errors import require_at_least
+from deformnet._errors import require_at_least, require_at_most
 
 
 @dataclass(frozen=True)
@@ -26,3 +26,6 @@ class Demo:
         require_at_least(self, 1, "iterations", "detector_iterations", "images", "val")
         require_at_least(self, 64, "size")
         require_at_least(self, 0, "seed")
+        require_at_most(self, 1e7, "iterations", "detector_iterations", "images", "val")
+        require_at_most(self, 2**12, "size")
+        require_at_most(self, 2**63 - 1, "seed")

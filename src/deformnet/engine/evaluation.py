@@ -7,6 +7,7 @@ from lightning.fabric import Fabric
 from torch import nn
 
 from deformnet._errors import UserError
+from deformnet._files import require_writable
 from deformnet.engine.processes import FabricProcesses, Layout, Precision, launched
 from deformnet.engine.results import Result
 from deformnet.engine.runs import existing_checkpoint, load_checkpoint, load_run, restored, versions
@@ -15,6 +16,7 @@ from deformnet.recipes import Recipe
 from deformnet.tasks import task_of
 from deformnet.tasks.base import DataIdentity, EvaluationSet, ProposalSet, Scores, TaskOptions
 from deformnet.tasks.own import Data
+from deformnet.tasks.proposals import StoredProposals
 
 
 def evaluate(
@@ -88,15 +90,20 @@ def propose(
         The number of images.
     Raises:
         FileNotFoundError: if run or data are missing.
-        UserError: if the run makes no proposals, or an image cannot be read.
+        UserError: if the run makes no proposals, an image cannot be read, or `out` is a file
+            without proposals.
         OSError: if the file cannot be written.
     """
+    out = Path(out)
+    if out.exists():
+        StoredProposals([out])  # no other file is replaced
     recipe, model, trained_on = load_run(run)
     images = task_of(recipe).proposal_set(Path(data), split, trained_on)
+    require_writable(out.parent)
     layout = Layout.of(hardware)
     facts = shared_facts(recipe, trained_on, images)
     with launched(layout, _precision(recipe, layout), facts) as fabric, fabric.autocast():
-        images.write(model, Path(out), FabricProcesses(fabric, layout.workers, progress))
+        images.write(model, out, FabricProcesses(fabric, layout.workers, progress))
         fabric.barrier()  # the file exists when any process goes on
     return len(images)
 

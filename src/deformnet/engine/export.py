@@ -16,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from deformnet._errors import UserError
-from deformnet._files import read_json, replacing, write_json
+from deformnet._files import read_json, refuse_overwrite, replacing, write_json
 from deformnet.engine.runs import card_path, describe, load_run, versions
 from deformnet.models.backbones.weights import EXPORTED
 
@@ -36,14 +36,15 @@ def export_run(run: str | Path, out: str | Path) -> Path:
         The path of the card.
     Raises:
         FileNotFoundError: if there is no such run, or it has no checkpoint.
-        UserError: if `out` is not called .safetensors, or the checkpoint or a file of scores is
-            damaged.
+        UserError: if `out` is not called .safetensors, the card would replace a file of the run, or
+            the checkpoint or a file of scores is damaged.
         OSError: if a file cannot be written.
     """
     run, out = Path(run), Path(out)
     _require_safetensors(out)
     if run.is_file():
         raise UserError(f"{run}: expected a run folder, but got a file")
+    refuse_overwrite(card_path(out), run.glob("*.json"))  # recipe.json, metrics.json
     recipe, model, data = load_run(run)
     metrics = {path.name: _scores(path) for path in sorted(run.glob("metrics*.json"))}
     content = _packed(model.state_dict(), {EXPORTED: recipe.network})

@@ -78,8 +78,23 @@ class Result:
         )
 
     def save(self, folder: Path, suffix: str = "") -> "Result":
-        """Writes metrics{suffix}.json, pictures, and the predictions if the task keeps them."""
-        files = {} if self.scores is None else self.scores.save(folder, suffix)
-        result = replace(self, files=files)
-        write_json(folder / f"metrics{suffix}.json", result.to_json())
+        """Writes metrics{suffix}.json, pictures, and the predictions if the task keeps them.
+
+        Raises:
+            UnsavedScores: if a file cannot be written.
+        """
+        try:
+            files = {} if self.scores is None else self.scores.save(folder, suffix)
+            result = replace(self, files=files)
+            write_json(folder / f"metrics{suffix}.json", result.to_json())
+        except OSError as error:
+            raise UnsavedScores(self, error) from error
         return result
+
+
+class UnsavedScores(OSError):
+    """A file of scores that cannot be written; `result` has the scores."""
+
+    def __init__(self, result: Result, error: OSError) -> None:
+        super().__init__(error.errno, error.strerror or str(error), error.filename)
+        self.result = result

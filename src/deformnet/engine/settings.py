@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from deformnet._errors import require_at_least
+from deformnet._errors import require_at_least, require_at_most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +23,7 @@ class Hardware:
     def __post_init__(self) -> None:
         require_at_least(self, 1, "devices", "nodes")
         require_at_least(self, 0, "workers")
+        require_at_most(self, 1024, "devices", "nodes", "workers")
 
 
 @dataclass(frozen=True, kw_only=True)

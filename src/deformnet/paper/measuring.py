@@ -9,6 +9,7 @@ from typing import TypedDict
 import torch
 
 from deformnet._errors import UserError
+from deformnet._files import require_writable
 from deformnet.engine.runs import machine, versions
 from deformnet.ops import backends
 from deformnet.paper.settings import TimingOptions
@@ -52,6 +53,8 @@ def running(options: TimingOptions, out: Path | None) -> Iterator[tuple[torch.de
     """
     if out is not None and out.is_dir():
         raise UserError(f"expected out to be a file, but got the folder {out}")
+    if out is not None:
+        require_writable(out.parent)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("expected a GPU for device cuda, but PyTorch finds none; use cpu")
     before = torch.get_num_threads()

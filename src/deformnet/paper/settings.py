@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from deformnet._errors import UserError, require_at_least
+from deformnet._errors import UserError, require_at_least, require_at_most
 from deformnet.recipes import BackboneName
 
 Table4Network = Literal[
@@ -40,6 +40,7 @@ class DryRun:
     def __post_init__(self) -> None:
         _require_scale(self.scale)
         require_at_least(self, 1, "batch")
+        require_at_most(self, 2**16, "batch")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +63,7 @@ class TimingOptions:
         # On smaller images, conv4 has a single unit, on which batch norm cannot train.
         _require_scale(self.scale)
         require_at_least(self, 1, "rounds", "threads")
+        require_at_most(self, 1024, "rounds", "threads")
 
 
 def _require_scale(scale: float) -> None:

@@ -1,14 +1,18 @@
 """What is in an image, predicted or known: drawn, listed and located alike for every task."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+
+from deformnet._errors import UserError
 
 
 class Thing(NamedTuple):
@@ -122,6 +126,11 @@ class Images(Protocol):
 
     classes: tuple[str, ...]
 
+    @property
+    def root(self) -> str | Path:
+        """Its folder or name, for messages."""
+        ...
+
     def __len__(self) -> int: ...
 
     def name(self, index: int) -> str:
@@ -132,6 +141,15 @@ class Images(Protocol):
 def names_of(images: Images) -> list[str]:
     """The names of all images of a data set, in its order."""
     return [images.name(index) for index in range(len(images))]
+
+
+@contextmanager
+def about(images: Images, index: int) -> Iterator[None]:
+    """Adds the name of an image to errors of what is made of it."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{images.root}: image {images.name(index)}: {error}") from error
 
 
 class AnnotatedImages:

@@ -31,6 +31,8 @@ from deformnet.tasks.own import Data, place
 from deformnet.tasks.predictor import Device, Predictor
 from deformnet.visualization import save_figure
 
+_MOST_CLASSES = 30_000
+"""The memory of weights and scores grows with their number, and with its square."""
 _T = TypeVar("_T")
 _RecipeT = TypeVar("_RecipeT", bound=Recipe)
 _ImagesT = TypeVar("_ImagesT", bound=Images)
@@ -317,7 +319,13 @@ class Task(ABC, Generic[_RecipeT, _ImagesT]):
     def _annotated(self, images: _ImagesT) -> AnnotatedImages: ...
 
     def _opened(self, data: Data, split: str) -> _ImagesT:
-        return self._open(data, split) if isinstance(data, Location) else self._own(data)
+        images = self._open(data, split) if isinstance(data, Location) else self._own(data)
+        if len(images.classes) > _MOST_CLASSES:
+            raise UserError(
+                f"{place(data)}: expected at most {_MOST_CLASSES} classes, but got "
+                f"{len(images.classes)}"
+            )
+        return images
 
     def _checked(self, data: Data, split: str, trained_on: DataIdentity | None) -> _ImagesT:
         """The data set, if it has the classes that a network was trained on."""

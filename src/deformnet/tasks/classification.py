@@ -27,7 +27,7 @@ from deformnet.metrics.classification import ClassificationCounts, classificatio
 from deformnet.metrics.confusion import Confusion
 from deformnet.metrics.numbers import scaled
 from deformnet.recipes import ClassifierRecipe
-from deformnet.tasks.annotations import AnnotatedImages, Annotation
+from deformnet.tasks.annotations import AnnotatedImages, Annotation, about
 from deformnet.tasks.base import DataIdentity, Scores, Task, TrainingSet, seeded
 from deformnet.tasks.figures import confusion_picture
 from deformnet.tasks.images import require_image
@@ -91,7 +91,8 @@ class ClassificationTrainingSet(TrainingSet):
 
     def _sample(self, index: int) -> tuple[Tensor, int]:
         image, label = self._images[index]
-        return self._transforms(tv_tensors.Image(image)), label
+        with about(self._images, index):
+            return self._transforms(tv_tensors.Image(image)), label
 
 
 def _labels_of(images: _Images) -> list[int]:
@@ -114,7 +115,8 @@ class ClassificationEvaluationSet(CountingSet):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         image, label = self._images[index]
-        return self._transforms(tv_tensors.Image(image)), torch.tensor([label])
+        with about(self._images, index):
+            return self._transforms(tv_tensors.Image(image)), torch.tensor([label])
 
     def _metric(self) -> ClassificationCounts:
         return ClassificationCounts(len(self.classes), sync=False)

@@ -95,7 +95,8 @@ def find_images(
     Args:
         paths: files, folders and patterns.
         videos: also list videos in folders.
-        apart_from: folder to skip inside other folders (the folder of the results).
+        apart_from: folder to skip inside other folders, and among the matches of patterns (the
+            folder of the results).
     Raises:
         FileNotFoundError: if a folder contains no image, or nothing matches a pattern.
         UserError: if two files have the same name, so that their results would as well, or if there
@@ -123,6 +124,8 @@ def _expanded(path: Path, videos: bool, apart_from: Path | None) -> list[tuple[s
     """Names and paths of the files that a path refers to."""
     if path.is_dir():
         inside = sorted(_walk(path, videos, apart_from))
+        if not inside and _is_input(path, videos):
+            return [(path.name, path)]  # one of many images, which costs itself
         if not inside:
             kinds = "image or video" if videos else "image"
             raise FileNotFoundError(f"{path}: no {kinds} in this folder")
@@ -131,7 +134,11 @@ def _expanded(path: Path, videos: bool, apart_from: Path | None) -> list[tuple[s
         return [(path.name, path)]
     fixed = next(parent for parent in path.parents if not has_magic(str(parent)))
     found = fixed.glob(str(path.relative_to(fixed)))
-    matches = sorted(file for file in found if _is_input(file, videos) and file.is_file())
+    matches = sorted(
+        file
+        for file in found
+        if _is_input(file, videos) and file.is_file() and not _is_in(file, apart_from)
+    )
     if not matches:
         raise FileNotFoundError(f"{path}: no image matches this pattern")
     return [(file.relative_to(fixed).as_posix(), file) for file in matches]
@@ -139,7 +146,8 @@ def _expanded(path: Path, videos: bool, apart_from: Path | None) -> list[tuple[s
 
 def _walk(folder: Path, videos: bool, apart_from: Path | None) -> Iterator[Path]:
     skipped = None if apart_from is None else apart_from.resolve()
-    for parent, folders, names in os.walk(folder):
+    unreadable: list[OSError] = []
+    for parent, folders, names in os.walk(folder, onerror=unreadable.append):
         here = Path(parent)
         folders[:] = [
             name
@@ -147,6 +155,11 @@ def _walk(folder: Path, videos: bool, apart_from: Path | None) -> Iterator[Path]
             if not name.startswith(".") and (here / name).resolve() != skipped
         ]
         yield from (here / name for name in names if _is_input(here / name, videos))
+    yield from (Path(error.filename) for error in unreadable)  # cost themselves when they are read
+
+
+def _is_in(path: Path, folder: Path | None) -> bool:
+    return folder is not None and path.resolve().is_relative_to(folder.resolve())
 
 
 def _is_input(path: Path, videos: bool) -> bool:

@@ -12,8 +12,10 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from deformnet._errors import UserError
 from deformnet.tasks.base import Processes
 
+_MOST_PIXELS = 10**9
 _S = TypeVar("_S")
 _S_co = TypeVar("_S_co", covariant=True)
 _T = TypeVar("_T")
@@ -50,10 +52,11 @@ def shared(samples: Samples[_S_co], processes: Processes) -> Iterator[tuple[int,
 
 
 def predictions(
-    samples: Samples[_S], predict: Callable[[_S], _T], processes: Processes
+    samples: Samples[_S], predict: Callable[[int, _S], _T], processes: Processes
 ) -> list[_T]:
-    """The predictions for all samples in their order, made by all processes."""
-    own = [(index, predict(sample)) for index, sample in shared(samples, processes)]
+    """The predictions for all samples in their order, from their indices and themselves, made by
+    all processes."""
+    own = [(index, predict(index, sample)) for index, sample in shared(samples, processes)]
     by_index = dict(pair for part in processes.gather(own) for pair in part)
     return [by_index[index] for index in range(len(samples))]
 
@@ -61,6 +64,12 @@ def predictions(
 def stack(images: Sequence[Tensor], padding: float = 0) -> Tensor:
     """Stacks images [..., h, w] of different sizes, padded on the right and at the bottom."""
     height, width = (max(image.shape[side] for image in images) for side in (-2, -1))
+    if len(images) * height * width > _MOST_PIXELS:
+        raise UserError(
+            f"expected a batch of at most {_MOST_PIXELS // 10**6} million pixels, but got "
+            f"{len(images)} images, {width}x{height} with their padding; use a smaller max_side or "
+            "batch, or a crop"
+        )
     return torch.stack([pad(image, height, width, padding) for image in images])
 
 

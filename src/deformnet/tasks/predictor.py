@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from deformnet._errors import UserError
+from deformnet._files import require_writable
 from deformnet.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Resize
 from deformnet.tasks.annotations import Annotation
 from deformnet.tasks.images import ImageInput, InputFile, as_image, require_image
@@ -150,8 +151,16 @@ class Predictor(ABC, Generic[_P, _A]):
             OSError: if a file cannot be read.
         """
         if isinstance(image, list | tuple):
-            return [self.annotate(as_image(one, upright=self.upright)) for one in image]
-        return self.annotate(as_image(image, upright=self.upright))
+            return [self._of_any(one) for one in image]
+        return self._of_any(image)
+
+    def _of_any(self, image: ImageInput) -> _A:
+        pixels = as_image(image, upright=self.upright)
+        place = f"{image}: " if isinstance(image, str | Path) else ""
+        try:
+            return self.annotate(pixels)
+        except UserError as error:
+            raise UserError(f"{place}{error}") from error
 
     @torch.inference_mode()
     def predict(self, image: Tensor) -> _P:
@@ -207,13 +216,17 @@ class Predictor(ABC, Generic[_P, _A]):
         Returns:
             An iterator over the images, in the order in which they are done.
         Raises:
-            UserError: if a result would overwrite an input, or if a format is given for a network
-                without boxes; raised immediately.
-            OSError: if a result cannot be written; raised during iteration.
+            UserError: if a result would overwrite an input, the threshold is not 0 to 1, or a
+                format is given for a network without boxes; raised immediately.
+            OSError: if `out` cannot be written to, raised immediately; or a result, raised during
+                iteration.
         """
         if box_format != "jsonl" and not self.has_boxes:
             raise UserError(f"expected no format for a network without boxes, but got {box_format}")
+        if not 0 <= threshold <= 1:
+            raise UserError(f"expected threshold to be 0 to 1, but got {threshold}")
         require_apart(files, out, self.folders)
+        require_writable(out)
         return self._written(files, out, threshold, box_format)
 
     def _written(
@@ -270,6 +283,10 @@ def _device(device: Device) -> torch.device:
         raise UserError(f"expected device such as cpu or cuda:1, but got {device!r}") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"expected a device that is here, but got {device}: PyTorch finds no GPU")
+    try:
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError):  # such as cuda:99, meta, or a kind that is not built in
+        raise UserError(f"expected a device that computes here, but got {device}") from None
     return device
 
 

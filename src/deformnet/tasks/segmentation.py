@@ -30,7 +30,7 @@ from deformnet.metrics.segmentation import (
     segmentation_scores,
 )
 from deformnet.recipes import ScoreAt, SegmentationRecipe
-from deformnet.tasks.annotations import AnnotatedImages, Annotation, Contents, Thing
+from deformnet.tasks.annotations import AnnotatedImages, Annotation, Contents, Thing, about
 from deformnet.tasks.base import DataIdentity, Scores, Task, TrainingSet, seeded
 from deformnet.tasks.figures import confusion_picture
 from deformnet.tasks.labeling import CountingSet, logits_of, losses_of
@@ -106,7 +106,12 @@ class SegmentationTrainingSet(TrainingSet):
         return [f"pixels in {masks}: {fractions}", *absent("pixel", self.classes, counts, where)]
 
     def batch(self, indices: Sequence[int], seeds: Sequence[int]) -> Batch:
-        return collate(seeded(lambda n: self._transforms(*self._images[n]), indices, seeds))
+        return collate(seeded(self._sample, indices, seeds))
+
+    def _sample(self, index: int) -> tuple[Tensor, Tensor]:
+        image, mask = self._images[index]
+        with about(self._images, index):
+            return self._transforms(image, mask)
 
 
 def _pixels_of(images: _Images) -> tuple[Tensor, int]:
@@ -150,7 +155,8 @@ class SegmentationEvaluationSet(CountingSet):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         image, mask = self._images[index]
-        prepared, resized = self._transforms(image, mask)
+        with about(self._images, index):
+            prepared, resized = self._transforms(image, mask)
         if self._score_at == "network":
             return prepared, resized
         return prepared, mask.as_subclass(Tensor).long()

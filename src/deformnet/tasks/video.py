@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from deformnet._errors import UserError
+from deformnet.data.files import MAX_PIXELS, size_text
 
 VIDEO_SUFFIXES = {".mp4", ".mov", ".m4v", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv"}
 
@@ -35,6 +36,11 @@ def read_frames(path: Path) -> _Frames:
         empty = True
         for frame in frames(module, path):
             empty = False
+            if frame[0].numel() > MAX_PIXELS:
+                raise UserError(
+                    f"expected frames of at most {MAX_PIXELS} pixels, but got "
+                    f"{size_text(*frame.shape[1:])}"
+                )
             yield frame
     except (RuntimeError, ValueError, OSError) as error:  # depends on the reader
         reason = str(error).strip().splitlines()[:1] or [type(error).__name__]

@@ -3,6 +3,8 @@
 import io
 import os
 import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -49,7 +51,8 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def browser():
     with playwright.sync_playwright() as started:
-        opened = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        rebound = "--host-resolver-rules=MAP evil.test 127.0.0.1"
+        opened = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", rebound])
         yield opened
         opened.close()
 
@@ -231,3 +234,66 @@ def test_click_on_a_detection(folder, page):
         page.get_by_label("baseline").check()
         page.wait_for_function("document.querySelector('#legend').innerText.trim() == 'detection'")
         assert "3 x 3 bins" not in page.locator("#panel").inner_text()
+
+
+@pytest.fixture
+def foreign():
+    """The address of another page of this machine."""
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html")
+            self.end_headers()
+            self.wfile.write(b"<p>foreign</p>")
+
+        def log_message(self, *_): ...
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+ATTACK = """async target => {
+  const form = new FormData();
+  form.append("files", new File(["pixels"], "foreign.png"));
+  const upload = {method: "POST", body: form, mode: "no-cors"};
+  await fetch(target + "gradio_api/upload", upload).catch(() => null);
+  const event = {method: "POST", body: '{"data": []}', mode: "no-cors"};
+  await fetch(target + "gradio_api/queue/join", event).catch(() => null);
+  const read = await fetch(target + "config").then(it => it.text()).catch(() => "refused");
+  const image = new Image();
+  const seen = new Promise(done => { image.onload = () => done("seen");
+                                     image.onerror = () => done("refused"); });
+  image.src = target + "static/img/logo.svg";
+  return [read, await seen];
+}"""
+
+
+def test_foreign_pages_and_names(folder, page, foreign):
+    with serving(folder / "deeplab", [folder / "first.png"], Page(device="cpu")) as address:
+        answers = []
+        page.on("response", lambda it: answers.append((it.url, it.status)))
+        rebound = page.goto(address.replace("127.0.0.1", "evil.test"))
+        assert rebound.status == 403
+        page.goto(foreign)
+        read, seen = page.evaluate(ATTACK, address)
+        assert read.startswith("deformnet: expected a request of this page")
+        assert seen == "refused"
+        there = [status for url, status in answers if url.startswith(address)]
+        assert len(there) >= 3
+        assert set(there) == {403}
+        temporary = Path(os.environ["GRADIO_TEMP_DIR"])
+        assert not [it for it in temporary.rglob("*") if it.name == "foreign.png"]
+        page.set_content(f"<form method=post action={address}gradio_api/upload><button>go</form>")
+        with page.expect_navigation() as moved:
+            page.get_by_text("go").click()
+        assert moved.value.status == 403
+        page.goto(foreign)
+        page.set_content(f"<a href={address}>link</a>")  # of a message, or of a page of notes
+        page.get_by_text("link").click()
+        page.wait_for_selector("#picture img")

@@ -9,11 +9,12 @@ import torch
 from PIL import Image
 from tiny_runs import classifier, faster_rcnn, noise, rfcn, segmenter, write_run
 
+from deformnet import UserError
 from deformnet.analysis import bin_locations, effective_dilation, sampling_locations
 from deformnet.data import open_segmentation
 from deformnet.data.synthetic import Shapes, write_shapes
 from deformnet.inspection.runs import OpenedRun, open_runs
-from deformnet.inspection.viewer import images
+from deformnet.inspection.viewer import images, recording
 from deformnet.inspection.viewer.images import DataSetImages, ImageFiles, open_image
 from deformnet.inspection.viewer.pictures import LEVELS, UNIT, Frame
 from deformnet.inspection.viewer.recording import record_pass
@@ -272,6 +273,22 @@ def test_damaged_uploads_are_rejected(tmp_path, runs, photo, monkeypatch):
     monkeypatch.setattr(images, "LARGEST_FILE", 1000)
     with pytest.raises(ValueError, match=r"photo.png: expected a file of at most 0 MB"):
         open_image(photo)
+
+
+def test_images_beyond_the_memory_are_named(tmp_path, runs, photo, monkeypatch):
+    session = session_of(runs / "classifier", photo)
+    before = session.shown
+    strip = save(tmp_path / "strip.png", noise(1, 30000))
+    with pytest.raises(UserError, match=r"^strip.png: expected an image of at most 100 million"):
+        session.upload(strip)
+
+    def forward(*_):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried ...")
+
+    monkeypatch.setattr(recording, "record_pass", forward)
+    with pytest.raises(UserError, match=r"^photo.png: too large for the memory"):
+        session.upload(photo)
+    assert session.shown is before
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "LA", "CMYK"])

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from deformnet._errors import UserError
+from deformnet._files import require_writable
 from deformnet.data.check.duplicates import fingerprint
 from deformnet.data.check.lines import (
     absent_lists,
@@ -31,6 +32,7 @@ from deformnet.data.layouts import ImageList
 from deformnet.data.location import DataFiles, Location, locate
 
 _CHUNK = 16  # items that a process is handed at a time
+_MOST_WORKERS = 1024
 _MIN_SIDE = 8  # pixels
 _MAX_RATIO = 20  # of the sides of an image
 _MANY_PIXELS = MAX_PIXELS // 3
@@ -74,12 +76,17 @@ def check_data(
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
     if workers < 0:
         raise UserError(f"expected workers to be at least 0, but got {workers}")
+    if workers > _MOST_WORKERS:
+        raise UserError(f"expected workers to be at most {_MOST_WORKERS}, but got {workers}")
     record = _default_record(place) if record is None else Path(record).expanduser()
     beside = record.with_name(f"{record.stem}.report.txt")
     report = beside if report is None else Path(report).expanduser()
     require_report(report)
+    if record.resolve() == report.resolve():
+        raise UserError(f"{report}: expected another file for the report than for the record")
 
     sets = find_sets(place, custom=custom)
+    require_writable(report.parent)
     # The longest list first: files missing from trainval need not be named again for train and val.
     lists = sorted((it for found in sets for it in found.lists), key=lambda it: -it.entries)
     tallies = [_Tally(images) for images in lists]

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.random import Generator
 from PIL import Image, ImageFilter
 
-from deformnet._errors import UserError, require_at_least
+from deformnet._errors import UserError, require_at_least, require_at_most
 from deformnet.data.base import IGNORE
 
 Array = np.ndarray
@@ -133,6 +133,9 @@ class Shapes:
     def __post_init__(self) -> None:
         require_at_least(self, 1, "train", "val")
         require_at_least(self, 16, "height", "width")
+        require_at_most(self, 1e7, "train", "val")
+        require_at_most(self, 2**12, "height", "width", "clutter", "void_border")
+        require_at_most(self, 2**63 - 1, "seed")
         require_at_least(self, 0, "seed", "clutter", "void_border")
         for name in ("warp", "mute"):
             require(0 <= getattr(self, name) <= 1, name, "0 to 1", getattr(self, name))

@@ -11,6 +11,7 @@ OUT/
 from pathlib import Path
 
 from deformnet._errors import UserError, require_at_least
+from deformnet._files import refuse_overwrite, require_writable
 from deformnet.inspection.report.findings import Findings
 from deformnet.inspection.report.images import AnalyzedImages
 from deformnet.inspection.report.recording import UnitRecorder
@@ -45,12 +46,14 @@ def analyze(
             classes or no objects, or an argument is out of range.
     """
     require_at_least(analysis, 1, "images")
+    refuse_overwrite(out, [run, data])
     opened, compared = open_runs(run, analysis.baseline, analysis.device)
     if not opened.task.localizes:
         raise UserError(
             f"{run}: expected a network that locates objects, but got a {opened.network}"
         )
     source = AnalyzedImages(opened, data, analysis)
+    require_writable(out)
     findings = Findings(run, data, analysis, source, out)
     network = UnitRecorder("deformable", opened)
     other = None if compared is None else UnitRecorder("baseline", compared)

@@ -1,14 +1,14 @@
 """The images that the page offers, with their ground truth."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from deformnet._errors import UserError
-from deformnet.data.files import read_image
+from deformnet.data.files import read_image, read_size
 from deformnet.tasks import find_images
 from deformnet.tasks.annotations import AnnotatedImages, Annotation
 
@@ -16,7 +16,6 @@ LARGEST_FILE = 25 * 2**20
 """Maximum file size in bytes."""
 MOST_PIXELS = 30_000_000
 """Maximum size of an image; a small file can declare far more pixels than fit in memory."""
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 
 
 class Sample(NamedTuple):
@@ -33,14 +32,12 @@ def open_image(path: Path) -> Tensor:
         UserError, OSError: as `require_image`, and if it is damaged.
     """
     require_image(path)
-    try:
+    with _named(path):
         return read_image(path, orientation="upright")
-    except ValueError as error:
-        raise UserError(str(error).replace(str(path), path.name)) from error
 
 
 def require_image(path: Path) -> None:
-    """Check the header of an image file.
+    """Check the size of an image file, in bytes and in pixels.
 
     Raises:
         UserError: one line that begins with the file name (not the folder, which may be temporary),
@@ -56,24 +53,22 @@ def require_image(path: Path) -> None:
             f"{path.name}: expected a file of at most {LARGEST_FILE / 2**20:.0f} MB, but got "
             f"{size / 2**20:.0f} MB"
         )
-    try:
-        with Image.open(path, formats=_FORMATS) as header:
-            width, height = header.size
-    except (UnidentifiedImageError, Image.DecompressionBombError):
-        # Pillow's limit on pixels is higher than ours, and its error does not tell the size.
-        raise UserError(
-            f"{path.name}: not a readable image; expected {', '.join(_FORMATS)} with at most "
-            f"{MOST_PIXELS / 1e6:.0f} million pixels"
-        ) from None
-    except (SyntaxError, ValueError, EOFError, OSError) as error:
-        if isinstance(error, OSError) and error.filename is not None:
-            raise  # not caused by the content of the file
-        raise UserError(f"{path.name}: not a readable image ({error})") from error
+    with _named(path):
+        height, width = read_size(path)
     if width * height > MOST_PIXELS:
         raise UserError(
             f"{path.name}: expected an image of at most {MOST_PIXELS / 1e6:.0f} million pixels, "
             f"but got {width}x{height}"
         )
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Leaves the folder out of messages about an image."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).replace(str(path), path.name)) from error
 
 
 class Images:

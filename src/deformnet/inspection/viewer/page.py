@@ -18,7 +18,8 @@ from deformnet.inspection.viewer.pictures import BOX, LEVELS, MOVED_BIN, UNIT
 from deformnet.inspection.viewer.recording import UnitSamples, depth_limit
 from deformnet.inspection.viewer.session import Controls, Session
 
-_SESSIONS = 16  # browser tabs that are remembered; the oldest is forgotten first
+_SESSIONS = 8  # browser tabs that are remembered; the oldest is forgotten first
+_WAITING = 64  # events that wait for their turn
 _CLEAN_EVERY, _CLEAN_AFTER = 30, 60  # seconds that pictures stay in the temporary folder
 _SAMPLES, _BINS = "samples", "bins of a box"
 _DEFORMABLE, _BASELINE = "deformable", "baseline"
@@ -68,6 +69,7 @@ class _Page:
             with gr.Row():
                 self._place_pictures()
             self._connect()
+        self.blocks.queue(max_size=_WAITING)
 
     def _place_controls(self) -> None:
         names = [] if self._images is None else list(self._images.names)

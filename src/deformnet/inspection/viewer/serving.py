@@ -44,7 +44,10 @@ def serving(
         raise UserError("expected either images or data, but got both")
     require_extra("the page", "view", "gradio")
     _free_port(host, port)  # checked before the networks are loaded
-    with _temporary_folder():
+    with _temporary_folder() as folder:
+        from starlette.middleware import Middleware
+
+        from deformnet.inspection.viewer.guard import Guard
         from deformnet.inspection.viewer.page import CSS, build_page, theme
 
         opened, compared = open_runs(run, page.baseline, page.device)
@@ -53,7 +56,7 @@ def serving(
             offered = DataSetImages(opened.task.annotated(data, page.split, opened.data))
         blocks = build_page(run.name, offered, opened, compared)
         try:
-            _, address, _ = blocks.launch(
+            app, address, _ = blocks.launch(
                 server_name=host,
                 server_port=_free_port(host, port),
                 inbrowser=page.open,
@@ -69,21 +72,25 @@ def serving(
                 max_file_size=LARGEST_FILE,
                 theme=theme(),
                 css=CSS,
+                app_kwargs={"middleware": [Middleware(Guard, host=host, folder=folder)]},
             )
+            app.uploaded_file_dir = str(folder / "uploads")  # pictures are elsewhere
             yield address
         finally:
             blocks.close(verbose=False)
 
 
 @contextmanager
-def _temporary_folder() -> Iterator[None]:
+def _temporary_folder() -> Iterator[Path]:
     """Make Gradio keep uploads and pictures in a folder that is removed with the page."""
     folder = _folder()
     # Gradio reads these when it is imported. It must not send usage data.
     os.environ["GRADIO_TEMP_DIR"] = folder
+    os.environ["GRADIO_EXAMPLES_CACHE"] = folder  # what it may send: pictures, apart from uploads
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ["GRADIO_NUM_WORKERS"] = "0"  # other processes, which the guard does not see
     try:
-        yield
+        yield Path(folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

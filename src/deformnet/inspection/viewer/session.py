@@ -8,11 +8,13 @@ import numpy as np
 import torch
 from PIL import Image
 
+from deformnet._errors import UserError
 from deformnet.inspection.runs import OpenedRun
 from deformnet.inspection.viewer import pictures, recording
 from deformnet.inspection.viewer.images import Images, Sample, open_image
 from deformnet.inspection.viewer.recording import FilterRow, ForwardPass, Point, UnitSamples
 from deformnet.tasks.annotations import Annotation
+from deformnet.tasks.results import problem
 
 _KEPT = 4  # images per browser tab whose passes are kept
 _BEST = 5  # classes of an image that are named
@@ -93,7 +95,12 @@ class Session:
 
     def _opened(self, name: str, sample: Sample) -> Shown:
         shown = Shown(name, sample)
-        shown.forward(self._run)  # a failure leaves the page as it is
+        try:
+            shown.forward(self._run)  # a failure leaves the page as it is
+        except (UserError, RuntimeError, MemoryError) as error:
+            if (text := problem(Path(name), error)) is None:
+                raise
+            raise UserError(text) from error
         return shown
 
     def click(self, pixel: tuple[int, int], *, margin: bool) -> None:

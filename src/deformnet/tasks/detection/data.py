@@ -16,7 +16,7 @@ from deformnet.data.transforms import detection_transforms
 from deformnet.metrics.detections import short_floats
 from deformnet.models.detection.detector import Detector, Size, Target
 from deformnet.recipes import DetectorRecipe
-from deformnet.tasks.annotations import Annotation, Contents, Thing
+from deformnet.tasks.annotations import Annotation, Contents, Thing, about
 from deformnet.tasks.base import TrainingSet, seeded
 from deformnet.tasks.loading import pad, stack
 from deformnet.tasks.own import OwnBoxes
@@ -117,7 +117,8 @@ class DetectionTrainingSet(TrainingSet):
         image, objects = self._images[index]
         if self._proposals is not None:
             objects = _with_proposals(objects, self._proposals[self._images.name(index)])
-        pixels, (boxes, labels, ignored) = self._transforms(image, objects)
+        with about(self._images, index):
+            pixels, (boxes, labels, ignored) = self._transforms(image, objects)
         learned = ~ignored & (labels != _PROPOSAL)
         target = Target(boxes[learned], labels[learned])
         if self._round:

@@ -15,7 +15,8 @@ from deformnet.metrics.detections import Record, write_detections
 from deformnet.metrics.numbers import scaled
 from deformnet.metrics.scoring import COCOGroundTruth
 from deformnet.metrics.voc import Method
-from deformnet.tasks.annotations import names_of
+from deformnet.models.detection.detector import Detections, Proposals
+from deformnet.tasks.annotations import about, names_of
 from deformnet.tasks.base import EvaluationSet, Processes, ProposalSet, Scores
 from deformnet.tasks.detection.data import BoxImages
 from deformnet.tasks.detection.predictor import DetectionPredictor
@@ -132,8 +133,13 @@ class DetectionEvaluationSet(EvaluationSet):
 
     def evaluate(self, model: nn.Module, processes: Processes) -> Scores:
         predictor = self._predictor(model, processes.device)
+
+        def predict(index: int, sample: Sample) -> Detections:
+            with about(self._samples.images, index):
+                return predictor.predict(*sample)
+
         # All processes score: if only the first did, its errors would leave the others waiting.
-        detections = predictions(self._samples, lambda one: predictor.predict(*one), processes)
+        detections = predictions(self._samples, predict, processes)
         pairs = zip(self.names, detections, strict=True)
         return self._scoring([predictor.record(name, of_image) for name, of_image in pairs])
 
@@ -150,6 +156,11 @@ class DetectionProposalSet(ProposalSet):
 
     def write(self, model: nn.Module, path: Path, processes: Processes) -> None:
         predictor = self.predictor(model, processes.device)
-        proposals = predictions(self.samples, lambda one: predictor.propose(one.image), processes)
+
+        def propose(index: int, sample: Sample) -> Proposals:
+            with about(self.samples.images, index):
+                return predictor.propose(sample.image)
+
+        proposals = predictions(self.samples, propose, processes)
         if processes.rank == 0:
             write_proposals(path, names_of(self.samples.images), proposals)

@@ -1,0 +1,128 @@
+"""What the page answers to: itself, in a browser that was given its address, in bounded amounts.
+
+Any web page that is open in the same browser can send requests to this machine. They are refused
+by the headers that a browser sets and a page cannot: Host names another machine if a foreign name
+points here (DNS rebinding), Origin and Sec-Fetch-Site name the page that sends.
+"""
+
+import ipaddress
+import shutil
+import socket
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from deformnet.inspection.viewer.images import LARGEST_FILE
+
+UPLOADS = 4
+"""Maximum number of uploads at a time, and of files that wait to be shown."""
+
+_FORM = 2**16  # bytes of an upload around its file
+_LARGEST_EVENT = 2**20  # bytes
+_ANY = ("0.0.0.0", "::")  # to listen on
+
+
+class Guard:
+    """Middleware that refuses foreign and oversized requests.
+
+    Args:
+        app: the page.
+        host: address that it listens on.
+        folder: a temporary folder; of the uploaded files in its `uploads`, the last `UPLOADS` are
+            kept.
+    """
+
+    def __init__(self, app: ASGIApp, host: str, folder: Path) -> None:
+        self._app, self._uploads = app, folder / "uploads"
+        self._names = {"localhost", "127.0.0.1", "::1", host.lower()}
+        self._has_any_address = host in _ANY
+        if self._has_any_address:
+            self._names |= {socket.gethostname().lower(), socket.getfqdn().lower()}
+        self._uploading = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        is_upload = scope["type"] == "http" and scope["path"].rstrip("/").endswith("/upload")
+        if scope["type"] == "websocket":  # the page has none
+            status, text = 403, "no WebSockets here"
+        elif (text := self._foreign(scope["method"], headers)) is not None:
+            status = 403
+        elif (text := _oversized(scope["method"], headers, is_upload)) is not None:
+            status = 413
+        elif is_upload and self._uploading >= UPLOADS:
+            status, text = 503, f"{UPLOADS} uploads are in progress; try again later"
+        else:
+            await self._passed_on(scope, receive, send, is_upload)
+            return
+        response = PlainTextResponse(f"deformnet: {text}\n", status)
+        await response(scope, receive, send)
+
+    async def _passed_on(self, scope: Scope, receive: Receive, send: Send, is_upload: bool) -> None:
+        if is_upload:
+            self._remove_old_uploads()
+        self._uploading += is_upload
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._uploading -= is_upload
+
+    def _foreign(self, method: str, headers: Headers) -> str | None:
+        """What is wrong if another page sends a request, or under another name."""
+        hosts = headers.getlist("host")
+        if len(hosts) != 1 or not self._is_own(hosts[0]):
+            return f"expected the page's own name, such as localhost, but got {hosts}; see --host"
+        for origin in headers.getlist("origin"):
+            if origin.lower() not in {f"{scheme}://{hosts[0].lower()}" for scheme in _SCHEMES}:
+                return f"expected a request of this page, but got one of {origin}"
+        sender = headers.get("sec-fetch-site", "none")
+        follows_link = (
+            method == "GET"
+            and headers.get("sec-fetch-mode") == "navigate"
+            and headers.get("sec-fetch-dest") == "document"
+        )
+        if sender not in ("same-origin", "none") and not follows_link:
+            return f"expected a request of this page, but got a {sender} one"
+        return None
+
+    def _is_own(self, host: str) -> bool:
+        try:
+            name = urlsplit(f"//{host}").hostname or ""
+        except ValueError:
+            return False
+        return name in self._names or (self._has_any_address and _is_address(name))
+
+    def _remove_old_uploads(self) -> None:
+        def age(path: Path) -> float:
+            return path.stat().st_mtime if path.exists() else 0.0
+
+        for path in sorted(self._uploads.glob("*"), key=age)[: 1 - UPLOADS]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+_SCHEMES = ("http", "https")
+
+
+def _is_address(name: str) -> bool:
+    """Whether a name is a number, which nobody can point elsewhere."""
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def _oversized(method: str, headers: Headers, is_upload: bool) -> str | None:
+    """What is wrong with the size of a request."""
+    if method in ("GET", "HEAD", "OPTIONS"):
+        return None
+    most = LARGEST_FILE + _FORM if is_upload else _LARGEST_EVENT
+    length = headers.get("content-length", "unknown")
+    if not length.isdecimal() or int(length) > most:
+        return f"expected a request of at most {most} bytes, but got one of {length}"
+    return None
