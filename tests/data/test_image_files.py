@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from deformnet._files import read_json
 from deformnet.data.files import (
     IMAGE_SUFFIXES,
     MAX_PIXELS,
@@ -19,7 +20,6 @@ from deformnet.data.files import (
     is_image,
     is_rotated,
     read_image,
-    read_json,
     read_labels,
     read_size,
     read_stored_mask,

@@ -11,6 +11,7 @@ from typing import Literal
 from tqdm import tqdm
 
 from deformnet._errors import UserError
+from deformnet._files import replacing
 from deformnet.data.base import SegmentationDataset
 from deformnet.data.boxes import DetectionDataset
 from deformnet.data.files import listing, require_folder
@@ -101,7 +102,8 @@ def convert(
             if hard_links:
                 os.link(image.path.resolve(), target)
             else:
-                shutil.copyfile(image.path, target)
+                with image.path.open("rb") as file, replacing(target, durable=False) as copy:
+                    shutil.copyfileobj(file, copy)
             writer.add(image)
         writer.finish()
     splits = {**content.mask_splits, **content.splits}

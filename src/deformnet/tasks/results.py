@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from deformnet._errors import UserError
-from deformnet._files import replacing
+from deformnet._files import identity
 from deformnet.tasks.images import InputFile, as_image
 from deformnet.tasks.video import read_frames
 
@@ -65,21 +65,15 @@ def sources(file: InputFile, *, upright: bool) -> Iterator[Source]:
 
 def require_apart(files: Sequence[InputFile], out: Path, folders: dict[str, str]) -> None:
     """Raises UserError if a picture in one of the `folders` in `out` would overwrite an input."""
-    inputs = {_identity(file.path): file.path for file in files}
+    inputs = {identity(file.path): file.path for file in files}
     for file in files:
         for folder, suffix in folders.items():
-            identity = _identity(out / folder / f"{file.result}{suffix}")
-            if identity is not None and identity in inputs:
+            picture = identity(out / folder / f"{file.result}{suffix}")
+            if picture is not None and picture in inputs:
                 raise UserError(
                     f"{out}: expected a separate folder for the results, but those of {file.path} "
-                    f"would overwrite {inputs[identity]}"
+                    f"would overwrite {inputs[picture]}"
                 )
-
-
-def write_picture(path: Path, content: bytes) -> None:
-    """Writes or replaces a picture atomically."""
-    with replacing(path) as file:
-        file.write(content)
 
 
 def encoded(picture: Image.Image, suffix: str) -> bytes:
@@ -119,12 +113,3 @@ def _same(frame: Tensor) -> Tensor:
 
 def _fail(error: Exception) -> Tensor:
     raise error
-
-
-def _identity(path: Path) -> tuple[int, int] | None:
-    """Identity of a file, independent of its name; None if the file does not exist."""
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino
