@@ -73,10 +73,6 @@ class Recipe(ABC):
     """Also learn a modulation mask (DCNv2)."""
     norm: Literal["trained", "frozen"] = "trained"
     """Batch norm: trained, or frozen as in the paper (requires pretrained weights)."""
-    freeze: int | None = None
-    """Number of stages of the backbone to freeze: 4 for all up to conv4, 5 for conv5 as well;
-    requires frozen batch norm. None freezes conv1 and conv2 with frozen batch norm, as in the
-    paper, and nothing otherwise."""
     stride_in_1x1: bool = False
     """For ResNet-50 and 101: put the stride in the 1x1 convolutions, as the weights of the authors
     and of older detectron2 models expect, not in the 3x3 convolutions, as torchvision does."""
@@ -151,13 +147,6 @@ class Recipe(ABC):
             raise UserError(
                 f"expected momentum (beta1 of AdamW) to be below 1, but got {self.momentum}"
             )
-        if self.freeze is not None and not 0 <= self.freeze <= 5:
-            raise UserError(f"expected freeze to be 0 to 5, but got {self.freeze}")
-        if self.freeze and self.norm == "trained":
-            raise UserError(
-                f"expected norm to be frozen for freeze ({self.freeze}), whose stages have batch "
-                "norm, but got trained"
-            )
         if self.stride_in_1x1 and self.backbone not in ("resnet50", "resnet101"):
             raise UserError(
                 "expected backbone to be resnet50 or resnet101 for stride_in_1x1, whose blocks "
@@ -194,7 +183,6 @@ class Recipe(ABC):
             offset_groups=self.offset_groups,
             modulated=self.modulated,
             norm=self.norm,
-            freeze=self.freeze,
             stride_in_1x1=self.stride_in_1x1,
             output_stride=output_stride,
             weights=self.init,

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 from tyro.conf import Positional
 
+from deformnet._files import refuse_overwrite
 from deformnet.cli.options import RunPath
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ def mmdetection(
     """
     from deformnet.models.backbones.foreign import from_mmdetection, read_checkpoint
 
+    refuse_overwrite(file, [checkpoint])
     content = read_checkpoint(checkpoint)
     _write(from_mmdetection(content, bgr=bgr, pixel_mean=pixel_mean, pixel_std=pixel_std), file)
 
@@ -74,6 +76,7 @@ def detectron2(
     """
     from deformnet.models.backbones.foreign import from_detectron2, read_checkpoint
 
+    refuse_overwrite(file, [checkpoint])
     content = read_checkpoint(checkpoint)
     _write(from_detectron2(content, bgr=bgr, pixel_mean=pixel_mean, pixel_std=pixel_std), file)
 

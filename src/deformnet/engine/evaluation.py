@@ -15,6 +15,7 @@ from deformnet.recipes import Recipe
 from deformnet.tasks import task_of
 from deformnet.tasks.base import DataIdentity, EvaluationSet, ProposalSet, Scores, TaskOptions
 from deformnet.tasks.own import Data
+from deformnet.tasks.proposals import require_proposals
 
 
 def evaluate(
@@ -88,9 +89,10 @@ def propose(
         The number of images.
     Raises:
         FileNotFoundError: if run or data are missing.
-        UserError: if the run makes no proposals, or an image cannot be read.
+        UserError: if the run makes no proposals, an image cannot be read, or `out` is another file.
         OSError: if the file cannot be written.
     """
+    require_proposals(Path(out))
     recipe, model, trained_on = load_run(run)
     images = task_of(recipe).proposal_set(Path(data), split, trained_on)
     layout = Layout.of(hardware)

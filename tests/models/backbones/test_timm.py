@@ -70,23 +70,6 @@ def test_features_are_those_of_timm(name, tmp_path):
 
 
 @torch.no_grad()
-def test_dilated_features_contain_the_pretrained_ones(name):
-    dense, coarse = (
-        build(name, output_stride=stride, reduce_channels=None).eval() for stride in (16, 32)
-    )
-    state = random_state(dense)
-    for network in (dense, coarse):
-        network.load_state_dict(state)
-    images = F.interpolate(torch.rand(1, 3, 64, 64), (512, 512), mode="bicubic")
-    # TensorFlow's padding centers units of stride 32 at 31, 63, ...; a patch stem at 7.5 + 8, ...
-    lead = {"tf_efficientnet_lite0": 31, "convnext_atto": 8}.get(name, 0)
-    inside = (..., slice(7, 9), slice(7, 9))  # the borders differ
-    found = dense.stages(images)[1][..., ::2, ::2][inside]
-    expected = coarse.stages(F.pad(images, (lead, 0, lead, 0)))[1][inside]
-    assert (found - expected).abs().mean() < 0.02 * expected.abs().mean()
-
-
-@torch.no_grad()
 @pytest.mark.parametrize("size", [(64, 96), (33, 47), (1, 1)], ids=str)
 def test_output_sizes(name, size):
     for stride in (16, 32):
@@ -101,15 +84,13 @@ def test_output_sizes(name, size):
 
 
 @torch.no_grad()
-def test_dilation_of_the_resnet_is_that_of_ours_but_for_the_first_convolution(tmp_path):
+def test_dilation_of_the_resnet_is_that_of_ours(tmp_path):
     path = tmp_path / "weights.pth"
     torch.save(random_state(timm.create_model("resnet18")), path)
     images = torch.randn(1, 3, 64, 96)
     for dilation in (2, 4):
         options = {"weights": path, "dilation": dilation, "reduce_channels": None}
         ours, theirs = backbone("resnet18", **options), backbone("timm/resnet18", **options)
-        first = ours.layer4[0].conv1
-        first.dilation = first.padding = (dilation // 2, dilation // 2)
         torch.testing.assert_close(theirs.eval()(images), ours.eval()(images))
 
 
@@ -153,7 +134,7 @@ def test_any_number_of_layers_up_to_all():
         ):
             build(name, deform_layers=99)
     with pytest.raises(UserError, match="Conv2dSame, which overrides"):
-        build(LITE0, deform_layers=17, output_stride=32)
+        build(LITE0, deform_layers=17)
 
 
 def test_frozen_norm_and_first_stages(name):
@@ -165,19 +146,6 @@ def test_frozen_norm_and_first_stages(name):
     assert all(key.startswith("trunk.") for key in frozen)
     model(torch.randn(1, 3, 32, 32)).sum().backward()
     assert {key for key, p in model.named_parameters() if p.grad is None} >= frozen
-
-
-def test_stages_of_the_trunk(name):
-    model = build(name, norm="frozen", reduce_channels=8)
-    names = [part for stage in model.trunk_stages for part in stage]
-    assert len(model.trunk_stages) == 4
-    assert len(set(names)) == len(names)
-    stages = [model.get_submodule(part).parameters() for part in names]
-    ids = [id(parameter) for parameters in stages for parameter in parameters]
-    assert sorted(ids) == sorted(id(parameter) for parameter in model.trunk.parameters())
-    model.freeze(4)
-    assert not any(p.requires_grad for p in model.trunk.parameters())
-    assert all(p.requires_grad for p in model.conv5.parameters())
 
 
 @pytest.mark.parametrize("network", ["classifier", "deeplab", "rpn", "aware", "faster", "rfcn"])

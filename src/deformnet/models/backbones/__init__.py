@@ -12,6 +12,7 @@ from deformnet.models.backbones.features import (
     Norm,
     OutputStride,
     deform_last,
+    dilate,
 )
 from deformnet.models.backbones.resnet import ResNetFeatures
 from deformnet.models.backbones.weights import initial_weights, load_weights
@@ -31,7 +32,6 @@ def backbone(
     offset_groups: int = 1,
     modulated: bool = False,
     norm: Norm = "trained",
-    freeze: int | None = None,
     stride_in_1x1: bool = False,
     output_stride: OutputStride = 16,
     weights: str | Path | None = None,
@@ -39,10 +39,8 @@ def backbone(
 ) -> Backbone:
     """Build a backbone by name, by default at output stride 16.
 
-    conv5 (layer4 of ResNet) then has stride 1 and dilated 3x3 convolutions, all of them, as in the
-    authors' code. In networks of timm, the convolution that had the stride, and those before it,
-    get half the dilation, as in torchvision's `replace_stride_with_dilation`: with the default, the
-    features are then those of the pretrained network, at more positions.
+    conv5 (layer4 of ResNet) then has stride 1 and dilated 3x3 convolutions. (torchvision's
+    `replace_stride_with_dilation` leaves the first block undilated.)
 
     Args:
         name: resnet18, resnet34, resnet50, resnet101, aligned-inception-resnet, or timm/NAME for a
@@ -55,10 +53,8 @@ def backbone(
         dilation: Dilation of conv5 (2; Table 3 tries 4, 6 and 8).
         offset_groups: Offset groups of the deformable layers.
         modulated: Whether the deformable layers also learn a mask.
-        norm: "frozen" fixes the statistics and parameters of all batch norm; "trained" trains them.
-        freeze: Number of stages to freeze, from 0 to 5 (conv1 to conv5); requires frozen batch
-            norm. Offsets of deformable layers in these stages are still trained. None freezes conv1
-            and conv2 with frozen batch norm, as in the authors' fine-tuning, and nothing otherwise.
+        norm: "frozen" fixes the statistics and parameters of all batch norm, and conv1 and conv2,
+            as in the authors' fine-tuning. "trained" trains everything, which random weights need.
         stride_in_1x1: Whether conv3 and conv4 stride in the first 1x1 convolution of their blocks,
             as in He et al. 2016, the authors' code and detectron2's older models, rather than in
             the 3x3 convolution, as in torchvision. Weights belong to one of the two, which their
@@ -82,11 +78,6 @@ def backbone(
     if not name.startswith(_TIMM):
         one_of("name", name, _NAMES)
     one_of("norm", norm, get_args(Norm))
-    freeze = (2 if norm == "frozen" else 0) if freeze is None else freeze
-    if freeze and norm == "trained":
-        raise ValueError(f"expected norm to be frozen for freeze={freeze}, but got trained")
-    if not 0 <= freeze <= 5:
-        raise ValueError(f"expected freeze to be 0 to 5, but got {freeze}")
     norm_layer = FrozenBatchNorm2d if norm == "frozen" else nn.BatchNorm2d
     if name.startswith("resnet"):
         model = ResNetFeatures(name, norm_layer, stride_in_1x1, output_stride, reduce_channels)
@@ -101,8 +92,9 @@ def backbone(
     else:
         model = AlignedInceptionResNetFeatures(norm_layer, output_stride, reduce_channels)
     if output_stride == 16:
-        model.dilate(dilation)
-    model.freeze(freeze)
+        dilate(model.conv5_stage, dilation)
+    if norm == "frozen":
+        model.freeze_first_stages()
     deform_last(model, deform_layers, offset_groups=offset_groups, modulated=modulated)
     if weights is not None:
         state = initial_weights(model, weights, stride_in_1x1)

@@ -6,7 +6,6 @@ pixel (stride * i, stride * j).
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -118,6 +117,6 @@ class AlignedInceptionResNetFeatures(Backbone):
         blocks = reversed(range(len(self.stage5)))
         return tuple(f"stage5.{block}.branch2.{place}.conv" for block in blocks for place in (2, 1))
 
-    @property
-    def trunk_stages(self) -> Sequence[Sequence[str]]:
-        return ("stem",), ("stage2",), ("stage3",), ("stage4",)
+    def freeze_first_stages(self) -> None:
+        self.stem.requires_grad_(False)
+        self.stage2.requires_grad_(False)

@@ -4,8 +4,7 @@ Dai et al. 2017, section 2.3, "Deformable Convolution for Feature Extraction".
 """
 
 from abc import abstractmethod
-from collections.abc import Collection, Mapping, Sequence
-from itertools import chain
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Literal, Protocol, get_args
 
@@ -161,21 +160,9 @@ class Backbone(nn.Module):
         `deformnet.analysis.sampling_locations` takes all or the first few of them (Figure 6).
         """
 
-    @property
     @abstractmethod
-    def trunk_stages(self) -> Sequence[Sequence[str]]:
-        """Names of the modules with parameters in each of conv1 to conv4."""
-
-    def dilate(self, dilation: int) -> None:
-        """Set the stride of conv5 to 1 and dilate its convolutions; see `dilate`."""
-        dilate(self.conv5_stage, dilation)
-
-    def freeze(self, stages: int) -> None:
-        """Freeze the first stages: 2 for conv1 and conv2, 4 for everything up to conv4."""
-        for name in chain.from_iterable(self.trunk_stages[:stages]):
-            self.get_submodule(name).requires_grad_(False)
-        if stages > len(self.trunk_stages):
-            self.conv5_stage.requires_grad_(False)
+    def freeze_first_stages(self) -> None:
+        """Freeze conv1 and conv2, as the authors do in fine-tuning."""
 
 
 def initialize(*layers: nn.Conv2d | nn.Linear) -> None:
@@ -195,13 +182,11 @@ def require_images(images: Tensor) -> None:
         raise ValueError(f"expected images to be [N, 3, H, W], but got {list(images.shape)}")
 
 
-def dilate(stage: nn.Module, dilation: int, *, entry: Collection[nn.Module] = ()) -> None:
+def dilate(stage: nn.Module, dilation: int) -> None:
     """Set the stride of a stage to 1 and dilate its convolutions of odd size.
 
     Convolutions of even size, which merge patches in some networks, are not dilated.
 
-    Args:
-        entry: Convolutions that get half the dilation.
     Raises:
         ValueError: If `dilation` is less than 1.
     """
@@ -212,8 +197,7 @@ def dilate(stage: nn.Module, dilation: int, *, entry: Collection[nn.Module] = ()
             if any(size % 2 == 0 for size in module.kernel_size):
                 module.padding = "same"
                 continue
-            factor = max(1, dilation // 2) if module in entry else dilation
-            module.dilation = tuple(factor * step for step in module.dilation)
+            module.dilation = tuple(dilation * step for step in module.dilation)
             module.padding = tuple(
                 step * (size // 2)
                 for step, size in zip(module.dilation, module.kernel_size, strict=True)

@@ -3,8 +3,6 @@
 Dai et al. 2017, section 2.3, "Deformable Convolution for Feature Extraction".
 """
 
-from collections.abc import Sequence
-
 from torch import Tensor, nn
 from torchvision.models import ResNet, get_model, get_model_weights
 from torchvision.models.resnet import BasicBlock, Bottleneck
@@ -59,9 +57,9 @@ class ResNetFeatures(Backbone):
         blocks = reversed(range(len(self.layer4)))
         return tuple(f"layer4.{block}.{conv}" for block in blocks for conv in inside)
 
-    @property
-    def trunk_stages(self) -> Sequence[Sequence[str]]:
-        return ("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",)
+    def freeze_first_stages(self) -> None:
+        self.conv1.requires_grad_(False)
+        self.layer1.requires_grad_(False)
 
 
 def _move_strides(trunk: ResNet, name: str) -> None:

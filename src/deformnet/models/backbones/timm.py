@@ -1,7 +1,7 @@
 """Convolutional networks of timm as dilated and deformable feature extractors."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any, cast
 
@@ -30,12 +30,9 @@ class TimmFeatures(Backbone):
 
     The modules up to stride 16 are in `trunk`, and the modules from there to stride 32 in `conv5`,
     with timm's names. Images are padded on the right and at the bottom to a multiple of the stride,
-    since networks with a patch stem would drop the remainder.
-
-    At output stride 16, units are centered as in other backbones, since boxes and label maps are
-    placed by them. In a network with TensorFlow's padding ("tf_..."), they would be 15 pixels away,
-    so its strided convolutions are padded on both sides; with a patch stem, 7.5 pixels, so images
-    are also padded on the left and at the top. Except at the borders, both translate the image.
+    since networks with a patch stem would drop the remainder. The units of these networks, and of
+    networks with TensorFlow's padding ("tf_..."), are offset by up to half a cell from the units of
+    other backbones.
 
     Args:
         name: timm's name of the network, with or without a weights tag.
@@ -76,19 +73,16 @@ class TimmFeatures(Backbone):
         theirs = {id(value): key for key, value in net.state_dict(keep_vars=True).items()}
         self._shapes = {key: value.shape for key, value in net.state_dict().items()}
         if isinstance(net, HighResolutionNet):
-            self.trunk, self.conv5, self._stages = _split_high_resolution(net)
+            self.trunk, self.conv5, self._first = _split_high_resolution(net)
         else:
-            self.trunk, self.conv5, self._stages = _split(net, name, levels)
+            self.trunk, self.conv5, self._first = _split(net, name, levels)
         self._names = {
             theirs[id(value)]: key
             for key, value in self.state_dict(keep_vars=True).items()
             if id(value) in theirs
         }
-        self._entry: list[str] = []
-        self._lead = 0
         if output_stride == 16:
-            self._entry = _keep_resolution(self.conv5)
-            self._lead = _center(self.trunk)
+            _keep_resolution(self.conv5)
         if norm == "frozen":
             freeze_batch_norm_2d(self.trunk)
             freeze_batch_norm_2d(self.conv5)
@@ -130,23 +124,16 @@ class TimmFeatures(Backbone):
 
     def _normalized(self, images: Tensor) -> Tensor:
         require_images(images)
-        height, width = (self._lead + side for side in images.shape[2:])
-        right, bottom = -width % self.stride, -height % self.stride
-        images = F.pad(images, (self._lead, right, self._lead, bottom))
+        height, width = images.shape[2:]
+        images = F.pad(images, (0, -width % self.stride, 0, -height % self.stride))
         return images * self.scale + self.shift
-
-    def _cropped(self, maps: Tensor, images: Tensor, stride: int) -> Tensor:
-        """The units of the images, without those that are due to the padding on the left."""
-        rows, columns = (-(-side // stride) for side in images.shape[2:])
-        return maps[..., :rows, :columns] if self._lead else maps
 
     def stages(self, images: Tensor) -> tuple[Tensor, Tensor]:
         maps = self.trunk(self._normalized(images))
-        conv5 = self._cropped(self.conv5(maps), images, self.stride)
-        return self._cropped(_first(maps), images, 16), conv5
+        return _first(maps), self.conv5(maps)
 
     def conv4(self, images: Tensor) -> Tensor:
-        return self._cropped(_first(self.trunk(self._normalized(images))), images, 16)
+        return _first(self.trunk(self._normalized(images)))
 
     @property
     def conv5_stage(self) -> nn.Module:
@@ -159,13 +146,9 @@ class TimmFeatures(Backbone):
         chain = tuple(name for name in reversed(self._filters) if name.startswith("conv5."))
         return chain if isinstance(self.conv5, nn.Sequential) else chain[:1]
 
-    def dilate(self, dilation: int) -> None:
-        entry = [self.conv5.get_submodule(name) for name in self._entry]
-        dilate(self.conv5, dilation, entry=entry)
-
-    @property
-    def trunk_stages(self) -> Sequence[Sequence[str]]:
-        return self._stages
+    def freeze_first_stages(self) -> None:
+        for name in self._first:
+            self.trunk.get_submodule(name).requires_grad_(False)
 
     def own_names(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """A state dict of timm's network, with the names of this backbone.
@@ -260,8 +243,8 @@ def _create(name: str) -> nn.Module:
 
 def _split(
     net: nn.Module, name: str, levels: Mapping[int, Mapping[str, Any]]
-) -> tuple[nn.Module, nn.Module, list[list[str]]]:
-    """Modules up to stride 16, modules from there to 32, and `Backbone.trunk_stages`.
+) -> tuple[nn.Module, nn.Module, list[str]]:
+    """Modules up to stride 16, modules from there to 32, and names of modules up to stride 4.
 
     Like timm's `FeatureListNet`, assumes that modules run in the order of their definition.
     """
@@ -276,46 +259,26 @@ def _split(
         raise _unfit(name, f"features inside its module {ends[16].partition('.')[0]}")
     names = list(modules)
     conv4, conv5 = (names.index(ends[stride]) + 1 for stride in (16, 32))
-    # A stem of stride 4 has no module of stride 2: all of it belongs to conv2.
-    found = {stride: names.index(end) + 1 for stride, end in ends.items() if end in modules}
-    bounds = [0, *(found.get(stride, 0) for stride in (2, 4, 8)), conv4]
-    stages = [
-        [f"trunk.{part.replace('.', '_')}" for part in names[max(bounds[:end]) : bounds[end]]]
-        for end in range(1, len(bounds))
-    ]
+    first = names.index(ends[4]) + 1 if ends.get(4) in modules else 0
     trunk, last = nn.Sequential(), nn.Sequential()
     for position, (part, module) in enumerate(modules.items()):
         if position < conv5:
             (trunk if position < conv4 else last).add_module(part.replace(".", "_"), module)
-    return trunk, last, stages
+    return trunk, last, [part.replace(".", "_") for part in names[:first]]
 
 
-def _split_high_resolution(net: HighResolutionNet) -> tuple[nn.Module, nn.Module, list[list[str]]]:
+def _split_high_resolution(net: HighResolutionNet) -> tuple[nn.Module, nn.Module, list[str]]:
     """Same as `_split`, for HRNet."""
     widen, down = cast(nn.ModuleList, net.incre_modules), cast(nn.ModuleList, net.downsamp_modules)
     net.incre_modules = net.downsamp_modules = net.final_layer = None  # features are the branches
     net.reset_classifier(0)
+    first = [f"net.{name}" for name in ("conv1", "bn1", "conv2", "bn2", "layer1")]
     trunk = _HighResolutionTrunk(net, widen[:3], down[:2])
-    first = [["trunk.net.conv1", "trunk.net.bn1"]]
-    first.append([f"trunk.net.{part}" for part in ("conv2", "bn2", "layer1")])
-    rest = [f"trunk.net.{part}" for part, _ in net.named_children()]
-    rest = [part for part in rest if part not in first[0] + first[1]]
-    # Its branches of stride 8 and 16 run side by side.
-    stages = [*first, [], [*rest, "trunk.widen", "trunk.down"]]
-    return trunk, _HighResolutionHead(widen[3], cast(nn.Sequential, down[2])), stages
+    return trunk, _HighResolutionHead(widen[3], cast(nn.Sequential, down[2])), first
 
 
-def _keep_resolution(stage: nn.Module) -> list[str]:
-    """Set all strides of a stage to 1.
-
-    Returns:
-        Names of the convolutions larger than 1x1 up to the last that had a stride.
-    """
-    names, strided = [], 0
-    for name, module in stage.named_modules():
-        if isinstance(module, nn.Conv2d) and max(module.kernel_size) > 1:
-            names.append(name)
-            strided = len(names) if max(module.stride) > 1 else strided
+def _keep_resolution(stage: nn.Module) -> None:
+    """Set all strides of a stage to 1."""
     for name, module in list(stage.named_modules()):
         if type(module) is Conv2dSame:  # pads like any other convolution at stride 1
             module.__class__ = nn.Conv2d
@@ -324,27 +287,6 @@ def _keep_resolution(stage: nn.Module) -> list[str]:
         elif isinstance(module, nn.MaxPool2d):
             stage.set_submodule(name, MaxPool2dSame(module.kernel_size, 1))
     dilate(stage, 1)
-    return names[:strided]
-
-
-def _center(trunk: nn.Module) -> int:
-    """Pad the strided convolutions of a trunk on both sides.
-
-    Returns:
-        Pixels by which units are off center because of kernels of even size, which merge patches.
-    """
-    offset, stride = 0.0, 1
-    for module in trunk.modules():
-        if not isinstance(module, nn.Conv2d) or module.kernel_size[0] == 1:
-            continue
-        if type(module) is Conv2dSame:
-            module.__class__ = nn.Conv2d
-            module.padding = tuple(side // 2 for side in module.kernel_size)
-        size, step = module.kernel_size[0], module.stride[0]
-        if step > 1 and size % 2 == 0:  # no network with such kernels has max pooling
-            offset += (size - 1) / 2 * stride
-        stride *= step
-    return round(offset)
 
 
 def _first(maps: Tensor | tuple[Tensor, Tensor]) -> Tensor:
