@@ -1,39 +1,79 @@
-"""Text files, and files that are replaced as a whole: written beside, then renamed into place."""
+"""The one way to write a file, and the one to read JSON.
 
+A file is written beside its target under a name of its own, then renamed into place: a crash at any
+time leaves the old file or the new one, and two writers at once leave the file of one of them.
+"""
+
+import io
 import json
+import math
 import os
 import re
+import secrets
+import shutil
+import stat
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 from deformnet._errors import UserError
 
+PARTIAL = ".partial"
+"""Suffix of unfinished files. A killed process leaves them; nothing reads them."""
+
+MAX_JSON_BYTES = 1 << 32
+"""Larger JSON files raise an error; those of the largest data sets have 1 to 2 GB."""
+
 _NUMBERS = re.compile(r'\[\n *([^\[\]{}"]+?)\n *\]')
 """A list without strings, lists and objects in indented JSON."""
+_LARGE_NUMBER = re.compile(r"[0-9]{200}|[0-9][eE]\+?[0-9]{3}")
+
+
+# Writing.
+
+
+class _Writer(io.BufferedWriter):
+    """A file without a descriptor: libraries that write past the buffer miss a full disk (Pillow
+    does, and leaves half a picture)."""
+
+    def fileno(self) -> int:
+        raise io.UnsupportedOperation("fileno")
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write to, which replaces `path` once it is complete and on the disk.
+def replacing(
+    path: Path, *, earlier: Path | None = None, durable: bool = True
+) -> Iterator[IO[bytes]]:
+    """A file to write to, which replaces `path` once it is complete.
 
+    Args:
+        path: file to write or replace.
+        earlier: where the file that was at `path` goes, in place of what was there.
+        durable: wait until the file is on the disk, which takes long for many small files.
     Raises:
         OSError: if writing fails, a full disk included; `path` is then as it was before.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
+    # Not derived from the name, which may have the maximum length.
+    partial = path.with_name(f".{secrets.token_hex(8)}{PARTIAL}")
     try:
-        with naming(path), partial.open("wb") as file:
+        with naming(path), io.FileIO(partial, "xb") as raw, _Writer(raw) as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+            if durable:
+                os.fsync(raw.fileno())
+        with naming(path):
+            if earlier is not None and path.exists():
+                _keep(path, earlier)
+            partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
+    if durable:
+        with naming(path):
+            _sync_folder(path.parent)
 
 
 def require_writable(folder: Path) -> None:
@@ -49,22 +89,43 @@ def require_writable(folder: Path) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Adds the name of a file to errors of writing it, which the system reports without it."""
+    """Adds the name of a file to errors of reading or writing it, which the system reports without
+    it, or with that of an unfinished file."""
     try:
         yield
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None or str(error.filename).endswith(PARTIAL):
             error.filename = str(path)
+            error.filename2 = None
         raise
 
 
+def write_file(path: Path, content: bytes, *, durable: bool = True) -> None:
+    """Writes or replaces a file as a whole; see `replacing`."""
+    with replacing(path, durable=durable) as file:
+        file.write(content)
+
+
 def write_json(path: Path, values: Mapping[str, object]) -> None:
-    """Writes or replaces a JSON file as a whole; a list of numbers is in one line."""
+    """Writes or replaces a JSON file as a whole."""
+    write_file(path, to_json(values))
+
+
+def to_json(values: Mapping[str, object]) -> bytes:
+    """The content of a JSON file; a list of numbers is in one line."""
     text = json.dumps(values, indent=2)
     # JSON strings have no line breaks, so that nothing within them matches.
     text = _NUMBERS.sub(lambda match: f"[{' '.join(match[1].split())}]", text)
-    with replacing(path) as file:
-        file.write(f"{text}\n".encode())
+    return f"{text}\n".encode()
+
+
+def remove_partial(folder: Path) -> None:
+    """Removes the unfinished files of killed processes from a folder and its subfolders.
+
+    No other process may be writing there.
+    """
+    for path in folder.rglob(f".*{PARTIAL}"):
+        path.unlink(missing_ok=True)
 
 
 def identity(path: Path) -> tuple[int, int] | None:
@@ -91,29 +152,108 @@ def refuse_overwrite(path: Path, inputs: Iterable[Path]) -> None:
             )
 
 
-def read_json(path: Path) -> Any:
+# Reading.
+
+
+def require_file(path: Path) -> None:
+    """Raises UserError for pipes and devices, from which reading may block forever."""
+    kind = path.stat().st_mode
+    if not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):  # folders have the system's message
+        raise UserError(f"{path}: expected a file, but got a pipe or a device")
+
+
+def read_json(path: Path, hook: Callable[[dict[str, object]], object] | None = None) -> Any:
     """Reads a JSON file.
 
+    Args:
+        path: a regular file in UTF-8, of up to `MAX_JSON_BYTES`.
+        hook: applied to every object, innermost first, to drop or compress large values.
     Raises:
-        UserError: if it is not one.
+        UserError: see `parse_json`; also if the file is a pipe or a device, or too large.
+    """
+    require_file(path)
+    if (size := path.stat().st_size) > MAX_JSON_BYTES:
+        raise UserError(f"{path}: expected JSON of at most 4 GiB, but got {size >> 30} GiB")
+    try:
+        with naming(path):
+            text = path.read_text(encoding="utf-8-sig")
+        return parse_json(text, hook)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not readable as JSON ({error})") from error
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def parse_json(text: str, hook: Callable[[dict[str, object]], object] | None = None) -> Any:
+    """Parses JSON.
+
+    Raises:
+        UserError: if it is not JSON, or nested deeper than Python reads; if a number is NaN,
+            infinite, or too large for a float.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        # Numbers are checked one by one in Python only if the text may contain a large one.
+        suspicious = _LARGE_NUMBER.search(text) is not None
+        return json.loads(
+            text,
+            object_hook=hook,
+            parse_constant=_refuse_constant,
+            parse_int=_bounded_int if suspicious else None,
+            parse_float=_bounded_float if suspicious else None,
+        )
+    except UserError:
+        raise
+    except RecursionError as error:
+        raise UserError("not readable as JSON (nested too deeply)") from error
     except ValueError as error:
-        raise UserError(f"{path}: damaged, not a JSON file ({error})") from error
+        reason = str(error).splitlines()[0]
+        raise UserError(f"not readable as JSON ({reason})") from error
 
 
 def read_lines(path: Path) -> list[str]:
     """Reads the non-blank lines of a text file, stripped.
 
     Raises:
-        UserError: if the file is not UTF-8 text.
+        UserError: if the file is not UTF-8 text, or a pipe or a device.
     """
+    require_file(path)
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        with naming(path):
+            text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: expected UTF-8 text") from error
     return [stripped for line in text.splitlines() if (stripped := line.strip())]
+
+
+def _refuse_constant(name: str) -> object:
+    raise UserError(f"expected finite numbers, but got {name}")
+
+
+def _bounded_int(text: str) -> object:
+    return int(text) if len(text) <= 308 else _refuse_large(text)
+
+
+def _bounded_float(text: str) -> object:
+    value = float(text)
+    return value if math.isfinite(value) else _refuse_large(text)
+
+
+def _refuse_large(text: str) -> object:
+    raise UserError(f"expected numbers below 1e308, but got {text[:20]}...")
+
+
+def _keep(path: Path, name: Path) -> None:
+    """Gives a file another name as well, in place of what had that name. `path` stays throughout:
+    a crash must not leave it missing."""
+    partial = name.with_name(f".{secrets.token_hex(8)}{PARTIAL}")
+    try:
+        try:
+            os.link(path, partial)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(path, partial)
+        partial.replace(name)
+    finally:  # also if both are the same file already: a rename then leaves them as they are
+        partial.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:

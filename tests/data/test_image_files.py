@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from deformnet._errors import UserError
+from deformnet._files import read_json
 from deformnet.data.files import (
     IMAGE_SUFFIXES,
     MAX_PIXELS,
@@ -21,7 +22,6 @@ from deformnet.data.files import (
     is_image,
     is_rotated,
     read_image,
-    read_json,
     read_labels,
     read_size,
     read_stored_mask,

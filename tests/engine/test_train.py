@@ -163,6 +163,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path):
     path = tmp_path / "last.ckpt"
     names = ("deformnet", "model", "optimizer", "precision")
     checkpoint = {name: {} for name in names} | {"iteration": 1}
+    checkpoint["deformnet"] = {"recipe": {}, "data": {}}
     save_checkpoint(checkpoint, path)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))

@@ -374,9 +374,9 @@ def good_line(**changes):
         (good_line(boxes=[[1, 2, 3]]), ["a: expected boxes [n, 4]", "[1, 3]"]),
         (good_line(boxes=[[1, 2, 3, 4], [1]]), ["a: expected boxes and scores to be numbers"]),
         (good_line(boxes=[["x", 2, 3, 4]]), ["a: expected boxes and scores to be numbers"]),
-        (good_line(boxes=[[1, 2, float("nan"), 4]]), ["a: expected finite boxes, but got NaN"]),
+        (good_line(boxes=[[1, 2, float("nan"), 4]]), ["expected finite numbers, but got NaN"]),
         (good_line(boxes=[[5, 2, 3, 4]]), ["box [5.0, 2.0, 3.0, 4.0] ends before it begins"]),
-        (good_line(scores=[float("nan")]), ["a: expected finite scores, but got NaN"]),
+        (good_line(scores=[float("nan")]), ["expected finite numbers, but got NaN"]),
         (good_line(scores=[None]), ["a: "]),
         (good_line(scores=0.5), ["a: expected boxes"]),
     ],
@@ -471,14 +471,14 @@ def test_bad_coco_results(voc, coco, tmp_path):
         ({"annotations": []}, ["expected COCO results"]),
         ([detection, detection | {"image_id": 99}], ["1 of 2", "image_id 99"]),
         ([detection | {"category_id": 99}], ["1 of 1", "category_id 99"]),
-        ([detection | {"score": float("nan")}], ["results[0]", "score"]),
+        ([detection | {"score": float("nan")}], ["expected finite numbers, but got NaN"]),
         ([{"image_id": 20}], ["results[0]"]),
     ):
         path.write_text(json.dumps(content))
         with one_line(UserError, path, *parts):
             score(path, coco, split="val")
     path.write_text(json.dumps([detection])[:-9])
-    with one_line(UserError, path, "not a JSON file"):
+    with one_line(UserError, path, "not readable as JSON"):
         score(path, coco, split="val")
     path.write_text("[]")
     assert score(path, coco, split="val").json["coco"]["AP"] == 0

@@ -225,7 +225,11 @@ def _shaped_like(recipe: Recipe, run: Path) -> Recipe:
     if file.is_file():
         old = Recipe.load(file)
     elif run.suffix == ".safetensors" and run.is_file() and card.is_file():
-        old = recipes.recipe_from_dict(read_json(card).get("recipe", {}), source=card)
+        content = read_json(card)
+        described = content.get("recipe") if isinstance(content, dict) else None
+        if not isinstance(described, dict):
+            return recipe  # not a card; reading the weights says what is wrong
+        old = recipes.recipe_from_dict(described, source=card)
     else:
         return recipe
     names = {"backbone", "deform_layers", "offset_groups", "modulated", "stride_in_1x1"}

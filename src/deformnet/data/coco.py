@@ -10,13 +10,13 @@ from typing import NamedTuple, Self, TypeGuard, final
 import torch
 
 from deformnet._errors import UserError
+from deformnet._files import read_json
 from deformnet.data.boxes import DetectionDataset, ImageFile, ObjectList
 from deformnet.data.files import (
     Folder,
     Orientation,
     inside,
     listing,
-    read_json,
     read_size,
     subfolders,
     walk_files,

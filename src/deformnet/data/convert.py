@@ -1,6 +1,5 @@
 """Conversion of data sets between layouts."""
 
-import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import Literal
 from tqdm import tqdm
 
 from deformnet._errors import UserError
+from deformnet._files import replacing
 from deformnet.data.base import SegmentationDataset
 from deformnet.data.boxes import DetectionDataset
 from deformnet.data.files import listing, require_folder
@@ -102,22 +102,14 @@ def convert(
             if hard_links:
                 os.link(image.path.resolve(), target)
             else:
-                _copy(image.path, target)
+                with image.path.open("rb") as file, replacing(target, durable=False) as copy:
+                    shutil.copyfileobj(file, copy)
             writer.add(image)
         writer.finish()
     splits = {**content.mask_splits, **content.splits}
     counts = {name: len(images) for name, images in splits.items()}
     remarks = (*remarks, *writer.remarks())
     return Conversion(out, counts, writer.boxes, writer.masks, remarks)
-
-
-def _copy(path: Path, target: Path) -> None:
-    try:
-        shutil.copyfile(path, target)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:  # it names the file that it reads
-            error.filename = str(target)
-        raise
 
 
 @contextmanager

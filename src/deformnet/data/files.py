@@ -1,12 +1,9 @@
-"""Reading of a single image, label map or list, with errors that name the file."""
+"""Reading of a single image or label map, with errors that name the file; names of files."""
 
 import io
-import json
 import logging
-import math
 import os
 import re
-import stat
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +18,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from deformnet._errors import UserError
-from deformnet._files import naming
+from deformnet._files import naming, require_file
 
 _log = logging.getLogger("deformnet.data")
 
@@ -234,63 +231,6 @@ def listing(names: Sequence[str], limit: int = 30) -> str:
     return (", ".join(names[:limit]) or "none") + more
 
 
-def read_json(path: Path, hook: Callable[[dict[str, object]], object] | None = None) -> object:
-    """Reads a JSON file.
-
-    Args:
-        hook: applied to every object, innermost first, to drop or compress large values.
-    Raises:
-        UserError: if the file is not JSON, or nested deeper than Python reads; if a number is NaN,
-            infinite, or too large for a float.
-    """
-    _require_file(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        # Numbers are checked one by one in Python only if the text may contain a large one.
-        suspicious = _LARGE_NUMBER.search(text) is not None
-        return json.loads(
-            text,
-            object_hook=hook,
-            parse_constant=_refuse_constant,
-            parse_int=_bounded_int if suspicious else None,
-            parse_float=_bounded_float if suspicious else None,
-        )
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
-    except RecursionError as error:
-        raise UserError(f"{path}: not readable as JSON (nested too deeply)") from error
-    except ValueError as error:  # text that is not UTF-8 is a ValueError, too
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path}: not readable as JSON ({reason})") from error
-
-
-_LARGE_NUMBER = re.compile(r"[0-9]{200}|[0-9][eE]\+?[0-9]{3}")
-
-
-def _refuse_constant(name: str) -> object:
-    raise UserError(f"expected finite numbers, but got {name}")
-
-
-def _bounded_int(text: str) -> object:
-    return int(text) if len(text) <= 308 else _refuse_large(text)
-
-
-def _bounded_float(text: str) -> object:
-    value = float(text)
-    return value if math.isfinite(value) else _refuse_large(text)
-
-
-def _refuse_large(text: str) -> object:
-    raise UserError(f"expected numbers below 1e308, but got {text[:20]}...")
-
-
-def _require_file(path: Path) -> None:
-    """Raises UserError for pipes and devices, from which reading may block forever."""
-    kind = path.stat().st_mode
-    if not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):  # folders have the system's message
-        raise UserError(f"{path}: expected a file, but got a pipe or a device")
-
-
 def is_image(name: str) -> bool:
     """Whether a file name is that of a visible image file."""
     return name[name.rfind(".") :].lower() in IMAGE_SUFFIXES and not name.startswith(".")
@@ -417,7 +357,7 @@ def _codes(pixels: np.ndarray) -> np.ndarray:
 def _opened(path: str | Path) -> Iterator[tuple[IO[bytes], Image.Image]]:
     """Opens an image and reads its header. Errors in the block get the name of the file."""
     path = Path(path)
-    _require_file(path)
+    require_file(path)
     with (
         naming(path),
         path.open("rb") as file,

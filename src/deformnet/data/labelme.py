@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from deformnet._errors import UserError
-from deformnet._files import read_lines
+from deformnet._files import read_json, read_lines
 from deformnet.data.base import IGNORE, LabeledImage, SegmentationDataset
 from deformnet.data.boxes import DetectionDataset, ImageFile, ObjectList
 from deformnet.data.files import (
@@ -23,7 +23,6 @@ from deformnet.data.files import (
     image_names,
     is_image,
     listing,
-    read_json,
     read_png,
     read_size,
     walk_images,

@@ -12,6 +12,7 @@ from xml.sax.saxutils import escape
 from PIL import Image
 
 from deformnet._errors import UserError
+from deformnet._files import write_file
 from deformnet.data.base import SegmentationDataset
 from deformnet.data.boxes import DetectionDataset
 from deformnet.data.files import Size, read_size
@@ -133,10 +134,8 @@ class Writer(ABC):
 
     def write(self, path: str, lines: Iterable[str]) -> None:
         """Writes a text file."""
-        file = self.folder / path
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("w", encoding="utf-8", errors="surrogateescape", newline="\n") as stream:
-            stream.writelines(f"{line}\n" for line in lines)
+        content = "".join(f"{line}\n" for line in lines).encode(errors="surrogateescape")
+        write_file(self.folder / path, content, durable=False)
 
 
 class COCOWriter(Writer):
@@ -236,8 +235,7 @@ class VOCWriter(Writer):
         encoded = io.BytesIO()
         labels.save(encoded, "PNG")
         file = self.folder / f"SegmentationClass/{image.name}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(encoded.getvalue())
+        write_file(file, encoded.getvalue(), durable=False)
 
     def finish(self) -> None:
         kinds = (("Main", self.content.splits), ("Segmentation", self.content.mask_splits))

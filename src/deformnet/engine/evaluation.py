@@ -16,7 +16,7 @@ from deformnet.recipes import Recipe
 from deformnet.tasks import task_of
 from deformnet.tasks.base import DataIdentity, EvaluationSet, ProposalSet, Scores, TaskOptions
 from deformnet.tasks.own import Data
-from deformnet.tasks.proposals import StoredProposals
+from deformnet.tasks.proposals import require_proposals
 
 
 def evaluate(
@@ -90,13 +90,10 @@ def propose(
         The number of images.
     Raises:
         FileNotFoundError: if run or data are missing.
-        UserError: if the run makes no proposals, an image cannot be read, or `out` is a file
-            without proposals.
+        UserError: if the run makes no proposals, an image cannot be read, or `out` is another file.
         OSError: if the file cannot be written.
     """
-    out = Path(out)
-    if out.exists():
-        StoredProposals([out])  # no other file is replaced
+    require_proposals(out := Path(out))
     recipe, model, trained_on = load_run(run)
     images = task_of(recipe).proposal_set(Path(data), split, trained_on)
     require_writable(out.parent)

@@ -12,12 +12,12 @@ import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors.torch import save
 from torch import Tensor
 
 from deformnet._errors import UserError
-from deformnet._files import read_json, refuse_overwrite, replacing, write_json
+from deformnet._files import read_json, replacing, to_json, write_file
 from deformnet.engine.runs import card_path, describe, load_run, versions
+from deformnet.models._tensors import pack
 from deformnet.models.backbones.weights import EXPORTED
 
 
@@ -36,18 +36,18 @@ def export_run(run: str | Path, out: str | Path) -> Path:
         The path of the card.
     Raises:
         FileNotFoundError: if there is no such run, or it has no checkpoint.
-        UserError: if `out` is not called .safetensors, the card would replace a file of the run, or
+        UserError: if `out` is not called .safetensors, NAME.json is another file than a card, or
             the checkpoint or a file of scores is damaged.
         OSError: if a file cannot be written.
     """
     run, out = Path(run), Path(out)
     _require_safetensors(out)
+    _require_card(card_path(out))
     if run.is_file():
         raise UserError(f"{run}: expected a run folder, but got a file")
-    refuse_overwrite(card_path(out), run.glob("*.json"))  # recipe.json, metrics.json
     recipe, model, data = load_run(run)
     metrics = {path.name: _scores(path) for path in sorted(run.glob("metrics*.json"))}
-    content = _packed(model.state_dict(), {EXPORTED: recipe.network})
+    content = pack(model.state_dict(), {"format": "pt", EXPORTED: recipe.network})
     card = {
         "weights": out.name,
         "sha256": hashlib.sha256(content).hexdigest(),
@@ -58,10 +58,12 @@ def export_run(run: str | Path, out: str | Path) -> Path:
             "exported": versions(),
         },
     }
-    with replacing(out) as file:
+    # A full disk leaves both files as they were. If the process ends between the two renames, the
+    # older card does not fit the weights, and reading them says so.
+    with replacing(card_path(out)) as described, replacing(out) as file:
+        described.write(to_json(card))
+        described.flush()
         file.write(content)
-    # If this fails, an older card does not fit the weights, and reading them says so.
-    write_json(card_path(out), card)
     return card_path(out)
 
 
@@ -73,8 +75,7 @@ def write_weights(state: Mapping[str, Tensor], out: str | Path) -> None:
         OSError: if it cannot be written.
     """
     _require_safetensors(out := Path(out))
-    with replacing(out) as file:
-        file.write(_packed(state, {}))
+    write_file(out, pack(state, {"format": "pt"}))
 
 
 def _require_safetensors(out: Path) -> None:
@@ -82,10 +83,16 @@ def _require_safetensors(out: Path) -> None:
         raise UserError(f"out: expected a file NAME.safetensors, but got {out}")
 
 
-def _packed(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """The bytes of a safetensors file."""
-    tensors = {name: tensor.contiguous() for name, tensor in state.items()}
-    return save(tensors, metadata={"format": "pt", **metadata})
+def _require_card(path: Path) -> None:
+    """Refuses to replace another JSON file, such as the recipe.json of a run."""
+    if not path.exists():
+        return
+    content = read_json(path)
+    if not isinstance(content, dict) or not {"weights", "sha256", "recipe"} <= set(content):
+        raise UserError(
+            f"{path}: expected a new file or the card of an exported run, but got another file, "
+            "which was not changed; choose another name"
+        )
 
 
 def _scores(path: Path) -> dict[str, object]:

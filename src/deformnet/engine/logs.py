@@ -14,7 +14,7 @@ from PIL import Image
 from torch.utils.tensorboard.writer import SummaryWriter
 from tqdm import tqdm
 
-from deformnet._files import naming, replacing
+from deformnet._files import naming, write_file
 
 logger = logging.getLogger("deformnet")
 """Receives progress messages of a run, which the command line prints."""
@@ -46,9 +46,8 @@ class TrainingLog:
         self.path = run / "metrics.csv"
         self.columns = ("iteration", "loss", *terms, "learning_rate", "seconds")
         rows = [row for row in read_log(self.path) if int(row["iteration"]) <= done]
-        with replacing(self.path) as file:
-            header = ",".join(self.columns) + "\n"
-            file.write((header + self._text(rows)).encode())
+        header = ",".join(self.columns) + "\n"
+        write_file(self.path, (header + self._text(rows)).encode())
         self._validations = run / "validation.csv"
         rows = read_log(self._validations)
         self._validated = [row for row in rows if int(row["iteration"]) <= validated]
@@ -161,8 +160,7 @@ class TrainingLog:
         writer = csv.DictWriter(text, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(self._validated)
-        with replacing(self._validations) as file:
-            file.write(text.getvalue().encode())
+        write_file(self._validations, text.getvalue().encode())
 
     def _text(self, rows: Iterable[Mapping[str, str]]) -> str:
         text = io.StringIO()

@@ -2,46 +2,53 @@
 
 ```
 RUN/
-  recipe.json             the recipe that repeats the run
-  checkpoints/last.ckpt   network, optimizer and iteration; training resumes from here
-  checkpoints/best.ckpt   the network with the best score, if it was validated during training
-  validation.csv          scores of each validation, in percent
-  metrics.csv             one row every few iterations: loss, learning rate, seconds per iteration
-  tensorboard/            the same for TensorBoard
-  metrics.json            scores on the validation images, and a description of the run
-  metrics-SPLIT.json      scores on another split
-  confusion-matrix.png    confusion matrix; confusion-matrix-SPLIT.png for another split
-  precision-recall.png    for detectors: precision-recall curves; precision-recall-SPLIT.png
-  detections.jsonl        for detectors: the predictions behind the scores; detections-SPLIT.jsonl
+  recipe.json                the recipe that repeats the run
+  checkpoints/last.ckpt      network, optimizer and iteration; training resumes from here
+  checkpoints/previous.ckpt  the checkpoint before that, in case last.ckpt is damaged
+  checkpoints/best.ckpt      the network with the best score, if validated during training
+  validation.csv             scores of each validation, in percent
+  metrics.csv                rows of every few iterations: loss, learning rate, seconds
+  tensorboard/               the same for TensorBoard
+  metrics.json               scores on the validation images, and a description of the run
+  metrics-SPLIT.json         scores on another split
+  confusion-matrix.png       confusion matrix; confusion-matrix-SPLIT.png of another split
+  precision-recall.png       for detectors: precision-recall curves; precision-recall-SPLIT.png
+  detections.jsonl           for detectors: predictions behind the scores; detections-SPLIT.jsonl
 ```
 
-Every file except the logs is written under a temporary name and then renamed, so that a crash at
-any time leaves either the old file or the new one.
+Every file except the logs is written under a temporary name (`.*.partial`) and then renamed, so
+that a crash at any time leaves either the old file or the new one. From the first checkpoint on,
+`last.ckpt` exists at any moment; what it was before becomes `previous.ckpt`.
+
+A checkpoint is an archive of `torch.save` with a checksum for each record, which is compared when
+it is read: a damaged file raises an error, and never becomes weights. Every name, shape and type in
+it is compared with what the run expects, and weights must be finite.
 
 An exported run (`deformnet.engine.export`) is two files: the weights, NAME.safetensors, and their
-card, NAME.json, with what the checkpoint holds in addition to the weights.
+card, NAME.json, with what the checkpoint holds in addition to the weights and their sha256.
 """
 
 import dataclasses
-import hashlib
 import os
-import pickle
 import platform
 import re
+import shlex
 import subprocess
 import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple, NotRequired, TypedDict, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from deformnet._errors import UserError
-from deformnet._files import read_json, replacing
-from deformnet.models.backbones.weights import misfit, read_safetensors
+from deformnet._files import read_json, remove_partial, replacing
+from deformnet.engine.checkpoints import Checkpoint, Description, checked
+from deformnet.models import _tensors
+from deformnet.models.backbones.weights import misfit
 from deformnet.recipes import Recipe, recipe_from_dict
 from deformnet.tasks import task_of
 from deformnet.tasks.base import DataIdentity, TaskOptions
@@ -63,42 +70,14 @@ class TrainedRun(NamedTuple):
     data: DataIdentity
 
 
-class Description(TypedDict):
-    """A run in plain values; makes checkpoints and cards readable on their own."""
-
-    recipe: dict[str, object]
-    data: dict[str, object]
-
-
-class Validated(TypedDict):
-    """Outcome of the validations of a run so far."""
-
-    iteration: int
-    """Iteration of the last validation; 0 before the first."""
-    best: float | None
-    """Best score in percent."""
-    best_iteration: int
-    waited: int
-    """Validations since the best one."""
-
-
-class Checkpoint(TypedDict):
-    """The content of a checkpoint; `precision` is the scale of gradients in float16."""
-
-    deformnet: Description
-    model: dict[str, Tensor]
-    """The network, with averaged weights if the recipe has `ema`."""
-    unaveraged: NotRequired[dict[str, Tensor] | None]
-    """The weights that the optimizer updates, if they differ from those of the network."""
-    optimizer: dict[str, object]
-    precision: dict[str, object]
-    iteration: int
-    validated: NotRequired[Validated]
-
-
 def checkpoint_path(run: Path) -> Path:
     """The checkpoint from which training in a run folder resumes."""
     return run / "checkpoints" / "last.ckpt"
+
+
+def previous_path(run: Path) -> Path:
+    """The checkpoint before the last one of a run folder."""
+    return run / "checkpoints" / "previous.ckpt"
 
 
 def best_path(run: Path) -> Path:
@@ -151,6 +130,7 @@ def locked(run: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
+        remove_partial(run / "checkpoints")  # of a process that was killed
         yield
 
 
@@ -210,7 +190,10 @@ def _restored(
     recipe: Recipe, data: DataIdentity, state: Mapping[str, Tensor], path: Path
 ) -> TrainedRun:
     # All weights are here; those that training started from need not exist any more.
-    model = dataclasses.replace(recipe, init=None).build_model(len(data.classes))
+    try:
+        model = dataclasses.replace(recipe, init=None).build_model(len(data.classes))
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
     problem = misfit(model.state_dict(), state)
     if problem is not None:
         raise UserError(f"{path}: does not fit the network of its recipe: {problem}")
@@ -232,33 +215,66 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     """Loads a checkpoint: tensors on the CPU and plain Python values, never code.
 
     Raises:
-        UserError: if the file is damaged or not a checkpoint of deformnet.
+        OSError: if the file does not exist or cannot be read.
+        UserError: if the file is damaged or not a checkpoint of deformnet; the message names
+            another checkpoint of the run, if there is an intact one.
     """
+    path = Path(path)
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: damaged, or not a checkpoint") from error
-    if not isinstance(checkpoint, dict) or not Checkpoint.__required_keys__ <= set(checkpoint):
-        raise UserError(f"{path}: not a checkpoint of deformnet")
-    return cast(Checkpoint, checkpoint)
+        return _read_checkpoint(path)
+    except UserError as error:
+        raise UserError(f"{error}{_instead_of(path)}") from error
 
 
-def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
+def _read_checkpoint(path: Path) -> Checkpoint:
+    try:
+        content = _tensors.read_torch(path)
+    except UserError as error:
+        raise UserError(f"{path}: damaged, or not a checkpoint ({error})") from error
+    try:
+        return checked(content)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def _instead_of(path: Path) -> str:
+    """What to do about a damaged checkpoint of a run; nothing if there is no intact one."""
+    run = path.parent.parent
+    last, previous, best = checkpoint_path(run), previous_path(run), best_path(run)
+    remedies = {last: (previous, previous, last), best: (last, best, best.with_suffix(".damaged"))}
+    if path not in remedies:
+        return ""
+    other, old, new = remedies[path]
+    try:
+        iteration = _read_checkpoint(other)["iteration"]
+    except (OSError, UserError):
+        return ""
+    return f"; {other.name} of iteration {iteration} is intact; to use it: {move(old, new)}"
+
+
+def move(old: Path, new: Path) -> str:
+    """The shell's command that renames a file."""
+    return shlex.join(["mv", str(old), str(new)])
+
+
+def save_checkpoint(checkpoint: Checkpoint, path: Path, *, earlier: Path | None = None) -> None:
     """Replaces the checkpoint of a run.
 
+    Args:
+        earlier: where the checkpoint that was at `path` goes.
     Raises:
-        OSError: if it cannot be written; the previous checkpoint is then untouched.
+        OSError: if it cannot be written; the checkpoints are then as they were.
     """
     try:
-        with replacing(path) as file:
+        with replacing(path, earlier=earlier) as file:
             torch.save(checkpoint, file)
     except (OSError, RuntimeError) as error:
         # PyTorch reports a failed write by an error of its own that follows the system's.
         cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError):
             raise
-        message = f"{path}: checkpoint not written, an earlier one stays ({cause.strerror})"
-        raise OSError(message) from error
+        stays = ", an earlier one stays" if path.is_file() else ""
+        raise OSError(f"{path}: checkpoint not written{stays} ({cause.strerror})") from error
 
 
 def describe(recipe: Recipe, data: DataIdentity) -> Description:
@@ -270,11 +286,15 @@ def recipe_and_data(described: Description, path: Path) -> tuple[Recipe, DataIde
     """What `describe` put into a file."""
     try:
         recipe = recipe_from_dict(described["recipe"], source=path)
-        data = described["data"]
-        classes = tuple(cast(list[str], data["classes"]))
-        return recipe, DataIdentity(**{**data, "classes": classes})  # pyright: ignore[reportArgumentType]
+        data = DataIdentity(**described["data"])  # pyright: ignore[reportArgumentType]
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: damaged, its training data are not described") from error
+    kinds = {"classes": list | tuple, "images": int, "digest": str, "proposals": bool}
+    names = data.classes
+    for name, kind in kinds.items():
+        if not isinstance(getattr(data, name), kind) or not all(isinstance(n, str) for n in names):
+            raise UserError(f"{path}: damaged, expected {name} of its training data")
+    return recipe, dataclasses.replace(data, classes=tuple(names))
 
 
 def versions() -> dict[str, str | None]:
@@ -308,14 +328,12 @@ def _load_exported(path: Path) -> tuple[Description, dict[str, Tensor]]:
     kinds = {"sha256": str, "recipe": dict, "data": dict}
     if not isinstance(card, dict) or not all(isinstance(card.get(k), kinds[k]) for k in kinds):
         raise UserError(f"{card_file}: damaged, or not the card of an exported run")
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != card["sha256"]:
-        raise UserError(
-            f"{path}: not the weights of its card: expected the sha256 {card['sha256'][:12]}... "
-            f"of {card_file.name}, but got {digest[:12]}..."
-        )
-    return {"recipe": card["recipe"], "data": card["data"]}, read_safetensors(path)[0]
+    state = _tensors.read_safetensors(path)[0]
+    try:
+        _tensors.weights(state)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    return {"recipe": card["recipe"], "data": card["data"]}, state
 
 
 def _version(package: str) -> str | None:

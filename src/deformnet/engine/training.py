@@ -23,6 +23,7 @@ from deformnet._errors import UserError
 from deformnet._files import write_json
 from deformnet.analysis.health import has_deformable_layers
 from deformnet.engine.averaging import AveragedNetwork
+from deformnet.engine.checkpoints import Checkpoint, optimizer_state, require_resumable
 from deformnet.engine.evaluation import score, shared_facts
 from deformnet.engine.header import header
 from deformnet.engine.health import OffsetHealth
@@ -31,13 +32,14 @@ from deformnet.engine.logs import TrainingLog, logger
 from deformnet.engine.processes import Layout, launched
 from deformnet.engine.results import Result
 from deformnet.engine.runs import (
-    Checkpoint,
     best_path,
     checkpoint_path,
     describe,
     existing_checkpoint,
     load_checkpoint,
     locked,
+    move,
+    previous_path,
     recipe_and_data,
     restored,
     save_checkpoint,
@@ -203,7 +205,7 @@ class _Run:
     ) -> None:
         self.fabric, self.recipe, self.loop, self.validator = fabric, recipe, loop, validator
         self.described, self.path = describe(recipe, data), checkpoint_path(out)
-        self.best_path = best_path(out)
+        self.best_path, self.previous_path = best_path(out), previous_path(out)
         self.saved: int | None = None
         self.iteration = 0
         if recipe.norm == "trained" and fabric.world_size > 1:
@@ -211,15 +213,24 @@ class _Run:
         # Convolutions run faster on this layout, on CPUs and GPUs alike.
         self.model = model.train().to(fabric.device).to(memory_format=torch.channels_last)
         self.average = None if recipe.ema is None else AveragedNetwork(self.model, recipe.ema)
-        if checkpoint is not None and (trained := checkpoint.get("unaveraged")) is not None:
-            self.model.load_state_dict(trained)
         optimizer = _optimizer(recipe, model)
+        scaler = fabric.strategy.precision
+        if checkpoint is not None:
+            try:
+                require_resumable(
+                    *(checkpoint, self.model.state_dict(), recipe.ema is not None, optimizer),
+                    scaler.state_dict(),
+                )
+            except UserError as error:
+                raise UserError(f"{self.path}: not of this training: {error}") from error
+            if (trained := checkpoint.get("unaveraged")) is not None:
+                self.model.load_state_dict(trained)
         self.rates = [group["lr"] for group in optimizer.param_groups]
         self.losses, self.optimizer = fabric.setup(_Losses(model), optimizer)
         if checkpoint is not None:  # the network has its weights already
             self.iteration = checkpoint["iteration"]
-            self.optimizer.load_state_dict(checkpoint["optimizer"])
-            fabric.strategy.precision.load_state_dict(checkpoint["precision"])
+            self.optimizer.load_state_dict(optimizer_state(checkpoint, self.optimizer))
+            scaler.load_state_dict(checkpoint["precision"])
         self.health = None
         if has_deformable_layers(model):
             self.health = OffsetHealth(model, loop.log_every, warn=fabric.is_global_zero)
@@ -357,12 +368,12 @@ class _Run:
             self._save()
 
     def _save(self) -> None:
-        for name, parameter in self.model.named_parameters():
+        for name, value in self.model.state_dict().items():
             # The loss was finite, but its gradient need not have been.
-            if not parameter.isfinite().all():
+            if not value.isfinite().all():
                 raise self._diverged(f"{name} is not finite after iteration {self.iteration}")
         if self.fabric.is_global_zero:
-            save_checkpoint(self._checkpoint(), self.path)
+            save_checkpoint(self._checkpoint(), self.path, earlier=self.previous_path)
         self.fabric.barrier()
         self.saved = self.iteration
 
@@ -492,6 +503,11 @@ def _checkpoint_of(
     """
     path = checkpoint_path(run)
     if not path.is_file():
+        if (previous := previous_path(run)).is_file():
+            raise UserError(
+                f"{path}: expected the last checkpoint, but it is missing; to resume from the one "
+                f"before: {move(previous, path)}"
+            )
         if further:
             raise UserError(
                 f"{run}: expected a run to continue, but found no {path.relative_to(run)}"

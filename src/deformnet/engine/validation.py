@@ -13,8 +13,8 @@ from lightning.fabric import Fabric
 from PIL import Image
 from torch import nn
 
+from deformnet.engine.checkpoints import Validated
 from deformnet.engine.evaluation import score
-from deformnet.engine.runs import Validated
 from deformnet.engine.settings import LoopOptions
 from deformnet.tasks.base import DataIdentity, EvaluationSet, Scores, Task
 from deformnet.tasks.own import Data

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from deformnet._files import replacing
+from deformnet._files import write_file
 
 _SHARED = Path(__file__).parent / "templates"
 
@@ -29,5 +29,4 @@ def render(template: Path, values: Mapping[str, object]) -> str:
 
 def write_page(path: Path, template: Path, values: Mapping[str, object]) -> None:
     """Render a template to a file."""
-    with replacing(path) as file:
-        file.write(render(template, values).encode())
+    write_file(path, render(template, values).encode())

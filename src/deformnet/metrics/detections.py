@@ -19,7 +19,7 @@ import numpy as np
 from torch import Tensor
 
 from deformnet._errors import UserError
-from deformnet._files import read_lines, replacing
+from deformnet._files import naming, parse_json, read_lines, replacing, require_file
 
 
 class Record(NamedTuple):
@@ -95,13 +95,14 @@ def read_objects(folder: Path) -> list[Record]:
 
 
 def _read_json_lines(path: Path) -> list[Record]:
+    require_file(path)
     detections: dict[str, Record] = {}
-    with path.open("rb") as file:
+    with naming(path), path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             try:
-                record = _from_line(line)
+                record = _from_line(line.decode("utf-8-sig"))
             except ValueError as error:  # broken json and other encodings are that, too
                 raise UserError(f"{path}: line {number}: {error}") from error
             if record.image in detections:
@@ -115,8 +116,8 @@ def _read_json_lines(path: Path) -> list[Record]:
     return list(detections.values())
 
 
-def _from_line(line: bytes) -> Record:
-    content = json.loads(line)
+def _from_line(line: str) -> Record:
+    content = parse_json(line)
     keys = ("image", "boxes", "scores", "classes")
     if not isinstance(content, dict) or any(key not in content for key in keys):
         raise ValueError(f"expected {', '.join(keys)}, but got {str(content)[:100]}")

@@ -17,7 +17,7 @@ from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
 from deformnet._errors import UserError
-from deformnet._files import read_json, write_json
+from deformnet._files import read_json, replacing, write_json
 from deformnet._text import Table
 from deformnet.data.synthetic import Shapes, scene
 from deformnet.data.transforms import IMAGENET_MEAN, IMAGENET_STD
@@ -129,11 +129,17 @@ def _earlier_runs(out: Path | None, conditions: dict[str, object]) -> dict[str, 
     if out is None or not out.is_file():
         return {}
     content = read_json(out)
+    parts = (content.get("conditions"), content.get("runs")) if isinstance(content, dict) else ()
+    if not parts or not all(isinstance(part, dict) for part in parts):
+        raise UserError(
+            f"{out}: expected a new file or the results of a dry run, but got another file, which "
+            "was not changed; choose another name"
+        )
     for name, value in conditions.items():
-        if content["conditions"][name] != value:
+        if content["conditions"].get(name) != value:
             raise UserError(
                 f"{out}: expected a dry run with {name} {value}, but got one with {name} "
-                f"{content['conditions'][name]}; choose another file"
+                f"{content['conditions'].get(name)}; choose another file"
             )
     return content["runs"]
 
@@ -203,7 +209,8 @@ def _initialized(recipe: Recipe, path: Path) -> Recipe:
     image = torch.from_numpy(scene(shapes, "train", 0).image).permute(2, 0, 1) / 255
     with torch.no_grad():
         set_statistics(model, F.normalize(image, [*IMAGENET_MEAN], [*IMAGENET_STD])[None])
-    torch.save(model.state_dict(), path)
+    with replacing(path, durable=False) as file:
+        torch.save(model.state_dict(), file)
     return dataclasses.replace(recipe, init=str(path))
 
 

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from deformnet._errors import UserError
 from deformnet._files import read_json
 from deformnet._text import Table
 from deformnet.paper.reproduce import RowResult, result_path
@@ -58,7 +59,10 @@ def _ours(row: Row, out: Path | None) -> str:
     if row.recipe is None:
         return f"not implemented: {row.missing}"
     if out is not None and result_path(row, out).is_file():
-        return _numbers(row, read_json(result_path(row, out))["measured"])
+        content = read_json(path := result_path(row, out))
+        if not isinstance(content, dict) or not isinstance(content.get("measured"), dict):
+            raise UserError(f"{path}: expected a result of `paper reproduce`")
+        return _numbers(row, content["measured"])
     return "not measured: needs the full data set and days of GPU time"
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 from torchvision.datasets import Cityscapes
 
+from deformnet._files import replacing, write_file
 from deformnet.data.synthetic import Scene, Shapes, scene
 from deformnet.data.voc_files import VOC_CLASSES
 from deformnet.paper.rows import CITYSCAPES, COCO, IMAGENET, VOC_DETECTION, DataSet
@@ -116,10 +117,9 @@ def _write_folders(root: Path, classes: int, scenes: Iterator[Scene]) -> None:
 
 
 def _save(pixels: np.ndarray, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path)
+    with replacing(path, durable=False) as file:
+        Image.fromarray(pixels).save(file, Image.registered_extensions()[path.suffix])
 
 
 def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    write_file(path, text.encode(), durable=False)

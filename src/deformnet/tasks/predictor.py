@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from deformnet._errors import UserError
-from deformnet._files import require_writable
+from deformnet._files import require_writable, write_file
 from deformnet.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Resize
 from deformnet.tasks.annotations import Annotation
 from deformnet.tasks.images import ImageInput, InputFile, as_image, require_image
@@ -23,7 +23,6 @@ from deformnet.tasks.results import (
     problem,
     require_apart,
     sources,
-    write_picture,
 )
 
 _P = TypeVar("_P")
@@ -255,7 +254,7 @@ class Predictor(ABC, Generic[_P, _A]):
         except (OSError, ValueError) as error:  # of Pillow: JPEG has at most 65,500 pixels a side
             return Written(source.name, f"{source.path}: cannot write a picture of it ({error})")
         for folder, content in pictures.items():
-            write_picture(out / folder / f"{source.result}{self.folders[folder]}", content)
+            write_file(out / folder / f"{source.result}{self.folders[folder]}", content)
         add(source.name, source.result, annotation)
         scores = annotation.scores
         if scores is None or not len(scores):

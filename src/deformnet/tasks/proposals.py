@@ -14,12 +14,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from deformnet._errors import UserError
-from deformnet._files import replacing
+from deformnet._files import parse_json, write_file
+from deformnet.models import _tensors
 from deformnet.models.detection.detector import Proposals
 
 
@@ -74,14 +73,16 @@ def _read(path: Path) -> tuple[Tensor, list[str], list[int]]:
     """Boxes, names and starts of a file."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file of proposals")
+    tensors, metadata = _tensors.read_safetensors(path)
     try:
-        with safe_open(path, framework="pt") as file:
-            boxes, starts = file.get_tensor("boxes"), file.get_tensor("starts")
-            names = json.loads(file.metadata()["names"])
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        boxes, starts = tensors["boxes"], tensors["starts"]
+        names = parse_json(metadata["names"])
+    except (KeyError, UserError) as error:
         raise UserError(f"{path}: damaged, or not a file of proposals") from error
     if (
-        boxes.dtype != torch.float32
+        not isinstance(names, list)
+        or not all(isinstance(name, str) for name in names)
+        or boxes.dtype != torch.float32
         or boxes.ndim != 2
         or boxes.shape[1] != 4
         or starts.dtype != torch.int64
@@ -95,11 +96,25 @@ def _read(path: Path) -> tuple[Tensor, list[str], list[int]]:
     return boxes, names, starts.tolist()
 
 
+def require_proposals(path: Path) -> None:
+    """Refuses to replace another file than one of proposals.
+
+    Raises:
+        UserError: if there is such a file, which is not changed.
+    """
+    try:
+        if path.exists():
+            _read(path)
+    except UserError as error:
+        raise UserError(
+            f"{path}: expected a new file or one of proposals, but got another file, which was not "
+            "changed; choose another name"
+        ) from error
+
+
 def write_proposals(path: Path, names: Sequence[str], proposals: Sequence[Proposals]) -> None:
     """Writes the proposals of images, in pixels of the images as stored, into a file."""
     starts = torch.tensor([0, *(len(image.boxes) for image in proposals)]).cumsum(0)
     boxes, scores = (torch.cat(parts).cpu() for parts in zip(*proposals, strict=True))
     tensors = {"boxes": boxes, "scores": scores, "starts": starts}
-    content = save(tensors, metadata={"names": json.dumps(list(names))})
-    with replacing(path) as file:
-        file.write(content)
+    write_file(path, _tensors.pack(tensors, {"names": json.dumps(list(names))}))

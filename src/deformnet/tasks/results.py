@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from deformnet._errors import UserError
-from deformnet._files import identity, replacing
+from deformnet._files import identity
 from deformnet.tasks.images import InputFile, as_image
 from deformnet.tasks.video import read_frames
 
@@ -74,12 +74,6 @@ def require_apart(files: Sequence[InputFile], out: Path, folders: dict[str, str]
                     f"{out}: expected a separate folder for the results, but those of {file.path} "
                     f"would overwrite {inputs[picture]}"
                 )
-
-
-def write_picture(path: Path, content: bytes) -> None:
-    """Writes or replaces a picture atomically."""
-    with replacing(path) as file:
-        file.write(content)
 
 
 def encoded(picture: Image.Image, suffix: str) -> bytes:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from deformnet._errors import UserError
+from deformnet._files import parse_json
 from deformnet.data.items import Fault, Item, files_of
 
 
@@ -65,7 +66,7 @@ class Record:
     def find(self, key: str) -> Result | None:
         """The content of the item with this key; None if it is not recorded as valid."""
         try:
-            counts, is_rotated, fingerprint = json.loads(self._known[key])
+            counts, is_rotated, fingerprint = parse_json(self._known[key])
             numbers = Counter({int(label): int(count) for label, count in counts})
         except (KeyError, ValueError, TypeError):
             return None

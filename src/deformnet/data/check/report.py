@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deformnet._errors import UserError
-from deformnet._files import replacing
+from deformnet._files import write_file
 from deformnet._text import Table
 
 SHOWN = 5
@@ -112,8 +112,7 @@ class DataReport:
         require_report(self.file)
         lines = [f"{_FIRST_LINE} of {self.root}", *self._tables(None), "", "Problems:"]
         lines += [*self.problems, "", "Remarks:", *self.remarks]
-        with replacing(self.file) as file:
-            file.write(("\n".join(lines) + "\n").encode(errors="surrogateescape"))
+        write_file(self.file, ("\n".join(lines) + "\n").encode(errors="surrogateescape"))
 
     def _tables(self, limit: int | None) -> list[str]:
         """Lines of the tables, with at most `limit` classes."""

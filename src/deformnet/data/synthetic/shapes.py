@@ -4,6 +4,7 @@ Every image has its own generator, seeded by (seed, split, number): the data set
 the beginning of the one of 1000, and any part of it can be generated alone.
 """
 
+import functools
 import io
 import json
 import logging
@@ -18,6 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from deformnet._errors import UserError
+from deformnet._files import remove_partial, write_file
 from deformnet.data.synthetic.scenes import OBJECTS, Scene, Shapes, draw_scene, require
 from deformnet.data.voc_files import color_map
 
@@ -87,6 +89,7 @@ def write_shapes(root: str | Path, options: Shapes) -> None:
     if options.layout == "voc":
         _write_lists(folder, counts)
         _write(partial / "classes.txt", "".join(f"{name}\n" for name in SHAPE_CLASSES).encode())
+    remove_partial(partial)
     partial.replace(root)
 
 
@@ -217,15 +220,8 @@ def _add(parent: ElementTree.Element, children: Mapping[str, object]) -> None:
             element.text = str(content)
 
 
-def _write(path: Path, content: bytes) -> None:
-    """Writes a file as a whole; not to the disk at once, which takes long for many files."""
-    beside = path.with_name(f"{path.name}.partial")
-    try:
-        beside.write_bytes(content)
-        beside.replace(path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from error
+# Not to the disk at once, which takes long for many files.
+_write = functools.partial(write_file, durable=False)
 
 
 def _text_of(path: Path) -> str | None:

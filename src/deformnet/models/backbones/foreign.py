@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from deformnet._errors import UserError
-from deformnet.models.backbones.weights import architecture, read_safetensors
+from deformnet.models import _tensors
+from deformnet.models.backbones.weights import architecture
 
 # Mean and standard deviation of our input normalization, RGB pixels from 0 to 255.
 _MEAN = (123.675, 116.28, 103.53)
@@ -64,6 +65,9 @@ _DETECTRON2: _Rules = (
     (rf"{_BLOCK}\.conv2\.conv\.weight", r"\1.conv2.weight"),
     (rf"{_BLOCK}\.conv2\.offset\.(weight|bias)", r"\1.conv2.conv_offset.\2"),
 )
+
+# Keys of torchvision's with the filters of convolutions, and of what makes their offsets.
+_FILTERS = re.compile(rf"conv1\.weight|{_BLOCK}\.(conv[123](\.conv_offset)?|downsample\.0)\.weight")
 
 # Prefixes of the ResNet; some detectors have the last stage in their head.
 _MMDETECTION_PREFIX = r"(?:backbone\.|(?:roi_head\.)?shared_head\.(?=layer4\.))?"
@@ -180,7 +184,7 @@ def from_detectron2(
     for name, given in (("pixel_mean", pixel_mean), ("pixel_std", pixel_std)):
         for key in (name, f"module.{name}"):
             if key in state:
-                own = torch.as_tensor(state[key]).flatten().tolist()
+                own = _tensor(key, state[key]).flatten().tolist()
                 if not _close(own, given, 0.01):
                     raise UserError(
                         f"expected {name} to be that of the checkpoint, {_listed(own)}, "
@@ -202,7 +206,7 @@ def read_checkpoint(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     if path.suffix == ".safetensors":
-        return read_safetensors(path)[0]
+        return _tensors.read_safetensors(path)[0]
     not_loaded = "which are not loaded because they can run any code; if you trust the file,"
     if path.suffix == ".pkl":
         raise UserError(
@@ -211,11 +215,11 @@ def read_checkpoint(path: Path) -> Mapping[str, Any]:
             'pickle.load(open(FILE, "rb"), encoding="latin1")["model"].items()}, "weights.pth")'
         )
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises anything on a damaged file
+        content = _tensors.read_torch(path, legacy=True)
+    except UserError as error:
         raise UserError(
-            f"{path}: damaged, or contains Python objects, {not_loaded} save only its tensors: "
-            'checkpoint = torch.load(FILE, map_location="cpu", weights_only=False); '
+            f"{path}: damaged, or contains Python objects ({error}), {not_loaded} save only its "
+            'tensors: checkpoint = torch.load(FILE, map_location="cpu", weights_only=False); '
             'torch.save(checkpoint["state_dict"], "weights.pth") (of detectron2: ["model"])'
         ) from error
     if not isinstance(content, Mapping):
@@ -236,6 +240,8 @@ def _convert(
     origin: dict[str, str] = {}
     ignored: dict[str, list[str]] = {}
     for key, value in source.items():
+        if not isinstance(key, str):
+            raise UserError(f"checkpoint: expected names of tensors, but got {key!r:.40}")
         bare = key.removeprefix("module.")
         name = _renamed(bare, format)
         if name is None:
@@ -243,7 +249,9 @@ def _convert(
             continue
         if name in state:
             raise UserError(f"checkpoint: keys {origin[name]} and {key} both map to {name}")
-        state[name], origin[name] = torch.as_tensor(value), key
+        state[name], origin[name] = _tensor(key, value), key
+        if _FILTERS.fullmatch(name):
+            _require_filters(key, state[name], 3 if name == "conv1.weight" else None)
     if beside:
         ignored["training state"] = beside
     backbone = architecture(state)
@@ -262,6 +270,32 @@ def _convert(
     filters = _filters(state)
     layers = len(filters) - filters.index(deformable[0]) if deformable else 0
     return Converted(state, ignored, backbone, layers, deformable, groups, modulated)
+
+
+def _tensor(key: str, value: object) -> Tensor:
+    """The tensor of a key of a checkpoint."""
+    try:
+        tensor = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        kind = type(value).__name__
+        raise UserError(f"checkpoint: expected {key} to be a tensor, but got {kind}") from None
+    if (problem := _tensors.flaw(tensor)) is not None:
+        raise UserError(f"checkpoint: expected {key} to be {problem}")
+    return tensor
+
+
+def _require_filters(key: str, tensor: Tensor, channels: int | None = None) -> None:
+    if (
+        tensor.ndim != 4
+        or not tensor.numel()
+        or not tensor.is_floating_point()
+        or (channels is not None and tensor.shape[1] != channels)
+    ):
+        raise UserError(
+            f"checkpoint: expected {key} to be the filters of a convolution"
+            + (f" of {channels} channels" if channels is not None else "")
+            + f", but got {list(tensor.shape)} of {tensor.dtype}"
+        )
 
 
 def _state_dict(checkpoint: Mapping[str, Any], wrapper: str) -> tuple[Mapping[str, Any], list[str]]:

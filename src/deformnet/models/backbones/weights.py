@@ -1,16 +1,16 @@
 """Pretrained weights of a backbone, from checkpoint files and run folders."""
 
+import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from deformnet._errors import UserError
+from deformnet.models import _tensors
 from deformnet.models.backbones.features import Backbone
 
 _RUN_CHECKPOINTS = (Path("checkpoints/best.ckpt"), Path("checkpoints/last.ckpt"))
@@ -47,11 +47,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if path.is_dir():
         path = _checkpoint_in(path)
     if path.suffix == ".safetensors":
-        state, metadata = read_safetensors(path)
-        return _backbone_of(state) if EXPORTED in metadata else _bare(state)
+        state, metadata = _tensors.read_safetensors(path)
+        return _usable(_backbone_of(state) if EXPORTED in metadata else _bare(state), path)
     content = _read(path)
     if isinstance(content, Mapping) and "deformnet" in content:
-        return _backbone_of(content["model"])
+        return _backbone_of(_usable(content.get("model"), path))
     state = content
     if isinstance(content, Mapping):
         inside = (content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping))
@@ -67,7 +67,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             f"{path}: expected a backbone's weights, but got a checkpoint of mmdetection with "
             "deformable layers; convert it with `deformnet weights import mmdetection`"
         )
-    return _bare(state)
+    return _bare(_usable(state, path))
 
 
 def holds_run(path: Path) -> bool:
@@ -77,8 +77,8 @@ def holds_run(path: Path) -> bool:
     if not path.is_file():
         return False
     if path.suffix == ".safetensors":
-        return EXPORTED in read_safetensors(path)[1]
-    return path.suffix == ".ckpt" and "deformnet" in _read(path)
+        return EXPORTED in _tensors.read_safetensors(path)[1]
+    return path.suffix == ".ckpt" and _run_in(path) is not None
 
 
 def initial_weights(
@@ -94,6 +94,7 @@ def initial_weights(
     """
     published = model.published.get(str(weights))
     if published is not None:
+        _require_intact_download(published.url)
         try:
             return published.get_state_dict(check_hash=True)
         except OSError as error:
@@ -114,13 +115,34 @@ def initial_weights(
         )
     state = read_weights(path)
     if path.is_dir():  # the strides are in the recipe alone
-        run = _read(_checkpoint_in(path)).get("deformnet")
-        if run is not None and run["recipe"].get("stride_in_1x1", False) != stride_in_1x1:
+        run = _run_in(_checkpoint_in(path))
+        recipe = run.get("recipe") if isinstance(run, Mapping) else None
+        if isinstance(recipe, Mapping) and recipe.get("stride_in_1x1", False) != stride_in_1x1:
             raise UserError(
                 f"{path}: expected weights trained with stride_in_1x1={stride_in_1x1}, "
                 f"but got {not stride_in_1x1}"
             )
     return state
+
+
+def _require_intact_download(url: str) -> None:
+    """Compares published weights that were downloaded earlier with the sha256 in their name, which
+    torchvision does only once.
+
+    Raises:
+        UserError: If they are damaged.
+    """
+    path = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
+    expected = re.search(r"-([0-9a-f]{8,})\.", path.name)
+    if expected is None or not path.is_file():
+        return
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if not digest.startswith(expected[1]):
+        raise UserError(
+            f"{path}: damaged, expected the sha256 {expected[1]}..., but got {digest[:8]}...; "
+            "delete it to download it again"
+        )
 
 
 def _file_of_package(name: str) -> Path | None:
@@ -163,7 +185,8 @@ def load_weights(model: Backbone, state: Mapping[str, Tensor], source: str | Pat
 
 
 def misfit(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str | None:
-    """The first difference in keys or shapes between two state dicts; None if there is none."""
+    """The first difference in keys, shapes or kinds of numbers between two state dicts; None if
+    there is none."""
     missing = [key for key in expected if key not in state]
     unexpected = [key for key in state if key not in expected]
     for kind, keys in (("missing", missing), ("unexpected", unexpected)):
@@ -173,6 +196,8 @@ def misfit(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str |
     for key, value in state.items():
         if expected[key].shape != value.shape:
             return f"expected {key} to be {list(expected[key].shape)}, but got {list(value.shape)}"
+        if expected[key].is_floating_point() != value.is_floating_point():
+            return f"expected {key} to be {expected[key].dtype}, but got {value.dtype}"
     return None
 
 
@@ -186,20 +211,6 @@ def architecture(names: Iterable[str]) -> str | None:
         for stage in (1, 2, 3, 4)
     )
     return _RESNETS.get((blocks, any(".conv3." in name for name in names)))
-
-
-def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        UserError: If it is damaged.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except SafetensorError as error:
-        raise UserError(f"{path}: damaged, or not a safetensors file") from error
 
 
 def _checkpoint_in(run: Path) -> Path:
@@ -226,10 +237,21 @@ def _backbone_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def _read(path: Path) -> Any:
+def _usable(state: object, path: Path) -> dict[str, Tensor]:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises anything on a damaged file
-        raise UserError(
-            f"{path}: damaged, or not a PyTorch checkpoint that loads with weights_only=True"
-        ) from error
+        return _tensors.weights(state)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def _run_in(path: Path) -> object:
+    """The description of a run in its checkpoint; None in another checkpoint."""
+    content = _read(path)
+    return content.get("deformnet") if isinstance(content, Mapping) else None
+
+
+def _read(path: Path) -> object:
+    try:
+        return _tensors.read_torch(path, legacy=True)
+    except UserError as error:
+        raise UserError(f"{path}: damaged, or not a PyTorch checkpoint ({error})") from error

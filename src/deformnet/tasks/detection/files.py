@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from deformnet._files import replacing
+from deformnet._files import replacing, write_file
 from deformnet.metrics.detections import Record, to_line
 from deformnet.tasks.detection.data import Boxes
 from deformnet.tasks.results import BoxFormat
@@ -78,8 +78,7 @@ def _write_yolo(path: Path, boxes: Boxes) -> None:
         size = ((x2 - x1) / width, (y2 - y1) / height)
         numbers = " ".join(f"{number:.6f}" for number in (*place, *size))
         lines.append(f"{label} {numbers} {score}\n")
-    with replacing(path) as file:
-        file.write(_encoded("".join(lines)))
+    write_file(path, _encoded("".join(lines)))
 
 
 @contextmanager

@@ -1,0 +1,282 @@
+"""The one reader of files with tensors: checkpoints of `torch.save`, and safetensors files.
+
+Neither PyTorch nor safetensors notices changed bytes, so a flipped bit would become a weight. What
+is read here is compared with its checksum: the CRC-32 of each record of a checkpoint, which PyTorch
+writes and does not read, and the sha256 that `pack` writes into a safetensors file. Content is
+tensors and plain values, never code, and takes no more memory than the file has bytes.
+"""
+
+import errno
+import hashlib
+import io
+import pickletools
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from deformnet._errors import UserError
+from deformnet._files import naming, read_json, require_file
+
+_MAX_PICKLE_BYTES = 1 << 24  # names and shapes of all tensors; ResNet-101 with SGD has 300 kB
+_STORAGES = ("Bool", "Byte", "Char", "Short", "Int", "Long", "Half", "BFloat16", "Float", "Double")
+_GLOBALS = {
+    "collections OrderedDict",
+    "torch Size",
+    "torch device",
+    "torch._utils _rebuild_parameter",
+    "torch._utils _rebuild_tensor",
+    "torch._utils _rebuild_tensor_v2",
+    *(f"torch {kind}Storage" for kind in _STORAGES),
+    "_codecs encode",
+    "__builtin__ set",
+    "builtins set",
+}
+"""What a checkpoint may name. PyTorch allows more: tensors without data of their own, and calls
+that take any amount of memory, such as `bytearray(1 << 40)`."""
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+_DIGEST = "sha256"
+_DIGEST_KEY = f'"{_DIGEST}":"'
+_NO_DIGEST = "0" * 64
+
+
+def read_torch(path: Path, *, legacy: bool = False) -> object:
+    """The content of a checkpoint of `torch.save`: tensors on the CPU, and plain Python values.
+
+    Args:
+        legacy: also read the format of PyTorch 1.5 and older, which has no checksums.
+    Raises:
+        OSError: if the file does not exist or cannot be read.
+        UserError: if it is damaged, holds anything else, or is a pipe or a device; without the name
+            of the file.
+    """
+    require_file(path)
+    with naming(path), path.open("rb") as file:
+        is_archive = file.read(4) == b"PK\x03\x04"
+        file.seek(0)
+        if not is_archive and not legacy:
+            raise UserError("not an archive of torch.save")
+        if is_archive:
+            _require_intact(file)
+        else:
+            _require_plain_legacy(file)
+        file.seek(0)
+        try:
+            content = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch.load raises anything on content that it cannot read
+            _require_of_content(error)
+            if is_archive and "allocate memory" in str(error):  # no more than the file has bytes
+                raise MemoryError(f"{path}: too large for the memory of this machine") from error
+            raise UserError(f"not readable by PyTorch ({_reason(error)})") from error
+    _require_unexpanded(content)
+    return content
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file, compared with its sha256: that of the card of an
+    exported run, NAME.json, if there is one, and otherwise the one in the file's metadata.
+
+    Raises:
+        OSError: if the file does not exist or cannot be read.
+        UserError: if it is damaged, or a pipe or a device.
+    """
+    require_file(path)
+    with naming(path), path.open("rb") as file:  # safetensors calls every failure a missing file
+        is_of_card = _compared_with_card(path, file)
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata: dict[str, str] = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: damaged, or not a safetensors file") from error
+    expected = metadata.get(_DIGEST)
+    if not is_of_card and expected is not None and expected != _digest(path, expected):
+        raise UserError(f"{path}: damaged, its tensors are not those of its sha256")
+    return tensors, metadata
+
+
+def pack(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file with a sha256 of itself in its metadata, for `read_safetensors`.
+
+    The digest is that of the file with 64 zeros instead of the digest.
+    """
+    dense = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    content = save(dense, metadata={**metadata, _DIGEST: _NO_DIGEST})
+    digest = hashlib.sha256(content).hexdigest()
+    return _with_digest(content, _NO_DIGEST, digest)
+
+
+def weights(state: object) -> dict[str, Tensor]:
+    """A state dict whose tensors a network can take.
+
+    Raises:
+        UserError: if it is not a dict of dense tensors of finite numbers by names.
+    """
+    if not isinstance(state, Mapping):
+        raise UserError(f"expected a state dict, but got {type(state).__name__}")
+    for name, tensor in state.items():
+        if not isinstance(name, str):
+            raise UserError(f"expected names of tensors, but got {name!r:.40}")
+        if not isinstance(tensor, Tensor):
+            raise UserError(f"expected {name} to be a tensor, but got {type(tensor).__name__}")
+        if (problem := flaw(tensor)) is not None:
+            raise UserError(f"expected {name} to be {problem}")
+    return cast(dict[str, Tensor], dict(state))
+
+
+def flaw(tensor: Tensor, *, finite: bool = True) -> str | None:
+    """Why a tensor cannot be a weight, after "expected it to be"; None if it can."""
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
+        return f"a dense tensor, but got {tensor.layout} of {tensor.dtype}"
+    if tensor.device.type != "cpu":
+        return f"a tensor with data, but got one on {tensor.device}"
+    if tensor.dtype not in (*_FLOATS, *_INTEGERS):
+        return f"real numbers, but got {tensor.dtype}"
+    if finite and tensor.dtype in _FLOATS and tensor.numel():
+        extremes = tensor.detach().aminmax()  # NaN if there is one; 30 times as fast as isfinite
+        if not all(extreme.isfinite() for extreme in extremes):
+            return "finite, but got NaN or infinity"
+    return None
+
+
+def _require_intact(file: IO[bytes]) -> None:
+    """Compares the records of an archive with their checksums, and refuses what can expand."""
+    size = file.seek(0, io.SEEK_END)
+    try:
+        with zipfile.ZipFile(file) as archive:
+            records = archive.infolist()
+            names = [record.filename for record in records]
+            root = names[0].partition("/")[0] if names else ""
+            # PyTorch finds records by names without case, and by their place in the file.
+            if len({name.lower() for name in names}) < len(names) or records[0].header_offset:
+                raise UserError("not an archive of torch.save")
+            if not all(map(_is_plain, records)) or sum(it.file_size for it in records) > size:
+                raise UserError("expected plain records, without compression")
+            if (wrong := archive.testzip()) is not None:
+                raise UserError(f"the checksum of its record {wrong} is wrong")
+            pickled = archive.getinfo(f"{root}/data.pkl")
+            if pickled.file_size > _MAX_PICKLE_BYTES:
+                raise UserError(f"expected at most {_MAX_PICKLE_BYTES >> 20} MB besides tensors")
+            _require_plain(archive.read(pickled))
+    except Exception as error:  # zipfile raises almost anything on a damaged archive
+        _require_of_content(error)
+        raise UserError(f"not a readable archive ({_reason(error)})") from error
+
+
+def _is_plain(record: zipfile.ZipInfo) -> bool:
+    """Whether a record is as PyTorch writes it: stored as it is, without attributes.
+
+    For one that is marked as a folder, PyTorch would return memory that nothing was read into.
+    """
+    return (
+        record.compress_type == zipfile.ZIP_STORED
+        and record.compress_size == record.file_size
+        and record.flag_bits & ~0x808 == 0
+        and record.external_attr == 0
+        and record.volume == 0
+        and not record.comment
+    )
+
+
+def _require_unexpanded(content: object) -> None:
+    """Refuses tensors that show the same numbers many times: a few bytes would become terabytes."""
+    left, seen = [content], set()
+    while left:
+        value = left.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, Tensor):
+            if value.numel() * value.itemsize > value.untyped_storage().nbytes():
+                raise UserError(f"expected tensors with data, but got an expanded {value.shape}")
+        elif isinstance(value, Mapping):
+            left.extend(value.values())
+        elif isinstance(value, list | tuple):
+            left.extend(value)
+
+
+def _require_plain(pickled: bytes) -> None:
+    """Refuses a pickle that names anything but tensors and containers."""
+    _plain_until(io.BytesIO(pickled))
+
+
+def _require_plain_legacy(file: IO[bytes]) -> None:
+    """The same for the format without an archive: five pickles, then the numbers."""
+    try:
+        for _ in range(5):
+            _plain_until(file)
+    except Exception as error:  # pickletools raises several on what is not a pickle
+        _require_of_content(error)
+        raise UserError(f"not a checkpoint of torch.save ({_reason(error)})") from error
+
+
+def _plain_until(file: IO[bytes]) -> None:
+    for operation, argument, _ in pickletools.genops(file):
+        if operation.name == "GLOBAL" and argument not in _GLOBALS and not _is_dtype(argument):
+            name = str(argument).replace(" ", ".")
+            raise UserError(f"holds more than dense tensors and plain values: {name}")
+
+
+def _is_dtype(name: object) -> bool:
+    return isinstance(getattr(torch, str(name).removeprefix("torch "), None), torch.dtype)
+
+
+def _compared_with_card(path: Path, file: IO[bytes]) -> bool:
+    """Whether there is a card, whose sha256 is then that of the file.
+
+    Raises:
+        UserError: if it is not.
+    """
+    card_file = path.with_suffix(".json")
+    try:
+        card = read_json(card_file) if card_file.is_file() else None
+    except UserError:  # not ours, or damaged, which is for the reader of cards to say
+        return False
+    expected = card.get(_DIGEST) if isinstance(card, dict) else None
+    if not isinstance(expected, str):
+        return False
+    digest = hashlib.file_digest(file, _DIGEST).hexdigest()
+    if digest != expected:
+        raise UserError(
+            f"{path}: not the weights of its card: expected the sha256 {expected[:12]}... "
+            f"of {card_file.name}, but got {digest[:12]}..."
+        )
+    return True
+
+
+def _digest(path: Path, expected: str) -> str:
+    """The sha256 of a safetensors file with zeros instead of its own."""
+    with naming(path), path.open("rb") as file:
+        length = file.read(8)
+        header = file.read(int.from_bytes(length, "little"))
+        digest = hashlib.sha256(length)
+        digest.update(_with_digest(header, expected, _NO_DIGEST))
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def _require_of_content(error: Exception) -> None:
+    """Raises what does not come from the content of a file: its message is complete, memory is
+    short, or the system cannot read on."""
+    cause = error if isinstance(error, OSError) else error.__context__
+    if isinstance(cause, OSError) and cause.errno not in (None, errno.EINVAL):  # a bad offset
+        raise cause
+    if isinstance(error, UserError | MemoryError):
+        raise error
+
+
+def _with_digest(header: bytes, old: str, new: str) -> bytes:
+    """The header of a safetensors file with another sha256. In names, quotes are escaped."""
+    return header.replace(f"{_DIGEST_KEY}{old}".encode(), f"{_DIGEST_KEY}{new}".encode(), 1)
+
+
+def _reason(error: Exception) -> str:
+    text = str(error).strip()
+    return f"{text.splitlines()[0]:.100}" if text else type(error).__name__

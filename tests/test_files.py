@@ -1,0 +1,216 @@
+"""The one writer of files: complete or as before, whatever happens; never over an input.
+
+The reader of JSON is tested with the data sets.
+"""
+
+import os
+import resource
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from deformnet import UserError
+from deformnet._files import (
+    naming,
+    parse_json,
+    read_json,
+    refuse_overwrite,
+    remove_partial,
+    replacing,
+    write_file,
+)
+from small_sets import one_line
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_an_error_leaves_the_old_file(tmp_path):
+    path = tmp_path / "a"
+    write_file(path, b"old")
+    with pytest.raises(ZeroDivisionError), replacing(path) as file:
+        file.write(b"%d" % (1 // 0))
+    assert path.read_bytes() == b"old"
+    assert names(tmp_path) == ["a"]
+
+
+def test_names_of_the_maximum_length(tmp_path):
+    write_file(tmp_path / ("a" * 255), b"new")
+    with pytest.raises(OSError, match="a" * 256):
+        write_file(tmp_path / ("a" * 256), b"new")
+    assert names(tmp_path) == ["a" * 255]
+
+
+def test_two_writers_of_one_path(tmp_path):
+    path = tmp_path / "a"
+    with replacing(path) as one:
+        one.write(b"one")
+        with replacing(path) as other:
+            other.write(b"other")
+        assert path.read_bytes() == b"other"
+    assert path.read_bytes() == b"one"
+    contents = [bytes([number]) * 300_000 for number in range(4)]
+
+    def work(content: bytes) -> None:
+        for _ in range(20):
+            write_file(path, content, durable=False)
+            assert path.read_bytes() in contents
+
+    threads = [threading.Thread(target=work, args=(content,)) for content in contents]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert path.read_bytes() in contents
+    assert names(tmp_path) == ["a"]
+
+
+def picture(path: Path) -> None:
+    """A PNG of 120 kB, written by Pillow."""
+    pixels = np.random.default_rng(0).integers(0, 256, (200, 200, 3), np.uint8)
+    with replacing(path) as file:
+        Image.fromarray(pixels).save(file, "PNG")
+
+
+def figure(path: Path) -> None:
+    from deformnet.visualization.canvas import blank, save_figure
+
+    made = blank(width=4, height=4)
+    made.subplots().imshow(np.random.default_rng(0).random((200, 200)))
+    save_figure(made, path)
+
+
+@pytest.mark.parametrize("draw", [picture, figure])
+def test_a_picture_on_a_full_disk(draw: Callable[[Path], None], tmp_path):
+    """Pillow writes past Python's file where it can, and misses a short write."""
+    path = tmp_path / "a.png"
+    draw(path)
+    before = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            draw(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before
+    assert names(tmp_path) == ["a.png"]
+
+
+def test_what_a_killed_process_leaves(tmp_path):
+    (tmp_path / ".0123456789abcdef.partial").write_bytes(b"half")
+    (tmp_path / "a.partial").write_bytes(b"a file of a user")
+    write_file(tmp_path / "a", b"new")
+    remove_partial(tmp_path)
+    assert names(tmp_path) == ["a", "a.partial"]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_the_earlier_file_is_kept(links, tmp_path, monkeypatch):
+    if not links:  # as FAT
+
+        def link(*_: object) -> None:
+            raise PermissionError(1, "Operation not permitted")
+
+        monkeypatch.setattr(os, "link", link)
+    path, earlier = tmp_path / "a", tmp_path / "b"
+    for number in range(3):
+        with replacing(path, earlier=earlier) as file:
+            file.write(b"%d" % number)
+        assert path.read_bytes() == b"%d" % number
+        assert earlier.exists() == (number > 0)
+    assert earlier.read_bytes() == b"1"
+    assert names(tmp_path) == ["a", "b"]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_crash_at_any_moment(links, tmp_path, monkeypatch):
+    """Two complete files, the newest among them, at each call that changes the folder."""
+    path, earlier = tmp_path / "a", tmp_path / "b"
+    write_file(path, b"1")
+    with replacing(path, earlier=earlier) as file:
+        file.write(b"2")
+    moments = []
+
+    def watched(function: Callable[..., object]) -> Callable[..., object]:
+        def call(*arguments: object, **options: object) -> object:
+            moments.append((path.read_bytes(), earlier.read_bytes()))
+            if function is os.link and not links:
+                raise OSError(95, "Operation not supported")
+            return function(*arguments, **options)
+
+        return call
+
+    for name in ("link", "fsync", "replace"):
+        monkeypatch.setattr(os, name, watched(getattr(os, name)))
+    with replacing(path, earlier=earlier) as file:
+        file.write(b"3")
+    moments.append((path.read_bytes(), earlier.read_bytes()))
+    assert set(moments) == {(b"2", b"1"), (b"2", b"2"), (b"3", b"2")}
+
+
+@pytest.mark.parametrize("name", ["link", "fsync", "replace", "open"])
+def test_a_failure_of_the_system(name, tmp_path, monkeypatch):
+    path, earlier = tmp_path / "a", tmp_path / "b"
+    for content in (b"1", b"2"):
+        with replacing(path, earlier=earlier) as file:
+            file.write(content)
+    real, count = getattr(os, name), 0
+    failed = 0
+    for number in range(4):
+        count = 0
+
+        def failing(*arguments: object, number: int = number, **options: object) -> object:
+            nonlocal count, failed
+            count += 1
+            if count == number + 1:
+                failed += 1
+                raise OSError(5, "Input/output error")
+            return real(*arguments, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, failing)
+            with suppress(OSError), replacing(path, earlier=earlier) as file:
+                file.write(b"3")
+        assert path.read_bytes() in (b"2", b"3")
+        assert earlier.read_bytes() in (b"1", b"2", b"3")
+        assert names(tmp_path) == ["a", "b"]
+    assert failed
+
+
+def test_the_file_is_named_where_the_system_does_not(tmp_path):
+    with pytest.raises(OSError, match="No space") as error, naming(tmp_path / "a"):
+        raise OSError(28, "No space left on device")
+    assert error.value.filename == str(tmp_path / "a")
+
+
+def test_an_input_is_not_overwritten(tmp_path):
+    photo = tmp_path / "photo"
+    photo.write_bytes(b"photo")
+    (tmp_path / "hard").hardlink_to(photo)
+    (tmp_path / "soft").symlink_to(photo)
+    for name in ("photo", "hard", "soft", "../" + tmp_path.name + "/photo"):
+        with one_line(UserError, tmp_path / name, "which is read; choose another name"):
+            refuse_overwrite(tmp_path / name, [tmp_path / "missing", photo])
+    refuse_overwrite(tmp_path / "new", [tmp_path / "new", photo])
+
+
+def test_json_that_is_too_large(tmp_path, monkeypatch):
+    monkeypatch.setattr("deformnet._files.MAX_JSON_BYTES", 10)
+    (tmp_path / "a.json").write_text("[1, 2, 3, 4, 5]")
+    with one_line(UserError, tmp_path / "a.json", "expected JSON of at most 4 GiB"):
+        read_json(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("text", ["NaN", "[1e999]", "-Infinity", "9" * 400, "[" * 200_000, "{"])
+def test_json_that_is_refused(text):
+    with pytest.raises(UserError) as error:
+        parse_json(text)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 200
