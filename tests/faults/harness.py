@@ -8,15 +8,19 @@ import argparse
 import atexit
 import ctypes
 import errno
+import functools
 import gc
+import hashlib
 import importlib
 import io
 import itertools
 import json
 import os
+import pickle
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -24,15 +28,15 @@ import threading
 import traceback
 import xml.etree.ElementTree as ET
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Container, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 KINDS = ("create", "write", "sync", "rename", "mkdir", "open", "read", "allocate")
 MODES = ("count", "once", "full", "short", "kill")
-LARGE = 1 << 15
+LARGE = 1 << 17
 """Bytes from which an allocation counts."""
 LIMIT = 120
 """Seconds after which a run counts as hanging."""
@@ -42,7 +46,7 @@ class Fault(NamedTuple):
     """A failure of the n-th call of a kind.
 
     `once` fails this call; `full` fails it and, as a full disk does, what is written later; `short`
-    transfers half of the bytes; `kill` ends the process.
+    transfers half of the bytes; `kill` ends the process. The error of a collective is its rank.
     """
 
     kind: str
@@ -52,6 +56,8 @@ class Fault(NamedTuple):
 
     @property
     def name(self) -> str:
+        if self.kind == "collective":
+            return f"collective {self.mode} on rank {self.error}"
         return f"{self.kind} {self.mode} {errno.errorcode.get(self.error, '')}".strip()
 
 
@@ -109,6 +115,9 @@ COMMANDS = {
     ),
     "convert": Command("data convert {data} {work}/voc --layout voc"),
 }
+for _name in ("train", "resume", "evaluate"):
+    COMMANDS[f"{_name} in two processes"] = COMMANDS[_name]
+COLLECTIVE = [name for name in COMMANDS if name.endswith("in two processes")]
 _DETECTOR = f"train rfcn {_TRAIN} {_ANCHORS} --val-split None"
 
 
@@ -146,6 +155,16 @@ class Ended(NamedTuple):
 
 def run(words: Sequence[str], watched: Path, logs: Path, fault: Fault | None = None) -> Ended:
     """Runs a command line in a forked child; without a fault, calls are counted."""
+    return _wait(_start(words, watched, logs, fault, lambda: None), logs)
+
+
+def _start(
+    words: Sequence[str],
+    watched: Path,
+    logs: Path,
+    fault: Fault | None,
+    before: Callable[[], object],
+) -> int:
     report = logs / "report.json"
     report.unlink(missing_ok=True)
     child = os.fork()
@@ -156,6 +175,7 @@ def run(words: Sequence[str], watched: Path, logs: Path, fault: Fault | None = N
             for number, name in ((1, "out.txt"), (2, "errors.txt")):
                 stream = os.open(logs / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
                 os.dup2(stream, number)
+            before()
             _arm(watched, fault or Fault("create", "count"))
             code = _main(words)
         finally:
@@ -165,10 +185,14 @@ def run(words: Sequence[str], watched: Path, logs: Path, fault: Fault | None = N
             seen = {"calls": calls, "place": place and os.fsdecode(place)}
             report.write_text(json.dumps(seen))
             os._exit(code)
-    status = os.waitpid(child, 0)[1]
+    return child
+
+
+def _wait(child: int, logs: Path) -> Ended:
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    report = logs / "report.json"
     seen = json.loads(report.read_text()) if report.is_file() else {"calls": {}, "place": None}
     lines = (logs / "errors.txt").read_text(errors="replace").splitlines()
-    code = os.waitstatus_to_exitcode(status)
     return Ended(code, seen["place"], seen["calls"], [line for line in lines if line.strip()])
 
 
@@ -214,17 +238,21 @@ def _arm(watched: Path, fault: Fault) -> None:
 # What is in a folder of results.
 
 
-def contents(folder: Path) -> dict[str, object]:
-    """Every file below a folder by its name, without what differs between runs (times, versions).
+def contents(folder: Path, only: Container[str] | None = None) -> dict[str, object]:
+    """Files below a folder by their names, without what differs between runs (times, versions).
 
+    Args:
+        only: names of the files; all by default.
     Raises:
-        Exception: if a file is not whole.
+        ValueError: if a file is not whole.
     """
     found: dict[str, object] = {}
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.parent.name != "tensorboard" and path.name != ".lock":
+        name = str(path.relative_to(folder))
+        ours = path.is_file() and path.parent.name != "tensorboard" and path.name != ".lock"
+        if ours and (only is None or name in only):
             try:
-                found[str(path.relative_to(folder))] = _content(path)
+                found[name] = _content(path)
             except Exception as error:
                 raise ValueError(f"{path.name} is not whole: {error!r}") from error
     return found
@@ -294,11 +322,12 @@ class Trial:
         self.name, self.logs, self.folder = name, logs, folder
         self.work, self.given = folder / "work", fixture / COMMANDS[name].given
         self.words = _words(COMMANDS[name].words, fixture / "data", self.work)
+        self._known: dict[bytes, str | None] = {}
         self._begin()
         self.before = contents(self.work)
         ended = run(self.words, folder, logs)
         assert ended.code == 0, ended.errors
-        self.calls = ended.calls
+        self.calls, self.usual = ended.calls, set(ended.errors)
         self.after = contents(self.work)
 
     def _begin(self) -> None:
@@ -329,18 +358,17 @@ class Trial:
             return "fault", f"hangs: {ended.errors[-3:]}"
         if ended.code < 0 and fault.mode != "kill":
             return "fault", f"ended by signal {-ended.code}: {ended.errors[-3:]}"
-        try:
-            found = contents(self.work)
+        killed = fault.mode == "kill" and ended.code < 0
+        try:  # a process that is killed leaves its temporary files
+            found = contents(self.work, {*self.before, *self.after} if killed else None)
         except ValueError as error:
             return "fault", str(error)
-        if fault.mode == "kill":
-            return ("killed", "") if ended.code < 0 else ("not reached", "")
         if problem := self._neither(found):
             return "fault", problem
+        if killed:
+            return "killed", ""
         lines = [line for line in ended.errors if line.startswith("deformnet: ")]
-        others = [
-            line for line in ended.errors if not line.startswith(("deformnet: ", "training:"))
-        ]
+        others = [line for line in ended.errors if not self._expected(line)]
         if others:
             return "fault", f"exit code {ended.code}, prints {others[0]!r} ... {others[-1]!r}"
         if ended.code == 0:
@@ -348,22 +376,27 @@ class Trial:
                 return ("harmless" if ended.place else "not reached"), " ".join(lines)
             missing = [name for name in self.after if found.get(name) != self.after[name]]
             return ("warned" if lines else "fault"), f"exit code 0 without {missing}: {lines}"
-        cause = os.strerror(fault.error)
-        if fault.kind == "allocate":
-            cause = "memory"
         if fault.error == 0:
-            return "fault", f"exit code {ended.code} after a short transfer: {lines}"
-        if len(lines) != 1 or cause not in lines[0]:
-            return "fault", f"expected one line with {cause!r}, but got {lines}"
+            return "fault", f"exit code {ended.code} without an error: {lines}"
+        cause, file = os.strerror(fault.error), str(self.work)
+        if fault.kind == "allocate":
+            cause, file = "memory", ""
+        elif fault.kind in ("open", "read"):
+            file = ended.place or ""
+        if len(lines) != 1 or cause not in lines[0] or file not in lines[0]:
+            return "fault", f"expected one line with {file!r} and {cause!r}, but got {lines}"
         return "reported", lines[0]
+
+    def _expected(self, line: str) -> bool:
+        return line.startswith(("deformnet: ", "training:")) or line in self.usual
 
     def _neither(self, found: dict[str, object]) -> str | None:
         """What is neither as before nor complete."""
         for name, content in found.items():
             if name not in self.before and name not in self.after:
                 return f"leaves {name}"
-            if self.name in ("train", "resume"):
-                continue  # checkpoints and logs of the iterations in between
+            if self.name in ("train", "resume", "predict"):
+                continue  # what is there after an iteration, or lacks an image that is named
             if content not in (self.before.get(name), self.after.get(name)):
                 return f"{name} is neither as before nor complete"
         lost = [name for name in self.before if name not in found]
@@ -371,14 +404,133 @@ class Trial:
 
     def _again(self, code: int) -> str | None:
         """What is wrong after the same command without a fault."""
-        ended = run(self.words, self.folder, self.logs)
         if self.name == "convert" and code == 0:
             return None  # which does not convert into a folder with files
+        state = self._state()
+        if state not in self._known:
+            self._known[state] = self._without_fault()
+        return self._known[state]
+
+    def _state(self) -> bytes:
+        """A digest of the names and contents of all files but logs for TensorBoard."""
+        names = sorted(str(path) for path in self.work.rglob("*") if path.suffix)
+        names = [name for name in names if "tfevents" not in name]
+        found = pickle.dumps((names, contents(self.work, {*self.before, *self.after})))
+        return hashlib.sha256(found).digest()
+
+    def _without_fault(self) -> str | None:
+        ended = run(self.words, self.folder, self.logs)
         if ended.code != 0:
             return f"then, without a fault: {ended.errors[-3:]}"
-        found = contents(self.work)
+        found = contents(self.work, self.after)
         differing = [name for name in self.after if found.get(name) != self.after[name]]
         return f"then, without a fault: {differing} differ" if differing else None
+
+
+# Collectives.
+
+RANKS = 2
+_COLLECTIVES = (
+    *("all_reduce", "all_gather", "all_gather_object", "barrier", "broadcast", "reduce"),
+    *("broadcast_object_list", "gather", "gather_object", "monitored_barrier"),
+)
+
+
+class Collectives:
+    """A command in two processes, in one of which a collective fails.
+
+    The arguments are those of `Trial`.
+    """
+
+    def __init__(self, name: str, fixture: Path, folder: Path, logs: Path) -> None:
+        self.name, self.logs, self.folder = name, logs, folder
+        self.work, self.given = folder / "work", fixture / COMMANDS[name].given
+        self.words = _words(COMMANDS[name].words, fixture / "data", self.work)
+        self._begin()
+        ended = self._run(Fault("collective", "count"), 0)
+        assert not any(one.code for one in ended), ended
+        self.calls = int((logs / "0/collectives.txt").read_text())
+        self.after = contents(self.work)
+
+    def _begin(self) -> None:
+        shutil.rmtree(self.work, ignore_errors=True)
+        shutil.copytree(self.given, self.work)
+
+    def faults(self) -> list[Fault]:
+        """Every collective of every process; the rank is the error."""
+        return [
+            Fault("collective", mode, rank, call)
+            for mode in ("once", "kill")
+            for rank in range(RANKS)
+            for call in range(1, self.calls + 1)
+        ]
+
+    def attempt(self, fault: Fault) -> Record:
+        """A run with a fault, and one without after it."""
+        self._begin()
+        ended = self._run(fault, fault.error)
+        outcome, text = "reported", ended[0].errors[-1] if ended[0].errors else ""
+        for rank, one in enumerate(ended):
+            lines = [line for line in one.errors if line.startswith("deformnet: ")]
+            killed = fault.mode == "kill" and rank == fault.error
+            if one.code == -signal.SIGALRM:
+                outcome, text = "fault", f"rank {rank} hangs: {one.errors[-3:]}"
+            elif not killed and (one.code <= 0 or len(lines) != 1):
+                outcome, text = "fault", f"rank {rank} ends with {one.code}: {one.errors[-3:]}"
+        try:
+            contents(self.work, self.after)
+        except ValueError as error:
+            outcome, text = "fault", str(error)
+        if outcome != "fault":
+            again = self._run(Fault("collective", "count"), 0)
+            if any(one.code for one in again):
+                outcome, text = "fault", f"then, without a fault: {again[0].errors[-3:]}"
+            elif contents(self.work, self.after) != self.after:
+                outcome, text = "fault", "then, without a fault: other results"
+        return Record(self.name, fault.name, fault.call, self.calls, None, outcome, text)
+
+    def _run(self, fault: Fault, rank: int) -> list[Ended]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        children = []
+        for number in range(RANKS):
+            logs = self.logs / str(number)
+            logs.mkdir(exist_ok=True)
+            failing = fault if number == rank else Fault("collective", "count")
+            before = functools.partial(_join, number, port, failing, logs / "collectives.txt")
+            children.append(_start(self.words, self.folder, logs, None, before))
+        return [_wait(child, self.logs / str(number)) for number, child in enumerate(children)]
+
+
+def _join(rank: int, port: int, fault: Fault, counted: Path) -> None:
+    """Makes this process one of torchrun's, with a collective that fails."""
+    import torch.distributed as dist
+
+    os.environ |= {
+        **{"RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0"},
+        **{"WORLD_SIZE": str(RANKS), "LOCAL_WORLD_SIZE": str(RANKS)},
+        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "faults"},
+    }
+    counter = itertools.count(1)
+
+    def failing(collective: Callable[..., object]) -> Callable[..., object]:
+        @functools.wraps(collective)
+        def call(*arguments: object, **options: object) -> object:
+            number = next(counter)
+            counted.write_text(str(number))
+            if number == fault.call and fault.mode == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if number == fault.call and fault.mode == "once":
+                raise RuntimeError("[pair.cc:547] Connection closed by peer [127.0.0.1]:1")
+            return collective(*arguments, **options)
+
+        return call
+
+    for name in _COLLECTIVES:
+        wrapped = failing(getattr(dist, name))
+        setattr(dist, name, wrapped)
+        setattr(dist.distributed_c10d, name, wrapped)
 
 
 def _words(line: str, data: Path, work: Path) -> list[str]:
@@ -399,6 +551,8 @@ def write_fixture(fixture: Path, logs: Path) -> None:
     for call in range(4, 20):  # recipe.json, metrics.csv and last.ckpt are there
         run(words, fixture, logs, Fault("rename", "kill", call=call))
         if (interrupted / "run/checkpoints/last.ckpt").is_file():
+            for path in interrupted.rglob("*.partial*"):
+                path.unlink()
             return
         shutil.rmtree(interrupted)
     raise AssertionError("no checkpoint to resume from")
@@ -435,18 +589,27 @@ def main() -> None:
     torch.set_num_threads(1)
     for module in _MODULES:
         importlib.import_module(module)
-    with tempfile.TemporaryDirectory() as name, options.out.open("w") as out:
-        scratch = Path(name).resolve()
-        fixture, logs = scratch / "files/fixture", scratch / "logs"
-        fixture.mkdir(parents=True)
-        logs.mkdir()
-        write_fixture(fixture, logs)
-        for command in options.commands:
-            trial = Trial(command, fixture, scratch / "files", logs)
-            faults = trial.faults()
-            for fault in sample(faults, options.sample or len(faults), command):
-                out.write(json.dumps(asdict(trial.attempt(fault))) + "\n")
-                out.flush()
+    # Not a `TemporaryDirectory`, which would also be removed at the end of each child.
+    scratch = Path(tempfile.mkdtemp(prefix="faults-")).resolve()
+    try:
+        with options.out.open("w") as out:
+            _try_all(scratch, options.commands, options.sample, out)
+    finally:
+        shutil.rmtree(scratch)
+
+
+def _try_all(scratch: Path, commands: Sequence[str], count: int | None, out: IO[str]) -> None:
+    fixture, logs = scratch / "files/fixture", scratch / "logs"
+    fixture.mkdir(parents=True)
+    logs.mkdir()
+    write_fixture(fixture, logs)
+    for command in commands:
+        kind = Collectives if command in COLLECTIVE else Trial
+        trial = kind(command, fixture, scratch / "files", logs)
+        faults = trial.faults()
+        for fault in sample(faults, count or len(faults), command):
+            out.write(json.dumps(asdict(trial.attempt(fault))) + "\n")
+            out.flush()
 
 
 _MODULES = (

@@ -12,7 +12,10 @@ from pathlib import Path
 
 import pytest
 
-COMMANDS = ("train", "resume", "evaluate", "export", "predict", "convert")
+COMMANDS = (
+    *("train", "resume", "evaluate", "export", "predict", "convert"),
+    *("train in two processes", "resume in two processes", "evaluate in two processes"),
+)
 SAMPLE = 3
 """Faults of each command."""
 
