@@ -98,8 +98,9 @@ def warning_lines() -> Iterator[None]:
 def _one_line(error: Exception) -> str:
     """The message of an error, without the traceback that a loader process adds to it."""
     if isinstance(error, OSError) and error.filename is not None:
-        # TensorBoard names files in bytes.
-        return f"{os.fsdecode(error.filename)}: {error.strerror}"
+        # TensorBoard names files in bytes. Copies have two files, either of which can be the cause.
+        files = [name for name in (error.filename, error.filename2) if name is not None]
+        return f"{' -> '.join(map(os.fsdecode, files))}: {error.strerror}"
     text = str(error).strip()
     if text.startswith(_FROM_LOADER):
         return text.splitlines()[-1].partition(": ")[2]

@@ -11,6 +11,7 @@ from typing import Literal
 from tqdm import tqdm
 
 from deformnet._errors import UserError
+from deformnet._files import naming
 from deformnet.data.base import SegmentationDataset
 from deformnet.data.boxes import DetectionDataset
 from deformnet.data.files import listing, require_folder
@@ -117,7 +118,8 @@ def _complete_folder(out: Path) -> Iterator[Path]:
     partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
     partial.mkdir()
     try:
-        yield partial
+        with naming(out):
+            yield partial
         if out.exists():
             out.rmdir()  # empty
         partial.rename(out)
