@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from damage import damage_bytes, damage_json, damage_json_lines, damage_text, damage_values
-from fuzzing import Fuzzer, Target
+from mutations import damage_bytes, damage_json, damage_json_lines, damage_text, damage_values
+from fuzz import Fuzzer, Target
 from PIL import Image
 from torch import Tensor
 

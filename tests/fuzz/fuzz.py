@@ -4,7 +4,7 @@ A target is a set of valid files and a reader. In each case one of the files is 
 bytes or in its values, and read. It has to give a result, a `UserError` or an `OSError`, in bounded
 time and memory. A case is reproduced by its fuzzer, seed and number:
 
-    python tests/fuzz/fuzzing.py OUT --fuzzers images --seed 0 --first 1234 --count 1
+    python tests/fuzz/fuzz.py OUT --fuzzers images --seed 0 --first 1234 --count 1
 
 OUT gets one line of JSON for each finding and a last one with the number of cases.
 """
@@ -15,7 +15,6 @@ import os
 import random
 import resource
 import signal
-import sys
 import tempfile
 import time
 import traceback
@@ -167,5 +166,4 @@ if __name__ == "__main__":
     import torch
 
     torch.set_num_threads(1)
-    sys.path.insert(0, str(Path(__file__).parents[1]))  # small data sets of the tests
     main()

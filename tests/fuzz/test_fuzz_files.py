@@ -22,7 +22,7 @@ def lines(tmp_path_factory):
     options = ["--fuzzers", *NAMES]
     if count := os.environ.get("DEFORMNET_FUZZ"):
         options += ["--count", count, "--seed", str(int(time.time()))]
-    program = Path(__file__).with_name("fuzzing.py")
+    program = Path(__file__).with_name("fuzz.py")
     subprocess.run(
         [sys.executable, str(program), str(out), *options],
         check=True,
