@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from mutations import damage_bytes, damage_json, damage_json_lines, damage_text, damage_values
-from fuzz import Fuzzer, Target
 from PIL import Image
 from torch import Tensor
 
@@ -33,6 +32,7 @@ from deformnet.recipes import ClassifierRecipe, DeepLabRecipe, Recipe
 from deformnet.tasks.base import DataIdentity
 from deformnet.tasks.proposals import StoredProposals, write_proposals
 from deformnet.tasks.scoring import score
+from fuzz import Fuzzer, Target
 
 # Images.
 
