@@ -2,6 +2,7 @@
 
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -80,19 +81,27 @@ def leave(message: str, code: int) -> NoReturn:
 
 @contextmanager
 def warning_lines() -> Iterator[None]:
-    """Prints warnings of this package as one line, without their source location."""
-    usual = warnings.formatwarning
+    """Prints warnings of this package as one line, without their source location.
+
+    TensorBoard writes in a thread. Its OSErrors are raised again in the main thread, which prints
+    them.
+    """
+    usual, usual_in_threads = warnings.formatwarning, threading.excepthook
+
+    def in_thread(arguments: threading.ExceptHookArgs) -> None:
+        if not isinstance(arguments.exc_value, OSError):
+            usual_in_threads(arguments)
 
     def line(message: Warning | str, category: type[Warning], filename: str, *place: Any) -> str:
         if Path(filename).is_relative_to(_PACKAGE):
             return f"deformnet: warning: {message}\n"
         return usual(message, category, filename, *place)
 
-    warnings.formatwarning = line
+    warnings.formatwarning, threading.excepthook = line, in_thread
     try:
         yield
     finally:
-        warnings.formatwarning = usual
+        warnings.formatwarning, threading.excepthook = usual, usual_in_threads
 
 
 def _one_line(error: Exception) -> str:
