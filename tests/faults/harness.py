@@ -615,8 +615,9 @@ def _try_all(scratch: Path, commands: Sequence[str], count: int | None, out: IO[
 _MODULES = (
     "deformnet.cli.app",
     "deformnet.data.convert",
-    "deformnet.engine",
+    "deformnet.engine.evaluation",
     "deformnet.engine.export",
+    "deformnet.engine.training",
     "deformnet.tasks",
     "matplotlib.backends.backend_agg",
     "timm",
