@@ -21,15 +21,11 @@ from deformnet.data import open_detection, open_segmentation
 from deformnet.data.convert import convert
 from deformnet.data.files import is_rotated, read_image, read_size, read_stored_mask
 from deformnet.data.synthetic import Shapes, write_shapes
-from deformnet.data.synthetic.scenes import OBJECTS
-from deformnet.engine import Hardware, LoopOptions, train
-from deformnet.engine.export import export_run
-from deformnet.engine.runs import describe, load_run, save_checkpoint
+from deformnet.engine import Hardware, LoopOptions, export_run, load_run, train
 from deformnet.models.backbones.foreign import from_detectron2, from_mmdetection, read_checkpoint
 from deformnet.models.backbones.weights import read_weights
 from deformnet.models.detection.detector import Proposals
 from deformnet.recipes import ClassifierRecipe, DeepLabRecipe, Recipe
-from deformnet.tasks.base import DataIdentity
 from deformnet.tasks.proposals import StoredProposals, write_proposals
 from deformnet.tasks.scoring import score
 from fuzz import Fuzzer, Target
@@ -227,25 +223,17 @@ def text_files(folder: Path) -> list[Target]:
 # Weights.
 
 _RECIPE = ClassifierRecipe(
-    backbone="timm/test_resnet", resize=(32, 40), crop=32, test_short_side=32, iterations=4
+    backbone="timm/test_resnet", resize=(32, 40), crop=32, test_short_side=32, batch=2, iterations=1
 )
+_CPU = Hardware(accelerator="cpu", workers=0)
 
 
 def _run(folder: Path) -> Path:
-    """A run folder of a network with 0.5 M parameters."""
-    data = DataIdentity(classes=tuple(sorted(OBJECTS)), images=8, digest="0" * 64)
-    model = _RECIPE.build_model(len(OBJECTS))
-    checkpoint = {
-        "deformnet": describe(_RECIPE, data),
-        "model": model.state_dict(),
-        "unaveraged": None,
-        "optimizer": {},
-        "precision": {},
-        "iteration": 4,
-        "validated": {"iteration": 4, "best": 50.0, "best_iteration": 2, "waited": 1},
-    }
-    save_checkpoint(checkpoint, folder / "run/checkpoints/last.ckpt")  # pyright: ignore
-    return folder / "run"
+    """A run folder of a classifier with 0.5 M parameters."""
+    shapes, run = folder / "classes", folder / "run"
+    write_shapes(shapes, Shapes(train=8, val=8, height=40, width=48, layout="image-folder"))
+    _in_child(lambda: train(_RECIPE, shapes, run, val_split=None, hardware=_CPU))
+    return run
 
 
 def _variants(value: object) -> list[object]:
@@ -336,7 +324,7 @@ def resumed_runs(folder: Path) -> list[Target]:
             *(recipe, shapes, out),
             val_split=None,
             continue_to=iterations if path.is_file() else None,
-            hardware=Hardware(accelerator="cpu", workers=0),
+            hardware=_CPU,
             loop=LoopOptions(progress=False),
         )
 
@@ -360,17 +348,17 @@ def _in_child(act: Callable[[], object]) -> None:
 # Command lines.
 
 _LINES = (
-    "predict run shapes/val --out out --device cpu",
-    "predict net.safetensors shapes/val --out out --device cpu",
-    "predict run shapes/val --out out --device cpu --threshold 0.5 --format jsonl",
+    "predict run classes/val --out out --device cpu",
+    "predict net.safetensors classes/val --out out --device cpu",
+    "predict run classes/val --out out --device cpu --threshold 0.5 --format jsonl",
     "export run new.safetensors",
     "data check voc --workers 0 --record record.jsonl --report report.txt --custom",
     "data convert voc converted --layout yolo --hard-links",
     "data synthesize new --train 1 --val 1 --height 40 --width 48 --seed 1",
     "score --boxes boxes.jsonl --data voc --split val --ious 0.5 0.7",
-    "evaluate run --data shapes --split val --accelerator cpu --workers 0",
+    "evaluate run --data classes --split val --accelerator cpu --workers 0",
     "propose run --data voc --split val --out new.safetensors --accelerator cpu --workers 0",
-    "train classifier --data shapes --out run --accelerator cpu --workers 0",
+    "train classifier --data classes --out run --accelerator cpu --workers 0",
     "weights import mmdetection net.safetensors new.safetensors --bgr",
 )
 _STRANGE = ("", " ", "-1", "nan", "1e300", "9" * 30, "None", "x" * 300, ".", "\x01", "-", "--", "é")
@@ -380,10 +368,7 @@ def command_lines(folder: Path) -> list[Target]:
     """Words of valid command lines replaced, removed, repeated and exchanged."""
     given, case, words = folder / "given", folder / "case", folder / "words.txt"
     write_shapes(given / "voc", Shapes(train=1, val=1, height=40, width=48))
-    shapes = Shapes(train=8, val=8, height=40, width=48, layout="image-folder")
-    write_shapes(given / "shapes", shapes)
     export_run(_run(given), given / "net.safetensors")
-    (given / "run/recipe.json").write_text(json.dumps(_RECIPE.to_dict()))
     line = {
         "image": "val_000000",
         "boxes": [[1, 2, 30, 20]],
