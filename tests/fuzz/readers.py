@@ -411,11 +411,11 @@ def _damage_words(rng: random.Random, content: bytes) -> bytes:
 
 
 FUZZERS = {
-    "images": Fuzzer(images, 150),
-    "json": Fuzzer(json_files, 100),
-    "xml": Fuzzer(xml_files, 80),
-    "texts": Fuzzer(text_files, 100),
-    "checkpoints": Fuzzer(checkpoints, 30),
-    "resumed": Fuzzer(resumed_runs, 4),
-    "commands": Fuzzer(command_lines, 30),
+    "images": Fuzzer(images, 100),
+    "json": Fuzzer(json_files, 80),
+    "xml": Fuzzer(xml_files, 30),
+    "texts": Fuzzer(text_files, 60),
+    "checkpoints": Fuzzer(checkpoints, 20),
+    "resumed": Fuzzer(resumed_runs, 3),
+    "commands": Fuzzer(command_lines, 12),
 }
