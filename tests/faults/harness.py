@@ -380,7 +380,9 @@ class Trial:
             return "fault", f"exit code {ended.code} without an error: {lines}"
         cause, file = os.strerror(fault.error), str(self.work)
         if fault.kind == "allocate":
-            cause, file = "memory", ""
+            # Pillow has numbers for what went wrong.
+            pillow = bool(lines) and "coder error" in lines[0]
+            cause, file = "coder error" if pillow else "memory", ""
         elif fault.kind in ("open", "read"):
             file = ended.place or ""
         if len(lines) != 1 or cause not in lines[0] or file not in lines[0]:
