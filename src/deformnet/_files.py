@@ -41,7 +41,7 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.filename is None:
+        if error.errno is not None and error.filename is None:  # others have a text of their own
             error.filename = str(path)
         raise
 

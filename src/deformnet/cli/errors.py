@@ -109,7 +109,7 @@ def _one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None:
         # TensorBoard names files in bytes. Copies have two files, either of which can be the cause.
         files = [name for name in (error.filename, error.filename2) if name is not None]
-        return f"{' -> '.join(map(os.fsdecode, files))}: {error.strerror or error}"
+        return f"{' -> '.join(map(os.fsdecode, files))}: {error.strerror}"
     text = str(error).strip()
     if text.startswith(_FROM_LOADER):
         return text.splitlines()[-1].partition(": ")[2]
