@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 EVERY = "DEFORMNET_FUZZ" in os.environ
-SAMPLE = 2
+SAMPLE = 1
 """Faults of each command."""
 COMMANDS = ("train", "evaluate", "predict", "convert")
 if EVERY:
