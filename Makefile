@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 NATIVE := CMakeLists.txt $(wildcard src/deformnet/ops/*/*.cpp src/deformnet/ops/*/*.h)
 
-.PHONY: setup demo test sanitize bench docs lint clean
+.PHONY: setup demo test fuzz sanitize bench docs lint clean
 
 setup: $(READY)
 
@@ -25,6 +25,13 @@ demo: $(READY)
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto -k "not compile" tests/ops/test_triton_*.py
+
+# Longer runs of the tests that inject faults and damage inputs: a fault at every system call, and FUZZ
+# cases of each fuzzer. DEFORMNET_FUZZ_SEED=1 makes other cases.
+FUZZ ?= 1000
+fuzz: $(READY)
+	OMP_NUM_THREADS=1 DEFORMNET_FUZZ=$(FUZZ) $(BIN)/python -m pytest -n auto --dist loadfile \
+	$$(grep --files-with-matches --recursive --include="test_*.py" "DEFORMNET_FUZZ\|from damage" tests)
 
 # The operators' tests over kernels that stop at the first read or write out of bounds. Python and PyTorch
 # leak on their own; the sanitizer's library has to be there before them.

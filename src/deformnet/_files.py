@@ -94,7 +94,8 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.filename is None or str(error.filename).endswith(PARTIAL):
+        nameless = error.errno is not None and error.filename is None  # others have their own text
+        if nameless or str(error.filename).endswith(PARTIAL):
             error.filename = str(path)
             error.filename2 = None
         raise

@@ -251,7 +251,7 @@ def test_nothing_is_left_after_an_error(voc, tmp_path, monkeypatch):
     def fail(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("shutil.copyfileobj", fail)
+    monkeypatch.setattr("pathlib.Path.replace", fail)
     with pytest.raises(OSError, match=r"No space left.*images/"):
         convert(voc, tmp_path / "out", "coco", progress=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["voc"]

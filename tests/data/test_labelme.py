@@ -66,6 +66,11 @@ def test_boxes(one):
     assert not annotations.ignored.any()
 
 
+def test_a_size_that_no_image_has_is_that_of_the_image(one):
+    write(one / "a.json", RECTANGLE, size=(2**63, 16))
+    assert open_detection(one, "train").size(0) == (12, 16)
+
+
 def test_masks(one):
     images = open_segmentation(one, "train")
     assert type(images) is LabelmeSegmentation

@@ -221,6 +221,7 @@ def test_table():
         ([detection(image=None)], r"results\[0\]: expected image_id to be a number, but got None"),
         ([detection(box=[1, 2, 3])], r"results\[0\]: expected bbox to be \[x, y, width, height\]"),
         ([detection(box=[1, 2, math.inf, 3])], r"results\[0\]: expected bbox"),
+        ([detection(box=[1, 2, 10**400, 3])], r"results\[0\]: expected bbox"),
         ([detection(box=[5, 5, -1, 3])], r"results\[0\]: expected bbox"),
         ([{"image_id": 1}], r"results\[0\]: expected image_id, category_id, score, bbox, but got"),
         ([3], r"results\[0\]: expected image_id"),
@@ -241,6 +242,7 @@ def test_bad_results_are_named(file, results, message):
         "{}",
         '{"images": [], "categories": [], "annotations": [{}]}',
         '{"images": [{"id": "x"}], "categories": [], "annotations": []}',
+        '{"images": [{"id": 9223372036854775808}], "categories": [], "annotations": []}',
     ],
 )
 def test_bad_annotations_are_named(tmp_path, text):

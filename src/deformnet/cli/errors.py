@@ -2,6 +2,7 @@
 
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -80,26 +81,35 @@ def leave(message: str, code: int) -> NoReturn:
 
 @contextmanager
 def warning_lines() -> Iterator[None]:
-    """Prints warnings of this package as one line, without their source location."""
-    usual = warnings.formatwarning
+    """Prints warnings of this package as one line, without their source location.
+
+    TensorBoard writes in a thread. Its OSErrors are raised again in the main thread, which prints
+    them.
+    """
+    usual, usual_in_threads = warnings.formatwarning, threading.excepthook
+
+    def in_thread(arguments: threading.ExceptHookArgs) -> None:
+        if not isinstance(arguments.exc_value, OSError):
+            usual_in_threads(arguments)
 
     def line(message: Warning | str, category: type[Warning], filename: str, *place: Any) -> str:
         if Path(filename).is_relative_to(_PACKAGE):
             return f"deformnet: warning: {message}\n"
         return usual(message, category, filename, *place)
 
-    warnings.formatwarning = line
+    warnings.formatwarning, threading.excepthook = line, in_thread
     try:
         yield
     finally:
-        warnings.formatwarning = usual
+        warnings.formatwarning, threading.excepthook = usual, usual_in_threads
 
 
 def _one_line(error: Exception) -> str:
     """The message of an error, without the traceback that a loader process adds to it."""
     if isinstance(error, OSError) and error.filename is not None:
-        # TensorBoard names files in bytes.
-        return f"{os.fsdecode(error.filename)}: {error.strerror}"
+        # TensorBoard names files in bytes. Copies have two files, either of which can be the cause.
+        files = [name for name in (error.filename, error.filename2) if name is not None]
+        return f"{' -> '.join(map(os.fsdecode, files))}: {error.strerror}"
     text = str(error).strip()
     if text.startswith(_FROM_LOADER):
         return text.splitlines()[-1].partition(": ")[2]

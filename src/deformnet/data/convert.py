@@ -11,7 +11,7 @@ from typing import Literal
 from tqdm import tqdm
 
 from deformnet._errors import UserError
-from deformnet._files import replacing
+from deformnet._files import naming, write_file
 from deformnet.data.base import SegmentationDataset
 from deformnet.data.boxes import DetectionDataset
 from deformnet.data.files import listing, require_folder
@@ -102,8 +102,9 @@ def convert(
             if hard_links:
                 os.link(image.path.resolve(), target)
             else:
-                with image.path.open("rb") as file, replacing(target, durable=False) as copy:
-                    shutil.copyfileobj(file, copy)
+                with naming(image.path):
+                    data = image.path.read_bytes()
+                write_file(target, data, durable=False)
             writer.add(image)
         writer.finish()
     splits = {**content.mask_splits, **content.splits}
@@ -119,7 +120,8 @@ def _complete_folder(out: Path) -> Iterator[Path]:
     partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
     partial.mkdir()
     try:
-        yield partial
+        with naming(out):
+            yield partial
         if out.exists():
             out.rmdir()  # empty
         partial.rename(out)

@@ -472,8 +472,8 @@ def _without_image(entry: dict[str, object]) -> dict[str, object]:
 
 
 def _size(height: object, width: object) -> Size | None:
-    if isinstance(height, int) and isinstance(width, int) and height > 0 and width > 0:
-        return height, width
+    if isinstance(height, int) and isinstance(width, int) and min(height, width) > 0:
+        return (height, width) if max(height, width) < 2**31 else None
     return None
 
 

@@ -46,7 +46,9 @@ def export_run(run: str | Path, out: str | Path) -> Path:
     if run.is_file():
         raise UserError(f"{run}: expected a run folder, but got a file")
     recipe, model, data = load_run(run)
-    metrics = {path.name: _scores(path) for path in sorted(run.glob("metrics*.json"))}
+    # `glob` would take a folder that cannot be read for an empty one.
+    files = sorted(path for path in run.iterdir() if path.match("metrics*.json"))
+    metrics = {path.name: _scores(path) for path in files}
     content = pack(model.state_dict(), {"format": "pt", EXPORTED: recipe.network})
     card = {
         "weights": out.name,

@@ -1,6 +1,7 @@
 """Average precision as COCO defines it; faster-coco-eval computes it."""
 
 import math
+import sys
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -246,27 +247,39 @@ def _read(path: Path, iou_type: str) -> dict[str, list[dict[str, Any]]]:
         for annotation in content["annotations"]:
             box = [float(value) for value in annotation["bbox"]]
             kept = {
-                "image_id": int(annotation["image_id"]),
-                "category_id": int(annotation["category_id"]),
+                "image_id": _id(annotation["image_id"]),
+                "category_id": _id(annotation["category_id"]),
                 "bbox": box,
                 "area": float(annotation.get("area", box[2] * box[3])),
-                "iscrowd": int(annotation.get("iscrowd", 0)),
+                "iscrowd": int(bool(annotation.get("iscrowd", 0))),
             }
             if iou_type == "segm":
                 kept["segmentation"] = annotation["segmentation"]
             annotations.append(kept)
         return {
             "images": [
-                {"id": int(image["id"]), "height": image.get("height"), "width": image.get("width")}
+                {"id": _id(image["id"]), "height": image.get("height"), "width": image.get("width")}
                 for image in content["images"]
             ],
-            "categories": [{"id": int(c["id"]), "name": c["name"]} for c in content["categories"]],
+            "categories": [{"id": _id(c["id"]), "name": c["name"]} for c in content["categories"]],
             "annotations": annotations,
         }
     except KeyError as error:
         raise UserError(f"{path}: expected COCO annotations, but there is no {error}") from error
-    except (ValueError, TypeError, IndexError) as error:
+    except (ValueError, TypeError, IndexError, OverflowError) as error:
         raise UserError(f"{path}: expected COCO annotations ({error})") from error
+
+
+def _id(value: Any) -> int:
+    """A number that the evaluation, written in C++, can hold.
+
+    Raises:
+        ValueError: if it is larger.
+    """
+    number = int(value)
+    if abs(number) >= 2**63:
+        raise ValueError(f"expected ids of at most 63 bits, but got {number}")
+    return number
 
 
 def _joined(files: Sequence[dict[str, list[dict[str, Any]]]]) -> dict[str, list[dict[str, Any]]]:
@@ -302,7 +315,7 @@ def _detection(number: int, result: Mapping[str, Any], iou_type: str) -> dict[st
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, float | int) and math.isfinite(value)
+    return isinstance(value, float | int) and abs(value) <= sys.float_info.max
 
 
 def _silent(*_: object) -> None:
