@@ -23,7 +23,8 @@ def findings(seed: int, count: int) -> list[str]:
     """What is wrong about the first calls of a seed; a crash, too, is a finding."""
     found, first = [], 0
     while first < count:
-        command = [sys.executable, Path(__file__).with_name("fuzzing.py"), *map(str, (seed, first, count))]
+        program = Path(__file__).with_name("fuzzing.py")
+        command = [sys.executable, program, str(seed), str(first), str(count)]
         ran = subprocess.run(command, capture_output=True, text=True)
         lines = ran.stdout.splitlines()
         found += [line for line in lines if line.startswith("finding")]

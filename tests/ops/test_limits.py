@@ -13,6 +13,7 @@ from torch import Tensor
 from deformnet.ops import backends, deform_conv2d, deform_ps_roi_pool, deform_roi_pool
 from deformnet.ops._arguments import MOST, MOST_PADDING, MOST_SIDE, check_sides
 from deformnet.ops.deform_conv.checks import Geometry, check_framed
+from deformnet.ops.deform_conv.operator import OPERATOR
 from deformnet.ops.roi_pool.checks import MOST_SAMPLES, Rule
 
 needs_cpu = pytest.mark.skipif(
@@ -52,7 +53,8 @@ def test_largest_map_of_a_convolution_on_a_cpu(height, width):
 @needs_cpu
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    ("height", "width"), [(MOST // 2 - 3, 1), (1, MOST // 5), (44721, 44721), (2**30, 1), (2**62, 1)]
+    ("height", "width"),
+    [(MOST // 2 - 3, 1), (1, MOST // 5), (44721, 44721), (2**30, 1), (2**62, 1)],
 )
 def test_a_larger_map_of_a_convolution_is_refused_on_a_cpu(height, width, dtype):
     input, weight = shared(1, 1, height, width, dtype=dtype), torch.ones(1, 1, 1, 1, dtype=dtype)
@@ -63,11 +65,11 @@ def test_a_larger_map_of_a_convolution_is_refused_on_a_cpu(height, width, dtype)
         "expected input to have at most 2000000000 pixels with a frame, "
         rf"\(H \+ 4\) \* \(W \+ 1\), but got {height} x {width}"
     )
-    forward, backward = torch.ops.deformnet.deform_conv2d, torch.ops.deformnet.deform_conv2d_backward
+    geometry, needs = (*steps, "zeros"), [True] * 4 + [False]
     for run in (
         partial(deform_conv2d, input, offset, weight, None, *steps),
-        partial(forward, input, offset, weight, None, None, *steps, "zeros"),
-        partial(backward, output, input, offset, weight, None, *steps, "zeros", [True] * 4 + [False]),
+        partial(OPERATOR.forward, input, offset, weight, None, None, *geometry),
+        partial(OPERATOR.backward, output, input, offset, weight, None, *geometry, needs),
     ):
         with pytest.raises(ValueError, match=wanted):
             run()
@@ -145,38 +147,44 @@ def test_largest_number_of_bins_and_samples(backend, function):
         if backend != "reference":  # which has a number for each of them
             assert function(input, boxes, None, size, backend=backend).shape == (0, 1, *size)
     for size in ((MOST + 1, 1), (2**16, 2**16), (2**32, 2**32), (1, 2**63), (10**30, 1)):
-        wanted = f"expected output_size to have at most 2000000000 bins, but got {size[0]} x {size[1]}"
-        with pytest.raises(ValueError, match=wanted):
+        wanted = "expected output_size to have at most 2000000000 bins, but got {} x {}"
+        with pytest.raises(ValueError, match=wanted.format(*size)):
             function(shared(1, 1, 1, 1), boxes, None, size, backend=backend)
     input, box = torch.full((1, 1, 3, 3), 5.0), torch.tensor([[0.0, 0, 0, 2, 2]])
     for sampling in ("msra", "aligned"):
         rule = {"sampling": sampling, "samples_per_bin": MOST_SAMPLES, "backend": backend}
         assert function(input, box, None, 1, **rule).item() == pytest.approx(5)
     for samples in (MOST_SAMPLES + 1, 2**31, 2**63, 10**30):
-        with pytest.raises(ValueError, match=f"expected samples_per_bin to be at most 1024, but got {samples}"):
+        wanted = f"expected samples_per_bin to be at most 1024, but got {samples}"
+        with pytest.raises(ValueError, match=wanted):
             function(input, box, None, 1, samples_per_bin=samples, backend=backend)
 
 
 @pytest.mark.parametrize("value", [10**400, -(10**400), float("inf"), float("nan")])
 @pytest.mark.parametrize("name", ["spatial_scale", "gamma"])
 def test_numbers_that_are_not_finite_are_refused(backend, name, value):
+    tensors, numbers = (torch.ones(1, 1, 1, 1), torch.zeros(1, 5), None), {name: value}
     with pytest.raises(ValueError, match=f"expected {name} to be "):
-        deform_roi_pool(torch.ones(1, 1, 1, 1), torch.zeros(1, 5), None, 1, **{name: value}, backend=backend)
+        deform_roi_pool(*tensors, 1, **numbers, backend=backend)
 
 
 # -------------------------------------------------------------------------------------- workspace
 
 
 @needs_cpu
-@pytest.mark.parametrize("convolves", [True, False])
-def test_a_workspace_that_no_machine_has_is_refused(monkeypatch, convolves):
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda input: deform_conv2d(input, torch.zeros(1, 18, 18, 18), torch.ones(64, 64, 3, 3)),
+        lambda input: deform_roi_pool(input, torch.zeros(1, 5), None, 7),
+    ],
+    ids=["deform_conv2d", "roi_pool"],
+)
+def test_a_workspace_that_no_machine_has_is_refused(monkeypatch, call):
     monkeypatch.setattr(torch, "get_num_threads", lambda: INT32)
     input = torch.ones(1, 64, 20, 20)
     with pytest.raises(MemoryError, match="not enough memory for the workspace of"):
-        if convolves:
-            deform_conv2d(input, torch.zeros(1, 18, 18, 18), torch.ones(64, 64, 3, 3), backend="cpu")
-        else:
-            deform_roi_pool(input, torch.zeros(1, 5), None, 7, backend="cpu")
+        call(input)
 
 
 # ----------------------------------------------------------------------------------------- Triton
@@ -192,6 +200,12 @@ def kernels():
     return deform_conv, roi_pool
 
 
+SIDES = "input to have at most 1000000000 rows and columns, but got "
+NUMBERS = "weight to have at most 2000000000 numbers, but got "
+GROUPS = "weight to have at most 65535 groups, but got 65536"
+OFFSET_GROUPS = "offset to have at most 65535 offset groups, but got 65536"
+CHANNELS = "input to have at most 16776960 channels in an offset group, but got 16776961"
+TILES = "expected offset to have at most 1073741824 tiles of positions, but got 1073741825"
 GEOMETRY = Geometry((1, 1), (0, 0), (1, 1), "zeros")
 
 
@@ -199,17 +213,17 @@ GEOMETRY = Geometry((1, 1), (0, 0), (1, 1), "zeros")
     ("input", "offset", "weight", "wanted"),
     [
         ((1, 1, MOST_SIDE, 1), (1, 2, 1, 1), (1, 1, 1, 1), None),
-        ((1, 1, MOST_SIDE + 1, 1), (1, 2, 1, 1), (1, 1, 1, 1), "input to have at most 1000000000 rows"),
-        ((1, 1, 1, 2**31), (1, 2, 1, 1), (1, 1, 1, 1), "input to have at most 1000000000 rows"),
+        ((1, 1, MOST_SIDE + 1, 1), (1, 2, 1, 1), (1, 1, 1, 1), SIDES),
+        ((1, 1, 1, 2**31), (1, 2, 1, 1), (1, 1, 1, 1), SIDES),
         ((1, 1, 1, 1), (1, 2, 1, 1), (MOST, 1, 1, 1), None),
-        ((1, 1, 1, 1), (1, 2, 1, 1), (MOST + 1, 1, 1, 1), "weight to have at most 2000000000 numbers"),
-        ((1, 1, 1, 1), (1, 2**33, 1, 1), (1, 1, 2**16, 2**16), "weight to have at most 2000000000 numbers"),
+        ((1, 1, 1, 1), (1, 2, 1, 1), (MOST + 1, 1, 1, 1), NUMBERS),
+        ((1, 1, 1, 1), (1, 2**33, 1, 1), (1, 1, 2**16, 2**16), NUMBERS),
         # Groups are programs in the second dimension of a grid, unless they are narrow.
         ((1, 65535, 1, 1), (1, 2, 1, 1), (17 * 65535, 1, 1, 1), None),
-        ((1, 65536, 1, 1), (1, 2, 1, 1), (17 * 65536, 1, 1, 1), "weight to have at most 65535 groups, but got 65536"),
+        ((1, 65536, 1, 1), (1, 2, 1, 1), (17 * 65536, 1, 1, 1), GROUPS),
         ((1, 65536, 1, 1), (1, 2, 1, 1), (65536, 1, 1, 1), None),
         ((1, 65535, 1, 1), (1, 2 * 65535, 1, 1), (65535, 1, 1, 1), None),
-        ((1, 65536, 1, 1), (1, 2 * 65536, 1, 1), (65536, 1, 1, 1), "offset to have at most 65535 offset groups"),
+        ((1, 65536, 1, 1), (1, 2 * 65536, 1, 1), (65536, 1, 1, 1), OFFSET_GROUPS),
         ((2**40, 1, 1, 1), (2**40, 2, 1, 1), (1, 1, 1, 1), None),
     ],
 )  # fmt: skip
@@ -224,7 +238,7 @@ def test_largest_sizes_of_a_convolution_on_a_gpu(kernels, input, offset, weight,
 
 def test_largest_grid_of_a_convolution(kernels):
     call = kernels[0]._Call.of(meta(1, 1, 1, 1), meta(1, 2, 1, 1), meta(1, 1, 1, 1), None, GEOMETRY)
-    with pytest.raises(ValueError, match="expected offset to have at most 1073741824 tiles of positions"):
+    with pytest.raises(ValueError, match=TILES):
         call.launch(None, (2**30 + 1, 1), None, meta(1))
 
 
@@ -232,9 +246,9 @@ def test_largest_grid_of_a_convolution(kernels):
     ("input", "boxes", "groups", "bins", "wanted"),
     [
         ((1, 1, 1, MOST_SIDE), 1, 0, 1, None),
-        ((1, 1, 1, MOST_SIDE + 1), 1, 0, 1, "input to have at most 1000000000 rows"),
+        ((1, 1, 1, MOST_SIDE + 1), 1, 0, 1, SIDES),
         ((1, 65535 * 256, 1, 1), 1, 0, 1, None),
-        ((1, 65535 * 256 + 1, 1, 1), 1, 0, 1, "input to have at most 16776960 channels in an offset group"),
+        ((1, 65535 * 256 + 1, 1, 1), 1, 0, 1, CHANNELS),
         ((1, MOST, 1, 1), 1, 1000, 1, None),
         ((1, MOST + 1000, 1, 1), 1, 1000, 1, "input to have at most 2000000000 channels"),
         ((1, 1, 1, 1), 2**37, 0, 1, None),

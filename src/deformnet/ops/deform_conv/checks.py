@@ -132,5 +132,5 @@ def check_framed(input: Tensor) -> None:
     See `Geometry` of sampling.h; it has at most two more.
     """
     height, width = input.shape[2:]
-    pixels = (height + 4) * (width + 1)
-    check_most("input", "pixels with a frame, (H + 4) * (W + 1)", pixels, MOST, f"{height} x {width}")
+    size, what = (height + 4) * (width + 1), "pixels with a frame, (H + 4) * (W + 1)"
+    check_most("input", what, size, MOST, f"{height} x {width}")
