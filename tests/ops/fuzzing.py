@@ -349,6 +349,8 @@ def check_layouts(case: Case, found: Results, backend: str) -> None:
         memory_format = torch.channels_last if last else torch.contiguous_format
         return tensor.is_contiguous(memory_format=memory_format)
 
+    if case.input.is_neg():
+        return  # PyTorch copies it in an order of its own
     last = not case.input.is_contiguous() and dense(case.input, True)
     for name, tensor in found.items():
         follows = name == "grad_input"
@@ -466,7 +468,10 @@ def strange(draw: Draw, tensor: Tensor | None) -> Any:
         lambda: tensor * draw.choice([NAN, INF, 1e30, -1e30, 0]),
         lambda: tensor + draw.choice([NAN, INF, 2.0**31, -1, 0.5, 1e38]),
     ]
-    return draw.choice(kinds)()
+    try:
+        return draw.choice(kinds)()
+    except (RuntimeError, IndexError):
+        return None  # there is no such tensor
 
 
 def matching_offset(arguments: dict[str, Any]) -> Tensor | None:
