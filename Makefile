@@ -40,7 +40,7 @@ sanitize: $(READY)
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(SANITIZED) \
 		--config-settings=cmake.define.DEFORMNET_SANITIZE=ON .
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
-	ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 DEFORMNET_TEST_LIBRARY=$(abspath $(SANITIZED))/deformnet/ops/cpu/libdeformnet_cpu.so \
+	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=4096 OMP_NUM_THREADS=1 DEFORMNET_TEST_LIBRARY=$(abspath $(SANITIZED))/deformnet/ops/cpu/libdeformnet_cpu.so \
 	$(BIN)/python -m pytest -n auto tests/ops -k "not compiler and not triton"
 
 # Output folder of `make bench`.

@@ -54,6 +54,9 @@ def test_memory_formats(backend, name, channels_last):
         assert found["grad_input"].stride() == case.input.stride()
         others = found.keys() - {"output", "grad_input"}
         assert all(found[key].is_contiguous() for key in others)
+    given = differentiable(case)
+    call(given, backend).sum().backward()
+    assert all(leaf.grad.stride() == leaf.stride() for leaf in leaves(given).values())
 
 
 @FORMATS

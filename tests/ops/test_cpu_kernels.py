@@ -289,16 +289,6 @@ def test_memory_grows_neither_with_the_batch_nor_with_the_boxes(calls, limit):
     assert beyond_tensors < limit * 2**20
 
 
-def test_coordinates_beyond_32_bits_are_refused():
-    arguments = torch.ones(1, 1, 1, 1), torch.zeros(1, 2, 1, 3), torch.ones(1, 1, 1, 1)
-    with pytest.raises(ValueError, match="expected padding to give at most 2147483647 columns"):
-        deform_conv2d(*arguments, stride=(1, 2**32), padding=(0, 2**32), backend="cpu")
-    # Rows have no such bound: only the middle one lies on the map.
-    arguments = torch.ones(1, 1, 1, 1), torch.zeros(1, 2, 3, 1), torch.ones(1, 1, 1, 1)
-    found = deform_conv2d(*arguments, stride=(2**32, 1), padding=(2**32, 0), backend="cpu")
-    assert found.flatten().tolist() == [0, 1, 0]
-
-
 def test_an_unknown_instruction_set_is_refused():
     with pytest.raises(ValueError, match="'sse9' is not available"):
         cpu.select_instruction_set("sse9")

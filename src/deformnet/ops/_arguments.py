@@ -15,6 +15,13 @@ from torch._subclasses.fake_tensor import FakeTensor
 Pair: TypeAlias = tuple[int, int]
 IntOrPair: TypeAlias = SupportsIndex | Sequence[SupportsIndex]
 
+# What is counted in 32 bits, in vectors on a CPU and on a GPU, is at most so large: rounded up to
+# whole vectors or tiles, or as the next one of its kind, it still fits.
+MOST = 2 * 10**9
+# Rows and columns of a map. A map with padding at both ends has at most `MOST` of them.
+MOST_SIDE = MOST // 2
+MOST_PADDING = MOST // 4
+
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -29,6 +36,32 @@ def positive(name: str, value: Any) -> int:
     if value < 1:
         raise ValueError(f"expected {name} to be at least 1, but got {value}")
     return value
+
+
+def check_pair(name: str, value: Sequence[int]) -> None:
+    """Raise ValueError unless there are two: the dispatcher takes any number for `int[2]`."""
+    if len(value) != 2:
+        raise ValueError(f"expected {name} to be a pair of ints, but got {len(value)} values")
+
+
+def check_most(name: str, what: str, size: int, most: int, but: str | None = None) -> None:
+    """Raise ValueError if an argument has too many of something.
+
+    Args:
+        but: the size in words, where it is not a number alone.
+    """
+    if size > most:
+        raise ValueError(f"expected {name} to have at most {most} {what}, but got {but or size}")
+
+
+def check_sides(input: Tensor) -> None:
+    """Raise ValueError if a map [N, C, H, W] has more rows or columns than a kernel can count.
+
+    For kernels alone: a compiler that traces this would bind the sizes.
+    """
+    height, width = input.shape[2:]
+    most = max(height, width)
+    check_most("input", "rows and columns", most, MOST_SIDE, f"{height} x {width}")
 
 
 def one_of(name: str, value: object, choices: Sequence[object]) -> None:

@@ -184,17 +184,17 @@ class Operator:
 
     def _kernel(self, *arguments: Any) -> Tensor:
         tensors, settings = arguments[: self._count], self._settings(*arguments[self._count :])
-        kernels = self._kernels(tensors[0])
         # Again, after the public function: a compiled or exported program comes straight here.
         self._check(*tensors, settings)
+        kernels = self._kernels(tensors[0])
         if self._check_values is not None:
             self._check_values(*tensors)
         return kernels.forward(*tensors, settings)
 
     def _backward_kernel(self, *arguments: Any) -> list[Tensor]:
         grad_output, tensors, settings, needs = self._split(arguments)
-        kernels = self._kernels(grad_output)
         self._check_backward(grad_output, tensors, settings, needs)
+        kernels = self._kernels(grad_output)
         if self._check_values is not None:
             self._check_values(*tensors)
         gradients = kernels.backward(grad_output, *tensors, settings, tuple(needs))

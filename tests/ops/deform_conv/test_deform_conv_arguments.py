@@ -228,7 +228,11 @@ def test_integers_are_taken_as_conv2d_takes_them(backend, change):
     [
         {"offset": torch.zeros(2, 36, 4, 4)},
         {"bias": torch.ones(5)},
+        {"input": None},
         {"stride": (0, 1)},
+        {"stride": (1,)},
+        {"dilation": (1, 1, 1)},
+        {"grad_output": None},
         {"grad_output": torch.ones(2, 6, 3, 5)},
         {"grad_output": torch.ones(2, 6, 3, 4, dtype=torch.float64)},
     ],

@@ -9,6 +9,9 @@
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
 
 #include "simd.h"
 
@@ -36,6 +39,10 @@ constexpr int64_t kCacheLine = 64, kHugePage = 2 << 20;
 // Workspace that stays allocated between calls: enough for the copy of one large map, whose pages take as
 // long to get from the system as a layer to compute.
 constexpr int64_t kKeptBytes = 128 << 20;
+// More than any machine has; a piece of memory that is larger, or whose size does not fit 64 bits, counts as so many
+// bytes. Sizes of one tensor do fit, as it lies in memory, and so does what a plan makes of them: the frame of a map
+// multiplies its size by twelve at most, whole panels that of a weight by 2^10, and float that of halves by two.
+constexpr int64_t kMostBytes = int64_t(1) << 56;
 
 // Hands out a block of memory piece by piece, in whole cache lines. Without a block it only counts: a struct that takes
 // its buffers in its constructor so says its size, too. See `run_team`.
@@ -45,8 +52,19 @@ class Memory {
 
   template <class T>
   T* take(int64_t count) {
-    T* piece = block_ ? reinterpret_cast<T*>(block_ + used_) : nullptr;
-    used_ += round_up(count * int64_t(sizeof(T)), kCacheLine);
+    return reinterpret_cast<T*>(take(count, sizeof(T)));
+  }
+  // `count` pieces of `size` bytes.
+  char* take(int64_t count, int64_t size) {
+    char* piece = block_ ? block_ + used_ : nullptr;
+    const bool fits = count >= 0 && (size == 0 || count <= kMostBytes / size);
+    const int64_t bytes = fits ? count * size : kMostBytes;
+    used_ = least(used_ + round_up(bytes, kCacheLine), kMostBytes);
+#ifdef __SANITIZE_ADDRESS__
+    // A cache line that nobody may touch, and what is left of the last one.
+    if (block_) __asan_poison_memory_region(piece + bytes, size_t(block_ + used_ + kCacheLine - piece - bytes));
+    used_ += kCacheLine;
+#endif
     return piece;
   }
   template <class T>
@@ -70,6 +88,9 @@ class Workspace {
 
   // At least so many bytes, or null.
   char* reserve(int64_t bytes) {
+#ifdef __SANITIZE_ADDRESS__
+    if (block_) __asan_unpoison_memory_region(block_, size_t(capacity_));
+#endif
     if (bytes <= capacity_) return block_;
     std::free(block_);
     capacity_ = round_up(bytes, kHugePage);
@@ -103,11 +124,12 @@ int run_team(const Plan& plan) {
   Shared shared(plan, counted);
   Worker(plan, shared, counted_own);
   const int64_t own_bytes = counted_own.used();
-  char* block = workspace.reserve(counted.used() + plan.threads * own_bytes);
+  counted.take(plan.threads, own_bytes);
+  char* block = workspace.reserve(counted.used());
   if (!block) return 1;
   Memory memory(block);
   shared = Shared(plan, memory);
-  char* rest = memory.take<char>(plan.threads * own_bytes);
+  char* rest = memory.take(plan.threads, own_bytes);
   shared.prepare(plan);
 #pragma omp parallel num_threads(plan.threads)
   {

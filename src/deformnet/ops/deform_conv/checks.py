@@ -4,7 +4,16 @@ from typing import Literal, NamedTuple, TypeAlias, get_args
 
 from torch import Tensor
 
-from deformnet.ops._arguments import Pair, check_input, check_tensor, shape_text
+from deformnet.ops._arguments import (
+    MOST,
+    MOST_PADDING,
+    Pair,
+    check_input,
+    check_most,
+    check_pair,
+    check_tensor,
+    shape_text,
+)
 
 Border: TypeAlias = Literal["zeros", "msra2017"]
 BORDERS = get_args(Border)
@@ -49,8 +58,13 @@ def check(
         ("padding", padding, 0),
         ("dilation", dilation, 1),
     ):
+        check_pair(name, numbers)
         if numbers[0] < least or numbers[1] < least:
             raise ValueError(f"expected {name} to be at least {least}, but got {tuple(numbers)}")
+        if numbers[0] > MOST_PADDING or numbers[1] > MOST_PADDING:
+            raise ValueError(
+                f"expected {name} to be at most {MOST_PADDING}, but got {tuple(numbers)}"
+            )
     if border not in BORDERS:
         raise ValueError(f"expected border to be one of {', '.join(BORDERS)}, but got {border!r}")
 
@@ -110,3 +124,13 @@ def check(
                 f"but got shape {shape_text(mask)}"
             )
     return batch, out_channels, out_height, out_width
+
+
+def check_framed(input: Tensor) -> None:
+    """Check that the map of the CPU kernels, with its frame, has no more pixels than they count.
+
+    See `Geometry` of sampling.h; it has at most two more.
+    """
+    height, width = input.shape[2:]
+    size, what = (height + 4) * (width + 1), "pixels with a frame, (H + 4) * (W + 1)"
+    check_most("input", what, size, MOST, f"{height} x {width}")

@@ -6,13 +6,10 @@ import torch
 from torch import Tensor
 
 from deformnet.ops.cpu.loading import DTYPES, address, call, dense, fields
-from deformnet.ops.deform_conv.checks import Geometry
+from deformnet.ops.deform_conv.checks import Geometry, check_framed
 
 # As `Border` of problem.h.
 _BORDERS = {"zeros": 0, "msra2017": 1}
-
-# Pixels of a map are counted in 32 bits, where a vector has as many indices as numbers.
-_MOST_PIXELS = 2**31 - 1
 
 
 class _Problem(ctypes.Structure):
@@ -51,6 +48,7 @@ def deform_conv2d(
     Returns:
         [N, C_out, Ho, Wo], channels-last if `input` is.
     """
+    check_framed(input)
     input, channels_last = dense(input)
     output = torch.empty(
         (input.shape[0], weight.shape[0], *offset.shape[2:]),
@@ -78,6 +76,7 @@ def deform_conv2d_backward(
     needs: tuple[bool, bool, bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of input, offset, weight, bias and mask, as far as `needs` says True."""
+    check_framed(input)
     needs_input, needs_offset, needs_weight, needs_bias, needs_mask = needs
     input, input_channels_last = dense(input)
     grad_output, output_channels_last = dense(grad_output)
@@ -113,16 +112,6 @@ def _problem(
 ) -> _Problem:
     stride, padding, dilation, border = geometry
     batch, in_channels, in_h, in_w = input.shape
-    if in_h * in_w > _MOST_PIXELS:
-        raise ValueError(
-            f"expected input to have at most {_MOST_PIXELS} pixels, but got {in_h} x {in_w}"
-        )
-    # Columns of the padded map, too.
-    if in_w + 2 * padding[1] > _MOST_PIXELS:
-        raise ValueError(
-            f"expected padding to give at most {_MOST_PIXELS} columns, "
-            f"but got {in_w} + 2 * {padding[1]}"
-        )
     out_channels, group_in, kernel_h, kernel_w = weight.shape
     _, offset_channels, out_h, out_w = offset.shape
     return _Problem(

@@ -44,17 +44,17 @@ def deform_conv2d(
     if mask is not None:
         mask = mask.to(dtype).reshape(n, offset_groups, kh, kw, positions)
 
-    # p0 of Equation 2: where the kernel's first tap lies without an offset.
-    rows = torch.arange(out_height, dtype=dtype, device=input.device) * stride[0] - padding[0]
-    columns = torch.arange(out_width, dtype=dtype, device=input.device) * stride[1] - padding[1]
+    # p0 of Equation 2, in integers: where the kernel's first tap lies without an offset.
+    rows = torch.arange(out_height, device=input.device) * stride[0] - padding[0]
+    columns = torch.arange(out_width, device=input.device) * stride[1] - padding[1]
     y0 = rows[:, None].expand(out_height, out_width).reshape(positions)
     x0 = columns[None, :].expand(out_height, out_width).reshape(positions)
 
     output = maps.new_zeros(n, groups, out_channels // groups, positions)
     for i in range(kh):
         for j in range(kw):
-            y = y0 + i * dilation[0] + shifts[:, :, i, j, 0]
-            x = x0 + j * dilation[1] + shifts[:, :, i, j, 1]
+            y = (y0 + i * dilation[0]).to(dtype) + shifts[:, :, i, j, 0]
+            x = (x0 + j * dilation[1]).to(dtype) + shifts[:, :, i, j, 1]
             samples = _read(maps, y, x, border)
             if mask is not None:
                 samples = samples * mask[:, :, i, j, None]

@@ -37,6 +37,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from deformnet.ops._arguments import MOST, check_most, check_sides
 from deformnet.ops.deform_conv import triton_narrow as narrow
 from deformnet.ops.deform_conv.checks import Geometry
 from deformnet.ops.deform_conv.triton_geometry import (
@@ -50,6 +51,7 @@ from deformnet.ops.deform_conv.triton_geometry import (
     positions_read,
     rows_of,
 )
+from deformnet.ops.triton import MOST_PROGRAMS, MOST_SECOND_PROGRAMS
 from deformnet.ops.triton.sampling import cell, corner, corners, mix
 from deformnet.ops.triton.sums import Sums, add, deterministic, largest_finite, scale_of
 
@@ -305,7 +307,9 @@ def _backward_weight(
     CHANNELS: tl.constexpr = TILE.channels
     OUT: tl.constexpr = TILE.out
     sums = tl.zeros((CHANNELS, OUT), dtype=OPTIONS.dtype)
-    last = tl.minimum((split + 1) * tiles_of_split, tl.cdiv(sizes.rows, TILE.rows))
+    # Rounded up so that even the largest number of rows fits.
+    tiles = (sizes.rows - 1) // TILE.rows + 1
+    last = tl.minimum((split + 1) * tiles_of_split, tiles)
     for tile in range(split * tiles_of_split, last):
         rows = rows_of(tile, sizes, OPTIONS, TILE.rows)
         y, x = positions_read(offset, rows, offset_group, tap, sizes, OPTIONS)
@@ -382,6 +386,7 @@ class _Call(NamedTuple):
         geometry: Geometry,
     ) -> "_Call":
         sizes = _sizes(input, offset, weight, geometry)
+        _check_sizes(input, weight, sizes)
         return cls(
             input.contiguous(memory_format=torch.channels_last),
             offset.contiguous(),
@@ -403,6 +408,7 @@ class _Call(NamedTuple):
         self, kernel: Any, grid: tuple[int, int], tile: Tile, output: Tensor, *arguments: Any
     ) -> None:
         """Run a kernel; `output` is the convolution's output, or the gradient of it."""
+        check_most("offset", "tiles of positions", grid[0], MOST_PROGRAMS)
         dtype = self.maps.dtype
         kernel[grid](
             *arguments,
@@ -585,6 +591,7 @@ def _by_weight(call: _Call, grad_output: Tensor) -> Tensor:
         programs *= triton.cdiv(segments.length, tile.channels)
         programs *= triton.cdiv(sizes.group_out, tile.out)
     row_tiles, weights = triton.cdiv(sizes.rows, tile.rows), call.weight.numel()
+    check_most("offset", "tiles of positions", row_tiles, MOST_PROGRAMS)
     splits = max(1, min(row_tiles, _PROGRAMS // programs, _MOST_PARTIAL // weights))
     tiles_of_split = triton.cdiv(row_tiles, splits)
     splits = triton.cdiv(row_tiles, tiles_of_split)
@@ -616,6 +623,16 @@ def _sizes(input: Tensor, offset: Tensor, weight: Tensor, geometry: Geometry) ->
         *(in_offset_group, in_offset_group // group_channels * group_out, taps, kernel_w),
         *(*geometry.stride, *geometry.padding, *geometry.dilation),
     )
+
+
+def _check_sizes(input: Tensor, weight: Tensor, sizes: Sizes) -> None:
+    """Check what the kernels count in 32 bits even where indices take 64, and their grids."""
+    check_sides(input)
+    # As many as channels and groups, or more.
+    check_most("weight", "numbers", weight.numel(), MOST)
+    check_most("offset", "offset groups", sizes.offset_groups, MOST_SECOND_PROGRAMS)
+    if not _is_narrow(sizes):
+        check_most("weight", "groups", _groups(sizes), MOST_SECOND_PROGRAMS)
 
 
 def _groups(sizes: Sizes) -> int:

@@ -126,7 +126,9 @@ def backward_weight(
     ROWS: tl.constexpr = TILE.rows
     OUT: tl.constexpr = TILE.out
     sums = tl.zeros((ROWS, OUT), dtype=OPTIONS.dtype)
-    last = tl.minimum((split + 1) * tiles_of_split, tl.cdiv(sizes.rows, TILE.rows))
+    # Rounded up so that even the largest number of rows fits.
+    row_tiles = (sizes.rows - 1) // TILE.rows + 1
+    last = tl.minimum((split + 1) * tiles_of_split, row_tiles)
     for tile in range(split * tiles_of_split, last):
         rows = rows_of(tile, sizes, OPTIONS, TILE.rows)
         y, x = positions_read(offset, rows, offset_group, tap, sizes, OPTIONS)

@@ -1,14 +1,18 @@
 """Argument checks of RoI pooling."""
 
 from collections.abc import Sequence
+from sys import float_info
 from typing import Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
 from deformnet.ops._arguments import (
+    MOST,
     Pair,
     check_input,
+    check_most,
+    check_pair,
     check_tensor,
     dtype_names,
     shape_text,
@@ -17,6 +21,9 @@ from deformnet.ops._arguments import (
 
 Sampling: TypeAlias = Literal["bins", "msra", "aligned"]
 SAMPLINGS = get_args(Sampling)
+
+# A GPU, and the reference, read each of the samples of a bin, which are as many squared.
+MOST_SAMPLES = 1024
 
 
 class Rule(NamedTuple):
@@ -99,12 +106,15 @@ def _check_boxes(boxes: Tensor, input: Tensor) -> None:
 
 
 def _check_rule(rule: Rule) -> None:
+    check_pair("output_size", rule.output_size)
     (ph, pw), spatial_scale, gamma, sampling, samples_per_bin, _ = rule
     if ph < 1 or pw < 1:
         raise ValueError(f"expected output_size to be at least 1, but got ({ph}, {pw})")
-    if not 0 < spatial_scale < float("inf"):
+    check_most("output_size", "bins", ph * pw, MOST, f"{ph} x {pw}")
+    # Neither infinite nor an int that no float can hold.
+    if not 0 < spatial_scale <= float_info.max:
         raise ValueError(f"expected spatial_scale to be positive, but got {spatial_scale}")
-    if not float("-inf") < gamma < float("inf"):
+    if not -float_info.max <= gamma <= float_info.max:
         raise ValueError(f"expected gamma to be finite, but got {gamma}")
     if sampling not in SAMPLINGS:
         raise ValueError(
@@ -112,6 +122,10 @@ def _check_rule(rule: Rule) -> None:
         )
     if samples_per_bin < 0:
         raise ValueError(f"expected samples_per_bin to be at least 0, but got {samples_per_bin}")
+    if samples_per_bin > MOST_SAMPLES:
+        raise ValueError(
+            f"expected samples_per_bin to be at most {MOST_SAMPLES}, but got {samples_per_bin}"
+        )
     if samples_per_bin == 0 and sampling != "aligned":
         raise ValueError(
             'expected samples_per_bin to be at least 1 (only "aligned" adapts with 0), '

@@ -5,15 +5,13 @@ import ctypes
 import torch
 from torch import Tensor
 
+from deformnet.ops._arguments import check_sides
 from deformnet.ops.cpu.loading import DTYPES, address, call, dense, fields
 from deformnet.ops.roi_pool.checks import Rule
 from deformnet.ops.roi_pool.parts import of_bins, of_parts
 
 # As `Sampling` of problem.h.
 _SAMPLINGS = {"bins": 0, "msra": 1, "aligned": 2}
-
-# Rows and columns are counted in 32 bits, and vectors reach beyond the last.
-_MOST_SIDE = 2**30
 
 
 class _Problem(ctypes.Structure):
@@ -42,6 +40,7 @@ def roi_pool(input: Tensor, boxes: Tensor, offset: Tensor | None, rule: Rule) ->
     Returns:
         [R, C, ph, pw], contiguous.
     """
+    check_sides(input)
     output = input.new_empty((boxes.shape[0], rule.out_channels(input), *rule.output_size))
     if output.numel() == 0:
         return output
@@ -63,6 +62,7 @@ def roi_pool_backward(
     needs: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of input and offset, as far as `needs` says True."""
+    check_sides(input)
     needs_input, needs_offset = needs
     dense_input, channels_last = _map(input, rule)
     boxes, grad_output = boxes.contiguous(), grad_output.contiguous()
@@ -93,10 +93,6 @@ def _problem(
     input: Tensor, boxes: Tensor, offset: Tensor | None, rule: Rule, channels_last: bool
 ) -> _Problem:
     batch, _, in_h, in_w = input.shape
-    if max(in_h, in_w) > _MOST_SIDE:
-        raise ValueError(
-            f"expected input to have at most {_MOST_SIDE} rows and columns, but got {in_h} x {in_w}"
-        )
     return _Problem(
         *(batch, in_h, in_w, boxes.shape[0]),
         *(rule.out_channels(input), *rule.output_size),

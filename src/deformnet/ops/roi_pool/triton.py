@@ -42,8 +42,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from deformnet.ops._arguments import MOST, check_most, check_sides
 from deformnet.ops.roi_pool.checks import Rule
 from deformnet.ops.roi_pool.parts import of_bins, of_parts
+from deformnet.ops.triton import MOST_PROGRAMS, MOST_SECOND_PROGRAMS
 from deformnet.ops.triton.sums import Sums, add, deterministic, largest_finite, scale_of
 
 # Numbers in a buffer for the sums of a gradient that is not summed in place.
@@ -354,7 +356,7 @@ def _forward(
     real_lane = lane < sizes.group_channels
     channel = bins.group * sizes.group_channels + lane
     origin = (bins.image * sizes.planes + (bins.bin % sizes.planes)) * height * width
-    right_of, below = sizes.channels, width * sizes.channels
+    right_of, below = sizes.channels, width.to(origin.dtype) * sizes.channels
     rows = tl.max(tl.where(real, y.needed + 1, 0))
     columns = tl.max(tl.where(real, x.needed + 1, 0))
 
@@ -419,7 +421,7 @@ def _backward(
     plane = (bins.bin % sizes.planes) * height * width
     origin = image * sizes.planes * height * width + plane
     sums_origin = (image - first_image) * sizes.planes * height * width + plane
-    right_of, below = sizes.channels, width * sizes.channels
+    right_of, below = sizes.channels, width.to(origin.dtype) * sizes.channels
     rows = tl.max(tl.where(real, y.needed + 1, 0))
     columns = tl.max(tl.where(real, x.needed + 1, 0))
     unit = 1.0
@@ -520,17 +522,23 @@ class _Call(NamedTuple):
     def of(cls, input: Tensor, boxes: Tensor, offset: Tensor | None, rule: Rule) -> "_Call":
         batch, _, height, width = input.shape
         ph, pw = rule.output_size
-        shifts = None if offset is None else of_bins(offset, rule.output_size).contiguous()
-        groups = 1 if shifts is None else shifts.shape[1] // 2
+        groups = 1 if offset is None else offset.shape[1] // 2
         channels = rule.out_channels(input)
         every_bin = boxes.shape[0] * ph * pw * groups
+        tile = _tile(channels // groups)
+        # What the kernels count in 32 bits even where indices take 64, and their grids.
+        check_sides(input)
+        check_most("input", "channels", channels, MOST)
+        most = MOST_SECOND_PROGRAMS * tile.channels
+        check_most("input", "channels in an offset group", channels // groups, most)
+        check_most("boxes", "bins in all offset groups", every_bin, MOST_PROGRAMS * tile.bins)
         return cls(
             boxes.contiguous(),
-            shifts,
+            None if offset is None else of_bins(offset, rule.output_size).contiguous(),
             _Sizes(channels, channels // groups, groups, _planes(rule), ph, pw),
             _Extent(every_bin, batch, height, width, rule.samples_per_bin),
             rule,
-            _tile(channels // groups),
+            tile,
         )
 
     def launch(

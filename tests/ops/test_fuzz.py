@@ -1,0 +1,42 @@
+"""Random calls of the operators, right and wrong: see `fuzzing.py`.
+
+DEFORMNET_FUZZ sets their number, DEFORMNET_FUZZ_SEED the seed: with another one they are others.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from deformnet.ops import backends
+
+if backends.why_unavailable("cpu"):
+    pytest.skip(str(backends.why_unavailable("cpu")), allow_module_level=True)
+
+COUNT = int(os.environ.get("DEFORMNET_FUZZ", "200"))
+SEED = int(os.environ.get("DEFORMNET_FUZZ_SEED", "0"))
+
+
+def findings(seed: int, count: int) -> list[str]:
+    """What is wrong about the first calls of a seed; a crash, too, is a finding."""
+    found, first = [], 0
+    while first < count:
+        program = Path(__file__).with_name("fuzzing.py")
+        command = [sys.executable, program, str(seed), str(first), str(count)]
+        ran = subprocess.run(command, capture_output=True, text=True)
+        lines = ran.stdout.splitlines()
+        found += [line for line in lines if line.startswith("finding")]
+        calls = [int(line.split()[1]) for line in lines if line.startswith("call")]
+        assert calls, ran.stderr
+        if ran.returncode == 0:
+            break
+        found.append(f"finding {calls[-1]}: ends with {ran.returncode}: {ran.stderr[-2000:]}")
+        first = calls[-1] + 1
+    return found
+
+
+def test_random_calls():
+    found = findings(SEED, COUNT)
+    assert not found, "\n".join([f"{len(found)} of {COUNT} calls of seed {SEED}:", *found])
