@@ -37,7 +37,6 @@ RECIPE = ClassifierRecipe(
     warmup=2,
     lr=0.01,
 )
-_LOOP = LoopOptions(progress=False, log_every=1, checkpoint_every=2, validate_every=4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,25 +46,44 @@ class Kind:
     Attributes:
         ranks: number of processes.
         workers: loader workers of each.
+        validates: whether it validates after every 4 iterations.
+        timeout: seconds to wait for another process. A rank that is killed before it has met the
+            other leaves it waiting that long.
     """
 
     ranks: int
     workers: int
+    validates: bool = False
+    timeout: int = 15
+
+    @property
+    def split(self) -> str | None:
+        return "val" if self.validates else None
+
+    @property
+    def loop(self) -> LoopOptions:
+        every = 4 if self.validates else None
+        return LoopOptions(progress=False, log_every=1, checkpoint_every=2, validate_every=every)
 
 
-KINDS = (Kind(1, 0), Kind(1, 1), Kind(1, 2), Kind(2, 0), Kind(2, 1))
+KINDS = (
+    *(Kind(1, 0), Kind(1, 1), Kind(1, 2), Kind(2, 0), Kind(2, 1)),
+    *(Kind(1, 0, True), Kind(1, 2, True), Kind(2, 1, True)),
+)
 
 
 class Forked:
     """The processes of a run, forked from this one, which has imported everything."""
 
-    def __init__(self, kind: Kind, data: Path, out: Path, log: Path) -> None:
+    def __init__(
+        self, kind: Kind, data: Path, out: Path, log: Path, ranks: Sequence[int] | None = None
+    ) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         context = multiprocessing.get_context("fork")
         self.processes: list[BaseProcess] = []
-        for rank in range(kind.ranks):
+        for rank in range(kind.ranks) if ranks is None else ranks:
             arguments = (kind, data, out, log, rank, port)
             process = context.Process(target=_work, args=arguments)
             process.start()
@@ -90,9 +108,11 @@ class Started:
             "accelerator": "cpu",
             "workers": kind.workers,
             "devices": kind.ranks,
-            "log-every": _LOOP.log_every,
-            "checkpoint-every": _LOOP.checkpoint_every,
-            "validate-every": _LOOP.validate_every,
+            "timeout": kind.timeout,
+            "val-split": kind.split,
+            "log-every": kind.loop.log_every,
+            "checkpoint-every": kind.loop.checkpoint_every,
+            "validate-every": kind.loop.validate_every,
         }
         command += [str(word) for name, value in options.items() for word in (f"--{name}", value)]
         with log.open("ab") as file:
@@ -122,11 +142,12 @@ def _work(kind: Kind, data: Path, out: Path, log: Path, rank: int, port: int) ->
             "NODE_RANK": "0",
             "WORLD_SIZE": str(kind.ranks),
         }
-    # A rank that is killed before it has met the other leaves it waiting that long.
-    hardware = Hardware(accelerator="cpu", workers=kind.workers, devices=kind.ranks, timeout=15)
+    hardware = Hardware(
+        accelerator="cpu", workers=kind.workers, devices=kind.ranks, timeout=kind.timeout
+    )
     code = 1
     try:
-        train(RECIPE, data, out, hardware=hardware, loop=_LOOP)
+        train(RECIPE, data, out, val_split=kind.split, hardware=hardware, loop=kind.loop)
         code = 0
     except (TrainingStopped, KeyboardInterrupt):
         code = 130
@@ -246,10 +267,9 @@ def contents(out: Path) -> set[str]:
 def require_equal(out: Path, expected: Path, story: str) -> None:
     """Requires the same files, and checkpoints that are equal to the last bit."""
     assert contents(out) == contents(expected), story
-    for name in ("last", "best"):
-        ended, wanted = (
-            load_checkpoint(run / f"checkpoints/{name}.ckpt") for run in (out, expected)
-        )
+    for path in sorted((expected / "checkpoints").iterdir()):
+        name = path.name
+        ended, wanted = load_checkpoint(out / "checkpoints" / name), load_checkpoint(path)
         assert ended["iteration"] == wanted["iteration"], story
         assert ended["validated"] == wanted["validated"], story
         for key, tensor in wanted["model"].items():
