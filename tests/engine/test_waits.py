@@ -258,7 +258,7 @@ def test_a_rank_that_does_not_come(start, tmp_path):
 def test_an_interrupt_while_ranks_meet(start, tmp_path):
     run = start(Kind(2, 0, timeout=60), ranks=[1])
     deadline = time.monotonic() + 30
-    while "waiting for the 2 processes" not in (tmp_path / "log.txt").read_text():
+    while "rank 1: waiting for the 2 processes" not in (tmp_path / "log.txt").read_text():
         assert time.monotonic() < deadline
         time.sleep(0.05)
     os.kill(run.roots[0], signal.SIGINT)

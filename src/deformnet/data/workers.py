@@ -135,7 +135,7 @@ def _wait(
         if waited >= timeout:
             raise TimeoutError(
                 f"{what}: expected it from the {who} within {timeout:g} seconds, but got nothing; "
-                "see whether the disk or the network hangs, or set a longer --timeout"
+                "see whether a disk or the network hangs, or set a longer timeout"
             )
         _log.warning("waiting for %s from the %s for %.0f seconds", what, who, waited)
         due *= 3
@@ -185,8 +185,9 @@ def _kill(workers: Sequence[BaseProcess]) -> None:
     """Kills those workers that have not ended; PyTorch must not take that for a failure."""
     if not any(worker.is_alive() for worker in workers):
         return
-    is_main = threading.current_thread() is threading.main_thread()
-    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if is_main else None
+    handler = None
+    if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
+        handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for worker in workers:
         worker.kill()
     for worker in workers:

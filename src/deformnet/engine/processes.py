@@ -135,7 +135,8 @@ def launched(
 def _meeting(environment: ClusterEnvironment, layout: Layout) -> Iterator[None]:
     """Says what a process waits for until all are there."""
     place = f"{environment.main_address}:{environment.main_port}"
-    rank, start, met = environment.global_rank(), time.monotonic(), threading.Event()
+    rank = environment.node_rank() * layout.devices + environment.local_rank()
+    start, met = time.monotonic(), threading.Event()
 
     def tell() -> None:
         while not met.wait(PATIENCE):
