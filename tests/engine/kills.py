@@ -108,7 +108,7 @@ class Started:
             "accelerator": "cpu",
             "workers": kind.workers,
             "devices": kind.ranks,
-            "timeout": kind.timeout,
+            "timeout": 60,  # the second process takes a while to start
             "val-split": kind.split,
             "log-every": kind.loop.log_every,
             "checkpoint-every": kind.loop.checkpoint_every,
