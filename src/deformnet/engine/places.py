@@ -4,6 +4,7 @@ All processes go through the same places in the same order. Whoever has reached 
 another waits for it.
 """
 
+import itertools
 import json
 import logging
 import os
@@ -12,7 +13,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from datetime import timedelta
 
 from torch.distributed import TCPStore
 
@@ -32,7 +32,8 @@ class Places:
     def __init__(self, rank: int, count: int) -> None:
         self._rank, self._count = rank, count
         self._number, self._place, self._since = 0, "start", time.monotonic()
-        self._signs: dict[int, tuple[str, float]] = {}  # and when they were new
+        self._signs: dict[int, tuple[str, float]] = {}  # of the others, and when they were new
+        self._answered = self._since
 
     def at(self, place: str) -> None:
         """Takes note of a place; all processes call this equally often."""
@@ -42,52 +43,62 @@ class Places:
     @contextmanager
     def shown(self) -> Iterator[None]:
         """Shows the place to the others in the block, and logs whom this process waits for."""
-        address = os.environ.get("MASTER_ADDR")
-        if self._count == 1 or address is None:
+        address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+        if self._count == 1 or address is None or port is None:
             yield
             return
         left = threading.Event()
-        thread = threading.Thread(target=self._show, args=(address, left), daemon=True)
-        thread.start()
+        # Two threads: the one that exchanges signs waits itself while nobody answers.
+        exchanging = threading.Thread(
+            target=self._exchange, args=(address, int(port), left), daemon=True
+        )
+        exchanging.start()
+        threading.Thread(target=self._tell, args=(f"{address}:{port}", left), daemon=True).start()
         try:
             yield
         finally:
             left.set()
-            thread.join(PATIENCE)  # a connection is not cut while it is used
+            exchanging.join(_BEAT)  # a connection is not cut while it is used
 
-    def _show(self, address: str, left: threading.Event) -> None:
-        port, patience = int(os.environ["MASTER_PORT"]), timedelta(seconds=PATIENCE)
-        # A connection of its own: that of the process group is blocked while somebody waits.
+    def _exchange(self, address: str, port: int, left: threading.Event) -> None:
+        """Sends signs of life, and receives those of the others."""
         with suppress(RuntimeError):  # the others have gone
-            store = TCPStore(address, port, is_master=False, timeout=patience)
-            due, number, beat = PATIENCE, 0, 0
-            while not left.wait(_BEAT if beat else 0):
-                beat += 1
+            # A connection of its own: that of the process group is blocked while somebody waits.
+            store = TCPStore(address, port, is_master=False)
+            for beat in itertools.count():
                 values = (self._number, self._place, socket.gethostname(), os.getpid(), beat)
                 store.set(f"deformnet/{self._rank}", json.dumps(values))
-                waited = time.monotonic() - self._since
-                if self._number != number:
-                    due, number = PATIENCE, self._number
-                others = self._others(store)
-                if waited >= due and others:
-                    place = self._place
-                    _log.warning("%s: waiting for %s for %.0f seconds", place, others, waited)
-                    due *= 3
+                for rank in range(self._count):
+                    if rank != self._rank and store.check([key := f"deformnet/{rank}"]):
+                        sign = store.get(key).decode()
+                        if self._signs.get(rank, ("", 0.0))[0] != sign:
+                            self._signs[rank] = sign, time.monotonic()
+                self._answered = time.monotonic()
+                if left.wait(_BEAT):
+                    return
 
-    def _others(self, store: TCPStore) -> str:
+    def _tell(self, store: str, left: threading.Event) -> None:
+        """Logs whom this process waits for, now and then."""
+        due, number = PATIENCE, 0
+        while not left.wait(_BEAT):
+            waited = time.monotonic() - self._since
+            if self._number != number:
+                due, number = PATIENCE, self._number
+            if waited >= due and (others := self._others(store)):
+                _log.warning("%s: waiting for %s for %.0f seconds", self._place, others, waited)
+                due *= 3
+
+    def _others(self, store: str) -> str:
         """The processes that this one waits for, in words, unless a lower one says it."""
+        now = time.monotonic()
+        if now - self._answered > PATIENCE:
+            return f"rank 0 (no answer from {store} for {now - self._answered:.0f} seconds)"
         behind = {}
-        for rank in range(self._count):
-            if rank == self._rank or not store.check([key := f"deformnet/{rank}"]):
-                continue
-            sign, now = store.get(key).decode(), time.monotonic()
-            if self._signs.get(rank, ("", 0.0))[0] != sign:
-                self._signs[rank] = sign, now
-            silent = now - self._signs[rank][1]
+        for rank, (sign, new) in self._signs.items():
             number, place, host, process, _ = json.loads(sign)
-            if silent > PATIENCE:
-                place = f"no sign of life for {silent:.0f} seconds"
-            if silent > PATIENCE or number < self._number:
+            if now - new > PATIENCE:
+                place = f"no sign of life for {now - new:.0f} seconds"
+            if now - new > PATIENCE or number < self._number:
                 behind[rank] = f"rank {rank} ({host}, process ID {process}: {place})"
         reporter = next(rank for rank in range(self._count) if rank not in behind)
         return ", ".join(behind.values()) if reporter == self._rank else ""
