@@ -7,6 +7,7 @@ another waits for it.
 import itertools
 import json
 import logging
+import math
 import os
 import socket
 import threading
@@ -61,21 +62,29 @@ class Places:
             exchanging.join(_BEAT)  # a connection is not cut while it is used
 
     def _exchange(self, address: str, port: int, left: threading.Event) -> None:
-        """Sends signs of life, and receives those of the others."""
-        with suppress(RuntimeError):  # the others have gone
+        """Sends signs of life, and receives those of the others, until one side leaves."""
+        own = f"deformnet/{self._rank}"
+        with suppress(RuntimeError):
             # A connection of its own: that of the process group is blocked while somebody waits.
             store = TCPStore(address, port, is_master=False)
             for beat in itertools.count():
                 values = (self._number, self._place, socket.gethostname(), os.getpid(), beat)
-                store.set(f"deformnet/{self._rank}", json.dumps(values))
-                for rank in range(self._count):
-                    if rank != self._rank and store.check([key := f"deformnet/{rank}"]):
-                        sign = store.get(key).decode()
-                        if self._signs.get(rank, ("", 0.0))[0] != sign:
-                            self._signs[rank] = sign, time.monotonic()
+                store.set(own, json.dumps(values))
+                self._signs = {
+                    rank: self._sign(rank, store.get(key).decode())
+                    for rank in range(self._count)
+                    if rank != self._rank and store.check([key := f"deformnet/{rank}"])
+                }
                 self._answered = time.monotonic()
                 if left.wait(_BEAT):
+                    store.delete_key(own)
                     return
+        self._signs, self._answered = {}, math.inf
+
+    def _sign(self, rank: int, sign: str) -> tuple[str, float]:
+        """A sign of life, and when it was new."""
+        old = self._signs.get(rank)
+        return old if old is not None and old[0] == sign else (sign, time.monotonic())
 
     def _tell(self, store: str, left: threading.Event) -> None:
         """Logs whom this process waits for, now and then."""
