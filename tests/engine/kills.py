@@ -1,6 +1,7 @@
 """Runs that are killed, stopped and paused at random moments, again and again until they end."""
 
 import dataclasses
+import logging
 import multiprocessing
 import os
 import random
@@ -131,9 +132,11 @@ Start = Callable[[Kind, Path, Path, Path], Forked | Started]
 
 def _work(kind: Kind, data: Path, out: Path, log: Path, rank: int, port: int) -> None:
     os.setsid()
-    with log.open("ab") as file:
-        for stream in (1, 2):
-            os.dup2(file.fileno(), stream)
+    file = log.open("a", buffering=1)
+    for stream in (1, 2):
+        os.dup2(file.fileno(), stream)
+    sys.stdout = sys.stderr = file  # not those that pytest has put there
+    logging.getLogger().handlers.clear()
     if kind.ranks > 1:
         os.environ |= {
             "MASTER_ADDR": "127.0.0.1",
