@@ -51,7 +51,11 @@ def no_port(*arguments, **options):
 
 GPU = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a ...")
 GLOO = RuntimeError("Gloo connectFullMesh failed with [pair.cc:152] timed out connecting: ...")
-KILLED = RuntimeError("DataLoader worker (pid 77) is killed by signal: Killed. ")
+WORKER = "DataLoader worker (pid 77) is killed by signal: {}. {}"
+KILLED = RuntimeError(WORKER.format("Killed", ""))
+BUS = RuntimeError(WORKER.format("Bus error", "It is possible that dataloader's workers are ..."))
+CRASH = RuntimeError(WORKER.format("Segmentation fault", ""))
+SILENT = RuntimeError("[unbound_buffer.cc:78] Timed out waiting 1800000ms for recv operation")
 
 
 NO_MEMORY = "out of memory; --accumulate 2 processes each training batch in two parts"
@@ -66,12 +70,29 @@ NO_MEMORY = "out of memory; --accumulate 2 processes each training batch in two 
         (no_port, "port 29777 is in use; choose another one with torchrun --master-port"),
         (GLOO, "the processes of this run cannot connect to each other; for several machines"),
         (KILLED, "a data loading process was killed, probably out of memory; use fewer"),
+        (BUS, "out of shared memory; start a container with --shm-size=2g, or use --workers 0"),
+        (TimeoutError("number 3: expected it from the loader worker"), "number 3: expected it"),
     ],
 )
 def test_what_is_lacking_is_said_in_one_line(command, complaint, monkeypatch, lack, said):
     monkeypatch.setattr(deformnet.engine, "train", Mock(side_effect=lack))
     monkeypatch.setenv("MASTER_PORT", "29777")
     assert said in complaint(*command)
+
+
+@pytest.mark.parametrize(
+    ("failed", "said"),
+    [
+        (CRASH, "a data loading process ended unexpectedly (DataLoader worker (pid 77) is killed "),
+        (SILENT, "another process of this run did not answer in time; the warnings above name it"),
+    ],
+)
+def test_other_processes_that_fail(command, capfd, monkeypatch, failed, said):
+    monkeypatch.setattr(deformnet.engine, "train", Mock(side_effect=failed))
+    with pytest.raises(SystemExit) as ended:
+        main(command)
+    assert ended.value.code == 1
+    assert capfd.readouterr().err.startswith(f"deformnet: {said}")
 
 
 def test_other_mistakes_keep_their_stack_trace(command, monkeypatch):

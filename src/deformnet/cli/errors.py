@@ -37,6 +37,22 @@ _MACHINE_FAULTS = (
         "a data loading process was killed, probably out of memory; use fewer --workers",
     ),
     (
+        ("is killed by signal: Bus error", "creating shared memory segment"),
+        BAD_INPUT,
+        "out of shared memory; start a container with --shm-size=2g, or use --workers 0",
+    ),
+    (
+        ("DataLoader worker (pid",),
+        FAILED,
+        "a data loading process ended unexpectedly ({text})",
+    ),
+    (
+        ("Timed out waiting", "Watchdog caught collective operation timeout"),
+        FAILED,
+        "another process of this run did not answer in time; the warnings above name it; if it is "
+        "only slow, set a longer --timeout",
+    ),
+    (
         ("connectFullMesh failed",),
         BAD_INPUT,
         "the processes of this run cannot connect to each other; for several machines, set "
@@ -66,7 +82,8 @@ def end_with(error: Exception) -> None:
         text = "out of memory" if isinstance(error, MemoryError) else str(error)
         for signs, code, message in _MACHINE_FAULTS:
             if any(sign in text for sign in signs):
-                leave(message.format(port=os.environ.get("MASTER_PORT", "of this run")), code)
+                port = os.environ.get("MASTER_PORT", "of this run")
+                leave(message.format(port=port, text=text.partition(". ")[0].strip()), code)
     if isinstance(error, (UserError, OSError, FloatingPointError, MissingExtraError)):
         leave(_one_line(error), BAD_INPUT)
     error.add_note("This is a bug in deformnet. Please report it with this traceback.")

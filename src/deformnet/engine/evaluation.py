@@ -3,7 +3,6 @@
 import dataclasses
 from pathlib import Path
 
-from lightning.fabric import Fabric
 from torch import nn
 
 from deformnet._errors import UserError
@@ -55,15 +54,15 @@ def evaluate(
     images = task_of(recipe, options).evaluation_set(data, split, trained_on)
     layout = Layout.of(hardware)
     facts = shared_facts(recipe, trained_on, images)
-    with launched(layout, _precision(recipe, layout), facts) as fabric:
+    with launched(layout, _precision(recipe, layout), facts) as processes:
         result = dataclasses.replace(
             Result.of(recipe, model, run, checkpoint["iteration"]),
             split=split,
             images=len(images),
-            scores=score(fabric, model, images, layout.workers, progress=progress),
+            scores=score(processes, model, images, progress=progress),
             augmentation=options.augmentation,
         )
-        if fabric.is_global_zero:
+        if processes.rank == 0:
             result = result.save(out, f"-{split.replace('/', '-')}")  # VOC's years have a slash
     return result
 
@@ -99,18 +98,24 @@ def propose(
     require_writable(out.parent)
     layout = Layout.of(hardware)
     facts = shared_facts(recipe, trained_on, images)
-    with launched(layout, _precision(recipe, layout), facts) as fabric, fabric.autocast():
-        images.write(model, out, FabricProcesses(fabric, layout.workers, progress))
-        fabric.barrier()  # the file exists when any process goes on
+    with launched(layout, _precision(recipe, layout), facts) as processes:
+        with processes.fabric.autocast():
+            images.write(model, out, dataclasses.replace(processes, progress=progress))
+        processes.fabric.barrier()  # the file exists when any process goes on
     return len(images)
 
 
 def score(
-    fabric: Fabric, model: nn.Module, images: EvaluationSet, workers: int, *, progress: bool
+    processes: FabricProcesses, model: nn.Module, images: EvaluationSet, *, progress: bool
 ) -> Scores:
-    """Evaluates a network in the processes of a run; all of them get the scores."""
-    with fabric.autocast():
-        return images.evaluate(model, FabricProcesses(fabric, workers, progress))
+    """Evaluates a network in the processes of a run; all of them get the scores.
+
+    Raises:
+        StopRequested: if they are asked to stop.
+    """
+    processes.places.at("evaluation")
+    with processes.fabric.autocast():
+        return images.evaluate(model, dataclasses.replace(processes, progress=progress))
 
 
 def shared_facts(

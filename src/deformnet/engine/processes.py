@@ -1,25 +1,37 @@
 """The processes of a run: their number, their start by Lightning Fabric, and their agreement."""
 
+import logging
 import os
+import threading
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Literal, TypeVar
 
 import torch
 import torch.distributed
 from lightning.fabric import Fabric
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments import ClusterEnvironment, SLURMEnvironment
+from lightning.fabric.strategies import DDPStrategy
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
+from torch.distributed import DistNetworkError, DistStoreError
 
 from deformnet._errors import UserError
+from deformnet.data.workers import PATIENCE
 from deformnet.engine.connections import closed_at_exit
+from deformnet.engine.interruption import Interruption, StopRequested, interruptible
+from deformnet.engine.places import Places
 from deformnet.engine.settings import Hardware
+from deformnet.engine.starting import started
 from deformnet.tasks.base import Processes
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 _T = TypeVar("_T")
+
+_log = logging.getLogger("deformnet")
 
 
 @dataclass(frozen=True)
@@ -31,12 +43,14 @@ class Layout:
         nodes: machines.
         workers: loader processes of each process.
         gpu: whether the processes compute on GPUs.
+        timeout: seconds to wait for another process.
     """
 
     devices: int
     nodes: int
     workers: int
     gpu: bool
+    timeout: int
 
     @classmethod
     def of(cls, hardware: Hardware) -> "Layout":
@@ -58,6 +72,7 @@ class Layout:
             spanned if hardware.nodes is None else hardware.nodes,
             default if hardware.workers is None else hardware.workers,
             hardware.accelerator != "cpu" and torch.cuda.is_available(),
+            hardware.timeout,
         )
 
     @property
@@ -66,44 +81,107 @@ class Layout:
 
 
 @contextmanager
-def launched(layout: Layout, precision: Precision, facts: Mapping[str, object]) -> Iterator[Fabric]:
+def launched(
+    layout: Layout, precision: Precision, facts: Mapping[str, object]
+) -> Iterator["FabricProcesses"]:
     """The processes of a run, started or joined.
 
-    With several devices and no launcher, Fabric starts the other processes by running the program
+    With several devices and no launcher, the other processes are started by running the program
     again with the same arguments.
 
     Args:
         facts: whatever all processes must agree on, by name.
     Raises:
         UserError: if the devices do not exist, or in every process if they do not agree.
+        TimeoutError: if the processes do not meet in time.
     """
+    timeout = timedelta(seconds=layout.timeout)
     try:
         fabric = Fabric(
             accelerator="gpu" if layout.gpu else "cpu",
             devices=layout.devices,
             num_nodes=layout.nodes,
             precision=precision,
+            strategy="auto" if layout.processes == 1 else DDPStrategy(timeout=timeout),
         )
     except MisconfigurationException as error:
         raise UserError(f"devices: {' '.join(str(error).split())}") from error
-    with closed_at_exit():
-        fabric.launch()
-        _require_agreement(FabricProcesses(fabric), facts)
-        yield fabric
+    with interruptible() as interruption, closed_at_exit(), ExitStack() as stack:
+        if isinstance(fabric.strategy, DDPStrategy):
+            environment = fabric.strategy.cluster_environment
+            assert environment is not None
+            stack.enter_context(started(environment, layout.devices, layout.nodes))
+            with _meeting(environment, layout):
+                fabric.launch()
+        else:
+            fabric.launch()
+        places = Places(fabric.global_rank, fabric.world_size)
+        processes = FabricProcesses(
+            device=fabric.device,
+            workers=layout.workers,
+            rank=fabric.global_rank,
+            count=fabric.world_size,
+            timeout=layout.timeout,
+            fabric=fabric,
+            places=places,
+            interruption=interruption,
+        )
+        stack.enter_context(places.shown())
+        _require_agreement(processes, facts)
+        yield processes
 
 
+@contextmanager
+def _meeting(environment: ClusterEnvironment, layout: Layout) -> Iterator[None]:
+    """Says what a process waits for until all are there."""
+    place = f"{environment.main_address}:{environment.main_port}"
+    rank = environment.node_rank() * layout.devices + environment.local_rank()
+    start, met = time.monotonic(), threading.Event()
+
+    def tell() -> None:
+        while not met.wait(PATIENCE):
+            waited = time.monotonic() - start
+            text = "rank %d: waiting for the %d processes of this run at %s for %.0f seconds"
+            _log.warning(text, rank, layout.processes, place, waited)
+
+    threading.Thread(target=tell, daemon=True).start()
+    try:
+        yield
+    except (DistNetworkError, DistStoreError) as error:
+        if "timed out" not in str(error).lower():
+            raise
+        raise TimeoutError(
+            f"rank {rank}: expected the {layout.processes} processes of this run to meet at "
+            f"{place} within {layout.timeout:g} seconds, but some did not come; start all of them, "
+            "let them connect to that address, or set a longer --timeout"
+        ) from error
+    finally:
+        met.set()
+
+
+@dataclass(frozen=True, kw_only=True)
 class FabricProcesses(Processes):
     """The processes of a run."""
 
-    def __init__(self, fabric: Fabric, workers: int = 0, progress: bool = False) -> None:
-        super().__init__(fabric.device, workers, progress, fabric.global_rank, fabric.world_size)
+    fabric: Fabric
+    places: Places
+    interruption: Interruption
 
     def gather(self, value: _T, /) -> list[_T]:
-        if self.count == 1:
-            return [value]
-        values = [value] * self.count
-        torch.distributed.all_gather_object(values, value)
-        return values
+        """
+        Raises:
+            StopRequested: in every process, if any of them was asked to stop.
+        """
+        everyone = [(self.stopping(), value)] * self.count
+        if self.count > 1:
+            self.places.at("exchange of results")
+            torch.distributed.all_gather_object(everyone, everyone[0])
+        if any(stopping for stopping, _ in everyone):
+            raise StopRequested
+        return [value for _, value in everyone]
+
+    def stopping(self) -> bool:
+        return self.interruption.requested
 
 
 def is_first_process() -> bool:

@@ -10,12 +10,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
 
 from deformnet._errors import UserError
 from deformnet.recipes import Recipe
 from deformnet.tasks.base import Batch, TrainingSet
-from deformnet.tasks.loading import ignore_interrupts
 
 # The independent streams of random numbers.
 _ORDER, _SAMPLE = 0, 1
@@ -78,7 +76,7 @@ class Draws:
         return np.concatenate([rest[:head], *(batches[i] for i in places), rest[head:]])
 
 
-class Iterations(Dataset[list[Batch]]):
+class Iterations:
     """The batches of a training run: item i is what one process computes in iteration i.
 
     Args:
@@ -103,18 +101,6 @@ class Iterations(Dataset[list[Batch]]):
         seeds = [self.draws.sample_seed(draw) for draw in draws]
         parts = (slice(first, first + size) for first in range(0, len(draws), size))
         return [self.images.batch(indices[part], seeds[part]) for part in parts]
-
-    def loader(self, first: int, end: int, *, workers: int, pin: bool) -> DataLoader[list[Batch]]:
-        """Loads the iterations from `first` to `end` - 1, into page-locked memory with `pin`."""
-        return DataLoader(
-            self,
-            sampler=range(first, end),
-            batch_size=None,
-            collate_fn=list,
-            num_workers=workers,
-            worker_init_fn=ignore_interrupts,
-            pin_memory=pin,
-        )
 
 
 def _mixed(seed: int, stream: int, number: int) -> int:

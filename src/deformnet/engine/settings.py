@@ -19,9 +19,12 @@ class Hardware:
     """Hardware to run on; auto uses GPUs if there are any."""
     workers: int | None = None
     """Number of data loader workers per process; None selects it automatically."""
+    timeout: int = 1800
+    """Number of seconds to wait for a loader worker or another process before the run ends with an
+    error."""
 
     def __post_init__(self) -> None:
-        require_at_least(self, 1, "devices", "nodes")
+        require_at_least(self, 1, "devices", "nodes", "timeout")
         require_at_least(self, 0, "workers")
         require_at_most(self, 1024, "devices", "nodes", "workers")
 

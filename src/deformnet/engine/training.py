@@ -7,29 +7,27 @@ of steps is `_Run.fit`, to be read from top to bottom.
 
 import dataclasses
 import math
-import signal
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
-from types import FrameType
 
 import torch
-from lightning.fabric import Fabric
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from deformnet._errors import UserError
 from deformnet._files import write_json
 from deformnet.analysis.health import has_deformable_layers
+from deformnet.data.workers import loaded
 from deformnet.engine.averaging import AveragedNetwork
 from deformnet.engine.checkpoints import Checkpoint, optimizer_state, require_resumable
 from deformnet.engine.evaluation import score, shared_facts
 from deformnet.engine.header import header
 from deformnet.engine.health import OffsetHealth
 from deformnet.engine.initial import initial
+from deformnet.engine.interruption import StopRequested
 from deformnet.engine.logs import TrainingLog, logger
-from deformnet.engine.processes import Layout, launched
+from deformnet.engine.processes import FabricProcesses, Layout, launched
 from deformnet.engine.results import Result
 from deformnet.engine.runs import (
     best_path,
@@ -141,10 +139,14 @@ def train(
     else:
         model, taken = restored(checkpoint, checkpoint_path(out)).model, None
     task.freeze(model)
-    workers = layout.workers
-    with launched(layout, recipe.precision, facts) as fabric, _alone(out, fabric):
+    with (
+        launched(layout, recipe.precision, facts) as processes,
+        processes.interruption.collected(),
+        _alone(out, processes),
+    ):
+        fabric, total = processes.fabric, recipe.iterations
         earlier = None if checkpoint is None else checkpoint.get("validated")
-        validator = Validator(validation, loop, recipe.iterations, workers, earlier)
+        validator = Validator(validation, loop, total, processes, earlier)
         if val_data is not None and val_split is not None:
             validator.pictures = pictures_of(task, val_data, val_split, images.identity)
         if fabric.is_global_zero:
@@ -153,29 +155,40 @@ def train(
             if validator.validated["best"] is None:
                 best_path(out).unlink(missing_ok=True)  # of a validation that no checkpoint records
         fabric.barrier()
-        if not validator.exhausted and (done < recipe.iterations or validator.due(done)):
-            run = _Run(fabric, recipe, model, images.identity, out, loop, checkpoint, validator)
-            batches = Iterations(
-                images, recipe, loop.accumulate, fabric.global_rank, fabric.world_size
-            ).loader(done, recipe.iterations, workers=workers, pin=layout.gpu)
+        if not validator.exhausted and (done < total or validator.due(done)):
+            run = _Run(processes, recipe, model, images.identity, out, loop, checkpoint, validator)
+            batches = loaded(
+                Iterations(images, recipe, loop.accumulate, processes.rank, processes.count),
+                range(done, total),
+                workers=processes.workers,
+                what=lambda index: f"the batch of iteration {index + 1}",
+                pin=layout.gpu,
+                timeout=processes.timeout,
+                stopping=processes.stopping,
+            )
             log = None
             if fabric.is_global_zero:
                 for line in header(recipe, images, split, validation, val_split, fabric, model):
                     logger.info(line)
-                logger.info(taken or f"resuming after iteration {done} of {recipe.iterations}")
+                logger.info(taken or f"resuming after iteration {done} of {total}")
                 log = TrainingLog(
-                    *(out, task.loss_terms, done, recipe.iterations),
+                    *(out, task.loss_terms, done, total),
                     validated=validator.validated["iteration"],
                     progress=loop.progress,
                 )
-            with closing(log) if log else nullcontext():
+            with closing(batches), closing(log) if log else nullcontext():
                 run.fit(batches, log)
             del run  # frees the memory of the optimizer
         ended = load_checkpoint(path := existing_checkpoint(out))
         model = restored(ended, path).model
         result = Result.of(recipe, model, out, ended["iteration"])
         if validation is not None:
-            scores = score(fabric, model, validation, workers, progress=loop.progress)
+            try:
+                scores = score(processes, model, validation, progress=loop.progress)
+            except StopRequested:
+                raise TrainingStopped(
+                    "stopped in the evaluation after training; run the same command to continue"
+                ) from None
             result = dataclasses.replace(
                 result, split=val_split, images=len(validation), scores=scores
             )
@@ -184,9 +197,9 @@ def train(
     return result
 
 
-def _alone(run: Path, fabric: Fabric) -> AbstractContextManager[None]:
+def _alone(run: Path, processes: FabricProcesses) -> AbstractContextManager[None]:
     """Locks the run folder in the first process."""
-    return locked(run) if fabric.is_global_zero else nullcontext()
+    return locked(run) if processes.rank == 0 else nullcontext()
 
 
 class _Run:
@@ -194,7 +207,7 @@ class _Run:
 
     def __init__(
         self,
-        fabric: Fabric,
+        processes: FabricProcesses,
         recipe: Recipe,
         model: nn.Module,
         data: DataIdentity,
@@ -203,7 +216,8 @@ class _Run:
         checkpoint: Checkpoint | None,
         validator: Validator,
     ) -> None:
-        self.fabric, self.recipe, self.loop, self.validator = fabric, recipe, loop, validator
+        self.fabric = fabric = processes.fabric
+        self.processes, self.recipe, self.loop, self.validator = processes, recipe, loop, validator
         self.described, self.path = describe(recipe, data), checkpoint_path(out)
         self.best_path, self.previous_path = best_path(out), previous_path(out)
         self.saved: int | None = None
@@ -235,54 +249,82 @@ class _Run:
         if has_deformable_layers(model):
             self.health = OffsetHealth(model, loop.log_every, warn=fabric.is_global_zero)
 
-    def fit(self, batches: Iterable[list[Batch]], log: TrainingLog | None) -> None:
-        """Trains until the last iteration, early stopping, or a request to stop."""
-        recipe, loop, total = self.recipe, self.loop, self.recipe.iterations
-        with _stopping_signals() as received:
-            if self.validator.due(self.iteration):  # interrupted before its end
-                self._validate(log)
-            for parts in batches:
-                if self.validator.exhausted:
-                    break
-                self.iteration += 1
-                factor = recipe.lr_factor(self.iteration - 1)
-                for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-                    group["lr"] = rate * factor
-                self.optimizer.zero_grad()
-                with self.health.watch(self.iteration) if self.health else nullcontext():
-                    losses = self._backward(self.fabric.to_device(parts))
-                if recipe.clip is not None:
-                    self.fabric.clip_gradients(
-                        self.losses, self.optimizer, max_norm=recipe.clip, error_if_nonfinite=False
-                    )
-                self.optimizer.step()
-                if self.average is not None:
-                    self.average.update(self.model, self.iteration)
-                if log is not None:
-                    log.step()
-                if self.iteration % loop.log_every == 0:
-                    self._record(log, losses, recipe.lr * factor)
-                stopped = self._any(bool(received))
-                due = self.iteration % loop.checkpoint_every == 0
-                if stopped or due or self.iteration == total:
-                    self._save()
-                if self.iteration % loop.log_every == 0 and loop.stop_on_runaway:
-                    self._require_stable_offsets()
-                if stopped:
-                    raise TrainingStopped(
-                        f"stopped after {self.iteration} of {total} iterations; "
-                        "run the same command to continue"
-                    )
-                if self.validator.due(self.iteration):
-                    self._validate(log)
+    def fit(self, batches: Iterator[list[Batch]], log: TrainingLog | None) -> None:
+        """Trains until the last iteration or early stopping.
+
+        Args:
+            batches: those of the iterations to come, until the process is asked to stop.
+            log: the log, in the first process.
+        Raises:
+            TrainingStopped: if any process was asked to stop, after the iteration under way, since
+                half a step could not be resumed exactly, and after the checkpoint.
+        """
+        try:
+            self._fit(batches, log)
+        except StopRequested:
+            if self.iteration not in (0, self.saved):
+                self._save()
+            raise TrainingStopped(
+                f"stopped after {self.iteration} of {self.recipe.iterations} iterations; "
+                "run the same command to continue"
+            ) from None
         if self.validator.exhausted:
             validated = self.validator.validated
             logger.info(
                 "stopped after %d of %d iterations: no improvement in %d validations",
-                *(self.iteration, total, validated["waited"]),
+                *(self.iteration, self.recipe.iterations, validated["waited"]),
             )
 
-    def _backward(self, parts: Sequence[Batch]) -> dict[str, Tensor]:
+    def _fit(self, batches: Iterator[list[Batch]], log: TrainingLog | None) -> None:
+        recipe, loop, total = self.recipe, self.loop, self.recipe.iterations
+        if self.validator.due(self.iteration):  # interrupted before its end
+            self._validate(log)
+        while self.iteration < total and not self.validator.exhausted:
+            parts, height, width = self._next(batches)
+            self.iteration += 1
+            factor = recipe.lr_factor(self.iteration - 1)
+            for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+                group["lr"] = rate * factor
+            self.optimizer.zero_grad()
+            with self.health.watch(self.iteration) if self.health else nullcontext():
+                losses = self._backward(self.fabric.to_device(parts), height, width)
+            if recipe.clip is not None:
+                self.fabric.clip_gradients(
+                    self.losses, self.optimizer, max_norm=recipe.clip, error_if_nonfinite=False
+                )
+            self.optimizer.step()
+            if self.average is not None:
+                self.average.update(self.model, self.iteration)
+            if log is not None:
+                log.step()
+            if self.iteration % loop.log_every == 0:
+                self._record(log, losses, recipe.lr * factor)
+            if self.iteration % loop.checkpoint_every == 0 or self.iteration == total:
+                self._save()
+            if self.iteration % loop.log_every == 0 and loop.stop_on_runaway:
+                self._require_stable_offsets()
+            if self.validator.due(self.iteration):
+                self._validate(log)
+
+    def _next(self, batches: Iterator[list[Batch]]) -> tuple[list[Batch], int, int]:
+        """The next batch, and height and width of its largest images over all processes.
+
+        The processes wait for the one with the largest images anyway.
+
+        Raises:
+            StopRequested: in all processes, if any has no batch since it was asked to stop.
+        """
+        self.processes.places.at(f"loading iteration {self.iteration + 1}")
+        parts = next(batches, None)
+        self.processes.places.at(f"iteration {self.iteration + 1}")
+        sides = [[0, 0, 1]] if parts is None else [[*it.images.shape[-2:], 0] for it in parts]
+        largest = torch.tensor(sides, device=self.fabric.device).amax(dim=0)
+        height, width, stopped = self._over_processes(largest, "max").tolist()
+        if parts is None or stopped:
+            raise StopRequested
+        return parts, height, width
+
+    def _backward(self, parts: Sequence[Batch], height: int, width: int) -> dict[str, Tensor]:
         """Computes the gradients of a batch, the same however it is divided.
 
         All parts are padded to one size, and each counts by its weight.
@@ -291,7 +333,6 @@ class _Run:
             The loss, and its terms if there are several, detached; their means over all processes
             are those of the batch.
         """
-        height, width = self._largest(parts)
         sums: dict[str, Tensor] = {}
         for number, (part, fraction) in enumerate(
             zip(parts, self._fractions(parts), strict=True), start=1
@@ -308,15 +349,6 @@ class _Run:
                 sums[name] = sums.get(name, 0) + term.detach()
         loss = torch.stack(list(sums.values())).sum()
         return {"loss": loss, **(sums if len(sums) > 1 else {})}
-
-    def _largest(self, parts: Sequence[Batch]) -> tuple[int, int]:
-        """Height and width of the largest images of the batch, over all processes.
-
-        The processes wait for the one with the largest images anyway.
-        """
-        sides = torch.tensor([part.images.shape[-2:] for part in parts]).amax(dim=0)
-        height, width = self._over_processes(sides.to(self.fabric.device), "max").tolist()
-        return height, width
 
     def _fractions(self, parts: Sequence[Batch]) -> Tensor:
         """The weight of each part in the mean over the whole batch.
@@ -355,7 +387,7 @@ class _Run:
     def _validate(self, log: TrainingLog | None) -> None:
         """Evaluates the network, and saves it if it is the best so far."""
         with log.aside() if log else nullcontext():
-            scores = self.validator.score(self.fabric, self.network)
+            scores = self.validator.score(self.network)
             improved = self.validator.add(self.iteration, scores.main[1])
             if log is not None:
                 pictures = ()
@@ -372,8 +404,10 @@ class _Run:
             # The loss was finite, but its gradient need not have been.
             if not value.isfinite().all():
                 raise self._diverged(f"{name} is not finite after iteration {self.iteration}")
+        self.processes.places.at(f"checkpoint of iteration {self.iteration}")
         if self.fabric.is_global_zero:
             save_checkpoint(self._checkpoint(), self.path, earlier=self.previous_path)
+        self.processes.places.at(f"iteration {self.iteration}")
         self.fabric.barrier()
         self.saved = self.iteration
 
@@ -423,30 +457,6 @@ class _Losses(nn.Module):
                 boxes included, where autocast knows better.)
         """
         return losses(self.model)
-
-
-@contextmanager
-def _stopping_signals() -> Iterator[list[int]]:
-    """Collects Ctrl-C and SIGTERM (of batch systems and torchrun), requests to stop.
-
-    The iteration under way is finished on every process, since half a step could not be resumed
-    exactly. A second Ctrl-C interrupts at once and leaves the last checkpoint.
-    """
-    received: list[int] = []
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        if received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    handlers = {}
-    if threading.current_thread() is threading.main_thread():  # signals belong to it
-        handlers = {n: signal.signal(n, ask) for n in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 def _require_fit(recipe: Recipe, layout: Layout, loop: LoopOptions) -> None:

@@ -9,12 +9,12 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
-from lightning.fabric import Fabric
 from PIL import Image
 from torch import nn
 
 from deformnet.engine.checkpoints import Validated
 from deformnet.engine.evaluation import score
+from deformnet.engine.processes import FabricProcesses
 from deformnet.engine.settings import LoopOptions
 from deformnet.tasks.base import DataIdentity, EvaluationSet, Scores, Task
 from deformnet.tasks.own import Data
@@ -31,7 +31,7 @@ class Validator:
         images: images to validate on; None disables validation.
         loop: frequency of validations, and patience.
         total: last iteration of the run.
-        workers: number of processes that load images.
+        processes: the processes of the run.
         validated: outcome of earlier validations.
     Attributes:
         pictures: function that draws predictions; draws none by default.
@@ -44,10 +44,10 @@ class Validator:
         images: EvaluationSet | None,
         loop: LoopOptions,
         total: int,
-        workers: int,
+        processes: FabricProcesses,
         validated: Validated | None = None,
     ) -> None:
-        self._images, self._workers = images, workers
+        self._images, self._processes = images, processes
         self._patience, self._total = loop.patience, total
         every = loop.validate_every
         self._every = math.ceil(total / 10) if every == "auto" else every
@@ -75,11 +75,15 @@ class Validator:
         """Whether patience has run out."""
         return self._patience is not None and self.validated["waited"] >= self._patience
 
-    def score(self, fabric: Fabric, model: nn.Module) -> Scores:
-        """Evaluates a network; all processes must call this method."""
+    def score(self, model: nn.Module) -> Scores:
+        """Evaluates a network; all processes must call this method.
+
+        Raises:
+            StopRequested: if they are asked to stop.
+        """
         assert self._images is not None
         # On a copy, so that inference does not affect the network and caches used in training.
-        return score(fabric, copy.deepcopy(model), self._images, self._workers, progress=False)
+        return score(self._processes, copy.deepcopy(model), self._images, progress=False)
 
     def add(self, iteration: int, value: float | None) -> bool:
         """Records the main score of an iteration; returns whether it is the best so far."""

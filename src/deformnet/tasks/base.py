@@ -25,6 +25,7 @@ from deformnet._text import Table
 from deformnet.data.files import listing
 from deformnet.data.location import DataFiles, Location
 from deformnet.data.splits import resolve
+from deformnet.data.workers import TIMEOUT
 from deformnet.recipes import Recipe, ScoreAt, TestTimeAugmentation
 from deformnet.tasks.annotations import AnnotatedImages, Images, names_of
 from deformnet.tasks.own import Data, place
@@ -85,10 +86,16 @@ class Processes:
     """Show a progress bar, in the first process."""
     rank: int = 0
     count: int = 1
+    timeout: float = TIMEOUT
+    """Seconds to wait for a process that loads images."""
 
     def gather(self, value: _T, /) -> list[_T]:
         """Picklable values (tensors on the CPU) of all processes by rank, in every process."""
         return [value]
+
+    def stopping(self) -> bool:
+        """Whether this process has been asked to stop; then `gather` ends the evaluation."""
+        return False
 
 
 class Batch(Protocol):

@@ -1,18 +1,16 @@
 """The images of an evaluation, shared among processes and loaded by workers."""
 
-import os
-import signal
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol, TypeVar
+from contextlib import closing
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from deformnet._errors import UserError
+from deformnet.data.workers import loaded
 from deformnet.tasks.base import Processes
 
 _MOST_PIXELS = 10**9
@@ -29,7 +27,7 @@ class Samples(Protocol[_S_co]):
     def __getitem__(self, index: int, /) -> _S_co: ...
 
 
-class _Numbered(Dataset[tuple[int, _S_co]]):
+class _Numbered(Generic[_S_co]):
     def __init__(self, samples: Samples[_S_co]) -> None:
         self.samples = samples
 
@@ -38,17 +36,24 @@ class _Numbered(Dataset[tuple[int, _S_co]]):
 
 
 def shared(samples: Samples[_S_co], processes: Processes) -> Iterator[tuple[int, _S_co]]:
-    """The samples that fall to this process, each with its index."""
-    loader = DataLoader(
+    """The samples that fall to this process, each with its index.
+
+    They end early if the processes are asked to stop; `Processes.gather` then raises.
+    """
+    keys = range(processes.rank, len(samples), processes.count)
+    source = loaded(
         _Numbered(samples),
-        sampler=range(processes.rank, len(samples), processes.count),
-        batch_size=None,
-        num_workers=processes.workers,
-        worker_init_fn=ignore_interrupts,
-        pin_memory=processes.device.type == "cuda",
+        keys,
+        workers=processes.workers,
+        what="image {}".format,
+        pin=processes.device.type == "cuda",
+        timeout=processes.timeout,
+        stopping=processes.stopping,
     )
     hidden = not processes.progress or processes.rank > 0
-    return iter(tqdm(loader, desc="evaluation", disable=True if hidden else None))
+    bar = tqdm(source, desc="evaluation", total=len(keys), disable=True if hidden else None)
+    with closing(source):
+        yield from bar
 
 
 def predictions(
@@ -77,20 +82,3 @@ def pad(images: Tensor, height: int, width: int, padding: float = 0) -> Tensor:
     """Pads images [..., h, w] on the right and at the bottom."""
     h, w = images.shape[-2:]
     return F.pad(images, (0, width - w, 0, height - h), value=padding)
-
-
-def ignore_interrupts(worker: int) -> None:
-    """Makes a loader worker leave signals to the whole process group to the main process.
-
-    These are Ctrl-C, and SIGTERM of a batch system. SIGTERM from the main process ends the worker.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # Linux; elsewhere a handler does not know the sender
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_obey_the_main_process, daemon=True).start()
-
-
-def _obey_the_main_process() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)

