@@ -15,6 +15,7 @@ import stat
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,6 +26,9 @@ PARTIAL = ".partial"
 
 MAX_JSON_BYTES = 1 << 32
 """Larger JSON files raise an error; those of the largest data sets have 1 to 2 GB."""
+
+_CLOSED = "lost+found"
+"""Folder at the top of a file system, which only its administrator reads."""
 
 _NUMBERS = re.compile(r'\[\n *([^\[\]{}"]+?)\n *\]')
 """A list without strings, lists and objects in indented JSON."""
@@ -163,6 +167,47 @@ def require_file(path: Path) -> None:
         raise UserError(f"{path}: expected a file, but got a pipe or a device")
 
 
+def read_file(path: Path) -> bytes:
+    """The content of a file.
+
+    Raises:
+        UserError: if it is a pipe or a device.
+        OSError: if it cannot be read.
+    """
+    require_file(path)
+    with naming(path):
+        return path.read_bytes()
+
+
+def matching(folder: Path, pattern: str) -> Iterator[Path]:
+    """The paths below a folder that match a pattern such as `*.txt` or `*/labels/`, unsorted; a
+    folder that does not exist has none.
+
+    `Path.glob` takes a folder that cannot be read for an empty one.
+
+    Raises:
+        OSError: if a folder cannot be read.
+    """
+    name, inside, rest = pattern.partition("/")
+    if name == "**":
+        yield from matching(folder, rest)
+    for entry in _entries(folder):
+        path = folder / entry.name
+        if name == "**":
+            if entry.is_dir(follow_symlinks=False):
+                yield from matching(path, pattern)
+        elif fnmatchcase(entry.name, name) and (not inside or entry.is_dir()):
+            yield from matching(path, rest) if rest else (path,)
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    try:
+        with naming(folder), os.scandir(folder) as entries:
+            return [entry for entry in entries if entry.name != _CLOSED]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
 def read_json(path: Path, hook: Callable[[dict[str, object]], object] | None = None) -> Any:
     """Reads a JSON file.
 
@@ -176,9 +221,7 @@ def read_json(path: Path, hook: Callable[[dict[str, object]], object] | None = N
     if (size := path.stat().st_size) > MAX_JSON_BYTES:
         raise UserError(f"{path}: expected JSON of at most 4 GiB, but got {size >> 30} GiB")
     try:
-        with naming(path):
-            text = path.read_text(encoding="utf-8-sig")
-        return parse_json(text, hook)
+        return parse_json(read_file(path).decode("utf-8-sig"), hook)
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not readable as JSON ({error})") from error
     except UserError as error:
@@ -217,10 +260,8 @@ def read_lines(path: Path) -> list[str]:
     Raises:
         UserError: if the file is not UTF-8 text, or a pipe or a device.
     """
-    require_file(path)
     try:
-        with naming(path):
-            text = path.read_text(encoding="utf-8-sig")
+        text = read_file(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: expected UTF-8 text") from error
     return [stripped for line in text.splitlines() if (stripped := line.strip())]

@@ -7,6 +7,7 @@ from typing import final
 
 from torchvision.datasets import Cityscapes
 
+from deformnet._files import matching
 from deformnet.data.base import IGNORE, LabeledImage, MaskFileDataset, SegmentationDataset
 from deformnet.data.files import Orientation, is_image, listing, require_folder
 from deformnet.data.items import LabelsItem
@@ -96,7 +97,7 @@ def _reader(root: Path) -> MaskReader:
     """Reader of the ids of Cityscapes, or of the ids in a class file."""
     content = find_class_file([root])
     if content is not None:
-        masks = sorted((root / "gtFine").glob(f"*/*/*{_LABELS}"))
+        masks = sorted(matching(root / "gtFine", f"*/*/*{_LABELS}"))
         return choose_reader(masks, content, file=content.file)
     table = bytearray([_UNKNOWN] * 256)
     for label, train_id in _TRAIN_ID.items():
@@ -114,7 +115,7 @@ def _reader(root: Path) -> MaskReader:
 
 def cityscapes_splits(root: Path) -> list[str]:
     """Splits with a folder of images."""
-    return sorted(path.name for path in (root / "leftImg8bit").glob("*") if path.is_dir())
+    return sorted(path.name for path in matching(root / "leftImg8bit", "*/"))
 
 
 def _find_images(root: Path, split: str, reader: MaskReader) -> ImageList:
@@ -123,8 +124,8 @@ def _find_images(root: Path, split: str, reader: MaskReader) -> ImageList:
     labels = root / "gtFine" / split
     images.classes, images.unit = reader.classes, "pixels"
     images.pair_item = partial(LabelsItem, reader=reader)
-    existing = set(labels.glob(f"*/*{_LABELS}"))
-    for image in sorted(filter(_is_image, images.source.glob("*/*"))):
+    existing = set(matching(labels, f"*/*{_LABELS}"))
+    for image in sorted(filter(_is_image, matching(images.source, "*/*"))):
         images.may_be_official |= image.parent.name in _CITIES.split()
         name = f"{image.parent.name}/{image.stem.removesuffix(_IMAGE)}{_LABELS}"
         path = labels / name
@@ -139,12 +140,14 @@ def _is_image(path: Path) -> bool:
 def _lists(place: DataFiles) -> Iterator[ImageList]:
     root = place.annotations
     reader = _reader(root)
-    folders = (path for kind in ("leftImg8bit", "gtFine") for path in (root / kind).glob("*"))
-    for split in sorted({path.name for path in folders if path.is_dir()}):
+    folders = (path for kind in ("leftImg8bit", "gtFine") for path in matching(root / kind, "*/"))
+    for split in sorted({path.name for path in folders}):
         images = _find_images(root, split, reader)
         labels = root / "gtFine" / split
         # A reader does not need the images of other label maps.
-        for path in sorted({*labels.glob(f"*/*{_LABELS}")} - {path for _, path in images.pairs}):
+        for path in sorted(
+            {*matching(labels, f"*/*{_LABELS}")} - {path for _, path in images.pairs}
+        ):
             name = f"{path.parent.name}/{path.name.removesuffix(_LABELS)}{_IMAGE}.png"
             images.add(Missing("images", (str(images.source),), name), path)
         if not images.entries:

@@ -10,7 +10,7 @@ from typing import NamedTuple, Self, TypeGuard, final
 import torch
 
 from deformnet._errors import UserError
-from deformnet._files import read_json
+from deformnet._files import matching, read_json
 from deformnet.data.boxes import DetectionDataset, ImageFile, ObjectList
 from deformnet.data.files import (
     Folder,
@@ -186,8 +186,8 @@ def _files_apart(path: Path) -> list[Path]:
 def _official_files(root: Path) -> list[Path]:
     """Files with COCO's names; if two have the same split, the one with annotations."""
     folder = root / "annotations"
-    info = sorted(folder.glob(f"{_IMAGE_INFO}*.json"))
-    instances = sorted(folder.glob(f"{_INSTANCES}*.json"))
+    info = sorted(matching(folder, f"{_IMAGE_INFO}*.json"))
+    instances = sorted(matching(folder, f"{_INSTANCES}*.json"))
     known = {_rest(path) for path in instances}
     return [*instances, *(path for path in info if _rest(path) not in known)]
 
@@ -208,7 +208,7 @@ def _all_files(root: Path) -> list[Path]:
 
 def _coco_files(folder: Path) -> list[Path]:
     """COCO files directly in a folder; if there are many, only the first are inspected."""
-    paths = sorted(path for path in folder.glob("*.json") if not path.name.startswith("."))
+    paths = sorted(path for path in matching(folder, "*.json") if not path.name.startswith("."))
     if len(paths) > _FEW and not any(map(is_coco, paths[:_PEEKED])):
         return []
     return [path for path in paths if not path.name.startswith(_OTHERS) and is_coco(path)]

@@ -11,7 +11,7 @@ from typing import Literal
 from tqdm import tqdm
 
 from deformnet._errors import UserError
-from deformnet._files import naming, write_file
+from deformnet._files import naming, read_file, write_file
 from deformnet.data.base import SegmentationDataset
 from deformnet.data.boxes import DetectionDataset
 from deformnet.data.files import listing, require_folder
@@ -102,9 +102,7 @@ def convert(
             if hard_links:
                 os.link(image.path.resolve(), target)
             else:
-                with naming(image.path):
-                    data = image.path.read_bytes()
-                write_file(target, data, durable=False)
+                write_file(target, read_file(image.path), durable=False)
             writer.add(image)
         writer.finish()
     splits = {**content.mask_splits, **content.splits}

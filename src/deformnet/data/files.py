@@ -44,6 +44,8 @@ _FORMATS_TEXT = "JPEG, PNG, BMP, TIFF, WebP, GIF or PPM"
 
 _ENDS_EARLY = "not a readable image (the data of the last rows is missing)"
 
+_LARGE = 1 << 20  # bytes that are allocated before it is known whether they exist
+
 # What Pillow raises on broken bytes, found by truncating and flipping bytes of JPEG and PNG files.
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, zlib.error, struct.error)
 
@@ -353,6 +355,14 @@ def _codes(pixels: np.ndarray) -> np.ndarray:
     return red << 16 | green << 8 | blue
 
 
+class _File(io.BufferedReader):
+    """A file that allocates no more than it has: a damaged PNG can announce gigabytes."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        announced = size is not None and size > _LARGE
+        return super().read(os.fstat(self.fileno()).st_size if announced else size)
+
+
 @contextmanager
 def _opened(path: str | Path) -> Iterator[tuple[IO[bytes], Image.Image]]:
     """Opens an image and reads its header. Errors in the block get the name of the file."""
@@ -360,7 +370,7 @@ def _opened(path: str | Path) -> Iterator[tuple[IO[bytes], Image.Image]]:
     require_file(path)
     with (
         naming(path),
-        path.open("rb") as file,
+        _File(io.FileIO(path)) as file,
         _decoding(file, str(path), _FORMATS) as image,
     ):
         yield file, image

@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from deformnet._errors import UserError
-from deformnet._files import read_json, read_lines
+from deformnet._files import matching, read_json, read_lines
 from deformnet.data.base import IGNORE, LabeledImage, SegmentationDataset
 from deformnet.data.boxes import DetectionDataset, ImageFile, ObjectList
 from deformnet.data.files import (
@@ -344,7 +344,7 @@ def _splits(place: DataFiles) -> dict[str, Path]:
     for base in places:
         if has_shapes(base):
             splits.setdefault("train", base)
-        for folder in sorted(base.glob("*/")):
+        for folder in sorted(matching(base, "*/")):
             own = folder.name.startswith(".") or folder.name in _JSON_FOLDERS
             below = [folder, *(folder / name for name in _JSON_FOLDERS)]
             found = None if own else next(filter(has_shapes, below), None)
@@ -359,7 +359,7 @@ def has_shapes(folder: Path) -> bool:
 
 
 def _json_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("*.json") if not path.name.startswith("."))
+    return sorted(path for path in matching(folder, "*.json") if not path.name.startswith("."))
 
 
 def _is_labelme(path: Path) -> bool:

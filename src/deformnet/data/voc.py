@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Generic, NamedTuple, Protocol, TypeVar, final
 
 from deformnet._errors import UserError
-from deformnet._files import read_lines
+from deformnet._files import matching, read_lines
 from deformnet.data import voc_files
 from deformnet.data.base import LabeledImage, MaskFileDataset, SegmentationDataset
 from deformnet.data.boxes import DetectionDataset, ImageFile, ObjectList
@@ -230,7 +230,7 @@ def _mask_classes(year: Path) -> _MaskClasses:
     masks = [
         path
         for folder in ("SegmentationClass", "SegmentationClassAug")
-        for path in sorted((year / folder).glob("*.*"))
+        for path in sorted(matching(year / folder, "*.*"))
     ]
     file = places[-1] / "classes.txt" if content is None else content.file
     reader = choose_reader(masks, content, file=file, default=VOC_CLASSES)

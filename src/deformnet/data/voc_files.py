@@ -10,7 +10,7 @@ from xml.etree.ElementTree import Element
 import numpy as np
 
 from deformnet._errors import UserError
-from deformnet._files import read_lines
+from deformnet._files import matching, naming, read_file, read_lines
 from deformnet.data.files import listing, require_folder
 from deformnet.data.splits import split_parts
 
@@ -36,7 +36,7 @@ def voc_years(root: Path) -> list[Path]:
     if (root / "ImageSets").is_dir():
         return [root]
     for devkit in (root, root / "VOCdevkit"):
-        years = sorted(path.parent for path in devkit.glob("VOC*/ImageSets"))
+        years = sorted(path.parent for path in matching(devkit, "VOC*/ImageSets"))
         if years:
             return years
     return []
@@ -78,14 +78,15 @@ def _is_of_one_class(year: Path, name: str, names: Sequence[str]) -> bool:
     ends = ("_".join(parts[i:]) for i in range(1, len(parts)))
     if not any(end in names for end in ends):
         return False
-    with (year / f"ImageSets/Main/{name}.txt").open(errors="replace") as file:
+    path = year / f"ImageSets/Main/{name}.txt"
+    with naming(path), path.open(errors="replace") as file:
         lines = [line for line in islice(file, 3) if line.strip()]
     return all(line.split()[-1] in ("1", "0", "-1") and " " in line.strip() for line in lines)
 
 
 def list_names(year: Path, kind: str) -> list[str]:
     """Names of all lists in a folder of `ImageSets`."""
-    return sorted(path.stem for path in (year / "ImageSets" / kind).glob("*.txt"))
+    return sorted(path.stem for path in matching(year / "ImageSets" / kind, "*.txt"))
 
 
 def find_lists(root: Path, split: str) -> list[tuple[Path, str]]:
@@ -153,7 +154,7 @@ def read_box_classes(year: Path) -> ClassList:
     place = class_folders(year)[-1]
     beside = voc_years(year.absolute().parent)
     years = beside if year.absolute() in beside else [year]
-    names = object_names(path for it in years for path in (it / "Annotations").rglob("*.xml"))
+    names = object_names(path for it in years for path in matching(it / "Annotations", "**/*.xml"))
     classes = VOC_CLASSES[1:]
     if not set(names) <= set(classes):
         classes = tuple(names)
@@ -213,9 +214,7 @@ def parse_annotation(path: Path) -> Element:
         UserError: if the file is not XML, or another kind of XML; or if it has a DOCTYPE, in which
             a few bytes can declare gigabytes of text.
     """
-    if path.exists() and not path.is_file():  # reading a named pipe would block
-        raise UserError(f"{path}: expected an XML file, but got a folder, a pipe or a device")
-    content = path.read_bytes()
+    content = read_file(path)
     # Zeros: of UTF-16, in which the letters are not next to each other.
     suspicious = b"<!DOCTYPE" in content or b"\0" in content
     try:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple, final
 
 from deformnet._errors import UserError
+from deformnet._files import naming
 from deformnet.data import voc_files
 from deformnet.data.boxes import DetectionDataset, ImageFile, ObjectList
 from deformnet.data.files import (
@@ -187,7 +188,7 @@ def _is_voc(path: Path) -> bool:
     """Whether a file looks like a VOC annotation, or is damaged."""
     if not path.is_file():
         return False
-    with path.open("rb") as file:
+    with naming(path), path.open("rb") as file:
         start = file.read(4096)
     # CVAT's own files have <annotations>.
     return re.search(rb"<annotation[\s>]", start) is not None or b"\0" in start

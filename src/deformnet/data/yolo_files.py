@@ -9,8 +9,8 @@ import numpy as np
 import yaml
 
 from deformnet._errors import UserError
-from deformnet._files import read_lines
-from deformnet.data.files import Folder, has_images, is_image, listing
+from deformnet._files import matching, read_file, read_lines
+from deformnet.data.files import Folder, has_images, is_image, listing, subfolders
 from deformnet.data.layouts import Missing
 
 FILES = "data.yaml, or images/ and labels/*.txt"
@@ -160,7 +160,7 @@ def names_classes(root: Path) -> bool:
 
 def _names_file(root: Path) -> Path | None:
     """The first file with class names: in `root`, next to the labels, or in a split."""
-    places = [root, root / "labels", *sorted(p for p in root.glob("*/labels") if p.is_dir())]
+    places = [root, root / "labels", *sorted(matching(root, "*/labels/"))]
     places += [root / name for name in _SPLITS]
     return next(
         (place / name for place in places for name in _NAMES if (place / name).is_file()), None
@@ -206,10 +206,11 @@ def has_labels(root: Path) -> bool:
     if path is not None and any(config.get(key) for key in _SPLITS):
         return True
     # Label files in a label folder, or next to images if there is a file with class names.
-    places = [root / "labels", *(root / "labels").glob("*/"), *root.glob("*/labels/")]
-    if any(is_label(path) for place in places for path in islice(place.glob("*.txt"), _PEEKED)):
+    places = [root / "labels", *matching(root / "labels", "*/"), *matching(root, "*/labels/")]
+    texts = (path for place in places for path in islice(matching(place, "*.txt"), _PEEKED))
+    if any(map(is_label, texts)):
         return True
-    return _names_file(root) is not None and any(map(_has_pairs, (root, *root.glob("*/"))))
+    return _names_file(root) is not None and any(map(_has_pairs, (root, *matching(root, "*/"))))
 
 
 def is_label(path: Path) -> bool:
@@ -219,7 +220,7 @@ def is_label(path: Path) -> bool:
 
 def _has_pairs(folder: Path) -> bool:
     """Whether one of the first images of a folder has a text file next to it."""
-    images = islice((path for path in folder.glob("*.*") if is_image(path.name)), _PEEKED)
+    images = islice((path for path in matching(folder, "*.*") if is_image(path.name)), _PEEKED)
     return any(path.with_suffix(".txt").is_file() for path in images)
 
 
@@ -264,9 +265,9 @@ def _folders_of_images(root: Path) -> dict[str, list[Path]]:
     lists = [root / f"{name}.txt" for name in _SPLITS]
     if any(path.is_file() for path in lists) and (root / "obj.names").is_file():
         return {path.stem: [path] for path in lists if path.is_file()}
-    folders = [path for path in sorted(root.glob("*/")) if not path.name.startswith(".")]
+    folders = subfolders(root)
     images = root / "images"
-    below = [path for path in sorted(images.glob("*/")) if path.name.startswith(_SPLIT_NAMES)]
+    below = [path for path in sorted(matching(images, "*/")) if path.name.startswith(_SPLIT_NAMES)]
     return (
         {path.name: [path] for path in below if has_images(path)}
         or {path.name: [path / "images"] for path in folders if (path / "images").is_dir()}
@@ -327,9 +328,10 @@ def _read_config(root: Path) -> tuple[Path | None, Config]:
         UserError: if a file named data.yaml does not describe a data set.
     """
     for path in (root / name for name in _YAML):
-        if path.is_file():
+        if path.exists() and not path.is_dir():
             return path, _read_yaml(path)
-    for path in sorted([*root.glob("*.yaml"), *root.glob("*.yml"), *root.glob("*.data")]):
+    ends = "yaml", "yml", "data"
+    for path in sorted(path for end in ends for path in matching(root, f"*.{end}")):
         try:
             config = _read_darknet(path) if path.suffix == ".data" else _read_yaml(path)
         except (UserError, OSError):
@@ -351,7 +353,7 @@ def _read_yaml(path: Path) -> Config:
         raise UserError(f"{path}: expected a description of a data set, but got a file over 4 MB")
     try:
         # Without type conversion: a class may be named `no` or `1e3`.
-        content = yaml.load(path.read_text(encoding="utf-8-sig"), Loader=yaml.BaseLoader)
+        content = yaml.load(read_file(path).decode("utf-8-sig"), Loader=yaml.BaseLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         text = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{path}: not readable as YAML ({text})") from error

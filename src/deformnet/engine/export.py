@@ -15,7 +15,7 @@ from pathlib import Path
 from torch import Tensor
 
 from deformnet._errors import UserError
-from deformnet._files import read_json, replacing, to_json, write_file
+from deformnet._files import matching, read_json, replacing, to_json, write_file
 from deformnet.engine.runs import card_path, describe, load_run, versions
 from deformnet.models._tensors import pack
 from deformnet.models.backbones.weights import EXPORTED
@@ -46,9 +46,7 @@ def export_run(run: str | Path, out: str | Path) -> Path:
     if run.is_file():
         raise UserError(f"{run}: expected a run folder, but got a file")
     recipe, model, data = load_run(run)
-    # `glob` would take a folder that cannot be read for an empty one.
-    files = sorted(path for path in run.iterdir() if path.match("metrics*.json"))
-    metrics = {path.name: _scores(path) for path in files}
+    metrics = {path.name: _scores(path) for path in sorted(matching(run, "metrics*.json"))}
     content = pack(model.state_dict(), {"format": "pt", EXPORTED: recipe.network})
     card = {
         "weights": out.name,

@@ -14,7 +14,7 @@ from PIL import Image
 from torch.utils.tensorboard.writer import SummaryWriter
 from tqdm import tqdm
 
-from deformnet._files import naming, write_file
+from deformnet._files import naming, read_file, write_file
 
 logger = logging.getLogger("deformnet")
 """Receives progress messages of a run, which the command line prints."""
@@ -183,6 +183,6 @@ def read_log(path: Path) -> list[dict[str, str]]:
     """The rows of a metrics.csv, without a last one that a crash cut short."""
     if not path.is_file():
         return []
-    text = path.read_text(encoding="utf-8")
+    text = read_file(path).decode()
     whole = text[: text.rfind("\n") + 1]
     return list(csv.DictReader(io.StringIO(whole)))

@@ -19,7 +19,7 @@ import numpy as np
 from torch import Tensor
 
 from deformnet._errors import UserError
-from deformnet._files import naming, parse_json, read_lines, replacing, require_file
+from deformnet._files import matching, naming, parse_json, read_lines, replacing, require_file
 
 
 class Record(NamedTuple):
@@ -209,7 +209,7 @@ def _fields(file: Path, line: str, form: str) -> tuple[str, list[float]]:
 
 
 def _text_files(folder: Path) -> list[Path]:
-    files = sorted(folder.glob("*.txt"))
+    files = sorted(matching(folder, "*.txt"))
     if not files:
         raise FileNotFoundError(f"{folder}: no .txt file in this folder")
     return files

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TypedDict
 
 from deformnet._errors import UserError
-from deformnet._files import write_json
+from deformnet._files import naming, write_json
 from deformnet.engine import Hardware, LoopOptions, evaluate, is_first_process, propose, train
 from deformnet.engine.runs import checkpoint_path, iterations_done
 from deformnet.paper.rows import Row, find_rows, proposal_recipe
@@ -155,7 +155,8 @@ def _initialized(row: Row, out: Path, init: str | None) -> Recipe:
 def _proposals(row: Row, rpn: Path, data: Path, out: Path, split: str, hardware: Hardware) -> Path:
     """Return the proposal file of a split, from the run of an RPN that all rows share."""
     # An RPN that is trained anew gives other boxes.
-    with checkpoint_path(rpn).open("rb") as file:
+    trained = checkpoint_path(rpn)
+    with naming(trained), trained.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()[:8]
     path = out / f"proposals/{row.data.key}-{split.replace('/', '_')}-{digest}.safetensors"
     if not path.is_file():

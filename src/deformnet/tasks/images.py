@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from deformnet._errors import UserError
+from deformnet._files import matching
 from deformnet.data.files import read_image, to_rgb
 from deformnet.tasks.video import VIDEO_SUFFIXES, require_reader
 
@@ -133,7 +134,7 @@ def _expanded(path: Path, videos: bool, apart_from: Path | None) -> list[tuple[s
     if path.exists() or not has_magic(str(path)):
         return [(path.name, path)]
     fixed = next(parent for parent in path.parents if not has_magic(str(parent)))
-    found = fixed.glob(str(path.relative_to(fixed)))
+    found = matching(fixed, path.relative_to(fixed).as_posix())
     matches = sorted(
         file
         for file in found

@@ -7,7 +7,7 @@ from typing import get_args
 import numpy as np
 
 from deformnet._errors import UserError
-from deformnet._files import read_json
+from deformnet._files import matching, read_json
 from deformnet.data.boxes import DetectionDataset
 from deformnet.data.coco import COCODetection
 from deformnet.data.opening import detection_splits, open_detection
@@ -115,7 +115,7 @@ def _open(data: Path, split: str | None, ious: Sequence[float]) -> GroundTruthSe
         try:
             splits = detection_splits(data)
         except FileNotFoundError:
-            if not any(data.glob("*.txt")):
+            if not any(matching(data, "*.txt")):
                 raise
         else:
             if split is None:

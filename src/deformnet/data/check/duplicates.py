@@ -7,6 +7,7 @@ from functools import cache
 from itertools import combinations
 from pathlib import Path
 
+from deformnet._files import naming
 from deformnet.data.files import listing
 from deformnet.data.items import files_of
 from deformnet.data.layouts import ImageList
@@ -33,7 +34,7 @@ def fingerprint(file: Path) -> int:
     """The size of a file and a checksum of bytes in its middle, since photos of the same camera
     have equal headers."""
     size = file.stat().st_size
-    with file.open("rb") as content:
+    with naming(file), file.open("rb") as content:
         content.seek(max(size - _PEEKED, 0) // 2)
         return size << 32 | zlib.crc32(content.read(_PEEKED))
 
