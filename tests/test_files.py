@@ -16,6 +16,7 @@ from PIL import Image
 
 from deformnet import UserError
 from deformnet._files import (
+    matching,
     naming,
     parse_json,
     read_json,
@@ -188,6 +189,43 @@ def test_the_file_is_named_where_the_system_does_not(tmp_path):
     with pytest.raises(OSError, match="No space") as error, naming(tmp_path / "a"):
         raise OSError(28, "No space left on device")
     assert error.value.filename == str(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    "pattern", ["*", "*.txt", "*/", "*/labels/", "*/labels", "V*/a.txt", "**/*.txt", "*/**/a*"]
+)
+def test_what_matches_is_what_glob_finds(pattern, tmp_path):
+    for name in ("a.txt", "b.TXT", "x/labels/a.txt", "y/labels", "V7/a.txt", ".h/.a.txt", "V.txt/"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).mkdir() if name.endswith("/") else (tmp_path / name).touch()
+    (tmp_path / "link").symlink_to(tmp_path / "x")
+    (tmp_path / "broken").symlink_to(tmp_path / "missing")
+    found = sorted(matching(tmp_path, pattern))
+    assert found == sorted(tmp_path.glob(pattern))
+    assert found
+    assert not list(matching(tmp_path / "missing", pattern))
+    assert not list(matching(tmp_path / "a.txt", pattern))
+
+
+def test_a_folder_that_cannot_be_listed_is_not_empty(tmp_path, monkeypatch):
+    (tmp_path / "closed").mkdir()
+    scandir = os.scandir
+
+    def checked(path):
+        if path == tmp_path / "closed":
+            raise OSError(5, "Input/output error")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", checked)
+    for pattern in ("*/*.txt", "**/*.txt"):
+        with pytest.raises(OSError, match="Input/output") as error:
+            list(matching(tmp_path, pattern))
+        assert error.value.filename == str(tmp_path / "closed")
+
+
+def test_lost_and_found_of_a_disk(tmp_path):
+    (tmp_path / "lost+found/labels").mkdir(parents=True)
+    assert not list(matching(tmp_path, "*/"))
 
 
 def test_an_input_is_not_overwritten(tmp_path):

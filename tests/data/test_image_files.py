@@ -3,6 +3,7 @@
 import json
 import os
 import struct
+import tracemalloc
 import zlib
 from contextlib import suppress
 from pathlib import Path
@@ -263,6 +264,34 @@ def test_small_file_with_too_many_pixels(tmp_path):
 def test_bound_does_not_depend_on_pillow(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     test_small_file_with_too_many_pixels(tmp_path)
+
+
+def test_small_file_that_announces_gigabytes(tmp_path):
+    content = bytearray(png(10, 10, 10))
+    place = content.index(b"IDAT") - 4
+    content[place : place + 4] = struct.pack(">I", 2**31 - 1)
+    (tmp_path / "a.png").write_bytes(content)
+    tracemalloc.start()
+    try:
+        with one_line(UserError, tmp_path / "a.png", "not a readable image"):
+            read_image(tmp_path / "a.png")
+        assert tracemalloc.get_traced_memory()[1] < 1 << 24
+    finally:
+        tracemalloc.stop()
+
+
+def test_failing_disk(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(5, "Input/output error")
+
+    save_image(tmp_path / "a.png")
+    (tmp_path / "a.json").write_text("[]")
+    monkeypatch.setattr("deformnet.data.files._File.read", fail)
+    monkeypatch.setattr("pathlib.Path.read_bytes", fail)
+    for name, read in (("a.png", read_image), ("a.png", read_size), ("a.json", read_json)):
+        with pytest.raises(OSError, match="Input/output") as error:
+            read(tmp_path / name)
+        assert error.value.filename == str(tmp_path / name)
 
 
 def test_pipe(tmp_path):

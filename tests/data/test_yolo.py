@@ -280,6 +280,9 @@ def test_pipes_and_links_in_a_circle(one):
     write(one, {"labels/b.txt": BOX, "images/b.jpg": ""})
     with one_line(ValueError, one / "labels/a.txt", "expected a label file"):
         open_detection(one, "train")
+    os.mkfifo(one / "data.yaml")
+    with one_line(ValueError, one / "data.yaml", "got a pipe"):
+        open_detection(one, "train")
 
 
 def test_many_images_in_workers(tmp_path):

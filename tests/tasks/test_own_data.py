@@ -306,3 +306,11 @@ def test_pil_images_keep_the_orientation_of_their_boxes():
     photo.getexif()[0x0112] = 6
     images = training_set("boxes", Own([(photo, boxes())]), flip=False, short_side=40)
     assert images.batch([0], [0]).images.shape[-2:] == (40, 60)
+
+
+@pytest.mark.parametrize("kind", RECIPES)
+def test_too_many_classes(kind):
+    data = own(kind)
+    data.classes = tuple(map(str, range(30_001)))
+    with pytest.raises(UserError, match=r"Own: expected at most 30000 classes, but got 30001$"):
+        training_set(kind, data)

@@ -18,6 +18,7 @@ from deformnet.recipes import (
     TestTimeAugmentation,
 )
 from deformnet.tasks import DataIdentity, Processes, TaskOptions, task_of
+from deformnet.tasks.loading import stack
 
 SMALL = {"backbone": "resnet18", "batch": 2, "short_side": 48, "max_side": 80}
 DETECTOR = SMALL | {"anchor_sizes": (16, 32), "proposals": 10}
@@ -215,3 +216,11 @@ def test_label_maps_without_a_class_are_not_trained_on(tmp_path):
     task = task_of(RECIPES[0])
     with pytest.raises(UserError, match=r"split train, but all pixels .* are void .*classes\.txt"):
         task.training_set(tmp_path, "train")
+
+
+def test_batches_of_bounded_size():
+    """Two strips are small, and their padding is not."""
+    strips = [torch.zeros(1).expand(3, *size) for size in ((40_000, 1), (1, 40_000))]
+    with pytest.raises(UserError, match="expected a batch of at most 1000 million pixels, but got"):
+        stack(strips)
+    assert stack([strip[:, :4, :4] for strip in strips]).shape == (2, 3, 4, 4)

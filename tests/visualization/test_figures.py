@@ -29,6 +29,7 @@ from deformnet.visualization import (
     ReceptiveFieldMap,
     SampledUnit,
     bins_figure,
+    canvas,
     contact_sheet_figure,
     dilation_cell,
     dilation_figure,
@@ -372,3 +373,9 @@ def test_invalid_arguments_are_rejected(draw, message):
 
 def batch_of_points():
     return torch.zeros(1, 9, 2), torch.ones(1, 9, dtype=torch.bool)
+
+
+def test_strips_make_figures_of_bounded_height():
+    strip = torch.zeros(1, dtype=torch.uint8).expand(3, 20_000, 1)
+    assert canvas.aspect([an_image(), strip]) == 8
+    assert canvas.aspect([an_image()]) == HEIGHT / WIDTH
