@@ -45,7 +45,7 @@ import torch
 from torch import Tensor, nn
 
 from deformnet._errors import UserError
-from deformnet._files import read_json, remove_partial, replacing
+from deformnet._files import naming, read_json, remove_partial, replacing
 from deformnet.engine.checkpoints import Checkpoint, Description, checked
 from deformnet.models import _tensors
 from deformnet.models.backbones.weights import misfit
@@ -127,9 +127,10 @@ def locked(run: Path) -> Iterator[None]:
                 f"{run}: expected a run folder that is not in use, but process {file.read()} "
                 "writes to it; wait for that run to end, or choose another folder"
             ) from error
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+        with naming(run / ".lock"):
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
         remove_partial(run / "checkpoints")  # of a process that was killed
         yield
 
