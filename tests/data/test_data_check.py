@@ -520,6 +520,18 @@ def test_record_with_a_partial_line(voc, tmp_path):
     assert check(voc, record=record).remembered == 6
 
 
+def test_record_on_a_full_disk(voc, tmp_path, monkeypatch):
+    record, usual = tmp_path / "record", Path.open
+
+    def opened(path, *mode, **options):
+        return usual(Path("/dev/full") if path == record else path, *mode, **options)
+
+    monkeypatch.setattr(Path, "open", opened)
+    with pytest.raises(OSError, match="No space") as error:
+        check(voc, record=record)
+    assert error.value.filename == str(record)
+
+
 def test_paths_of_record_and_report(voc, tmp_path, cache):
     report = check(voc, record=tmp_path / "x/record", report=tmp_path / "y/report.txt")
     assert report.file == tmp_path / "y/report.txt"

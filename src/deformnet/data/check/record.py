@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from deformnet._errors import UserError
-from deformnet._files import parse_json
+from deformnet._files import naming, parse_json, read_file
 from deformnet.data.items import Fault, Item, files_of
 
 
@@ -33,11 +33,11 @@ class Record:
         Raises:
             UserError: if another file has this name.
         """
-        self._root = f"{root}{os.sep}"
+        self._path, self._root = path, f"{root}{os.sep}"
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and not path.is_file():
             raise UserError(f"{path}: expected a regular file for the record, but got another kind")
-        text = path.read_text(encoding="ascii", errors="replace") if path.is_file() else ""
+        text = read_file(path).decode("ascii", errors="replace") if path.exists() else ""
         if text and not text.startswith('["'):
             raise UserError(
                 f"{path}: expected a new file or the record of an earlier check, but got another "
@@ -76,8 +76,10 @@ class Record:
         """Records a valid item."""
         content = json.dumps([list(result.counts.items()), result.is_rotated, result.fingerprint])
         # Flushed at once, so that the data survives if the process is killed.
-        self._file.write(f"{key}\t{content}\n")
-        self._file.flush()
+        with naming(self._path):
+            self._file.write(f"{key}\t{content}\n")
+            self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        with naming(self._path):  # writes again what could not be written
+            self._file.close()
