@@ -15,7 +15,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from multiprocessing.process import BaseProcess
@@ -61,7 +61,7 @@ def loaded(
     pin: bool = False,
     timeout: float = TIMEOUT,
     stopping: Callable[[], bool] = lambda: False,
-) -> Iterator[_T]:
+) -> Generator[_T, None, None]:
     """Loads items in the order of their keys.
 
     Args:
@@ -117,12 +117,12 @@ def loaded(
 
 
 def _wait(
-    ready: "queue.Queue[_T]",
+    ready: "queue.Queue[tuple[Any, BaseException | None]]",
     what: str,
     worker: BaseProcess,
     timeout: float,
     stopping: Callable[[], bool],
-) -> _T | tuple[None, None]:
+) -> tuple[Any, BaseException | None]:
     """Waits for an item of a worker, or until it is time to stop."""
     start, due = time.monotonic(), PATIENCE
     while not stopping():
@@ -223,10 +223,10 @@ def _begin(worker: int) -> None:
     """
     ForkingPickler.register(torch.UntypedStorage, _shared)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    main = multiprocessing.parent_process()
+    main, parent = multiprocessing.parent_process(), os.getppid()
     # Linux, forked; elsewhere a handler does not know the sender.
-    if hasattr(signal, "sigwaitinfo") and main is not None and main.pid == os.getppid():
-        end_with_parent(main.pid)
+    if hasattr(signal, "sigwaitinfo") and main is not None and main.pid == parent:
+        end_with_parent(parent)
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_obey_the_main_process, daemon=True).start()
 

@@ -227,7 +227,7 @@ def _is_dtype(name: object) -> bool:
     return isinstance(getattr(torch, str(name).removeprefix("torch "), None), torch.dtype)
 
 
-def _compared_with_card(path: Path, file: IO[bytes]) -> bool:
+def _compared_with_card(path: Path, file: io.BufferedReader) -> bool:
     """Whether there is a card, whose sha256 is then that of the file.
 
     Raises:

@@ -65,7 +65,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         if isinstance(state, Mapping):
             kind = f"a dict with keys {', '.join(map(repr, list(state)[:3]))}"
         raise UserError(f"{path}: expected a state dict, but got {kind}")
-    if "meta" in content and any(".conv_offset." in key for key in state):
+    is_of_mmdetection = isinstance(content, Mapping) and "meta" in content
+    if is_of_mmdetection and any(".conv_offset." in key for key in state):
         # For the same weights, mmdetection's masks are half as large.
         raise UserError(
             f"{path}: expected a backbone's weights, but got a checkpoint of mmdetection with "
