@@ -68,7 +68,7 @@ def test_invalid_detector_settings_raise(fields, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "not a JSON file"),
+        ("{", "not readable as JSON"),
         ("[1]", "expected a recipe, a JSON object, but got list"),
         ('{"deth": 18}', "but got 'deth'"),
         ("{}", "but got None"),
@@ -87,8 +87,8 @@ def test_invalid_detector_settings_raise(fields, message):
         ('{"flip": 1}', "expected flip to be bool, but got 1"),
         ('{"crop": [3]}', "expected crop to be "),
         ('{"lr": 0}', "expected lr to be positive, but got 0"),
-        ('{"lr": NaN}', "expected lr to be positive, but got nan"),
-        ('{"weight_decay": Infinity}', "expected weight_decay to be 0 or positive, but got inf"),
+        ('{"lr": NaN}', "expected finite numbers, but got NaN"),
+        ('{"weight_decay": Infinity}', "expected finite numbers, but got Infinity"),
         ('{"short_side": 300, "max_side": 200}', "max_side to be at least short_side (300)"),
     ],
 )

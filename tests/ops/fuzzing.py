@@ -429,7 +429,7 @@ NAMES: list[Any] = ["", "bin", "zeros ", None, 1, b"bins", ["bins"], np.array(["
 
 
 def strange(draw: Draw, tensor: Tensor | None) -> Any:
-    """Something in the place of a tensor."""
+    """A value that is not a tensor."""
     if tensor is None:
         tensor = torch.ones(draw.choice([(1,), (2, 2), (1, 2, 3, 3), (1, 1, 1, 1)]))
     dim = max(tensor.dim(), 1)
