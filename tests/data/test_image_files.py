@@ -273,8 +273,7 @@ def test_small_file_that_announces_gigabytes(tmp_path):
     (tmp_path / "a.png").write_bytes(content)
     tracemalloc.start()
     try:
-        with one_line(UserError, tmp_path / "a.png", "not a readable image"):
-            read_image(tmp_path / "a.png")
+        assert (read_image(tmp_path / "a.png") == 255).all()  # the pixels are there
         assert tracemalloc.get_traced_memory()[1] < 1 << 24
     finally:
         tracemalloc.stop()

@@ -305,7 +305,7 @@ def test_utf_16_and_pipes(boxes):
     assert VOCDetection(boxes, "train").annotations(0).labels.tolist() == [0]
     path.unlink()
     os.mkfifo(path)
-    with one_line(ValueError, path, "expected an XML file"):
+    with one_line(ValueError, path, "got a pipe"):
         VOCDetection(boxes, "train")
 
 

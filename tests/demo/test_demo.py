@@ -110,8 +110,9 @@ def test_an_interrupted_run_resumes(tmp_path, capsys, monkeypatch):
     assert not (out / "metrics.json").exists()
     path = checkpoint_path(out / "runs/baseline")
     path.parent.mkdir(parents=True)
-    keys = ("deformnet", "model", "optimizer", "precision")
-    torch.save({**{key: {} for key in keys}, "iteration": 1}, path)
+    content = {key: {} for key in ("model", "optimizer", "precision")}
+    described = {"deformnet": {"recipe": {}, "data": {}}}
+    torch.save({**content, **described, "iteration": 1}, path)
     with pytest.raises(SystemExit):
         main(["demo", "--out", str(out), *TINY])
     assert "baseline network: resuming after iteration 1" in capsys.readouterr().out

@@ -138,7 +138,7 @@ def test_stored_proposals_that_do_not_fit(shapes, stored, tmp_path):
         StoredProposals([train_file, train_file])
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes(train_file.read_bytes()[:-8])
-    with pytest.raises(ValueError, match=r"cut\.safetensors: damaged, or not a file of proposals"):
+    with pytest.raises(ValueError, match=r"cut\.safetensors: damaged, or not a safetensors file"):
         StoredProposals([cut])
     content = load_file(val_file)
     names = {"names": json.dumps(["a", "b", "c"])}

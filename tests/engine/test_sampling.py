@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from deformnet.data.workers import loaded
 from deformnet.engine.sampling import Draws, Iterations
 from deformnet.recipes import DeepLabRecipe
 from deformnet.tasks.base import seeded
@@ -23,10 +24,9 @@ class Numbers:
 
 
 def everything(first=0, end=7, workers=0, **division):
-    loader = Iterations(Numbers(), RECIPE, **division).loader(
-        first, end, workers=workers, pin=False
-    )
-    samples = [sample for parts in loader for part in parts for sample in part]
+    iterations = Iterations(Numbers(), RECIPE, **division)
+    batches = loaded(iterations, range(first, end), workers=workers, what=str)
+    samples = [sample for parts in batches for part in parts for sample in part]
     indices, noise = zip(*samples, strict=True)
     return list(indices), list(noise)
 

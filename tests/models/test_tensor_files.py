@@ -255,3 +255,9 @@ def test_names_are_strings(tmp_path):
     for state in ({1: torch.ones(1)}, OrderedDict({(): torch.ones(1)}), [torch.ones(1)], None):
         with pytest.raises(UserError, match="expected"):
             weights(state)
+
+
+def test_equal_content_makes_equal_files():
+    metadata = {"names": '["ä", "\\""]', "format": "pt", "x": ""}
+    files = {pack({"b": torch.ones(3), "a": torch.zeros(2)}, metadata) for _ in range(20)}
+    assert len(files) == 1

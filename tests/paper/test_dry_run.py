@@ -154,8 +154,9 @@ def test_row_that_starts_from_another_row(tmp_path):
     base = named("table7/aligned-inception-resnet")
     checkpoint = tmp_path / "out/runs" / base.run / "checkpoints/last.ckpt"
     checkpoint.parent.mkdir(parents=True)
-    keys = ("deformnet", "model", "optimizer", "precision")
-    torch.save({**{key: {} for key in keys}, "iteration": 200}, checkpoint)
+    content = {key: {} for key in ("model", "optimizer", "precision")}
+    described = {"deformnet": {"recipe": {}, "data": {}}}
+    torch.save({**content, **described, "iteration": 200}, checkpoint)
     with pytest.raises(ValueError, match=r"has done 200 of 600000 iterations: finish it first"):
         reproduce(named("table5/rfcn-aligned-plain"), tmp_path, tmp_path / "out")
     with pytest.raises(ValueError, match=r"not implemented: a network of Szegedy"):

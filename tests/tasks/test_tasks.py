@@ -87,13 +87,16 @@ class Threads:
 
     def __init__(self, rank, count, values, barrier):
         self.rank, self.count, self.device = rank, count, torch.device("cpu")
-        self.workers, self.progress = 0, False
+        self.workers, self.progress, self.timeout = 0, False, 60
         self._values, self._barrier = values, barrier
 
     def gather(self, value):
         self._values[self.rank] = value
         self._barrier.wait()
         return list(self._values)
+
+    def stopping(self):
+        return False
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.network)

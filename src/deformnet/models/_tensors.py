@@ -9,6 +9,7 @@ tensors and plain values, never code, and takes no more memory than the file has
 import errno
 import hashlib
 import io
+import json
 import pickletools
 import zipfile
 from collections.abc import Mapping
@@ -107,9 +108,19 @@ def pack(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     The digest is that of the file with 64 zeros instead of the digest.
     """
     dense = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    content = save(dense, metadata={**metadata, _DIGEST: _NO_DIGEST})
+    content = _ordered(save(dense, metadata={**metadata, _DIGEST: _NO_DIGEST}))
     digest = hashlib.sha256(content).hexdigest()
     return _with_digest(content, _NO_DIGEST, digest)
+
+
+def _ordered(content: bytes) -> bytes:
+    """The same safetensors file with sorted metadata: `save` writes them in any order."""
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + content[start:]
 
 
 def weights(state: object) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from deformnet._errors import UserError
-from deformnet._files import remove_partial, write_file
+from deformnet._files import PARTIAL, remove_partial, write_file
 from deformnet.data.synthetic.scenes import OBJECTS, Scene, Shapes, draw_scene, require
 from deformnet.data.voc_files import color_map
 
@@ -102,8 +102,8 @@ def _partial_folder(root: Path, settings: str) -> Path:
         )
     partial = root.with_name(f"{root.name}.partial")
     if partial.exists() and _text_of(partial / _SETTINGS) != settings:
-        begun = {_SETTINGS, f"{_SETTINGS}.partial"}
-        if any(partial.iterdir()) and not any((partial / name).is_file() for name in begun):
+        unfinished = all(path.name.endswith(PARTIAL) for path in partial.iterdir())
+        if not unfinished and not (partial / _SETTINGS).is_file():
             raise FileExistsError(f"{partial}: exists and is not an unfinished data set of shapes")
         shutil.rmtree(partial)
     partial.mkdir(parents=True, exist_ok=True)
