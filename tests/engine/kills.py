@@ -132,6 +132,7 @@ Start = Callable[[Kind, Path, Path, Path], Forked | Started]
 
 def _work(kind: Kind, data: Path, out: Path, log: Path, rank: int, port: int) -> None:
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
     file = log.open("a", buffering=1)
     for stream in (1, 2):
         os.dup2(file.fileno(), stream)
