@@ -397,7 +397,7 @@ def test_values_that_only_a_network_refuses(run, shapes, detector, tmp_path, com
 
 @pytest.mark.parametrize("name", ["metrics-val.json", "confusion-matrix-val.png"])
 def test_scores_that_cannot_be_written_are_printed(run, shapes, tmp_path, capfd, name):
-    """A full disk or a folder that is read-only; here, a folder of the file's name."""
+    """As on a full disk or in a read-only folder; here, a folder has the name of the file."""
     copy = shutil.copytree(run, tmp_path / "run")
     (copy / name).unlink(missing_ok=True)
     (copy / name / "full").mkdir(parents=True)
