@@ -419,7 +419,7 @@ def test_weights_are_not_written_over_what_is_read(run, tmp_path, complaint):
     (tmp_path / "b.safetensors").symlink_to("a.safetensors")
     for other in ("a.safetensors", "b.safetensors"):
         words = ["weights", "import", "mmdetection", tmp_path / "a.safetensors", tmp_path / other]
-        assert "expected a new file" in complaint(*words)
+        assert "expected a new path for the result" in complaint(*words)
 
 
 def test_an_image_too_large_after_resizing_is_named(run, shapes, tmp_path, complaint):
