@@ -27,6 +27,9 @@ PARTIAL = ".partial"
 MAX_JSON_BYTES = 1 << 32
 """Larger JSON files raise an error; those of the largest data sets have 1 to 2 GB."""
 
+FileVersion = tuple[int, int, int]
+"""Inode, size and time of a file."""
+
 _CLOSED = "lost+found"
 """Folder at the top of a file system, which only its administrator reads."""
 
@@ -140,6 +143,15 @@ def identity(path: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return found.st_dev, found.st_ino
+
+
+def file_version(path: Path) -> FileVersion | None:
+    """What changes when a file is replaced or written to; None if there is no file."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def refuse_overwrite(path: Path, inputs: Iterable[Path]) -> None:
