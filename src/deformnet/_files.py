@@ -21,6 +21,11 @@ from typing import IO, Any
 
 from deformnet._errors import UserError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 PARTIAL = ".partial"
 """Suffix of unfinished files. A killed process leaves them; nothing reads them."""
 
@@ -134,6 +139,36 @@ def remove_partial(folder: Path) -> None:
     """
     for path in folder.rglob(f".*{PARTIAL}"):
         path.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Locks a folder against other processes that would write to it, if the system supports it.
+
+    Raises:
+        UserError: if one does, or has just renamed it.
+    """
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        in_use = False
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            in_use = True
+        except OSError:  # a file system without locks
+            pass
+        opened = os.fstat(handle)
+        if in_use or identity(folder) != (opened.st_dev, opened.st_ino):
+            raise UserError(
+                f"{folder}: expected a folder that no other process writes to, but one does; "
+                "wait for it to end, or choose another folder"
+            )
+        yield
+    finally:
+        os.close(handle)
 
 
 def identity(path: Path) -> tuple[int, int] | None:
