@@ -21,11 +21,19 @@ from typing import IO, Any
 
 from deformnet._errors import UserError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 PARTIAL = ".partial"
 """Suffix of unfinished files. Killed processes leave them behind; nothing reads them."""
 
 MAX_JSON_BYTES = 1 << 32
 """Larger JSON files raise an error; the largest data sets have files of 1 to 2 GB."""
+
+FileVersion = tuple[int, int, int]
+"""Inode, size and time of a file."""
 
 _CLOSED = "lost+found"
 """Folder at the root of a file system, which only root can read."""
@@ -132,6 +140,36 @@ def remove_partial(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+@contextmanager
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Locks a folder against other processes that would write to it, if the system supports it.
+
+    Raises:
+        UserError: if one does, or has just renamed it.
+    """
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        in_use = False
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            in_use = True
+        except OSError:  # a file system without locks
+            pass
+        opened = os.fstat(handle)
+        if in_use or identity(folder) != (opened.st_dev, opened.st_ino):
+            raise UserError(
+                f"{folder}: expected a folder that no other process writes to, but one does; "
+                "wait for it to end, or choose another folder"
+            )
+        yield
+    finally:
+        os.close(handle)
+
+
 def identity(path: Path) -> tuple[int, int] | None:
     """Identity of a file, independent of its name; None if the file does not exist."""
     try:
@@ -139,6 +177,15 @@ def identity(path: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return found.st_dev, found.st_ino
+
+
+def file_version(path: Path) -> FileVersion | None:
+    """What changes when a file is replaced or written to; None if there is no file."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def refuse_overwrite(path: Path, inputs: Iterable[Path]) -> None:

@@ -206,6 +206,13 @@ def test_hard_links(voc, tmp_path):
     assert all(path.stat().st_nlink == 2 for path in images)
 
 
+def test_a_folder_of_a_killed_process_is_not_in_the_way(voc, tmp_path):
+    """In a container, process IDs are the same each time."""
+    (tmp_path / f"out.partial-{os.getpid()}").mkdir()
+    convert(voc, tmp_path / "out", "coco", progress=False)
+    same(voc, tmp_path / "out")
+
+
 def test_rotated_images_for_yolo(voc, tmp_path):
     from PIL import Image
 

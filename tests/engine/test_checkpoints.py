@@ -3,6 +3,7 @@ resumes from the earlier one ends with bitwise identical weights."""
 
 import copy
 import dataclasses
+import errno
 import os
 import random
 import subprocess
@@ -18,7 +19,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from damage import cases, flipped, result
 from deformnet import UserError
-from deformnet.engine import LoopOptions, export_run, load_run, train
+from deformnet.engine import LoopOptions, export_run, load_run, train, training
 from deformnet.engine.checkpoints import Checkpoint, optimizer_state, require_resumable
 from deformnet.engine.runs import (
     best_path,
@@ -307,6 +308,33 @@ def test_resuming_from_the_checkpoint_before(shapes, quick, tmp_path):
     assert load_checkpoint(path)["iteration"] == 2
     assert not fit()
     assert same(load_checkpoint(path), expected)
+
+
+def test_a_checkpoint_that_is_replaced_after_it_was_read(shapes, quick, tmp_path, monkeypatch):
+    """Another training ended between reading and locking: its iterations must not be lost."""
+    path, read = checkpoint_path(tmp_path), training._checkpoint_of
+
+    def replaced(*arguments, **options):
+        result = read(*arguments, **options)
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(path.read_bytes() + b"more" if path.exists() else b"first")
+        return result
+
+    monkeypatch.setattr(training, "_checkpoint_of", replaced)
+    with pytest.raises(UserError, match="another process has trained in it since"):
+        train(quick, shapes, tmp_path, val_split=None, hardware=CPU)
+    assert path.read_bytes() == b"first"
+    assert sorted(it.name for it in tmp_path.iterdir()) == [".lock", "checkpoints"]
+
+
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.lockf", fail)
+    with pytest.raises(OSError, match="No locks available") as error, locked(tmp_path):
+        pass
+    assert error.value.filename == str(tmp_path / ".lock")
 
 
 # Exports.

@@ -194,6 +194,27 @@ def test_the_log_drops_rows_after_the_resumed_iteration(tmp_path):
     assert [row["iteration"] for row in read_log(path)] == ["1", "2", "3"]
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"iteration,loss\n\xff,2\n",
+        b"loss\n2\n",
+        b"iteration,loss\nx,2\n",
+        b"iteration,loss\n1,x\n",
+        b"iteration,loss\n1\n",
+        b"iteration,loss\n1,2,3\n",
+        b"iteration,loss,mood\n1,2,3\n",
+    ],
+)
+def test_a_log_that_is_none_is_named(tmp_path, content):
+    path = tmp_path / "metrics.csv"
+    path.write_bytes(content)
+    command = f"mv {path} {tmp_path / 'metrics.damaged'}"
+    with pytest.raises(UserError, match=f"^{path}: expected the rows .* to go on.*: {command}$"):
+        TrainingLog(tmp_path, (), 0, 9)
+    assert path.read_bytes() == content
+
+
 def test_a_stop_between_rows_of_the_log(shapes, quick, tmp_path):
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     # 2: a row has been written. 5: none has, and half a row must not become one.

@@ -20,6 +20,8 @@ from deformnet.models.detection.detector import Candidates, Detector, Features
 from deformnet.recipes import RFCNRecipe
 from deformnet.tasks import find_images, video
 from deformnet.tasks.detection import DetectionPredictor
+from deformnet.tasks.results import require_apart
+from deformnet.tasks.segmentation import SegmentationPredictor
 from deformnet.tasks.video import read_frames
 from deformnet.visualization.drawing import draw_boxes
 from pictures import noise, save, turned
@@ -218,6 +220,43 @@ def test_inputs_are_never_overwritten(predictor, tmp_path):
     inside = tmp_path / "photos/out"
     for _ in range(2):
         assert written(predictor, [tmp_path / "photos"], inside) == [None]
+
+
+def test_labels_of_a_data_set_are_never_overwritten(predictor, tmp_path):
+    """Also after results with pictures alone; results of an earlier run are replaced."""
+    (tmp_path / "images").mkdir()
+    image = save(tmp_path / "images/x.jpg", noise(20, 30))
+    label, classes = tmp_path / "labels/x.txt", tmp_path / "classes.txt"
+    label.parent.mkdir()
+    assert written(predictor, [image.parent], tmp_path) == [None]
+    for content in ("0 0.5 0.5 0.1 0.1\n", "0 0.1 0.1 0.9 0.1 0.9 0.9\n"):
+        label.write_text(content)
+        with pytest.raises(UserError, match=r"x\.txt, which is not one of them"):
+            written(predictor, [image.parent], tmp_path, box_format="yolo")
+        assert label.read_text() == content
+    label.unlink()
+    classes.write_text("background\ncell\n")
+    with pytest.raises(UserError, match=r"classes\.txt: expected the classes of this network"):
+        written(predictor, [image.parent], tmp_path, box_format="yolo")
+    assert classes.read_text() == "background\ncell\n"
+    assert not label.exists()
+    classes.unlink()
+    for _ in range(2):
+        assert written(predictor, [image.parent], tmp_path, box_format="yolo") == [None]
+
+
+def test_masks_of_a_data_set_are_never_overwritten(tmp_path):
+    for folder in ("images", "labels", "overlays"):
+        (tmp_path / folder).mkdir()
+    save(tmp_path / "images/x.jpg", noise(20, 30))
+    files, folders = find_images([tmp_path / "images"]), SegmentationPredictor.folders
+    require_apart(files, tmp_path, folders, "jsonl")
+    save(tmp_path / "labels/x.png", noise(20, 30))
+    with pytest.raises(UserError, match=r"x\.png, which is not one of them"):
+        require_apart(files, tmp_path, folders, "jsonl")
+    save(tmp_path / "overlays/x.jpg", noise(20, 30))  # then both are results
+    require_apart(files, tmp_path, folders, "jsonl")
+    assert list(folders) == ["overlays", "labels"]  # in the order in which they are written
 
 
 def test_names_of_the_maximum_length_and_of_other_encodings(predictor, tmp_path):

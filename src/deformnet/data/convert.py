@@ -1,6 +1,7 @@
 """Conversion of data sets between layouts."""
 
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -115,7 +116,8 @@ def convert(
 def _complete_folder(out: Path) -> Iterator[Path]:
     """A folder next to `out`, which is renamed to `out` on success and removed on failure."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
+    # In containers, the process ID may be that of a killed process, which left its folder.
+    partial = out.with_name(f"{out.name}.partial-{secrets.token_hex(8)}")
     partial.mkdir()
     try:
         with naming(out):

@@ -44,6 +44,7 @@ _FORMATS_TEXT = "JPEG, PNG, BMP, TIFF, WebP, GIF or PPM"
 
 _ENDS_EARLY = "not a readable image (the data of the last rows is missing)"
 
+_DAMAGED = "not a readable image (checksum mismatch in its data)"
 _LARGE = 1 << 20  # larger reads are limited to the size of the file
 
 # What Pillow raises on broken bytes, found by truncating and flipping bytes of JPEG and PNG files.
@@ -393,8 +394,8 @@ def _load(file: IO[bytes], image: Image.Image) -> None:
     the compressed data is checked."""
     image.load()
     last = np.asarray(image.crop((0, image.height - 1, *image.size)))[-1]
-    if image.format == "PNG" and (image.info.get("interlace") or not last.any()):
-        _require_png_rows(file)
+    if image.format == "PNG":
+        _require_png_data(file, counted=bool(image.info.get("interlace")) or not last.any())
     if image.format == "JPEG" and (last[-1] == 128).all():
         _require_jpeg_rows(file, image)
 
@@ -408,17 +409,23 @@ def _require_jpeg_rows(file: IO[bytes], image: Image.Image) -> None:
             raise UserError(_ENDS_EARLY)
 
 
-def _require_png_rows(file: IO[bytes]) -> None:
+def _require_png_data(file: IO[bytes], *, counted: bool) -> None:
+    """Compares the checksums of the image data, which Pillow does not, and with `counted` also
+    whether there is data for every row."""
     file.seek(8)
     expected, count = 0, 0
     inflate = zlib.decompressobj()
-    while len(head := file.read(8)) == 8 and (not expected or count < expected):
+    while len(head := file.read(8)) == 8 and not head.endswith(b"IEND"):
         length, kind = struct.unpack(">I4s", head)
-        data = file.read(length)
-        file.seek(4, os.SEEK_CUR)  # the checksum, which Pillow compares
+        if kind not in (b"IHDR", b"IDAT"):
+            file.seek(length + 4, os.SEEK_CUR)
+            continue
+        data, checksum = file.read(length), file.read(4)
         if kind == b"IHDR":
-            expected = _png_bytes(*struct.unpack(">IIBB2xB", data))
-        elif kind == b"IDAT":
+            expected = _png_bytes(*struct.unpack(">IIBB2xB", data)) if counted else 0
+        elif checksum != struct.pack(">I", zlib.crc32(data, zlib.crc32(kind))):
+            raise UserError(_DAMAGED)
+        else:
             while data and count < expected:
                 count += len(inflate.decompress(data, 1 << 20))
                 data = inflate.unconsumed_tail

@@ -5,7 +5,7 @@ import io
 import logging
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,7 +14,9 @@ from PIL import Image
 from torch.utils.tensorboard.writer import SummaryWriter
 from tqdm import tqdm
 
+from deformnet._errors import UserError
 from deformnet._files import naming, read_file, write_file
+from deformnet.engine.runs import move
 
 logger = logging.getLogger("deformnet")
 """Receives progress messages of a run, which the command line prints."""
@@ -45,7 +47,8 @@ class TrainingLog:
     ) -> None:
         self.path = run / "metrics.csv"
         self.columns = ("iteration", "loss", *terms, "learning_rate", "seconds")
-        rows = [row for row in read_log(self.path) if int(row["iteration"]) <= done]
+        rows = read_log(self.path, self.columns)
+        rows = [row for row in rows if int(row["iteration"]) <= done]
         header = ",".join(self.columns) + "\n"
         write_file(self.path, (header + self._text(rows)).encode())
         self._validations = run / "validation.csv"
@@ -179,10 +182,28 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
 
 
-def read_log(path: Path) -> list[dict[str, str]]:
-    """The rows of a metrics.csv, without a last one that a crash cut short."""
+def read_log(path: Path, columns: Collection[str] = ()) -> list[dict[str, str]]:
+    """The rows of a metrics.csv or validation.csv, without a last one that a crash cut short.
+
+    Args:
+        columns: those that there may be; any by default.
+    Raises:
+        UserError: if they are not rows of numbers under these names.
+    """
     if not path.is_file():
         return []
-    text = read_file(path).decode()
-    whole = text[: text.rfind("\n") + 1]
-    return list(csv.DictReader(io.StringIO(whole)))
+    try:
+        text = read_file(path).decode()
+        rows = list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
+        for row in rows:
+            int(row["iteration"])
+            for name, value in row.items():
+                if columns and name not in columns:
+                    raise ValueError(f"unknown column {name}")
+                float(value if value != "" else 0)  # a validation may have no score
+    except (ValueError, KeyError, TypeError, csv.Error) as error:
+        raise UserError(
+            f"{path}: expected the rows of a training log, but got something else ({error!r:.80}); "
+            f"to go on without it: {move(path, path.with_suffix('.damaged'))}"
+        ) from error
+    return rows

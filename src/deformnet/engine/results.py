@@ -68,7 +68,8 @@ class Result:
     @classmethod
     def of(cls, recipe: Recipe, model: nn.Module, run: Path, iterations: int) -> "Result":
         """The facts about a run, without scores."""
-        seconds = [float(row["seconds"]) for row in read_log(run / "metrics.csv")]
+        rows = read_log(run / "metrics.csv")
+        seconds = [float(row["seconds"]) for row in rows if row.get("seconds")]
         return cls(
             network=recipe.network,
             iterations=iterations,

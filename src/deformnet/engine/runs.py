@@ -120,7 +120,8 @@ def locked(run: Path) -> Iterator[None]:
     run.mkdir(parents=True, exist_ok=True)
     with (run / ".lock").open("a+") as file:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by loader processes
+            with naming(run / ".lock"):  # such as a file system without locks
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by loaders
         except (BlockingIOError, PermissionError) as error:
             file.seek(0)
             raise UserError(

@@ -8,7 +8,7 @@ of steps is `_Run.fit`, to be read from top to bottom.
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from deformnet._errors import UserError
-from deformnet._files import write_json
+from deformnet._files import FileVersion, file_version, write_json
 from deformnet.analysis.health import has_deformable_layers
 from deformnet.data.workers import loaded
 from deformnet.engine.averaging import AveragedNetwork
@@ -124,6 +124,7 @@ def train(
         validation = task.evaluation_set(val_data, val_split, images.identity)
     if validation is None and loop.patience is not None:
         raise UserError("expected a validation split for patience, but got none")
+    found = file_version(checkpoint_path(out))
     checkpoint = _checkpoint_of(out, recipe, images.identity, further=continue_to is not None)
     done = 0 if checkpoint is None else checkpoint["iteration"]
     facts = {
@@ -142,7 +143,7 @@ def train(
     with (
         launched(layout, recipe.precision, facts) as processes,
         processes.interruption.collected(),
-        _alone(out, processes),
+        _alone(out, processes, found),
     ):
         fabric, total = processes.fabric, recipe.iterations
         earlier = None if checkpoint is None else checkpoint.get("validated")
@@ -197,9 +198,24 @@ def train(
     return result
 
 
-def _alone(run: Path, processes: FabricProcesses) -> AbstractContextManager[None]:
-    """Locks the run folder in the first process."""
-    return locked(run) if processes.rank == 0 else nullcontext()
+@contextmanager
+def _alone(run: Path, processes: FabricProcesses, found: FileVersion | None) -> Iterator[None]:
+    """Locks the run folder in the first process.
+
+    Raises:
+        UserError: if another process is training in it, or has done so since its checkpoint, which
+            is the one `found`, was read.
+    """
+    if processes.rank > 0:
+        yield
+        return
+    with locked(run):
+        if file_version(checkpoint_path(run)) != found:
+            raise UserError(
+                f"{run}: expected a run folder that is not in use, but another process has trained "
+                "in it since this one began; run the same command again"
+            )
+        yield
 
 
 class _Run:

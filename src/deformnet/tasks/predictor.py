@@ -215,8 +215,8 @@ class Predictor(ABC, Generic[_P, _A]):
         Returns:
             An iterator over the images, in the order in which they are done.
         Raises:
-            UserError: if a result would overwrite an input, the threshold is not between 0 and 1,
-                or a format is given for a network without boxes; raised immediately.
+            UserError: if a result would overwrite an input or annotations, the threshold is not between
+                0 and 1, or a format is given for a network without boxes; raised immediately.
             OSError: if `out` cannot be written to (raised immediately), or a result cannot be
                 written (raised during iteration).
         """
@@ -224,7 +224,7 @@ class Predictor(ABC, Generic[_P, _A]):
             raise UserError(f"expected no format for a network without boxes, but got {box_format}")
         if not 0 <= threshold <= 1:
             raise UserError(f"expected threshold to be 0 to 1, but got {threshold}")
-        require_apart(files, out, self.folders)
+        require_apart(files, out, self.folders, box_format)
         require_writable(out)
         return self._written(files, out, threshold, box_format)
 

@@ -12,13 +12,14 @@ from PIL import Image
 from torch import Tensor
 
 from deformnet._errors import UserError
-from deformnet._files import identity
+from deformnet._files import identity, read_lines
 from deformnet.tasks.images import InputFile, as_image
 from deformnet.tasks.video import read_frames
 
 BoxFormat = Literal["jsonl", "coco", "yolo", "csv"]
 """Format of detection files: deformnet's (`deformnet.metrics.detections`), a COCO data set with
 scores, a YOLO text file per image, or a CSV table."""
+_LABELS = "labels"  # the folder of label maps and YOLO files
 
 
 class Written(NamedTuple):
@@ -63,17 +64,41 @@ def sources(file: InputFile, *, upright: bool) -> Iterator[Source]:
         number += 1
 
 
-def require_apart(files: Sequence[InputFile], out: Path, folders: dict[str, str]) -> None:
-    """Raises UserError if a picture in one of the `folders` in `out` would overwrite an input."""
+def require_apart(
+    files: Sequence[InputFile], out: Path, folders: dict[str, str], box_format: BoxFormat
+) -> None:
+    """Raises UserError if a result would overwrite an input, or the annotations of a data set,
+    which are called like label maps and YOLO files.
+
+    Args:
+        folders: see `Predictor`.
+    """
     inputs = {identity(file.path): file.path for file in files}
+    pictures = [folder for folder in folders if folder != _LABELS]
+    labels = ".txt" if box_format == "yolo" else folders.get(_LABELS)
     for file in files:
-        for folder, suffix in folders.items():
-            picture = identity(out / folder / f"{file.result}{suffix}")
-            if picture is not None and picture in inputs:
+        results = {folder: out / folder / f"{file.result}{folders[folder]}" for folder in folders}
+        for result in results.values():
+            if (there := identity(result)) is not None and there in inputs:
                 raise UserError(
                     f"{out}: expected a separate folder for the results, but those of {file.path} "
-                    f"would overwrite {inputs[picture]}"
+                    f"would overwrite {inputs[there]}"
                 )
+        if labels is None:
+            continue
+        label = out / _LABELS / f"{file.result}{labels}"
+        # Results come with a picture, which is written first.
+        has_picture = any(identity(results[folder]) is not None for folder in pictures)
+        if identity(label) is not None and not (has_picture and _is_result(label)):
+            raise UserError(
+                f"{out}: expected a separate folder for the results, but those of {file.path} "
+                f"would overwrite {label}, which is not one of them"
+            )
+
+
+def _is_result(label: Path) -> bool:
+    """Whether a label file has scores, if it is text; annotations have none."""
+    return label.suffix != ".txt" or all(len(line.split()) == 6 for line in read_lines(label))
 
 
 def encoded(picture: Image.Image, suffix: str) -> bytes:

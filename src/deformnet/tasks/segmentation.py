@@ -234,7 +234,7 @@ class SegmentationPredictor(Predictor[Tensor, LabelMap]):
     the image, and `overlays/photo.jpg`, the image tinted by class with a legend.
     """
 
-    folders: ClassVar[dict[str, str]] = {"labels": ".png", "overlays": ".jpg"}
+    folders: ClassVar[dict[str, str]] = {"overlays": ".jpg", "labels": ".png"}
 
     def _predict(self, prepared: Prepared, size: Size) -> Tensor:
         logits = logits_of(self.model, prepared.input)
@@ -253,8 +253,8 @@ class SegmentationPredictor(Predictor[Tensor, LabelMap]):
     def _pictures(self, annotation: LabelMap, threshold: float) -> dict[str, bytes]:
         labels = label_image(annotation.labels, self.classes)
         return {
+            "overlays": encoded(annotation.plot(), ".jpg"),  # first: see `require_apart`
             "labels": encoded(labels, ".png"),
-            "overlays": encoded(annotation.plot(), ".jpg"),
         }
 
 

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 from torchvision.datasets import VOCDetection
 
+from deformnet import UserError
 from deformnet.data import (
     ImageFolderClassification,
     Shapes,
@@ -299,6 +300,23 @@ def test_interrupted_run_with_other_options_starts_again(data_set, tmp_path):
     _write_until(9, tmp_path / "set", replace(SMALL, seed=5))
     write_shapes(tmp_path / "set", SMALL)
     assert digests(tmp_path / "set") == digests(data_set)
+
+
+def test_two_at_once_do_not_mix_their_images(data_set, tmp_path, monkeypatch):
+    """Neither with other options, which would remove what is there, nor with the same."""
+    drawn = scene
+
+    def draw(options, split, number):
+        if (split, number) == ("train", 2):
+            for other in (replace(SMALL, seed=5), SMALL):
+                with one_line(UserError, "set.partial", "no other process writes to"):
+                    write_shapes(tmp_path / "set", other)
+        return drawn(options, split, number)
+
+    monkeypatch.setattr(shapes, "scene", draw)
+    write_shapes(tmp_path / "set", SMALL)
+    assert digests(tmp_path / "set") == digests(data_set)
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
 
 
 def test_complete_data_set_is_unchanged(data_set):

@@ -16,6 +16,8 @@ from pictures import save
 
 pytest.importorskip("gradio", reason="Gradio is not installed")
 
+from starlette.requests import ClientDisconnect
+
 from deformnet.inspection.viewer.guard import UPLOADS, Guard
 from deformnet.inspection.viewer.images import LARGEST_FILE
 from deformnet.inspection.viewer.serving import serving
@@ -108,6 +110,49 @@ def test_large_requests(length):
     assert asked({**OWN, "content-length": str(LARGEST_FILE)}, method="POST") == 413
     upload = {**OWN, "content-length": str(LARGEST_FILE)}
     assert asked(upload, method="POST", path="/gradio_api/upload") == 200
+
+
+def uploaded(page, receive, folder="/nowhere"):
+    """The statuses that an upload gets from a page."""
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    pairs = [(b"host", b"localhost"), (b"content-length", b"10")]
+    scope = {"type": "http", "method": "POST", "path": "/upload", "headers": pairs}
+    guard = Guard(page, "127.0.0.1", Path(folder))
+    asyncio.run(guard(scope, receive, send))
+    assert guard._uploading == 0
+    return [message["status"] for message in sent if "status" in message]
+
+
+def test_silent_uploads_end(monkeypatch):
+    """They would keep others out."""
+    monkeypatch.setattr("deformnet.inspection.viewer.guard.SILENCE", 0.05)
+
+    async def page(scope, receive, send):
+        await receive()
+
+    async def silent():
+        await asyncio.sleep(100)
+
+    assert uploaded(page, silent) == [408]
+
+    async def leaves(scope, receive, send):
+        raise ClientDisconnect
+
+    assert uploaded(leaves, silent) == []
+
+
+def test_an_upload_of_many_files(tmp_path):
+    async def page(scope, receive, send):
+        for number in range(9):
+            (tmp_path / f"uploads/{number}").mkdir(parents=True)
+            os.utime(tmp_path / f"uploads/{number}", (number, number))
+
+    assert uploaded(page, None, tmp_path) == []
+    assert sorted(path.name for path in tmp_path.glob("uploads/*")) == ["5", "6", "7", "8"]
 
 
 def test_old_uploads_make_room(tmp_path):

@@ -9,7 +9,8 @@ import io
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from xml.etree import ElementTree
@@ -19,7 +20,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from deformnet._errors import UserError
-from deformnet._files import PARTIAL, remove_partial, write_file
+from deformnet._files import PARTIAL, locked_folder, remove_partial, write_file
 from deformnet.data.synthetic.scenes import OBJECTS, Scene, Shapes, draw_scene, require
 from deformnet.data.voc_files import color_map
 
@@ -73,7 +74,12 @@ def write_shapes(root: str | Path, options: Shapes) -> None:
     if root.is_dir() and _text_of(root / _SETTINGS) == settings:
         _log.info("%s exists already", root)
         return
-    partial = _partial_folder(root, settings)
+    with _partial_folder(root, settings) as partial:
+        _generate(partial, options, settings)
+        partial.replace(root)
+
+
+def _generate(partial: Path, options: Shapes, settings: str) -> None:
     _write(partial / _SETTINGS, settings.encode())
     counts = {"train": options.train, "val": options.val}
     folder, write = partial, _write_classified
@@ -90,24 +96,32 @@ def write_shapes(root: str | Path, options: Shapes) -> None:
         _write_lists(folder, counts)
         _write(partial / "classes.txt", "".join(f"{name}\n" for name in SHAPE_CLASSES).encode())
     remove_partial(partial)
-    partial.replace(root)
 
 
-def _partial_folder(root: Path, settings: str) -> Path:
-    """The folder of an unfinished data set with these settings; refuses to overwrite others."""
+@contextmanager
+def _partial_folder(root: Path, settings: str) -> Iterator[Path]:
+    """The folder of an unfinished data set with these settings; refuses to overwrite others, and to
+    write where another process does."""
     if root.exists() and not (root.is_dir() and next(root.iterdir(), None) is None):
         raise FileExistsError(
             f"{root}: exists and is not a data set of shapes with these options; choose another "
             "folder"
         )
     partial = root.with_name(f"{root.name}.partial")
-    if partial.exists() and _text_of(partial / _SETTINGS) != settings:
+    partial.mkdir(parents=True, exist_ok=True)
+    with locked_folder(partial):
+        _empty_of_others(partial, settings)
+        yield partial
+
+
+def _empty_of_others(partial: Path, settings: str) -> None:
+    """Removes an unfinished data set with other settings from its folder."""
+    if any(partial.iterdir()) and _text_of(partial / _SETTINGS) != settings:
         unfinished = all(path.name.endswith(PARTIAL) for path in partial.iterdir())
         if not unfinished and not (partial / _SETTINGS).is_file():
             raise FileExistsError(f"{partial}: exists and is not an unfinished data set of shapes")
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True, exist_ok=True)
-    return partial
+        for path in list(partial.iterdir()):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def scene(options: Shapes, split: str, number: int) -> Scene:

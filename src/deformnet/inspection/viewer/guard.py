@@ -5,6 +5,7 @@ by headers that the browser sets and a page cannot change: Host contains a forei
 to this machine (DNS rebinding); Origin and Sec-Fetch-Site tell which page sent the request.
 """
 
+import asyncio
 import ipaddress
 import shutil
 import socket
@@ -12,14 +13,17 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect
 from starlette.responses import PlainTextResponse
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deformnet.inspection.viewer.images import LARGEST_FILE
 
 UPLOADS = 4
 """Maximum number of simultaneous uploads, and of uploaded files that have not been shown."""
 
+SILENCE = 60.0
+"""Seconds without data after which an upload ends, so that others can begin."""
 _FORM = 2**16  # bytes of an upload besides its file
 _LARGEST_EVENT = 2**20  # bytes
 _ANY = ("0.0.0.0", "::")  # hosts that mean all addresses
@@ -56,20 +60,39 @@ class Guard:
             status = 413
         elif is_upload and self._uploading >= UPLOADS:
             status, text = 503, f"{UPLOADS} uploads are in progress; try again later"
+        elif is_upload:
+            if await self._uploaded(scope, receive, send):
+                return
+            status, text = 408, f"expected the rest of the upload within {SILENCE:g} seconds"
         else:
-            await self._passed_on(scope, receive, send, is_upload)
+            await self._app(scope, receive, send)
             return
         response = PlainTextResponse(f"deformnet: {text}\n", status)
         await response(scope, receive, send)
 
-    async def _passed_on(self, scope: Scope, receive: Receive, send: Send, is_upload: bool) -> None:
-        if is_upload:
-            self._remove_old_uploads()
-        self._uploading += is_upload
+    async def _uploaded(self, scope: Scope, receive: Receive, send: Send) -> bool:
+        """Passes an upload on; returns whether it arrived, or nobody waits for an answer."""
+
+        is_complete = False
+
+        async def receive_in_time() -> Message:
+            nonlocal is_complete
+            message = await asyncio.wait_for(receive(), None if is_complete else SILENCE)
+            is_complete = not message.get("more_body", False)
+            return message
+
+        self._remove_old_uploads(UPLOADS - 1)
+        self._uploading += 1
         try:
-            await self._app(scope, receive, send)
+            await self._app(scope, receive_in_time, send)
+        except TimeoutError:
+            return False
+        except ClientDisconnect:
+            pass
         finally:
-            self._uploading -= is_upload
+            self._uploading -= 1
+            self._remove_old_uploads(UPLOADS)  # one upload can have many files
+        return True
 
     def _foreign(self, method: str, headers: Headers) -> str | None:
         """Why a request is refused: it comes from another page or has another host name."""
@@ -96,11 +119,11 @@ class Guard:
             return False
         return name in self._names or (self._has_any_address and _is_address(name))
 
-    def _remove_old_uploads(self) -> None:
+    def _remove_old_uploads(self, kept: int) -> None:
         def age(path: Path) -> float:
             return path.stat().st_mtime if path.exists() else 0.0
 
-        for path in sorted(self._uploads.glob("*"), key=age)[: 1 - UPLOADS]:
+        for path in sorted(self._uploads.glob("*"), key=age)[:-kept]:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 

@@ -18,7 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from deformnet._files import replacing, write_file
+from deformnet._errors import UserError
+from deformnet._files import read_file, replacing, write_file
 from deformnet.metrics.detections import Record, to_line
 from deformnet.tasks.detection.data import Boxes
 from deformnet.tasks.results import BoxFormat
@@ -32,6 +33,8 @@ def listing_boxes(out: Path, box_format: BoxFormat, classes: Sequence[str]) -> I
 
     Yields:
         A function that takes the name of an image, the path of its results, and its boxes.
+    Raises:
+        UserError: if there is a list of other classes, which the data set may need.
     """
     match box_format:
         case "jsonl":
@@ -42,8 +45,14 @@ def listing_boxes(out: Path, box_format: BoxFormat, classes: Sequence[str]) -> I
                 file.write(_rows([("image", "class", "score", "x1", "y1", "x2", "y2")]))
                 yield lambda name, _, boxes: file.write(_rows(_table(name, boxes)))
         case "yolo":
-            with replacing(out / "classes.txt") as file:
-                file.write(_encoded("".join(f"{name}\n" for name in classes)))
+            content = _encoded("".join(f"{name}\n" for name in classes))
+            if (path := out / "classes.txt").exists() and read_file(path) != content:
+                raise UserError(
+                    f"{path}: expected the classes of this network, but got others, perhaps of a "
+                    "data set; choose another folder for the results"
+                )
+            with replacing(path) as file:
+                file.write(content)
                 yield lambda _, result, boxes: _write_yolo(out / "labels" / f"{result}.txt", boxes)
         case "coco":
             with _coco(out / "detections.json", classes) as add:
