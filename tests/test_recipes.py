@@ -158,7 +158,8 @@ def test_the_cosine_schedule():
     [
         ({"ema": 1.0}, "expected ema to be between 0 and 1, but got 1.0"),
         ({"optimizer": "adam"}, "optimizer to be one of 'sgd', 'adamw', but got 'adam'"),
-        ({"optimizer": "adamw", "momentum": 1.0}, "momentum (beta1 of AdamW) to be below 1"),
+        ({"momentum": 1.0}, "momentum to be below 1"),
+        ({"optimizer": "adamw", "momentum": 1.0}, "momentum to be below 1"),
         ({"scale_jitter": (1.5, 0.5)}, "scale_jitter to be ascending, but got (1.5, 0.5)"),
         ({"scale_jitter": (0.0, 1.0)}, "scale_jitter to be positive, but got (0.0, 1.0)"),
         ({"orientation": "exif"}, "orientation to be one of 'auto', 'stored', 'upright'"),

@@ -150,14 +150,12 @@ class Recipe(ABC):
         require_at_most(self, 1024, "offset_groups")
         require_at_most(self, 2**16, "batch")
         require_at_most(self, 1e12, "iterations", "warmup")
-        require_at_most(self, 1e6, "lr", "offset_lr_scale", "momentum", "weight_decay", "clip")
+        require_at_most(self, 1e6, "lr", "offset_lr_scale", "weight_decay", "clip")
         require_at_most(self, 2**63 - 1, "seed")
         if self.ema is not None and not 0 < self.ema < 1:
             raise UserError(f"expected ema to be between 0 and 1, but got {self.ema}")
-        if self.optimizer == "adamw" and not self.momentum < 1:
-            raise UserError(
-                f"expected momentum (beta1 of AdamW) to be below 1, but got {self.momentum}"
-            )
+        if not self.momentum < 1:
+            raise UserError(f"expected momentum to be below 1, but got {self.momentum}")
         if self.freeze is not None and not 0 <= self.freeze <= 5:
             raise UserError(f"expected freeze to be 0 to 5, but got {self.freeze}")
         if self.freeze and self.norm == "trained":

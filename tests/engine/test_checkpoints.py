@@ -24,6 +24,7 @@ from deformnet.engine.checkpoints import Checkpoint, optimizer_state, require_re
 from deformnet.engine.runs import (
     best_path,
     checkpoint_path,
+    existing_checkpoint,
     load_checkpoint,
     locked,
     previous_path,
@@ -325,6 +326,17 @@ def test_a_checkpoint_that_is_replaced_after_it_was_read(shapes, quick, tmp_path
         train(quick, shapes, tmp_path, val_split=None, hardware=CPU)
     assert path.read_bytes() == b"first"
     assert sorted(it.name for it in tmp_path.iterdir()) == [".lock", "checkpoints"]
+
+
+def test_a_pipe_in_the_place_of_a_checkpoint_is_refused(shapes, quick, tmp_path):
+    """It is not taken for a run without a checkpoint, which would start anew."""
+    path = checkpoint_path(tmp_path)
+    path.parent.mkdir()
+    os.mkfifo(path)
+    with one_line(UserError, f"{path}: ", "got a pipe"):
+        train(quick, shapes, tmp_path, val_split=None, hardware=CPU)
+    with one_line(UserError, f"{path}: ", "got a pipe"):
+        load_checkpoint(existing_checkpoint(tmp_path))
 
 
 def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):

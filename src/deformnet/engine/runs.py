@@ -100,11 +100,11 @@ def existing_checkpoint(run: Path) -> Path:
         raise UserError(f"{run}: expected a run folder or an exported .safetensors, but got a file")
     if not run.is_dir():
         raise FileNotFoundError(f"{run}: no such run folder")
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(
             f"{run}: expected a trained run, but there is no {path.relative_to(run)}"
         )
-    return best if (best := best_path(run)).is_file() else path
+    return best if (best := best_path(run)).exists() else path
 
 
 @contextmanager

@@ -528,8 +528,8 @@ def _checkpoint_of(
             none or it already has more iterations.
     """
     path = checkpoint_path(run)
-    if not path.is_file():
-        if (previous := previous_path(run)).is_file():
+    if not path.exists():
+        if (previous := previous_path(run)).exists():
             raise UserError(
                 f"{path}: expected the last checkpoint, but it is missing; to resume from the one "
                 f"before it, run: {move(previous, path)}"

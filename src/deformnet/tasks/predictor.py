@@ -215,8 +215,9 @@ class Predictor(ABC, Generic[_P, _A]):
         Returns:
             An iterator over the images, in the order in which they are done.
         Raises:
-            UserError: if a result would overwrite an input or annotations, the threshold is not between
-                0 and 1, or a format is given for a network without boxes; raised immediately.
+            UserError: if a result would overwrite an input or annotations, the threshold is not
+                between 0 and 1, or a format is given for a network without boxes; raised
+                immediately.
             OSError: if `out` cannot be written to (raised immediately), or a result cannot be
                 written (raised during iteration).
         """
