@@ -3,6 +3,7 @@
 The JSON reader is tested with the data sets.
 """
 
+import errno
 import os
 import resource
 import threading
@@ -16,6 +17,7 @@ from PIL import Image
 
 from deformnet import UserError
 from deformnet._files import (
+    encoding_png,
     matching,
     naming,
     parse_json,
@@ -102,6 +104,13 @@ def test_a_picture_on_a_full_disk(draw: Callable[[Path], None], tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert path.read_bytes() == before
     assert names(tmp_path) == ["a.png"]
+
+
+def test_a_picture_without_memory():
+    with pytest.raises(MemoryError, match="out of memory"), encoding_png():
+        raise OSError("codec configuration error when writing image file")
+    with pytest.raises(OSError, match="No space left"), encoding_png():
+        raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_what_a_killed_process_leaves(tmp_path):

@@ -112,6 +112,17 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def encoding_png() -> Iterator[None]:
+    """Pillow reports that memory ran out as an OSError without a number; raises MemoryError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise MemoryError(f"out of memory ({error})") from error
+        raise
+
+
 def write_file(path: Path, content: bytes, *, durable: bool = True) -> None:
     """Writes or replaces a file as a whole; see `replacing`."""
     with replacing(path, durable=durable) as file:

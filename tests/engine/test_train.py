@@ -1,5 +1,6 @@
 import csv
 import dataclasses
+import errno
 import json
 import resource
 import shutil
@@ -174,6 +175,18 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert load_checkpoint(path)["iteration"] == 1
     assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_a_full_disk_is_named_by_tensorboard(tmp_path, monkeypatch):
+    def full() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with closing(TrainingLog(tmp_path, (), 0, 9)) as log:
+        with monkeypatch.context() as patch:
+            patch.setattr(log._tensorboard, "flush", full)
+            with pytest.raises(OSError, match="No space") as caught:
+                log.record(1, {"loss": 1.5, "learning_rate": 0.1}, {})
+        assert caught.value.filename == str(tmp_path / "tensorboard")
 
 
 def test_the_log_drops_rows_after_the_resumed_iteration(tmp_path):

@@ -15,7 +15,7 @@ from torch.utils.tensorboard.writer import SummaryWriter
 from tqdm import tqdm
 
 from deformnet._errors import UserError
-from deformnet._files import naming, read_file, write_file
+from deformnet._files import encoding_png, naming, read_file, write_file
 from deformnet.engine.runs import move
 
 logger = logging.getLogger("deformnet")
@@ -56,7 +56,9 @@ class TrainingLog:
         self._validated = [row for row in rows if int(row["iteration"]) <= validated]
         if rows:
             self._write_validations()
-        self._tensorboard = SummaryWriter(run / "tensorboard", purge_step=done + 1)
+        self._events = run / "tensorboard"
+        with naming(self._events):
+            self._tensorboard = SummaryWriter(self._events, purge_step=done + 1)
         terminal = sys.stderr.isatty()
         self._bar = tqdm(
             desc="training", initial=done, total=total, disable=not (progress and terminal)
@@ -69,7 +71,8 @@ class TrainingLog:
 
     def close(self) -> None:
         self._bar.close()
-        self._tensorboard.close()
+        with naming(self._events):
+            self._tensorboard.close()
 
     def step(self) -> None:
         """Counts an iteration."""
@@ -105,10 +108,11 @@ class TrainingLog:
         row = {"iteration": str(iteration)} | {k: f"{v:.9g}" for k, v in values.items()}
         with naming(self.path), self.path.open("a", encoding="utf-8", newline="") as file:
             file.write(self._text([row]))
-        for name, value in {**values, **scalars}.items():
-            self._tensorboard.add_scalar(name, value, iteration)
-        # Written here, so that no other thread runs into a full disk later.
-        self._tensorboard.flush()
+        with naming(self._events):
+            for name, value in {**values, **scalars}.items():
+                self._tensorboard.add_scalar(name, value, iteration)
+            # Written here, so that no other thread runs into a full disk later.
+            self._tensorboard.flush()
         self._show("loss", f"{values['loss']:.4g}")
         if self._lines:
             left = duration((self._total - iteration) * values["seconds"])
@@ -134,13 +138,14 @@ class TrainingLog:
         row = {k: "" if v is None else f"{v:.9g}" for k, v in scores.items()}
         self._validated.append({"iteration": str(iteration), **row})
         self._write_validations()
-        for name, value in scores.items():
-            if value is not None:
-                self._tensorboard.add_scalar(f"validation/{name}", value, iteration)
-        for name, picture in pictures:
-            image = np.asarray(picture.convert("RGB"))
-            self._tensorboard.add_image(f"predictions/{name}", image, iteration, dataformats="HWC")
-        self._tensorboard.flush()
+        with naming(self._events), encoding_png():
+            for name, value in scores.items():
+                if value is not None:
+                    self._tensorboard.add_scalar(f"validation/{name}", value, iteration)
+            for name, picture in pictures:
+                image, tag = np.asarray(picture.convert("RGB")), f"predictions/{name}"
+                self._tensorboard.add_image(tag, image, iteration, dataformats="HWC")
+            self._tensorboard.flush()
         name, value = main
         text = "-" if value is None else f"{value:.1f}"
         self._show(name, text)

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from deformnet._errors import UserError
-from deformnet._files import identity, read_lines
+from deformnet._files import encoding_png, identity, read_lines
 from deformnet.tasks.images import InputFile, as_image
 from deformnet.tasks.video import read_frames
 
@@ -105,7 +105,8 @@ def encoded(picture: Image.Image, suffix: str) -> bytes:
     """Encodes a picture as PNG or high-quality JPEG, in memory as Pillow ignores full disks."""
     memory = io.BytesIO()
     if suffix == ".png":
-        picture.save(memory, format="PNG")
+        with encoding_png():
+            picture.save(memory, format="PNG")
     else:
         picture.save(memory, format="JPEG", quality=92, subsampling=0)
     return memory.getvalue()

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure, FigureBase
 from torch import Tensor
 
 from deformnet._errors import UserError
-from deformnet._files import replacing
+from deformnet._files import encoding_png, replacing
 
 TEXT = 11  # points
 OUTSIDE = "#e4e4e4"
@@ -107,5 +107,5 @@ def save_figure(figure: Figure, path: str | Path) -> None:
     metadata = {"Date": None} if kind == "svg" else {}
     # Letters instead of their outlines, and names of elements that stay the same.
     style = mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "deformnet"})
-    with style, replacing(path) as file:
+    with style, replacing(path) as file, encoding_png():
         figure.savefig(file, format=kind, facecolor="white", metadata=metadata)
