@@ -257,8 +257,7 @@ class Trial:
     def _require_gone(self, seen: set[int]) -> None:
         deadline = time.monotonic() + GONE
         while left := {one for one in seen if descendants([one])}:
-            names = [Path(f"/proc/{one}/stat").read_text() for one in left]
-            assert time.monotonic() < deadline, f"left over: {names}: {self.story()}"
+            assert time.monotonic() < deadline, f"left over: {left}: {self.story()}"
             time.sleep(0.02)
 
 
