@@ -38,11 +38,16 @@ class DeepLab(Network):
         initialize(self.classifier)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits [N, num_classes, H, W] of normalized images [N, 3, H, W], float32 or better."""
+        """Logits [N, num_classes, H, W] of normalized images [N, 3, H, W], float32 or better.
+
+        For the backbone's `maps` in place of the images, H and W are multiples of the stride.
+        """
         logits = self.classifier(self.backbone(images))
         # In half precision the upsampled scores of two classes would often tie.
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         logits = F.interpolate(logits, scale_factor=self.backbone.stride, mode="bilinear")
+        if self.backbone.are_maps(images):
+            return logits
         return _crop(logits, images.shape[-2], images.shape[-1])
 
     def losses(self, logits: Tensor, target: Tensor) -> dict[str, Tensor]:

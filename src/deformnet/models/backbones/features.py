@@ -4,11 +4,12 @@ Dai et al. 2017, section 2.3, "Deformable Convolution for Feature Extraction".
 """
 
 from abc import abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import chain
 from types import MappingProxyType
 from typing import Any, Literal, Protocol, get_args
 
+import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
@@ -79,6 +80,8 @@ class Backbone(nn.Module):
 
     name: str
     published: Mapping[str, Published] = MappingProxyType({})
+    recall: Callable[[Tensor], Tensor] | None = None
+    """Looks up the `maps` of images, which are then not computed."""
 
     def __init__(
         self,
@@ -114,14 +117,43 @@ class Backbone(nn.Module):
         _, conv5 = self.stages(images)
         return self.reduced(conv5)
 
+    def maps(self, images: Tensor) -> Tensor:
+        """Feature maps of conv4 and conv5, joined: [N, conv4 + conv5 channels, H, W].
+
+        For output stride 16. Networks take them, also in half precision, in place of the images
+        [N, 3, H, W], since they do not change while the stages are `frozen`.
+        """
+        return torch.cat(self._computed(images), dim=1)
+
+    def are_maps(self, images: Tensor) -> bool:
+        """Whether these are `maps` in place of images."""
+        return images.ndim == 4 and images.shape[1] == self.conv4_channels + self.conv5_channels
+
     def stages(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Feature maps of conv4 (at stride 16) and conv5 of normalized images [N, 3, H, W].
 
         Raises:
             ValueError: If `images` has another number of dimensions or channels.
         """
+        maps = images if self.recall is None else self.recall(images)
+        if not self.are_maps(maps):
+            return self._computed(images)
+        conv4, conv5 = maps.float().split([self.conv4_channels, self.conv5_channels], dim=1)
+        return conv4, conv5
+
+    def _computed(self, images: Tensor) -> tuple[Tensor, Tensor]:
         conv4 = self.conv4(images)
         return conv4, self.conv5_stage(conv4)
+
+    def stage_modules(self) -> nn.ModuleList:
+        """The modules that compute `stages`."""
+        names = chain.from_iterable(self.trunk_stages)
+        return nn.ModuleList([*map(self.get_submodule, names), self.conv5_stage])
+
+    @property
+    def frozen(self) -> bool:
+        """Whether nothing in the stages trains (frozen stages have frozen batch norm)."""
+        return not any(weight.requires_grad for weight in self.stage_modules().parameters())
 
     def reduced(self, conv5: Tensor) -> Tensor:
         """The output of `forward` from the feature map of conv5, [N, out_channels, H, W]."""
