@@ -79,6 +79,8 @@ class Backbone(nn.Module):
 
     name: str
     published: Mapping[str, Published] = MappingProxyType({})
+    counted = "3x3 convolutions"
+    """What `deform_last` counts, in messages."""
 
     def __init__(
         self,
@@ -151,8 +153,15 @@ class Backbone(nn.Module):
         ]
 
     def own_names(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """A state dict with this backbone's names, converted from one with other names."""
-        return state
+        """A state dict with this backbone's names, converted from one with other names.
+
+        From the state dict of a backbone with a neck, only the backbone is taken.
+        """
+        return {
+            key.removeprefix("base."): value
+            for key, value in state.items()
+            if not key.startswith("neck.")
+        }
 
     @abstractmethod
     def filter_chain(self) -> tuple[str, ...]:
@@ -229,8 +238,8 @@ def deform_last(model: Backbone, layers: int, *, offset_groups: int, modulated: 
     filters = model.filters()
     if not 0 <= layers <= len(filters):
         raise UserError(
-            f"expected deform_layers to be 0 to {len(filters)}, the number of convolutions larger "
-            f"than 1x1 of {model.name}, but got {layers}"
+            f"expected deform_layers to be 0 to {len(filters)}, the number of {model.counted} of "
+            f"{model.name}, but got {layers}"
         )
     if layers:
         with users_values():
