@@ -10,6 +10,7 @@ import signal
 import pytest
 import torch
 from PIL import Image
+from processes import CPU as ALONE
 from processes import (
     assert_equal_weights,
     curve,
@@ -25,7 +26,7 @@ from torch.utils.data import Dataset
 
 from deformnet import UserError
 from deformnet.data.opening import open_segmentation
-from deformnet.engine import TrainingStopped
+from deformnet.engine import TrainingStopped, evaluate
 from deformnet.models.backbones import backbone
 from deformnet.recipes import (
     ClassAwareRPNRecipe,
@@ -36,9 +37,13 @@ from deformnet.recipes import (
     RPNRecipe,
 )
 from deformnet.tasks import features, task_of
+from deformnet.tasks.base import Processes
+from deformnet.tasks.features import FeatureCache
 from small_sets import one_line
 
+TWO = (DeepLabRecipe, RFCNRecipe)
 NETWORKS = (DeepLabRecipe, RPNRecipe, ClassAwareRPNRecipe, FasterRCNNRecipe, RFCNRecipe)
+CPU = torch.device("cpu")
 HALF = 2e-3  # relative, of a loss on features in half precision
 
 
@@ -75,21 +80,50 @@ def lines(caplog):
     return lambda: [text for text in caplog.messages if "features" in text]
 
 
-@pytest.mark.parametrize("network", NETWORKS)
-def test_losses_are_those_without_a_cache_on_images_of_all_sizes(network, data, tmp_path, lines):
-    recipe = frozen(network)
+@pytest.mark.parametrize(
+    ("network", "neck"),
+    [*((network, "none") for network in NETWORKS), *((it, "residual") for it in TWO)],
+)
+def test_losses_are_those_without_a_cache(network, neck, data, tmp_path):
+    """In batches of images of all sizes."""
+    recipe = frozen(
+        network,
+        backbone="resnet18",  # random weights, whose features are large enough to matter
+        neck=neck,
+        deform_layers=2 if neck == "residual" else 0,
+        **({"bins": 3} if network in (FasterRCNNRecipe, RFCNRecipe) else {}),
+    )
+    images = task_of(recipe).training_set(data, "train")
+    model = recipe.build_model(len(images.classes))
+    with torch.no_grad():  # the initial heads are too small for the losses to depend on features
+        for weight in (it for it in model.parameters() if it.requires_grad):
+            weight.mul_(5)
+    stored = FeatureCache(tmp_path, model.backbone, CPU).filled(images, True, Processes())
+    model.train()
+
+    def losses(kept, indices, seed):
+        images.features = kept
+        batch = images.batch(indices, range(seed, seed + len(indices)))
+        return {name: loss.item() for name, loss in batch.losses(model).items()}
+
+    for indices, seed in (([0, 1, 2, 3], 0), ([4, 5, 6], 9), ([6], 99)):
+        expected = losses(None, indices, seed)
+        assert losses(stored, indices, seed) == pytest.approx(expected, rel=HALF, abs=1e-4)
+    assert losses(stored, [5], 99) != pytest.approx(expected, rel=10 * HALF, abs=1e-3)
+
+
+def test_training_and_scores_are_those_without_a_cache(data, tmp_path, lines):
+    recipe = frozen(DeepLabRecipe, neck="residual", deform_layers=2, lr=0.05)
     run(recipe, data, tmp_path / "computed", val_split="val")
-    options = {
-        "feature_cache": tmp_path / "cache",
-        "val_split": "val",
-        "validate_every": 2,
-        "workers": 1,
-    }
-    run(recipe, data, tmp_path / "kept", **options)
-    assert curve(tmp_path / "kept") == pytest.approx(curve(tmp_path / "computed"), rel=HALF)
-    assert curve(tmp_path / "kept") != curve(tmp_path / "computed")
+    options = {"feature_cache": tmp_path / "cache", "validate_every": 2, "workers": 1}
+    result = run(recipe, data, tmp_path / "kept", val_split="val", **options)
+    expected = curve(tmp_path / "computed")
+    assert expected[0] - expected[-1] > 0.01, "the loss must move for this to show anything"
+    assert curve(tmp_path / "kept") == pytest.approx(expected, rel=HALF)
     assert lines()[-1] == "features: 14 computed, 0 found"
     assert len(files(tmp_path / "cache")) == 14 + 5
+    alone = evaluate(tmp_path / "kept", data, "val", hardware=ALONE, progress=False)
+    assert result.scores.summary == pytest.approx(alone.scores.summary, abs=0.5)
 
 
 def test_stages_see_images_alone_in_any_batch(data):
@@ -246,7 +280,7 @@ def test_features_beyond_half_precision_are_refused(tmp_path):
     model = backbone("resnet18", norm="frozen", freeze=5)
     with torch.no_grad():
         model.conv5_stage[-1].bn2.bias += 1e6
-    cache = features.FeatureCache(tmp_path, model, torch.device("cpu"))
+    cache = FeatureCache(tmp_path, model, CPU)
     with one_line(UserError, "at most 65504", "train without feature_cache"):
         cache.recall(torch.randn(1, 3, 32, 32))
     assert not files(tmp_path)

@@ -75,13 +75,12 @@ def segmentation_training_transforms(
 
 def without_image(
     transforms: Callable[..., tuple[Tensor, Tensor]],
-    target: tv_tensors.Mask | tv_tensors.BoundingBoxes,
-    size: tuple[int, int],
+    target: Tensor,
 ) -> tuple[Tensor, bool]:
-    """What training transforms make of a mask or boxes, whose image of height and width `size` is
-    not read, with the same random numbers; and whether they flip it."""
+    """What training transforms make of a mask or boxes (of `tv_tensors`) whose image is not read,
+    with the same random numbers; and whether they flip it."""
     corner = tv_tensors.BoundingBoxes(  # pyright: ignore[reportCallIssue] (it has a __new__)
-        torch.tensor([[0.0, 0.0, 1.0, 1.0]]), format="XYXY", canvas_size=size
+        torch.tensor([[0.0, 0.0, 1.0, 1.0]]), format="XYXY", canvas_size=(2, 2)
     )
     target, corner = transforms(target, corner)
     return target, bool(corner[0, 0] > 0)

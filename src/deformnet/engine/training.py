@@ -147,8 +147,8 @@ def train(
     backbone = cast(Network, model).backbone
     if loop.feature_cache is not None and not backbone.frozen:
         raise UserError(
-            "expected a frozen backbone for feature_cache, freeze 5 and no deformable layers in "
-            f"it, but got freeze={recipe.freeze} and deform_layers={recipe.deform_layers}"
+            "expected a frozen backbone for feature_cache (freeze 5, and deform_layers 0 or a "
+            f"neck), but got freeze={recipe.freeze} and deform_layers={recipe.deform_layers}"
         )
     with (
         launched(layout, recipe.precision, facts) as processes,
@@ -172,6 +172,7 @@ def train(
             validator.cache = cache
         if not validator.exhausted and (done < total or validator.due(done)):
             if cache is not None:
+                processes.places.at("caching features")
                 shown = dataclasses.replace(processes, progress=loop.progress)
                 try:
                     images.features = cache.filled(images, recipe.flip, shown)
@@ -245,7 +246,7 @@ class _Run:
         self.best_path, self.previous_path = best_path(out), previous_path(out)
         self.saved: int | None = None
         self.iteration = 0
-        if recipe.norm == "trained" and fabric.world_size > 1:
+        if fabric.world_size > 1:
             share_statistics(model, fabric.device)
         # Convolutions run faster on this layout, on CPUs and GPUs alike.
         self.model = model.train().to(fabric.device).to(memory_format=torch.channels_last)

@@ -167,8 +167,8 @@ def _read(path: Path) -> Tensor | None:
 
 def _digest_of(backbone: Backbone) -> str:
     """The sha256 of all that decides the features: architecture and weights."""
-    modules = backbone.stage_modules()
-    digest = hashlib.sha256(f"{backbone.name} {modules}".encode())
+    modules = backbone.frozen_modules()
+    digest = hashlib.sha256(f"{backbone.name} {backbone.map_channels} {modules}".encode())
     for name, value in modules.state_dict().items():
         digest.update(name.encode())
         digest.update(value.cpu().contiguous().numpy())

@@ -93,7 +93,7 @@ def alone(model: nn.Module, images: Tensor, sizes: Sequence[tuple[int, int]]) ->
     """
     backbone = cast(Network, model).backbone
     whole = (images.shape[2], images.shape[3])
-    if set(sizes) == {whole} or backbone.are_maps(images) or not backbone.frozen:
+    if set(sizes) == {whole} or images.shape[1] != 3 or not backbone.frozen:
         return images
     groups = {size: [i for i, own in enumerate(sizes) if own == size] for size in sizes}
     with torch.no_grad():

@@ -80,9 +80,9 @@ class Batch(NamedTuple):
         return Batch(pad(self.images, height, width), pad(self.masks, *sides, IGNORE), self.sizes)
 
     def losses(self, model: nn.Module) -> dict[str, Tensor]:
-        logits = logits_of(model, alone(model, self.images, self.sizes))
-        masks = pad(self.masks, logits.shape[2], logits.shape[3], IGNORE)
-        return cast(DeepLab, model).losses(logits, masks)
+        images = alone(model, self.images, self.sizes)
+        images = images.contiguous(memory_format=torch.channels_last)
+        return cast(DeepLab, model).losses_of_images(images, self.masks)
 
 
 class SegmentationTrainingSet(TrainingSet):
@@ -123,10 +123,8 @@ class SegmentationTrainingSet(TrainingSet):
 
     def _sample(self, index: int) -> tuple[Tensor, Tensor]:
         if self.features is not None:
-            mask = _stored(self._images).mask(index)
-            size = (mask.shape[0], mask.shape[1])
-            moved, flipped = without_image(self._transforms, mask, size)
-            return self.features.read(index, flipped=flipped), moved
+            mask, flipped = without_image(self._transforms, _stored(self._images).mask(index))
+            return self.features.read(index, flipped=flipped), mask
         image, mask = self._images[index]
         with about(self._images, index):
             return self._transforms(image, mask)

@@ -13,11 +13,18 @@ from deformnet.models.backbones.features import (
     OutputStride,
     deform_last,
 )
+from deformnet.models.backbones.neck import BackboneWithNeck, Neck
 from deformnet.models.backbones.resnet import ResNetFeatures
 from deformnet.models.backbones.weights import initial_weights, load_weights
 from deformnet.ops._arguments import one_of
 
-__all__ = ["AlignedInceptionResNetFeatures", "Backbone", "ResNetFeatures", "backbone"]
+__all__ = [
+    "AlignedInceptionResNetFeatures",
+    "Backbone",
+    "BackboneWithNeck",
+    "ResNetFeatures",
+    "backbone",
+]
 
 _NAMES = ("resnet18", "resnet34", "resnet50", "resnet101", "aligned-inception-resnet")
 _TIMM = "timm/"
@@ -36,6 +43,9 @@ def backbone(
     output_stride: OutputStride = 16,
     weights: str | Path | None = None,
     reduce_channels: int | None = 1024,
+    neck: Neck = "none",
+    neck_channels: int = 96,
+    neck_layers: int = 3,
 ) -> Backbone:
     """Build a backbone by name, by default at output stride 16.
 
@@ -72,6 +82,12 @@ def backbone(
             well. None initializes randomly.
         reduce_channels: Output channels of the randomly initialized 1x1 convolution and ReLU after
             conv5; None leaves both out.
+        neck: "residual" adds a 1x1 convolution and residual 3x3 convolutions in place of the
+            channel reduction, with random weights and trained batch norm. They are then the conv5
+            that `deform_layers` and `dilation` apply to, and conv5 of the backbone has dilation 2;
+            see `BackboneWithNeck`.
+        neck_channels: Channels of the neck.
+        neck_layers: Number of 3x3 convolutions in the neck.
 
     Raises:
         ValueError: If the backbone does not have an option, or it is out of range.
@@ -82,6 +98,9 @@ def backbone(
     if not name.startswith(_TIMM):
         one_of("name", name, _NAMES)
     one_of("norm", norm, get_args(Norm))
+    one_of("neck", neck, get_args(Neck))
+    if neck == "residual":
+        reduce_channels = None
     freeze = (2 if norm == "frozen" else 0) if freeze is None else freeze
     if freeze and norm == "trained":
         raise ValueError(f"expected norm to be frozen for freeze={freeze}, but got trained")
@@ -100,6 +119,8 @@ def backbone(
         model = TimmFeatures(name, norm, output_stride, reduce_channels)
     else:
         model = AlignedInceptionResNetFeatures(norm_layer, output_stride, reduce_channels)
+    if neck == "residual":
+        model = BackboneWithNeck(model, output_stride, neck_channels, neck_layers)
     if output_stride == 16:
         model.dilate(dilation)
     model.freeze(freeze)

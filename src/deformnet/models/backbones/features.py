@@ -80,6 +80,8 @@ class Backbone(nn.Module):
 
     name: str
     published: Mapping[str, Published] = MappingProxyType({})
+    counted = "3x3 convolutions"
+    """What `deform_last` counts, in messages."""
     recall: Callable[[Tensor], Tensor] | None = None
     """Looks up the `maps` of images, which are then not computed."""
 
@@ -117,43 +119,54 @@ class Backbone(nn.Module):
         _, conv5 = self.stages(images)
         return self.reduced(conv5)
 
-    def maps(self, images: Tensor) -> Tensor:
-        """Feature maps of conv4 and conv5, joined: [N, conv4 + conv5 channels, H, W].
-
-        For output stride 16. Networks take them, also in half precision, in place of the images
-        [N, 3, H, W], since they do not change while the stages are `frozen`.
-        """
-        return torch.cat(self._computed(images), dim=1)
-
-    def are_maps(self, images: Tensor) -> bool:
-        """Whether these are `maps` in place of images."""
-        return images.ndim == 4 and images.shape[1] == self.conv4_channels + self.conv5_channels
-
     def stages(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Feature maps of conv4 (at stride 16) and conv5 of normalized images [N, 3, H, W].
+
+        Args:
+            images: The images, or `maps` in their place.
 
         Raises:
             ValueError: If `images` has another number of dimensions or channels.
         """
-        maps = images if self.recall is None else self.recall(images)
-        if not self.are_maps(maps):
+        if (maps := self.known(images)) is None:
             return self._computed(images)
-        conv4, conv5 = maps.float().split([self.conv4_channels, self.conv5_channels], dim=1)
-        return conv4, conv5
+        return self._of_maps(maps)
 
-    def _computed(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        conv4 = self.conv4(images)
-        return conv4, self.conv5_stage(conv4)
+    def maps(self, images: Tensor) -> Tensor:
+        """What `freeze(5)` keeps from changing: feature maps [N, map_channels, H, W].
 
-    def stage_modules(self) -> nn.ModuleList:
-        """The modules that compute `stages`."""
+        Those of conv4 and conv5, joined. For output stride 16.
+        """
+        return torch.cat(self._computed(images), dim=1)
+
+    def known(self, images: Tensor) -> Tensor | None:
+        """The `maps` that need no computation: those in place of images, or what `recall` finds."""
+        if images.ndim == 4 and images.shape[1] == self.map_channels:
+            return images.float()
+        return None if self.recall is None else self.recall(images).float()
+
+    @property
+    def map_channels(self) -> int:
+        """Channels of `maps`."""
+        return self.conv4_channels + self.conv5_channels
+
+    def frozen_modules(self) -> nn.ModuleList:
+        """The modules that compute `maps`."""
         names = chain.from_iterable(self.trunk_stages)
         return nn.ModuleList([*map(self.get_submodule, names), self.conv5_stage])
 
     @property
     def frozen(self) -> bool:
-        """Whether nothing in the stages trains (frozen stages have frozen batch norm)."""
-        return not any(weight.requires_grad for weight in self.stage_modules().parameters())
+        """Whether `maps` do not change in training (frozen stages have frozen batch norm)."""
+        return not any(weight.requires_grad for weight in self.frozen_modules().parameters())
+
+    def _computed(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        conv4 = self.conv4(images)
+        return conv4, self.conv5_stage(conv4)
+
+    def _of_maps(self, maps: Tensor) -> tuple[Tensor, Tensor]:
+        conv4, conv5 = maps.split([self.conv4_channels, self.conv5_channels], dim=1)
+        return conv4, conv5
 
     def reduced(self, conv5: Tensor) -> Tensor:
         """The output of `forward` from the feature map of conv5, [N, out_channels, H, W]."""
@@ -183,8 +196,15 @@ class Backbone(nn.Module):
         ]
 
     def own_names(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """A state dict with this backbone's names, converted from one with other names."""
-        return state
+        """A state dict with this backbone's names, converted from one with other names.
+
+        From the state dict of a backbone with a neck, only the backbone is taken.
+        """
+        return {
+            key.removeprefix("base."): value
+            for key, value in state.items()
+            if not key.startswith("neck.")
+        }
 
     @abstractmethod
     def filter_chain(self) -> tuple[str, ...]:
@@ -261,8 +281,8 @@ def deform_last(model: Backbone, layers: int, *, offset_groups: int, modulated: 
     filters = model.filters()
     if not 0 <= layers <= len(filters):
         raise UserError(
-            f"expected deform_layers to be 0 to {len(filters)}, the number of convolutions larger "
-            f"than 1x1 of {model.name}, but got {layers}"
+            f"expected deform_layers to be 0 to {len(filters)}, the number of {model.counted} of "
+            f"{model.name}, but got {layers}"
         )
     if layers:
         with users_values():

@@ -122,22 +122,18 @@ class DetectionTrainingSet(TrainingSet):
             return self._preparation(_stored(self._images).image(index))
 
     def sample(self, index: int) -> Sample:
-        """An image with random transforms."""
-        image = None
+        """An image with random transforms, or the features of it."""
         if self.features is None:
             image, objects = self._images[index]
-        else:
-            objects = self._images.annotations(index)
-        if self._proposals is not None:
-            objects = _with_proposals(objects, self._proposals[self._images.name(index)])
-        if self.features is None:
             with about(self._images, index):
-                pixels, (boxes, labels, ignored) = self._transforms(image, objects)
+                pixels, (boxes, labels, ignored) = self._transforms(
+                    image, self._with_proposals(index, objects)
+                )
             size = (pixels.shape[1], pixels.shape[2])
         else:
-            boxes, labels, ignored = objects
-            shape = _stored(self._images).size(index)
-            boxes, flipped = without_image(self._transforms, boxes, shape)
+            objects = self._with_proposals(index, _stored(self._images).annotations(index))
+            boxes, flipped = without_image(self._transforms, objects.boxes)
+            labels, ignored = objects.labels, objects.ignored
             pixels, size = self.features.read(index, flipped=flipped), self.features.size(index)
         learned = ~ignored & (labels != _PROPOSAL)
         target = Target(boxes[learned], labels[learned])
@@ -145,6 +141,11 @@ class DetectionTrainingSet(TrainingSet):
             target = target._replace(boxes=to_whole_pixels(target.boxes))
         stored = None if self._proposals is None else boxes[labels == _PROPOSAL]
         return Sample(pixels, size, target, stored, int(torch.randint(2**63 - 1, ())))
+
+    def _with_proposals(self, index: int, objects: BoxAnnotations) -> BoxAnnotations:
+        if self._proposals is None:
+            return objects
+        return _with_proposals(objects, self._proposals[self._images.name(index)])
 
 
 def _stored(images: BoxImages) -> DetectionDataset:
