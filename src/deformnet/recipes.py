@@ -80,6 +80,9 @@ class Recipe(ABC):
     """Number of offset groups: groups of channels with their own offsets."""
     modulated: bool = False
     """Also learn a modulation mask (DCNv2)."""
+    offset_conv: Literal["dense", "separable"] = "dense"
+    """Convolution that predicts offsets: dense as in the paper, or separable, depthwise and 1x1,
+    which is far cheaper in backbones of depthwise convolutions."""
     norm: Literal["trained", "frozen"] = "trained"
     """Batch norm: trained, or frozen as in the paper (requires pretrained weights)."""
     freeze: int | None = None
@@ -210,6 +213,7 @@ class Recipe(ABC):
             dilation=dilation,
             offset_groups=self.offset_groups,
             modulated=self.modulated,
+            offset_conv=self.offset_conv,
             norm=self.norm,
             freeze=self.freeze,
             stride_in_1x1=self.stride_in_1x1,

@@ -234,7 +234,7 @@ def _shaped_like(recipe: Recipe, run: Path) -> Recipe:
         return recipe
     names = {
         *("backbone", "stride_in_1x1", "neck", "neck_layers", "neck_channels"),
-        *("deform_layers", "offset_groups", "modulated"),
+        *("deform_layers", "offset_groups", "modulated", "offset_conv"),
     }
     if old.network == recipe.network:
         names = {field.name for field in dataclasses.fields(old)} - _IMAGES - _SCHEDULE
