@@ -38,7 +38,7 @@ ScoreAt = Literal["original", "network"]
 """Size at which predicted label maps are compared with the ground truth: that of the label map on
 disk, to which the logits are upsampled, or that of the network's input, to which the label map is
 resized (the authors' rule on VOC: mean IoU at 360 pixels)."""
-_MOST_PIXELS = 2**15  # of a side of an image
+_MOST_PIXELS = 2**15  # maximum side of an image
 _RecipeT = TypeVar("_RecipeT", bound="Recipe")
 _Detector = TypeVar("_Detector", bound="DetectorRecipe")
 

@@ -228,7 +228,7 @@ def _shaped_like(recipe: Recipe, run: Path) -> Recipe:
         content = read_json(card)
         described = content.get("recipe") if isinstance(content, dict) else None
         if not isinstance(described, dict):
-            return recipe  # not a card; reading the weights says what is wrong
+            return recipe  # not a card; an error follows when the weights are read
         old = recipes.recipe_from_dict(described, source=card)
     else:
         return recipe

@@ -89,7 +89,8 @@ def propose(
         The number of images.
     Raises:
         FileNotFoundError: if run or data are missing.
-        UserError: if the run makes no proposals, an image cannot be read, or `out` is another file.
+        UserError: if the run does not produce proposals, an image cannot be read, or `out` is a
+            file of another kind.
         OSError: if the file cannot be written.
     """
     require_proposals(out := Path(out))
@@ -101,7 +102,7 @@ def propose(
     with launched(layout, _precision(recipe, layout), facts) as processes:
         with processes.fabric.autocast():
             images.write(model, out, dataclasses.replace(processes, progress=progress))
-        processes.fabric.barrier()  # the file exists when any process goes on
+        processes.fabric.barrier()  # the file exists before any process continues
     return len(images)
 
 
@@ -111,7 +112,7 @@ def score(
     """Evaluates a network in the processes of a run; all of them get the scores.
 
     Raises:
-        StopRequested: if they are asked to stop.
+        StopRequested: if the processes are asked to stop.
     """
     processes.places.at("evaluation")
     with processes.fabric.autocast():
