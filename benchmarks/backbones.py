@@ -15,7 +15,6 @@ import time
 import torch
 from torch.utils.benchmark import Timer
 
-from deformnet._text import Table
 from deformnet.engine.runs import machine
 from deformnet.models.network import Network
 from deformnet.nn import parameter_groups
@@ -63,7 +62,7 @@ def step_timer(model: Network, images: torch.Tensor) -> Timer:
 
 
 def measure(backbone: str, images: torch.Tensor, rounds: int) -> list[str]:
-    """A row of the table."""
+    """The cells of a row."""
     networks = build(backbone)
     timers = {kind: step_timer(model, images) for kind, model in networks.items()}
     seconds: dict[str, list[float]] = {kind: [] for kind in timers}
@@ -93,16 +92,14 @@ def main() -> None:
     torch.set_num_threads(1)
     images = torch.randn(options.batch, 3, options.size, options.size)
     images = images.to(memory_format=torch.channels_last)
-    rows = [measure(backbone, images, options.rounds) for backbone in options.backbones]
-    header = (
-        *("backbone", "M parameters", "dense", "separable"),
-        *("step, ms", "dense", "separable"),
-    )
-    title = (
+    print(
         f"DeepLab, {options.batch} images of {options.size}x{options.size}, 1 thread, "
-        f"medians of {options.rounds} rounds; {machine()}"
+        f"medians of {options.rounds} rounds; {machine()}\n"
     )
-    print(Table(title, header, rows))
+    print("| backbone | M parameters | dense | separable | step, ms | dense | separable |")
+    print("|---" * 7 + "|")
+    for backbone in options.backbones:
+        print(f"| {' | '.join(measure(backbone, images, options.rounds))} |", flush=True)
 
 
 if __name__ == "__main__":
