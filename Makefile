@@ -26,8 +26,8 @@ test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto -k "not compile" tests/ops/test_triton_*.py
 
-# Longer runs of the tests that inject faults and damage inputs: a fault at every system call, and FUZZ
-# cases of each fuzzer. DEFORMNET_FUZZ_SEED=1 makes other cases.
+# Longer runs of the tests that inject faults and damage inputs: a fault in every system call, and FUZZ
+# cases of each fuzzer. DEFORMNET_FUZZ_SEED=1 generates other cases.
 FUZZ ?= 1000
 fuzz: $(READY)
 	OMP_NUM_THREADS=1 DEFORMNET_FUZZ=$(FUZZ) $(BIN)/python -m pytest -n auto --dist loadfile \

@@ -1,4 +1,4 @@
-"""Damaged files, and what readers make of them.
+"""Damaged files, and how readers handle them.
 
 DEFORMNET_FUZZ sets the number of cases of each test.
 """
@@ -20,7 +20,7 @@ def cases(default: int) -> int:
 
 
 def flipped(content: bytes, count: int, seed: int = 0) -> Iterator[bytes]:
-    """The content with a flipped bit, each time another."""
+    """Copies of the content, each with one random bit flipped."""
     rng = random.Random(seed)
     for _ in range(count):
         changed, place = bytearray(content), rng.randrange(8 * len(content))
@@ -29,7 +29,7 @@ def flipped(content: bytes, count: int, seed: int = 0) -> Iterator[bytes]:
 
 
 def result(path: Path, read: Callable[[Path], _T]) -> _T | None:
-    """What a reader returns; None if it raises an error of one line that names the file."""
+    """What a reader returns; None if it raises a one-line error that names the file."""
     try:
         return read(path)
     except UserError as error:

@@ -1,6 +1,6 @@
-"""The one writer of files: complete or as before, whatever happens; never over an input.
+"""Atomic writing: files are complete or unchanged, whatever happens; inputs are not overwritten.
 
-The reader of JSON is tested with the data sets.
+The JSON reader is tested with the data sets.
 """
 
 import os
@@ -89,7 +89,7 @@ def figure(path: Path) -> None:
 
 @pytest.mark.parametrize("draw", [picture, figure])
 def test_a_picture_on_a_full_disk(draw: Callable[[Path], None], tmp_path):
-    """Pillow writes past Python's file where it can, and misses a short write."""
+    """Pillow bypasses Python's file if it can, and does not notice a short write."""
     path = tmp_path / "a.png"
     draw(path)
     before = path.read_bytes()
@@ -114,7 +114,7 @@ def test_what_a_killed_process_leaves(tmp_path):
 
 @pytest.mark.parametrize("links", [True, False])
 def test_the_earlier_file_is_kept(links, tmp_path, monkeypatch):
-    if not links:  # as FAT
+    if not links:  # like FAT
 
         def link(*_: object) -> None:
             raise PermissionError(1, "Operation not permitted")
@@ -132,7 +132,7 @@ def test_the_earlier_file_is_kept(links, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("links", [True, False])
 def test_a_crash_at_any_moment(links, tmp_path, monkeypatch):
-    """Two complete files, the newest among them, at each call that changes the folder."""
+    """At each call that changes the folder, two complete files exist, including the newest."""
     path, earlier = tmp_path / "a", tmp_path / "b"
     write_file(path, b"1")
     with replacing(path, earlier=earlier) as file:
@@ -234,7 +234,7 @@ def test_an_input_is_not_overwritten(tmp_path):
     (tmp_path / "hard").hardlink_to(photo)
     (tmp_path / "soft").symlink_to(photo)
     for name in ("photo", "hard", "soft", "../" + tmp_path.name + "/photo"):
-        with one_line(UserError, tmp_path / name, "which is read; choose another name"):
+        with one_line(UserError, tmp_path / name, "but got the input"):
             refuse_overwrite(tmp_path / name, [tmp_path / "missing", photo])
     refuse_overwrite(tmp_path / "new", [tmp_path / "new", photo])
 

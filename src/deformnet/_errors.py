@@ -33,9 +33,9 @@ def require_at_least(settings: object, least: int, *names: str) -> None:
 
 
 def require_at_most(settings: object, most: float, *names: str) -> None:
-    """Raises UserError for attributes above a bound, also of numbers in a tuple; None passes.
+    """Raises UserError if an attribute, or a number in a tuple, exceeds a bound; None passes.
 
-    Such a value would only use up time or memory: a slip of the hand, or a broken script.
+    The bounds catch typos and broken scripts, which would otherwise exhaust time or memory.
     """
     for name in names:
         value = getattr(settings, name)

@@ -1,7 +1,7 @@
-"""The one way to write a file, and the one to read JSON.
+"""Atomic writing of files, and bounded reading of JSON.
 
-A file is written beside its target under a name of its own, then renamed into place: a crash at any
-time leaves the old file or the new one, and two writers at once leave the file of one of them.
+A file is written under a unique temporary name next to its target, then renamed: a crash at any
+time leaves the old file or the new one, and of two concurrent writers, one complete file remains.
 """
 
 import io
@@ -22,13 +22,13 @@ from typing import IO, Any
 from deformnet._errors import UserError
 
 PARTIAL = ".partial"
-"""Suffix of unfinished files. A killed process leaves them; nothing reads them."""
+"""Suffix of unfinished files. Killed processes leave them behind; nothing reads them."""
 
 MAX_JSON_BYTES = 1 << 32
-"""Larger JSON files raise an error; those of the largest data sets have 1 to 2 GB."""
+"""Larger JSON files raise an error; the largest data sets have files of 1 to 2 GB."""
 
 _CLOSED = "lost+found"
-"""Folder at the top of a file system, which only its administrator reads."""
+"""Folder at the root of a file system, which only root can read."""
 
 _NUMBERS = re.compile(r'\[\n *([^\[\]{}"]+?)\n *\]')
 """A list without strings, lists and objects in indented JSON."""
@@ -39,8 +39,8 @@ _LARGE_NUMBER = re.compile(r"[0-9]{200}|[0-9][eE]\+?[0-9]{3}")
 
 
 class _Writer(io.BufferedWriter):
-    """A file without a descriptor: libraries that write past the buffer miss a full disk (Pillow
-    does, and leaves half a picture)."""
+    """A file without a descriptor: libraries that bypass the buffer do not notice a full disk
+    (Pillow does, and writes a truncated picture)."""
 
     def fileno(self) -> int:
         raise io.UnsupportedOperation("fileno")
@@ -54,10 +54,10 @@ def replacing(
 
     Args:
         path: file to write or replace.
-        earlier: where the file that was at `path` goes, in place of what was there.
-        durable: wait until the file is on the disk, which takes long for many small files.
+        earlier: where to keep the file that was at `path`, replacing what was there.
+        durable: wait until the file is on disk, which is slow for many small files.
     Raises:
-        OSError: if writing fails, a full disk included; `path` is then as it was before.
+        OSError: if writing fails, for example because the disk is full; `path` is then unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # Not derived from the name, which may have the maximum length.
@@ -81,10 +81,10 @@ def replacing(
 
 
 def require_writable(folder: Path) -> None:
-    """Makes sure, before hours of computation, that their results can be written to a folder.
+    """Checks, before a long computation, that its results can be written to a folder.
 
     Raises:
-        OSError: if it cannot be created, or a file in it.
+        OSError: if the folder, or a file in it, cannot be created.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with naming(folder), tempfile.TemporaryFile(dir=folder):
@@ -93,12 +93,11 @@ def require_writable(folder: Path) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Adds the name of a file to errors of reading or writing it, which the system reports without
-    it, or with that of an unfinished file."""
+    """Adds the name of a file to system errors without one, or with that of an unfinished file."""
     try:
         yield
     except OSError as error:
-        nameless = error.errno is not None and error.filename is None  # others have their own text
+        nameless = error.errno is not None and error.filename is None  # not for custom messages
         if nameless or str(error.filename).endswith(PARTIAL):
             error.filename = str(path)
             error.filename2 = None
@@ -117,7 +116,7 @@ def write_json(path: Path, values: Mapping[str, object]) -> None:
 
 
 def to_json(values: Mapping[str, object]) -> bytes:
-    """The content of a JSON file; a list of numbers is in one line."""
+    """The content of a JSON file, with each list of numbers on one line."""
     text = json.dumps(values, indent=2)
     # JSON strings have no line breaks, so that nothing within them matches.
     text = _NUMBERS.sub(lambda match: f"[{' '.join(match[1].split())}]", text)
@@ -134,7 +133,7 @@ def remove_partial(folder: Path) -> None:
 
 
 def identity(path: Path) -> tuple[int, int] | None:
-    """Identity of a file, whatever its name; None if there is no file."""
+    """Identity of a file, independent of its name; None if the file does not exist."""
     try:
         found = path.stat()
     except OSError:
@@ -143,7 +142,7 @@ def identity(path: Path) -> tuple[int, int] | None:
 
 
 def refuse_overwrite(path: Path, inputs: Iterable[Path]) -> None:
-    """Refuses to write a file that the same command reads, whatever its name.
+    """Refuses to overwrite a file that the same command reads, even under another name.
 
     Raises:
         UserError: if `path` is one of the `inputs`.
@@ -152,8 +151,8 @@ def refuse_overwrite(path: Path, inputs: Iterable[Path]) -> None:
     for file in inputs if written is not None else ():
         if identity(file) == written:
             raise UserError(
-                f"{path}: expected a new file for the result, but got {file}, which is read; "
-                "choose another name"
+                f"{path}: expected a new path for the result, but got the input {file}; choose "
+                "another name"
             )
 
 
@@ -180,10 +179,10 @@ def read_file(path: Path) -> bytes:
 
 
 def matching(folder: Path, pattern: str) -> Iterator[Path]:
-    """The paths below a folder that match a pattern such as `*.txt` or `*/labels/`, unsorted; a
-    folder that does not exist has none.
+    """The paths in a folder that match a pattern such as `*.txt` or `*/labels/`, unsorted; none if
+    the folder does not exist.
 
-    `Path.glob` takes a folder that cannot be read for an empty one.
+    Unlike `Path.glob`, raises an error for a folder that cannot be read.
 
     Raises:
         OSError: if a folder cannot be read.
@@ -232,8 +231,8 @@ def parse_json(text: str, hook: Callable[[dict[str, object]], object] | None = N
     """Parses JSON.
 
     Raises:
-        UserError: if it is not JSON, or nested deeper than Python reads; if a number is NaN,
-            infinite, or too large for a float.
+        UserError: if it is not JSON or too deeply nested, or if a number is NaN, infinite, or too
+            large for a float.
     """
     try:
         # Numbers are checked one by one in Python only if the text may contain a large one.
@@ -285,8 +284,8 @@ def _refuse_large(text: str) -> object:
 
 
 def _keep(path: Path, name: Path) -> None:
-    """Gives a file another name as well, in place of what had that name. `path` stays throughout:
-    a crash must not leave it missing."""
+    """Gives a file a second name, replacing any file of that name. `path` exists throughout, even
+    after a crash."""
     partial = name.with_name(f".{secrets.token_hex(8)}{PARTIAL}")
     try:
         try:
@@ -294,7 +293,7 @@ def _keep(path: Path, name: Path) -> None:
         except OSError:  # a file system without hard links
             shutil.copyfile(path, partial)
         partial.replace(name)
-    finally:  # also if both are the same file already: a rename then leaves them as they are
+    finally:  # also if both already are the same file: a rename then does nothing
         partial.unlink(missing_ok=True)
 
 

@@ -38,7 +38,7 @@ ScoreAt = Literal["original", "network"]
 """Size at which predicted label maps are compared with the ground truth: that of the label map on
 disk, to which the logits are upsampled, or that of the network's input, to which the label map is
 resized (the authors' rule on VOC: mean IoU at 360 pixels)."""
-_MOST_PIXELS = 2**15  # of a side of an image
+_MOST_PIXELS = 2**15  # maximum side of an image
 _RecipeT = TypeVar("_RecipeT", bound="Recipe")
 _Detector = TypeVar("_Detector", bound="DetectorRecipe")
 
@@ -80,6 +80,9 @@ class Recipe(ABC):
     """Number of offset groups: groups of channels with their own offsets."""
     modulated: bool = False
     """Also learn a modulation mask (DCNv2)."""
+    offset_conv: Literal["dense", "separable"] = "dense"
+    """Convolution that predicts offsets: dense as in the paper, or separable, depthwise and 1x1,
+    which is far cheaper in backbones of depthwise convolutions."""
     norm: Literal["trained", "frozen"] = "trained"
     """Batch norm: trained, or frozen as in the paper (requires pretrained weights)."""
     freeze: int | None = None
@@ -210,6 +213,7 @@ class Recipe(ABC):
             dilation=dilation,
             offset_groups=self.offset_groups,
             modulated=self.modulated,
+            offset_conv=self.offset_conv,
             norm=self.norm,
             freeze=self.freeze,
             stride_in_1x1=self.stride_in_1x1,

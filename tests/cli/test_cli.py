@@ -397,7 +397,7 @@ def test_values_that_only_a_network_refuses(run, shapes, detector, tmp_path, com
 
 @pytest.mark.parametrize("name", ["metrics-val.json", "confusion-matrix-val.png"])
 def test_scores_that_cannot_be_written_are_printed(run, shapes, tmp_path, capfd, name):
-    """A full disk or a folder that is read-only; here, a folder of the file's name."""
+    """As on a full disk or in a read-only folder; here, a folder has the name of the file."""
     copy = shutil.copytree(run, tmp_path / "run")
     (copy / name).unlink(missing_ok=True)
     (copy / name / "full").mkdir(parents=True)
@@ -419,7 +419,7 @@ def test_weights_are_not_written_over_what_is_read(run, tmp_path, complaint):
     (tmp_path / "b.safetensors").symlink_to("a.safetensors")
     for other in ("a.safetensors", "b.safetensors"):
         words = ["weights", "import", "mmdetection", tmp_path / "a.safetensors", tmp_path / other]
-        assert "expected a new file" in complaint(*words)
+        assert "expected a new path for the result" in complaint(*words)
 
 
 def test_an_image_too_large_after_resizing_is_named(run, shapes, tmp_path, complaint):

@@ -1,6 +1,6 @@
-"""Values that no option means: each ends with one line, whatever the command.
+"""Invalid and extreme values of options: every command reports them in one line.
 
-DEFORMNET_FUZZ is the number of cases, of a few thousand; DEFORMNET_FUZZ_SEED chooses them.
+DEFORMNET_FUZZ is the number of cases, out of a few thousand; DEFORMNET_FUZZ_SEED selects them.
 """
 
 import dataclasses
@@ -118,7 +118,7 @@ def made(tmp_path_factory):
 
 
 def arguments(words, root, out):
-    """Arguments with which a command takes a second, or fails after it has checked its options."""
+    """Arguments with which a command takes a second, or fails after checking its options."""
     image = next((root / "voc").rglob("*.jpg"))
     run, data = root / "run", ("--data", root / "voc")
     match words:
@@ -194,6 +194,6 @@ def test_hostile_values(made, tmp_path, capfd, words, option, count, value, monk
     assert code == 2 if known else code in (0, 2), err
     if code:
         lines = [it for it in err.splitlines() if it.startswith("deformnet: ")]
-        # tyro says in a box what it cannot parse; data check lists problems.
+        # tyro reports parsing errors in a box; data check lists problems.
         assert len(lines) == 1 or "─ " in err or "problems" in out, err
         assert "Traceback" not in err

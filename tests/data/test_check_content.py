@@ -547,7 +547,7 @@ def test_other_files_are_not_overwritten(boxes, tmp_path, content):
         assert other.read_text() == content
     with one_line(UserError, boxes):
         check(boxes, report=boxes)
-    with one_line(UserError, tmp_path / "x.txt", "expected another file for the report"):
+    with one_line(UserError, tmp_path / "x.txt", "expected different files for the report"):
         check(boxes, record=tmp_path / "x.txt", report=tmp_path / "x.txt")
     with pytest.raises(OSError, match="other"):  # before the check, not after
         check(boxes, report=other / "report.txt")

@@ -223,7 +223,7 @@ WRITERS = {
 @pytest.mark.parametrize("kind", WRITERS)
 @pytest.mark.filterwarnings("ignore")
 def test_files_that_end_anywhere(tmp_path, kind):
-    """Refused, or complete: at the end of some formats there is no pixel."""
+    """Refused, or read completely: some formats do not end with pixel data."""
     name, options = WRITERS[kind]
     path = tmp_path / "a"
     pixels = np.random.default_rng(0).integers(0, 256, (9, 11, 3), dtype=np.uint8)
@@ -237,7 +237,7 @@ def test_files_that_end_anywhere(tmp_path, kind):
 
 @pytest.mark.parametrize("mode", ["L", "RGB"])
 def test_jpeg_whose_data_end_early(tmp_path, mode):
-    """The file is whole in itself: the decoder makes the other rows gray."""
+    """The file itself is complete: the decoder fills the missing rows with gray."""
     path = tmp_path / "a.jpg"
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     Image.fromarray(pixels).convert(mode).save(path)

@@ -168,7 +168,7 @@ def test_masks_of_shapes(one):
 
 
 def test_masks_of_gigabytes(one, monkeypatch):
-    """A few bytes of JSON may stand for a mask of any size, and there may be many."""
+    """A few bytes of JSON can declare masks of any size and number."""
     file = io.BytesIO()
     Image.new("1", (40, 25)).save(file, "PNG")
     data = base64.b64encode(file.getvalue()).decode()

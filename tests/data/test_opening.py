@@ -76,7 +76,7 @@ def test_missing_folder_or_split(kind, request, tmp_path):
 
 @pytest.mark.parametrize("kind", [*READERS, "yolo", "labelme"])
 def test_folders_that_cannot_be_listed(kind, request, monkeypatch):
-    """The same samples as before, or an error that names the folder: it does not count as empty."""
+    """The same samples as before, or an error that names the folder: it does not look empty."""
     root, closed = request.getfixturevalue(kind), set()
     folders = [root, *(path for path in root.rglob("*") if path.is_dir())]
     open_any = READERS.get(kind, (None, open_detection))[1]

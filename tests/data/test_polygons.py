@@ -92,7 +92,7 @@ def test_run_lengths():
 
 
 def test_masks_are_decoded_one_by_one():
-    """Those of hundreds of objects in a photograph take gigabytes."""
+    """Masks of hundreds of objects in a photograph take gigabytes."""
     packed = pack({"size": [3000, 3000], "counts": [3000 * 2999, 3000]})
     regions = [unpack(packed, 7, (3000, 3000)) for _ in range(1000)]
     assert draw((3000, 3000), regions[:3])[:, -1].eq(7).all()

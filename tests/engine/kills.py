@@ -23,9 +23,9 @@ from deformnet.engine.runs import load_checkpoint
 from deformnet.recipes import ClassifierRecipe
 
 LIMIT = 120
-"""Seconds after which a run counts as hanging."""
+"""Seconds after which a run is considered to hang."""
 GONE = 15
-"""Seconds after a run in which all of its processes must have ended."""
+"""Seconds after a run within which all of its processes must have exited."""
 
 RECIPE = ClassifierRecipe(
     backbone="timm/test_resnet",
@@ -96,7 +96,7 @@ class Forked:
 
 
 class Started:
-    """The same by the command line; the first process starts the others."""
+    """The same from the command line; the first process starts the others."""
 
     def __init__(self, kind: Kind, data: Path, out: Path, log: Path) -> None:
         recipe = out.with_name("recipe.json")
@@ -132,10 +132,11 @@ Start = Callable[[Kind, Path, Path, Path], Forked | Started]
 
 def _work(kind: Kind, data: Path, out: Path, log: Path, rank: int, port: int) -> None:
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
     file = log.open("a", buffering=1)
     for stream in (1, 2):
         os.dup2(file.fileno(), stream)
-    sys.stdout = sys.stderr = file  # not those that pytest has put there
+    sys.stdout = sys.stderr = file  # not the streams of pytest
     logging.getLogger().handlers.clear()
     if kind.ranks > 1:
         os.environ |= {
@@ -160,7 +161,7 @@ def _work(kind: Kind, data: Path, out: Path, log: Path, rank: int, port: int) ->
 
 
 def descendants(roots: Sequence[int]) -> set[int]:
-    """The processes themselves and all that they have started, as long as they exist."""
+    """The processes and all processes that they have started, if they still exist."""
     parents: dict[int, list[int]] = {}
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError, ValueError):
@@ -193,7 +194,7 @@ class Trial:
     done: list[str] = dataclasses.field(default_factory=list)
 
     def run(self) -> Path:
-        """Returns the folder of the run, which has ended."""
+        """Returns the folder of the finished run."""
         chance = random.Random(self.seed)
         out = self.folder / "run"
         for disturb in (True, *(chance.random() < 0.3 for _ in range(2)), False):
@@ -262,13 +263,13 @@ class Trial:
 
 
 def contents(out: Path) -> set[str]:
-    """The files of a run by name, without the logs of TensorBoard, which have times in theirs."""
+    """The names of the files of a run, without TensorBoard's logs, whose names contain times."""
     files = (path for path in out.rglob("*") if path.is_file())
     return {str(it.relative_to(out)) for it in files if "tensorboard" not in it.parts}
 
 
 def require_equal(out: Path, expected: Path, story: str) -> None:
-    """Requires the same files, and checkpoints that are equal to the last bit."""
+    """Requires the same files and bitwise identical checkpoints."""
     assert contents(out) == contents(expected), story
     for path in sorted((expected / "checkpoints").iterdir()):
         name = path.name

@@ -1,5 +1,5 @@
-"""Checkpoints: what is damaged or of another content is never used; the last two are kept, and a
-run goes on from the one before, to the same bits."""
+"""Checkpoints: a damaged or unsuitable one is never used; the last two are kept, and a run that
+resumes from the earlier one ends with bitwise identical weights."""
 
 import copy
 import dataclasses
@@ -72,7 +72,7 @@ def optimizer_of(model: nn.Module, recipe: DeepLabRecipe) -> Optimizer:
 
 
 def use(path: Path, recipe: DeepLabRecipe) -> Checkpoint:
-    """All that training does with a checkpoint, and a step."""
+    """Does everything that training does with a checkpoint, and one step."""
     checkpoint = load_checkpoint(path)
     model = restored(checkpoint, path).model.train()
     optimizer = optimizer_of(model, recipe)
@@ -92,7 +92,7 @@ def use(path: Path, recipe: DeepLabRecipe) -> Checkpoint:
 
 
 def same(value: object, other: object) -> bool:
-    """Bit by bit."""
+    """Whether two values are bitwise identical."""
     if isinstance(value, torch.Tensor):
         return (
             isinstance(other, torch.Tensor)
@@ -143,7 +143,7 @@ def garbage() -> list[object]:
 
 
 def places(content: object, path: tuple[object, ...] = ()) -> Iterator[tuple[object, ...]]:
-    """Where there is something in nested dicts and lists."""
+    """The paths to all values in nested dicts and lists."""
     if path:
         yield path
     inner = content.items() if isinstance(content, dict) else ()
@@ -205,9 +205,9 @@ def test_a_checkpoint_without_the_state_of_training(tiny):
     checkpoint = checkpoint_of(tiny) | {"unaveraged": None, "optimizer": {}}
     model = Tiny()
     optimizer, precision = optimizer_of(model, tiny), checkpoint["precision"]
-    with one_line(UserError, "only the network, without the state of training"):
+    with one_line(UserError, "expected the training state, but got only the network"):
         require_resumable(checkpoint, model.state_dict(), False, optimizer, precision)
-    with one_line(UserError, "not those of a training with this ema"):
+    with one_line(UserError, "expected averaged weights (ema), but got weights without"):
         require_resumable(checkpoint, model.state_dict(), True, optimizer, precision)
 
 
@@ -233,7 +233,7 @@ def test_the_other_checkpoint_is_offered(tiny, tmp_path):
         load_run(tmp_path)
     with pytest.raises(UserError) as error:
         load_checkpoint(best)
-    subprocess.run(str(error.value).rpartition("to use it: ")[2], shell=True, check=True)
+    subprocess.run(str(error.value).rpartition("to use it, run: ")[2], shell=True, check=True)
     assert same(load_run(tmp_path).model.state_dict(), load_checkpoint(last)["model"])
     last.write_bytes(whole[:1000])
     with one_line(UserError, f"{last}: damaged", "previous.ckpt of iteration 1 is intact"):
@@ -263,7 +263,7 @@ def test_an_earlier_checkpoint_stays_only_if_there_is_one(tiny, tmp_path, monkey
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    for message in ("checkpoint not written (No space", "not written, an earlier one stays (No"):
+    for message in ("checkpoint not written (No space", "not written, an earlier one is kept (No"):
         with monkeypatch.context() as patch:
             patch.setattr(os, "fsync", full)
             with one_line(OSError, path, message):
@@ -283,7 +283,7 @@ def test_resuming_from_the_checkpoint_before(shapes, quick, tmp_path):
     recipe, out = dataclasses.replace(quick, iterations=3), tmp_path / "run's"
 
     def fit() -> str:
-        """Trains, and returns the command that the error names; an empty one if there is none."""
+        """Trains; returns the command in the error message, or an empty string on success."""
         loop = LoopOptions(checkpoint_every=1, progress=False)
         try:
             train(recipe, shapes, out, val_split=None, hardware=CPU, loop=loop)

@@ -1,6 +1,7 @@
-"""Kills, requests to stop and pauses at random moments change no bit and leave nothing behind.
+"""Kills, requests to stop and pauses at random times change no bit of the result and leave nothing
+behind.
 
-DEFORMNET_FUZZ is the number of runs; one in 20 is started by the command line, which is slow.
+DEFORMNET_FUZZ is the number of runs; one in 20 is started from the command line, which is slow.
 """
 
 import collections
@@ -30,7 +31,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def undisturbed(kind: Kind, data: Path, folder: Path) -> tuple[Path, float]:
-    """The run folder of an undisturbed run, and the seconds that it takes."""
+    """The folder of an undisturbed run, and its duration in seconds."""
     folder.mkdir()
     start = time.monotonic()
     run = Forked(kind, data, folder / "run", folder / "log.txt")
@@ -49,7 +50,7 @@ def test_disturbed_runs_end_in_the_same_bits(data: Path, tmp_path: Path) -> None
     for number in range(SEED, SEED + COUNT):
         kind = KINDS[number % len(KINDS)]
         start = Started if number % 20 == 19 else Forked
-        usual = dataclasses.replace(kind, workers=0)  # the bits depend on the ranks alone
+        usual = dataclasses.replace(kind, workers=0)  # the bits depend only on the ranks
         if usual not in expected:
             expected[usual] = undisturbed(usual, data, tmp_path / f"expected-{len(expected)}")
         out, duration = expected[usual]

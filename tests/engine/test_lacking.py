@@ -70,8 +70,8 @@ NO_MEMORY = "out of memory; --accumulate 2 processes each training batch in two 
         (no_port, "port 29777 is in use; choose another one with torchrun --master-port"),
         (GLOO, "the processes of this run cannot connect to each other; for several machines"),
         (KILLED, "a data loading process was killed, probably out of memory; use fewer"),
-        (BUS, "out of shared memory; start a container with --shm-size=2g, or use --workers 0"),
-        (TimeoutError("number 3: expected it from the loader worker"), "number 3: expected it"),
+        (BUS, "out of shared memory; start the container with --shm-size=2g, or use --workers 0"),
+        (TimeoutError("number 3: expected the loader worker"), "number 3: expected the"),
     ],
 )
 def test_what_is_lacking_is_said_in_one_line(command, complaint, monkeypatch, lack, said):
@@ -83,8 +83,8 @@ def test_what_is_lacking_is_said_in_one_line(command, complaint, monkeypatch, la
 @pytest.mark.parametrize(
     ("failed", "said"),
     [
-        (CRASH, "a data loading process ended unexpectedly (DataLoader worker (pid 77) is killed "),
-        (SILENT, "another process of this run did not answer in time; the warnings above name it"),
+        (CRASH, "a data loading process exited unexpectedly (DataLoader worker (pid 77) is "),
+        (SILENT, "another process of this run did not respond in time (see the warnings above)"),
     ],
 )
 def test_other_processes_that_fail(command, capfd, monkeypatch, failed, said):

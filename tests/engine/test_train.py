@@ -168,7 +168,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
-        with pytest.raises(OSError, match=r"last.ckpt: checkpoint not written, an earlier one"):
+        with pytest.raises(OSError, match=r"last.ckpt: checkpoint not written, an earlier"):
             save_checkpoint(checkpoint | {"model": {"x": torch.zeros(1_000_000)}}, path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

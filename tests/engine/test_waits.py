@@ -1,4 +1,4 @@
-"""What waits for another process says so, ends in time, and can be interrupted."""
+"""Waits for other processes are logged, end in time, and can be interrupted."""
 
 import ctypes
 import multiprocessing
@@ -25,7 +25,7 @@ CLONE_NEWNS, CLONE_NEWUSER = 0x00020000, 0x10000000
 
 
 class Numbers:
-    """Tensors of a size in bytes, with something that happens to the worker of item 3."""
+    """Tensors of a size in bytes; `happens` is called in the worker of item 3."""
 
     def __init__(self, happens=lambda: None, size=64):
         self.happens, self.size = happens, size
@@ -76,8 +76,8 @@ def test_items_come_in_order(count):
 def test_a_stopped_worker_is_named_and_not_waited_for(impatient, caplog):
     error = sorted_out(load(Numbers(stop), timeout=1))
     assert not multiprocessing.active_children()
-    who = r"the loader worker with process ID \d+ \(stopped\)"
-    error.match(f"^number [13]: expected it from {who} within 1 seconds, but got nothing; ")
+    who = r"loader worker with process ID \d+ \(stopped\)"
+    error.match(f"^number [13]: expected the {who} to load it within 1 seconds, but got nothing; ")
     assert error.type is TimeoutError
     (record,) = caplog.records
     text = record.getMessage()
@@ -196,7 +196,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture
 def start(data, tmp_path, impatient):
-    """Starts a run in a folder and waits until it moves; kills what is left of it in the end."""
+    """Starts a run and waits for its first iteration; finally kills what is left of it."""
     runs = []
     (tmp_path / "log.txt").touch()
 
@@ -226,7 +226,7 @@ def ended(run, rank, seconds):
 
 @pytest.mark.parametrize("stopped", [0, 1])
 def test_a_stopped_rank_is_named_and_not_waited_for(start, tmp_path, stopped):
-    """The first rank serves the store in which the others look for signs of life."""
+    """The first rank serves the store through which heartbeats are exchanged."""
     run = start(Kind(2, 0, timeout=4))
     os.kill(run.roots[stopped], signal.SIGSTOP)
     assert ended(run, 1 - stopped, 15) == 1
@@ -234,7 +234,7 @@ def test_a_stopped_rank_is_named_and_not_waited_for(start, tmp_path, stopped):
     assert "Timed out waiting" in log
     assert f"waiting for rank {stopped} " in log
     if stopped == 1:
-        assert f"process ID {run.roots[1]}: no sign of life for " in log
+        assert f"process ID {run.roots[1]}: no heartbeat for " in log
 
 
 def test_the_second_signal_ends_a_wait_for_another_rank(start, tmp_path):
@@ -254,7 +254,7 @@ def test_a_rank_that_does_not_come(start, tmp_path):
     assert ended(run, 0, 15) == 1
     log = (tmp_path / "log.txt").read_text()
     assert "rank 0: waiting for the 2 processes of this run at 127.0.0.1:" in log
-    assert "rank 0: expected the 2 processes of this run to meet at 127.0.0.1:" in log
+    assert "rank 0: expected all 2 processes of this run to connect to 127.0.0.1:" in log
 
 
 def test_an_interrupt_while_ranks_meet(start, tmp_path):
@@ -273,12 +273,12 @@ def test_a_stopped_worker_in_training(start, tmp_path):
     os.kill(worker, signal.SIGSTOP)
     assert ended(run, 0, 15) == 1
     log = (tmp_path / "log.txt").read_text()
-    assert f"from the loader worker with process ID {worker} (stopped) within 2 seconds" in log
+    assert f"loader worker with process ID {worker} (stopped) to load it within 2 seconds" in log
     assert not descendants([worker])
 
 
 def test_sigterm_while_a_worker_is_stopped(start, tmp_path):
-    """The safe point is reached at once: nothing is under way."""
+    """The safe point is reached immediately: no iteration is in progress."""
     run = start(Kind(1, 1, timeout=60))
     (worker,) = descendants(run.roots) - set(run.roots)
     os.kill(worker, signal.SIGSTOP)

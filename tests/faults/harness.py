@@ -1,7 +1,7 @@
 """Runs commands with one system call failing at a time, at every call or a sample of them.
 
-As a program, `harness.py OUT` starts itself once more with `shim.cpp` preloaded. Packages are then
-imported once, and every run is a forked child. OUT gets one line of JSON for each run, a `Record`.
+As a program, `harness.py OUT` restarts itself with `shim.cpp` preloaded. Packages are imported
+once, and every run is a forked child. Each run adds one line of JSON to OUT, a `Record`.
 """
 
 import argparse
@@ -37,16 +37,16 @@ from typing import IO, Any, NamedTuple
 KINDS = ("create", "write", "sync", "rename", "mkdir", "open", "read", "allocate")
 MODES = ("count", "once", "full", "short", "kill")
 LARGE = 1 << 17
-"""Bytes from which an allocation counts."""
+"""Minimum size in bytes of an allocation that counts."""
 LIMIT = 120
-"""Seconds after which a run counts as hanging."""
+"""Seconds after which a run is considered to hang."""
 
 
 class Fault(NamedTuple):
     """A failure of the n-th call of a kind.
 
-    `once` fails this call; `full` fails it and, as a full disk does, what is written later; `short`
-    transfers half of the bytes; `kill` ends the process. The error of a collective is its rank.
+    `once` fails this call; `full` fails it and all later writes, like a full disk; `short`
+    transfers half of the bytes; `kill` ends the process. For a collective, `error` is the rank.
     """
 
     kind: str
@@ -84,11 +84,11 @@ FAULTS = (
 
 
 class Command(NamedTuple):
-    """A command, and what it starts from.
+    """A command, and the files that it starts from.
 
     Attributes:
         words: the command line; {data} is a data set and {work} a folder for results.
-        given: what the folder for results contains before; a folder of the fixture.
+        given: initial content of the folder for results; a folder of the fixture.
     """
 
     words: str
@@ -126,10 +126,10 @@ class Record:
     """Outcome of a run with a fault.
 
     Attributes:
-        place: file of the call that failed; None if the run did not get to it.
-        outcome: `reported` by one line, `harmless` (all results are there), `warned` (a result is
-            missing, and a line says so), `killed`, `not reached`, or `fault` of the command.
-        text: the line, or what is wrong.
+        place: file of the call that failed; None if the run did not reach it.
+        outcome: `reported` in one line, `harmless` (all results exist), `warned` (a result is
+            missing, and a line reports it), `killed`, `not reached`, or `fault` (a bug).
+        text: the line, or a description of the bug.
     """
 
     command: str
@@ -142,7 +142,7 @@ class Record:
 
 
 class Ended(NamedTuple):
-    """How a run ended: its exit code, negative for a signal, and what it printed on each stream."""
+    """Result of a run: its exit code, negative for a signal, and the output on each stream."""
 
     code: int
     place: str | None
@@ -197,7 +197,7 @@ def _wait(child: int, logs: Path) -> Ended:
 
 
 def _main(words: Sequence[str]) -> int:
-    """The command line up to the end of the interpreter, in this process; its exit code."""
+    """Runs a command line in this process, including interpreter exit; returns its exit code."""
     from deformnet.cli import main
 
     code = 0
@@ -235,16 +235,16 @@ def _arm(watched: Path, fault: Fault) -> None:
     )
 
 
-# What is in a folder of results.
+# Content of a folder of results.
 
 
 def contents(folder: Path, only: Container[str] | None = None) -> dict[str, object]:
-    """Files below a folder by their names, without what differs between runs (times, versions).
+    """Files in a folder by name, without what differs between runs (times, versions).
 
     Args:
         only: names of the files; all by default.
     Raises:
-        ValueError: if a file is not whole.
+        ValueError: if a file is incomplete.
     """
     found: dict[str, object] = {}
     for path in sorted(folder.rglob("*")):
@@ -294,7 +294,7 @@ def _content(path: Path) -> object:
 
 
 def _plain(value: Any) -> object:
-    """A value whose equality is that of all bits."""
+    """A value that compares equal only if all bits are equal."""
     import torch
 
     if isinstance(value, torch.Tensor):
@@ -310,12 +310,12 @@ def _plain(value: Any) -> object:
 
 
 class Trial:
-    """A command whose runs with faults are compared with a run without.
+    """A command, whose runs with faults are compared with a run without faults.
 
     Args:
-        name: of the command.
-        fixture: folder with `data` and what commands start from.
-        folder: scratch folder; everything below it is watched.
+        name: name of the command.
+        fixture: folder with `data` and the files that commands start from.
+        folder: scratch folder, which is watched.
     """
 
     def __init__(self, name: str, fixture: Path, folder: Path, logs: Path) -> None:
@@ -380,7 +380,7 @@ class Trial:
             return "fault", f"exit code {ended.code} without an error: {lines}"
         cause, file = os.strerror(fault.error), str(self.work)
         if fault.kind == "allocate":
-            # Pillow has numbers for what went wrong.
+            # Pillow reports error numbers.
             pillow = bool(lines) and "coder error" in lines[0]
             cause, file = "coder error" if pillow else "memory", ""
         elif fault.kind in ("open", "read"):
@@ -393,28 +393,28 @@ class Trial:
         return line.startswith(("deformnet: ", "training:")) or line in self.usual
 
     def _neither(self, found: dict[str, object]) -> str | None:
-        """What is neither as before nor complete."""
+        """Describes a file that is neither unchanged nor complete."""
         for name, content in found.items():
             if name not in self.before and name not in self.after:
                 return f"leaves {name}"
             if self.name in ("train", "resume", "predict"):
-                continue  # what is there after an iteration, or lacks an image that is named
+                continue  # from an earlier iteration, or without an image that is reported
             if content not in (self.before.get(name), self.after.get(name)):
-                return f"{name} is neither as before nor complete"
+                return f"{name} is neither unchanged nor complete"
         lost = [name for name in self.before if name not in found]
         return f"removes {lost}" if lost else None
 
     def _again(self, code: int) -> str | None:
-        """What is wrong after the same command without a fault."""
+        """What is wrong after running the command again without a fault."""
         if self.name == "convert" and code == 0:
-            return None  # which does not convert into a folder with files
+            return None  # `convert` refuses a folder with files
         state = self._state()
         if state not in self._known:
             self._known[state] = self._without_fault()
         return self._known[state]
 
     def _state(self) -> bytes:
-        """A digest of the names and contents of all files but logs for TensorBoard."""
+        """A digest of the names and contents of all files except TensorBoard logs."""
         names = sorted(str(path) for path in self.work.rglob("*") if path.suffix)
         names = [name for name in names if "tfevents" not in name]
         found = pickle.dumps((names, contents(self.work, {*self.before, *self.after})))
@@ -459,7 +459,7 @@ class Collectives:
         shutil.copytree(self.given, self.work)
 
     def faults(self) -> list[Fault]:
-        """Every collective of every process; the rank is the error."""
+        """A fault in every collective of every process; `error` is the rank."""
         return [
             Fault("collective", mode, rank, call)
             for mode in ("once", "kill")
@@ -506,7 +506,7 @@ class Collectives:
 
 
 def _join(rank: int, port: int, fault: Fault, counted: Path) -> None:
-    """Makes this process one of torchrun's, with a collective that fails."""
+    """Makes this process a torchrun worker with a collective that fails."""
     import torch.distributed as dist
 
     os.environ |= {
@@ -540,7 +540,7 @@ def _words(line: str, data: Path, work: Path) -> list[str]:
 
 
 def write_fixture(fixture: Path, logs: Path) -> None:
-    """A data set, a detector, and a training that was killed after its first iteration."""
+    """Writes a data set, a detector, and a training run killed after its first iteration."""
     from deformnet.data.synthetic import Shapes, write_shapes
 
     data = fixture / "data"
@@ -591,7 +591,7 @@ def main() -> None:
     torch.set_num_threads(1)
     for module in _MODULES:
         importlib.import_module(module)
-    # Not a `TemporaryDirectory`, which would also be removed at the end of each child.
+    # Not a `TemporaryDirectory`, which each child would remove when it exits.
     scratch = Path(tempfile.mkdtemp(prefix="faults-")).resolve()
     try:
         with options.out.open("w") as out:
@@ -624,7 +624,7 @@ _MODULES = (
     "matplotlib.backends.backend_agg",
     "timm",
 )
-"""What commands import when they run; imported before, a run takes less than a second."""
+"""Modules that commands import when they run; with early imports, a run takes under a second."""
 
 if __name__ == "__main__":
     if hasattr(ctypes.CDLL(None), "faults_arm"):

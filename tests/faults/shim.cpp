@@ -1,4 +1,4 @@
-// Preloaded into a process, fails one chosen system call on a file below a folder.
+// When preloaded into a process, makes one selected system call on a file in a folder fail.
 //
 // It sits between the process and the C library, so that it sees the writers of C libraries as well as
 // Python's. Nothing happens until `faults_arm`; counters and the choice are those of each forked child.
@@ -28,7 +28,7 @@ bool armed = false;
 char folder[4096], place[4096];
 int chosen_kind, mode, error_number;
 long chosen_call;
-size_t large;  // bytes from which an allocation counts
+size_t large;  // minimum size of an allocation that counts
 std::atomic<long> calls[KINDS];
 std::atomic<bool> fired{false};
 
@@ -128,7 +128,7 @@ RENAMER(link, (const char* source, const char* target) noexcept, (source, target
 RENAMER(renameat, (int from, const char* source, int to, const char* target) noexcept,
         (from, source, to, target))
 
-// `bytes` is what half of a call has to halve.
+// `bytes` is the size of the transfer that `short` halves.
 #define TRANSFER(name, kind, file, bytes, declared, passed) \
   ssize_t name declared {                                   \
     NEXT(name);                                             \

@@ -1,6 +1,6 @@
-"""Commands on a disk that fails: results are as before or complete, and one line names the cause.
+"""Commands on a failing disk: results are unchanged or complete, and one line names the cause.
 
-DEFORMNET_FUZZ runs a fault at every call, which takes hours; otherwise there are a few.
+If DEFORMNET_FUZZ is set, every system call fails once, which takes hours; otherwise, a few do.
 """
 
 import json

@@ -1,12 +1,12 @@
-"""Fuzzers of everything that is read: files and command lines.
+"""Fuzzers of all inputs: files and command lines.
 
-A target is a set of valid files and a reader. In each case one of the files is damaged, in its
-bytes or in its values, and read. It has to give a result, a `UserError` or an `OSError`, in bounded
-time and memory. A case is reproduced by its fuzzer, seed and number:
+A target is a set of valid files and a reader. In each case, the bytes or values of one file are
+damaged, and it is read. The reader has to return a result or raise a `UserError` or an `OSError`,
+in bounded time and memory. To reproduce a case, pass its fuzzer, seed and number:
 
     python tests/fuzz/fuzz.py OUT --fuzzers images --seed 0 --first 1234 --count 1
 
-OUT gets one line of JSON for each finding and a last one with the number of cases.
+Each finding adds one line of JSON to OUT; the last line has the number of cases.
 """
 
 import argparse
@@ -24,15 +24,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 SECONDS = 20
-"""Seconds after which a case counts as hanging."""
+"""Seconds after which a case is considered to hang."""
 MEMORY = 4 << 30
-"""Bytes that a case may use."""
+"""Bytes of memory that a case may use."""
 
 Mutate = Callable[[random.Random, bytes], bytes]
 
 
 class Target(NamedTuple):
-    """Valid files, how they are damaged, and what reads them."""
+    """Valid files, how they are damaged, and their reader."""
 
     files: Mapping[Path, bytes]
     mutate: Mutate
@@ -40,7 +40,7 @@ class Target(NamedTuple):
 
 
 class Fuzzer(NamedTuple):
-    """Targets, of which a case selects one, and the number of cases of `make test`."""
+    """Targets, one of which each case selects, and the number of cases in `make test`."""
 
     targets: Callable[[Path], list[Target]]
     count: int
@@ -48,7 +48,7 @@ class Fuzzer(NamedTuple):
 
 @dataclass
 class Finding:
-    """A case that broke the rule, and a traceback or the reason."""
+    """A case that failed, with a traceback or the reason."""
 
     fuzzer: str
     seed: int
@@ -90,7 +90,7 @@ def fuzz(
 def _child(
     name: str, targets: list[Target], seed: int, cases: range, until: float, pipe: int
 ) -> None:
-    """Writes the number of each case before it begins, and once more if it breaks the rule."""
+    """Writes the number of each case before it begins, and again if it fails."""
     used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
     null = os.open(os.devnull, os.O_RDWR)
@@ -112,7 +112,7 @@ def _child(
 
 
 def run_case(targets: list[Target], seed: str) -> str | None:
-    """One case; returns what breaks the rule."""
+    """Runs one case; returns a description of the failure, or None."""
     from deformnet._errors import UserError
 
     rng = random.Random(seed)

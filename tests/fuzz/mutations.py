@@ -30,10 +30,10 @@ VALUES: tuple[object, ...] = (
 
 
 def damage_bytes(rng: random.Random, content: bytes) -> bytes:
-    """Up to four small changes of a file, wherever they fall."""
+    """Applies up to four small changes at random places of a file."""
     data = bytearray(content)
     for _ in range(rng.choice((1, 1, 1, 2, 4))):
-        # Headers are short, and decide the most.
+        # Headers are short but matter most.
         reach = len(data) if rng.random() < 0.5 else min(len(data), 64)
         at = rng.randrange(reach + 1)
         length = rng.choice((1, 1, 2, 4, 16, 300))

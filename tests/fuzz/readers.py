@@ -55,7 +55,7 @@ _SAVED = {
 
 
 def images(folder: Path) -> list[Target]:
-    """Images of all formats, as images, as masks and by their headers."""
+    """Images of all formats, read as images, as masks, and headers only."""
     files = {folder / name: _image(name) for name in _SAVED}
     deep = io.BytesIO()
     Image.fromarray(np.full((9, 11), 60_000, np.uint16)).save(deep, "PNG")
@@ -158,7 +158,7 @@ def json_files(folder: Path) -> list[Target]:
 
 
 def xml_files(folder: Path) -> list[Target]:
-    """VOC annotations, in VOC's folders and beside the images."""
+    """VOC annotations, in VOC's folders and next to the images."""
     shapes = _shapes(folder)
     year = shapes / "VOCdevkit/VOC2012"
     beside = folder / "beside"
@@ -174,7 +174,7 @@ def xml_files(folder: Path) -> list[Target]:
 
 
 def damage_xml(rng: random.Random, content: bytes) -> bytes:
-    """Damages a text, or adds what parsers of XML stumble over."""
+    """Damages a text, or adds constructs that are hazardous for XML parsers."""
     if rng.random() < 0.8:
         return damage_text(rng, content)
     entities = b"".join(b'<!ENTITY e%d "%s">' % (n, b"&e%d;" % (n - 1) * 10) for n in range(1, 12))
@@ -365,7 +365,7 @@ _STRANGE = ("", " ", "-1", "nan", "1e300", "9" * 30, "None", "x" * 300, ".", "\x
 
 
 def command_lines(folder: Path) -> list[Target]:
-    """Words of valid command lines replaced, removed, repeated and exchanged."""
+    """Valid command lines with arguments replaced, removed, repeated or swapped."""
     given, case, words = folder / "given", folder / "case", folder / "words.txt"
     write_shapes(given / "voc", Shapes(train=1, val=1, height=40, width=48))
     export_run(_run(given), given / "net.safetensors")
@@ -391,7 +391,7 @@ def command_lines(folder: Path) -> list[Target]:
 
 
 def _damage_words(rng: random.Random, content: bytes) -> bytes:
-    """Damages the words of a line; words of other lines take the place of some."""
+    """Damages the arguments of a line; some are replaced by those of other lines."""
     words = content.decode().split()
     for _ in range(rng.choice((1, 1, 2, 3))):
         at = rng.randrange(len(words))

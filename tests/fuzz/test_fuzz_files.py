@@ -1,4 +1,4 @@
-"""Damaged files and command lines: a result or an error of the user, in bounded time and memory.
+"""Damaged files and command lines give a result or a user error, in bounded time and memory.
 
 DEFORMNET_FUZZ is the number of cases of each fuzzer, DEFORMNET_FUZZ_SEED their seed.
 """

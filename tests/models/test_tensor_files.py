@@ -1,4 +1,4 @@
-"""The reader of files with tensors: what is damaged, hostile or of another kind is never used."""
+"""The reader of files with tensors: damaged, hostile or unsuitable files are never used."""
 
 import hashlib
 import io
@@ -30,7 +30,7 @@ def network() -> dict[str, Tensor]:
 
 
 def equal(state: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    """Bit by bit."""
+    """Whether two state dicts are bitwise identical."""
     return state.keys() == other.keys() and all(
         value.dtype == other[name].dtype
         and value.shape == other[name].shape
@@ -48,7 +48,7 @@ def as_safetensors(path: Path) -> None:
 
 
 def with_card(path: Path) -> None:
-    """Without the sum in the file, as other programs write it."""
+    """Without a checksum in the file, as other programs write it."""
     from safetensors.torch import save
 
     content = save({name: value.contiguous() for name, value in network().items()})
@@ -116,12 +116,12 @@ def test_hostile_archives(tmp_path):
     zeros = {data.replace("data.pkl", f"data/{n}"): bytes(10**6) for n in range(1, 9)}
     cases = {
         "record size": archive(good | {data: declared}),
-        "plain records": archive(good | zeros, zipfile.ZIP_DEFLATED),
+        "uncompressed records": archive(good | zeros, zipfile.ZIP_DEFLATED),
         "bytearray": archive(good | {data: pickled("__builtin__.bytearray", 1 << 40)}),
         "FloatTensor": archive(good | {data: pickled("torch.FloatTensor", 1 << 40)}),
         "UntypedStorage": archive(good | {data: pickled("torch.storage.UntypedStorage", 1 << 40)}),
         "os.system": archive(good | {data: pickled("os.system", "touch ran")}),
-        "not an archive": archive({**good, data.upper(): good[data]}),
+        "not a zip archive": archive({**good, data.upper(): good[data]}),
         "at most 16 MB": archive(good | {data: bytes(1 << 25)}),
         "data.pkl": archive({name: value for name, value in good.items() if name != data}),
         "readable archive": b"PK\x03\x04 ",
@@ -136,8 +136,8 @@ def test_hostile_archives(tmp_path):
 
 
 def test_no_bit_of_a_small_archive_changes_what_is_read(tmp_path):
-    """Also of the headers: one bit makes a record a folder to PyTorch, which then returns memory
-    that nothing was read into."""
+    """Including the headers: one bit marks a record as a folder, for which PyTorch returns
+    uninitialized memory."""
     path = tmp_path / "a.pth"
     torch.save({"a": torch.arange(3.0)}, path)
     content = path.read_bytes()
@@ -192,7 +192,7 @@ def test_the_format_without_an_archive(tmp_path):
     path = tmp_path / "a.pth"
     torch.save(network(), path, _use_new_zipfile_serialization=False)
     assert equal(read_weights(path), network())
-    with pytest.raises(UserError, match=r"not an archive of torch\.save"):
+    with pytest.raises(UserError, match=r"not a zip archive of torch\.save"):
         read_torch(path)
     for content in flipped(path.read_bytes(), CASES // 5):  # it has no checksum
         path.write_bytes(content)

@@ -1,11 +1,11 @@
-"""Random calls of the operators on a CPU, right and wrong, in any layout and dtype.
+"""Random calls of the operators on a CPU, valid and invalid, in any layout and dtype.
 
     python fuzzing.py SEED FIRST END
 
-makes the calls FIRST .. END - 1 of a seed, and prints a line before each, and one for each finding.
-`test_fuzz.py` starts it, and goes on behind a call that ends the process. A right call must give
-what a definition in float64 gives, and leave alone what lies around its results in memory. A call
-with an extreme argument must give a documented error or what the reference gives.
+runs the calls FIRST to END - 1 of a seed, and prints a line before each call and for each finding.
+`test_fuzz.py` starts this program, and continues after a call that ends the process. A valid call
+must give the same result as a definition in float64, and not write outside its results. A call with
+an extreme argument must raise a documented error or give the same result as the reference.
 """
 
 import faulthandler
@@ -38,19 +38,19 @@ Case = deform_conv_cases.Case | roi_pool_cases.Case
 Results = dict[str, Tensor]
 
 DTYPES = [torch.float64, torch.float32, *HALVES]
-# Largest error, of the largest number of a tensor.
+# Maximum error, relative to the largest number of a tensor.
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 5e-5}
 TOLERANCE |= {dtype: 2 * torch.finfo(dtype).eps for dtype in HALVES}
 # What a call may raise; NotImplementedError is a RuntimeError.
 ERRORS = (TypeError, ValueError, RuntimeError, MemoryError)
 NAN, INF = float("nan"), float("inf")
-# Memory that a call may take on top of what the process has, and its seconds.
+# Additional memory that a call may use, and its time limit in seconds.
 MOST_MEMORY, MOST_SECONDS = 3 * 2**30, 60
 BORDERS = ["zeros", "zeros", "msra2017"]
 
 
 class Finding(Exception):
-    """What is wrong about a call."""
+    """A call with a wrong result."""
 
 
 class Draw(random.Random):
@@ -156,7 +156,7 @@ def output_size(case: Case) -> tuple[int, ...]:
     return case.output_size() if convolves else case.output_size_of()
 
 
-# ------------------------------------------------------------------------------------ right calls
+# ------------------------------------------------------------------------------------ valid calls
 
 
 def sixteenths(draw: Draw, *shape: int, scale: float) -> Tensor:
@@ -189,7 +189,7 @@ def convolution(draw: Draw) -> deform_conv_cases.Case:
     for k in kernel:
         side, d = draw.choice([1, 1, 2, 3, 4, 5, 7, 9, 17]), draw.choice([1, 1, 2, 3])
         if draw.one_in(12):
-            # Far beyond the map, but for a few positions.
+            # Far outside the map, except for a few positions.
             p = draw.choice([2**24 + 1, 2**28 - 3, MOST_PADDING // 2])
             d = draw.choice([d, MOST_PADDING // 8])
         else:
@@ -267,7 +267,7 @@ def pooling(draw: Draw, dyadic: bool) -> roi_pool_cases.Case:
 
 
 def laid_out(draw: Draw, tensor: Tensor) -> Tensor:
-    """The numbers somewhere in memory that holds NaN otherwise, in a random order."""
+    """The tensor within memory that is NaN otherwise, with a random order of dimensions."""
     kind = draw.choice(["as it is", "last", "strided", "offset", "transposed", "negative"])
     if kind == "last" and tensor.dim() == 4:
         return as_channels_last(tensor)
@@ -289,7 +289,7 @@ def laid_out(draw: Draw, tensor: Tensor) -> Tensor:
 
 
 class Guards:
-    """Gives the tensors that kernels make a surrounding that must stay as it is, and NaN inside."""
+    """Fills tensors that kernels allocate with NaN, and surrounds them with canary values."""
 
     MARGIN, CANARY = 64, -1.5
 
@@ -324,7 +324,7 @@ class Guards:
         for room in self.rooms:
             margins = torch.cat([room[: self.MARGIN], room[-self.MARGIN :]])
             if not (margins == self.CANARY).all():
-                raise Finding("something is written beside a result")
+                raise Finding("a kernel wrote outside its result")
 
 
 def compare(found: Results, wanted: Results, tolerance: float) -> None:
@@ -350,7 +350,7 @@ def check_layouts(case: Case, found: Results, backend: str) -> None:
         return tensor.is_contiguous(memory_format=memory_format)
 
     if case.input.is_neg():
-        return  # PyTorch copies it in an order of its own
+        return  # PyTorch copies it with another order of dimensions
     last = not case.input.is_contiguous() and dense(case.input, True)
     for name, tensor in found.items():
         follows = name == "grad_input"
@@ -363,13 +363,13 @@ def check_layouts(case: Case, found: Results, backend: str) -> None:
 
 
 def right(draw: Draw) -> None:
-    """A right call, with all gradients or some."""
+    """A valid call, with all gradients or some."""
     convolves, border, dyadic = draw.randrange(3) > 0, draw.choice(BORDERS), draw.one_in(2)
     case: Case = convolution(draw) if convolves else pooling(draw, dyadic)
     dtype = draw.choice(DTYPES)
     positions = draw.choice([None, torch.float32]) if dtype in HALVES else None
     if not convolves and dtype in HALVES:
-        # Half precision has no boxes to speak of; a NaN stays one.
+        # Half precision is too coarse for boxes; NaN is preserved.
         positions = torch.float32
     case = case.to(dtype, positions)
     for name, tensor in leaves(case).items():
@@ -405,7 +405,7 @@ def right(draw: Draw) -> None:
     check_layouts(case, found, backend)
     for name, tensor in zip(names, before, strict=True):
         if not getattr(case, name).eq(tensor).logical_or(tensor.isnan()).all():
-            raise Finding(f"{name} is no longer what it was")
+            raise Finding(f"{name} was modified")
 
 
 # ---------------------------------------------------------------------------------- extreme calls
@@ -490,7 +490,7 @@ def matching_offset(arguments: dict[str, Any]) -> Tensor | None:
 
 
 def extreme(draw: Draw) -> None:
-    """A right call with one or two arguments that are not."""
+    """A valid call in which one or two arguments are replaced by extreme ones."""
     convolves = draw.one_in(2)
     case: Case = convolution(draw) if convolves else pooling(draw, False)
     dtype = draw.choice(DTYPES)
@@ -532,17 +532,17 @@ def extreme(draw: Draw) -> None:
         wanted = function(**{**exactly, "backend": "reference"}).detach()
     except (RuntimeError, MemoryError):
         return  # of memory
-    # What does not fit the dtype, and differences of huge numbers, are not the question.
+    # Overflow of the dtype, and differences of huge numbers, are not tested here.
     result = output.detach().double()
     small = wanted.isfinite() & result.isfinite() & (wanted.abs() < 1e3)
     if not (result.isnan() | result.isinf() | wanted.isfinite()).all():
-        raise Finding("a number where the reference has none")
+        raise Finding("a finite number where the reference has none")
     if small.any():
         compare({"": result[small]}, {"": wanted[small]}, 10 * TOLERANCE[output.dtype])
 
 
 def operator(draw: Draw) -> None:
-    """The registered operators, which check what the public functions have not."""
+    """The registered operators, which check what the public functions have not checked."""
     convolves, backward = draw.one_in(2), draw.one_in(2)
     case: Case = convolution(draw) if convolves else pooling(draw, False)
     case = case.to(draw.choice(DTYPES))
@@ -582,7 +582,7 @@ def make(seed: int, index: int) -> None:
     except Finding as finding:
         print(f"finding {index}: {finding}", flush=True)
     except Exception:
-        # Also an error that is none of those that are documented.
+        # Including undocumented errors.
         text = " | ".join(traceback.format_exc().strip().splitlines()[-5:])
         print(f"finding {index}: {text}", flush=True)
 
@@ -598,7 +598,7 @@ def main() -> None:
         except ValueError:
             pass
     cpu.select_instruction_set(best)
-    # The memory of a sanitizer is beyond any limit.
+    # A sanitizer reserves more memory than any limit.
     if "libasan" not in Path("/proc/self/maps").read_text():
         have = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (have + MOST_MEMORY, have + MOST_MEMORY))

@@ -6,7 +6,7 @@ import math
 import torch
 from roi_pool_cases import Case
 
-# Of one sample on one axis: the pixels read, with their weights and the weights' derivatives.
+# For one sample on one axis: the pixels read, their weights, and the derivatives of the weights.
 Read = list[tuple[int, float, float]]
 
 
@@ -60,7 +60,7 @@ def axis_of_box(case: Case, low: float, high: float, k: int) -> tuple[float, lis
 
 
 def samples_read(case: Case, positions: list[float], size: int) -> tuple[list[Read], int]:
-    """What the samples of a bin read on one axis, and how many of them count in its mean."""
+    """The pixels that the samples of a bin read on one axis, and how many its mean includes."""
     if case.sampling == "bins":
         return [read_zeros(p, size) for p in positions], len(positions)
     if case.sampling == "msra":

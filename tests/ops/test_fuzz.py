@@ -1,6 +1,6 @@
-"""Random calls of the operators, right and wrong: see `fuzzing.py`.
+"""Random calls of the operators, valid and invalid: see `fuzzing.py`.
 
-DEFORMNET_FUZZ sets their number, DEFORMNET_FUZZ_SEED the seed: with another one they are others.
+DEFORMNET_FUZZ sets their number, DEFORMNET_FUZZ_SEED their seed.
 """
 
 import os
@@ -20,7 +20,7 @@ SEED = int(os.environ.get("DEFORMNET_FUZZ_SEED", "0"))
 
 
 def findings(seed: int, count: int) -> list[str]:
-    """What is wrong about the first calls of a seed; a crash, too, is a finding."""
+    """The findings of the first calls of a seed, including crashes."""
     found, first = [], 0
     while first < count:
         program = Path(__file__).with_name("fuzzing.py")

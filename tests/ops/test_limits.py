@@ -1,7 +1,7 @@
-"""The largest sizes, and the next: see "Largest sizes" in docs/operators.md.
+"""The largest sizes, and the next: see "Size limits" in docs/operators.md.
 
-Tensors share one number in memory. Kernels that would copy them are not run at a limit: what is
-called is the check that they begin with.
+All elements of a tensor share one place in memory. Kernels that would copy them are not run at a
+limit; only the check at their beginning is called.
 """
 
 from functools import partial
@@ -23,7 +23,7 @@ INT32 = 2**31 - 1
 
 
 def shared(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Zeros that lie in one place."""
+    """Zeros that share one place in memory."""
     return torch.zeros((), dtype=dtype).expand(shape)
 
 
@@ -40,13 +40,13 @@ FRAMED = [(MOST // 2 - 4, 1), (1, MOST // 5 - 1), (44721 - 4, 44721 - 1), (10**6
 @pytest.mark.parametrize(("height", "width"), FRAMED)
 def test_largest_map_of_a_convolution_on_a_cpu(height, width):
     check_framed(shared(1, 1, height, width))
-    # What sampling.h counts in 32 bits. Positions beyond the map end up to half a unit in the last
-    # place of a float32 farther out than a pixel.
+    # What sampling.h stores in 32 bits. Positions beyond the map are farther out than a pixel by up
+    # to half a unit in the last place of float32.
     row, last = width + 1, (height + 4) * (width + 1) + 1
     beyond_y, beyond_x = (1 + size + size * 2**-24 for size in (height, width))
     assert last <= INT32
     assert (beyond_y + 1) * row + beyond_x + 1 <= INT32
-    # And what it counts as float32, and back.
+    # What it converts to float32 and back.
     assert all(torch.tensor(float(size + 1)).int().item() >= size for size in (height, width))
 
 
@@ -201,7 +201,7 @@ def kernels():
 
 
 SIDES = "input to have at most 1000000000 rows and columns, but got "
-NUMBERS = "weight to have at most 2000000000 numbers, but got "
+NUMBERS = "weight to have at most 2000000000 elements, but got "
 GROUPS = "weight to have at most 65535 groups, but got 65536"
 OFFSET_GROUPS = "offset to have at most 65535 offset groups, but got 65536"
 CHANNELS = "input to have at most 16776960 channels in an offset group, but got 16776961"

@@ -222,7 +222,7 @@ def test_label_maps_without_a_class_are_not_trained_on(tmp_path):
 
 
 def test_batches_of_bounded_size():
-    """Two strips are small, and their padding is not."""
+    """Two narrow strips are small, but their padded batch is not."""
     strips = [torch.zeros(1).expand(3, *size) for size in ((40_000, 1), (1, 40_000))]
     with pytest.raises(UserError, match="expected a batch of at most 1000 million pixels, but got"):
         stack(strips)

@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         leave(str(error), BAD_INPUT)
     from deformnet.cli.app import run
 
-    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files are not always text
+    if isinstance(sys.stdout, io.TextIOWrapper):  # file names are not always valid text
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with warning_lines():

@@ -55,7 +55,7 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def _require_words(arguments: Sequence[str]) -> None:
-    """Ends the program for an empty word: as a path, it would be the current folder."""
+    """Ends the program if an argument is empty, which as a path would mean the current folder."""
     for before, word in zip(("deformnet", *arguments), arguments, strict=False):
         if not word or (word.startswith("--") and word.endswith("=")):
             leave(f"expected a value after {word or before}, but got none", BAD_INPUT)

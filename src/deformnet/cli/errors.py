@@ -39,17 +39,17 @@ _MACHINE_FAULTS = (
     (
         ("is killed by signal: Bus error", "creating shared memory segment"),
         BAD_INPUT,
-        "out of shared memory; start a container with --shm-size=2g, or use --workers 0",
+        "out of shared memory; start the container with --shm-size=2g, or use --workers 0",
     ),
     (
         ("DataLoader worker (pid",),
         FAILED,
-        "a data loading process ended unexpectedly ({text})",
+        "a data loading process exited unexpectedly ({text})",
     ),
     (
         ("Timed out waiting", "Watchdog caught collective operation timeout"),
         FAILED,
-        "another process of this run did not answer in time; the warnings above name it; if it is "
+        "another process of this run did not respond in time (see the warnings above); if it is "
         "only slow, set a longer --timeout",
     ),
     (
@@ -100,8 +100,8 @@ def leave(message: str, code: int) -> NoReturn:
 def warning_lines() -> Iterator[None]:
     """Prints warnings of this package as one line, without their source location.
 
-    TensorBoard writes in a thread. Its OSErrors are raised again in the main thread, which prints
-    them.
+    OSErrors of TensorBoard's writer thread are not printed here: they are raised again in the main
+    thread.
     """
     usual, usual_in_threads = warnings.formatwarning, threading.excepthook
 
@@ -124,7 +124,7 @@ def warning_lines() -> Iterator[None]:
 def _one_line(error: Exception) -> str:
     """The message of an error, without the traceback that a loader process adds to it."""
     if isinstance(error, OSError) and error.filename is not None:
-        # TensorBoard names files in bytes. Copies have two files, either of which can be the cause.
+        # TensorBoard's file names are bytes. A copy has two files, and either can be the cause.
         files = [name for name in (error.filename, error.filename2) if name is not None]
         return f"{' -> '.join(map(os.fsdecode, files))}: {error.strerror}"
     text = str(error).strip()

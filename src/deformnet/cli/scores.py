@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def printing_unsaved() -> Iterator[None]:
-    """Prints scores that could not be written."""
+    """Prints scores that cannot be written to their file."""
     from deformnet.engine.results import UnsavedScores
 
     try:

@@ -228,13 +228,13 @@ def _shaped_like(recipe: Recipe, run: Path) -> Recipe:
         content = read_json(card)
         described = content.get("recipe") if isinstance(content, dict) else None
         if not isinstance(described, dict):
-            return recipe  # not a card; reading the weights says what is wrong
+            return recipe  # not a card; an error follows when the weights are read
         old = recipes.recipe_from_dict(described, source=card)
     else:
         return recipe
     names = {
         *("backbone", "stride_in_1x1", "neck", "neck_layers", "neck_channels"),
-        *("deform_layers", "offset_groups", "modulated"),
+        *("deform_layers", "offset_groups", "modulated", "offset_conv"),
     }
     if old.network == recipe.network:
         names = {field.name for field in dataclasses.fields(old)} - _IMAGES - _SCHEDULE

@@ -1,4 +1,4 @@
-"""Reading of a single image or label map, with errors that name the file; names of files."""
+"""Reading of a single image or label map, with errors that name the file; file names."""
 
 import io
 import logging
@@ -44,7 +44,7 @@ _FORMATS_TEXT = "JPEG, PNG, BMP, TIFF, WebP, GIF or PPM"
 
 _ENDS_EARLY = "not a readable image (the data of the last rows is missing)"
 
-_LARGE = 1 << 20  # bytes that are allocated before it is known whether they exist
+_LARGE = 1 << 20  # larger reads are limited to the size of the file
 
 # What Pillow raises on broken bytes, found by truncating and flipping bytes of JPEG and PNG files.
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, zlib.error, struct.error)
@@ -174,10 +174,11 @@ def is_rotated(path: str | Path) -> bool:
 
 
 def read_png(content: bytes, place: str) -> np.ndarray:
-    """Reads a PNG that another file contains, as gray levels: uint8 [H, W].
+    """Reads a PNG embedded in another file, as grayscale: uint8 [H, W].
 
     Args:
-        place: where it is, for messages.
+        content: bytes of the PNG.
+        place: where it is, for error messages.
     Raises:
         UserError: see `read_image`.
     """
@@ -356,7 +357,7 @@ def _codes(pixels: np.ndarray) -> np.ndarray:
 
 
 class _File(io.BufferedReader):
-    """A file that allocates no more than it has: a damaged PNG can announce gigabytes."""
+    """A file that allocates at most its own size: a damaged PNG can declare gigabytes."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         announced = size is not None and size > _LARGE
@@ -387,9 +388,9 @@ def _decoding(file: IO[bytes], place: str, formats: tuple[str, ...]) -> Iterator
 
 
 def _load(file: IO[bytes], image: Image.Image) -> None:
-    """Decodes an image completely. If the compressed data ends early in a file that is whole
-    otherwise, Pillow leaves the missing rows black (PNG) or gray (JPEG); the data distinguishes
-    them from rows of this color."""
+    """Decodes an image completely. If the compressed data ends early in an otherwise complete file,
+    Pillow fills the missing rows with black (PNG) or gray (JPEG). If the last row has this color,
+    the compressed data is checked."""
     image.load()
     last = np.asarray(image.crop((0, image.height - 1, *image.size)))[-1]
     if image.format == "PNG" and (image.info.get("interlace") or not last.any()):
@@ -399,7 +400,7 @@ def _load(file: IO[bytes], image: Image.Image) -> None:
 
 
 def _require_jpeg_rows(file: IO[bytes], image: Image.Image) -> None:
-    """More data before the end changes the pixels only if there was too little."""
+    """Inserts data before the end marker: this changes the pixels only if data was missing."""
     file.seek(0)
     data, end, rest = file.read().rpartition(b"\xff\xd9")
     with Image.open(io.BytesIO(data + b"Z" * 64 + end + rest), formats=("JPEG",)) as longer:

@@ -110,8 +110,8 @@ class LabelmeFile:
             pixels += sum(stamp.mask.size for stamp in item.stamps)
             if pixels > MAX_PIXELS:
                 raise UserError(
-                    f"{path}: shape {number}: expected at most {MAX_PIXELS} pixels in all masks of "
-                    "the file together, but got more; crop the masks to their objects"
+                    f"{path}: shape {number}: expected at most {MAX_PIXELS} pixels in total in the "
+                    "masks of the file, but got more; crop the masks to their objects"
                 )
             group = shape.get("group_id")
             key = (item.label, str(number) if group is None else f"group {group}")

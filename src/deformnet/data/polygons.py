@@ -33,7 +33,7 @@ class Region(NamedTuple):
     polygons: Sequence[np.ndarray] = ()
     """float [n, 2] each: x, y in pixels, where (0, 0) is the corner of the first pixel."""
     stamps: Iterable[Stamp] = ()
-    """Iterated over once, when they are drawn: those of all objects may not fit in memory."""
+    """Iterated over once, when drawn: the stamps of all objects may not fit in memory."""
 
 
 def with_background(names: Sequence[str], origin: object) -> tuple[str, ...]:

@@ -1,8 +1,8 @@
 """Loader workers: processes that load items ahead of the process that uses them.
 
-No wait for a worker is endless. A worker that died is reported at once (PyTorch listens for that),
-one that does not answer after a timeout. Tensors come through shared memory where /dev/shm has
-room, and through pipes where it has none, as in a container with little of it.
+Every wait for a worker is bounded. A worker that died is reported immediately (PyTorch detects it),
+one that does not respond after a timeout. Tensors are passed through shared memory, or through
+pipes if /dev/shm is too small, as in many containers.
 """
 
 import atexit
@@ -37,10 +37,10 @@ _K_contra = TypeVar("_K_contra", contravariant=True)
 TIMEOUT = 1800
 """Default number of seconds to wait for another process."""
 PATIENCE = 10.0
-"""Seconds of waiting before a line says for what."""
+"""Seconds before the first warning about a wait."""
 
 _log = logging.getLogger("deformnet")
-_POLL = 0.2  # seconds between looks at what else may end a wait
+_POLL = 0.2  # seconds between checks of what else may end a wait
 _SHM = "/dev/shm"
 _STATES = {"T": "stopped", "D": "waiting for a disk or the network", "Z": "dead"}
 _PDEATHSIG = 1  # PR_SET_PDEATHSIG of prctl
@@ -65,15 +65,15 @@ def loaded(
     """Loads items in the order of their keys.
 
     Args:
-        items: where workers, which are forked, get the items.
-        keys: the items to load.
-        workers: number of processes; 0 loads in this one.
-        what: what an item is called in messages, by its key.
+        items: the items, as forked workers see them.
+        keys: keys of the items to load.
+        workers: number of processes; 0 loads the items in this process.
+        what: returns the name of an item in messages, given its key.
         pin: load tensors into page-locked memory.
         timeout: seconds to wait for a worker.
-        stopping: whether to end before the last item; asked between items and while waiting.
+        stopping: whether to end early; called between items and while waiting.
     Raises:
-        TimeoutError: if a worker does not answer in time.
+        TimeoutError: if a worker does not respond in time.
         RuntimeError: if a worker died.
         Exception: what a worker raised.
     """
@@ -89,7 +89,7 @@ def loaded(
         pin_memory=pin,
     )
     before = set(multiprocessing.active_children())
-    source = iter(loader)  # in this thread: PyTorch tells the main thread of workers that died
+    source = iter(loader)  # in this thread: PyTorch reports dead workers to the main thread
     if workers == 0:
         for item in source:
             if stopping():
@@ -99,10 +99,10 @@ def loaded(
     started = sorted(set(multiprocessing.active_children()) - before, key=lambda it: it.pid or 0)
     ready: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(maxsize=1)
     closed = threading.Event()
-    # A thread waits, so that neither a message that is cut short nor a worker that is stopped while
-    # it hands over memory holds up this one.
+    # Another thread waits, so that neither a truncated message nor a worker that is stopped while
+    # passing memory blocks this one.
     threading.Thread(target=_pull, args=(source, ready, closed), daemon=True).start()
-    del source  # the thread's alone, which ends the workers that way
+    del source  # only the thread keeps it, and so ends the workers
     with _ended(started, closed):
         for number, key in enumerate(keys):
             worker = started[number % workers]
@@ -113,7 +113,7 @@ def loaded(
                 return
             yield item
         with suppress(queue.Empty):
-            ready.get(timeout=PATIENCE)  # the workers have ended
+            ready.get(timeout=PATIENCE)  # when the workers have exited
 
 
 def _wait(
@@ -123,7 +123,7 @@ def _wait(
     timeout: float,
     stopping: Callable[[], bool],
 ) -> tuple[Any, BaseException | None]:
-    """Waits for an item of a worker, or until it is time to stop."""
+    """Waits for an item from a worker, or until `stopping`."""
     start, due = time.monotonic(), PATIENCE
     while not stopping():
         with suppress(queue.Empty):
@@ -134,8 +134,8 @@ def _wait(
         who = f"loader worker with process ID {worker.pid}{_state(worker.pid)}"
         if waited >= timeout:
             raise TimeoutError(
-                f"{what}: expected it from the {who} within {timeout:g} seconds, but got nothing; "
-                "see whether a disk or the network hangs, or set a longer timeout"
+                f"{what}: expected the {who} to load it within {timeout:g} seconds, but got "
+                "nothing; check whether a disk or the network hangs, or set a longer timeout"
             )
         _log.warning("waiting for %s from the %s for %.0f seconds", what, who, waited)
         due *= 3
@@ -143,7 +143,7 @@ def _wait(
 
 
 def _state(process: int | None) -> str:
-    """What the system says of a process, for messages; empty if nothing of interest."""
+    """State of a process, for messages; empty if it is running or sleeping normally."""
     with suppress(OSError, IndexError):
         letter = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
         return f" ({_STATES[letter]})" if letter in _STATES else ""
@@ -151,7 +151,7 @@ def _state(process: int | None) -> str:
 
 
 def _pull(source: Iterator[Any], ready: "queue.Queue[Any]", closed: threading.Event) -> None:
-    """Passes on what a loader yields, and the error or the end of it."""
+    """Passes on what a loader yields, then its error or its end."""
     message, going = (None, None), True
     while going:
         try:
@@ -170,7 +170,7 @@ def _pull(source: Iterator[Any], ready: "queue.Queue[Any]", closed: threading.Ev
 
 @contextmanager
 def _ended(workers: Sequence[BaseProcess], closed: threading.Event) -> Iterator[None]:
-    """Ends workers with the block, whatever they do."""
+    """Kills workers that are still running at the end of the block."""
     kill = partial(_kill, workers)
     atexit.register(kill)  # before `multiprocessing` waits for them
     try:
@@ -182,7 +182,7 @@ def _ended(workers: Sequence[BaseProcess], closed: threading.Event) -> Iterator[
 
 
 def _kill(workers: Sequence[BaseProcess]) -> None:
-    """Kills those workers that have not ended; PyTorch must not take that for a failure."""
+    """Kills workers that have not exited, without PyTorch reporting that as a failure."""
     if not any(worker.is_alive() for worker in workers):
         return
     handler = None
@@ -201,14 +201,14 @@ def _unchanged(item: _T) -> _T:
 
 
 def _semaphores_for(workers: int) -> bool:
-    """Whether the queues of this many workers can be made; warns if not."""
+    """Whether the queues of this many workers can be created; warns if not."""
     context = torch.multiprocessing
     try:
         _ = context.Event(), [context.Queue() for _ in range(workers + 1)]
     except OSError as error:
         warnings.warn(
-            f"{_SHM}: cannot be written ({error.strerror}), so images are loaded without workers, "
-            "which is slower; start a container with --shm-size=2g",
+            f"{_SHM}: cannot be written to ({error.strerror}), so images are loaded without "
+            "workers, which is slower; start the container with --shm-size=2g",
             stacklevel=1,
         )
         return False
@@ -218,13 +218,14 @@ def _semaphores_for(workers: int) -> bool:
 def _begin(worker: int) -> None:
     """Prepares a worker.
 
-    It leaves signals to the whole process group to the main process: Ctrl-C, and SIGTERM of a batch
-    system. SIGTERM from the main process ends it, and so does the end of the main process.
+    A worker ignores signals that are sent to the whole process group, which the main process
+    handles: Ctrl-C, and SIGTERM from a batch system. It exits on SIGTERM from the main process, and
+    when the main process exits.
     """
     ForkingPickler.register(torch.UntypedStorage, _shared)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     main, parent = multiprocessing.parent_process(), os.getppid()
-    # Linux, forked; elsewhere a handler does not know the sender.
+    # Only on Linux and after a fork: elsewhere, a handler does not know the sender.
     if hasattr(signal, "sigwaitinfo") and main is not None and main.pid == parent:
         end_with_parent(parent)
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -232,9 +233,9 @@ def _begin(worker: int) -> None:
 
 
 def end_with_parent(parent: int) -> None:
-    """Has Linux kill this process when its parent ends, even if it is stopped then."""
+    """Makes Linux kill this process when its parent exits, even if this process is stopped."""
     ctypes.CDLL(None).prctl(_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it has ended already
+    if os.getppid() != parent:  # the parent has already exited
         os._exit(1)
 
 
@@ -245,7 +246,7 @@ def _obey_the_main_process() -> None:
 
 
 def _shared(storage: torch.UntypedStorage) -> tuple[Any, ...]:
-    """Reduces the memory of a tensor to a handle, or to its content where none can be shared."""
+    """Reduces a storage to a shared-memory handle, or to its content if it cannot be shared."""
     try:
         return reduce_storage(storage)
     except (RuntimeError, OSError):
@@ -254,10 +255,10 @@ def _shared(storage: torch.UntypedStorage) -> tuple[Any, ...]:
 
 
 def _rebuilt(content: np.ndarray) -> torch.UntypedStorage:
-    """What `_shared` sent by its content; in the process that receives it."""
+    """Rebuilds a storage that `_shared` sent as its content, in the receiving process."""
     warnings.warn(
         f"{_SHM}: has no room for images, so loader workers send them through pipes, which is "
-        "slower; start a container with --shm-size=2g",
+        "slower; start the container with --shm-size=2g",
         stacklevel=1,
     )
     return torch.from_numpy(content).untyped_storage()

@@ -1,4 +1,4 @@
-"""Content of checkpoints, and whether it is what training and loading expect."""
+"""Content of checkpoints, and its validation for training and loading."""
 
 import math
 from collections.abc import Mapping
@@ -46,10 +46,10 @@ class Checkpoint(TypedDict):
 
 
 def checked(content: object) -> Checkpoint:
-    """The content of a file as a checkpoint.
+    """Returns the content of a file as a checkpoint.
 
     Raises:
-        UserError: if a part is missing or of another kind, or a weight is not a finite number.
+        UserError: if a part is missing or has another type, or a weight is not finite.
     """
     if not isinstance(content, dict) or not Checkpoint.__required_keys__ <= set(content):
         raise UserError("not a checkpoint of deformnet")
@@ -75,9 +75,10 @@ def require_resumable(
     optimizer: Optimizer,
     precision: Mapping[str, float],
 ) -> None:
-    """Checks the state of training in a checkpoint against that of a run at its beginning.
+    """Checks that a run can resume from the training state of a checkpoint.
 
     Args:
+        checkpoint: a checkpoint of the run.
         state: state dict of the network.
         averaged: whether the weights are averaged.
         optimizer: the optimizer.
@@ -87,18 +88,19 @@ def require_resumable(
     """
     unaveraged = checkpoint.get("unaveraged")
     if (unaveraged is not None) != averaged:
-        raise UserError("its weights are not those of a training with this ema")
+        kinds = {True: "averaged weights (ema)", False: "weights without averaging (ema)"}
+        raise UserError(f"expected {kinds[averaged]}, but got {kinds[not averaged]}")
     if unaveraged is not None and (problem := misfit(state, unaveraged)) is not None:
-        raise UserError(f"its unaveraged weights do not fit: {problem}")
+        raise UserError(f"unaveraged weights do not fit the network: {problem}")
     saved = checkpoint["precision"]
     kinds, expected = ({k: type(v) for k, v in it.items()} for it in (saved, precision))
     if kinds != expected or not all(math.isfinite(v) for v in saved.values()):
-        raise UserError("its precision is not that of a training with this precision")
+        raise UserError("expected the gradient scaler's state of this precision, but got another")
     _require_moments(checkpoint["optimizer"], optimizer)
 
 
 def _is_plain(values: object) -> bool:
-    """Whether it is what JSON can hold, in one level and lists."""
+    """Whether it is a dict of strings, numbers, None, or lists of these."""
     return isinstance(values, dict) and all(
         isinstance(name, str)
         and all(
@@ -112,8 +114,8 @@ def _is_plain(values: object) -> bool:
 def optimizer_state(
     checkpoint: Checkpoint, optimizer: Optimizer
 ) -> dict[str, list[dict[str, object]] | object]:
-    """The state of the optimizer in a checkpoint that fits; all settings but the learning rates are
-    those of the recipe."""
+    """The optimizer state of a checkpoint that fits, with the recipe's settings except for the
+    learning rates."""
     saved, own = checkpoint["optimizer"], optimizer.state_dict()
     pairs = zip(own["param_groups"], cast(list, saved["param_groups"]), strict=True)
     groups = [group | {"lr": other["lr"]} for group, other in pairs]
@@ -123,24 +125,25 @@ def optimizer_state(
 def _require_moments(saved: Mapping[str, object], optimizer: Optimizer) -> None:
     """Checks the state of each parameter, such as its momentum."""
     if not saved:
-        raise UserError("it has only the network, without the state of training")
+        raise UserError("expected the training state, but got only the network")
     kept = {"step", "exp_avg", "exp_avg_sq"}
     kept = kept if isinstance(optimizer, AdamW) else {"momentum_buffer"}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     groups, states = saved.get("param_groups"), saved.get("state")
     if not isinstance(states, dict) or not isinstance(groups, list):
-        raise UserError("expected optimizer to have the state of parameters by their numbers")
+        raise UserError("expected optimizer to have a dict `state` and a list `param_groups`")
     rates = [group.get("lr") for group in groups if isinstance(group, dict)]
     if len(rates) != len(optimizer.param_groups) or not all(map(_is_finite, rates)):
         raise UserError(
-            f"expected optimizer to have the learning rates of {len(optimizer.param_groups)} groups"
+            f"expected optimizer to have finite learning rates of {len(optimizer.param_groups)} "
+            "parameter groups"
         )
     for number, state in states.items():
         where = f"optimizer state {number!r:.20}"
         if not isinstance(number, int) or not 0 <= number < len(parameters):
-            raise UserError(f"{where}: expected one of {len(parameters)} parameters")
+            raise UserError(f"{where}: expected the index of one of {len(parameters)} parameters")
         if not isinstance(state, dict) or set(state) != kept:
-            raise UserError(f"{where}: expected {', '.join(sorted(kept))}")
+            raise UserError(f"{where}: expected a dict with {', '.join(sorted(kept))}")
         for name, value in state.items():
             shape = () if name == "step" else parameters[number].shape
             if value is None and name == "momentum_buffer":
@@ -151,12 +154,13 @@ def _require_moments(saved: Mapping[str, object], optimizer: Optimizer) -> None:
                 or not value.is_floating_point()
                 or flaw(value, finite=False) is not None
             ):
-                raise UserError(f"{where}: expected {name} to be floats {list(shape)}")
+                raise UserError(f"{where}: expected {name} to be a float tensor {list(shape)}")
 
 
 def _require_validated(saved: object) -> None:
     if not isinstance(saved, dict) or set(saved) != Validated.__required_keys__:
-        raise UserError("expected validated to have the outcome of validations")
+        keys = ", ".join(sorted(Validated.__required_keys__))
+        raise UserError(f"expected validated to be a dict with {keys}")
     for name in ("iteration", "best_iteration", "waited"):
         _require_count(f"validated {name}", saved[name])
     best = saved["best"]
@@ -170,4 +174,4 @@ def _is_finite(value: object) -> bool:
 
 def _require_count(name: str, value: object) -> None:
     if type(value) is not int or not 0 <= value < 1 << 62:
-        raise UserError(f"expected {name} to be 0 or a positive integer, but got {value!r:.40}")
+        raise UserError(f"expected {name} to be a non-negative integer, but got {value!r:.40}")

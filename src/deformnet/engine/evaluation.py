@@ -92,7 +92,8 @@ def propose(
         The number of images.
     Raises:
         FileNotFoundError: if run or data are missing.
-        UserError: if the run makes no proposals, an image cannot be read, or `out` is another file.
+        UserError: if the run does not produce proposals, an image cannot be read, or `out` is a
+            file of another kind.
         OSError: if the file cannot be written.
     """
     require_proposals(out := Path(out))
@@ -104,7 +105,7 @@ def propose(
     with launched(layout, _precision(recipe, layout), facts) as processes:
         with processes.fabric.autocast():
             images.write(model, out, dataclasses.replace(processes, progress=progress))
-        processes.fabric.barrier()  # the file exists when any process goes on
+        processes.fabric.barrier()  # the file exists before any process continues
     return len(images)
 
 
@@ -121,7 +122,7 @@ def score(
     Args:
         model: the network, which then keeps to `cache`, the features of its backbone.
     Raises:
-        StopRequested: if they are asked to stop.
+        StopRequested: if the processes are asked to stop.
     """
     processes.places.at("evaluation")
     if cache is not None:

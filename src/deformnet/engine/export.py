@@ -36,8 +36,8 @@ def export_run(run: str | Path, out: str | Path) -> Path:
         The path of the card.
     Raises:
         FileNotFoundError: if there is no such run, or it has no checkpoint.
-        UserError: if `out` is not called .safetensors, NAME.json is another file than a card, or
-            the checkpoint or a file of scores is damaged.
+        UserError: if `out` does not end in .safetensors, NAME.json exists and is not a card, or the
+            checkpoint or a file of scores is damaged.
         OSError: if a file cannot be written.
     """
     run, out = Path(run), Path(out)
@@ -58,8 +58,8 @@ def export_run(run: str | Path, out: str | Path) -> Path:
             "exported": versions(),
         },
     }
-    # A full disk leaves both files as they were. If the process ends between the two renames, the
-    # older card does not fit the weights, and reading them says so.
+    # A full disk leaves both files unchanged. If the process is killed between the two renames, the
+    # old card does not fit the weights, which is an error when they are read.
     with replacing(card_path(out)) as described, replacing(out) as file:
         described.write(to_json(card))
         described.flush()

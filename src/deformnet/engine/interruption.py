@@ -1,7 +1,7 @@
-"""Ctrl-C and SIGTERM: the first stops at a safe point, the second at once, whatever is waited for.
+"""Ctrl-C and SIGTERM: the first stops at a safe point, the second immediately, even in a wait.
 
-Python runs its handlers between two instructions, so a process that waits in C++ for another one
-would be deaf. A thread hears signals at any time, and ends such a process.
+Python runs signal handlers between two instructions, so a process that waits in C++ for another one
+would not react. A thread receives signals at any time, and ends such a process.
 """
 
 import os
@@ -15,14 +15,14 @@ from contextlib import contextmanager
 from types import FrameType
 
 _AT_ONCE = 3.0
-"""Seconds for an interrupted process to end by itself."""
+"""Seconds that an interrupted process has to exit by itself."""
 _TWICE = 1.0
-"""Seconds within which two signals are one request, as when a launcher passes on its own."""
+"""Seconds within which two signals count as one request, since launchers forward theirs."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequested(Exception):
-    """The processes of a run were asked to stop, and have reached a point where they can."""
+    """The processes of a run were asked to stop, and have reached a safe point."""
 
 
 class _Requests:
@@ -32,14 +32,14 @@ class _Requests:
         self.first: float | None = None
 
     def repeated(self) -> bool:
-        """Takes note of a signal; returns whether it repeats an earlier one."""
+        """Records a signal; returns whether it repeats an earlier one."""
         now = time.monotonic()
         self.first = now if self.first is None else self.first
         return now - self.first > _TWICE
 
 
 class Interruption:
-    """Requests to stop, as a process receives them."""
+    """Requests to stop that a process has received."""
 
     def __init__(self) -> None:
         self.polite = False
@@ -52,14 +52,14 @@ class Interruption:
 
     @contextmanager
     def collected(self) -> Iterator[None]:
-        """Makes the first signal, which may come from a batch system or torchrun, a request."""
+        """Treats the first signal, which may come from a batch system or torchrun, as a request."""
 
         def ask(number: int, frame: FrameType | None) -> None:
             if self._requests.repeated():
                 raise KeyboardInterrupt
 
         handlers = {}
-        if threading.current_thread() is threading.main_thread():  # signals belong to it
+        if threading.current_thread() is threading.main_thread():  # only it receives signals
             handlers = {number: signal.signal(number, ask) for number in _SIGNALS}
         self.polite = True
         try:
@@ -72,7 +72,7 @@ class Interruption:
 
 @contextmanager
 def interruptible() -> Iterator[Interruption]:
-    """Ends the program if it is in the block some seconds after a signal that is to end it."""
+    """Ends the program if it is still in the block a few seconds after a signal to exit."""
     interruption = Interruption()
     if threading.current_thread() is not threading.main_thread():
         yield interruption
@@ -102,7 +102,7 @@ def _listen(receiver: socket.socket, interruption: Interruption) -> None:
         while (left := deadline - time.monotonic()) > 0:
             receiver.settimeout(left)
             try:
-                if not receiver.recv(64):  # the block is left
+                if not receiver.recv(64):  # the program has left the block
                     return
             except TimeoutError:
                 break

@@ -1,7 +1,7 @@
-"""Where the processes of a run are, so that those that wait can say for whom.
+"""Progress of the processes of a run, so that one that waits can report which ones it waits for.
 
-All processes go through the same places in the same order. Whoever has reached a later one than
-another waits for it.
+All processes go through the same places in the same order. A process waits for those that have not
+reached its place.
 """
 
 import itertools
@@ -20,36 +20,37 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 from deformnet.data.workers import PATIENCE
 
 _log = logging.getLogger("deformnet")
-_BEAT = 2.0  # seconds between two signs of life
+_BEAT = 2.0  # seconds between two heartbeats
 
 
 class Places:
     """The place of this process, which is shown to the others, and theirs.
 
     Args:
-        rank, count: this process, and the number of all.
+        rank: rank of this process.
+        count: number of processes.
     """
 
     def __init__(self, rank: int, count: int) -> None:
         self._rank, self._count = rank, count
         self._number, self._place, self._since = 0, "start", time.monotonic()
-        self._signs: dict[int, tuple[str, float]] = {}  # of the others, and when they were new
+        self._signs: dict[int, tuple[str, float]] = {}  # heartbeats, and their times
         self._answered = self._since
 
     def at(self, place: str) -> None:
-        """Takes note of a place; all processes call this equally often."""
+        """Records that this process has reached a place; all processes call this equally often."""
         self._number += 1
         self._place, self._since = place, time.monotonic()
 
     @contextmanager
     def shown(self) -> Iterator[None]:
-        """Shows the place to the others in the block, and logs whom this process waits for."""
+        """In the block, shows the place to the others, and logs waits for other processes."""
         address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
         if self._count == 1 or address is None or port is None:
             yield
             return
         left = threading.Event()
-        # Two threads: the one that exchanges signs waits itself while nobody answers.
+        # Two threads: the one that exchanges heartbeats blocks if the store does not respond.
         exchanging = threading.Thread(
             target=self._exchange, args=(address, int(port), left), daemon=True
         )
@@ -59,13 +60,13 @@ class Places:
             yield
         finally:
             left.set()
-            exchanging.join(_BEAT)  # a connection is not cut while it is used
+            exchanging.join(_BEAT)  # does not cut a connection in use
 
     def _exchange(self, address: str, port: int, left: threading.Event) -> None:
-        """Sends signs of life, and receives those of the others, until one side leaves."""
+        """Sends heartbeats, and receives those of the others, until the block or the store ends."""
         own = f"deformnet/{self._rank}"
         with suppress(RuntimeError):
-            # A connection of its own: that of the process group is blocked while somebody waits.
+            # A separate connection: that of the process group is blocked during waits.
             store = TCPStore(address, port, is_master=False)
             for beat in itertools.count():
                 values = (self._number, self._place, socket.gethostname(), os.getpid(), beat)
@@ -82,12 +83,12 @@ class Places:
         self._signs, self._answered = {}, math.inf
 
     def _sign(self, rank: int, sign: str) -> tuple[str, float]:
-        """A sign of life, and when it was new."""
+        """A heartbeat, and when it changed."""
         old = self._signs.get(rank)
         return old if old is not None and old[0] == sign else (sign, time.monotonic())
 
     def _tell(self, store: str, left: threading.Event) -> None:
-        """Logs whom this process waits for, now and then."""
+        """Logs which processes this one waits for, at growing intervals."""
         due, number = PATIENCE, 0
         while not left.wait(_BEAT):
             waited = time.monotonic() - self._since
@@ -98,15 +99,15 @@ class Places:
                 due *= 3
 
     def _others(self, store: str) -> str:
-        """The processes that this one waits for, in words, unless a lower one says it."""
+        """Describes the processes that this one waits for; empty if a lower rank reports them."""
         now = time.monotonic()
         if now - self._answered > PATIENCE:
-            return f"rank 0 (no answer from {store} for {now - self._answered:.0f} seconds)"
+            return f"rank 0 (no response from {store} for {now - self._answered:.0f} seconds)"
         behind = {}
         for rank, (sign, new) in self._signs.items():
             number, place, host, process, _ = json.loads(sign)
             if now - new > PATIENCE:
-                place = f"no sign of life for {now - new:.0f} seconds"
+                place = f"no heartbeat for {now - new:.0f} seconds"
             if now - new > PATIENCE or number < self._number:
                 behind[rank] = f"rank {rank} ({host}, process ID {process}: {place})"
         reporter = next(rank for rank in range(self._count) if rank not in behind)

@@ -94,7 +94,7 @@ def launched(
         facts: whatever all processes must agree on, by name.
     Raises:
         UserError: if the devices do not exist, or in every process if they do not agree.
-        TimeoutError: if the processes do not meet in time.
+        TimeoutError: if the processes do not connect in time.
     """
     timeout = timedelta(seconds=layout.timeout)
     try:
@@ -134,7 +134,7 @@ def launched(
 
 @contextmanager
 def _meeting(environment: ClusterEnvironment, layout: Layout) -> Iterator[None]:
-    """Says what a process waits for until all are there."""
+    """Logs that a process waits, until all processes have connected."""
     place = f"{environment.main_address}:{environment.main_port}"
     rank = environment.node_rank() * layout.devices + environment.local_rank()
     start, met = time.monotonic(), threading.Event()
@@ -152,9 +152,9 @@ def _meeting(environment: ClusterEnvironment, layout: Layout) -> Iterator[None]:
         if "timed out" not in str(error).lower():
             raise
         raise TimeoutError(
-            f"rank {rank}: expected the {layout.processes} processes of this run to meet at "
-            f"{place} within {layout.timeout:g} seconds, but some did not come; start all of them, "
-            "let them connect to that address, or set a longer --timeout"
+            f"rank {rank}: expected all {layout.processes} processes of this run to connect to "
+            f"{place} within {layout.timeout:g} seconds, but some did not; check that all are "
+            "started and can reach that address, or set a longer --timeout"
         ) from error
     finally:
         met.set()

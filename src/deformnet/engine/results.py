@@ -93,7 +93,7 @@ class Result:
 
 
 class UnsavedScores(OSError):
-    """A file of scores that cannot be written; `result` has the scores."""
+    """A file of scores cannot be written; `result` contains the scores."""
 
     def __init__(self, result: Result, error: OSError) -> None:
         super().__init__(error.errno, error.strerror or str(error), error.filename)

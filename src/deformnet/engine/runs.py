@@ -4,10 +4,10 @@
 RUN/
   recipe.json                the recipe that repeats the run
   checkpoints/last.ckpt      network, optimizer and iteration; training resumes from here
-  checkpoints/previous.ckpt  the checkpoint before that, in case last.ckpt is damaged
+  checkpoints/previous.ckpt  the checkpoint before it, in case last.ckpt is damaged
   checkpoints/best.ckpt      the network with the best score, if validated during training
   validation.csv             scores of each validation, in percent
-  metrics.csv                rows of every few iterations: loss, learning rate, seconds
+  metrics.csv                one row every few iterations: loss, learning rate, seconds
   tensorboard/               the same for TensorBoard
   metrics.json               scores on the validation images, and a description of the run
   metrics-SPLIT.json         scores on another split
@@ -17,15 +17,15 @@ RUN/
 ```
 
 Every file except the logs is written under a temporary name (`.*.partial`) and then renamed, so
-that a crash at any time leaves either the old file or the new one. From the first checkpoint on,
-`last.ckpt` exists at any moment; what it was before becomes `previous.ckpt`.
+that a crash at any time leaves either the old file or the new one. After the first checkpoint,
+`last.ckpt` always exists; a new one moves its predecessor to `previous.ckpt`.
 
-A checkpoint is an archive of `torch.save` with a checksum for each record, which is compared when
-it is read: a damaged file raises an error, and never becomes weights. Every name, shape and type in
-it is compared with what the run expects, and weights must be finite.
+A checkpoint is an archive of `torch.save` with a checksum per record, which is verified on reading:
+a damaged file raises an error and is never loaded. All names, shapes and types are checked against
+those that the run expects, and weights have to be finite.
 
 An exported run (`deformnet.engine.export`) is two files: the weights, NAME.safetensors, and their
-card, NAME.json, with what the checkpoint holds in addition to the weights and their sha256.
+card, NAME.json, with the rest of the checkpoint and the SHA-256 of the weights.
 """
 
 import dataclasses
@@ -76,7 +76,7 @@ def checkpoint_path(run: Path) -> Path:
 
 
 def previous_path(run: Path) -> Path:
-    """The checkpoint before the last one of a run folder."""
+    """The checkpoint of a run folder before the last one."""
     return run / "checkpoints" / "previous.ckpt"
 
 
@@ -239,7 +239,7 @@ def _read_checkpoint(path: Path) -> Checkpoint:
 
 
 def _instead_of(path: Path) -> str:
-    """What to do about a damaged checkpoint of a run; nothing if there is no intact one."""
+    """What to do about a damaged checkpoint of a run; empty if there is no intact one."""
     run = path.parent.parent
     last, previous, best = checkpoint_path(run), previous_path(run), best_path(run)
     remedies = {last: (previous, previous, last), best: (last, best, best.with_suffix(".damaged"))}
@@ -250,11 +250,11 @@ def _instead_of(path: Path) -> str:
         iteration = _read_checkpoint(other)["iteration"]
     except (OSError, UserError):
         return ""
-    return f"; {other.name} of iteration {iteration} is intact; to use it: {move(old, new)}"
+    return f"; {other.name} of iteration {iteration} is intact; to use it, run: {move(old, new)}"
 
 
 def move(old: Path, new: Path) -> str:
-    """The shell's command that renames a file."""
+    """The shell command that renames a file."""
     return shlex.join(["mv", str(old), str(new)])
 
 
@@ -262,9 +262,11 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path, *, earlier: Path | None 
     """Replaces the checkpoint of a run.
 
     Args:
-        earlier: where the checkpoint that was at `path` goes.
+        checkpoint: the new checkpoint.
+        path: file to write or replace.
+        earlier: where to keep the checkpoint that was at `path`.
     Raises:
-        OSError: if it cannot be written; the checkpoints are then as they were.
+        OSError: if it cannot be written; the existing checkpoints are then unchanged.
     """
     try:
         with replacing(path, earlier=earlier) as file:
@@ -274,8 +276,8 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path, *, earlier: Path | None 
         cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError):
             raise
-        stays = ", an earlier one stays" if path.is_file() else ""
-        raise OSError(f"{path}: checkpoint not written{stays} ({cause.strerror})") from error
+        kept = ", an earlier one is kept" if path.is_file() else ""
+        raise OSError(f"{path}: checkpoint not written{kept} ({cause.strerror})") from error
 
 
 def describe(recipe: Recipe, data: DataIdentity) -> Description:
@@ -294,7 +296,7 @@ def recipe_and_data(described: Description, path: Path) -> tuple[Recipe, DataIde
     names = data.classes
     for name, kind in kinds.items():
         if not isinstance(getattr(data, name), kind) or not all(isinstance(n, str) for n in names):
-            raise UserError(f"{path}: damaged, expected {name} of its training data")
+            raise UserError(f"{path}: damaged, expected valid {name} of its training data")
     return recipe, dataclasses.replace(data, classes=tuple(names))
 
 

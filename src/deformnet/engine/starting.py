@@ -1,7 +1,7 @@
-"""The processes of a run on this machine, where no launcher has started them.
+"""Starts the processes of a run on this machine if no launcher has done so.
 
-They run the program again with the same arguments, as Lightning would start them. But they end with
-the process that started them, however it ends, and it ends with them, after its own message.
+As with Lightning, they run the program again with the same arguments. But they exit when the
+process that started them exits, for whatever reason, and it exits when one of them fails.
 """
 
 import atexit
@@ -23,7 +23,7 @@ _Others = Mapping[int, subprocess.Popen[bytes]]
 
 @contextmanager
 def started(environment: ClusterEnvironment, devices: int, nodes: int) -> Iterator[None]:
-    """The other processes of this machine, started unless a launcher has done it."""
+    """Starts the other processes on this machine unless a launcher has done so."""
     if (parent := os.environ.get(_PARENT)) is not None and sys.platform == "linux":
         end_with_parent(int(parent))
     if environment.creates_processes_externally or devices == 1:
@@ -53,13 +53,13 @@ def started(environment: ClusterEnvironment, devices: int, nodes: int) -> Iterat
 
 
 def _watch(others: _Others, left: threading.Event) -> None:
-    """Ends this process after one that failed, which it may wait for in vain."""
+    """Ends this process after another one failed, since it may wait for that one in vain."""
     while not left.wait(0.5):
         for rank, process in others.items():
             if process.poll():
-                # Connected processes notice by themselves, and say more.
+                # Connected processes detect this themselves, with a more specific message.
                 if not left.wait(PATIENCE):
-                    message = f"process {rank} of this run ended with code {process.returncode}"
+                    message = f"process {rank} of this run exited with code {process.returncode}"
                     print(f"deformnet: {message}", file=sys.stderr, flush=True)
                     _kill(others)
                     os._exit(1)
@@ -67,7 +67,7 @@ def _watch(others: _Others, left: threading.Event) -> None:
 
 
 def _end(others: _Others) -> None:
-    """Waits until the others have ended, a little."""
+    """Waits briefly for the others to exit, then kills them."""
     deadline = time.monotonic() + PATIENCE
     while any(it.poll() is None for it in others.values()) and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -211,7 +211,7 @@ def train(
                 scores = score(processes, model, validation, progress=loop.progress, cache=cache)
             except StopRequested:
                 raise TrainingStopped(
-                    "stopped in the evaluation after training; run the same command to continue"
+                    "stopped during the evaluation after training; run the same command to continue"
                 ) from None
             result = dataclasses.replace(
                 result, split=val_split, images=len(validation), scores=scores
@@ -260,7 +260,7 @@ class _Run:
                     scaler.state_dict(),
                 )
             except UserError as error:
-                raise UserError(f"{self.path}: not of this training: {error}") from error
+                raise UserError(f"{self.path}: cannot resume: {error}") from error
             if (trained := checkpoint.get("unaveraged")) is not None:
                 self.model.load_state_dict(trained)
         self.rates = [group["lr"] for group in optimizer.param_groups]
@@ -277,11 +277,11 @@ class _Run:
         """Trains until the last iteration or early stopping.
 
         Args:
-            batches: those of the iterations to come, until the process is asked to stop.
+            batches: batches of the remaining iterations; ends if the process is asked to stop.
             log: the log, in the first process.
         Raises:
-            TrainingStopped: if any process was asked to stop, after the iteration under way, since
-                half a step could not be resumed exactly, and after the checkpoint.
+            TrainingStopped: if any process was asked to stop; raised after the current iteration,
+                since half a step could not be resumed exactly, and its checkpoint.
         """
         try:
             self._fit(batches, log)
@@ -301,7 +301,7 @@ class _Run:
 
     def _fit(self, batches: Iterator[list[Batch]], log: TrainingLog | None) -> None:
         recipe, loop, total = self.recipe, self.loop, self.recipe.iterations
-        if self.validator.due(self.iteration):  # interrupted before its end
+        if self.validator.due(self.iteration):  # it was interrupted
             self._validate(log)
         while self.iteration < total and not self.validator.exhausted:
             parts, height, width = self._next(batches)
@@ -331,12 +331,12 @@ class _Run:
                 self._validate(log)
 
     def _next(self, batches: Iterator[list[Batch]]) -> tuple[list[Batch], int, int]:
-        """The next batch, and height and width of its largest images over all processes.
+        """The next batch, and the maximum height and width of its images over all processes.
 
         The processes wait for the one with the largest images anyway.
 
         Raises:
-            StopRequested: in all processes, if any has no batch since it was asked to stop.
+            StopRequested: in all processes, if any has no batch because it was asked to stop.
         """
         self.processes.places.at(f"loading iteration {self.iteration + 1}")
         parts = next(batches, None)
@@ -553,7 +553,7 @@ def _checkpoint_of(
         if (previous := previous_path(run)).is_file():
             raise UserError(
                 f"{path}: expected the last checkpoint, but it is missing; to resume from the one "
-                f"before: {move(previous, path)}"
+                f"before it, run: {move(previous, path)}"
             )
         if further:
             raise UserError(

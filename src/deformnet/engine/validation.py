@@ -82,7 +82,7 @@ class Validator:
         """Evaluates a network; all processes must call this method.
 
         Raises:
-            StopRequested: if they are asked to stop.
+            StopRequested: if the processes are asked to stop.
         """
         assert self._images is not None
         # On a copy, so that inference does not affect the network and caches used in training.

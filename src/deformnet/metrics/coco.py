@@ -271,10 +271,10 @@ def _read(path: Path, iou_type: str) -> dict[str, list[dict[str, Any]]]:
 
 
 def _id(value: Any) -> int:
-    """A number that the evaluation, written in C++, can hold.
+    """An id as an integer that the evaluation, written in C++, can represent.
 
     Raises:
-        ValueError: if it is larger.
+        ValueError: if it is too large.
     """
     number = int(value)
     if abs(number) >= 2**63:

@@ -1,9 +1,9 @@
-"""The one reader of files with tensors: checkpoints of `torch.save`, and safetensors files.
+"""Reading of files with tensors: checkpoints of `torch.save`, and safetensors files.
 
-Neither PyTorch nor safetensors notices changed bytes, so a flipped bit would become a weight. What
-is read here is compared with its checksum: the CRC-32 of each record of a checkpoint, which PyTorch
-writes and does not read, and the sha256 that `pack` writes into a safetensors file. Content is
-tensors and plain values, never code, and takes no more memory than the file has bytes.
+Neither PyTorch nor safetensors detects changed bytes, so a flipped bit would become a weight. Here,
+checksums are verified: the CRC-32 of each record of a checkpoint, which PyTorch writes but does not
+verify, and the SHA-256 that `pack` writes into a safetensors file. Files contain tensors and plain
+values, never code, and do not expand in memory.
 """
 
 import errno
@@ -24,7 +24,7 @@ from torch import Tensor
 from deformnet._errors import UserError
 from deformnet._files import naming, read_json, require_file
 
-_MAX_PICKLE_BYTES = 1 << 24  # names and shapes of all tensors; ResNet-101 with SGD has 300 kB
+_MAX_PICKLE_BYTES = 1 << 24  # names and shapes of all tensors; 300 kB for ResNet-101 with SGD
 _STORAGES = ("Bool", "Byte", "Char", "Short", "Int", "Long", "Half", "BFloat16", "Float", "Double")
 _GLOBALS = {
     "collections OrderedDict",
@@ -38,8 +38,8 @@ _GLOBALS = {
     "__builtin__ set",
     "builtins set",
 }
-"""What a checkpoint may name. PyTorch allows more: tensors without data of their own, and calls
-that take any amount of memory, such as `bytearray(1 << 40)`."""
+"""Globals that a checkpoint may use. PyTorch allows more: tensors without their own data, and calls
+that allocate any amount of memory, such as `bytearray(1 << 40)`."""
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 _DIGEST = "sha256"
@@ -51,18 +51,19 @@ def read_torch(path: Path, *, legacy: bool = False) -> object:
     """The content of a checkpoint of `torch.save`: tensors on the CPU, and plain Python values.
 
     Args:
+        path: a file.
         legacy: also read the format of PyTorch 1.5 and older, which has no checksums.
     Raises:
         OSError: if the file does not exist or cannot be read.
-        UserError: if it is damaged, holds anything else, or is a pipe or a device; without the name
-            of the file.
+        UserError: if it is damaged, contains anything else, or is a pipe or a device. The message
+            does not contain the file name.
     """
     require_file(path)
     with naming(path), path.open("rb") as file:
         is_archive = file.read(4) == b"PK\x03\x04"
         file.seek(0)
         if not is_archive and not legacy:
-            raise UserError("not an archive of torch.save")
+            raise UserError("not a zip archive of torch.save")
         if is_archive:
             _require_intact(file)
         else:
@@ -70,9 +71,9 @@ def read_torch(path: Path, *, legacy: bool = False) -> object:
         file.seek(0)
         try:
             content = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch.load raises anything on content that it cannot read
+        except Exception as error:  # torch.load raises many types on unreadable content
             _require_of_content(error)
-            if is_archive and "allocate memory" in str(error):  # no more than the file has bytes
+            if is_archive and "allocate memory" in str(error):  # at most the size of the file
                 raise MemoryError(f"{path}: too large for the memory of this machine") from error
             raise UserError(f"not readable by PyTorch ({_reason(error)})") from error
     _require_unexpanded(content)
@@ -80,15 +81,15 @@ def read_torch(path: Path, *, legacy: bool = False) -> object:
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file, compared with its sha256: that of the card of an
-    exported run, NAME.json, if there is one, and otherwise the one in the file's metadata.
+    """Tensors and metadata of a safetensors file, whose SHA-256 is verified: that in the card of an
+    exported run, NAME.json, if there is one, and otherwise that in the metadata.
 
     Raises:
         OSError: if the file does not exist or cannot be read.
         UserError: if it is damaged, or a pipe or a device.
     """
     require_file(path)
-    with naming(path), path.open("rb") as file:  # safetensors calls every failure a missing file
+    with naming(path), path.open("rb") as file:  # safetensors reports any failure as a missing file
         is_of_card = _compared_with_card(path, file)
     try:
         with safe_open(path, framework="pt") as file:
@@ -98,14 +99,14 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise UserError(f"{path}: damaged, or not a safetensors file") from error
     expected = metadata.get(_DIGEST)
     if not is_of_card and expected is not None and expected != _digest(path, expected):
-        raise UserError(f"{path}: damaged, its tensors are not those of its sha256")
+        raise UserError(f"{path}: damaged, its content does not match its SHA-256")
     return tensors, metadata
 
 
 def pack(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """A safetensors file with a sha256 of itself in its metadata, for `read_safetensors`.
+    """A safetensors file with its own SHA-256 in the metadata, for `read_safetensors`.
 
-    The digest is that of the file with 64 zeros instead of the digest.
+    The digest is computed with 64 zeros in its place.
     """
     dense = {name: tensor.contiguous() for name, tensor in tensors.items()}
     content = _ordered(save(dense, metadata={**metadata, _DIGEST: _NO_DIGEST}))
@@ -114,7 +115,7 @@ def pack(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
 
 
 def _ordered(content: bytes) -> bytes:
-    """The same safetensors file with sorted metadata: `save` writes them in any order."""
+    """The same safetensors file with sorted metadata: `save` writes it in arbitrary order."""
     start = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:start])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
@@ -124,16 +125,16 @@ def _ordered(content: bytes) -> bytes:
 
 
 def weights(state: object) -> dict[str, Tensor]:
-    """A state dict whose tensors a network can take.
+    """Returns a state dict whose tensors a network can load.
 
     Raises:
-        UserError: if it is not a dict of dense tensors of finite numbers by names.
+        UserError: if it is not a dict from names to dense, finite tensors.
     """
     if not isinstance(state, Mapping):
         raise UserError(f"expected a state dict, but got {type(state).__name__}")
     for name, tensor in state.items():
         if not isinstance(name, str):
-            raise UserError(f"expected names of tensors, but got {name!r:.40}")
+            raise UserError(f"expected strings as tensor names, but got {name!r:.40}")
         if not isinstance(tensor, Tensor):
             raise UserError(f"expected {name} to be a tensor, but got {type(tensor).__name__}")
         if (problem := flaw(tensor)) is not None:
@@ -142,7 +143,7 @@ def weights(state: object) -> dict[str, Tensor]:
 
 
 def flaw(tensor: Tensor, *, finite: bool = True) -> str | None:
-    """Why a tensor cannot be a weight, after "expected it to be"; None if it can."""
+    """Why a tensor cannot be a weight, as the end of "expected NAME to be ..."; None if it can."""
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
         return f"a dense tensor, but got {tensor.layout} of {tensor.dtype}"
     if tensor.device.type != "cpu":
@@ -150,40 +151,40 @@ def flaw(tensor: Tensor, *, finite: bool = True) -> str | None:
     if tensor.dtype not in (*_FLOATS, *_INTEGERS):
         return f"real numbers, but got {tensor.dtype}"
     if finite and tensor.dtype in _FLOATS and tensor.numel():
-        extremes = tensor.detach().aminmax()  # NaN if there is one; 30 times as fast as isfinite
+        extremes = tensor.detach().aminmax()  # propagates NaN; 30 times as fast as isfinite
         if not all(extreme.isfinite() for extreme in extremes):
             return "finite, but got NaN or infinity"
     return None
 
 
 def _require_intact(file: IO[bytes]) -> None:
-    """Compares the records of an archive with their checksums, and refuses what can expand."""
+    """Verifies the checksums of an archive's records, and refuses compressed ones."""
     size = file.seek(0, io.SEEK_END)
     try:
         with zipfile.ZipFile(file) as archive:
             records = archive.infolist()
             names = [record.filename for record in records]
             root = names[0].partition("/")[0] if names else ""
-            # PyTorch finds records by names without case, and by their place in the file.
+            # PyTorch finds records by case-insensitive name, and by position in the file.
             if len({name.lower() for name in names}) < len(names) or records[0].header_offset:
-                raise UserError("not an archive of torch.save")
+                raise UserError("not a zip archive of torch.save")
             if not all(map(_is_plain, records)) or sum(it.file_size for it in records) > size:
-                raise UserError("expected plain records, without compression")
+                raise UserError("expected uncompressed records, as torch.save writes them")
             if (wrong := archive.testzip()) is not None:
-                raise UserError(f"the checksum of its record {wrong} is wrong")
+                raise UserError(f"checksum mismatch in record {wrong}")
             pickled = archive.getinfo(f"{root}/data.pkl")
             if pickled.file_size > _MAX_PICKLE_BYTES:
-                raise UserError(f"expected at most {_MAX_PICKLE_BYTES >> 20} MB besides tensors")
+                raise UserError(f"expected at most {_MAX_PICKLE_BYTES >> 20} MB without tensors")
             _require_plain(archive.read(pickled))
-    except Exception as error:  # zipfile raises almost anything on a damaged archive
+    except Exception as error:  # zipfile raises many types on a damaged archive
         _require_of_content(error)
         raise UserError(f"not a readable archive ({_reason(error)})") from error
 
 
 def _is_plain(record: zipfile.ZipInfo) -> bool:
-    """Whether a record is as PyTorch writes it: stored as it is, without attributes.
+    """Whether a record is as PyTorch writes it: uncompressed, without attributes.
 
-    For one that is marked as a folder, PyTorch would return memory that nothing was read into.
+    For a record that is marked as a folder, PyTorch would return uninitialized memory.
     """
     return (
         record.compress_type == zipfile.ZIP_STORED
@@ -196,7 +197,7 @@ def _is_plain(record: zipfile.ZipInfo) -> bool:
 
 
 def _require_unexpanded(content: object) -> None:
-    """Refuses tensors that show the same numbers many times: a few bytes would become terabytes."""
+    """Refuses expanded tensors, which a few bytes can blow up to terabytes."""
     left, seen = [content], set()
     while left:
         value = left.pop()
@@ -205,7 +206,7 @@ def _require_unexpanded(content: object) -> None:
         seen.add(id(value))
         if isinstance(value, Tensor):
             if value.numel() * value.itemsize > value.untyped_storage().nbytes():
-                raise UserError(f"expected tensors with data, but got an expanded {value.shape}")
+                raise UserError(f"expected tensors in full, but got an expanded {value.shape}")
         elif isinstance(value, Mapping):
             left.extend(value.values())
         elif isinstance(value, list | tuple):
@@ -213,16 +214,16 @@ def _require_unexpanded(content: object) -> None:
 
 
 def _require_plain(pickled: bytes) -> None:
-    """Refuses a pickle that names anything but tensors and containers."""
+    """Refuses a pickle with globals other than those of tensors and containers."""
     _plain_until(io.BytesIO(pickled))
 
 
 def _require_plain_legacy(file: IO[bytes]) -> None:
-    """The same for the format without an archive: five pickles, then the numbers."""
+    """The same for the legacy format: five pickles, then the data of the tensors."""
     try:
         for _ in range(5):
             _plain_until(file)
-    except Exception as error:  # pickletools raises several on what is not a pickle
+    except Exception as error:  # pickletools raises several types on invalid pickles
         _require_of_content(error)
         raise UserError(f"not a checkpoint of torch.save ({_reason(error)})") from error
 
@@ -231,7 +232,7 @@ def _plain_until(file: IO[bytes]) -> None:
     for operation, argument, _ in pickletools.genops(file):
         if operation.name == "GLOBAL" and argument not in _GLOBALS and not _is_dtype(argument):
             name = str(argument).replace(" ", ".")
-            raise UserError(f"holds more than dense tensors and plain values: {name}")
+            raise UserError(f"expected only dense tensors and plain values, but got {name}")
 
 
 def _is_dtype(name: object) -> bool:
@@ -239,15 +240,15 @@ def _is_dtype(name: object) -> bool:
 
 
 def _compared_with_card(path: Path, file: io.BufferedReader) -> bool:
-    """Whether there is a card, whose sha256 is then that of the file.
+    """Whether the file has a card; its SHA-256 is then verified.
 
     Raises:
-        UserError: if it is not.
+        UserError: if the SHA-256 differs.
     """
     card_file = path.with_suffix(".json")
     try:
         card = read_json(card_file) if card_file.is_file() else None
-    except UserError:  # not ours, or damaged, which is for the reader of cards to say
+    except UserError:  # another file, or a damaged one, which the reader of cards reports
         return False
     expected = card.get(_DIGEST) if isinstance(card, dict) else None
     if not isinstance(expected, str):
@@ -262,7 +263,7 @@ def _compared_with_card(path: Path, file: io.BufferedReader) -> bool:
 
 
 def _digest(path: Path, expected: str) -> str:
-    """The sha256 of a safetensors file with zeros instead of its own."""
+    """The SHA-256 of a safetensors file with zeros in place of its digest."""
     with naming(path), path.open("rb") as file:
         length = file.read(8)
         header = file.read(int.from_bytes(length, "little"))
@@ -274,8 +275,8 @@ def _digest(path: Path, expected: str) -> str:
 
 
 def _require_of_content(error: Exception) -> None:
-    """Raises what does not come from the content of a file: its message is complete, memory is
-    short, or the system cannot read on."""
+    """Raises errors that are not caused by invalid content: those with a complete message, and
+    those of memory and the system."""
     cause = error if isinstance(error, OSError) else error.__context__
     if isinstance(cause, OSError) and cause.errno not in (None, errno.EINVAL):  # a bad offset
         raise cause
@@ -284,7 +285,7 @@ def _require_of_content(error: Exception) -> None:
 
 
 def _with_digest(header: bytes, old: str, new: str) -> bytes:
-    """The header of a safetensors file with another sha256. In names, quotes are escaped."""
+    """Replaces the SHA-256 in a safetensors header; names have escaped quotes, and cannot match."""
     return header.replace(f"{_DIGEST_KEY}{old}".encode(), f"{_DIGEST_KEY}{new}".encode(), 1)
 
 

@@ -15,10 +15,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 Pair: TypeAlias = tuple[int, int]
 IntOrPair: TypeAlias = SupportsIndex | Sequence[SupportsIndex]
 
-# What is counted in 32 bits, in vectors on a CPU and on a GPU, is at most so large: rounded up to
-# whole vectors or tiles, or as the next one of its kind, it still fits.
+# Upper bound of sizes that kernels store as 32-bit integers. Rounded up to whole vectors or tiles,
+# or increased by one, they still fit.
 MOST = 2 * 10**9
-# Rows and columns of a map. A map with padding at both ends has at most `MOST` of them.
+# Rows and columns of a map; with padding at both ends, they are at most `MOST`.
 MOST_SIDE = MOST // 2
 MOST_PADDING = MOST // 4
 
@@ -39,7 +39,7 @@ def positive(name: str, value: Any) -> int:
 
 
 def check_pair(name: str, value: Sequence[int]) -> None:
-    """Raise ValueError unless there are two: the dispatcher takes any number for `int[2]`."""
+    """Raise ValueError unless there are two values; the dispatcher accepts any number of them."""
     if len(value) != 2:
         raise ValueError(f"expected {name} to be a pair of ints, but got {len(value)} values")
 
@@ -48,16 +48,16 @@ def check_most(name: str, what: str, size: int, most: int, but: str | None = Non
     """Raise ValueError if an argument has too many of something.
 
     Args:
-        but: the size in words, where it is not a number alone.
+        but: description of the size, if it is not a single number.
     """
     if size > most:
         raise ValueError(f"expected {name} to have at most {most} {what}, but got {but or size}")
 
 
 def check_sides(input: Tensor) -> None:
-    """Raise ValueError if a map [N, C, H, W] has more rows or columns than a kernel can count.
+    """Raise ValueError if a map [N, C, H, W] has more rows or columns than a kernel supports.
 
-    For kernels alone: a compiler that traces this would bind the sizes.
+    Only for kernels: a compiler that traces this check would specialize on the sizes.
     """
     height, width = input.shape[2:]
     most = max(height, width)

@@ -61,7 +61,9 @@ def _ours(row: Row, out: Path | None) -> str:
     if out is not None and result_path(row, out).is_file():
         content = read_json(path := result_path(row, out))
         if not isinstance(content, dict) or not isinstance(content.get("measured"), dict):
-            raise UserError(f"{path}: expected a result of `paper reproduce`")
+            raise UserError(
+                f"{path}: expected a result of `paper reproduce`, but got another file; rename it"
+            )
         return _numbers(row, content["measured"])
     return "not measured: needs the full data set and days of GPU time"
 

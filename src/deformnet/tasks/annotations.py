@@ -128,7 +128,7 @@ class Images(Protocol):
 
     @property
     def root(self) -> str | Path:
-        """Its folder or name, for messages."""
+        """Folder or name of the images, for messages."""
         ...
 
     def __len__(self) -> int: ...
@@ -145,7 +145,7 @@ def names_of(images: Images) -> list[str]:
 
 @contextmanager
 def about(images: Images, index: int) -> Iterator[None]:
-    """Adds the name of an image to errors of what is made of it."""
+    """Adds the name of an image to errors that occur while it is processed."""
     try:
         yield
     except UserError as error:

@@ -33,7 +33,7 @@ from deformnet.tasks.predictor import Device, Predictor
 from deformnet.visualization import save_figure
 
 _MOST_CLASSES = 30_000
-"""The memory of weights and scores grows with their number, and with its square."""
+"""Memory grows with the number of classes: linearly for weights, quadratically for scores."""
 _T = TypeVar("_T")
 _RecipeT = TypeVar("_RecipeT", bound=Recipe)
 _ImagesT = TypeVar("_ImagesT", bound=Images)
@@ -94,7 +94,7 @@ class Processes:
         return [value]
 
     def stopping(self) -> bool:
-        """Whether this process has been asked to stop; then `gather` ends the evaluation."""
+        """Whether this process has been asked to stop; `gather` then ends the evaluation."""
         return False
 
 

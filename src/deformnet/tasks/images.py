@@ -96,8 +96,7 @@ def find_images(
     Args:
         paths: files, folders and patterns.
         videos: also list videos in folders.
-        apart_from: folder to skip inside other folders, and among the matches of patterns (the
-            folder of the results).
+        apart_from: folder to skip (that of the results), inside other folders and in patterns.
     Raises:
         FileNotFoundError: if a folder contains no image, or nothing matches a pattern.
         UserError: if two files have the same name, so that their results would as well, or if there
@@ -126,7 +125,7 @@ def _expanded(path: Path, videos: bool, apart_from: Path | None) -> list[tuple[s
     if path.is_dir():
         inside = sorted(_walk(path, videos, apart_from))
         if not inside and _is_input(path, videos):
-            return [(path.name, path)]  # one of many images, which costs itself
+            return [(path.name, path)]  # fails alone among other images
         if not inside:
             kinds = "image or video" if videos else "image"
             raise FileNotFoundError(f"{path}: no {kinds} in this folder")
@@ -156,7 +155,7 @@ def _walk(folder: Path, videos: bool, apart_from: Path | None) -> Iterator[Path]
             if not name.startswith(".") and (here / name).resolve() != skipped
         ]
         yield from (here / name for name in names if _is_input(here / name, videos))
-    yield from (Path(error.filename) for error in unreadable)  # cost themselves when they are read
+    yield from (Path(error.filename) for error in unreadable)  # fail alone when they are read
 
 
 def _is_in(path: Path, folder: Path | None) -> bool:

@@ -215,10 +215,10 @@ class Predictor(ABC, Generic[_P, _A]):
         Returns:
             An iterator over the images, in the order in which they are done.
         Raises:
-            UserError: if a result would overwrite an input, the threshold is not 0 to 1, or a
-                format is given for a network without boxes; raised immediately.
-            OSError: if `out` cannot be written to, raised immediately; or a result, raised during
-                iteration.
+            UserError: if a result would overwrite an input, the threshold is not between 0 and 1,
+                or a format is given for a network without boxes; raised immediately.
+            OSError: if `out` cannot be written to (raised immediately), or a result cannot be
+                written (raised during iteration).
         """
         if box_format != "jsonl" and not self.has_boxes:
             raise UserError(f"expected no format for a network without boxes, but got {box_format}")
@@ -284,8 +284,8 @@ def _device(device: Device) -> torch.device:
         raise UserError(f"expected a device that is here, but got {device}: PyTorch finds no GPU")
     try:
         torch.zeros(1, device=device).cpu()
-    except (RuntimeError, AssertionError):  # such as cuda:99, meta, or a kind that is not built in
-        raise UserError(f"expected a device that computes here, but got {device}") from None
+    except (RuntimeError, AssertionError):  # such as cuda:99 or meta, or not in this build
+        raise UserError(f"expected a device that is usable here, but got {device}") from None
     return device
 
 

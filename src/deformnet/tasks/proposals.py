@@ -97,10 +97,10 @@ def _read(path: Path) -> tuple[Tensor, list[str], list[int]]:
 
 
 def require_proposals(path: Path) -> None:
-    """Refuses to replace another file than one of proposals.
+    """Refuses to replace a file that does not contain proposals.
 
     Raises:
-        UserError: if there is such a file, which is not changed.
+        UserError: if `path` is such a file; it is not changed.
     """
     try:
         if path.exists():

@@ -103,7 +103,7 @@ def problem(path: Path, error: Exception) -> str | None:
 
 def _read(path: Path, upright: bool) -> Tensor:
     if path.is_dir():
-        any(path.iterdir())  # raises PermissionError if that is why it was not searched
+        any(path.iterdir())  # raises PermissionError if it could not be searched
     if path.exists() and not path.is_file():  # reading a pipe would block
         raise UserError(f"{path}: expected an image file, but got a folder, a pipe or a device")
     return as_image(path, upright=upright)

@@ -37,8 +37,8 @@ def grid(figure: FigureBase, rows: int, columns: int, *, used: int | None = None
 
 
 def aspect(images: Iterable[Tensor]) -> float:
-    """Largest height divided by width of images [3, H, W], for the height of a row; at most 8,
-    since the picture of a strip would not fit in memory."""
+    """Largest ratio of height to width of images [3, H, W], for the height of a row; at most 8,
+    since a figure of narrow strips would not fit in memory."""
     return min(8.0, max(image.shape[1] / image.shape[2] for image in images))
 
 

@@ -1,4 +1,4 @@
-"""What the page refuses: other names, other pages, large and many requests; by hand-made ones."""
+"""Handmade requests that the page refuses: other names, other pages, too large or too many."""
 
 import asyncio
 import http.client

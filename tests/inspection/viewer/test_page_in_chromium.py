@@ -282,7 +282,7 @@ def test_foreign_pages_and_names(folder, page, foreign):
         assert rebound.status == 403
         page.goto(foreign)
         read, seen = page.evaluate(ATTACK, address)
-        assert read.startswith("deformnet: expected a request of this page")
+        assert read.startswith("deformnet: expected a request from this page")
         assert seen == "refused"
         there = [status for url, status in answers if url.startswith(address)]
         assert len(there) >= 3
@@ -294,6 +294,6 @@ def test_foreign_pages_and_names(folder, page, foreign):
             page.get_by_text("go").click()
         assert moved.value.status == 403
         page.goto(foreign)
-        page.set_content(f"<a href={address}>link</a>")  # of a message, or of a page of notes
+        page.set_content(f"<a href={address}>link</a>")  # as in a chat message or a notes page
         page.get_by_text("link").click()
         page.wait_for_selector("#picture img")

@@ -82,7 +82,9 @@ def check_data(
     report = beside if report is None else Path(report).expanduser()
     require_report(report)
     if record.resolve() == report.resolve():
-        raise UserError(f"{report}: expected another file for the report than for the record")
+        raise UserError(
+            f"{report}: expected different files for the report and the record, but got the same"
+        )
 
     sets = find_sets(place, custom=custom)
     require_writable(report.parent)
@@ -188,7 +190,7 @@ def _unknown(
 
 
 class _Checking:
-    """Results by chunks of tasks."""
+    """Results of chunks of tasks."""
 
     def __getitem__(self, chunk: Sequence[_Task]) -> list[tuple[Item, str | None, Result]]:
         return [self._result(*task) for task in chunk]

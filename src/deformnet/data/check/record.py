@@ -81,5 +81,5 @@ class Record:
             self._file.flush()
 
     def close(self) -> None:
-        with naming(self._path):  # writes again what could not be written
+        with naming(self._path):  # retries what could not be written
             self._file.close()

@@ -220,7 +220,7 @@ def _add(parent: ElementTree.Element, children: Mapping[str, object]) -> None:
             element.text = str(content)
 
 
-# Not to the disk at once, which takes long for many files.
+# Without waiting for the disk, which is slow for many files.
 _write = functools.partial(write_file, durable=False)
 
 

@@ -1,8 +1,8 @@
-"""What the page answers to: itself, in a browser that was given its address, in bounded amounts.
+"""Refuses requests that do not come from the page itself, and too many or too large ones.
 
-Any web page that is open in the same browser can send requests to this machine. They are refused
-by the headers that a browser sets and a page cannot: Host names another machine if a foreign name
-points here (DNS rebinding), Origin and Sec-Fetch-Site name the page that sends.
+Any web page that is open in the same browser can send requests to this machine. They are recognized
+by headers that the browser sets and a page cannot change: Host contains a foreign name that points
+to this machine (DNS rebinding); Origin and Sec-Fetch-Site tell which page sent the request.
 """
 
 import ipaddress
@@ -18,11 +18,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from deformnet.inspection.viewer.images import LARGEST_FILE
 
 UPLOADS = 4
-"""Maximum number of uploads at a time, and of files that wait to be shown."""
+"""Maximum number of simultaneous uploads, and of uploaded files that have not been shown."""
 
-_FORM = 2**16  # bytes of an upload around its file
+_FORM = 2**16  # bytes of an upload besides its file
 _LARGEST_EVENT = 2**20  # bytes
-_ANY = ("0.0.0.0", "::")  # to listen on
+_ANY = ("0.0.0.0", "::")  # hosts that mean all addresses
 
 
 class Guard:
@@ -31,8 +31,7 @@ class Guard:
     Args:
         app: the page.
         host: address that it listens on.
-        folder: a temporary folder; of the uploaded files in its `uploads`, the last `UPLOADS` are
-            kept.
+        folder: a temporary folder, in whose `uploads` only the last `UPLOADS` files are kept.
     """
 
     def __init__(self, app: ASGIApp, host: str, folder: Path) -> None:
@@ -50,7 +49,7 @@ class Guard:
         headers = Headers(scope=scope)
         is_upload = scope["type"] == "http" and scope["path"].rstrip("/").endswith("/upload")
         if scope["type"] == "websocket":  # the page has none
-            status, text = 403, "no WebSockets here"
+            status, text = 403, "WebSockets are not supported"
         elif (text := self._foreign(scope["method"], headers)) is not None:
             status = 403
         elif (text := _oversized(scope["method"], headers, is_upload)) is not None:
@@ -73,13 +72,13 @@ class Guard:
             self._uploading -= is_upload
 
     def _foreign(self, method: str, headers: Headers) -> str | None:
-        """What is wrong if another page sends a request, or under another name."""
+        """Why a request is refused: it comes from another page or has another host name."""
         hosts = headers.getlist("host")
         if len(hosts) != 1 or not self._is_own(hosts[0]):
-            return f"expected the page's own name, such as localhost, but got {hosts}; see --host"
+            return f"expected this page's host, such as localhost, but got {hosts}; see --host"
         for origin in headers.getlist("origin"):
             if origin.lower() not in {f"{scheme}://{hosts[0].lower()}" for scheme in _SCHEMES}:
-                return f"expected a request of this page, but got one of {origin}"
+                return f"expected a request from this page, but got one from {origin}"
         sender = headers.get("sec-fetch-site", "none")
         follows_link = (
             method == "GET"
@@ -87,7 +86,7 @@ class Guard:
             and headers.get("sec-fetch-dest") == "document"
         )
         if sender not in ("same-origin", "none") and not follows_link:
-            return f"expected a request of this page, but got a {sender} one"
+            return f"expected a request from this page, but got a {sender} one"
         return None
 
     def _is_own(self, host: str) -> bool:
@@ -109,7 +108,7 @@ _SCHEMES = ("http", "https")
 
 
 def _is_address(name: str) -> bool:
-    """Whether a name is a number, which nobody can point elsewhere."""
+    """Whether a name is an IP address, which no DNS server can redirect."""
     try:
         ipaddress.ip_address(name)
     except ValueError:
@@ -118,11 +117,11 @@ def _is_address(name: str) -> bool:
 
 
 def _oversized(method: str, headers: Headers, is_upload: bool) -> str | None:
-    """What is wrong with the size of a request."""
+    """Why a request is refused for its size."""
     if method in ("GET", "HEAD", "OPTIONS"):
         return None
     most = LARGEST_FILE + _FORM if is_upload else _LARGEST_EVENT
     length = headers.get("content-length", "unknown")
     if not length.isdecimal() or int(length) > most:
-        return f"expected a request of at most {most} bytes, but got one of {length}"
+        return f"expected a Content-Length of at most {most} bytes, but got {length}"
     return None

@@ -64,7 +64,7 @@ def require_image(path: Path) -> None:
 
 @contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """Leaves the folder out of messages about an image."""
+    """Removes the folder of an image from error messages."""
     try:
         yield
     except UserError as error:

@@ -19,7 +19,7 @@ from deformnet.inspection.viewer.recording import UnitSamples, depth_limit
 from deformnet.inspection.viewer.session import Controls, Session
 
 _SESSIONS = 8  # browser tabs that are remembered; the oldest is forgotten first
-_WAITING = 64  # events that wait for their turn
+_WAITING = 64  # maximum number of queued events
 _CLEAN_EVERY, _CLEAN_AFTER = 30, 60  # seconds that pictures stay in the temporary folder
 _SAMPLES, _BINS = "samples", "bins of a box"
 _DEFORMABLE, _BASELINE = "deformable", "baseline"

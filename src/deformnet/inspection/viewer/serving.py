@@ -74,7 +74,7 @@ def serving(
                 css=CSS,
                 app_kwargs={"middleware": [Middleware(Guard, host=host, folder=folder)]},
             )
-            app.uploaded_file_dir = str(folder / "uploads")  # pictures are elsewhere
+            app.uploaded_file_dir = str(folder / "uploads")  # separate from pictures
             yield address
         finally:
             blocks.close(verbose=False)
@@ -86,9 +86,9 @@ def _temporary_folder() -> Iterator[Path]:
     folder = _folder()
     # Gradio reads these when it is imported. It must not send usage data.
     os.environ["GRADIO_TEMP_DIR"] = folder
-    os.environ["GRADIO_EXAMPLES_CACHE"] = folder  # what it may send: pictures, apart from uploads
+    os.environ["GRADIO_EXAMPLES_CACHE"] = folder  # pictures, the only files that it serves
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    os.environ["GRADIO_NUM_WORKERS"] = "0"  # other processes, which the guard does not see
+    os.environ["GRADIO_NUM_WORKERS"] = "0"  # the guard does not cover other processes
     try:
         yield Path(folder)
     finally:

@@ -16,6 +16,7 @@ from deformnet.models.backbones.features import (
 from deformnet.models.backbones.neck import BackboneWithNeck, Neck
 from deformnet.models.backbones.resnet import ResNetFeatures
 from deformnet.models.backbones.weights import initial_weights, load_weights
+from deformnet.nn.offsets import OffsetConv
 from deformnet.ops._arguments import one_of
 
 __all__ = [
@@ -37,6 +38,7 @@ def backbone(
     dilation: int = 2,
     offset_groups: int = 1,
     modulated: bool = False,
+    offset_conv: OffsetConv = "dense",
     norm: Norm = "trained",
     freeze: int | None = None,
     stride_in_1x1: bool = False,
@@ -65,6 +67,7 @@ def backbone(
         dilation: Dilation of conv5 (2; Table 3 tries 4, 6 and 8).
         offset_groups: Offset groups of the deformable layers.
         modulated: Whether the deformable layers also learn a mask.
+        offset_conv: Kind of the convolutions that predict offsets; see `DeformConv2d`.
         norm: "frozen" fixes the statistics and parameters of all batch norm; "trained" trains them.
         freeze: Number of stages to freeze, from 0 to 5 (conv1 to conv5); requires frozen batch
             norm. Offsets of deformable layers in these stages are still trained. None freezes conv1
@@ -124,7 +127,13 @@ def backbone(
     if output_stride == 16:
         model.dilate(dilation)
     model.freeze(freeze)
-    deform_last(model, deform_layers, offset_groups=offset_groups, modulated=modulated)
+    deform_last(
+        model,
+        deform_layers,
+        offset_groups=offset_groups,
+        modulated=modulated,
+        offset_conv=offset_conv,
+    )
     if weights is not None:
         state = initial_weights(model, weights, stride_in_1x1)
         load_weights(model, model.own_names(state), weights)

@@ -66,7 +66,7 @@ _DETECTRON2: _Rules = (
     (rf"{_BLOCK}\.conv2\.offset\.(weight|bias)", r"\1.conv2.conv_offset.\2"),
 )
 
-# Keys of torchvision's with the filters of convolutions, and of what makes their offsets.
+# torchvision's keys of the weights of convolutions, including those that predict offsets.
 _FILTERS = re.compile(rf"conv1\.weight|{_BLOCK}\.(conv[123](\.conv_offset)?|downsample\.0)\.weight")
 
 # Prefixes of the ResNet; some detectors have the last stage in their head.
@@ -241,7 +241,7 @@ def _convert(
     ignored: dict[str, list[str]] = {}
     for key, value in source.items():
         if not isinstance(key, str):
-            raise UserError(f"checkpoint: expected names of tensors, but got {key!r:.40}")
+            raise UserError(f"checkpoint: expected strings as keys, but got {key!r:.40}")
         bare = key.removeprefix("module.")
         name = _renamed(bare, format)
         if name is None:
@@ -273,7 +273,7 @@ def _convert(
 
 
 def _tensor(key: str, value: object) -> Tensor:
-    """The tensor of a key of a checkpoint."""
+    """The value of a key in a checkpoint, as a tensor."""
     try:
         tensor = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError, OverflowError):
@@ -292,7 +292,7 @@ def _require_filters(key: str, tensor: Tensor, channels: int | None = None) -> N
         or (channels is not None and tensor.shape[1] != channels)
     ):
         raise UserError(
-            f"checkpoint: expected {key} to be the filters of a convolution"
+            f"checkpoint: expected {key} to be the 4-D weight of a convolution"
             + (f" of {channels} channels" if channels is not None else "")
             + f", but got {list(tensor.shape)} of {tensor.dtype}"
         )

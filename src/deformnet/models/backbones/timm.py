@@ -128,7 +128,8 @@ class TimmFeatures(Backbone):
         for hook in hooks:
             hook.remove()
         self.train()
-        return order
+        # A convolution that runs twice counts once, where it runs last.
+        return list(reversed(dict.fromkeys(reversed(order))))
 
     def _normalized(self, images: Tensor) -> Tensor:
         require_images(images)

@@ -135,8 +135,8 @@ def initial_weights(
 
 
 def _require_intact_download(url: str) -> None:
-    """Compares published weights that were downloaded earlier with the sha256 in their name, which
-    torchvision does only once.
+    """Verifies the SHA-256 in the file name of published weights that were downloaded earlier;
+    torchvision verifies it only once.
 
     Raises:
         UserError: If they are damaged.
@@ -194,7 +194,7 @@ def load_weights(model: Backbone, state: Mapping[str, Tensor], source: str | Pat
 
 
 def misfit(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str | None:
-    """The first difference in keys, shapes or kinds of numbers between two state dicts; None if
+    """The first difference in keys, shapes or kinds of dtypes between two state dicts; None if
     there is none."""
     missing = [key for key in expected if key not in state]
     unexpected = [key for key in state if key not in expected]
@@ -254,7 +254,7 @@ def _usable(state: object, path: Path) -> dict[str, Tensor]:
 
 
 def _run_in(path: Path) -> object:
-    """The description of a run in its checkpoint; None in another checkpoint."""
+    """The description of a run in its checkpoint; None if it is another checkpoint."""
     content = _read(path)
     return content.get("deformnet") if isinstance(content, Mapping) else None
 

@@ -39,9 +39,10 @@ constexpr int64_t kCacheLine = 64, kHugePage = 2 << 20;
 // Workspace that stays allocated between calls: enough for the copy of one large map, whose pages take as
 // long to get from the system as a layer to compute.
 constexpr int64_t kKeptBytes = 128 << 20;
-// More than any machine has; a piece of memory that is larger, or whose size does not fit 64 bits, counts as so many
-// bytes. Sizes of one tensor do fit, as it lies in memory, and so does what a plan makes of them: the frame of a map
-// multiplies its size by twelve at most, whole panels that of a weight by 2^10, and float that of halves by two.
+// More than any machine has. A larger piece of memory, or one whose size overflows 64 bits, is counted as this many
+// bytes. The size of one tensor cannot overflow, since it is in memory, and neither can the sizes that a plan derives
+// from it: the frame of a map multiplies its size by at most 12, whole panels that of a weight by 2^10, and conversion
+// from half precision to float by 2.
 constexpr int64_t kMostBytes = int64_t(1) << 56;
 
 // Hands out a block of memory piece by piece, in whole cache lines. Without a block it only counts: a struct that takes
@@ -61,7 +62,7 @@ class Memory {
     const int64_t bytes = fits ? count * size : kMostBytes;
     used_ = least(used_ + round_up(bytes, kCacheLine), kMostBytes);
 #ifdef __SANITIZE_ADDRESS__
-    // A cache line that nobody may touch, and what is left of the last one.
+    // The rest of the last cache line, and one more, must not be accessed.
     if (block_) __asan_poison_memory_region(piece + bytes, size_t(block_ + used_ + kCacheLine - piece - bytes));
     used_ += kCacheLine;
 #endif

@@ -127,9 +127,9 @@ def check(
 
 
 def check_framed(input: Tensor) -> None:
-    """Check that the map of the CPU kernels, with its frame, has no more pixels than they count.
+    """Check that the map of the CPU kernels, with its frame, does not have too many pixels.
 
-    See `Geometry` of sampling.h; it has at most two more.
+    See `Geometry` in sampling.h, whose map has at most two more.
     """
     height, width = input.shape[2:]
     size, what = (height + 4) * (width + 1), "pixels with a frame, (H + 4) * (W + 1)"

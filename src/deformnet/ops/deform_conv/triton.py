@@ -307,7 +307,7 @@ def _backward_weight(
     CHANNELS: tl.constexpr = TILE.channels
     OUT: tl.constexpr = TILE.out
     sums = tl.zeros((CHANNELS, OUT), dtype=OPTIONS.dtype)
-    # Rounded up so that even the largest number of rows fits.
+    # Rounded up without overflow, even for the largest number of rows.
     tiles = (sizes.rows - 1) // TILE.rows + 1
     last = tl.minimum((split + 1) * tiles_of_split, tiles)
     for tile in range(split * tiles_of_split, last):
@@ -626,10 +626,10 @@ def _sizes(input: Tensor, offset: Tensor, weight: Tensor, geometry: Geometry) ->
 
 
 def _check_sizes(input: Tensor, weight: Tensor, sizes: Sizes) -> None:
-    """Check what the kernels count in 32 bits even where indices take 64, and their grids."""
+    """Check sizes that the kernels store as 32-bit integers even with 64-bit indices, and grids."""
     check_sides(input)
-    # As many as channels and groups, or more.
-    check_most("weight", "numbers", weight.numel(), MOST)
+    # Also bounds the channels and groups, of which there are not more.
+    check_most("weight", "elements", weight.numel(), MOST)
     check_most("offset", "offset groups", sizes.offset_groups, MOST_SECOND_PROGRAMS)
     if not _is_narrow(sizes):
         check_most("weight", "groups", _groups(sizes), MOST_SECOND_PROGRAMS)

@@ -126,7 +126,7 @@ def backward_weight(
     ROWS: tl.constexpr = TILE.rows
     OUT: tl.constexpr = TILE.out
     sums = tl.zeros((ROWS, OUT), dtype=OPTIONS.dtype)
-    # Rounded up so that even the largest number of rows fits.
+    # Rounded up without overflow, even for the largest number of rows.
     row_tiles = (sizes.rows - 1) // TILE.rows + 1
     last = tl.minimum((split + 1) * tiles_of_split, row_tiles)
     for tile in range(split * tiles_of_split, last):

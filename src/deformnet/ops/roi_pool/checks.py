@@ -22,7 +22,7 @@ from deformnet.ops._arguments import (
 Sampling: TypeAlias = Literal["bins", "msra", "aligned"]
 SAMPLINGS = get_args(Sampling)
 
-# A GPU, and the reference, read each of the samples of a bin, which are as many squared.
+# GPU kernels and the reference read each sample of a bin; there are `samples_per_bin` squared.
 MOST_SAMPLES = 1024
 
 
@@ -111,7 +111,7 @@ def _check_rule(rule: Rule) -> None:
     if ph < 1 or pw < 1:
         raise ValueError(f"expected output_size to be at least 1, but got ({ph}, {pw})")
     check_most("output_size", "bins", ph * pw, MOST, f"{ph} x {pw}")
-    # Neither infinite nor an int that no float can hold.
+    # Neither infinite nor an int that is too large for a float.
     if not 0 < spatial_scale <= float_info.max:
         raise ValueError(f"expected spatial_scale to be positive, but got {spatial_scale}")
     if not -float_info.max <= gamma <= float_info.max:

@@ -526,7 +526,7 @@ class _Call(NamedTuple):
         channels = rule.out_channels(input)
         every_bin = boxes.shape[0] * ph * pw * groups
         tile = _tile(channels // groups)
-        # What the kernels count in 32 bits even where indices take 64, and their grids.
+        # Sizes that the kernels store as 32-bit integers even with 64-bit indices, and grids.
         check_sides(input)
         check_most("input", "channels", channels, MOST)
         most = MOST_SECOND_PROGRAMS * tile.channels

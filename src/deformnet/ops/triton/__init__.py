@@ -12,8 +12,8 @@ import torch
 # Older cards have no bfloat16 in hardware, and Triton does not support them.
 _MINIMUM_CAPABILITY = (8, 0)
 
-# Programs of a grid, in its first and in its second dimension.
-MOST_PROGRAMS = 2**30  # half of what a GPU can launch: programs also count in tiles of their own
+# Maximum number of programs in the first and second dimension of a grid.
+MOST_PROGRAMS = 2**30  # half of what a GPU can launch, since program IDs also index tiles
 MOST_SECOND_PROGRAMS = 2**16 - 1
 
 
