@@ -65,13 +65,24 @@ class Recipe(ABC):
     backbone: BackboneName = "resnet50"
     """Backbone network: resnet18, resnet34, resnet50, resnet101, aligned-inception-resnet, or
     timm/NAME for a convolutional network of timm."""
+    neck: Literal["none", "residual"] = "none"
+    """Neck between the backbone and the heads: residual adds 3x3 convolutions in the role of the
+    paper's conv5, for backbones that end in depthwise convolutions. Region proposal networks run on
+    the last feature map of the backbone."""
+    neck_layers: int = 3
+    """Number of 3x3 convolutions in the neck."""
+    neck_channels: int = 96
+    """Number of channels in the neck."""
     deform_layers: int = 3
     """Number of deformable 3x3 convolutions, counted from the last; 0 is the baseline. For timm
-    networks, all convolutions larger than 1x1 count."""
+    networks, all convolutions larger than 1x1 count; with a neck, those in the neck."""
     offset_groups: int = 1
     """Number of offset groups: groups of channels with their own offsets."""
     modulated: bool = False
     """Also learn a modulation mask (DCNv2)."""
+    offset_conv: Literal["dense", "separable"] = "dense"
+    """Convolution that predicts offsets: dense as in the paper, or separable, depthwise and 1x1,
+    which is far cheaper in backbones of depthwise convolutions."""
     norm: Literal["trained", "frozen"] = "trained"
     """Batch norm: trained, or frozen as in the paper (requires pretrained weights)."""
     freeze: int | None = None
@@ -129,6 +140,7 @@ class Recipe(ABC):
                     f"expected {field.name} to be {_describe(hints[field.name])}, but got {value!r}"
                 )
         self._require_positive("offset_groups", "batch", "iterations", "lr", "clip", *self.pixels)
+        self._require_positive("neck_layers", "neck_channels")
         if self.backbone not in BACKBONES and not self.backbone.startswith("timm/"):
             raise UserError(
                 f"expected backbone to be one of {', '.join(BACKBONES)} or timm/NAME, "
@@ -147,7 +159,8 @@ class Recipe(ABC):
                     f"expected {name} to be 0 or positive, but got {getattr(self, name)}"
                 )
         require_at_most(self, _MOST_PIXELS, *self.pixels)
-        require_at_most(self, 1024, "offset_groups")
+        require_at_most(self, 1024, "offset_groups", "neck_layers")
+        require_at_most(self, 2**16, "neck_channels")
         require_at_most(self, 2**16, "batch")
         require_at_most(self, 1e12, "iterations", "warmup")
         require_at_most(self, 1e6, "lr", "offset_lr_scale", "momentum", "weight_decay", "clip")
@@ -200,12 +213,16 @@ class Recipe(ABC):
             dilation=dilation,
             offset_groups=self.offset_groups,
             modulated=self.modulated,
+            offset_conv=self.offset_conv,
             norm=self.norm,
             freeze=self.freeze,
             stride_in_1x1=self.stride_in_1x1,
             output_stride=output_stride,
             weights=self.init,
             reduce_channels=reduce_channels,
+            neck=self.neck,
+            neck_channels=self.neck_channels,
+            neck_layers=self.neck_layers,
         )
 
     @property
@@ -332,7 +349,7 @@ class DenseRecipe(Recipe):
     pixels: ClassVar[tuple[str, ...]] = ("short_side", "max_side", "crop")
 
     dilation: int = 2
-    """Dilation of conv5, whose stride is 1."""
+    """Dilation of conv5, whose stride is 1, or of the neck if there is one."""
     short_side: int = 600
     """Shorter side of the images after resizing, in pixels."""
     max_side: int | None = 1000

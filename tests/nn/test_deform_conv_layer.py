@@ -31,11 +31,13 @@ def shake(layer: DeformConv2d, scale: float = 0.2) -> DeformConv2d:
     return layer
 
 
-@pytest.mark.parametrize("modulated", [False, True])
+@pytest.mark.parametrize(
+    "options", [{}, {"modulated": True}, {"modulated": True, "offset_conv": "separable"}], ids=str
+)
 @pytest.mark.parametrize("arguments", GEOMETRIES, ids=str)
-def test_new_layer_equals_the_plain_convolution(arguments, modulated):
+def test_new_layer_equals_the_plain_convolution(arguments, options):
     torch.manual_seed(0)
-    layer = DeformConv2d(8, 16, modulated=modulated, dtype=torch.float64, **arguments)
+    layer = DeformConv2d(8, 16, dtype=torch.float64, **arguments, **options)
     x = torch.randn(2, 8, 9, 7, dtype=torch.float64)
     geometry = {name: value for name, value in arguments.items() if name != "offset_groups"}
     plain = nn.Conv2d(8, 16, dtype=torch.float64, **geometry)

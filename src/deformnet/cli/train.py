@@ -232,7 +232,10 @@ def _shaped_like(recipe: Recipe, run: Path) -> Recipe:
         old = recipes.recipe_from_dict(described, source=card)
     else:
         return recipe
-    names = {"backbone", "deform_layers", "offset_groups", "modulated", "stride_in_1x1"}
+    names = {
+        *("backbone", "stride_in_1x1", "neck", "neck_layers", "neck_channels"),
+        *("deform_layers", "offset_groups", "modulated", "offset_conv"),
+    }
     if old.network == recipe.network:
         names = {field.name for field in dataclasses.fields(old)} - _IMAGES - _SCHEDULE
     changes = {name: getattr(old, name) for name in names - {"init", "norm"}}

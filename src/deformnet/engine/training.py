@@ -222,7 +222,7 @@ class _Run:
         self.best_path, self.previous_path = best_path(out), previous_path(out)
         self.saved: int | None = None
         self.iteration = 0
-        if recipe.norm == "trained" and fabric.world_size > 1:
+        if fabric.world_size > 1:
             share_statistics(model, fabric.device)
         # Convolutions run faster on this layout, on CPUs and GPUs alike.
         self.model = model.train().to(fabric.device).to(memory_format=torch.channels_last)

@@ -2,7 +2,7 @@
 
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from typing import cast
+from typing import cast, get_args
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
@@ -10,12 +10,16 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import is_parametrized
 
 from deformnet.nn.deform_conv import DeformConv2d, make_conv_offset
-from deformnet.nn.offsets import OffsetLayer
-from deformnet.ops._arguments import integer
+from deformnet.nn.offsets import OffsetConv, OffsetLayer
+from deformnet.ops._arguments import integer, one_of
 
 
 def deform_(
-    model: nn.Module, *patterns: str, offset_groups: int = 1, modulated: bool = False
+    model: nn.Module,
+    *patterns: str,
+    offset_groups: int = 1,
+    modulated: bool = False,
+    offset_conv: OffsetConv = "dense",
 ) -> list[str]:
     """Convert matching convolutions of a model to deformable convolutions, in place.
 
@@ -33,6 +37,7 @@ def deform_(
             Matching modules other than convolutions are ignored.
         offset_groups: See `DeformConv2d`.
         modulated: See `DeformConv2d`.
+        offset_conv: See `DeformConv2d`; "separable" is the cheap choice for depthwise convolutions.
 
     Returns:
         Names of the converted layers, in the order of the model. Layers that are already deformable
@@ -56,6 +61,7 @@ def deform_(
         if not isinstance(pattern, str):
             raise TypeError(f"expected patterns to be strings, but got {pattern!r}")
     offset_groups, modulated = integer("offset_groups", offset_groups), bool(modulated)
+    one_of("offset_conv", offset_conv, get_args(OffsetConv))
     if offset_groups < 1:
         raise ValueError(f"expected offset_groups to be at least 1, but got {offset_groups}")
     if isinstance(model, _ConvNd):
@@ -81,7 +87,7 @@ def deform_(
 
     problems = [_no_match(pattern, modules) for pattern in patterns if pattern not in used]
     for module, name in matched.items():
-        reason = _why_not(module, offset_groups, modulated)
+        reason = _why_not(module, offset_groups, modulated, offset_conv)
         if reason is not None:
             problems.append(f"{name!r} {reason}")
     if problems:
@@ -90,7 +96,7 @@ def deform_(
 
     # Build everything that can fail before the first change.
     converted = [
-        (name, module, make_conv_offset(module, offset_groups, modulated))
+        (name, module, make_conv_offset(module, offset_groups, modulated, offset_conv))
         for module, name in matched.items()
         if isinstance(module, nn.Conv2d) and not isinstance(module, DeformConv2d)
     ]
@@ -100,6 +106,7 @@ def deform_(
         layer = cast(DeformConv2d, module)
         layer.offset_groups = offset_groups
         layer.modulated = modulated
+        layer.offset_conv = offset_conv
         layer.conv_offset = conv_offset.train(layer.training)
     return [name for name, _, _ in converted]
 
@@ -121,16 +128,19 @@ def _no_match(pattern: str, modules: dict[str, nn.Module]) -> str:
     return f"{text}, convolutions are {', '.join(map(repr, convolutions[:3]))}, ..."
 
 
-def _why_not(module: nn.Module, offset_groups: int, modulated: bool) -> str | None:
+def _why_not(
+    module: nn.Module, offset_groups: int, modulated: bool, offset_conv: OffsetConv
+) -> str | None:
     """Why a convolution cannot be converted; None if it can."""
     kind = type(module).__name__
     if not isinstance(module, nn.Conv2d):
         return f"is a {kind}, not an nn.Conv2d"
     if isinstance(module, DeformConv2d):
-        if (module.offset_groups, module.modulated) != (offset_groups, modulated):
+        options = (module.offset_groups, module.modulated, module.offset_conv)
+        if options != (offset_groups, modulated, offset_conv):
             return (
-                f"is already deformable with offset_groups={module.offset_groups} and "
-                f"modulated={module.modulated}"
+                f"is already deformable with offset_groups={module.offset_groups}, "
+                f"modulated={module.modulated} and offset_conv={module.offset_conv}"
             )
         return None
     if isinstance(module, LazyModuleMixin):

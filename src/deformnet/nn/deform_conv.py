@@ -1,14 +1,14 @@
 """Deformable convolution as a layer that learns its own offsets."""
 
-from typing import Any, Literal, Never
+from typing import Any, Literal, Never, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deformnet.nn.offsets import OffsetConv2d
+from deformnet.nn.offsets import OffsetConv, OffsetConv2d, SeparableOffsetConv2d
 from deformnet.ops import deform_conv2d
-from deformnet.ops._arguments import IntOrPair, Pair, integer, pair
+from deformnet.ops._arguments import IntOrPair, Pair, integer, one_of, pair
 
 _PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
@@ -37,11 +37,15 @@ class DeformConv2d(nn.Conv2d):
         stride: Stride of the convolution.
         padding: Padding added to all four sides, or "same" or "valid", as in `nn.Conv2d`.
         dilation: Spacing between kernel taps.
-        groups: Groups of the main convolution; `conv_offset` is always dense.
+        groups: Groups of the main convolution. `conv_offset` has none; see `offset_conv`.
         bias: Whether the main convolution has a bias; `conv_offset` always has one.
         offset_groups: Number of offset groups G. The input channels are divided into G equal
             groups, each with its own offsets.
         modulated: Whether to also learn a mask 2*sigmoid(.), initially 1 (Zhu et al. 2019).
+        offset_conv: Kind of `conv_offset`: "dense" as in the paper, or "separable", a 1x1
+            convolution of a depthwise convolution (its child `depthwise`). For K taps, "dense" has
+            2*G*K*K*C weights and "separable" has (2*G + 1)*K*C, which is the smaller by far next
+            to a depthwise layer, of K*C weights.
         padding_mode: As in `nn.Conv2d`. Modes other than "zeros" pad the input by `padding` before
             sampling; beyond this margin the input is zero.
 
@@ -67,6 +71,7 @@ class DeformConv2d(nn.Conv2d):
         *,
         offset_groups: int = 1,
         modulated: bool = False,
+        offset_conv: OffsetConv = "dense",
         padding_mode: _PaddingMode = "zeros",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -86,12 +91,13 @@ class DeformConv2d(nn.Conv2d):
         )
         self.offset_groups = integer("offset_groups", offset_groups)
         self.modulated = bool(modulated)
-        self.conv_offset = make_conv_offset(self, self.offset_groups, self.modulated)
+        self.offset_conv: OffsetConv = offset_conv
+        self.conv_offset = make_conv_offset(self, self.offset_groups, self.modulated, offset_conv)
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         if name in _GEOMETRY and "conv_offset" in self._modules:
-            setattr(self.conv_offset, name, value)
+            setattr(self.conv_offset.spatial, name, value)
 
     def reset_parameters(self) -> None:
         """Reinitialize the weights as `nn.Conv2d` does, and set `conv_offset` to zero."""
@@ -134,14 +140,19 @@ class DeformConv2d(nn.Conv2d):
             text += f", offset_groups={self.offset_groups}"
         if self.modulated:
             text += ", modulated=True"
+        if self.offset_conv != "dense":
+            text += f", offset_conv={self.offset_conv}"
         return text
 
     def __prepare_scriptable__(self) -> Never:
         refuse_script(self)
 
 
-def make_conv_offset(conv: nn.Conv2d, offset_groups: int, modulated: bool) -> OffsetConv2d:
+def make_conv_offset(
+    conv: nn.Conv2d, offset_groups: int, modulated: bool, offset_conv: OffsetConv
+) -> OffsetConv2d:
     """The convolution that predicts offsets for `conv`, with its geometry, device and dtype."""
+    one_of("offset_conv", offset_conv, get_args(OffsetConv))
     if offset_groups < 1 or conv.in_channels % offset_groups:
         raise ValueError(
             f"expected offset_groups to be a divisor of the {conv.in_channels} input channels, "
@@ -150,9 +161,10 @@ def make_conv_offset(conv: nn.Conv2d, offset_groups: int, modulated: bool) -> Of
     height, width = kernel_size = pair("kernel_size", conv.kernel_size)
     channels = (3 if modulated else 2) * offset_groups * height * width
     inputs, weight = int(conv.in_channels), conv.weight
-    offset = OffsetConv2d(inputs, channels, kernel_size, device=weight.device, dtype=weight.dtype)
+    kind = SeparableOffsetConv2d if offset_conv == "separable" else OffsetConv2d
+    offset = kind(inputs, channels, kernel_size, device=weight.device, dtype=weight.dtype)
     for name in _GEOMETRY:
-        setattr(offset, name, getattr(conv, name))
+        setattr(offset.spatial, name, getattr(conv, name))
     return offset
 
 

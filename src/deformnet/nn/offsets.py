@@ -1,6 +1,7 @@
 """Layers that predict offsets."""
 
 from abc import abstractmethod
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +9,9 @@ from torch import Tensor, nn
 
 from deformnet.ops._arguments import number
 from deformnet.ops.backends import autocast_enabled
+
+OffsetConv = Literal["dense", "separable"]
+"""Kinds of convolutions that predict offsets."""
 
 
 class OffsetLayer(nn.Module):
@@ -47,8 +51,55 @@ class OffsetLayer(nn.Module):
 class OffsetConv2d(OffsetLayer, nn.Conv2d):
     """Convolution, [N, in_channels, H, W] -> [N, out_channels, Ho, Wo]."""
 
+    @property
+    def spatial(self) -> "OffsetConv2d":
+        """The convolution that has the geometry of the deformable layer."""
+        return self
+
     def _compute(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return self._conv_forward(input, weight, bias)
+
+
+class SeparableOffsetConv2d(OffsetConv2d):
+    """Depthwise and 1x1 convolution, [N, in_channels, H, W] -> [N, out_channels, Ho, Wo].
+
+    The 1x1 convolution is this layer, the depthwise one its child `depthwise`, whose weights are
+    initialized as in `nn.Conv2d`: if both were zero, neither would have a gradient.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: tuple[int, int],
+        *,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_channels, out_channels, 1, device=device, dtype=dtype)
+        self.depthwise = OffsetConv2d(
+            in_channels,
+            in_channels,
+            kernel_size,
+            groups=in_channels,
+            bias=False,
+            device=device,
+            dtype=dtype,
+        )
+        self.reset_parameters()
+
+    @property
+    def spatial(self) -> OffsetConv2d:
+        return self.depthwise
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        # The constructor of nn.Conv2d calls this before there is a depthwise convolution.
+        if "depthwise" in self._modules:
+            nn.Conv2d.reset_parameters(self.depthwise)
+
+    def _compute(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._compute(self.depthwise(input), weight, bias)
 
 
 class OffsetLinear(OffsetLayer, nn.Linear):

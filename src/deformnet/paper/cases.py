@@ -6,6 +6,7 @@ where nothing is read, and no box is proposed. Therefore batch norm takes the st
 image, and offsets get a magnitude that trained networks have.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -99,14 +100,25 @@ def build(case: Case, device: torch.device) -> Networks:
     with torch.no_grad():
         set_statistics(cast(Network, plain.model).backbone, networks.prepared.input)
         deformable.model.load_state_dict(plain.model.state_dict(), strict=False)
-        layers = [layer for layer in deformable.model.modules() if isinstance(layer, OffsetLayer)]
-        for layer in layers:
-            nn.init.normal_(layer.get_parameter("weight"))
-        hooks = [layer.register_forward_hook(_set_offsets) for layer in layers]
-        forward(deformable, networks.prepared)
-        for hook in hooks:
-            hook.remove()
+    set_offsets(deformable.model, lambda: forward(deformable, networks.prepared))
     return networks
+
+
+@torch.no_grad()
+def set_offsets(model: nn.Module, call: Callable[[], object]) -> None:
+    """Draw the weights of offset layers, so that offsets are as large as in trained networks.
+
+    Args:
+        model: network with deformable layers.
+        call: runs it.
+    """
+    layers = [layer for layer in model.modules() if isinstance(layer, OffsetLayer)]
+    for layer in layers:
+        nn.init.normal_(layer.get_parameter("weight"))
+    hooks = [layer.register_forward_hook(_set_offsets) for layer in layers]
+    call()
+    for hook in hooks:
+        hook.remove()
 
 
 def forward(predictor: Predictor, prepared: Prepared) -> object:

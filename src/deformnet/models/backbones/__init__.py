@@ -13,11 +13,19 @@ from deformnet.models.backbones.features import (
     OutputStride,
     deform_last,
 )
+from deformnet.models.backbones.neck import BackboneWithNeck, Neck
 from deformnet.models.backbones.resnet import ResNetFeatures
 from deformnet.models.backbones.weights import initial_weights, load_weights
+from deformnet.nn.offsets import OffsetConv
 from deformnet.ops._arguments import one_of
 
-__all__ = ["AlignedInceptionResNetFeatures", "Backbone", "ResNetFeatures", "backbone"]
+__all__ = [
+    "AlignedInceptionResNetFeatures",
+    "Backbone",
+    "BackboneWithNeck",
+    "ResNetFeatures",
+    "backbone",
+]
 
 _NAMES = ("resnet18", "resnet34", "resnet50", "resnet101", "aligned-inception-resnet")
 _TIMM = "timm/"
@@ -30,12 +38,16 @@ def backbone(
     dilation: int = 2,
     offset_groups: int = 1,
     modulated: bool = False,
+    offset_conv: OffsetConv = "dense",
     norm: Norm = "trained",
     freeze: int | None = None,
     stride_in_1x1: bool = False,
     output_stride: OutputStride = 16,
     weights: str | Path | None = None,
     reduce_channels: int | None = 1024,
+    neck: Neck = "none",
+    neck_channels: int = 96,
+    neck_layers: int = 3,
 ) -> Backbone:
     """Build a backbone by name, by default at output stride 16.
 
@@ -55,6 +67,7 @@ def backbone(
         dilation: Dilation of conv5 (2; Table 3 tries 4, 6 and 8).
         offset_groups: Offset groups of the deformable layers.
         modulated: Whether the deformable layers also learn a mask.
+        offset_conv: Kind of the convolutions that predict offsets; see `DeformConv2d`.
         norm: "frozen" fixes the statistics and parameters of all batch norm; "trained" trains them.
         freeze: Number of stages to freeze, from 0 to 5 (conv1 to conv5); requires frozen batch
             norm. Offsets of deformable layers in these stages are still trained. None freezes conv1
@@ -72,6 +85,12 @@ def backbone(
             well. None initializes randomly.
         reduce_channels: Output channels of the randomly initialized 1x1 convolution and ReLU after
             conv5; None leaves both out.
+        neck: "residual" adds a 1x1 convolution and residual 3x3 convolutions in place of the
+            channel reduction, with random weights and trained batch norm. They are then the conv5
+            that `deform_layers` and `dilation` apply to, and conv5 of the backbone has dilation 2;
+            see `BackboneWithNeck`.
+        neck_channels: Channels of the neck.
+        neck_layers: Number of 3x3 convolutions in the neck.
 
     Raises:
         ValueError: If the backbone does not have an option, or it is out of range.
@@ -82,6 +101,9 @@ def backbone(
     if not name.startswith(_TIMM):
         one_of("name", name, _NAMES)
     one_of("norm", norm, get_args(Norm))
+    one_of("neck", neck, get_args(Neck))
+    if neck == "residual":
+        reduce_channels = None
     freeze = (2 if norm == "frozen" else 0) if freeze is None else freeze
     if freeze and norm == "trained":
         raise ValueError(f"expected norm to be frozen for freeze={freeze}, but got trained")
@@ -100,10 +122,18 @@ def backbone(
         model = TimmFeatures(name, norm, output_stride, reduce_channels)
     else:
         model = AlignedInceptionResNetFeatures(norm_layer, output_stride, reduce_channels)
+    if neck == "residual":
+        model = BackboneWithNeck(model, output_stride, neck_channels, neck_layers)
     if output_stride == 16:
         model.dilate(dilation)
     model.freeze(freeze)
-    deform_last(model, deform_layers, offset_groups=offset_groups, modulated=modulated)
+    deform_last(
+        model,
+        deform_layers,
+        offset_groups=offset_groups,
+        modulated=modulated,
+        offset_conv=offset_conv,
+    )
     if weights is not None:
         state = initial_weights(model, weights, stride_in_1x1)
         load_weights(model, model.own_names(state), weights)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from deformnet._errors import UserError, users_values
 from deformnet.nn import deform_
+from deformnet.nn.offsets import OffsetConv
 from deformnet.ops._arguments import one_of, positive
 
 Norm = Literal["frozen", "trained"]
@@ -79,6 +80,8 @@ class Backbone(nn.Module):
 
     name: str
     published: Mapping[str, Published] = MappingProxyType({})
+    counted = "3x3 convolutions"
+    """What `deform_last` counts, in messages."""
 
     def __init__(
         self,
@@ -151,8 +154,15 @@ class Backbone(nn.Module):
         ]
 
     def own_names(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """A state dict with this backbone's names, converted from one with other names."""
-        return state
+        """A state dict with this backbone's names, converted from one with other names.
+
+        From the state dict of a backbone with a neck, only the backbone is taken.
+        """
+        return {
+            key.removeprefix("base."): value
+            for key, value in state.items()
+            if not key.startswith("neck.")
+        }
 
     @abstractmethod
     def filter_chain(self) -> tuple[str, ...]:
@@ -220,18 +230,32 @@ def dilate(stage: nn.Module, dilation: int, *, entry: Collection[nn.Module] = ()
             )
 
 
-def deform_last(model: Backbone, layers: int, *, offset_groups: int, modulated: bool) -> None:
+def deform_last(
+    model: Backbone, layers: int, *, offset_groups: int, modulated: bool, offset_conv: OffsetConv
+) -> None:
     """Convert the last `filters` of a backbone to deformable convolutions.
 
     Raises:
-        UserError: If `layers` exceeds the number of filters, or a filter cannot be converted.
+        UserError: If there are no filters, `layers` exceeds their number, or one cannot be
+            converted.
     """
     filters = model.filters()
+    if layers and not filters:
+        raise UserError(
+            f"{model.name}: expected {model.counted} for deform_layers={layers}, but it has none; "
+            "use a neck (--neck residual), or set deform_layers to 0"
+        )
     if not 0 <= layers <= len(filters):
         raise UserError(
-            f"expected deform_layers to be 0 to {len(filters)}, the number of convolutions larger "
-            f"than 1x1 of {model.name}, but got {layers}"
+            f"expected deform_layers to be 0 to {len(filters)}, the number of {model.counted} of "
+            f"{model.name}, but got {layers}"
         )
     if layers:
         with users_values():
-            deform_(model, *filters[-layers:], offset_groups=offset_groups, modulated=modulated)
+            deform_(
+                model,
+                *filters[-layers:],
+                offset_groups=offset_groups,
+                modulated=modulated,
+                offset_conv=offset_conv,
+            )

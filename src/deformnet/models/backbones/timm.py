@@ -46,6 +46,8 @@ class TimmFeatures(Backbone):
             stages.
     """
 
+    counted = "convolutions larger than 1x1"
+
     def __init__(
         self, name: str, norm: Norm, output_stride: OutputStride, reduce_channels: int | None
     ) -> None:
@@ -126,7 +128,8 @@ class TimmFeatures(Backbone):
         for hook in hooks:
             hook.remove()
         self.train()
-        return order
+        # A convolution that runs twice counts once, where it runs last.
+        return list(reversed(dict.fromkeys(reversed(order))))
 
     def _normalized(self, images: Tensor) -> Tensor:
         require_images(images)
@@ -173,6 +176,7 @@ class TimmFeatures(Backbone):
         If the names differ, but the number, order and shapes of the tensors match timm's network,
         the state dict is from another implementation of that network, and is matched by order.
         """
+        state = super().own_names(state)
         theirs, given = _without_counters(self._shapes), _without_counters(state)
         shapes = [value.shape for value in given.values()]
         if theirs.keys() != given.keys() and shapes == list(theirs.values()):

@@ -187,7 +187,7 @@ def load_weights(model: Backbone, state: Mapping[str, Tensor], source: str | Pat
     own = {k: v for k, v in model.state_dict().items() if k in state or not may_lack.match(k)}
     problem = misfit(own, {k: v for k, v in state.items() if k in own or not may_add.match(k)})
     if problem is not None:
-        found = architecture(state)
+        found = architecture(key.removeprefix("base.") for key in state)
         other = "" if found in (None, model.name) else f", but got {found}"
         raise UserError(f"{source}: expected weights of {model.name}{other}: {problem}")
     model.load_state_dict(dict(state), strict=False)
