@@ -266,7 +266,8 @@ def test_the_authors_convention_rounds_objects():
 def test_a_batch_of_different_sizes():
     def sample(height, width, objects, proposals):
         target = Target(torch.rand(objects, 4), torch.zeros(objects, dtype=torch.int64))
-        return Sample(torch.ones(3, height, width), target, proposals, seed=objects)
+        image, size = torch.ones(3, height, width), (height, width)
+        return Sample(image, size, target, proposals, seed=objects)
 
     batch = collate([sample(2, 3, 2, None), sample(1, 5, 0, None)])
     assert batch.images.shape == (2, 3, 2, 5)

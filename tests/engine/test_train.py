@@ -233,13 +233,14 @@ def test_weights_that_are_not_finite_never_become_a_checkpoint(
 def test_images_of_different_sizes_make_a_batch():
     small = torch.ones(3, 2, 3), torch.ones(2, 3, dtype=torch.int64)
     wide = torch.ones(3, 1, 5), torch.zeros(1, 5, dtype=torch.int64)
-    images, masks = collate([small, wide])
+    images, masks, sizes = collate([small, wide])
     assert images.shape == (2, 3, 2, 5)
     assert images[0, :, :, 3:].eq(0).all()
     assert masks.tolist() == [
         [[1, 1, 1, 255, 255], [1, 1, 1, 255, 255]],
         [[0, 0, 0, 0, 0], [255, 255, 255, 255, 255]],
     ]
+    assert sizes == [(2, 3), (1, 5)]
     larger = collate([small]).padded(2, 5)
     assert torch.equal(larger.images, images[:1])
     assert torch.equal(larger.masks, masks[:1])

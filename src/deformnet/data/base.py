@@ -139,14 +139,24 @@ class SegmentationDataset(VisionDataset, ABC):
             UserError: one line that names the file, for an unreadable image or label map, a label
                 map of another size than its image, and labels without a class.
         """
-        image = read_image(
+        image = self.image(index)
+        mask = self.labels(index, (image.shape[1], image.shape[2]))
+        pair = tv_tensors.Image(image), tv_tensors.Mask(mask)
+        return pair if self.transforms is None else self.transforms(*pair)
+
+    def image(self, index: int) -> Tensor:
+        """The image alone, uint8 [3, H, W], before any transforms."""
+        return read_image(
             self.image_path(index),
             orientation=self.orientation,
             annotated=self.annotated_size(index),
         )
-        mask = self.labels(index, (image.shape[1], image.shape[2]))
-        pair = tv_tensors.Image(image), tv_tensors.Mask(mask)
-        return pair if self.transforms is None else self.transforms(*pair)
+
+    def mask(self, index: int) -> tv_tensors.Mask:
+        """The mask alone, uint8 [H, W], before any transforms, without reading the image."""
+        annotated = self.annotated_size(index)
+        size = annotated or read_size(self.image_path(index), orientation=self.orientation)
+        return tv_tensors.Mask(self.labels(index, size))
 
     @abstractmethod
     def labels(self, index: int, size: Size) -> Tensor:
@@ -170,9 +180,7 @@ class SegmentationDataset(VisionDataset, ABC):
         """
         for index in range(len(self)):
             try:
-                annotated = self.annotated_size(index)
-                size = annotated or read_size(self.image_path(index), orientation=self.orientation)
-                labels = self.labels(index, size)
+                labels = self.mask(index)
             except (ValueError, OSError):
                 return  # reported when the sample itself is read
             if (labels != IGNORE).any():

@@ -214,10 +214,14 @@ class DetectionDataset(VisionDataset):
             UserError: one line that names the file, for an image that is unreadable or of another
                 size than annotated.
         """
+        pair = tv_tensors.Image(self.image(index)), self.annotations(index)
+        return pair if self.transforms is None else self.transforms(*pair)
+
+    def image(self, index: int) -> Tensor:
+        """The image alone, uint8 [3, H, W], before any transforms; errors of `__getitem__`."""
         path, size = self.image_path(index), self.size(index)
         image = read_image(path, orientation=self.orientation, annotated=size)
         height, width = image.shape[1:]
         if (height, width) != size:
             raise UserError(f"{path}: {size_error(path, (height, width), size)}")
-        pair = tv_tensors.Image(image), self.annotations(index)
-        return pair if self.transforms is None else self.transforms(*pair)
+        return image

@@ -73,6 +73,19 @@ def segmentation_training_transforms(
     return v2.Compose([*steps, *_flip(flip), *_jitter(color_jitter), *_to_network()])
 
 
+def without_image(
+    transforms: Callable[..., tuple[Tensor, Tensor]],
+    target: Tensor,
+) -> tuple[Tensor, bool]:
+    """What training transforms make of a mask or boxes (of `tv_tensors`) whose image is not read,
+    with the same random numbers; and whether they flip it."""
+    corner = tv_tensors.BoundingBoxes(  # pyright: ignore[reportCallIssue] (it has a __new__)
+        torch.tensor([[0.0, 0.0, 1.0, 1.0]]), format="XYXY", canvas_size=(2, 2)
+    )
+    target, corner = transforms(target, corner)
+    return target, bool(corner[0, 0] > 0)
+
+
 def segmentation_evaluation_transforms(
     *, short_side: int, max_side: int | None
 ) -> SegmentationTransforms:

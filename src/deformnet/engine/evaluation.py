@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import cast
 
 from torch import nn
 
@@ -11,9 +12,11 @@ from deformnet.engine.processes import FabricProcesses, Layout, Precision, launc
 from deformnet.engine.results import Result
 from deformnet.engine.runs import existing_checkpoint, load_checkpoint, load_run, restored, versions
 from deformnet.engine.settings import Hardware
+from deformnet.models.network import Network
 from deformnet.recipes import Recipe
 from deformnet.tasks import task_of
 from deformnet.tasks.base import DataIdentity, EvaluationSet, ProposalSet, Scores, TaskOptions
+from deformnet.tasks.features import FeatureCache
 from deformnet.tasks.own import Data
 from deformnet.tasks.proposals import require_proposals
 
@@ -107,14 +110,23 @@ def propose(
 
 
 def score(
-    processes: FabricProcesses, model: nn.Module, images: EvaluationSet, *, progress: bool
+    processes: FabricProcesses,
+    model: nn.Module,
+    images: EvaluationSet,
+    *,
+    progress: bool,
+    cache: FeatureCache | None = None,
 ) -> Scores:
     """Evaluates a network in the processes of a run; all of them get the scores.
 
+    Args:
+        model: the network, which then keeps to `cache`, the features of its backbone.
     Raises:
         StopRequested: if the processes are asked to stop.
     """
     processes.places.at("evaluation")
+    if cache is not None:
+        cast(Network, model).backbone.recall = cache.recall
     with processes.fabric.autocast():
         return images.evaluate(model, dataclasses.replace(processes, progress=progress))
 

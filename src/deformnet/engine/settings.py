@@ -1,6 +1,7 @@
 """Settings of `train` and `evaluate` that do not change the result; importing them is cheap."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from deformnet._errors import require_at_least, require_at_most
@@ -49,6 +50,10 @@ class LoopOptions:
     stop_on_runaway: bool = False
     """Stop training, instead of warning, if the offsets of a layer run away (its samples leave the
     feature map)."""
+    feature_cache: Path | None = None
+    """Folder to keep the features of a frozen backbone in (freeze 5), half-precision, so that they
+    are computed once and not in every iteration; for training without scale jitter, color jitter
+    and crops. Several runs may use the same folder; None computes the features."""
     progress: bool = True
     """Show a progress bar or, if the output is not a terminal, print a line for each row of the
     logs."""

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from deformnet._errors import UserError
 from deformnet._files import write_json
 from deformnet.analysis.health import has_deformable_layers
+from deformnet.data.location import Location
 from deformnet.data.workers import loaded
 from deformnet.engine.averaging import AveragedNetwork
 from deformnet.engine.checkpoints import Checkpoint, optimizer_state, require_resumable
@@ -46,10 +48,12 @@ from deformnet.engine.sampling import Iterations
 from deformnet.engine.settings import Hardware, LoopOptions
 from deformnet.engine.shared_norm import share_statistics
 from deformnet.engine.validation import Validator, pictures_of
+from deformnet.models.network import Network
 from deformnet.nn import parameter_groups
 from deformnet.recipes import Recipe
 from deformnet.tasks import task_of
 from deformnet.tasks.base import Batch, DataIdentity, TaskOptions
+from deformnet.tasks.features import FeatureCache
 from deformnet.tasks.own import Data
 
 
@@ -114,7 +118,7 @@ def train(
     """
     out = Path(out)
     layout = Layout.of(hardware)
-    _require_fit(recipe, layout, loop)
+    _require_fit(recipe, layout, loop, data)
     task = task_of(recipe, TaskOptions(proposals=tuple(map(Path, proposals))))
     images = task.training_set(data, split)
     recipe = _with_iterations(recipe, len(images), epochs, continue_to)
@@ -132,6 +136,7 @@ def train(
         "checkpoint_every": loop.checkpoint_every,
         "validate_every": loop.validate_every,
         "patience": loop.patience,
+        "feature_cache": loop.feature_cache,
         "the run folder's last iteration": done,
     }
     if checkpoint is None:
@@ -139,6 +144,12 @@ def train(
     else:
         model, taken = restored(checkpoint, checkpoint_path(out)).model, None
     task.freeze(model)
+    backbone = cast(Network, model).backbone
+    if loop.feature_cache is not None and not backbone.frozen:
+        raise UserError(
+            "expected a frozen backbone for feature_cache (freeze 5, and deform_layers 0 or a "
+            f"neck), but got freeze={recipe.freeze} and deform_layers={recipe.deform_layers}"
+        )
     with (
         launched(layout, recipe.precision, facts) as processes,
         processes.interruption.collected(),
@@ -155,7 +166,20 @@ def train(
             if validator.validated["best"] is None:
                 best_path(out).unlink(missing_ok=True)  # of a validation that no checkpoint records
         fabric.barrier()
+        cache = None
+        if loop.feature_cache is not None:
+            cache = FeatureCache(loop.feature_cache, backbone, fabric.device)
+            validator.cache = cache
         if not validator.exhausted and (done < total or validator.due(done)):
+            if cache is not None:
+                processes.places.at("caching features")
+                shown = dataclasses.replace(processes, progress=loop.progress)
+                try:
+                    images.features = cache.filled(images, recipe.flip, shown)
+                except StopRequested:
+                    raise TrainingStopped(
+                        "stopped while caching features; run the same command to continue"
+                    ) from None
             run = _Run(processes, recipe, model, images.identity, out, loop, checkpoint, validator)
             batches = loaded(
                 Iterations(images, recipe, loop.accumulate, processes.rank, processes.count),
@@ -184,7 +208,7 @@ def train(
         result = Result.of(recipe, model, out, ended["iteration"])
         if validation is not None:
             try:
-                scores = score(processes, model, validation, progress=loop.progress)
+                scores = score(processes, model, validation, progress=loop.progress, cache=cache)
             except StopRequested:
                 raise TrainingStopped(
                     "stopped during the evaluation after training; run the same command to continue"
@@ -459,7 +483,7 @@ class _Losses(nn.Module):
         return losses(self.model)
 
 
-def _require_fit(recipe: Recipe, layout: Layout, loop: LoopOptions) -> None:
+def _require_fit(recipe: Recipe, layout: Layout, loop: LoopOptions, data: Data) -> None:
     """Refuses a recipe that these processes cannot train."""
     if recipe.batch % (layout.processes * loop.accumulate) != 0:
         raise UserError(
@@ -470,6 +494,19 @@ def _require_fit(recipe: Recipe, layout: Layout, loop: LoopOptions) -> None:
         raise UserError("precision 16-mixed needs a GPU; bf16-mixed works on CPUs, too")
     if loop.patience is not None and loop.validate_every is None:
         raise UserError("expected validate_every to be set for patience, but got None")
+    if loop.feature_cache is not None:
+        varied = ("scale_jitter", "color_jitter", "crop", "resize")
+        if changing := [name for name in varied if getattr(recipe, name, None)]:
+            raise UserError(
+                "expected whole images of one scale and their own colors for feature_cache, but "
+                f"got {', '.join(changing)}, which need other features in every iteration; train "
+                "without them, or without feature_cache"
+            )
+        if not isinstance(data, Location):
+            raise UserError(
+                "expected a folder of a data set for feature_cache, but got a torch data set, "
+                "whose images may change"
+            )
 
 
 def _optimizer(recipe: Recipe, model: nn.Module) -> Optimizer:

@@ -17,6 +17,7 @@ from deformnet.engine.evaluation import score
 from deformnet.engine.processes import FabricProcesses
 from deformnet.engine.settings import LoopOptions
 from deformnet.tasks.base import DataIdentity, EvaluationSet, Scores, Task
+from deformnet.tasks.features import FeatureCache
 from deformnet.tasks.own import Data
 
 Pictures = Callable[[nn.Module, torch.device], Iterable[tuple[str, Image.Image]]]
@@ -35,8 +36,10 @@ class Validator:
         validated: outcome of earlier validations.
     Attributes:
         pictures: function that draws predictions; draws none by default.
+        cache: features of the frozen backbone, if they are kept.
     """
 
+    cache: FeatureCache | None = None
     pictures: Pictures = staticmethod(lambda model, device: ())
 
     def __init__(
@@ -83,7 +86,8 @@ class Validator:
         """
         assert self._images is not None
         # On a copy, so that inference does not affect the network and caches used in training.
-        return score(self._processes, copy.deepcopy(model), self._images, progress=False)
+        model = copy.deepcopy(model)
+        return score(self._processes, model, self._images, progress=False, cache=self.cache)
 
     def add(self, iteration: int, value: float | None) -> bool:
         """Records the main score of an iteration; returns whether it is the best so far."""

@@ -103,7 +103,8 @@ class Batch(Protocol):
 
     @property
     def images(self) -> Tensor:
-        """[N, 3, H, W], normalized; smaller images are padded on the right and at the bottom."""
+        """[N, 3, H, W], normalized; smaller images are padded on the right and at the bottom.
+        Or `maps` of a frozen backbone in their place."""
         ...
 
     def weight(self) -> Tensor | int:
@@ -119,6 +120,18 @@ class Batch(Protocol):
         ...
 
 
+class Features(Protocol):
+    """The features of a frozen backbone for all images of a training set."""
+
+    def size(self, index: int) -> tuple[int, int]:
+        """Height and width of the image that the backbone has seen."""
+        ...
+
+    def read(self, index: int, *, flipped: bool) -> Tensor:
+        """The backbone's `maps` of the image, or of its mirror image: float16 [C, H, W]."""
+        ...
+
+
 class TrainingSet(ABC):
     """Images with ground truth to train on, randomly transformed.
 
@@ -128,9 +141,11 @@ class TrainingSet(ABC):
     Attributes:
         identity: what a run remembers of the data.
         groups: a number for each image, if a batch should hold images of one number only.
+        features: what stands for the images in batches; None for the images themselves.
     """
 
     groups: Sequence[int] | None = None
+    features: Features | None = None
 
     def __init__(self, images: Images, proposals: str | None = None) -> None:
         self.identity = DataIdentity.of(images.classes, names_of(images), proposals)
@@ -145,6 +160,10 @@ class TrainingSet(ABC):
     def summary(self) -> list[str]:
         """Lines that summarize the ground truth before training, such as boxes by class."""
         return []
+
+    def input(self, index: int) -> Tensor:
+        """The image of an index as the network sees it without random transforms, [3, h, w]."""
+        raise NotImplementedError
 
     @abstractmethod
     def batch(self, indices: Sequence[int], seeds: Sequence[int]) -> Batch:

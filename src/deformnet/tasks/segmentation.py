@@ -3,7 +3,7 @@
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from deformnet.data.opening import open_segmentation, segmentation_splits
 from deformnet.data.transforms import (
     segmentation_evaluation_transforms,
     segmentation_training_transforms,
+    without_image,
 )
 from deformnet.metrics.confusion import Confusion
 from deformnet.metrics.numbers import scaled
@@ -29,14 +30,15 @@ from deformnet.metrics.segmentation import (
     region_boxes,
     segmentation_scores,
 )
+from deformnet.models.deeplab import DeepLab
 from deformnet.recipes import ScoreAt, SegmentationRecipe
 from deformnet.tasks.annotations import AnnotatedImages, Annotation, Contents, Thing, about
 from deformnet.tasks.base import DataIdentity, Scores, Task, TrainingSet, seeded
 from deformnet.tasks.figures import confusion_picture
-from deformnet.tasks.labeling import CountingSet, logits_of, losses_of
-from deformnet.tasks.loading import pad, stack
+from deformnet.tasks.labeling import CountingSet, logits_of
+from deformnet.tasks.loading import alone, pad, stack
 from deformnet.tasks.own import OwnMasks
-from deformnet.tasks.predictor import Device, Predictor, Prepared, Size
+from deformnet.tasks.predictor import Device, Predictor, Prepared, Size, preparation
 from deformnet.tasks.results import encoded
 from deformnet.tasks.summary import absent, by_class, sample_of
 from deformnet.visualization.drawing import label_image, overlay
@@ -65,16 +67,22 @@ class Batch(NamedTuple):
     images: Tensor
     masks: Tensor
     """int64 [N, H, W]."""
+    sizes: list[Size]
+    """Height and width of each image without its padding."""
 
     def weight(self) -> Tensor:
         """Number of valid pixels."""
         return (self.masks != IGNORE).sum()
 
     def padded(self, height: int, width: int) -> "Batch":
-        return Batch(pad(self.images, height, width), pad(self.masks, height, width, IGNORE))
+        # In place of images there may be maps, which are smaller than the masks.
+        sides = max(height, self.masks.shape[1]), max(width, self.masks.shape[2])
+        return Batch(pad(self.images, height, width), pad(self.masks, *sides, IGNORE), self.sizes)
 
     def losses(self, model: nn.Module) -> dict[str, Tensor]:
-        return losses_of(model, self.images, self.masks)
+        images = alone(model, self.images, self.sizes)
+        images = images.contiguous(memory_format=torch.channels_last)
+        return cast(DeepLab, model).losses_of_images(images, self.masks)
 
 
 class SegmentationTrainingSet(TrainingSet):
@@ -92,6 +100,7 @@ class SegmentationTrainingSet(TrainingSet):
             scale_jitter=recipe.scale_jitter,
             color_jitter=recipe.color_jitter,
         )
+        self._preparation = preparation(recipe.short_side, recipe.max_side)
 
     def summary(self) -> list[str]:
         """Pixels by class of at most 50 masks, and classes without any."""
@@ -108,10 +117,22 @@ class SegmentationTrainingSet(TrainingSet):
     def batch(self, indices: Sequence[int], seeds: Sequence[int]) -> Batch:
         return collate(seeded(self._sample, indices, seeds))
 
+    def input(self, index: int) -> Tensor:
+        with about(self._images, index):
+            return self._preparation(_stored(self._images).image(index))
+
     def _sample(self, index: int) -> tuple[Tensor, Tensor]:
+        if self.features is not None:
+            mask, flipped = without_image(self._transforms, _stored(self._images).mask(index))
+            return self.features.read(index, flipped=flipped), mask
         image, mask = self._images[index]
         with about(self._images, index):
             return self._transforms(image, mask)
+
+
+def _stored(images: _Images) -> SegmentationDataset:
+    assert isinstance(images, SegmentationDataset)  # torch data sets have no feature cache
+    return images
 
 
 def _pixels_of(images: _Images) -> tuple[Tensor, int]:
@@ -137,9 +158,10 @@ def _pixels_of(images: _Images) -> tuple[Tensor, int]:
 
 
 def collate(samples: Sequence[tuple[Tensor, Tensor]]) -> Batch:
-    """Stacks normalized images [3, h, w] and masks [h, w] of different sizes."""
+    """Stacks normalized images [3, h, w], or features, and masks [h, w] of different sizes."""
     images, masks = zip(*samples, strict=True)
-    return Batch(stack(images), stack(masks, IGNORE))
+    sizes = [(mask.shape[0], mask.shape[1]) for mask in masks]
+    return Batch(stack(images), stack(masks, IGNORE), sizes)
 
 
 class SegmentationEvaluationSet(CountingSet):

@@ -4,11 +4,12 @@ Dai et al. 2017, section 2.3, "Deformable Convolution for Feature Extraction".
 """
 
 from abc import abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import chain
 from types import MappingProxyType
 from typing import Any, Literal, Protocol, get_args
 
+import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
@@ -82,6 +83,8 @@ class Backbone(nn.Module):
     published: Mapping[str, Published] = MappingProxyType({})
     counted = "3x3 convolutions"
     """What `deform_last` counts, in messages."""
+    recall: Callable[[Tensor], Tensor] | None = None
+    """Looks up the `maps` of images, which are then not computed."""
 
     def __init__(
         self,
@@ -120,11 +123,51 @@ class Backbone(nn.Module):
     def stages(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Feature maps of conv4 (at stride 16) and conv5 of normalized images [N, 3, H, W].
 
+        Args:
+            images: The images, or `maps` in their place.
+
         Raises:
             ValueError: If `images` has another number of dimensions or channels.
         """
+        if (maps := self.known(images)) is None:
+            return self._computed(images)
+        return self._of_maps(maps)
+
+    def maps(self, images: Tensor) -> Tensor:
+        """What `freeze(5)` keeps from changing: feature maps [N, map_channels, H, W].
+
+        Those of conv4 and conv5, joined. For output stride 16.
+        """
+        return torch.cat(self._computed(images), dim=1)
+
+    def known(self, images: Tensor) -> Tensor | None:
+        """The `maps` that need no computation: those in place of images, or what `recall` finds."""
+        if images.ndim == 4 and images.shape[1] == self.map_channels:
+            return images.float()
+        return None if self.recall is None else self.recall(images).float()
+
+    @property
+    def map_channels(self) -> int:
+        """Channels of `maps`."""
+        return self.conv4_channels + self.conv5_channels
+
+    def frozen_modules(self) -> nn.ModuleList:
+        """The modules that compute `maps`."""
+        names = chain.from_iterable(self.trunk_stages)
+        return nn.ModuleList([*map(self.get_submodule, names), self.conv5_stage])
+
+    @property
+    def frozen(self) -> bool:
+        """Whether `maps` do not change in training (frozen stages have frozen batch norm)."""
+        return not any(weight.requires_grad for weight in self.frozen_modules().parameters())
+
+    def _computed(self, images: Tensor) -> tuple[Tensor, Tensor]:
         conv4 = self.conv4(images)
         return conv4, self.conv5_stage(conv4)
+
+    def _of_maps(self, maps: Tensor) -> tuple[Tensor, Tensor]:
+        conv4, conv5 = maps.split([self.conv4_channels, self.conv5_channels], dim=1)
+        return conv4, conv5
 
     def reduced(self, conv5: Tensor) -> Tensor:
         """The output of `forward` from the feature map of conv5, [N, out_channels, H, W]."""

@@ -64,6 +64,20 @@ class BackboneWithNeck(Backbone):
     def conv4(self, images: Tensor) -> Tensor:
         return self.base(images)
 
+    def maps(self, images: Tensor) -> Tensor:
+        """The last feature map of the backbone, [N, map_channels, H, W]."""
+        return self.conv4(images)
+
+    @property
+    def map_channels(self) -> int:
+        return self.conv4_channels
+
+    def frozen_modules(self) -> nn.ModuleList:
+        return self.base.frozen_modules()
+
+    def _of_maps(self, maps: Tensor) -> tuple[Tensor, Tensor]:
+        return maps, self.neck(maps)
+
     @property
     def conv5_stage(self) -> nn.Module:
         return self.neck

@@ -143,7 +143,7 @@ class TimmFeatures(Backbone):
         rows, columns = (-(-side // stride) for side in images.shape[2:])
         return maps[..., :rows, :columns] if self._lead else maps
 
-    def stages(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def _computed(self, images: Tensor) -> tuple[Tensor, Tensor]:
         maps = self.trunk(self._normalized(images))
         conv5 = self._cropped(self.conv5(maps), images, self.stride)
         return self._cropped(_first(maps), images, 16), conv5

@@ -295,7 +295,11 @@ class RPNDetector(Detector):
         """Feature maps of normalized images [N, 3, H, W]; class-agnostic, conv4 is both."""
         if self.class_aware:
             return super().features(images)
-        conv4 = self.backbone.conv4(images)
+        maps = self.backbone.known(images)
+        if maps is None:
+            conv4 = self.backbone.conv4(images)
+        else:
+            conv4 = maps[:, : self.backbone.conv4_channels]
         return Features(conv4, conv4)
 
     def propose(self, features: Features, sizes: Sequence[Size]) -> list[Proposals]:

@@ -12,14 +12,15 @@ from torchvision import tv_tensors
 
 from deformnet._errors import UserError
 from deformnet.data.boxes import BoxAnnotations, DetectionDataset
-from deformnet.data.transforms import detection_transforms
+from deformnet.data.transforms import detection_transforms, without_image
 from deformnet.metrics.detections import short_floats
 from deformnet.models.detection.detector import Detector, Size, Target
 from deformnet.recipes import DetectorRecipe
 from deformnet.tasks.annotations import Annotation, Contents, Thing, about
 from deformnet.tasks.base import TrainingSet, seeded
-from deformnet.tasks.loading import pad, stack
+from deformnet.tasks.loading import alone, pad, stack
 from deformnet.tasks.own import OwnBoxes
+from deformnet.tasks.predictor import preparation
 from deformnet.tasks.proposals import StoredProposals
 from deformnet.tasks.summary import absent, by_class, sample_of
 from deformnet.visualization.drawing import draw_boxes
@@ -30,9 +31,11 @@ _PROPOSAL = -1  # label of a proposal, which passes through the transforms with 
 
 
 class Sample(NamedTuple):
-    """An image float32 [3, h, w] ready for the network, and its objects."""
+    """An image float32 [3, h, w] ready for the network, or its features, and its objects."""
 
     image: Tensor
+    size: Size
+    """Height and width of the image."""
     target: Target
     proposals: Tensor | None
     """Stored boxes [P, 4] to train on, if there are any."""
@@ -58,7 +61,8 @@ class Batch(NamedTuple):
         return self._replace(images=pad(self.images, height, width))
 
     def losses(self, model: nn.Module) -> dict[str, Tensor]:
-        images = self.images.contiguous(memory_format=torch.channels_last)
+        images = alone(model, self.images, self.sizes)
+        images = images.contiguous(memory_format=torch.channels_last)
         generators = [torch.Generator(images.device).manual_seed(seed) for seed in self.seeds]
         network = cast(Detector, model)
         return network.losses(images, self.sizes, self.targets, self.proposals, generators)
@@ -66,10 +70,10 @@ class Batch(NamedTuple):
 
 def collate(samples: Sequence[Sample]) -> Batch:
     """Makes a batch of images of different sizes."""
-    images, targets, proposals, seeds = zip(*samples, strict=True)
+    images, sizes, targets, proposals, seeds = zip(*samples, strict=True)
     return Batch(
         stack(images),
-        [(image.shape[1], image.shape[2]) for image in images],
+        list(sizes),
         list(targets),
         [boxes for boxes in proposals if boxes is not None] or None,
         list(seeds),
@@ -103,6 +107,7 @@ class DetectionTrainingSet(TrainingSet):
             scale_jitter=recipe.scale_jitter,
             color_jitter=recipe.color_jitter,
         )
+        self._preparation = preparation(recipe.short_side, recipe.max_side)
 
     def summary(self) -> list[str]:
         """Objects by class (for a torch data set, in at most 50 images), and absent classes."""
@@ -112,19 +117,40 @@ class DetectionTrainingSet(TrainingSet):
     def batch(self, indices: Sequence[int], seeds: Sequence[int]) -> Batch:
         return collate(seeded(self.sample, indices, seeds))
 
-    def sample(self, index: int) -> Sample:
-        """An image with random transforms."""
-        image, objects = self._images[index]
-        if self._proposals is not None:
-            objects = _with_proposals(objects, self._proposals[self._images.name(index)])
+    def input(self, index: int) -> Tensor:
         with about(self._images, index):
-            pixels, (boxes, labels, ignored) = self._transforms(image, objects)
+            return self._preparation(_stored(self._images).image(index))
+
+    def sample(self, index: int) -> Sample:
+        """An image with random transforms, or the features of it."""
+        if self.features is None:
+            image, objects = self._images[index]
+            with about(self._images, index):
+                pixels, (boxes, labels, ignored) = self._transforms(
+                    image, self._with_proposals(index, objects)
+                )
+            size = (pixels.shape[1], pixels.shape[2])
+        else:
+            objects = self._with_proposals(index, _stored(self._images).annotations(index))
+            boxes, flipped = without_image(self._transforms, objects.boxes)
+            labels, ignored = objects.labels, objects.ignored
+            pixels, size = self.features.read(index, flipped=flipped), self.features.size(index)
         learned = ~ignored & (labels != _PROPOSAL)
         target = Target(boxes[learned], labels[learned])
         if self._round:
             target = target._replace(boxes=to_whole_pixels(target.boxes))
         stored = None if self._proposals is None else boxes[labels == _PROPOSAL]
-        return Sample(pixels, target, stored, int(torch.randint(2**63 - 1, ())))
+        return Sample(pixels, size, target, stored, int(torch.randint(2**63 - 1, ())))
+
+    def _with_proposals(self, index: int, objects: BoxAnnotations) -> BoxAnnotations:
+        if self._proposals is None:
+            return objects
+        return _with_proposals(objects, self._proposals[self._images.name(index)])
+
+
+def _stored(images: BoxImages) -> DetectionDataset:
+    assert isinstance(images, DetectionDataset)  # torch data sets have no feature cache
+    return images
 
 
 @dataclass(frozen=True)
