@@ -152,7 +152,7 @@ def test_a_run_is_trained_once_and_survives_a_stop(
         *metrics,
         *(f"{metric}, {size}" for metric in metrics for size in sizes),
     }
-    assert all(0 <= found["scores"][metric] <= 100 for metric in metrics)
+    assert all(0 <= (found["scores"][metric] or 0) <= 100 for metric in metrics)
     layers = [row["layer"] for row in found.get("dilation", [])]
     assert len(layers) == variant.layers
     assert plan.stored_result(job, tmp_path) == json.loads(json.dumps(found))

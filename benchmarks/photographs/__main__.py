@@ -23,7 +23,7 @@ from benchmarks.photographs.plan import (
     stored_result,
     tuning_jobs,
 )
-from benchmarks.photographs.report import report, tuning_table
+from benchmarks.photographs.report import in_words, report, tuning_table
 from benchmarks.photographs.training import compute, prepare
 from benchmarks.tables import conditions, describe
 from deformnet.data.workers import end_with_parent
@@ -120,10 +120,9 @@ def _work(todo: Sequence[Job], data: Path, out: Path) -> bool:
             except (TrainingStopped, KeyboardInterrupt) as stopped:
                 print(f"{job.name}: {stopped or 'stopped'}", flush=True)
                 return False
-            listed = ", ".join(f"{k} {v:.1f}" for k, v in scores.items() if "," not in k)
             seconds = time.perf_counter() - begin
             print(
-                f"[{number}/{len(todo)}] {job.name}: {listed}, {seconds:.0f} s; "
+                f"[{number}/{len(todo)}] {job.name}: {in_words(scores)}, {seconds:.0f} s; "
                 f"{time.strftime('%H:%M')}",
                 flush=True,
             )

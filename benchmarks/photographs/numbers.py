@@ -32,8 +32,9 @@ def by_network(results: Iterable[Mapping[str, Any]]) -> dict[Network, Results]:
 
 
 def scores(found: Results, variant: Variant, metric: str) -> dict[int, float]:
-    """The score of each seed, in percent; empty without finished runs."""
-    return {seed: one["scores"][metric] for seed, one in sorted(found.get(variant, {}).items())}
+    """The score of each seed, in percent; empty without finished runs, or if none has one."""
+    by_seed = {seed: one["scores"][metric] for seed, one in found.get(variant, {}).items()}
+    return {seed: score for seed, score in sorted(by_seed.items()) if score is not None}
 
 
 def gains(found: Results, variant: Variant, metric: str, over: Variant = PLAIN) -> dict[int, float]:

@@ -47,10 +47,16 @@ def tuning_table(out: Path) -> str:
     """Scores on the held-out quarter of the training images, by changes of the settings."""
     lines = ["| run | scores |", "|---|---|"]
     for result in finished(out, "tuning"):
-        values = {k: v for k, v in result["scores"].items() if "," not in k}
-        listed = ", ".join(f"{name} {value:.1f}" for name, value in values.items())
-        lines.append(f"| {result['name']} | {listed} |")
+        lines.append(f"| {result['name']} | {in_words(result['scores'])} |")
     return "\n".join(lines)
+
+
+def in_words(scores: Mapping[str, float | None]) -> str:
+    """The scores of the paper's tables."""
+    main = {name: value for name, value in scores.items() if "," not in name}
+    return ", ".join(
+        f"{name} {'-' if value is None else f'{value:.1f}'}" for name, value in main.items()
+    )
 
 
 def _of_network(network: Network, found: Results) -> Iterator[str]:
@@ -109,9 +115,9 @@ def _score_table(
         cells = [text]
         theirs = paper(network, variant)
         for metric in metrics:
-            cells.append(cell(over_seeds(scores(found, variant, metric))))
+            cells.append(cell(_over_seeds(scores(found, variant, metric))))
             gain = {} if variant == PLAIN else gains(found, variant, metric)
-            cells.append(spread(over_seeds(gain)) if gain else "-")
+            cells.append(spread(_over_seeds(gain)))
             more = "" if variant == PLAIN else f" ({theirs[metric] - plain[metric]:+.1f})"
             cells.append(f"{theirs[metric]:.1f}{more}" if theirs else "-")
         lines.append(f"| {' | '.join(cells)} |")
@@ -127,7 +133,7 @@ def _size_table(network: Network, found: Results) -> str:
             continue
         cells = []
         for name in names:
-            text = spread(over_seeds(scores(found, variant, name)))
+            text = spread(_over_seeds(scores(found, variant, name)))
             gain = {} if variant == PLAIN else gains(found, variant, name)
             cells.append(f"{text} ({statistics.mean(gain.values()):+.1f})" if gain else text)
         lines.append(f"| {label(variant)} | {' | '.join(cells)} |")
@@ -151,6 +157,10 @@ def _dilation_table(found: Results) -> str:
     for name, cells in _PAPER_DILATION.items():
         lines.append(f"| paper | {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _over_seeds(values: Mapping[int, float]) -> dict[str, Any] | None:
+    return over_seeds(values) if values else None
 
 
 def _filters(seeds: Sequence[Mapping[str, Any]]) -> str:

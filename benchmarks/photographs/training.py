@@ -8,7 +8,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from deformnet.tasks.features import FeatureCache
 from torch import Tensor
 
 from benchmarks.photographs.plan import PLAIN, Job, Run, recipe_of, result_path
@@ -31,10 +30,12 @@ from deformnet.metrics import (
     voc_ap,
 )
 from deformnet.metrics.boxes import Array, areas, as_array, ious
+from deformnet.metrics.numbers import scaled
 from deformnet.models.network import Network as Model
 from deformnet.tasks import task_of
 from deformnet.tasks.annotations import AnnotatedImages
 from deformnet.tasks.base import Processes
+from deformnet.tasks.features import FeatureCache
 from deformnet.tasks.predictor import Predictor
 
 SIZES = ("small", "medium", "large")
@@ -122,8 +123,8 @@ def annotated(predictor: Predictor, images: AnnotatedImages) -> Iterator[Annotat
         yield AnnotatedImage(prepared.input[0], boxes, (vertical * horizontal) ** 0.5)
 
 
-def segmentation(predictor: Predictor, images: SegmentationDataset) -> dict[str, float]:
-    """Mean IoU of all pixels, and of objects by their size."""
+def segmentation(predictor: Predictor, images: SegmentationDataset) -> dict[str, float | None]:
+    """Mean IoU of all pixels, and of objects by their size; None without objects."""
     confusion = ConfusionMatrix(len(images.classes))
     objects = ObjectCounts(len(images.classes), small=SMALL_AREA, large=LARGE_AREA)
     for index in range(len(images)):
@@ -134,13 +135,13 @@ def segmentation(predictor: Predictor, images: SegmentationDataset) -> dict[str,
         objects.update(predicted, labels)
     by_size = size_scores(objects.compute())
     return {
-        "mean IoU": 100 * segmentation_scores(confusion.compute()).mean_iou,
-        **{f"mean IoU, {size}": 100 * by_size[size].mean_iou for size in SIZES},
+        "mean IoU": scaled(segmentation_scores(confusion.compute()).mean_iou, 100),
+        **{f"mean IoU, {size}": scaled(by_size[size].mean_iou, 100) for size in SIZES},
     }
 
 
-def detection(predictor: Predictor, images: DetectionDataset) -> dict[str, float]:
-    """VOC AP (area) of all objects, and by their size."""
+def detection(predictor: Predictor, images: DetectionDataset) -> dict[str, float | None]:
+    """VOC AP (area) of all objects, and by their size; None without objects."""
     truths: dict[str, GroundTruth] = {}
     predictions: dict[str, Predictions] = {}
     for index in range(len(images)):
@@ -148,13 +149,14 @@ def detection(predictor: Predictor, images: DetectionDataset) -> dict[str, float
         truths[name] = GroundTruth(*map(as_array, truth))
         found = predictor.predict(image.as_subclass(Tensor))
         predictions[name] = Predictions(*map(as_array, found))
-    result = {}
+    result: dict[str, float | None] = {}
     for iou in IOUS:
         pairs = {"": (truths, predictions)} | {
             f", {size}": of_size(truths, predictions, size, iou) for size in SIZES
         }
         for name, pair in pairs.items():
-            result[f"mAP@{iou:g}{name}"] = 100 * voc_ap(*pair, images.classes, (iou,)).mean_ap[0]
+            (mean,) = voc_ap(*pair, images.classes, (iou,)).mean_ap
+            result[f"mAP@{iou:g}{name}"] = scaled(mean, 100)
     return result
 
 

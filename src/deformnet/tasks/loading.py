@@ -39,9 +39,9 @@ class _Numbered(Generic[_S_co]):
 def shared(
     samples: Samples[_S_co], processes: Processes, title: str = "evaluation"
 ) -> Iterator[tuple[int, _S_co]]:
-    """The samples that fall to this process, each with its index.
+    """The samples of this process, each with its index.
 
-    They end early if the processes are asked to stop; `Processes.gather` then raises.
+    Ends early if the processes are asked to stop; `Processes.gather` then raises `StopRequested`.
     """
     keys = range(processes.rank, len(samples), processes.count)
     source = loaded(
@@ -62,8 +62,8 @@ def shared(
 def predictions(
     samples: Samples[_S], predict: Callable[[int, _S], _T], processes: Processes
 ) -> list[_T]:
-    """The predictions for all samples in their order, from their indices and themselves, made by
-    all processes."""
+    """The predictions for all samples, in order, computed by all processes. `predict` takes the
+    index of a sample and the sample."""
     own = [(index, predict(index, sample)) for index, sample in shared(samples, processes)]
     by_index = dict(pair for part in processes.gather(own) for pair in part)
     return [by_index[index] for index in range(len(samples))]
