@@ -77,8 +77,8 @@ def made_result(run, score):
         "run": run.to_json(),
         "job": {"recipe": {"iterations": 5, "batch": 2}},
         "scores": scores,
-        "seconds of training": 60,
-        "seconds of scoring": 60,
+        "core seconds of training": 60,
+        "core seconds of scoring": 60,
     }
     return result | ({"dilation": layers} if layers else {})
 

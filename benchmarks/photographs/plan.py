@@ -102,7 +102,7 @@ _DETECTOR: dict[str, Any] = {
     "max_detections": 100,
 }
 RECIPES: Mapping[Network, Recipe] = {
-    "deeplab": DeepLabRecipe(**_COMMON, batch=16, iterations=800, lr=0.05),
+    "deeplab": DeepLabRecipe(**_COMMON, batch=8, iterations=800, lr=0.05, loss_stride=4),
     "class-aware-rpn": ClassAwareRPNRecipe(**_DETECTOR),
     "faster-rcnn": FasterRCNNRecipe(**_DETECTOR),
     "rfcn": RFCNRecipe(**_DETECTOR),

@@ -63,7 +63,9 @@ def _of_network(network: Network, found: Results) -> Iterator[str]:
     every = [one for of_seed in found.values() for one in of_seed.values()]
     steps = every[0]["job"]["recipe"]["iterations"]
     batch = every[0]["job"]["recipe"]["batch"]
-    minutes = sum(it["seconds of training"] + it["seconds of scoring"] for it in every) / 60
+    minutes = (
+        sum(it["core seconds of training"] + it["core seconds of scoring"] for it in every) / 60
+    )
     yield (
         f"**{TITLES[network]}**: {steps} iterations of {batch} images; {len(every)} runs, "
         f"{minutes:.0f} minutes of one core. Each seed, mean +- standard deviation in parentheses; "
@@ -113,15 +115,21 @@ def _score_table(
         if variant not in found:
             continue
         cells = [text]
-        theirs = paper(network, variant)
+        theirs = paper(network, variant) or dict.fromkeys(metrics)
         for metric in metrics:
             cells.append(cell(_over_seeds(scores(found, variant, metric))))
             gain = {} if variant == PLAIN else gains(found, variant, metric)
             cells.append(spread(_over_seeds(gain)))
-            more = "" if variant == PLAIN else f" ({theirs[metric] - plain[metric]:+.1f})"
-            cells.append(f"{theirs[metric]:.1f}{more}" if theirs else "-")
+            cells.append(_published(theirs[metric], None if variant == PLAIN else plain[metric]))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _published(score: float | None, plain: float | None) -> str:
+    """A score of the paper, with its gain over the plain network's."""
+    if score is None:
+        return "-"
+    return f"{score:.1f}" if plain is None else f"{score:.1f} ({score - plain:+.1f})"
 
 
 def _size_table(network: Network, found: Results) -> str:
