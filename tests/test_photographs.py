@@ -57,6 +57,7 @@ def toy(monkeypatch):
     small = {name: replace(recipe, **TOY) for name, recipe in plan.RECIPES.items()}
     small["rfcn"] = replace(small["rfcn"], bins=3)
     monkeypatch.setattr(plan, "RECIPES", small)
+    monkeypatch.setattr(training, "PROPOSALS", replace(plan.PROPOSALS, **TOY))
 
 
 def job_of(network, variant, seed=0):
@@ -138,6 +139,8 @@ def test_a_run_is_trained_once_and_survives_a_stop(
     network, variant, data, tmp_path, monkeypatch, toy
 ):
     job = job_of(network, variant)
+    for folder in (tmp_path, tmp_path / "other"):
+        training.prepare([job], data, folder)
     with monkeypatch.context() as patch:
         patch.setattr(training, "scored", lambda *_: 1 / 0)  # after its training
         with pytest.raises(ZeroDivisionError):
@@ -194,7 +197,10 @@ def test_processes_share_the_runs(tmp_path):
 
 
 def test_figures_of_a_run(data, tmp_path, toy):
-    training.compute(job_of("rfcn", CONV_POOL), data, tmp_path)
+    runs = [job_of("deeplab", CONV), job_of("rfcn", CONV_POOL)]
+    training.prepare(runs, data, tmp_path)
+    for job in runs:
+        training.compute(job, data, tmp_path)
     for photographs in (False, True):
         files = figures.draw(tmp_path, data, photographs=photographs)
         assert [file.name for file in files] == ["figure5.png", "figure6.png", "figure7.png"]

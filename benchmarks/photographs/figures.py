@@ -4,18 +4,24 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 from torchvision.utils import draw_bounding_boxes
 
-from benchmarks.photographs.plan import CONV, CONV_POOL, Run
-from deformnet._errors import UserError
+from benchmarks.photographs.plan import CONV, CONV_POOL, Job, Run, jobs
+from deformnet.engine import load_run
 from deformnet.inspection.report.bins import find_bins
 from deformnet.inspection.report.recording import UnitRecorder
 from deformnet.inspection.report.scenes import Scene, choose_scenes
 from deformnet.inspection.runs import OpenedRun
+from deformnet.models.detection.detector import Detector
+from deformnet.recipes import DetectorRecipe
+from deformnet.tasks import task_of
 from deformnet.tasks.annotations import AnnotatedImages, Annotation
+from deformnet.tasks.detection import DetectionPredictor
 from deformnet.visualization import (
     SampledUnit,
     bins_figure,
@@ -24,13 +30,12 @@ from deformnet.visualization import (
     two_layer_figure,
 )
 
-_RUNS = (Run("rfcn", CONV_POOL, 0), Run("deeplab", CONV, 0))
 _SCENES, _DETECTIONS = 2, 6
 _GRAY = 96
 
 
 def draw(out: Path, data: Path, *, photographs: bool) -> list[Path]:
-    """Draws the figures of the first runs that are finished, R-FCN's before DeepLab's.
+    """Draws Figures 5 and 6 from DeepLab, and 7 from R-FCN, of the first seed.
 
     Args:
         photographs: draw over the photographs; otherwise over the boxes of their objects, for
@@ -38,36 +43,50 @@ def draw(out: Path, data: Path, *, photographs: bool) -> list[Path]:
     Returns:
         The files, in `out`.
     Raises:
-        UserError: if no such run is finished.
+        FileNotFoundError: if one of the runs is missing.
     """
-    folders = [folder for run in _RUNS if (folder := out / "runs" / run.name).is_dir()]
-    if not folders:
-        raise UserError(
-            f"{out}: expected a finished run to draw, {' or '.join(run.name for run in _RUNS)}, "
-            "but got none"
-        )
-    run = OpenedRun(folders[0], "cpu")
-    images = run.task.annotated(data, "val", run.data)
-    recorder = UnitRecorder(run.network, run)
-    objects = images.countable or images.classes
-    scenes = choose_scenes(
-        ((truth.contents(objects), recorder.grid(image)) for image, truth in _all(images)), _SCENES
+    segmenter, detector = (
+        next(job for job in jobs() if job.run == Run(network, variant, 0))
+        for network, variant in (("deeplab", CONV), ("rfcn", CONV_POOL))
     )
-    sampled = _sampled(images, recorder, scenes, photographs)
     figures = {
-        "figure5": two_layer_figure(_farthest(sampled)),
-        "figure6": sampling_figure(sampled),
+        **_sampling(segmenter.folder(out), data, photographs),
+        "figure7": _bins(detector, out, data, photographs),
     }
-    if run.predictor.pooling is not None:
-        bins = find_bins(run.predictor, _all(images), _DETECTIONS)
-        if not photographs:
-            bins = [replace(one, image=_boxes_alone(one.image, one.box[None])) for one in bins]
-        figures["figure7"] = bins_figure(bins)
     files = []
     for name, figure in figures.items():
         files.append(out / f"{name}.png")
         save_figure(figure, files[-1])
     return files
+
+
+def _sampling(folder: Path, data: Path, photographs: bool) -> dict[str, Figure]:
+    run = OpenedRun(folder, "cpu")
+    images = run.task.annotated(data, "val", run.data)
+    recorder = UnitRecorder(run.network, run)
+    contents = (
+        (truth.contents(images.countable), recorder.grid(image)) for image, truth in _all(images)
+    )
+    sampled = _sampled(images, recorder, choose_scenes(contents, _SCENES), photographs)
+    return {
+        "figure5": two_layer_figure(_farthest(sampled)),
+        "figure6": sampling_figure(sampled),
+    }
+
+
+def _bins(job: Job, out: Path, data: Path, photographs: bool) -> Figure:
+    recipe, model, identity = load_run(job.folder(out))
+    # It was trained on the proposals of this network.
+    proposing = load_run(job.proposals(out)).model
+    model.get_submodule("rpn").load_state_dict(proposing.get_submodule("rpn").state_dict())
+    predictor = DetectionPredictor(
+        cast(DetectorRecipe, recipe), cast(Detector, model), identity.classes, device="cpu"
+    )
+    images = task_of(job.recipe).annotated(data, "val")
+    bins = find_bins(predictor, _all(images), _DETECTIONS)
+    if not photographs:
+        bins = [replace(one, image=_boxes_alone(one.image, one.box[None])) for one in bins]
+    return bins_figure(bins)
 
 
 def _all(images: AnnotatedImages) -> Iterator[tuple[Tensor, Annotation]]:
@@ -81,7 +100,7 @@ def _sampled(
     found: dict[str, list[SampledUnit]] = {"regular": [], "deformable": []}
     for scene in scenes:
         image, truth = images[scene.index]
-        boxes = truth.contents(images.countable or images.classes).boxes()
+        boxes = truth.contents(images.countable).boxes()
         shown = image if photographs else _boxes_alone(image, boxes)
         for name, units in found.items():
             own = recorder.samples(image, scene.units, zero_offsets=name == "regular")

@@ -13,6 +13,7 @@ from deformnet.recipes import (
     DetectorRecipe,
     FasterRCNNRecipe,
     RFCNRecipe,
+    RPNRecipe,
 )
 
 Network = Literal["deeplab", "class-aware-rpn", "faster-rcnn", "rfcn"]
@@ -108,6 +109,9 @@ RECIPES: Mapping[Network, Recipe] = {
     "rfcn": RFCNRecipe(**_DETECTOR),
 }
 """Settings of each network."""
+PROPOSALS = RPNRecipe(**_DETECTOR)
+"""Settings of the region proposal network on whose proposals all detectors with RoI pooling train,
+as in the paper."""
 
 
 TRIED: Mapping[Network, Sequence[Mapping[str, Any]]] = {
@@ -139,6 +143,10 @@ class Job(NamedTuple):
 
     def folder(self, out: Path) -> Path:
         return out / self.name
+
+    def proposals(self, out: Path) -> Path:
+        """Folder of the proposals for these splits."""
+        return out / "proposals" / self.name.partition("/")[0]
 
 
 def recipe_of(run: Run, fraction: float = 1) -> Recipe:
