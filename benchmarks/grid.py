@@ -29,12 +29,16 @@ def stored(path: Path, settings: str, expected: Mapping[str, Any]) -> dict[str, 
 
 
 @contextmanager
-def claimed(path: Path) -> Iterator[bool]:
-    """Whether this process alone works on what a lock file stands for, until it leaves or dies."""
+def claimed(path: Path, *, wait: bool = False) -> Iterator[bool]:
+    """Whether this process alone works on what a lock file stands for, until it leaves or dies.
+
+    Args:
+        wait: wait until it does.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError:
             yield False
         else:

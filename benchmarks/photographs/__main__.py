@@ -76,7 +76,8 @@ def main() -> None:
             parser.error(str(error))
         print(describe(conditions()), flush=True)
         torch.set_num_threads(options.jobs)
-        prepare(missing, options.data, options.out)
+        with claimed(options.out / "locks" / "preparation", wait=True):
+            prepare(missing, options.data, options.out)
         if not _in_processes(options.jobs, todo, options.data, options.out):
             sys.exit(1)
     print(tuning_table(options.out) if options.tune else report(options.out))

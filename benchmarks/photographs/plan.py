@@ -115,7 +115,7 @@ as in the paper."""
 
 
 TRIED: Mapping[Network, Sequence[Mapping[str, Any]]] = {
-    "deeplab": ({}, {"lr": 0.1}, {"lr": 0.02}),
+    "deeplab": ({}, {"lr": 0.1}, {"lr": 0.02}, {"batch": 16, "iterations": 400}),
     "class-aware-rpn": ({},),
     "faster-rcnn": ({},),
     "rfcn": ({}, {"bins": 5}),

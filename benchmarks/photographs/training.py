@@ -72,6 +72,8 @@ def prepare(jobs: Sequence[Job], data: Path, out: Path) -> None:
 
 def propose(job: Job, data: Path, out: Path) -> None:
     """Trains the region proposal network for a job's splits and stores its proposals for both."""
+    if all(path.is_file() for path in proposal_files(job, out)):
+        return
     folder = job.proposals(out)
     _train(PROPOSALS, data, folder, out, job.train)
     recipe, model, identity = load_run(folder)
