@@ -1,10 +1,11 @@
 """The runs: networks, data, budgets, and where results are stored."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+
+from benchmarks.grid import stored
 
 Network = Literal["deeplab", "rfcn"]
 Variant = Literal["plain", "deformable"]
@@ -79,13 +80,7 @@ def stored_result(run: Run, budget: Budget, out: Path) -> dict[str, Any] | None:
     Raises:
         ValueError: if it has another budget.
     """
-    path = result_path(run, out)
-    if not path.is_file():
-        return None
-    found = json.loads(path.read_bytes())
-    if found["budget"] != asdict(budget):
-        raise ValueError(f"{path}: expected a run of {asdict(budget)}, but got {found['budget']}")
-    return found
+    return stored(result_path(run, out), "budget", asdict(budget))
 
 
 def result_path(run: Run, out: Path) -> Path:

@@ -9,21 +9,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.claim.plan import DEFORM_LAYERS, NETWORKS, VARIANTS, Network, Run, Variant
+from benchmarks.grid import cell, over_seeds, spread
 from benchmarks.tables import COLORS, save_figure
 from deformnet._files import write_json
 
 SCORES: dict[Network, str] = {"deeplab": "mean IoU", "rfcn": "mean AP at IoU 0.5"}
 SIZES = ("small", "medium", "large", "background")
-
-
-def over_seeds(values: Mapping[int, float]) -> dict[str, Any]:
-    """Mean and standard deviation over seeds (None for a single seed)."""
-    several = list(values.values())
-    return {
-        "seeds": {str(seed): value for seed, value in sorted(values.items())},
-        "mean": statistics.mean(several),
-        "std": statistics.stdev(several) if len(several) > 1 else None,
-    }
 
 
 def summarize(results: Sequence[Mapping[str, Any]], network: Network) -> list[dict[str, Any]]:
@@ -65,15 +56,6 @@ def _size_over_seeds(spreads: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]
     return over_seeds({seed: s["mean"] for seed, s in spreads.items()}) | {"filters": count}
 
 
-def cell(values: Mapping[str, Any] | None, digits: int = 1) -> str:
-    """The value of each seed, with mean and standard deviation."""
-    if values is None:
-        return "-"
-    each = ", ".join(f"{value:.{digits}f}" for value in values["seeds"].values())
-    spread = "" if values["std"] is None else f" +- {values['std']:.{digits}f}"
-    return f"{each} ({values['mean']:.{digits}f}{spread})"
-
-
 def score_table(network: Network, rows: Sequence[Mapping[str, Any]]) -> str:
     times = [statistics.median(row[f"{v} seconds per step"] for row in rows) for v in VARIANTS]
     lines = [
@@ -97,9 +79,7 @@ def dilation_table(network: Network, rows: Sequence[Mapping[str, Any]]) -> str:
     ]
     for row in rows:
         for layer, sizes in row["dilation"].items():
-            cells = " | ".join(
-                cell(sizes[size], 2).rpartition("(")[2].rstrip(")") for size in SIZES
-            )
+            cells = " | ".join(spread(sizes[size], 2) for size in SIZES)
             lines.append(f"| {row['strength']:.2g} | {layer} | {cells} |")
     return "\n".join(lines)
 

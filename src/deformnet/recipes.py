@@ -394,6 +394,9 @@ class SegmentationRecipe(DenseRecipe):
     """Shorter side of the images after resizing, in pixels."""
     max_side: int | None = 600
     """Maximum longer side after resizing, in pixels, which takes precedence; None for no limit."""
+    loss_stride: Literal[1, 2, 4, 8, 16] = 1
+    """Stride at which predictions and labels are compared in training, in pixels; larger values
+    take less time on a CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -405,7 +408,8 @@ class DeepLabRecipe(SegmentationRecipe):
     def build_model(self, num_classes: int) -> "DeepLab":
         from deformnet.models.deeplab import DeepLab
 
-        return DeepLab(self._backbone(1024, dilation=self.dilation), num_classes)
+        backbone = self._backbone(1024, dilation=self.dilation)
+        return DeepLab(backbone, num_classes, self.loss_stride)
 
     @classmethod
     def published(cls) -> "Recipe":

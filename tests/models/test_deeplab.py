@@ -52,6 +52,29 @@ def test_loss_is_the_mean_over_valid_pixels():
     assert not gradient.transpose(0, 1)[:, target == 255].any()
 
 
+def test_loss_of_images_is_the_loss_of_their_logits():
+    model, images = small().eval(), torch.randn(2, 3, 40, 56)
+    target = torch.randint(0, 5, (2, 40, 56))
+    target[1, :9] = 255
+    loss = model.losses_of_images(images, target)["segmentation"]
+    torch.testing.assert_close(loss, model.losses(model(images), target)["segmentation"])
+
+
+def test_loss_at_a_stride_compares_the_centers_of_cells():
+    model, images = small().eval(), torch.randn(2, 3, 48, 64)
+    model.loss_stride = 16
+    target = torch.randint(0, 5, (2, 48, 64))
+    scores = model.classifier(model.backbone(images))
+    expected = F.cross_entropy(scores, target[:, 8::16, 8::16])
+    torch.testing.assert_close(model.losses_of_images(images, target)["segmentation"], expected)
+
+
+@pytest.mark.parametrize("stride", [0, 3, 32])
+def test_loss_stride_divides_the_stride_of_the_features(stride):
+    with pytest.raises(ValueError, match=f"loss_stride to be a divisor of 16, .* got {stride}"):
+        DeepLab(backbone("resnet18"), 5, stride)
+
+
 def test_no_valid_pixel_gives_zero_with_zero_gradients():
     model = small(deform_layers=1)
     images = torch.randn(2, 3, 20, 24)

@@ -25,15 +25,24 @@ class DeepLab(Network):
     Args:
         backbone: Feature extractor.
         num_classes: Number of classes including the background, 1 to 255.
+        loss_stride: Stride, in pixels, at which `losses_of_images` compares with labels, vertically
+            and horizontally (Chen et al. 2015, "Semantic image segmentation with deep convolutional
+            nets and fully connected CRFs", trains at 8). A divisor of the backbone's stride.
 
     Raises:
-        ValueError: If `num_classes` is out of range.
+        ValueError: If `num_classes` or `loss_stride` is out of range.
     """
 
-    def __init__(self, backbone: Backbone, num_classes: int) -> None:
+    def __init__(self, backbone: Backbone, num_classes: int, loss_stride: int = 1) -> None:
         if not 1 <= num_classes <= IGNORE:
             raise ValueError(f"expected num_classes to be 1 to {IGNORE}, but got {num_classes}")
+        if loss_stride < 1 or backbone.stride % loss_stride:
+            raise ValueError(
+                f"expected loss_stride to be a divisor of {backbone.stride}, the stride of the "
+                f"features, but got {loss_stride}"
+            )
         super().__init__(backbone, num_classes)
+        self.loss_stride = loss_stride
         self.classifier = nn.Conv2d(backbone.out_channels, num_classes, 1)
         initialize(self.classifier)
 
@@ -52,29 +61,30 @@ class DeepLab(Network):
         # In half precision the upsampled scores of two classes would often tie.
         return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
-    def _upsampled(self, scores: Tensor) -> Tensor:
-        return F.interpolate(scores, scale_factor=self.backbone.stride, mode="bilinear")
+    def _upsampled(self, scores: Tensor, step: int = 1) -> Tensor:
+        """Scores at every `step`-th pixel."""
+        return F.interpolate(scores, scale_factor=self.backbone.stride // step, mode="bilinear")
 
     def losses_of_images(self, images: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """`losses` of `forward`, image by image, which is faster on CPUs.
+        """`losses` of `forward` at `loss_stride`, image by image, which is faster on CPUs.
 
         Args:
             images: [N, 3, H, W], or `maps` of the backbone in their place, which may reach beyond
                 `target` on the right and at the bottom.
             target: See `losses`.
         """
-        # log_softmax would copy the upsampled logits into this layout.
-        scores = self._scores(images).contiguous()
+        step = self.loss_stride
+        scores = self._scores(images).contiguous(memory_format=torch.channels_last)
+        target = target[:, step // 2 :: step, step // 2 :: step]  # centers of the cells
         require_labels("labels of target", target, self.num_classes, ignored=IGNORE)
-        totals = [
-            F.cross_entropy(
-                _crop(self._upsampled(one), target.shape[1], target.shape[2]),
-                labels,
-                ignore_index=IGNORE,
-                reduction="sum",
+        totals = []
+        for one, labels in zip(scores.split(1), target.split(1), strict=True):
+            logits = _crop(self._upsampled(one, step), labels.shape[1], labels.shape[2])
+            # The layout in which log_softmax copies nothing.
+            pixels = logits.permute(0, 2, 3, 1).reshape(-1, self.num_classes)
+            totals.append(
+                F.cross_entropy(pixels, labels.flatten(), ignore_index=IGNORE, reduction="sum")
             )
-            for one, labels in zip(scores.split(1), target.split(1), strict=True)
-        ]
         return {"segmentation": torch.stack(totals).sum() / (target != IGNORE).sum().clamp(min=1)}
 
     def losses(self, logits: Tensor, target: Tensor) -> dict[str, Tensor]:

@@ -75,7 +75,7 @@ def stack(images: Sequence[Tensor], padding: float = 0) -> Tensor:
     if len(images) * height * width > _MOST_PIXELS:
         raise UserError(
             f"expected a batch of at most {_MOST_PIXELS // 10**6} million pixels, but got "
-            f"{len(images)} images, each padded to {width}x{height}; use a smaller max_side or "
+            f"{len(images)} images, {width}x{height} with their padding; use a smaller max_side or "
             "batch, or a crop"
         )
     return torch.stack([pad(image, height, width, padding) for image in images])

@@ -1,0 +1,135 @@
+"""The command line of the package."""
+
+import argparse
+import math
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks import photographs
+from benchmarks.grid import claimed
+from benchmarks.photographs.figures import draw
+from benchmarks.photographs.plan import (
+    NETWORKS,
+    TABLES,
+    Job,
+    jobs,
+    result_path,
+    stored_result,
+    tuning_jobs,
+)
+from benchmarks.photographs.report import in_words, report, tuning_table
+from benchmarks.photographs.training import compute, prepare
+from benchmarks.tables import conditions, describe
+from deformnet.data.workers import end_with_parent
+from deformnet.engine import TrainingStopped
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.photographs",
+        description=(photographs.__doc__ or "").partition("\n")[0],
+    )
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--data", type=Path, help="data set in VOC layout")
+    parser.add_argument("--tables", type=int, choices=TABLES, nargs="+", default=TABLES)
+    parser.add_argument("--networks", choices=NETWORKS, nargs="+", default=NETWORKS)
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", help="default: five for deeplab, three for detectors"
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
+    parser.add_argument("--fraction", type=float, default=1, help="of the training iterations")
+    parser.add_argument(
+        "--tune", action="store_true", help="compare settings on images of the training split"
+    )
+    parser.add_argument(
+        "--print", action="store_true", help="print the tables of the finished runs"
+    )
+    parser.add_argument(
+        "--draw",
+        choices=("photographs", "boxes"),
+        help="draw Figures 5 to 7 of the finished runs, over photographs or over boxes alone",
+    )
+    options = parser.parse_args()
+    if not 0 < options.fraction < math.inf:
+        parser.error(
+            f"argument --fraction: expected a positive finite number, but got {options.fraction}"
+        )
+    if options.jobs < 1:
+        parser.error(f"argument --jobs: expected at least 1, but got {options.jobs}")
+    chosen = options.networks, options.seeds, options.fraction
+    if not options.print and options.data is None:
+        parser.error("expected --data, a data set in VOC layout")
+    if options.draw:
+        print(*draw(options.out, options.data, photographs=options.draw == "photographs"), sep="\n")
+        return
+    todo = tuning_jobs(*chosen) if options.tune else jobs(options.tables, *chosen)
+    if not options.print:
+        try:
+            missing = [job for job in todo if stored_result(job, options.out) is None]
+        except ValueError as error:
+            parser.error(str(error))
+        print(describe(conditions()), flush=True)
+        torch.set_num_threads(options.jobs)
+        with claimed(options.out / "locks" / "preparation", wait=True):
+            prepare(missing, options.data, options.out)
+        if not _in_processes(options.jobs, todo, options.data, options.out):
+            sys.exit(1)
+    print(tuning_table(options.out) if options.tune else report(options.out))
+
+
+def _in_processes(count: int, todo: Sequence[Job], data: Path, out: Path) -> bool:
+    """Computes the jobs in this process or in several; returns whether all succeeded."""
+    if count == 1:
+        return _work(todo, data, out)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    context = multiprocessing.get_context("spawn")
+    workers = [
+        context.Process(target=_worker, args=(os.getpid(), todo, data, out)) for _ in range(count)
+    ]
+    for worker in workers:
+        worker.start()
+    try:
+        for worker in workers:
+            worker.join()
+    except KeyboardInterrupt:  # the workers have it, too
+        for worker in workers:
+            worker.join()
+    return all(worker.exitcode == 0 for worker in workers)
+
+
+def _worker(parent: int, todo: Sequence[Job], data: Path, out: Path) -> None:
+    end_with_parent(parent)
+    sys.exit(0 if _work(todo, data, out) else 1)
+
+
+def _work(todo: Sequence[Job], data: Path, out: Path) -> bool:
+    """Computes the jobs that no other process computes; returns False if asked to stop."""
+    torch.set_num_threads(1)
+    for number, job in enumerate(todo, start=1):
+        with claimed(out / "locks" / job.name) as alone:
+            if not alone or result_path(job, out).is_file():
+                continue
+            begin = time.perf_counter()
+            try:
+                scores = compute(job, data, out)["scores"]
+            except (TrainingStopped, KeyboardInterrupt) as stopped:
+                print(f"{job.name}: {stopped or 'stopped'}", flush=True)
+                return False
+            seconds = time.perf_counter() - begin
+            print(
+                f"[{number}/{len(todo)}] {job.name}: {in_words(scores)}, {seconds:.0f} s; "
+                f"{time.strftime('%H:%M')}",
+                flush=True,
+            )
+        report(out)
+    return True
+
+
+if __name__ == "__main__":
+    main()

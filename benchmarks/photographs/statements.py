@@ -1,0 +1,109 @@
+"""The paper's statements on Tables 1 to 3, checked one by one."""
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+from benchmarks.grid import over_seeds, spread
+from benchmarks.photographs.numbers import METRICS, TITLES, Results, gains, mean, scores
+from benchmarks.photographs.plan import (
+    CONV,
+    CONV_POOL,
+    DILATIONS,
+    PLAIN,
+    POOL,
+    POOLING,
+    TABLE1,
+    Network,
+)
+
+
+class Statement(NamedTuple):
+    """A statement of the paper, whether it holds here, and the numbers that say so."""
+
+    text: str
+    holds: bool
+    numbers: str
+
+    def __str__(self) -> str:
+        return f"- {'holds' if self.holds else '**does not hold**'}: {self.text}. {self.numbers}."
+
+
+def statements(results: Mapping[Network, Results]) -> list[Statement]:
+    """All statements that the finished runs can confirm or refute, by their means over seeds."""
+    found = [
+        statement
+        for network, of_network in results.items()
+        for metric in METRICS[network]
+        for statement in _of_metric(of_network, metric, f"{TITLES[network]}, {metric}")
+    ]
+    for network in POOLING:
+        found += _pooling(results.get(network, {}), TITLES[network])
+    return [*found, *_best_dilations(results)]
+
+
+def _of_metric(found: Results, metric: str, where: str) -> Iterator[Statement]:
+    layered = [variant for variant in TABLE1 if variant.layers and variant in found]
+    steps = {variant: gains(found, variant, metric) for variant in layered}
+    if PLAIN in found and len(layered) == len(TABLE1) - 1:
+        numbers = ", ".join(f"{v.layers}: {_gain(gain)}" for v, gain in steps.items())
+        helps = all(mean(gain) > 0 for gain in steps.values())
+        yield Statement(f"{where}: deformable layers help", helps, f"Gain by layers {numbers}")
+        last = gains(found, TABLE1[-1], metric, over=CONV)
+        yield Statement(
+            f"{where}: the gain saturates",
+            mean(last) < mean(steps[CONV]),
+            f"3 layers add {_gain(steps[CONV])}, the other 3 add {_gain(last)}",
+        )
+    dilated = [variant for variant in DILATIONS if variant in found]
+    if len(dilated) == len(DILATIONS):
+        means = {variant: mean(scores(found, variant, metric)) for variant in dilated}
+        best = max(means, key=means.__getitem__)
+        yield Statement(
+            f"{where}: larger dilation helps up to a point",
+            best not in (DILATIONS[0], DILATIONS[-1]),
+            "Dilation " + ", ".join(f"{v.dilation}: {value:.1f}" for v, value in means.items()),
+        )
+        if CONV in found:
+            gain = gains(found, CONV, metric, over=best)
+            yield Statement(
+                f"{where}: deformable convolution is better than any dilation",
+                mean(gain) > 0,
+                f"{_gain(gain)} over dilation {best.dilation}",
+            )
+
+
+def _pooling(found: Results, where: str) -> Iterator[Statement]:
+    if not {PLAIN, POOL} <= found.keys():
+        return
+    at_half, strict = (gains(found, POOL, metric) for metric in ("mAP@0.5", "mAP@0.7"))
+    numbers = f"{_gain(at_half)} at IoU 0.5, {_gain(strict)} at 0.7"
+    yield Statement(f"{where}: deformable pooling helps at IoU 0.7", mean(strict) > 0, numbers)
+    more = mean(strict) > mean(at_half)
+    yield Statement(f"{where}: deformable pooling helps most at IoU 0.7", more, numbers)
+    if {CONV, CONV_POOL} <= found.keys():
+        for metric in ("mAP@0.5", "mAP@0.7"):
+            over = {other: gains(found, CONV_POOL, metric, over=other) for other in (CONV, POOL)}
+            yield Statement(
+                f"{where}, {metric}: both together are best",
+                all(mean(gain) > 0 for gain in over.values()),
+                f"{_gain(over[CONV])} over deformable convolution, "
+                f"{_gain(over[POOL])} over deformable pooling",
+            )
+
+
+def _best_dilations(results: Mapping[Network, Results]) -> Iterator[Statement]:
+    best: dict[str, int] = {}
+    for network, found in results.items():
+        if all(variant in found for variant in DILATIONS):
+            metric = METRICS[network][0]
+            means = {v.dilation: mean(scores(found, v, metric)) for v in DILATIONS}
+            best[TITLES[network]] = max(means, key=means.__getitem__)
+    if len(best) > 1:
+        numbers = ", ".join(f"{title}: {dilation}" for title, dilation in best.items())
+        differs = len(set(best.values())) > 1
+        yield Statement("the best dilation differs by task", differs, f"Best dilation {numbers}")
+
+
+def _gain(values: Mapping[int, float]) -> str:
+    ahead = sum(value > 0 for value in values.values())
+    return f"{spread(over_seeds(values))} ({ahead} of {len(values)} seeds)"

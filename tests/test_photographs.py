@@ -1,0 +1,272 @@
+"""benchmarks/photographs at the size of a toy: what varies, what is equal, what is reported."""
+
+import json
+import os
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from benchmarks.grid import claimed
+from benchmarks.photographs import __main__ as command
+from benchmarks.photographs import figures, plan, training
+from benchmarks.photographs.numbers import by_network, gains
+from benchmarks.photographs.plan import (
+    CONV,
+    CONV_POOL,
+    DILATIONS,
+    NETWORKS,
+    PLAIN,
+    POOL,
+    TABLE1,
+    Job,
+    Run,
+    Variant,
+    jobs,
+    recipe_of,
+    tuning_jobs,
+)
+from benchmarks.photographs.report import report
+from benchmarks.photographs.statements import statements
+
+from deformnet.data.opening import open_detection, open_segmentation
+from deformnet.data.synthetic import Shapes, write_shapes
+from deformnet.metrics import GroundTruth, Predictions
+
+TOY = {
+    "backbone": "timm/test_resnet",
+    "init": None,
+    "neck_layers": 6,
+    "neck_channels": 8,
+    "short_side": 48,
+    "max_side": 64,
+    "batch": 2,
+    "iterations": 2,
+    "warmup": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data") / "shapes"
+    write_shapes(root, Shapes(train=8, val=3, height=96, width=128, radius=(0.2, 0.4)))
+    return root
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    small = {name: replace(recipe, **TOY) for name, recipe in plan.RECIPES.items()}
+    small["rfcn"] = replace(small["rfcn"], bins=3)
+    monkeypatch.setattr(plan, "RECIPES", small)
+    monkeypatch.setattr(training, "PROPOSALS", replace(plan.PROPOSALS, **TOY))
+
+
+def job_of(network, variant, seed=0):
+    run = Run(network, variant, seed)
+    return Job(f"runs/{run.name}", run, recipe_of(run))
+
+
+def made_result(run, score):
+    """A result whose layers have effective dilations of their own."""
+    names = ["mean IoU"] if run.network == "deeplab" else ["mAP@0.5", "mAP@0.7"]
+    sizes = ("small", "medium", "large")
+    scores = dict.fromkeys(names, score)
+    scores |= {f"{name}, {size}": score for name in names for size in sizes}
+    places = {size: {"count": 3, "mean": 2.0, "std": 0.5} for size in (*sizes, "background")}
+    places["small"] = {"count": 0, "mean": None, "std": None}
+    layers = [{"layer": f"neck.{6 - i}.conv", **places} for i in range(run.variant.layers)]
+    result = {
+        "run": run.to_json(),
+        "job": {"recipe": {"iterations": 5, "batch": 2}},
+        "scores": scores,
+        "core seconds of training": 60,
+        "core seconds of scoring": 60,
+    }
+    return result | ({"dilation": layers} if layers else {})
+
+
+def score_of(run):
+    """As the paper says: layers help and saturate, dilation helps up to 4, pooling adds."""
+    dilation = {1: -1, 2: 0, 4: 1, 6: 0.5, 8: 0}[run.variant.dilation]
+    layers = {0: 0, 1: 2, 2: 3, 3: 4, 6: 4.5}[run.variant.layers]
+    return 50 + run.seed + dilation + layers + 2 * run.variant.pool
+
+
+def test_rows_differ_in_layers_dilation_and_pooling_alone():
+    for network in NETWORKS:
+        own = [job for job in jobs() if job.run.network == network]
+        kept = {replace(job.recipe, deform_layers=0, dilation=2, seed=0).baseline() for job in own}
+        assert len(kept) == 1
+        assert {(job.train, job.test) for job in own} == {("train", "val")}
+        assert {job.run.seed for job in own} == set(range(5 if network == "deeplab" else 3))
+    variants = {job.run.variant for job in jobs() if job.run.network == "rfcn"}
+    assert {(v.dilation, v.layers, v.pool) for v in variants} >= {
+        *((2, layers, False) for layers in (0, 1, 2, 3, 6)),
+        *((dilation, 0, False) for dilation in (1, 2, 4, 6, 8)),
+        *((1, 3, False), (2, 0, True), (2, 3, True)),
+    }
+    assert not [job for job in jobs() if job.run.network == "deeplab" and job.run.variant.pool]
+
+
+def test_parts_of_the_tables():
+    every = jobs()
+    assert len({job.name for job in every}) == len(every)
+    assert {job.run.seed for job in every[:40]} == {0}  # all networks before the next seed
+    part = jobs((1,), ("rfcn",), (1,))
+    assert [job.run.variant for job in part] == list(TABLE1)
+    assert {(job.run.network, job.run.seed) for job in part} == {("rfcn", 1)}
+    assert set(part) <= set(every)
+    shorter = jobs((1,), ("rfcn",), (1,), fraction=0.5)
+    assert {2 * job.recipe.iterations for job in shorter} == {part[0].recipe.iterations}
+
+
+def test_settings_are_compared_on_training_images(data):
+    found = tuning_jobs()
+    assert {job.run.network for job in found} == set(NETWORKS)
+    ((train, test),) = {(job.train, job.test) for job in found}
+    for opened in (open_segmentation, open_detection):
+        names = [
+            {images.name(i) for i in range(len(images))}
+            for images in (opened(data, split) for split in (train, test, "train"))
+        ]
+        assert names[0] | names[1] == names[2]
+        assert not names[0] & names[1]
+
+
+@pytest.mark.parametrize(
+    ("network", "variant"), [("deeplab", CONV), ("class-aware-rpn", PLAIN), ("rfcn", CONV_POOL)]
+)
+def test_a_run_is_trained_once_and_survives_a_stop(
+    network, variant, data, tmp_path, monkeypatch, toy
+):
+    job = job_of(network, variant)
+    for folder in (tmp_path, tmp_path / "other"):
+        training.prepare([job], data, folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "scored", lambda *_: 1 / 0)  # after its training
+        with pytest.raises(ZeroDivisionError):
+            training.compute(job, data, tmp_path)
+    assert plan.stored_result(job, tmp_path) is None
+    found = training.compute(job, data, tmp_path)
+    again = training.compute(job, data, tmp_path / "other")
+    assert found["scores"] == again["scores"]
+    metrics = ["mean IoU"] if network == "deeplab" else ["mAP@0.5", "mAP@0.7"]
+    sizes = ("small", "medium", "large")
+    assert set(found["scores"]) == {
+        *metrics,
+        *(f"{metric}, {size}" for metric in metrics for size in sizes),
+    }
+    assert all(0 <= (found["scores"][metric] or 0) <= 100 for metric in metrics)
+    layers = [row["layer"] for row in found.get("dilation", [])]
+    assert len(layers) == variant.layers
+    assert plan.stored_result(job, tmp_path) == json.loads(json.dumps(found))
+    changed = job._replace(recipe=replace(job.recipe, iterations=3))
+    with pytest.raises(ValueError, match=r"scores.json: expected a run of .*'iterations': 3"):
+        plan.stored_result(changed, tmp_path)
+
+
+def test_the_command_computes_what_is_missing(data, tmp_path, monkeypatch, capsys, toy):
+    arguments = [str(tmp_path), "--data", str(data), "--tables", "1", "--networks", "deeplab"]
+    monkeypatch.setattr("sys.argv", ["photographs", *arguments, "--seeds", "1"])
+    command.main()
+    printed = capsys.readouterr().out
+    assert printed.count("mean IoU") > len(TABLE1)
+    stored = json.loads((tmp_path / "photographs.json").read_text())
+    assert {(run["run"]["layers"], run["run"]["seed"]) for run in stored["runs"]} == {
+        (variant.layers, 1) for variant in TABLE1
+    }
+    monkeypatch.setattr(command, "compute", None)
+    command.main()
+    assert (tmp_path / "photographs.md").read_text() in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", ["photographs", *arguments, "--seeds", "1", "--fraction", "2"])
+    with pytest.raises(SystemExit):
+        command.main()
+    assert "expected a run of" in capsys.readouterr().err
+
+
+def test_processes_share_the_runs(tmp_path):
+    path = tmp_path / "locks" / "run"
+    with claimed(path) as first:
+        assert first
+        child = os.fork()
+        if child == 0:
+            with claimed(path) as second:
+                os._exit(int(second))
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    with claimed(path) as again:
+        assert again
+
+
+def test_figures_of_a_run(data, tmp_path, toy):
+    runs = [job_of("deeplab", CONV), job_of("rfcn", CONV_POOL)]
+    training.prepare(runs, data, tmp_path)
+    for job in runs:
+        training.compute(job, data, tmp_path)
+    for photographs in (False, True):
+        files = figures.draw(tmp_path, data, photographs=photographs)
+        assert [file.name for file in files] == ["figure5.png", "figure6.png", "figure7.png"]
+        assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
+
+
+def test_objects_of_other_sizes_do_not_count():
+    large, small = [0.0, 0, 300, 300], [400.0, 400, 450, 450]
+    truths = {"a": GroundTruth(np.array([large, small]), np.array([0, 0]), np.zeros(2, bool))}
+    boxes = np.array([large, small, [500.0, 500, 800, 800], [500.0, 500, 520, 520]])
+    found = {"a": Predictions(boxes, np.array([0.9, 0.8, 0.7, 0.6]), np.zeros(4, int))}
+    own, kept = training.of_size(truths, found, "small", 0.5)
+    assert own["a"].ignored.tolist() == [True, False]
+    # The large detection without an object does not count, that of the large object is ignored.
+    assert kept["a"].scores.tolist() == [0.9, 0.8, 0.6]
+    own, kept = training.of_size(truths, found, "large", 0.5)
+    assert own["a"].ignored.tolist() == [False, True]
+    assert kept["a"].scores.tolist() == [0.9, 0.8, 0.7]
+
+
+def write_results(out, results):
+    for result in results:
+        path = out / "runs" / Run.of(result["run"]).name / "scores.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(result))
+
+
+def test_tables_pair_seeds_and_stand_beside_the_papers(tmp_path):
+    runs = [job.run for job in jobs() if job.run != Run("deeplab", CONV, 1)]
+    write_results(tmp_path, [made_result(run, score_of(run)) for run in runs])
+    text = report(tmp_path)
+    assert text == (tmp_path / "photographs.md").read_text().rstrip("\n")
+    layers = "| 3 | 54.0, 56.0, 57.0, 58.0 (56.2 ± 1.7) | 4.0 ± 0.0 | 75.2 (+5.5) |"
+    assert layers in text
+    assert "| dilation 1 | 49.0, 50.0, 51.0, 52.0, 53.0 (51.0 ± 1.6) | -1.0 ± 0.0 | - |" in text
+    both = "| 3 deformable, from dilation 2; deformable pooling | 56.0, 57.0, 58.0 (57.0 ± 1.0) |"
+    assert f"{both} 6.0 ± 0.0 | 82.6 (+2.6) |" in text
+    assert "| neck.6.conv | - | 2.00 ± 0.50 | 2.00 ± 0.50 | 2.00 ± 0.50 |" in text
+    assert gains(
+        by_network(json.loads((tmp_path / "photographs.json").read_text())["runs"])["deeplab"],
+        CONV,
+        "mean IoU",
+    ) == {0: 4, 2: 4, 3: 4, 4: 4}
+
+
+def test_statements_hold_or_do_not():
+    def checked(score):
+        runs = [job.run for job in jobs() if job.run.network in ("deeplab", "rfcn")]
+        found = by_network(made_result(run, score(run)) for run in runs)
+        return {one.text: one.holds for one in statements(found)}
+
+    confirmed = checked(score_of)
+    alike = {"the best dilation differs by task"}
+    alike.add("R-FCN: deformable pooling helps most at IoU 0.7")
+    assert {text for text, holds in confirmed.items() if not holds} == alike
+    refuted = checked(lambda run: -score_of(run))
+    assert not refuted["DeepLab, mean IoU: deformable layers help"]
+    assert not refuted["DeepLab, mean IoU: deformable convolution is better than any dilation"]
+    assert not refuted["R-FCN, mAP@0.7: both together are best"]
+    assert refuted.keys() == confirmed.keys()
+
+
+def test_statements_wait_for_their_runs():
+    plain = [made_result(Run("rfcn", variant, 0), 50) for variant in (PLAIN, CONV, POOL)]
+    texts = [one.text for one in statements(by_network(plain))]
+    assert len(texts) == 2
+    assert all("pooling" in text for text in texts)
+    assert not statements(by_network([made_result(Run("rfcn", DILATIONS[0], 0), 50)]))
+    assert Variant(4).name == "dilation4"
