@@ -74,7 +74,7 @@ def segmentation_training_transforms(
 
 
 def without_image(
-    transforms: Callable[..., tuple[Tensor, Tensor]],
+    transforms: Callable[..., tuple[Any, Any]],
     target: Tensor,
 ) -> tuple[Tensor, bool]:
     """What training transforms make of a mask or boxes (of `tv_tensors`) whose image is not read,

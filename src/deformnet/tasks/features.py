@@ -147,7 +147,7 @@ class _Inputs:
 
 def _key(image: Tensor) -> bytes:
     digest = hashlib.sha256(str(list(image.shape)).encode())
-    digest.update(image.cpu().contiguous().numpy())
+    digest.update(image.cpu().contiguous().numpy().data)
     return digest.digest()
 
 
