@@ -45,6 +45,7 @@ TWO = (DeepLabRecipe, RFCNRecipe)
 NETWORKS = (DeepLabRecipe, RPNRecipe, ClassAwareRPNRecipe, FasterRCNNRecipe, RFCNRecipe)
 CPU = torch.device("cpu")
 HALF = 2e-3  # relative, of a loss on features in half precision
+CHOSEN = 2e-2  # of a loss on proposals, of which rounding can choose others
 
 
 def frozen(network, **changes):
@@ -107,8 +108,10 @@ def test_losses_are_those_without_a_cache(network, neck, data, tmp_path):
         return {name: loss.item() for name, loss in batch.losses(model).items()}
 
     for indices, seed in (([0, 1, 2, 3], 0), ([4, 5, 6], 9), ([6], 99)):
-        expected = losses(None, indices, seed)
-        assert losses(stored, indices, seed) == pytest.approx(expected, rel=HALF, abs=1e-4)
+        expected, found = losses(None, indices, seed), losses(stored, indices, seed)
+        for name, loss in found.items():
+            rounding = CHOSEN if name in ("class", "box") else HALF
+            assert loss == pytest.approx(expected[name], rel=rounding, abs=1e-4), name
     assert losses(stored, [5], 99) != pytest.approx(expected, rel=10 * HALF, abs=1e-3)
 
 

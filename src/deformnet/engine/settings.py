@@ -50,7 +50,7 @@ class LoopOptions:
     stop_on_runaway: bool = False
     """Stop training, instead of warning, if the offsets of a layer run away (its samples leave the
     feature map)."""
-    feature_cache: Path | None = None
+    feature_cache: str | Path | None = None
     """Folder to keep the features of a frozen backbone in (freeze 5), half-precision, so that they
     are computed once and not in every iteration; for training without scale jitter, color jitter
     and crops. Several runs may use the same folder; None computes the features."""

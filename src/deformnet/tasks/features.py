@@ -37,7 +37,8 @@ class FeatureCache:
         device: where missing features are computed.
     """
 
-    def __init__(self, folder: Path, backbone: Backbone, device: torch.device) -> None:
+    def __init__(self, folder: str | Path, backbone: Backbone, device: torch.device) -> None:
+        folder = Path(folder)
         self._folder, self._backbone, self._device = folder, backbone, device
         ready(backbone, device)
         self._own = folder / _digest_of(backbone)
