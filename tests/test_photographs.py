@@ -44,6 +44,8 @@ TOY = {
     "warmup": 1,
 }
 
+TRAINED = (("deeplab", CONV), ("class-aware-rpn", PLAIN), ("rfcn", CONV_POOL))
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
@@ -52,12 +54,26 @@ def data(tmp_path_factory):
     return root
 
 
-@pytest.fixture
-def toy(monkeypatch):
-    small = {name: replace(recipe, **TOY) for name, recipe in plan.RECIPES.items()}
-    small["rfcn"] = replace(small["rfcn"], bins=3)
-    monkeypatch.setattr(plan, "RECIPES", small)
-    monkeypatch.setattr(training, "PROPOSALS", replace(plan.PROPOSALS, **TOY))
+@pytest.fixture(scope="module", autouse=True)
+def toy():
+    """Small settings for all tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        small = {name: replace(recipe, **TOY) for name, recipe in plan.RECIPES.items()}
+        small["rfcn"] = replace(small["rfcn"], bins=3)
+        patch.setattr(plan, "RECIPES", small)
+        patch.setattr(training, "PROPOSALS", replace(plan.PROPOSALS, **TOY))
+        yield
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory, toy):
+    """A folder with finished runs."""
+    out = tmp_path_factory.mktemp("out")
+    runs = [job_of(network, variant) for network, variant in TRAINED]
+    training.prepare(runs, data, out)
+    for job in runs:
+        training.compute(job, data, out)
+    return out
 
 
 def job_of(network, variant, seed=0):
@@ -132,23 +148,10 @@ def test_settings_are_compared_on_training_images(data):
         assert not names[0] & names[1]
 
 
-@pytest.mark.parametrize(
-    ("network", "variant"), [("deeplab", CONV), ("class-aware-rpn", PLAIN), ("rfcn", CONV_POOL)]
-)
-def test_a_run_is_trained_once_and_survives_a_stop(
-    network, variant, data, tmp_path, monkeypatch, toy
-):
+@pytest.mark.parametrize(("network", "variant"), TRAINED)
+def test_scores_of_a_run(network, variant, trained):
     job = job_of(network, variant)
-    for folder in (tmp_path, tmp_path / "other"):
-        training.prepare([job], data, folder)
-    with monkeypatch.context() as patch:
-        patch.setattr(training, "scored", lambda *_: 1 / 0)  # after its training
-        with pytest.raises(ZeroDivisionError):
-            training.compute(job, data, tmp_path)
-    assert plan.stored_result(job, tmp_path) is None
-    found = training.compute(job, data, tmp_path)
-    again = training.compute(job, data, tmp_path / "other")
-    assert found["scores"] == again["scores"]
+    found = plan.stored_result(job, trained)
     metrics = ["mean IoU"] if network == "deeplab" else ["mAP@0.5", "mAP@0.7"]
     sizes = ("small", "medium", "large")
     assert set(found["scores"]) == {
@@ -158,22 +161,35 @@ def test_a_run_is_trained_once_and_survives_a_stop(
     assert all(0 <= (found["scores"][metric] or 0) <= 100 for metric in metrics)
     layers = [row["layer"] for row in found.get("dilation", [])]
     assert len(layers) == variant.layers
-    assert plan.stored_result(job, tmp_path) == json.loads(json.dumps(found))
     changed = job._replace(recipe=replace(job.recipe, iterations=3))
     with pytest.raises(ValueError, match=r"scores.json: expected a run of .*'iterations': 3"):
-        plan.stored_result(changed, tmp_path)
+        plan.stored_result(changed, trained)
 
 
-def test_the_command_computes_what_is_missing(data, tmp_path, monkeypatch, capsys, toy):
+def test_a_stopped_run_ends_like_an_uninterrupted_one(data, trained, tmp_path, monkeypatch):
+    job = job_of("rfcn", CONV_POOL)
+    for part in ("features", "proposals"):
+        (tmp_path / part).symlink_to(trained / part)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "scored", lambda *_: 1 / 0)  # after its training
+        with pytest.raises(ZeroDivisionError):
+            training.compute(job, data, tmp_path)
+    assert plan.stored_result(job, tmp_path) is None
+    found, expected = (training.compute(job, data, tmp_path), plan.stored_result(job, trained))
+    assert (found["scores"], found["dilation"]) == (expected["scores"], expected["dilation"])
+
+
+def test_the_command_computes_what_is_missing(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(plan, "TABLE1", (PLAIN, CONV))
     arguments = [str(tmp_path), "--data", str(data), "--tables", "1", "--networks", "deeplab"]
     monkeypatch.setattr("sys.argv", ["photographs", *arguments, "--seeds", "1"])
     command.main()
     printed = capsys.readouterr().out
-    assert printed.count("mean IoU") > len(TABLE1)
+    assert "[2/2] runs/deeplab-dilation2-conv3-seed1: mean IoU" in printed
     stored = json.loads((tmp_path / "photographs.json").read_text())
-    assert {(run["run"]["layers"], run["run"]["seed"]) for run in stored["runs"]} == {
-        (variant.layers, 1) for variant in TABLE1
-    }
+    assert [(run["run"]["layers"], run["run"]["seed"]) for run in stored["runs"]] == [
+        *((3, 1), (0, 1))
+    ]
     monkeypatch.setattr(command, "compute", None)
     command.main()
     assert (tmp_path / "photographs.md").read_text() in capsys.readouterr().out
@@ -196,15 +212,10 @@ def test_processes_share_the_runs(tmp_path):
         assert again
 
 
-def test_figures_of_a_run(data, tmp_path, toy):
-    runs = [job_of("deeplab", CONV), job_of("rfcn", CONV_POOL)]
-    training.prepare(runs, data, tmp_path)
-    for job in runs:
-        training.compute(job, data, tmp_path)
-    for photographs in (False, True):
-        files = figures.draw(tmp_path, data, photographs=photographs)
-        assert [file.name for file in files] == ["figure5.png", "figure6.png", "figure7.png"]
-        assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
+def test_figures(data, trained):
+    files = figures.draw(trained, data, photographs=False)
+    assert [file.name for file in files] == ["figure5.png", "figure6.png", "figure7.png"]
+    assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
 
 
 def test_objects_of_other_sizes_do_not_count():

@@ -67,7 +67,7 @@ class SmallResNet(Backbone):
         self.layer2, self.layer3 = _block(16, 32, stride=2), _block(32, 64, stride=2)
         self.layer4 = nn.Sequential(_block(64, 96), _block(96, 96))
         self._add_reduction()
-        deform_last(self, deform_layers, offset_groups=1, modulated=False)
+        deform_last(self, deform_layers, offset_groups=1, modulated=False, offset_conv="dense")
 
     def conv4(self, images: Tensor) -> Tensor:
         require_images(images)
