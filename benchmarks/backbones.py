@@ -4,16 +4,17 @@
 
 Dense offset convolutions, as in the paper, and separable ones (depthwise and 1x1). A step is
 forward, loss, backward and SGD, from random weights, with offsets of a trained network's magnitude.
-The three networks of a backbone take turns, in rotating order.
+The three networks of a backbone take turns, in rotating order. Times are CPU times of one thread,
+so that other programs on the machine matter little.
 """
 
 import argparse
 import statistics
+import time
 
 import torch
 from torch.utils.benchmark import Timer
 
-from deformnet._text import Table
 from deformnet.engine.runs import machine
 from deformnet.models.network import Network
 from deformnet.nn import parameter_groups
@@ -46,7 +47,7 @@ def build(backbone: str) -> dict[str, Network]:
     }
 
 
-def step_timer(model: Network, images: torch.Tensor, threads: int) -> Timer:
+def step_timer(model: Network, images: torch.Tensor) -> Timer:
     """A timer of training steps."""
     losses = model.random_losses(images)
     set_offsets(model, losses)
@@ -57,20 +58,18 @@ def step_timer(model: Network, images: torch.Tensor, threads: int) -> Timer:
         torch.stack(list(losses().values())).sum().backward()
         optimizer.step()
 
-    return Timer("step()", globals={"step": step}, num_threads=threads)
+    return Timer("step()", timer=time.process_time, globals={"step": step}, num_threads=1)
 
 
-def measure(backbone: str, images: torch.Tensor, threads: int, rounds: int) -> list[str]:
-    """A row of the table."""
+def measure(backbone: str, images: torch.Tensor, rounds: int) -> list[str]:
+    """The cells of a row."""
     networks = build(backbone)
-    timers = {kind: step_timer(model, images, threads) for kind, model in networks.items()}
+    timers = {kind: step_timer(model, images) for kind, model in networks.items()}
     seconds: dict[str, list[float]] = {kind: [] for kind in timers}
     kinds = list(timers)
-    for turn in range(-1, rounds):  # the first warms up
+    for turn in range(rounds):
         for kind in kinds[turn % 3 :] + kinds[: turn % 3]:
-            time = timers[kind].timeit(1).median
-            if turn >= 0:
-                seconds[kind].append(time)
+            seconds[kind].append(timers[kind].timeit(1).median)  # after two steps of warm-up
     parameters = {kind: count_parameters(model) / 1e6 for kind, model in networks.items()}
     times = {kind: statistics.median(values) for kind, values in seconds.items()}
     row = [backbone.removeprefix("timm/"), f"{parameters['plain']:.2f}"]
@@ -87,25 +86,20 @@ def main() -> None:
     parser.add_argument("--backbones", nargs="+", default=BACKBONES)
     parser.add_argument("--size", type=int, default=256, help="side of the images in pixels")
     parser.add_argument("--batch", type=int, default=2, help="number of images")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     torch.manual_seed(0)
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(1)
     images = torch.randn(options.batch, 3, options.size, options.size)
     images = images.to(memory_format=torch.channels_last)
-    rows = [
-        measure(backbone, images, options.threads, options.rounds) for backbone in options.backbones
-    ]
-    header = (
-        *("backbone", "M parameters", "dense", "separable"),
-        *("step, ms", "dense", "separable"),
+    print(
+        f"DeepLab, {options.batch} images of {options.size}x{options.size}, 1 thread, "
+        f"medians of {options.rounds} rounds; {machine()}\n"
     )
-    title = (
-        f"DeepLab, {options.batch} images of {options.size}x{options.size}, {options.threads} "
-        f"thread(s), medians of {options.rounds} rounds; {machine()}"
-    )
-    print(Table(title, header, rows))
+    print("| backbone | M parameters | dense | separable | step, ms | dense | separable |")
+    print("|---" * 7 + "|")
+    for backbone in options.backbones:
+        print(f"| {' | '.join(measure(backbone, images, options.rounds))} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -128,7 +128,7 @@ class Features(Protocol):
         ...
 
     def read(self, index: int, *, flipped: bool) -> Tensor:
-        """The backbone's `maps` of the image, or of its mirror image: float16 [C, H, W]."""
+        """The backbone's `maps` of the image, or of its horizontal flip: float16 [C, H, W]."""
         ...
 
 

@@ -56,7 +56,7 @@ class FeatureCache:
         return torch.stack(maps).to(images.device)
 
     def filled(self, images: TrainingSet, flip: bool, processes: Processes) -> Features:
-        """The features of all images, with those of their mirror images if there are flips.
+        """The features of all images, with those of their horizontal flips if `flip`.
 
         All processes call this method and compute their share.
 
@@ -64,7 +64,7 @@ class FeatureCache:
             UserError, OSError: see `recall`; also if an image cannot be read.
         """
         if processes.rank == 0:
-            what = f"{len(images)} images" + (" and their mirror images" if flip else "")
+            what = f"{len(images)} images" + (" and their horizontal flips" if flip else "")
             others = self._folder.is_dir() and not self._own.is_dir()
             anew = " (none are of this backbone with these weights)" if others else ""
             _log.info(f"features of the frozen backbone, of {what}: {self._folder}{anew}")
