@@ -45,10 +45,8 @@ def draw(out: Path, data: Path, *, photographs: bool) -> list[Path]:
     Raises:
         FileNotFoundError: if one of the runs is missing.
     """
-    segmenter, detector = (
-        next(job for job in jobs() if job.run == Run(network, variant, 0))
-        for network, variant in (("deeplab", CONV), ("rfcn", CONV_POOL))
-    )
+    by_run = {job.run: job for job in jobs()}
+    segmenter, detector = by_run[Run("deeplab", CONV, 0)], by_run[Run("rfcn", CONV_POOL, 0)]
     figures = {
         **_sampling(segmenter.folder(out), data, photographs),
         "figure7": _bins(detector, out, data, photographs),

@@ -18,6 +18,10 @@ METRICS: Mapping[Network, tuple[str, ...]] = {
 }
 """Scores of the paper's tables, by the names that they have there."""
 
+SIZES = ("small", "medium", "large")
+PLACES = (*SIZES, "background")
+"""What filters are centered on (Table 2)."""
+
 Results = Mapping[Variant, Mapping[int, Mapping[str, Any]]]
 """The results of a network, by variant and seed."""
 

@@ -6,7 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.grid import cell, over_seeds, spread
-from benchmarks.photographs.numbers import METRICS, TITLES, Results, by_network, gains, scores
+from benchmarks.photographs.numbers import (
+    METRICS,
+    PLACES,
+    SIZES,
+    TITLES,
+    Results,
+    by_network,
+    gains,
+    scores,
+)
 from benchmarks.photographs.plan import (
     DILATIONS,
     PLAIN,
@@ -21,8 +30,6 @@ from benchmarks.tables import conditions
 from deformnet._files import write_file, write_json
 from deformnet.paper.rows import find_rows
 
-SIZES = ("small", "medium", "large")
-_PLACES = (*SIZES, "background")
 _PAPER_DILATION = {
     "res5c": ("5.3 +- 3.3", "5.8 +- 3.5", "8.4 +- 4.5", "6.2 +- 3.0"),
     "res5b": ("2.5 +- 1.3", "3.1 +- 1.5", "5.1 +- 2.5", "3.2 +- 1.2"),
@@ -151,15 +158,15 @@ def _size_table(network: Network, found: Results) -> str:
 def _dilation_table(found: Results) -> str:
     """Table 2: mean and standard deviation over filters, both averaged over seeds."""
     lines = [
-        f"| effective dilation (Table 2) | layer | {' | '.join(_PLACES)} |",
-        "|---" * (2 + len(_PLACES)) + "|",
+        f"| effective dilation (Table 2) | layer | {' | '.join(PLACES)} |",
+        "|---" * (2 + len(PLACES)) + "|",
     ]
     for variant, of_seed in found.items():
         if not variant.layers:
             continue
         by_seed = [one["dilation"] for one in of_seed.values()]
         for layers in reversed(list(zip(*by_seed, strict=True))):
-            cells = [_filters([layer[place] for layer in layers]) for place in _PLACES]
+            cells = [_filters([layer[place] for layer in layers]) for place in PLACES]
             name = layers[0]["layer"]
             lines.append(f"| {label(variant)} | {name} | {' | '.join(cells)} |")
     for name, cells in _PAPER_DILATION.items():

@@ -1,10 +1,11 @@
 """The paper's statements on Tables 1 to 3, checked one by one."""
 
 from collections.abc import Iterator, Mapping
+from statistics import fmean
 from typing import NamedTuple
 
 from benchmarks.grid import over_seeds, spread
-from benchmarks.photographs.numbers import METRICS, TITLES, Results, gains, mean, scores
+from benchmarks.photographs.numbers import METRICS, PLACES, TITLES, Results, gains, mean, scores
 from benchmarks.photographs.plan import (
     CONV,
     CONV_POOL,
@@ -38,7 +39,7 @@ def statements(results: Mapping[Network, Results]) -> list[Statement]:
     ]
     for network in POOLING:
         found += _pooling(results.get(network, {}), TITLES[network])
-    return [*found, *_best_dilations(results)]
+    return [*found, *_best_dilations(results), *_table2(results.get("rfcn", {}))]
 
 
 def _of_metric(found: Results, metric: str, where: str) -> Iterator[Statement]:
@@ -102,6 +103,32 @@ def _best_dilations(results: Mapping[Network, Results]) -> Iterator[Statement]:
         numbers = ", ".join(f"{title}: {dilation}" for title, dilation in best.items())
         differs = len(set(best.values())) > 1
         yield Statement("the best dilation differs by task", differs, f"Best dilation {numbers}")
+
+
+def _table2(found: Results) -> Iterator[Statement]:
+    by_seed = [one["dilation"] for one in found.get(CONV, {}).values()]
+    if not by_seed:
+        return
+    layers: dict[str, dict[str, float]] = {}
+    for same in zip(*by_seed, strict=True):
+        spreads = {place: [layer[place]["mean"] for layer in same] for place in PLACES}
+        if any(None in values for values in spreads.values()):
+            return
+        layers[same[0]["layer"]] = {place: fmean(values) for place, values in spreads.items()}
+    numbers = "; ".join(
+        f"{name}: {', '.join(f'{place} {value:.2f}' for place, value in of_layer.items())}"
+        for name, of_layer in layers.items()
+    )
+    yield Statement(
+        "R-FCN, 3 layers: effective dilation grows with the object in every layer",
+        all(it["small"] < it["medium"] < it["large"] for it in layers.values()),
+        numbers,
+    )
+    yield Statement(
+        "R-FCN, 3 layers: that on the background lies between medium and large objects",
+        all(it["medium"] < it["background"] < it["large"] for it in layers.values()),
+        numbers,
+    )
 
 
 def _gain(values: Mapping[int, float]) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from benchmarks.photographs.numbers import SIZES
 from benchmarks.photographs.plan import POOLING, PROPOSALS, Job, Recipe, result_path
 from deformnet._files import write_json
 from deformnet.analysis import AnnotatedImage, dilation_statistics
@@ -42,7 +43,6 @@ from deformnet.tasks.detection.evaluation import ScoredDetections
 from deformnet.tasks.features import FeatureCache
 from deformnet.tasks.predictor import Predictor, preparation
 
-SIZES = ("small", "medium", "large")
 IOUS = (0.5, 0.7)
 _CPU = torch.device("cpu")
 
