@@ -128,11 +128,12 @@ def test_every_bad_item_costs_itself_and_is_listed(detector, photos, tmp_path, c
     assert [it["image"] for it in done] == ["a.png", "sub/b.png", "\udcff.png"]
 
 
-def test_unreadable_folders_are_failures(detector, photos, tmp_path, monkeypatch, capfd):
-    listed = os.scandir
+@pytest.mark.parametrize("name", ["sub", ""])
+def test_unreadable_folders_are_failures(detector, photos, tmp_path, monkeypatch, capfd, name):
+    listed, folder = os.scandir, photos / name
 
     def scandir(path):
-        if str(path).endswith("sub"):
+        if str(path) == str(folder):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
         return listed(path)
 
@@ -140,7 +141,7 @@ def test_unreadable_folders_are_failures(detector, photos, tmp_path, monkeypatch
     monkeypatch.setattr(Path, "iterdir", lambda path: scandir(path))
     with pytest.raises(SystemExit):
         main(["predict", "run", str(photos), "--out", str(tmp_path / "out")])
-    assert capfd.readouterr().err == f"deformnet: {photos / 'sub'}: Permission denied\n"
+    assert capfd.readouterr().err == f"deformnet: {folder}: Permission denied\n"
 
 
 def test_matches_of_a_pattern_are_not_results(detector, photos, tmp_path, capsys):

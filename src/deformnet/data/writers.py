@@ -12,7 +12,7 @@ from xml.sax.saxutils import escape
 from PIL import Image
 
 from deformnet._errors import UserError
-from deformnet._files import write_file
+from deformnet._files import encoding_png, write_file
 from deformnet.data.base import SegmentationDataset
 from deformnet.data.boxes import DetectionDataset
 from deformnet.data.files import Size, read_size
@@ -233,7 +233,8 @@ class VOCWriter(Writer):
         labels = image.labels()
         labels.putpalette(self._palette)
         encoded = io.BytesIO()
-        labels.save(encoded, "PNG")
+        with encoding_png():
+            labels.save(encoded, "PNG")
         file = self.folder / f"SegmentationClass/{image.name}.png"
         write_file(file, encoded.getvalue(), durable=False)
 

@@ -99,6 +99,7 @@ def find_images(
         apart_from: folder to skip (that of the results), inside other folders and in patterns.
     Raises:
         FileNotFoundError: if a folder contains no image, or nothing matches a pattern.
+        OSError: if a folder cannot be read.
         UserError: if two files have the same name, so that their results would as well, or if there
             are videos but no video reader.
     """
@@ -155,7 +156,10 @@ def _walk(folder: Path, videos: bool, apart_from: Path | None) -> Iterator[Path]
             if not name.startswith(".") and (here / name).resolve() != skipped
         ]
         yield from (here / name for name in names if _is_input(here / name, videos))
-    yield from (Path(error.filename) for error in unreadable)  # fail alone when they are read
+    for error in unreadable:
+        if Path(error.filename) == folder:
+            raise error
+        yield Path(error.filename)  # fails alone when it is read
 
 
 def _is_in(path: Path, folder: Path | None) -> bool:

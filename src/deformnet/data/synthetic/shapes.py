@@ -20,7 +20,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from deformnet._errors import UserError
-from deformnet._files import PARTIAL, locked_folder, remove_partial, write_file
+from deformnet._files import PARTIAL, encoding_png, locked_folder, remove_partial, write_file
 from deformnet.data.synthetic.scenes import OBJECTS, Scene, Shapes, draw_scene, require
 from deformnet.data.voc_files import color_map
 
@@ -198,7 +198,8 @@ def _palette_png(labels: np.ndarray) -> bytes:
     image = Image.fromarray(labels)
     image.putpalette(color_map().tobytes())
     png = io.BytesIO()
-    image.save(png, "PNG")
+    with encoding_png():
+        image.save(png, "PNG")
     return png.getvalue()
 
 
