@@ -114,7 +114,7 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextmanager
 def encoding_png() -> Iterator[None]:
-    """Pillow reports that memory ran out as an OSError without a number; raises MemoryError."""
+    """Raises MemoryError where Pillow, out of memory, raises an OSError without errno."""
     try:
         yield
     except OSError as error:

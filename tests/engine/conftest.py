@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import small
+from processes import small, write_images
 
 from deformnet.data.synthetic import Shapes, write_shapes
 from deformnet.recipes import DeepLabRecipe
@@ -16,6 +16,14 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Seven training and three validation images of 40 x 48 pixels, without void pixels."""
     root = tmp_path_factory.mktemp("data") / "shapes"
     write_shapes(root, Shapes(train=7, val=3, height=40, width=48))
+    return root
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Seven training images of three sizes, two of them alike, and five to validate on."""
+    root = tmp_path_factory.mktemp("data") / "images"
+    write_images(root)
     return root
 
 

@@ -21,7 +21,6 @@ from processes import (
     torchrun,
     wait,
     weights,
-    write_images,
 )
 
 from deformnet.data.synthetic import Shapes, write_shapes
@@ -31,13 +30,6 @@ from deformnet.recipes import DeepLabRecipe
 
 TOLERANCE = 1e-5  # relative
 NAMES = list(RECIPES)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    root = tmp_path_factory.mktemp("data") / "images"
-    write_images(root)
-    return root
 
 
 @pytest.fixture(scope="module")

@@ -162,7 +162,10 @@ class TrainingSet(ABC):
         return []
 
     def input(self, index: int) -> Tensor:
-        """The image of an index as the network sees it without random transforms, [3, h, w]."""
+        """The image of an index as the network sees it without random transforms, [3, h, w].
+
+        For feature caches, which classification, always trained on random crops, cannot use.
+        """
         raise NotImplementedError
 
     @abstractmethod

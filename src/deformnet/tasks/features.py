@@ -1,10 +1,10 @@
 """Features of a frozen backbone, which are computed once and kept on disk.
 
-A file holds the `maps` of one image at one size, in half precision, and is named by the sha256 of
-the pixels that the backbone sees, in a folder named by that of the backbone. So neither other
-weights nor other images find it, images that several data sets share are kept once, and a cache
-that was begun is continued. Its checksum is compared whenever it is read. Files are replaced as a
-whole, so any number of processes may use the same folder.
+Each file contains the `maps` of one image at one size, in half precision. Its name is the SHA-256
+of the pixels that the backbone sees; its folder is named by that of the backbone. Other weights or
+images therefore never match, images in several data sets are stored once, and an interrupted run
+continues. Checksums are verified on every read. Files are written atomically, so any number of
+processes can share a folder.
 """
 
 import hashlib
@@ -91,7 +91,7 @@ class FeatureCache:
             if (maps := _read(path)) is not None:
                 return maps
         except UserError as error:
-            _log.warning(f"{error}; computed anew")
+            _log.warning(f"{error}; recomputed")
         batch = image[None].to(self._device, memory_format=torch.channels_last)
         with torch.no_grad(), torch.autocast(self._device.type, enabled=False):
             maps = self._backbone.maps(batch)[0].half().cpu().contiguous()
@@ -100,7 +100,7 @@ class FeatureCache:
                 f"{path}: expected features of at most 65504, the range of half precision, but "
                 f"those of {self._backbone.name} exceed it; train without feature_cache"
             )
-        write_file(path, pack({_NAME: maps}, {}), durable=False)  # its checksum tells a torn one
+        write_file(path, pack({_NAME: maps}, {}), durable=False)  # a torn one fails its checksum
         self._computed += 1
         return maps
 
@@ -126,11 +126,11 @@ class _Stored(Features):
         try:
             maps = _read(path)
         except UserError as error:
-            raise UserError(f"{error}; run the same command to make it anew") from error
+            raise UserError(f"{error}; run the same command to recompute it") from error
         if maps is None:
             raise UserError(
-                f"{path}: expected features, but the file was removed in training; run the same "
-                "command to make it anew"
+                f"{path}: expected features, but the file was removed during training; run the "
+                "same command to recompute it"
             )
         return maps
 
@@ -167,7 +167,7 @@ def _read(path: Path) -> Tensor | None:
 
 
 def _digest_of(backbone: Backbone) -> str:
-    """The sha256 of all that decides the features: architecture and weights."""
+    """The SHA-256 of what determines the features: architecture and weights."""
     modules = backbone.frozen_modules()
     digest = hashlib.sha256(f"{backbone.name} {backbone.map_channels} {modules}".encode())
     for name, value in modules.state_dict().items():

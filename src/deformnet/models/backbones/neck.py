@@ -98,7 +98,7 @@ class BackboneWithNeck(Backbone):
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
-        if not any(parameter.requires_grad for parameter in self.base.parameters()):
+        if self.frozen:
             self.base.eval()
         return self
 
