@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, NoReturn
+from typing import Any, ClassVar, NamedTuple, NoReturn, cast
 
 import torch
 from PIL import Image
@@ -26,12 +26,13 @@ from deformnet.data.transforms import (
 from deformnet.metrics.classification import ClassificationCounts, classification_scores
 from deformnet.metrics.confusion import Confusion
 from deformnet.metrics.numbers import scaled
+from deformnet.models.classifier import Classifier
 from deformnet.recipes import ClassifierRecipe
 from deformnet.tasks.annotations import AnnotatedImages, Annotation, about
 from deformnet.tasks.base import DataIdentity, Scores, Task, TrainingSet, seeded
 from deformnet.tasks.figures import confusion_picture
 from deformnet.tasks.images import require_image
-from deformnet.tasks.labeling import CountingSet, logits_of, losses_of
+from deformnet.tasks.labeling import CountingSet, logits_of
 from deformnet.tasks.own import OwnClasses
 from deformnet.tasks.predictor import Add, Device, Predictor, Prepared, Size
 from deformnet.tasks.results import BoxFormat
@@ -57,7 +58,7 @@ class Batch(NamedTuple):
         raise AssertionError(f"all crops have one size, but got another of {height} x {width}")
 
     def losses(self, model: nn.Module) -> dict[str, Tensor]:
-        return losses_of(model, self.images, self.labels)
+        return cast(Classifier, model).losses(logits_of(model, self.images), self.labels)
 
 
 class ClassificationTrainingSet(TrainingSet):

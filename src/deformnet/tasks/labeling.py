@@ -2,7 +2,6 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,19 +12,9 @@ from deformnet.tasks.loading import shared
 from deformnet.tasks.predictor import ready
 
 
-class _Network(Protocol):
-    def __call__(self, images: Tensor, /) -> Tensor: ...
-    def losses(self, logits: Tensor, target: Tensor, /) -> dict[str, Tensor]: ...
-
-
 def logits_of(model: nn.Module, images: Tensor) -> Tensor:
     """Logits [N, C, ...] of normalized images [N, 3, H, W]."""
-    return cast(_Network, model)(images.contiguous(memory_format=torch.channels_last))
-
-
-def losses_of(model: nn.Module, images: Tensor, target: Tensor) -> dict[str, Tensor]:
-    """The terms of the loss, scalars; `target` labels the images or their pixels."""
-    return cast(_Network, model).losses(logits_of(model, images), target)
+    return model(images.contiguous(memory_format=torch.channels_last))
 
 
 class CountingSet(EvaluationSet):
