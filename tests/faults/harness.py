@@ -18,6 +18,7 @@ import json
 import os
 import pickle
 import random
+import re
 import shutil
 import signal
 import socket
@@ -29,7 +30,7 @@ import traceback
 import xml.etree.ElementTree as ET
 import zipfile
 from collections.abc import Callable, Container, Sequence
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -308,6 +309,9 @@ def _plain(value: Any) -> object:
 
 # A command.
 
+_TEMPORARY = re.compile(r"[0-9a-f]+(?=\.partial)")
+"""Random part of the name of a temporary file."""
+
 
 class Trial:
     """A command, whose runs with faults are compared with a run without faults.
@@ -415,8 +419,8 @@ class Trial:
 
     def _state(self) -> bytes:
         """A digest of the names and contents of all files except TensorBoard logs."""
-        names = sorted(str(path) for path in self.work.rglob("*") if path.suffix)
-        names = [name for name in names if "tfevents" not in name]
+        names = [str(path) for path in self.work.rglob("*") if path.suffix]
+        names = sorted(_TEMPORARY.sub("", name) for name in names if "tfevents" not in name)
         found = pickle.dumps((names, contents(self.work, {*self.before, *self.after})))
         return hashlib.sha256(found).digest()
 
@@ -591,6 +595,12 @@ def main() -> None:
     torch.set_num_threads(1)
     for module in _MODULES:
         importlib.import_module(module)
+    from deformnet import cli
+
+    with suppress(SystemExit), redirect_stdout(io.StringIO()):
+        cli.main(["train", "deeplab", "--help"])  # parses the sources of the help texts
+    gc.collect()
+    gc.freeze()  # a collection in a child would copy all of its memory
     # Not a `TemporaryDirectory`, which each child would remove when it exits.
     scratch = Path(tempfile.mkdtemp(prefix="faults-")).resolve()
     try:

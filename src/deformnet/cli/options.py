@@ -2,10 +2,11 @@
 
 import ast
 import dataclasses
+import functools
 import inspect
 import itertools
 import re
-import textwrap
+import sys
 import typing
 from collections.abc import Callable, Container
 from pathlib import Path
@@ -114,9 +115,8 @@ def _docstrings(cls: type) -> dict[str, str]:
     for base in reversed(cls.__mro__):
         if not dataclasses.is_dataclass(base) or base.__module__ == "types":
             continue
-        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
-        assert isinstance(definition, ast.ClassDef)
-        for statement, below in itertools.pairwise(definition.body):
+        body = _class_definitions(base.__module__)[base.__name__].body
+        for statement, below in itertools.pairwise(body):
             match statement, below:
                 case (
                     ast.AnnAssign(target=ast.Name(id=name)),
@@ -124,3 +124,10 @@ def _docstrings(cls: type) -> dict[str, str]:
                 ):
                     docstrings[name] = " ".join(text.split())
     return docstrings
+
+
+@functools.cache
+def _class_definitions(module: str) -> dict[str, ast.ClassDef]:
+    """The classes of a module by name; `inspect.getsource` would parse it again for each."""
+    tree = ast.parse(inspect.getsource(sys.modules[module]))
+    return {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
