@@ -255,7 +255,9 @@ def pooling(draw: Draw, dyadic: bool) -> roi_pool_cases.Case:
             case = replace(case, samples_per_bin=2)
         return case
     if draw.one_in(3):
-        values = [NAN, INF, -INF, 1e30, -1e30, 2.0**31, 1e9]
+        # The samples of a bin are counted in the dtype of the map: larger boxes have more of them
+        # than a float32 can count.
+        values = [NAN, INF, -INF, 1e15, -1e15, 2.0**31, 1e9]
         corners = with_specials(draw, case.boxes[:, 1:], draw.sample(values, 2))
         case = replace(case, boxes=torch.cat([case.boxes[:, :1], corners], dim=1))
     if case.offset is not None and draw.one_in(3):
@@ -428,9 +430,9 @@ NUMBERS: list[Any] = [
 NAMES: list[Any] = ["", "bin", "zeros ", None, 1, b"bins", ["bins"], np.array(["bins", "a"]), NAN]
 
 
-def strange(draw: Draw, tensor: Tensor | None) -> Any:
-    """A value that is not a tensor."""
-    if tensor is None:
+def strange(draw: Draw, tensor: Any) -> Any:
+    """A value that is not a valid tensor."""
+    if not isinstance(tensor, Tensor):
         tensor = torch.ones(draw.choice([(1,), (2, 2), (1, 2, 3, 3), (1, 1, 1, 1)]))
     dim = max(tensor.dim(), 1)
     sizes = list(tensor.shape) or [1]
@@ -524,11 +526,13 @@ def extreme(draw: Draw) -> None:
         return
     if output.numel() > 10**5 or output.device.type != "cpu":
         return
-    exactly = {
-        name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
-        for name, value in arguments.items()
-    }
     try:
+        exactly = {
+            name: value.double()
+            if isinstance(value, Tensor) and value.is_floating_point()
+            else value
+            for name, value in arguments.items()
+        }
         wanted = function(**{**exactly, "backend": "reference"}).detach()
     except (RuntimeError, MemoryError):
         return  # of memory
