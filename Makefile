@@ -9,12 +9,13 @@ NATIVE := CMakeLists.txt $(wildcard src/deformnet/ops/*/*.cpp src/deformnet/ops/
 
 setup: $(READY)
 
-# Remade when the dependencies or the C++ sources change, and only then.
+# Remade when the dependencies or the C++ sources change, and only then. Python compiles what is imported
+# at the first import; compiling all packages takes pip a minute.
 $(READY): pyproject.toml $(NATIVE)
 	@echo "Setting up $(VENV): PyTorch takes several gigabytes; this takes a few minutes."
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[dev]'
 	touch $@
 
 demo: $(READY)
