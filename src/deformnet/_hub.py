@@ -110,8 +110,9 @@ def download(
                     "but found no such file in the repository"
                 ) from error
             raise OSError(
-                f"{address}: cannot download {name} ({_first_line(error)}), and it is not in the "
-                "cache; check the network, or pass the path of a copy of the repository"
+                f"{address}: cannot download {name} ({_first_line(error.__cause__ or error)}), "
+                "and it is not in the cache; check the network, or pass the path of a copy of the "
+                "repository"
             ) from error
 
     card = fetch(_CARD, revision)
@@ -139,6 +140,6 @@ def _require_intact(card: Path, weights: Path) -> None:
         )
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__

@@ -102,7 +102,8 @@ def _scores(metrics: _Metrics) -> Iterator[str]:
             split = f"{_plain(str(scores.get('split')))}{augmented} | {scores.get('images')}"
             rows.append((split, percent))
     if not rows:
-        yield "None: the run has not been evaluated."
+        evaluated = any("split" in scores for scores in metrics.values())  # by an earlier version
+        yield "See that file." if evaluated else "None: the run has not been evaluated."
         return
     names = list(dict.fromkeys(name for _, percent in rows for name in percent))
     yield f"In percent:\n\n| split | images | {' | '.join(names)} |"
