@@ -14,6 +14,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 RANKS = (
     ("_errors",),
     ("_files", "_text"),
+    ("_hub",),
     ("ops",),
     ("nn",),
     ("models", "analysis"),

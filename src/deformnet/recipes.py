@@ -93,9 +93,9 @@ class Recipe(ABC):
     """For ResNet-50 and 101: put the stride in the 1x1 convolutions, as the weights of the authors
     and of older detectron2 models expect, not in the 3x3 convolutions, as torchvision does."""
     init: str | None = None
-    """Initial weights of the backbone: a run folder, a file, an installed package that contains
-    one, a torchvision name such as IMAGENET1K_V1, or timm (timm's hub); None initializes
-    randomly."""
+    """Initial weights of the backbone: a run folder, a file, hf://OWNER/REPO (an exported network
+    on the Hugging Face hub), an installed package that contains a file, a torchvision name such as
+    IMAGENET1K_V1, or timm (timm's hub); None initializes randomly."""
 
     flip: bool = True
     """Flip images horizontally with probability 0.5."""

@@ -24,6 +24,7 @@ QUICK = [
     *("--backbone", "resnet18", "--deform-layers", "1", "--short-side", "32", "--max-side", "None"),
     *("--batch", "2", "--iterations", "2", "--accelerator", "cpu", "--workers", "0"),
 ]
+FILES = {"net.safetensors", "net.json", "net.md"}
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +50,9 @@ def picture(shapes):
 def test_export(run, shapes, tmp_path, capsys):
     out = tmp_path / "kept" / "net.safetensors"
     main(["export", str(run), str(out)])
-    assert capsys.readouterr().out == f"weights in {out}, description in {out.parent}/net.json\n"
-    assert {path.name for path in out.parent.iterdir()} == {"net.safetensors", "net.json"}
+    written = f"weights in {out}, description in {out.parent}/net.json and {out.parent}/net.md\n"
+    assert capsys.readouterr().out == written
+    assert {path.name for path in out.parent.iterdir()} == FILES
     checkpoint, state = weights(run), load_file(out)
     assert set(state) == set(checkpoint)
     for name, tensor in state.items():
@@ -249,7 +251,7 @@ def test_an_export_that_fails_leaves_the_old_one(exported, run, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         export_run(run, exported)
     assert exported.read_bytes() == before
-    assert {path.name for path in exported.parent.iterdir()} == {"net.safetensors", "net.json"}
+    assert {path.name for path in exported.parent.iterdir()} == FILES
     load_run(exported)
 
 

@@ -45,8 +45,6 @@ def evaluate(
     from deformnet.engine import evaluate
     from deformnet.tasks import TaskOptions
 
-    if run.is_file():
-        raise UserError(f"{run}: expected a run folder to write the scores to, but got a file")
     options = TaskOptions(score_at=score_at, augmentation=augmentation, proposals=stored_proposals)
     with printing_unsaved():
         print_once(evaluate(run, data, split, options=options, hardware=hardware))
@@ -72,7 +70,7 @@ def predict(
     Images are named by their path relative to the given folder.
 
     Args:
-        run: Run folder, or .safetensors file of an exported network.
+        run: Run folder, or an exported network: its .safetensors file, or hf://OWNER/REPO.
         images: Images, videos, folders (searched recursively), or patterns such as "photos/*.jpg".
         out: Folder for the results.
         threshold: For detectors: minimum score of the boxes to draw; the file contains all boxes.

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 from deformnet import recipes
 from deformnet._errors import UserError
 from deformnet._files import read_json
+from deformnet._hub import local
 from deformnet.cli.options import GROUP, location, options
 from deformnet.cli.scores import print_once, printing_unsaved
 from deformnet.engine.settings import Hardware, LoopOptions
@@ -215,7 +216,7 @@ def _finetune(recipe: type[Recipe], arguments: Sequence[str]) -> Recipe:
         split = _given("split", arguments) or "train"
         found = finetune_on(recipe, place, split=split, hardware=hardware, **settings)
     start = _given("init", arguments)
-    return found if start is None else _shaped_like(found, Path(start))
+    return found if start is None else _shaped_like(found, local(start))
 
 
 def _shaped_like(recipe: Recipe, run: Path) -> Recipe:

@@ -17,18 +17,19 @@ _Checkpoint = Annotated[Positional[Path], tyro.conf.arg(metavar="CHECKPOINT")]
 
 
 def export(run: RunPath, file: _File) -> None:
-    """Export a trained network to NAME.safetensors, with a description in NAME.json.
+    """Export a trained network to NAME.safetensors, with a description in NAME.json and NAME.md.
 
-    The file can be used instead of the run folder, for prediction and as --init.
+    The file can be used instead of the run folder, for prediction and as --init. The model card
+    NAME.md, README.md for model.safetensors, is for readers; add the license of the weights there.
 
     Args:
         run: Run folder.
         file: File to write, NAME.safetensors; recipe, scores and versions go into NAME.json.
     """
-    from deformnet.engine import export_run
+    from deformnet.engine.export import export_run, model_card_path
 
     card = export_run(run, file)
-    print(f"weights in {file}, description in {card}")
+    print(f"weights in {file}, description in {card} and {model_card_path(file)}")
 
 
 def mmdetection(

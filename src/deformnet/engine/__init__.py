@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from deformnet.engine.evaluation import evaluate, propose
     from deformnet.engine.export import export_run
     from deformnet.engine.health import OffsetHealth
+    from deformnet.engine.hub import HubModel
     from deformnet.engine.presets import finetune_on
     from deformnet.engine.processes import is_first_process
     from deformnet.engine.results import Result
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Hardware",
+    "HubModel",
     "LoopOptions",
     "OffsetHealth",
     "Result",
@@ -40,6 +42,7 @@ _MODULES = {
     "deformnet.engine.evaluation": ("evaluate", "propose"),
     "deformnet.engine.export": ("export_run",),
     "deformnet.engine.health": ("OffsetHealth",),
+    "deformnet.engine.hub": ("HubModel",),
     "deformnet.engine.presets": ("finetune_on",),
     "deformnet.engine.processes": ("is_first_process",),
     "deformnet.engine.results": ("Result",),

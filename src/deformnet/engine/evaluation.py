@@ -6,11 +6,17 @@ from typing import cast
 
 from torch import nn
 
-from deformnet._errors import UserError
 from deformnet._files import require_writable
 from deformnet.engine.processes import FabricProcesses, Layout, Precision, launched
 from deformnet.engine.results import Result
-from deformnet.engine.runs import existing_checkpoint, load_checkpoint, load_run, restored, versions
+from deformnet.engine.runs import (
+    existing_checkpoint,
+    load_checkpoint,
+    load_run,
+    require_folder,
+    restored,
+    versions,
+)
 from deformnet.engine.settings import Hardware
 from deformnet.models.network import Network
 from deformnet.recipes import Recipe
@@ -50,8 +56,7 @@ def evaluate(
             not apply to the network.
     """
     run, out = Path(run), Path(run if out is None else out)
-    if run.is_file():
-        raise UserError(f"{run}: expected a run folder to write the scores to, but got a file")
+    require_folder(run, " to write the scores to")
     checkpoint = load_checkpoint(path := existing_checkpoint(run))
     recipe, model, trained_on = restored(checkpoint, path)
     images = task_of(recipe, options).evaluation_set(data, split, trained_on)

@@ -1,33 +1,58 @@
-"""A trained network in two files, to keep or to hand on: its weights, and a card about them.
+"""A trained network in three files, to keep or to hand on: its weights, and two cards about them.
 
 ```
 NAME.safetensors        the network's weights
 NAME.json               the card: recipe, training data, scores, versions, sha256 of the weights
+NAME.md                 the model card: the same in words; README.md beside model.safetensors
 ```
 
-`deformnet.engine.load_run` and `load` take NAME.safetensors in place of a run folder.
+`deformnet.engine.load_run` and `load` take NAME.safetensors in place of a run folder, which needs
+NAME.json beside it. A folder with model.safetensors, model.json and README.md can be uploaded to
+the Hugging Face hub as it is; see `deformnet.engine.HubModel`.
 """
 
 import hashlib
+import io
+import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import Tensor
 
 from deformnet._errors import UserError
-from deformnet._files import matching, read_json, replacing, to_json, write_file
-from deformnet.engine.runs import card_path, describe, load_run, versions
+from deformnet._files import matching, read_file, read_json, replacing, to_json, write_file
+from deformnet._hub import WEIGHTS
+from deformnet.engine.model_card import model_card
+from deformnet.engine.runs import (
+    TrainedRun,
+    card_path,
+    describe,
+    load_run,
+    require_folder,
+    versions,
+)
 from deformnet.models._tensors import pack
 from deformnet.models.backbones.weights import EXPORTED
 
 
+class Facts(NamedTuple):
+    """What a card says about a run besides its recipe and its data."""
+
+    metrics: Mapping[str, Mapping[str, object]]
+    """Content of every file of scores, by name."""
+    versions: Mapping[str, object]
+
+
 def export_run(run: str | Path, out: str | Path) -> Path:
-    """Writes the network of a run as safetensors, and its card beside it.
+    """Writes the network of a run as safetensors, and its card and its model card beside it.
 
     The card has `sha256` of the weights; `recipe`; `data`, with the classes, the number of images
-    and a digest of their names; `metrics`, the content of every metrics*.json of the run; and
+    and a digest of their names; `metrics`, the content of every metrics*.json of the run;
     `versions` of Python, the packages and deformnet's commit, at training ("trained", None for an
-    unfinished run) and now ("exported").
+    unfinished run) and now ("exported"); and `model_card`, the sha256 of the model card. A model
+    card that has been edited since it was written is kept, with a warning.
 
     Args:
         run: run folder, finished or not.
@@ -36,35 +61,70 @@ def export_run(run: str | Path, out: str | Path) -> Path:
         The path of the card.
     Raises:
         FileNotFoundError: if there is no such run, or it has no checkpoint.
-        UserError: if `out` does not end in .safetensors, NAME.json exists and is not a card, or the
-            checkpoint or a file of scores is damaged.
+        UserError: if `run` is not a run folder, `out` does not end in .safetensors, NAME.json
+            exists and is not a card, or the checkpoint or a file of scores is damaged.
         OSError: if a file cannot be written.
     """
-    run, out = Path(run), Path(out)
-    _require_safetensors(out)
-    _require_card(card_path(out))
-    if run.is_file():
-        raise UserError(f"{run}: expected a run folder, but got a file")
-    recipe, model, data = load_run(run)
+    run = Path(run)
+    _require_safetensors(Path(out))
+    _existing_card(Path(out))
+    require_folder(run)
+    return write_export(load_run(run), facts_of(run), Path(out))
+
+
+def facts_of(run: Path) -> Facts:
+    """The scores of a run folder, and versions."""
     metrics = {path.name: _scores(path) for path in sorted(matching(run, "metrics*.json"))}
+    trained = metrics.get("metrics.json", {}).get("versions")
+    return Facts(metrics, {"trained": trained, "exported": versions()})
+
+
+def write_export(trained: TrainedRun, facts: Facts, out: Path) -> Path:
+    """Writes the files of an exported run; see `export_run`.
+
+    Args:
+        trained: the network.
+        facts: the rest of its card.
+        out: NAME.safetensors.
+    Returns:
+        The path of the card.
+    """
+    old = _existing_card(out)
+    recipe, model, data = trained
     content = pack(model.state_dict(), {"format": "pt", EXPORTED: recipe.network})
+    text = model_card(out.name, trained, facts.metrics).encode()
     card = {
         "weights": out.name,
         "sha256": hashlib.sha256(content).hexdigest(),
         **describe(recipe, data),
-        "metrics": metrics,
-        "versions": {
-            "trained": metrics.get("metrics.json", {}).get("versions"),
-            "exported": versions(),
-        },
+        **facts._asdict(),
+        "model_card": hashlib.sha256(text).hexdigest(),
     }
-    # A full disk leaves both files unchanged. If the process is killed between the two renames, the
+    words = model_card_path(out)
+    kept = words.exists() and hashlib.sha256(read_file(words)).hexdigest() != old.get("model_card")
+    # A full disk leaves all files unchanged. If the process is killed between the renames, the
     # old card does not fit the weights, which is an error when they are read.
-    with replacing(card_path(out)) as described, replacing(out) as file:
+    with (
+        replacing(card_path(out)) as described,
+        nullcontext(io.BytesIO()) if kept else replacing(words) as worded,
+        replacing(out) as file,
+    ):
         described.write(to_json(card))
         described.flush()
+        worded.write(text)
+        worded.flush()
         file.write(content)
+    if kept:
+        warnings.warn(
+            f"{words}: kept, because it has been edited; delete it to have it written again",
+            stacklevel=2,
+        )
     return card_path(out)
+
+
+def model_card_path(weights: Path) -> Path:
+    """The model card of exported weights, README.md for those that are named as on the hub."""
+    return weights.with_name("README.md") if weights.name == WEIGHTS else weights.with_suffix(".md")
 
 
 def write_weights(state: Mapping[str, Tensor], out: str | Path) -> None:
@@ -83,16 +143,22 @@ def _require_safetensors(out: Path) -> None:
         raise UserError(f"out: expected a file NAME.safetensors, but got {out}")
 
 
-def _require_card(path: Path) -> None:
-    """Refuses to replace another JSON file, such as the recipe.json of a run."""
+def _existing_card(out: Path) -> dict[str, object]:
+    """The card that is to be replaced, empty if there is none.
+
+    Raises:
+        UserError: if it is another JSON file, such as the recipe.json of a run.
+    """
+    path = card_path(out)
     if not path.exists():
-        return
+        return {}
     content = read_json(path)
     if not isinstance(content, dict) or not {"weights", "sha256", "recipe"} <= set(content):
         raise UserError(
             f"{path}: expected a new file or the card of an exported run, but got another file, "
             "which was not changed; choose another name"
         )
+    return content
 
 
 def _scores(path: Path) -> dict[str, object]:

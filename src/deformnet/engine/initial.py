@@ -2,12 +2,12 @@
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from deformnet._errors import users_values
+from deformnet._hub import local
 from deformnet.engine.runs import TrainedRun, load_run
 from deformnet.models.backbones.weights import holds_run, misfit
 from deformnet.recipes import Recipe
@@ -34,7 +34,7 @@ def initial(recipe: Recipe, classes: Sequence[str]) -> tuple[nn.Module, str]:
             model = recipe.build_model(len(classes))
     if recipe.init is None:
         return model, "initial weights: random"
-    if not holds_run(path := Path(recipe.init)):
+    if not holds_run(path := local(recipe.init)):
         return model, f"initial weights of the backbone: {recipe.init}"
     run = load_run(path)
     state = run.model.state_dict()

@@ -40,7 +40,12 @@ class Result:
         """The content of `metrics.json`."""
         scored: dict[str, object] = {}
         if self.scores is not None:
-            scored = {"split": self.split, "images": self.images, **self.scores.json}
+            scored = {
+                "split": self.split,
+                "images": self.images,
+                "percent": self.scores.summary,
+                **self.scores.json,
+            }
         if self.augmentation != TestTimeAugmentation():
             scored["augmentation"] = asdict(self.augmentation)
         names = ("network", "iterations", "seconds_per_iteration", "parameters", "seed")

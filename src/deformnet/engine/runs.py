@@ -46,6 +46,7 @@ from torch import Tensor, nn
 
 from deformnet._errors import UserError
 from deformnet._files import naming, read_json, remove_partial, replacing
+from deformnet._hub import address_of, local
 from deformnet.engine.checkpoints import Checkpoint, Description, checked
 from deformnet.models import _tensors
 from deformnet.models.backbones.weights import misfit
@@ -107,6 +108,18 @@ def existing_checkpoint(run: Path) -> Path:
     return best if (best := best_path(run)).exists() else path
 
 
+def require_folder(run: Path, purpose: str = "") -> None:
+    """Refuses a file or an address where only a run folder will do.
+
+    Raises:
+        UserError: if `run` is one of these.
+    """
+    if (address := address_of(run)) is not None:
+        raise UserError(f"{address}: expected a run folder{purpose}, but got an address")
+    if run.is_file():
+        raise UserError(f"{run}: expected a run folder{purpose}, but got a file")
+
+
 @contextmanager
 def locked(run: Path) -> Iterator[None]:
     """Locks a run folder against concurrent training, if the system supports it.
@@ -153,11 +166,13 @@ def load(
         >>> prediction = predictor("street.jpg")
 
     Args:
-        run: run folder, one of its checkpoints, or the .safetensors file of an exported run.
+        run: run folder, one of its checkpoints, or an exported run: its .safetensors file, the
+            folder of a model.safetensors, or hf://OWNER/REPO or hf://OWNER/REPO@REVISION on the
+            Hugging Face hub.
         options: test-time augmentation, for detectors.
         device: device to run on; None uses a GPU if there is one.
     Raises:
-        FileNotFoundError, UserError: see `load_run`.
+        FileNotFoundError, UserError, OSError: see `load_run`.
     """
     recipe, model, data = load_run(run)
     return task_of(recipe, options).predictor(model, data, device)
@@ -168,14 +183,16 @@ def load_run(run: str | Path) -> TrainedRun:
 
     Args:
         run: run folder, finished or not (its best checkpoint if the network was validated during
-            training, otherwise the last one); a checkpoint file; or the .safetensors file of an
-            exported run, with its card in the same folder.
+            training, otherwise the last one); a checkpoint file; the .safetensors file of an
+            exported run, with its card in the same folder; the folder of an exported run named
+            model.safetensors; or the address of one on the Hugging Face hub, see `load`.
     Raises:
         FileNotFoundError: if the folder or file, its checkpoint or its card does not exist.
         UserError: if the checkpoint, weights or card are damaged, do not belong together, or were
-            not written by deformnet.
+            not written by deformnet; or an address is malformed.
+        OSError: if a download fails.
     """
-    path = Path(run)
+    path = local(run)
     if path.suffix == ".safetensors" and path.is_file():
         described, state = _load_exported(path)
         return _restored(*recipe_and_data(described, card_path(path)), state, path)

@@ -250,11 +250,13 @@ class Task(ABC, Generic[_RecipeT, _ImagesT]):
         loss_terms: names of the terms of the loss, if there are several.
         localizes: whether its networks locate objects, so that their sampling can be analyzed
             object by object.
+        pipeline_tag: name of the task on the Hugging Face hub.
     """
 
     accepts: ClassVar[tuple[str, ...]] = ()
     loss_terms: tuple[str, ...] = ()
     localizes: ClassVar[bool] = True
+    pipeline_tag: ClassVar[str]
 
     def __init__(self, recipe: _RecipeT, options: TaskOptions) -> None:
         defaults = TaskOptions()

@@ -236,6 +236,7 @@ class ClassificationTask(Task[ClassifierRecipe, _Images]):
     """Image classification; data in the layout SPLIT/CLASS/IMAGE."""
 
     localizes: ClassVar[bool] = False
+    pipeline_tag = "image-classification"
 
     def predictor(
         self, model: nn.Module, trained_on: DataIdentity, device: Device = None

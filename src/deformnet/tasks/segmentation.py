@@ -284,6 +284,7 @@ class SegmentationTask(Task[SegmentationRecipe, _Images]):
     """Semantic segmentation."""
 
     accepts = ("score_at",)
+    pipeline_tag = "image-segmentation"
 
     def predictor(
         self, model: nn.Module, trained_on: DataIdentity, device: Device = None

@@ -1,3 +1,4 @@
+import json
 from urllib.error import URLError
 
 import pytest
@@ -8,6 +9,7 @@ from backbone_testing import bare, randomize_norms, torchvision_resnet
 from torch import nn
 from torchvision.models._utils import IntermediateLayerGetter
 
+from deformnet.models._tensors import pack
 from deformnet.models.backbones import backbone
 
 
@@ -178,6 +180,10 @@ def test_run_with_other_strides_is_refused(tmp_path):
     }
     (tmp_path / "checkpoints").mkdir()
     torch.save(checkpoint, tmp_path / "checkpoints/last.ckpt")
-    backbone("resnet50", stride_in_1x1=True, weights=tmp_path)
-    with pytest.raises(ValueError, match=r"trained with stride_in_1x1=False, but got True"):
-        backbone("resnet50", weights=tmp_path)
+    exported = tmp_path / "net.safetensors"
+    exported.write_bytes(pack(checkpoint["model"], {"deformnet": "rfcn"}))
+    exported.with_suffix(".json").write_text(json.dumps(checkpoint["deformnet"]))
+    for weights in (tmp_path, tmp_path / "checkpoints/last.ckpt", exported):
+        backbone("resnet50", stride_in_1x1=True, weights=weights)
+        with pytest.raises(ValueError, match=r"trained with stride_in_1x1=False, but got True"):
+            backbone("resnet50", weights=weights)

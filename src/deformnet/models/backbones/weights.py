@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from deformnet._errors import UserError
-from deformnet._files import naming
+from deformnet._files import naming, read_json
+from deformnet._hub import local
 from deformnet.models import _tensors
 from deformnet.models.backbones.features import Backbone
 
@@ -89,7 +90,8 @@ def holds_run(path: Path) -> bool:
 def initial_weights(
     model: Backbone, weights: str | Path, stride_in_1x1: bool
 ) -> Mapping[str, Tensor]:
-    """The state dict of published weights, a file, a run folder or an installed package.
+    """The state dict of published weights, a file, a run folder, an exported network on the Hugging
+    Face hub (hf://OWNER/REPO), or an installed package.
 
     Raises:
         FileNotFoundError: If `weights` is neither a file nor a known name.
@@ -112,7 +114,7 @@ def initial_weights(
             ) from error
         finally:
             socket.setdefaulttimeout(before)
-    path = Path(weights)
+    path = local(weights)
     if not path.exists():
         path = _file_of_package(str(weights)) or path
     if not path.exists():
@@ -123,15 +125,24 @@ def initial_weights(
             f"({names or 'there are none'})"
         )
     state = read_weights(path)
-    if path.is_dir():  # the strides are in the recipe alone
-        run = _run_in(_checkpoint_in(path))
-        recipe = run.get("recipe") if isinstance(run, Mapping) else None
-        if isinstance(recipe, Mapping) and recipe.get("stride_in_1x1", False) != stride_in_1x1:
-            raise UserError(
-                f"{path}: expected weights trained with stride_in_1x1={stride_in_1x1}, "
-                f"but got {not stride_in_1x1}"
-            )
+    recipe = _recipe_of(path) if holds_run(path) else None  # the strides are in it alone
+    if recipe is not None and recipe.get("stride_in_1x1", False) != stride_in_1x1:
+        raise UserError(
+            f"{weights}: expected weights trained with stride_in_1x1={stride_in_1x1}, "
+            f"but got {not stride_in_1x1}"
+        )
     return state
+
+
+def _recipe_of(path: Path) -> Mapping[str, object] | None:
+    """The recipe of a run folder, its checkpoint or an exported run; None if it is not there."""
+    if path.suffix == ".safetensors":
+        card = path.with_suffix(".json")
+        described = read_json(card) if card.is_file() else None
+    else:
+        described = _run_in(_checkpoint_in(path) if path.is_dir() else path)
+    recipe = described.get("recipe") if isinstance(described, Mapping) else None
+    return recipe if isinstance(recipe, Mapping) else None
 
 
 def _require_intact_download(url: str) -> None:

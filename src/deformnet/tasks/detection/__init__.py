@@ -37,6 +37,7 @@ class DetectionTask(Task[DetectorRecipe, BoxImages]):
     """Object detection."""
 
     accepts = ("augmentation", "proposals")
+    pipeline_tag = "object-detection"
 
     def __init__(self, recipe: DetectorRecipe, options: TaskOptions) -> None:
         super().__init__(recipe, options)

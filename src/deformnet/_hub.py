@@ -1,0 +1,145 @@
+"""Exported networks on the Hugging Face hub, and in folders that are laid out as its repositories.
+
+```
+model.safetensors       the weights
+model.json              their card, see `deformnet.engine.export`
+README.md               the same in words
+```
+"""
+
+import hashlib
+import re
+from pathlib import Path
+
+from deformnet._errors import UserError, require_extra
+from deformnet._files import naming, read_json
+
+WEIGHTS = "model.safetensors"
+_CARD = "model.json"
+_ADDRESS = re.compile(r"hf://([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
+
+
+def address_of(source: str | Path) -> str | None:
+    """The address hf://... that weights are named by, also as a path; None if there is none."""
+    scheme, _, rest = Path(source).as_posix().partition("/")  # a path has one slash of the two
+    return f"hf://{rest}" if scheme == "hf:" else None
+
+
+def local(source: str | Path) -> Path:
+    """The path of weights, which are downloaded once if they are on the hub.
+
+    Args:
+        source: hf://OWNER/REPO or hf://OWNER/REPO@REVISION, where the revision is a branch, tag or
+            commit; a folder with an exported network; or another path or name, which is returned.
+    Raises:
+        UserError: if an address is malformed, or `download` does not find an exported network.
+        OSError: if the download fails.
+    """
+    address = address_of(source)
+    if address is None:
+        path = Path(source)
+        exported = path / WEIGHTS
+        is_run = (path / "checkpoints").exists()
+        return exported if exported.is_file() and not is_run else path
+    match = _ADDRESS.fullmatch(address)
+    if match is None:
+        raise UserError(f"expected hf://OWNER/REPO or hf://OWNER/REPO@REVISION, but got {address}")
+    return download(match[1], match[2])
+
+
+def download(
+    repo: str,
+    revision: str | None = None,
+    *,
+    cache_dir: str | Path | None = None,
+    force: bool = False,
+    local_only: bool = False,
+    token: str | bool | None = None,
+) -> Path:
+    """Downloads an exported network from the hub, or finds it in the cache of earlier downloads.
+
+    Args:
+        repo: OWNER/REPO.
+        revision: branch, tag or commit; None is the main branch.
+        cache_dir: folder of the cache; None is that of huggingface_hub.
+        force: download again what is in the cache.
+        local_only: use the cache alone.
+        token: of the user; None is that of `hf auth login`.
+    Returns:
+        The path of its weights, whose card is in the same folder.
+    Raises:
+        FileNotFoundError: if there is no such repository, revision or file.
+        UserError: if the files are damaged, or the repository is not one of an exported network.
+        OSError: if the download fails.
+    """
+    require_extra("hf://", "models", "huggingface_hub")
+    from huggingface_hub import errors, hf_hub_download
+
+    address = f"hf://{repo}" if revision is None else f"hf://{repo}@{revision}"
+
+    def fetch(name: str, revision: str | None) -> Path:
+        try:
+            return Path(
+                hf_hub_download(
+                    repo,
+                    name,
+                    revision=revision,
+                    cache_dir=cache_dir,
+                    force_download=force,
+                    local_files_only=local_only,
+                    token=token,
+                )
+            )
+        except errors.HFValidationError as error:
+            raise UserError(f"{address}: expected OWNER/REPO, but got {repo}") from error
+        except errors.RepositoryNotFoundError as error:
+            raise FileNotFoundError(
+                f"{address}: expected a public repository, or one that you may read, but found "
+                "none; check the name, or log in with: hf auth login"
+            ) from error
+        except errors.RevisionNotFoundError as error:
+            raise FileNotFoundError(
+                f"{address}: expected a branch, tag or commit, but found no {revision}; leave out "
+                f"@{revision} for the main branch"
+            ) from error
+        except Exception as error:  # the type of network errors differs between versions
+            is_absent = isinstance(error, errors.EntryNotFoundError)
+            if is_absent and not isinstance(error, errors.LocalEntryNotFoundError):
+                raise FileNotFoundError(
+                    f"{address}: expected {name}, as written by `deformnet export RUN {WEIGHTS}`, "
+                    "but found no such file in the repository"
+                ) from error
+            raise OSError(
+                f"{address}: cannot download {name} ({_first_line(error.__cause__ or error)}), "
+                "and it is not in the cache; check the network, or pass the path of a copy of the "
+                "repository"
+            ) from error
+
+    card = fetch(_CARD, revision)
+    commit = card.parent.name  # the weights of the same commit, even if the branch moves
+    weights = fetch(WEIGHTS, commit)
+    try:
+        _require_intact(card, weights)
+    except UserError as error:
+        cached = weights.parents[2]
+        raise UserError(f"{address}: {error}; delete {cached} to download it again") from error
+    return weights
+
+
+def _require_intact(card: Path, weights: Path) -> None:
+    """Verifies that the weights are those of their card."""
+    content = read_json(card)
+    expected = content.get("sha256") if isinstance(content, dict) else None
+    if not isinstance(expected, str):
+        raise UserError(f"{card}: damaged, or not the card of an exported run")
+    with naming(weights), weights.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != expected:
+        raise UserError(
+            f"{weights}: damaged, expected the sha256 {expected[:12]}..., but got {digest[:12]}..."
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -1,0 +1,98 @@
+"""Trained networks that are shared on the Hugging Face hub."""
+
+from pathlib import Path
+from typing import Self
+
+from deformnet._errors import UserError, require_extra
+
+require_extra("deformnet.engine.HubModel", "models", "huggingface_hub")
+
+from huggingface_hub import ModelHubMixin
+
+from deformnet._files import read_json
+from deformnet._hub import WEIGHTS, download, local
+from deformnet.engine.export import Facts, facts_of, write_export
+from deformnet.engine.runs import card_path, load_run
+from deformnet.tasks import task_of
+from deformnet.tasks.predictor import Device, Predictor
+
+
+class HubModel(ModelHubMixin):
+    """A trained network with the methods of huggingface_hub's mixin.
+
+        >>> HubModel("runs/cells").push_to_hub("me/cells", private=True)
+        >>> predictor = HubModel.from_pretrained("me/cells").predictor()
+        >>> predictor = deformnet.load("hf://me/cells")  # the same
+
+    `push_to_hub(repo)` uploads what `save_pretrained(folder)` writes: model.safetensors, model.json
+    and README.md, as `deformnet export RUN FOLDER/model.safetensors` does.
+
+    Args:
+        run: run folder, or an exported run; see `deformnet.load`.
+    Attributes:
+        trained: the recipe, the network (`trained.model`) and the identity of the training data.
+    Raises:
+        FileNotFoundError, UserError, OSError: see `deformnet.engine.load_run`.
+    """
+
+    def __init__(self, run: str | Path) -> None:
+        path = local(run)
+        self.trained = load_run(path)
+        is_exported = path.suffix == ".safetensors"
+        self._facts = _exported_facts(card_path(path)) if is_exported else facts_of(path)
+        self._hub_mixin_config = None  # the card has it all
+
+    def predictor(self, device: Device = None) -> Predictor:
+        """The network as a predictor; see `deformnet.load`."""
+        recipe, model, data = self.trained
+        return task_of(recipe).predictor(model, data, device)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        write_export(self.trained, self._facts, save_directory / WEIGHTS)
+
+    @classmethod
+    def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride] (no model_kwargs)
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        force_download: bool = False,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        revision: str | None = None,
+    ) -> Self:
+        """Loads a network from the hub, where it is downloaded once, or from a folder.
+
+        Args:
+            pretrained_model_name_or_path: OWNER/REPO, or a folder of `save_pretrained`.
+            force_download: download again what is in the cache.
+            token: token of the user; None is that of `hf auth login`.
+            cache_dir: folder of the cache; None is that of huggingface_hub.
+            local_files_only: use the cache alone.
+            revision: branch, tag or commit; None is the main branch.
+        Raises:
+            FileNotFoundError: if there is no such repository, revision or file.
+            UserError: if a file is damaged, or is not of an exported run.
+            OSError: if the download fails.
+        """
+        name = pretrained_model_name_or_path
+        if Path(name).is_dir():
+            return cls(name)
+        weights = download(
+            str(name),
+            revision,
+            cache_dir=cache_dir,
+            force=force_download,
+            local_only=local_files_only,
+            token=token,
+        )
+        return cls(weights)
+
+
+def _exported_facts(card: Path) -> Facts:
+    """What `write_export` has put into a card that `load_run` has read."""
+    content = read_json(card)
+    facts = Facts(content.get("metrics", {}), content.get("versions", {}))
+    if not all(isinstance(part, dict) for part in (*facts, *facts.metrics.values())):
+        raise UserError(f"{card}: damaged, expected valid scores and versions")
+    return facts
