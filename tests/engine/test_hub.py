@@ -1,5 +1,6 @@
 """Exported networks in folders and on the Hugging Face hub, and their model cards."""
 
+import dataclasses
 import importlib.util
 import json
 import shutil
@@ -17,6 +18,8 @@ from deformnet import UserError
 from deformnet._hub import local
 from deformnet.cli import main
 from deformnet.engine import HubModel, LoopOptions, export_run, load_run, train
+from deformnet.engine.model_card import model_card
+from deformnet.engine.runs import TrainedRun
 from deformnet.recipes import RFCNRecipe
 
 FILES = {"model.safetensors", "model.json", "README.md"}
@@ -86,13 +89,27 @@ def test_the_model_card_says_what_the_weights_are(run, folder):
         f"- Classes ({len(identity.classes)}): {', '.join(identity.classes)}\n",
         f"- Training data: {identity.images} images",
         f"- Training: 6 iterations of 2 images, sgd, learning rate 0.01, {recipe.schedule} ",
-        "- Initial weights of the backbone: random\n",
+        "- Initial weights: random\n",
         "| split | images | mean IoU |\n|---|---|---|\n",
         f"| val | {metrics['images']} | {score:.2f} |\n",
         'deformnet.load("model.safetensors")',
         "\n## License\n\nNot stated.",
     ):
         assert part in body, part
+
+
+@pytest.mark.parametrize(
+    ("init", "shown"),
+    [
+        ("/home/me/runs/shapes/last.ckpt", "last.ckpt"),
+        ("hf://me/cells", "hf://me/cells"),
+        ("timm", "timm"),
+    ],
+)
+def test_the_model_card_names_no_local_folder(run, init, shown):
+    recipe, model, identity = load_run(run)
+    trained = TrainedRun(dataclasses.replace(recipe, init=init), model, identity)
+    assert f"- Initial weights: {shown}\n" in model_card("model.safetensors", trained, {})
 
 
 def test_scores_are_those_of_each_split(run, data, tmp_path):

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from html import escape
 from pathlib import Path
 
+from deformnet._hub import address_of
 from deformnet.data.files import listing
 from deformnet.engine.runs import TrainedRun
 from deformnet.recipes import Recipe
@@ -40,7 +41,7 @@ A network of deformnet: deformable convolutional networks
 - Classes ({len(data.classes)}): {listing([_plain(name) for name in data.classes])}
 - Training data: {data.images} images (SHA-256 of their names: {data.digest[:16]}...)
 - Training: {_training(recipe)}
-- Initial weights of the backbone: {_plain(recipe.init or "random")}
+- Initial weights: {_plain(_initial(recipe))}
 
 `{Path(weights).stem}.json` has the whole recipe, all scores, the versions of all packages, and the
 SHA-256 of the weights, which is verified when they are loaded.
@@ -84,6 +85,12 @@ def _network(recipe: Recipe) -> str:
     modulated = " (modulated)" if recipe.modulated else ""
     parts.append(f"deformable layers: {recipe.deform_layers}{modulated}")
     return ", ".join(parts)
+
+
+def _initial(recipe: Recipe) -> str:
+    """Name of the initial weights, without the folders of the machine they were read on."""
+    init = recipe.init or "random"
+    return init if address_of(init) is not None else Path(init).name
 
 
 def _training(recipe: Recipe) -> str:
