@@ -144,7 +144,8 @@ def build(network: Network, variant: Variant) -> DeepLab | RFCN:
     layers = LAYERS if variant == "deformable" else 0
     deform_last(features, layers, offset_groups=1, modulated=False, offset_conv="dense")
     if network != "rfcn":
-        return DeepLab(features, len(SHAPE_CLASSES))
+        loss_stride = 4 if network == "deeplab-lite0" else 1  # for speed
+        return DeepLab(features, len(SHAPE_CLASSES), loss_stride)
     rpn = RPN(
         features.conv4_channels,
         sizes=(24, 48, 96),
@@ -238,7 +239,7 @@ def train(run: Run, budget: Budget, features: Path) -> tuple[DeepLab | RFCN, flo
             inputs = normalized(pixels, run.network)
             begin = time.process_time()
             if isinstance(model, DeepLab):
-                losses = model.losses(model(inputs), labels)
+                losses = model.losses_of_images(inputs, labels)
             else:
                 losses = model.losses(inputs, [(budget.side, budget.side)] * len(inputs), targets)
             loss = torch.stack(list(losses.values())).sum()
