@@ -51,7 +51,7 @@ BUDGETS: dict[Network, Budget] = {
     "deeplab": Budget(steps=1200, batch=16, lr=0.3),
     "rfcn": Budget(steps=1800, batch=8, lr=0.05),
     "deeplab-lite0": Budget(
-        steps=500, batch=16, lr=0.1, side=160, images=1000, test=300, offset_lr_scale=1
+        steps=500, batch=16, lr=0.2, side=160, images=1000, test=300, offset_lr_scale=1
     ),
 }
 TUNING_SEED = 100
