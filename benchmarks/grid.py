@@ -1,4 +1,4 @@
-"""What experiments of many training runs share: stored results, and numbers over seeds."""
+"""What experiments of many runs share: stored results, numbers over seeds, and statements."""
 
 import fcntl
 import json
@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 
 def stored(path: Path, settings: str, expected: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -69,3 +69,20 @@ def spread(values: Mapping[str, Any] | None, digits: int = 1) -> str:
         return "-"
     std = "" if values["std"] is None else f" +- {values['std']:.{digits}f}"
     return f"{values['mean']:.{digits}f}{std}"
+
+
+class Statement(NamedTuple):
+    """A statement, whether it holds here, and the numbers that say so."""
+
+    text: str
+    holds: bool
+    numbers: str
+
+    def __str__(self) -> str:
+        return f"- {'holds' if self.holds else '**does not hold**'}: {self.text}. {self.numbers}."
+
+
+def gain_in_words(values: Mapping[int, float]) -> str:
+    """Mean and standard deviation of a gain, and in how many seeds it is positive."""
+    ahead = sum(value > 0 for value in values.values())
+    return f"{spread(over_seeds(values))} ({ahead} of {len(values)} seeds)"

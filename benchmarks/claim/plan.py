@@ -1,17 +1,23 @@
 """The runs: networks, data, budgets, and where results are stored."""
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from benchmarks.grid import stored
 
-Network = Literal["deeplab", "rfcn"]
-Variant = Literal["plain", "deformable"]
-NETWORKS: tuple[Network, ...] = ("deeplab", "rfcn")
+Network = Literal["deeplab", "rfcn", "deeplab-lite0"]
+Variant = Literal["plain", "dilation2", "dilation4", "deformable"]
+Varied = Literal["both", "warp", "size"]
+"""What varies between objects; warp alone and size alone are the control."""
+NETWORKS: tuple[Network, ...] = get_args(Network)
 VARIANTS: tuple[Variant, ...] = ("plain", "deformable")
-DEFORM_LAYERS = 3
+CONTROL_VARIANTS: tuple[Variant, ...] = ("plain", "dilation2", "deformable")
+CONTROL: tuple[Varied, ...] = ("warp", "size", "both")
+LAYERS = 3
+"""Number of convolutions, the last ones, that are dilated or deformable."""
+DILATION: Mapping[Variant, int] = {"plain": 1, "dilation2": 2, "dilation4": 4, "deformable": 1}
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,14 @@ class Budget:
 BUDGETS: dict[Network, Budget] = {
     "deeplab": Budget(steps=1200, batch=16, lr=0.3),
     "rfcn": Budget(steps=1800, batch=8, lr=0.05),
+    "deeplab-lite0": Budget(
+        steps=500, batch=16, lr=0.2, side=160, images=1000, test=300, offset_lr_scale=1
+    ),
 }
+TUNING_SEED = 100
+"""Seed of the images and of the runs that settings are chosen on; they are not scored."""
+RATES = (0.05, 0.2)
+"""Learning rates that tuning compares; dilations are compared at the first."""
 
 
 class Run(NamedTuple):
@@ -54,34 +67,79 @@ class Run(NamedTuple):
     variant: Variant
     strength: float
     seed: int
+    varied: Varied = "both"
 
     @property
     def name(self) -> str:
-        return f"{self.network}-{self.variant}-strength{self.strength:g}-seed{self.seed}"
+        alone = "" if self.varied == "both" else f"-{self.varied}-alone"
+        return f"{self.network}-{self.variant}-strength{self.strength:g}{alone}-seed{self.seed}"
+
+
+class Job(NamedTuple):
+    """A run with its budget.
+
+    Attributes:
+        folder: where its result is stored in the output folder.
+    """
+
+    run: Run
+    budget: Budget
+    folder: str = "runs"
 
 
 def runs(
-    strengths: Sequence[float], seeds: Sequence[int], networks: Sequence[Network] = NETWORKS
+    strengths: Sequence[float],
+    seeds: Sequence[int],
+    networks: Sequence[Network] = ("deeplab", "rfcn"),
 ) -> list[Run]:
-    """All runs, in an order in which the first ones are already informative."""
+    """The runs of the claim, in an order in which the first ones are already informative."""
     ends = (min(strengths), max(strengths))
     return [
         Run(network, variant, strength, seed)
         for seed in seeds
         for network in networks
-        for strength in sorted(set(strengths if network == "deeplab" else ends))
+        for strength in sorted(set(ends if network == "rfcn" else strengths))
         for variant in VARIANTS
     ]
 
 
-def stored_result(run: Run, budget: Budget, out: Path) -> dict[str, Any] | None:
-    """The stored result of a run; None if it is not finished.
+def control_runs(
+    strength: float, seeds: Sequence[int], networks: Sequence[Network] = ("deeplab-lite0",)
+) -> list[Run]:
+    """Warp alone, size alone, and both, in an order in which the first ones are informative."""
+    return [
+        Run(network, variant, strength, seed, varied)
+        for seed in seeds
+        for network in networks
+        for varied in CONTROL
+        for variant in CONTROL_VARIANTS
+    ]
+
+
+def tuning_jobs(
+    strength: float, budgets: Mapping[Network, Budget], networks: Sequence[Network]
+) -> list[Job]:
+    """The settings that were tried for the control, on images that are not scored."""
+    return [
+        Job(
+            Run(network, variant, strength, TUNING_SEED),
+            replace(budgets[network], data_seed=TUNING_SEED, lr=lr),
+            f"tuning/lr{lr:g}",
+        )
+        for network in networks
+        for lr in RATES
+        for variant in (DILATION if lr == RATES[0] else VARIANTS)
+    ]
+
+
+def stored_result(job: Job, out: Path) -> dict[str, Any] | None:
+    """The stored result of a job; None if it is not finished.
 
     Raises:
         ValueError: if it has another budget.
     """
-    return stored(result_path(run, out), "budget", asdict(budget))
+    return stored(result_path(job, out), "budget", asdict(job.budget))
 
 
-def result_path(run: Run, out: Path) -> Path:
-    return out / "runs" / f"{run.name}.json"
+def result_path(job: Job, out: Path) -> Path:
+    return out / job.folder / f"{job.run.name}.json"

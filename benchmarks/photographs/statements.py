@@ -2,9 +2,8 @@
 
 from collections.abc import Iterator, Mapping
 from statistics import fmean
-from typing import NamedTuple
 
-from benchmarks.grid import over_seeds, spread
+from benchmarks.grid import Statement, gain_in_words
 from benchmarks.photographs.numbers import METRICS, PLACES, TITLES, Results, gains, mean, scores
 from benchmarks.photographs.plan import (
     CONV,
@@ -16,17 +15,6 @@ from benchmarks.photographs.plan import (
     TABLE1,
     Network,
 )
-
-
-class Statement(NamedTuple):
-    """A statement of the paper, whether it holds here, and the numbers that say so."""
-
-    text: str
-    holds: bool
-    numbers: str
-
-    def __str__(self) -> str:
-        return f"- {'holds' if self.holds else '**does not hold**'}: {self.text}. {self.numbers}."
 
 
 def statements(results: Mapping[Network, Results]) -> list[Statement]:
@@ -46,14 +34,14 @@ def _of_metric(found: Results, metric: str, where: str) -> Iterator[Statement]:
     layered = [variant for variant in TABLE1 if variant.layers and variant in found]
     steps = {variant: gains(found, variant, metric) for variant in layered}
     if PLAIN in found and len(layered) == len(TABLE1) - 1:
-        numbers = ", ".join(f"{v.layers}: {_gain(gain)}" for v, gain in steps.items())
+        numbers = ", ".join(f"{v.layers}: {gain_in_words(gain)}" for v, gain in steps.items())
         helps = all(mean(gain) > 0 for gain in steps.values())
         yield Statement(f"{where}: deformable layers help", helps, f"Gain by layers {numbers}")
         last = gains(found, TABLE1[-1], metric, over=CONV)
         yield Statement(
             f"{where}: the gain saturates",
             mean(last) < mean(steps[CONV]),
-            f"3 layers add {_gain(steps[CONV])}, the other 3 add {_gain(last)}",
+            f"3 layers add {gain_in_words(steps[CONV])}, the other 3 add {gain_in_words(last)}",
         )
     dilated = [variant for variant in DILATIONS if variant in found]
     if len(dilated) == len(DILATIONS):
@@ -69,7 +57,7 @@ def _of_metric(found: Results, metric: str, where: str) -> Iterator[Statement]:
             yield Statement(
                 f"{where}: deformable convolution is better than any dilation",
                 mean(gain) > 0,
-                f"{_gain(gain)} over dilation {best.dilation}",
+                f"{gain_in_words(gain)} over dilation {best.dilation}",
             )
 
 
@@ -77,7 +65,7 @@ def _pooling(found: Results, where: str) -> Iterator[Statement]:
     if not {PLAIN, POOL} <= found.keys():
         return
     at_half, strict = (gains(found, POOL, metric) for metric in ("mAP@0.5", "mAP@0.7"))
-    numbers = f"{_gain(at_half)} at IoU 0.5, {_gain(strict)} at 0.7"
+    numbers = f"{gain_in_words(at_half)} at IoU 0.5, {gain_in_words(strict)} at 0.7"
     yield Statement(f"{where}: deformable pooling helps at IoU 0.7", mean(strict) > 0, numbers)
     more = mean(strict) > mean(at_half)
     yield Statement(f"{where}: deformable pooling helps most at IoU 0.7", more, numbers)
@@ -87,8 +75,8 @@ def _pooling(found: Results, where: str) -> Iterator[Statement]:
             yield Statement(
                 f"{where}, {metric}: both together are best",
                 all(mean(gain) > 0 for gain in over.values()),
-                f"{_gain(over[CONV])} over deformable convolution, "
-                f"{_gain(over[POOL])} over deformable pooling",
+                f"{gain_in_words(over[CONV])} over deformable convolution, "
+                f"{gain_in_words(over[POOL])} over deformable pooling",
             )
 
 
@@ -129,8 +117,3 @@ def _table2(found: Results) -> Iterator[Statement]:
         all(it["medium"] < it["background"] < it["large"] for it in layers.values()),
         numbers,
     )
-
-
-def _gain(values: Mapping[int, float]) -> str:
-    ahead = sum(value > 0 for value in values.values())
-    return f"{spread(over_seeds(values))} ({ahead} of {len(values)} seeds)"
