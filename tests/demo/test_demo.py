@@ -1,6 +1,10 @@
-"""The demo at its smallest, end to end, and its parts."""
+"""The demo at its smallest, end to end, and its parts.
+
+If DEFORMNET_FUZZ is set, also in two processes, which take long to start.
+"""
 
 import json
+import os
 import shutil
 from importlib.metadata import PackageNotFoundError, distribution
 from unittest.mock import Mock
@@ -92,7 +96,8 @@ def test_demo_is_interrupted_and_resumed(tmp_path, capsys, weights, one_process,
     assert headline(found) in printed
 
 
-def test_own_boxes_in_several_processes(tmp_path, capsys, weights, monkeypatch):
+@pytest.mark.parametrize("count", [1, 2] if "DEFORMNET_FUZZ" in os.environ else [1])
+def test_own_boxes(tmp_path, capsys, weights, monkeypatch, count):
     """Without masks and a validation split: detectors alone, scored on images that are held out."""
     data, out = tmp_path / "data", tmp_path / "demo"
     write_shapes(data, Shapes(train=8, val=1, height=64, width=80, radius=(0.2, 0.4)))
@@ -101,7 +106,7 @@ def test_own_boxes_in_several_processes(tmp_path, capsys, weights, monkeypatch):
     shutil.rmtree(year / "ImageSets/Segmentation")
     for split in ("val", "trainval"):
         (year / f"ImageSets/Main/{split}.txt").unlink()
-    monkeypatch.setattr("deformnet.demo.training.processes", lambda: 2)
+    monkeypatch.setattr("deformnet.demo.training.processes", lambda: count)
     main(["demo", "--data", str(data), "--out", str(out), *TINY])
     printed = capsys.readouterr().out
     assert "without DeepLab: " in printed

@@ -1,5 +1,6 @@
 """Training of the demo's networks, several at a time."""
 
+import itertools
 import math
 import multiprocessing
 import os
@@ -7,17 +8,20 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from typing import NamedTuple, cast
 
 import torch
 
+from deformnet._errors import UserError
 from deformnet.analysis import AnnotatedImage, LayerDilation, dilation_statistics
 from deformnet.data.workers import end_with_parent
 from deformnet.demo.plan import Run
 from deformnet.engine import Hardware, LoopOptions, TrainingStopped, train
 from deformnet.engine.initial import initial
+from deformnet.engine.results import UnsavedScores
 from deformnet.engine.runs import checkpoint_path, iterations_done
 from deformnet.inspection.runs import OpenedRun
 from deformnet.models import Network
@@ -96,18 +100,25 @@ def _results(runs: Sequence[Run]) -> Generator[tuple[Run, Trained]]:
     if count == 1:
         yield from ((run, _train(run)) for run in runs)
         return
-    # Tensors are so small that two threads would take as long as one.
-    with ProcessPoolExecutor(
-        count, multiprocessing.get_context("spawn"), _begin, (os.getpid(),)
-    ) as pool:
-        pending = {pool.submit(_train, run): run for run in runs}
+    # Tensors are small: a process for each core is faster than a thread for each.
+    todo = iter(runs)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(count, context, _begin, (os.getpid(),)) as pool:
+        pending = {pool.submit(_train, run): run for run in itertools.islice(todo, count)}
         try:
-            for done in as_completed(pending):
-                yield pending[done], done.result()
+            while pending:
+                for done in wait(pending, return_when=FIRST_COMPLETED).done:
+                    run, result = pending.pop(done), done.result()
+                    # One at a time, as a run that was submitted starts even after Ctrl-C.
+                    pending |= {pool.submit(_train, it): it for it in itertools.islice(todo, 1)}
+                    yield run, result
         except KeyboardInterrupt:  # the processes have it, too, and stop at their next iteration
             raise TrainingStopped("stopped; run the same command to continue") from None
-        finally:
-            pool.shutdown(cancel_futures=True)
+        except BrokenProcessPool:
+            raise UserError(
+                "a training process was killed, probably out of memory; to continue with one at a "
+                "time, set OMP_NUM_THREADS=1 and run the same command"
+            ) from None
 
 
 def _begin(parent: int) -> None:
@@ -122,15 +133,18 @@ def _train(run: Run) -> Trained:
     path = checkpoint_path(run.folder)
     done = iterations_done(run.folder) if path.is_file() else 0
     begin = time.monotonic()
-    result = train(
-        run.recipe,
-        run.data,
-        run.folder,
-        split=run.splits[0],
-        val_split=run.splits[1],
-        hardware=Hardware(devices=1, workers=0),
-        loop=LoopOptions(feature_cache=run.features, progress=False),
-    )
+    try:
+        result = train(
+            run.recipe,
+            run.data,
+            run.folder,
+            split=run.splits[0],
+            val_split=run.splits[1],
+            hardware=Hardware(devices=1, workers=0),
+            loop=LoopOptions(feature_cache=run.features, progress=False),
+        )
+    except UnsavedScores as error:  # its scores cannot pass to another process
+        raise OSError(error.errno, error.strerror, error.filename) from error
     assert result.scores is not None
     note = f"trained in {time.monotonic() - begin:.0f} s"
     if done == run.recipe.iterations:
