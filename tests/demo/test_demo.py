@@ -88,7 +88,7 @@ def test_demo_is_interrupted_and_resumed(tmp_path, capsys, weights, one_process,
             picture.load()
             assert min(picture.size) > 300
     found = gains(metrics["scores"])
-    for row in score_table(metrics["scores"]).rows:
+    for row in score_table(metrics["scores"], 0).rows:
         assert any(all(cell in line for cell in row) for line in printed.splitlines()), row
         assert set(row) - {""} <= set(page.cells)
     for gain in found:
@@ -165,7 +165,7 @@ def test_gains():
     assert headline(found) == "Deformable networks lead in 2 of 3 comparisons"
     assert headline(found[:1]) == "Deformable networks lead in every comparison"
     assert headline([Gain("IoU", "plain", [0.0, -1.0])]).startswith("No gain")
-    assert score_table(scores).rows == [
+    assert score_table(scores, 0).rows == [
         ["IoU: plain", "50.0", "51.0", "50.5 ± 0.7", ""],
         ["IoU: dilated", "52.0", "55.0", "53.5 ± 2.1", "+3.0 ± 1.4"],
         ["IoU: deformable", "54.0", "54.0", "54.0 ± 0.0", "+3.5 ± 0.7"],
@@ -177,4 +177,4 @@ def test_gains():
 def test_a_single_seed_has_no_spread():
     scores = {"IoU": {"plain": [50.0], "deformable": [52.0]}}
     assert str(gains(scores)[0]) == "IoU: +2.0 points over the plain network, ahead in 1 of 1 seed"
-    assert score_table(scores).rows[1] == ["IoU: deformable", "52.0", "52.0", "+2.0"]
+    assert score_table(scores, 0).rows[1] == ["IoU: deformable", "52.0", "52.0", "+2.0"]

@@ -61,7 +61,7 @@ def headline(found: Sequence[Gain]) -> str:
     return "No gain: the deformable networks do not lead in all seeds of any comparison"
 
 
-def score_table(scores: Scores) -> Table:
+def score_table(scores: Scores, first_seed: int) -> Table:
     """Scores of each seed, their mean and standard deviation, and the gain over the plain one."""
     seeds = max(len(own) for of_network in scores.values() for own in of_network.values())
     rows = []
@@ -70,7 +70,7 @@ def score_table(scores: Scores) -> Table:
             gain = "" if name == PLAIN else _spread(_differences(own, of_network[PLAIN]), "+")
             each = [f"{one:.1f}" for one in own]
             rows.append([f"{metric}: {name}", *each, _spread(own), gain])
-    header = ["percent", *(f"seed {number}" for number in range(1, seeds + 1)), "mean", "gain"]
+    header = ["percent", *(f"seed {first_seed + place}" for place in range(seeds)), "mean", "gain"]
     return Table("", header, rows)
 
 

@@ -47,7 +47,11 @@ class Run(NamedTuple):
 
 
 def recipes(demo: Demo) -> Mapping[Kind, Mapping[str, Recipe]]:
-    """The networks to compare; within a kind, they differ in nothing else."""
+    """The networks to compare; within a kind, they differ in nothing else.
+
+    Chosen on images of seed 1000, from single runs of DeepLab: deformable gained 1.7, 0.2 and 2.5
+    points over dilation 2 on images of 256, 320 and 384 pixels; at 256, with a rate of 0.15, 0.3.
+    """
     common: dict[str, Any] = {
         "backbone": "timm/tf_efficientnet_lite0",
         "init": WEIGHTS,

@@ -110,7 +110,7 @@ def run_demo(demo: Demo, out: Path, say: Callable[[str], None]) -> None:
 
     say("drawing figures")
     pictures = _draw([run for run in runs if run.recipe.seed == demo.seed], scores, out)
-    found, table = gains(scores), score_table(scores)
+    found, table = gains(scores), score_table(scores, demo.seed)
     values = {
         "title": headline(found),
         "gains": found,
