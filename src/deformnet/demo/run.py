@@ -17,6 +17,7 @@ from functools import reduce
 from operator import add
 from pathlib import Path
 from statistics import mean
+from typing import cast
 
 from deformnet._errors import UserError
 from deformnet._files import write_json
@@ -245,8 +246,8 @@ def _sample(
 
 def _example(networks: Mapping[str, Predictor], images: AnnotatedImages, index: int) -> Example:
     image, truth = images[index]
-    assert isinstance(truth, LabelMap)
-    return Example(image, truth.labels, {name: it.predict(image) for name, it in networks.items()})
+    labels = cast(LabelMap, truth).labels
+    return Example(image, labels, {name: it.predict(image) for name, it in networks.items()})
 
 
 def _minutes(demo: Demo, runs: Sequence[Run], images: int) -> int:
