@@ -89,8 +89,9 @@ def run_demo(demo: Demo, out: Path, say: Callable[[str], None]) -> None:
     counts = [len(_annotated(runs[0], split)) for split in runs[0].splits]
     say(
         f"Trains {' and '.join(TITLES[kind] for kind in kinds)}, plain and deformable, with "
-        f"{demo.seeds} seeds on {counts[0]} images, and scores them on {counts[1]} others. Their "
-        "backbone, EfficientNet-Lite0 with ImageNet weights, is frozen: its features are computed "
+        f"{demo.seeds} seed{'s' if demo.seeds > 1 else ''} on {counts[0]} images, and scores "
+        f"them on {counts[1]} others. Their backbone, EfficientNet-Lite0 with ImageNet weights, is "
+        "frozen: its features are computed "
         f"once. This takes about {_minutes(demo, runs, sum(counts))} min on this machine; after "
         "Ctrl-C, the same command resumes."
     )
