@@ -1,87 +1,98 @@
-"""The numbers of the demo, as a table for a terminal and as a page."""
+"""The numbers of the demo, as tables for a terminal and as a page that leads with the gain."""
 
+import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import NamedTuple
 
 from deformnet._text import Table
-from deformnet.demo.settings import Demo
+from deformnet.analysis import LayerDilation
 from deformnet.inspection.pages import write_page
-from deformnet.inspection.report.scenes import LARGE, SMALL
+from deformnet.visualization import dilation_cell
 
 _TEMPLATE = Path(__file__).parent / "templates" / "demo.html"
+PLAIN, DEFORMABLE = "plain", "deformable"
+
+Scores = Mapping[str, Mapping[str, Sequence[float]]]
+"""Scores in percent of each seed, by metric ("DeepLab, mean IoU") and network ("plain")."""
 
 
-class SizeMetrics(TypedDict):
-    """Scores of the objects of a size."""
+class Gain(NamedTuple):
+    """What a deformable network scores more than another, in points, for each seed."""
 
-    objects: int
-    mean_iou: float | None
+    metric: str
+    over: str
+    points: Sequence[float]
 
+    @property
+    def ahead(self) -> int:
+        """Number of seeds in which the deformable network leads."""
+        return sum(it > 0 for it in self.points)
 
-class NetworkMetrics(TypedDict):
-    """Metrics of a segmentation network that the table shows.
+    @property
+    def in_every_seed(self) -> bool:
+        return self.ahead == len(self.points)
 
-    Attributes:
-        sizes: scores of small, medium and large objects.
-    """
-
-    mean_iou: float | None
-    sizes: dict[str, SizeMetrics]
-    parameters: int
-    seconds_per_iteration: float | None
-
-
-def comparison(baseline: NetworkMetrics, deformable: NetworkMetrics) -> Table:
-    """Return the metrics of both networks as a table."""
-    rows = [_fractions("mean IoU", baseline["mean_iou"], deformable["mean_iou"])]
-    for size, scores in baseline["sizes"].items():
-        ious = scores["mean_iou"], deformable["sizes"][size]["mean_iou"]
-        rows.append(_fractions(f"IoU of {scores['objects']} {size} objects", *ious))
-    before, after = baseline["parameters"], deformable["parameters"]
-    rows.append(["parameters", f"{before:,}", f"{after:,}", f"{after / before - 1:+.1%}"])
-    # The runs were made one after the other, on a machine that may have been busy.
-    seconds = [_text(it["seconds_per_iteration"], "{:.3f}") for it in (baseline, deformable)]
-    rows.append(["seconds per iteration", *seconds, "-"])
-    return Table("", ("", "baseline", "deformable", "difference"), rows)
+    def __str__(self) -> str:
+        seeds = len(self.points)
+        return (
+            f"{self.metric}: {_spread(self.points, '+')} points over the {self.over} network, "
+            f"ahead in {self.ahead} of {seeds} seed{'s' if seeds > 1 else ''}"
+        )
 
 
-def footnote(demo: Demo) -> str:
-    """Return the caveat of the table."""
-    return (
-        f"One training run of each network: an illustration, not a measurement (seed {demo.seed}; "
-        "other seeds give other differences)."
-    )
+def gains(scores: Scores) -> list[Gain]:
+    """The gains of deformable networks over all others."""
+    return [
+        Gain(metric, name, _differences(of_network[DEFORMABLE], own))
+        for metric, of_network in scores.items()
+        for name, own in of_network.items()
+        if name != DEFORMABLE
+    ]
 
 
-def detector_score(mean_ap: float | None) -> str:
-    """Return the score of the detector, mAP at IoU 0.5 in percent, as a sentence."""
-    return f"The detector reaches {_text(mean_ap, '{:.1f} %')} mAP at IoU 0.5 (area)."
+def headline(found: Sequence[Gain]) -> str:
+    """The result in one line."""
+    clear = sum(gain.in_every_seed for gain in found)
+    if clear == len(found):
+        return "Deformable networks lead in every comparison"
+    if clear:
+        return f"Deformable networks lead in {clear} of {len(found)} comparisons"
+    return "No gain: the deformable networks do not lead in all seeds of any comparison"
 
 
-def write_demo_page(path: Path, demo: Demo, table: Table, score: str, machine: str) -> None:
-    """Write the page, which shows the figures beside it."""
-    values = {
-        "title": "Baseline and deformable networks, side by side",
-        "demo": demo,
-        "header": table.header,
-        "rows": table.rows,
-        "note": footnote(demo),
-        "small": f"{SMALL:.0%}",
-        "large": f"{LARGE:.0%}",
-        "score": score,
-        "machine": machine,
-    }
+def score_table(scores: Scores, first_seed: int) -> Table:
+    """Scores of each seed, their mean and standard deviation, and the gain over the plain one."""
+    seeds = max(len(own) for of_network in scores.values() for own in of_network.values())
+    rows = []
+    for metric, of_network in scores.items():
+        for name, own in of_network.items():
+            gain = "" if name == PLAIN else _spread(_differences(own, of_network[PLAIN]), "+")
+            each = [f"{one:.1f}" for one in own]
+            rows.append([f"{metric}: {name}", *each, _spread(own), gain])
+    header = ["percent", *(f"seed {first_seed + place}" for place in range(seeds)), "mean", "gain"]
+    return Table("", header, rows)
+
+
+def size_table(layers: Sequence[LayerDilation]) -> Table:
+    """Table 2, the top layer first."""
+    rows = [
+        (it.layer.removeprefix("backbone."), *map(dilation_cell, it.by_size))
+        for it in reversed(layers)
+    ]
+    return Table("", ("layer", "small", "medium", "large", "background"), rows)
+
+
+def _differences(own: Sequence[float], others: Sequence[float]) -> list[float]:
+    return [one - other for one, other in zip(own, others, strict=True)]
+
+
+def _spread(values: Sequence[float], sign: str = "") -> str:
+    """Mean and standard deviation; the mean alone of a single value."""
+    mean = f"{statistics.mean(values):{sign}.1f}"
+    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.1f}"
+
+
+def write_demo_page(path: Path, values: Mapping[str, object]) -> None:
+    """Writes the page, which shows the figures beside it."""
     write_page(path, _TEMPLATE, values)
-
-
-def _fractions(name: str, baseline: float | None, deformable: float | None) -> list[str]:
-    """Return fractions in percent, and their difference in percentage points."""
-    difference = None
-    if baseline is not None and deformable is not None:
-        difference = 100 * (deformable - baseline)
-    texts = [_text(value, "{:.1%}") for value in (baseline, deformable)]
-    return [name, *texts, _text(difference, "{:+.1f}")]
-
-
-def _text(value: float | None, form: str) -> str:
-    return "-" if value is None else form.format(value)

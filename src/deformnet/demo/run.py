@@ -1,231 +1,259 @@
-"""Trains a baseline and a deformable network on synthetic images and compares them; and a detector.
+"""Trains plain, dilated and deformable networks on a frozen ImageNet backbone and compares them.
 
 ```
 OUT/
-  index.html                the page: table and figures
-  metrics.json              the numbers of the table, and the settings
+  index.html                the page: gain, tables and figures
+  metrics.json              its numbers, and the settings
   overview.png, predictions.png, sampling.png, parts.png
   data/                     the synthetic images, in VOC layout
-  runs/baseline, runs/deformable, runs/detector
+  features/                 features of the frozen backbone
+  runs/KIND-NETWORK-SEED    run folders
 ```
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import reduce
+from operator import add
 from pathlib import Path
+from statistics import mean
 from typing import cast
 
-from torch import Tensor
-from tqdm import tqdm
-
+from deformnet._errors import UserError
 from deformnet._files import write_json
-from deformnet.data.synthetic import Shapes, write_shapes
-from deformnet.data.voc import VOCSegmentation
+from deformnet.analysis import LayerDilation
+from deformnet.data.synthetic import write_shapes
 from deformnet.demo.figures import Example, draw_overview, draw_predictions
 from deformnet.demo.page import (
-    NetworkMetrics,
-    comparison,
-    detector_score,
-    footnote,
+    DEFORMABLE,
+    PLAIN,
+    Scores,
+    gains,
+    headline,
+    score_table,
+    size_table,
     write_demo_page,
 )
+from deformnet.demo.plan import TITLES, Kind, Run, recipes, require_weights, shapes
 from deformnet.demo.settings import Demo
-from deformnet.engine import Result, train
-from deformnet.engine.runs import checkpoint_path, iterations_done, machine
+from deformnet.demo.training import (
+    SIDE,
+    Trained,
+    cache_features,
+    processes,
+    train_all,
+)
+from deformnet.engine.runs import machine
 from deformnet.inspection.report.bins import find_bins
 from deformnet.inspection.report.recording import UnitRecorder
-from deformnet.inspection.report.scenes import LARGE, SMALL, choose_scenes
+from deformnet.inspection.report.scenes import Scene, choose_scenes
 from deformnet.inspection.runs import OpenedRun
-from deformnet.metrics import ObjectCounts, size_scores
-from deformnet.recipes import DeepLabRecipe, Recipe, RFCNRecipe
+from deformnet.recipes import Recipe
+from deformnet.tasks import task_of
+from deformnet.tasks.annotations import AnnotatedImages
+from deformnet.tasks.predictor import Predictor
 from deformnet.tasks.segmentation import LabelMap
 from deformnet.visualization import SampledUnit, bins_figure, sampling_figure, save_figure
 
-_EXAMPLES, _SCENES, _DETECTIONS = 6, 2, 6  # images in the figures
+_SCENES, _EXAMPLES, _DETECTIONS = 2, 4, 6  # images in the figures
+_MEAN_IOU = f"{TITLES['segmentation']}, mean IoU"
+_HELD_OUT = 0.25  # fraction of the training images to score, if there is no validation split
 
-# Measured on two cores of a Xeon with images of 160x160 pixels; means of both networks.
-_SECONDS_PER_ITERATION = 0.55
-_SECONDS_PER_DETECTOR_ITERATION = 0.5
-_SECONDS_PER_IMAGE = 0.03
-_OTHER_SECONDS = 30
+# Seconds of one core, for images of 384x384 pixels.
+_PER_ITERATION: Mapping[Kind, float] = {"segmentation": 0.12, "detection": 0.22}
+_PER_RUN = 15
+_PER_IMAGE = 0.25
+_OTHER = 30
 
 
 def run_demo(demo: Demo, out: Path, say: Callable[[str], None]) -> None:
     """Run the demo into a folder. Results of an earlier call are used or continued.
 
     Args:
-        demo: size of the demo.
+        demo: images and size of the demo.
         out: output folder.
         say: receives the lines for the user.
     Raises:
-        FileExistsError, UserError: if `out` holds data or runs of other settings.
+        FileExistsError, UserError: if `out` holds data or runs of other settings, or the weights
+            are not installed.
+        FileNotFoundError: if `demo.data` holds neither masks nor boxes.
         deformnet.engine.TrainingStopped: after Ctrl-C.
     """
+    require_weights()
+    data = out / "data" if demo.data is None else demo.data
+    if demo.data is None:
+        say(f"images: {'generated before' if data.is_dir() else 'generating'}, {data}")
+        write_shapes(data, shapes(demo))
+    runs = _runs(demo, data, out, say)
+    kinds: dict[Kind, Run] = {run.kind: run for run in runs}
+    counts = [len(_annotated(runs[0], split)) for split in runs[0].splits]
     say(
-        f"Trains DeepLab on ResNet-18 without deformable layers (baseline) and with them, on "
-        f"{demo.images} synthetic images of {demo.size}x{demo.size} pixels, for {demo.iterations} "
-        f"iterations each, and evaluates both on {demo.val} more images. Then trains R-FCN with "
-        f"deformable RoI pooling on the same images for {demo.detector_iterations} iterations. "
-        f"This takes about {_minutes(demo)} min on two CPU cores; after Ctrl-C, the same command "
-        "resumes."
+        f"Trains {' and '.join(TITLES[kind] for kind in kinds)}, plain and deformable, with "
+        f"{demo.seeds} seed{'s' if demo.seeds > 1 else ''} on {counts[0]} images, and scores "
+        f"them on {counts[1]} others. Their backbone, EfficientNet-Lite0 with ImageNet weights, is "
+        "frozen: its features are computed "
+        f"once. This takes about {_minutes(demo, runs, sum(counts))} min on this machine; after "
+        "Ctrl-C, the same command resumes."
     )
-    data = out / "data"
-    _generate_images(demo, data, say)
-    images = VOCSegmentation(data, "val")
-    segmenter = _segmenter(demo)
-    results = {
-        name: _train(f"{name} network", recipe, data, out / "runs" / name, say)
-        for name, recipe in (("baseline", segmenter.baseline()), ("deformable", segmenter))
+    for run in kinds.values():
+        cache_features(run)
+    trained = dict(zip(runs, train_all(runs, say), strict=True))
+    scores = _scores(trained)
+    if not scores:
+        raise UserError(f"{data}: expected objects in the validation images, but there are none")
+    kind, layers = _dilation(trained)
+    content = {
+        "settings": {**asdict(demo), "data": str(data)},
+        "scores": scores,
+        "effective dilation": [asdict(layer) for layer in layers],
+        "machine": machine(),
     }
-    runs = {name: OpenedRun(out / "runs" / name) for name in results}
-    metrics: dict[str, NetworkMetrics] = {}
-    predictions: dict[str, list[Tensor]] = {}
-    for name, run in runs.items():
-        predictions[name], sizes = _evaluate_by_size(run, images, demo.size)
-        metrics[name] = cast(NetworkMetrics, {**results[name].to_json(), "sizes": sizes})
-    say(
-        "(The offsets of the detector learn ten times as fast as its other layers, so that bins "
-        "move visibly; warnings about runaway offsets are expected.)"
-    )
-    detector = _train("detector", _detector(demo), data, out / "runs/detector", say)
-    assert detector.scores is not None
-    score = detector_score(detector.scores.summary["mAP@0.5"])
-    content = {"settings": asdict(demo), **metrics, "detector": detector.to_json()}
     write_json(out / "metrics.json", content)
 
     say("drawing figures")
-    _draw_segmentation(images, runs, predictions, out)
-    _draw_bins(OpenedRun(out / "runs/detector"), data, out / "parts.png")
-    table = comparison(metrics["baseline"], metrics["deformable"])
-    write_demo_page(out / "index.html", demo, table, score, machine())
-    say(f"\n{table}\n{footnote(demo)}\n{score}\n\npage: {out / 'index.html'}")
+    pictures = _draw([run for run in runs if run.recipe.seed == demo.seed], scores, out)
+    found, table = gains(scores), score_table(scores, demo.seed)
+    values = {
+        "title": headline(found),
+        "gains": found,
+        "scores": table,
+        "dilation": size_table(layers),
+        "dilation_of": TITLES[kind],
+        "demo": demo,
+        "kinds": list(kinds),
+        "images": counts,
+        "pictures": pictures,
+        "side": SIDE,
+        "machine": machine(),
+    }
+    write_demo_page(out / "index.html", values)
+    lines = "\n".join(f"- {gain}" for gain in found)
+    say(f"\n{table}\n\n{headline(found)}.\n{lines}\n\npage: {out / 'index.html'}")
 
 
-def _segmenter(demo: Demo) -> DeepLabRecipe:
-    return DeepLabRecipe(
-        backbone="resnet18",
-        deform_layers=3,
-        short_side=demo.size,
-        max_side=None,
-        batch=8,
-        iterations=demo.iterations,
-        lr=0.03,
-        # From random weights, offsets that learn as fast as the other layers leave the map within
-        # a few hundred iterations.
-        offset_lr_scale=0.1,
-        warmup=demo.iterations // 10,
-        clip=5.0,
-        seed=demo.seed,
+def _runs(demo: Demo, data: Path, out: Path, say: Callable[[str], None]) -> list[Run]:
+    """All runs, in an order in which the first ones are already informative.
+
+    Raises:
+        FileNotFoundError, UserError: if the data hold neither masks nor boxes.
+    """
+    networks = recipes(demo)
+    splits: dict[Kind, tuple[str, str]] = {}
+    for kind, of_kind in networks.items():
+        try:
+            splits[kind] = _splits(of_kind[PLAIN], data)
+        except (FileNotFoundError, UserError) as error:
+            if kind == "detection" and not splits:
+                raise
+            say(f"without {TITLES[kind]}: {error}")
+    return [
+        Run(
+            *(kind, name, replace(recipe, seed=seed), data, splits[kind]),
+            out / "runs" / f"{kind}-{name}-{seed}",
+            out / "features",
+        )
+        for seed in range(demo.seed, demo.seed + demo.seeds)
+        for kind in splits
+        for name, recipe in networks[kind].items()
+    ]
+
+
+def _splits(recipe: Recipe, data: Path) -> tuple[str, str]:
+    """The splits to train on and to score, which can be opened."""
+    task = task_of(recipe)
+    splits = ("train", "val")
+    if task.validation(data, None, "val") is None:
+        splits = (f"train[without={_HELD_OUT}]", f"train[held-out={_HELD_OUT}]")
+    for split in splits:
+        task.annotated(data, split)
+    return splits
+
+
+def _annotated(run: Run, split: str) -> AnnotatedImages:
+    return task_of(run.recipe).annotated(run.data, split)
+
+
+def _scores(trained: Mapping[Run, Trained]) -> dict[str, dict[str, list[float]]]:
+    """The scores by metric and network, in the order of the seeds; without metrics of nothing."""
+    found: dict[str, dict[str, list[float]]] = {}
+    missing = set()
+    for run, result in trained.items():
+        for name, value in result.scores.items():
+            metric = f"{TITLES[run.kind]}, {name}"
+            if value is None:
+                missing.add(metric)
+            else:
+                found.setdefault(metric, {}).setdefault(run.network, []).append(value)
+    return {metric: networks for metric, networks in found.items() if metric not in missing}
+
+
+def _dilation(trained: Mapping[Run, Trained]) -> tuple[Kind, list[LayerDilation]]:
+    """Table 2 over all seeds, of R-FCN as in the paper if it was trained."""
+    kind = list(trained)[-1].kind
+    rows = [result.dilation for run, result in trained.items() if run.kind == kind]
+    layers = zip(*(row for row in rows if row), strict=True)
+    return kind, [reduce(add, of_layer) for of_layer in layers]
+
+
+def _draw(runs: Sequence[Run], scores: Scores, out: Path) -> list[str]:
+    """Draw the figures from the runs of one seed; return the names of those for the page."""
+    kind = runs[0].kind
+    opened = {run.network: OpenedRun(run.folder) for run in runs if run.kind == kind}
+    images = _annotated(runs[0], runs[0].splits[1])
+    objects = images.countable or images.classes
+    recorders = {name: UnitRecorder(name, opened[name]) for name in (PLAIN, DEFORMABLE)}
+    contents = (
+        (truth.contents(objects), recorders[PLAIN].grid(image))
+        for image, truth in (images[index] for index in range(len(images)))
     )
-
-
-def _detector(demo: Demo) -> RFCNRecipe:
-    return RFCNRecipe(
-        backbone="resnet18",
-        deform_layers=0,  # only the pooling is deformable
-        short_side=demo.size,
-        max_side=None,
-        anchor_sizes=(16, 32, 64),
-        bins=3,  # as in Figure 7; more would hide each other
-        batch=8,
-        iterations=demo.detector_iterations,
-        lr=0.02,
-        # At the learning rate of the other layers, bins hardly move in so few iterations.
-        offset_lr_scale=10.0,
-        warmup=demo.detector_iterations // 10,
-        clip=10.0,
-        seed=demo.seed,
-    )
-
-
-def _generate_images(demo: Demo, data: Path, say: Callable[[str], None]) -> None:
-    say(f"images: {'generated before' if data.is_dir() else 'generating'}, {data}")
-    # Easier than the default, as training is short: objects stand out, and there are more.
-    shapes = Shapes(
-        train=demo.images,
-        val=demo.val,
-        height=demo.size,
-        width=demo.size,
-        warp=0.3,
-        seed=demo.seed,
-        objects=(2, 4),
-        radius=(0.08, 0.42),
-        clutter=0,
-        mute=0.75,
-    )
-    write_shapes(data, shapes)
-
-
-def _train(name: str, recipe: Recipe, data: Path, run: Path, say: Callable[[str], None]) -> Result:
-    """Train a network, or resume its training, and evaluate it."""
-    done = iterations_done(run) if checkpoint_path(run).is_file() else 0
-    if done == recipe.iterations:
-        say(f"{name}: trained before, {run}")
-    else:
-        say(f"{name}: {f'resuming after iteration {done}' if done else 'training'}")
-    return train(recipe, data, run)
-
-
-def _evaluate_by_size(
-    run: OpenedRun, images: VOCSegmentation, size: int
-) -> tuple[list[Tensor], dict[str, object]]:
-    """Return the label maps of the first images, and the scores of objects by their size."""
-    small, large = (round(fraction * size**2) for fraction in (SMALL, LARGE))
-    objects = ObjectCounts(len(images.classes), small=small, large=large)
-    predictions = []
-    for index in tqdm(range(len(images)), desc="objects by size", disable=None):
-        image, mask = images[index]
-        labels = run.predictor.predict(image)
-        objects.update(labels[None].long(), mask.as_subclass(Tensor)[None].long())
-        if index < _EXAMPLES:
-            predictions.append(labels)
-    scores = size_scores(objects.compute())
-    return predictions, {name: it.to_json(images.classes) for name, it in scores.items()}
+    scenes = choose_scenes(contents, _SCENES)
+    sampled = _sample(images, recorders, scenes)
+    names = []
+    if sampled:
+        save_figure(sampling_figure(sampled), out / "sampling.png")
+        names.append("sampling")
+    if kind == "segmentation":
+        first = [scene.index for scene in scenes]
+        others = [index for index in range(len(images)) if index not in first]
+        chosen = (first + others)[:_EXAMPLES]
+        titles = {name: f"{name}: {mean(own):.1f}" for name, own in scores[_MEAN_IOU].items()}
+        shown = {titles[name]: run.predictor for name, run in opened.items()}
+        examples = [_example(shown, images, index) for index in chosen]
+        draw_predictions(out / "predictions.png", examples, images.classes)
+        names.append("predictions")
+        if sampled:
+            draw_overview(out / "overview.png", examples, sampled, images.classes)
+    if runs[-1].kind == "detection":
+        run = runs[-1]
+        images = _annotated(run, run.splits[1])
+        pairs = (images[index] for index in range(len(images)))
+        if bins := find_bins(OpenedRun(run.folder).predictor, pairs, _DETECTIONS):
+            save_figure(bins_figure(bins), out / "parts.png")
+            names.append("parts")
+    return names
 
 
 def _sample(
-    images: VOCSegmentation, networks: Mapping[str, UnitRecorder]
+    images: AnnotatedImages, networks: Mapping[str, UnitRecorder], scenes: Sequence[Scene]
 ) -> dict[str, list[SampledUnit]]:
     """Record units on the background, small and large objects in each network."""
-    pairs = (images[index] for index in range(len(images)))
-    classes = images.classes
-    contents = (
-        (LabelMap(mask, classes).contents(classes[1:]), networks["baseline"].grid(image))
-        for image, mask in pairs
-    )
-    sampled: dict[str, list[SampledUnit]] = {name: [] for name in networks}
-    for scene in choose_scenes(contents, _SCENES):
+    sampled: dict[str, list[SampledUnit]] = {}
+    for scene in scenes:
         for name, network in networks.items():
-            sampled[name] += network.samples(images[scene.index][0], scene.units)
+            units = network.samples(images[scene.index][0], scene.units)
+            sampled.setdefault(name, []).extend(units)
     return sampled
 
 
-def _draw_segmentation(
-    images: VOCSegmentation,
-    runs: Mapping[str, OpenedRun],
-    predictions: Mapping[str, list[Tensor]],
-    out: Path,
-) -> None:
-    examples = [
-        Example(*images[k], *labels)
-        for k, labels in enumerate(zip(*predictions.values(), strict=True))
-    ]
-    sampled = _sample(images, {name: UnitRecorder(name, run) for name, run in runs.items()})
-    draw_predictions(out / "predictions.png", examples, images.classes)
-    save_figure(sampling_figure(sampled), out / "sampling.png")
-    draw_overview(out / "overview.png", examples, sampled, images.classes)
+def _example(networks: Mapping[str, Predictor], images: AnnotatedImages, index: int) -> Example:
+    image, truth = images[index]
+    labels = cast(LabelMap, truth).labels
+    return Example(image, labels, {name: it.predict(image) for name, it in networks.items()})
 
 
-def _draw_bins(run: OpenedRun, data: Path, path: Path) -> None:
-    images = run.task.annotated(data, "val", run.data)
-    pairs = (images[index] for index in range(len(images)))
-    save_figure(bins_figure(find_bins(run.predictor, pairs, _DETECTIONS)), path)
-
-
-def _minutes(demo: Demo) -> int:
-    """Estimate the time on two cores, rounded up."""
-    images = (demo.images + 4 * demo.val) * _SECONDS_PER_IMAGE
-    training = 2 * demo.iterations * _SECONDS_PER_ITERATION
-    training += demo.detector_iterations * _SECONDS_PER_DETECTOR_ITERATION
-    seconds = _OTHER_SECONDS + (images + training) * (demo.size / 160) ** 2
-    return int(-(-seconds // 60))
+def _minutes(demo: Demo, runs: Sequence[Run], images: int) -> int:
+    """Estimate the time, rounded up."""
+    iterations = sum(run.recipe.iterations * _PER_ITERATION[run.kind] for run in runs)
+    pixels = (demo.size / 384) ** 2
+    seconds = (images * _PER_IMAGE + iterations) * pixels + len(runs) * _PER_RUN
+    return int(-(-(_OTHER + seconds / processes()) // 60))

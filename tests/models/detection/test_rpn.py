@@ -4,12 +4,13 @@ import pytest
 import torch
 from detector_testing import NO_OBJECTS, iou, make_target, random_boxes
 from torch import nn
+from torchvision.ops import nms
 
 from deformnet.models.backbones import backbone
 from deformnet.models.detection.boxes import decode, encode
 from deformnet.models.detection.detector import Target
 from deformnet.models.detection.postprocess import postprocess
-from deformnet.models.detection.rpn import RPN, RPNDetector, RPNOutput
+from deformnet.models.detection.rpn import RPN, RPNDetector, RPNOutput, best_apart
 
 MAP = (4, 5)  # of images up to 64 x 80
 SIZES = [(64, 80), (50, 33)]  # the second has 4 x 3 units of its own
@@ -110,6 +111,15 @@ def test_proposals_against_loops(num_classes, limits):
         torch.testing.assert_close(found[image].boxes, torch.tensor([box for _, box in kept]))
         assert not found[image].boxes.requires_grad
         assert not found[image].scores.requires_grad
+
+
+@pytest.mark.parametrize(("side", "count"), [(20, 5), (300, 5), (300, 40), (3000, 1000)])
+def test_the_best_boxes_apart_are_those_of_all(side, count):
+    """Whether the first few boxes suffice, more are needed, or there are too few of them."""
+    corners = torch.rand(2000, 2) * side
+    boxes = torch.cat([corners, corners + 50 + 50 * torch.rand(2000, 2)], dim=1)
+    scores = torch.rand(2000).sort(descending=True).values
+    assert best_apart(boxes, scores, 0.3, count).equal(nms(boxes, scores, 0.3)[:count])
 
 
 def test_candidates_are_all_anchors_of_the_image():

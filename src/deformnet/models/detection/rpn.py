@@ -122,7 +122,7 @@ class RPN(nn.Module):
             boxes, score = boxes[~score.isnan()], score[~score.isnan()]
             score, order = score.sort(descending=True, stable=True)
             score, boxes = score[: self.pre_nms], boxes[order[: self.pre_nms]]
-            kept = nms(boxes, score, self.nms)[: self.post_nms]
+            kept = best_apart(boxes, score, self.nms, self.post_nms)
             proposals.append(Proposals(boxes[kept], score[kept].sigmoid()))
         return proposals
 
@@ -334,6 +334,20 @@ class RPNDetector(Detector):
         features = self.features(images)
         output = self.rpn(features.last)
         return self.rpn.losses(output, features.size, sizes, targets, generators)
+
+
+def best_apart(boxes: Tensor, scores: Tensor, threshold: float, count: int) -> Tensor:
+    """`nms(boxes, scores, threshold)[:count]` for boxes that are sorted by their scores.
+
+    Whether a box is kept depends on those before it alone, and the time of `nms` grows with the
+    square of their number, so it is applied to as many as it takes.
+    """
+    first = 4 * count
+    while True:
+        kept = nms(boxes[:first], scores[:first], threshold)[:count]
+        if len(kept) == count or first >= len(boxes):
+            return kept
+        first *= 4
 
 
 def _by_anchor(maps: Tensor, values: int) -> Tensor:

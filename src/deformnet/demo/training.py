@@ -1,0 +1,182 @@
+"""Training of the demo's networks, several at a time."""
+
+import itertools
+import math
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
+from typing import NamedTuple, cast
+
+import torch
+
+from deformnet._errors import UserError
+from deformnet.analysis import AnnotatedImage, LayerDilation, dilation_statistics
+from deformnet.data.workers import end_with_parent
+from deformnet.demo.plan import Run
+from deformnet.engine import Hardware, LoopOptions, TrainingStopped, train
+from deformnet.engine.initial import initial
+from deformnet.engine.results import UnsavedScores
+from deformnet.engine.runs import checkpoint_path, iterations_done
+from deformnet.inspection.runs import OpenedRun
+from deformnet.models import Network
+from deformnet.tasks import task_of
+from deformnet.tasks.annotations import AnnotatedImages
+from deformnet.tasks.base import Processes
+from deformnet.tasks.features import FeatureCache
+
+SIDE = 600
+"""Table 2's sizes refer to images with about this shorter side; those of the demo count as such."""
+_MOST_PROCESSES = 4  # each takes about 1 GB
+
+
+class Trained(NamedTuple):
+    """The result of a run.
+
+    Attributes:
+        scores: in percent by name, None if there is nothing to score.
+        dilation: effective dilation by object size; empty without deformable convolutions.
+        note: what was done.
+    """
+
+    scores: Mapping[str, float | None]
+    dilation: Sequence[LayerDilation]
+    note: str
+
+
+def processes() -> int:
+    """Number of runs at a time: one for each core, or for a GPU."""
+    if torch.cuda.is_available():
+        return 1
+    return min(torch.get_num_threads(), _MOST_PROCESSES)
+
+
+def cache_features(run: Run) -> None:
+    """Computes the features of all images of a run."""
+    task = task_of(run.recipe)
+    for split in run.splits:
+        images = task.training_set(run.data, split)
+        backbone = cast(Network, initial(run.recipe, images.classes)[0]).backbone
+        cache = FeatureCache(run.features, backbone, _device())
+        cache.filled(images, run.recipe.flip, Processes(progress=True))
+
+
+def train_all(runs: Sequence[Run], say: Callable[[str], None]) -> list[Trained]:
+    """Trains and scores networks, or resumes their training.
+
+    Args:
+        say: receives a line about each finished run.
+    Returns:
+        The results, in the order of the runs.
+    Raises:
+        TrainingStopped: after Ctrl-C.
+        UserError, OSError: see `deformnet.engine.train`.
+    """
+    begin = time.monotonic()
+    found: dict[Run, Trained] = {}
+    with closing(_results(runs)) as results:
+        for run, trained in results:
+            found[run] = trained
+            done = f"[{len(found)}/{len(runs)}]"
+            scores = ", ".join(f"{name} {score(it)}" for name, it in trained.scores.items())
+            minutes = (time.monotonic() - begin) / 60 * (len(runs) / len(found) - 1)
+            left = f"; {math.ceil(minutes)} min left" if len(found) < len(runs) else ""
+            say(f"{done} {run.name}: {trained.note}; {scores}{left}")
+    return [found[run] for run in runs]
+
+
+def score(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
+def _results(runs: Sequence[Run]) -> Generator[tuple[Run, Trained]]:
+    """The runs as they finish, with their results."""
+    count = min(processes(), len(runs))
+    if count == 1:
+        yield from ((run, _train(run)) for run in runs)
+        return
+    # Tensors are small: a process for each core is faster than a thread for each.
+    todo = iter(runs)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(count, context, _begin, (os.getpid(),)) as pool:
+        pending = {pool.submit(_train, run): run for run in itertools.islice(todo, count)}
+        try:
+            while pending:
+                for done in wait(pending, return_when=FIRST_COMPLETED).done:
+                    run, result = pending.pop(done), done.result()
+                    # One at a time, as a run that was submitted starts even after Ctrl-C.
+                    pending |= {pool.submit(_train, it): it for it in itertools.islice(todo, 1)}
+                    yield run, result
+        except KeyboardInterrupt:  # the processes have it, too, and stop at their next iteration
+            raise TrainingStopped("stopped; run the same command to continue") from None
+        except BrokenProcessPool:
+            raise UserError(
+                "a training process was killed, probably out of memory; to continue with one at a "
+                "time, set OMP_NUM_THREADS=1 and run the same command"
+            ) from None
+
+
+def _begin(parent: int) -> None:
+    """Prepares a process for its runs."""
+    if sys.platform == "linux":
+        end_with_parent(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # except in training
+    torch.set_num_threads(1)
+
+
+def _train(run: Run) -> Trained:
+    path = checkpoint_path(run.folder)
+    done = iterations_done(run.folder) if path.is_file() else 0
+    begin = time.monotonic()
+    try:
+        result = train(
+            run.recipe,
+            run.data,
+            run.folder,
+            split=run.splits[0],
+            val_split=run.splits[1],
+            hardware=Hardware(devices=1, workers=0),
+            loop=LoopOptions(feature_cache=run.features, progress=False),
+        )
+    except UnsavedScores as error:  # its scores cannot pass to another process
+        raise OSError(error.errno, error.strerror, error.filename) from error
+    assert result.scores is not None
+    note = f"trained in {time.monotonic() - begin:.0f} s"
+    if done == run.recipe.iterations:
+        note = "trained before"
+    elif done:
+        note = f"resumed after iteration {done}"
+    return Trained(result.scores.summary, _dilation(run), note)
+
+
+def _dilation(run: Run) -> list[LayerDilation]:
+    """Table 2 on the scored images."""
+    if not run.recipe.deform_layers:
+        return []
+    opened = OpenedRun(run.folder)
+    backbone = opened.model.backbone
+    backbone.recall = FeatureCache(run.features, backbone, opened.predictor.device).recall
+    images = opened.task.annotated(run.data, run.splits[1], opened.data)
+    return dilation_statistics(
+        opened.model, _inputs(opened, images), stride=backbone.stride, call=backbone
+    )
+
+
+def _inputs(opened: OpenedRun, images: AnnotatedImages) -> Iterator[AnnotatedImage]:
+    """Images as the network sees them, with boxes as in images of the usual size."""
+    for index in range(len(images)):
+        image, annotation = images[index]
+        prepared = opened.predictor.prepare(image)
+        larger = SIDE / min(image.shape[1:])
+        boxes = annotation.contents(images.countable or images.classes).boxes()
+        scale = math.sqrt(math.prod(prepared.scale)) / larger
+        yield AnnotatedImage(prepared.input[0], boxes * larger, scale)
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
