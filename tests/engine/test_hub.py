@@ -310,7 +310,7 @@ def test_a_download_that_breaks_off(monkeypatch):
         load_run("hf://me/cells")
 
 
-def test_run_folders_are_no_addresses(data, tmp_path, complaint):
+def test_commands_that_need_a_run_folder(data, tmp_path, complaint):
     line = complaint("evaluate", "hf://me/cells", "--data", data)
     message = "expected a run folder to write the scores to, but got an hf:// URI"
     assert line == f"hf://me/cells: {message}"
