@@ -129,7 +129,7 @@ def propose(
     """Write the proposals of a trained detector, for training other detectors.
 
     Args:
-        run: Run folder of `train rpn` or of another detector.
+        run: Run folder or exported network of `train rpn` or of another detector.
         data: Data set folder in VOC or COCO layout.
         out: File to write.
         split: Split to write proposals for.
