@@ -9,8 +9,8 @@ NATIVE := CMakeLists.txt $(wildcard src/deformnet/ops/*/*.cpp src/deformnet/ops/
 
 setup: $(READY)
 
-# Remade when the dependencies or the C++ sources change, and only then. Python compiles what is imported
-# at the first import; compiling all packages takes pip a minute.
+# Remade when the dependencies or the C++ sources change, and only then. With --no-compile, Python compiles
+# modules when they are first imported; compiling all packages would take a minute.
 $(READY): pyproject.toml $(NATIVE)
 	@echo "Setting up $(VENV): PyTorch takes several gigabytes; this takes a few minutes."
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -1,4 +1,4 @@
-"""What experiments of many runs share: stored results, numbers over seeds, and statements."""
+"""Shared by experiments of many runs: stored results, numbers over seeds, and statements."""
 
 import fcntl
 import json
@@ -72,7 +72,7 @@ def spread(values: Mapping[str, Any] | None, digits: int = 1) -> str:
 
 
 class Statement(NamedTuple):
-    """A statement, whether it holds here, and the numbers that say so."""
+    """A statement, whether it holds here, and the supporting numbers."""
 
     text: str
     holds: bool
@@ -83,6 +83,6 @@ class Statement(NamedTuple):
 
 
 def gain_in_words(values: Mapping[int, float]) -> str:
-    """Mean and standard deviation of a gain, and in how many seeds it is positive."""
+    """Mean and standard deviation of a gain, and the number of seeds for which it is positive."""
     ahead = sum(value > 0 for value in values.values())
     return f"{spread(over_seeds(values))} ({ahead} of {len(values)} seeds)"

@@ -236,7 +236,7 @@ def test_invalid_fractions(tmp_path, monkeypatch, capsys, fraction):
 
 
 def made_control():
-    """With warp, deformable is best; with size, dilation is, and in one seed of two."""
+    """Deformable is best with warp alone, dilated with size alone in one of two seeds."""
     more = {
         ("warp", "dilation2"): (1, 2),
         ("warp", "deformable"): (3, 5),
@@ -250,7 +250,7 @@ def made_control():
     ]
 
 
-def test_the_control_pairs_seeds_and_checks_what_it_is_for(tmp_path):
+def test_the_control_pairs_seeds_and_checks_its_statements(tmp_path):
     results = [one for one in made_control() if one["run"]["varied"] != "both"]
     printed = control.report(results, {"machine": "a desk"}, tmp_path)
     assert (
@@ -272,7 +272,7 @@ def test_the_control_pairs_seeds_and_checks_what_it_is_for(tmp_path):
     assert str(control.Statement(**dilation)).startswith("- **does not hold**: size alone: the dil")
 
 
-def test_an_unfinished_control_claims_nothing(tmp_path):
+def test_an_unfinished_control_states_nothing(tmp_path):
     printed = control.report(made_control()[:2], {}, tmp_path)  # plain and dilated, warp alone
     assert "holds" not in printed
     assert "| 51.0 (51.0) | - | 1.0 (1.0) | - | - |" in printed
@@ -284,7 +284,7 @@ def test_runs_of_the_control():
     assert [run.variant for run in order[:3]] == list(CONTROL_VARIANTS)
     assert all(a[2:] == b[2:] for a, b in zip(order[::3], order[2::3], strict=True))
     assert len({run.name for run in order}) == len(order)
-    # Those in which both vary are the runs of the claim.
+    # Those in which both vary are also runs of the claim.
     claims = runs((1,), (0, 1), ("deeplab-lite0",))
     assert set(claims) < set(order)
 

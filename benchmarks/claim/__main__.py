@@ -31,21 +31,21 @@ def main() -> None:
         "--part",
         choices=("claim", "control", "tuning"),
         default="claim",
-        help="gain by strength; warp alone, size alone and both; the settings that were tried",
+        help="gain by strength; warp alone, size alone and both; comparison of settings",
     )
     parser.add_argument(
         "--strengths",
         type=float,
         nargs="+",
         default=[0, 1 / 3, 2 / 3, 1],
-        help="of which the control takes the largest",
+        help="strengths from 0 to 1; control and tuning use only the largest",
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument(
         "--networks",
         choices=NETWORKS,
         nargs="+",
-        help="default: deeplab and rfcn, in the control deeplab-lite0",
+        help="default: deeplab and rfcn; for control and tuning, deeplab-lite0",
     )
     parser.add_argument("--fraction", type=float, default=1, help="of the training iterations")
     options = parser.parse_args()

@@ -10,13 +10,13 @@ from benchmarks.grid import Statement, cell, gain_in_words, over_seeds
 from deformnet._files import write_json
 
 Scores = Mapping[tuple[Varied, Variant], Mapping[int, float]]
-"""Scores of a network by seed."""
+"""Scores of a network by data set, variant and seed."""
 PAIRS: tuple[tuple[Variant, Variant], ...] = (
     ("dilation2", "plain"),
     ("deformable", "plain"),
     ("deformable", "dilation2"),
 )
-"""Networks that are compared, seed by seed."""
+"""Variants that are compared seed by seed."""
 _WORDS: Mapping[Varied, str] = {"warp": "warp alone", "size": "size alone", "both": "both"}
 
 
@@ -30,13 +30,13 @@ def scores(results: Sequence[Mapping[str, Any]], network: Network) -> Scores:
 
 
 def gaps(found: Scores, varied: Varied, better: Variant, worse: Variant) -> dict[int, float]:
-    """Difference of two networks, for the seeds that both have."""
+    """Score of `better` minus that of `worse`, for the seeds that both have."""
     first, second = found.get((varied, better), {}), found.get((varied, worse), {})
     return {seed: first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())}
 
 
 def statements(found: Scores) -> Iterator[Statement]:
-    """What the control is for: true if it is so in every seed."""
+    """The statements that the control checks; each holds only if it does for every seed."""
     for varied in ("warp", "size"):
         over = {worse: gaps(found, varied, "deformable", worse) for worse in ("plain", "dilation2")}
         if all(over.values()):
@@ -54,7 +54,7 @@ def statements(found: Scores) -> Iterator[Statement]:
 
 
 def summarize(found: Scores) -> list[dict[str, Any]]:
-    """Scores and gaps of each data set over seeds; None without runs."""
+    """Scores and gaps of each data set over seeds; None where there are no runs."""
     rows: list[dict[str, Any]] = []
     for varied in CONTROL:
         columns = {v: found.get((varied, v), {}) for v in CONTROL_VARIANTS}
@@ -86,7 +86,7 @@ def report(results: Sequence[Mapping[str, Any]], found: Mapping[str, Any], out: 
     by_network = {network: of for network in NETWORKS if (of := scores(results, network))}
     summary = {network: summarize(of) for network, of in by_network.items()}
     checked = {network: list(statements(of)) for network, of in by_network.items()}
-    lines = [f"core minutes: {sum(one['core seconds'] for one in results) / 60:.1f}"]
+    lines = [f"CPU minutes: {sum(one['core seconds'] for one in results) / 60:.1f}"]
     for network, rows in summary.items():
         lines += [table(network, rows), "", *map(str, checked[network])]
     stored = {network: [one._asdict() for one in of] for network, of in checked.items()}
@@ -96,8 +96,8 @@ def report(results: Sequence[Mapping[str, Any]], found: Mapping[str, Any], out: 
 
 
 def tuning_table(results: Sequence[Mapping[str, Any]]) -> str:
-    """Scores by setting, on images that are not scored."""
-    lines = ["| learning rate | network | score | core seconds |", "|---" * 4 + "|"]
+    """Scores by setting, on the tuning images."""
+    lines = ["| learning rate | network | score | CPU seconds |", "|---" * 4 + "|"]
     for one in results:
         run, budget = Run(**one["run"]), one["budget"]
         lines.append(

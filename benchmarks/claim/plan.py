@@ -10,13 +10,13 @@ from benchmarks.grid import stored
 Network = Literal["deeplab", "rfcn", "deeplab-lite0"]
 Variant = Literal["plain", "dilation2", "dilation4", "deformable"]
 Varied = Literal["both", "warp", "size"]
-"""What varies between objects; warp alone and size alone are the control."""
+"""What varies between objects; the control adds "warp" and "size" to "both"."""
 NETWORKS: tuple[Network, ...] = get_args(Network)
 VARIANTS: tuple[Variant, ...] = ("plain", "deformable")
 CONTROL_VARIANTS: tuple[Variant, ...] = ("plain", "dilation2", "deformable")
 CONTROL: tuple[Varied, ...] = ("warp", "size", "both")
 LAYERS = 3
-"""Number of convolutions, the last ones, that are dilated or deformable."""
+"""Number of final convolutions that are dilated or deformable."""
 DILATION: Mapping[Variant, int] = {"plain": 1, "dilation2": 2, "dilation4": 4, "deformable": 1}
 
 
@@ -55,9 +55,9 @@ BUDGETS: dict[Network, Budget] = {
     ),
 }
 TUNING_SEED = 100
-"""Seed of the images and of the runs that settings are chosen on; they are not scored."""
+"""Seed of the images and runs used only to choose settings."""
 RATES = (0.05, 0.2)
-"""Learning rates that tuning compares; dilations are compared at the first."""
+"""Learning rates that tuning compares; dilations are compared only at the first."""
 
 
 class Run(NamedTuple):
@@ -79,7 +79,7 @@ class Job(NamedTuple):
     """A run with its budget.
 
     Attributes:
-        folder: where its result is stored in the output folder.
+        folder: subfolder of the output folder for its result.
     """
 
     run: Run
@@ -92,7 +92,7 @@ def runs(
     seeds: Sequence[int],
     networks: Sequence[Network] = ("deeplab", "rfcn"),
 ) -> list[Run]:
-    """The runs of the claim, in an order in which the first ones are already informative."""
+    """The runs of the claim, one seed after the other, so that the first ones are informative."""
     ends = (min(strengths), max(strengths))
     return [
         Run(network, variant, strength, seed)
@@ -106,7 +106,7 @@ def runs(
 def control_runs(
     strength: float, seeds: Sequence[int], networks: Sequence[Network] = ("deeplab-lite0",)
 ) -> list[Run]:
-    """Warp alone, size alone, and both, in an order in which the first ones are informative."""
+    """The runs of the control, one seed after the other, so that the first ones are informative."""
     return [
         Run(network, variant, strength, seed, varied)
         for seed in seeds
@@ -119,7 +119,7 @@ def control_runs(
 def tuning_jobs(
     strength: float, budgets: Mapping[Network, Budget], networks: Sequence[Network]
 ) -> list[Job]:
-    """The settings that were tried for the control, on images that are not scored."""
+    """The settings to compare for the control, on images that the control does not use."""
     return [
         Job(
             Run(network, variant, strength, TUNING_SEED),

@@ -102,7 +102,7 @@ def shapes(strength: float, budget: Budget, varied: Varied = "both") -> Shapes:
     """The data set of a strength: objects on a plain background, as the budget is small.
 
     Args:
-        varied: what the strength applies to; the other does not vary.
+        varied: what the strength applies to: warp, size or both; the other one does not vary.
     """
     factor = 1 if varied == "warp" else RADIUS_FACTOR**strength
     return Shapes(
@@ -158,7 +158,7 @@ def build(network: Network, variant: Variant) -> DeepLab | RFCN:
 
 
 def _pretrained() -> Backbone:
-    """EfficientNet-Lite0, frozen, with ImageNet weights, and three residual 3x3 convolutions."""
+    """Frozen EfficientNet-Lite0 with ImageNet weights, then three residual 3x3 convolutions."""
     return backbone(
         "timm/tf_efficientnet_lite0",
         dilation=1,
@@ -209,14 +209,14 @@ def train(run: Run, budget: Budget, features: Path) -> tuple[DeepLab | RFCN, flo
     """The trained network, and the median processor time per step in seconds.
 
     Args:
-        features: folder of the features of frozen backbones.
+        features: folder for the cached features of frozen backbones.
     """
     images = make_images(shapes(run.strength, budget, run.varied), "train")
     torch.manual_seed(run.seed)
     model = build(run.network, run.variant).to(memory_format=torch.channels_last)
     if model.backbone.frozen:
         model.backbone.recall = FeatureCache(features, model.backbone, _CPU).recall
-        model.train()  # the cache has set the mode of evaluation
+        model.train()  # the cache has set evaluation mode
     groups = parameter_groups(
         model,
         budget.lr,

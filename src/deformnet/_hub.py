@@ -1,9 +1,9 @@
-"""Exported networks on the Hugging Face hub, and in folders that are laid out as its repositories.
+"""Exported networks on the Hugging Face Hub, and folders with the layout of its repositories.
 
 ```
 model.safetensors       the weights
 model.json              their card, see `deformnet.engine.export`
-README.md               the same in words
+README.md               the model card
 ```
 """
 
@@ -20,19 +20,20 @@ _ADDRESS = re.compile(r"hf://([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 
 
 def address_of(source: str | Path) -> str | None:
-    """The address hf://... that weights are named by, also as a path; None if there is none."""
+    """The URI hf://... of a string, or of a path made from it; None if it is not one."""
     scheme, _, rest = Path(source).as_posix().partition("/")  # a path has one slash of the two
     return f"hf://{rest}" if scheme == "hf:" else None
 
 
 def local(source: str | Path) -> Path:
-    """The path of weights, which are downloaded once if they are on the hub.
+    """The local path of weights; those on the Hub are downloaded once.
 
     Args:
         source: hf://OWNER/REPO or hf://OWNER/REPO@REVISION, where the revision is a branch, tag or
-            commit; a folder with an exported network; or another path or name, which is returned.
+            commit; a folder with an exported network; or any other path or name, which is returned
+            unchanged.
     Raises:
-        UserError: if an address is malformed, or `download` does not find an exported network.
+        FileNotFoundError, UserError: see `download`; UserError also if a URI is malformed.
         OSError: if the download fails.
     """
     address = address_of(source)
@@ -56,20 +57,20 @@ def download(
     local_only: bool = False,
     token: str | bool | None = None,
 ) -> Path:
-    """Downloads an exported network from the hub, or finds it in the cache of earlier downloads.
+    """Downloads an exported network from the Hub, unless it is in the cache.
 
     Args:
         repo: OWNER/REPO.
-        revision: branch, tag or commit; None is the main branch.
-        cache_dir: folder of the cache; None is that of huggingface_hub.
-        force: download again what is in the cache.
-        local_only: use the cache alone.
-        token: of the user; None is that of `hf auth login`.
+        revision: branch, tag or commit; None uses the main branch.
+        cache_dir: cache folder; None uses that of huggingface_hub.
+        force: download files even if they are in the cache.
+        local_only: use only the cache, without downloading.
+        token: access token; None uses the one saved by `hf auth login`.
     Returns:
-        The path of its weights, whose card is in the same folder.
+        The path of the weights; their card is in the same folder.
     Raises:
         FileNotFoundError: if there is no such repository, revision or file.
-        UserError: if the files are damaged, or the repository is not one of an exported network.
+        UserError: if the files are damaged, or are not those of an exported network.
         OSError: if the download fails.
     """
     require_extra("hf://", "models", "huggingface_hub")
@@ -94,13 +95,13 @@ def download(
             raise UserError(f"{address}: expected OWNER/REPO, but got {repo}") from error
         except errors.RepositoryNotFoundError as error:
             raise FileNotFoundError(
-                f"{address}: expected a public repository, or one that you may read, but found "
-                "none; check the name, or log in with: hf auth login"
+                f"{address}: expected a repository that you can read, but found none; check the "
+                "name, or for a private repository, run: hf auth login"
             ) from error
         except errors.RevisionNotFoundError as error:
             raise FileNotFoundError(
-                f"{address}: expected a branch, tag or commit, but found no {revision}; leave out "
-                f"@{revision} for the main branch"
+                f"{address}: expected a branch, tag or commit, but found no {revision}; omit "
+                f"@{revision} to use the main branch"
             ) from error
         except Exception as error:  # the type of network errors differs between versions
             is_absent = isinstance(error, errors.EntryNotFoundError)
@@ -111,8 +112,8 @@ def download(
                 ) from error
             raise OSError(
                 f"{address}: cannot download {name} ({_first_line(error.__cause__ or error)}), "
-                "and it is not in the cache; check the network, or pass the path of a copy of the "
-                "repository"
+                "and it is not in the cache; check the network connection, or pass the path of a "
+                "local copy of the repository"
             ) from error
 
     card = fetch(_CARD, revision)
@@ -127,7 +128,7 @@ def download(
 
 
 def _require_intact(card: Path, weights: Path) -> None:
-    """Verifies that the weights are those of their card."""
+    """Verifies the SHA-256 of the weights against their card."""
     content = read_json(card)
     expected = content.get("sha256") if isinstance(content, dict) else None
     if not isinstance(expected, str):

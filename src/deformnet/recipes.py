@@ -94,7 +94,7 @@ class Recipe(ABC):
     and of older detectron2 models expect, not in the 3x3 convolutions, as torchvision does."""
     init: str | None = None
     """Initial weights of the backbone: a run folder, a file, hf://OWNER/REPO (an exported network
-    on the Hugging Face hub), an installed package that contains a file, a torchvision name such as
+    on the Hugging Face Hub), an installed package that contains a file, a torchvision name such as
     IMAGENET1K_V1, or timm (timm's hub); None initializes randomly."""
 
     flip: bool = True

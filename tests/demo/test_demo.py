@@ -1,6 +1,6 @@
 """The demo at its smallest, end to end, and its parts.
 
-If DEFORMNET_FUZZ is set, also in two processes, which take long to start.
+If DEFORMNET_FUZZ is set, it also runs in two processes, which are slow to start.
 """
 
 import json
@@ -65,7 +65,7 @@ def test_demo_is_interrupted_and_resumed(tmp_path, capsys, weights, one_process,
     assert len(before) > 20
     main(["demo", "--out", str(out), *TINY])
     printed = capsys.readouterr().out
-    assert printed.count("before") == 3  # the images and two runs
+    assert printed.count("already") == 3  # the images and two runs
     assert before.items() <= contents(out).items()
 
     metrics = json.loads((out / "metrics.json").read_text())
@@ -98,7 +98,7 @@ def test_demo_is_interrupted_and_resumed(tmp_path, capsys, weights, one_process,
 
 @pytest.mark.parametrize("count", [1, 2] if "DEFORMNET_FUZZ" in os.environ else [1])
 def test_own_boxes(tmp_path, capsys, weights, monkeypatch, count):
-    """Without masks and a validation split: detectors alone, scored on images that are held out."""
+    """Without masks or a validation split: only detectors, scored on held-out images."""
     data, out = tmp_path / "data", tmp_path / "demo"
     write_shapes(data, Shapes(train=8, val=1, height=64, width=80, radius=(0.2, 0.4)))
     year = data / "VOCdevkit/VOC2012"
@@ -109,7 +109,7 @@ def test_own_boxes(tmp_path, capsys, weights, monkeypatch, count):
     monkeypatch.setattr("deformnet.demo.training.processes", lambda: count)
     main(["demo", "--data", str(data), "--out", str(out), *TINY])
     printed = capsys.readouterr().out
-    assert "without DeepLab: " in printed
+    assert "skipping DeepLab: " in printed
     assert "on 6 images, and scores them on 2 others" in printed
     assert "[2/2] detection" in printed
     assert sorted(path.name for path in (out / "runs").iterdir()) == [
@@ -162,9 +162,9 @@ def test_gains():
         ("AP", "plain", [2.0, 3.0]),
     ]
     assert str(found[1]) == "IoU: +0.5 ± 2.1 points over the dilated network, ahead in 1 of 2 seeds"
-    assert headline(found) == "Deformable networks lead in 2 of 3 comparisons"
-    assert headline(found[:1]) == "Deformable networks lead in every comparison"
-    assert headline([Gain("IoU", "plain", [0.0, -1.0])]).startswith("No gain")
+    assert headline(found) == "Deformable networks lead for every seed in 2 of 3 comparisons"
+    assert headline(found[:1]) == "Deformable networks lead for every seed in every comparison"
+    assert headline([Gain("IoU", "plain", [0.0, -1.0])]).startswith("No clear gain")
     assert score_table(scores, 0).rows == [
         ["IoU: plain", "50.0", "51.0", "50.5 ± 0.7", ""],
         ["IoU: dilated", "52.0", "55.0", "53.5 ± 2.1", "+3.0 ± 1.4"],

@@ -1,4 +1,4 @@
-"""A server on this machine that answers downloads as the Hugging Face hub does."""
+"""A local server that answers downloads as the Hugging Face Hub does."""
 
 import hashlib
 import threading
@@ -13,7 +13,7 @@ REVISIONS = ("main", "v1", "refs%2Fpr%2F2", COMMIT)
 
 @contextmanager
 def serving(folder: Path) -> Iterator[str]:
-    """Serves OWNER/REPO/FILE of a folder at the address."""
+    """Serves the files OWNER/REPO/FILE of a folder; yields the URL of the server."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_HEAD(self) -> None:

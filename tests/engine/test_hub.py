@@ -1,4 +1,4 @@
-"""Exported networks in folders and on the Hugging Face hub, and their model cards."""
+"""Exported networks in folders and on the Hugging Face Hub, and their model cards."""
 
 import dataclasses
 import importlib.util
@@ -27,7 +27,7 @@ FILES = {"model.safetensors", "model.json", "README.md"}
 
 @pytest.fixture(scope="module")
 def run(data, quick, tmp_path_factory):
-    """A run folder of DeepLab with scores on the validation images."""
+    """A run folder of DeepLab, with scores on the validation images."""
     out = tmp_path_factory.mktemp("runs") / "run"
     train(quick, data, out, loop=LoopOptions(progress=False))
     return out
@@ -42,14 +42,14 @@ def folder(run, tmp_path):
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """An empty cache of the hub."""
+    """An empty download cache."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
 @pytest.fixture
 def hub(folder, cache, monkeypatch):
-    """The hub with one repository, me/cells; the value is its folder."""
+    """A server with one repository, me/cells; the value is its folder."""
     with serving(folder.parents[1]) as address:
         template = f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
@@ -88,7 +88,7 @@ def test_the_model_card_says_what_the_weights_are(run, folder):
         f", deformable layers: {recipe.deform_layers}; {count / 1e6:.2f} M parameters\n",
         f"- Classes ({len(identity.classes)}): {', '.join(identity.classes)}\n",
         f"- Training data: {identity.images} images",
-        f"- Training: 6 iterations of 2 images, sgd, learning rate 0.01, {recipe.schedule} ",
+        f"- Training: 6 iterations, batch size 2, sgd, learning rate 0.01, {recipe.schedule} ",
         "- Initial weights: random\n",
         "| split | images | mean IoU |\n|---|---|---|\n",
         f"| val | {metrics['images']} | {score:.2f} |\n",
@@ -130,7 +130,7 @@ def test_an_edited_model_card_is_kept(run, folder):
     words = folder / "README.md"
     written = words.read_text()
     words.write_text(edited := written.replace("---\n", "---\nlicense: mit\n", 1))
-    message = r"README\.md: kept, because it has been edited; delete it to have it written again"
+    message = r"README\.md: kept, because it has been edited; delete it and export again"
     for _ in range(2):
         with pytest.warns(UserWarning, match=message):
             export_run(run, folder / "model.safetensors")
@@ -258,10 +258,10 @@ def test_a_name_that_the_hub_does_not_allow(cache):
 
 
 def test_what_the_hub_does_not_have(hub):
-    message = "hf://me/dogs: expected a public repository, or one that you may read, but found none"
+    message = "hf://me/dogs: expected a repository that you can read, but found none; check"
     with pytest.raises(FileNotFoundError, match=message):
         load_run("hf://me/dogs")
-    message = "hf://me/cells@v3: expected a branch, tag or commit, but found no v3; leave out @v3"
+    message = "hf://me/cells@v3: expected a branch, tag or commit, but found no v3; omit @v3"
     with pytest.raises(FileNotFoundError, match=message):
         load_run("hf://me/cells@v3")
     for name in ("model.safetensors", "model.json"):
@@ -287,7 +287,7 @@ def test_damaged_downloads(name, damage, message, run, hub, cache):
     text = str(error.value)
     assert text.startswith(f"hf://me/cells: {cache}")
     (hub / name).write_bytes(intact)
-    # What the message says helps.
+    # The command in the message helps.
     folder = text.partition("; delete ")[2].removesuffix(" to download it again")
     shutil.rmtree(folder)
     assert same(load_run("hf://me/cells").model, load_run(run).model)
@@ -298,7 +298,7 @@ def test_no_network(no_network, data, complaint, tmp_path):
     with pytest.raises(OSError, match=message):
         HubModel.from_pretrained("me/cells")
     line = complaint("predict", "hf://me/cells", next(data.rglob("*.jpg")), "--out", tmp_path / "o")
-    assert line.endswith("check the network, or pass the path of a copy of the repository")
+    assert line.endswith("or pass the path of a local copy of the repository")
 
 
 def test_a_download_that_breaks_off(monkeypatch):
@@ -310,11 +310,12 @@ def test_a_download_that_breaks_off(monkeypatch):
         load_run("hf://me/cells")
 
 
-def test_run_folders_are_no_addresses(data, tmp_path, complaint):
+def test_commands_that_need_a_run_folder(data, tmp_path, complaint):
     line = complaint("evaluate", "hf://me/cells", "--data", data)
-    assert line == "hf://me/cells: expected a run folder to write the scores to, but got an address"
+    message = "expected a run folder to write the scores to, but got an hf:// URI"
+    assert line == f"hf://me/cells: {message}"
     line = complaint("export", "hf://me/cells", tmp_path / "net.safetensors")
-    assert line == "hf://me/cells: expected a run folder, but got an address"
+    assert line == "hf://me/cells: expected a run folder, but got an hf:// URI"
 
 
 def test_a_missing_package_is_named(monkeypatch):

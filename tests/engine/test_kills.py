@@ -47,7 +47,7 @@ def undisturbed(kind: Kind, data: Path, folder: Path) -> tuple[Path, float]:
 def test_disturbed_runs_end_in_the_same_bits(data: Path, tmp_path: Path) -> None:
     torch.set_num_threads(1)
     gc.collect()
-    gc.freeze()  # a collection in a child would copy all of its memory
+    gc.freeze()  # garbage collection in a child would copy all of its memory
     expected: dict[Kind, tuple[Path, float]] = {}
     done: collections.Counter[str] = collections.Counter()
     for number in range(SEED, SEED + COUNT):

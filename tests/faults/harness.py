@@ -598,9 +598,9 @@ def main() -> None:
     from deformnet import cli
 
     with suppress(SystemExit), redirect_stdout(io.StringIO()):
-        cli.main(["train", "deeplab", "--help"])  # parses the sources of the help texts
+        cli.main(["train", "deeplab", "--help"])  # parses and caches the sources of the help texts
     gc.collect()
-    gc.freeze()  # a collection in a child would copy all of its memory
+    gc.freeze()  # garbage collection in a child would copy all of its memory
     # Not a `TemporaryDirectory`, which each child would remove when it exits.
     scratch = Path(tempfile.mkdtemp(prefix="faults-")).resolve()
     try:

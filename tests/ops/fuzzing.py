@@ -255,8 +255,8 @@ def pooling(draw: Draw, dyadic: bool) -> roi_pool_cases.Case:
             case = replace(case, samples_per_bin=2)
         return case
     if draw.one_in(3):
-        # The samples of a bin are counted in the dtype of the map: larger boxes have more of them
-        # than a float32 can count.
+        # The samples of a bin are counted in the dtype of the map: larger boxes would have more
+        # samples than float32 can count.
         values = [NAN, INF, -INF, 1e15, -1e15, 2.0**31, 1e9]
         corners = with_specials(draw, case.boxes[:, 1:], draw.sample(values, 2))
         case = replace(case, boxes=torch.cat([case.boxes[:, :1], corners], dim=1))

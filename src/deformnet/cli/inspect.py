@@ -28,7 +28,7 @@ def analyze(
     fields, offset ranges, and the cost of each layer.
 
     Args:
-        run: Run folder of DeepLab or a detector with deformable layers.
+        run: Run folder or exported network: DeepLab or a detector with deformable layers.
         data: Data set folder with label maps (DeepLab) or boxes (detectors).
         out: Folder for the report.
     """
@@ -50,7 +50,7 @@ def view(
     are not kept. Requires Gradio: pip install 'deformnet[view]'.
 
     Args:
-        run: Run folder of a network with deformable layers.
+        run: Run folder or exported network with deformable layers.
         images: Image files, or folders of images, to choose from; more can be uploaded on the page.
     """
     from deformnet.inspection.viewer.serving import serving

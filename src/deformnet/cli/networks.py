@@ -70,7 +70,7 @@ def predict(
     Images are named by their path relative to the given folder.
 
     Args:
-        run: Run folder, or an exported network: its .safetensors file, or hf://OWNER/REPO.
+        run: Run folder, or an exported network: a .safetensors file or hf://OWNER/REPO.
         images: Images, videos, folders (searched recursively), or patterns such as "photos/*.jpg".
         out: Folder for the results.
         threshold: For detectors: minimum score of the boxes to draw; the file contains all boxes.
@@ -129,7 +129,7 @@ def propose(
     """Write the proposals of a trained detector, for training other detectors.
 
     Args:
-        run: Run folder of `train rpn` or of another detector.
+        run: Run folder or exported network of `train rpn` or of another detector.
         data: Data set folder in VOC or COCO layout.
         out: File to write.
         split: Split to write proposals for.

@@ -129,7 +129,7 @@ def demo(
     *,
     out: Path = Path("demo"),
 ) -> None:
-    """Train a plain and a deformable network on synthetic images, and compare them on one page.
+    """Compare plain, dilated and deformable networks on synthetic images or your own, on one page.
 
     Args:
         out: Folder for images, runs and results; repeat the command to resume.

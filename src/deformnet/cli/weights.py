@@ -19,8 +19,8 @@ _Checkpoint = Annotated[Positional[Path], tyro.conf.arg(metavar="CHECKPOINT")]
 def export(run: RunPath, file: _File) -> None:
     """Export a trained network to NAME.safetensors, with a description in NAME.json and NAME.md.
 
-    The file can be used instead of the run folder, for prediction and as --init. The model card
-    NAME.md, README.md for model.safetensors, is for readers; add the license of the weights there.
+    The exported file can be used instead of the run folder, for prediction and as --init. NAME.md
+    is a model card (README.md for model.safetensors); add the license of the weights to it.
 
     Args:
         run: Run folder.

@@ -1,4 +1,4 @@
-"""Figures of the demo alone: predictions, and an overview."""
+"""Figures that only the demo draws: predictions, and an overview."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

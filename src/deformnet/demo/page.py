@@ -1,4 +1,4 @@
-"""The numbers of the demo, as tables for a terminal and as a page that leads with the gain."""
+"""Results of the demo: tables for the terminal, and a page that starts with the gain."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ Scores = Mapping[str, Mapping[str, Sequence[float]]]
 
 
 class Gain(NamedTuple):
-    """What a deformable network scores more than another, in points, for each seed."""
+    """Score of the deformable network minus that of another, in points, for each seed."""
 
     metric: str
     over: str
@@ -26,7 +26,7 @@ class Gain(NamedTuple):
 
     @property
     def ahead(self) -> int:
-        """Number of seeds in which the deformable network leads."""
+        """Number of seeds for which the deformable network is ahead."""
         return sum(it > 0 for it in self.points)
 
     @property
@@ -55,14 +55,14 @@ def headline(found: Sequence[Gain]) -> str:
     """The result in one line."""
     clear = sum(gain.in_every_seed for gain in found)
     if clear == len(found):
-        return "Deformable networks lead in every comparison"
+        return "Deformable networks lead for every seed in every comparison"
     if clear:
-        return f"Deformable networks lead in {clear} of {len(found)} comparisons"
-    return "No gain: the deformable networks do not lead in all seeds of any comparison"
+        return f"Deformable networks lead for every seed in {clear} of {len(found)} comparisons"
+    return "No clear gain: in no comparison does the deformable network lead for every seed"
 
 
 def score_table(scores: Scores, first_seed: int) -> Table:
-    """Scores of each seed, their mean and standard deviation, and the gain over the plain one."""
+    """Scores of each seed, mean and standard deviation, and the gain over the plain network."""
     seeds = max(len(own) for of_network in scores.values() for own in of_network.values())
     rows = []
     for metric, of_network in scores.items():
@@ -88,11 +88,11 @@ def _differences(own: Sequence[float], others: Sequence[float]) -> list[float]:
 
 
 def _spread(values: Sequence[float], sign: str = "") -> str:
-    """Mean and standard deviation; the mean alone of a single value."""
+    """Mean and standard deviation; only the mean for a single value."""
     mean = f"{statistics.mean(values):{sign}.1f}"
     return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.1f}"
 
 
 def write_demo_page(path: Path, values: Mapping[str, object]) -> None:
-    """Writes the page, which shows the figures beside it."""
+    """Writes the page, which shows the figures in the same folder."""
     write_page(path, _TEMPLATE, values)

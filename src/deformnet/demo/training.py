@@ -1,4 +1,4 @@
-"""Training of the demo's networks, several at a time."""
+"""Training of the demo's networks, in parallel."""
 
 import itertools
 import math
@@ -31,7 +31,7 @@ from deformnet.tasks.base import Processes
 from deformnet.tasks.features import FeatureCache
 
 SIDE = 600
-"""Table 2's sizes refer to images with about this shorter side; those of the demo count as such."""
+"""Shorter side of the images that Table 2's sizes refer to; boxes of the demo are scaled to it."""
 _MOST_PROCESSES = 4  # each takes about 1 GB
 
 
@@ -39,9 +39,9 @@ class Trained(NamedTuple):
     """The result of a run.
 
     Attributes:
-        scores: in percent by name, None if there is nothing to score.
+        scores: scores in percent by name; None if undefined.
         dilation: effective dilation by object size; empty without deformable convolutions.
-        note: what was done.
+        note: how it was obtained, such as "trained in 60 s".
     """
 
     scores: Mapping[str, float | None]
@@ -50,7 +50,7 @@ class Trained(NamedTuple):
 
 
 def processes() -> int:
-    """Number of runs at a time: one for each core, or for a GPU."""
+    """Number of parallel runs: one per core, up to 4, or a single one on a GPU."""
     if torch.cuda.is_available():
         return 1
     return min(torch.get_num_threads(), _MOST_PROCESSES)
@@ -100,7 +100,7 @@ def _results(runs: Sequence[Run]) -> Generator[tuple[Run, Trained]]:
     if count == 1:
         yield from ((run, _train(run)) for run in runs)
         return
-    # Tensors are small: a process for each core is faster than a thread for each.
+    # Tensors are small: one process per core is faster than one thread per core.
     todo = iter(runs)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(count, context, _begin, (os.getpid(),)) as pool:
@@ -109,15 +109,15 @@ def _results(runs: Sequence[Run]) -> Generator[tuple[Run, Trained]]:
             while pending:
                 for done in wait(pending, return_when=FIRST_COMPLETED).done:
                     run, result = pending.pop(done), done.result()
-                    # One at a time, as a run that was submitted starts even after Ctrl-C.
+                    # One at a time, since submitted runs start even after Ctrl-C.
                     pending |= {pool.submit(_train, it): it for it in itertools.islice(todo, 1)}
                     yield run, result
-        except KeyboardInterrupt:  # the processes have it, too, and stop at their next iteration
+        except KeyboardInterrupt:  # the processes receive it, too, and stop after an iteration
             raise TrainingStopped("stopped; run the same command to continue") from None
         except BrokenProcessPool:
             raise UserError(
-                "a training process was killed, probably out of memory; to continue with one at a "
-                "time, set OMP_NUM_THREADS=1 and run the same command"
+                "a training process was killed, probably out of memory; to continue with one "
+                "process, set OMP_NUM_THREADS=1 and run the same command"
             ) from None
 
 
@@ -125,7 +125,7 @@ def _begin(parent: int) -> None:
     """Prepares a process for its runs."""
     if sys.platform == "linux":
         end_with_parent(parent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # except in training
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # training handles it
     torch.set_num_threads(1)
 
 
@@ -143,19 +143,19 @@ def _train(run: Run) -> Trained:
             hardware=Hardware(devices=1, workers=0),
             loop=LoopOptions(feature_cache=run.features, progress=False),
         )
-    except UnsavedScores as error:  # its scores cannot pass to another process
+    except UnsavedScores as error:  # its scores cannot be sent to another process
         raise OSError(error.errno, error.strerror, error.filename) from error
     assert result.scores is not None
     note = f"trained in {time.monotonic() - begin:.0f} s"
     if done == run.recipe.iterations:
-        note = "trained before"
+        note = "already trained"
     elif done:
         note = f"resumed after iteration {done}"
     return Trained(result.scores.summary, _dilation(run), note)
 
 
 def _dilation(run: Run) -> list[LayerDilation]:
-    """Table 2 on the scored images."""
+    """Table 2 on the validation images."""
     if not run.recipe.deform_layers:
         return []
     opened = OpenedRun(run.folder)
@@ -168,7 +168,7 @@ def _dilation(run: Run) -> list[LayerDilation]:
 
 
 def _inputs(opened: OpenedRun, images: AnnotatedImages) -> Iterator[AnnotatedImage]:
-    """Images as the network sees them, with boxes as in images of the usual size."""
+    """Prepared images, with boxes scaled to the image size of Table 2."""
     for index in range(len(images)):
         image, annotation = images[index]
         prepared = opened.predictor.prepare(image)

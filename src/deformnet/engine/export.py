@@ -1,14 +1,14 @@
-"""A trained network in three files, to keep or to hand on: its weights, and two cards about them.
+"""Exports a trained network as three files, to keep or to share: the weights and two cards.
 
 ```
 NAME.safetensors        the network's weights
 NAME.json               the card: recipe, training data, scores, versions, sha256 of the weights
-NAME.md                 the model card: the same in words; README.md beside model.safetensors
+NAME.md                 the model card, for readers; README.md for model.safetensors
 ```
 
-`deformnet.engine.load_run` and `load` take NAME.safetensors in place of a run folder, which needs
-NAME.json beside it. A folder with model.safetensors, model.json and README.md can be uploaded to
-the Hugging Face hub as it is; see `deformnet.engine.HubModel`.
+`deformnet.engine.load_run` and `load` accept NAME.safetensors instead of a run folder; NAME.json
+has to be in the same folder. A folder with model.safetensors, model.json and README.md can be
+uploaded to the Hugging Face Hub as is; see `deformnet.engine.HubModel`.
 """
 
 import hashlib
@@ -38,18 +38,18 @@ from deformnet.models.backbones.weights import EXPORTED
 
 
 class Facts(NamedTuple):
-    """What a card says about a run besides its recipe and its data."""
+    """The content of a card besides the recipe and the data."""
 
     metrics: Mapping[str, Mapping[str, object]]
-    """Content of every file of scores, by name."""
+    """Content of every metrics*.json, by file name."""
     versions: Mapping[str, object]
 
 
 def export_run(run: str | Path, out: str | Path) -> Path:
-    """Writes the network of a run as safetensors, and its card and its model card beside it.
+    """Writes the network of a run as safetensors, with its card and model card in the same folder.
 
-    The card has `sha256` of the weights; `recipe`; `data`, with the classes, the number of images
-    and a digest of their names; `metrics`, the content of every metrics*.json of the run;
+    The card contains `sha256`, that of the weights; `recipe`; `data`, with the classes, the number
+    of images and a digest of their names; `metrics`, the content of every metrics*.json of the run;
     `versions` of Python, the packages and deformnet's commit, at training ("trained", None for an
     unfinished run) and now ("exported"); and `model_card`, the sha256 of the model card. A model
     card that has been edited since it was written is kept, with a warning.
@@ -73,7 +73,7 @@ def export_run(run: str | Path, out: str | Path) -> Path:
 
 
 def facts_of(run: Path) -> Facts:
-    """The scores of a run folder, and versions."""
+    """The scores and versions of a run folder."""
     metrics = {path.name: _scores(path) for path in sorted(matching(run, "metrics*.json"))}
     trained = metrics.get("metrics.json", {}).get("versions")
     return Facts(metrics, {"trained": trained, "exported": versions()})
@@ -83,8 +83,8 @@ def write_export(trained: TrainedRun, facts: Facts, out: Path) -> Path:
     """Writes the files of an exported run; see `export_run`.
 
     Args:
-        trained: the network.
-        facts: the rest of its card.
+        trained: the network, its recipe and its data.
+        facts: the rest of the card.
         out: NAME.safetensors.
     Returns:
         The path of the card.
@@ -103,7 +103,7 @@ def write_export(trained: TrainedRun, facts: Facts, out: Path) -> Path:
     words = model_card_path(out)
     kept = words.exists() and hashlib.sha256(read_file(words)).hexdigest() != old.get("model_card")
     # A full disk leaves all files unchanged. If the process is killed between the renames, the
-    # old card does not fit the weights, which is an error when they are read.
+    # old card does not match the new weights, and reading them raises an error.
     with (
         replacing(card_path(out)) as described,
         nullcontext(io.BytesIO()) if kept else replacing(words) as worded,
@@ -116,14 +116,14 @@ def write_export(trained: TrainedRun, facts: Facts, out: Path) -> Path:
         file.write(content)
     if kept:
         warnings.warn(
-            f"{words}: kept, because it has been edited; delete it to have it written again",
+            f"{words}: kept, because it has been edited; delete it and export again to replace it",
             stacklevel=2,
         )
     return card_path(out)
 
 
 def model_card_path(weights: Path) -> Path:
-    """The model card of exported weights, README.md for those that are named as on the hub."""
+    """Path of the model card of exported weights: README.md for model.safetensors, else NAME.md."""
     return weights.with_name("README.md") if weights.name == WEIGHTS else weights.with_suffix(".md")
 
 
@@ -144,7 +144,7 @@ def _require_safetensors(out: Path) -> None:
 
 
 def _existing_card(out: Path) -> dict[str, object]:
-    """The card that is to be replaced, empty if there is none.
+    """The card that will be replaced; empty if there is none.
 
     Raises:
         UserError: if it is another JSON file, such as the recipe.json of a run.

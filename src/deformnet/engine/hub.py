@@ -1,4 +1,4 @@
-"""Trained networks that are shared on the Hugging Face hub."""
+"""Sharing of trained networks on the Hugging Face Hub."""
 
 from pathlib import Path
 from typing import Self
@@ -18,19 +18,19 @@ from deformnet.tasks.predictor import Device, Predictor
 
 
 class HubModel(ModelHubMixin):
-    """A trained network with the methods of huggingface_hub's mixin.
+    """A trained network with the methods of `huggingface_hub.ModelHubMixin`.
 
         >>> HubModel("runs/cells").push_to_hub("me/cells", private=True)
         >>> predictor = HubModel.from_pretrained("me/cells").predictor()
         >>> predictor = deformnet.load("hf://me/cells")  # the same
 
-    `push_to_hub(repo)` uploads what `save_pretrained(folder)` writes: model.safetensors, model.json
-    and README.md, as `deformnet export RUN FOLDER/model.safetensors` does.
+    `push_to_hub(repo)` uploads the files that `save_pretrained(folder)` writes: model.safetensors,
+    model.json and README.md, the same as `deformnet export RUN FOLDER/model.safetensors`.
 
     Args:
         run: run folder, or an exported run; see `deformnet.load`.
     Attributes:
-        trained: the recipe, the network (`trained.model`) and the identity of the training data.
+        trained: recipe, network (`trained.model`) and identity of the training data.
     Raises:
         FileNotFoundError, UserError, OSError: see `deformnet.engine.load_run`.
     """
@@ -40,10 +40,10 @@ class HubModel(ModelHubMixin):
         self.trained = load_run(path)
         is_exported = path.suffix == ".safetensors"
         self._facts = _exported_facts(card_path(path)) if is_exported else facts_of(path)
-        self._hub_mixin_config = None  # the card has it all
+        self._hub_mixin_config = None  # the card contains the configuration
 
     def predictor(self, device: Device = None) -> Predictor:
-        """The network as a predictor; see `deformnet.load`."""
+        """Returns a predictor, as `deformnet.load` does."""
         recipe, model, data = self.trained
         return task_of(recipe).predictor(model, data, device)
 
@@ -61,18 +61,18 @@ class HubModel(ModelHubMixin):
         local_files_only: bool = False,
         revision: str | None = None,
     ) -> Self:
-        """Loads a network from the hub, where it is downloaded once, or from a folder.
+        """Loads a network from a folder, or from the Hub, from which it is downloaded once.
 
         Args:
-            pretrained_model_name_or_path: OWNER/REPO, or a folder of `save_pretrained`.
-            force_download: download again what is in the cache.
-            token: token of the user; None is that of `hf auth login`.
-            cache_dir: folder of the cache; None is that of huggingface_hub.
-            local_files_only: use the cache alone.
-            revision: branch, tag or commit; None is the main branch.
+            pretrained_model_name_or_path: OWNER/REPO, or a folder written by `save_pretrained`.
+            force_download: download files even if they are in the cache.
+            token: access token; None uses the one saved by `hf auth login`.
+            cache_dir: cache folder; None uses that of huggingface_hub.
+            local_files_only: use only the cache, without downloading.
+            revision: branch, tag or commit; None uses the main branch.
         Raises:
             FileNotFoundError: if there is no such repository, revision or file.
-            UserError: if a file is damaged, or is not of an exported run.
+            UserError: if a file is damaged, or does not belong to an exported run.
             OSError: if the download fails.
         """
         name = pretrained_model_name_or_path
@@ -90,7 +90,7 @@ class HubModel(ModelHubMixin):
 
 
 def _exported_facts(card: Path) -> Facts:
-    """What `write_export` has put into a card that `load_run` has read."""
+    """The facts in a card that `load_run` has already checked."""
     content = read_json(card)
     facts = Facts(content.get("metrics", {}), content.get("versions", {}))
     if not all(isinstance(part, dict) for part in (*facts, *facts.metrics.values())):

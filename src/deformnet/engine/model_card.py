@@ -1,4 +1,4 @@
-"""The model card of exported weights: what they are, in words."""
+"""The model card of exported weights."""
 
 from collections.abc import Iterator, Mapping
 from html import escape
@@ -14,12 +14,12 @@ _Metrics = Mapping[str, Mapping[str, object]]
 
 
 def model_card(weights: str, trained: TrainedRun, metrics: _Metrics) -> str:
-    """The model card as Markdown, with the metadata that the Hugging Face hub reads.
+    """The model card as Markdown, with the metadata that the Hugging Face Hub reads.
 
     Args:
-        weights: name of the file.
-        trained: its network.
-        metrics: content of each file of scores of the run.
+        weights: name of the weights file.
+        trained: the trained network.
+        metrics: content of every metrics*.json of the run, by file name.
     """
     recipe, model, data = trained
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -33,18 +33,18 @@ tags:
 
 # {recipe.network} on {recipe.backbone}
 
-A network of deformnet: deformable convolutional networks
-([Dai et al. 2017](https://arxiv.org/abs/1703.06211)) in PyTorch.
+A network trained with deformnet, a library of deformable convolutional networks
+([Dai et al. 2017](https://arxiv.org/abs/1703.06211)) for PyTorch.
 
 - Network: {_network(recipe)}; {parameters / 1e6:.2f} M parameters
-- Input: RGB images of any size; `deformnet.load` resizes and normalizes them
+- Input: RGB images of any size, which the predictor resizes and normalizes
 - Classes ({len(data.classes)}): {listing([_plain(name) for name in data.classes])}
 - Training data: {data.images} images (SHA-256 of their names: {data.digest[:16]}...)
 - Training: {_training(recipe)}
 - Initial weights: {_plain(_initial(recipe))}
 
-`{Path(weights).stem}.json` has the whole recipe, all scores, the versions of all packages, and the
-SHA-256 of the weights, which is verified when they are loaded.
+`{Path(weights).stem}.json` contains the full recipe, all scores, package versions, and the SHA-256
+of the weights, which is verified on loading.
 
 ## Scores
 
@@ -59,12 +59,12 @@ pip install 'deformnet[train]'
 ```python
 import deformnet
 
-predict = deformnet.load("{weights}")  # on the hub: deformnet.load("hf://OWNER/REPO")
+predict = deformnet.load("{weights}")  # from the Hub: deformnet.load("hf://OWNER/REPO")
 result = predict("photo.jpg")
 result.plot().save("result.png")
 ```
 
-To train on your own data from these weights:
+To fine-tune these weights on your own data:
 
 ```
 deformnet train {recipe.network} --init {weights} --data DIR --out RUN
@@ -72,8 +72,8 @@ deformnet train {recipe.network} --init {weights} --data DIR --out RUN
 
 ## License
 
-Not stated. The owner of these weights adds `license: NAME` to the first lines of this file, and the
-names and terms of the training data and of the initial weights here.
+Not stated. Owner of these weights: add `license: NAME` to the metadata at the top of this file, and
+state the names and terms of the training data and of the initial weights here.
 """
 
 
@@ -88,14 +88,14 @@ def _network(recipe: Recipe) -> str:
 
 
 def _initial(recipe: Recipe) -> str:
-    """Name of the initial weights, without the folders of the machine they were read on."""
+    """Name of the initial weights, without local folders."""
     init = recipe.init or "random"
     return init if address_of(init) is not None else Path(init).name
 
 
 def _training(recipe: Recipe) -> str:
     return (
-        f"{recipe.iterations} iterations of {recipe.batch} images, {recipe.optimizer}, learning "
+        f"{recipe.iterations} iterations, batch size {recipe.batch}, {recipe.optimizer}, learning "
         f"rate {recipe.lr:g}, {recipe.schedule} schedule, seed {recipe.seed}"
     )
 
@@ -110,7 +110,7 @@ def _scores(metrics: _Metrics) -> Iterator[str]:
             rows.append((split, percent))
     if not rows:
         evaluated = any("split" in scores for scores in metrics.values())  # by an earlier version
-        yield "See that file." if evaluated else "None: the run has not been evaluated."
+        yield "See the JSON file." if evaluated else "None: the run has not been evaluated."
         return
     names = list(dict.fromkeys(name for _, percent in rows for name in percent))
     yield f"In percent:\n\n| split | images | {' | '.join(names)} |"
@@ -124,5 +124,5 @@ def _score(value: object) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text in one line, without the characters that Markdown or HTML interpret."""
+    """Text on one line, with the special characters of Markdown and HTML escaped."""
     return escape(" ".join(text.split()), quote=False).replace("|", "&#124;").replace("`", "&#96;")

@@ -24,8 +24,8 @@ A checkpoint is an archive of `torch.save` with a checksum per record, which is 
 a damaged file raises an error and is never loaded. All names, shapes and types are checked against
 those that the run expects, and weights have to be finite.
 
-An exported run (`deformnet.engine.export`) is two files: the weights, NAME.safetensors, and their
-card, NAME.json, with the rest of the checkpoint and the SHA-256 of the weights.
+An exported run (`deformnet.engine.export`) is three files: the weights, NAME.safetensors; their
+card, NAME.json, with the rest of the checkpoint and the SHA-256 of the weights; and a model card.
 """
 
 import dataclasses
@@ -109,13 +109,13 @@ def existing_checkpoint(run: Path) -> Path:
 
 
 def require_folder(run: Path, purpose: str = "") -> None:
-    """Refuses a file or an address where only a run folder will do.
+    """Requires a run folder rather than a file or an hf:// URI.
 
     Raises:
-        UserError: if `run` is one of these.
+        UserError: if `run` is a file or an hf:// URI.
     """
     if (address := address_of(run)) is not None:
-        raise UserError(f"{address}: expected a run folder{purpose}, but got an address")
+        raise UserError(f"{address}: expected a run folder{purpose}, but got an hf:// URI")
     if run.is_file():
         raise UserError(f"{run}: expected a run folder{purpose}, but got a file")
 
@@ -166,9 +166,9 @@ def load(
         >>> prediction = predictor("street.jpg")
 
     Args:
-        run: run folder, one of its checkpoints, or an exported run: its .safetensors file, the
-            folder of a model.safetensors, or hf://OWNER/REPO or hf://OWNER/REPO@REVISION on the
-            Hugging Face hub.
+        run: run folder, one of its checkpoints, or an exported run: its .safetensors file, a folder
+            that contains model.safetensors, or a repository on the Hugging Face Hub,
+            hf://OWNER/REPO or hf://OWNER/REPO@REVISION.
         options: test-time augmentation, for detectors.
         device: device to run on; None uses a GPU if there is one.
     Raises:
@@ -184,12 +184,12 @@ def load_run(run: str | Path) -> TrainedRun:
     Args:
         run: run folder, finished or not (its best checkpoint if the network was validated during
             training, otherwise the last one); a checkpoint file; the .safetensors file of an
-            exported run, with its card in the same folder; the folder of an exported run named
-            model.safetensors; or the address of one on the Hugging Face hub, see `load`.
+            exported run, with its card in the same folder; a folder that contains
+            model.safetensors and its card; or an hf:// URI, see `load`.
     Raises:
         FileNotFoundError: if the folder or file, its checkpoint or its card does not exist.
         UserError: if the checkpoint, weights or card are damaged, do not belong together, or were
-            not written by deformnet; or an address is malformed.
+            not written by deformnet; or an hf:// URI is malformed.
         OSError: if a download fails.
     """
     path = local(run)

@@ -250,7 +250,7 @@ class Task(ABC, Generic[_RecipeT, _ImagesT]):
         loss_terms: names of the terms of the loss, if there are several.
         localizes: whether its networks locate objects, so that their sampling can be analyzed
             object by object.
-        pipeline_tag: name of the task on the Hugging Face hub.
+        pipeline_tag: name of the task on the Hugging Face Hub.
     """
 
     accepts: ClassVar[tuple[str, ...]] = ()

@@ -114,8 +114,8 @@ def test_proposals_against_loops(num_classes, limits):
 
 
 @pytest.mark.parametrize(("side", "count"), [(20, 5), (300, 5), (300, 40), (3000, 1000)])
-def test_the_best_boxes_apart_are_those_of_all(side, count):
-    """Whether the first few boxes suffice, more are needed, or there are too few of them."""
+def test_nms_of_the_first_boxes_equals_nms_of_all(side, count):
+    """If the first few boxes suffice, if more are needed, and if there are too few."""
     corners = torch.rand(2000, 2) * side
     boxes = torch.cat([corners, corners + 50 + 50 * torch.rand(2000, 2)], dim=1)
     scores = torch.rand(2000).sort(descending=True).values

@@ -81,9 +81,9 @@ def backbone(
             with the state dict of this backbone or of torchvision's ResNet, or a run folder. There
             are no public weights of Aligned-Inception-ResNet. For timm/NAME: "timm" (downloaded
             from timm's hub), a state dict of timm's network, or one with the same shapes in the
-            same order. The name of an installed package that contains such a file, and
-            hf://OWNER/REPO, an exported network on the Hugging Face hub, are accepted as well. None
-            initializes randomly.
+            same order. For any backbone, also the name of an installed package that contains such a
+            file, or hf://OWNER/REPO, an exported network on the Hugging Face Hub. None initializes
+            randomly.
         reduce_channels: Output channels of the randomly initialized 1x1 convolution and ReLU after
             conv5; None leaves both out.
         neck: "residual" adds a 1x1 convolution and residual 3x3 convolutions in place of the

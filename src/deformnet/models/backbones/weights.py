@@ -91,7 +91,7 @@ def initial_weights(
     model: Backbone, weights: str | Path, stride_in_1x1: bool
 ) -> Mapping[str, Tensor]:
     """The state dict of published weights, a file, a run folder, an exported network on the Hugging
-    Face hub (hf://OWNER/REPO), or an installed package.
+    Face Hub (hf://OWNER/REPO), or an installed package.
 
     Raises:
         FileNotFoundError: If `weights` is neither a file nor a known name.
@@ -125,7 +125,7 @@ def initial_weights(
             f"({names or 'there are none'})"
         )
     state = read_weights(path)
-    recipe = _recipe_of(path) if holds_run(path) else None  # the strides are in it alone
+    recipe = _recipe_of(path) if holds_run(path) else None  # only the recipe has the strides
     if recipe is not None and recipe.get("stride_in_1x1", False) != stride_in_1x1:
         raise UserError(
             f"{weights}: expected weights trained with stride_in_1x1={stride_in_1x1}, "
@@ -135,7 +135,7 @@ def initial_weights(
 
 
 def _recipe_of(path: Path) -> Mapping[str, object] | None:
-    """The recipe of a run folder, its checkpoint or an exported run; None if it is not there."""
+    """The recipe of a run folder, its checkpoint or an exported run; None if it has none."""
     if path.suffix == ".safetensors":
         card = path.with_suffix(".json")
         described = read_json(card) if card.is_file() else None

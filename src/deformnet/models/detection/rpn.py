@@ -337,10 +337,10 @@ class RPNDetector(Detector):
 
 
 def best_apart(boxes: Tensor, scores: Tensor, threshold: float, count: int) -> Tensor:
-    """`nms(boxes, scores, threshold)[:count]` for boxes that are sorted by their scores.
+    """`nms(boxes, scores, threshold)[:count]` for boxes that are sorted by descending score.
 
-    Whether a box is kept depends on those before it alone, and the time of `nms` grows with the
-    square of their number, so it is applied to as many as it takes.
+    Whether a box is kept depends only on the boxes before it, and the time of `nms` is quadratic in
+    their number. So `nms` is applied to the first boxes, and to more only if too few are kept.
     """
     first = 4 * count
     while True:
