@@ -131,20 +131,21 @@ def locked(run: Path) -> Iterator[None]:
         yield
         return
     run.mkdir(parents=True, exist_ok=True)
-    with (run / ".lock").open("a+") as file:
+    # Unbuffered, or closing it on a full disk would fail a second time, without naming the file.
+    with (run / ".lock").open("a+b", buffering=0) as file:
         try:
             with naming(run / ".lock"):  # such as a file system without locks
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by loaders
         except (BlockingIOError, PermissionError) as error:
             file.seek(0)
+            process = file.read().decode(errors="replace")
             raise UserError(
-                f"{run}: expected a run folder that is not in use, but process {file.read()} "
+                f"{run}: expected a run folder that is not in use, but process {process} "
                 "writes to it; wait for that run to end, or choose another folder"
             ) from error
         with naming(run / ".lock"):
             file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
+            file.write(str(os.getpid()).encode())
         remove_partial(run / "checkpoints")  # of a process that was killed
         yield
 
