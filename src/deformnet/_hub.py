@@ -132,7 +132,9 @@ def _require_intact(card: Path, weights: Path) -> None:
     content = read_json(card)
     expected = content.get("sha256") if isinstance(content, dict) else None
     if not isinstance(expected, str):
-        raise UserError(f"{card}: damaged, or not the card of an exported run")
+        raise UserError(
+            f"{card}: expected the card of an exported run, but got a damaged or another file"
+        )
     with naming(weights), weights.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != expected:

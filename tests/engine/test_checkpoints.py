@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import os
 import random
+import resource
 import subprocess
 from collections.abc import Iterator
 from functools import partial
@@ -337,6 +338,17 @@ def test_a_pipe_in_the_place_of_a_checkpoint_is_refused(shapes, quick, tmp_path)
         train(quick, shapes, tmp_path, val_split=None, hardware=CPU)
     with one_line(UserError, f"{path}: ", "got a pipe"):
         load_checkpoint(existing_checkpoint(tmp_path))
+
+
+def test_a_full_disk_under_the_lock_is_named(tmp_path):
+    """A limit on the size of files fails every write, also those when the lock is closed."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large.*\.lock"), locked(tmp_path):
+            pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):

@@ -192,9 +192,13 @@ def other_weights(path):
         (
             ".json",
             lambda card: card.write_text("[]"),
-            "net.json: damaged, or not the card of an exported run",
+            "net.json: expected the card of an exported run, but got a damaged or another file",
         ),
-        (".json", edited(data=None), "net.json: damaged, or not the card of an exported run"),
+        (
+            ".json",
+            edited(data=None),
+            "net.json: expected the card of an exported run, but got a damaged or another file",
+        ),
         (
             ".json",
             edited(recipe={"network": "deeplab", "colors": 3}),

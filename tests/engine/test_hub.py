@@ -276,7 +276,11 @@ def test_what_the_hub_does_not_have(hub):
         ("model.safetensors", lambda old: old[:-1] + b"x", "damaged, expected the sha256 "),
         ("model.safetensors", lambda old: old[:-9], "damaged, expected the sha256 "),
         ("model.json", lambda old: old[:-9], "not readable as JSON"),
-        ("model.json", lambda old: b"[]", "damaged, or not the card of an exported run"),
+        (
+            "model.json",
+            lambda old: b"[]",
+            "expected the card of an exported run, but got a damaged or another file",
+        ),
     ],
 )
 def test_damaged_downloads(name, damage, message, run, hub, cache):

@@ -1,4 +1,4 @@
-"""Results of the demo: tables for the terminal, and a page that starts with the gain."""
+"""Results of the demo: gains and tables, for the terminal and the page."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -7,10 +7,9 @@ from typing import NamedTuple
 
 from deformnet._text import Table
 from deformnet.analysis import LayerDilation
-from deformnet.inspection.pages import write_page
 from deformnet.visualization import dilation_cell
 
-_TEMPLATE = Path(__file__).parent / "templates" / "demo.html"
+TEMPLATE = Path(__file__).parent / "templates" / "demo.html"
 PLAIN, DEFORMABLE = "plain", "deformable"
 
 Scores = Mapping[str, Mapping[str, Sequence[float]]]
@@ -91,8 +90,3 @@ def _spread(values: Sequence[float], sign: str = "") -> str:
     """Mean and standard deviation; only the mean for a single value."""
     mean = f"{statistics.mean(values):{sign}.1f}"
     return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.1f}"
-
-
-def write_demo_page(path: Path, values: Mapping[str, object]) -> None:
-    """Writes the page, which shows the figures in the same folder."""
-    write_page(path, _TEMPLATE, values)

@@ -111,7 +111,8 @@ def shapes(demo: Demo) -> Shapes:
 
 
 def require_weights() -> None:
-    """
+    """Requires the package with the ImageNet weights.
+
     Raises:
         UserError: if the package with the weights is not installed.
     """

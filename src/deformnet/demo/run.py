@@ -27,12 +27,12 @@ from deformnet.demo.figures import Example, draw_overview, draw_predictions
 from deformnet.demo.page import (
     DEFORMABLE,
     PLAIN,
+    TEMPLATE,
     Scores,
     gains,
     headline,
     score_table,
     size_table,
-    write_demo_page,
 )
 from deformnet.demo.plan import TITLES, Kind, Run, recipes, require_weights, shapes
 from deformnet.demo.settings import Demo
@@ -44,6 +44,7 @@ from deformnet.demo.training import (
     train_all,
 )
 from deformnet.engine.runs import machine
+from deformnet.inspection.pages import write_page
 from deformnet.inspection.report.bins import find_bins
 from deformnet.inspection.report.recording import UnitRecorder
 from deformnet.inspection.report.scenes import Scene, choose_scenes
@@ -59,7 +60,7 @@ _SCENES, _EXAMPLES, _DETECTIONS = 2, 4, 6  # images in the figures
 _MEAN_IOU = f"{TITLES['segmentation']}, mean IoU"
 _HELD_OUT = 0.25  # fraction of the training images to score if there is no validation split
 
-# Seconds of one core, for images of 384x384 pixels.
+# Seconds of one core of an AMD EPYC, for images of 384x384 pixels.
 _PER_ITERATION: Mapping[Kind, float] = {"segmentation": 0.12, "detection": 0.22}
 _PER_RUN = 15
 _PER_IMAGE = 0.25
@@ -126,7 +127,7 @@ def run_demo(demo: Demo, out: Path, say: Callable[[str], None]) -> None:
         "side": SIDE,
         "machine": machine(),
     }
-    write_demo_page(out / "index.html", values)
+    write_page(out / "index.html", TEMPLATE, values)
     lines = "\n".join(f"- {gain}" for gain in found)
     say(f"\n{table}\n\n{headline(found)}.\n{lines}\n\npage: {out / 'index.html'}")
 
@@ -148,9 +149,13 @@ def _runs(demo: Demo, data: Path, out: Path, say: Callable[[str], None]) -> list
             say(f"skipping {TITLES[kind]}: {error}")
     return [
         Run(
-            *(kind, name, replace(recipe, seed=seed), data, splits[kind]),
-            out / "runs" / f"{kind}-{name}-{seed}",
-            out / "features",
+            kind=kind,
+            network=name,
+            recipe=replace(recipe, seed=seed),
+            data=data,
+            splits=splits[kind],
+            folder=out / "runs" / f"{kind}-{name}-{seed}",
+            features=out / "features",
         )
         for seed in range(demo.seed, demo.seed + demo.seeds)
         for kind in splits

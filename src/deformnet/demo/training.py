@@ -83,14 +83,14 @@ def train_all(runs: Sequence[Run], say: Callable[[str], None]) -> list[Trained]:
         for run, trained in results:
             found[run] = trained
             done = f"[{len(found)}/{len(runs)}]"
-            scores = ", ".join(f"{name} {score(it)}" for name, it in trained.scores.items())
+            scores = ", ".join(f"{name} {_score(it)}" for name, it in trained.scores.items())
             minutes = (time.monotonic() - begin) / 60 * (len(runs) / len(found) - 1)
             left = f"; {math.ceil(minutes)} min left" if len(found) < len(runs) else ""
             say(f"{done} {run.name}: {trained.note}; {scores}{left}")
     return [found[run] for run in runs]
 
 
-def score(value: float | None) -> str:
+def _score(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
 
 

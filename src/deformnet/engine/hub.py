@@ -94,5 +94,5 @@ def _exported_facts(card: Path) -> Facts:
     content = read_json(card)
     facts = Facts(content.get("metrics", {}), content.get("versions", {}))
     if not all(isinstance(part, dict) for part in (*facts, *facts.metrics.values())):
-        raise UserError(f"{card}: damaged, expected valid scores and versions")
+        raise UserError(f"{card}: expected scores and versions by name, but it is damaged")
     return facts

@@ -349,7 +349,9 @@ def _load_exported(path: Path) -> tuple[Description, dict[str, Tensor]]:
     card = read_json(card_file)
     kinds = {"sha256": str, "recipe": dict, "data": dict}
     if not isinstance(card, dict) or not all(isinstance(card.get(k), kinds[k]) for k in kinds):
-        raise UserError(f"{card_file}: damaged, or not the card of an exported run")
+        raise UserError(
+            f"{card_file}: expected the card of an exported run, but got a damaged or another file"
+        )
     state = _tensors.read_safetensors(path)[0]
     try:
         _tensors.weights(state)

@@ -10,7 +10,7 @@ from deformnet.models.backbones import backbone
 from deformnet.models.detection.boxes import decode, encode
 from deformnet.models.detection.detector import Target
 from deformnet.models.detection.postprocess import postprocess
-from deformnet.models.detection.rpn import RPN, RPNDetector, RPNOutput, best_apart
+from deformnet.models.detection.rpn import RPN, RPNDetector, RPNOutput, top_nms
 
 MAP = (4, 5)  # of images up to 64 x 80
 SIZES = [(64, 80), (50, 33)]  # the second has 4 x 3 units of its own
@@ -119,7 +119,7 @@ def test_nms_of_the_first_boxes_equals_nms_of_all(side, count):
     corners = torch.rand(2000, 2) * side
     boxes = torch.cat([corners, corners + 50 + 50 * torch.rand(2000, 2)], dim=1)
     scores = torch.rand(2000).sort(descending=True).values
-    assert best_apart(boxes, scores, 0.3, count).equal(nms(boxes, scores, 0.3)[:count])
+    assert top_nms(boxes, scores, 0.3, count).equal(nms(boxes, scores, 0.3)[:count])
 
 
 def test_candidates_are_all_anchors_of_the_image():

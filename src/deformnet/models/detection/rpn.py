@@ -122,7 +122,7 @@ class RPN(nn.Module):
             boxes, score = boxes[~score.isnan()], score[~score.isnan()]
             score, order = score.sort(descending=True, stable=True)
             score, boxes = score[: self.pre_nms], boxes[order[: self.pre_nms]]
-            kept = best_apart(boxes, score, self.nms, self.post_nms)
+            kept = top_nms(boxes, score, self.nms, self.post_nms)
             proposals.append(Proposals(boxes[kept], score[kept].sigmoid()))
         return proposals
 
@@ -336,7 +336,7 @@ class RPNDetector(Detector):
         return self.rpn.losses(output, features.size, sizes, targets, generators)
 
 
-def best_apart(boxes: Tensor, scores: Tensor, threshold: float, count: int) -> Tensor:
+def top_nms(boxes: Tensor, scores: Tensor, threshold: float, count: int) -> Tensor:
     """`nms(boxes, scores, threshold)[:count]` for boxes that are sorted by descending score.
 
     Whether a box is kept depends only on the boxes before it, and the time of `nms` is quadratic in
