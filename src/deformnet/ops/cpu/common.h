@@ -2,9 +2,7 @@
 // as simd.h is.
 #pragma once
 
-#include <omp.h>
-
-#include <cstdlib>
+#include <new>
 
 #ifdef __linux__
 #include <sys/mman.h>
@@ -14,6 +12,9 @@
 #endif
 
 #include "simd.h"
+
+// The library is linked to no OpenMP runtime, whose header declares this: it finds PyTorch's in the process.
+extern "C" int omp_get_thread_num();
 
 namespace deformnet {
 // As `DTYPES` of loading.py.
@@ -85,7 +86,7 @@ class Memory {
 // arithmetic of a small layer.
 class Workspace {
  public:
-  ~Workspace() { std::free(block_); }
+  ~Workspace() { release(); }
 
   // At least so many bytes, or null.
   char* reserve(int64_t bytes) {
@@ -93,9 +94,9 @@ class Workspace {
     if (block_) __asan_unpoison_memory_region(block_, size_t(capacity_));
 #endif
     if (bytes <= capacity_) return block_;
-    std::free(block_);
+    release();
     capacity_ = round_up(bytes, kHugePage);
-    block_ = static_cast<char*>(std::aligned_alloc(kHugePage, size_t(capacity_)));
+    block_ = static_cast<char*>(operator new(size_t(capacity_), kAlignment, std::nothrow));
     if (!block_) capacity_ = 0;
 #ifdef __linux__
     if (block_) madvise(block_, size_t(capacity_), MADV_HUGEPAGE);
@@ -103,13 +104,18 @@ class Workspace {
     return block_;
   }
   void trim() {
-    if (capacity_ <= kKeptBytes) return;
-    std::free(block_);
+    if (capacity_ > kKeptBytes) release();
+  }
+
+ private:
+  static constexpr std::align_val_t kAlignment{kHugePage};
+
+  void release() {
+    operator delete(block_, kAlignment);
     block_ = nullptr;
     capacity_ = 0;
   }
 
- private:
   char* block_ = nullptr;
   int64_t capacity_ = 0;
 };

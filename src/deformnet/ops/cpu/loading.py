@@ -1,7 +1,8 @@
 """Loading of the compiled library, and calls into it.
 
 The library does not use PyTorch's headers, so one build works with every version; tensors are
-passed as pointers. It uses PyTorch's number of threads and the OpenMP runtime that PyTorch loaded.
+passed as pointers. It uses PyTorch's number of threads and is linked to no OpenMP runtime: its calls go
+to the one that PyTorch loaded, and so to the same threads.
 """
 
 import ctypes
@@ -16,7 +17,9 @@ from torch import Tensor
 
 # Selects an instruction set, as ATEN_CPU_CAPABILITY does for PyTorch's own kernels.
 _CHOICE = "DEFORMNET_INSTRUCTION_SET"
-_FILES = ("libdeformnet_cpu.so", "libdeformnet_cpu.dylib", "deformnet_cpu.dll")
+_FILES = ("libdeformnet_cpu.so", "libdeformnet_cpu.dll")
+# What the system says when no OpenMP runtime is loaded: GCC's, LLVM's, and on Windows.
+_NO_OPENMP = ("GOMP_", "omp_", "__kmpc_", "or one of its dependencies")
 
 # As `DType` of common.h.
 DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -30,16 +33,29 @@ def _library_file() -> Path:
             return file
     # CMake leaves the reason here.
     notes = [note for folder in folders if (note := Path(folder) / "not_built.txt").is_file()]
-    reason = notes[0].read_text().strip() if notes else "no C++ compiler or no OpenMP"
+    reason = notes[0].read_text().strip() if notes else "no C++ compiler was found"
     raise FileNotFoundError(
         f"the CPU kernels were not built when deformnet was installed: {reason}; "
-        "install GCC with OpenMP and reinstall deformnet"
+        "install GCC (Clang on macOS and Windows) and reinstall deformnet, or install a wheel"
     )
+
+
+def _load(file: Path) -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL(str(file))
+    except OSError as error:
+        if not any(name in str(error) for name in _NO_OPENMP):
+            raise
+        raise OSError(
+            "expected PyTorch to have loaded an OpenMP runtime, but got none "
+            f"({error}); install PyTorch's own build (pip install torch), or preload a runtime "
+            "(on Linux, LD_PRELOAD=libgomp.so.1)"
+        ) from error
 
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    library = ctypes.CDLL(str(_library_file()))
+    library = _load(_library_file())
     library.deformnet_instruction_set.restype = ctypes.c_char_p
     library.deformnet_select_instruction_set.argtypes = [ctypes.c_char_p]
     choice = os.environ.get(_CHOICE)

@@ -69,6 +69,20 @@ inline void store(A* p, Vec<A> v) {
   std::memcpy(p, &v, sizeof v);
 }
 
+// Lane j is lane pick[j] of a and b, side by side.
+template <class V, class I>
+inline V shuffle(V a, V b, I pick) {
+#ifdef __clang__
+  // Clang's own takes constants alone; once these loops are unrolled, it makes one instruction of them all the same.
+  constexpr int n = sizeof(V) / sizeof a[0];
+  V shuffled;
+  for (int j = 0; j < n; ++j) shuffled[j] = pick[j] < n ? a[pick[j]] : b[pick[j] - n];
+  return shuffled;
+#else
+  return __builtin_shuffle(a, b, pick);
+#endif
+}
+
 // Halves the runs that are still to be summed in two vectors, and lays them side by side in one: runs of
 // `stride` lanes, from a in the even places and from b in the odd ones.
 template <class A, int stride>
@@ -79,7 +93,7 @@ inline Vec<A> fold(Vec<A> a, Vec<A> b) {
     first[j] = (j & stride) ? n + j - stride : j;
     second[j] = (j & stride) ? n + j : j + stride;
   }
-  return __builtin_shuffle(a, b, first) + __builtin_shuffle(a, b, second);
+  return shuffle(a, b, first) + shuffle(a, b, second);
 }
 
 // to[4 * i + j] = lane i of the j-th vector.
@@ -95,7 +109,7 @@ inline void store_side_by_side(Vec<A> a, Vec<A> b, Vec<A> c, Vec<A> d, A* to) {
       pick[k] = which % 2 ? n + lane : lane;
       merge[k] = which < 2 ? k : n + k;
     }
-    store(to + part * n, __builtin_shuffle(__builtin_shuffle(a, b, pick), __builtin_shuffle(c, d, pick), merge));
+    store(to + part * n, shuffle(shuffle(a, b, pick), shuffle(c, d, pick), merge));
   }
 }
 
@@ -147,7 +161,7 @@ inline A sum(Vec<A> v) {
   } else {
     IndexVec<A> other;
     for (int j = 0; j < kLanes<A>; ++j) other[j] = j ^ stride;
-    return sum<A, stride / 2>(v + __builtin_shuffle(v, other));
+    return sum<A, stride / 2>(v + shuffle(v, v, other));
   }
 }
 
@@ -289,8 +303,8 @@ inline void swap_blocks(Vec<A>* rows) {
   for (int i = 0; i < n; ++i) {
     if (i & stride) continue;
     const Vec<A> a = rows[i], b = rows[i + stride];
-    rows[i] = __builtin_shuffle(a, b, low);
-    rows[i + stride] = __builtin_shuffle(a, b, high);
+    rows[i] = shuffle(a, b, low);
+    rows[i + stride] = shuffle(a, b, high);
   }
   if constexpr (stride > 1) swap_blocks<A, stride / 2>(rows);
 }

@@ -178,7 +178,7 @@ class Axis {
     }
     number = side.count;
     if (msra) {
-      inside += __builtin_shuffle(inside, Ints{2, 3, 0, 1});
+      inside += shuffle(inside, inside, Ints{2, 3, 0, 1});
       number = double(inside[0] + inside[1]);
     }
     return true;

@@ -1,0 +1,17 @@
+// Windows: what the linker has to see of PyTorch's OpenMP runtime. Only the import library of this one is used; it is
+// never installed.
+#define FUNCTION(name) \
+  extern "C" __declspec(dllexport) void name() {}
+
+FUNCTION(omp_get_thread_num)
+FUNCTION(__kmpc_barrier)
+FUNCTION(__kmpc_dispatch_init_4)
+FUNCTION(__kmpc_dispatch_init_8)
+FUNCTION(__kmpc_dispatch_next_4)
+FUNCTION(__kmpc_dispatch_next_8)
+FUNCTION(__kmpc_for_static_fini)
+FUNCTION(__kmpc_for_static_init_4)
+FUNCTION(__kmpc_for_static_init_8)
+FUNCTION(__kmpc_fork_call)
+FUNCTION(__kmpc_global_thread_num)
+FUNCTION(__kmpc_push_num_threads)
