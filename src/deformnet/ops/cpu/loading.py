@@ -1,8 +1,8 @@
 """Loading of the compiled library, and calls into it.
 
 The library does not use PyTorch's headers, so one build works with every version; tensors are
-passed as pointers. It uses PyTorch's number of threads and is linked to no OpenMP runtime: its calls go
-to the one that PyTorch loaded, and so to the same threads.
+passed as pointers. It uses PyTorch's number of threads and is linked to no OpenMP runtime: its
+calls go to the one that PyTorch loaded, and so to the same threads.
 """
 
 import ctypes
