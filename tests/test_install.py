@@ -158,6 +158,22 @@ def test_the_command_line_names_its_extra(python):
     assert "pip install 'deformnet[train]'" in line
 
 
+def test_the_installed_files_are_the_package_and_its_license(python):
+    files = output_of(
+        python("""
+from pathlib import Path
+for file in Path().rglob("*"):
+    if file.is_file() and "__pycache__" not in file.parts:
+        print(file.as_posix())
+""")
+    ).split()
+    folders = {file.partition("/")[0] for file in files}
+    assert folders == {"bin", "deformnet", f"deformnet-{deformnet.__version__}.dist-info"}
+    assert not [file for file in files if file.endswith((".cpp", ".h"))]
+    assert any(file.endswith("/licenses/LICENSE") for file in files)
+    assert "deformnet/py.typed" in files
+
+
 def test_unknown_names_are_attribute_errors():
     for name in ("backbones", "inference", "training"):
         with pytest.raises(AttributeError, match=f"no attribute '{name}'"):

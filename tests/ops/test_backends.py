@@ -119,10 +119,10 @@ def test_a_device_without_kernels_falls_back_with_its_reason(monkeypatch):
 
 def test_what_triton_lacks_is_said(monkeypatch):
     ask = triton.why_unavailable.__wrapped__
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "no GPU" in ask()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: ((9, 0), (7, 5))[index])
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"card {index}")

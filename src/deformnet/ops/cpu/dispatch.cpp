@@ -59,6 +59,11 @@ int best() {
 
 }  // namespace
 
+#ifdef __clang__
+// Since its version 19, Clang calls this after a loop. It is empty in LLVM's runtime, and PyTorch's may be older.
+extern "C" void __kmpc_dispatch_deinit(void*, int) {}
+#endif
+
 int deformnet::instruction_set = best();
 
 DEFORMNET_EXPORT const char* deformnet_instruction_set() { return kSets[deformnet::instruction_set].name; }
