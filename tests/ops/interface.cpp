@@ -62,8 +62,9 @@ double bilinear(const float* map, int height, int width, double y, double x) {
 void convolve(int threads) {
   constexpr int n = 2, c = 9, h = 7, w = 10, out = 19, k = 3;
   const Problem p{n, c, h, w, out, h, w, k, k, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, kZeros, 0, 0, threads};
-  const Floats input = noise(n * c * h * w, 1), offset = noise(n * 2 * k * k * h * w, 2), mask = noise(n * k * k * h * w, 1);
-  const Floats weight = noise(out * c * k * k, 0.1f), bias = noise(out, 1), grad = noise(n * out * h * w, 1);
+  const Floats input = noise(n * c * h * w, 1), weight = noise(out * c * k * k, 0.1f), bias = noise(out, 1);
+  const Floats offset = noise(n * 2 * k * k * h * w, 2), mask = noise(n * k * k * h * w, 1);
+  const Floats grad = noise(n * out * h * w, 1);
   Floats output(grad.size());
   const ForwardTensors forward{input.data(), offset.data(), mask.data(), weight.data(), bias.data(), output.data()};
   expect(find<int(const Problem*, const ForwardTensors*)>("deformnet_deform_conv2d")(&p, &forward) == 0, "memory");

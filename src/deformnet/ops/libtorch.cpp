@@ -95,8 +95,10 @@ Tensor deform_conv2d(Tensor input, Tensor offset, Tensor weight, std::optional<T
              has_shape(offset, {n, 2 * taps * offset_groups, out_h, out_w}),
          "offset to have shape [N, 2 * G * kh * kw, Ho, Wo]");
   expect(!bias || has_shape(*bias, {out}), "bias to have shape [C_out]");
-  expect(!mask || has_shape(*mask, {n, taps * offset_groups, out_h, out_w}), "mask to have shape [N, G * kh * kw, Ho, Wo]");
-  expect(dtype(weight) == dtype(input) && (!bias || dtype(*bias) == dtype(input)), "one dtype of input, weight and bias");
+  expect(!mask || has_shape(*mask, {n, taps * offset_groups, out_h, out_w}),
+         "mask to have shape [N, G * kh * kw, Ho, Wo]");
+  expect(dtype(weight) == dtype(input) && (!bias || dtype(*bias) == dtype(input)),
+         "one dtype of input, weight and bias");
 
   const bool channels_last = is_channels_last(input);
   const Pair shape{n, out, out_h, out_w};
@@ -108,30 +110,11 @@ Tensor deform_conv2d(Tensor input, Tensor offset, Tensor weight, std::optional<T
   weight = torch::stable::contiguous(weight);
   bias = contiguous(bias);
   mask = contiguous(mask);
-  const deformnet::Problem problem{n,
-                                   channels,
-                                   height,
-                                   width,
-                                   out,
-                                   out_h,
-                                   out_w,
-                                   kh,
-                                   kw,
-                                   stride[0],
-                                   stride[1],
-                                   padding[0],
-                                   padding[1],
-                                   dilation[0],
-                                   dilation[1],
-                                   channels / group,
-                                   offset_groups,
-                                   dtype(input),
-                                   dtype(offset),
-                                   dtype(mask ? *mask : offset),
-                                   place(border, {"zeros", "msra2017"}, "border to be zeros or msra2017"),
-                                   channels_last,
-                                   channels_last,
-                                   int32_t(torch::stable::get_num_threads())};
+  const int32_t threads = int32_t(torch::stable::get_num_threads());
+  const deformnet::Problem problem{
+      n, channels, height, width, out, out_h, out_w, kh, kw, stride[0], stride[1], padding[0], padding[1], dilation[0],
+      dilation[1], channels / group, offset_groups, dtype(input), dtype(offset), dtype(mask ? *mask : offset),
+      place(border, {"zeros", "msra2017"}, "border to be zeros or msra2017"), channels_last, channels_last, threads};
   const deformnet::ForwardTensors tensors{input.const_data_ptr(),  offset.const_data_ptr(), address(mask),
                                           weight.const_data_ptr(), address(bias),           output.mutable_data_ptr()};
   expect(deformnet_deform_conv2d(&problem, &tensors) == 0, "enough memory for the workspace of deform_conv2d");
@@ -160,24 +143,10 @@ Tensor roi_pool(Tensor input, Tensor boxes, std::optional<Tensor> offset, Pair o
   if (!channels_last) input = torch::stable::contiguous(input);
   boxes = torch::stable::contiguous(boxes);
   offset = contiguous(offset);
-  const deformnet::RoiProblem problem{input.size(0),
-                                      input.size(2),
-                                      input.size(3),
-                                      r,
-                                      channels,
-                                      ph,
-                                      pw,
-                                      groups,
-                                      samples_per_bin,
-                                      spatial_scale,
-                                      gamma,
-                                      dtype(input),
-                                      dtype(boxes),
-                                      dtype(offset ? *offset : input),
-                                      rule,
-                                      position_sensitive,
-                                      channels_last,
-                                      int32_t(torch::stable::get_num_threads())};
+  const int32_t threads = int32_t(torch::stable::get_num_threads());
+  const deformnet::RoiProblem problem{
+      input.size(0), input.size(2), input.size(3), r, channels, ph, pw, groups, samples_per_bin, spatial_scale, gamma,
+      dtype(input), dtype(boxes), dtype(offset ? *offset : input), rule, position_sensitive, channels_last, threads};
   const deformnet::RoiForwardTensors tensors{input.const_data_ptr(), boxes.const_data_ptr(), address(offset),
                                              output.mutable_data_ptr()};
   expect(deformnet_roi_pool(&problem, &tensors) == 0, "enough memory for the workspace of roi_pool");
