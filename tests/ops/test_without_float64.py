@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from deformnet.ops import deform_conv2d, deform_ps_roi_pool, deform_roi_pool
 from deformnet.ops.roi_pool import reference
+from deformnet.ops.roi_pool.checks import Sampling
 
 
 class NoFloat64(TorchFunctionMode):
@@ -25,7 +26,7 @@ class NoFloat64(TorchFunctionMode):
         return result
 
 
-def pooling(sampling: str, position_sensitive: bool) -> tuple[Any, dict[str, Tensor], Tensor]:
+def pooling(sampling: Sampling, position_sensitive: bool) -> tuple[Any, dict[str, Tensor], Tensor]:
     generator = torch.Generator().manual_seed(0)
     # No box side lies at a half, where rounding differs between float32 and float64.
     boxes = torch.tensor([[0, 3.2, 4.1, 37.7, 30.3], [0, 10.3, 2.6, 29.9, 33.8]])
