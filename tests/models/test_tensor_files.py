@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -261,3 +262,17 @@ def test_equal_content_makes_equal_files():
     metadata = {"names": '["ä", "\\""]', "format": "pt", "x": ""}
     files = {pack({"b": torch.ones(3), "a": torch.zeros(2)}, metadata) for _ in range(20)}
     assert len(files) == 1
+
+
+def test_safetensors_reads_what_is_packed():
+    numbers = torch.arange(6).reshape(2, 3)
+    floats = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+    integers = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+    tensors = {str(dtype): numbers.to(dtype) for dtype in (*floats, *integers)}
+    tensors |= {"number": torch.tensor(1.5), "none": torch.ones(0, 3), "transposed": numbers.t()}
+    tensors["parameter"] = torch.nn.Parameter(torch.ones(3))
+    found = safetensors.torch.load(pack(tensors, {}))
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor)

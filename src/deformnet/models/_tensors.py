@@ -18,7 +18,6 @@ from typing import IO, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from deformnet._errors import UserError
@@ -42,6 +41,14 @@ _GLOBALS = {
 that allocate any amount of memory, such as `bytearray(1 << 40)`."""
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+_DTYPES = dict(
+    zip(
+        (*_FLOATS, *_INTEGERS),
+        ("F32", "F16", "BF16", "F64", "I64", "I32", "I16", "I8", "U8", "BOOL"),
+        strict=True,
+    )
+)
+"""Names of dtypes in a safetensors file."""
 _DIGEST = "sha256"
 _DIGEST_KEY = f'"{_DIGEST}":"'
 _NO_DIGEST = "0" * 64
@@ -106,22 +113,24 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def pack(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     """A safetensors file with its own SHA-256 in the metadata, for `read_safetensors`.
 
-    The digest is computed with 64 zeros in its place.
+    The digest is computed with 64 zeros in its place. Equal arguments give equal bytes, and running
+    out of memory raises an error; `safetensors.torch.save` shuffles the metadata, and aborts.
     """
-    dense = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    content = _ordered(save(dense, metadata={**metadata, _DIGEST: _NO_DIGEST}))
-    digest = hashlib.sha256(content).hexdigest()
-    return _with_digest(content, _NO_DIGEST, digest)
-
-
-def _ordered(content: bytes) -> bytes:
-    """The same safetensors file with sorted metadata: `save` writes it in arbitrary order."""
-    start = 8 + int.from_bytes(content[:8], "little")
-    header = json.loads(content[8:start])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    header: dict[str, object] = {
+        "__metadata__": dict(sorted({**metadata, _DIGEST: _NO_DIGEST}.items()))
+    }
+    parts, end = [], 0
+    for name, tensor in sorted(tensors.items(), key=lambda it: (-it[1].itemsize, it[0])):  # aligned
+        part = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+        place = [end, end := end + part.nbytes]
+        dtype = _DTYPES[tensor.dtype]
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": place}
+        parts.append(part)
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + content[start:]
+    content = b"".join([len(text).to_bytes(8, "little"), text, *parts])
+    digest = hashlib.sha256(content).hexdigest()
+    return _with_digest(content, _NO_DIGEST, digest)
 
 
 def weights(state: object) -> dict[str, Tensor]:
