@@ -158,8 +158,21 @@ def check_tensor(
 
 
 def values_known(tensor: Tensor) -> bool:
-    """Whether Python can read the values of a tensor: it is neither fake nor being traced."""
-    return not (torch.compiler.is_compiling() or tensor.is_meta or isinstance(tensor, FakeTensor))
+    """Whether Python can read the values of a tensor: it is not fake, traced or under vmap."""
+    if torch.compiler.is_compiling() or tensor.is_meta or isinstance(tensor, FakeTensor):
+        return False
+    return not under_vmap(tensor)
+
+
+def under_vmap(tensor: Tensor) -> bool:
+    """Whether a tensor stands for several samples, at any level of torch.func."""
+    if torch.compiler.is_compiling():
+        return False
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        if torch._C._functorch.is_batchedtensor(tensor):
+            return True
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return False
 
 
 def shape_text(tensor: Tensor) -> str:
