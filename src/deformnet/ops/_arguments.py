@@ -161,18 +161,11 @@ def values_known(tensor: Tensor) -> bool:
     """Whether Python can read the values of a tensor: it is not fake, traced or under vmap."""
     if torch.compiler.is_compiling() or tensor.is_meta or isinstance(tensor, FakeTensor):
         return False
-    return not under_vmap(tensor)
-
-
-def under_vmap(tensor: Tensor) -> bool:
-    """Whether a tensor stands for several samples, at any level of torch.func."""
-    if torch.compiler.is_compiling():
-        return False
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         if torch._C._functorch.is_batchedtensor(tensor):
-            return True
+            return False
         tensor = torch._C._functorch.get_unwrapped(tensor)
-    return False
+    return True
 
 
 def shape_text(tensor: Tensor) -> str:

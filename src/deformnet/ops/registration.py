@@ -17,7 +17,7 @@ from torch.autograd.function import _SingleLevelFunction
 from torch.library import Library
 
 from deformnet.ops import backends
-from deformnet.ops._arguments import check_tensor, under_vmap
+from deformnet.ops._arguments import check_tensor
 from deformnet.ops.flops import register as register_flops
 
 _library = Library("deformnet", "DEF")
@@ -242,9 +242,10 @@ class Operator:
     # ---------------------------------------------------------------------------------- the fakes
 
     def _memory_format(self, input: Tensor | None) -> torch.memory_format:
-        # Under vmap, PyTorch knows no other format.
-        if input is None or not self._keeps_memory_format or under_vmap(input):
+        if input is None or not self._keeps_memory_format:
             return torch.contiguous_format
+        if not torch.compiler.is_compiling() and _transforming():
+            return torch.contiguous_format  # vmap supports no other format
         return _memory_format(input)
 
     def _fake(self, *arguments: Any) -> Tensor:
@@ -317,11 +318,15 @@ class Operator:
         end = 1 + len(self._saved)
         ctx.save_for_backward(*arguments[:end])
         ctx.others = arguments[end:]
+        ctx.set_materialize_grads(False)
         return tuple(_below_autograd(self.backward, arguments))
 
-    def _differentiate_twice(self, ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def _differentiate_twice(self, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """The second derivative, that of the reference's first one, which is computed again."""
-        arguments = [*ctx.saved_tensors, *ctx.others]
+        *settings, needs = ctx.others
+        of_needed = iter(grads)
+        needs = tuple(needed and next(of_needed) is not None for needed in needs)
+        arguments = [*ctx.saved_tensors, *settings, needs]
         places = [0, *(1 + place for place in self._with_gradient if place is not None)]
         places = [place for place in places if ctx.needs_input_grad[place]]
 
@@ -329,7 +334,8 @@ class Operator:
             return self._reference_backward(*_replaced(arguments, places, values))
 
         _, pull = torch.func.vjp(backward, *[arguments[place] for place in places])
-        return tuple(_replaced([None] * len(arguments), places, pull(grads)))
+        found = pull(tuple(grad for grad in grads if grad is not None))
+        return tuple(_replaced([None] * len(arguments), places, found))
 
     def _reference_backward(self, *arguments: Any) -> tuple[Tensor, ...]:
         """What the backward operator returns, in differentiable operations."""
@@ -427,6 +433,10 @@ class Operator:
         return self._backward_flops(*saved, settings, needs)
 
 
+# Whether a transform of torch.func is active.
+_transforming: Callable[[], bool] = torch._C._are_functorch_transforms_active
+
+
 def _function(name: str, forward: Callable, backward: Callable) -> type[_SingleLevelFunction]:
     # The kernels of autograd are called once for each level of torch.func, as these functions are.
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
@@ -434,7 +444,7 @@ def _function(name: str, forward: Callable, backward: Callable) -> type[_SingleL
 
 
 def _apply(function: type[_SingleLevelFunction], arguments: Sequence[Any]) -> Any:
-    if not torch._C._are_functorch_transforms_active():
+    if not _transforming():
         return function.apply(*arguments)
     with enable_single_level_autograd_function():
         return function.apply(*arguments)
@@ -443,7 +453,7 @@ def _apply(function: type[_SingleLevelFunction], arguments: Sequence[Any]) -> An
 def _below_autograd(operator: Callable[..., Any], arguments: Sequence[Any]) -> Any:
     """Call an operator from within an autograd function."""
     with torch._C._AutoDispatchBelowAutograd():
-        if not torch._C._are_functorch_transforms_active():
+        if not _transforming():
             return operator(*arguments)
         # The function has disabled derivatives, also those of other levels of torch.func.
         with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
