@@ -45,7 +45,14 @@ WHERE = {
     "`AveragedModel`, `deepcopy`, pickle": "test_averaged_models",
     "`torch.utils.checkpoint`": "test_checkpointing",
     "`fuse_conv_bn_eval`": "test_batch_norm_is_fused",
+    "safetensors": "test_safetensors",
     "DDP, FSDP2": "test_data_parallel",
+    "Lightning Fabric": "engine/test_train.py::test_training_moves_the_weights_and_the_offsets",
+    "accelerate": "test_accelerate",
+    "timm": "models/backbones/test_timm.py::test_every_network_trains",
+    "transformers": "test_transformers",
+    "segmentation_models_pytorch": "test_segmentation_models",
+    "captum": "test_captum",
     "mmengine": "test_mmengine",
     "peft (LoRA)": "test_lora",
 }
@@ -313,6 +320,17 @@ def test_checkpointing(model, images):
             assert torch.equal(parameter.grad, gradient)
 
 
+def test_safetensors(model, images, tmp_path):
+    from safetensors.torch import load_model, save_model
+
+    save_model(model, str(tmp_path / "model.safetensors"))
+    other = copy.deepcopy(model)
+    for parameter in other.parameters():
+        nn.init.zeros_(parameter)
+    load_model(other, tmp_path / "model.safetensors")
+    assert torch.equal(other(images), model(images))
+
+
 def test_batch_norm_is_fused(model, images):
     for name, buffer in model.named_buffers():
         buffer.copy_(torch.rand_like(buffer.float()) + 0.5) if "running" in name else None
@@ -390,6 +408,46 @@ def test_mmengine():
     block.init_weights()
     assert (block.conv.weight == 1).all()
     assert not any(parameter.any() for parameter in block.conv.conv_offset.parameters())
+
+
+def test_accelerate(model, images):
+    accelerate = pytest.importorskip("accelerate")
+    accelerator = accelerate.Accelerator(cpu=True)
+    prepared, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), 0.1))
+    before = model.body[0].conv_offset.weight.clone()
+    accelerator.backward(prepared(images).square().sum())
+    optimizer.step()
+    assert not torch.equal(model.body[0].conv_offset.weight, before)
+
+
+def test_transformers():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"embedding_size": 4, "hidden_sizes": [4, 8], "depths": [1, 1]}
+    network = transformers.ResNetBackbone(
+        transformers.ResNetConfig(**sizes, layer_type="basic", out_features=["stage1", "stage2"])
+    ).eval()
+    images = torch.randn(1, 3, 32, 32)
+    expected = network(images).feature_maps
+    assert deform_(network, "*.layer.1.convolution")
+    for found, features in zip(network(images).feature_maps, expected, strict=True):
+        torch.testing.assert_close(found, features, rtol=1e-4, atol=1e-4)
+
+
+def test_segmentation_models():
+    smp = pytest.importorskip("segmentation_models_pytorch")
+    network = smp.Unet("resnet18", encoder_weights=None).eval()
+    images = torch.randn(1, 3, 32, 32)
+    expected = network(images)
+    assert deform_(network, "encoder.layer4.*.conv2")
+    torch.testing.assert_close(network(images), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_captum(model, images):
+    attr = pytest.importorskip("captum.attr")
+    gradients = attr.IntegratedGradients(lambda x: model(x).mean((2, 3)))
+    found = gradients.attribute(images, target=1, n_steps=400)
+    change = (model(images) - model(torch.zeros_like(images)))[:, 1].mean((1, 2))
+    torch.testing.assert_close(found.sum((1, 2, 3)), change, rtol=0.02, atol=0.02)
 
 
 def test_lora(model, images):

@@ -340,6 +340,10 @@ class Operator:
     def _reference_backward(self, *arguments: Any) -> tuple[Tensor, ...]:
         """What the backward operator returns, in differentiable operations."""
         grad_output, saved, settings, needs = self._split(arguments)
+        device = grad_output.device.type
+        if backends.autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return self._reference_backward(*arguments)
         tensors = self._with_biases(saved)
         for place in self._biases:  # no gradient depends on their values
             tensors[place] = grad_output.new_zeros(grad_output.shape[1])
@@ -348,9 +352,8 @@ class Operator:
         def forward(*values: Tensor) -> Tensor:
             return self._reference(*_replaced(tensors, places, values), settings)
 
-        with torch.autocast(grad_output.device.type, enabled=False):
-            _, pull = torch.func.vjp(forward, *[tensors[place] for place in places])
-            return pull(grad_output)
+        _, pull = torch.func.vjp(forward, *[tensors[place] for place in places])
+        return pull(grad_output)
 
     # -------------------------------------------------------------------------------------- vmap
 
