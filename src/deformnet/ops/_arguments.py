@@ -10,6 +10,7 @@ from typing import Any, SupportsIndex, TypeAlias
 
 import torch
 from torch import Tensor
+from torch._C._functorch import get_unwrapped, is_batchedtensor, is_functorch_wrapped_tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 Pair: TypeAlias = tuple[int, int]
@@ -161,10 +162,10 @@ def values_known(tensor: Tensor) -> bool:
     """Whether Python can read the values of a tensor: it is not fake, traced or under vmap."""
     if torch.compiler.is_compiling() or tensor.is_meta or isinstance(tensor, FakeTensor):
         return False
-    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        if torch._C._functorch.is_batchedtensor(tensor):
+    while is_functorch_wrapped_tensor(tensor):
+        if is_batchedtensor(tensor):
             return False
-        tensor = torch._C._functorch.get_unwrapped(tensor)
+        tensor = get_unwrapped(tensor)
     return True
 
 

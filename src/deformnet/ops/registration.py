@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
@@ -232,8 +233,8 @@ class Operator:
             if saved[place] is None and needs[need]:
                 raise ValueError(f"expected needs to be False for {name}=None, but got True")
 
-    def _with_biases(self, saved: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """All tensors of the operator from the saved ones; the biases are None."""
+    def _with_biases(self, saved: Sequence[Any]) -> list[Any]:
+        """One item for each tensor of the operator, from those of the saved; None for biases."""
         tensors = list(saved)
         for place in self._biases:
             tensors.insert(place, None)
@@ -333,7 +334,7 @@ class Operator:
         def backward(*values: Tensor) -> tuple[Tensor, ...]:
             return self._reference_backward(*_replaced(arguments, places, values))
 
-        _, pull = torch.func.vjp(backward, *[arguments[place] for place in places])
+        pull = torch.func.vjp(backward, *[arguments[place] for place in places])[1]
         found = pull(tuple(grad for grad in grads if grad is not None))
         return tuple(_replaced([None] * len(arguments), places, found))
 
@@ -352,8 +353,7 @@ class Operator:
         def forward(*values: Tensor) -> Tensor:
             return self._reference(*_replaced(tensors, places, values), settings)
 
-        _, pull = torch.func.vjp(forward, *[tensors[place] for place in places])
-        return pull(grad_output)
+        return torch.func.vjp(forward, *[tensors[place] for place in places])[1](grad_output)
 
     # -------------------------------------------------------------------------------------- vmap
 
@@ -403,15 +403,14 @@ class Operator:
         level = torch._C._vmapmode_increment_nesting() - 1
         torch._C._vmapmode_decrement_nesting()
         in_dims = [
-            0 if isinstance(a, Tensor) and torch._C._functorch.is_legacy_batchedtensor(a) else None
-            for a in arguments
+            0 if isinstance(a, Tensor) and is_legacy_batchedtensor(a) else None for a in arguments
         ]
-        plain = [
-            a if dim is None else torch._remove_batch_dim(a, level, 1, 0)
-            for a, dim in zip(arguments, in_dims, strict=True)
-        ]
+        unwrap = torch._remove_batch_dim  # pyright: ignore[reportPrivateImportUsage]
+        wrap = torch._add_batch_dim  # pyright: ignore[reportPrivateImportUsage]
+        pairs = zip(arguments, in_dims, strict=True)
+        plain = [a if dim is None else unwrap(a, level, 1, dim) for a, dim in pairs]
         found = torch.vmap(self.backward, tuple(in_dims))(*plain)
-        return [torch._add_batch_dim(gradient, 0, level) for gradient in found]
+        return [wrap(gradient, 0, level) for gradient in found]
 
     # ---------------------------------------------------------------------------------- autocast
 
@@ -440,13 +439,13 @@ class Operator:
 _transforming: Callable[[], bool] = torch._C._are_functorch_transforms_active
 
 
-def _function(name: str, forward: Callable, backward: Callable) -> type[_SingleLevelFunction]:
+def _function(name: str, forward: Callable, backward: Callable) -> type[Any]:
     # The kernels of autograd are called once for each level of torch.func, as these functions are.
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     return type(name, (_SingleLevelFunction,), methods)
 
 
-def _apply(function: type[_SingleLevelFunction], arguments: Sequence[Any]) -> Any:
+def _apply(function: type[Any], arguments: Sequence[Any]) -> Any:
     if not _transforming():
         return function.apply(*arguments)
     with enable_single_level_autograd_function():
