@@ -5,7 +5,9 @@ from typing import Any, Literal, Never, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
+from deformnet.nn.graphs import call_module
 from deformnet.nn.offsets import OffsetConv, OffsetConv2d, SeparableOffsetConv2d
 from deformnet.ops import deform_conv2d
 from deformnet.ops._arguments import IntOrPair, Pair, integer, one_of, pair
@@ -22,8 +24,8 @@ class DeformConv2d(nn.Conv2d):
     Dai et al. 2017, section 2.1 and Figure 2: the child `conv_offset`, a convolution with the same
     kernel size, stride, padding and dilation, predicts the offsets. Its weights and bias are
     initialized to zero, so a new layer computes what `nn.Conv2d` with the same weights does.
-    (Initialize other convolutions by name, or call `reset_parameters` afterwards, if a loop over
-    all `nn.Conv2d` of a model would overwrite `conv_offset`.) Setting `stride`, `padding` or
+    (If a loop over all `nn.Conv2d` of a model initializes weights, it overwrites those of
+    `conv_offset`: call `init_weights` afterwards.) Setting `stride`, `padding` or
     `dilation` of the layer also sets it in `conv_offset`.
 
     To read the offsets, register a forward hook on `conv_offset`: its output is
@@ -106,7 +108,13 @@ class DeformConv2d(nn.Conv2d):
         if "conv_offset" in self._modules:
             self.conv_offset.reset_parameters()
 
+    def init_weights(self) -> None:
+        """Set `conv_offset` to zero. mmengine calls this after it has initialized convolutions."""
+        self.conv_offset.reset_parameters()
+
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy):
+            return call_module(self, input)
         if input.ndim not in (3, 4) or input.shape[-3] != self.in_channels:
             raise ValueError(
                 f"expected input to be [N, {self.in_channels}, H, W], but got {list(input.shape)}"

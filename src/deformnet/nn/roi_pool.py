@@ -5,8 +5,10 @@ from typing import Never
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from deformnet.nn.deform_conv import refuse_script
+from deformnet.nn.graphs import call_module
 from deformnet.nn.offsets import OffsetConv2d, OffsetLinear, non_negative
 from deformnet.ops import deform_ps_roi_pool, deform_roi_pool
 from deformnet.ops._arguments import IntOrPair, integer, number, pair, positive
@@ -91,7 +93,13 @@ class DeformRoIPool2d(_RoIPool):
         beta = non_negative("beta", beta)
         self.fc_offset = OffsetLinear(self.channels * self.bins, 2 * self.bins, lr_scale=beta)
 
+    def init_weights(self) -> None:
+        """Set `fc_offset` to zero. mmengine calls this after it has initialized other layers."""
+        self.fc_offset.reset_parameters()
+
     def forward(self, input: Tensor, boxes: Boxes) -> Tensor:
+        if isinstance(input, Proxy):
+            return call_module(self, input, boxes)
         return self._pool(deform_roi_pool, input, boxes, self.offsets(input, boxes))
 
     def offsets(self, input: Tensor, boxes: Boxes) -> Tensor:
@@ -151,7 +159,13 @@ class DeformPSRoIPool2d(_RoIPool):
         self.offset_groups = positive("offset_groups", offset_groups)
         self.conv_offset = OffsetConv2d(self.in_channels, 2 * self.offset_groups * self.bins, 1)
 
+    def init_weights(self) -> None:
+        """Set `conv_offset` to zero. mmengine calls this after it has initialized other layers."""
+        self.conv_offset.reset_parameters()
+
     def forward(self, maps: Tensor, features: Tensor, boxes: Boxes) -> Tensor:
+        if isinstance(maps, Proxy):
+            return call_module(self, maps, features, boxes)
         return self._pool(deform_ps_roi_pool, maps, boxes, self.offsets(features, boxes))
 
     def offsets(self, features: Tensor, boxes: Boxes) -> Tensor:

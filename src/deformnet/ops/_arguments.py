@@ -10,6 +10,7 @@ from typing import Any, SupportsIndex, TypeAlias
 
 import torch
 from torch import Tensor
+from torch._C._functorch import get_unwrapped, is_batchedtensor, is_functorch_wrapped_tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 Pair: TypeAlias = tuple[int, int]
@@ -158,8 +159,14 @@ def check_tensor(
 
 
 def values_known(tensor: Tensor) -> bool:
-    """Whether Python can read the values of a tensor: it is neither fake nor being traced."""
-    return not (torch.compiler.is_compiling() or tensor.is_meta or isinstance(tensor, FakeTensor))
+    """Whether Python can read the values of a tensor: it is not fake, traced or under vmap."""
+    if torch.compiler.is_compiling() or tensor.is_meta or isinstance(tensor, FakeTensor):
+        return False
+    while is_functorch_wrapped_tensor(tensor):
+        if is_batchedtensor(tensor):
+            return False
+        tensor = get_unwrapped(tensor)
+    return True
 
 
 def shape_text(tensor: Tensor) -> str:

@@ -69,11 +69,10 @@ def why_unavailable(backend: str, device: str | None = None) -> str | None:
 def using(backend: Backend) -> Iterator[None]:
     """Context manager that sets the backend that `backend="auto"` selects.
 
-    With "reference", layers and converted models support double backward and forward-mode
-    differentiation::
+    To compare a converted model with the definition of its operators::
 
         with deformnet.ops.using("reference"):
-            torch.func.jvp(model, (images,), (tangents,))
+            expected = model(images)
 
     The setting is local to the thread and the asynchronous task. Calls that name their backend
     ignore it. With `torch.utils.checkpoint`, run the backward pass inside the context as well,

@@ -1,4 +1,4 @@
-"""Registration of operators with PyTorch: schema, kernels, fakes, gradients, autocast and FLOPs.
+"""Registration of operators with PyTorch: schema, kernels, fakes, gradients, vmap, autocast, FLOPs.
 
 Each operator's folder declares an `Operator`; the rules that all operators share are here.
 """
@@ -11,7 +11,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
 from torch.library import Library
 
 from deformnet.ops import backends
@@ -37,9 +40,9 @@ class Kernels(NamedTuple):
 class Operator:
     """An operator `torch.ops.deformnet.NAME`, and NAME_backward for its gradients.
 
-    Creating an instance registers both: kernels with argument checks, fake implementations, first
-    derivatives (the fast kernels do not support double backward and forward mode), autocast, and
-    FLOP formulas. The public function calls the instance with its arguments.
+    Creating an instance registers both: kernels with argument checks, fake implementations,
+    derivatives (first ones by the kernels; second ones and forward mode by the reference), vmap,
+    autocast, and FLOP formulas. The public function calls the instance with its arguments.
 
     Args:
         name: name of the operator.
@@ -53,6 +56,10 @@ class Operator:
         positions: names of the tensors that autocast casts to float32 instead of its own dtype.
         biases: names of the tensors with one number per output channel that are added to the
             output. The backward pass does not take them.
+        rows: names of the tensors whose first dimension, of images or boxes, can hold the samples
+            of `torch.vmap`. If it batches others, the operator runs once for each sample.
+        fold: `fold(*tensors)` takes the tensors with one more dimension in front, that of the
+            samples (except those not in `rows`), and joins the first two.
         keeps_memory_format: whether the output is channels-last if the first tensor is.
         reference: `reference(*tensors, settings)`, in plain PyTorch.
         cpu: the kernels for tensors on the CPU.
@@ -72,6 +79,8 @@ class Operator:
         differentiable: Sequence[str],
         positions: Sequence[str],
         biases: Sequence[str] = (),
+        rows: Sequence[str],
+        fold: Callable[..., tuple[Tensor | None, ...]],
         keeps_memory_format: bool,
         reference: Callable[..., Tensor],
         cpu: Kernels,
@@ -88,13 +97,15 @@ class Operator:
         self._flops, self._backward_flops = flops, backward_flops
         self._count = len(names)
         self._is_position = [name in positions for name in names]
+        self._is_row = [name in rows for name in names]
+        self._fold = fold
         # Places of tensors among the arguments.
         self._biases = [names.index(name) for name in biases]
         self._differentiable = [names.index(name) for name in differentiable]
         self._take_differentiable = itemgetter(*self._differentiable)
         saved_names = [name for name in names if name not in biases]
-        self._take_saved = itemgetter(*map(names.index, saved_names))
-        self._saved_count = len(saved_names)
+        self._saved = [names.index(name) for name in saved_names]
+        self._take_saved = itemgetter(*self._saved)
         # Places among the saved tensors; None: not saved.
         self._with_gradient = [
             None if name in biases else saved_names.index(name) for name in differentiable
@@ -138,8 +149,11 @@ class Operator:
         title = "".join(word.capitalize() for word in name.split("_"))
         self._function = _function(title, self._save_and_call, self._differentiate)
         self._backward_function = _function(
-            f"{title}Gradients", self._call_backward, self._refuse_second_derivative
+            f"{title}Gradients", self._save_and_call_backward, self._differentiate_twice
         )
+        for operator, rule in ((name, self._vmap), (backward, self._vmap_backward)):
+            torch.library.register_vmap(f"deformnet::{operator}", rule, lib=_library)
+        _library.impl(backward, self._legacy_vmap_backward, "Batched")
 
     # ------------------------------------------------------------------------ the public function
 
@@ -202,16 +216,13 @@ class Operator:
 
     def _split(self, arguments: tuple[Any, ...]) -> tuple[Tensor, tuple, tuple, Sequence[bool]]:
         """The arguments of the backward operator: gradient, saved tensors, settings, needs."""
-        end = 1 + self._saved_count
+        end = 1 + len(self._saved)
         return arguments[0], arguments[1:end], self._settings(*arguments[end:-1]), arguments[-1]
 
     def _check_backward(
         self, grad_output: Tensor, saved: tuple, settings: tuple, needs: Sequence[bool]
     ) -> None:
-        tensors = list(saved)
-        for place in self._biases:
-            tensors.insert(place, None)
-        shape, input = self._check(*tensors, settings), saved[0]
+        shape, input = self._check(*self._with_biases(saved), settings), saved[0]
         check_tensor("grad_output", grad_output, len(shape), input)
         if grad_output.shape != shape:
             raise ValueError(
@@ -222,11 +233,20 @@ class Operator:
             if saved[place] is None and needs[need]:
                 raise ValueError(f"expected needs to be False for {name}=None, but got True")
 
+    def _with_biases(self, saved: Sequence[Any]) -> list[Any]:
+        """One item for each tensor of the operator, from those of the saved; None for biases."""
+        tensors = list(saved)
+        for place in self._biases:
+            tensors.insert(place, None)
+        return tensors
+
     # ---------------------------------------------------------------------------------- the fakes
 
     def _memory_format(self, input: Tensor | None) -> torch.memory_format:
         if input is None or not self._keeps_memory_format:
             return torch.contiguous_format
+        if not torch.compiler.is_compiling() and _transforming():
+            return torch.contiguous_format  # vmap supports no other format
         return _memory_format(input)
 
     def _fake(self, *arguments: Any) -> Tensor:
@@ -257,9 +277,11 @@ class Operator:
 
     def _autograd_kernel(self, *arguments: Any) -> Tensor:
         tensors = self._take_differentiable(arguments)
-        self._refuse_tangents(tensors)
+        if _have_tangents(tensors):
+            end = self._count
+            return self._run(True, arguments[:end], self._settings(*arguments[end:]))
         if _needs_gradient(tensors):
-            return self._function.apply(*arguments)
+            return _apply(self._function, arguments)
         with torch._C._AutoDispatchBelowAutograd():
             return self.forward(*arguments)
 
@@ -267,12 +289,13 @@ class Operator:
         # The inputs alone: what is interpolated from them is cheaper to compute again than to keep.
         ctx.save_for_backward(*self._take_saved(arguments))
         ctx.settings = arguments[self._count :]
-        with torch._C._AutoDispatchBelowAutograd():
-            return self.forward(*arguments)
+        return _below_autograd(self.forward, arguments)
 
     def _differentiate(self, ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         needs = self._take_differentiable(ctx.needs_input_grad)
-        found = iter(self.backward(grad_output, *ctx.saved_tensors, *ctx.settings, needs))
+        # Within forward mode, a tensor may have a tangent at any level of torch.func.
+        backward = self.backward if forward_ad._current_level < 0 else self._reference_backward
+        found = iter(backward(grad_output, *ctx.saved_tensors, *ctx.settings, needs))
         gradients: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
         for place, needed in zip(self._differentiable, needs, strict=True):
             if needed:
@@ -282,31 +305,112 @@ class Operator:
     def _backward_autograd_kernel(self, *arguments: Any) -> list[Tensor]:
         saved = (arguments[1 + p] for p in self._with_gradient if p is not None)
         tensors = [arguments[0], *saved]
-        self._refuse_tangents(tensors)
+        if _have_tangents(tensors):
+            raise NotImplementedError(
+                f"{self.name}_backward has no forward-mode derivative; "
+                "call the backward pass through autograd"
+            )
         if _needs_gradient(tensors):
-            return list(self._backward_function.apply(*arguments))
+            return list(_apply(self._backward_function, arguments))
         with torch._C._AutoDispatchBelowAutograd():
             return self.backward(*arguments)
 
-    def _call_backward(self, ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
-        with torch._C._AutoDispatchBelowAutograd():
-            return tuple(self.backward(*arguments))
+    def _save_and_call_backward(self, ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        end = 1 + len(self._saved)
+        ctx.save_for_backward(*arguments[:end])
+        ctx.others = arguments[end:]
+        ctx.set_materialize_grads(False)
+        return tuple(_below_autograd(self.backward, arguments))
 
-    def _refuse_second_derivative(self, ctx: Any, *grad_outputs: Any) -> Any:
-        raise NotImplementedError(
-            f"{self.name}: the fast kernels have no second derivative; "
-            f'pass backend="reference", or use deformnet.ops.using("reference")'
-        )
+    def _differentiate_twice(self, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """The second derivative, that of the reference's first one, which is computed again."""
+        *settings, needs = ctx.others
+        of_needed = iter(grads)
+        needs = tuple(needed and next(of_needed) is not None for needed in needs)
+        arguments = [*ctx.saved_tensors, *settings, needs]
+        places = [0, *(1 + place for place in self._with_gradient if place is not None)]
+        places = [place for place in places if ctx.needs_input_grad[place]]
 
-    def _refuse_tangents(self, tensors: Sequence[Tensor | None]) -> None:
-        # Below autograd a tangent would be dropped, and the derivative would come out as zero.
-        if forward_ad._current_level < 0:
-            return
-        if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
-            raise NotImplementedError(
-                f"{self.name}: the fast kernels have no forward-mode derivative; "
-                f'pass backend="reference", or use deformnet.ops.using("reference")'
-            )
+        def backward(*values: Tensor) -> tuple[Tensor, ...]:
+            return self._reference_backward(*_replaced(arguments, places, values))
+
+        pull = torch.func.vjp(backward, *[arguments[place] for place in places])[1]
+        found = pull(tuple(grad for grad in grads if grad is not None))
+        return tuple(_replaced([None] * len(arguments), places, found))
+
+    def _reference_backward(self, *arguments: Any) -> tuple[Tensor, ...]:
+        """What the backward operator returns, in differentiable operations."""
+        grad_output, saved, settings, needs = self._split(arguments)
+        device = grad_output.device.type
+        if backends.autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return self._reference_backward(*arguments)
+        tensors = self._with_biases(saved)
+        for place in self._biases:  # no gradient depends on their values
+            tensors[place] = grad_output.new_zeros(grad_output.shape[1])
+        places = [p for p, needed in zip(self._differentiable, needs, strict=True) if needed]
+
+        def forward(*values: Tensor) -> Tensor:
+            return self._reference(*_replaced(tensors, places, values), settings)
+
+        return torch.func.vjp(forward, *[tensors[place] for place in places])[1](grad_output)
+
+    # -------------------------------------------------------------------------------------- vmap
+
+    def _vmap(self, info: Any, in_dims: Sequence[int | None], *arguments: Any) -> tuple:
+        tensors = _samples_first(arguments[: self._count], in_dims)
+        settings = arguments[self._count :]
+        batched = [dim is not None for dim in in_dims[: self._count]]
+        if any(wide and not row for wide, row in zip(batched, self._is_row, strict=True)):
+            calls = [self.forward(*some, *settings) for some in _each(tensors, batched)]
+            return torch.stack(calls), 0
+        folded = self._fold(*self._spread(tensors, batched, info.batch_size))
+        return _unfold(self.forward(*folded, *settings), info.batch_size), 0
+
+    def _vmap_backward(self, info: Any, in_dims: Sequence[int | None], *arguments: Any) -> tuple:
+        end = 1 + len(self._saved)
+        grad_output, *saved = _samples_first(arguments[:end], in_dims)
+        others, needs = arguments[end:], arguments[-1]
+        batched = [dim is not None for dim in in_dims[:end]]
+        wide = [self._saved[i] for i in range(len(saved)) if batched[1 + i]]
+        wide += [place for place, need in zip(self._differentiable, needs, strict=True) if need]
+        if not all(self._is_row[place] for place in wide):
+            calls = [
+                self.backward(*some, *others) for some in _each((grad_output, *saved), batched)
+            ]
+            gradients = [torch.stack(some) for some in zip(*calls, strict=True)]
+        else:
+            tensors = self._with_biases(saved)
+            flags = self._with_biases(batched[1:])
+            folded = self._fold(*self._spread(tensors, flags, info.batch_size))
+            if not batched[0]:
+                grad_output = grad_output.expand(info.batch_size, *grad_output.shape)
+            found = self.backward(grad_output.flatten(0, 1), *self._take_saved(folded), *others)
+            gradients = [_unfold(gradient, info.batch_size) for gradient in found]
+        return gradients, [0] * len(gradients)
+
+    def _spread(
+        self, tensors: Sequence[Tensor | None], batched: Sequence[Any], size: int
+    ) -> list[Tensor | None]:
+        """The tensors, with a dimension of samples in front of all rows."""
+        return [
+            t.expand(size, *t.shape) if row and t is not None and not wide else t
+            for t, row, wide in zip(tensors, self._is_row, batched, strict=True)
+        ]
+
+    def _legacy_vmap_backward(self, *arguments: Any) -> list[Tensor]:
+        """The backward pass under `is_grads_batched=True`, which has a vmap of its own."""
+        level = torch._C._vmapmode_increment_nesting() - 1
+        torch._C._vmapmode_decrement_nesting()
+        in_dims = [
+            0 if isinstance(a, Tensor) and is_legacy_batchedtensor(a) else None for a in arguments
+        ]
+        unwrap = torch._remove_batch_dim  # pyright: ignore[reportPrivateImportUsage]
+        wrap = torch._add_batch_dim  # pyright: ignore[reportPrivateImportUsage]
+        pairs = zip(arguments, in_dims, strict=True)
+        plain = [a if dim is None else unwrap(a, level, 1, dim) for a, dim in pairs]
+        found = torch.vmap(self.backward, tuple(in_dims))(*plain)
+        return [wrap(gradient, 0, level) for gradient in found]
 
     # ---------------------------------------------------------------------------------- autocast
 
@@ -331,9 +435,62 @@ class Operator:
         return self._backward_flops(*saved, settings, needs)
 
 
-def _function(name: str, forward: Callable, backward: Callable) -> type[torch.autograd.Function]:
+# Whether a transform of torch.func is active.
+_transforming: Callable[[], bool] = torch._C._are_functorch_transforms_active
+
+
+def _function(name: str, forward: Callable, backward: Callable) -> type[Any]:
+    # The kernels of autograd are called once for each level of torch.func, as these functions are.
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    return type(name, (torch.autograd.Function,), methods)
+    return type(name, (_SingleLevelFunction,), methods)
+
+
+def _apply(function: type[Any], arguments: Sequence[Any]) -> Any:
+    if not _transforming():
+        return function.apply(*arguments)
+    with enable_single_level_autograd_function():
+        return function.apply(*arguments)
+
+
+def _below_autograd(operator: Callable[..., Any], arguments: Sequence[Any]) -> Any:
+    """Call an operator from within an autograd function."""
+    with torch._C._AutoDispatchBelowAutograd():
+        if not _transforming():
+            return operator(*arguments)
+        # The function has disabled derivatives, also those of other levels of torch.func.
+        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+            return operator(*arguments)
+
+
+def _have_tangents(tensors: Sequence[Tensor | None]) -> bool:
+    return forward_ad._current_level >= 0 and any(
+        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
+    )
+
+
+def _replaced(items: Sequence[Any], places: Sequence[int], values: Sequence[Any]) -> list[Any]:
+    """A copy of a list with other values in some places."""
+    copy = list(items)
+    for place, value in zip(places, values, strict=True):
+        copy[place] = value
+    return copy
+
+
+def _samples_first(tensors: Sequence[Any], dims: Sequence[int | None]) -> list[Any]:
+    # There may be more dims than tensors: those of the other arguments.
+    return [t if dim is None else t.movedim(dim, 0) for t, dim in zip(tensors, dims, strict=False)]
+
+
+def _each(tensors: Sequence[Any], batched: Sequence[bool]) -> list[list[Any]]:
+    """The tensors of each sample."""
+    size = max(len(t) for t, wide in zip(tensors, batched, strict=True) if wide)
+    return [
+        [t[i] if wide else t for t, wide in zip(tensors, batched, strict=True)] for i in range(size)
+    ]
+
+
+def _unfold(tensor: Tensor, samples: int) -> Tensor:
+    return tensor.unflatten(0, (samples, tensor.shape[0] // samples))
 
 
 def _needs_gradient(tensors: Sequence[Tensor | None]) -> bool:

@@ -1,6 +1,7 @@
 """Deformable convolution: the public function."""
 
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from deformnet.ops._arguments import IntOrPair, pair
 from deformnet.ops.backends import Backend
@@ -44,8 +45,7 @@ def deform_conv2d(
             positions beyond the last row or column read the value of that row or column.
         backend: "auto" selects the fast kernel for the device of `input`, or the reference with
             one warning if no kernel can run; see `using`. "reference", "cpu" and "triton" select
-            a backend by name. Only "reference" supports double backward and forward-mode
-            differentiation.
+            a backend by name.
 
     Returns:
         [N, C_out, Ho, Wo] of the dtype of `input`, channels-last if `input` is.
@@ -64,7 +64,16 @@ def deform_conv2d(
         ValueError: if a shape, device, size or name is wrong; the message names the argument.
         RuntimeError: if the backend selected by name cannot run on this machine.
     """
+    tensors = (input, offset, weight, bias, mask)
+    if has_torch_function(tensors):
+        return handle_torch_function(
+            deform_conv2d,
+            tensors,
+            *(input, offset, weight, bias, stride, padding, dilation, mask),
+            border=border,
+            backend=backend,
+        )
     geometry = Geometry(
         pair("stride", stride), pair("padding", padding), pair("dilation", dilation), border
     )
-    return OPERATOR(backend, (input, offset, weight, bias, mask), geometry)
+    return OPERATOR(backend, tensors, geometry)

@@ -51,6 +51,13 @@ def multiply_adds(
     return taps * out_channels * group_channels, taps * input[1] * _READ
 
 
+def _fold(
+    input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    mask = None if mask is None else mask.flatten(0, 1)
+    return input.flatten(0, 1), offset.flatten(0, 1), weight, bias, mask
+
+
 def _triton() -> Kernels:
     from deformnet.ops.deform_conv import triton
 
@@ -66,6 +73,8 @@ OPERATOR = Operator(
     differentiable=("input", "offset", "weight", "bias", "mask"),
     positions=("offset", "mask"),
     biases=("bias",),
+    rows=("input", "offset", "mask"),
+    fold=_fold,
     keeps_memory_format=True,
     reference=reference.deform_conv2d,
     cpu=Kernels(cpu.deform_conv2d, cpu.deform_conv2d_backward),

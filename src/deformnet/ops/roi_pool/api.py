@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import SupportsFloat, SupportsIndex
 
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from deformnet.ops._arguments import IntOrPair, integer, number, pair
 from deformnet.ops.backends import Backend
@@ -61,8 +62,7 @@ def deform_roi_pool(
             ("aligned" only) uses the length of the bin, rounded up.
         backend: "auto" selects the fast kernel for the device of `input`, or the reference with
             one warning if no kernel can run; see `using`. "reference", "cpu" and "triton" select
-            a backend by name. Only "reference" supports double backward and forward-mode
-            differentiation.
+            a backend by name.
 
     Returns:
         [R, C, ph, pw] of the dtype of `input`, contiguous.
@@ -82,6 +82,16 @@ def deform_roi_pool(
             (checked only if this needs no synchronization); the message names the argument.
         RuntimeError: if the backend selected by name cannot run on this machine.
     """
+    tensors = (input, boxes, offset)
+    if has_torch_function(tensors):
+        return handle_torch_function(
+            deform_roi_pool,
+            tensors,
+            *(*tensors, output_size, spatial_scale, gamma),
+            sampling=sampling,
+            samples_per_bin=samples_per_bin,
+            backend=backend,
+        )
     rule = _rule(output_size, spatial_scale, gamma, sampling, samples_per_bin, False)
     return OPERATOR(backend, (input, join_boxes(boxes, input), offset), rule)
 
@@ -116,6 +126,16 @@ def deform_ps_roi_pool(
     Raises:
         TypeError, ValueError, RuntimeError: as in `deform_roi_pool`.
     """
+    tensors = (input, boxes, offset)
+    if has_torch_function(tensors):
+        return handle_torch_function(
+            deform_ps_roi_pool,
+            tensors,
+            *(*tensors, output_size, spatial_scale, gamma),
+            sampling=sampling,
+            samples_per_bin=samples_per_bin,
+            backend=backend,
+        )
     rule = _rule(output_size, spatial_scale, gamma, sampling, samples_per_bin, True)
     return OPERATOR(backend, (input, join_boxes(boxes, input), offset), rule)
 

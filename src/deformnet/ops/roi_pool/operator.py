@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from deformnet.ops._arguments import values_known
@@ -36,6 +37,22 @@ def _samples(boxes: Tensor, rule: Rule) -> int:
     return int((y_axis.number.sum(1) * x_axis.number.sum(1)).sum())
 
 
+def _fold(
+    input: Tensor, boxes: Tensor, offset: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    check_image_indices(input[0], boxes.flatten(0, 1))
+    samples, images = input.shape[:2]
+    if boxes.dtype in (torch.bfloat16, torch.float16):
+        boxes = boxes.float()  # which can count the images of all samples
+    image = boxes[..., :1]
+    first = torch.arange(samples, dtype=boxes.dtype, device=boxes.device) * images
+    # An image that its own sample does not have is not one of another sample either.
+    own = (image >= 0) & (image < images)
+    image = torch.where(own, image + first[:, None, None], -1)
+    boxes = torch.cat([image, boxes[..., 1:]], dim=2).flatten(0, 1)
+    return input.flatten(0, 1), boxes, None if offset is None else offset.flatten(0, 1)
+
+
 def _triton() -> Kernels:
     from deformnet.ops.roi_pool import triton
 
@@ -51,6 +68,8 @@ OPERATOR = Operator(
     check_values=check_image_indices,
     differentiable=("input", "offset"),
     positions=("boxes", "offset"),
+    rows=("input", "boxes", "offset"),
+    fold=_fold,
     keeps_memory_format=False,
     reference=reference.roi_pool,
     cpu=Kernels(cpu.roi_pool, cpu.roi_pool_backward),

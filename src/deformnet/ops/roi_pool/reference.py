@@ -65,7 +65,7 @@ def roi_pool(input: Tensor, boxes: Tensor, offset: Tensor | None, rule: Rule) ->
     origin = origin[:, :, None] * planes + torch.arange(planes, device=input.device)
     origin = origin.expand(shape[0], groups, bins).flatten() * (height * width)
 
-    if values_known(boxes):
+    if values_known(y.needed):
         order, chunks = _chunks(y.needed, x.needed, channels // groups)
     else:
         order, chunks = None, [(slice(None), most_rows, most_columns)]
