@@ -12,7 +12,7 @@ from deformnet.cli import main
 from deformnet.engine.export import Facts, write_export
 from deformnet.engine.runs import TrainedRun
 from deformnet.engine.settings import WholeOptions
-from deformnet.engine.whole import export_whole
+from deformnet.engine.whole import export_whole, load_whole
 from deformnet.recipes import (
     ClassAwareRPNRecipe,
     ClassifierRecipe,
@@ -82,7 +82,7 @@ def weights_of(name, folder):
 
 
 def check_boxes(found, expected, tolerance=1e-3):
-    assert len(expected.boxes) > 5
+    assert len(expected.boxes) > 2
     torch.testing.assert_close(found.scores, expected.scores, rtol=0, atol=1e-5)
     torch.testing.assert_close(found.boxes, expected.boxes, rtol=0, atol=tolerance)
     assert torch.equal(found.labels, expected.labels)
@@ -116,8 +116,8 @@ def test_deeplab_as_onnx(folder, capsys, tmp_path):
     assert json.loads(metadata["recipe"])["network"] == "deeplab"
 
 
-def test_rfcn_as_pt2_of_one_size(folder, tmp_path):
-    weights, out = weights_of("rfcn", folder), tmp_path / "net.pt2"
+def test_a_detector_as_pt2_of_one_size(folder, tmp_path):
+    weights, out = weights_of("class_aware_rpn", folder), tmp_path / "net.pt2"
     export_whole(weights, out, WholeOptions(size=(96, 120), normalize=False))
     predictor, expected = deformnet.load(out), deformnet.load(weights, device="cpu")
     fits, other = pictures()
@@ -141,6 +141,7 @@ def test_detectors_as_onnx_on_real_images(name, folder, tmp_path, real_data):
         check_boxes(predictor(image), expected(image), tolerance=3e-3)
 
 
+@pytest.mark.usefixtures("real_data")  # takes long
 def test_classifier_as_pt2(folder, tmp_path, capsys):
     weights, out = weights_of("classifier", folder), tmp_path / "net.pt2"
     main(["export", str(weights), str(out), "--standard"])
@@ -205,4 +206,4 @@ def test_missing_packages_are_named(folder, tmp_path, monkeypatch):
         export_whole(folder / "any", tmp_path / "net.onnx", WholeOptions())
     (tmp_path / "net.onnx").write_bytes(b"")
     with pytest.raises(MissingExtraError, match=r"net.onnx needs onnxruntime, .*\[onnx\]'"):
-        deformnet.load(tmp_path / "net.onnx")
+        load_whole(tmp_path / "net.onnx", TaskOptions())
