@@ -7,7 +7,6 @@ import pytest
 import roi_pool_cases
 import torch
 from torch import Tensor, nn
-from torch.export import Dim
 
 from deformnet.nn import DeformConv2d, DeformPSRoIPool2d, DeformRoIPool2d
 from deformnet.ops import decompositions, deform_conv2d, deform_roi_pool
@@ -21,25 +20,39 @@ from deformnet.ops.roi_pool.checks import Rule
 MAPS = {0: "batch", 2: "height", 3: "width"}
 
 
-class Layers(nn.Module):
-    """A layer of each kind, one after the other."""
+def shifted(module: nn.Module) -> nn.Module:
+    """The module in evaluation mode, with offsets that are not zero."""
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in module.named_parameters():
+        if "offset" in name:
+            nn.init.normal_(parameter, std=0.2, generator=generator)
+    return module.eval()
+
+
+class Convolutions(nn.Module):
+    """Layers of each kind, one after the other."""
 
     def __init__(self) -> None:
         super().__init__()
         self.plain = DeformConv2d(6, 8, 3, 2, 1, groups=2, offset_groups=3)
         self.modulated = DeformConv2d(8, 18, (3, 2), 1, 2, 2, bias=False, modulated=True)
         self.low = DeformConv2d(18, 4, 3, padding=1).half()
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        maps = self.modulated(self.plain(images))
+        return maps, self.low(maps.half()).float()
+
+
+class Pools(nn.Module):
+    """Both RoI poolings."""
+
+    def __init__(self) -> None:
+        super().__init__()
         self.pool = DeformRoIPool2d(18, 3, 0.25, sampling="aligned", samples_per_bin=2)
         self.ps_pool = DeformPSRoIPool2d(18, 3, 0.25, offset_groups=2)
-        generator = torch.Generator().manual_seed(0)
-        for name, parameter in self.named_parameters():
-            if "offset" in name:
-                nn.init.normal_(parameter, std=0.2, generator=generator)
 
-    def forward(self, images: Tensor, boxes: Tensor) -> list[Tensor]:
-        maps = self.modulated(self.plain(images))
-        pooled = self.pool(maps, boxes), self.ps_pool(maps, maps, boxes)
-        return [maps, *pooled, self.low(maps.half()).float()]
+    def forward(self, maps: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
+        return self.pool(maps, boxes), self.ps_pool(maps, maps, boxes)
 
 
 class Functions(nn.Module):
@@ -92,34 +105,35 @@ def run(proto, *arguments: Tensor) -> list[Tensor]:
 
 
 @torch.no_grad()
-def test_layers_in_onnx_with_dynamic_shapes():
-    layers = Layers().eval()
-    arguments = torch.randn(2, 6, 21, 27), boxes_for(0, 5, 2, 24)
-    proto = to_onnx(layers, arguments, (MAPS, {0: "boxes"}))
+def test_convolutions_in_onnx_with_dynamic_shapes():
+    layers = shifted(Convolutions())
+    proto = to_onnx(layers, (torch.randn(2, 6, 21, 27),), (MAPS,))
     assert [node.op_type for node in proto.graph.node].count("DeformConv") == 3
     assert proto.opset_import[0].version >= 19
-    for batch, size, count in ((3, 30, 9), (1, 17, 0)):
-        arguments = torch.randn(batch, 6, size, size + 4), boxes_for(1, count, batch, size)
-        *found, half = run(proto, *arguments)
-        *expected, half_expected = layers(*arguments)
-        for own, right in zip(found, expected, strict=True):
-            torch.testing.assert_close(own, right, rtol=3e-6, atol=3e-6, equal_nan=True)
-        torch.testing.assert_close(half, half_expected, rtol=2e-3, atol=2e-3)
+    for batch, height in ((3, 30), (1, 17)):
+        images = torch.randn(batch, 6, height, height + 4)
+        (found, low), (expected, low_expected) = run(proto, images), layers(images)
+        torch.testing.assert_close(found, expected, rtol=3e-6, atol=3e-6)
+        torch.testing.assert_close(low, low_expected, rtol=2e-3, atol=2e-3)
+
+
+@torch.no_grad()
+def test_pools_in_onnx_with_any_number_of_boxes():
+    pools, maps = shifted(Pools()), torch.randn(2, 18, 9, 11)
+    proto = to_onnx(pools, (maps, boxes_for(0, 5, 2, 36)), (None, {0: "boxes"}))
+    for count in (9, 0):
+        boxes = boxes_for(1, count, 2, 36)
+        for found, expected in zip(run(proto, maps, boxes), pools(maps, boxes), strict=True):
+            torch.testing.assert_close(found, expected, rtol=3e-6, atol=3e-6, equal_nan=True)
 
 
 @torch.no_grad()
 def test_functions_in_onnx_of_an_old_opset():
-    arguments = (
-        *(torch.randn(2, 4, 9, 8), torch.randn(2, 18, 9, 8) * 3, torch.randn(6, 4, 3, 3)),
-        *(boxes_for(0, 3, 1, 30)[:, 1:], boxes_for(1, 4, 1, 30)[:, 1:]),
-    )
-    shapes = ({0: "batch", 2: "h", 3: "w"}, {0: "batch", 2: "h", 3: "w"}, None, {0: "a"}, {0: "b"})
-    proto = to_onnx(Functions(), arguments, shapes, opset=18)
+    maps = torch.randn(2, 4, 9, 8), torch.randn(2, 18, 9, 8) * 3, torch.randn(6, 4, 3, 3)
+    arguments = *maps, boxes_for(0, 3, 1, 30)[:, 1:], boxes_for(1, 4, 1, 30)[:, 1:]
+    proto = to_onnx(Functions().eval(), arguments, (None, None, None, {0: "a"}, {0: "b"}), opset=18)
     assert not [node for node in proto.graph.node if node.op_type == "DeformConv"]
-    arguments = (
-        *(torch.randn(3, 4, 6, 7), torch.randn(3, 18, 6, 7) * 3, torch.randn(6, 4, 3, 3)),
-        *(boxes_for(2, 1, 1, 20)[:, 1:], boxes_for(3, 6, 1, 20)[:, 1:]),
-    )
+    arguments = *maps, boxes_for(2, 1, 1, 20)[:, 1:], boxes_for(3, 6, 1, 20)[:, 1:]
     for own, right in zip(run(proto, *arguments), Functions()(*arguments), strict=True):
         torch.testing.assert_close(own, right, rtol=3e-6, atol=3e-6)
 
@@ -136,22 +150,22 @@ def test_an_opset_without_the_operator_is_refused():
 def test_sampling_that_depends_on_the_boxes_is_refused():
     pytest.importorskip("onnxscript")
     with pytest.raises(Exception, match="expected samples_per_bin to be at least 1"):
-        to_onnx(Adapting(), (torch.randn(1, 2, 5, 5), boxes_for(0, 3, 1, 5)))
+        to_onnx(Adapting().eval(), (torch.randn(1, 2, 5, 5), boxes_for(0, 3, 1, 5)))
 
 
 @torch.no_grad()
-def test_a_program_without_own_operators():
-    layers = Layers().eval()
-    arguments = torch.randn(2, 6, 21, 27), boxes_for(0, 5, 2, 24)
-    dynamic = ({0: Dim("batch"), 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}, {0: Dim("boxes")})
-    program = torch.export.export(layers, arguments, dynamic_shapes=dynamic)
-    own = [node for node in program.graph.nodes if "deformnet" in str(node.target)]
-    assert len(own) > 3
-    program = program.run_decompositions(decompositions())
-    assert not [node for node in program.graph.nodes if "deformnet" in str(node.target)]
-    arguments = torch.randn(3, 6, 30, 34), boxes_for(1, 9, 3, 30)
-    for found, right in zip(program.module()(*arguments), layers(*arguments), strict=True):
-        torch.testing.assert_close(found, right, rtol=2e-3, atol=3e-5, equal_nan=True)
+def test_programs_without_own_operators():
+    boxes = boxes_for(0, 5, 2, 24)
+    for module, arguments in (
+        (Convolutions(), (torch.randn(2, 6, 21, 27),)),
+        (Pools(), (torch.randn(2, 18, 9, 11), boxes)),
+    ):
+        program = torch.export.export(shifted(module), arguments)
+        assert any("deformnet" in str(node.target) for node in program.graph.nodes)
+        program = program.run_decompositions(decompositions())
+        assert not any("deformnet" in str(node.target) for node in program.graph.nodes)
+        for found, right in zip(program.module()(*arguments), module(*arguments), strict=True):
+            torch.testing.assert_close(found, right, rtol=2e-3, atol=3e-5, equal_nan=True)
 
 
 def test_a_program_exports_to_onnx_by_a_table():

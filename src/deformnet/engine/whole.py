@@ -81,6 +81,9 @@ def export_whole(run: str | Path, out: str | Path, options: WholeOptions) -> Non
 class _Normalized(nn.Module):
     """A network with the normalization of its input."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
@@ -206,7 +209,8 @@ class _Loaded(nn.Module):
             mean, std = (images.new_tensor(it)[:, None, None] for it in _NORMALIZATION)
             images = ((images * std + mean) * 255).round().to(torch.uint8)
         outputs = self._run(images.contiguous())
-        return outputs if len(outputs) > 1 else outputs[0]
+        first, *others = outputs
+        return outputs if others else first
 
 
 _NORMALIZATION = (IMAGENET_MEAN, IMAGENET_STD)
