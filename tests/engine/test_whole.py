@@ -138,7 +138,8 @@ def test_detectors_as_onnx_on_real_images(name, folder, tmp_path, real_data):
     images = sorted((real_data / "coco_tiny").rglob("*.jpg"))[:20]
     assert len(images) == 20
     for image in images:
-        check_boxes(predictor(image), expected(image), tolerance=3e-3)
+        # 1e-3 pixels of the network's input, which has a fifth of the image's size.
+        check_boxes(predictor(image), expected(image), tolerance=5e-3)
 
 
 @pytest.mark.usefixtures("real_data")  # takes long
