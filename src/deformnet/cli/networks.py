@@ -70,7 +70,8 @@ def predict(
     Images are named by their path relative to the given folder.
 
     Args:
-        run: Run folder, or an exported network: a .safetensors file or hf://OWNER/REPO.
+        run: Run folder, or an exported network: a .safetensors, .onnx or .pt2 file, or
+            hf://OWNER/REPO.
         images: Images, videos, folders (searched recursively), or patterns such as "photos/*.jpg".
         out: Folder for the results.
         threshold: For detectors: minimum score of the boxes to draw; the file contains all boxes.

@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 from tyro.conf import Positional
 
+from deformnet._errors import UserError
 from deformnet._files import refuse_overwrite
-from deformnet.cli.options import RunPath
+from deformnet.cli.options import GROUP, RunPath
+from deformnet.engine.settings import SUFFIXES, WholeOptions
 
 if TYPE_CHECKING:
     from deformnet.models.backbones.foreign import Converted
@@ -16,16 +18,35 @@ _File = Annotated[Positional[Path], tyro.conf.arg(metavar="FILE")]
 _Checkpoint = Annotated[Positional[Path], tyro.conf.arg(metavar="CHECKPOINT")]
 
 
-def export(run: RunPath, file: _File) -> None:
-    """Export a trained network to NAME.safetensors, with a description in NAME.json and NAME.md.
+def export(
+    run: RunPath,
+    file: _File,
+    *,
+    whole: Annotated[WholeOptions, GROUP] = WholeOptions(),  # noqa: B008 (frozen)
+) -> None:
+    """Export a trained network to NAME.safetensors, NAME.onnx or NAME.pt2.
 
-    The exported file can be used instead of the run folder, for prediction and as --init. NAME.md
-    is a model card (README.md for model.safetensors); add the license of the weights to it.
+    NAME.safetensors has the weights, with a description in NAME.json and NAME.md. It can be used
+    instead of the run folder, for prediction and as --init. NAME.md is a model card (README.md for
+    model.safetensors); add the license of the weights to it.
+
+    NAME.onnx and NAME.pt2 have the whole network for other programs: with proposals, decoding and
+    non-maximum suppression for detectors. `deformnet predict` takes them as well.
 
     Args:
         run: Run folder.
-        file: File to write, NAME.safetensors; recipe, scores and versions go into NAME.json.
+        file: File to write; for NAME.safetensors, recipe, scores and versions go into NAME.json.
+        whole: Options of NAME.onnx and NAME.pt2.
     """
+    if file.suffix in SUFFIXES:
+        from deformnet.engine.whole import export_whole
+
+        export_whole(run, file, whole)
+        imports = file.suffix == ".pt2" and not whole.standard
+        print(f"network in {file}{'; it runs after `import deformnet`' if imports else ''}")
+        return
+    if whole != WholeOptions():
+        raise UserError(f"expected NAME.onnx or NAME.pt2 with these options, but got {file}")
     from deformnet.engine.export import export_run, model_card_path
 
     card = export_run(run, file)

@@ -7,7 +7,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from deformnet._errors import require_extra
-from deformnet.engine.settings import Hardware, LoopOptions
+from deformnet.engine.settings import Hardware, LoopOptions, WholeOptions
 
 if TYPE_CHECKING:
     from deformnet.engine.evaluation import evaluate, propose
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from deformnet.engine.results import Result
     from deformnet.engine.runs import TrainedRun, load, load_run
     from deformnet.engine.training import TrainingStopped, train
+    from deformnet.engine.whole import export_whole
 
 __all__ = [
     "Hardware",
@@ -28,8 +29,10 @@ __all__ = [
     "Result",
     "TrainedRun",
     "TrainingStopped",
+    "WholeOptions",
     "evaluate",
     "export_run",
+    "export_whole",
     "finetune_on",
     "is_first_process",
     "load",
@@ -48,6 +51,7 @@ _MODULES = {
     "deformnet.engine.results": ("Result",),
     "deformnet.engine.runs": ("TrainedRun", "load", "load_run"),
     "deformnet.engine.training": ("TrainingStopped", "train"),
+    "deformnet.engine.whole": ("export_whole",),
 }
 
 

@@ -48,6 +48,7 @@ from deformnet._errors import UserError
 from deformnet._files import naming, read_json, remove_partial, replacing
 from deformnet._hub import address_of, local
 from deformnet.engine.checkpoints import Checkpoint, Description, checked
+from deformnet.engine.settings import SUFFIXES
 from deformnet.models import _tensors
 from deformnet.models.backbones.weights import misfit
 from deformnet.recipes import Recipe, recipe_from_dict
@@ -169,12 +170,18 @@ def load(
     Args:
         run: run folder, one of its checkpoints, or an exported run: its .safetensors file, a folder
             that contains model.safetensors, or a repository on the Hugging Face Hub,
-            hf://OWNER/REPO or hf://OWNER/REPO@REVISION.
+            hf://OWNER/REPO or hf://OWNER/REPO@REVISION. Or a network exported as .onnx or .pt2; see
+            `deformnet.engine.whole`.
         options: test-time augmentation, for detectors.
         device: device to run on; None uses a GPU if there is one.
     Raises:
         FileNotFoundError, UserError, OSError: see `load_run`.
     """
+    path = Path(run)
+    if path.suffix in SUFFIXES:
+        from deformnet.engine.whole import load_whole  # which stands on this module
+
+        return load_whole(path, options, device)
     recipe, model, data = load_run(run)
     return task_of(recipe, options).predictor(model, data, device)
 

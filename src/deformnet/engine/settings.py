@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from deformnet._errors import require_at_least, require_at_most
+from deformnet._errors import UserError, require_at_least, require_at_most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,3 +62,32 @@ class LoopOptions:
         require_at_least(self, 1, "accumulate", "checkpoint_every", "log_every", "patience")
         if self.validate_every != "auto":
             require_at_least(self, 1, "validate_every")
+
+
+SUFFIXES = (".onnx", ".pt2")
+"""Endings of exported networks that other programs run; see `deformnet.engine.whole`."""
+
+
+@dataclass(frozen=True)
+class WholeOptions:
+    """Options of an exported network, for `.onnx` and `.pt2`."""
+
+    size: tuple[int, int] | None = None
+    """Height and width of the only images that the file takes; None takes any size."""
+    normalize: bool = True
+    """Normalize images in the file, which then takes uint8; otherwise it takes normalized
+    float32."""
+    resize: bool = True
+    """For DeepLab: upsample the logits to the size of the images in the file."""
+    standard: bool = False
+    """Replace deformable convolution by standard operators, for runtimes without DeformConv
+    (.onnx), or without deformnet (.pt2). Slower."""
+    compile: bool = False
+    """Compile the network for the processor of this machine with AOTInductor (.pt2 only)."""
+    opset: int = 20
+    """Opset of the ONNX file, at least 19; 18 with `standard`."""
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 18 if self.standard else 19, "opset")
+        if self.size is not None and min(self.size) < 1:
+            raise UserError(f"expected size to be at least 1, but got {self.size}")

@@ -10,6 +10,8 @@ from deformnet.models.backbones import Backbone
 from deformnet.models.backbones.features import initialize
 from deformnet.models.network import Network, require_labels
 
+STRIDE = 16
+"""Stride of the feature map in the recipes."""
 IGNORE = 255
 """Label of pixels that neither train nor count in a metric."""
 
@@ -51,12 +53,13 @@ class DeepLab(Network):
 
         For the backbone's `maps` in place of the images, H and W are multiples of the stride.
         """
-        logits = self._upsampled(self._scores(images))
+        logits = self._upsampled(self.scores(images))
         if images.shape[1] != 3:
             return logits
         return _crop(logits, images.shape[-2], images.shape[-1])
 
-    def _scores(self, images: Tensor) -> Tensor:
+    def scores(self, images: Tensor) -> Tensor:
+        """Logits before the upsampling, one for each unit of the feature map."""
         scores = self.classifier(self.backbone(images))
         # In half precision the upsampled scores of two classes would often tie.
         return scores.to(torch.promote_types(scores.dtype, torch.float32))
@@ -74,7 +77,7 @@ class DeepLab(Network):
             target: See `losses`.
         """
         step = self.loss_stride
-        scores = self._scores(images).contiguous(memory_format=torch.channels_last)
+        scores = self.scores(images).contiguous(memory_format=torch.channels_last)
         target = target[:, step // 2 :: step, step // 2 :: step]  # centers of the cells
         require_labels("labels of target", target, self.num_classes, ignored=IGNORE)
         totals = []

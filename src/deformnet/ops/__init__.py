@@ -2,6 +2,7 @@
 
 from deformnet.ops.backends import using
 from deformnet.ops.deform_conv.api import deform_conv2d
+from deformnet.ops.registration import decompositions
 from deformnet.ops.roi_pool.api import deform_ps_roi_pool, deform_roi_pool
 
-__all__ = ["deform_conv2d", "deform_ps_roi_pool", "deform_roi_pool", "using"]
+__all__ = ["decompositions", "deform_conv2d", "deform_ps_roi_pool", "deform_roi_pool", "using"]

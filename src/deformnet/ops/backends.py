@@ -126,20 +126,21 @@ def _require(backend: str, device: str | None) -> None:
         raise RuntimeError(f"backend {backend!r} cannot run: {reason}")
 
 
-def _constant(function: _F) -> _F:
+def constant(function: _F) -> _F:
+    """Decorator: a compiler that traces a call takes its result for a constant."""
     # Like torch.compiler.assume_constant_result, which imports torch._dynamo (over a second).
     function._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
     return function
 
 
 # A compiler that traces this does not need to query the GPU driver.
-@_constant
+@constant
 def _why_no_triton() -> str | None:
     return triton.why_unavailable()
 
 
 # A compiler cannot trace the warning, so it is issued during tracing.
-@_constant
+@constant
 def _warn_once(device: str, reason: str | None) -> None:
     if device in _warned:
         return
@@ -157,4 +158,4 @@ def _chosen() -> Backend:
 
 # PyTorch 2.14 traces the variable, and recompiles when it changes.
 if torch.__version__ < "2.14":
-    _chosen = _constant(_chosen)
+    _chosen = constant(_chosen)

@@ -1,4 +1,6 @@
-"""Registration of operators with PyTorch: schema, kernels, fakes, gradients, vmap, autocast, FLOPs.
+"""Registration of operators with PyTorch.
+
+Schema, kernels, fakes, gradients, vmap, autocast, FLOPs, and the forms in exported programs.
 
 Each operator's folder declares an `Operator`; the rules that all operators share are here.
 """
@@ -20,8 +22,10 @@ from torch.library import Library
 from deformnet.ops import backends
 from deformnet.ops._arguments import check_tensor
 from deformnet.ops.flops import register as register_flops
+from deformnet.ops.onnx import in_onnx_export
 
 _library = Library("deformnet", "DEF")
+_operators: list["Operator"] = []
 
 
 class Kernels(NamedTuple):
@@ -62,6 +66,8 @@ class Operator:
             samples (except those not in `rows`), and joins the first two.
         keeps_memory_format: whether the output is channels-last if the first tensor is.
         reference: `reference(*tensors, settings)`, in plain PyTorch.
+        standard: the same for exported programs, where the shape of no tensor may depend on values.
+        onnx: the same for ONNX graphs; it may contain `torch.onnx.ops.symbolic`.
         cpu: the kernels for tensors on the CPU.
         triton: imports the kernels for tensors on a GPU.
         flops: `flops(*tensors, settings)` returns floating-point operations of the forward pass.
@@ -83,6 +89,8 @@ class Operator:
         fold: Callable[..., tuple[Tensor | None, ...]],
         keeps_memory_format: bool,
         reference: Callable[..., Tensor],
+        standard: Callable[..., Tensor],
+        onnx: Callable[..., Tensor],
         cpu: Kernels,
         triton: Callable[[], Kernels],
         flops: Callable[..., int],
@@ -94,6 +102,7 @@ class Operator:
         self._check, self._check_values = check, check_values
         self._keeps_memory_format = keeps_memory_format
         self._reference, self.cpu, self.triton = reference, cpu, triton
+        self._standard, self._onnx = standard, onnx
         self._flops, self._backward_flops = flops, backward_flops
         self._count = len(names)
         self._is_position = [name in positions for name in names]
@@ -145,6 +154,7 @@ class Operator:
         register_flops(packets[1], self._count_backward_flops)
         # The overloads, resolved once and not in every call.
         self.forward, self.backward = packets[0].default, packets[1].default
+        _operators.append(self)
         # By hand, as torch.library.register_autograd adds twice this overhead.
         title = "".join(word.capitalize() for word in name.split("_"))
         self._function = _function(title, self._save_and_call, self._differentiate)
@@ -178,6 +188,9 @@ class Operator:
     def _run(
         self, reference: bool, tensors: tuple[Tensor | None, ...], settings: tuple[Any, ...]
     ) -> Tensor:
+        # Only while exporting, as the second question takes a microsecond.
+        if torch.compiler.is_exporting() and in_onnx_export():
+            return self._onnx(*tensors, settings)
         if not reference:
             return self.forward(*tensors, *settings)
         if self._check_values is not None:
@@ -272,6 +285,16 @@ class Operator:
             )
             for place in places
         ]
+
+    # -------------------------------------------------------------------------- exported programs
+
+    def standard_form(self, *arguments: Any) -> Tensor:
+        """The operator as standard operators."""
+        return self._standard(*arguments[: self._count], self._settings(*arguments[self._count :]))
+
+    def onnx_form(self, *arguments: Any) -> Tensor:
+        """The operator as ONNX has it."""
+        return self._onnx(*arguments[: self._count], self._settings(*arguments[self._count :]))
 
     # ------------------------------------------------------------------------------- derivatives
 
@@ -433,6 +456,23 @@ class Operator:
     def _count_backward_flops(self, *arguments: Any, out_val: Any) -> int:
         _, saved, settings, needs = self._split(arguments)
         return self._backward_flops(*saved, settings, needs)
+
+
+def decompositions(*, onnx: bool = False) -> dict[Any, Callable[..., Tensor]]:
+    """A decomposition table that replaces the operators in an exported program.
+
+    A program that runs where deformnet is not installed, more slowly and with more memory::
+
+        program = torch.export.export(model, (images,))
+        program = program.run_decompositions(deformnet.ops.decompositions())
+
+    `torch.onnx.export(model, ...)` needs no table; `torch.onnx.export(program, ...)` does.
+
+    Args:
+        onnx: replace deformable convolution by DeformConv of ONNX, for `torch.onnx.export(program,
+            opset_version=19)` and newer opsets; otherwise by standard operators.
+    """
+    return {it.forward: it.onnx_form if onnx else it.standard_form for it in _operators}
 
 
 # Whether a transform of torch.func is active.

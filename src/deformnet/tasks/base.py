@@ -239,6 +239,21 @@ class ProposalSet(ABC):
         """Writes the proposals into a file, in the first process."""
 
 
+@dataclass(frozen=True)
+class Whole:
+    """A network with everything that follows it, to be exported as one module.
+
+    Attributes:
+        module: takes normalized images [N, 3, H, W].
+        outputs: names of the tensors that it returns.
+        one_image: whether N has to be 1.
+    """
+
+    module: nn.Module
+    outputs: tuple[str, ...]
+    one_image: bool = False
+
+
 class Task(ABC, Generic[_RecipeT, _ImagesT]):
     """What a kind of network is trained and evaluated for.
 
@@ -325,6 +340,26 @@ class Task(ABC, Generic[_RecipeT, _ImagesT]):
         self, model: nn.Module, trained_on: DataIdentity, device: Device = None
     ) -> Predictor:
         """The predictor of a trained network; see `Predictor` for `device`."""
+
+    def whole(self, model: nn.Module, trained_on: DataIdentity, *, resize: bool = True) -> Whole:
+        """A trained network as one module with everything that follows it, to be exported.
+
+        Args:
+            model: the network.
+            trained_on: its training data.
+            resize: for DeepLab: whether the logits are upsampled to the size of the images.
+        Raises:
+            UserError: for an option that the network does not have.
+        """
+        if not resize:
+            raise UserError(f"expected resize to be True for {self.network}, but got False")
+        return Whole(model, ("logits",))
+
+    def whole_predictor(
+        self, module: nn.Module, trained_on: DataIdentity, device: Device = None
+    ) -> Predictor:
+        """The predictor of what `whole` returned, after it was exported and loaded again."""
+        return self.predictor(module, trained_on, device)
 
     def freeze(self, model: nn.Module) -> None:
         """Excludes from training the parts of the network that learn nothing in this task."""

@@ -30,10 +30,10 @@ from deformnet.metrics.segmentation import (
     region_boxes,
     segmentation_scores,
 )
-from deformnet.models.deeplab import DeepLab
+from deformnet.models.deeplab import STRIDE, DeepLab
 from deformnet.recipes import ScoreAt, SegmentationRecipe
 from deformnet.tasks.annotations import AnnotatedImages, Annotation, Contents, Thing, about
-from deformnet.tasks.base import DataIdentity, Scores, Task, TrainingSet, seeded
+from deformnet.tasks.base import DataIdentity, Scores, Task, TrainingSet, Whole, seeded
 from deformnet.tasks.figures import confusion_picture
 from deformnet.tasks.labeling import CountingSet, logits_of
 from deformnet.tasks.loading import alone, pad, stack
@@ -280,6 +280,32 @@ class SegmentationPredictor(Predictor[Tensor, LabelMap]):
         }
 
 
+class UnitScores(nn.Module):
+    """DeepLab without its upsampling: logits [N, C, h, w] at the stride of the backbone."""
+
+    def __init__(self, model: DeepLab) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model.scores(images)
+
+
+class Upsampled(nn.Module):
+    """An exported DeepLab with its upsampling, which it may have inside already."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, images: Tensor) -> Tensor:
+        height, width = images.shape[2:]
+        logits = self.module(images)
+        if logits.shape[2:] != images.shape[2:]:
+            logits = F.interpolate(logits, scale_factor=STRIDE, mode="bilinear")
+        return logits[..., :height, :width]
+
+
 class SegmentationTask(Task[SegmentationRecipe, _Images]):
     """Semantic segmentation."""
 
@@ -298,6 +324,14 @@ class SegmentationTask(Task[SegmentationRecipe, _Images]):
             device,
             upright=recipe.orientation != "stored",
         )
+
+    def whole(self, model: nn.Module, trained_on: DataIdentity, *, resize: bool = True) -> Whole:
+        return Whole(model if resize else UnitScores(cast(DeepLab, model)), ("logits",))
+
+    def whole_predictor(
+        self, module: nn.Module, trained_on: DataIdentity, device: Device = None
+    ) -> SegmentationPredictor:
+        return self.predictor(Upsampled(module), trained_on, device)
 
     def _splits(self, data: Location) -> list[str]:
         return segmentation_splits(data)

@@ -121,6 +121,13 @@ class Detector(Network):
         """
 
     @abstractmethod
+    def all_candidates(self, features: Features, size: Size) -> Candidates:
+        """Candidates of one image without padding, in shapes that do not depend on values.
+
+        For exported networks: candidates that do not exist have no area or score 0.
+        """
+
+    @abstractmethod
     def losses(
         self,
         images: Tensor,

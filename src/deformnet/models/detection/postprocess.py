@@ -9,7 +9,7 @@ from torchvision import ops
 from deformnet.models.detection.detector import Candidates, Detections
 from deformnet.ops._arguments import positive
 
-_PER_CLASS = 6000
+PER_CLASS = 6000
 """Maximum number of candidates of a class before non-maximum suppression.
 
 It bounds the 20,000 anchors x 80 classes of an untrained RPN; two-stage detectors have fewer.
@@ -60,9 +60,9 @@ def postprocess(
     # batched_nms would shift the boxes of each class, which rounds their coordinates.
     for label in range(scores.shape[1]):
         own = boxes if boxes.ndim == 2 else boxes[:, label]
-        valid = (scores[:, label] > score_threshold) & _has_area(own)
+        valid = (scores[:, label] > score_threshold) & has_area(own)
         score, order = scores[valid, label].sort(descending=True, stable=True)
-        score, own = score[:_PER_CLASS], own[valid][order[:_PER_CLASS]]
+        score, own = score[:PER_CLASS], own[valid][order[:PER_CLASS]]
         if soft_nms:
             kept, kept_scores = _soft_nms(own, score, score_threshold, max_detections)
         else:
@@ -93,7 +93,7 @@ def merge(parts: Sequence[Candidates]) -> Candidates:
     return Candidates(torch.cat(boxes), torch.cat(scores))
 
 
-def _has_area(boxes: Tensor) -> Tensor:
+def has_area(boxes: Tensor) -> Tensor:
     """Mask [K] of the finite boxes [K, 4] with a positive area."""
     width, height = (boxes[:, 2:] - boxes[:, :2]).unbind(dim=1)
     area = width * height  # may round to zero, which would make the IoU NaN

@@ -192,6 +192,11 @@ class RegionDetector(Detector):
             )
         ]
 
+    def all_candidates(self, features: Features, size: Size) -> Candidates:
+        boxes, scores = self.rpn.all_proposals(self.rpn(features.conv4), features.size, size)
+        found = self.candidates(features, [size], [boxes])[0]
+        return Candidates(found.boxes, torch.where((scores >= 0)[:, None], found.scores, 0.0))
+
     def losses(
         self,
         images: Tensor,

@@ -25,11 +25,13 @@ from deformnet.models.detection.detector import (
     Size,
     Target,
 )
+from deformnet.models.detection.suppression import MISSING, best, suppressed
 from deformnet.models.network import require_labels
 from deformnet.ops._arguments import positive
 
 _BACKGROUND = 0
 _IGNORED = -1
+_LEAST_SIDE = 1e-3  # of a proposal
 
 
 class RPNOutput(NamedTuple):
@@ -117,7 +119,7 @@ class RPN(nn.Module):
         for logits, boxes in self._predictions(output, map_size, sizes):
             # The logit of "an object of any class" does not saturate as its probability does.
             score = logits[:, 1:].logsumexp(dim=1) - logits[:, _BACKGROUND]
-            large = remove_small_boxes(boxes, 1e-3)
+            large = remove_small_boxes(boxes, _LEAST_SIDE)
             boxes, score = boxes[large], score[large]
             boxes, score = boxes[~score.isnan()], score[~score.isnan()]
             score, order = score.sort(descending=True, stable=True)
@@ -134,6 +136,22 @@ class RPN(nn.Module):
             Candidates(boxes, logits.softmax(dim=1)[:, 1:])
             for logits, boxes in self._predictions(output, map_size, sizes)
         ]
+
+    def all_proposals(self, output: RPNOutput, map_size: Size, size: Size) -> Proposals:
+        """`proposals` of one image without padding: `post_nms`, also `MISSING` ones."""
+        logits, boxes = self.unpadded(output, map_size, size)
+        score = logits[:, 1:].logsumexp(dim=1) - logits[:, _BACKGROUND]
+        sides = boxes[:, 2:] - boxes[:, :2]
+        valid = (sides >= _LEAST_SIDE).all(dim=1) & ~score.isnan()
+        boxes, score = best(boxes, torch.where(valid, score, MISSING), self.pre_nms)
+        boxes, score = best(boxes, suppressed(boxes, score, self.nms), self.post_nms)
+        # The probability may round to zero.
+        return Proposals(boxes, torch.where(score == MISSING, MISSING, score.sigmoid()))
+
+    def unpadded(self, output: RPNOutput, map_size: Size, size: Size) -> tuple[Tensor, Tensor]:
+        """Logits and boxes, clipped to the image, of all anchors of one image without padding."""
+        boxes = decode(output.deltas[0], self.anchors(map_size, output.logits.device))
+        return output.logits[0], clip_boxes_to_image(boxes, size)
 
     def _predictions(
         self, output: RPNOutput, map_size: Size, sizes: Sequence[Size]
@@ -316,6 +334,14 @@ class RPNDetector(Detector):
             Candidates(image.boxes, image.scores[:, None])
             for image in self.propose(features, sizes)
         ]
+
+    def all_candidates(self, features: Features, size: Size) -> Candidates:
+        output = self.rpn(features.last)
+        if not self.class_aware:
+            boxes, scores = self.rpn.all_proposals(output, features.size, size)
+            return Candidates(boxes, scores[:, None])
+        logits, boxes = self.rpn.unpadded(output, features.size, size)
+        return Candidates(boxes, logits.softmax(dim=1)[:, 1:])
 
     def losses(
         self,

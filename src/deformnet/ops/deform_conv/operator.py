@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from deformnet.ops.deform_conv import cpu, reference
+from deformnet.ops.deform_conv import cpu, onnx, reference, standard
 from deformnet.ops.deform_conv.checks import Geometry, check
 from deformnet.ops.registration import Kernels, Operator
 
@@ -77,6 +77,8 @@ OPERATOR = Operator(
     fold=_fold,
     keeps_memory_format=True,
     reference=reference.deform_conv2d,
+    standard=standard.deform_conv2d,
+    onnx=onnx.deform_conv2d,
     cpu=Kernels(cpu.deform_conv2d, cpu.deform_conv2d_backward),
     triton=_triton,
     flops=_flops,

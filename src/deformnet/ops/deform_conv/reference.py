@@ -55,7 +55,7 @@ def deform_conv2d(
         for j in range(kw):
             y = (y0 + i * dilation[0]).to(dtype) + shifts[:, :, i, j, 0]
             x = (x0 + j * dilation[1]).to(dtype) + shifts[:, :, i, j, 1]
-            samples = _read(maps, y, x, border)
+            samples = read(maps, y, x, border)
             if mask is not None:
                 samples = samples * mask[:, :, i, j, None]
             samples = samples.reshape(n, groups, group_channels, positions)
@@ -67,7 +67,7 @@ def deform_conv2d(
     return output.to(input.dtype)
 
 
-def _read(maps: Tensor, y: Tensor, x: Tensor, border: str) -> Tensor:
+def read(maps: Tensor, y: Tensor, x: Tensor, border: str) -> Tensor:
     """Interpolate `maps` [N, G, C/G, H, W] at `y`, `x` [N, G, P] bilinearly (Equations 3-4).
 
     `border="zeros"`: the map is zero outside, so less than one pixel outside of it the corners

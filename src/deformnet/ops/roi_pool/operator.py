@@ -7,7 +7,7 @@ from torch import Tensor
 
 from deformnet.ops._arguments import values_known
 from deformnet.ops.registration import Kernels, Operator
-from deformnet.ops.roi_pool import cpu, reference
+from deformnet.ops.roi_pool import cpu, reference, standard
 from deformnet.ops.roi_pool.checks import Rule, check, check_image_indices
 
 _READ = 4  # multiply-adds of a bilinear read, one for each pixel
@@ -72,6 +72,8 @@ OPERATOR = Operator(
     fold=_fold,
     keeps_memory_format=False,
     reference=reference.roi_pool,
+    standard=standard.roi_pool,
+    onnx=standard.roi_pool,
     cpu=Kernels(cpu.roi_pool, cpu.roi_pool_backward),
     triton=_triton,
     flops=_flops,

@@ -29,15 +29,83 @@ def roi_pool(input: Tensor, boxes: Tensor, offset: Tensor | None, rule: Rule) ->
     Returns:
         [R, C, ph, pw] of the dtype of `input`.
     """
-    n, _, height, width = input.shape
-    (ph, pw), _, gamma, sampling, samples_per_bin, position_sensitive = rule
-    bins, channels = ph * pw, rule.out_channels(input)
+    height, width = input.shape[2:]
+    bins = bins_of(input, boxes, offset, rule)
+    most_rows = _most(height, rule.sampling, rule.samples_per_bin)
+    most_columns = _most(width, rule.sampling, rule.samples_per_bin)
+    y = _grid(*bins.y, size=height, most=most_rows)
+    x = _grid(*bins.x, size=width, most=most_columns)
+    # Halves are exact in float32, so nothing is lost before the single rounding at the end.
+    table = bins.table(input.to(torch.promote_types(input.dtype, torch.float32)))
+    origin = bins.plane * (height * width)
+
+    if values_known(y.needed):
+        order, chunks = _chunks(y.needed, x.needed, table.shape[1])
+    else:
+        order, chunks = None, [(slice(None), most_rows, most_columns)]
+    sums, insides = [], []
+    for chosen, samples_y, samples_x in chunks:
+        y_read = read_axis(y.at(chosen), samples_y, height, rule.sampling)
+        x_read = read_axis(x.at(chosen), samples_x, width, rule.sampling)
+        sums.append(_sum(table, origin[chosen], y_read, x_read, width))
+        insides.append(y_read.inside * x_read.inside)
+    output, inside = torch.cat(sums), torch.cat(insides)
+    if order is not None:
+        back = order.argsort()
+        output, inside = output[back], inside[back]
+    # The divisor: the number of samples inside, or of all samples.
+    return bins.means(output, inside if rule.sampling == "msra" else y.number * x.number, input)
+
+
+class Samples(NamedTuple):
+    """The samples of all bins along one axis, shifted: start + s * step; every tensor is [B]."""
+
+    start: Tensor
+    step: Tensor
+    number: Tensor
+
+
+class Bins(NamedTuple):
+    """The bins of all boxes, and how they lie on the map."""
+
+    y: Samples
+    x: Samples
+    plane: Tensor  # [B], the plane of the map that a bin reads; see `table`
+    shape: tuple[int, int, int, int]  # R, G, ph, pw
+    planes: int  # number of planes of a group: the bins if position-sensitive, else one
+
+    def table(self, maps: Tensor) -> Tensor:
+        """Maps [N, C, H, W] as rows of pixels [planes * H * W, C/G], channels of one group."""
+        n, channels, height, width = maps.shape
+        groups = self.shape[1]
+        some = channels // (groups * self.planes)
+        maps = maps.reshape(n, groups, some, self.planes, height, width)
+        return maps.permute(0, 1, 3, 4, 5, 2).reshape(-1, some)
+
+    def means(self, sums: Tensor, number: Tensor, input: Tensor) -> Tensor:
+        """The output [R, C, ph, pw] for sums [B, C/G] over `number` [B] samples."""
+        (count, groups, ph, pw), dtype = self.shape, sums.dtype
+        output = sums / number.clamp_min(1).to(dtype)[:, None]
+        # A NaN position gives a NaN mean; the square of a NaN, because then the derivative is too.
+        y, x = self.y.start, self.x.start
+        undefined = y.isnan() | x.isnan()
+        poison = torch.where(undefined, y + x, 0).to(dtype)
+        output = torch.where(undefined[:, None], (poison * poison)[:, None], output)
+        channels = sums.shape[1]
+        output = output.reshape(count, groups, ph, pw, channels).permute(0, 1, 4, 2, 3)
+        return output.reshape(count, groups * channels, ph, pw).to(input.dtype)
+
+
+def bins_of(input: Tensor, boxes: Tensor, offset: Tensor | None, rule: Rule) -> Bins:
+    """The bins of boxes [R, 5], moved by their offsets; arguments as of `roi_pool`."""
+    (ph, pw), _, gamma, _, _, position_sensitive = rule
     groups = 1 if offset is None else offset.shape[1] // 2
     shape = (boxes.shape[0], groups, ph, pw)
+    planes = ph * pw if position_sensitive else 1
 
     image = boxes.detach()[:, 0].to(_position_dtype(boxes))
     # Where nobody could look at the boxes before, some may be of images that do not exist.
-    exists = (image >= 0) & (image < n)
+    exists = (image >= 0) & (image < input.shape[0])
     y_axis, x_axis = axes(boxes, exists, rule)
 
     y_start, x_start = y_axis.start[:, None, :, None], x_axis.start[:, None, None, :]
@@ -47,50 +115,19 @@ def roi_pool(input: Tensor, boxes: Tensor, offset: Tensor | None, rule: Rule) ->
         # The pair is (x, y).
         x_start = x_start + shift[:, :, 0] * x_axis.size[:, None, None, None]
         y_start = y_start + shift[:, :, 1] * y_axis.size[:, None, None, None]
-    most_rows = _most(height, sampling, samples_per_bin)
-    most_columns = _most(width, sampling, samples_per_bin)
     rows = (y_start, y_axis.step[:, None, :, None], y_axis.number[:, None, :, None])
     columns = (x_start, x_axis.step[:, None, None, :], x_axis.number[:, None, None, :])
-    y = _grid(*[it.expand(shape).flatten() for it in rows], size=height, most=most_rows)
-    x = _grid(*[it.expand(shape).flatten() for it in columns], size=width, most=most_columns)
 
-    # A row of the table has the values of a pixel: the channels of one group, and of one bin if
-    # position-sensitive. `origin` [B] is the row of the pixel (0, 0).
-    dtype = torch.promote_types(input.dtype, torch.float32)
-    planes = bins if position_sensitive else 1
-    table = input.to(dtype).reshape(n, groups, channels // groups, planes, height, width)
-    table = table.permute(0, 1, 3, 4, 5, 2).reshape(-1, channels // groups)
-    origin = torch.where(exists, image, 0).long()[:, None] * groups
-    origin = origin + torch.arange(groups, device=input.device)
-    origin = origin[:, :, None] * planes + torch.arange(planes, device=input.device)
-    origin = origin.expand(shape[0], groups, bins).flatten() * (height * width)
-
-    if values_known(y.needed):
-        order, chunks = _chunks(y.needed, x.needed, channels // groups)
-    else:
-        order, chunks = None, [(slice(None), most_rows, most_columns)]
-    sums, insides = [], []
-    for chosen, samples_y, samples_x in chunks:
-        y_read = _read_axis(y.at(chosen), samples_y, height, sampling)
-        x_read = _read_axis(x.at(chosen), samples_x, width, sampling)
-        sums.append(_sum(table, origin[chosen], y_read, x_read, width))
-        insides.append(y_read.inside * x_read.inside)
-    output, inside = torch.cat(sums), torch.cat(insides)
-    if order is not None:
-        back = order.argsort()
-        output, inside = output[back], inside[back]
-
-    # The divisor: the number of samples inside, or of all samples.
-    number = inside if sampling == "msra" else y.number * x.number
-    output = output / number.clamp_min(1).to(dtype)[:, None]
-
-    # A NaN position gives a NaN mean; the square of a NaN, because then the derivative is NaN too.
-    undefined = y.start.isnan() | x.start.isnan()
-    poison = torch.where(undefined, y.start + x.start, 0).to(dtype)
-    output = torch.where(undefined[:, None], (poison * poison)[:, None], output)
-
-    output = output.reshape(*shape, channels // groups).permute(0, 1, 4, 2, 3)
-    return output.reshape(shape[0], channels, ph, pw).to(input.dtype)
+    plane = torch.where(exists, image, 0).long()[:, None] * groups
+    plane = plane + torch.arange(groups, device=input.device)
+    plane = plane[:, :, None] * planes + torch.arange(planes, device=input.device)
+    return Bins(
+        Samples(*(it.expand(shape).flatten() for it in rows)),
+        Samples(*(it.expand(shape).flatten() for it in columns)),
+        plane.expand(shape[0], groups, ph * pw).flatten(),
+        shape,
+        planes,
+    )
 
 
 class Axis(NamedTuple):
@@ -172,7 +209,7 @@ def _round(numbers: Tensor) -> Tensor:
     return whole + (rest >= 0.5).to(whole.dtype) - (rest <= -0.5).to(whole.dtype)
 
 
-class _Grid(NamedTuple):
+class Grid(NamedTuple):
     """The samples of all bins along one axis, shifted; every tensor is [B].
 
     Only the samples first .. first + needed - 1 can lie on the map.
@@ -184,8 +221,8 @@ class _Grid(NamedTuple):
     first: Tensor
     needed: Tensor
 
-    def at(self, chosen: Tensor | slice) -> "_Grid":
-        return _Grid(*(tensor[chosen] for tensor in self))
+    def at(self, chosen: Tensor | slice) -> "Grid":
+        return Grid(*(tensor[chosen] for tensor in self))
 
 
 def _most(size: int, sampling: str, samples_per_bin: int) -> int:
@@ -198,7 +235,7 @@ def _most(size: int, sampling: str, samples_per_bin: int) -> int:
     return samples_per_bin if samples_per_bin > 0 else 2 * size + 7
 
 
-def _grid(start: Tensor, step: Tensor, number: Tensor, size: int, most: int) -> _Grid:
+def _grid(start: Tensor, step: Tensor, number: Tensor, size: int, most: int) -> Grid:
     # One sample more at each end than lies within [-1, size], for the sake of rounding.
     at = start.detach()
     first, last = ((-1 - at) / step).floor() - 1, ((size - at) / step).floor() + 1
@@ -206,7 +243,7 @@ def _grid(start: Tensor, step: Tensor, number: Tensor, size: int, most: int) -> 
     first = torch.where(step > 0, first.nan_to_num(0), 0).clamp_min(0)
     last = torch.where(step > 0, last.nan_to_num(-1), number).clamp_min(-1)
     first, last = torch.minimum(first, number), torch.minimum(last, number - 1)
-    return _Grid(start, step, number, first, (last - first + 1).clamp(0, most))
+    return Grid(start, step, number, first, (last - first + 1).clamp(0, most))
 
 
 def _chunks(
@@ -235,7 +272,7 @@ def _chunks(
     return order, chunks or [(order, 0, 0)]
 
 
-class _AxisRead(NamedTuple):
+class AxisRead(NamedTuple):
     """The pixels that the samples of bins read along one axis, two for each sample: [B, 2*S]."""
 
     pixel: Tensor
@@ -244,7 +281,7 @@ class _AxisRead(NamedTuple):
     inside: Tensor  # [B], the number of samples that are not skipped
 
 
-def _read_axis(grid: _Grid, samples: int, size: int, sampling: str) -> _AxisRead:
+def read_axis(grid: Grid, samples: int, size: int, sampling: str) -> AxisRead:
     """One axis of bilinear interpolation.
 
     At integers the cell is the one to the right, and so is the derivative.
@@ -271,7 +308,7 @@ def _read_axis(grid: _Grid, samples: int, size: int, sampling: str) -> _AxisRead
     high = low + 1 if sampling == "bins" else (low + 1).clamp_max(size - 1)
     pixel = torch.cat([low, high], dim=1)
     counts = torch.cat([within, within], dim=1) & (pixel >= 0) & (pixel < size)
-    return _AxisRead(
+    return AxisRead(
         torch.where(counts, pixel, 0).long(),
         torch.cat([1 - right, right], dim=1),
         counts,
@@ -279,7 +316,7 @@ def _read_axis(grid: _Grid, samples: int, size: int, sampling: str) -> _AxisRead
     )
 
 
-def _sum(table: Tensor, origin: Tensor, y: _AxisRead, x: _AxisRead, width: int) -> Tensor:
+def _sum(table: Tensor, origin: Tensor, y: AxisRead, x: AxisRead, width: int) -> Tensor:
     """The sum [B, C/G] over the samples of each bin."""
     pixel = origin[:, None, None] + y.pixel[:, :, None] * width + x.pixel[:, None, :]
     values = table.index_select(0, pixel.flatten()).reshape(*pixel.shape, table.shape[1])

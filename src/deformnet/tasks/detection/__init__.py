@@ -10,10 +10,18 @@ from deformnet.data.boxes import DetectionDataset
 from deformnet.data.coco import COCODetection
 from deformnet.data.location import Location
 from deformnet.data.opening import detection_splits, open_detection
-from deformnet.models.detection.detector import Detector
-from deformnet.recipes import DetectorRecipe
+from deformnet.models.detection.detector import Detections, Detector
+from deformnet.models.detection.whole import WholeDetector
+from deformnet.recipes import DetectorRecipe, TestTimeAugmentation
 from deformnet.tasks.annotations import AnnotatedImages
-from deformnet.tasks.base import DataIdentity, EvaluationSet, ProposalSet, Task, TaskOptions
+from deformnet.tasks.base import (
+    DataIdentity,
+    EvaluationSet,
+    ProposalSet,
+    Task,
+    TaskOptions,
+    Whole,
+)
 from deformnet.tasks.detection.data import Boxes, BoxImages, DetectionTrainingSet
 from deformnet.tasks.detection.evaluation import (
     DetectionEvaluationSet,
@@ -25,7 +33,7 @@ from deformnet.tasks.detection.evaluation import (
     recall,
     submission,
 )
-from deformnet.tasks.detection.predictor import DetectionPredictor
+from deformnet.tasks.detection.predictor import DetectionPredictor, Limits, WholePredictor
 from deformnet.tasks.own import Data, OwnBoxes
 from deformnet.tasks.predictor import Device
 from deformnet.tasks.proposals import StoredProposals
@@ -69,6 +77,31 @@ class DetectionTask(Task[DetectorRecipe, BoxImages]):
     ) -> DetectionPredictor:
         _require_own_proposals(trained_on)
         return self._predictor_for(trained_on.classes)(model, device)
+
+    def whole(self, model: nn.Module, trained_on: DataIdentity, *, resize: bool = True) -> Whole:
+        _require_own_proposals(trained_on)
+        super().whole(model, trained_on, resize=resize)
+        network = cast(Detector, model)
+        whole = WholeDetector(network, **Limits.of(self.recipe, network)._asdict())
+        return Whole(whole, Detections._fields, one_image=True)
+
+    def whole_predictor(
+        self, module: nn.Module, trained_on: DataIdentity, device: Device = None
+    ) -> WholePredictor:
+        recipe = self.recipe
+        if self.options.augmentation != TestTimeAugmentation():
+            raise UserError(
+                "expected no test-time augmentation for an exported detector, which has all of its "
+                "stages inside; predict with the run folder"
+            )
+        return WholePredictor(
+            module,
+            ("object",) if recipe.class_agnostic else trained_on.classes,
+            recipe.short_side,
+            recipe.max_side,
+            device,
+            upright=recipe.orientation != "stored",
+        )
 
     def freeze(self, model: nn.Module) -> None:
         if self._proposals is not None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import ClassVar, cast
+from typing import ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -48,11 +48,59 @@ from deformnet.tasks.results import BoxFormat, encoded
 _BOXES_AT_ONCE = 1000  # boxes whose pooled features are in memory at a time
 
 
-class DetectionPredictor(Predictor[Detections, Boxes]):
+class Limits(NamedTuple):
+    """Which candidates of a detector are detections; see `postprocess`."""
+
+    score_threshold: float
+    nms: float
+    max_detections: int
+
+    @classmethod
+    def of(cls, recipe: DetectorRecipe, model: Detector) -> "Limits":
+        """Proposals are only filtered by the suppression that precedes a detector."""
+        if recipe.class_agnostic:
+            return cls(0.0, cast(RPNDetector, model).rpn.nms, recipe.proposals)
+        return cls(recipe.score_threshold, recipe.nms, recipe.max_detections)
+
+
+class BoxPredictor(Predictor[Detections, Boxes]):
     """Predicts the objects of an image, with boxes in pixels of the image.
 
     `write` writes a file with all detections (see `deformnet.tasks.detection.files`) and, for
     `photo.jpg`, the picture `pictures/photo.jpg` with the boxes that score at least `threshold`.
+    """
+
+    has_boxes: ClassVar[bool] = True
+    folders: ClassVar[dict[str, str]] = {"pictures": ".jpg"}
+
+    def record(self, name: str, detections: Detections) -> Record:
+        """The detections of an image of this name, with the names of their classes."""
+        names = [self.classes[label] for label in detections.labels.tolist()]
+        return Record(name, detections.boxes, detections.scores, names)
+
+    def _pictures(self, annotation: Boxes, threshold: float) -> dict[str, bytes]:
+        return {"pictures": encoded(annotation.plot(threshold=threshold), ".jpg")}
+
+    def _listed(self, out: Path, box_format: BoxFormat) -> AbstractContextManager[Add[Boxes]]:
+        return listing_boxes(out, box_format, self.classes)
+
+    def _annotation(self, prediction: Detections, size: Size, image: Tensor | None = None) -> Boxes:
+        boxes, scores, labels = prediction
+        return Boxes(boxes, labels, self.classes, size, scores, image)
+
+
+class WholePredictor(BoxPredictor):
+    """Predicts with an exported detector, which has all stages inside; see `WholeDetector`."""
+
+    def _predict(self, prepared: Prepared, size: Size) -> Detections:
+        boxes, scores, labels = (part.cpu() for part in self.model(prepared.input))
+        found = labels >= 0
+        boxes = _rescaled(boxes[found], prepared.size, size)
+        return Detections(boxes, scores[found], labels[found])
+
+
+class DetectionPredictor(BoxPredictor):
+    """Predicts with a network, stage by stage; see `BoxPredictor`.
 
     Args:
         recipe: image sizes and thresholds. Proposals of a region proposal network are only filtered
@@ -66,9 +114,6 @@ class DetectionPredictor(Predictor[Detections, Boxes]):
         ValueError: if the model has another number of classes, or if `augmentation` refines the
             boxes of a model that takes no proposals.
     """
-
-    has_boxes: ClassVar[bool] = True
-    folders: ClassVar[dict[str, str]] = {"pictures": ".jpg"}
 
     def __init__(
         self,
@@ -95,15 +140,11 @@ class DetectionPredictor(Predictor[Detections, Boxes]):
         self._network = cast(Detector, self.model)
         self.pooling = model.deformable_pooling
         self.sees_conv5 = model.uses_conv5
-        threshold, nms, limit = recipe.score_threshold, recipe.nms, recipe.max_detections
-        if recipe.class_agnostic:
-            threshold, nms, limit = 0.0, cast(RPNDetector, model).rpn.nms, recipe.proposals
-        self._score_threshold, self._augmentation = threshold, augmentation
+        limits = Limits.of(recipe, model)
+        self._score_threshold, self._augmentation = limits.score_threshold, augmentation
         self._postprocess = partial(
             postprocess,
-            score_threshold=threshold,
-            nms=nms,
-            max_detections=limit,
+            **limits._asdict(),
             soft_nms=augmentation.soft_nms,
             box_averaging=augmentation.box_averaging,
         )
@@ -176,21 +217,6 @@ class DetectionPredictor(Predictor[Detections, Boxes]):
         boxes, scores = self._network.propose(features, [prepared.size])[0]
         boxes = _rescaled(boxes.float(), prepared.size, (image.shape[1], image.shape[2]))
         return Proposals(boxes.cpu(), scores.float().cpu())
-
-    def record(self, name: str, detections: Detections) -> Record:
-        """The detections of an image of this name, with the names of their classes."""
-        names = [self.classes[label] for label in detections.labels.tolist()]
-        return Record(name, detections.boxes, detections.scores, names)
-
-    def _pictures(self, annotation: Boxes, threshold: float) -> dict[str, bytes]:
-        return {"pictures": encoded(annotation.plot(threshold=threshold), ".jpg")}
-
-    def _listed(self, out: Path, box_format: BoxFormat) -> AbstractContextManager[Add[Boxes]]:
-        return listing_boxes(out, box_format, self.classes)
-
-    def _annotation(self, prediction: Detections, size: Size, image: Tensor | None = None) -> Boxes:
-        boxes, scores, labels = prediction
-        return Boxes(boxes, labels, self.classes, size, scores, image)
 
     def _detections(self, candidates: list[Candidates]) -> Detections:
         """Post-processes all candidates of an image."""

@@ -1,0 +1,300 @@
+"""Whole trained networks as one file that other programs run: NAME.onnx and NAME.pt2.
+
+The file has the network and what follows it: softmax is left to the caller, but proposals, decoding
+of boxes and non-maximum suppression are inside. It also has the recipe, the classes and the size of
+the images, so `load` makes a predictor of it, as of a run folder.
+
+Inputs and outputs of the file:
+
+```
+images     uint8 [N, 3, H, W], RGB, resized; or float32, normalized as well (normalize=False)
+logits     float32 [N, C] of a classifier; [N, C, H, W] of DeepLab, [N, C, h, w] with resize=False
+boxes      of a detector, N = 1: float32 [D, 4] (x1, y1, x2, y2), in pixels of `images`
+scores     float32 [D], in descending order
+labels     int64 [D], indices of classes; -1 fills up to D, the recipe's `max_detections`
+```
+
+NAME.onnx has the operator DeformConv of opset 19. NAME.pt2 has deformnet's own operators, so that
+it runs after `import deformnet`. With `standard`, both have operators of every ONNX runtime and of
+PyTorch alone (torchvision's non-maximum suppression for detectors).
+"""
+
+import dataclasses
+import io
+import json
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from deformnet._errors import UserError, require_extra
+from deformnet._files import write_file
+from deformnet.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from deformnet.engine.runs import describe, load_run, recipe_and_data, versions
+from deformnet.engine.settings import WholeOptions
+from deformnet.ops import decompositions
+from deformnet.tasks import task_of
+from deformnet.tasks.base import TaskOptions, Whole
+from deformnet.tasks.predictor import Predictor
+
+_KEY = "deformnet"  # of the description among the metadata of a file
+_EXAMPLE = (96, 128)  # size of the images that a network for any size is traced with
+
+
+def export_whole(run: str | Path, out: str | Path, options: WholeOptions) -> None:
+    """Exports a trained network as `.onnx` or `.pt2`; see `deformnet.engine.whole`.
+
+    Args:
+        run: run folder, or an exported .safetensors; see `load_run`.
+        out: NAME.onnx or NAME.pt2.
+        options: how.
+    Raises:
+        FileNotFoundError, UserError: see `load_run`; UserError also if an option does not apply.
+        MissingExtraError: if packages of the extra "onnx" are missing, for NAME.onnx.
+        OSError: if the file cannot be written.
+    """
+    out = Path(out)
+    if options.compile and out.suffix != ".pt2":
+        raise UserError(f"out: expected NAME.pt2 to compile, but got {out}")
+    if out.suffix == ".onnx":
+        require_extra("export to .onnx", "onnx", "onnx", "onnxscript")
+    recipe, model, data = load_run(run)
+    whole = task_of(recipe).whole(model, data, resize=options.resize)
+    program = _program(whole, options)
+    if options.standard or out.suffix == ".onnx":
+        program = program.run_decompositions(decompositions(onnx=not options.standard))
+    description = {
+        **describe(recipe, data),
+        "options": dataclasses.asdict(options),
+        "outputs": list(whole.outputs),
+        "versions": versions(),
+        "requires": [] if options.standard or out.suffix == ".onnx" else ["import deformnet"],
+    }
+    write = _to_onnx if out.suffix == ".onnx" else _to_pt2
+    write_file(out, write(program, whole, options, description))
+
+
+class _Normalized(nn.Module):
+    """A network with the normalization of its input."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGENET_STD)[:, None, None], persistent=False)
+
+    def forward(self, images: Tensor) -> Any:
+        return self.module((images.float() / 255 - self.mean) / self.std)
+
+
+class _Plain(nn.Module):
+    """A network that returns tensors or tuples of tensors, rather than named tuples."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, images: Tensor) -> Any:
+        output = self.module(images)
+        return output if isinstance(output, Tensor) else tuple(output)
+
+
+def _program(whole: Whole, options: WholeOptions) -> ExportedProgram:
+    module = _Plain(_Normalized(whole.module) if options.normalize else whole.module).eval()
+    height, width = options.size or _EXAMPLE
+    # A batch of one image would be taken for the only one possible.
+    images = torch.zeros(1 if whole.one_image else 2, 3, height, width)
+    images = images.to(torch.uint8) if options.normalize else images
+    dynamic = {} if whole.one_image else {0: Dim("batch")}
+    if options.size is None:
+        dynamic |= {2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
+    with torch.no_grad():
+        return torch.export.export(module, (images,), dynamic_shapes=(dynamic,))
+
+
+def _to_onnx(
+    program: ExportedProgram,
+    whole: Whole,
+    options: WholeOptions,
+    description: Mapping[str, object],
+) -> bytes:
+    import onnx
+
+    program = program.run_decompositions({torch.ops.aten.sort.stable: _stable_sort})
+    exported = torch.onnx.export(
+        program,
+        dynamo=True,
+        opset_version=options.opset,
+        input_names=["images"],
+        output_names=list(whole.outputs),
+        verbose=False,
+    )
+    assert exported is not None
+    proto = exported.model_proto
+    entries = {_KEY: json.dumps(description), **_for_readers(description, options)}
+    onnx.helper.set_model_props(proto, entries)
+    onnx.checker.check_model(proto)
+    return proto.SerializeToString()
+
+
+def _stable_sort(
+    values: Tensor, *, stable: bool | None, dim: int = -1, descending: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Stable in ONNX, whose TopK puts the lower index first, but not in PyTorch."""
+    return values.topk(values.shape[dim], dim, descending)
+
+
+def _for_readers(description: Mapping[str, Any], options: WholeOptions) -> dict[str, str]:
+    """The metadata that other programs read."""
+    recipe = description["recipe"]
+    size = "any" if options.size is None else list(options.size)
+    normalization = {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)}
+    return {
+        "classes": json.dumps(description["data"]["classes"]),
+        "size": json.dumps(size),
+        "recipe": json.dumps(recipe),
+        "normalization": json.dumps("inside" if options.normalize else normalization),
+    }
+
+
+def _to_pt2(
+    program: ExportedProgram,
+    whole: Whole,
+    options: WholeOptions,
+    description: Mapping[str, object],
+) -> bytes:
+    buffer, text = io.BytesIO(), json.dumps(description)
+    if options.compile:
+        from torch._inductor import aoti_compile_and_package
+
+        configs = {"aot_inductor.metadata": {_KEY: text}}
+        aoti_compile_and_package(program, package_path=buffer, inductor_configs=configs)
+    else:
+        torch.export.save(program, buffer, extra_files={_KEY: text})
+    return buffer.getvalue()
+
+
+class _Loaded(nn.Module):
+    """A network from a file, which takes normalized images as the networks of runs do.
+
+    Args:
+        path: the file.
+        run: takes the images of the file and returns its outputs.
+        options: how it was exported.
+    """
+
+    def __init__(
+        self, path: Path, run: Callable[[Tensor], tuple[Tensor, ...]], options: WholeOptions
+    ) -> None:
+        super().__init__()
+        self._path, self._run, self._options = path, run, options
+
+    def forward(self, images: Tensor) -> Any:
+        size, expected = (images.shape[2], images.shape[3]), self._options.size
+        if expected is not None and size != expected:
+            raise UserError(
+                f"{self._path}: expected an image that is {expected[0]} x {expected[1]} pixels "
+                f"after resizing, but got {size[0]} x {size[1]}; export without a size for images "
+                "of any size"
+            )
+        if self._options.normalize:
+            # Pixels were whole numbers before they were normalized.
+            mean, std = (images.new_tensor(it)[:, None, None] for it in _NORMALIZATION)
+            images = ((images * std + mean) * 255).round().to(torch.uint8)
+        outputs = self._run(images.contiguous())
+        first, *others = outputs
+        return outputs if others else first
+
+
+_NORMALIZATION = (IMAGENET_MEAN, IMAGENET_STD)
+
+
+def load_whole(
+    path: Path, options: TaskOptions, device: torch.device | str | None = None
+) -> Predictor:
+    """The predictor of a network that `export_whole` wrote; it runs on the CPU.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        UserError: if the file is damaged or was not written by deformnet, or `device` is not the
+            CPU.
+        MissingExtraError: if onnxruntime is missing, for NAME.onnx.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    if torch.device(device or "cpu").type != "cpu":
+        raise UserError(
+            f"expected device to be cpu for {path.name}, but got {device}; predict with the run "
+            "folder, or run the file with the runtime of your device"
+        )
+    run, text = (_from_onnx if path.suffix == ".onnx" else _from_pt2)(path)
+    try:
+        description = json.loads(text or "")
+        fields = description["options"]
+        size = None if fields["size"] is None else tuple(fields["size"])
+        how = WholeOptions(**{**fields, "size": size})
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path}: expected a network that deformnet exported, but its description is missing "
+            "or damaged"
+        ) from error
+    recipe, data = recipe_and_data(description, path)
+    return task_of(recipe, options).whole_predictor(_Loaded(path, run, how), data, "cpu")
+
+
+_Loader = tuple[Callable[[Tensor], tuple[Tensor, ...]], str | None]
+
+
+def _from_onnx(path: Path) -> _Loader:
+    require_extra(f"{path.name}", "onnx", "onnxruntime")
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3  # errors
+    try:
+        session = onnxruntime.InferenceSession(
+            str(path), options, providers=["CPUExecutionProvider"]
+        )
+    except Exception as error:  # onnxruntime has no base class of its errors
+        raise UserError(f"{path}: damaged, or not an ONNX file ({_first_line(error)})") from error
+
+    def run(images: Tensor) -> tuple[Tensor, ...]:
+        outputs = session.run(None, {"images": images.numpy()})
+        return tuple(torch.from_numpy(output) for output in outputs)
+
+    return run, session.get_modelmeta().custom_metadata_map.get(_KEY)
+
+
+def _from_pt2(path: Path) -> _Loader:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            compiled = any("aotinductor" in name for name in archive.namelist())
+        if compiled:
+            from torch._inductor import aoti_load_package
+
+            package = aoti_load_package(str(path))
+            module, text = package, package.get_metadata().get(_KEY)
+        else:
+            extra = {_KEY: ""}
+            module = torch.export.load(path, extra_files=extra).module()
+            text = extra[_KEY]
+    except (OSError, RuntimeError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: damaged, or not a .pt2 file ({_first_line(error)})") from error
+
+    def run(images: Tensor) -> tuple[Tensor, ...]:
+        outputs = module(images)
+        return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+
+    return run, text
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__

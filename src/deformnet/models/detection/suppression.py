@@ -1,0 +1,33 @@
+"""Selection of boxes with shapes that do not depend on values, for exported networks."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision import ops
+
+MISSING = -torch.inf
+"""Score of boxes that do not exist."""
+_NOWHERE = (-2.0, -2.0, -1.0, -1.0)  # outside of all images, so that it suppresses no other box
+
+
+def best(boxes: Tensor, scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` best boxes [K, 4] by their scores [K], filled up with missing ones."""
+    scores = F.pad(scores, (0, count), value=MISSING)
+    boxes = torch.cat([boxes, boxes.new_tensor(_NOWHERE).expand(count, 4)])
+    scores, order = scores.sort(descending=True, stable=True)
+    scores, order = scores[:count], order[:count]
+    # All missing boxes are the same, so that the first of them suppresses the others.
+    missing = scores == MISSING
+    return torch.where(missing[:, None], boxes[-1], boxes[order]), scores
+
+
+def suppressed(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
+    """Scores [K] after non-maximum suppression, `MISSING` for suppressed boxes [K, 4].
+
+    Args:
+        boxes, scores: The result of `best`.
+        threshold: IoU threshold.
+    """
+    kept = torch.zeros_like(scores, dtype=torch.bool)
+    kept = kept.index_fill(0, ops.nms(boxes, scores, threshold), True)
+    return torch.where(kept, scores, MISSING)

@@ -1,0 +1,45 @@
+"""What operators share when a model is exported to ONNX."""
+
+import sys
+
+import torch
+
+from deformnet.ops.backends import constant
+
+
+# torch.compile and strict torch.export take the answer of PyTorch's function for False.
+@constant
+def in_onnx_export() -> bool:
+    """Whether `torch.onnx.export` is running."""
+    return torch.onnx.is_in_onnx_export()
+
+
+@constant
+def require_opset(least: int, what: str) -> None:
+    """Refuse an export to an older opset; call it while the exporter traces.
+
+    The exporter has no public way to ask for the opset, and would write the newer operator into a
+    file of the older opset, which no runtime can load.
+
+    Args:
+        least: first opset that has the operator.
+        what: the operator.
+
+    Raises:
+        ValueError: if `torch.onnx.export` was called with an older `opset_version`.
+    """
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").startswith("torch.onnx."):
+            opset = frame.f_locals.get("opset_version")
+            if isinstance(opset, int):
+                break
+        frame = frame.f_back
+    else:
+        return
+    if opset < least:
+        raise ValueError(
+            f"expected opset_version to be at least {least}, the first with {what}, but got "
+            f"{opset}; pass opset_version={least}, or export a program with standard operators: "
+            "torch.export.export(model, args).run_decompositions(deformnet.ops.decompositions())"
+        )

@@ -1,0 +1,210 @@
+"""Whole networks as .onnx and .pt2: the same predictions as from the weights."""
+
+import json
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import deformnet
+from deformnet._errors import MissingExtraError, UserError
+from deformnet.cli import main
+from deformnet.engine.export import Facts, write_export
+from deformnet.engine.runs import TrainedRun
+from deformnet.engine.settings import WholeOptions
+from deformnet.engine.whole import export_whole, load_whole
+from deformnet.recipes import (
+    ClassAwareRPNRecipe,
+    ClassifierRecipe,
+    DeepLabRecipe,
+    FasterRCNNRecipe,
+    RFCNRecipe,
+    TestTimeAugmentation,
+)
+from deformnet.tasks import DataIdentity, TaskOptions, task_of
+
+SMALL = {"init": None, "backbone": "resnet18"}
+SIZES = {"short_side": 96, "max_side": 160}
+RECIPES = {
+    "deeplab": DeepLabRecipe(**SMALL, **SIZES),
+    "classifier": ClassifierRecipe(**SMALL, crop=64, test_short_side=72, resize=(72, 80)),
+    "rfcn": RFCNRecipe(**SMALL, **SIZES),
+    "faster_rcnn": FasterRCNNRecipe(**SMALL, **SIZES),
+    "class_aware_rpn": ClassAwareRPNRecipe(**SMALL, **SIZES),
+}
+CLASSES = ("ring", "square", "star")
+DETECTORS = ("rfcn", "faster_rcnn", "class_aware_rpn")
+# Of initial networks all scores are nearly equal, and all offsets zero.
+SCALES = {
+    "offset": 0.02,
+    "rpn.classifier": 0.1,
+    "rpn.regressor": 0.03,
+    "score_maps": 0.1,
+    "refiner": 0.03,
+    "box_maps": 0.03,
+    "classifier": 0.1,
+    "fc.": 0.3,
+}
+
+
+def trained(name) -> TrainedRun:
+    """A network with weights that are not those of the initialization."""
+    recipe = RECIPES[name]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = recipe.build_model(len(CLASSES)).eval()
+        for parameter_name, parameter in model.named_parameters():
+            for part, scale in SCALES.items():
+                if part in parameter_name and parameter.ndim > 1:
+                    torch.nn.init.normal_(parameter, std=scale)
+                    break
+    return TrainedRun(recipe, model, DataIdentity(CLASSES, 5, "0" * 64))
+
+
+def pictures():
+    generator = torch.Generator().manual_seed(1)
+    for height, width in ((120, 150), (100, 100)):
+        coarse = torch.rand(1, 3, height // 10, width // 10, generator=generator) * 255
+        picture = F.interpolate(coarse, size=(height, width), mode="bicubic")[0]
+        yield picture.clamp(0, 255).round().to(torch.uint8)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("networks")
+
+
+def weights_of(name, folder):
+    path = folder / f"{name}.safetensors"
+    if not path.exists():
+        write_export(trained(name), Facts({}, {}), path)
+    return path
+
+
+def check_boxes(found, expected, tolerance=1e-3):
+    assert len(expected.boxes) > 2
+    torch.testing.assert_close(found.scores, expected.scores, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found.boxes, expected.boxes, rtol=0, atol=tolerance)
+    assert torch.equal(found.labels, expected.labels)
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_whole_detectors_detect_what_predictors_do(name, folder):
+    run = trained(name)
+    task = task_of(run.recipe)
+    whole = task.whole_predictor(task.whole(run.model, run.data).module, run.data, "cpu")
+    predictor = task.predictor(run.model, run.data, "cpu")
+    for picture in pictures():
+        check_boxes(whole(picture), predictor(picture))
+
+
+def test_deeplab_as_onnx(folder, capsys, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    weights, out = weights_of("deeplab", folder), tmp_path / "net.onnx"
+    main(["export", str(weights), str(out)])
+    assert capsys.readouterr().out == f"network in {out}\n"
+    predictor, expected = deformnet.load(out), deformnet.load(weights, device="cpu")
+    for picture in pictures():
+        found, right = predictor(picture), expected(picture)
+        assert found.classes == right.classes == CLASSES
+        assert len(right.labels.unique()) > 1
+        assert (found.labels != right.labels).float().mean() < 1e-3
+    metadata = {entry.key: entry.value for entry in onnx.load(out).metadata_props}
+    assert json.loads(metadata["classes"]) == list(CLASSES)
+    assert json.loads(metadata["size"]) == "any"
+    assert json.loads(metadata["normalization"]) == "inside"
+    assert json.loads(metadata["recipe"])["network"] == "deeplab"
+
+
+def test_a_detector_as_pt2_of_one_size(folder, tmp_path):
+    weights, out = weights_of("class_aware_rpn", folder), tmp_path / "net.pt2"
+    export_whole(weights, out, WholeOptions(size=(96, 120), normalize=False))
+    predictor, expected = deformnet.load(out), deformnet.load(weights, device="cpu")
+    fits, other = pictures()
+    check_boxes(predictor(fits), expected(fits))
+    with pytest.raises(UserError, match=r"expected an image that is 96 x 120 .* 96 x 96;"):
+        predictor(other)
+    with pytest.raises(UserError, match="expected no test-time augmentation for an exported"):
+        deformnet.load(out, options=TaskOptions(augmentation=TestTimeAugmentation(flip=True)))
+    with pytest.raises(UserError, match=r"expected device to be cpu for net.pt2, but got cuda"):
+        deformnet.load(out, device="cuda")
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_detectors_as_onnx_on_real_images(name, folder, tmp_path, real_data):
+    weights, out = weights_of(name, folder), tmp_path / "net.onnx"
+    export_whole(weights, out, WholeOptions())
+    predictor, expected = deformnet.load(out), deformnet.load(weights, device="cpu")
+    images = sorted((real_data / "coco_tiny").rglob("*.jpg"))[:20]
+    assert len(images) == 20
+    for image in images:
+        # 1e-3 pixels of the network's input, which has a fifth of the image's size.
+        check_boxes(predictor(image), expected(image), tolerance=5e-3)
+
+
+@pytest.mark.usefixtures("real_data")  # takes long
+def test_classifier_as_pt2(folder, tmp_path, capsys):
+    weights, out = weights_of("classifier", folder), tmp_path / "net.pt2"
+    main(["export", str(weights), str(out), "--standard"])
+    assert capsys.readouterr().out == f"network in {out}\n"
+    predictor, expected = deformnet.load(out), deformnet.load(weights, device="cpu")
+    for picture in pictures():
+        found, right = predictor(picture).probabilities, expected(picture).probabilities
+        torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-5)
+    program = torch.export.load(out)
+    assert not [node for node in program.graph.nodes if "deformnet" in str(node.target)]
+
+
+def test_deeplab_as_pt2_without_its_upsampling(folder, tmp_path, capsys):
+    weights, out = weights_of("deeplab", folder), tmp_path / "net.pt2"
+    main(["export", str(weights), str(out), "--no-resize"])
+    assert capsys.readouterr().out == f"network in {out}; it runs after `import deformnet`\n"
+    predictor, expected = deformnet.load(out), deformnet.load(weights, device="cpu")
+    for picture in pictures():
+        assert torch.equal(predictor(picture).labels, expected(picture).labels)
+    logits = torch.export.load(out).module()(torch.zeros(3, 3, 64, 80, dtype=torch.uint8))
+    assert logits.shape == (3, len(CLASSES), 4, 5)
+
+
+def test_options_that_do_not_apply(folder, tmp_path, complaint):
+    weights = weights_of("rfcn", folder)
+    onnx, other = tmp_path / "net.onnx", tmp_path / "net.safetensors"
+    assert complaint("export", weights, onnx, "--opset", "18") == (
+        "expected opset to be at least 19, but got 18"
+    )
+    assert complaint("export", weights, onnx, "--compile") == (
+        f"out: expected NAME.pt2 to compile, but got {onnx}"
+    )
+    assert complaint("export", weights, onnx, "--no-resize") == (
+        "expected resize to be True for rfcn, but got False"
+    )
+    assert complaint("export", weights, other, "--size", "64", "64") == (
+        f"expected NAME.onnx or NAME.pt2 with these options, but got {other}"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
+def test_files_that_are_no_networks(suffix, tmp_path):
+    path = tmp_path / f"net{suffix}"
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        deformnet.load(path)
+    path.write_bytes(b"PK nothing")
+    with pytest.raises(UserError, match=f"net{suffix}: damaged, or not "):
+        deformnet.load(path)
+
+
+def test_a_program_that_is_not_ours(tmp_path):
+    program = torch.export.export(torch.nn.ReLU(), (torch.zeros(2),))
+    torch.export.save(program, tmp_path / "net.pt2")
+    with pytest.raises(UserError, match="expected a network that deformnet exported"):
+        deformnet.load(tmp_path / "net.pt2")
+
+
+def test_missing_packages_are_named(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'deformnet\[onnx\]'"):
+        export_whole(folder / "any", tmp_path / "net.onnx", WholeOptions())
+    (tmp_path / "net.onnx").write_bytes(b"")
+    with pytest.raises(MissingExtraError, match=r"net.onnx needs onnxruntime, .*\[onnx\]'"):
+        load_whole(tmp_path / "net.onnx", TaskOptions())
