@@ -95,9 +95,8 @@ def test_lower_parts_need_few_packages():
 
 def test_drop_ins_need_torch_alone_until_called():
     for path in (ROOT / "compat").glob("*.py"):
-        tree = ast.parse(path.read_text())
-        top = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
-        assert "torchvision" not in ast.unparse(top), identifier(path)
+        lines = path.read_text().splitlines()
+        assert not [it for it in lines if it.startswith(("import torchvision", "from torchvision"))]
 
 
 def is_operator(folder: Path) -> bool:

@@ -207,5 +207,5 @@ def test_wrong_arguments():
         mmcv.deform_conv2d(X, offset, weight, 1, 1, 1, 1, 2)
     with pytest.raises(ValueError, match="expected group_size to be 1 or pooled_size, 7"):
         dcn_v2.dcn_v2_pooling(X, BOXES, offset, 1.0, 7, 6, False, 3)
-    with pytest.raises(ValueError, match="expected offset to be .*5, 5.* but got"):
+    with pytest.raises(ValueError, match=r"expected offset to be .*5, 5.* but got"):
         dcn_v2.dcn_v2_pooling(X, BOXES, offset, 1.0, 7, 6, False, 1, 5)

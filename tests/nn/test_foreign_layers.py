@@ -164,7 +164,7 @@ def test_what_is_not_taken_over():
     pack = DeformConv2dPack()
     pack.conv_offset = nn.Conv2d(6, 19, 3, padding=1)
     before = repr(model := nn.Sequential(nn.Conv2d(6, 6, 3), pack))
-    with pytest.raises(ValueError, match="whose conv_offset is not an nn.Conv2d of 18 or 27"):
+    with pytest.raises(ValueError, match=r"whose conv_offset is not an nn\.Conv2d of 18 or 27"):
         deform_(model, "*")
     assert repr(model) == before
     with pytest.raises(ValueError, match=r"matches no convolution, only '0' \(DeformConv2d\)"):
@@ -244,5 +244,5 @@ def test_weights_of_dcn_v2():
         nn.Sequential(layer).load_state_dict(state)
         torch.testing.assert_close(layer(X), theirs(X), rtol=0, atol=1e-10)
     assert torch.equal(state["0.weight"], theirs[0].weight)
-    with pytest.raises(RuntimeError, match="conv_offset.weight"):
+    with pytest.raises(RuntimeError, match=r"conv_offset\.weight"):
         nn.Sequential(DeformConv2d(6, 8, 3)).load_state_dict(state)
