@@ -211,6 +211,22 @@ def test_under_autocast_on_the_cpu():
     torch.testing.assert_close(mixed.float(), plain, rtol=0.05, atol=0.2)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("case", CASES)
+def test_on_a_gpu(case, monkeypatch):
+    tensors, geometry = arguments(**CASES[case])
+    tensors = {name: it.detach().cuda().requires_grad_() for name, it in tensors.items()}
+    theirs = values_and_gradients(deform_conv2d, tensors, geometry)
+    calls, kernels = [], OPERATOR.triton
+    monkeypatch.setattr(OPERATOR, "triton", lambda: (calls.append(1), kernels())[1])
+    with accelerate_torchvision():
+        assert_equal(values_and_gradients(deform_conv2d, tensors, geometry), theirs)
+        assert len(calls) == 2
+        half = {name: it.half() for name, it in tensors.items()}
+        with torch.autocast("cuda"):
+            assert deform_conv2d(**half, **geometry).dtype == torch.float16
+
+
 def test_fake_and_meta_tensors():
     tensors, geometry = arguments()
     with accelerate_torchvision():
