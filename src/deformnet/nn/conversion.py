@@ -161,12 +161,14 @@ def _why_not(module: nn.Module, options: tuple[int, bool, float | None, OffsetCo
     if (foreign := foreign_conv(module)) is not None:
         return foreign.problem
     if isinstance(module, DeformConv2d):
-        names = ("offset_groups", "modulated", "max_offset", "offset_conv")
-        own = tuple(getattr(module, name) for name in names)
+        own = (module.offset_groups, module.modulated, module.max_offset, module.offset_conv)
         if own == options:
             return None
-        text = ", ".join(f"{name}={value}" for name, value in zip(names, own, strict=True))
-        return f"is already deformable with {text}"
+        return (
+            f"is already deformable with offset_groups={module.offset_groups}, "
+            f"modulated={module.modulated}, max_offset={module.max_offset} "
+            f"and offset_conv={module.offset_conv}"
+        )
     if not isinstance(module, nn.Conv2d):
         return f"is a {kind}, not an nn.Conv2d"
     if isinstance(module, GivenOffsetsConv2d):

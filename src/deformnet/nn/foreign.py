@@ -26,6 +26,7 @@ _GIVEN_OFFSETS = {
 _OFFSET_CONVS = ("conv_offset", "conv_offset_mask")
 _GROUPS = ("deform_groups", "deformable_groups")
 _PAIRS = ("kernel_size", "stride", "padding", "dilation")
+_GEOMETRY = ("in_channels", "out_channels", "weight", *_PAIRS)
 
 
 class ForeignConv(NamedTuple):
@@ -47,17 +48,18 @@ class ForeignConv(NamedTuple):
 def foreign_conv(layer: Any) -> ForeignConv | None:
     """Describes a deformable convolution of another library; None for all other layers."""
     kind = type(layer).__name__
-    weight = layer._parameters.get("weight")
-    has_geometry = all(hasattr(layer, name) for name in _PAIRS)
-    if isinstance(layer, (DeformConv2d, GivenOffsetsConv2d)) or weight is None or not has_geometry:
+    if kind not in (*_PACKS, *_GIVEN_OFFSETS) or not all(hasattr(layer, it) for it in _GEOMETRY):
         return None
-    if kind in _GIVEN_OFFSETS and "offset" in inspect.signature(layer.forward).parameters:
-        return ForeignConv(None, 0, False, None)
+    if isinstance(layer, (DeformConv2d, GivenOffsetsConv2d)):
+        return None
+    if kind in _GIVEN_OFFSETS:
+        takes_offsets = "offset" in inspect.signature(layer.forward).parameters
+        return ForeignConv(None, 0, False, None) if takes_offsets else None
     name = next((name for name in _OFFSET_CONVS if name in layer._modules), None)
-    if kind not in _PACKS or name is None:
+    if name is None:
         return None
     groups = next((getattr(layer, name) for name in _GROUPS if hasattr(layer, name)), 1)
-    offset_conv, unit = getattr(layer, name), groups * weight.shape[2:].numel()
+    offset_conv, unit = getattr(layer, name), groups * layer.weight.shape[2:].numel()
     channels = getattr(offset_conv, "out_channels", None)
     problem = None
     if type(offset_conv) is not nn.Conv2d or channels not in (2 * unit, 3 * unit):
