@@ -199,11 +199,12 @@ def load_weights(model: Backbone, state: Mapping[str, Tensor], source: str | Pat
     may_lack = re.compile(r"reduce\.|.*(\.conv_offset\.|\.num_batches_tracked$)")
     may_add = re.compile(r"fc\.|.*\.num_batches_tracked$")
     own = {k: v for k, v in model.state_dict().items() if k in state or not may_lack.match(k)}
-    problem = misfit(own, {k: v for k, v in state.items() if k in own or not may_add.match(k)})
+    given = {k: v for k, v in state.items() if k in own or not may_add.match(k)}
+    problem = misfit(own, given)
     if problem is not None:
         found = architecture(key.removeprefix("base.") for key in state)
         other = "" if found in (None, model.name) else f", but got {found}"
-        advice = _advice(own, state) if not other else ""
+        advice = "" if other else _advice(own, given)
         raise UserError(f"{source}: expected weights of {model.name}{other}: {problem}{advice}")
     model.load_state_dict(dict(state), strict=False)
 
