@@ -46,7 +46,7 @@ _TORCHVISION: _Rules = (
 )
 _MMDETECTION: _Rules = (
     *_TORCHVISION,
-    (rf"{_BLOCK}\.conv([12])\.conv_offset\.(weight|bias)", r"\1.conv\2.conv_offset.\3"),
+    (rf"{_BLOCK}\.conv([12])\.conv_offset(?:_mask)?\.(weight|bias)", r"\1.conv\2.conv_offset.\3"),
     # Before mmcv's layers had a version 2.
     (rf"{_BLOCK}\.conv([12])_offset\.(weight|bias)", r"\1.conv\2.conv_offset.\3"),
 )
