@@ -148,23 +148,25 @@ class DeformConv2d(nn.Conv2d):
         offset_input = self._check_offset_input(input, offset_input)
         if input.ndim == 3:
             return self.forward(input.unsqueeze(0), offset_input.unsqueeze(0)).squeeze(0)
-        predicted, mask = self.conv_offset(offset_input), None
-        offset = self.offsets_of(predicted)
-        if self.modulated:
-            mask = self.mask_scale * predicted[:, offset.shape[1] :].sigmoid()
+        offset, mask = self._offset_and_mask(self.conv_offset(offset_input))
         input, padding = self._pad(input)
         stride, dilation = pair("stride", self.stride), pair("dilation", self.dilation)
         return deform_conv2d(input, offset, self.weight, self.bias, stride, padding, dilation, mask)
 
     def offsets_of(self, predicted: Tensor) -> Tensor:
         """Offsets [N, 2*G*K, Ho, Wo] in an output of `conv_offset`, per tap (y, x) in pixels."""
-        offset = predicted
+        return self._offset_and_mask(predicted)[0]
+
+    def _offset_and_mask(self, predicted: Tensor) -> tuple[Tensor, Tensor | None]:
+        offset, mask = predicted, None
         if self.modulated:
+            channels = predicted.shape[1] // 3
+            offset, mask = predicted.split((2 * channels, channels), dim=1)
             # Inductor fails on the strides of the slice at batch size 1 with dynamic shapes.
-            offset = predicted[:, : predicted.shape[1] // 3 * 2].contiguous()
-        if self.max_offset is None:
-            return offset
-        return self.max_offset * torch.tanh(offset / self.max_offset)
+            offset, mask = offset.contiguous(), self.mask_scale * mask.sigmoid()
+        if self.max_offset is not None:
+            offset = self.max_offset * torch.tanh(offset / self.max_offset)
+        return offset, mask
 
     def _check_offset_input(self, input: Tensor, offset_input: Tensor | None) -> Tensor:
         channels = self.conv_offset.in_channels
