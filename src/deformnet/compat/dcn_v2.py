@@ -118,7 +118,9 @@ class DCNv2(GivenOffsetsConv2d):
     def reset_parameters(self) -> None:
         reset_uniformly(self)
 
-    def forward(self, input: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, input: Tensor, offset: Tensor, mask: Tensor
+    ) -> Tensor:
         return super().forward(input, offset, mask)
 
 
@@ -221,7 +223,9 @@ class DCNPooling(DCNv2Pooling):
             inputs = bins * self.output_dim
             self.offset_mask_fc = fully_connected(inputs, self.deform_fc_dim, 3 * bins, layers=3)
 
-    def forward(self, input: Tensor, rois: Tensor) -> Tensor:
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, input: Tensor, rois: Tensor
+    ) -> Tensor:
         pooled = self._pool(input, rois, input, no_trans=True)
         if self.no_trans:
             return pooled

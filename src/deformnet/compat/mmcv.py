@@ -126,7 +126,9 @@ class DeformConv2d(GivenOffsetsConv2d):
     def reset_parameters(self) -> None:
         nn.init.kaiming_uniform_(self.weight, nonlinearity="relu")
 
-    def forward(self, x: Tensor, offset: Tensor) -> Tensor:
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, x: Tensor, offset: Tensor
+    ) -> Tensor:
         geometry = _geometry(self)
         return deform_conv2d(x, offset, self.weight, *geometry, self.groups, self.deform_groups)
 
@@ -193,7 +195,9 @@ class ModulatedDeformConv2d(GivenOffsetsConv2d):
     def reset_parameters(self) -> None:
         reset_uniformly(self)
 
-    def forward(self, x: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, x: Tensor, offset: Tensor, mask: Tensor
+    ) -> Tensor:
         groups = (self.groups, self.deform_groups)
         return modulated_deform_conv2d(
             x, offset, mask, self.weight, self.bias, *_geometry(self), *groups
@@ -275,7 +279,9 @@ class DeformRoIPoolPack(DeformRoIPool):
         inputs = bins * self.output_channels
         self.offset_fc = fully_connected(inputs, self.deform_fc_channels, 2 * bins, layers=3)
 
-    def forward(self, input: Tensor, rois: Tensor) -> Tensor:
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, input: Tensor, rois: Tensor
+    ) -> Tensor:
         return super().forward(input, rois, self._offset(super().forward(input, rois)))
 
     def _offset(self, pooled: Tensor) -> Tensor:

@@ -126,7 +126,7 @@ class DeformConv2d(nn.Conv2d):
         if hasattr(self, "conv_offset"):
             self.conv_offset.reset_parameters()
 
-    def _load_from_state_dict(
+    def _load_from_state_dict(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, state_dict: dict[str, Any], prefix: str, *arguments: Any
     ) -> None:
         # `state_dict` is a copy: the caller's stays as it is.

@@ -40,7 +40,9 @@ class GivenOffsetsConv2d(nn.Conv2d):
             bool(bias),
         )
 
-    def forward(self, input: Tensor, offset: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, input: Tensor, offset: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
         geometry = (
             pair("stride", self.stride),
             pair("padding", self.padding),
