@@ -17,6 +17,7 @@ RANKS = (
     ("_hub",),
     ("ops",),
     ("nn",),
+    ("compat",),
     ("models", "analysis"),
     ("recipes", "metrics", "data", "visualization"),
     ("tasks",),
@@ -32,6 +33,7 @@ RANK = {part: rank for rank, parts in enumerate(RANKS) for part in parts}
 # The light core: whoever installs deformnet for an operator or a layer needs PyTorch alone.
 TORCH_ALONE = ("_errors", "_files", "_text", "ops", "nn", "analysis")
 PACKAGES = {
+    "compat": {"torch", "torchvision"},  # the latter inside accelerate_torchvision
     "models": {"torch", "torchvision", "timm", "safetensors", "numpy"},
     "recipes": set(),  # the command line reads recipes before anything heavy is needed
 }
@@ -89,6 +91,12 @@ def test_lower_parts_need_few_packages():
         if part == "ops" and ("triton" in path.parent.name or path.stem.startswith("triton")):
             allowed = allowed | {"triton"}
         assert foreign <= allowed, identifier(path)
+
+
+def test_drop_ins_need_torch_alone_until_called():
+    for path in (ROOT / "compat").glob("*.py"):
+        lines = path.read_text().splitlines()
+        assert not [it for it in lines if it.startswith(("import torchvision", "from torchvision"))]
 
 
 def is_operator(folder: Path) -> bool:

@@ -39,6 +39,7 @@ __version__ = "0.1.0"
 _MODULES = {
     "ops": ("deform_conv2d", "deform_ps_roi_pool", "deform_roi_pool", "using"),
     "nn": ("DeformConv2d", "DeformPSRoIPool2d", "DeformRoIPool2d", "deform_", "parameter_groups"),
+    "compat": (),
     "models": (),
     "data": (),
     "metrics": (),

@@ -107,6 +107,23 @@ WRAPPED = {
             "model.head.weight": torch.zeros(3),
         }
     },
+    "everything at once": lambda state: {
+        "net": {
+            "model_state_dict": {
+                **{f"model.backbone._orig_mod.module.{k}": v for k, v in state.items()},
+                "model.head.weight": torch.zeros(3),
+            }
+        }
+    },
+    "mmdetection 3": lambda state: {
+        "meta": {},
+        "state_dict": {
+            **{f"backbone.{name}": value for name, value in state.items()},
+            "data_preprocessor.mean": torch.zeros(3, 1, 1),
+            "data_preprocessor.std": torch.ones(3, 1, 1),
+        },
+        "message_hub": {},
+    },
 }
 
 
@@ -118,6 +135,33 @@ def test_checkpoints_of_other_code_bases(tmp_path, kind):
     own = model.state_dict()
     assert all(torch.equal(own[name], value) for name, value in state.items() if name in own)
     assert torch.equal(own["layer4.1.conv2.weight"], state["layer4.1.conv2.weight"])
+
+
+def test_masks_of_dcn_v2_are_half_of_ours(tmp_path):
+    state = resnet18().state_dict()
+    layer, predicted = "layer4.1.conv2", torch.randn(27, 512, 3, 3)
+    state[f"{layer}.conv_offset_mask.weight"] = predicted
+    state[f"{layer}.conv_offset_mask.bias"] = predicted[:, 0, 0, 0].clone()
+    torch.save({"state_dict": state}, path := tmp_path / "weights.pth")
+    own = backbone("resnet18", deform_layers=1, modulated=True, weights=path).state_dict()
+    assert torch.equal(own[f"{layer}.conv_offset.weight"], predicted)
+    assert torch.equal(own[f"{layer}.weight"], state[f"{layer}.weight"] / 2)
+    assert torch.equal(own["layer4.1.conv1.weight"], state["layer4.1.conv1.weight"])
+
+
+def test_half_of_the_keys_renamed(tmp_path):
+    state = {
+        name.replace("layer", "stage") if "conv" in name else name: value
+        for name, value in resnet18().state_dict().items()
+    }
+    torch.save(state, path := tmp_path / "weights.pth")
+    with pytest.raises(UserError) as error:
+        backbone("resnet18", weights=path)
+    assert str(error.value) == (
+        f"{path}: expected weights of ResNet-18: missing key layer1.0.conv1.weight and 15 more, "
+        "and it has 16 other keys, such as stage1.0.conv1.weight; rename them, or use "
+        "`deformnet weights import` for a checkpoint of mmdetection or detectron2"
+    )
 
 
 def test_a_checkpoint_whose_masks_differ_is_refused(tmp_path):

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from deformnet.nn import DeformConv2d
 from deformnet.nn.deform_conv import margins
+from deformnet.nn.given_offsets import GivenOffsetsConv2d
 from deformnet.ops._arguments import pair
 
 _T = TypeVar("_T")
@@ -35,8 +36,8 @@ def is_torchvision_conv(layer: nn.Module) -> TypeGuard[TorchvisionConv]:
     return ops is not None and isinstance(layer, ops.DeformConv2d)
 
 
-Deformable = DeformConv2d | TorchvisionConv
-"""The first computes its offsets itself; the second takes them as an argument."""
+Deformable = DeformConv2d | GivenOffsetsConv2d | TorchvisionConv
+"""The first computes its offsets itself; the others take them as an argument."""
 
 
 class Kernel(NamedTuple):
@@ -146,7 +147,7 @@ def find_layer(model: nn.Module, name: str) -> nn.Module:
 
 def is_deformable(layer: nn.Module) -> TypeGuard[Deformable]:
     """Whether a layer is a deformable convolution of deformnet or torchvision."""
-    return isinstance(layer, DeformConv2d) or is_torchvision_conv(layer)
+    return isinstance(layer, DeformConv2d | GivenOffsetsConv2d) or is_torchvision_conv(layer)
 
 
 def find_convolutions(model: nn.Module) -> dict[str, Deformable]:
@@ -204,10 +205,8 @@ def recording_calls(
     ) -> None:
         offset = None
         if isinstance(layer, DeformConv2d):
-            taps = layer.weight.shape[2:].numel()
-            # The channels of the mask follow.
-            offset = offsets.pop(name)[:, : 2 * layer.offset_groups * taps]
-        elif is_torchvision_conv(layer):
+            offset = layer.offsets_of(offsets.pop(name))
+        elif is_deformable(layer):
             offset = args[1] if len(args) > 1 else kwargs["offset"]
         input = args[0] if args else kwargs["input"]
         output = output if isinstance(output, Tensor) else output[0]

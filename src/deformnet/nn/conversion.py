@@ -9,9 +9,13 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import is_parametrized
 
-from deformnet.nn.deform_conv import DeformConv2d, make_conv_offset
+from deformnet.nn.deform_conv import DeformConv2d, check_max_offset, make_conv_offset
+from deformnet.nn.foreign import foreign_conv, foreign_offset_convs, take_over
+from deformnet.nn.given_offsets import GivenOffsetsConv2d
 from deformnet.nn.offsets import OffsetConv, OffsetLayer
 from deformnet.ops._arguments import integer, one_of
+
+_OURS = (DeformConv2d, GivenOffsetsConv2d)
 
 
 def deform_(
@@ -19,6 +23,7 @@ def deform_(
     *patterns: str,
     offset_groups: int = 1,
     modulated: bool = False,
+    max_offset: float | None = None,
     offset_conv: OffsetConv = "dense",
 ) -> list[str]:
     """Convert matching convolutions of a model to deformable convolutions, in place.
@@ -31,21 +36,31 @@ def deform_(
         >>> deform_(torchvision.models.resnet50(), "layer4.*.conv2")
         ['layer4.0.conv2', 'layer4.1.conv2', 'layer4.2.conv2']
 
+    Deformable convolutions of torchvision, mmcv, detectron2 and DCNv2 that match are taken over:
+    they compute the same with this library's operator, and keep their own options instead of those
+    given here. Those that contain a convolution for their offsets (mmcv's `DeformConv2dPack` and
+    `ModulatedDeformConv2dPack`, DCNv2's `DCN`) become a `DeformConv2d`, in which DCNv2's
+    `conv_offset_mask` is called `conv_offset`. Those that are given their offsets (torchvision's
+    `DeformConv2d`, detectron2's `DeformConv` and `ModulatedDeformConv`, mmcv's and DCNv2's layers
+    other than the above) are still given them. Classes are recognized by name, so copies of these
+    libraries in other code bases count; subclasses with other names do not.
+
     Args:
         model: Any module that contains `nn.Conv2d` layers.
         patterns: Shell-style globs on the names of `model.named_modules()`; `*` also matches dots.
             Matching modules other than convolutions are ignored.
         offset_groups: See `DeformConv2d`.
         modulated: See `DeformConv2d`.
+        max_offset: See `DeformConv2d`.
         offset_conv: See `DeformConv2d`; "separable" is the cheap choice for depthwise convolutions.
 
     Returns:
-        Names of the converted layers, in the order of the model. Layers that are already deformable
-        are skipped.
+        Names of the converted layers, in the order of the model. Layers of this library that are
+        already deformable are skipped.
 
     Raises:
-        TypeError: If `model` is not a module, a pattern is not a string, or `offset_groups` is not
-            an integer.
+        TypeError: If `model` is not a module, a pattern is not a string, `offset_groups` is not an
+            integer, or `max_offset` is not a number.
         ValueError: If there is no pattern, a pattern matches no convolution, or a matching
             convolution cannot be converted: it is transposed, 1-D or 3-D, its class overrides
             methods of `nn.Conv2d`, `offset_groups` does not divide its channels, or it is already
@@ -61,6 +76,7 @@ def deform_(
         if not isinstance(pattern, str):
             raise TypeError(f"expected patterns to be strings, but got {pattern!r}")
     offset_groups, modulated = integer("offset_groups", offset_groups), bool(modulated)
+    max_offset = check_max_offset(max_offset)
     one_of("offset_conv", offset_conv, get_args(OffsetConv))
     if offset_groups < 1:
         raise ValueError(f"expected offset_groups to be at least 1, but got {offset_groups}")
@@ -72,22 +88,23 @@ def deform_(
         )
 
     # All submodules under all of their names, except layers that predict offsets.
+    theirs = foreign_offset_convs(model)
     modules = {
         name: module
         for name, module in model.named_modules(remove_duplicate=False)
-        if name and not isinstance(module, OffsetLayer)
+        if name and not isinstance(module, OffsetLayer) and module not in theirs
     }
     matched: dict[nn.Module, str] = {}  # shared layers once, by their first matching name
     used: set[str] = set()
     for name, module in modules.items():
         matching = [pattern for pattern in patterns if fnmatchcase(name, pattern)]
-        if matching and isinstance(module, _ConvNd):
+        if matching and (isinstance(module, _ConvNd) or foreign_conv(module) is not None):
             matched.setdefault(module, name)
             used.update(matching)
 
     problems = [_no_match(pattern, modules) for pattern in patterns if pattern not in used]
     for module, name in matched.items():
-        reason = _why_not(module, offset_groups, modulated, offset_conv)
+        reason = _why_not(module, (offset_groups, modulated, max_offset, offset_conv))
         if reason is not None:
             problems.append(f"{name!r} {reason}")
     if problems:
@@ -95,20 +112,30 @@ def deform_(
         raise ValueError(f"deform_ left the model unchanged: {'; '.join(problems[:5])}{more}")
 
     # Build everything that can fail before the first change.
-    converted = [
-        (name, module, make_conv_offset(module, offset_groups, modulated, offset_conv))
-        for module, name in matched.items()
-        if isinstance(module, nn.Conv2d) and not isinstance(module, DeformConv2d)
-    ]
-    for _, module, conv_offset in converted:
+    built = {
+        module: make_conv_offset(module, offset_groups, modulated, offset_conv)
+        for module in matched
+        if isinstance(module, nn.Conv2d) and not isinstance(module, _OURS)
+    }
+    converted = []
+    for module, name in matched.items():
+        if isinstance(module, _OURS):
+            continue
+        converted.append(name)
+        foreign = foreign_conv(module)
+        if foreign is not None:
+            take_over(module, foreign)
+            continue
         # Replacing the object would lose hooks, attributes and references to it.
         module.__class__ = DeformConv2d
         layer = cast(DeformConv2d, module)
         layer.offset_groups = offset_groups
         layer.modulated = modulated
+        layer.mask_scale = 2.0
+        layer.max_offset = max_offset
         layer.offset_conv = offset_conv
-        layer.conv_offset = conv_offset.train(layer.training)
-    return [name for name, _, _ in converted]
+        layer.conv_offset = built[module].train(layer.training)  # pyright: ignore[reportArgumentType]
+    return converted
 
 
 def _no_match(pattern: str, modules: dict[str, nn.Module]) -> str:
@@ -128,20 +155,23 @@ def _no_match(pattern: str, modules: dict[str, nn.Module]) -> str:
     return f"{text}, convolutions are {', '.join(map(repr, convolutions[:3]))}, ..."
 
 
-def _why_not(
-    module: nn.Module, offset_groups: int, modulated: bool, offset_conv: OffsetConv
-) -> str | None:
-    """Why a convolution cannot be converted; None if it can."""
+def _why_not(module: nn.Module, options: tuple[int, bool, float | None, OffsetConv]) -> str | None:
+    """Why a convolution cannot be converted with some options; None if it can."""
     kind = type(module).__name__
+    if (foreign := foreign_conv(module)) is not None:
+        return foreign.problem
+    if isinstance(module, DeformConv2d):
+        own = (module.offset_groups, module.modulated, module.max_offset, module.offset_conv)
+        if own == options:
+            return None
+        return (
+            f"is already deformable with offset_groups={module.offset_groups}, "
+            f"modulated={module.modulated}, max_offset={module.max_offset} "
+            f"and offset_conv={module.offset_conv}"
+        )
     if not isinstance(module, nn.Conv2d):
         return f"is a {kind}, not an nn.Conv2d"
-    if isinstance(module, DeformConv2d):
-        options = (module.offset_groups, module.modulated, module.offset_conv)
-        if options != (offset_groups, modulated, offset_conv):
-            return (
-                f"is already deformable with offset_groups={module.offset_groups}, "
-                f"modulated={module.modulated} and offset_conv={module.offset_conv}"
-            )
+    if isinstance(module, GivenOffsetsConv2d):
         return None
     if isinstance(module, LazyModuleMixin):
         return f"is an uninitialized {kind}: run the model once first"
@@ -152,8 +182,8 @@ def _why_not(
         return f"is a {kind}, which overrides nn.Conv2d ({', '.join(overridden)})"
     if not module.weight.is_floating_point():
         return f"has weights of {module.weight.dtype}"
-    if module.in_channels % offset_groups:
-        return f"has {module.in_channels} input channels, not a multiple of {offset_groups} groups"
+    if module.in_channels % options[0]:
+        return f"has {module.in_channels} input channels, not a multiple of {options[0]} groups"
     return None
 
 

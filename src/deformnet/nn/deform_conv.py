@@ -1,5 +1,6 @@
 """Deformable convolution as a layer that learns its own offsets."""
 
+import math
 from typing import Any, Literal, Never, get_args
 
 import torch
@@ -10,12 +11,14 @@ from torch.fx import Proxy
 from deformnet.nn.graphs import call_module
 from deformnet.nn.offsets import OffsetConv, OffsetConv2d, SeparableOffsetConv2d
 from deformnet.ops import deform_conv2d
-from deformnet.ops._arguments import IntOrPair, Pair, integer, one_of, pair
+from deformnet.ops._arguments import IntOrPair, Pair, integer, number, one_of, pair, positive
 
 _PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
 # What `conv_offset` shares with its layer; the last is the padding of modes other than "zeros".
 _GEOMETRY = ("stride", "padding", "dilation", "padding_mode", "_reversed_padding_repeated_twice")
+
+_DCN_V2 = "conv_offset_mask"  # DCNv2's name of `conv_offset`
 
 
 class DeformConv2d(nn.Conv2d):
@@ -28,9 +31,12 @@ class DeformConv2d(nn.Conv2d):
     `conv_offset`: call `init_weights` afterwards.) Setting `stride`, `padding` or
     `dilation` of the layer also sets it in `conv_offset`.
 
-    To read the offsets, register a forward hook on `conv_offset`: its output is
-    [N, 2*G*K, Ho, Wo], per tap (y, x) in pixels of the input. With `modulated=True` G*K more
-    channels follow, and the mask is twice their sigmoid.
+    To read the offsets, register a forward hook on `conv_offset` and pass its output to
+    `offsets_of`. With `modulated=True` the output has G*K more channels, and the mask is their
+    sigmoid times `mask_scale`.
+
+    `load_state_dict` also takes the weights of DCNv2's layer `DCN`: it renames `conv_offset_mask`,
+    and divides the weight by `mask_scale`, since the mask of `DCN` is a plain sigmoid.
 
     Args:
         in_channels: Number of input channels C.
@@ -43,7 +49,12 @@ class DeformConv2d(nn.Conv2d):
         bias: Whether the main convolution has a bias; `conv_offset` always has one.
         offset_groups: Number of offset groups G. The input channels are divided into G equal
             groups, each with its own offsets.
-        modulated: Whether to also learn a mask 2*sigmoid(.), initially 1 (Zhu et al. 2019).
+        modulated: Whether to also learn a mask `mask_scale`*sigmoid(.) (Zhu et al. 2019).
+        mask_scale: Maximum of the mask. With 2, the mask is initially 1, so that a new layer is a
+            plain convolution; with 1, it is initially 0.5, as in mmcv, detectron2 and DCNv2.
+        max_offset: Bound of the offsets in pixels: `max_offset * tanh(offset / max_offset)`, which
+            is the offset itself near zero. None: the offsets are unbounded.
+        offset_in_channels: Number of channels of `offset_input`; None: `in_channels`.
         offset_conv: Kind of `conv_offset`: "dense" as in the paper, or "separable", a 1x1
             convolution of a depthwise convolution (its child `depthwise`). For K taps, "dense" has
             2*G*K*K*C weights and "separable" has (2*G + 1)*K*C, which is the smaller by far next
@@ -52,12 +63,14 @@ class DeformConv2d(nn.Conv2d):
             sampling; beyond this margin the input is zero.
 
     Shape:
-        Input [N, C, H, W] or [C, H, W]; output [N, out_channels, Ho, Wo] or
-        [out_channels, Ho, Wo], as in `nn.Conv2d`.
+        Input [N, C, H, W] or [C, H, W]; `offset_input`, from which the offsets are computed instead
+        of from the input, [N, offset_in_channels, H, W] or [offset_in_channels, H, W]; output
+        [N, out_channels, Ho, Wo] or [out_channels, Ho, Wo], as in `nn.Conv2d`.
 
     Raises:
-        TypeError: If an integer argument is not an integer.
-        ValueError: If `offset_groups` does not divide `in_channels`, or where `nn.Conv2d` does.
+        TypeError: If an argument is not a number, or not an integer.
+        ValueError: If `offset_groups` does not divide `in_channels`, `max_offset` is not positive,
+            or where `nn.Conv2d` does.
     """
 
     def __init__(
@@ -73,6 +86,9 @@ class DeformConv2d(nn.Conv2d):
         *,
         offset_groups: int = 1,
         modulated: bool = False,
+        mask_scale: float = 2.0,
+        max_offset: float | None = None,
+        offset_in_channels: int | None = None,
         offset_conv: OffsetConv = "dense",
         padding_mode: _PaddingMode = "zeros",
         device: torch.device | str | None = None,
@@ -93,43 +109,89 @@ class DeformConv2d(nn.Conv2d):
         )
         self.offset_groups = integer("offset_groups", offset_groups)
         self.modulated = bool(modulated)
+        self.mask_scale = float(number("mask_scale", mask_scale))
+        self.max_offset = check_max_offset(max_offset)
         self.offset_conv: OffsetConv = offset_conv
-        self.conv_offset = make_conv_offset(self, self.offset_groups, self.modulated, offset_conv)
+        self.conv_offset = make_conv_offset(
+            self, self.offset_groups, self.modulated, offset_conv, offset_in_channels
+        )
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        if name in _GEOMETRY and "conv_offset" in self._modules:
+        if name in _GEOMETRY and hasattr(self, "conv_offset"):
             setattr(self.conv_offset.spatial, name, value)
 
     def reset_parameters(self) -> None:
         """Reinitialize the weights as `nn.Conv2d` does, and set `conv_offset` to zero."""
         super().reset_parameters()
         # The constructor of nn.Conv2d calls this before there is a conv_offset.
-        if "conv_offset" in self._modules:
+        if hasattr(self, "conv_offset"):
             self.conv_offset.reset_parameters()
 
     def init_weights(self) -> None:
         """Set `conv_offset` to zero. mmengine calls this after it has initialized convolutions."""
         self.conv_offset.reset_parameters()
 
-    def forward(self, input: Tensor) -> Tensor:
+    def _load_from_state_dict(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, state_dict: dict[str, Any], prefix: str, *arguments: Any
+    ) -> None:
+        # `state_dict` is a copy: the caller's stays as it is.
+        theirs = f"{prefix}{_DCN_V2}."
+        keys = [key for key in state_dict if key.startswith(theirs)]
+        if keys and not hasattr(self, _DCN_V2):
+            for key in keys:
+                own = f"{prefix}conv_offset.{key.removeprefix(theirs)}"
+                state_dict[own] = state_dict.pop(key)
+            if (weight := state_dict.get(f"{prefix}weight")) is not None:
+                state_dict[f"{prefix}weight"] = weight / self.mask_scale
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+    def forward(self, input: Tensor, offset_input: Tensor | None = None) -> Tensor:
         if isinstance(input, Proxy):
-            return call_module(self, input)
+            return call_module(self, input, *(() if offset_input is None else (offset_input,)))
         if input.ndim not in (3, 4) or input.shape[-3] != self.in_channels:
             raise ValueError(
                 f"expected input to be [N, {self.in_channels}, H, W], but got {list(input.shape)}"
             )
+        offset_input = self._check_offset_input(input, offset_input)
         if input.ndim == 3:
-            return self.forward(input.unsqueeze(0)).squeeze(0)
-        offset, mask = self.conv_offset(input), None
-        if self.modulated:
-            channels = offset.shape[1] // 3
-            offset, mask = offset.split((2 * channels, channels), dim=1)
-            # Inductor fails on the strides of the slice at batch size 1 with dynamic shapes.
-            offset, mask = offset.contiguous(), 2 * mask.sigmoid()
+            return self.forward(input.unsqueeze(0), offset_input.unsqueeze(0)).squeeze(0)
+        offset, mask = self._offset_and_mask(self.conv_offset(offset_input))
         input, padding = self._pad(input)
         stride, dilation = pair("stride", self.stride), pair("dilation", self.dilation)
         return deform_conv2d(input, offset, self.weight, self.bias, stride, padding, dilation, mask)
+
+    def offsets_of(self, predicted: Tensor) -> Tensor:
+        """Offsets [N, 2*G*K, Ho, Wo] in an output of `conv_offset`, per tap (y, x) in pixels."""
+        return self._offset_and_mask(predicted)[0]
+
+    def _offset_and_mask(self, predicted: Tensor) -> tuple[Tensor, Tensor | None]:
+        offset, mask = predicted, None
+        if self.modulated:
+            channels = predicted.shape[1] // 3
+            offset, mask = predicted.split((2 * channels, channels), dim=1)
+            # Inductor fails on the strides of the slice at batch size 1 with dynamic shapes.
+            offset, mask = offset.contiguous(), self.mask_scale * mask.sigmoid()
+        if self.max_offset is not None:
+            offset = self.max_offset * torch.tanh(offset / self.max_offset)
+        return offset, mask
+
+    def _check_offset_input(self, input: Tensor, offset_input: Tensor | None) -> Tensor:
+        channels = self.conv_offset.in_channels
+        if offset_input is None:
+            if channels != self.in_channels:
+                raise ValueError(
+                    f"expected offset_input to be [N, {channels}, H, W], but got None; "
+                    f"offset_in_channels={channels} differs from in_channels={self.in_channels}"
+                )
+            return input
+        expected = (*input.shape[:-3], channels, *input.shape[-2:])
+        if offset_input.shape != expected:
+            raise ValueError(
+                f"expected offset_input to be {list(expected)}, with the batch and size of input, "
+                f"but got {list(offset_input.shape)}"
+            )
+        return offset_input
 
     def _pad(self, input: Tensor) -> tuple[Tensor, Pair]:
         """The input, padded where the operator cannot, and the padding for the operator."""
@@ -148,6 +210,11 @@ class DeformConv2d(nn.Conv2d):
             text += f", offset_groups={self.offset_groups}"
         if self.modulated:
             text += ", modulated=True"
+            text += f", mask_scale={self.mask_scale:g}" if self.mask_scale != 2 else ""
+        if self.max_offset is not None:
+            text += f", max_offset={self.max_offset:g}"
+        if self.conv_offset.in_channels != self.in_channels:
+            text += f", offset_in_channels={self.conv_offset.in_channels}"
         if self.offset_conv != "dense":
             text += f", offset_conv={self.offset_conv}"
         return text
@@ -157,9 +224,16 @@ class DeformConv2d(nn.Conv2d):
 
 
 def make_conv_offset(
-    conv: nn.Conv2d, offset_groups: int, modulated: bool, offset_conv: OffsetConv
+    conv: nn.Conv2d,
+    offset_groups: int,
+    modulated: bool,
+    offset_conv: OffsetConv,
+    in_channels: int | None = None,
 ) -> OffsetConv2d:
-    """The convolution that predicts offsets for `conv`, with its geometry, device and dtype."""
+    """The convolution that predicts offsets for `conv`, with its geometry, device and dtype.
+
+    Its number of input channels is `in_channels`, or that of `conv`.
+    """
     one_of("offset_conv", offset_conv, get_args(OffsetConv))
     if offset_groups < 1 or conv.in_channels % offset_groups:
         raise ValueError(
@@ -168,12 +242,32 @@ def make_conv_offset(
         )
     height, width = kernel_size = pair("kernel_size", conv.kernel_size)
     channels = (3 if modulated else 2) * offset_groups * height * width
-    inputs, weight = int(conv.in_channels), conv.weight
+    inputs = int(conv.in_channels)
+    if in_channels is not None:
+        inputs = positive("offset_in_channels", in_channels)
+    weight = conv.weight
     kind = SeparableOffsetConv2d if offset_conv == "separable" else OffsetConv2d
     offset = kind(inputs, channels, kernel_size, device=weight.device, dtype=weight.dtype)
     for name in _GEOMETRY:
         setattr(offset.spatial, name, getattr(conv, name))
     return offset
+
+
+def check_max_offset(value: float | None) -> float | None:
+    """`value` as a float, or None.
+
+    Raises:
+        TypeError: If it is not a number.
+        ValueError: If it is not positive, or infinite.
+    """
+    if value is None:
+        return None
+    value = float(number("max_offset", value))
+    if not 0 < value < math.inf:
+        raise ValueError(
+            f"expected max_offset to be a positive number, or None for no bound, but got {value:g}"
+        )
+    return value
 
 
 def margins(conv: nn.Conv2d) -> tuple[int, int, int, int]:

@@ -479,6 +479,31 @@ def test_other_preprocessing(arguments, message):
     from_detectron2(state, pixel_mean=(102.9801, 115.9465, 122.7717))
 
 
+def test_keys_of_dcn_v2():
+    state = filled(mmdetection_keys(50, MODULATED, C3_TO_C5))
+    renamed = {k.replace("conv_offset.", "conv_offset_mask."): v for k, v in state.items()}
+    assert renamed.keys() != state.keys()
+    ours, theirs = from_mmdetection(state), from_mmdetection(renamed)
+    assert ours.state.keys() == theirs.state.keys()
+    assert theirs.modulated
+
+
+def test_preprocessing_of_mmdetection_3():
+    state = filled(mmdetection_keys(50, PLAIN, C3_TO_C5))
+    mean, std = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+    state = {
+        **{f"module._orig_mod.{key}": value for key, value in state.items()},
+        "module._orig_mod.data_preprocessor.mean": torch.tensor(mean).view(3, 1, 1),
+        "module._orig_mod.data_preprocessor.std": torch.tensor(std).view(3, 1, 1),
+    }
+    converted = from_mmdetection({"state_dict": state, "meta": {}, "message_hub": {}})
+    assert len(converted.ignored["image normalization"]) == 2
+    with pytest.raises(
+        ValueError, match=r"expected pixel_std to be that of the checkpoint, 58\.395"
+    ):
+        from_mmdetection({"state_dict": state}, pixel_std=(1, 1, 1))
+
+
 OBJECTS = {"state_dict": {"a": torch.ones(1)}, "meta": {"log": OrderedDict, "x": print}}
 
 

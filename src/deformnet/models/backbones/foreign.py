@@ -46,7 +46,7 @@ _TORCHVISION: _Rules = (
 )
 _MMDETECTION: _Rules = (
     *_TORCHVISION,
-    (rf"{_BLOCK}\.conv([12])\.conv_offset\.(weight|bias)", r"\1.conv\2.conv_offset.\3"),
+    (rf"{_BLOCK}\.conv([12])\.conv_offset(?:_mask)?\.(weight|bias)", r"\1.conv\2.conv_offset.\3"),
     # Before mmcv's layers had a version 2.
     (rf"{_BLOCK}\.conv([12])_offset\.(weight|bias)", r"\1.conv\2.conv_offset.\3"),
 )
@@ -69,6 +69,9 @@ _DETECTRON2: _Rules = (
 # torchvision's keys of the weights of convolutions, including those that predict offsets.
 _FILTERS = re.compile(rf"conv1\.weight|{_BLOCK}\.(conv[123](\.conv_offset)?|downsample\.0)\.weight")
 
+# Prefixes of all keys of distributed and compiled models.
+_PREFIXES = re.compile(r"^((module|_orig_mod)\.)+")
+
 # Prefixes of the ResNet; some detectors have the last stage in their head.
 _MMDETECTION_PREFIX = r"(?:backbone\.|(?:roi_head\.)?shared_head\.(?=layer4\.))?"
 _DETECTRON2_PREFIX = (
@@ -83,6 +86,7 @@ _MMDETECTION_IGNORED: _Rules = (
     (r"neck\.", "neck"),
     (r"fc\.(weight|bias)$", "classifier"),
     (r"ema_", "averaged weights"),
+    (r"data_preprocessor\.(mean|std)$", "image normalization"),
 )
 _DETECTRON2_IGNORED: _Rules = (
     (rf"{_DETECTRON2_PREFIX}(stem\.bn1|{_BLOCK}\.(bn[123]|downsample\.1))\.{_COUNT}$",
@@ -100,16 +104,26 @@ _DETECTRON2_IGNORED: _Rules = (
 
 
 class _Format(NamedTuple):
-    """Keys of a code base's checkpoints: that of the state dict, and patterns of its keys."""
+    """Keys of a code base's checkpoints: that of the state dict, patterns of its keys, and those of
+    the mean and standard deviation of the images."""
 
     wrapper: str
     prefix: str
     rules: _Rules
     ignored: _Rules
+    normalization: tuple[str, str]
 
 
-_MMDETECTION_FORMAT = _Format("state_dict", _MMDETECTION_PREFIX, _MMDETECTION, _MMDETECTION_IGNORED)
-_DETECTRON2_FORMAT = _Format("model", _DETECTRON2_PREFIX, _DETECTRON2, _DETECTRON2_IGNORED)
+_MMDETECTION_FORMAT = _Format(
+    "state_dict",
+    _MMDETECTION_PREFIX,
+    _MMDETECTION,
+    _MMDETECTION_IGNORED,
+    ("data_preprocessor.mean", "data_preprocessor.std"),
+)
+_DETECTRON2_FORMAT = _Format(
+    "model", _DETECTRON2_PREFIX, _DETECTRON2, _DETECTRON2_IGNORED, ("pixel_mean", "pixel_std")
+)
 
 
 @dataclass(frozen=True)
@@ -155,7 +169,8 @@ def from_mmdetection(
 
     Raises:
         UserError: If a key is unknown, the backbone is not a supported ResNet, its deformable
-            layers differ in offset groups or masks, or the mean is not ImageNet's.
+            layers differ in offset groups or masks, the mean is not ImageNet's, or the mean or
+            standard deviation in the checkpoint differs.
     """
     return _convert(checkpoint, _MMDETECTION_FORMAT, bgr, pixel_mean, pixel_std)
 
@@ -176,21 +191,9 @@ def from_detectron2(
         pixel_std: MODEL.PIXEL_STD, in the same order.
 
     Raises:
-        UserError: See `from_mmdetection`; also if the mean or standard deviation in the checkpoint
-            differs.
+        UserError: See `from_mmdetection`.
     """
-    converted = _convert(checkpoint, _DETECTRON2_FORMAT, bgr, pixel_mean, pixel_std)
-    state = _state_dict(checkpoint, "model")[0]
-    for name, given in (("pixel_mean", pixel_mean), ("pixel_std", pixel_std)):
-        for key in (name, f"module.{name}"):
-            if key in state:
-                own = _tensor(key, state[key]).flatten().tolist()
-                if not _close(own, given, 0.01):
-                    raise UserError(
-                        f"expected {name} to be that of the checkpoint, {_listed(own)}, "
-                        f"but got {_listed(given)}"
-                    )
-    return converted
+    return _convert(checkpoint, _DETECTRON2_FORMAT, bgr, pixel_mean, pixel_std)
 
 
 def read_checkpoint(path: Path) -> Mapping[str, Any]:
@@ -236,13 +239,14 @@ def _convert(
 ) -> Converted:
     factors = _input_factors(bgr, pixel_mean, pixel_std)
     source, beside = _state_dict(checkpoint, format.wrapper)
+    _require_normalization(source, format.normalization, pixel_mean, pixel_std)
     state: dict[str, Tensor] = {}
     origin: dict[str, str] = {}
     ignored: dict[str, list[str]] = {}
     for key, value in source.items():
         if not isinstance(key, str):
             raise UserError(f"checkpoint: expected strings as keys, but got {key!r:.40}")
-        bare = key.removeprefix("module.")
+        bare = _PREFIXES.sub("", key)
         name = _renamed(bare, format)
         if name is None:
             ignored.setdefault(_reason(key, bare, format.ignored), []).append(key)
@@ -270,6 +274,26 @@ def _convert(
     filters = _filters(state)
     layers = len(filters) - filters.index(deformable[0]) if deformable else 0
     return Converted(state, ignored, backbone, layers, deformable, groups, modulated)
+
+
+def _require_normalization(
+    state: Mapping[str, Any],
+    names: tuple[str, str],
+    pixel_mean: Sequence[float],
+    pixel_std: Sequence[float],
+) -> None:
+    """Compares mean and standard deviation with those in the checkpoint, if it has them."""
+    given = {names[0]: ("pixel_mean", pixel_mean), names[1]: ("pixel_std", pixel_std)}
+    for key, value in state.items():
+        if not isinstance(key, str) or (bare := _PREFIXES.sub("", key)) not in given:
+            continue
+        name, numbers = given[bare]
+        own = _tensor(key, value).flatten().tolist()
+        if not _close(own, numbers, 0.01):
+            raise UserError(
+                f"expected {name} to be that of the checkpoint, {_listed(own)}, "
+                f"but got {_listed(numbers)}"
+            )
 
 
 def _tensor(key: str, value: object) -> Tensor:

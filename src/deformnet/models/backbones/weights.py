@@ -19,8 +19,8 @@ from deformnet.models.backbones.features import Backbone
 _RUN_CHECKPOINTS = (Path("checkpoints/best.ckpt"), Path("checkpoints/last.ckpt"))
 _BACKBONE = "backbone."  # key prefix of the backbone in the network of a run
 # Keys that training code bases wrap around a state dict, and prefixes of its keys.
-_WRAPPERS = ("state_dict", "model")
-_PREFIXES = ("module.", "_orig_mod.", "model.")
+_WRAPPERS = ("state_dict", "model", "model_state_dict", "net", "network", "params_ema", "params")
+_PREFIXES = ("module.", "_orig_mod.", "model.", _BACKBONE)
 EXPORTED = "deformnet"
 """Metadata key of safetensors files that hold a whole network."""
 
@@ -39,8 +39,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """Read the state dict of a backbone from a file or a run folder.
 
     A run of any network provides only its backbone, without the channel reduction, which differs
-    between networks. In a checkpoint, the state dict may be under "state_dict" or "model", and its
-    keys may begin with `module.`, `_orig_mod.`, `model.` or `backbone.`.
+    between networks. In a checkpoint, the state dict may be under "state_dict", "model" and similar
+    keys, and its own keys may begin with `module.`, `_orig_mod.`, `model.` and `backbone.`, in any
+    order. DCNv2's layers (`conv_offset_mask`) are converted.
 
     Args:
         path: PyTorch checkpoint, safetensors file (a backbone or an exported run) or run folder.
@@ -58,9 +59,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if isinstance(content, Mapping) and "deformnet" in content:
         return _backbone_of(_usable(content.get("model"), path))
     state = content
-    if isinstance(content, Mapping):
-        inside = (content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping))
-        state = next(inside, content)
+    while isinstance(state, Mapping):
+        inside = (state[key] for key in _WRAPPERS if isinstance(state.get(key), Mapping))
+        if (found := next(inside, None)) is None:
+            break
+        state = found
     if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
         kind = type(state).__name__
         if isinstance(state, Mapping):
@@ -196,11 +199,13 @@ def load_weights(model: Backbone, state: Mapping[str, Tensor], source: str | Pat
     may_lack = re.compile(r"reduce\.|.*(\.conv_offset\.|\.num_batches_tracked$)")
     may_add = re.compile(r"fc\.|.*\.num_batches_tracked$")
     own = {k: v for k, v in model.state_dict().items() if k in state or not may_lack.match(k)}
-    problem = misfit(own, {k: v for k, v in state.items() if k in own or not may_add.match(k)})
+    given = {k: v for k, v in state.items() if k in own or not may_add.match(k)}
+    problem = misfit(own, given)
     if problem is not None:
         found = architecture(key.removeprefix("base.") for key in state)
         other = "" if found in (None, model.name) else f", but got {found}"
-        raise UserError(f"{source}: expected weights of {model.name}{other}: {problem}")
+        advice = "" if other else _advice(own, given)
+        raise UserError(f"{source}: expected weights of {model.name}{other}: {problem}{advice}")
     model.load_state_dict(dict(state), strict=False)
 
 
@@ -219,6 +224,18 @@ def misfit(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str |
         if expected[key].is_floating_point() != value.is_floating_point():
             return f"expected {key} to be {expected[key].dtype}, but got {value.dtype}"
     return None
+
+
+def _advice(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
+    """What to do about keys with other names, as the end of a message."""
+    missing = [key for key in expected if key not in state]
+    unexpected = [key for key in state if key not in expected]
+    if not missing or not unexpected:
+        return ""
+    return (
+        f", and it has {len(unexpected)} other keys, such as {unexpected[0]}; rename them, or use "
+        "`deformnet weights import` for a checkpoint of mmdetection or detectron2"
+    )
 
 
 def architecture(names: Iterable[str]) -> str | None:
@@ -243,17 +260,29 @@ def _checkpoint_in(run: Path) -> Path:
 
 def _bare(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A state dict whose keys are those of the backbone."""
-    for prefix in _PREFIXES * 2:  # compiled and distributed, in any order
-        if any(key.startswith(prefix) for key in state):
-            state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-    return _backbone_of(state) if any(key.startswith(_BACKBONE) for key in state) else dict(state)
+    # Compiled and distributed, a whole network or its backbone, in any order.
+    while prefix := next((it for it in _PREFIXES if any(k.startswith(it) for k in state)), ""):
+        select = _backbone_of if prefix == _BACKBONE else _under
+        state = select(state, prefix)
+    return _without_dcn_v2(state)
 
 
-def _backbone_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+
+
+def _backbone_of(state: Mapping[str, Tensor], prefix: str = _BACKBONE) -> dict[str, Tensor]:
+    backbone = _under(state, prefix)
+    return {key: value for key, value in backbone.items() if not key.startswith("reduce.")}
+
+
+def _without_dcn_v2(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict with our names and weights of DCNv2's layers, whose masks are half of ours."""
+    theirs = ".conv_offset_mask."
+    layers = {f"{key.partition(theirs)[0]}.weight" for key in state if theirs in key}
     return {
-        key.removeprefix(_BACKBONE): value
+        key.replace(theirs, ".conv_offset."): value / 2 if key in layers else value
         for key, value in state.items()
-        if key.startswith(_BACKBONE) and not key.startswith(f"{_BACKBONE}reduce.")
     }
 
 

@@ -1,0 +1,56 @@
+"""Deformable convolution as a layer that is given its offsets."""
+
+from torch import Tensor, nn
+
+from deformnet.ops import deform_conv2d
+from deformnet.ops._arguments import IntOrPair, integer, pair
+
+
+class GivenOffsetsConv2d(nn.Conv2d):
+    """Deformable convolution whose offsets and mask are arguments, as in torchvision.
+
+    Made by `deform_` from such layers of other libraries, and the base class of those in
+    `deformnet.compat`. Its arguments and state-dict keys are those of `nn.Conv2d`; the numbers of
+    offset groups and the presence of a mask follow from the call.
+
+    Shape:
+        Input [N, C, H, W]; offset [N, 2*G*K, Ho, Wo], per tap (y, x) in pixels of the input; mask
+        [N, G*K, Ho, Wo] or None; output [N, out_channels, Ho, Wo].
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: IntOrPair,
+        stride: IntOrPair = 1,
+        padding: IntOrPair = 0,
+        dilation: IntOrPair = 1,
+        groups: int = 1,
+        bias: bool = True,
+    ) -> None:
+        super().__init__(
+            integer("in_channels", in_channels),
+            integer("out_channels", out_channels),
+            pair("kernel_size", kernel_size),
+            pair("stride", stride),
+            pair("padding", padding),
+            pair("dilation", dilation),
+            integer("groups", groups),
+            bool(bias),
+        )
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, input: Tensor, offset: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
+        geometry = (
+            pair("stride", self.stride),
+            pair("padding", self.padding),
+            pair("dilation", self.dilation),
+        )
+        output = deform_conv2d(input, offset, self.weight, self.bias, *geometry, mask)
+        # detectron2's layers contain what follows the convolution.
+        for name in ("norm", "activation"):
+            following = getattr(self, name, None)
+            output = output if following is None else following(output)
+        return output
