@@ -18,7 +18,7 @@ from typing import IO, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load, save
 from torch import Tensor
 
 from deformnet._errors import UserError
@@ -112,6 +112,24 @@ def pack(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     content = _ordered(save(dense, metadata={**metadata, _DIGEST: _NO_DIGEST}))
     digest = hashlib.sha256(content).hexdigest()
     return _with_digest(content, _NO_DIGEST, digest)
+
+
+def unpack(content: bytes, place: Path) -> dict[str, Tensor]:
+    """The tensors of a file of `pack`, whose SHA-256 is verified. Faster than `read_safetensors`.
+
+    Args:
+        content: the content of the file.
+        place: its path, for messages.
+    Raises:
+        UserError: if it is damaged.
+    """
+    header = content[: 8 + int.from_bytes(content[:8], "little")]
+    expected = header.partition(_DIGEST_KEY.encode())[2][: len(_NO_DIGEST)].decode(errors="replace")
+    digest = hashlib.sha256(_with_digest(header, expected, _NO_DIGEST))
+    digest.update(memoryview(content)[len(header) :])
+    if digest.hexdigest() != expected:
+        raise UserError(f"{place}: damaged, its content does not match its SHA-256")
+    return load(content)
 
 
 def _ordered(content: bytes) -> bytes:
