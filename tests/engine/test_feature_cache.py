@@ -105,6 +105,7 @@ def test_losses_are_those_without_a_cache(network, neck, data, tmp_path):
         **({"bins": 3} if network in (FasterRCNNRecipe, RFCNRecipe) else {}),
     )
     images = task_of(recipe).training_set(data, "train")
+    torch.manual_seed(0)
     model = recipe.build_model(len(images.classes))
     with torch.no_grad():  # the initial heads are too small for the losses to depend on features
         for weight in (it for it in model.parameters() if it.requires_grad):
@@ -122,7 +123,7 @@ def test_losses_are_those_without_a_cache(network, neck, data, tmp_path):
         assert found == pytest.approx(losses(Rounded(model, images), indices, seed), rel=1e-5)
         if network not in (FasterRCNNRecipe, RFCNRecipe):  # rounding can choose other proposals
             assert found == pytest.approx(expected, rel=HALF, abs=1e-4)
-    assert losses(stored, [5], 99) != pytest.approx(expected, rel=10 * HALF, abs=1e-3)
+    assert losses(stored, [5], 99) != pytest.approx(expected, rel=2 * HALF, abs=1e-3)
 
 
 @pytest.mark.parametrize("flip", [True, False])

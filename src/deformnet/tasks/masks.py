@@ -32,7 +32,7 @@ class KeptMasks:
             return torch.from_numpy(pixels).view(size)
         mask = self._read(index).as_subclass(Tensor)
         if self._bytes < _MOST_BYTES:
-            content = zlib.compress(mask.contiguous().numpy(), 1)  # the fastest level
+            content = zlib.compress(mask.numpy().tobytes(), 1)  # the fastest level
             self._kept[index] = content, mask.shape
             self._bytes += len(content)
         return mask
