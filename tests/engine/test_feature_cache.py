@@ -190,7 +190,7 @@ def test_evaluation_on_a_cache_gives_the_scores_of_training(kept, data, tmp_path
 @pytest.mark.parametrize(
     ("recipe", "words"),
     [
-        (frozen(DeepLabRecipe, freeze=4), "a frozen backbone for feature_cache .* freeze=4 and"),
+        (frozen(DeepLabRecipe, freeze=4), "but got freeze=4 and deform_layers=0"),
         (ClassifierRecipe(freeze=5, norm="frozen"), "but those of classifiers have stride 32"),
     ],
 )
