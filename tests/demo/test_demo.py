@@ -63,9 +63,13 @@ def test_demo_is_interrupted_and_resumed(tmp_path, capsys, weights, one_process,
     capsys.readouterr()
     before = contents(out)
     assert len(before) > 20
-    main(["demo", "--out", str(out), *TINY])
+    with monkeypatch.context() as patch:
+        patch.setattr("deformnet.demo.training.train", rest := Mock(wraps=train))
+        main(["demo", "--out", str(out), *TINY])
+    assert rest.call_count == 3
     printed = capsys.readouterr().out
-    assert printed.count("already") == 3  # the images and two runs
+    assert printed.count("already generated") == 1
+    assert printed.count("already trained and scored") == 2
     assert before.items() <= contents(out).items()
 
     metrics = json.loads((out / "metrics.json").read_text())
@@ -94,6 +98,12 @@ def test_demo_is_interrupted_and_resumed(tmp_path, capsys, weights, one_process,
     for gain in found:
         assert str(gain) in printed
     assert headline(found) in printed
+
+    monkeypatch.setattr("deformnet.demo.training.train", Mock(side_effect=AssertionError))
+    monkeypatch.setattr("deformnet.demo.run._draw", lambda *_: [])
+    main(["demo", "--out", str(out), *TINY])
+    assert capsys.readouterr().out.count("already trained and scored") == 5
+    assert json.loads((out / "metrics.json").read_text()) == metrics
 
 
 @pytest.mark.parametrize("count", [1, 2] if "DEFORMNET_FUZZ" in os.environ else [1])

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from damage import cases, flipped, result
 from deformnet import UserError
-from deformnet.models._tensors import flaw, pack, read_safetensors, read_torch, weights
+from deformnet.models._tensors import flaw, pack, read_safetensors, read_torch, unpack, weights
 from deformnet.models.backbones.weights import read_weights
 
 CASES = cases(150)
@@ -250,6 +250,18 @@ def test_metadata_of_a_packed_file(tmp_path):
         state, metadata = read_safetensors(path)
         assert equal(state, network())
         assert metadata["names"] == names
+
+
+def test_no_flipped_bit_of_a_packed_file_is_unpacked(tmp_path):
+    tensors = {"maps": torch.arange(6, dtype=torch.float16).view(1, 2, 3), "none": torch.zeros(0)}
+    content = pack(tensors, {"note": "sha256"})
+    assert equal(unpack(content, tmp_path), tensors)
+    damaged = [bytearray(content) for _ in content]
+    for place, copy in enumerate(damaged):
+        copy[place] ^= 1 << place % 8
+    for copy in (*map(bytes, damaged), content[:-1], content[:8], b"", content + b"0"):
+        with pytest.raises(UserError, match="damaged, its content does not match its SHA-256"):
+            unpack(copy, tmp_path)
 
 
 def test_names_are_strings(tmp_path):

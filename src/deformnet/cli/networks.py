@@ -27,6 +27,7 @@ def evaluate(
     split: str = "val",
     score_at: Literal["original", "network"] = "original",
     stored_proposals: tuple[Path, ...] = (),
+    feature_cache: Path | None = None,
     augmentation: Annotated[TestTimeAugmentation, GROUP] = TestTimeAugmentation(),  # noqa: B008
     hardware: Annotated[Hardware, GROUP] = Hardware(),  # noqa: B008 (both are frozen)
 ) -> None:
@@ -40,6 +41,7 @@ def evaluate(
             of the network, as the authors did on VOC.
         stored_proposals: Proposal files written by `deformnet propose`, for a detector that was
             trained on stored proposals.
+        feature_cache: For a frozen backbone: folder to keep its features in, as for training.
         augmentation: For detectors: inference at several scales, flipped, with refined boxes.
     """
     from deformnet.engine import evaluate
@@ -47,7 +49,10 @@ def evaluate(
 
     options = TaskOptions(score_at=score_at, augmentation=augmentation, proposals=stored_proposals)
     with printing_unsaved():
-        print_once(evaluate(run, data, split, options=options, hardware=hardware))
+        result = evaluate(
+            run, data, split, options=options, feature_cache=feature_cache, hardware=hardware
+        )
+        print_once(result)
 
 
 def predict(

@@ -73,6 +73,12 @@ def segmentation_training_transforms(
     return v2.Compose([*steps, *_flip(flip), *_jitter(color_jitter), *_to_network()])
 
 
+def flip_transforms(*, flip: bool) -> SegmentationTransforms:
+    """The random part of training transforms without jitter and crop, with the same random numbers:
+    returns masks with their own size and dtype."""
+    return v2.Compose([*_flip(flip), v2.ToPureTensor()])
+
+
 def without_image(
     transforms: Callable[..., tuple[Any, Any]],
     target: Tensor,

@@ -7,7 +7,7 @@ OUT/
   overview.png, predictions.png, sampling.png, parts.png
   data/                     the synthetic images, in VOC layout
   features/                 cached features of the frozen backbone
-  runs/KIND-NETWORK-SEED    run folders
+  runs/KIND-NETWORK-SEED    run folders, with their scores in demo.json
 ```
 """
 

@@ -11,27 +11,31 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
-from typing import NamedTuple, cast
+from dataclasses import asdict
+from typing import Any, NamedTuple, cast
 
 import torch
 
 from deformnet._errors import UserError
-from deformnet.analysis import AnnotatedImage, LayerDilation, dilation_statistics
+from deformnet._files import file_version, read_json, write_json
+from deformnet.analysis import AnnotatedImage, LayerDilation, MeanStd, dilation_statistics
 from deformnet.data.workers import end_with_parent
 from deformnet.demo.plan import Run
 from deformnet.engine import Hardware, LoopOptions, TrainingStopped, train
 from deformnet.engine.initial import initial
 from deformnet.engine.results import UnsavedScores
-from deformnet.engine.runs import checkpoint_path, iterations_done
+from deformnet.engine.runs import checkpoint_path, iterations_done, versions
 from deformnet.inspection.runs import OpenedRun
 from deformnet.models import Network
 from deformnet.tasks import task_of
 from deformnet.tasks.annotations import AnnotatedImages
-from deformnet.tasks.base import Processes
+from deformnet.tasks.base import DataIdentity, Processes
 from deformnet.tasks.features import FeatureCache
 
 SIDE = 600
 """Shorter side of the images that Table 2's sizes refer to; boxes of the demo are scaled to it."""
+_SCORES = "demo.json"
+"""File in a run folder: its scores, and effective dilation."""
 _MOST_PROCESSES = 4  # each takes about 1 GB
 
 
@@ -130,6 +134,8 @@ def _begin(parent: int) -> None:
 
 
 def _train(run: Run) -> Trained:
+    if (scored := _scored(run)) is not None:
+        return scored
     path = checkpoint_path(run.folder)
     done = iterations_done(run.folder) if path.is_file() else 0
     begin = time.monotonic()
@@ -151,7 +157,39 @@ def _train(run: Run) -> Trained:
         note = "already trained"
     elif done:
         note = f"resumed after iteration {done}"
-    return Trained(result.scores.summary, _dilation(run), note)
+    trained = Trained(result.scores.summary, _dilation(run), note)
+    dilation = [asdict(layer) for layer in trained.dilation]
+    content = {"of": _facts(run), "scores": trained.scores, "effective dilation": dilation}
+    write_json(run.folder / _SCORES, content)
+    return trained
+
+
+def _scored(run: Run) -> Trained | None:
+    """The result of an earlier call; None if there is none, or it is of something else."""
+    try:
+        content = read_json(run.folder / _SCORES)
+        if content["of"] != _facts(run):
+            return None
+        dilation = [_layer(**row) for row in content["effective dilation"]]
+        return Trained(content["scores"], dilation, "already trained and scored")
+    except (FileNotFoundError, UserError, TypeError, KeyError, ValueError):  # absent, or damaged
+        return None
+
+
+def _layer(layer: str, **by_size: dict[str, Any]) -> LayerDilation:
+    return LayerDilation(layer, **{size: MeanStd(**it) for size, it in by_size.items()})
+
+
+def _facts(run: Run) -> dict[str, object]:
+    """What the result of a run depends on. Changes inside image files are not noticed."""
+    images = [task_of(run.recipe).annotated(run.data, split) for split in run.splits]
+    version = file_version(checkpoint_path(run.folder))
+    return {
+        "recipe": run.recipe.to_json(),
+        "images": [DataIdentity.of(tuple(it.classes), it.names).digest for it in images],
+        "checkpoint": None if version is None else list(version),
+        "versions": versions(),
+    }
 
 
 def _dilation(run: Run) -> list[LayerDilation]:

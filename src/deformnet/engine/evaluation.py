@@ -6,6 +6,7 @@ from typing import cast
 
 from torch import nn
 
+from deformnet._errors import UserError
 from deformnet._files import require_writable
 from deformnet.engine.processes import FabricProcesses, Layout, Precision, launched
 from deformnet.engine.results import Result
@@ -18,6 +19,7 @@ from deformnet.engine.runs import (
     versions,
 )
 from deformnet.engine.settings import Hardware
+from deformnet.models.backbones import Backbone
 from deformnet.models.network import Network
 from deformnet.recipes import Recipe
 from deformnet.tasks import task_of
@@ -34,6 +36,7 @@ def evaluate(
     *,
     options: TaskOptions = TaskOptions(),  # noqa: B008 (frozen)
     out: str | Path | None = None,
+    feature_cache: str | Path | None = None,
     hardware: Hardware = Hardware(),  # noqa: B008
     progress: bool = True,
 ) -> Result:
@@ -46,6 +49,7 @@ def evaluate(
         split: split to evaluate on; for a torch data set, its name in the results.
         options: size at which labels are compared, test-time augmentation, stored proposals.
         out: folder of the results; None is the run folder.
+        feature_cache: folder to keep the features of a frozen backbone in; see `LoopOptions`.
         hardware: processes and devices.
         progress: show a progress bar.
     Returns:
@@ -54,20 +58,27 @@ def evaluate(
         FileNotFoundError: if the run or the data set is missing.
         UserError: if the checkpoint or an image is damaged, the classes differ, or an option does
             not apply to the network.
+        OSError: if a file cannot be written.
     """
     run, out = Path(run), Path(run if out is None else out)
     require_folder(run, " to write the scores to")
     checkpoint = load_checkpoint(path := existing_checkpoint(run))
     recipe, model, trained_on = restored(checkpoint, path)
     images = task_of(recipe, options).evaluation_set(data, split, trained_on)
+    backbone = cast(Network, model).backbone
+    if feature_cache is not None:
+        require_frozen(backbone, recipe)
     layout = Layout.of(hardware)
-    facts = shared_facts(recipe, trained_on, images)
+    facts = {**shared_facts(recipe, trained_on, images), "feature_cache": feature_cache}
     with launched(layout, _precision(recipe, layout), facts) as processes:
+        cache = None
+        if feature_cache is not None:
+            cache = FeatureCache(feature_cache, backbone, processes.fabric.device)
         result = dataclasses.replace(
             Result.of(recipe, model, run, checkpoint["iteration"]),
             split=split,
             images=len(images),
-            scores=score(processes, model, images, progress=progress),
+            scores=score(processes, model, images, progress=progress, cache=cache),
             augmentation=options.augmentation,
         )
         if processes.rank == 0:
@@ -134,6 +145,20 @@ def score(
         cast(Network, model).backbone.recall = cache.recall
     with processes.fabric.autocast():
         return images.evaluate(model, dataclasses.replace(processes, progress=progress))
+
+
+def require_frozen(backbone: Backbone, recipe: Recipe) -> None:
+    """Raises UserError if the features of a backbone may change, or are those of a classifier."""
+    if backbone.stride != 16:
+        raise UserError(
+            "expected features of stride 16 for feature_cache, but those of classifiers have "
+            f"stride {backbone.stride}"
+        )
+    if not backbone.frozen:
+        raise UserError(
+            "expected a frozen backbone for feature_cache (freeze 5, and deform_layers 0 or a "
+            f"neck), but got freeze={recipe.freeze} and deform_layers={recipe.deform_layers}"
+        )
 
 
 def shared_facts(

@@ -23,7 +23,7 @@ from deformnet.data.location import Location
 from deformnet.data.workers import loaded
 from deformnet.engine.averaging import AveragedNetwork
 from deformnet.engine.checkpoints import Checkpoint, optimizer_state, require_resumable
-from deformnet.engine.evaluation import score, shared_facts
+from deformnet.engine.evaluation import require_frozen, score, shared_facts
 from deformnet.engine.header import header
 from deformnet.engine.health import OffsetHealth
 from deformnet.engine.initial import initial
@@ -146,11 +146,8 @@ def train(
         model, taken = restored(checkpoint, checkpoint_path(out)).model, None
     task.freeze(model)
     backbone = cast(Network, model).backbone
-    if loop.feature_cache is not None and not backbone.frozen:
-        raise UserError(
-            "expected a frozen backbone for feature_cache (freeze 5, and deform_layers 0 or a "
-            f"neck), but got freeze={recipe.freeze} and deform_layers={recipe.deform_layers}"
-        )
+    if loop.feature_cache is not None:
+        require_frozen(backbone, recipe)
     with (
         launched(layout, recipe.precision, facts) as processes,
         processes.interruption.collected(),

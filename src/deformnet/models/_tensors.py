@@ -18,6 +18,7 @@ from typing import IO, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load
 from torch import Tensor
 
 from deformnet._errors import UserError
@@ -131,6 +132,24 @@ def pack(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     content = b"".join([len(text).to_bytes(8, "little"), text, *parts])
     digest = hashlib.sha256(content).hexdigest()
     return _with_digest(content, _NO_DIGEST, digest)
+
+
+def unpack(content: bytes, place: Path) -> dict[str, Tensor]:
+    """The tensors of a file of `pack`, whose SHA-256 is verified. Faster than `read_safetensors`.
+
+    Args:
+        content: the content of the file.
+        place: its path, for messages.
+    Raises:
+        UserError: if it is damaged.
+    """
+    header = content[: 8 + int.from_bytes(content[:8], "little")]
+    expected = header.partition(_DIGEST_KEY.encode())[2][: len(_NO_DIGEST)].decode(errors="replace")
+    digest = hashlib.sha256(_with_digest(header, expected, _NO_DIGEST))
+    digest.update(memoryview(content)[len(header) :])
+    if digest.hexdigest() != expected:
+        raise UserError(f"{place}: damaged, its content does not match its SHA-256")
+    return load(content)
 
 
 def weights(state: object) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deformnet.models._upsampled_loss import upsampled_cross_entropy
 from deformnet.models.backbones import Backbone
 from deformnet.models.backbones.features import initialize
 from deformnet.models.network import Network, require_labels
@@ -53,7 +54,8 @@ class DeepLab(Network):
 
         For the backbone's `maps` in place of the images, H and W are multiples of the stride.
         """
-        logits = self._upsampled(self.scores(images))
+        stride = self.backbone.stride
+        logits = F.interpolate(self.scores(images), scale_factor=stride, mode="bilinear")
         if images.shape[1] != 3:
             return logits
         return _crop(logits, images.shape[-2], images.shape[-1])
@@ -64,31 +66,20 @@ class DeepLab(Network):
         # In half precision the upsampled scores of two classes would often tie.
         return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
-    def _upsampled(self, scores: Tensor, step: int = 1) -> Tensor:
-        """Scores at every `step`-th pixel."""
-        return F.interpolate(scores, scale_factor=self.backbone.stride // step, mode="bilinear")
-
     def losses_of_images(self, images: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """`losses` of `forward` at `loss_stride`, image by image, which is faster on CPUs.
+        """`losses` of `forward` at `loss_stride`, without the logits in memory, which is faster.
 
         Args:
             images: [N, 3, H, W], or `maps` of the backbone in their place, which may reach beyond
                 `target` on the right and at the bottom.
-            target: See `losses`.
+            target: See `losses`; also of other integer types, such as uint8.
         """
         step = self.loss_stride
-        scores = self.scores(images).contiguous(memory_format=torch.channels_last)
         target = target[:, step // 2 :: step, step // 2 :: step]  # centers of the cells
         require_labels("labels of target", target, self.num_classes, ignored=IGNORE)
-        totals = []
-        for one, labels in zip(scores.split(1), target.split(1), strict=True):
-            logits = _crop(self._upsampled(one, step), labels.shape[1], labels.shape[2])
-            # The layout in which log_softmax copies nothing.
-            pixels = logits.permute(0, 2, 3, 1).reshape(-1, self.num_classes)
-            totals.append(
-                F.cross_entropy(pixels, labels.flatten(), ignore_index=IGNORE, reduction="sum")
-            )
-        return {"segmentation": torch.stack(totals).sum() / (target != IGNORE).sum().clamp(min=1)}
+        scores, factor = self.scores(images), self.backbone.stride // step
+        total = upsampled_cross_entropy(scores, target, factor, ignored=IGNORE)
+        return {"segmentation": total / (target != IGNORE).sum().clamp(min=1)}
 
     def losses(self, logits: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Cross-entropy loss, averaged over the valid pixels of the batch.

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from deformnet._errors import UserError
-from deformnet._files import write_file
-from deformnet.models._tensors import pack, read_safetensors
+from deformnet._files import read_file, write_file
+from deformnet.models._tensors import pack, unpack
 from deformnet.models.backbones import Backbone
 from deformnet.tasks.base import Features, Processes, TrainingSet
 from deformnet.tasks.loading import shared
@@ -159,7 +159,7 @@ def _path(folder: Path, key: bytes) -> Path:
 def _read(path: Path) -> Tensor | None:
     """The maps in a file; None if there is none, UserError if it is damaged."""
     try:
-        return read_safetensors(path)[0][_NAME]
+        return unpack(read_file(path), path)[_NAME]
     except FileNotFoundError:
         return None
     except KeyError:

@@ -78,6 +78,8 @@ def stack(images: Sequence[Tensor], padding: float = 0) -> Tensor:
             f"{len(images)} images, {width}x{height} with their padding; use a smaller max_side or "
             "batch, or a crop"
         )
+    if all(image.shape[-2:] == (height, width) for image in images):
+        return torch.stack(list(images))  # `F.pad` would copy them first
     return torch.stack([pad(image, height, width, padding) for image in images])
 
 

@@ -12,12 +12,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 from torchmetrics import Metric
+from torchvision import tv_tensors
 
 from deformnet._errors import UserError
 from deformnet.data.base import IGNORE, SegmentationDataset
 from deformnet.data.location import Location
 from deformnet.data.opening import open_segmentation, segmentation_splits
 from deformnet.data.transforms import (
+    Resize,
+    flip_transforms,
     segmentation_evaluation_transforms,
     segmentation_training_transforms,
     without_image,
@@ -37,6 +40,7 @@ from deformnet.tasks.base import DataIdentity, Scores, Task, TrainingSet, Whole,
 from deformnet.tasks.figures import confusion_picture
 from deformnet.tasks.labeling import CountingSet, logits_of
 from deformnet.tasks.loading import alone, pad, stack
+from deformnet.tasks.masks import KeptMasks
 from deformnet.tasks.own import OwnMasks
 from deformnet.tasks.predictor import Device, Predictor, Prepared, Size, preparation
 from deformnet.tasks.results import encoded
@@ -66,7 +70,7 @@ class Batch(NamedTuple):
 
     images: Tensor
     masks: Tensor
-    """int64 [N, H, W]."""
+    """int64 or, with features in place of images, uint8 [N, H, W]."""
     sizes: list[Size]
     """Height and width of each image without its padding."""
 
@@ -101,6 +105,9 @@ class SegmentationTrainingSet(TrainingSet):
             color_jitter=recipe.color_jitter,
         )
         self._preparation = preparation(recipe.short_side, recipe.max_side)
+        self._resize = Resize(recipe.short_side, recipe.max_side)
+        self._flips = flip_transforms(flip=recipe.flip)
+        self._resized = KeptMasks(self._read_mask)
 
     def summary(self) -> list[str]:
         """Pixels by class of at most 50 masks, and classes without any."""
@@ -121,9 +128,12 @@ class SegmentationTrainingSet(TrainingSet):
         with about(self._images, index):
             return self._preparation(_stored(self._images).image(index))
 
+    def _read_mask(self, index: int) -> Tensor:
+        return self._resize(_stored(self._images).mask(index))
+
     def _sample(self, index: int) -> tuple[Tensor, Tensor]:
         if self.features is not None:
-            mask, flipped = without_image(self._transforms, _stored(self._images).mask(index))
+            mask, flipped = without_image(self._flips, tv_tensors.Mask(self._resized[index]))
             return self.features.read(index, flipped=flipped), mask
         image, mask = self._images[index]
         with about(self._images, index):
