@@ -91,6 +91,7 @@ def _run(
     work: Callable[..., object],
     arguments: Sequence[object],
 ) -> None:
+    multiprocessing.set_start_method(None, force=True)  # of its own processes: the usual one
     os.setsid()
     gc.freeze()  # garbage collection would copy all memory of the server
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
