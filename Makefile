@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 NATIVE := CMakeLists.txt $(wildcard src/deformnet/ops/*/*.cpp src/deformnet/ops/*/*.h)
 
+# Else every process of the tests would compile PyTorch anew, and all else that it imports: 16 s.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: setup demo test fuzz sanitize bench docs lint clean
 
 setup: $(READY)

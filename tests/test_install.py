@@ -1,5 +1,6 @@
 """An installation with PyTorch alone, made without a C++ compiler."""
 
+import json
 import os
 import re
 import subprocess
@@ -40,6 +41,35 @@ def requirements(distribution: str) -> set[str]:
     return found
 
 
+# Runs each line of code in a fork, which has PyTorch at once; prints its exit code and output.
+FORKS = """
+import json, os, sys, tempfile, torch, traceback
+
+for line in sys.stdin:
+    files = [tempfile.TemporaryFile("w+") for _ in range(2)]
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            for stream, file in enumerate(files, 1):
+                os.dup2(file.fileno(), stream)
+            exec(json.loads(line), {"__name__": "__main__"})
+            code = 0
+        except SystemExit as ended:
+            code = ended.code
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    for file in files:
+        file.seek(0)
+    print(json.dumps([code, *(file.read() for file in files)]), flush=True)
+"""
+
+
 def other_modules() -> set[str]:
     """Top-level modules of all packages but PyTorch, what it requires, and deformnet."""
     kept = requirements("torch") | {"deformnet", "setuptools", "pip"}
@@ -68,20 +98,17 @@ def python(tmp_path_factory):
         pytest.skip("the build's requirements cannot be downloaded")
     assert done.returncode == 0, done.stderr
     packages = next(path for path in sys.path if path.endswith("site-packages"))
-    prelude = BLOCKER.format(blocked=other_modules())
+    # Without `site`, which would find the checkout that is being tested.
+    program = [sys.executable, "-S", "-c", BLOCKER.format(blocked=other_modules()) + FORKS]
+    paths = {"PYTHONPATH": os.pathsep.join([str(target), packages])}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(program, cwd=target, env=os.environ | paths, **pipes) as forks:
 
-    def run(code: str) -> subprocess.CompletedProcess[str]:
-        # Without `site`, which would find the checkout that is being tested.
-        return subprocess.run(
-            [sys.executable, "-S", "-c", prelude + code],
-            capture_output=True,
-            text=True,
-            cwd=target,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(target), packages])},
-            check=False,
-        )
+        def run(code: str) -> subprocess.CompletedProcess[str]:
+            print(json.dumps(code), file=forks.stdin, flush=True)
+            return subprocess.CompletedProcess(code, *json.loads(forks.stdout.readline()))
 
-    return run
+        yield run
 
 
 def output_of(done: subprocess.CompletedProcess[str]) -> str:

@@ -5,18 +5,18 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from deformnet.data.check import OFFICIAL_SETS, check_data, where_text
+from deformnet.data.check import check as checking
 from deformnet.data.files import IMAGE_SUFFIXES
 from deformnet.data.items import has_area
 from detection_sets import coco as coco_annotations
 from detection_sets import coco_object, voc_object, voc_xml, write_coco, write_voc_images
+from forks import Fork
 from small_sets import one_line, save_city, save_image, save_labels, write_list
 
 YEAR = "VOCdevkit/VOC2012"
@@ -542,6 +542,19 @@ def test_paths_of_record_and_report(voc, tmp_path, cache):
         check_data(voc, workers=-1)
 
 
+def stopped_check(root: Path, record: Path, end: int) -> None:
+    """A check that sends itself a signal after 20 images."""
+    add = checking.Record.add
+
+    def stopping(self: object, key: object, result: object) -> None:
+        add(self, key, result)
+        if len(record.read_text().splitlines()) == 20:
+            os.kill(os.getpid(), end)
+
+    checking.Record.add = stopping
+    check_data(root, workers=2, record=record)
+
+
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
 def test_stopped_check_resumes(tmp_path, end):
     count = 60
@@ -550,26 +563,8 @@ def test_stopped_check_resumes(tmp_path, end):
     for number in range(1, count):
         (root / f"train/cat/{number}.png").hardlink_to(root / "train/cat/0.png")
     record = tmp_path / "record"
-    program = (
-        "import os, signal, sys; from pathlib import Path; from deformnet.data.check import check\n"
-        # A shell starts programs in the background with this signal ignored.
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "add, end = check.Record.add, int(sys.argv[3])\n"
-        "def stopping(self, key, result):\n"
-        "    add(self, key, result)\n"
-        "    if len(Path(sys.argv[2]).read_text().splitlines()) == 20:\n"
-        "        os.kill(os.getpid(), end)\n"
-        "check.Record.add = stopping\n"
-        "check.check_data(Path(sys.argv[1]), workers=2, record=Path(sys.argv[2]))"
-    )
-    # Importing torch takes minutes on a crowded machine. No pipe: workers that outlive a killed
-    # check would hold it open.
-    running = subprocess.run(
-        [sys.executable, "-c", program, str(root), str(record), str(int(end))],
-        stderr=subprocess.DEVNULL,
-        timeout=600,
-        check=False,
-    )
+    running = Fork(tmp_path / "printed.txt", stopped_check, root, record, int(end))
+    running.communicate(600)
     assert running.returncode != 0
     known = len(record.read_text().splitlines())
     assert 0 < known < count

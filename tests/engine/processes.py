@@ -1,10 +1,10 @@
 """Runs in several processes, as torchrun starts them: the jobs of the tests, and their start.
 
-As a program, `processes.py JOBS` does the jobs of a JSON file one after the other, since starting
-processes takes longer than all the work here.
+As a program, `processes.py JOBS` does the jobs of a JSON file one after the other.
 """
 
 import atexit
+import ctypes
 import itertools
 import json
 import os
@@ -22,6 +22,8 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from torch.distributed import run as launcher
+from torch.distributed.launcher.api import elastic_launch
 
 from deformnet.data.synthetic import Shapes, write_shapes
 from deformnet.engine import (
@@ -37,17 +39,21 @@ from deformnet.engine.logs import read_log
 from deformnet.engine.runs import iterations_done, load_checkpoint
 from deformnet.engine.shared_norm import share_statistics
 from deformnet.recipes import DeepLabRecipe, Recipe, RFCNRecipe, recipe_from_dict
+from forks import Fork, at_exit
 
 LIMIT = 240
 """Seconds after which processes count as hanging."""
 
 CPU = Hardware(accelerator="cpu", workers=0)
 
+Program = subprocess.Popen[str] | Fork
+Job = dict[str, Any]
+
 
 def small(recipe: type[Recipe], **changes: Any) -> Recipe:
-    """ResNet-18 on images of 32 pixels, 4 at a time, with frozen norm."""
+    """A tiny ResNet on images of 32 pixels, 4 at a time, with frozen norm."""
     values: dict[str, Any] = {
-        "backbone": "resnet18",
+        "backbone": "timm/test_resnet",
         "deform_layers": 1,
         "norm": "frozen",
         "short_side": 32,
@@ -62,7 +68,7 @@ def small(recipe: type[Recipe], **changes: Any) -> Recipe:
     return recipe(**(values | changes))
 
 
-RECIPES = {"deeplab": small(DeepLabRecipe), "rfcn": small(RFCNRecipe)}
+RECIPES = {"deeplab": small(DeepLabRecipe, lr=0.01), "rfcn": small(RFCNRecipe, lr=0.1)}
 
 
 def write_images(root: Path) -> None:
@@ -154,19 +160,60 @@ def assert_equal_weights(out: Path, expected: Path) -> None:
         assert torch.equal(ended[name], tensor), name
 
 
-def torchrun(jobs: list[dict[str, Any]], folder: Path, *options: str) -> list[str]:
-    """The command that does jobs under torchrun, with a free port unless options name one."""
-    file = folder / "jobs.json"
-    file.write_text(json.dumps(jobs, default=str))
+def assert_close_weights(out: Path, expected: Path) -> None:
+    ended = weights(out)
+    for name, tensor in weights(expected).items():
+        torch.testing.assert_close(ended[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def forked_torchrun(
+    jobs: list[Job], folder: Path, *options: str, host: int | None = None, **environment: str
+) -> Fork:
+    """Does jobs under torchrun, as `torchrun` does; but the processes that it starts are forks.
+
+    Args:
+        host: a process, in whose network it runs.
+    """
+    printed = folder / f"torchrun-{len(list(folder.glob('torchrun-*')))}.txt"
     if not any(option.startswith("--nnodes") for option in options):
-        options = ("--standalone", *options)
-    return [sys.executable, "-m", "torch.distributed.run", *options, __file__, str(file)]
+        options = ("--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", *options)
+    return Fork(printed, _torchrun, _plain(jobs), options, host, **environment)
+
+
+def _torchrun(jobs: list[Job], options: Sequence[str], host: int | None) -> None:
+    if host is not None:
+        for kind in ("user", "net"):
+            with Path(f"/proc/{host}/ns/{kind}").open() as file:
+                assert ctypes.CDLL(None, use_errno=True).setns(file.fileno(), 0) == 0, kind
+    words = launcher.parse_args(["--start-method=fork", *options, "a function"])
+    config, _, _ = launcher.config_from_args(words)
+    elastic_launch(config, _worker)(jobs)
+
+
+def _worker(jobs: list[Job]) -> None:
+    do(jobs)
+    at_exit()
+
+
+def torchrun(jobs: list[Job], folder: Path, *options: str) -> list[str]:
+    """The command that does jobs under torchrun, with a free port."""
+    file = folder / "jobs.json"
+    file.write_text(json.dumps(_plain(jobs)))
+    python = [sys.executable, "-m", "torch.distributed.run"]
+    return [*python, "--standalone", *options, __file__, str(file)]
+
+
+def _plain(jobs: list[Job]) -> list[Job]:
+    """The jobs with paths as text, as they are in a file."""
+    return json.loads(json.dumps(jobs, default=str))
 
 
 def start(command: list[str], **environment: str) -> subprocess.Popen[str]:
+    """Starts a program, on one thread, that can import what the tests can."""
+    usual = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     return subprocess.Popen(
         command,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        env=os.environ | usual | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -174,7 +221,7 @@ def start(command: list[str], **environment: str) -> subprocess.Popen[str]:
     )
 
 
-def wait_for_rows(process: subprocess.Popen[str], out: Path, count: int) -> None:
+def wait_for_rows(process: Program, out: Path, count: int) -> None:
     """Waits until a run that goes on has written rows of its log."""
     deadline = time.monotonic() + LIMIT
     while len(read_log(out / "metrics.csv")) < count:
@@ -183,7 +230,7 @@ def wait_for_rows(process: subprocess.Popen[str], out: Path, count: int) -> None
         time.sleep(0.005)
 
 
-def wait(*processes: subprocess.Popen[str]) -> list[str]:
+def wait(*processes: Program) -> list[str]:
     """What the processes print until they end; they must end well, and in time."""
     try:
         printed = [process.communicate(timeout=LIMIT)[0] for process in processes]
@@ -196,16 +243,16 @@ def wait(*processes: subprocess.Popen[str]) -> list[str]:
     return printed
 
 
-def _train(job: dict[str, Any]) -> None:
+def _train(job: Job) -> None:
     recipe = recipe_from_dict(job["recipe"], source="job")
     run(recipe, job["data"], job["out"], **job.get("options", {}))
 
 
-def _evaluate(job: dict[str, Any]) -> None:
+def _evaluate(job: Job) -> None:
     evaluate(job["out"], job["data"], "val", hardware=CPU, progress=False)
 
 
-def _propose(job: dict[str, Any]) -> None:
+def _propose(job: Job) -> None:
     propose_boxes(Path(job["run"]), Path(job["data"]), Path(job["out"]))
 
 
@@ -213,7 +260,7 @@ def propose_boxes(run: Path, data: Path, out: Path) -> None:
     propose(run, data, "val", out, hardware=CPU, progress=False)
 
 
-def _disagree(job: dict[str, Any]) -> None:
+def _disagree(job: Job) -> None:
     """Every process writes down the message that refuses other data, or another recipe."""
     rank = os.environ["RANK"]
     recipe = recipe_from_dict(job["recipe"] | job["changes"][int(rank)], source="job")
@@ -223,7 +270,7 @@ def _disagree(job: dict[str, Any]) -> None:
         Path(f"{job['out']}-{rank}.txt").write_text(str(error))
 
 
-def _norm(job: dict[str, Any]) -> None:
+def _norm(job: Job) -> None:
     """One step of batch norm in each process, after a run, which connects them."""
     rank, processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     layer, x, direction = norm_case()
@@ -244,7 +291,7 @@ def norm_case() -> tuple[torch.nn.BatchNorm2d, torch.Tensor, torch.Tensor]:
     return layer, x * 3 + 100, direction
 
 
-def _killed(job: dict[str, Any]) -> None:
+def _killed(job: Job) -> None:
     """A run in which the last process is killed once, after an iteration.
 
     What is then in the run folder is copied before another attempt.
@@ -262,7 +309,7 @@ def _killed(job: dict[str, Any]) -> None:
     _train(job)
 
 
-_JOBS: dict[str, Callable[[dict[str, Any]], None]] = {
+_JOBS: dict[str, Callable[[Job], None]] = {
     "train": _train,
     "evaluate": _evaluate,
     "propose": _propose,
@@ -270,6 +317,13 @@ _JOBS: dict[str, Callable[[dict[str, Any]], None]] = {
     "norm": _norm,
     "killed": _killed,
 }
+
+
+def do(jobs: list[Job]) -> None:
+    torch.set_num_threads(1)
+    atexit.register(_fail_if_connected)  # the first to be registered is the last to be called
+    for job in jobs:
+        _JOBS[job["do"]](job)
 
 
 def _fail_if_connected() -> None:
@@ -280,7 +334,4 @@ def _fail_if_connected() -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    atexit.register(_fail_if_connected)  # the first to be registered is the last to be called
-    for one in json.loads(Path(sys.argv[1]).read_text()):
-        _JOBS[one["do"]](one)
+    do(json.loads(Path(sys.argv[1]).read_text()))

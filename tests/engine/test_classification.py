@@ -2,11 +2,18 @@
 
 import dataclasses
 import json
-import sys
 
 import pytest
 import torch
-from processes import assert_equal_weights, curve, run, run_stopped, start, wait, weights
+from processes import (
+    assert_equal_weights,
+    curve,
+    forked_torchrun,
+    run,
+    run_stopped,
+    wait,
+    weights,
+)
 
 import deformnet
 from deformnet.cli import main
@@ -14,6 +21,7 @@ from deformnet.data.image_folder import ImageFolderClassification
 from deformnet.data.synthetic import Shapes, write_shapes
 from deformnet.engine import Hardware, evaluate, load_run
 from deformnet.engine.logs import read_log
+from deformnet.models.backbones import aligned_inception_resnet
 from deformnet.recipes import ClassifierRecipe, DeepLabRecipe, TestTimeAugmentation
 from deformnet.tasks import TaskOptions, find_images
 
@@ -130,11 +138,9 @@ def test_a_stopped_run_ends_in_equal_weights(trained, folder, tmp_path, workers)
 
 def test_two_processes_are_as_good_as_one(folder, tmp_path):
     recipe = recipe_of(norm="frozen", batch=4, iterations=12, warmup=0, lr=0.002)
-    (tmp_path / "recipe.json").write_text(recipe.to_json())
-    command = ["train", "classifier", "--recipe", tmp_path / "recipe.json", "--data", folder]
-    command += ["--out", tmp_path / "two", "--devices", "2", "--log-every", "1"]
-    command += ["--accelerator", "cpu", "--workers", "1"]
-    process = start([sys.executable, "-m", "deformnet", *map(str, command)])
+    job = {"do": "train", "recipe": recipe.to_dict(), "data": folder, "out": tmp_path / "two"}
+    options = {"val_split": "val", "workers": 1}
+    process = forked_torchrun([job | {"options": options}], tmp_path, "--nproc-per-node=2")
     one = run(recipe, folder, tmp_path / "one", val_split="val").to_json()
     wait(process)
     losses = curve(tmp_path / "one")
@@ -150,7 +156,9 @@ def test_two_processes_are_as_good_as_one(folder, tmp_path):
 
 
 @pytest.mark.parametrize("backbone", ["resnet18", "aligned-inception-resnet"])
-def test_deeplab_starts_from_a_classifier(folder, tmp_path, backbone):
+def test_deeplab_starts_from_a_classifier(folder, tmp_path, monkeypatch, backbone):
+    # One block of each kind instead of up to 22 alike.
+    monkeypatch.setattr(aligned_inception_resnet, "_BLOCKS", (2, 2, 2, 2))
     run(recipe_of(backbone=backbone, iterations=2), folder, tmp_path / "run")
     recipe = DeepLabRecipe(backbone=backbone, deform_layers=3, init=str(tmp_path / "run"))
     loaded = recipe.build_model(7).backbone.state_dict()
@@ -164,8 +172,8 @@ def test_deeplab_starts_from_a_classifier(folder, tmp_path, backbone):
 
 
 def test_deeplab_trains_from_a_classifier(trained, shapes, quick, tmp_path):
-    changes = {"deform_layers": 3, "iterations": 2, "warmup": 100, "lr": 1e-3}
-    recipe = dataclasses.replace(quick, init=str(trained[0]), **changes)
+    changes = {"backbone": "resnet18", "deform_layers": 3, "iterations": 2, "warmup": 100}
+    recipe = dataclasses.replace(quick, init=str(trained[0]), **changes, lr=1e-3)
     metrics = run(recipe, shapes, tmp_path / "run", val_split="val").to_json()
     assert 0 <= metrics["mean_iou"] <= 1
     # Two small steps away from where it started, and not from random weights.

@@ -17,11 +17,10 @@ from processes import CPU as ALONE
 from processes import (
     assert_equal_weights,
     curve,
+    forked_torchrun,
     run,
     run_stopped,
     small,
-    start,
-    torchrun,
     wait,
 )
 from torch.utils.data import Dataset
@@ -310,7 +309,7 @@ def test_processes_share_a_cache(kept, data, tmp_path):
     recipe, out, cache = kept
     options = {"feature_cache": tmp_path / "cache", "val_split": "val"}
     job = {"do": "train", "recipe": recipe.to_dict(), "data": data, "out": tmp_path / "run"}
-    wait(start(torchrun([job | {"options": options}], tmp_path, "--nproc-per-node=2")))
+    wait(forked_torchrun([job | {"options": options}], tmp_path, "--nproc-per-node=2"))
     assert curve(tmp_path / "run") == pytest.approx(curve(out), rel=1e-5)
     names = [path.name for path in files(cache)]
     assert [path.name for path in files(tmp_path / "cache")] == names

@@ -163,10 +163,11 @@ def test_a_folder_takes_the_place_of_a_run(run, folder, data, tmp_path):
     main(["predict", str(folder), str(image), "--out", str(tmp_path / "out")])
     assert len(list((tmp_path / "out" / "labels").rglob("*.png"))) == 1
     trained = load_run(run).model.state_dict()
-    model = RFCNRecipe(backbone="resnet18", deform_layers=1, init=str(folder)).build_model(3)
-    assert torch.equal(
-        model.state_dict()["backbone.conv1.weight"], trained["backbone.conv1.weight"]
+    model = RFCNRecipe(backbone="timm/test_resnet", deform_layers=1, init=str(folder)).build_model(
+        3
     )
+    name = "backbone.trunk.conv1.0.weight"
+    assert torch.equal(model.state_dict()[name], trained[name])
 
 
 def test_a_run_folder_stays_one(run, tmp_path):
@@ -231,7 +232,7 @@ def test_commands_take_addresses(run, hub, data, tmp_path, capsys):
     main(["train", "deeplab", *arguments, *short, "--workers", "0", "--val-split", "None"])
     assert "initial weights: hf://me/cells, backbone and head: " in capsys.readouterr().out
     recipe = json.loads((tmp_path / "run/recipe.json").read_text())
-    assert (recipe["backbone"], recipe["init"]) == ("resnet18", "hf://me/cells")
+    assert (recipe["backbone"], recipe["init"]) == ("timm/test_resnet", "hf://me/cells")
 
 
 def test_a_download_is_kept(run, hub, monkeypatch):

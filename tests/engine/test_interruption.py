@@ -6,24 +6,25 @@ import sys
 import processes
 import pytest
 import torch
-from processes import curve, run, small
+from processes import run, small
 
 from deformnet.engine.logs import read_log
 from deformnet.engine.runs import checkpoint_path, iterations_done, load_checkpoint
 from deformnet.recipes import DeepLabRecipe
+from forks import command
 
-CHANGES = {"norm": "trained", "deform_layers": 3, "batch": 3, "iterations": 16}
-RECIPE = small(DeepLabRecipe, **CHANGES, warmup=4, lr=0.01)
+# Not the tiny ResNet, with which a run could end before a signal reaches it.
+CHANGES = {"backbone": "resnet18", "norm": "trained", "deform_layers": 3}
+RECIPE = small(DeepLabRecipe, **CHANGES, batch=3, iterations=16, warmup=4, lr=0.01)
 
 
-def start(recipe, data, out, *options):
-    """The command line in a process of its own, on one thread."""
+def words(recipe, data, out):
+    """The command line."""
     path = out.with_name(f"{out.name}.json")
     path.write_text(recipe.to_json())
-    command = [sys.executable, "-m", "deformnet", "train", "deeplab"]
-    command += ["--recipe", path, "--data", data, "--out", out, "--accelerator", "cpu"]
-    command += ["--val-split", "None", "--log-every", "1", "--checkpoint-every", "4", *options]
-    return processes.start([str(part) for part in command])
+    words = ["train", "deeplab", "--recipe", path, "--data", data, "--out", out]
+    words += ["--accelerator", "cpu", "--val-split", "None", "--log-every", "1"]
+    return [*map(str, words), "--checkpoint-every", "4"]
 
 
 def finish(recipe, data, out):
@@ -55,7 +56,11 @@ def assert_same_run(undisturbed, checkpoint, out):
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT], ids=str)
 def test_a_disturbed_run_ends_in_equal_weights(shapes, undisturbed, tmp_path, sign):
     out = tmp_path / "run"
-    process = start(RECIPE, shapes, out)
+    line = words(RECIPE, shapes, out)
+    if sign == signal.SIGINT:
+        process = processes.start([sys.executable, "-m", "deformnet", *line])
+    else:
+        process = command(*line, printed=tmp_path / "printed.txt")
     # In the middle of an epoch (7 images) and between two checkpoints, as far as it can be aimed.
     processes.wait_for_rows(process, out, 6)
     process.send_signal(sign)
@@ -70,15 +75,3 @@ def test_a_disturbed_run_ends_in_equal_weights(shapes, undisturbed, tmp_path, si
         message = f"stopped after {done} of 16 iterations; run the same command to continue"
         assert f"deformnet: {message}" in printed.splitlines()
     assert_same_run(undisturbed, finish(RECIPE, shapes, out), out)
-
-
-def test_two_processes_are_as_good_as_one(shapes, tmp_path):
-    recipe = small(DeepLabRecipe, deform_layers=3, iterations=20, lr=0.001)
-    one, two = tmp_path / "one", tmp_path / "two"
-    process = start(recipe, shapes, two, "--devices", "2")
-    finish(recipe, shapes, one)
-    processes.wait(process)
-    losses = curve(one)
-    assert len(losses) == 20
-    assert losses[0] - losses[-1] > 0.01, "the loss must move for this to show anything"
-    assert curve(two) == pytest.approx(losses, abs=1e-5, rel=0)

@@ -1,11 +1,8 @@
 """Missing memory, ports and run folders are reported in one line, never as a traceback."""
 
-import os
 import re
 import shutil
 import socket
-import subprocess
-import sys
 from unittest.mock import Mock
 
 import pytest
@@ -13,6 +10,7 @@ import torch
 from processes import LIMIT, after_step
 
 import deformnet.engine
+import forks
 from deformnet.cli import main
 
 QUICK = [
@@ -28,14 +26,11 @@ def command(shapes, tmp_path):
     return ["train", "deeplab", *QUICK, "--data", str(shapes), "--out", str(tmp_path / "run")]
 
 
-def in_a_process(command, *options, **environment):
-    return subprocess.run(
-        [sys.executable, "-m", "deformnet", *command, *options],
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
-        capture_output=True,
-        text=True,
-        timeout=LIMIT,
-    )
+def end_of(*words, folder, **environment):
+    """The exit code of a program, and what it prints."""
+    program = forks.command(*words, printed=folder / "printed.txt", **environment)
+    printed, _ = program.communicate(LIMIT)
+    return program.returncode, printed
 
 
 def no_memory(*arguments, **options):
@@ -119,21 +114,21 @@ def test_a_run_folder_that_vanishes(command, complaint, tmp_path, monkeypatch, b
     assert re.search("No such file or directory|Not a directory|File exists", line), line
 
 
-def test_a_port_in_use(command):
+def test_a_port_in_use(command, tmp_path):
     """As a launcher that sets the environment, such as SLURM, runs into it."""
     with socket.socket() as taken:
         taken.bind(("", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
         launched = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_RANK": "0"}
-        ended = in_a_process(command, "--devices", "2", **launched)
-    lines = [line for line in ended.stderr.splitlines() if line.startswith("deformnet: ")]
-    assert ended.returncode == 2, ended.stderr
+        code, printed = end_of(*command, "--devices", "2", folder=tmp_path, **launched)
+    lines = [line for line in printed.splitlines() if line.startswith("deformnet: ")]
+    assert code == 2, printed
     assert lines == [
         f"deformnet: port {port} is in use; choose another one with torchrun --master-port or the "
         "environment variable MASTER_PORT"
     ]
-    assert "Traceback" not in ended.stderr
+    assert "Traceback" not in printed
 
 
 def test_an_unreadable_image_ends_the_program(command, shapes, tmp_path):
@@ -142,7 +137,7 @@ def test_an_unreadable_image_ends_the_program(command, shapes, tmp_path):
     shutil.copytree(shapes, data)
     for image in (data / "VOCdevkit/VOC2012/JPEGImages").glob("train_*.jpg"):
         image.write_bytes(image.read_bytes()[:600])
-    ended = in_a_process(command, "--workers", "2", "--data", str(data))
-    assert ended.returncode == 2, ended.stderr
-    assert f"deformnet: {data}" in ended.stderr
-    assert "Traceback" not in ended.stderr
+    code, printed = end_of(*command, "--workers", "2", "--data", data, folder=tmp_path)
+    assert code == 2, printed
+    assert f"deformnet: {data}" in printed
+    assert "Traceback" not in printed

@@ -3,25 +3,26 @@
 import os
 import shutil
 import signal
-import sys
 
 import pytest
 import torch
 from processes import (
     LIMIT,
     RECIPES,
+    assert_close_weights,
     assert_equal_weights,
     curve,
+    forked_torchrun,
     run,
     start,
     torchrun,
     wait,
     wait_for_rows,
-    weights,
     write_images,
 )
 
 from deformnet.engine.runs import iterations_done
+from forks import command
 
 RECIPE = RECIPES["rfcn"]
 
@@ -40,8 +41,8 @@ def runs(tmp_path_factory):
     two = "--nproc-per-node=2"
     wait(start(torchrun(undisturbed, folder / "undisturbed", two)))
     # Without the variable torchrun gives new processes the addresses of the old ones.
-    command = torchrun(killed, folder, two, "--max-restarts=2")
-    (printed,) = wait(start(command, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1"))
+    variable = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    (printed,) = wait(forked_torchrun(killed, folder, two, "--max-restarts=2", **variable))
     attempts = [line for line in printed.splitlines() if line.startswith("attempt ")]
     assert attempts == ["attempt 0 from iteration 0", "attempt 1 from iteration 6"], printed
     return folder
@@ -60,8 +61,7 @@ def test_one_process_goes_on_where_two_were_killed(runs, tmp_path):
     expected = curve(runs / "undisturbed/run")
     assert len(expected) == 10
     assert curve(tmp_path / "run") == pytest.approx(expected, rel=1e-5)
-    for name, tensor in weights(runs / "undisturbed/run").items():
-        torch.testing.assert_close(weights(tmp_path / "run")[name], tensor, rtol=1e-4, atol=1e-5)
+    assert_close_weights(tmp_path / "run", runs / "undisturbed/run")
 
 
 def test_sigterm_to_everybody_stops_in_order(shapes, tmp_path):
@@ -79,12 +79,12 @@ def test_sigterm_to_everybody_stops_in_order(shapes, tmp_path):
         "1",
     ]
     options += ["--backbone", "resnet18", "--short-side", "32", "--max-side", "None"]
-    options += ["--data", str(shapes), "--out", str(tmp_path), "--accelerator", "cpu"]
-    process = start([sys.executable, "-m", "deformnet", "train", "deeplab", *options])
-    wait_for_rows(process, tmp_path, 2)
+    options += ["--data", str(shapes), "--out", str(tmp_path / "run"), "--accelerator", "cpu"]
+    process = command("train", "deeplab", *options, printed=tmp_path / "printed.txt")
+    wait_for_rows(process, tmp_path / "run", 2)
     os.killpg(process.pid, signal.SIGTERM)
     printed, _ = process.communicate(timeout=LIMIT)
     assert process.returncode == 130, printed
-    done = iterations_done(tmp_path)
+    done = iterations_done(tmp_path / "run")
     assert f"deformnet: stopped after {done} of 1000 iterations" in printed
     assert "Traceback" not in printed

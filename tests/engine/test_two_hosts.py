@@ -1,17 +1,19 @@
 """Two torchruns are one run: on one machine, and between hosts that have only a wire in common."""
 
 import json
+import os
 import shutil
+import signal
 import socket
 import subprocess
 
 import pytest
 import torch
-from processes import RECIPES, curve, run, start, torchrun, wait, write_images
+from processes import RECIPES, curve, forked_torchrun, run, start, wait, write_images
 
 NAME = "deeplab"
 
-# Two network namespaces, joined by a pair of virtual cards; "$1" runs in one and "$2" in the other.
+# Two network namespaces, joined by a pair of virtual cards, of the two processes that it prints.
 HOSTS = """
 set -e
 unshare --net sleep 300 &
@@ -26,9 +28,8 @@ there="nsenter --target $other --net"
 $there ip address add 10.77.0.2/24 dev second
 $there ip link set second up
 $there ip link set lo up
-$there sh -c "$2" &
-sh -c "$1"
-wait $!
+echo $$ $other
+wait $other
 """
 
 
@@ -59,8 +60,7 @@ def test_two_torchruns_on_one_machine(alone, jobs, tmp_path):
         free.bind(("127.0.0.1", 0))
         place = f"127.0.0.1:{free.getsockname()[1]}"
     options = ("--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint={place}", "--rdzv-id=test")
-    command = torchrun(jobs, tmp_path, *options)
-    wait(start(command), start(command))
+    wait(*(forked_torchrun(jobs, tmp_path, *options) for _ in range(2)))
     assert_as_alone(alone, tmp_path / "run")
 
 
@@ -72,10 +72,16 @@ def test_two_hosts(alone, jobs, tmp_path):
     made = subprocess.run(probe, capture_output=True, text=True)
     if made.returncode != 0:
         pytest.skip(f"this machine allows no hosts of one's own: {made.stderr.strip()}")
-    commands = []
-    for rank, card in enumerate(("first", "second")):
-        node = (f"--node-rank={rank}", "--master-addr=10.77.0.1", "--master-port=29500")
-        command = torchrun(jobs, tmp_path, "--nnodes=2", *node)
-        commands.append(f"GLOO_SOCKET_IFNAME={card} exec {' '.join(command)}")
-    wait(start([*new, "sh", "-c", HOSTS, "hosts", *commands]))
+    hosts = start([*new, "sh", "-c", HOSTS])
+    try:
+        runs = []
+        for rank, host in enumerate(map(int, hosts.stdout.readline().split())):
+            node = (f"--node-rank={rank}", "--master-addr=10.77.0.1", "--master-port=29500")
+            card = {"GLOO_SOCKET_IFNAME": ("first", "second")[rank]}
+            runs.append(forked_torchrun(jobs, tmp_path, "--nnodes=2", *node, host=host, **card))
+        assert len(runs) == 2
+        wait(*runs)
+    finally:
+        os.killpg(hosts.pid, signal.SIGKILL)
+        hosts.communicate()
     assert_as_alone(alone, tmp_path / "run")

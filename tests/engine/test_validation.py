@@ -303,7 +303,8 @@ def test_two_trainings_into_one_folder(shapes, tmp_path):
 
 
 def test_two_processes_validate_as_one(shapes, tmp_path):
-    recipe = small(DeepLabRecipe, iterations=4, ema=0.9, schedule="cosine")
+    """`--devices 2` starts another process."""
+    recipe = small(DeepLabRecipe, deform_layers=3, iterations=4, ema=0.9, schedule="cosine")
     file, one, two = tmp_path / "recipe.json", tmp_path / "one", tmp_path / "two"
     file.write_text(recipe.to_json())
     command = ["train", "deeplab", "--recipe", file, "--data", shapes, "--out", two]
