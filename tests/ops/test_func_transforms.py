@@ -97,8 +97,9 @@ def test_samples_are_one_call_unless_weights_differ(fast, name, count):
 def test_boxes_and_nested_vmap(fast, name):
     case = CASES[name]
     names = ("input",) if name == "deform_conv2d" else ("input", "boxes")
-    values = [samples_of(case.input), *([torch.stack([case.boxes] * SAMPLES)] * (len(names) - 1))]
-    if len(values) == 2:
+    values = [samples_of(case.input)]
+    if "boxes" in names:
+        values.append(torch.stack([case.boxes] * SAMPLES))
         values[1][1, :, 3:] += 2  # boxes of their own
     function = function_of(case, names, fast)
     once = torch.stack([function(*sample) for sample in zip(*values, strict=True)])

@@ -350,6 +350,8 @@ class Operator:
         *settings, needs = ctx.others
         of_needed = iter(grads)
         needs = tuple(needed and next(of_needed) is not None for needed in needs)
+        if not any(needs):
+            return (None,) * len(ctx.needs_input_grad)
         arguments = [*ctx.saved_tensors, *settings, needs]
         places = [0, *(1 + place for place in self._with_gradient if place is not None)]
         places = [place for place in places if ctx.needs_input_grad[place]]
