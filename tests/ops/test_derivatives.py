@@ -138,6 +138,18 @@ def test_half_precision_and_autocast_have_second_derivatives(fast):
     assert slope.abs().max() > 0
 
 
+@pytest.mark.parametrize("operator", CASES)
+def test_a_second_backward_pass_under_autocast_keeps_its_precision(fast, operator):
+    values = {name: it.float().requires_grad_() for name, it in leaves(CASES[operator]).items()}
+    output = call(replace(CASES[operator].to(torch.float32), **values), fast)
+    tensors = list(values.values())
+    first = torch.autograd.grad(output.square().sum(), tensors, create_graph=True)
+    norm = sum(it.square().sum() for it in first)
+    expected = torch.autograd.grad(norm, tensors, retain_graph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(torch.autograd.grad(norm, tensors), expected, rtol=0, atol=0)
+
+
 def gradient_norm(case: Case, offset: Tensor, backend: str) -> Tensor:
     def total(value: Tensor) -> Tensor:
         return call(replace(case, input=value, offset=offset), backend).sum()

@@ -73,6 +73,20 @@ def test_vmap_over_any_tensors(fast, name):
                  vmap(function_of(case, names, fast))(*map(samples_of, values)))  # fmt: skip
 
 
+@EVERY_CASE
+def test_vmap_over_no_samples(fast, name):
+    case = CASES[name]
+    names, values = tuple(leaves(case)), tuple(leaves(case).values())
+    function = function_of(case, names, fast)
+    none = [torch.stack([value] * 2, -1)[..., :0] for value in values]
+    for flags in {tuple(-1 if i == k else None for i in range(len(values))) for k in range(2)}:
+        inputs = [v if f is None else n for v, n, f in zip(values, none, flags, strict=True)]
+        assert vmap(function, flags)(*inputs).shape == (0, *function(*values).shape)
+        step = grad(lambda *them: function(*them).sum(), tuple(range(len(values))))
+        for found, value in zip(vmap(step, flags)(*inputs), values, strict=True):
+            assert found.shape == (0, *value.shape)
+
+
 class Calls(TorchDispatchMode):
     """Counts the calls of every operator."""
 

@@ -347,6 +347,10 @@ class Operator:
 
     def _differentiate_twice(self, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """The second derivative, that of the reference's first one, which is computed again."""
+        device = next((grad.device.type for grad in grads if grad is not None), "meta")
+        if backends.autocast_enabled(device):  # this pass may run in another context than the first
+            with torch.autocast(device, enabled=False):
+                return self._differentiate_twice(ctx, *grads)
         *settings, needs = ctx.others
         of_needed = iter(grads)
         needs = tuple(needed and next(of_needed) is not None for needed in needs)
@@ -383,6 +387,9 @@ class Operator:
     # -------------------------------------------------------------------------------------- vmap
 
     def _vmap(self, info: Any, in_dims: Sequence[int | None], *arguments: Any) -> tuple:
+        if info.batch_size == 0:
+            output, _ = self._vmap(*_one_sample(info, in_dims, arguments))
+            return output[:0], 0
         tensors = _samples_first(arguments[: self._count], in_dims)
         settings = arguments[self._count :]
         batched = [dim is not None for dim in in_dims[: self._count]]
@@ -393,6 +400,9 @@ class Operator:
         return _unfold(self.forward(*folded, *settings), info.batch_size), 0
 
     def _vmap_backward(self, info: Any, in_dims: Sequence[int | None], *arguments: Any) -> tuple:
+        if info.batch_size == 0:
+            gradients, dims = self._vmap_backward(*_one_sample(info, in_dims, arguments))
+            return [gradient[:0] for gradient in gradients], dims
         end = 1 + len(self._saved)
         grad_output, *saved = _samples_first(arguments[:end], in_dims)
         others, needs = arguments[end:], arguments[-1]
@@ -521,6 +531,15 @@ def _replaced(items: Sequence[Any], places: Sequence[int], values: Sequence[Any]
 def _samples_first(tensors: Sequence[Any], dims: Sequence[int | None]) -> list[Any]:
     # There may be more dims than tensors: those of the other arguments.
     return [t if dim is None else t.movedim(dim, 0) for t, dim in zip(tensors, dims, strict=False)]
+
+
+def _one_sample(info: Any, dims: Sequence[int | None], arguments: Sequence[Any]) -> list[Any]:
+    """The arguments of a rule of vmap without samples, with a sample of zeros, for its shapes."""
+    zeros = [
+        a.new_zeros(*a.shape[:dim], 1, *a.shape[dim + 1 :]) if isinstance(dim, int) else a
+        for a, dim in zip(arguments, dims, strict=True)
+    ]
+    return [info._replace(batch_size=1), dims, *zeros]
 
 
 def _each(tensors: Sequence[Any], batched: Sequence[bool]) -> list[list[Any]]:
