@@ -73,3 +73,10 @@ def test_scores_that_are_not_finite_give_no_finite_loss():
         with torch.no_grad():
             scores[1, 2, 0, 1] = value
         assert not upsampled_cross_entropy(scores, target, 4, IGNORED).isfinite()
+
+
+def test_a_batch_without_images_has_no_loss():
+    scores = torch.zeros(0, 3, 2, 2, requires_grad=True)
+    loss = upsampled_cross_entropy(scores, torch.zeros(0, 8, 8).long(), 4, IGNORED)
+    loss.backward()
+    assert loss == 0

@@ -39,7 +39,7 @@ class _UpsampledCrossEntropy(torch.autograd.Function):
         strip = rows
         if scores.device.type == "cpu":
             strip = max(1, _STRIP // max(1, classes * width * factor))  # rows of `scores`
-        losses = []
+        losses = [scores.new_zeros(())]  # of a batch without images
         gradients = scores.new_empty(images, rows, classes, columns)
         for one, labels, gradient in zip(scores, target, gradients, strict=True):
             wide = (one.transpose(0, 1) @ across.T).flatten(1)  # [h, C * W]
