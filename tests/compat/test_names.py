@@ -1,12 +1,13 @@
 """The modules under other libraries' names: signatures, state-dict keys, and what they compute."""
 
+import copy
 import inspect
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from deformnet import deform_roi_pool
+from deformnet import deform_, deform_roi_pool
 from deformnet.analysis import OffsetObserver
 from deformnet.compat import dcn_v2, mmcv
 from deformnet.ops import deform_conv2d
@@ -209,3 +210,47 @@ def test_wrong_arguments():
         dcn_v2.dcn_v2_pooling(X, BOXES, offset, 1.0, 7, 6, False, 3)
     with pytest.raises(ValueError, match=r"expected offset to be .*5, 5.* but got"):
         dcn_v2.dcn_v2_pooling(X, BOXES, offset, 1.0, 7, 6, False, 1, 5)
+
+
+def test_pooling_without_boxes_has_gradients():
+    """Of all weights: distributed training waits for each of them."""
+    layers = (mmcv.ModulatedDeformRoIPoolPack(3, 6, 8), dcn_v2.DCNPooling(1.0, 3, 6, False))
+    for layer in layers:
+        layer.double()(X, BOXES[:0]).sum().backward()
+        assert all(it.grad is not None and not it.grad.any() for it in layer.parameters())
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        mmcv.DeformRoIPoolPack(3, 6, 8),
+        mmcv.ModulatedDeformRoIPoolPack(3, 6, 8),
+        dcn_v2.DCNPooling(1.0, 3, 6, False, deform_fc_dim=8),
+    ],
+    ids=lambda it: type(it).__name__,
+)
+def test_pooling_in_half_precision_stays_there(layer):
+    low = copy.deepcopy(layer).bfloat16()
+    output = low(X.bfloat16(), BOXES.float())
+    assert output.dtype == torch.bfloat16
+    expected = low.float()(X.bfloat16().float(), BOXES.float())
+    torch.testing.assert_close(output.float(), expected, rtol=0.02, atol=0.02)
+
+
+def test_init_weights_of_mmcv():
+    """That of the modulated layers reinitializes all weights."""
+    for kind in (mmcv.ModulatedDeformConv2d, mmcv.ModulatedDeformConv2dPack):
+        layer = shaken(kind(6, 8, 3))
+        layer.init_weights()
+        assert layer.weight.abs().max() <= 1 / 54**0.5
+        assert layer.weight.any()
+        assert not layer.bias.any()
+    assert not layer.conv_offset.weight.any()
+
+
+def test_conversion_skips_these_layers():
+    """Whatever its options, as it takes over those of the libraries with their own."""
+    layers = (mmcv.DeformConv2dPack, mmcv.ModulatedDeformConv2dPack)
+    model = nn.Sequential(nn.Conv2d(6, 6, 3), *(kind(6, 6, 3) for kind in layers))
+    model.append(dcn_v2.DCN(6, 6, 3, 1, 1))
+    assert deform_(model, "*", offset_groups=2) == ["0"]

@@ -126,6 +126,8 @@ def test_layers_that_predict_their_offsets(kind, arguments):
     assert {"offset weights", "offset biases"} <= names
     repr(model)
     copy.deepcopy(model).load_state_dict(model.state_dict())
+    for again in (model, copy.deepcopy(model)):
+        assert deform_(again, "0*", offset_groups=3) == []
 
 
 @pytest.mark.parametrize("kind", [lambda: torchvision.ops.DeformConv2d(6, 8, 3, 1, 1), DeformConv])
@@ -171,6 +173,18 @@ def test_what_is_not_taken_over():
         deform_(nn.Sequential(DeformConv2d_(6, 8, 3)), "0")
 
 
+def test_layers_within_a_layer_are_not_lost():
+    """Copies of these layers may contain what follows them, which ours would not compute."""
+    pack, given = DeformConv2dPack(), torchvision.ops.DeformConv2d(6, 8, 3)
+    pack.bn, pack.act = nn.BatchNorm2d(8), nn.ReLU()
+    given.act = nn.ReLU()
+    for layer, others in ((pack, "bn, act"), (given, "act")):
+        model = nn.Sequential(layer)
+        with pytest.raises(ValueError, match=rf"that contains other layers \({others}\)"):
+            deform_(model, "0")
+        assert type(model[0]) is type(layer)
+
+
 @pytest.mark.parametrize("modulated", [False, True])
 def test_max_offset(modulated):
     torch.manual_seed(0)
@@ -199,9 +213,11 @@ def test_max_offset(modulated):
 
 
 @pytest.mark.parametrize("value", [0, -1, float("inf"), float("nan")])
-def test_wrong_max_offset(value):
+def test_wrong_bounds(value):
     with pytest.raises(ValueError, match="expected max_offset to be a positive number, or None"):
         DeformConv2d(6, 8, 3, max_offset=value)
+    with pytest.raises(ValueError, match="expected mask_scale to be a positive number, but got"):
+        DeformConv2d(6, 8, 3, modulated=True, mask_scale=value)
     model = nn.Sequential(nn.Conv2d(6, 8, 3))
     with pytest.raises(ValueError, match="expected max_offset"):
         deform_(model, "0", max_offset=value)

@@ -128,6 +128,7 @@ class DCN(DeformConv2d):
     """Modulated deformable convolution that predicts its offsets and masks: `layer(input)`."""
 
     conv_offset_mask: OffsetConv2d
+    _keeps_options = True
 
     def __init__(
         self,
@@ -232,4 +233,5 @@ class DCNPooling(DCNv2Pooling):
         predicted = self.offset_mask_fc(pooled.flatten(1))
         bins = (self.pooled_size, self.pooled_size)
         offset, mask = predicted.unflatten(1, (3, *bins)).split((2, 1), dim=1)
-        return self._pool(input, rois, offset, no_trans=False) * mask.sigmoid()
+        mask = mask.sigmoid().to(pooled.dtype)  # predicted in float32
+        return self._pool(input, rois, offset, no_trans=False) * mask

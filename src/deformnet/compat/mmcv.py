@@ -91,8 +91,8 @@ def deform_roi_pool(
     `sampling_ratio` is the number of samples on each axis of a bin, 0 for the length of the bin,
     rounded up. An empty offset means None.
     """
-    if offset is not None and offset.numel() == 0:
-        offset = None
+    if offset is not None and offset.numel() == 0 and (offset.ndim != 4 or len(rois) > 0):
+        offset = None  # without boxes, it has a gradient
     samples = integer("sampling_ratio", sampling_ratio)
     geometry = (output_size, spatial_scale, gamma)
     return ops.deform_roi_pool(
@@ -135,6 +135,8 @@ class DeformConv2d(GivenOffsetsConv2d):
 
 class DeformConv2dPack(_DeformConv2d):
     """Deformable convolution that predicts its offsets: `layer(x)`."""
+
+    _keeps_options = True
 
     def __init__(
         self,
@@ -195,6 +197,10 @@ class ModulatedDeformConv2d(GivenOffsetsConv2d):
     def reset_parameters(self) -> None:
         reset_uniformly(self)
 
+    def init_weights(self) -> None:
+        """Reinitialize the weights. mmengine calls this after it has initialized others."""
+        self.reset_parameters()
+
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, x: Tensor, offset: Tensor, mask: Tensor
     ) -> Tensor:
@@ -206,6 +212,8 @@ class ModulatedDeformConv2d(GivenOffsetsConv2d):
 
 class ModulatedDeformConv2dPack(_DeformConv2d):
     """Modulated deformable convolution that predicts its offsets and masks: `layer(x)`."""
+
+    _keeps_options = True
 
     def __init__(
         self,
@@ -237,6 +245,10 @@ class ModulatedDeformConv2dPack(_DeformConv2d):
     def reset_parameters(self) -> None:
         super().reset_parameters()
         reset_uniformly(self)
+
+    def init_weights(self) -> None:
+        """Reinitialize all weights. mmengine calls this after it has initialized others."""
+        self.reset_parameters()
 
 
 class DeformRoIPool(nn.Module):
@@ -310,7 +322,8 @@ class ModulatedDeformRoIPoolPack(DeformRoIPoolPack):
     def forward(self, input: Tensor, rois: Tensor) -> Tensor:
         pooled = DeformRoIPool.forward(self, input, rois)
         mask = self.mask_fc(pooled.flatten(1)).unflatten(1, (1, *self.output_size))
-        return DeformRoIPool.forward(self, input, rois, self._offset(pooled)) * mask
+        pooled = DeformRoIPool.forward(self, input, rois, self._offset(pooled))
+        return pooled * mask.to(pooled.dtype)  # predicted in float32
 
 
 def fully_connected(inputs: int, hidden: int, outputs: int, *, layers: int) -> nn.Sequential:

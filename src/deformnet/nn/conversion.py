@@ -43,7 +43,8 @@ def deform_(
     `conv_offset_mask` is called `conv_offset`. Those that are given their offsets (torchvision's
     `DeformConv2d`, detectron2's `DeformConv` and `ModulatedDeformConv`, mmcv's and DCNv2's layers
     other than the above) are still given them. Classes are recognized by name, so copies of these
-    libraries in other code bases count; subclasses with other names do not.
+    libraries in other code bases count; subclasses with other names do not. Copies that contain
+    more layers than the libraries' are refused, as these layers would no longer run.
 
     Args:
         model: Any module that contains `nn.Conv2d` layers.
@@ -63,8 +64,9 @@ def deform_(
             integer, or `max_offset` is not a number.
         ValueError: If there is no pattern, a pattern matches no convolution, or a matching
             convolution cannot be converted: it is transposed, 1-D or 3-D, its class overrides
-            methods of `nn.Conv2d`, `offset_groups` does not divide its channels, or it is already
-            deformable with other options. The model is then unchanged.
+            methods of `nn.Conv2d`, `offset_groups` does not divide its channels, it is a copy with
+            more layers, or it is already deformable with other options. The model is then
+            unchanged.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected model to be an nn.Module, but got {type(model).__name__}")
@@ -162,7 +164,7 @@ def _why_not(module: nn.Module, options: tuple[int, bool, float | None, OffsetCo
         return foreign.problem
     if isinstance(module, DeformConv2d):
         own = (module.offset_groups, module.modulated, module.max_offset, module.offset_conv)
-        if own == options:
+        if module._keeps_options or own == options:
             return None
         return (
             f"is already deformable with offset_groups={module.offset_groups}, "

@@ -69,9 +69,11 @@ class DeformConv2d(nn.Conv2d):
 
     Raises:
         TypeError: If an argument is not a number, or not an integer.
-        ValueError: If `offset_groups` does not divide `in_channels`, `max_offset` is not positive,
-            or where `nn.Conv2d` does.
+        ValueError: If `offset_groups` does not divide `in_channels`, `max_offset` or `mask_scale`
+            is not positive, or where `nn.Conv2d` does.
     """
+
+    _keeps_options = False  # in `deform_`; True for layers of other libraries
 
     def __init__(
         self,
@@ -109,7 +111,7 @@ class DeformConv2d(nn.Conv2d):
         )
         self.offset_groups = integer("offset_groups", offset_groups)
         self.modulated = bool(modulated)
-        self.mask_scale = float(number("mask_scale", mask_scale))
+        self.mask_scale = positive_number("mask_scale", mask_scale)
         self.max_offset = check_max_offset(max_offset)
         self.offset_conv: OffsetConv = offset_conv
         self.conv_offset = make_conv_offset(
@@ -262,11 +264,19 @@ def check_max_offset(value: float | None) -> float | None:
     """
     if value is None:
         return None
-    value = float(number("max_offset", value))
+    return positive_number("max_offset", value, ", or None for no bound")
+
+
+def positive_number(name: str, value: float, otherwise: str = "") -> float:
+    """`value` as a float.
+
+    Raises:
+        TypeError: If it is not a number.
+        ValueError: If it is not positive, or infinite.
+    """
+    value = float(number(name, value))
     if not 0 < value < math.inf:
-        raise ValueError(
-            f"expected max_offset to be a positive number, or None for no bound, but got {value:g}"
-        )
+        raise ValueError(f"expected {name} to be a positive number{otherwise}, but got {value:g}")
     return value
 
 

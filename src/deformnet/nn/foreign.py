@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from deformnet.nn.deform_conv import DeformConv2d
-from deformnet.nn.given_offsets import GivenOffsetsConv2d
+from deformnet.nn.given_offsets import FOLLOWING, GivenOffsetsConv2d
 from deformnet.nn.offsets import OffsetConv2d
 from deformnet.ops._arguments import pair
 
@@ -54,18 +54,27 @@ def foreign_conv(layer: Any) -> ForeignConv | None:
         return None
     if kind in _GIVEN_OFFSETS:
         takes_offsets = "offset" in inspect.signature(layer.forward).parameters
-        return ForeignConv(None, 0, False, None) if takes_offsets else None
+        problem = _other_layers(layer, FOLLOWING)
+        return ForeignConv(None, 0, False, problem) if takes_offsets else None
     name = next((name for name in _OFFSET_CONVS if name in layer._modules), None)
     if name is None:
         return None
     groups = next((getattr(layer, name) for name in _GROUPS if hasattr(layer, name)), 1)
     offset_conv, unit = getattr(layer, name), groups * layer.weight.shape[2:].numel()
     channels = getattr(offset_conv, "out_channels", None)
-    problem = None
+    problem = _other_layers(layer, (name,))
     if type(offset_conv) is not nn.Conv2d or channels not in (2 * unit, 3 * unit):
         expected = f"an nn.Conv2d of {2 * unit} or {3 * unit} channels"
         problem = f"is a {kind} whose {name} is not {expected}"
     return ForeignConv(name, groups, channels == 3 * unit, problem)
+
+
+def _other_layers(layer: nn.Module, known: tuple[str, ...]) -> str | None:
+    """The problem of layers that a deformable convolution contains, which would no longer run."""
+    others = [name for name, it in layer._modules.items() if it is not None and name not in known]
+    if not others:
+        return None
+    return f"is a {type(layer).__name__} that contains other layers ({', '.join(others)})"
 
 
 def foreign_offset_convs(model: nn.Module) -> set[nn.Module]:
@@ -95,6 +104,7 @@ def take_over(theirs: Any, foreign: ForeignConv) -> None:
     offset_conv = theirs._modules.pop(foreign.offset_conv)
     offset_conv.__class__ = OffsetConv2d
     theirs.__class__ = DeformConv2d
+    theirs._keeps_options = True
     theirs.offset_groups, theirs.modulated = foreign.offset_groups, foreign.modulated
     theirs.mask_scale, theirs.max_offset, theirs.offset_conv = 1.0, None, "dense"
     theirs.conv_offset = offset_conv

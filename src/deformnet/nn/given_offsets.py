@@ -5,6 +5,9 @@ from torch import Tensor, nn
 from deformnet.ops import deform_conv2d
 from deformnet.ops._arguments import IntOrPair, integer, pair
 
+FOLLOWING = ("norm", "activation")
+"""What follows the convolution in detectron2's layers, which contain it."""
+
 
 class GivenOffsetsConv2d(nn.Conv2d):
     """Deformable convolution whose offsets and mask are arguments, as in torchvision.
@@ -49,8 +52,7 @@ class GivenOffsetsConv2d(nn.Conv2d):
             pair("dilation", self.dilation),
         )
         output = deform_conv2d(input, offset, self.weight, self.bias, *geometry, mask)
-        # detectron2's layers contain what follows the convolution.
-        for name in ("norm", "activation"):
+        for name in FOLLOWING:
             following = getattr(self, name, None)
             output = output if following is None else following(output)
         return output
