@@ -159,7 +159,7 @@ def test_half_of_the_keys_renamed(tmp_path):
         backbone("resnet18", weights=path)
     assert str(error.value) == (
         f"{path}: expected weights of ResNet-18: missing key layer1.0.conv1.weight and 15 more, "
-        "and it has 16 other keys, such as stage1.0.conv1.weight; rename them, or use "
+        "and it has 16 unexpected keys, such as stage1.0.conv1.weight; rename them, or use "
         "`deformnet weights import` for a checkpoint of mmdetection or detectron2"
     )
 

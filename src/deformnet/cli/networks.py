@@ -41,7 +41,7 @@ def evaluate(
             of the network, as the authors did on VOC.
         stored_proposals: Proposal files written by `deformnet propose`, for a detector that was
             trained on stored proposals.
-        feature_cache: For a frozen backbone: folder to keep its features in, as for training.
+        feature_cache: Folder to keep the features of a frozen backbone in, as in training.
         augmentation: For detectors: inference at several scales, flipped, with refined boxes.
     """
     from deformnet.engine import evaluate

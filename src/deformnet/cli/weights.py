@@ -26,17 +26,19 @@ def export(
 ) -> None:
     """Export a trained network to NAME.safetensors, NAME.onnx or NAME.pt2.
 
-    NAME.safetensors has the weights, with a description in NAME.json and NAME.md. It can be used
+    NAME.safetensors contains the weights; NAME.json and NAME.md describe them. It can be used
     instead of the run folder, for prediction and as --init. NAME.md is a model card (README.md for
     model.safetensors); add the license of the weights to it.
 
-    NAME.onnx and NAME.pt2 have the whole network for other programs: with proposals, decoding and
-    non-maximum suppression for detectors. `deformnet predict` takes them as well.
+    NAME.onnx and NAME.pt2 contain the whole network for other programs. For detectors, this
+    includes proposals, box decoding and non-maximum suppression. `deformnet predict` accepts them
+    as well.
 
     Args:
         run: Run folder.
-        file: File to write; for NAME.safetensors, recipe, scores and versions go into NAME.json.
-        whole: Options of NAME.onnx and NAME.pt2.
+        file: File to write. For NAME.safetensors, the recipe, scores and versions are written to
+            NAME.json.
+        whole: Options for NAME.onnx and NAME.pt2.
     """
     if file.suffix in SUFFIXES:
         from deformnet.engine.whole import export_whole

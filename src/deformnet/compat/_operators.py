@@ -18,13 +18,13 @@ def grouped_deform_conv2d(
     groups: int,
     offset_groups: int,
 ) -> Tensor:
-    """`deform_conv2d` for callers that also pass the numbers of groups, which follow from shapes.
+    """`deform_conv2d` for callers that also pass the numbers of groups, which the shapes determine.
 
     Raises:
-        ValueError: If the shapes have other numbers of groups, or where `deform_conv2d` does.
+        ValueError: If the numbers of groups do not match the shapes; see also `deform_conv2d`.
     """
     output = deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask)
-    # After the call, which checks the shapes.
+    # Only after the call, which checks the shapes.
     _, group_channels, height, width = weight.shape
     for name, value, found in (
         ("groups", groups, input.shape[1] // group_channels),

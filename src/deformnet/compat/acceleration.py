@@ -1,4 +1,4 @@
-"""torchvision's deformable convolution on this library's kernels."""
+"""torchvision's deformable convolution on deformnet's kernels."""
 
 from types import TracebackType
 
@@ -17,11 +17,14 @@ _library: Library | None = None
 
 
 class TorchvisionAcceleration:
-    """Handle of `accelerate_torchvision`, also a context manager that ends with `remove`."""
+    """Handle of `accelerate_torchvision`; as a context manager, it calls `remove` on exit."""
 
     def remove(self) -> None:
-        """End this acceleration. torchvision's operator returns when the last one has ended, in any
-        order; ending one again has no effect."""
+        """Undo this acceleration.
+
+        torchvision's kernels are restored once all handles are removed, in any order. Removing a
+        handle again has no effect.
+        """
         global _library
         _active.discard(self)
         if not _active and _library is not None:
@@ -41,27 +44,27 @@ class TorchvisionAcceleration:
 
 
 def accelerate_torchvision() -> TorchvisionAcceleration:
-    """Run torchvision's `deform_conv2d` on this library's kernels, from now on and everywhere.
+    """Run all calls of torchvision's `deform_conv2d` on deformnet's kernels from now on.
 
-    All calls in this process are replaced, on every device for which there are kernels (CPU, GPU):
+    All calls in this process are redirected, on every device that has kernels (CPU, GPU):
     `torchvision.ops.deform_conv2d` and `DeformConv2d`, however they were imported,
     `torch.ops.torchvision.deform_conv2d`, scripted modules, exported programs, and code that was
-    compiled before. Outputs and gradients are equal up to rounding. Errors about arguments are
+    compiled before. Outputs and gradients are equal up to rounding. Invalid arguments raise
     `ValueError` or `TypeError` instead of torchvision's `RuntimeError`.
 
         >>> accelerate_torchvision()
 
-    Code that is compiled or exported while this is active may contain this library's operator: it
-    keeps it after `remove`, and needs `import deformnet` where it is loaded.
+    Code that is compiled or exported while this is active may contain deformnet's operator. It
+    keeps the operator after `remove`, and needs `import deformnet` before it is loaded.
 
     Returns:
-        A handle, whose `remove()` restores torchvision's kernels. It can be used as a context
-        manager. If called several times, they are restored when all handles are removed.
+        A handle whose `remove()` restores torchvision's kernels. It can be used as a context
+        manager. After several calls, the kernels are restored once all handles are removed.
 
     Raises:
         ModuleNotFoundError: If torchvision is not installed.
-        RuntimeError: If torchvision's operators cannot be loaded, or this library has no kernels
-            for this machine.
+        RuntimeError: If torchvision's operators cannot be loaded, or deformnet has no kernels for
+            this machine.
     """
     global _library
     if _library is None:
@@ -80,8 +83,8 @@ def _register() -> Library:
         ) from error
     if not _has_ops():
         raise RuntimeError(
-            "expected torchvision's operators to be loaded, but they do not fit PyTorch "
-            f"{torch.__version__}; reinstall torchvision"
+            "expected torchvision's operators to be loaded, but they are not compatible with "
+            f"PyTorch {torch.__version__}; reinstall torchvision"
         )
     reasons = {backend: backends.why_unavailable(backend) for backend in _DEVICES}
     if all(reasons.values()):
@@ -93,7 +96,7 @@ def _register() -> Library:
     for backend, key in _DEVICES.items():
         if reasons[backend] is None:
             library.impl("deform_conv2d", _forward, f"Autograd{key}")
-            # Below autograd: inference mode, and code compiled before.
+            # For calls below autograd: inference mode, and code that was compiled before.
             library.impl("deform_conv2d", _forward, key)
             library.impl("_deform_conv2d_backward", _backward, key)
     return library

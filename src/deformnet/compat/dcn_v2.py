@@ -1,13 +1,13 @@
-"""DCNv2 (CharlesShang/DCNv2 and its copies, as in CenterNet): the names of its module `dcn_v2`.
+"""Drop-in replacement for the module `dcn_v2` of CharlesShang/DCNv2 and its copies.
 
-Signatures, initial weights and state-dict keys are DCNv2's. Its conventions:
+Signatures, initial weights and state-dict keys are DCNv2's, and so are these conventions:
 
-- The mask is a plain sigmoid, which is initially 0.5.
-- RoI pooling has the sampling rule "msra".
+- The mask is a plain sigmoid, initially 0.5.
+- RoI pooling uses the sampling rule "msra".
 
 At a position of exactly -1, the derivative is the one from the right, as in torchvision; DCNv2's is
-0. DCNv2's `DCN` ignores the dilation where it predicts the offsets, and so fails unless it is 1;
-here it works.
+0. DCNv2's `DCN` ignores the dilation when it predicts the offsets, so it fails unless the dilation
+is 1; here it works.
 """
 
 from torch import Tensor, nn
@@ -59,20 +59,20 @@ def dcn_v2_pooling(
         rois: [R, 5].
         offset: [R, 2*G, part_size, part_size], (x, y); unused if `no_trans`.
         spatial_scale: See `deformnet.ops.deform_roi_pool`.
-        pooled_size: Number of bins on each axis.
+        pooled_size: Number of bins along each axis.
         output_dim: Number of output channels C.
         no_trans: Whether to pool without offsets.
         group_size: 1, or `pooled_size`.
-        part_size: Number of offsets on each axis; None for `pooled_size`.
-        sample_per_part: Number of samples on each axis of a bin.
+        part_size: Number of offsets along each axis; None uses `pooled_size`.
+        sample_per_part: Number of samples along each axis of a bin.
         trans_std: gamma, the scale of the offsets.
 
     Returns:
         [R, C, pooled_size, pooled_size].
 
     Raises:
-        ValueError: If a size differs from the shapes, `group_size` is neither 1 nor `pooled_size`,
-            or where `deformnet.ops.deform_roi_pool` does.
+        ValueError: If a size does not match the shapes, or `group_size` is neither 1 nor
+            `pooled_size`; see also `deformnet.ops.deform_roi_pool`.
     """
     if group_size not in (1, pooled_size):
         raise ValueError(
@@ -100,7 +100,7 @@ def dcn_v2_pooling(
 
 
 class DCNv2(GivenOffsetsConv2d):
-    """Modulated deformable convolution that is given its offsets: `layer(input, offset, mask)`."""
+    """Modulated deformable convolution that takes offsets: `layer(input, offset, mask)`."""
 
     def __init__(
         self,
@@ -156,7 +156,7 @@ class DCN(DeformConv2d):
 
     @property
     def conv_offset(self) -> OffsetConv2d:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """`conv_offset_mask`, under the name of `DeformConv2d`."""
+        """`conv_offset_mask` under its name in `DeformConv2d`."""
         return self.conv_offset_mask
 
     def reset_parameters(self) -> None:
@@ -169,7 +169,7 @@ class DCN(DeformConv2d):
 
 
 class DCNv2Pooling(nn.Module):
-    """Deformable RoI pooling that is given its offsets: `layer(input, rois, offset)`."""
+    """Deformable RoI pooling that takes offsets: `layer(input, rois, offset)`."""
 
     def __init__(
         self,

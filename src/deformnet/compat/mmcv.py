@@ -1,15 +1,15 @@
-"""`mmcv.ops`: deformable convolution and deformable RoI pooling under mmcv's names.
+"""Drop-in replacement for the deformable convolution and deformable RoI pooling of `mmcv.ops`.
 
-Signatures, initial weights and state-dict keys are mmcv's. Its conventions:
+Signatures, initial weights and state-dict keys are mmcv's, and so are these conventions:
 
-- The functions compute in the dtype of the offset, also under autocast.
-- The mask is a plain sigmoid, which is initially 0.5.
-- RoI pooling has the sampling rule "aligned".
-- `im2col_step` has no effect: any batch size works.
-- mmcv pads inputs smaller than the kernel, which does not change the output. Here they work as is.
+- The functions compute in the dtype of the offset, even under autocast.
+- The mask is a plain sigmoid, initially 0.5.
+- RoI pooling uses the sampling rule "aligned".
 
-At a position of exactly -1, the derivative is the one from the right, as in torchvision; mmcv's is
-0. The layers that predict their offsets do so in float32 even under autocast.
+`im2col_step` has no effect: any batch size works. Inputs smaller than the kernel are not padded;
+mmcv pads them, with the same output. At a position of exactly -1, the derivative is the one from
+the right, as in torchvision; mmcv's is 0. The layers that predict their offsets do so in float32
+even under autocast.
 """
 
 import math
@@ -88,8 +88,8 @@ def deform_roi_pool(
 ) -> Tensor:
     """Deformable RoI pooling; shapes as in `deformnet.ops.deform_roi_pool`.
 
-    `sampling_ratio` is the number of samples on each axis of a bin, 0 for the length of the bin,
-    rounded up. An empty offset means None.
+    `sampling_ratio` is the number of samples along each axis of a bin; 0 uses the length of the
+    bin, rounded up. An empty `offset` is the same as None.
     """
     if offset is not None and offset.numel() == 0 and (offset.ndim != 4 or len(rois) > 0):
         offset = None  # without boxes, it has a gradient
@@ -101,7 +101,7 @@ def deform_roi_pool(
 
 
 class DeformConv2d(GivenOffsetsConv2d):
-    """Deformable convolution that is given its offsets: `layer(x, offset)`."""
+    """Deformable convolution that takes offsets: `layer(x, offset)`."""
 
     def __init__(
         self,
@@ -176,7 +176,7 @@ class DeformConv2dPack(_DeformConv2d):
 
 
 class ModulatedDeformConv2d(GivenOffsetsConv2d):
-    """Modulated deformable convolution that is given its offsets: `layer(x, offset, mask)`."""
+    """Modulated deformable convolution that takes offsets: `layer(x, offset, mask)`."""
 
     def __init__(
         self,
@@ -252,7 +252,7 @@ class ModulatedDeformConv2dPack(_DeformConv2d):
 
 
 class DeformRoIPool(nn.Module):
-    """Deformable RoI pooling that is given its offsets: `layer(input, rois, offset=None)`."""
+    """Deformable RoI pooling that takes offsets: `layer(input, rois, offset=None)`."""
 
     def __init__(
         self,
@@ -335,7 +335,7 @@ def fully_connected(inputs: int, hidden: int, outputs: int, *, layers: int) -> n
 
 
 def reset_uniformly(layer: nn.Conv2d) -> None:
-    """Initialize as mmcv's modulated layer and DCNv2: uniform weights, zero bias."""
+    """Initialize a layer as mmcv (if modulated) and DCNv2 do: uniform weights, zero bias."""
     bound = 1 / math.sqrt(layer.in_channels * layer.weight.shape[2:].numel())
     nn.init.uniform_(layer.weight, -bound, bound)
     if layer.bias is not None:

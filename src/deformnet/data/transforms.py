@@ -74,8 +74,10 @@ def segmentation_training_transforms(
 
 
 def flip_transforms(*, flip: bool) -> SegmentationTransforms:
-    """The random part of training transforms without jitter and crop, with the same random numbers:
-    returns masks with their own size and dtype."""
+    """The random part of training transforms without jitter or crops, with the same random numbers.
+
+    Masks keep their size and dtype.
+    """
     return v2.Compose([*_flip(flip), v2.ToPureTensor()])
 
 

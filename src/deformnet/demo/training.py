@@ -35,7 +35,7 @@ from deformnet.tasks.features import FeatureCache
 SIDE = 600
 """Shorter side of the images that Table 2's sizes refer to; boxes of the demo are scaled to it."""
 _SCORES = "demo.json"
-"""File in a run folder: its scores, and effective dilation."""
+"""File in a run folder with its scores and effective dilation."""
 _MOST_PROCESSES = 4  # each takes about 1 GB
 
 
@@ -165,7 +165,7 @@ def _train(run: Run) -> Trained:
 
 
 def _scored(run: Run) -> Trained | None:
-    """The result of an earlier call; None if there is none, or it is of something else."""
+    """The saved result of an earlier call; None if there is none, or the run has changed."""
     try:
         content = read_json(run.folder / _SCORES)
         if content["of"] != _facts(run):
@@ -181,7 +181,7 @@ def _layer(layer: str, **by_size: dict[str, Any]) -> LayerDilation:
 
 
 def _facts(run: Run) -> dict[str, object]:
-    """What the result of a run depends on. Changes inside image files are not noticed."""
+    """What the result of a run depends on. Changes inside image files are not detected."""
     images = [task_of(run.recipe).annotated(run.data, split) for split in run.splits]
     version = file_version(checkpoint_path(run.folder))
     return {

@@ -170,8 +170,8 @@ def load(
     Args:
         run: run folder, one of its checkpoints, or an exported run: its .safetensors file, a folder
             that contains model.safetensors, or a repository on the Hugging Face Hub,
-            hf://OWNER/REPO or hf://OWNER/REPO@REVISION. Or a network exported as .onnx or .pt2; see
-            `deformnet.engine.whole`.
+            hf://OWNER/REPO or hf://OWNER/REPO@REVISION. Also a network exported to .onnx or .pt2;
+            see `deformnet.engine.whole`.
         options: test-time augmentation, for detectors.
         device: device to run on; None uses a GPU if there is one.
     Raises:
@@ -179,7 +179,7 @@ def load(
     """
     path = Path(run)
     if path.suffix in SUFFIXES:
-        from deformnet.engine.whole import load_whole  # which stands on this module
+        from deformnet.engine.whole import load_whole  # which imports this module
 
         return load_whole(path, options, device)
     recipe, model, data = load_run(run)

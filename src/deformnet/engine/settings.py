@@ -65,27 +65,27 @@ class LoopOptions:
 
 
 SUFFIXES = (".onnx", ".pt2")
-"""Endings of exported networks that other programs run; see `deformnet.engine.whole`."""
+"""File suffixes of networks exported for other programs; see `deformnet.engine.whole`."""
 
 
 @dataclass(frozen=True)
 class WholeOptions:
-    """Options of an exported network, for `.onnx` and `.pt2`."""
+    """Options for exporting a whole network to `.onnx` or `.pt2`."""
 
     size: tuple[int, int] | None = None
-    """Height and width of the only images that the file takes; None takes any size."""
+    """Fixed height and width of the input images; None allows any size."""
     normalize: bool = True
-    """Normalize images in the file, which then takes uint8; otherwise it takes normalized
-    float32."""
+    """Include the normalization in the network, which then takes uint8 images; otherwise, it takes
+    normalized float32 images."""
     resize: bool = True
-    """For DeepLab: upsample the logits to the size of the images in the file."""
+    """For DeepLab: include the upsampling of the logits to the size of the images."""
     standard: bool = False
-    """Replace deformable convolution by standard operators, for runtimes without DeformConv
-    (.onnx), or without deformnet (.pt2). Slower."""
+    """Replace deformable convolution with standard operators, for runtimes without DeformConv
+    (.onnx) or without deformnet (.pt2). This is slower."""
     compile: bool = False
-    """Compile the network for the processor of this machine with AOTInductor (.pt2 only)."""
+    """Compile the network with AOTInductor for the processor of this machine (.pt2 only)."""
     opset: int = 20
-    """Opset of the ONNX file, at least 19; 18 with `standard`."""
+    """Opset version of the ONNX file: at least 19, or 18 with `standard`."""
 
     def __post_init__(self) -> None:
         require_at_least(self, 18 if self.standard else 19, "opset")

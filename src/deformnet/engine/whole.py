@@ -1,22 +1,22 @@
-"""Whole trained networks as one file that other programs run: NAME.onnx and NAME.pt2.
+"""Export of whole trained networks to one file for other programs: NAME.onnx or NAME.pt2.
 
-The file has the network and what follows it: softmax is left to the caller, but proposals, decoding
-of boxes and non-maximum suppression are inside. It also has the recipe, the classes and the size of
-the images, so `load` makes a predictor of it, as of a run folder.
+The file contains the network with its post-processing: proposals, box decoding and non-maximum
+suppression are included, but softmax is left to the caller. It also contains the recipe, the
+classes and the size of the images, so `load` returns a predictor for it, as for a run folder.
 
 Inputs and outputs of the file:
 
 ```
-images     uint8 [N, 3, H, W], RGB, resized; or float32, normalized as well (normalize=False)
-logits     float32 [N, C] of a classifier; [N, C, H, W] of DeepLab, [N, C, h, w] with resize=False
-boxes      of a detector, N = 1: float32 [D, 4] (x1, y1, x2, y2), in pixels of `images`
+images     uint8 [N, 3, H, W], RGB, resized; with normalize=False, float32 and normalized
+logits     classifiers: float32 [N, C]; DeepLab: [N, C, H, W], or [N, C, h, w] with resize=False
+boxes      detectors, N = 1: float32 [D, 4] (x1, y1, x2, y2), in pixels of `images`
 scores     float32 [D], in descending order
-labels     int64 [D], indices of classes; -1 fills up to D, the recipe's `max_detections`
+labels     int64 [D], class indices, padded with -1; D is the recipe's `max_detections`
 ```
 
-NAME.onnx has the operator DeformConv of opset 19. NAME.pt2 has deformnet's own operators, so that
-it runs after `import deformnet`. With `standard`, both have operators of every ONNX runtime and of
-PyTorch alone (torchvision's non-maximum suppression for detectors).
+NAME.onnx uses the operator DeformConv of opset 19. NAME.pt2 uses deformnet's own operators, so it
+needs `import deformnet`. With `standard`, NAME.onnx uses only operators of every ONNX runtime, and
+NAME.pt2 only those of PyTorch (and torchvision's non-maximum suppression, for detectors).
 """
 
 import dataclasses
@@ -41,8 +41,8 @@ from deformnet.tasks import task_of
 from deformnet.tasks.base import TaskOptions, Whole
 from deformnet.tasks.predictor import Predictor
 
-_KEY = "deformnet"  # of the description among the metadata of a file
-_EXAMPLE = (96, 128)  # size of the images that a network for any size is traced with
+_KEY = "deformnet"  # of the description in the metadata of a file
+_EXAMPLE = (96, 128)  # image size for tracing a network that takes any size
 
 
 def export_whole(run: str | Path, out: str | Path, options: WholeOptions) -> None:
@@ -51,10 +51,10 @@ def export_whole(run: str | Path, out: str | Path, options: WholeOptions) -> Non
     Args:
         run: run folder, or an exported .safetensors; see `load_run`.
         out: NAME.onnx or NAME.pt2.
-        options: how.
+        options: export options.
     Raises:
         FileNotFoundError, UserError: see `load_run`; UserError also if an option does not apply.
-        MissingExtraError: if packages of the extra "onnx" are missing, for NAME.onnx.
+        MissingExtraError: for NAME.onnx, if packages of the extra "onnx" are missing.
         OSError: if the file cannot be written.
     """
     out = Path(out)
@@ -79,7 +79,7 @@ def export_whole(run: str | Path, out: str | Path, options: WholeOptions) -> Non
 
 
 class _Normalized(nn.Module):
-    """A network with the normalization of its input."""
+    """A network that first normalizes its input."""
 
     mean: Tensor
     std: Tensor
@@ -109,7 +109,7 @@ class _Plain(nn.Module):
 def _program(whole: Whole, options: WholeOptions) -> ExportedProgram:
     module = _Plain(_Normalized(whole.module) if options.normalize else whole.module).eval()
     height, width = options.size or _EXAMPLE
-    # A batch of one image would be taken for the only one possible.
+    # torch.export would specialize on a batch size of one.
     images = torch.zeros(1 if whole.one_image else 2, 3, height, width)
     images = images.to(torch.uint8) if options.normalize else images
     dynamic = {} if whole.one_image else {0: Dim("batch")}
@@ -182,12 +182,12 @@ def _to_pt2(
 
 
 class _Loaded(nn.Module):
-    """A network from a file, which takes normalized images as the networks of runs do.
+    """A network loaded from a file. It takes normalized images, like the networks of runs.
 
     Args:
         path: the file.
-        run: takes the images of the file and returns its outputs.
-        options: how it was exported.
+        run: runs the file on images in its own format and returns its outputs.
+        options: the options that it was exported with.
     """
 
     def __init__(
@@ -201,11 +201,11 @@ class _Loaded(nn.Module):
         if expected is not None and size != expected:
             raise UserError(
                 f"{self._path}: expected an image that is {expected[0]} x {expected[1]} pixels "
-                f"after resizing, but got {size[0]} x {size[1]}; export without a size for images "
-                "of any size"
+                f"after resizing, but got {size[0]} x {size[1]}; to accept images of any size, "
+                "export without a size"
             )
         if self._options.normalize:
-            # Pixels were whole numbers before they were normalized.
+            # Pixels were integers before normalization.
             mean, std = (images.new_tensor(it)[:, None, None] for it in _NORMALIZATION)
             images = ((images * std + mean) * 255).round().to(torch.uint8)
         outputs = self._run(images.contiguous())
@@ -219,13 +219,13 @@ _NORMALIZATION = (IMAGENET_MEAN, IMAGENET_STD)
 def load_whole(
     path: Path, options: TaskOptions, device: torch.device | str | None = None
 ) -> Predictor:
-    """The predictor of a network that `export_whole` wrote; it runs on the CPU.
+    """The predictor for a network that `export_whole` wrote; it runs on the CPU.
 
     Raises:
         FileNotFoundError: if there is no such file.
         UserError: if the file is damaged or was not written by deformnet, or `device` is not the
             CPU.
-        MissingExtraError: if onnxruntime is missing, for NAME.onnx.
+        MissingExtraError: for NAME.onnx, if onnxruntime is missing.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
@@ -263,7 +263,7 @@ def _from_onnx(path: Path) -> _Loader:
         session = onnxruntime.InferenceSession(
             str(path), options, providers=["CPUExecutionProvider"]
         )
-    except Exception as error:  # onnxruntime has no base class of its errors
+    except Exception as error:  # onnxruntime's errors have no base class
         raise UserError(f"{path}: damaged, or not an ONNX file ({_first_line(error)})") from error
 
     def run(images: Tensor) -> tuple[Tensor, ...]:

@@ -115,7 +115,8 @@ def pack(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     """A safetensors file with its own SHA-256 in the metadata, for `read_safetensors`.
 
     The digest is computed with 64 zeros in its place. Equal arguments give equal bytes, and running
-    out of memory raises an error; `safetensors.torch.save` shuffles the metadata, and aborts.
+    out of memory raises an error; `safetensors.torch.save` shuffles the metadata, and aborts the
+    process.
     """
     header: dict[str, object] = {
         "__metadata__": dict(sorted({**metadata, _DIGEST: _NO_DIGEST}.items()))
@@ -135,11 +136,11 @@ def pack(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
 
 
 def unpack(content: bytes, place: Path) -> dict[str, Tensor]:
-    """The tensors of a file of `pack`, whose SHA-256 is verified. Faster than `read_safetensors`.
+    """The tensors in a file from `pack`, whose SHA-256 is verified. Faster than `read_safetensors`.
 
     Args:
         content: the content of the file.
-        place: its path, for messages.
+        place: its path, for error messages.
     Raises:
         UserError: if it is damaged.
     """

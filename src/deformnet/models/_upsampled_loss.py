@@ -1,4 +1,4 @@
-"""Cross entropy of bilinearly upsampled scores, which are never in memory as a whole."""
+"""Cross-entropy of bilinearly upsampled scores, without materializing them."""
 
 from typing import Any
 
@@ -12,18 +12,18 @@ _STRIP = 2**18
 
 
 def upsampled_cross_entropy(scores: Tensor, target: Tensor, factor: int, ignored: int) -> Tensor:
-    """Sum of the cross entropy losses of `F.interpolate(scores, scale_factor=factor, "bilinear")`.
+    """Sum of the cross-entropy losses of bilinearly upsampled scores.
 
-    The same as interpolating and calling `F.cross_entropy`, but about three times as fast on CPUs:
-    the upsampled scores, which are `factor`² times as many, and their gradient are computed strip
-    by strip in the forward pass.
+    The same as `F.interpolate` followed by `F.cross_entropy`, but about three times as fast on
+    CPUs: the upsampled scores, which are `factor`² times as many, and their gradient are computed
+    strip by strip in the forward pass.
 
     Args:
         scores: float32 or float64 [N, C, h, w].
         target: Integers [N, H, W], 0 to C - 1 or `ignored`, with H <= h * factor and
-            W <= w * factor; what the scores have beyond is cropped.
+            W <= w * factor; scores beyond it are cropped.
         factor: Scale factor of the upsampling.
-        ignored: Label of pixels without a loss.
+        ignored: Label of pixels that are ignored.
     """
     with torch.autocast(scores.device.type, enabled=False):
         return _UpsampledCrossEntropy.apply(scores, target, factor, ignored)  # pyright: ignore
@@ -46,7 +46,7 @@ class _UpsampledCrossEntropy(torch.autograd.Function):
             of_wide = torch.zeros_like(wide)
             for first in range(0, -(-height // factor), strip):
                 own = slice(first * factor, (first + strip) * factor)
-                near = slice(max(first - 1, 0), first + strip + 1)  # what `own` is interpolated of
+                near = slice(max(first - 1, 0), first + strip + 1)  # rows that `own` is made from
                 matrix = down[own, near]
                 x = (matrix @ wide[near]).view(-1, classes, width)
                 valid = labels[own] != ignored

@@ -61,18 +61,18 @@ class DeepLab(Network):
         return _crop(logits, images.shape[-2], images.shape[-1])
 
     def scores(self, images: Tensor) -> Tensor:
-        """Logits before the upsampling, one for each unit of the feature map."""
+        """Logits before upsampling, one per position of the feature map."""
         scores = self.classifier(self.backbone(images))
         # In half precision the upsampled scores of two classes would often tie.
         return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
     def losses_of_images(self, images: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """`losses` of `forward` at `loss_stride`, without the logits in memory, which is faster.
+        """`losses` of `forward` at `loss_stride`, but faster: the logits are never in memory.
 
         Args:
             images: [N, 3, H, W], or `maps` of the backbone in their place, which may reach beyond
                 `target` on the right and at the bottom.
-            target: See `losses`; also of other integer types, such as uint8.
+            target: See `losses`; other integer types, such as uint8, are also accepted.
         """
         step = self.loss_stride
         target = target[:, step // 2 :: step, step // 2 :: step]  # centers of the cells

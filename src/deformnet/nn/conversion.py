@@ -36,15 +36,15 @@ def deform_(
         >>> deform_(torchvision.models.resnet50(), "layer4.*.conv2")
         ['layer4.0.conv2', 'layer4.1.conv2', 'layer4.2.conv2']
 
-    Deformable convolutions of torchvision, mmcv, detectron2 and DCNv2 that match are taken over:
-    they compute the same with this library's operator, and keep their own options instead of those
-    given here. Those that contain a convolution for their offsets (mmcv's `DeformConv2dPack` and
+    Matching deformable convolutions of torchvision, mmcv, detectron2 and DCNv2 are converted to
+    deformnet's operator: they compute the same, and keep their own options instead of those given
+    here. Layers that predict their offsets (mmcv's `DeformConv2dPack` and
     `ModulatedDeformConv2dPack`, DCNv2's `DCN`) become a `DeformConv2d`, in which DCNv2's
-    `conv_offset_mask` is called `conv_offset`. Those that are given their offsets (torchvision's
-    `DeformConv2d`, detectron2's `DeformConv` and `ModulatedDeformConv`, mmcv's and DCNv2's layers
-    other than the above) are still given them. Classes are recognized by name, so copies of these
-    libraries in other code bases count; subclasses with other names do not. Copies that contain
-    more layers than the libraries' are refused, as these layers would no longer run.
+    `conv_offset_mask` is called `conv_offset`. Layers that take offsets as an argument
+    (torchvision's `DeformConv2d`, detectron2's `DeformConv` and `ModulatedDeformConv`, the other
+    layers of mmcv and DCNv2) still do. Classes are recognized by name, so copies of these libraries
+    in other code bases are converted as well; subclasses with other names are not. Copies that
+    contain more layers than the libraries' raise an error, since these layers would no longer run.
 
     Args:
         model: Any module that contains `nn.Conv2d` layers.
@@ -56,8 +56,8 @@ def deform_(
         offset_conv: See `DeformConv2d`; "separable" is the cheap choice for depthwise convolutions.
 
     Returns:
-        Names of the converted layers, in the order of the model. Layers of this library that are
-        already deformable are skipped.
+        Names of the converted layers, in the order of the model. Deformable layers of deformnet are
+        skipped.
 
     Raises:
         TypeError: If `model` is not a module, a pattern is not a string, `offset_groups` is not an
@@ -158,7 +158,7 @@ def _no_match(pattern: str, modules: dict[str, nn.Module]) -> str:
 
 
 def _why_not(module: nn.Module, options: tuple[int, bool, float | None, OffsetConv]) -> str | None:
-    """Why a convolution cannot be converted with some options; None if it can."""
+    """Why a convolution cannot be converted with the given options; None if it can."""
     kind = type(module).__name__
     if (foreign := foreign_conv(module)) is not None:
         return foreign.problem

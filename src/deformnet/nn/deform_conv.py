@@ -27,15 +27,15 @@ class DeformConv2d(nn.Conv2d):
     Dai et al. 2017, section 2.1 and Figure 2: the child `conv_offset`, a convolution with the same
     kernel size, stride, padding and dilation, predicts the offsets. Its weights and bias are
     initialized to zero, so a new layer computes what `nn.Conv2d` with the same weights does.
-    (If a loop over all `nn.Conv2d` of a model initializes weights, it overwrites those of
-    `conv_offset`: call `init_weights` afterwards.) Setting `stride`, `padding` or
-    `dilation` of the layer also sets it in `conv_offset`.
+    (A loop that initializes all `nn.Conv2d` of a model also overwrites `conv_offset`; call
+    `init_weights` afterwards.) Setting `stride`, `padding` or `dilation` of the layer also sets it
+    in `conv_offset`.
 
     To read the offsets, register a forward hook on `conv_offset` and pass its output to
-    `offsets_of`. With `modulated=True` the output has G*K more channels, and the mask is their
+    `offsets_of`. With `modulated=True`, the output has G*K more channels, and the mask is their
     sigmoid times `mask_scale`.
 
-    `load_state_dict` also takes the weights of DCNv2's layer `DCN`: it renames `conv_offset_mask`,
+    `load_state_dict` also accepts the weights of DCNv2's layer `DCN`: it renames `conv_offset_mask`
     and divides the weight by `mask_scale`, since the mask of `DCN` is a plain sigmoid.
 
     Args:
@@ -49,12 +49,13 @@ class DeformConv2d(nn.Conv2d):
         bias: Whether the main convolution has a bias; `conv_offset` always has one.
         offset_groups: Number of offset groups G. The input channels are divided into G equal
             groups, each with its own offsets.
-        modulated: Whether to also learn a mask `mask_scale`*sigmoid(.) (Zhu et al. 2019).
-        mask_scale: Maximum of the mask. With 2, the mask is initially 1, so that a new layer is a
+        modulated: Whether to also learn a mask, `mask_scale * sigmoid(.)` (Zhu et al. 2019).
+        mask_scale: Upper bound of the mask. With 2, the mask is initially 1, so a new layer is a
             plain convolution; with 1, it is initially 0.5, as in mmcv, detectron2 and DCNv2.
-        max_offset: Bound of the offsets in pixels: `max_offset * tanh(offset / max_offset)`, which
-            is the offset itself near zero. None: the offsets are unbounded.
-        offset_in_channels: Number of channels of `offset_input`; None: `in_channels`.
+        max_offset: Bound on the offsets in pixels, applied as
+            `max_offset * tanh(offset / max_offset)`, which leaves small offsets nearly unchanged.
+            None leaves the offsets unbounded.
+        offset_in_channels: Number of channels of `offset_input`; None uses `in_channels`.
         offset_conv: Kind of `conv_offset`: "dense" as in the paper, or "separable", a 1x1
             convolution of a depthwise convolution (its child `depthwise`). For K taps, "dense" has
             2*G*K*K*C weights and "separable" has (2*G + 1)*K*C, which is the smaller by far next
@@ -63,14 +64,14 @@ class DeformConv2d(nn.Conv2d):
             sampling; beyond this margin the input is zero.
 
     Shape:
-        Input [N, C, H, W] or [C, H, W]; `offset_input`, from which the offsets are computed instead
-        of from the input, [N, offset_in_channels, H, W] or [offset_in_channels, H, W]; output
+        Input [N, C, H, W] or [C, H, W]; optional `offset_input`, which replaces the input for
+        computing the offsets, [N, offset_in_channels, H, W] or [offset_in_channels, H, W]; output
         [N, out_channels, Ho, Wo] or [out_channels, Ho, Wo], as in `nn.Conv2d`.
 
     Raises:
-        TypeError: If an argument is not a number, or not an integer.
-        ValueError: If `offset_groups` does not divide `in_channels`, `max_offset` or `mask_scale`
-            is not positive, or where `nn.Conv2d` does.
+        TypeError: If an integer argument is not an integer, or another number is not a number.
+        ValueError: If `offset_groups` does not divide `in_channels`, or `max_offset` or
+            `mask_scale` is not positive and finite; see also `nn.Conv2d`.
     """
 
     _keeps_options = False  # in `deform_`; True for layers of other libraries
@@ -131,13 +132,13 @@ class DeformConv2d(nn.Conv2d):
             self.conv_offset.reset_parameters()
 
     def init_weights(self) -> None:
-        """Set `conv_offset` to zero. mmengine calls this after it has initialized convolutions."""
+        """Set `conv_offset` to zero. mmengine calls this after initializing convolutions."""
         self.conv_offset.reset_parameters()
 
     def _load_from_state_dict(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, state_dict: dict[str, Any], prefix: str, *arguments: Any
     ) -> None:
-        # `state_dict` is a copy: the caller's stays as it is.
+        # `state_dict` is a copy, so the caller's is not modified.
         theirs = f"{prefix}{_DCN_V2}."
         keys = [key for key in state_dict if key.startswith(theirs)]
         if keys and not hasattr(self, _DCN_V2):
@@ -164,7 +165,7 @@ class DeformConv2d(nn.Conv2d):
         return deform_conv2d(input, offset, self.weight, self.bias, stride, padding, dilation, mask)
 
     def offsets_of(self, predicted: Tensor) -> Tensor:
-        """Offsets [N, 2*G*K, Ho, Wo] in an output of `conv_offset`, per tap (y, x) in pixels."""
+        """Offsets [N, 2*G*K, Ho, Wo] from an output of `conv_offset`: (y, x) per tap, in pixels."""
         return self._offset_and_mask(predicted)[0]
 
     def _offset_and_mask(self, predicted: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -190,8 +191,8 @@ class DeformConv2d(nn.Conv2d):
         expected = (*input.shape[:-3], channels, *input.shape[-2:])
         if offset_input.shape != expected:
             raise ValueError(
-                f"expected offset_input to be {list(expected)}, with the batch and size of input, "
-                f"but got {list(offset_input.shape)}"
+                f"expected offset_input to be {list(expected)}, with the batch and spatial sizes "
+                f"of input, but got {list(offset_input.shape)}"
             )
         return offset_input
 
@@ -234,7 +235,7 @@ def make_conv_offset(
 ) -> OffsetConv2d:
     """The convolution that predicts offsets for `conv`, with its geometry, device and dtype.
 
-    Its number of input channels is `in_channels`, or that of `conv`.
+    It has `in_channels` input channels; None uses the number of `conv`.
     """
     one_of("offset_conv", offset_conv, get_args(OffsetConv))
     if offset_groups < 1 or conv.in_channels % offset_groups:
@@ -260,7 +261,7 @@ def check_max_offset(value: float | None) -> float | None:
 
     Raises:
         TypeError: If it is not a number.
-        ValueError: If it is not positive, or infinite.
+        ValueError: If it is not positive and finite.
     """
     if value is None:
         return None

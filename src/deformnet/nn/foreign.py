@@ -1,4 +1,4 @@
-"""Deformable convolutions of other libraries, which are recognized without importing them."""
+"""Conversion of other libraries' deformable convolutions, recognized without importing them."""
 
 import inspect
 from typing import Any, NamedTuple
@@ -11,8 +11,8 @@ from deformnet.nn.offsets import OffsetConv2d
 from deformnet.ops._arguments import pair
 
 # Names of the classes in mmcv (also before version 1.0), detectron2, BasicSR and DCNv2. They differ
-# in the name of the child that predicts the offsets, and of the number of offset groups; all masks
-# are sigmoid(.).
+# in the names of the child that predicts the offsets and of the attribute with the number of offset
+# groups; all masks are sigmoid(.).
 _PACKS = {
     *("DeformConv2dPack", "ModulatedDeformConv2dPack"),
     *("DeformConvPack", "ModulatedDeformConvPack", "DCNv2Pack"),
@@ -34,9 +34,9 @@ class ForeignConv(NamedTuple):
 
     Attributes:
         offset_conv: Name of the child that predicts offsets; None if they are an argument.
-        offset_groups: Number of offset groups; 0 if the call decides.
+        offset_groups: Number of offset groups; 0 if the arguments of a call determine it.
         modulated: Whether the child also predicts masks.
-        problem: Why it cannot be taken over; None if it can.
+        problem: Why it cannot be converted; None if it can.
     """
 
     offset_conv: str | None
@@ -88,7 +88,7 @@ def foreign_offset_convs(model: nn.Module) -> set[nn.Module]:
 
 
 def take_over(theirs: Any, foreign: ForeignConv) -> None:
-    """Turn a layer of another library into ours, which computes the same, in place."""
+    """Convert a layer of another library in place to ours, which computes the same."""
     for name in _PAIRS:
         setattr(theirs, name, pair(name, getattr(theirs, name)))
     if not hasattr(theirs, "bias"):

@@ -1,4 +1,4 @@
-"""Deformable convolution as a layer that is given its offsets."""
+"""Deformable convolution as a layer that takes offsets as an argument."""
 
 from torch import Tensor, nn
 
@@ -12,9 +12,9 @@ FOLLOWING = ("norm", "activation")
 class GivenOffsetsConv2d(nn.Conv2d):
     """Deformable convolution whose offsets and mask are arguments, as in torchvision.
 
-    Made by `deform_` from such layers of other libraries, and the base class of those in
-    `deformnet.compat`. Its arguments and state-dict keys are those of `nn.Conv2d`; the numbers of
-    offset groups and the presence of a mask follow from the call.
+    `deform_` converts such layers of other libraries to this class, and those in `deformnet.compat`
+    are subclasses of it. Its arguments and state-dict keys are those of `nn.Conv2d`; the arguments
+    of each call determine the number of offset groups and whether there is a mask.
 
     Shape:
         Input [N, C, H, W]; offset [N, 2*G*K, Ho, Wo], per tap (y, x) in pixels of the input; mask
@@ -52,6 +52,7 @@ class GivenOffsetsConv2d(nn.Conv2d):
             pair("dilation", self.dilation),
         )
         output = deform_conv2d(input, offset, self.weight, self.bias, *geometry, mask)
+        # detectron2's layers contain the norm and activation that follow the convolution.
         for name in FOLLOWING:
             following = getattr(self, name, None)
             output = output if following is None else following(output)

@@ -6,7 +6,7 @@ from torch import nn
 
 
 def call_module(layer: nn.Module, *inputs: Any) -> Any:
-    """The node of a whole layer, which torch.fx makes by itself for PyTorch's layers only.
+    """One node for a whole layer, which torch.fx creates by default only for PyTorch's layers.
 
     Args:
         layer: a layer whose forward pass torch.fx traces.

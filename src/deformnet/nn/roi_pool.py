@@ -94,7 +94,7 @@ class DeformRoIPool2d(_RoIPool):
         self.fc_offset = OffsetLinear(self.channels * self.bins, 2 * self.bins, lr_scale=beta)
 
     def init_weights(self) -> None:
-        """Set `fc_offset` to zero. mmengine calls this after it has initialized other layers."""
+        """Set `fc_offset` to zero. mmengine calls this after initializing other layers."""
         self.fc_offset.reset_parameters()
 
     def forward(self, input: Tensor, boxes: Boxes) -> Tensor:
@@ -160,7 +160,7 @@ class DeformPSRoIPool2d(_RoIPool):
         self.conv_offset = OffsetConv2d(self.in_channels, 2 * self.offset_groups * self.bins, 1)
 
     def init_weights(self) -> None:
-        """Set `conv_offset` to zero. mmengine calls this after it has initialized other layers."""
+        """Set `conv_offset` to zero. mmengine calls this after initializing other layers."""
         self.conv_offset.reset_parameters()
 
     def forward(self, maps: Tensor, features: Tensor, boxes: Boxes) -> Tensor:

@@ -159,7 +159,7 @@ def check_tensor(
 
 
 def values_known(tensor: Tensor) -> bool:
-    """Whether Python can read the values of a tensor: it is not fake, traced or under vmap."""
+    """Whether Python can read the values of a tensor: it is not fake, traced or batched by vmap."""
     if torch.compiler.is_compiling() or tensor.is_meta or isinstance(tensor, FakeTensor):
         return False
     while is_functorch_wrapped_tensor(tensor):

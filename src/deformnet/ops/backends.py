@@ -69,7 +69,7 @@ def why_unavailable(backend: str, device: str | None = None) -> str | None:
 def using(backend: Backend) -> Iterator[None]:
     """Context manager that sets the backend that `backend="auto"` selects.
 
-    To compare a converted model with the definition of its operators::
+    For example, to compare a converted model with the reference implementation::
 
         with deformnet.ops.using("reference"):
             expected = model(images)
@@ -127,7 +127,7 @@ def _require(backend: str, device: str | None) -> None:
 
 
 def constant(function: _F) -> _F:
-    """Decorator: a compiler that traces a call takes its result for a constant."""
+    """Decorator: compilers that trace a call treat its result as a constant."""
     # Like torch.compiler.assume_constant_result, which imports torch._dynamo (over a second).
     function._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
     return function

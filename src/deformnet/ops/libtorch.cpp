@@ -1,6 +1,6 @@
 // The operators for C++ programs: schemas and CPU kernels, registered through LibTorch's stable ABI, so that exported
-// programs run without Python. Forward passes alone. In Python, registration.py registers them: a process has one of
-// both. Built by CMake's option DEFORMNET_LIBTORCH; see docs/install.md.
+// programs run without Python. Forward passes only. In Python, registration.py registers the operators instead; a
+// process can have only one of the two. Built with CMake's option DEFORMNET_LIBTORCH; see docs/install.md.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -28,7 +28,7 @@ using Pair = std::vector<int64_t>;
 // As `MOST` and `MOST_SAMPLES` of the checks in Python.
 constexpr int64_t kMost = 2000000000, kMostSamples = 1024;
 
-// The checks in Python say more, and have run when the program was exported. These keep kernels within their tensors.
+// The checks in Python are more detailed and ran at export. These keep kernels within their tensors.
 void expect(bool right, const char* what) { STD_TORCH_CHECK(right, "deformnet: expected ", what); }
 
 int32_t place(const std::string& name, std::initializer_list<const char*> names, const char* what) {
@@ -61,7 +61,7 @@ bool in(const Pair& pair, int64_t least) {
   return pair.size() == 2 && pair[0] >= least && pair[1] >= least && pair[0] <= kMost / 4 && pair[1] <= kMost / 4;
 }
 
-// Whether a tensor [N, C, H, W] that is not contiguous is contiguous as channels-last.
+// Whether a non-contiguous tensor [N, C, H, W] is contiguous in channels-last order.
 bool is_channels_last(const Tensor& tensor) {
   if (tensor.is_contiguous()) return false;
   int64_t stride = 1;
@@ -98,7 +98,7 @@ Tensor deform_conv2d(Tensor input, Tensor offset, Tensor weight, std::optional<T
   expect(!mask || has_shape(*mask, {n, taps * offset_groups, out_h, out_w}),
          "mask to have shape [N, G * kh * kw, Ho, Wo]");
   expect(dtype(weight) == dtype(input) && (!bias || dtype(*bias) == dtype(input)),
-         "one dtype of input, weight and bias");
+         "input, weight and bias to have the same dtype");
 
   const bool channels_last = is_channels_last(input);
   const Pair shape{n, out, out_h, out_w};
@@ -155,7 +155,7 @@ Tensor roi_pool(Tensor input, Tensor boxes, std::optional<Tensor> offset, Pair o
 
 }  // namespace
 
-// As the operators' operator.py.
+// As in operator.py of each operator.
 STABLE_TORCH_LIBRARY(deformnet, library) {
   library.def(
       "deform_conv2d(Tensor input, Tensor offset, Tensor weight, Tensor? bias, Tensor? mask, int[2] stride, "

@@ -1,4 +1,4 @@
-"""What operators share when a model is exported to ONNX."""
+"""Helpers for the ONNX export of all operators."""
 
 import sys
 
@@ -7,7 +7,7 @@ import torch
 from deformnet.ops.backends import constant
 
 
-# torch.compile and strict torch.export take the answer of PyTorch's function for False.
+# torch.compile and strict torch.export would assume that PyTorch's function returns False.
 @constant
 def in_onnx_export() -> bool:
     """Whether `torch.onnx.export` is running."""
@@ -16,14 +16,14 @@ def in_onnx_export() -> bool:
 
 @constant
 def require_opset(least: int, what: str) -> None:
-    """Refuse an export to an older opset; call it while the exporter traces.
+    """Refuse an export to an older opset; call this while the exporter traces.
 
     The exporter has no public way to ask for the opset, and would write the newer operator into a
     file of the older opset, which no runtime can load.
 
     Args:
         least: first opset that has the operator.
-        what: the operator.
+        what: name of the operator.
 
     Raises:
         ValueError: if `torch.onnx.export` was called with an older `opset_version`.

@@ -45,7 +45,7 @@ class Operator:
     """An operator `torch.ops.deformnet.NAME`, and NAME_backward for its gradients.
 
     Creating an instance registers both: kernels with argument checks, fake implementations,
-    derivatives (first ones by the kernels; second ones and forward mode by the reference), vmap,
+    derivatives (the first by the kernels; second and forward-mode ones by the reference), vmap,
     autocast, and FLOP formulas. The public function calls the instance with its arguments.
 
     Args:
@@ -60,13 +60,13 @@ class Operator:
         positions: names of the tensors that autocast casts to float32 instead of its own dtype.
         biases: names of the tensors with one number per output channel that are added to the
             output. The backward pass does not take them.
-        rows: names of the tensors whose first dimension, of images or boxes, can hold the samples
-            of `torch.vmap`. If it batches others, the operator runs once for each sample.
-        fold: `fold(*tensors)` takes the tensors with one more dimension in front, that of the
-            samples (except those not in `rows`), and joins the first two.
+        rows: names of the tensors whose first dimension, of images or boxes, can also hold the
+            samples of `torch.vmap`. If others are batched, the operator runs once per sample.
+        fold: `fold(*tensors)` takes the tensors, those in `rows` with an additional leading
+            dimension of samples, and flattens their first two dimensions.
         keeps_memory_format: whether the output is channels-last if the first tensor is.
         reference: `reference(*tensors, settings)`, in plain PyTorch.
-        standard: the same for exported programs, where the shape of no tensor may depend on values.
+        standard: the same for exported programs, without data-dependent shapes.
         onnx: the same for ONNX graphs; it may contain `torch.onnx.ops.symbolic`.
         cpu: the kernels for tensors on the CPU.
         triton: imports the kernels for tensors on a GPU.
@@ -188,7 +188,7 @@ class Operator:
     def _run(
         self, reference: bool, tensors: tuple[Tensor | None, ...], settings: tuple[Any, ...]
     ) -> Tensor:
-        # Only while exporting, as the second question takes a microsecond.
+        # Only while exporting, as the second check takes a microsecond.
         if torch.compiler.is_exporting() and in_onnx_export():
             return self._onnx(*tensors, settings)
         if not reference:
@@ -247,7 +247,7 @@ class Operator:
                 raise ValueError(f"expected needs to be False for {name}=None, but got True")
 
     def _with_biases(self, saved: Sequence[Any]) -> list[Any]:
-        """One item for each tensor of the operator, from those of the saved; None for biases."""
+        """One item per tensor of the operator, from those of the saved tensors; None for biases."""
         tensors = list(saved)
         for place in self._biases:
             tensors.insert(place, None)
@@ -289,11 +289,11 @@ class Operator:
     # -------------------------------------------------------------------------- exported programs
 
     def standard_form(self, *arguments: Any) -> Tensor:
-        """The operator as standard operators."""
+        """The operator in standard operators."""
         return self._standard(*arguments[: self._count], self._settings(*arguments[self._count :]))
 
     def onnx_form(self, *arguments: Any) -> Tensor:
-        """The operator as ONNX has it."""
+        """The operator in ONNX graphs."""
         return self._onnx(*arguments[: self._count], self._settings(*arguments[self._count :]))
 
     # ------------------------------------------------------------------------------- derivatives
@@ -346,7 +346,7 @@ class Operator:
         return tuple(_below_autograd(self.backward, arguments))
 
     def _differentiate_twice(self, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        """The second derivative, that of the reference's first one, which is computed again."""
+        """The second derivative: recomputes the reference's first one and differentiates it."""
         device = next((grad.device.type for grad in grads if grad is not None), "meta")
         if backends.autocast_enabled(device):  # this pass may run in another context than the first
             with torch.autocast(device, enabled=False):
@@ -368,7 +368,7 @@ class Operator:
         return tuple(_replaced([None] * len(arguments), places, found))
 
     def _reference_backward(self, *arguments: Any) -> tuple[Tensor, ...]:
-        """What the backward operator returns, in differentiable operations."""
+        """The same as the backward operator, in differentiable operations."""
         grad_output, saved, settings, needs = self._split(arguments)
         device = grad_output.device.type
         if backends.autocast_enabled(device):
@@ -427,14 +427,14 @@ class Operator:
     def _spread(
         self, tensors: Sequence[Tensor | None], batched: Sequence[Any], size: int
     ) -> list[Tensor | None]:
-        """The tensors, with a dimension of samples in front of all rows."""
+        """The tensors, where all those in `rows` have a leading dimension of samples."""
         return [
             t.expand(size, *t.shape) if row and t is not None and not wide else t
             for t, row, wide in zip(tensors, self._is_row, batched, strict=True)
         ]
 
     def _legacy_vmap_backward(self, *arguments: Any) -> list[Tensor]:
-        """The backward pass under `is_grads_batched=True`, which has a vmap of its own."""
+        """The backward pass under `is_grads_batched=True`, which uses its own vmap."""
         level = torch._C._vmapmode_increment_nesting() - 1
         torch._C._vmapmode_decrement_nesting()
         in_dims = [
@@ -471,9 +471,9 @@ class Operator:
 
 
 def decompositions(*, onnx: bool = False) -> dict[Any, Callable[..., Tensor]]:
-    """A decomposition table that replaces the operators in an exported program.
+    """A decomposition table that replaces deformnet's operators in an exported program.
 
-    A program that runs where deformnet is not installed, more slowly and with more memory::
+    The program then runs where deformnet is not installed, but is slower and uses more memory::
 
         program = torch.export.export(model, (images,))
         program = program.run_decompositions(deformnet.ops.decompositions())
@@ -481,8 +481,8 @@ def decompositions(*, onnx: bool = False) -> dict[Any, Callable[..., Tensor]]:
     `torch.onnx.export(model, ...)` needs no table; `torch.onnx.export(program, ...)` does.
 
     Args:
-        onnx: replace deformable convolution by DeformConv of ONNX, for `torch.onnx.export(program,
-            opset_version=19)` and newer opsets; otherwise by standard operators.
+        onnx: replace deformable convolution with ONNX's DeformConv, for `torch.onnx.export(program,
+            opset_version=19)` and newer opsets; otherwise with standard operators.
     """
     return {it.forward: it.onnx_form if onnx else it.standard_form for it in _operators}
 
@@ -509,7 +509,7 @@ def _below_autograd(operator: Callable[..., Any], arguments: Sequence[Any]) -> A
     with torch._C._AutoDispatchBelowAutograd():
         if not _transforming():
             return operator(*arguments)
-        # The function has disabled derivatives, also those of other levels of torch.func.
+        # The function has disabled derivatives, including those of other levels of torch.func.
         with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
             return operator(*arguments)
 

@@ -241,7 +241,7 @@ class ProposalSet(ABC):
 
 @dataclass(frozen=True)
 class Whole:
-    """A network with everything that follows it, to be exported as one module.
+    """A network with its post-processing, to be exported as one module.
 
     Attributes:
         module: takes normalized images [N, 3, H, W].
@@ -342,14 +342,14 @@ class Task(ABC, Generic[_RecipeT, _ImagesT]):
         """The predictor of a trained network; see `Predictor` for `device`."""
 
     def whole(self, model: nn.Module, trained_on: DataIdentity, *, resize: bool = True) -> Whole:
-        """A trained network as one module with everything that follows it, to be exported.
+        """A trained network with its post-processing as one module, to be exported.
 
         Args:
             model: the network.
             trained_on: its training data.
             resize: for DeepLab: whether the logits are upsampled to the size of the images.
         Raises:
-            UserError: for an option that the network does not have.
+            UserError: if the network does not support an option.
         """
         if not resize:
             raise UserError(f"expected resize to be True for {self.network}, but got False")
@@ -358,7 +358,7 @@ class Task(ABC, Generic[_RecipeT, _ImagesT]):
     def whole_predictor(
         self, module: nn.Module, trained_on: DataIdentity, device: Device = None
     ) -> Predictor:
-        """The predictor of what `whole` returned, after it was exported and loaded again."""
+        """The predictor for a module from `whole`, after it was exported and loaded again."""
         return self.predictor(module, trained_on, device)
 
     def freeze(self, model: nn.Module) -> None:

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 _MOST_BYTES = 2**27
-"""Compressed masks of about 10,000 photographs of 500x375 pixels."""
+"""Enough for the compressed masks of about 10,000 photographs of 500x375 pixels."""
 
 
 class KeptMasks:
-    """Masks uint8 [H, W] by index, compressed: a tenth of the time of reading and resizing files.
+    """Compressed masks, uint8 [H, W], by index.
 
-    Further masks are read whenever they are used if 128 MB are full. Each process has its own.
+    They take a tenth of the time of reading and resizing files. Once 128 MB are full, further masks
+    are read each time they are used. Each process keeps its own masks.
 
     Args:
         read: reads a mask.

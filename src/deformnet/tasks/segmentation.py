@@ -302,7 +302,7 @@ class UnitScores(nn.Module):
 
 
 class Upsampled(nn.Module):
-    """An exported DeepLab with its upsampling, which it may have inside already."""
+    """An exported DeepLab with upsampling, unless the export already includes it."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()

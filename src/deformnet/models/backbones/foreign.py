@@ -69,7 +69,7 @@ _DETECTRON2: _Rules = (
 # torchvision's keys of the weights of convolutions, including those that predict offsets.
 _FILTERS = re.compile(rf"conv1\.weight|{_BLOCK}\.(conv[123](\.conv_offset)?|downsample\.0)\.weight")
 
-# Prefixes of all keys of distributed and compiled models.
+# Prefixes that distributed and compiled models add to all keys.
 _PREFIXES = re.compile(r"^((module|_orig_mod)\.)+")
 
 # Prefixes of the ResNet; some detectors have the last stage in their head.
@@ -104,8 +104,8 @@ _DETECTRON2_IGNORED: _Rules = (
 
 
 class _Format(NamedTuple):
-    """Keys of a code base's checkpoints: that of the state dict, patterns of its keys, and those of
-    the mean and standard deviation of the images."""
+    """Keys in a code base's checkpoints: that of the state dict, patterns of its keys, and the keys
+    of the image mean and standard deviation."""
 
     wrapper: str
     prefix: str
@@ -169,8 +169,8 @@ def from_mmdetection(
 
     Raises:
         UserError: If a key is unknown, the backbone is not a supported ResNet, its deformable
-            layers differ in offset groups or masks, the mean is not ImageNet's, or the mean or
-            standard deviation in the checkpoint differs.
+            layers differ in offset groups or masks, the mean is not ImageNet's, or the checkpoint
+            contains another mean or standard deviation.
     """
     return _convert(checkpoint, _MMDETECTION_FORMAT, bgr, pixel_mean, pixel_std)
 
@@ -282,7 +282,7 @@ def _require_normalization(
     pixel_mean: Sequence[float],
     pixel_std: Sequence[float],
 ) -> None:
-    """Compares mean and standard deviation with those in the checkpoint, if it has them."""
+    """Raises UserError if the checkpoint contains another mean or standard deviation."""
     given = {names[0]: ("pixel_mean", pixel_mean), names[1]: ("pixel_std", pixel_std)}
     for key, value in state.items():
         if not isinstance(key, str) or (bare := _PREFIXES.sub("", key)) not in given:

@@ -39,9 +39,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """Read the state dict of a backbone from a file or a run folder.
 
     A run of any network provides only its backbone, without the channel reduction, which differs
-    between networks. In a checkpoint, the state dict may be under "state_dict", "model" and similar
-    keys, and its own keys may begin with `module.`, `_orig_mod.`, `model.` and `backbone.`, in any
-    order. DCNv2's layers (`conv_offset_mask`) are converted.
+    between networks. In a checkpoint, the state dict may be under "state_dict", "model" or a
+    similar key, and its own keys may begin with `module.`, `_orig_mod.`, `model.` and `backbone.`,
+    in any order. DCNv2's layers (`conv_offset_mask`) are converted.
 
     Args:
         path: PyTorch checkpoint, safetensors file (a backbone or an exported run) or run folder.
@@ -227,14 +227,14 @@ def misfit(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str |
 
 
 def _advice(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
-    """What to do about keys with other names, as the end of a message."""
+    """Advice on keys with other names, as the end of an error message."""
     missing = [key for key in expected if key not in state]
     unexpected = [key for key in state if key not in expected]
     if not missing or not unexpected:
         return ""
     return (
-        f", and it has {len(unexpected)} other keys, such as {unexpected[0]}; rename them, or use "
-        "`deformnet weights import` for a checkpoint of mmdetection or detectron2"
+        f", and it has {len(unexpected)} unexpected keys, such as {unexpected[0]}; rename them, or "
+        "use `deformnet weights import` for a checkpoint of mmdetection or detectron2"
     )
 
 
@@ -260,7 +260,7 @@ def _checkpoint_in(run: Path) -> Path:
 
 def _bare(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A state dict whose keys are those of the backbone."""
-    # Compiled and distributed, a whole network or its backbone, in any order.
+    # Prefixes of compiled and distributed models, and of the backbone in a network, in any order.
     while prefix := next((it for it in _PREFIXES if any(k.startswith(it) for k in state)), ""):
         select = _backbone_of if prefix == _BACKBONE else _under
         state = select(state, prefix)
@@ -277,7 +277,7 @@ def _backbone_of(state: Mapping[str, Tensor], prefix: str = _BACKBONE) -> dict[s
 
 
 def _without_dcn_v2(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict with our names and weights of DCNv2's layers, whose masks are half of ours."""
+    """A state dict with DCNv2's layers renamed and rescaled, as their masks are half of ours."""
     theirs = ".conv_offset_mask."
     layers = {f"{key.partition(theirs)[0]}.weight" for key in state if theirs in key}
     return {

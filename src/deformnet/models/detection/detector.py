@@ -122,9 +122,9 @@ class Detector(Network):
 
     @abstractmethod
     def all_candidates(self, features: Features, size: Size) -> Candidates:
-        """Candidates of one image without padding, in shapes that do not depend on values.
+        """Candidates of one image without padding, without data-dependent shapes.
 
-        For exported networks: candidates that do not exist have no area or score 0.
+        For exported networks: missing candidates have no area or a score of 0.
         """
 
     @abstractmethod

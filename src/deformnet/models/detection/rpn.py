@@ -138,7 +138,7 @@ class RPN(nn.Module):
         ]
 
     def all_proposals(self, output: RPNOutput, map_size: Size, size: Size) -> Proposals:
-        """`proposals` of one image without padding: `post_nms`, also `MISSING` ones."""
+        """`proposals` of one image without padding: `post_nms`, padded with `MISSING` ones."""
         logits, boxes = self.unpadded(output, map_size, size)
         score = logits[:, 1:].logsumexp(dim=1) - logits[:, _BACKGROUND]
         sides = boxes[:, 2:] - boxes[:, :2]

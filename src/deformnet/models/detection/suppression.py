@@ -1,4 +1,4 @@
-"""Selection of boxes with shapes that do not depend on values, for exported networks."""
+"""Box selection without data-dependent shapes, for exported networks."""
 
 import torch
 import torch.nn.functional as F
@@ -6,17 +6,17 @@ from torch import Tensor
 from torchvision import ops
 
 MISSING = -torch.inf
-"""Score of boxes that do not exist."""
-_NOWHERE = (-2.0, -2.0, -1.0, -1.0)  # outside of all images, so that it suppresses no other box
+"""Score of missing boxes, which pad the others to a fixed number."""
+_NOWHERE = (-2.0, -2.0, -1.0, -1.0)  # outside every image, so that it suppresses no other box
 
 
 def best(boxes: Tensor, scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` best boxes [K, 4] by their scores [K], filled up with missing ones."""
+    """The `count` boxes [K, 4] with the highest scores [K], padded with missing ones."""
     scores = F.pad(scores, (0, count), value=MISSING)
     boxes = torch.cat([boxes, boxes.new_tensor(_NOWHERE).expand(count, 4)])
     scores, order = scores.sort(descending=True, stable=True)
     scores, order = scores[:count], order[:count]
-    # All missing boxes are the same, so that the first of them suppresses the others.
+    # All missing boxes are identical, so the first one suppresses the others.
     missing = scores == MISSING
     return torch.where(missing[:, None], boxes[-1], boxes[order]), scores
 

@@ -1,7 +1,8 @@
 """A detector with all of its stages in one module, for exported programs and ONNX graphs.
 
-It computes what `RPN.proposals` and `postprocess` compute, but no shape depends on values: missing
-proposals and detections are filled up, and suppressed boxes are masked instead of removed.
+It computes the same as `RPN.proposals` and `postprocess`, but without data-dependent shapes:
+proposals and detections are padded to a fixed number, and suppressed boxes are masked instead of
+removed.
 """
 
 import torch
@@ -13,7 +14,7 @@ from deformnet.models.detection.suppression import MISSING, best, suppressed
 
 
 class WholeDetector(nn.Module):
-    """From an image to its detections, with proposals and non-maximum suppression.
+    """Detects objects in an image, including proposals and non-maximum suppression.
 
     Args:
         detector: The network.
@@ -32,7 +33,7 @@ class WholeDetector(nn.Module):
         """Detections of one normalized image [1, 3, H, W], in descending order of score.
 
         Returns:
-            `max_detections` of them; the last ones, with score 0 and label -1, are missing.
+            `max_detections` detections; missing ones come last, with score 0 and label -1.
         """
         size = (images.shape[2], images.shape[3])
         boxes, scores = self.detector.all_candidates(self.detector.features(images), size)

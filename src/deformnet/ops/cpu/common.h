@@ -13,7 +13,7 @@
 
 #include "simd.h"
 
-// The library is linked to no OpenMP runtime, whose header declares this: it finds PyTorch's in the process.
+// Declared as in omp.h. The library is not linked to an OpenMP runtime; it finds PyTorch's in the process.
 extern "C" int omp_get_thread_num();
 
 namespace deformnet {

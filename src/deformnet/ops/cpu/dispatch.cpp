@@ -60,7 +60,7 @@ int best() {
 }  // namespace
 
 #ifdef __clang__
-// Since its version 19, Clang calls this after a loop. It is empty in LLVM's runtime, and PyTorch's may be older.
+// Since version 19, Clang calls this after a loop. It is empty in LLVM's runtime; PyTorch's may be older and lack it.
 extern "C" void __kmpc_dispatch_deinit(void*, int) {}
 #endif
 

@@ -1,5 +1,5 @@
-// Windows: what the linker has to see of PyTorch's OpenMP runtime. Only the import library of this one is used; it is
-// never installed.
+// Windows: a stub of PyTorch's OpenMP runtime for the linker. Only its import library is used; the stub itself is never
+// installed.
 #define FUNCTION(name) \
   extern "C" __declspec(dllexport) void name() {}
 

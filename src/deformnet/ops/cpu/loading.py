@@ -1,8 +1,8 @@
 """Loading of the compiled library, and calls into it.
 
 The library does not use PyTorch's headers, so one build works with every version; tensors are
-passed as pointers. It uses PyTorch's number of threads and is linked to no OpenMP runtime: its
-calls go to the one that PyTorch loaded, and so to the same threads.
+passed as pointers. It uses PyTorch's number of threads and is not linked to an OpenMP runtime: its
+calls go to the one that PyTorch loaded, so it runs on the same threads.
 """
 
 import ctypes
@@ -18,7 +18,7 @@ from torch import Tensor
 # Selects an instruction set, as ATEN_CPU_CAPABILITY does for PyTorch's own kernels.
 _CHOICE = "DEFORMNET_INSTRUCTION_SET"
 _FILES = ("libdeformnet_cpu.so", "libdeformnet_cpu.dll")
-# What the system says when no OpenMP runtime is loaded: GCC's, LLVM's, and on Windows.
+# Parts of the system's error if no OpenMP runtime is loaded: with GCC, Clang, and on Windows.
 _NO_OPENMP = ("GOMP_", "omp_", "__kmpc_", "or one of its dependencies")
 
 # As `DType` of common.h.

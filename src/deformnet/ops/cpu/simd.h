@@ -69,11 +69,11 @@ inline void store(A* p, Vec<A> v) {
   std::memcpy(p, &v, sizeof v);
 }
 
-// Lane j is lane pick[j] of a and b, side by side.
+// Lane j of the result is lane pick[j] of a and b, concatenated.
 template <class V, class I>
 inline V shuffle(V a, V b, I pick) {
 #ifdef __clang__
-  // Clang's own takes constants alone; once these loops are unrolled, it makes one instruction of them all the same.
+  // Clang's builtin only takes constants, but it compiles these loops, once unrolled, to one instruction as well.
   constexpr int n = sizeof(V) / sizeof a[0];
   V shuffled;
   for (int j = 0; j < n; ++j) shuffled[j] = pick[j] < n ? a[pick[j]] : b[pick[j] - n];

@@ -18,8 +18,8 @@ def deform_conv2d(
 ) -> Tensor:
     """DeformConv, or standard operators for `border="msra2017"`, which DeformConv does not have.
 
-    DeformConv takes one dtype, and bfloat16 only since opset 22: with offsets in float32, or in
-    bfloat16, all is float32.
+    DeformConv takes a single dtype, and bfloat16 only since opset 22. Half-precision inputs with
+    float32 offsets, and bfloat16, are therefore computed in float32.
     """
     stride, padding, dilation, border = geometry
     if border != "zeros":

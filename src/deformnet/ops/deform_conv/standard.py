@@ -1,7 +1,7 @@
 """Deformable convolution in standard operators, for exported programs and ONNX graphs.
 
-Computes what the reference does, but all taps at once: few operators, and memory for the values of
-all taps.
+Computes the same as the reference, but all taps at once, which takes fewer operators, but memory
+for the values of all taps.
 """
 
 import torch
@@ -46,6 +46,6 @@ def deform_conv2d(
 
 
 def _places(size: int, stride: int, padding: int, taps: int, dilation: int, like: Tensor) -> Tensor:
-    """Where the taps of a kernel lie on one axis without an offset, [taps, size]."""
+    """Positions [taps, size] of the taps of a kernel along one axis, without offsets."""
     starts = torch.arange(size, device=like.device) * stride - padding
     return starts + torch.arange(taps, device=like.device)[:, None] * dilation

@@ -43,10 +43,10 @@ def _fold(
     check_image_indices(input[0], boxes.flatten(0, 1))
     samples, images = input.shape[:2]
     if boxes.dtype in (torch.bfloat16, torch.float16):
-        boxes = boxes.float()  # which can count the images of all samples
+        boxes = boxes.float()  # half precision cannot index the images of all samples
     image = boxes[..., :1]
     first = torch.arange(samples, dtype=boxes.dtype, device=boxes.device) * images
-    # An image that its own sample does not have is not one of another sample either.
+    # An image index that is out of range in its own sample must not select another sample's image.
     own = (image >= 0) & (image < images)
     image = torch.where(own, image + first[:, None, None], -1)
     boxes = torch.cat([image, boxes[..., 1:]], dim=2).flatten(0, 1)

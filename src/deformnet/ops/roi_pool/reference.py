@@ -58,7 +58,7 @@ def roi_pool(input: Tensor, boxes: Tensor, offset: Tensor | None, rule: Rule) ->
 
 
 class Samples(NamedTuple):
-    """The samples of all bins along one axis, shifted: start + s * step; every tensor is [B]."""
+    """The samples of all bins along one axis, shifted: start + s * step. Every tensor is [B]."""
 
     start: Tensor
     step: Tensor
@@ -66,13 +66,13 @@ class Samples(NamedTuple):
 
 
 class Bins(NamedTuple):
-    """The bins of all boxes, and how they lie on the map."""
+    """The bins of all boxes, and their positions on the map."""
 
     y: Samples
     x: Samples
     plane: Tensor  # [B], the plane of the map that a bin reads; see `table`
     shape: tuple[int, int, int, int]  # R, G, ph, pw
-    planes: int  # number of planes of a group: the bins if position-sensitive, else one
+    planes: int  # number of planes per group: that of bins if position-sensitive, else 1
 
     def table(self, maps: Tensor) -> Tensor:
         """Maps [N, C, H, W] as rows of pixels [planes * H * W, C/G], channels of one group."""
@@ -83,10 +83,10 @@ class Bins(NamedTuple):
         return maps.permute(0, 1, 3, 4, 5, 2).reshape(-1, some)
 
     def means(self, sums: Tensor, number: Tensor, input: Tensor) -> Tensor:
-        """The output [R, C, ph, pw] for sums [B, C/G] over `number` [B] samples."""
+        """The output [R, C, ph, pw] from sums [B, C/G] over `number` [B] samples."""
         (count, groups, ph, pw), dtype = self.shape, sums.dtype
         output = sums / number.clamp_min(1).to(dtype)[:, None]
-        # A NaN position gives a NaN mean; the square of a NaN, because then the derivative is too.
+        # A NaN position gives a NaN mean, which is squared so that its derivative is NaN as well.
         y, x = self.y.start, self.x.start
         undefined = y.isnan() | x.isnan()
         poison = torch.where(undefined, y + x, 0).to(dtype)
@@ -97,14 +97,14 @@ class Bins(NamedTuple):
 
 
 def bins_of(input: Tensor, boxes: Tensor, offset: Tensor | None, rule: Rule) -> Bins:
-    """The bins of boxes [R, 5], moved by their offsets; arguments as of `roi_pool`."""
+    """The bins of boxes [R, 5], moved by their offsets; for the arguments, see `roi_pool`."""
     (ph, pw), _, gamma, _, _, position_sensitive = rule
     groups = 1 if offset is None else offset.shape[1] // 2
     shape = (boxes.shape[0], groups, ph, pw)
     planes = ph * pw if position_sensitive else 1
 
     image = boxes.detach()[:, 0].to(_position_dtype(boxes))
-    # Where nobody could look at the boxes before, some may be of images that do not exist.
+    # If the values of the boxes could not be checked, some may belong to images that do not exist.
     exists = (image >= 0) & (image < input.shape[0])
     y_axis, x_axis = axes(boxes, exists, rule)
 

@@ -1,8 +1,7 @@
 """RoI pooling in standard operators, for exported programs and ONNX graphs.
 
-Computes what the reference does, but no shape depends on the values of the boxes, and memory does
-not grow with the size of a box. A NaN or infinity in the map may reach more bins than those that
-read it.
+Computes the same as the reference, but without data-dependent shapes, and memory does not grow with
+the size of a box. A NaN or infinity in the map may affect more bins than those that read it.
 """
 
 import torch
@@ -20,8 +19,8 @@ def roi_pool(input: Tensor, boxes: Tensor, offset: Tensor | None, rule: Rule) ->
     """
     if rule.sampling != "bins" and rule.samples_per_bin == 0:
         raise ValueError(
-            "expected samples_per_bin to be at least 1 in an exported program, where no shape can "
-            "depend on the boxes, but got 0; set samples_per_bin=2, or another sampling"
+            "expected samples_per_bin to be at least 1 in an exported program, whose shapes cannot "
+            "depend on the boxes, but got 0; set samples_per_bin=2, or use another sampling rule"
         )
     bins = bins_of(input, boxes, offset, rule)
     if rule.sampling == "bins":
@@ -30,10 +29,10 @@ def roi_pool(input: Tensor, boxes: Tensor, offset: Tensor | None, rule: Rule) ->
 
 
 def _whole_pixels(input: Tensor, bins: Bins) -> Tensor:
-    """Rule "bins": the samples of a bin are one pixel apart, so their sum is one of rectangles.
+    """Rule "bins": the samples of a bin are one pixel apart, so their sum is that of rectangles.
 
-    Rectangles are summed in constant time, by the differences of cumulative sums over the map. In
-    float32 these differences would lose four digits.
+    Differences of cumulative sums over the map sum a rectangle in constant time. In float32, they
+    would lose four digits.
     """
     height, width = input.shape[2:]
     maps = torch.nn.functional.pad(input.double(), (1, 0, 1, 0)).cumsum(2).cumsum(3)
@@ -44,7 +43,7 @@ def _whole_pixels(input: Tensor, bins: Bins) -> Tensor:
 
 
 def _ends(samples: Samples, size: int) -> AxisRead:
-    """The cumulative sums whose weighted sum is that of the samples of each bin, on one axis.
+    """Cumulative sums whose weighted sum is that of the samples of each bin, along one axis.
 
     A sample at start + s reads (1 - right) * map[low + s] + right * map[low + s + 1].
     """
@@ -59,7 +58,7 @@ def _ends(samples: Samples, size: int) -> AxisRead:
 
 
 def _fixed_number(input: Tensor, bins: Bins, rule: Rule) -> Tensor:
-    """Rules "msra" and "aligned": `samples_per_bin` samples on each axis of a bin."""
+    """Rules "msra" and "aligned": `samples_per_bin` samples along each axis of a bin."""
     height, width = input.shape[2:]
     table = bins.table(input.to(_dtype(input)))
     y, x = (

@@ -91,8 +91,8 @@ class DetectionTask(Task[DetectorRecipe, BoxImages]):
         recipe = self.recipe
         if self.options.augmentation != TestTimeAugmentation():
             raise UserError(
-                "expected no test-time augmentation for an exported detector, which has all of its "
-                "stages inside; predict with the run folder"
+                "expected no test-time augmentation for an exported detector, which includes all "
+                "stages; predict with the run folder"
             )
         return WholePredictor(
             module,

@@ -57,7 +57,7 @@ class Limits(NamedTuple):
 
     @classmethod
     def of(cls, recipe: DetectorRecipe, model: Detector) -> "Limits":
-        """Proposals are only filtered by the suppression that precedes a detector."""
+        """Proposals are only filtered by the non-maximum suppression that precedes a detector."""
         if recipe.class_agnostic:
             return cls(0.0, cast(RPNDetector, model).rpn.nms, recipe.proposals)
         return cls(recipe.score_threshold, recipe.nms, recipe.max_detections)
@@ -90,7 +90,7 @@ class BoxPredictor(Predictor[Detections, Boxes]):
 
 
 class WholePredictor(BoxPredictor):
-    """Predicts with an exported detector, which has all stages inside; see `WholeDetector`."""
+    """Predicts with an exported detector, which includes all stages; see `WholeDetector`."""
 
     def _predict(self, prepared: Prepared, size: Size) -> Detections:
         boxes, scores, labels = (part.cpu() for part in self.model(prepared.input))
