@@ -103,7 +103,7 @@ _DETECTOR: dict[str, Any] = {
     "max_detections": 100,
 }
 RECIPES: Mapping[Network, Recipe] = {
-    "deeplab": DeepLabRecipe(**_COMMON, batch=8, iterations=800, lr=0.05, loss_stride=4),
+    "deeplab": DeepLabRecipe(**_COMMON, batch=8, iterations=800, lr=0.02, loss_stride=4),
     "class-aware-rpn": ClassAwareRPNRecipe(**_DETECTOR),
     "faster-rcnn": FasterRCNNRecipe(**_DETECTOR),
     "rfcn": RFCNRecipe(**_DETECTOR),
@@ -115,10 +115,17 @@ as in the paper."""
 
 
 TRIED: Mapping[Network, Sequence[Mapping[str, Any]]] = {
-    "deeplab": ({}, {"lr": 0.1}, {"lr": 0.02}, {"batch": 16, "iterations": 400}),
+    "deeplab": (
+        {},
+        {"lr": 0.01},
+        {"lr": 0.05},
+        {"lr": 0.1},
+        {"lr": 0.05, "batch": 16, "iterations": 400},
+        {"lr": 0.05, "clip": 10.0},
+    ),
     "class-aware-rpn": ({},),
     "faster-rcnn": ({},),
-    "rfcn": ({}, {"bins": 5}),
+    "rfcn": ({}, {"lr": 0.01}, {"bins": 5}),
 }
 """Changes of the settings that `--tune` compares."""
 

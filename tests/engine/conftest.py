@@ -29,7 +29,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def quick() -> DeepLabRecipe:
-    """Deformable ResNet-18 on images of 32 pixels."""
+    """A tiny deformable ResNet on images of 32 pixels."""
     return small(DeepLabRecipe, norm="trained", batch=2, iterations=6, warmup=2, lr=0.01)
 
 

@@ -9,7 +9,7 @@ from deform_conv_cases import random_case
 from operator_testing import assert_same, differentiate
 from roi_pool_cases import EVERY_SAMPLING, ROI_OR_PS
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from deformnet.ops import deform_conv2d, deform_ps_roi_pool, deform_roi_pool
@@ -17,8 +17,8 @@ from deformnet.ops.roi_pool import reference
 from deformnet.ops.roi_pool.checks import Sampling
 
 
-class NoFloat64(TorchFunctionMode):
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+class NoFloat64(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for made in tree_leaves(result):
             if isinstance(made, Tensor) and made.dtype == torch.float64:

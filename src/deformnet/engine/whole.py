@@ -67,8 +67,10 @@ def export_whole(run: str | Path, out: str | Path, options: WholeOptions) -> Non
     program = _program(whole, options)
     if options.standard or out.suffix == ".onnx":
         program = program.run_decompositions(decompositions(onnx=not options.standard))
+    normalization = {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)}
     description = {
         **describe(recipe, data),
+        "normalization": "inside" if options.normalize else normalization,
         "options": dataclasses.asdict(options),
         "outputs": list(whole.outputs),
         "versions": versions(),
@@ -155,12 +157,11 @@ def _for_readers(description: Mapping[str, Any], options: WholeOptions) -> dict[
     """The metadata that other programs read."""
     recipe = description["recipe"]
     size = "any" if options.size is None else list(options.size)
-    normalization = {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)}
     return {
         "classes": json.dumps(description["data"]["classes"]),
         "size": json.dumps(size),
         "recipe": json.dumps(recipe),
-        "normalization": json.dumps("inside" if options.normalize else normalization),
+        "normalization": json.dumps(description["normalization"]),
     }
 
 

@@ -19,7 +19,13 @@ from deformnet.ops import deform_conv2d
 
 
 def test_public_names():
-    assert ops.__all__ == ["deform_conv2d", "deform_ps_roi_pool", "deform_roi_pool", "using"]
+    assert ops.__all__ == [
+        "decompositions",
+        "deform_conv2d",
+        "deform_ps_roi_pool",
+        "deform_roi_pool",
+        "using",
+    ]
 
 
 def test_the_first_arguments_are_torchvisions():

@@ -75,7 +75,7 @@ class Bins(NamedTuple):
     planes: int  # number of planes per group: that of bins if position-sensitive, else 1
 
     def table(self, maps: Tensor) -> Tensor:
-        """Maps [N, C, H, W] as rows of pixels [planes * H * W, C/G], channels of one group."""
+        """Maps [N, C, H, W] as rows of pixels [N * G * planes * H * W, C / (G * planes)]."""
         n, channels, height, width = maps.shape
         groups = self.shape[1]
         some = channels // (groups * self.planes)
