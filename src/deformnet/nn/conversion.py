@@ -64,9 +64,9 @@ def deform_(
             integer, or `max_offset` is not a number.
         ValueError: If there is no pattern, a pattern matches no convolution, or a matching
             convolution cannot be converted: it is transposed, 1-D or 3-D, its class overrides
-            methods of `nn.Conv2d`, `offset_groups` does not divide its channels, `max_offset` is not
-            positive and finite, it is a copy with more layers, or it is already deformable with
-            other options. The model is then unchanged.
+            methods of `nn.Conv2d`, `offset_groups` does not divide its channels, it is a copy with
+            more layers, or it is already deformable with other options; or `max_offset` is not
+            positive and finite. The model is then unchanged.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected model to be an nn.Module, but got {type(model).__name__}")
