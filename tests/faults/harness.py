@@ -1,7 +1,8 @@
 """Runs commands with one system call failing at a time, at every call or a sample of them.
 
 As a program, `harness.py OUT` restarts itself with `shim.cpp` preloaded. Packages are imported
-once, and every run is a forked child. Each run adds one line of JSON to OUT, a `Record`.
+once, and every run is a forked child. Each run adds one line of JSON to OUT, a `Record`; faults
+that are already in OUT are skipped.
 """
 
 import argparse
@@ -604,13 +605,26 @@ def main() -> None:
     # Not a `TemporaryDirectory`, which each child would remove when it exits.
     scratch = Path(tempfile.mkdtemp(prefix="faults-")).resolve()
     try:
-        with options.out.open("w") as out:
-            _try_all(scratch, options.commands, options.sample, out)
+        with options.out.open("a") as out:
+            known = _known(options.out)
+            _try_all(scratch, options.commands, options.sample, known, out)
     finally:
         shutil.rmtree(scratch)
 
 
-def _try_all(scratch: Path, commands: Sequence[str], count: int | None, out: IO[str]) -> None:
+def _known(out: Path) -> set[tuple[str, str, int]]:
+    """Command, fault and call of each record."""
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    return {(record["command"], record["fault"], record["call"]) for record in records}
+
+
+def _try_all(
+    scratch: Path,
+    commands: Sequence[str],
+    count: int | None,
+    known: Container[tuple[str, str, int]],
+    out: IO[str],
+) -> None:
     fixture, logs = scratch / "files/fixture", scratch / "logs"
     fixture.mkdir(parents=True)
     logs.mkdir()
@@ -620,6 +634,8 @@ def _try_all(scratch: Path, commands: Sequence[str], count: int | None, out: IO[
         trial = kind(command, fixture, scratch / "files", logs)
         faults = trial.faults()
         for fault in sample(faults, count or len(faults), command):
+            if (command, fault.name, fault.call) in known:
+                continue
             out.write(json.dumps(asdict(trial.attempt(fault))) + "\n")
             out.flush()
 
