@@ -39,10 +39,13 @@ nitpicky = True
 nitpick_ignore_regex = [
     ("py:obj", ".*"),
     # Inventories of other projects are not downloaded, so their names have no targets.
-    ("py:.*", r"(abc|collections|lightning|matplotlib|numpy|pathlib|PIL|nn|torch\w*)\..*"),
+    (
+        "py:.*",
+        r"(abc|collections|huggingface_hub|lightning|matplotlib|numpy|pathlib|PIL|nn|torch\w*)\..*",
+    ),
     # Types in public signatures that are not documented themselves.
     ("py:class", r"deformnet\..*"),
-    ("py:exc", "UserError"),
+    ("py:exc", "UserError|MissingExtraError|UnsavedScores"),
     # Of defaults that Sphinx cannot parse (`=<factory>`), it splits the types at their commas.
     ("py:class", r"dict\[str"),
 ]

@@ -481,8 +481,8 @@ def decompositions(*, onnx: bool = False) -> dict[Any, Callable[..., Tensor]]:
     `torch.onnx.export(model, ...)` needs no table; `torch.onnx.export(program, ...)` does.
 
     Args:
-        onnx: replace deformable convolution with ONNX's DeformConv, for `torch.onnx.export(program,
-            opset_version=19)` and newer opsets; otherwise with standard operators.
+        onnx: replace deformable convolution with ONNX's DeformConv, for `torch.onnx.export` of the
+            program to opset 19 or newer; otherwise with standard operators.
     """
     return {it.forward: it.onnx_form if onnx else it.standard_form for it in _operators}
 
