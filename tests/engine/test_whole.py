@@ -190,7 +190,9 @@ def test_files_that_are_no_networks(suffix, tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file"):
         deformnet.load(path)
     path.write_bytes(b"PK nothing")
-    with pytest.raises(UserError, match=f"net{suffix}: damaged, or not "):
+    with pytest.raises(
+        UserError, match=rf"net{suffix}: expected an? .* file, but got a damaged or another file \("
+    ):
         deformnet.load(path)
 
 

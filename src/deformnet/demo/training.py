@@ -170,14 +170,15 @@ def _scored(run: Run) -> Trained | None:
         content = read_json(run.folder / _SCORES)
         if content["of"] != _facts(run):
             return None
-        dilation = [_layer(**row) for row in content["effective dilation"]]
+        dilation = [_layer(row) for row in content["effective dilation"]]
         return Trained(content["scores"], dilation, "already trained and scored")
     except (FileNotFoundError, UserError, TypeError, KeyError, ValueError):  # absent, or damaged
         return None
 
 
-def _layer(layer: str, **by_size: dict[str, Any]) -> LayerDilation:
-    return LayerDilation(layer, **{size: MeanStd(**it) for size, it in by_size.items()})
+def _layer(row: dict[str, Any]) -> LayerDilation:
+    sizes = {size: MeanStd(**it) for size, it in row.items() if size != "layer"}
+    return LayerDilation(row["layer"], **sizes)
 
 
 def _facts(run: Run) -> dict[str, object]:

@@ -42,6 +42,7 @@ from deformnet.tasks.base import TaskOptions, Whole
 from deformnet.tasks.predictor import Predictor
 
 _KEY = "deformnet"  # of the description in the metadata of a file
+_NORMALIZATION = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
 _EXAMPLE = (96, 128)  # image size for tracing a network that takes any size
 
 
@@ -67,17 +68,19 @@ def export_whole(run: str | Path, out: str | Path, options: WholeOptions) -> Non
     program = _program(whole, options)
     if options.standard or out.suffix == ".onnx":
         program = program.run_decompositions(decompositions(onnx=not options.standard))
-    normalization = {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)}
     description = {
         **describe(recipe, data),
-        "normalization": "inside" if options.normalize else normalization,
+        "normalization": "inside" if options.normalize else _NORMALIZATION,
         "options": dataclasses.asdict(options),
         "outputs": list(whole.outputs),
         "versions": versions(),
         "requires": [] if options.standard or out.suffix == ".onnx" else ["import deformnet"],
     }
-    write = _to_onnx if out.suffix == ".onnx" else _to_pt2
-    write_file(out, write(program, whole, options, description))
+    if out.suffix == ".onnx":
+        content = _to_onnx(program, options, description)
+    else:
+        content = _to_pt2(program, options.compile, description)
+    write_file(out, content)
 
 
 class _Normalized(nn.Module):
@@ -122,10 +125,7 @@ def _program(whole: Whole, options: WholeOptions) -> ExportedProgram:
 
 
 def _to_onnx(
-    program: ExportedProgram,
-    whole: Whole,
-    options: WholeOptions,
-    description: Mapping[str, object],
+    program: ExportedProgram, options: WholeOptions, description: Mapping[str, Any]
 ) -> bytes:
     import onnx
 
@@ -135,13 +135,19 @@ def _to_onnx(
         dynamo=True,
         opset_version=options.opset,
         input_names=["images"],
-        output_names=list(whole.outputs),
+        output_names=description["outputs"],
         verbose=False,
     )
     assert exported is not None
     proto = exported.model_proto
-    entries = {_KEY: json.dumps(description), **_for_readers(description, options)}
-    onnx.helper.set_model_props(proto, entries)
+    entries = {  # the last four are for other programs
+        _KEY: description,
+        "classes": description["data"]["classes"],
+        "size": options.size or "any",
+        "recipe": description["recipe"],
+        "normalization": description["normalization"],
+    }
+    onnx.helper.set_model_props(proto, {key: json.dumps(it) for key, it in entries.items()})
     onnx.checker.check_model(proto)
     return proto.SerializeToString()
 
@@ -153,26 +159,9 @@ def _stable_sort(
     return values.topk(values.shape[dim], dim, descending)
 
 
-def _for_readers(description: Mapping[str, Any], options: WholeOptions) -> dict[str, str]:
-    """The metadata that other programs read."""
-    recipe = description["recipe"]
-    size = "any" if options.size is None else list(options.size)
-    return {
-        "classes": json.dumps(description["data"]["classes"]),
-        "size": json.dumps(size),
-        "recipe": json.dumps(recipe),
-        "normalization": json.dumps(description["normalization"]),
-    }
-
-
-def _to_pt2(
-    program: ExportedProgram,
-    whole: Whole,
-    options: WholeOptions,
-    description: Mapping[str, object],
-) -> bytes:
+def _to_pt2(program: ExportedProgram, compiled: bool, description: Mapping[str, Any]) -> bytes:
     buffer, text = io.BytesIO(), json.dumps(description)
-    if options.compile:
+    if compiled:
         from torch._inductor import aoti_compile_and_package
 
         configs = {"aot_inductor.metadata": {_KEY: text}}
@@ -207,14 +196,11 @@ class _Loaded(nn.Module):
             )
         if self._options.normalize:
             # Pixels were integers before normalization.
-            mean, std = (images.new_tensor(it)[:, None, None] for it in _NORMALIZATION)
+            mean, std = (images.new_tensor(it)[:, None, None] for it in _NORMALIZATION.values())
             images = ((images * std + mean) * 255).round().to(torch.uint8)
         outputs = self._run(images.contiguous())
         first, *others = outputs
         return outputs if others else first
-
-
-_NORMALIZATION = (IMAGENET_MEAN, IMAGENET_STD)
 
 
 def load_whole(
@@ -265,7 +251,7 @@ def _from_onnx(path: Path) -> _Loader:
             str(path), options, providers=["CPUExecutionProvider"]
         )
     except Exception as error:  # onnxruntime's errors have no base class
-        raise UserError(f"{path}: damaged, or not an ONNX file ({_first_line(error)})") from error
+        raise _unreadable(path, "an ONNX file", error) from error
 
     def run(images: Tensor) -> tuple[Tensor, ...]:
         outputs = session.run(None, {"images": images.numpy()})
@@ -288,7 +274,7 @@ def _from_pt2(path: Path) -> _Loader:
             module = torch.export.load(path, extra_files=extra).module()
             text = extra[_KEY]
     except (OSError, RuntimeError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: damaged, or not a .pt2 file ({_first_line(error)})") from error
+        raise _unreadable(path, "a .pt2 file", error) from error
 
     def run(images: Tensor) -> tuple[Tensor, ...]:
         outputs = module(images)
@@ -297,5 +283,6 @@ def _from_pt2(path: Path) -> _Loader:
     return run, text
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+def _unreadable(path: Path, expected: str, error: Exception) -> UserError:
+    reason = str(error).strip().partition("\n")[0] or type(error).__name__
+    return UserError(f"{path}: expected {expected}, but got a damaged or another file ({reason})")
