@@ -7,6 +7,7 @@ Each operator's folder declares an `Operator`; the rules that all operators shar
 
 import re
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -192,6 +193,11 @@ class Operator:
         if torch.compiler.is_exporting() and in_onnx_export():
             return self._onnx(*tensors, settings)
         if not reference:
+            if _plain(tensors):
+                # Without the dispatcher's two calls into Python, which take half of a small call.
+                if _needs_gradient(self._take_differentiable(tensors)):
+                    return self._function.apply(*tensors, *settings)
+                return self._call_kernel(tensors, settings)
             return self.forward(*tensors, *settings)
         if self._check_values is not None:
             self._check_values(*tensors)
@@ -213,6 +219,9 @@ class Operator:
         tensors, settings = arguments[: self._count], self._settings(*arguments[self._count :])
         # Again, after the public function: a compiled or exported program comes straight here.
         self._check(*tensors, settings)
+        return self._call_kernel(tensors, settings)
+
+    def _call_kernel(self, tensors: Sequence[Any], settings: tuple[Any, ...]) -> Tensor:
         kernels = self._kernels(tensors[0])
         if self._check_values is not None:
             self._check_values(*tensors)
@@ -311,14 +320,22 @@ class Operator:
     def _save_and_call(self, ctx: Any, *arguments: Any) -> Tensor:
         # The inputs alone: what is interpolated from them is cheaper to compute again than to keep.
         ctx.save_for_backward(*self._take_saved(arguments))
-        ctx.settings = arguments[self._count :]
+        tensors, ctx.settings = arguments[: self._count], arguments[self._count :]
+        if _plain(tensors):
+            return self._call_kernel(tensors, self._settings(*ctx.settings))
         return _below_autograd(self.forward, arguments)
 
     def _differentiate(self, ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         needs = self._take_differentiable(ctx.needs_input_grad)
         # Within forward mode, a tensor may have a tangent at any level of torch.func.
-        backward = self.backward if forward_ad._current_level < 0 else self._reference_backward
-        found = iter(backward(grad_output, *ctx.saved_tensors, *ctx.settings, needs))
+        saved = ctx.saved_tensors
+        if forward_ad._current_level >= 0:
+            backward = self._reference_backward
+        elif not torch.is_grad_enabled() and _plain((grad_output, *saved)):
+            backward = self._backward_kernel
+        else:
+            backward = self.backward
+        found = iter(backward(grad_output, *saved, *ctx.settings, needs))
         gradients: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
         for place, needed in zip(self._differentiable, needs, strict=True):
             if needed:
@@ -487,6 +504,41 @@ def decompositions(*, onnx: bool = False) -> dict[Any, Callable[..., Tensor]]:
     return {it.forward: it.onnx_form if onnx else it.standard_form for it in _operators}
 
 
+def _dispatch_state() -> tuple[int, int]:
+    state = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    return state[0].raw_repr(), state[1].raw_repr()
+
+
+def _usual_keys() -> tuple[set[tuple[int, int]], set[int]]:
+    """States of the dispatcher without a mode, and keys of dense tensors on the CPU."""
+    states, keys = set(), set()
+    for inference in (False, True):
+        with torch.inference_mode(inference):
+            states.add(_dispatch_state())
+            keys.add(torch._C._dispatch_keys(torch.empty(0, device="cpu")).raw_repr())
+    return states, keys
+
+
+# In a new thread, as a module may be imported within a mode.
+with ThreadPoolExecutor(1) as _pool:
+    _USUAL_STATES, _USUAL_KEYS = _pool.submit(_usual_keys).result()
+
+
+def _plain(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether the dispatcher would only select kernel and derivative for tensors on the CPU.
+
+    If not, a mode, a transform, a profiler or a kind of tensor has to see the call first.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and _dispatch_state() in _USUAL_STATES
+        and forward_ad._current_level < 0
+        and not torch._C._autograd._profiler_enabled()
+        and all([t is None or _keys(t).raw_repr() in _USUAL_KEYS for t in tensors])
+    )
+
+
+_keys: Callable[..., Any] = torch._C._dispatch_keys
 # Whether a transform of torch.func is active.
 _transforming: Callable[[], bool] = torch._C._are_functorch_transforms_active
 

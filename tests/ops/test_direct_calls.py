@@ -1,0 +1,126 @@
+"""A plain call goes straight to the kernels; PyTorch's dispatcher gets a call that others observe."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import deform_conv_cases
+import pytest
+import roi_pool_cases
+import torch
+from both_operators import with_tensors
+from cuda_cases import Case, call, differentiable, leaves
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.utils.flop_counter import FlopCounterMode
+
+from deformnet.ops.deform_conv.operator import OPERATOR as CONVOLUTION
+from deformnet.ops.roi_pool.operator import OPERATOR as POOLING
+
+OPERATORS = {
+    "convolution": (CONVOLUTION, deform_conv_cases.random_case(3, modulated=True)),
+    "pooling": (POOLING, roi_pool_cases.random_case(0, "bins", False)),
+}
+EVERY_OPERATOR = pytest.mark.parametrize("name", OPERATORS)
+
+
+class DispatchedError(Exception):
+    pass
+
+
+@pytest.fixture(params=OPERATORS)
+def case(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Case:
+    """A call of an operator that raises `DispatchedError` if it goes through the dispatcher."""
+    operator, case = OPERATORS[request.param]
+
+    def dispatched(*_: object) -> None:
+        raise DispatchedError
+
+    monkeypatch.setattr(operator, "forward", dispatched)
+    monkeypatch.setattr(operator, "backward", dispatched)
+    return case
+
+
+def of_input(case: Case) -> Callable[[Tensor], Tensor]:
+    return lambda value: call(replace(case, input=value), "auto")
+
+
+def with_mode(case: Case) -> None:
+    with FlopCounterMode(display=False):
+        call(case, "auto")
+
+
+def with_fakes(case: Case) -> None:
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        call(case, "auto")
+
+
+def profiled(case: Case) -> None:
+    with torch.autograd.profiler.profile():
+        call(case, "auto")
+
+
+def batched(case: Case) -> None:
+    torch.vmap(of_input(case))(case.input[None])
+
+
+def transformed(case: Case) -> None:
+    torch.func.grad(lambda value: of_input(case)(value).sum())(case.input)
+
+
+def functionalized(case: Case) -> None:
+    torch.func.functionalize(of_input(case))(case.input)
+
+
+def with_tangent(case: Case) -> None:
+    with forward_ad.dual_level():
+        of_input(case)(forward_ad.make_dual(case.input, case.input))
+
+
+def traced(case: Case) -> None:
+    torch.jit.trace(of_input(case), case.input)
+
+
+def negated(case: Case) -> None:
+    call(with_tensors(case, torch._neg_view), "auto")
+
+
+def with_zeros_in_no_memory(case: Case) -> None:
+    of_input(case)(torch._efficientzerotensor(case.input.shape, dtype=case.input.dtype))
+
+
+def twice_differentiable(case: Case) -> None:
+    case = differentiable(case)
+    torch.autograd.grad(call(case, "auto").sum(), case.input, create_graph=True)
+
+
+OBSERVED = [
+    *(with_mode, with_fakes, profiled, batched, transformed, functionalized, with_tangent, traced),
+    *(negated, with_zeros_in_no_memory, twice_differentiable),
+]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace")
+@pytest.mark.parametrize("observed", OBSERVED)
+def test_an_observed_call_is_dispatched(case: Case, observed: Callable[[Case], None]) -> None:
+    with pytest.raises(DispatchedError):
+        observed(case)
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_a_plain_call_is_not(case: Case, mode: Callable[[], torch.no_grad]) -> None:
+    with mode():
+        call(case, "auto")
+    with torch.autocast("cpu", torch.bfloat16):
+        call(case, "auto")
+    case = differentiable(case)
+    call(case, "auto").sum().backward()
+    assert all(tensor.grad is not None for tensor in leaves(case).values())
+
+
+@EVERY_OPERATOR
+def test_negative_views(name: str) -> None:
+    case = OPERATORS[name][1]
+    names = [name for name, value in vars(case).items() if isinstance(value, Tensor)]
+    negative = replace(case, **{it: torch._neg_view(-getattr(case, it)) for it in names})
+    assert torch.equal(call(negative, "auto"), call(case, "auto"))
