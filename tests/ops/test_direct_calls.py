@@ -1,4 +1,4 @@
-"""A plain call goes straight to the kernels; PyTorch's dispatcher gets a call that others observe."""
+"""A plain call goes straight to the kernels; the dispatcher gets a call that others observe."""
 
 from collections.abc import Callable
 from dataclasses import replace

@@ -534,7 +534,7 @@ def _plain(tensors: Sequence[Tensor | None]) -> bool:
         and _dispatch_state() in _USUAL_STATES
         and forward_ad._current_level < 0
         and not torch._C._autograd._profiler_enabled()
-        and all([t is None or _keys(t).raw_repr() in _USUAL_KEYS for t in tensors])
+        and all(t is None or _keys(t).raw_repr() in _USUAL_KEYS for t in tensors)
     )
 
 
