@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import ConcatDataset, DataLoader
 
 from deformnet.data import detection_splits, open_detection, open_segmentation, segmentation_splits
 from detection_sets import coco_content, voc_object, write_coco, write_voc, write_voc_images
@@ -228,14 +228,16 @@ def test_files_of_coco_that_disagree(coco, old, new, parts):
 
 @pytest.mark.parametrize("context", ["fork", "spawn"])
 def test_workers_read_the_same(years, coco, context):
-    for images in (open_detection(years, UNION), open_detection(coco, "train2014+val2014")):
-        loader = DataLoader(
-            images, num_workers=2, multiprocessing_context=context, collate_fn=unchanged
-        )
-        for i, ((image, annotations),) in enumerate(loader):
-            assert torch.equal(image, images[i][0])
-            for value, expected in zip(annotations, images[i][1], strict=True):
-                assert torch.equal(value, expected)
+    images = ConcatDataset(
+        (open_detection(years, UNION), open_detection(coco, "train2014+val2014"))
+    )
+    loader = DataLoader(
+        images, num_workers=2, multiprocessing_context=context, collate_fn=unchanged
+    )
+    for i, ((image, annotations),) in enumerate(loader):
+        assert torch.equal(image, images[i][0])
+        for value, expected in zip(annotations, images[i][1], strict=True):
+            assert torch.equal(value, expected)
 
 
 # Images without published annotations.
