@@ -41,6 +41,10 @@ def case(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Cas
     return case
 
 
+negative_view: Callable[[Tensor], Tensor] = torch._neg_view  # pyright: ignore[reportPrivateImportUsage]
+zeros_in_no_memory: Callable[..., Tensor] = torch._efficientzerotensor  # pyright: ignore[reportPrivateImportUsage]
+
+
 def of_input(case: Case) -> Callable[[Tensor], Tensor]:
     return lambda value: call(replace(case, input=value), "auto")
 
@@ -82,11 +86,11 @@ def traced(case: Case) -> None:
 
 
 def negated(case: Case) -> None:
-    call(with_tensors(case, torch._neg_view), "auto")
+    call(with_tensors(case, negative_view), "auto")
 
 
 def with_zeros_in_no_memory(case: Case) -> None:
-    of_input(case)(torch._efficientzerotensor(case.input.shape, dtype=case.input.dtype))
+    of_input(case)(zeros_in_no_memory(case.input.shape, dtype=case.input.dtype))
 
 
 def twice_differentiable(case: Case) -> None:
@@ -122,5 +126,5 @@ def test_a_plain_call_is_not(case: Case, mode: Callable[[], torch.no_grad]) -> N
 def test_negative_views(name: str) -> None:
     case = OPERATORS[name][1]
     names = [name for name, value in vars(case).items() if isinstance(value, Tensor)]
-    negative = replace(case, **{it: torch._neg_view(-getattr(case, it)) for it in names})
+    negative = replace(case, **{it: negative_view(-getattr(case, it)) for it in names})
     assert torch.equal(call(negative, "auto"), call(case, "auto"))

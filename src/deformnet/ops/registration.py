@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._autograd import _profiler_enabled
 from torch._C._functorch import is_legacy_batchedtensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
@@ -533,7 +534,7 @@ def _plain(tensors: Sequence[Tensor | None]) -> bool:
         not torch.compiler.is_compiling()
         and _dispatch_state() in _USUAL_STATES
         and forward_ad._current_level < 0
-        and not torch._C._autograd._profiler_enabled()
+        and not _profiler_enabled()
         and all(t is None or _keys(t).raw_repr() in _USUAL_KEYS for t in tensors)
     )
 
