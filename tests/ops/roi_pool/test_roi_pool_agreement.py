@@ -74,7 +74,7 @@ def test_whole_bins_are_means_of_slices(backend, seed):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_zero_offsets_are_no_offsets_bit_for_bit(backend, dtype, sampling, position_sensitive):
     cases = [random_case(seed, sampling, position_sensitive, shifted=True) for seed in range(10)]
-    cases.append(large_case(sampling, position_sensitive, groups=6))
+    cases += [large_case(sampling, position_sensitive, groups=groups) for groups in (6, 42)]
     for case in cases:
         case = case.to(dtype)
         still = run(replace(case, offset=torch.zeros_like(case.offset)), backend)
@@ -124,8 +124,9 @@ def test_groups_are_calls_of_their_own(backend, sampling, position_sensitive):
 
 @ROI_OR_PS
 @EVERY_SAMPLING
-def test_boxes_are_calls_of_their_own(backend, sampling, position_sensitive):
-    case = large_case(sampling, position_sensitive, groups=2)
+@pytest.mark.parametrize("groups", [2, 42])
+def test_boxes_are_calls_of_their_own(backend, groups, sampling, position_sensitive):
+    case = large_case(sampling, position_sensitive, groups=groups)
     whole = call(case, backend)
     for r in range(whole.shape[0]):
         rows = slice(r, r + 1)

@@ -9,6 +9,7 @@
 //
 // This file is compiled without contraction of products and sums: positions are those of the reference to the last bit,
 // so that what lies inside the map and in which cell is the same.
+#include "cells.h"
 #include "dispatch.h"
 #include "plain.h"
 #include "sensitive.h"
@@ -18,14 +19,16 @@ namespace deformnet::DEFORMNET_ISA {
 int roi_pool(const RoiProblem& p, const RoiForwardTensors& tensors) {
   return with_type(p.dtype, [&](auto type) {
     using T = decltype(type);
-    return p.position_sensitive ? SensitiveForward<T>::run_team(p, tensors) : PlainForward<T>::run_team(p, tensors);
+    if (!p.position_sensitive) return PlainForward<T>::run_team(p, tensors);
+    return for_each_class(p) ? CellsForward<T>::run_team(p, tensors) : SensitiveForward<T>::run_team(p, tensors);
   });
 }
 
 int roi_pool_backward(const RoiProblem& p, const RoiBackwardTensors& tensors) {
   return with_type(p.dtype, [&](auto type) {
     using T = decltype(type);
-    return p.position_sensitive ? SensitiveBackward<T>::run_team(p, tensors) : PlainBackward<T>::run_team(p, tensors);
+    if (!p.position_sensitive) return PlainBackward<T>::run_team(p, tensors);
+    return for_each_class(p) ? CellsBackward<T>::run_team(p, tensors) : SensitiveBackward<T>::run_team(p, tensors);
   });
 }
 
