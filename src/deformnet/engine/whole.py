@@ -66,8 +66,11 @@ def export_whole(run: str | Path, out: str | Path, options: WholeOptions) -> Non
     recipe, model, data = load_run(run)
     whole = task_of(recipe).whole(model, data, resize=options.resize)
     program = _program(whole, options)
-    if options.standard or out.suffix == ".onnx":
-        program = program.run_decompositions(decompositions(onnx=not options.standard))
+    if out.suffix == ".onnx":
+        table = decompositions(onnx=not options.standard)
+        program = program.run_decompositions(table | {torch.ops.aten.sort.stable: _stable_sort})
+    elif options.standard:
+        program = program.run_decompositions(decompositions())
     description = {
         **describe(recipe, data),
         "normalization": "inside" if options.normalize else _NORMALIZATION,
@@ -128,8 +131,8 @@ def _to_onnx(
     program: ExportedProgram, options: WholeOptions, description: Mapping[str, Any]
 ) -> bytes:
     import onnx
+    from onnxscript import optimizer
 
-    program = program.run_decompositions({torch.ops.aten.sort.stable: _stable_sort})
     exported = torch.onnx.export(
         program,
         dynamo=True,
@@ -137,8 +140,11 @@ def _to_onnx(
         input_names=["images"],
         output_names=description["outputs"],
         verbose=False,
+        optimize=False,
     )
     assert exported is not None
+    # The exporter's two iterations take twice as long for 3% fewer nodes.
+    optimizer.optimize(exported.model, num_iterations=1)
     proto = exported.model_proto
     entries = {  # the last four are for other programs
         _KEY: description,
