@@ -22,8 +22,11 @@ NAME.pt2 only those of PyTorch (and torchvision's non-maximum suppression, for d
 import dataclasses
 import io
 import json
+import logging
+import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -65,12 +68,6 @@ def export_whole(run: str | Path, out: str | Path, options: WholeOptions) -> Non
         require_extra("export to .onnx", "onnx", "onnx", "onnxscript")
     recipe, model, data = load_run(run)
     whole = task_of(recipe).whole(model, data, resize=options.resize)
-    program = _program(whole, options)
-    if out.suffix == ".onnx":
-        table = decompositions(onnx=not options.standard)
-        program = program.run_decompositions(table | {torch.ops.aten.sort.stable: _stable_sort})
-    elif options.standard:
-        program = program.run_decompositions(decompositions())
     description = {
         **describe(recipe, data),
         "normalization": "inside" if options.normalize else _NORMALIZATION,
@@ -79,11 +76,27 @@ def export_whole(run: str | Path, out: str | Path, options: WholeOptions) -> Non
         "versions": versions(),
         "requires": [] if options.standard or out.suffix == ".onnx" else ["import deformnet"],
     }
-    if out.suffix == ".onnx":
-        content = _to_onnx(program, options, description)
-    else:
-        content = _to_pt2(program, options.compile, description)
+    with _quiet():
+        program = _program(whole, options)
+        if out.suffix == ".onnx":
+            content = _to_onnx(program, options, description)
+        else:
+            content = _to_pt2(program, options, description)
     write_file(out, content)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hides warnings of torchvision about PyTorch, and of the exporter about its own graphs."""
+    logger = logging.getLogger("onnx_ir")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 class _Normalized(nn.Module):
@@ -133,6 +146,8 @@ def _to_onnx(
     import onnx
     from onnxscript import optimizer
 
+    table = decompositions(onnx=not options.standard)
+    program = program.run_decompositions(table | {torch.ops.aten.sort.stable: _stable_sort})
     exported = torch.onnx.export(
         program,
         dynamo=True,
@@ -165,9 +180,13 @@ def _stable_sort(
     return values.topk(values.shape[dim], dim, descending)
 
 
-def _to_pt2(program: ExportedProgram, compiled: bool, description: Mapping[str, Any]) -> bytes:
+def _to_pt2(
+    program: ExportedProgram, options: WholeOptions, description: Mapping[str, Any]
+) -> bytes:
+    if options.standard:
+        program = program.run_decompositions(decompositions())
     buffer, text = io.BytesIO(), json.dumps(description)
-    if compiled:
+    if options.compile:
         from torch._inductor import aoti_compile_and_package
 
         configs = {"aot_inductor.metadata": {_KEY: text}}
