@@ -146,8 +146,11 @@ def _to_onnx(
     import onnx
     from onnxscript import optimizer
 
-    table = decompositions(onnx=not options.standard)
-    program = program.run_decompositions(table | {torch.ops.aten.sort.stable: _stable_sort})
+    table: dict[Any, Callable[..., Any]] = {
+        **decompositions(onnx=not options.standard),
+        torch.ops.aten.sort.stable: _stable_sort,
+    }
+    program = program.run_decompositions(table)
     exported = torch.onnx.export(
         program,
         dynamo=True,
