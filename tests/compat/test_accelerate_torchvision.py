@@ -5,6 +5,8 @@ import io
 import pytest
 import torch
 import torchvision
+from benchmarks.drop_ins import difference
+from benchmarks.published_networks import NETWORKS
 from torch import nn
 from torchvision.ops import deform_conv2d
 
@@ -199,6 +201,13 @@ def test_a_graph_that_outlives_the_acceleration():
         late = torch.autograd.grad(plain, [*tensors.values()], seed)
     assert_equal(torch.autograd.grad(accelerated, [*tensors.values()], seed), theirs)
     assert_equal(late, theirs)
+
+
+@pytest.mark.parametrize("name", NETWORKS, ids=lambda name: name.partition(":")[0])
+def test_published_networks(name):
+    with counting() as calls:
+        assert difference(name) < 1e-10
+    assert calls
 
 
 def test_under_autocast_on_the_cpu():

@@ -254,3 +254,35 @@ def test_conversion_skips_these_layers():
     model = nn.Sequential(nn.Conv2d(6, 6, 3), *(kind(6, 6, 3) for kind in layers))
     model.append(dcn_v2.DCN(6, 6, 3, 1, 1))
     assert deform_(model, "*", offset_groups=2) == ["0"]
+
+
+class Calls(nn.Module):
+    """A model that passes its inputs to a layer."""
+
+    def __init__(self, layer: nn.Module, inputs: int) -> None:
+        super().__init__()
+        self.layer, self.inputs = layer, inputs
+
+    def forward(self, first: Tensor, second: Tensor, third: Tensor) -> Tensor:
+        return self.layer(*(first, second, third)[: self.inputs])
+
+
+OFFSET, MASK = torch.randn(2, 18, 9, 7).double(), torch.rand(2, 9, 9, 7).double()
+TRACED = [
+    (mmcv.DeformConv2d(6, 8, 3, padding=1), (X, OFFSET)),
+    (mmcv.ModulatedDeformConv2d(6, 8, 3, padding=1), (X, OFFSET, MASK)),
+    (mmcv.DeformConv2dPack(6, 8, 3), (X,)),
+    (dcn_v2.DCNv2(6, 8, 3, 1, 1), (X, OFFSET, MASK)),
+    (dcn_v2.DCN(6, 8, 3, 1, 1), (X,)),
+    (mmcv.DeformRoIPool(3), (X, BOXES)),
+    (mmcv.ModulatedDeformRoIPoolPack(3, 6, 8), (X, BOXES)),
+    (dcn_v2.DCNPooling(1.0, 3, 6, False, deform_fc_dim=8), (X, BOXES)),
+]
+
+
+@pytest.mark.parametrize(("layer", "inputs"), TRACED, ids=lambda it: type(it).__name__)
+def test_fx_has_one_node_for_a_layer(layer, inputs):
+    traced = torch.fx.symbolic_trace(Calls(shaken(layer), len(inputs)))
+    assert [node.op for node in traced.graph.nodes if node.target == "layer"] == ["call_module"]
+    every = (*inputs, *(X[:0] for _ in range(3 - len(inputs))))
+    assert torch.equal(traced(*every), layer(*inputs))

@@ -2,9 +2,13 @@
 
 import json
 
+import numpy
 import pytest
 import torch
+from benchmarks.exports import random_run
+from PIL import Image
 from torch.nn import functional as F
+from torchvision.io import write_png
 
 import deformnet
 from deformnet._errors import MissingExtraError, UserError
@@ -19,9 +23,10 @@ from deformnet.recipes import (
     DeepLabRecipe,
     FasterRCNNRecipe,
     RFCNRecipe,
+    RPNRecipe,
     TestTimeAugmentation,
 )
-from deformnet.tasks import DataIdentity, TaskOptions, task_of
+from deformnet.tasks import TaskOptions, task_of
 
 SMALL = {"init": None, "backbone": "resnet18"}
 SIZES = {"short_side": 96, "max_side": 160}
@@ -31,34 +36,14 @@ RECIPES = {
     "rfcn": RFCNRecipe(**SMALL, **SIZES),
     "faster_rcnn": FasterRCNNRecipe(**SMALL, **SIZES),
     "class_aware_rpn": ClassAwareRPNRecipe(**SMALL, **SIZES),
+    "rpn": RPNRecipe(**SMALL, **SIZES),
 }
 CLASSES = ("ring", "square", "star")
-DETECTORS = ("rfcn", "faster_rcnn", "class_aware_rpn")
-# Of initial networks all scores are nearly equal, and all offsets zero.
-SCALES = {
-    "offset": 0.02,
-    "rpn.classifier": 0.1,
-    "rpn.regressor": 0.03,
-    "score_maps": 0.1,
-    "refiner": 0.03,
-    "box_maps": 0.03,
-    "classifier": 0.1,
-    "fc.": 0.3,
-}
+DETECTORS = ("rfcn", "faster_rcnn", "class_aware_rpn", "rpn")
 
 
 def trained(name) -> TrainedRun:
-    """A network with weights that are not those of the initialization."""
-    recipe = RECIPES[name]
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = recipe.build_model(len(CLASSES)).eval()
-        for parameter_name, parameter in model.named_parameters():
-            for part, scale in SCALES.items():
-                if part in parameter_name and parameter.ndim > 1:
-                    torch.nn.init.normal_(parameter, std=scale)
-                    break
-    return TrainedRun(recipe, model, DataIdentity(CLASSES, 5, "0" * 64))
+    return random_run(RECIPES[name], CLASSES)
 
 
 def pictures():
@@ -109,6 +94,12 @@ def test_deeplab_as_onnx(folder, capsys, tmp_path):
         assert found.classes == right.classes == CLASSES
         assert len(right.labels.unique()) > 1
         assert (found.labels != right.labels).float().mean() < 1e-3
+    image = tmp_path / "image.png"
+    write_png(picture, str(image))
+    main(["predict", str(out), str(image), "--out", str(tmp_path / "results")])
+    assert "1 of 1 images done" in capsys.readouterr().out
+    written = numpy.array(Image.open(tmp_path / "results/labels/image.png"))
+    assert (written == found.labels.numpy()).all()
     metadata = {entry.key: entry.value for entry in onnx.load(out).metadata_props}
     assert json.loads(metadata["classes"]) == list(CLASSES)
     assert json.loads(metadata["size"]) == "any"
@@ -164,6 +155,21 @@ def test_deeplab_as_pt2_without_its_upsampling(folder, tmp_path, capsys):
         assert torch.equal(predictor(picture).labels, expected(picture).labels)
     logits = torch.export.load(out).module()(torch.zeros(3, 3, 64, 80, dtype=torch.uint8))
     assert logits.shape == (3, len(CLASSES), 4, 5)
+
+
+@pytest.mark.usefixtures("real_data")  # takes long
+def test_deeplab_as_onnx_without_its_upsampling(folder, tmp_path, capsys):
+    runtime = pytest.importorskip("onnxruntime")
+    weights, out = weights_of("deeplab", folder), tmp_path / "net.onnx"
+    main(["export", str(weights), str(out), "--no-resize"])
+    assert capsys.readouterr().out == f"network in {out}\n"
+    predictor, expected = deformnet.load(out), deformnet.load(weights, device="cpu")
+    for picture in pictures():
+        different = predictor(picture).labels != expected(picture).labels
+        assert different.float().mean() < 1e-3
+    session = runtime.InferenceSession(out, providers=["CPUExecutionProvider"])
+    images = torch.zeros(3, 3, 64, 80, dtype=torch.uint8).numpy()
+    assert session.run(None, {"images": images})[0].shape == (3, len(CLASSES), 4, 5)
 
 
 def test_options_that_do_not_apply(folder, tmp_path, complaint):

@@ -259,6 +259,12 @@ def test_weights_of_dcn_v2():
         ).double()
         nn.Sequential(layer).load_state_dict(state)
         torch.testing.assert_close(layer(X), theirs(X), rtol=0, atol=1e-10)
+    for normalize in (nn.utils.weight_norm, nn.utils.parametrizations.weight_norm):
+        normalized, own = copy.deepcopy(theirs), copy.deepcopy(layer)
+        normalize(normalized[0])
+        normalize(own)
+        nn.Sequential(own).load_state_dict(normalized.state_dict())
+        torch.testing.assert_close(own(X), theirs(X), rtol=0, atol=1e-10)
     assert torch.equal(state["0.weight"], theirs[0].weight)
     with pytest.raises(RuntimeError, match=r"conv_offset\.weight"):
         nn.Sequential(DeformConv2d(6, 8, 3)).load_state_dict(state)

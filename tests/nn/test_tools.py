@@ -25,6 +25,10 @@ FUNC = "ops/test_func_transforms.py"
 WHERE = {
     "`torch.compile`": "ops/test_compilers.py::test_fullgraph_with_inductor",
     "`torch.export`": "ops/test_compilers.py::test_export",
+    "`torch.onnx.export`": "ops/test_onnx.py::test_convolutions_in_onnx_with_dynamic_shapes",
+    "AOTInductor, C++ programs": (
+        "ops/test_libtorch.py::test_a_compiled_program_runs_without_python"
+    ),
     "`torch.jit.trace`": "nn/test_geometry.py::test_trace_works",
     "`torch.jit.script`": "test_scripted_functions_call_the_registered_operator",
     "`torch.fx.symbolic_trace`": "test_fx_has_one_node_for_a_layer",
@@ -41,6 +45,9 @@ WHERE = {
     "fvcore": "test_fvcore",
     "ptflops": "test_ptflops",
     "torchinfo": "test_torchinfo",
+    "Networks that call torchvision's operator": (
+        "compat/test_accelerate_torchvision.py::test_published_networks"
+    ),
     "Pruning, weight and spectral norm": "test_pruning_and_parametrizations",
     "`AveragedModel`, `deepcopy`, pickle": "test_averaged_models",
     "`torch.utils.checkpoint`": "test_checkpointing",

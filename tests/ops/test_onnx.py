@@ -1,5 +1,6 @@
 """Operators and layers in ONNX graphs and exported programs, against the operators themselves."""
 
+import importlib
 import random
 
 import deform_conv_cases
@@ -216,3 +217,56 @@ def test_the_standard_form_of_pooling_with_values_that_are_not_finite(sampling):
     found = roi_pool_standard.roi_pool(maps, boxes, offset, rule)
     expected = roi_pool_reference.roi_pool(maps, boxes, offset, rule)
     torch.testing.assert_close(found, expected, equal_nan=True)
+
+
+def node_cases(operator: str):
+    """ONNX's own test cases of an operator: attributes, inputs (None if missing) and output."""
+    helper = pytest.importorskip("onnx.helper")
+    importlib.import_module(f"onnx.backend.test.case.node.{operator.lower()}")
+    # The public function imports the cases of all operators, which takes half a minute.
+    from onnx.backend.test.case.node import _NodeTestCases
+
+    for case in _NodeTestCases:
+        node = case.model.graph.node[0]
+        if node.op_type != operator:
+            continue
+        attributes = {it.name: helper.get_attribute_value(it) for it in node.attribute}
+        inputs, (output,) = case.data_sets[0]
+        given = {
+            it.name: torch.from_numpy(v)
+            for it, v in zip(case.model.graph.input, inputs, strict=True)
+        }
+        yield attributes, [given.get(name) for name in node.input], torch.from_numpy(output)
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_onnx_node_cases_of_deformable_convolution(backend):
+    count = 0
+    for attributes, inputs, expected in node_cases("DeformConv"):
+        x, weight, offset, bias, mask = (*inputs, None, None)[:5]
+        geometry = attributes.get("strides", [1, 1]), attributes["pads"][:2]
+        found = deform_conv2d(x, offset, weight, bias, *geometry, mask=mask, backend=backend)
+        torch.testing.assert_close(found, expected)
+        count += 1
+    assert count == 4
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_onnx_node_cases_of_roi_align(backend):
+    """Those of the mean, which are rounded to four digits; the third case takes a maximum."""
+    count = 0
+    for attributes, (x, corners, image), expected in node_cases("RoiAlign"):
+        if attributes.get("mode") == b"max":
+            continue
+        boxes = torch.cat((image[:, None].to(corners.dtype), corners), dim=1)
+        scale = attributes["spatial_scale"]
+        if attributes["coordinate_transformation_mode"] == b"output_half_pixel":
+            # Not moved by half a pixel, and at least a pixel large.
+            boxes[:, 1:] += 0.5 / scale
+            boxes[:, 3:] = torch.maximum(boxes[:, 3:], boxes[:, 1:3] + 1 / scale)
+        size = attributes["output_height"], attributes["output_width"]
+        samples = {"samples_per_bin": attributes["sampling_ratio"], "sampling": "aligned"}
+        found = deform_roi_pool(x, boxes, None, size, scale, **samples, backend=backend)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+        count += 1
+    assert count == 2

@@ -17,6 +17,7 @@ from deformnet.compat._operators import grouped_deform_conv2d
 from deformnet.compat.mmcv import fully_connected, reset_uniformly
 from deformnet.nn.deform_conv import DeformConv2d
 from deformnet.nn.given_offsets import GivenOffsetsConv2d
+from deformnet.nn.graphs import one_node
 from deformnet.nn.offsets import OffsetConv2d
 from deformnet.ops._arguments import IntOrPair, integer, number, positive
 
@@ -118,6 +119,7 @@ class DCNv2(GivenOffsetsConv2d):
     def reset_parameters(self) -> None:
         reset_uniformly(self)
 
+    @one_node
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, input: Tensor, offset: Tensor, mask: Tensor
     ) -> Tensor:
@@ -192,6 +194,7 @@ class DCNv2Pooling(nn.Module):
         self.sample_per_part = integer("sample_per_part", sample_per_part)
         self.trans_std = float(number("trans_std", trans_std))
 
+    @one_node
     def forward(self, input: Tensor, rois: Tensor, offset: Tensor) -> Tensor:
         return self._pool(input, rois, offset, self.no_trans)
 
@@ -224,6 +227,7 @@ class DCNPooling(DCNv2Pooling):
             inputs = bins * self.output_dim
             self.offset_mask_fc = fully_connected(inputs, self.deform_fc_dim, 3 * bins, layers=3)
 
+    @one_node
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, input: Tensor, rois: Tensor
     ) -> Tensor:

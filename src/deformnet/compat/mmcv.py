@@ -22,6 +22,7 @@ from deformnet import ops
 from deformnet.compat._operators import grouped_deform_conv2d
 from deformnet.nn.deform_conv import DeformConv2d as _DeformConv2d
 from deformnet.nn.given_offsets import GivenOffsetsConv2d
+from deformnet.nn.graphs import one_node
 from deformnet.nn.offsets import OffsetLinear
 from deformnet.ops._arguments import IntOrPair, Pair, integer, number, pair, positive
 from deformnet.ops.backends import autocast_enabled
@@ -126,6 +127,7 @@ class DeformConv2d(GivenOffsetsConv2d):
     def reset_parameters(self) -> None:
         nn.init.kaiming_uniform_(self.weight, nonlinearity="relu")
 
+    @one_node
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, x: Tensor, offset: Tensor
     ) -> Tensor:
@@ -201,6 +203,7 @@ class ModulatedDeformConv2d(GivenOffsetsConv2d):
         """Reinitialize the weights. mmengine calls this after it has initialized others."""
         self.reset_parameters()
 
+    @one_node
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, x: Tensor, offset: Tensor, mask: Tensor
     ) -> Tensor:
@@ -267,6 +270,7 @@ class DeformRoIPool(nn.Module):
         self.sampling_ratio = integer("sampling_ratio", sampling_ratio)
         self.gamma = float(number("gamma", gamma))
 
+    @one_node
     def forward(self, input: Tensor, rois: Tensor, offset: Tensor | None = None) -> Tensor:
         numbers = (self.spatial_scale, self.sampling_ratio, self.gamma)
         return deform_roi_pool(input, rois, offset, self.output_size, *numbers)
@@ -291,6 +295,7 @@ class DeformRoIPoolPack(DeformRoIPool):
         inputs = bins * self.output_channels
         self.offset_fc = fully_connected(inputs, self.deform_fc_channels, 2 * bins, layers=3)
 
+    @one_node
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, input: Tensor, rois: Tensor
     ) -> Tensor:
@@ -319,6 +324,7 @@ class ModulatedDeformRoIPoolPack(DeformRoIPoolPack):
         self.mask_fc = fully_connected(inputs, self.deform_fc_channels, bins, layers=2)
         self.mask_fc.append(nn.Sigmoid())
 
+    @one_node
     def forward(self, input: Tensor, rois: Tensor) -> Tensor:
         pooled = DeformRoIPool.forward(self, input, rois)
         mask = self.mask_fc(pooled.flatten(1)).unflatten(1, (1, *self.output_size))

@@ -22,8 +22,11 @@ NAME.pt2 only those of PyTorch (and torchvision's non-maximum suppression, for d
 import dataclasses
 import io
 import json
+import logging
+import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +68,6 @@ def export_whole(run: str | Path, out: str | Path, options: WholeOptions) -> Non
         require_extra("export to .onnx", "onnx", "onnx", "onnxscript")
     recipe, model, data = load_run(run)
     whole = task_of(recipe).whole(model, data, resize=options.resize)
-    program = _program(whole, options)
-    if options.standard or out.suffix == ".onnx":
-        program = program.run_decompositions(decompositions(onnx=not options.standard))
     description = {
         **describe(recipe, data),
         "normalization": "inside" if options.normalize else _NORMALIZATION,
@@ -76,11 +76,27 @@ def export_whole(run: str | Path, out: str | Path, options: WholeOptions) -> Non
         "versions": versions(),
         "requires": [] if options.standard or out.suffix == ".onnx" else ["import deformnet"],
     }
-    if out.suffix == ".onnx":
-        content = _to_onnx(program, options, description)
-    else:
-        content = _to_pt2(program, options.compile, description)
+    with _quiet():
+        program = _program(whole, options)
+        if out.suffix == ".onnx":
+            content = _to_onnx(program, options, description)
+        else:
+            content = _to_pt2(program, options, description)
     write_file(out, content)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hides warnings of torchvision about PyTorch, and of the exporter about its own graphs."""
+    logger = logging.getLogger("onnx_ir")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 class _Normalized(nn.Module):
@@ -128,8 +144,13 @@ def _to_onnx(
     program: ExportedProgram, options: WholeOptions, description: Mapping[str, Any]
 ) -> bytes:
     import onnx
+    from onnxscript import optimizer
 
-    program = program.run_decompositions({torch.ops.aten.sort.stable: _stable_sort})
+    table: dict[Any, Callable[..., Any]] = {
+        **decompositions(onnx=not options.standard),
+        torch.ops.aten.sort.stable: _stable_sort,
+    }
+    program = program.run_decompositions(table)
     exported = torch.onnx.export(
         program,
         dynamo=True,
@@ -137,8 +158,11 @@ def _to_onnx(
         input_names=["images"],
         output_names=description["outputs"],
         verbose=False,
+        optimize=False,
     )
     assert exported is not None
+    # The exporter's two iterations take twice as long for 3% fewer nodes.
+    optimizer.optimize(exported.model, num_iterations=1)
     proto = exported.model_proto
     entries = {  # the last four are for other programs
         _KEY: description,
@@ -159,9 +183,13 @@ def _stable_sort(
     return values.topk(values.shape[dim], dim, descending)
 
 
-def _to_pt2(program: ExportedProgram, compiled: bool, description: Mapping[str, Any]) -> bytes:
+def _to_pt2(
+    program: ExportedProgram, options: WholeOptions, description: Mapping[str, Any]
+) -> bytes:
+    if options.standard:
+        program = program.run_decompositions(decompositions())
     buffer, text = io.BytesIO(), json.dumps(description)
-    if compiled:
+    if options.compile:
         from torch._inductor import aoti_compile_and_package
 
         configs = {"aot_inductor.metadata": {_KEY: text}}

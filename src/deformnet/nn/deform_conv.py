@@ -19,6 +19,8 @@ _PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 _GEOMETRY = ("stride", "padding", "dilation", "padding_mode", "_reversed_padding_repeated_twice")
 
 _DCN_V2 = "conv_offset_mask"  # DCNv2's name of `conv_offset`
+# Keys of the weight, or of its magnitude under weight norm (old and new).
+_MAGNITUDES = ("weight", "weight_g", "parametrizations.weight.original0")
 
 
 class DeformConv2d(nn.Conv2d):
@@ -145,8 +147,9 @@ class DeformConv2d(nn.Conv2d):
             for key in keys:
                 own = f"{prefix}conv_offset.{key.removeprefix(theirs)}"
                 state_dict[own] = state_dict.pop(key)
-            if (weight := state_dict.get(f"{prefix}weight")) is not None:
-                state_dict[f"{prefix}weight"] = weight / self.mask_scale
+            for key in (f"{prefix}{name}" for name in _MAGNITUDES):
+                if key in state_dict:
+                    state_dict[key] = state_dict[key] / self.mask_scale
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def forward(self, input: Tensor, offset_input: Tensor | None = None) -> Tensor:

@@ -1,16 +1,33 @@
 """Layers in the graphs of torch.fx."""
 
-from typing import Any
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
+from torch.fx import Proxy
+
+_Forward = TypeVar("_Forward", bound=Callable[..., Tensor])
 
 
-def call_module(layer: nn.Module, *inputs: Any) -> Any:
+def one_node(forward: _Forward) -> _Forward:
+    """Decorates the forward pass of a layer that is one node in graphs of torch.fx."""
+
+    @wraps(forward)
+    def traced_or_called(layer: nn.Module, input: Any, *others: Any, **named: Any) -> Any:
+        if isinstance(input, Proxy):
+            return call_module(layer, input, *others, **named)
+        return forward(layer, input, *others, **named)
+
+    return traced_or_called  # pyright: ignore[reportReturnType]
+
+
+def call_module(layer: nn.Module, *inputs: Any, **named: Any) -> Any:
     """One node for a whole layer, which torch.fx creates by default only for PyTorch's layers.
 
     Args:
         layer: a layer whose forward pass torch.fx traces.
-        inputs: its arguments; the first is a proxy.
+        inputs, named: its arguments; the first is a proxy.
 
     Raises:
         ValueError: if the layer is not part of a model.
@@ -22,4 +39,4 @@ def call_module(layer: nn.Module, *inputs: Any) -> Any:
             f"expected torch.fx to trace a model that contains the {type(layer).__name__}, "
             "but got the layer itself; wrap it in nn.Sequential"
         )
-    return tracer.create_proxy("call_module", name, inputs, {})
+    return tracer.create_proxy("call_module", name, inputs, named)

@@ -94,8 +94,8 @@ def merge(parts: Sequence[Candidates]) -> Candidates:
 
 
 def has_area(boxes: Tensor) -> Tensor:
-    """Mask [K] of the finite boxes [K, 4] with a positive area."""
-    width, height = (boxes[:, 2:] - boxes[:, :2]).unbind(dim=1)
+    """Mask [...] of the finite boxes [..., 4] with a positive area."""
+    width, height = (boxes[..., 2:] - boxes[..., :2]).unbind(dim=-1)
     area = width * height  # may round to zero, which would make the IoU NaN
     return (width > 0) & (height > 0) & (area > 0) & area.isfinite()
 

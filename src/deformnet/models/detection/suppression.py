@@ -10,15 +10,20 @@ MISSING = -torch.inf
 _NOWHERE = (-2.0, -2.0, -1.0, -1.0)  # outside every image, so that it suppresses no other box
 
 
+def top(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` highest scores of [..., K] and their indices; `MISSING` ones if K is smaller."""
+    padded, last = F.pad(scores, (0, count), value=MISSING), scores.shape[-1] - 1
+    values, order = padded.sort(dim=-1, descending=True, stable=True)
+    return values[..., :count], order[..., :count].clamp(max=last)
+
+
 def best(boxes: Tensor, scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` boxes [K, 4] with the highest scores [K], padded with missing ones."""
-    scores = F.pad(scores, (0, count), value=MISSING)
-    boxes = torch.cat([boxes, boxes.new_tensor(_NOWHERE).expand(count, 4)])
-    scores, order = scores.sort(descending=True, stable=True)
-    scores, order = scores[:count], order[:count]
+    """The `count` boxes [..., K, 4] with the highest scores [..., K], padded with missing ones."""
+    scores, order = top(scores, count)
+    boxes = boxes.gather(-2, order[..., None].expand(*order.shape, 4))
     # All missing boxes are identical, so the first one suppresses the others.
-    missing = scores == MISSING
-    return torch.where(missing[:, None], boxes[-1], boxes[order]), scores
+    missing = (scores == MISSING)[..., None]
+    return torch.where(missing, boxes.new_tensor(_NOWHERE), boxes), scores
 
 
 def suppressed(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:

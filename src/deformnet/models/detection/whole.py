@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from deformnet.models.detection.detector import Detections, Detector
 from deformnet.models.detection.postprocess import PER_CLASS, has_area
-from deformnet.models.detection.suppression import MISSING, best, suppressed
+from deformnet.models.detection.suppression import MISSING, best, suppressed, top
 
 
 class WholeDetector(nn.Module):
@@ -40,21 +40,20 @@ class WholeDetector(nn.Module):
         boxes, scores = boxes.float(), scores.float()
         number = boxes.shape[0]  # symbolic if all anchors of an image of any size are candidates
         most = min(number, PER_CLASS) if isinstance(number, int) else PER_CLASS
-        per_class = []
-        for label in range(self.detector.num_classes):
-            own = boxes if boxes.ndim == 2 else boxes[:, label]
-            score = scores[:, label]
-            valid = (score > self.score_threshold) & has_area(own)
-            own, score = best(own, torch.where(valid, score, MISSING), most)
-            score = suppressed(own, score, self.nms)
-            own, score = best(own, score, self.max_detections)
-            per_class.append(Detections(own, score, torch.full_like(score, label).long()))
-        boxes, scores, labels = (torch.cat(parts) for parts in zip(*per_class, strict=True))
-        scores, order = scores.sort(descending=True, stable=True)
-        scores, order = scores[: self.max_detections], order[: self.max_detections]
+        scores = scores.T  # [C, K]
+        boxes = boxes[None] if boxes.ndim == 2 else boxes.transpose(0, 1)  # [1 or C, K, 4]
+        valid = (scores > self.score_threshold) & has_area(boxes)
+        boxes = boxes.expand(len(scores), *boxes.shape[1:])
+        boxes, scores = best(boxes, torch.where(valid, scores, MISSING), most)
+        # Only this needs a node per class.
+        classes = zip(boxes.unbind(), scores.unbind(), strict=True)
+        scores = torch.stack([suppressed(*own, self.nms) for own in classes])
+        labels = torch.arange(len(scores), device=scores.device)[:, None].expand_as(scores)
+        scores, order = top(scores.flatten(), self.max_detections)
+        boxes, labels = boxes.flatten(0, 1)[order], labels.flatten()[order]
         missing = scores == MISSING
         return Detections(
-            torch.where(missing[:, None], 0.0, boxes[order]),
+            torch.where(missing[:, None], 0.0, boxes),
             torch.where(missing, 0.0, scores),
-            torch.where(missing, -1, labels[order]),
+            torch.where(missing, -1, labels),
         )

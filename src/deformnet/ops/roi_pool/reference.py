@@ -150,7 +150,16 @@ def axes(boxes: Tensor, exists: Tensor, rule: Rule) -> tuple[Axis, Axis]:
         exists: [R], whether the image of each box exists.
         rule: the arguments of the pooling that are not tensors.
     """
-    _, x1, y1, x2, y2 = boxes.detach().to(_position_dtype(boxes)).unbind(1)
+    sides = boxes.detach()[:, 1:].to(_position_dtype(boxes))
+    scale = rule.spatial_scale
+    if rule.sampling == "bins":
+        sides = _round(sides * scale)
+    elif rule.sampling == "msra":
+        first, last = _round(sides).chunk(2, dim=1)
+        sides = torch.cat([first, last + 1], dim=1) * scale - 0.5
+    else:
+        sides = sides * scale - 0.5
+    x1, y1, x2, y2 = sides.unbind(1)
     ph, pw = rule.output_size
     return _axis(y1, y2, exists, ph, rule), _axis(x1, x2, exists, pw, rule)
 
@@ -161,29 +170,27 @@ def _position_dtype(boxes: Tensor) -> torch.dtype:
 
 
 def _axis(low: Tensor, high: Tensor, exists: Tensor, k: int, rule: Rule) -> Axis:
-    """The sampling rule on one axis, for the sides `low` and `high` [R] of the boxes.
+    """The sampling rule on one axis, for the sides `low` and `high` [R] of the boxes on the map.
 
     A box with an infinite or NaN side has start NaN and size NaN.
     """
-    _, scale, _, sampling, samples_per_bin, _ = rule
+    sampling, samples_per_bin = rule.sampling, rule.samples_per_bin
     bin = torch.arange(k, dtype=low.dtype, device=low.device)
+    size = high - low
+    defined = exists & size.isfinite()  # not finite if a side is not
     if sampling == "bins":
-        low, high = _round(low * scale), _round(high * scale)
-        size = (high - low + 1).clamp_min(1)
+        size = (size + 1).clamp_min(1)
         first = (bin * size[:, None] / k).floor()
         start = low[:, None] + first
         step = torch.ones_like(start)
         count = ((bin + 1) * size[:, None] / k).ceil() - first
     elif sampling == "msra":
-        low, high = _round(low) * scale - 0.5, (_round(high) + 1) * scale - 0.5
-        size = (high - low).clamp_min(0.1)
+        size = size.clamp_min(0.1)
         length = (size / k)[:, None]
         start = low[:, None] + bin * length
         step = (length / samples_per_bin).expand_as(start)
         count = torch.full_like(start, samples_per_bin)
     else:
-        low, high = low * scale - 0.5, high * scale - 0.5
-        size = high - low
         length = (size / k)[:, None]
         # A box turned inside out has no samples where their number adapts.
         count = length.ceil().clamp_min(0)
@@ -192,8 +199,6 @@ def _axis(low: Tensor, high: Tensor, exists: Tensor, k: int, rule: Rule) -> Axis
         step = length / count.clamp_min(1)
         start = low[:, None] + bin * length + step / 2
         step, count = step.expand_as(start), count.expand_as(start)
-    # The size may hide an infinite side.
-    defined = exists & low.isfinite() & high.isfinite() & size.isfinite()
     return Axis(
         torch.where(defined, size, torch.nan),
         torch.where(defined[:, None], start, torch.nan),

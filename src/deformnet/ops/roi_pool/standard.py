@@ -5,6 +5,7 @@ the size of a box. A NaN or infinity in the map may affect more bins than those 
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from deformnet.ops.roi_pool.checks import Rule
@@ -35,7 +36,7 @@ def _whole_pixels(input: Tensor, bins: Bins) -> Tensor:
     would lose four digits.
     """
     height, width = input.shape[2:]
-    maps = torch.nn.functional.pad(input.double(), (1, 0, 1, 0)).cumsum(2).cumsum(3)
+    maps = F.pad(input.double(), (1, 0, 1, 0)).cumsum(2).cumsum(3)
     table, origin = bins.table(maps), bins.plane * ((height + 1) * (width + 1))
     y, x = _ends(bins.y, height), _ends(bins.x, width)
     sums = _sum(table, origin, y, x, width + 1).to(_dtype(input))
@@ -47,13 +48,13 @@ def _ends(samples: Samples, size: int) -> AxisRead:
 
     A sample at start + s reads (1 - right) * map[low + s] + right * map[low + s + 1].
     """
-    start = samples.start
+    # Farther samples are outside too, and every sum is 0.
+    start = samples.start.clamp(-samples.number - 2, torch.full_like(samples.number, size + 1))
+    start = torch.where(start.isnan(), 0, start)
     low = start.detach().floor()
-    right = torch.where(start.isfinite(), start - low, 0)
-    end = low + samples.number
-    pixel = torch.stack([low, low + 1, end, end + 1], dim=1).nan_to_num(0)
+    end, right = low + samples.number, start - low
+    pixel = torch.stack([low, low + 1, end, end + 1], dim=1).clamp(0, size)
     weight = torch.stack([right - 1, -right, 1 - right, right], dim=1)
-    pixel = pixel.clamp(0, size)
     return AxisRead(pixel.long(), weight, torch.ones_like(pixel).bool(), samples.number)
 
 
@@ -78,15 +79,16 @@ def _fixed_number(input: Tensor, bins: Bins, rule: Rule) -> Tensor:
 
 def _sum(table: Tensor, origin: Tensor, y: AxisRead, x: AxisRead, width: int) -> Tensor:
     """The sum [B, C/G] over the samples of each bin, row by row."""
-    total = table.new_zeros(origin.shape[0], table.shape[1])
-    column = torch.where(x.counts, x.weight, 0).to(table.dtype)
+    rows = origin[:, None] + y.pixel * width
+    row_weights = torch.where(y.counts, y.weight, 0).to(table.dtype)[:, :, None]
+    weights = torch.where(x.counts, x.weight, 0).to(table.dtype)[:, None]
+    total = table.new_zeros(())
     for row in range(y.pixel.shape[1]):
-        pixel = origin + y.pixel[:, row] * width
-        pixel = pixel[:, None] + x.pixel
-        values = table.index_select(0, pixel.flatten()).unflatten(0, pixel.shape)
-        weight = torch.where(y.counts[:, row], y.weight[:, row], 0).to(table.dtype)
-        total = total + (column[:, None] @ values)[:, 0] * weight[:, None]
-    return total
+        at = slice(row, row + 1)
+        # The fewest nodes in ONNX: one to read all pixels, and views that keep the dimension.
+        values = F.embedding(rows[:, at] + x.pixel, table)
+        total = total + torch.bmm(weights * row_weights[:, at], values)
+    return total[:, 0]
 
 
 def _dtype(input: Tensor) -> torch.dtype:
