@@ -1,7 +1,7 @@
 """Deformable convolution against plain convolution and torchvision, on a GPU.
 
     python -m benchmarks.gpu [--rounds 50] [--layers 1x64x56x56 ...] [--json FILE] [--tiles]
-    python -m benchmarks.gpu --static    # what the kernels compile to; needs no GPU; ten minutes
+    python -m benchmarks.gpu --static    # what the kernels compile to; needs no GPU; minutes
     python -m benchmarks.gpu --model     # a model of their time on three cards; needs no GPU
 
 3x3 kernels, as many output as input channels, offsets as float32 inputs. Times are GPU times

@@ -28,9 +28,9 @@ class Card:
     l2_bytes: float
 
 
-# Data sheets, without sparsity; the clock is the largest. L2: 5120 bytes a clock at 1.41 GHz on an
-# A100 and 128 bytes a clock in each of 8x16 channels at 2.1 GHz on an MI300X, by their makers' white
-# papers; NVIDIA gives none for an H200, for which 5.5 TB/s is an assumption.
+# Data sheets, without sparsity. L2: 5120 bytes a clock at 1.41 GHz on an A100, 128 bytes a clock in
+# each of 8x16 channels at 2.1 GHz on an MI300X, by their makers' white papers, at most; NVIDIA
+# gives none for an H200, for which 5.5 TB/s is an assumption.
 CARDS = {
     "H200": Card(
         Kind.HOPPER, 132, {"bfloat16": 989e12, "tf32": 494e12, "float32": 67e12}, 4.8e12, 5.5e12
@@ -61,7 +61,7 @@ MEASURED = {
 _TAPS = 9
 # Of a multiprocessor with tiles of 8 warps: registers allow no more.
 _PROGRAMS_OF_8_WARPS = 1
-# Of bilinear interpolation, for each channel of a sample; and of its derivatives and what goes back.
+# Of bilinear interpolation for each channel of a sample; of its derivatives and what goes back.
 _FORWARD_OPERATIONS, _BACKWARD_OPERATIONS = 12, 30
 
 

@@ -2,7 +2,7 @@
 
 What makes them fast is lost without a wrong number anywhere: a division that hides from the
 compiler what 16 divides makes loads and atomics scalar, a tile too large spills. With
-DEFORMNET_FUZZ every call, precision and target is compiled (ten minutes), else a choice of them.
+DEFORMNET_FUZZ every call, precision and target is compiled (three minutes), else a choice of them.
 """
 
 import os
@@ -81,8 +81,8 @@ def test_compiled_code_keeps_what_makes_it_fast(call, precision, target):
 def faults(call: str, kernel: str, precision: str, target: str, code: Code) -> list[str]:
     """What a kernel lacks."""
     matrix, adds = call == "convolution", kernel in ("backward_positions", "backward")
-    # ptxas takes a word or two less than it needs where that lets one more program run.
-    spill = 0 if matrix and precision != "float64" else 16
+    # ptxas takes a few registers less than needed where that lets one more program run.
+    spill = 0 if matrix and precision != "float64" else 32
     # Offsets, masks and boxes are read as single numbers.
     most_narrow = 48 if call == "RoI pooling" else 40 if adds else 20
     vector_atomics = target in ("sm_90", "sm_100") and precision != "float64"

@@ -140,6 +140,23 @@ def test_more_than_one_tile_of_everything(monkeypatch):
 
 
 @runs
+def test_trials_of_tiles_leave_no_trace(monkeypatch):
+    problems = []
+
+    def fastest(on, problem, tiles, run):
+        problems.append(problem)
+        small = kernels.Tile(16, 16, 16, 4, 2)
+        for tile in (small, *tiles, small):
+            run(tile)
+        return small
+
+    monkeypatch.setattr(kernels.tuning, "fastest", fastest)
+    case = layered()
+    assert_same(run_here(case), run(case, "reference"), 1e-10)
+    assert problems == [f"{name} float64 32x2x2x5" for name in ("forward", "positions", "weight")]
+
+
+@runs
 def test_more_than_one_narrow_tile_of_everything(monkeypatch):
     monkeypatch.setattr(kernels, "_NARROW_TILE", 32)
     monkeypatch.setattr(kernels, "_NARROW_CHANNELS", 2)

@@ -16,7 +16,7 @@ class Kind(StrEnum):
     HOPPER = "hopper"  # wgmma, vector atomics
     BLACKWELL = "blackwell"  # tcgen05, vector atomics; of data centers
     CDNA = "cdna"  # mfma
-    SMALL = "small"  # a quarter of the registers: AMD's RDNA; Intel's and unknown ones
+    SMALL = "small"  # larger tiles spill: AMD's RDNA; also Intel's and unknown ones
 
 
 def on_device_of(tensor: Tensor) -> torch.accelerator.device_index:
