@@ -22,7 +22,6 @@ from benchmarks.compiled import (
     Code,
     codes,
     convolution,
-    depthwise,
     kernels_of,
     pooling,
 )
@@ -36,9 +35,9 @@ EVERY = [
     for target in TARGETS
 ]
 CHOICE = [
-    *(("convolution", "bfloat16", target) for target in ("sm_80", "sm_90", "gfx942", "gfx1100")),
+    ("convolution", "float16", "sm_80"),
+    *(("convolution", "bfloat16", target) for target in ("sm_90", "gfx942", "gfx1100")),
     *(("convolution", "tf32", target) for target in ("sm_90", "sm_100", "gfx90a")),
-    ("convolution", "float16", "sm_90"),
     *(("depthwise", "bfloat16", target) for target in ("sm_90", "gfx942")),
     ("RoI pooling", "bfloat16", "sm_90"),
 ]
@@ -132,23 +131,19 @@ def test_the_compiled_gate_can_fail():
 
 
 # A side of 47,000 has more than 2**31 pixels: indices and some sizes take 64 bits.
-@pytest.mark.parametrize("make", [convolution, depthwise], ids=["convolution", "depthwise"])
 @pytest.mark.parametrize(
-    ("precision", "target", "deterministic"),
-    [("bfloat16", "sm_100", False), ("float64", "gfx942", True)],
+    ("groups", "precision", "target", "deterministic"),
+    [(1, "bfloat16", "sm_100", False), (16, "float64", "gfx942", True)],
 )
-def test_wide_indices_compile(make, precision, target, deterministic):
-    groups = 1 if make is convolution else 16
+def test_wide_indices_compile(groups, precision, target, deterministic):
     launch = convolution(precision, groups=groups, channels=16, side=47_000, border="msra2017")
     torch.use_deterministic_algorithms(deterministic)
     try:
         found = kernels_of(launch, target)
     finally:
         torch.use_deterministic_algorithms(False)
-    positions, others = "_backward_positions", {"forward", "backward_weight"}
-    if make is convolution:
-        others = {f"_{name}" for name in others}
-    assert set(found) == {positions, *others}
+    others = {"_forward", "_backward_weight"} if groups == 1 else {"forward", "backward_weight"}
+    assert set(found) == {"_backward_positions", *others}
 
 
 @pytest.mark.parametrize(

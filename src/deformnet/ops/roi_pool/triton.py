@@ -442,7 +442,7 @@ def _backward(
         gradient = tl.load(grad_output + place, mask=real & real_lane, other=0).to(OPTIONS.dtype)
         gradient = gradient / bins.number.to(OPTIONS.dtype)
         # One answer for all channels of a bin, whose additions then are vectors.
-        special = tl.max(((gradient - gradient) != 0).to(tl.int32), axis=1, keep_dims=True) > 0
+        special = tl.max((gradient - gradient != 0).to(tl.int32), axis=1, keep_dims=True) != 0
         slope_y = tl.zeros((BINS, CHANNELS), OPTIONS.dtype)
         slope_x = tl.zeros((BINS, CHANNELS), OPTIONS.dtype)
         moved_y, moved_x = none > 0, none > 0

@@ -1,10 +1,12 @@
 """GPUs that the kernels run on, of whatever make, and what is known about each kind."""
 
 from enum import StrEnum
+from typing import Any
 
 import torch
-import triton
 from torch import Tensor
+from triton import knobs
+from triton.runtime import driver
 
 from deformnet.ops.triton import DEVICE_TYPES
 
@@ -30,9 +32,9 @@ def target() -> tuple[str, str]:
 
     Such as ("cuda", "90"), ("hip", "gfx942") or ("xpu", ...); empty in Triton's interpreter.
     """
-    if triton.knobs.runtime.interpret:
+    if knobs.runtime.interpret:
         return "", ""
-    found = triton.runtime.driver.active.get_current_target()
+    found: Any = driver.active.get_current_target()
     return found.backend, str(found.arch)
 
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import triton
 from torch import Tensor
+from triton import knobs
 from triton.runtime.errors import TritonError
 
 from deformnet._errors import UserError
@@ -79,18 +80,19 @@ def _capturing(on: Tensor) -> bool:
 def _seconds(tile: _T, run: Callable[[_T], object]) -> float:
     """Median time of a run; infinite if the card cannot run it."""
     try:
-        return triton.testing.do_bench(
+        seconds: Any = triton.testing.do_bench(
             lambda: run(tile), warmup=_WARM_UP, rep=_TIMED, return_mode="median"
         )
     except (TritonError, RuntimeError):  # too large, not compiled, or no memory for a trial
         return float("inf")
+    return seconds
 
 
 def _file(card: str) -> Path:
     from deformnet import __version__
 
     name = re.sub(r"[^\w.]+", "-", f"{card}-{__version__}-{triton.__version__}")
-    return Path(triton.knobs.cache.dir) / "deformnet" / f"{name}.json"
+    return Path(knobs.cache.dir) / "deformnet" / f"{name}.json"
 
 
 def _read(card: str) -> dict[str, Any]:
