@@ -28,7 +28,7 @@ demo: $(READY)
 # kernels run in Triton's interpreter, which has to be chosen before they are loaded.
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto -k "not compile" tests/ops/test_triton_*.py
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto tests/ops/test_triton_*.py
 
 # Longer runs of the tests that inject faults and damage inputs: a fault in every system call, and FUZZ
 # cases of each fuzzer. DEFORMNET_FUZZ_SEED=1 generates other cases.

@@ -1,6 +1,8 @@
 """Deformable convolution against plain convolution and torchvision, on a GPU.
 
     python -m benchmarks.gpu [--rounds 50] [--layers 1x64x56x56 ...] [--json FILE] [--tiles]
+    python -m benchmarks.gpu --static    # what the kernels compile to; needs no GPU; minutes
+    python -m benchmarks.gpu --model     # a model of their time on three cards; needs no GPU
 
 3x3 kernels, as many output as input channels, offsets as float32 inputs. Times are GPU times
 between two events; a kernel that waits hides the launch overhead of Python. The L2 cache is either
@@ -10,8 +12,11 @@ Outputs and gradients are first checked against float64; wrong implementations a
 The floor is the minimum time of the card, for the products or for moving each tensor once. The
 fraction of the floor is this time over the measured time, printed for cards with known rates.
 
+deformnet chooses its tiles as it does everywhere, by timing a few at the first call of a kind;
+DEFORMNET_AUTOTUNE=0 times the defaults. All processors compile the kernels first.
+
 --tiles only times deformnet's kernels, in many tile configurations, to find the best ones for
-`deformnet.ops.deform_conv.triton.TILES`. All processors compile them first: on 16 cores, two
+`deformnet.ops.deform_conv.triton_tiles.TILES`. All processors compile them first: on 16 cores, two
 minutes for three layers.
 """
 
@@ -29,6 +34,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +49,7 @@ from deformnet.ops.deform_conv.operator import OPERATOR
 from deformnet.paper.timing import Timing
 
 if TYPE_CHECKING:
+    from deformnet.ops.deform_conv import triton_tiles
     from deformnet.ops.deform_conv.triton_geometry import Tile
 
 LAYERS = (
@@ -57,6 +64,8 @@ CACHES = ("cold L2", "warm L2")
 # Maximum error, relative to the largest number in each tensor.
 PRECISIONS = {"float32": 1e-4, "tf32": 5e-3, "bfloat16": 2e-2}
 WARM_UP = 5
+# Of the tiles that deformnet chooses from by timing.
+_MOST_CANDIDATES = 3
 # Longer than the launch overhead of a forward and a backward pass; about two milliseconds.
 WAIT_CYCLES = 4_000_000
 
@@ -249,20 +258,28 @@ def _processes() -> ProcessPoolExecutor:
     return ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn"))
 
 
-def _compile_layer(shape: Shape, precision: str) -> None:
+def _compile_layer(shape: Shape, precision: str, number: int) -> None:
+    """Compile the kernels with the candidate of this number, or the last one, timing none."""
+    from deformnet.ops.deform_conv import triton_tiles
+
+    one = {
+        kind: {key: tiles[number : number + 1] or tiles[-1:] for key, tiles in table.items()}
+        for kind, table in triton_tiles.TILES.items()
+    }
+    triton_tiles.candidates.cache_clear()
     set_precision(precision)
-    for name, call in calls_of(make_layer(shape, precision)).items():
-        if name.startswith(OURS):
-            call.both()
+    with patch.dict(triton_tiles.TILES, one):
+        for name, call in calls_of(make_layer(shape, precision)).items():
+            if name.startswith(OURS):
+                call.both()
 
 
 def measure(layers: Sequence[Shape], rounds: int) -> list[dict[str, object]]:
     """One dict per measurement."""
     card = CARDS.get(torch.cuda.get_device_name())
     with _processes() as pool:
-        for _ in pool.map(
-            _compile_layer, *zip(*itertools.product(layers, PRECISIONS), strict=True)
-        ):
+        jobs = itertools.product(layers, PRECISIONS, range(_MOST_CANDIDATES))
+        for _ in pool.map(_compile_layer, *zip(*jobs, strict=True)):
             pass
     flush = _larger_than_the_cache()
     # cuDNN then looks for its fastest kernel.
@@ -391,11 +408,12 @@ class _Job:
 
     def prepare(self) -> Callable[[], list[Tensor]]:
         """Sets tile and precision; channels-last, so that nothing is copied."""
-        from deformnet.ops.deform_conv import triton as kernels
+        from deformnet.ops.deform_conv import triton_tiles
 
         set_precision(self.precision)
         dtype = torch.bfloat16 if self.precision == "bfloat16" else torch.float32
-        kernels.TILES[self.kernel][dtype.itemsize] = self.tile
+        _tiles()[self.kernel, _kept(self.precision)] = (self.tile,)
+        triton_tiles.candidates.cache_clear()
         layer = make_layer(self.shape, self.precision).to(dtype, torch.channels_last)
         return _of_kernel(self.kernel, layer)
 
@@ -410,18 +428,30 @@ class _Job:
         return True
 
 
+def _kept(precision: str) -> str:
+    """The precision by its name in the table of tiles."""
+    return "half" if precision == "bfloat16" else precision
+
+
+def _tiles() -> "triton_tiles.Table":
+    """The table of this card."""
+    from deformnet.ops.deform_conv import triton_tiles
+    from deformnet.ops.triton import devices
+
+    return triton_tiles.TILES[devices.kind_of(*devices.target())]
+
+
 def measure_tiles(layers: Sequence[Shape], rounds: int) -> list[dict[str, object]]:
     """One dict per kernel, layer, precision and valid configuration; prints the best.
 
     Results are checked against the float64 kernel, which tests compare with the reference.
     """
-    from deformnet.ops.deform_conv import triton as kernels
     from deformnet.ops.deform_conv.triton_geometry import Tile
 
     jobs = []
-    for kernel, precision, shape in itertools.product(kernels.TILES, PRECISIONS, layers):
-        usual = kernels.TILES[kernel][2 if precision == "bfloat16" else 4]
-        tiles = [usual, *(Tile(*tile) for tile in _CANDIDATES[kernel][precision])]
+    for kernel, precision, shape in itertools.product(_CANDIDATES, PRECISIONS, layers):
+        usual = _tiles()[kernel, _kept(precision)]
+        tiles = [*usual, *(Tile(*tile) for tile in _CANDIDATES[kernel][precision])]
         jobs += [_Job(kernel, precision, shape, tile) for tile in dict.fromkeys(tiles)]
     with _processes() as pool:
         runs = list(pool.map(_Job.compile, jobs))
@@ -514,8 +544,17 @@ def main() -> None:
     names = [str(shape) for shape in LAYERS]
     parser.add_argument("--layers", nargs="+", choices=names, default=names)
     parser.add_argument("--tiles", action="store_true", help="only time tile configurations")
+    parser.add_argument("--static", action="store_true", help="only compile the kernels")
+    parser.add_argument("--model", action="store_true", help="only print the model of their time")
     parser.add_argument("--json", type=Path, help="file for all results")
     options = parser.parse_args()
+    if options.static or options.model:
+        from benchmarks import compiled, gpu_model
+
+        model = gpu_model.table((SHAPES[0], SHAPES[3]), ("bfloat16", "tf32"))
+        for line in compiled.table() if options.static else model:
+            print(line, flush=True)
+        return
     reason = backends.why_unavailable("triton")
     if reason is not None:
         sys.exit(f"benchmarks.gpu: no GPU to measure on: {reason}")

@@ -15,6 +15,9 @@ from on_triton import put_triton_behind_cpu
 from deformnet.ops import backends, cpu
 from deformnet.ops.cpu import loading
 
+# On a GPU each of the many small calls here would time its tiles.
+os.environ.setdefault("DEFORMNET_AUTOTUNE", "0")
+
 # `make sanitize` tests another build of the kernels.
 if "DEFORMNET_TEST_LIBRARY" in os.environ:
     loading._library_file = lambda: Path(os.environ["DEFORMNET_TEST_LIBRARY"])

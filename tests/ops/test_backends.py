@@ -112,7 +112,8 @@ def test_kernels_that_were_not_built_say_why_and_what_to_do(monkeypatch, tmp_pat
 def test_a_device_without_kernels_falls_back_with_its_reason(monkeypatch):
     monkeypatch.setattr(backends, "_warned", set())
     monkeypatch.setattr(triton, "why_unavailable", lambda: "no card is plugged in")
-    for device, reason in [("cuda", "no card is plugged in"), ("xpu", "no kernels for xpu")]:
+    lacking = "no card is plugged in"
+    for device, reason in [("cuda", lacking), ("xpu", lacking), ("mps", "no kernels for mps")]:
         with pytest.warns(RuntimeWarning, match=reason):
             assert backends.resolve("auto", device) == "reference"
 
@@ -129,6 +130,20 @@ def test_what_triton_lacks_is_said(monkeypatch):
     assert "8.0 or higher, but got card 1 with 7.5" in ask()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert "triton is not installed" in ask()
+
+
+def test_intel_gpus_take_triton(monkeypatch):
+    ask = triton.why_unavailable.__wrapped__
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.xpu, "is_available", lambda: True)
+    assert ask() is None
+    monkeypatch.setattr(triton, "why_unavailable", ask)
+    assert backends.resolve("auto", "xpu") == "triton"
+    for operator in OPERATORS:
+        for name in (operator.name, f"{operator.name}_backward"):
+            for key in ("XPU", "CUDA", "CPU"):
+                assert torch._C._dispatch_has_kernel_for_dispatch_key(f"deformnet::{name}", key)
 
 
 BLOCKED = """

@@ -73,6 +73,22 @@ def test_tf32_where_pytorch_takes_it():
     assert_same(found, exact(case), 3e-3)
 
 
+def test_tiles_chosen_by_timing(monkeypatch, tmp_path):
+    import triton
+
+    from deformnet.ops.triton import tuning
+
+    monkeypatch.setenv("DEFORMNET_AUTOTUNE", "1")
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+    tuning.forget()
+    case = on("cuda", CASES["convolution"].to(torch.bfloat16, torch.float32))
+    assert_same(to_cpu(run(case)), exact(case), 2e-2)
+    (file,) = (tmp_path / "deformnet").iterdir()
+    for kernel in ("forward", "positions", "weight"):
+        assert f'"{kernel} half ' in file.read_text()
+    tuning.forget()
+
+
 @EVERY_CASE
 def test_autocast(name):
     case = on("cuda", CASES[name].to(torch.float32))

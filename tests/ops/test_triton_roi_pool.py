@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from launches import check
 from operator_testing import assert_same
 from roi_pool_cases import SAMPLINGS, Case, call, output_gradient, random_case, run
 
@@ -216,69 +215,3 @@ def test_strides_of_any_kind(large_tiles):
     )
     assert_same(run_here(strided), expected, 1e-12)
     assert call(strided, "reference").is_contiguous()
-
-
-COMPILE = """
-import torch
-from launches import compiled
-
-from deformnet.ops.roi_pool import triton as kernels
-from deformnet.ops.roi_pool.checks import Rule
-
-def launches(dtype, positions, channels, *rule, groups=1, side=40, offsets=True, by_input=True):
-    def meta(*shape, dtype=positions):
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    rule = Rule(*rule)
-    ph, pw = rule.output_size
-    input = meta(1, channels * (ph * pw if rule.position_sensitive else 1), side, side, dtype=dtype)
-    boxes, offset = meta(300, 5), meta(300, 2 * groups, ph, pw) if offsets else None
-    output = meta(300, channels, ph, pw, dtype=dtype)
-
-    def launch():
-        kernels.roi_pool(input, boxes, offset, rule)
-        kernels.roi_pool_backward(output, input, boxes, offset, rule, (by_input, offsets))
-
-    return launch
-
-for deterministic, launch in [
-    (False, launches(torch.float32, torch.float32, 64, (7, 7), 0.5, 0.1, "bins", 4, False)),
-    (
-        True,
-        launches(
-            *(torch.bfloat16, torch.float32, 32, (7, 7), 0.5, 0.1, "aligned", 0, True), groups=2
-        ),
-    ),
-    (
-        False,
-        launches(
-            *(torch.bfloat16, torch.bfloat16, 1, (1, 1), 0.5, 0.1, "msra", 4, False),
-            side=47_000, by_input=False,
-        ),
-    ),
-    (
-        False,
-        launches(
-            *(torch.float16, torch.float16, 256, (7, 7), 0.5, 0.1, "aligned", 2, False),
-            offsets=False,
-        ),
-    ),
-    (
-        True,
-        launches(
-            *(torch.float64, torch.float64, 1, (1, 1), 0.5, 0.1, "aligned", 0, True), side=47_000
-        ),
-    ),
-]:
-    torch.use_deterministic_algorithms(deterministic)
-    found = compiled(launch)
-    assert set(found) == {"_forward", "_backward"}
-    # Positions are those of the reference only where nothing is contracted.
-    assert not any("fma.rn.f64" in kernel.asm["ptx"] for kernel in found.values())
-    # Triton 3.6 and 3.7 would make a constant of the length of a loop.
-    assert not any('"tt.reduce"(%cst' in kernel.asm["ttgir"] for kernel in found.values())
-"""
-
-
-def test_the_kernels_compile_without_a_gpu(tmp_path):
-    check(COMPILE, tmp_path)

@@ -10,7 +10,7 @@ from deformnet.compat._operators import grouped_deform_conv2d
 from deformnet.ops import backends
 from deformnet.ops.deform_conv.operator import OPERATOR
 
-_DEVICES = {"cpu": "CPU", "triton": "CUDA"}  # dispatch keys of the backends
+_KEYS = {"cpu": ("CPU",), "triton": ("CUDA", "XPU")}  # dispatch keys of the backends
 
 _active: "set[TorchvisionAcceleration]" = set()
 _library: Library | None = None
@@ -86,15 +86,15 @@ def _register() -> Library:
             "expected torchvision's operators to be loaded, but they are not compatible with "
             f"PyTorch {torch.__version__}; reinstall torchvision"
         )
-    reasons = {backend: backends.why_unavailable(backend) for backend in _DEVICES}
+    reasons = {backend: backends.why_unavailable(backend) for backend in _KEYS}
     if all(reasons.values()):
         raise RuntimeError(
             "expected kernels for the CPU or the GPU, but got none: "
             + "; ".join(f"{backend}: {reason}" for backend, reason in reasons.items())
         )
     library = Library("torchvision", "IMPL")
-    for backend, key in _DEVICES.items():
-        if reasons[backend] is None:
+    for backend, keys in _KEYS.items():
+        for key in keys if reasons[backend] is None else ():
             library.impl("deform_conv2d", _forward, f"Autograd{key}")
             # For calls below autograd: inference mode, and code that was compiled before.
             library.impl("deform_conv2d", _forward, key)

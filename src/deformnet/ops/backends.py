@@ -17,7 +17,7 @@ Backend: TypeAlias = Literal["auto", "reference", "cpu", "triton"]
 CPU_UNAVAILABLE: str | None = loading.why_unavailable()
 
 # The fast implementation for each device type; meta tensors use the operator's fake.
-_FAST: dict[str, Backend] = {"cpu": "cpu", "meta": "cpu", "cuda": "triton"}
+_FAST: dict[str, Backend] = {"cpu": "cpu", "meta": "cpu", "cuda": "triton", "xpu": "triton"}
 
 # Looked up once, as PyTorch 2.11 cannot trace the question.
 _WITH_AUTOCAST = frozenset(
@@ -57,7 +57,7 @@ def why_unavailable(backend: str, device: str | None = None) -> str | None:
             return f"the CPU kernels take tensors on the CPU, not on {device}"
         return CPU_UNAVAILABLE
     if backend == "triton":
-        if device not in (None, "cuda", "meta"):
+        if device not in (None, *triton.DEVICE_TYPES, "meta"):
             return f"the Triton kernels take tensors on a GPU, not on {device}"
         return _why_no_triton()
     raise ValueError(

@@ -25,6 +25,7 @@ from deformnet.ops import backends
 from deformnet.ops._arguments import check_tensor
 from deformnet.ops.flops import register as register_flops
 from deformnet.ops.onnx import in_onnx_export
+from deformnet.ops.triton import DEVICE_TYPES
 
 _library = Library("deformnet", "DEF")
 _operators: list["Operator"] = []
@@ -142,11 +143,11 @@ class Operator:
 
     def _register(self) -> None:
         name, backward = self.name, f"{self.name}_backward"
-        for key in ("CPU", "CUDA"):
+        for device in ("cpu", *DEVICE_TYPES):
+            key = device.upper()
             _library.impl(name, self._kernel, key)
             _library.impl(backward, self._backward_kernel, key)
-        for device in ("cpu", "cuda"):
-            _library.impl(name, partial(self._autocast_kernel, device), f"Autocast{device.upper()}")
+            _library.impl(name, partial(self._autocast_kernel, device), f"Autocast{key}")
         _library.impl(name, self._autograd_kernel, "Autograd")
         _library.impl(backward, self._backward_autograd_kernel, "Autograd")
         torch.library.register_fake(f"deformnet::{name}", self._fake, lib=_library)
@@ -208,13 +209,11 @@ class Operator:
     # -------------------------------------------------------------------------------- the kernels
 
     def _kernels(self, input: Tensor) -> Kernels:
-        if input.is_cuda:
-            reason = backends.why_unavailable("triton")
-        else:
-            reason = backends.CPU_UNAVAILABLE
+        on_gpu = input.device.type in DEVICE_TYPES
+        reason = backends.why_unavailable("triton") if on_gpu else backends.CPU_UNAVAILABLE
         if reason is not None:
             raise RuntimeError(reason)
-        return self.triton() if input.is_cuda else self.cpu
+        return self.triton() if on_gpu else self.cpu
 
     def _kernel(self, *arguments: Any) -> Tensor:
         tensors, settings = arguments[: self._count], self._settings(*arguments[self._count :])

@@ -30,6 +30,7 @@ segment is a run of channels within one group and one offset group.
 # pyright: reportAttributeAccessIssue=false
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -51,7 +52,8 @@ from deformnet.ops.deform_conv.triton_geometry import (
     positions_read,
     rows_of,
 )
-from deformnet.ops.triton import MOST_PROGRAMS, MOST_SECOND_PROGRAMS
+from deformnet.ops.deform_conv.triton_tiles import candidates
+from deformnet.ops.triton import MOST_PROGRAMS, MOST_SECOND_PROGRAMS, devices, tuning
 from deformnet.ops.triton.sampling import cell, corner, corners, mix
 from deformnet.ops.triton.sums import Sums, add, deterministic, largest_finite, scale_of
 
@@ -78,7 +80,7 @@ def _forward(
 
     For each tap and segment, positions are computed once for all channels; then TILE.channels
     columns at a time are sampled and multiplied, [rows, channels] x [channels, O]. weight is
-    [groups, K, C, O], contiguous: a product's right side is a dense block of it.
+    [groups, K, O, C], contiguous: a product's right side is a dense block of it, transposed.
     """
     tiles = tl.cdiv(sizes.group_out, TILE.out)
     program = tl.program_id(0)
@@ -110,12 +112,11 @@ def _forward(
                 if mask is not None:
                     value = value * factor[:, None]
                 value = tl.where(real_channel[None, :], value, 0)
-                row_of_weight = (group * sizes.taps + tap) * sizes.group_channels
-                row_of_weight += part * segments.length
+                row_of_weight = (group * sizes.taps + tap) * sizes.group_out + out
                 filters = tl.load(
                     weight
-                    + (row_of_weight + within_segment)[:, None] * sizes.group_out
-                    + out[None, :],
+                    + row_of_weight[None, :] * sizes.group_channels
+                    + (part * segments.length + within_segment)[:, None],
                     mask=real_channel[:, None] & real_out[None, :],
                     other=0,
                 )
@@ -336,28 +337,6 @@ def _backward_weight(
     )
 
 
-# By kernel and bytes of a number; smaller problems take smaller tiles. They fit into shared memory
-# on every card since compute capability 8.0. Those of float32 and bfloat16 were the fastest on an
-# H200, or nearly, of `python -m benchmarks.gpu --tiles --layers 1x512x38x63 8x128x28x28`; float32
-# and tf32 share theirs. The forward kernel samples anew for every tile of output channels, the
-# weight kernel for every tile and split: their tiles are as wide in O as registers allow.
-TILES = {
-    "forward": {
-        8: Tile(32, 32, 16, warps=4, stages=2),
-        4: Tile(64, 128, 32, warps=8, stages=2),
-        2: Tile(64, 256, 64, warps=8, stages=1),
-    },
-    "positions": {
-        8: Tile(32, 16, 16, warps=4, stages=2),
-        4: Tile(64, 32, 64, warps=8, stages=2),
-        2: Tile(64, 64, 64, warps=4, stages=2),
-    },
-    "weight": {
-        8: Tile(32, 32, 16, warps=4, stages=2),
-        4: Tile(32, 128, 32, warps=8, stages=2),
-        2: Tile(32, 256, 64, warps=8, stages=2),
-    },
-}
 # Numbers in a tile of the kernels in `triton_narrow`, and its maximum of channels; not measured.
 _NARROW_TILE, _NARROW_CHANNELS = 512, 64
 # Up to so many products of a group (input times output channels) sampling anew for each of them
@@ -404,6 +383,11 @@ class _Call(NamedTuple):
         sizes = self.sizes._replace(rows=maps.shape[0] * self.sizes.positions)
         return self._replace(maps=maps, offset=offset, mask=mask, sizes=sizes)
 
+    @property
+    def tf32(self) -> bool:
+        """Whether the matrix unit multiplies in tf32."""
+        return self.maps.dtype == torch.float32 and devices.uses_tf32(*devices.target())
+
     def launch(
         self, kernel: Any, grid: tuple[int, int], tile: Tile, output: Tensor, *arguments: Any
     ) -> None:
@@ -417,7 +401,7 @@ class _Call(NamedTuple):
                 wide=any(t.numel() >= _LEAST_WIDE for t in (self.maps, output, self.offset)),
                 narrow=self.narrow,
                 dtype=tl.float64 if dtype == torch.float64 else tl.float32,
-                precision=_precision(dtype),
+                precision="tf32" if self.tf32 else "ieee",
             ),
             TILE=tile,
             num_warps=tile.warps,
@@ -451,8 +435,9 @@ def deform_conv2d(
     call = _Call.of(input, offset, weight, mask, geometry)
     sizes, strides = call.sizes, _strides(output)
     bias = None if bias is None else bias.contiguous()
-    tensors = call.maps, call.offset, call.mask, _packed(call), bias, output
-    with torch.cuda.device_of(input):
+    packed = _packed(call) if call.narrow else _packed_by_output(call)
+    tensors = call.maps, call.offset, call.mask, packed, bias, output
+    with devices.on_device_of(input):
         if call.narrow:
             tile = _narrow_tile(sizes.offset_group_out)
             tiles = triton.cdiv(sizes.offset_group_out, tile.out) * triton.cdiv(
@@ -461,11 +446,14 @@ def deform_conv2d(
             grid = tiles, sizes.offset_groups
             call.launch(narrow.forward, grid, tile, output, *tensors, sizes, strides)
         else:
-            tile = _tile("forward", sizes, input.dtype)
-            tiles = triton.cdiv(sizes.rows, tile.rows) * triton.cdiv(sizes.group_out, tile.out)
-            grid = tiles, _groups(sizes)
             segments = _segments(sizes, sizes.group_channels)
-            call.launch(_forward, grid, tile, output, *tensors, sizes, segments, strides)
+
+            def run(tile: Tile) -> None:
+                tiles = triton.cdiv(sizes.rows, tile.rows) * triton.cdiv(sizes.group_out, tile.out)
+                grid = tiles, _groups(sizes)
+                call.launch(_forward, grid, tile, output, *tensors, sizes, segments, strides)
+
+            run(_tile("forward", call, run))
     return output
 
 
@@ -495,7 +483,7 @@ def deform_conv2d_backward(
         call = _Call.of(input, offset, weight, mask, geometry)
         # Read again for every tap, as [positions, channels]: one copy is cheaper.
         grad_output = grad_output.contiguous(memory_format=torch.channels_last)
-        with torch.cuda.device_of(input):
+        with devices.on_device_of(input):
             if needs_input or needs_positions:
                 _by_input_and_positions(call, grad_output, grad_input, grad_offset, grad_mask)
             if grad_weight is not None:
@@ -528,8 +516,8 @@ def _by_input_and_positions(
         largest = _largest_addend(call, grad_output) if deterministic() else None
         if largest is not None or dtype != call.maps.dtype:
             step = min(batch, max(1, _MOST_SUMS // (height * width * channels)))
-    for first in range(0, batch, step):
-        some = slice(first, min(first + step, batch))
+
+    def launch(some: slice, tile: Tile) -> Sums | None:
         sums = None
         if grad_input is not None:
             # Each position reads a pixel at most once under each tap.
@@ -538,12 +526,22 @@ def _by_input_and_positions(
             sums = Sums(shape, dtype, call.maps.device, largest, most)
         _launch_positions(
             call.images(some),
+            tile,
             grad_output[some],
             packed,
             None if grad_offset is None else grad_offset[some],
             None if grad_mask is None else grad_mask[some],
             sums,
         )
+        return sums
+
+    if call.narrow:
+        tile = _narrow_tile(call.sizes.offset_group_channels)
+    else:
+        tile = _tile("positions", call, lambda tile: launch(slice(0, step), tile))
+    for first in range(0, batch, step):
+        some = slice(first, min(first + step, batch))
+        sums = launch(some, tile)
         if grad_input is not None and sums is not None:
             grad_input[some].copy_(sums.result().permute(0, 3, 1, 2))
 
@@ -558,6 +556,7 @@ def _largest_addend(call: _Call, grad_output: Tensor) -> Tensor:
 
 def _launch_positions(
     call: _Call,
+    tile: Tile,
     grad_output: Tensor,
     packed: Tensor,
     grad_offset: Tensor | None,
@@ -566,9 +565,8 @@ def _launch_positions(
 ) -> None:
     sizes, in_offset_group = call.sizes, call.sizes.offset_group_channels
     if call.narrow:
-        tile, segments = _narrow_tile(in_offset_group), Segments(in_offset_group, 1)
+        segments = Segments(in_offset_group, 1)
     else:
-        tile = _tile("positions", sizes, call.maps.dtype)
         segments = _segments(sizes, in_offset_group)
     grid = triton.cdiv(sizes.rows, tile.rows) * sizes.taps, sizes.offset_groups
     call.launch(
@@ -580,13 +578,20 @@ def _launch_positions(
 
 def _by_weight(call: _Call, grad_output: Tensor) -> Tensor:
     """The gradient of the weight."""
+    if call.narrow:
+        tile = _narrow_tile(call.sizes.offset_group_out)
+    else:
+        tile = _tile("weight", call, lambda tile: _launch_weight(call, tile, grad_output))
+    return _unpacked(_launch_weight(call, tile, grad_output).sum(0), call)
+
+
+def _launch_weight(call: _Call, tile: Tile, grad_output: Tensor) -> Tensor:
+    """Parts of the gradient by the weight, [splits, numbers of the weight as `_packed`]."""
     sizes, segments = call.sizes, _segments(call.sizes, call.sizes.group_channels)
     if call.narrow:
-        tile = _narrow_tile(sizes.offset_group_out)
         programs = sizes.offset_groups * sizes.taps * sizes.group_channels
         programs *= triton.cdiv(sizes.offset_group_out, tile.out)
     else:
-        tile = _tile("weight", sizes, call.maps.dtype)
         programs = _groups(sizes) * sizes.taps * segments.number
         programs *= triton.cdiv(segments.length, tile.channels)
         programs *= triton.cdiv(sizes.group_out, tile.out)
@@ -595,7 +600,6 @@ def _by_weight(call: _Call, grad_output: Tensor) -> Tensor:
     splits = max(1, min(row_tiles, _PROGRAMS // programs, _MOST_PARTIAL // weights))
     tiles_of_split = triton.cdiv(row_tiles, splits)
     splits = triton.cdiv(row_tiles, tiles_of_split)
-    # Each part laid out as `_packed`.
     dtype = torch.promote_types(call.maps.dtype, torch.float32)
     partial = torch.empty((splits, weights), dtype=dtype, device=call.maps.device)
     tensors = grad_output, call.maps, call.offset, call.mask, partial
@@ -606,7 +610,7 @@ def _by_weight(call: _Call, grad_output: Tensor) -> Tensor:
     else:
         arguments = *tensors, sizes, segments, strides, _groups(sizes), tiles_of_split
         call.launch(_backward_weight, grid, tile, grad_output, *arguments)
-    return _unpacked(partial.sum(0), call)
+    return partial
 
 
 def _sizes(input: Tensor, offset: Tensor, weight: Tensor, geometry: Geometry) -> Sizes:
@@ -654,27 +658,38 @@ def _is_narrow(sizes: Sizes) -> bool:
 def _narrow_tile(columns: int) -> Tile:
     """The tile of a kernel in `triton_narrow`, whose columns are channels of one kind."""
     columns = min(_NARROW_CHANNELS, triton.next_power_of_2(columns))
-    return Tile(_NARROW_TILE // columns, columns, columns, warps=4, stages=2)
+    warps = devices.warps_of_32(4)
+    return Tile(_NARROW_TILE // columns, columns, columns, warps, stages=2)
 
 
-def _tile(kernel: str, sizes: Sizes, dtype: torch.dtype) -> Tile:
-    """A tile that fits the problem; tl.dot takes at least 16 of everything."""
+def _tile(kernel: str, call: _Call, run: Callable[[Tile], object]) -> Tile:
+    """The tile of a kernel: the fastest for problems like this one, or else the default."""
+    sizes, dtype = call.sizes, call.maps.dtype
+    if dtype.itemsize == 2:
+        precision = "half"
+    else:
+        precision = "tf32" if call.tf32 else str(dtype).removeprefix("torch.")
+    length = _segments(sizes, sizes.channels).length
+    # Maps of many sizes share the choice.
+    rows = triton.next_power_of_2(sizes.rows)
+    kind = devices.kind_of(*devices.target())
+    tiles = candidates(kind, kernel, precision, rows, sizes.group_out, length)
+    problem = f"{kernel} {precision} {rows}x{sizes.taps}x{length}x{sizes.group_out}"
+    return tuning.fastest(call.maps, problem, tiles, run)
 
-    def fitting(size: int, most: int) -> int:
-        return min(most, max(16, triton.next_power_of_2(size)))
 
-    most = TILES[kernel][dtype.itemsize]
-    return Tile(
-        fitting(sizes.rows, most.rows),
-        fitting(sizes.group_out, most.out),
-        fitting(_segments(sizes, sizes.channels).length, most.channels),
-        most.warps,
-        most.stages,
-    )
+def _packed_by_output(call: _Call) -> Tensor:
+    """The weight as the forward kernel reads it: [groups, K, O, C].
+
+    Both sides of a product then have neighbors in the order in which it sums, as the matrix unit
+    of NVIDIA's cards since 9.0 takes them in tf32; in another order they are loaded one by one.
+    """
+    weight = call.weight.flatten(2).unflatten(0, (_groups(call.sizes), -1))
+    return weight.permute(0, 3, 1, 2).contiguous()
 
 
 def _packed(call: _Call) -> Tensor:
-    """The weight as the kernels read it: [groups, K, C, O], or [K, C, all O] if narrow."""
+    """The weight as other kernels read it: [groups, K, C, O], or [K, C, all O] if narrow."""
     weight = call.weight.flatten(2)
     if call.narrow:
         return weight.permute(2, 1, 0).contiguous()
@@ -705,16 +720,3 @@ def _memory_format(input: Tensor) -> torch.memory_format:
     if input.is_contiguous() or not input.is_contiguous(memory_format=torch.channels_last):
         return torch.contiguous_format
     return torch.channels_last
-
-
-def _precision(dtype: torch.dtype) -> str:
-    """How float32 is multiplied: as PyTorch's own switch for convolutions says."""
-    tf32 = dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"
-    return "tf32" if tf32 and _has_tf32() else "ieee"
-
-
-def _has_tf32() -> bool:
-    """Whether Triton multiplies in tf32 on the current GPU: of AMD's only on gfx942."""
-    if torch.version.hip is None:
-        return True
-    return torch.cuda.get_device_properties().gcnArchName.startswith("gfx942")

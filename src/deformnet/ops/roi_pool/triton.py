@@ -45,7 +45,7 @@ from torch import Tensor
 from deformnet.ops._arguments import MOST, check_most, check_sides
 from deformnet.ops.roi_pool.checks import Rule
 from deformnet.ops.roi_pool.parts import of_bins, of_parts
-from deformnet.ops.triton import MOST_PROGRAMS, MOST_SECOND_PROGRAMS
+from deformnet.ops.triton import MOST_PROGRAMS, MOST_SECOND_PROGRAMS, devices
 from deformnet.ops.triton.sums import Sums, add, deterministic, largest_finite, scale_of
 
 # Numbers in a buffer for the sums of a gradient that is not summed in place.
@@ -441,6 +441,8 @@ def _backward(
         place = place * (sizes.ph * sizes.pw) + bins.bin
         gradient = tl.load(grad_output + place, mask=real & real_lane, other=0).to(OPTIONS.dtype)
         gradient = gradient / bins.number.to(OPTIONS.dtype)
+        # One answer for all channels of a bin, whose additions then are vectors.
+        special = tl.max((gradient - gradient != 0).to(tl.int32), axis=1, keep_dims=True) != 0
         slope_y = tl.zeros((BINS, CHANNELS), OPTIONS.dtype)
         slope_x = tl.zeros((BINS, CHANNELS), OPTIONS.dtype)
         moved_y, moved_x = none > 0, none > 0
@@ -473,21 +475,16 @@ def _backward(
                     slope_x += (v10 * along.low_slope + v11 * along.high_slope) * across.high
                 if target is not None:
                     to = (sums_origin + pixel) * sizes.channels + channel
-                    g00, g01 = (
-                        gradient * (across.low * along.low),
-                        gradient * (across.low * along.high),
-                    )
-                    g10, g11 = (
-                        gradient * (across.high * along.low),
-                        gradient * (across.high * along.high),
-                    )
-                    # Most bins of boxes on whole pixels have zeros here: no atomics for those.
-                    m00, m01 = m00 & (g00 != 0), m01 & (g01 != 0)
-                    m10, m11 = m10 & (g10 != 0), m11 & (g11 != 0)
-                    add(target, unit, to, g00, m00)
-                    add(target, unit, to + right_of, g01, m01)
-                    add(target, unit, to + below, g10, m10)
-                    add(target, unit, to + below + right_of, g11, m11)
+                    w00, w01 = across.low * along.low, across.low * along.high
+                    w10, w11 = across.high * along.low, across.high * along.high
+                    # Most bins of boxes on whole pixels have zeros here: no atomics for those,
+                    # unless these are to become NaN.
+                    m00, m01 = m00 & ((w00 != 0) | special), m01 & ((w01 != 0) | special)
+                    m10, m11 = m10 & ((w10 != 0) | special), m11 & ((w11 != 0) | special)
+                    add(target, unit, to, gradient * w00, m00)
+                    add(target, unit, to + right_of, gradient * w01, m01)
+                    add(target, unit, to + below, gradient * w10, m10)
+                    add(target, unit, to + below + right_of, gradient * w11, m11)
                 along = new_along
             across = new_across
         if grad_offset is not None:
@@ -559,7 +556,7 @@ class _Call(NamedTuple):
                 skips=_SKIPS,
             ),
             TILE=self.tile,
-            num_warps=self.tile.warps,
+            num_warps=devices.warps_of_32(self.tile.warps),
             enable_fp_fusion=False,
         )
 
@@ -575,7 +572,7 @@ def roi_pool(input: Tensor, boxes: Tensor, offset: Tensor | None, rule: Rule) ->
         return output
     call, maps = _Call.of(input, boxes, offset, rule), _maps(input, _planes(rule))
     channel_tiles = triton.cdiv(call.sizes.group_channels, call.tile.channels)
-    with torch.cuda.device_of(input):
+    with devices.on_device_of(input):
         arguments = maps, call.boxes, call.shifts, output
         call.launch(_forward, channel_tiles, (maps, output), *arguments)
     return output
@@ -604,7 +601,7 @@ def roi_pool_backward(
             grad_offset = torch.zeros_like(offset, memory_format=torch.contiguous_format)
         return grad_input, grad_offset
     grad_output = grad_output.contiguous()
-    with torch.cuda.device_of(input):
+    with devices.on_device_of(input):
         if needs_input:
             grad_input = _by_input_and_offset(call, grad_output, input, grad_shifts)
         else:

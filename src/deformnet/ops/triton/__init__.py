@@ -1,7 +1,7 @@
 """Code shared by the Triton kernels of all operators, and whether they can run.
 
 Importing this package does not import Triton, so `import deformnet` costs nothing on a machine
-without a GPU. `sampling` and `sums`, and each operator's own `triton.py`, do import it.
+without a GPU. Its modules, and each operator's own `triton.py`, do import it.
 """
 
 import functools
@@ -9,7 +9,10 @@ import importlib.util
 
 import torch
 
-# Older cards have no bfloat16 in hardware, and Triton does not support them.
+DEVICE_TYPES = ("cuda", "xpu")
+"""Types of PyTorch's devices that the kernels run on: NVIDIA's and AMD's GPUs, and Intel's."""
+
+# Older cards of NVIDIA's have no bfloat16 in hardware, and Triton does not support them.
 _MINIMUM_CAPABILITY = (8, 0)
 
 # Maximum number of programs in the first and second dimension of a grid.
@@ -22,9 +25,9 @@ def why_unavailable() -> str | None:
     """Returns the reason why the kernels cannot run on this machine, or None if they can."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() and not torch.xpu.is_available():
         return "there is no GPU that PyTorch can use"
-    if torch.version.hip is None:
+    if torch.cuda.is_available() and torch.version.hip is None:
         for index in range(torch.cuda.device_count()):
             capability = torch.cuda.get_device_capability(index)
             if capability < _MINIMUM_CAPABILITY:

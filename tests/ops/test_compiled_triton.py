@@ -1,0 +1,169 @@
+"""The Triton kernels as compiled for GPUs that this machine does not have: a static gate.
+
+What makes them fast is lost without a wrong number anywhere: a division that hides from the
+compiler what 16 divides makes loads and atomics scalar, a tile too large spills. With
+DEFORMNET_FUZZ every call, precision and target is compiled (three minutes), else a choice of them.
+"""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the package triton is not installed")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("kernels for the interpreter cannot be compiled", allow_module_level=True)
+
+import triton
+from benchmarks.compiled import (
+    CALLS,
+    TARGETS,
+    Code,
+    codes,
+    convolution,
+    kernels_of,
+    pooling,
+)
+
+from deformnet.ops.roi_pool.checks import Rule
+
+EVERY = [
+    (call, precision, target)
+    for call, (_, precisions) in CALLS.items()
+    for precision in precisions
+    for target in TARGETS
+]
+CHOICE = [
+    ("convolution", "float16", "sm_80"),
+    *(("convolution", "bfloat16", target) for target in ("sm_90", "gfx942", "gfx1100")),
+    *(("convolution", "tf32", target) for target in ("sm_90", "sm_100", "gfx90a")),
+    *(("depthwise", "bfloat16", target) for target in ("sm_90", "gfx942")),
+    ("RoI pooling", "bfloat16", "sm_90"),
+]
+# KB that a program may have; cards of compute capability 8.6, 8.9 and 12.0 take the kernels of 8.0.
+SHARED = {"sm_80": 99, "sm_90": 227, "sm_100": 227, "gfx90a": 64, "gfx942": 64, "gfx1100": 64}
+MATRIX = {
+    "sm_80": "mma.sync",
+    "sm_90": "wgmma.mma_async",
+    "sm_100": "tcgen05.mma",
+    "gfx90a": "v_mfma",
+    "gfx942": "v_mfma",
+    "gfx1100": "v_wmma",
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def own_cache(tmp_path_factory) -> Iterator[None]:
+    """Kernels compiled before are not compiled again."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton.knobs.cache, "dir", str(tmp_path_factory.mktemp("triton")))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def ptxas() -> None:
+    try:
+        triton.backends.nvidia.compiler.get_ptxas(80)
+    except RuntimeError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize(
+    ("call", "precision", "target"), EVERY if "DEFORMNET_FUZZ" in os.environ else CHOICE
+)
+def test_compiled_code_keeps_what_makes_it_fast(call, precision, target):
+    for kernel, code in codes(call, precision, target).items():
+        assert faults(call, kernel, precision, target, code) == [], (kernel, code)
+
+
+def faults(call: str, kernel: str, precision: str, target: str, code: Code) -> list[str]:
+    """What a kernel lacks."""
+    matrix, adds = call == "convolution", kernel in ("backward_positions", "backward")
+    # ptxas takes a few registers less than needed where that lets one more program run.
+    spill = 0 if matrix and precision != "float64" else 32
+    # Offsets, masks and boxes are read as single numbers.
+    most_narrow = 48 if call == "RoI pooling" else 40 if adds else 20
+    vector_atomics = target in ("sm_90", "sm_100") and precision != "float64"
+    no_atomics = target in ("gfx90a", "gfx1100")  # compiled to loops of compare-and-swap
+    kept = {
+        "no spills": code.spilled <= spill,
+        "registers": code.registers <= (240 if precision in ("bfloat16", "float16") else 256),
+        "shared memory": code.shared <= 1024 * SHARED[target],
+        "vector loads": code.wide_loads >= 4,
+        "no scalar loads": code.narrow_loads - code.loops <= most_narrow,
+        "matrix unit": code.matrix == unit(kernel, precision, target) if matrix else True,
+        "atomics": (code.wide_atomics + code.narrow_atomics + code.loops > 0) == adds,
+        "vector atomics": code.narrow_atomics == 0 or not vector_atomics,
+        "no loops": code.loops == 0 or no_atomics,
+    }
+    return [name for name, has in kept.items() if not has]
+
+
+def unit(kernel: str, precision: str, target: str) -> str:
+    """The matrix instruction of a kernel, or "": float32 without tf32 has one on CDNA alone."""
+    if target.startswith("gfx9"):
+        return MATRIX[target]
+    if precision == "float32" or (target == "gfx1100" and precision in ("tf32", "float64")):
+        return ""
+    # Of tf32 the weight kernel's operands lie the wrong way for the larger instructions.
+    if precision == "float64" or (precision == "tf32" and kernel == "backward_weight"):
+        return "mma.sync"
+    return MATRIX[target]
+
+
+def test_the_compiled_gate_can_fail():
+    good = Code(192, 0, 49152, 20, 22, 16, 0, 0, "wgmma.mma_async")
+    arguments = "convolution", "backward_positions", "bfloat16", "sm_90"
+    assert faults(*arguments, good) == []
+    for change, fault in [
+        ({"spilled": 8}, "no spills"),
+        ({"registers": 255}, "registers"),
+        ({"shared": 228 * 1024}, "shared memory"),
+        ({"wide_loads": 2, "narrow_loads": 73}, "vector loads"),
+        ({"narrow_loads": 73}, "no scalar loads"),
+        ({"matrix": ""}, "matrix unit"),
+        ({"wide_atomics": 0}, "atomics"),
+        ({"wide_atomics": 0, "narrow_atomics": 32}, "vector atomics"),
+        ({"loops": 16}, "no loops"),
+    ]:
+        assert fault in faults(*arguments, good._replace(**change))
+
+
+# A side of 47,000 has more than 2**31 pixels: indices and some sizes take 64 bits.
+@pytest.mark.parametrize(
+    ("groups", "precision", "target", "deterministic"),
+    [(1, "bfloat16", "sm_100", False), (16, "float64", "gfx942", True)],
+)
+def test_wide_indices_compile(groups, precision, target, deterministic):
+    launch = convolution(precision, groups=groups, channels=16, side=47_000, border="msra2017")
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        found = kernels_of(launch, target)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    others = {"_forward", "_backward_weight"} if groups == 1 else {"forward", "backward_weight"}
+    assert set(found) == {"_backward_positions", *others}
+
+
+@pytest.mark.parametrize(
+    ("precision", "target", "rule", "more"),
+    [
+        ("float32", "sm_90", Rule((7, 7), 0.5, 0.1, "bins", 4, False), {"channels": 64}),
+        ("bfloat16", "sm_80", Rule((7, 7), 0.5, 0.1, "aligned", 0, True), {"channels": 32}),
+        ("bfloat16", "sm_90", Rule((1, 1), 0.5, 0.1, "msra", 4, False), {"side": 47_000}),
+        ("float64", "gfx1100", Rule((1, 1), 0.5, 0.1, "aligned", 0, True), {"channels": 1}),
+    ],
+)
+def test_pooling_compiles_as_the_reference_computes(precision, target, rule, more):
+    torch.use_deterministic_algorithms(rule.position_sensitive)
+    try:
+        found = kernels_of(pooling(precision, rule=rule, **more), target)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert set(found) == {"_forward", "_backward"}
+    for kernel in found.values():
+        # Positions are those of the reference only where nothing is contracted.
+        assert "fma.rn.f64" not in kernel.asm.get("ptx", "")
+        # Triton 3.6 and 3.7 would make a constant of the length of a loop.
+        assert '"tt.reduce"(%cst' not in kernel.asm["ttgir"]
