@@ -26,6 +26,7 @@ from deformnet.engine.export import Facts, write_export
 from deformnet.engine.runs import TrainedRun, machine
 from deformnet.engine.settings import WholeOptions
 from deformnet.engine.whole import export_whole
+from deformnet.models.detection.detector import Detections
 from deformnet.ops import deform_conv2d
 from deformnet.paper.timing import Timing, compare
 from deformnet.recipes import (
@@ -222,19 +223,20 @@ def network_row(name: str, run: Path, images: Sequence[Path], rounds: int) -> Ro
     return Row(name, difference(onnx, pytorch, images), size, times)
 
 
-def _of_boxes(onnx: Predictor, pytorch: Predictor, images: Sequence[Path]) -> str:
-    """The largest distance of a box from the nearest one of the same class, in pixels.
+def distances(found: Detections, expected: Detections) -> Tensor:
+    """Distance of each box of both from the nearest one of the same class in the other, in pixels.
 
     Scores that are equal up to rounding may change the order, and which of two boxes suppresses the
-    other. Boxes of which nothing is left within a pixel are counted instead.
+    other.
     """
-    distances = []
-    for image in images:
-        found, expected = onnx(image), pytorch(image)
-        apart = (found.boxes[:, None] - expected.boxes).abs().amax(dim=2)
-        apart[found.labels[:, None] != expected.labels] = torch.inf
-        distances += [apart.amin(dim=0), apart.amin(dim=1)]
-    nearest = torch.cat(distances)
+    apart = (found.boxes[:, None] - expected.boxes).abs().amax(dim=2)
+    apart[found.labels[:, None] != expected.labels] = torch.inf
+    return torch.cat([apart.amin(dim=0), apart.amin(dim=1)])
+
+
+def _of_boxes(onnx: Predictor, pytorch: Predictor, images: Sequence[Path]) -> str:
+    """The largest of the `distances`; boxes without another one within a pixel are counted."""
+    nearest = torch.cat([distances(onnx(image), pytorch(image)) for image in images])
     near = nearest < 1
     others = "" if near.all() else f", without {(~near).sum()} of {len(near)} boxes"
     return f"{nearest[near].max():.0e} px{others}"
