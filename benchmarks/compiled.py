@@ -1,8 +1,8 @@
-"""What the Triton kernels compile to, for GPUs that this machine does not have.
+"""Static analysis of the Triton kernels, compiled for GPUs that this machine does not have.
 
-`kernels_of` compiles the kernels of a call on meta tensors as Triton would on a GPU of the target,
-and runs nothing. `Code` is what can be read from the machine code: registers, spills, how wide
-loads and atomics are, and whether the matrix unit is used.
+`kernels_of` compiles the kernels of a call on meta tensors as Triton would on the target GPU, and
+runs nothing. `Code` summarizes the machine code: registers, spills, the width of loads and atomics,
+and whether the matrix unit is used.
 """
 
 import re
@@ -44,7 +44,7 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-"""By precision: of the tensors other than positions."""
+"""By precision: the dtype of all tensors other than positions."""
 
 # PTX and AMD's assembly: the instruction at the start of a line, after a predicate.
 _LOAD = re.compile(
@@ -116,7 +116,7 @@ CALLS = {
     "depthwise": (depthwise, ("float32", "bfloat16")),
     "RoI pooling": (pooling, ("float32", "bfloat16")),
 }
-"""The calls of the complete table, and their precisions."""
+"""The calls in the full table, and their precisions."""
 
 
 def _meta(*size: int, dtype: torch.dtype) -> Tensor:
@@ -126,21 +126,21 @@ def _meta(*size: int, dtype: torch.dtype) -> Tensor:
 class Code(NamedTuple):
     """A compiled kernel."""
 
-    registers: int  # of a thread
-    spilled: int  # bytes of a thread that do not fit into registers
-    shared: int  # bytes of a program
+    registers: int  # per thread
+    spilled: int  # bytes per thread that do not fit into registers
+    shared: int  # bytes per program
     wide_loads: int  # of 8 bytes or more
     narrow_loads: int
-    wide_atomics: int  # of two numbers or more
+    wide_atomics: int  # of two values or more
     narrow_atomics: int
-    loops: int  # atomics that the card lacks, as loops of compare-and-swap
+    loops: int  # atomics that the GPU lacks, as compare-and-swap loops
     matrix: str  # instruction of the matrix unit, or ""
 
 
 def kernels_of(launch: Callable[[], object], target: str, *, tf32: bool = False) -> dict[str, Any]:
-    """The kernels that a function launches, by name, as Triton has compiled them.
+    """The compiled Triton kernels that a function launches, by name.
 
-    Its tensors may be on the meta device, and so of any size.
+    Its tensors may be on the meta device, and thus of any size.
     """
     found = {}
     run = JITFunction.run
@@ -148,7 +148,7 @@ def kernels_of(launch: Callable[[], object], target: str, *, tf32: bool = False)
     def compile_only(self: Any, *arguments: Any, warmup: bool, **options: Any) -> None:
         found[self.fn.__name__] = run(self, *arguments, warmup=True, **options)
 
-    # By the older name for it: see the operators' tests.
+    # By the setting's older name; see the operators' tests.
     allowed = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = tf32
     try:
@@ -170,7 +170,7 @@ def codes(call: str, precision: str, target: str) -> dict[str, Code]:
 def _as_if_on(target: GPUTarget) -> Iterator[None]:
     pretended = SimpleNamespace(
         get_current_target=lambda: target,
-        # Triton keeps the kernels of each device: a name that no other has.
+        # Triton caches kernels by device, so this name has to be unique.
         get_current_device=lambda: str(target),
         get_current_stream=lambda device: 0,
     )
@@ -179,7 +179,7 @@ def _as_if_on(target: GPUTarget) -> Iterator[None]:
 
 
 def code_of(kernel: Any) -> Code:
-    """Read a kernel that Triton has compiled."""
+    """Analyzes a compiled Triton kernel."""
     shared = kernel.metadata.shared
     if "ptx" in kernel.asm:
         text = kernel.asm["ptx"]
@@ -211,7 +211,7 @@ def code_of(kernel: Any) -> Code:
 
 
 def table() -> Iterator[str]:
-    """Lines of a table in Markdown: every call, kernel, precision and target."""
+    """Lines of a Markdown table of every call, kernel, precision and target."""
     yield (
         "| call | kernel | precision | target | registers | spilled bytes | shared bytes "
         "| loads: wide + narrow | atomics: wide + narrow + loops | matrix unit |"
@@ -245,7 +245,7 @@ def _load_bytes(match: re.Match[str]) -> int:
 
 
 def _cubin_numbers(cubin: bytes) -> tuple[int, int]:
-    """Registers and bytes of stack of a thread, by the tool that comes with Triton."""
+    """Registers and stack bytes per thread, according to the tool that comes with Triton."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)

@@ -3,9 +3,9 @@
     python -m benchmarks.drop_ins [--rounds 9] [--json FILE]
 
 The networks call torchvision's operator; see `benchmarks/published_networks.py`. First, outputs and
-the gradients of all inputs and parameters are compared in float64, on tiny networks. Then steps
-(forward, backward and SGD, float32, two images, one thread) with and without the acceleration take
-turns. Prints a table in Markdown.
+the gradients of all inputs and parameters are compared in float64, on tiny networks. Then training
+steps (forward, backward and SGD, float32, two images, one thread) are timed, alternating between
+with and without acceleration. Prints a Markdown table.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from deformnet.compat import accelerate_torchvision
 from deformnet.engine.runs import machine, versions
 from deformnet.paper.timing import compare
 
-_LR = 1e-9  # so small that the steps do not change the times
+_LR = 1e-9  # so small that training does not affect the times
 
 
 def difference(name: str) -> float:
@@ -48,7 +48,7 @@ def _values(name: str) -> list[Tensor]:
 
 
 def training_step(name: str) -> Callable[[], None]:
-    """A training step of a network at its real size, on torchvision's operator."""
+    """A training step of a network at full size, with torchvision's operator."""
     tested = published(name, small=False)
     optimizer = torch.optim.SGD(tested.network.parameters(), _LR)
 

@@ -1,13 +1,13 @@
-"""Layers and whole networks as ONNX files in onnxruntime, against PyTorch.
+"""Layers and whole networks, exported to ONNX and run by onnxruntime, compared with PyTorch.
 
     python -m benchmarks.exports IMAGES [RUN ...] [--rounds 7] [--no-layers]
 
-Layers and networks have random weights, and dynamic batch, height and width (detectors take one
-image at a time); RUNs are trained networks. Inputs of the comparison have other sizes than at
-export: random tensors for layers and networks that return logits, and the first twenty images of
-the folder IMAGES for detectors. Differences are relative to the largest output, or in pixels of the
-image for boxes. Times are of one thread, side by side; networks include resizing the image. Prints
-tables in Markdown.
+Layers and networks have random weights and dynamic batch size, height and width (detectors take one
+image at a time); RUNs are trained networks. They are compared on input sizes other than those at
+export: on random tensors for layers and networks that return logits, and on the first twenty images
+in the folder IMAGES for detectors. Differences are relative to the largest output or, for boxes, in
+pixels of the image. Times are measured on one thread, in alternation; those of networks include
+resizing the image. Prints a Markdown table.
 """
 
 import argparse
@@ -44,7 +44,7 @@ from deformnet.tasks.predictor import Predictor
 CHANNELS = 32
 IMAGES = 20
 _MAPS = {0: "batch", 2: "height", 3: "width"}
-# Of initial networks all scores are nearly equal, and all offsets zero.
+# At initialization, all scores are nearly equal and all offsets are zero.
 _SCALES = {
     "offset": 0.02,
     "rpn.classifier": 0.1,
@@ -58,7 +58,7 @@ _SCALES = {
 
 
 def random_run(recipe: Recipe, classes: Sequence[str]) -> TrainedRun:
-    """A network with random weights that differ from its initial ones, as a trained run."""
+    """A network with random weights other than its initialization, as a trained run."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = recipe.build_model(len(classes)).eval()
@@ -174,7 +174,7 @@ def _inputs(batch: int, size: int, dtype: torch.dtype, boxes: bool) -> tuple[Ten
 
 
 def _in_onnxruntime(content: bytes) -> Callable[..., Tensor]:
-    import onnxruntime  # not at the top: tests that do without it import this module
+    import onnxruntime  # not at the top, since tests without it import this module
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
@@ -193,7 +193,7 @@ def _relative(found: Tensor, expected: Tensor) -> float:
 
 
 def networks() -> dict[str, TrainedRun]:
-    """Networks with random weights on ResNet-18, for images of 320 pixels and 20 classes."""
+    """ResNet-18 networks with random weights, for a shorter side of 320 pixels and 20 classes."""
     small: dict[str, Any] = {"init": None, "backbone": "resnet18"}
     sizes = {"short_side": 320, "max_side": 512}
     recipes: dict[str, Recipe] = {
@@ -210,7 +210,7 @@ def networks() -> dict[str, TrainedRun]:
 
 @torch.no_grad()
 def network_row(name: str, run: Path, images: Sequence[Path], rounds: int) -> Row:
-    """Exports a run, and compares its predictors."""
+    """Exports a run, and compares the exported predictor with that of the run."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "network.onnx"
         export_whole(run, file, WholeOptions())
@@ -224,10 +224,10 @@ def network_row(name: str, run: Path, images: Sequence[Path], rounds: int) -> Ro
 
 
 def distances(found: Detections, expected: Detections) -> Tensor:
-    """Distance of each box of both from the nearest one of the same class in the other, in pixels.
+    """Distance in pixels from each box to the nearest box of the same class in the other set.
 
-    Scores that are equal up to rounding may change the order, and which of two boxes suppresses the
-    other.
+    Boxes are not compared in order: if scores are equal up to rounding, their order may change, and
+    so may the one of two boxes that suppresses the other.
     """
     apart = (found.boxes[:, None] - expected.boxes).abs().amax(dim=2)
     apart[found.labels[:, None] != expected.labels] = torch.inf
@@ -235,10 +235,10 @@ def distances(found: Detections, expected: Detections) -> Tensor:
 
 
 def _of_boxes(onnx: Predictor, pytorch: Predictor, images: Sequence[Path]) -> str:
-    """The largest of the `distances`; boxes without another one within a pixel are counted."""
+    """The largest of the `distances`, excluding boxes farther than a pixel, which are counted."""
     nearest = torch.cat([distances(onnx(image), pytorch(image)) for image in images])
     near = nearest < 1
-    others = "" if near.all() else f", without {(~near).sum()} of {len(near)} boxes"
+    others = "" if near.all() else f", excluding {(~near).sum()} of {len(near)} boxes"
     return f"{nearest[near].max():.0e} px{others}"
 
 

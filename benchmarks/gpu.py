@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu [--rounds 50] [--layers 1x64x56x56 ...] [--json FILE] [--tiles]
     python -m benchmarks.gpu --static    # what the kernels compile to; needs no GPU; minutes
-    python -m benchmarks.gpu --model     # a model of their time on three cards; needs no GPU
+    python -m benchmarks.gpu --model     # a performance model for three GPUs; needs no GPU
 
 3x3 kernels, as many output as input channels, offsets as float32 inputs. Times are GPU times
 between two events; a kernel that waits hides the launch overhead of Python. The L2 cache is either
@@ -12,12 +12,12 @@ Outputs and gradients are first checked against float64; wrong implementations a
 The floor is the minimum time of the card, for the products or for moving each tensor once. The
 fraction of the floor is this time over the measured time, printed for cards with known rates.
 
-deformnet chooses its tiles as it does everywhere, by timing a few at the first call of a kind;
-DEFORMNET_AUTOTUNE=0 times the defaults. All processors compile the kernels first.
+deformnet autotunes its tiles as usual; with DEFORMNET_AUTOTUNE=0, the default tiles are timed. The
+kernels are first compiled on all CPU cores.
 
 --tiles only times deformnet's kernels, in many tile configurations, to find the best ones for
-`deformnet.ops.deform_conv.triton_tiles.TILES`. All processors compile them first: on 16 cores, two
-minutes for three layers.
+`deformnet.ops.deform_conv.triton_tiles.TILES`. They are first compiled on all CPU cores: on 16
+cores, this takes two minutes for three layers.
 """
 
 import argparse
@@ -64,7 +64,7 @@ CACHES = ("cold L2", "warm L2")
 # Maximum error, relative to the largest number in each tensor.
 PRECISIONS = {"float32": 1e-4, "tf32": 5e-3, "bfloat16": 2e-2}
 WARM_UP = 5
-# Of the tiles that deformnet chooses from by timing.
+# Maximum number of tiles that autotuning chooses from.
 _MOST_CANDIDATES = 3
 # Longer than the launch overhead of a forward and a backward pass; about two milliseconds.
 WAIT_CYCLES = 4_000_000
@@ -259,7 +259,7 @@ def _processes() -> ProcessPoolExecutor:
 
 
 def _compile_layer(shape: Shape, precision: str, number: int) -> None:
-    """Compile the kernels with the candidate of this number, or the last one, timing none."""
+    """Compile the kernels with the candidate of this index, or the last one, without timing."""
     from deformnet.ops.deform_conv import triton_tiles
 
     one = {
@@ -429,12 +429,12 @@ class _Job:
 
 
 def _kept(precision: str) -> str:
-    """The precision by its name in the table of tiles."""
+    """The name of the precision in the table of tiles."""
     return "half" if precision == "bfloat16" else precision
 
 
 def _tiles() -> "triton_tiles.Table":
-    """The table of this card."""
+    """The table of tiles for this GPU."""
     from deformnet.ops.deform_conv import triton_tiles
     from deformnet.ops.triton import devices
 
@@ -544,8 +544,8 @@ def main() -> None:
     names = [str(shape) for shape in LAYERS]
     parser.add_argument("--layers", nargs="+", choices=names, default=names)
     parser.add_argument("--tiles", action="store_true", help="only time tile configurations")
-    parser.add_argument("--static", action="store_true", help="only compile the kernels")
-    parser.add_argument("--model", action="store_true", help="only print the model of their time")
+    parser.add_argument("--static", action="store_true", help="only analyze the compiled kernels")
+    parser.add_argument("--model", action="store_true", help="only print the performance model")
     parser.add_argument("--json", type=Path, help="file for all results")
     options = parser.parse_args()
     if options.static or options.model:

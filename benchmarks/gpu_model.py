@@ -1,10 +1,11 @@
-"""A model of the time of each kernel of deformable convolution on three cards.
+"""A performance model of the deformable convolution kernels on three GPUs.
 
-For one layer and tile: the products, with what tiles are padded by; bytes that programs read from
-L2 and add to it, if no two find anything of each other's in L1; every tensor once from memory; and
-the arithmetic of bilinear interpolation. Each takes its amount over the card's rate; the kernel
-takes as long as the longest, over the share of processors that have a program. Latencies, launches
-and what does not overlap are left out, so that kernels are slower than this.
+For one layer and tile, the model counts matrix multiplication, including the padding of tiles;
+bytes that programs read from L2 and add to it, if no program finds another's data in L1; moving
+every tensor from or to memory once; and the arithmetic of bilinear interpolation. Each takes its
+amount divided by the GPU's rate; the kernel takes as long as the slowest of them, divided by the
+fraction of multiprocessors that have a program. Latency, launch overhead and imperfect overlap are
+ignored, so real kernels are slower.
 """
 
 import math
@@ -19,18 +20,18 @@ from deformnet.ops.triton.devices import Kind
 
 @dataclass(frozen=True)
 class Card:
-    """Rates of a card, per second."""
+    """Peak rates of a GPU, per second."""
 
     kind: Kind
     processors: int
-    flops: dict[str, float]  # of the matrix unit; float32 is of the vector unit
+    flops: dict[str, float]  # of the matrix unit; for float32, of the vector unit
     bytes: float  # of memory
     l2_bytes: float
 
 
-# Data sheets, without sparsity. L2: 5120 bytes a clock at 1.41 GHz on an A100, 128 bytes a clock in
-# each of 8x16 channels at 2.1 GHz on an MI300X, by their makers' white papers, at most; NVIDIA
-# gives none for an H200, for which 5.5 TB/s is an assumption.
+# From data sheets, without sparsity. Peak L2 rates are from the vendors' white papers: 5120 bytes
+# per clock at 1.41 GHz on the A100, and 128 bytes per clock in each of 8x16 channels at 2.1 GHz on
+# the MI300X. NVIDIA publishes none for the H200, so 5.5 TB/s is an assumption.
 CARDS = {
     "H200": Card(
         Kind.HOPPER, 132, {"bfloat16": 989e12, "tf32": 494e12, "float32": 67e12}, 4.8e12, 5.5e12
@@ -43,7 +44,7 @@ CARDS = {
     ),
 }
 KERNELS = "forward", "positions", "weight"
-# Microseconds on an H200, by the one run on a GPU (see docs/benchmarks.md), of earlier tiles.
+# Microseconds on an H200 with earlier tiles, in the only run on a GPU (see docs/benchmarks.md).
 MEASURED = {
     ("forward", "bfloat16", "1x512x38x63"): 126,
     ("positions", "bfloat16", "1x512x38x63"): 157,
@@ -59,21 +60,21 @@ MEASURED = {
     ("weight", "tf32", "8x128x28x28"): 59,
 }
 _TAPS = 9
-# Of a multiprocessor with tiles of 8 warps: registers allow no more.
+# Per multiprocessor, for tiles of 8 warps: registers allow no more.
 _PROGRAMS_OF_8_WARPS = 1
-# Of bilinear interpolation for each channel of a sample; of its derivatives and what goes back.
+# Of bilinear interpolation for each channel of a sample, and of its backward pass.
 _FORWARD_OPERATIONS, _BACKWARD_OPERATIONS = 12, 30
 
 
 @dataclass(frozen=True)
 class Work:
-    """What one launch does."""
+    """The work of one launch."""
 
     programs: int
     flops: float
     operations: float  # of the vector unit
     l2_bytes: float  # without atomics
-    atomics: float  # numbers added
+    atomics: float  # values added
     memory_bytes: float
 
 
@@ -85,7 +86,7 @@ def tile_of(kernel: str, shape: Shape, precision: str, card: Card) -> Tile:
 
 
 def work_of(kernel: str, shape: Shape, precision: str, tile: Tile) -> Work:
-    """What a kernel does for a layer, as its grid and loops say."""
+    """The work of a kernel for a layer, derived from its grid and loops."""
     size = 2 if precision == "bfloat16" else 4
     rows, channels, groups = shape.positions, shape.channels, shape.offset_groups
     segment = channels // groups
@@ -113,7 +114,7 @@ def work_of(kernel: str, shape: Shape, precision: str, tile: Tile) -> Work:
             programs=row_tiles * _TAPS * groups,
             flops=flops,
             operations=_BACKWARD_OPERATIONS * samples,
-            # grad_output again for each tile of channels, the weight for each tile of rows.
+            # grad_output is read for each tile of channels, the weight for each tile of rows.
             l2_bytes=corner_bytes
             + 2 * offset_bytes
             + rows * _TAPS * groups * channel_tiles * channels * size
@@ -140,7 +141,7 @@ def seconds_of(work: Work, precision: str, tile: Tile, card: Card) -> tuple[floa
     shares = {
         "products": work.flops / card.flops[precision],
         "sampling": work.operations / card.flops["float32"],
-        # Adding a number reads and writes it.
+        # An atomic addition reads and writes its value.
         "L2": (work.l2_bytes + 8 * work.atomics) / card.l2_bytes,
     }
     at_once = card.processors * max(1, _PROGRAMS_OF_8_WARPS * 8 // tile.warps)
@@ -152,15 +153,15 @@ def seconds_of(work: Work, precision: str, tile: Tile, card: Card) -> tuple[floa
 
 
 def floor_of(kernel: str, shape: Shape, precision: str, card: Card) -> float:
-    """The products alone, or every tensor once from memory."""
+    """The minimum time: matrix multiplication alone, or moving each tensor once."""
     work = work_of(kernel, shape, precision, tile_of(kernel, shape, precision, card))
     return max(shape.forward_flops / card.flops[precision], work.memory_bytes / card.bytes)
 
 
 def table(shapes: Sequence[Shape], precisions: Sequence[str]) -> Iterator[str]:
-    """Lines of a table in Markdown."""
+    """Lines of a Markdown table."""
     yield (
-        "| card | layer | precision | kernel | tile | L2 MB | atomics, M | memory MB | model, us "
+        "| GPU | layer | precision | kernel | tile | L2 MB | atomics, M | memory MB | model, us "
         "| bound by | floor, us | H200 in one run, us |"
     )
     yield "|---" * 12 + "|"

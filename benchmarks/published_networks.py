@@ -1,7 +1,7 @@
-"""Networks of other code bases that call torchvision's deformable convolution.
+"""Published networks that call torchvision's deformable convolution.
 
-Each is written from its paper, with the channels, the order of the operations and the call of the
-operator of the code base that is named. None of them mentions deformnet.
+Each is reimplemented from its paper, with the channel counts, the order of operations and the
+operator call of the code base that it names. None of them uses deformnet.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ from torchvision.ops import Conv2dNormActivation, DeformConv2d, deform_conv2d
 class PCDAlignment(nn.Module):
     """Pyramid, cascading and deformable alignment of EDVR (Wang et al. 2019), as in BasicSR.
 
-    Aligns the features of a neighboring frame with those of the reference frame on three levels,
+    Aligns the features of a neighboring frame with those of the reference frame at three levels,
     from coarse to fine.
     """
 
@@ -63,7 +63,7 @@ class PCDAlignment(nn.Module):
 
 
 class _OffsetsFromFeatures(nn.Module):
-    """BasicSR's DCNv2Pack: modulated, with the offsets from other features."""
+    """BasicSR's DCNv2Pack: modulated, with offsets predicted from other features."""
 
     def __init__(self, channels: int, offset_groups: int) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class SecondOrderAlignment(nn.Module):
     """Flow-guided deformable alignment of BasicVSR++ (Chan et al. 2022), as in mmagic.
 
     Aligns the features of the last two frames with the current one: offsets are the optical flow
-    plus a bounded residue.
+    plus a bounded residual.
     """
 
     max_residue = 10
@@ -125,7 +125,7 @@ class DLAHead(nn.Module):
     """Upsampling of DLA-34 (Yu et al. 2018) with deformable convolutions, and heads of CenterNet.
 
     Aggregates maps of strides 4, 8, 16 and 32, iteratively and hierarchically, to stride 4, and
-    predicts a heat map, sizes and offsets of objects (Zhou et al. 2019).
+    predicts a heatmap, object sizes and center offsets (Zhou et al. 2019).
     """
 
     def __init__(self, channels: int, num_classes: int = 80, head_channels: int = 256) -> None:
@@ -154,7 +154,7 @@ class DLAHead(nn.Module):
 
 
 class _Aggregation(nn.Module):
-    """Iterative deep aggregation: maps are projected, enlarged, and merged with the one before."""
+    """Iterative deep aggregation: each map is projected, upsampled, merged with the one before."""
 
     def __init__(self, channels: int, inputs: Sequence[int], factors: Sequence[int]) -> None:
         super().__init__()
@@ -269,7 +269,7 @@ class Published(NamedTuple):
 
 
 _Sizes = list[tuple[int, int]]
-"""Channels, and height and width, of each input."""
+"""Channels and side length of each input."""
 
 
 def _edvr(small: bool) -> tuple[nn.Module, _Sizes]:
@@ -309,11 +309,11 @@ NETWORKS: dict[str, Callable[[bool], tuple[nn.Module, _Sizes]]] = {
 
 
 def published(name: str, *, small: bool) -> Published:
-    """A network of `NETWORKS`, with the same random numbers in every call.
+    """A network of `NETWORKS`, with the same random values in every call.
 
     Args:
         name: Key of `NETWORKS`.
-        small: Whether it is tiny and in float64, or has the code base's channels and is in float32.
+        small: If True, a tiny network in float64; if False, the code base's channels in float32.
     """
     torch.manual_seed(0)
     network, sizes = NETWORKS[name](small)

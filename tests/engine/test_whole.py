@@ -122,7 +122,7 @@ def test_a_detector_as_pt2_of_one_size(folder, tmp_path):
         deformnet.load(out, device="cuda")
 
 
-# A minute each; the others with DEFORMNET_FUZZ.
+# A minute each; the others only with DEFORMNET_FUZZ.
 @pytest.mark.parametrize("name", DETECTORS if "DEFORMNET_FUZZ" in os.environ else DETECTORS[::2])
 def test_detectors_as_onnx_on_real_images(name, folder, tmp_path, real_data):
     weights, out = weights_of(name, folder), tmp_path / "net.onnx"
@@ -131,11 +131,11 @@ def test_detectors_as_onnx_on_real_images(name, folder, tmp_path, real_data):
     images = sorted((real_data / "coco_tiny").rglob("*.jpg"))[:20]
     assert len(images) == 20
     apart = torch.cat([distances(predictor(image), expected(image)) for image in images])
-    # 1e-3 pixels of the network's input, which has a fifth of the image's size.
+    # 1e-3 pixels of the network's input, which is a fifth of the image's size.
     assert (apart < 5e-3).float().mean() > 0.999
 
 
-@pytest.mark.usefixtures("real_data")  # takes long
+@pytest.mark.usefixtures("real_data")  # slow
 def test_classifier_as_pt2(folder, tmp_path, capsys):
     weights, out = weights_of("classifier", folder), tmp_path / "net.pt2"
     main(["export", str(weights), str(out), "--standard"])
@@ -159,7 +159,7 @@ def test_deeplab_as_pt2_without_its_upsampling(folder, tmp_path, capsys):
     assert logits.shape == (3, len(CLASSES), 4, 5)
 
 
-@pytest.mark.usefixtures("real_data")  # takes long
+@pytest.mark.usefixtures("real_data")  # slow
 def test_deeplab_as_onnx_without_its_upsampling(folder, tmp_path, capsys):
     runtime = pytest.importorskip("onnxruntime")
     weights, out = weights_of("deeplab", folder), tmp_path / "net.onnx"

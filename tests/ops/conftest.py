@@ -15,7 +15,7 @@ from on_triton import put_triton_behind_cpu
 from deformnet.ops import backends, cpu
 from deformnet.ops.cpu import loading
 
-# On a GPU each of the many small calls here would time its tiles.
+# On a GPU, each of the many small calls in these tests would be autotuned.
 os.environ.setdefault("DEFORMNET_AUTOTUNE", "0")
 
 # `make sanitize` tests another build of the kernels.

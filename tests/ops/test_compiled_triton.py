@@ -1,8 +1,8 @@
-"""The Triton kernels as compiled for GPUs that this machine does not have: a static gate.
+"""Static checks of the Triton kernels, compiled for GPUs that this machine does not have.
 
-What makes them fast is lost without a wrong number anywhere: a division that hides from the
-compiler what 16 divides makes loads and atomics scalar, a tile too large spills. With
-DEFORMNET_FUZZ every call, precision and target is compiled (three minutes), else a choice of them.
+Kernels can become slow without giving wrong results: a division that hides divisibility by 16 from
+the compiler makes loads and atomics scalar, and a tile that is too large spills registers. With
+DEFORMNET_FUZZ, every call, precision and target is compiled (three minutes); otherwise, only some.
 """
 
 import os
@@ -41,7 +41,7 @@ CHOICE = [
     *(("depthwise", "bfloat16", target) for target in ("sm_90", "gfx942")),
     ("RoI pooling", "bfloat16", "sm_90"),
 ]
-# KB that a program may have; cards of compute capability 8.6, 8.9 and 12.0 take the kernels of 8.0.
+# KB of a program; GPUs of compute capability 8.6, 8.9 and 12.0 use the kernels of 8.0.
 SHARED = {"sm_80": 99, "sm_90": 227, "sm_100": 227, "gfx90a": 64, "gfx942": 64, "gfx1100": 64}
 MATRIX = {
     "sm_80": "mma.sync",
@@ -55,7 +55,7 @@ MATRIX = {
 
 @pytest.fixture(autouse=True, scope="module")
 def own_cache(tmp_path_factory) -> Iterator[None]:
-    """Kernels compiled before are not compiled again."""
+    """An empty cache, because Triton does not recompile cached kernels."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton.knobs.cache, "dir", str(tmp_path_factory.mktemp("triton")))
         yield
@@ -78,14 +78,14 @@ def test_compiled_code_keeps_what_makes_it_fast(call, precision, target):
 
 
 def faults(call: str, kernel: str, precision: str, target: str, code: Code) -> list[str]:
-    """What a kernel lacks."""
+    """The checks that a kernel fails."""
     matrix, adds = call == "convolution", kernel in ("backward_positions", "backward")
-    # ptxas takes a few registers less than needed where that lets one more program run.
+    # ptxas accepts a few spills where they let one more program run.
     spill = 0 if matrix and precision != "float64" else 32
-    # Offsets, masks and boxes are read as single numbers.
+    # Offsets, masks and boxes are read as scalars.
     most_narrow = 48 if call == "RoI pooling" else 40 if adds else 20
     vector_atomics = target in ("sm_90", "sm_100") and precision != "float64"
-    no_atomics = target in ("gfx90a", "gfx1100")  # compiled to loops of compare-and-swap
+    no_atomics = target in ("gfx90a", "gfx1100")  # compiled to compare-and-swap loops
     kept = {
         "no spills": code.spilled <= spill,
         "registers": code.registers <= (240 if precision in ("bfloat16", "float16") else 256),
@@ -101,12 +101,12 @@ def faults(call: str, kernel: str, precision: str, target: str, code: Code) -> l
 
 
 def unit(kernel: str, precision: str, target: str) -> str:
-    """The matrix instruction of a kernel, or "": float32 without tf32 has one on CDNA alone."""
+    """The matrix instruction of a kernel, or "": float32 without tf32 has one only on CDNA."""
     if target.startswith("gfx9"):
         return MATRIX[target]
     if precision == "float32" or (target == "gfx1100" and precision in ("tf32", "float64")):
         return ""
-    # Of tf32 the weight kernel's operands lie the wrong way for the larger instructions.
+    # In tf32, the layout of the weight kernel's operands rules out the larger instructions.
     if precision == "float64" or (precision == "tf32" and kernel == "backward_weight"):
         return "mma.sync"
     return MATRIX[target]
@@ -163,7 +163,7 @@ def test_pooling_compiles_as_the_reference_computes(precision, target, rule, mor
         torch.use_deterministic_algorithms(False)
     assert set(found) == {"_forward", "_backward"}
     for kernel in found.values():
-        # Positions are those of the reference only where nothing is contracted.
+        # Positions match the reference only if no multiply-adds are fused.
         assert "fma.rn.f64" not in kernel.asm.get("ptx", "")
-        # Triton 3.6 and 3.7 would make a constant of the length of a loop.
+        # Triton 3.6 and 3.7 would turn the length of a loop into a constant.
         assert '"tt.reduce"(%cst' not in kernel.asm["ttgir"]

@@ -241,7 +241,7 @@ def test_an_export_holds_the_operator_whole(fast, name, operator, count):
 @FORMATS
 @EVERY_LARGE
 def test_fake_tensors_have_the_layout_of_real_ones(backend, name, channels_last):
-    # The reference is made of PyTorch's operators, each of which takes a while as a fake.
+    # The reference consists of PyTorch operators, each of which is slow on fake tensors.
     count = 2 if backend == "reference" else 12
     for case in (LARGE[name].to(torch.float16, torch.float32), *random_cases(name, count)):
         case = with_format(case, channels_last)

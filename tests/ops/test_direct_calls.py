@@ -1,4 +1,4 @@
-"""A plain call goes straight to the kernels; the dispatcher gets a call that others observe."""
+"""Plain calls go straight to the kernels; calls that others intercept use the dispatcher."""
 
 from collections.abc import Callable
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""The model of the GPU kernels' time."""
+"""The performance model of the GPU kernels."""
 
 import pytest
 
@@ -24,7 +24,7 @@ def test_no_kernel_is_faster_than_its_floor(name):
 
 
 def test_the_model_is_near_what_was_measured_and_not_above():
-    """Kernels take longer than the model, which leaves latencies out, but not by far."""
+    """Kernels take longer than the model, which ignores latency, but not much longer."""
     shapes = {str(shape): shape for shape in SHAPES}
     for (kernel, precision, name), microseconds in MEASURED.items():
         tile = gpu_model.tile_of(kernel, shapes[name], precision, CARDS["H200"])

@@ -220,7 +220,7 @@ def test_the_standard_form_of_pooling_with_values_that_are_not_finite(sampling):
 
 
 def node_cases(operator: str):
-    """ONNX's own test cases of an operator: attributes, inputs (None if missing) and output."""
+    """ONNX's own test cases for an operator: attributes, inputs (None if missing) and output."""
     helper = pytest.importorskip("onnx.helper")
     importlib.import_module(f"onnx.backend.test.case.node.{operator.lower()}")
     # The public function imports the cases of all operators, which takes half a minute.
@@ -253,7 +253,7 @@ def test_onnx_node_cases_of_deformable_convolution(backend):
 
 @pytest.mark.parametrize("backend", ["reference", "auto"])
 def test_onnx_node_cases_of_roi_align(backend):
-    """Those of the mean, which are rounded to four digits; the third case takes a maximum."""
+    """The two cases with mode "avg", which are rounded to four digits; the third uses "max"."""
     count = 0
     for attributes, (x, corners, image), expected in node_cases("RoiAlign"):
         if attributes.get("mode") == b"max":
@@ -261,7 +261,7 @@ def test_onnx_node_cases_of_roi_align(backend):
         boxes = torch.cat((image[:, None].to(corners.dtype), corners), dim=1)
         scale = attributes["spatial_scale"]
         if attributes["coordinate_transformation_mode"] == b"output_half_pixel":
-            # Not moved by half a pixel, and at least a pixel large.
+            # Not shifted by half a pixel, and at least one pixel in size.
             boxes[:, 1:] += 0.5 / scale
             boxes[:, 3:] = torch.maximum(boxes[:, 3:], boxes[:, 1:3] + 1 / scale)
         size = attributes["output_height"], attributes["output_width"]

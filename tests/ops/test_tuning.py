@@ -1,4 +1,4 @@
-"""Choice of tiles by timing: what is timed, what is kept, and what is not trusted."""
+"""Autotuning of tiles: what is timed, what is stored, and what is not trusted."""
 
 import json
 from types import SimpleNamespace
@@ -28,7 +28,7 @@ ON = SimpleNamespace(device=torch.device("cuda", 0), is_cuda=True)
 
 @pytest.fixture
 def card(monkeypatch, tmp_path):
-    """A card that exists in this test alone; its tiles run as long as `Card.times` says."""
+    """A simulated GPU; `Card.choose` defines how long its tiles run."""
     card = Card("NVIDIA H200 / 141 GB")
     module = SimpleNamespace(get_device_name=lambda device: card.name)
     monkeypatch.setattr(torch, "get_device_module", lambda device: module)
@@ -73,7 +73,7 @@ def test_the_fastest_is_chosen_once_and_kept_for_later_processes(card, tmp_path)
 
 def test_tiles_that_do_not_run_are_not_chosen(card):
     assert card.choose(BROKEN, SLOW) == SLOW
-    # Then the kernel's own launch says why.
+    # The kernel's own launch then raises the error.
     assert card.choose(BROKEN, Small(128, 8), problem="another") == BROKEN
 
 
@@ -94,7 +94,7 @@ def test_what_turns_it_off(card, monkeypatch):
     finally:
         torch.use_deterministic_algorithms(False)
     card.capturing = True
-    # What is known may be used.
+    # Known choices may be used.
     assert card.choose(SLOW, FAST) == FAST
     assert card.choose(SLOW, FAST, problem="another") == SLOW
     assert card.timed == []

@@ -87,7 +87,7 @@ def export_whole(run: str | Path, out: str | Path, options: WholeOptions) -> Non
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Hides warnings of torchvision about PyTorch, and of the exporter about its own graphs."""
+    """Hides torchvision's warnings about PyTorch, and the exporter's about its own graphs."""
     logger = logging.getLogger("onnx_ir")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -161,7 +161,7 @@ def _to_onnx(
         optimize=False,
     )
     assert exported is not None
-    # The exporter's two iterations take twice as long for 3% fewer nodes.
+    # The exporter would run two iterations, which take twice as long for 3% fewer nodes.
     optimizer.optimize(exported.model, num_iterations=1)
     proto = exported.model_proto
     entries = {  # the last four are for other programs

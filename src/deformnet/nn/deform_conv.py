@@ -19,7 +19,7 @@ _PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 _GEOMETRY = ("stride", "padding", "dilation", "padding_mode", "_reversed_padding_repeated_twice")
 
 _DCN_V2 = "conv_offset_mask"  # DCNv2's name of `conv_offset`
-# Keys of the weight, or of its magnitude under weight norm (old and new).
+# Keys of the weight, or of its magnitude under weight norm (old and new API).
 _MAGNITUDES = ("weight", "weight_g", "parametrizations.weight.original0")
 
 

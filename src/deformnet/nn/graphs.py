@@ -11,7 +11,7 @@ _Forward = TypeVar("_Forward", bound=Callable[..., Tensor])
 
 
 def one_node(forward: _Forward) -> _Forward:
-    """Decorates the forward pass of a layer that is one node in graphs of torch.fx."""
+    """Decorator for the forward pass of a layer that torch.fx records as a single node."""
 
     @wraps(forward)
     def traced_or_called(layer: nn.Module, input: Any, *others: Any, **named: Any) -> Any:

@@ -196,7 +196,7 @@ class Operator:
             return self._onnx(*tensors, settings)
         if not reference:
             if _plain(tensors):
-                # Without the dispatcher's two calls into Python, which take half of a small call.
+                # Skips the dispatcher's two calls into Python, half the time of a small call.
                 if _needs_gradient(self._take_differentiable(tensors)):
                     return self._function.apply(*tensors, *settings)
                 return self._call_kernel(tensors, settings)
@@ -510,7 +510,7 @@ def _dispatch_state() -> tuple[int, int]:
 
 
 def _usual_keys() -> tuple[set[tuple[int, int]], set[int]]:
-    """States of the dispatcher without a mode, and keys of dense tensors on the CPU."""
+    """States of the dispatcher outside any mode, and dispatch keys of dense CPU tensors."""
     states, keys = set(), set()
     for inference in (False, True):
         with torch.inference_mode(inference):
@@ -519,15 +519,15 @@ def _usual_keys() -> tuple[set[tuple[int, int]], set[int]]:
     return states, keys
 
 
-# In a new thread, as a module may be imported within a mode.
+# In a new thread, because this module may be imported inside a mode.
 with ThreadPoolExecutor(1) as _pool:
     _USUAL_STATES, _USUAL_KEYS = _pool.submit(_usual_keys).result()
 
 
 def _plain(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether the dispatcher would only select kernel and derivative for tensors on the CPU.
+    """Whether the dispatcher would do nothing but select a CPU kernel and its derivative.
 
-    If not, a mode, a transform, a profiler or a kind of tensor has to see the call first.
+    If not, a mode, a transform, a profiler or a tensor type has to intercept the call first.
     """
     return (
         not torch.compiler.is_compiling()

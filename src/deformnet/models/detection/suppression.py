@@ -11,7 +11,7 @@ _NOWHERE = (-2.0, -2.0, -1.0, -1.0)  # outside every image, so that it suppresse
 
 
 def top(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` highest scores of [..., K] and their indices; `MISSING` ones if K is smaller."""
+    """The `count` highest scores of [..., K] and their indices, padded with `MISSING` scores."""
     padded, last = F.pad(scores, (0, count), value=MISSING), scores.shape[-1] - 1
     values, order = padded.sort(dim=-1, descending=True, stable=True)
     return values[..., :count], order[..., :count].clamp(max=last)

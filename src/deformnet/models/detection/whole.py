@@ -45,7 +45,7 @@ class WholeDetector(nn.Module):
         valid = (scores > self.score_threshold) & has_area(boxes)
         boxes = boxes.expand(len(scores), *boxes.shape[1:])
         boxes, scores = best(boxes, torch.where(valid, scores, MISSING), most)
-        # Only this needs a node per class.
+        # Only non-maximum suppression needs a node per class.
         classes = zip(boxes.unbind(), scores.unbind(), strict=True)
         scores = torch.stack([suppressed(*own, self.nms) for own in classes])
         labels = torch.arange(len(scores), device=scores.device)[:, None].expand_as(scores)

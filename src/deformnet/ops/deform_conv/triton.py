@@ -80,7 +80,7 @@ def _forward(
 
     For each tap and segment, positions are computed once for all channels; then TILE.channels
     columns at a time are sampled and multiplied, [rows, channels] x [channels, O]. weight is
-    [groups, K, O, C], contiguous: a product's right side is a dense block of it, transposed.
+    [groups, K, O, C], contiguous: tl.dot's right operand is a dense block of it, transposed.
     """
     tiles = tl.cdiv(sizes.group_out, TILE.out)
     program = tl.program_id(0)
@@ -586,7 +586,7 @@ def _by_weight(call: _Call, grad_output: Tensor) -> Tensor:
 
 
 def _launch_weight(call: _Call, tile: Tile, grad_output: Tensor) -> Tensor:
-    """Parts of the gradient by the weight, [splits, numbers of the weight as `_packed`]."""
+    """Partial sums of the weight gradient, [splits, numel], each laid out like `_packed`."""
     sizes, segments = call.sizes, _segments(call.sizes, call.sizes.group_channels)
     if call.narrow:
         programs = sizes.offset_groups * sizes.taps * sizes.group_channels
@@ -663,14 +663,14 @@ def _narrow_tile(columns: int) -> Tile:
 
 
 def _tile(kernel: str, call: _Call, run: Callable[[Tile], object]) -> Tile:
-    """The tile of a kernel: the fastest for problems like this one, or else the default."""
+    """The fastest tile of a kernel for problems like this one, or the default tile."""
     sizes, dtype = call.sizes, call.maps.dtype
     if dtype.itemsize == 2:
         precision = "half"
     else:
         precision = "tf32" if call.tf32 else str(dtype).removeprefix("torch.")
     length = _segments(sizes, sizes.channels).length
-    # Maps of many sizes share the choice.
+    # Maps of similar sizes share a choice.
     rows = triton.next_power_of_2(sizes.rows)
     kind = devices.kind_of(*devices.target())
     tiles = candidates(kind, kernel, precision, rows, sizes.group_out, length)
@@ -681,15 +681,16 @@ def _tile(kernel: str, call: _Call, run: Callable[[Tile], object]) -> Tile:
 def _packed_by_output(call: _Call) -> Tensor:
     """The weight as the forward kernel reads it: [groups, K, O, C].
 
-    Both sides of a product then have neighbors in the order in which it sums, as the matrix unit
-    of NVIDIA's cards since 9.0 takes them in tf32; in another order they are loaded one by one.
+    Both operands of tl.dot are then contiguous along the summed dimension, as the matrix unit of
+    NVIDIA GPUs since compute capability 9.0 requires in tf32; otherwise, elements are loaded one
+    by one.
     """
     weight = call.weight.flatten(2).unflatten(0, (_groups(call.sizes), -1))
     return weight.permute(0, 3, 1, 2).contiguous()
 
 
 def _packed(call: _Call) -> Tensor:
-    """The weight as other kernels read it: [groups, K, C, O], or [K, C, all O] if narrow."""
+    """The weight as the other kernels read it: [groups, K, C, O], or [K, C, all O] if narrow."""
     weight = call.weight.flatten(2)
     if call.narrow:
         return weight.permute(2, 1, 0).contiguous()

@@ -1,13 +1,15 @@
 """Tiles of the matrix kernels of deformable convolution, by kind of GPU, kernel and precision.
 
-The first of each list is the default, the others are candidates for `ops.triton.tuning`. Defaults
-for Hopper were the fastest on an H200, or nearly, of those without spills (`python -m
-benchmarks.gpu --tiles --layers 1x512x38x63 8x128x28x28`). All others have run on no card: they are
-the largest that compile without spills, by `python -m benchmarks.gpu --static`.
+The first tile of each tuple is the default; the others are candidates for `ops.triton.tuning`. The
+defaults for Hopper were the fastest on an H200, or close to it, among those without spills (`python
+-m benchmarks.gpu --tiles --layers 1x512x38x63 8x128x28x28`). The others have not been run on any
+GPU: they are the largest that compile without spills, according to `python -m benchmarks.gpu
+--static`.
 
-The forward kernel samples anew for every tile of output channels, the weight kernel for every tile
-and split of rows: their tiles are as wide in O as registers allow. All fit into the shared memory
-of every card of their kind: 99 KB for Ampere's, 227 KB for Hopper's and Blackwell's, 64 KB else.
+The forward kernel samples again for every tile of output channels, and the weight kernel for every
+tile and split of rows, so their tiles are as wide in O as registers allow. All tiles fit into the
+shared memory of every GPU of their kind: 99 KB for Ampere, 227 KB for Hopper and Blackwell, and
+64 KB otherwise.
 """
 
 import functools
@@ -91,7 +93,7 @@ TILES: dict[Kind, Table] = {
 def candidates(
     kind: Kind, kernel: str, precision: str, rows: int, out: int, channels: int
 ) -> tuple[Tile, ...]:
-    """Tiles for a problem: none is larger than it, but 16, the least that `tl.dot` takes.
+    """Tiles for a problem, no larger than it, but at least 16, the minimum of `tl.dot`.
 
     Args:
         kernel: "forward", "positions" or "weight".

@@ -1,6 +1,6 @@
-// Position-sensitive pooling with offsets for each channel, as those of the classes of R-FCN, by the rule "bins", whose
-// samples are the cells of a bin. A vector holds channels, each with a place of its own on the map. Threads split bins
-// and channels, and so planes of the map, which stay in the cache while the boxes pass by.
+// Position-sensitive pooling with separate offsets for each channel, such as R-FCN's class-aware offsets, by the rule
+// "bins", whose samples are the cells of a bin. Each lane of a vector holds a channel with its own position on the map.
+// Threads split bins and channels, and thus planes of the map, which stay in the cache while all boxes are processed.
 #pragma once
 
 #include <type_traits>
@@ -10,14 +10,14 @@
 namespace deformnet::DEFORMNET_ISA {
 namespace {
 
-// Positions are computed in double, so a part of the lanes at a time.
+// Positions are computed in double, so only for part of the lanes at a time.
 typedef Vec<double> Part;
 constexpr int kPart = kLanes<double>;
 
 inline Part round_down(Part x) {
   const Part shift = Part{} + 0x1.8p52, near = (x + shift) - shift;
   const Part low = near > x ? near - 1 : near;
-  return (x > -0x1p51) & (x < 0x1p51) ? low : x;  // beyond, and for NaN: x itself
+  return (x > -0x1p51) & (x < 0x1p51) ? low : x;  // beyond this range, and for NaN: x itself
 }
 
 template <class A>
@@ -31,7 +31,7 @@ inline Index<A> largest(IndexVec<A> v) {
   return v[0];
 }
 
-// The cells of a bin along one axis of the map before offsets move them: `count` of them.
+// The `count` cells of a bin along one axis of the map, before offsets shift them.
 struct Cells {
   Cells(const Side& side, int64_t bin, int64_t bins) {
     const double from = __builtin_floor(double(bin) * side.size / double(bins));
@@ -41,7 +41,7 @@ struct Cells {
   double start, count;
 };
 
-// The pixels that they read after that, lane by lane.
+// The pixels that the shifted cells read, in each lane.
 template <class A>
 struct Span {
   // `offset` is multiplied by `gamma` and the size of the box.
@@ -77,7 +77,7 @@ struct Span {
   IndexVec<A> one, other;   // the outer two cells; -1 outside the map
   IndexVec<A> undefined;    // 1 where the position is NaN
   Vec<A> fraction;
-  Index<A> length;          // the most pixels of a lane
+  Index<A> length;          // maximum number of pixels of a lane
 
  private:
   template <class V>
@@ -89,7 +89,7 @@ struct Span {
   }
 };
 
-// What a vector of channels reads of the map for a bin of a box.
+// What a vector of channels reads from the map for one bin of a box.
 template <class A>
 struct Place {
   Place(const RoiProblem& p, const Box& box, int64_t bin, const A* offset_x, const A* offset_y)
@@ -107,7 +107,7 @@ struct Place {
         scale(A(1 / most(y.count * x.count, 1.0))) {}
 };
 
-// A block of planes of the map has a vector of channels for each pixel. This is where channel j of pixel[j] lies.
+// A block of planes of the map has a vector of channels for each pixel. Returns the indices of channel j of pixel[j].
 template <class A>
 inline IndexVec<A> in_block(IndexVec<A> pixel) {
   IndexVec<A> lanes;
@@ -135,8 +135,9 @@ inline void add_at(A* block, IndexVec<A> at, Vec<A> values) {
   for (int j = 0; j < kLanes<A>; ++j) block[places[j]] += numbers[j];
 }
 
-// Means of a bin, a channel in each lane. Summed as `pool_plane` does, so that offsets of zero are no offsets bit for
-// bit: first each column, then columns a vector apart, then halves of that vector. `sums` has room for all columns.
+// Means over a bin, with one channel per lane. Sums in the order of `pool_plane`, so that zero offsets give the same
+// bits as no offsets: first each column, then columns a vector apart, then halves of that vector. `sums` has room for
+// all columns.
 template <class A>
 Vec<A> pool_cells(const Place<A>& place, const A* block, Index<A> width, A* sums) {
   const auto &rows = place.rows, &columns = place.columns;
@@ -159,8 +160,8 @@ Vec<A> pool_cells(const Place<A>& place, const A* block, Index<A> width, A* sums
   return place.undefined() ? Vec<A>{} + A(kNaN) : totals[0] * place.scale;
 }
 
-// Adds the gradient of the map to `sums`, and stores derivatives of the means by their position, times `grad`.
-// Null pointers: not needed.
+// Adds the gradient of the map to `sums`, and stores the derivatives of the means with respect to their positions,
+// times `grad`. `sums` or `block` is null if the gradient that it is for is not needed.
 template <class A>
 void pool_cells_backward(const Place<A>& place, const A* block, Index<A> width, Vec<A> grad, A* sums, Vec<A>* by_x,
                          Vec<A>* by_y) {
@@ -191,13 +192,13 @@ void pool_cells_backward(const Place<A>& place, const A* block, Index<A> width, 
 
 // ---------------------------------------------------------------------------- the whole pass
 
-// Whether a pooling is what these passes are for, and lanes can number the places in a block.
+// Whether these passes apply: each channel has its own offsets, and indices into a block fit into lanes.
 inline bool for_each_class(const RoiProblem& p) {
   return p.sampling == kBins && p.groups > 1 && p.groups == p.out_channels &&
          p.in_h * p.in_w <= INT32_MAX / kLanes<float>;
 }
 
-// Sizes. `planes` of a channel: one, and in the backward pass one for the gradient.
+// Sizes. `planes` per channel: one, plus one for the gradient in the backward pass.
 template <class A, class Tensors>
 struct CellsPlan : RoiProblem {
   CellsPlan(const RoiProblem& p, const Tensors& tensors, int64_t planes)
@@ -212,12 +213,12 @@ struct CellsPlan : RoiProblem {
 
   const Tensors& tensors;
   int64_t bins, pixels;
-  int64_t lanes;          // of all channels, in whole vectors
-  int64_t block_size;     // numbers of the planes of a vector of channels
+  int64_t lanes;          // for all channels, in whole vectors
+  int64_t block_size;     // elements of the planes of a vector of channels
   int64_t piece, pieces;  // channels that are processed at a time, and how many such pieces there are
 };
 
-// Numbers of each box, bin and channel, bin by bin; in tensors, the bin is the last dimension.
+// Values for each box, bin and channel, stored bin by bin; in tensors, the bin is the last dimension.
 template <class A>
 struct ByBin {
   template <class Plan>
@@ -226,7 +227,7 @@ struct ByBin {
 
   A* at(int64_t bin, int64_t r, int64_t channel) const { return data + bin * bin_size + r * lanes + channel; }
 
-  // Reads those of a box from a tensor of any dtype, whose channels are `stride` numbers apart.
+  // Reads the values of a box from a tensor of any dtype, whose channels are `stride` elements apart.
   template <class Plan>
   void read(const Plan& p, int64_t r, const void* tensor, int32_t dtype, int64_t begin, int64_t stride) const {
     with_type(dtype, [&](auto type) {
@@ -250,17 +251,17 @@ struct ByBin {
   int64_t bin_size, lanes;
 };
 
-// What the threads share.
+// State that the threads share.
 template <class A>
 struct CellsShared : Boxes {
   template <class Plan>
   CellsShared(const Plan& p, Memory& memory) : Boxes(p, memory), x(p, memory), y(p, memory), outputs(p, memory) {}
 
-  ByBin<A> x, y;     // offsets, and in the end their gradients
-  ByBin<A> outputs;  // or their gradients
+  ByBin<A> x, y;     // offsets, later overwritten by their gradients
+  ByBin<A> outputs;  // or, in the backward pass, their gradients
 };
 
-// What both passes do.
+// Code shared by both passes.
 template <class T, class Tensors>
 class CellsPass {
  protected:
@@ -277,7 +278,7 @@ class CellsPass {
     shared.y.read(plan, r, plan.tensors.offset, plan.offset_dtype, begin + plan.bins, 2 * plan.bins);
   }
 
-  // visit(bin, first channel, number of channels, image), a bin and piece of channels by one thread.
+  // Calls visit(bin, first channel, number of channels, image); one thread handles all images of a bin and piece.
   template <class Visit>
   void for_each_piece(Visit visit) const {
 #pragma omp for schedule(dynamic)
@@ -288,7 +289,7 @@ class CellsPass {
     }
   }
 
-  // visit(box, channel, block) of a piece, in all boxes of an image.
+  // Calls visit(box, channel, block) for each vector of channels of a piece and each box of an image.
   template <class Visit>
   void for_each_block(int64_t begin, int64_t channels, int64_t n, Visit visit) const {
     for (int64_t i = shared.start[n]; i < shared.start[n + 1]; ++i)

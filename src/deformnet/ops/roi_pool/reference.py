@@ -170,14 +170,14 @@ def _position_dtype(boxes: Tensor) -> torch.dtype:
 
 
 def _axis(low: Tensor, high: Tensor, exists: Tensor, k: int, rule: Rule) -> Axis:
-    """The sampling rule on one axis, for the sides `low` and `high` [R] of the boxes on the map.
+    """The sampling rule on one axis, for the sides `low` and `high` [R] of the boxes in map pixels.
 
     A box with an infinite or NaN side has start NaN and size NaN.
     """
     sampling, samples_per_bin = rule.sampling, rule.samples_per_bin
     bin = torch.arange(k, dtype=low.dtype, device=low.device)
     size = high - low
-    defined = exists & size.isfinite()  # not finite if a side is not
+    defined = exists & size.isfinite()  # the size is not finite if a side is not
     if sampling == "bins":
         size = (size + 1).clamp_min(1)
         first = (bin * size[:, None] / k).floor()

@@ -48,7 +48,7 @@ def _ends(samples: Samples, size: int) -> AxisRead:
 
     A sample at start + s reads (1 - right) * map[low + s] + right * map[low + s + 1].
     """
-    # Farther samples are outside too, and every sum is 0.
+    # Samples beyond these limits are outside the map as well, so every sum is 0.
     start = samples.start.clamp(-samples.number - 2, torch.full_like(samples.number, size + 1))
     start = torch.where(start.isnan(), 0, start)
     low = start.detach().floor()
@@ -85,7 +85,7 @@ def _sum(table: Tensor, origin: Tensor, y: AxisRead, x: AxisRead, width: int) ->
     total = table.new_zeros(())
     for row in range(y.pixel.shape[1]):
         at = slice(row, row + 1)
-        # The fewest nodes in ONNX: one to read all pixels, and views that keep the dimension.
+        # For the fewest ONNX nodes: one that reads all pixels, and slices that keep the dimension.
         values = F.embedding(rows[:, at] + x.pixel, table)
         total = total + torch.bmm(weights * row_weights[:, at], values)
     return total[:, 0]

@@ -441,7 +441,7 @@ def _backward(
         place = place * (sizes.ph * sizes.pw) + bins.bin
         gradient = tl.load(grad_output + place, mask=real & real_lane, other=0).to(OPTIONS.dtype)
         gradient = gradient / bins.number.to(OPTIONS.dtype)
-        # One answer for all channels of a bin, whose additions then are vectors.
+        # The same for all channels of a bin, so that their atomics are vectorized.
         special = tl.max((gradient - gradient != 0).to(tl.int32), axis=1, keep_dims=True) != 0
         slope_y = tl.zeros((BINS, CHANNELS), OPTIONS.dtype)
         slope_x = tl.zeros((BINS, CHANNELS), OPTIONS.dtype)
@@ -477,8 +477,8 @@ def _backward(
                     to = (sums_origin + pixel) * sizes.channels + channel
                     w00, w01 = across.low * along.low, across.low * along.high
                     w10, w11 = across.high * along.low, across.high * along.high
-                    # Most bins of boxes on whole pixels have zeros here: no atomics for those,
-                    # unless these are to become NaN.
+                    # For boxes on whole pixels, most weights are zero: skip their atomics, unless
+                    # the result has to become NaN.
                     m00, m01 = m00 & ((w00 != 0) | special), m01 & ((w01 != 0) | special)
                     m10, m11 = m10 & ((w10 != 0) | special), m11 & ((w11 != 0) | special)
                     add(target, unit, to, gradient * w00, m00)

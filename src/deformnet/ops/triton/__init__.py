@@ -1,7 +1,7 @@
 """Code shared by the Triton kernels of all operators, and whether they can run.
 
 Importing this package does not import Triton, so `import deformnet` costs nothing on a machine
-without a GPU. Its modules, and each operator's own `triton.py`, do import it.
+without a GPU. Its modules and each operator's own `triton.py` do import it.
 """
 
 import functools
@@ -10,9 +10,9 @@ import importlib.util
 import torch
 
 DEVICE_TYPES = ("cuda", "xpu")
-"""Types of PyTorch's devices that the kernels run on: NVIDIA's and AMD's GPUs, and Intel's."""
+"""PyTorch device types that the kernels run on: NVIDIA and AMD GPUs are cuda, Intel GPUs xpu."""
 
-# Older cards of NVIDIA's have no bfloat16 in hardware, and Triton does not support them.
+# Older NVIDIA GPUs have no bfloat16 in hardware, and Triton does not support them.
 _MINIMUM_CAPABILITY = (8, 0)
 
 # Maximum number of programs in the first and second dimension of a grid.

@@ -1,4 +1,4 @@
-"""GPUs that the kernels run on, of whatever make, and what is known about each kind."""
+"""GPUs that the kernels run on, from any vendor, and the properties of each kind."""
 
 from enum import StrEnum
 from typing import Any
@@ -12,17 +12,17 @@ from deformnet.ops.triton import DEVICE_TYPES
 
 
 class Kind(StrEnum):
-    """GPUs that take the same tiles."""
+    """Kinds of GPUs; those of a kind use the same tiles."""
 
-    AMPERE = "ampere"  # mma.sync, scalar float atomics: also 8.6, 8.9 and 12.0
+    AMPERE = "ampere"  # mma.sync, scalar float atomics; also compute capability 8.6, 8.9, 12.0
     HOPPER = "hopper"  # wgmma, vector atomics
-    BLACKWELL = "blackwell"  # tcgen05, vector atomics; of data centers
+    BLACKWELL = "blackwell"  # tcgen05, vector atomics; data-center GPUs only
     CDNA = "cdna"  # mfma
-    SMALL = "small"  # larger tiles spill: AMD's RDNA; also Intel's and unknown ones
+    SMALL = "small"  # AMD's RDNA, where larger tiles spill; also Intel and unknown GPUs
 
 
 def on_device_of(tensor: Tensor) -> torch.accelerator.device_index:
-    """Context manager in which the kernels run on the tensor's GPU; does nothing for others."""
+    """Context manager that selects the tensor's GPU; does nothing if it is not on a GPU."""
     index = tensor.device.index if tensor.device.type in DEVICE_TYPES else None
     return torch.accelerator.device_index(index)
 
@@ -30,7 +30,7 @@ def on_device_of(tensor: Tensor) -> torch.accelerator.device_index:
 def target() -> tuple[str, str]:
     """Backend and architecture that Triton compiles for on the current GPU.
 
-    Such as ("cuda", "90"), ("hip", "gfx942") or ("xpu", ...); empty in Triton's interpreter.
+    For example, ("cuda", "90"), ("hip", "gfx942") or ("xpu", ...); ("", "") in the interpreter.
     """
     if knobs.runtime.interpret:
         return "", ""
@@ -49,14 +49,18 @@ def kind_of(backend: str, architecture: str) -> Kind:
 
 
 def warps_of_32(number: int) -> int:
-    """As many warps as have the lanes of `number` warps of 32, on the current GPU: each lane then
-    has as many numbers of a tile, and loads vectors as wide."""
+    """Number of warps of the current GPU with as many lanes as `number` warps of 32 lanes.
+
+    Each lane then holds as many elements of a tile, and loads vectors of the same width.
+    """
     return max(1, number // 2) if kind_of(*target()) is Kind.CDNA else number
 
 
 def uses_tf32(backend: str, architecture: str) -> bool:
-    """Whether float32 is multiplied in tf32: PyTorch's switch for convolutions, where there is
-    such an instruction. Of AMD's GPUs only gfx942 has it; for others Triton refuses to compile."""
+    """Whether float32 is multiplied in tf32: PyTorch's setting for convolutions, if supported.
+
+    Among AMD GPUs, only gfx942 supports tf32; for the others, Triton refuses to compile it.
+    """
     if backend == "hip" and architecture != "gfx942":
         return False
     library = torch.backends.mkldnn if backend == "xpu" else torch.backends.cudnn

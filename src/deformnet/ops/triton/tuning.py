@@ -1,9 +1,10 @@
-"""Choice of a kernel's tile by timing, at the first call of its kind on a card.
+"""Autotuning: chooses a kernel's tile by timing, at the first call for a problem on a GPU.
 
-What was the fastest is kept for later processes in a file of each card and version, in Triton's
-cache folder (TRITON_CACHE_DIR). DEFORMNET_AUTOTUNE=0 turns it off, as do
-`torch.use_deterministic_algorithms(True)`, since tiles decide in which order numbers are summed,
-and the capture of a graph, in which nothing can be timed: the first candidate is then used.
+The choices are stored for later processes in Triton's cache folder (TRITON_CACHE_DIR), in one file
+per GPU model and version. DEFORMNET_AUTOTUNE=0 turns autotuning off, as does
+`torch.use_deterministic_algorithms(True)`, since tiles determine the order of summation: the first
+candidate is then used. The same goes for new problems during CUDA graph capture, where nothing can
+be timed.
 """
 
 import contextlib
@@ -24,22 +25,22 @@ from deformnet._files import read_json, to_json, write_file
 from deformnet.ops.triton import DEVICE_TYPES
 
 _SWITCH = "DEFORMNET_AUTOTUNE"
-# Milliseconds of each candidate, besides its compilation.
+# Milliseconds per candidate, in addition to its compilation.
 _WARM_UP, _TIMED = 5, 20
 
 _T = TypeVar("_T", bound=NamedTuple)
 
-# By card: what its file held at first, and what has been found since; by name of the problem.
+# By GPU and problem: the tiles that the GPU's file contained at first, and those found since.
 _found: dict[str, dict[str, Any]] = {}
 
 
 def fastest(on: Tensor, problem: str, tiles: Sequence[_T], run: Callable[[_T], object]) -> _T:
-    """The fastest of some tiles for a problem, or the first one where nothing is to be timed.
+    """The fastest of several tiles for a problem, or the first one if nothing is to be timed.
 
     Args:
-        on: a tensor on the GPU in question.
-        problem: name of everything that the choice depends on, other than the card.
-        run: runs the kernel with a tile; it is called many times.
+        on: a tensor on the GPU.
+        problem: name of the problem, with everything that the choice depends on except the GPU.
+        run: runs the kernel with a tile; called many times.
     """
     if len(tiles) == 1 or on.device.type not in DEVICE_TYPES or not enabled():
         return tiles[0]
@@ -48,7 +49,7 @@ def fastest(on: Tensor, problem: str, tiles: Sequence[_T], run: Callable[[_T], o
         _found[card] = _read(card)
     known = _found[card].get(problem)
     for tile in tiles:
-        # Files may hold anything.
+        # Files may contain anything.
         if isinstance(known, list | tuple) and tuple(known) == tuple(tile):
             return tile
     if _capturing(on):
@@ -61,7 +62,7 @@ def fastest(on: Tensor, problem: str, tiles: Sequence[_T], run: Callable[[_T], o
 
 
 def enabled() -> bool:
-    """Whether tiles may be chosen by timing."""
+    """Whether autotuning is on."""
     choice = os.environ.get(_SWITCH, "1")
     if choice not in ("0", "1"):
         raise ValueError(f"expected {_SWITCH} to be 0 or 1, but got {choice!r}")
@@ -69,7 +70,7 @@ def enabled() -> bool:
 
 
 def forget() -> None:
-    """Forget what was found in this process; files stay."""
+    """Discards the choices kept in this process, but not the files."""
     _found.clear()
 
 
@@ -78,12 +79,12 @@ def _capturing(on: Tensor) -> bool:
 
 
 def _seconds(tile: _T, run: Callable[[_T], object]) -> float:
-    """Median time of a run; infinite if the card cannot run it."""
+    """Median time of a run; infinite if the GPU cannot run it."""
     try:
         seconds: Any = triton.testing.do_bench(
             lambda: run(tile), warmup=_WARM_UP, rep=_TIMED, return_mode="median"
         )
-    except (TritonError, RuntimeError):  # too large, not compiled, or no memory for a trial
+    except (TritonError, RuntimeError):  # too large, does not compile, or out of memory
         return float("inf")
     return seconds
 
@@ -96,7 +97,7 @@ def _file(card: str) -> Path:
 
 
 def _read(card: str) -> dict[str, Any]:
-    """The content of a card's file; empty if there is none, or none that is of use."""
+    """The tiles in a GPU's file; empty if the file is missing or unusable."""
     try:
         content = read_json(_file(card))
     except (OSError, UserError):
@@ -108,8 +109,10 @@ def _read(card: str) -> dict[str, Any]:
 
 
 def _write(card: str) -> None:
-    """Keeps what was found; other processes may have found more. Without it, later processes time
-    again, so that a folder that cannot be written to is no error."""
+    """Stores the choices, in addition to those that other processes have stored.
+
+    A read-only folder is not an error: later processes just time the tiles again.
+    """
     content = {"card": card, "tiles": _read(card) | _found[card]}
     with contextlib.suppress(OSError):
         write_file(_file(card), to_json(content), durable=False)
