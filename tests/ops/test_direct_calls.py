@@ -19,7 +19,7 @@ from deformnet.ops.roi_pool.operator import OPERATOR as POOLING
 
 OPERATORS = {
     "convolution": (CONVOLUTION, deform_conv_cases.random_case(3, modulated=True)),
-    "pooling": (POOLING, roi_pool_cases.random_case(0, "bins", False)),
+    "pooling": (POOLING, roi_pool_cases.random_case(0, "bins", False, shifted=True)),
 }
 EVERY_OPERATOR = pytest.mark.parametrize("name", OPERATORS)
 
@@ -128,3 +128,32 @@ def test_negative_views(name: str) -> None:
     names = [name for name, value in vars(case).items() if isinstance(value, Tensor)]
     negative = replace(case, **{it: negative_view(-getattr(case, it)) for it in names})
     assert torch.equal(call(negative, "auto"), call(case, "auto"))
+
+
+@EVERY_OPERATOR
+def test_inference_mode_with_gradients_enabled(name: str) -> None:
+    case = differentiable(OPERATORS[name][1])
+    with torch.inference_mode(), torch.enable_grad():
+        output = call(case, "auto")
+        fresh = call(with_tensors(case, torch.clone), "auto")
+    assert not output.requires_grad
+    assert torch.equal(output, fresh)
+
+
+@EVERY_OPERATOR
+@pytest.mark.parametrize("needs_gradient", [False, True])
+def test_registered_operators_check_their_arguments(name: str, needs_gradient: bool) -> None:
+    operator, case = OPERATORS[name]
+    registered = getattr(torch.ops.deformnet, operator.name).default
+    settings = ("zeros",) if name == "convolution" else ()
+    arguments = [*case.operator, *settings]
+    arguments[0] = arguments[0].clone().requires_grad_(needs_gradient)
+    registered(*arguments)
+    for place in (1, 2):  # offset and weight, or boxes and offset
+        bad = [*arguments]
+        bad[place] = arguments[place][:, :-1]
+        with pytest.raises(ValueError, match="expected"):
+            registered(*bad)
+        bad[place] = arguments[place].to(torch.float16)
+        with pytest.raises(TypeError, match="expected"):
+            registered(*bad)

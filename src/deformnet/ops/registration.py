@@ -197,7 +197,8 @@ class Operator:
         if not reference:
             if _plain(tensors):
                 # Skips the dispatcher's two calls into Python, half the time of a small call.
-                if _needs_gradient(self._take_differentiable(tensors)):
+                needed = _needs_gradient(self._take_differentiable(tensors))
+                if needed and not torch.is_inference_mode_enabled():
                     return self._function.apply(*tensors, *settings)
                 return self._call_kernel(tensors, settings)
             return self.forward(*tensors, *settings)
@@ -313,6 +314,9 @@ class Operator:
             end = self._count
             return self._run(True, arguments[:end], self._settings(*arguments[end:]))
         if _needs_gradient(tensors):
+            # The function may call a kernel directly, which does not check its arguments.
+            end = self._count
+            self._check(*arguments[:end], self._settings(*arguments[end:]))
             return _apply(self._function, arguments)
         with torch._C._AutoDispatchBelowAutograd():
             return self.forward(*arguments)

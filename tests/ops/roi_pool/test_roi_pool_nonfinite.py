@@ -17,6 +17,8 @@ from operator_testing import (
 )
 from roi_pool_cases import EVERY_SAMPLING, ROI_OR_PS, Case, call, random_case, run
 
+from deformnet.ops import deform_ps_roi_pool
+
 NAN, INF = float("nan"), float("inf")
 # The bin whose offset is not finite: box, offset group, row and column.
 R, GROUP, ROW, COLUMN = 3, 1, 1, 2
@@ -282,3 +284,15 @@ def test_any_numbers_are_survived(backend, size, dtype, sampling, position_sensi
     per_group = found["output"].unflatten(1, (2, -1))
     assert per_group.isnan().any(2).logical_or(~nan).all()
     assert found["output"][~boxes.isfinite().all(1)].isnan().all()
+
+
+@pytest.mark.parametrize("groups", [1, 8])
+def test_gradients_of_bins_that_read_nothing(backend, groups):
+    """They are zero, whatever the gradient of the output is; sizes may exceed float32."""
+    input = torch.ones(1, 8, 4, 4)
+    boxes = torch.tensor([[0, 0, 0, 3, 3], [0, 0, 0, 1e300, 3]], dtype=torch.float64)
+    offset = torch.full((2, 2 * groups, 1, 1), 100.0).requires_grad_()
+    output = deform_ps_roi_pool(input, boxes, offset, 1, sampling="bins", backend=backend)
+    gradient = torch.tensor([INF, 1.0]).reshape(2, 1, 1, 1).expand_as(output)
+    output.backward(gradient)
+    assert torch.equal(offset.grad, torch.zeros_like(offset))

@@ -186,16 +186,20 @@ void pool_cells_backward(const Place<A>& place, const A* block, Index<A> width, 
     total_y = multiply_add(value, inside ? rows.slope(y) : Vec<A>{}, total_y);
   }
   const Vec<A> undefined = Vec<A>{} + A(kNaN);
-  *by_x = place.undefined() ? undefined : total_x * grad;
-  *by_y = place.undefined() ? undefined : total_y * grad;
+  // Where nothing is read, not even the gradient may be NaN.
+  const IndexVec<A> reads = (rows.first <= rows.last) & (columns.first <= columns.last);
+  *by_x = place.undefined() ? undefined : reads ? total_x * grad : Vec<A>{};
+  *by_y = place.undefined() ? undefined : reads ? total_y * grad : Vec<A>{};
 }
 
 // ---------------------------------------------------------------------------- the whole pass
 
-// Whether these passes apply: each channel has its own offsets, and indices into a block fit into lanes.
-inline bool for_each_class(const RoiProblem& p) {
-  return p.sampling == kBins && p.groups > 1 && p.groups == p.out_channels &&
-         p.in_h * p.in_w <= INT32_MAX / kLanes<float>;
+// Whether these passes apply: each channel has its own offsets, there are enough for half a vector, and indices into a
+// block fit into lanes.
+template <class A>
+bool for_each_class(const RoiProblem& p) {
+  return p.sampling == kBins && p.groups == p.out_channels && p.groups > 1 && 2 * p.groups >= kLanes<A> &&
+         p.in_h * p.in_w <= INT32_MAX / kLanes<A>;
 }
 
 // Sizes. `planes` per channel: one, plus one for the gradient in the backward pass.
@@ -398,8 +402,15 @@ class CellsBackward : CellsPass<T, RoiBackwardTensors> {
                            load(shared.outputs.at(bin, r, c)) * place.scale,
                            plan.tensors.grad_input ? sums + block : nullptr, &by_x, &by_y);
     const Box& box = shared.box[r];
-    store(shared.x.at(bin, r, c), by_x * A(box.x.size * plan.gamma));
-    store(shared.y.at(bin, r, c), by_y * A(box.y.size * plan.gamma));
+    store_scaled(by_x, box.x.size, shared.x.at(bin, r, c));
+    store_scaled(by_y, box.y.size, shared.y.at(bin, r, c));
+  }
+
+  // In double, since sizes may exceed the range of A.
+  void store_scaled(Vec<A> grads, double size, A* to) const {
+    A numbers[kLanes<A>];
+    store(numbers, grads);
+    for (int j = 0; j < kLanes<A>; ++j) to[j] = A(double(numbers[j]) * size * plan.gamma);
   }
 
   void write_planes(int64_t bin, int64_t begin, int64_t channels, int64_t n) const {

@@ -20,7 +20,7 @@ int roi_pool(const RoiProblem& p, const RoiForwardTensors& tensors) {
   return with_type(p.dtype, [&](auto type) {
     using T = decltype(type);
     if (!p.position_sensitive) return PlainForward<T>::run_team(p, tensors);
-    return for_each_class(p) ? CellsForward<T>::run_team(p, tensors) : SensitiveForward<T>::run_team(p, tensors);
+    return for_each_class<typename ComputeOf<T>::type>(p) ? CellsForward<T>::run_team(p, tensors) : SensitiveForward<T>::run_team(p, tensors);
   });
 }
 
@@ -28,7 +28,7 @@ int roi_pool_backward(const RoiProblem& p, const RoiBackwardTensors& tensors) {
   return with_type(p.dtype, [&](auto type) {
     using T = decltype(type);
     if (!p.position_sensitive) return PlainBackward<T>::run_team(p, tensors);
-    return for_each_class(p) ? CellsBackward<T>::run_team(p, tensors) : SensitiveBackward<T>::run_team(p, tensors);
+    return for_each_class<typename ComputeOf<T>::type>(p) ? CellsBackward<T>::run_team(p, tensors) : SensitiveBackward<T>::run_team(p, tensors);
   });
 }
 
