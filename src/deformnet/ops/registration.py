@@ -309,13 +309,11 @@ class Operator:
     # ------------------------------------------------------------------------------- derivatives
 
     def _autograd_kernel(self, *arguments: Any) -> Tensor:
-        tensors = self._take_differentiable(arguments)
+        tensors, end = self._take_differentiable(arguments), self._count
         if _have_tangents(tensors):
-            end = self._count
             return self._run(True, arguments[:end], self._settings(*arguments[end:]))
         if _needs_gradient(tensors):
             # The function may call a kernel directly, which does not check its arguments.
-            end = self._count
             self._check(*arguments[:end], self._settings(*arguments[end:]))
             return _apply(self._function, arguments)
         with torch._C._AutoDispatchBelowAutograd():
@@ -331,8 +329,8 @@ class Operator:
 
     def _differentiate(self, ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         needs = self._take_differentiable(ctx.needs_input_grad)
-        # Within forward mode, a tensor may have a tangent at any level of torch.func.
         saved = ctx.saved_tensors
+        # Within forward mode, a tensor may have a tangent at any level of torch.func.
         if forward_ad._current_level >= 0:
             backward = self._reference_backward
         elif not torch.is_grad_enabled() and _plain((grad_output, *saved)):
@@ -538,11 +536,10 @@ def _plain(tensors: Sequence[Tensor | None]) -> bool:
         and _dispatch_state() in _USUAL_STATES
         and forward_ad._current_level < 0
         and not _profiler_enabled()
-        and all(t is None or _keys(t).raw_repr() in _USUAL_KEYS for t in tensors)
+        and all(t is None or torch._C._dispatch_keys(t).raw_repr() in _USUAL_KEYS for t in tensors)
     )
 
 
-_keys: Callable[..., Any] = torch._C._dispatch_keys
 # Whether a transform of torch.func is active.
 _transforming: Callable[[], bool] = torch._C._are_functorch_transforms_active
 
