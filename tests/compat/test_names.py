@@ -286,3 +286,21 @@ def test_fx_has_one_node_for_a_layer(layer, inputs):
     assert [node.op for node in traced.graph.nodes if node.target == "layer"] == ["call_module"]
     every = (*inputs, *(X[:0] for _ in range(3 - len(inputs))))
     assert torch.equal(traced(*every), layer(*inputs))
+
+
+class NamedCalls(nn.Module):
+    """A model that passes its inputs to a layer by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = shaken(mmcv.DeformConv2d(6, 8, 3, padding=1))
+
+    def forward(self, images: Tensor, offset: Tensor) -> Tensor:
+        return self.layer(x=images, offset=offset)
+
+
+def test_inputs_by_name():
+    model = NamedCalls()
+    expected = model.layer(X, OFFSET)
+    assert torch.equal(model(X, OFFSET), expected)
+    assert torch.equal(torch.fx.symbolic_trace(model)(X, OFFSET), expected)

@@ -14,10 +14,9 @@ def one_node(forward: _Forward) -> _Forward:
     """Decorator for the forward pass of a layer that torch.fx records as a single node."""
 
     @wraps(forward)
-    def traced_or_called(layer: nn.Module, input: Any, *others: Any, **named: Any) -> Any:
-        if isinstance(input, Proxy):
-            return call_module(layer, input, *others, **named)
-        return forward(layer, input, *others, **named)
+    def traced_or_called(layer: nn.Module, *inputs: Any, **named: Any) -> Any:
+        traced = any(isinstance(it, Proxy) for it in (*inputs, *named.values()))
+        return (call_module if traced else forward)(layer, *inputs, **named)
 
     return traced_or_called  # pyright: ignore[reportReturnType]
 
@@ -27,12 +26,12 @@ def call_module(layer: nn.Module, *inputs: Any, **named: Any) -> Any:
 
     Args:
         layer: a layer whose forward pass torch.fx traces.
-        inputs, named: its arguments; the first is a proxy.
+        inputs, named: its arguments, at least one of which is a proxy.
 
     Raises:
         ValueError: if the layer is not part of a model.
     """
-    tracer = inputs[0].tracer
+    tracer: Any = next(it.tracer for it in (*inputs, *named.values()) if isinstance(it, Proxy))
     name = tracer.path_of_module(layer)
     if not name:
         raise ValueError(
