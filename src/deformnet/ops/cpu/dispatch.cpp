@@ -20,14 +20,15 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 
+bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+
 // Whether there are tiles of bfloat16, and the system lets this process use them.
 bool has_amx() {
 #ifdef __linux__
   unsigned a, b, c, d;
-  if (!has_avx512() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-  constexpr unsigned bf16 = 1u << 22, tile = 1u << 24, avx512_bf16 = 1u << 5;
+  if (!has_avx512_bf16() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  constexpr unsigned bf16 = 1u << 22, tile = 1u << 24;
   if (!(d & bf16) || !(d & tile)) return false;
-  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & avx512_bf16)) return false;
   constexpr long request_permission = 0x1023, tile_data = 18;
   return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
 #else
@@ -45,6 +46,7 @@ struct InstructionSet {
 constexpr InstructionSet kSets[] = {
 #ifdef DEFORMNET_X86
     {"amx", has_amx},
+    {"avx512_bf16", has_avx512_bf16},
     {"avx512", has_avx512},
     {"avx2", has_avx2},
 #endif

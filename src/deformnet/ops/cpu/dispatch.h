@@ -6,24 +6,28 @@ namespace deformnet {
 extern int instruction_set;  // the number of the one in use, in the order below
 }
 
-// Not every kernel has a form for processors with AMX; `on_amx` names the instruction set that serves those.
+// Not every kernel has a form for products of bfloat16; `on_amx` and `on_bf16` name the instruction sets that serve
+// processors with tiles and vectors of those.
 #ifdef DEFORMNET_X86
-#define DEFORMNET_KERNELS(name, on_amx) \
-  deformnet::on_amx::name, deformnet::avx512::name, deformnet::avx2::name, deformnet::baseline::name
+#define DEFORMNET_KERNELS(name, on_amx, on_bf16)                                                    \
+  deformnet::on_amx::name, deformnet::on_bf16::name, deformnet::avx512::name, deformnet::avx2::name, \
+      deformnet::baseline::name
 #else
-#define DEFORMNET_KERNELS(name, on_amx) deformnet::baseline::name
+#define DEFORMNET_KERNELS(name, on_amx, on_bf16) deformnet::baseline::name
 #endif
 
 #define DEFORMNET_EXPORT extern "C" __attribute__((visibility("default")))
 
-#define DEFORMNET_EXPORT_KERNEL(name, Problem, Tensors, on_amx)                                            \
+#define DEFORMNET_EXPORT_KERNEL(name, Problem, Tensors, on_amx, on_bf16)                                   \
   namespace deformnet {                                                                                    \
   namespace on_amx { int name(const Problem&, const Tensors&); }                                           \
+  namespace on_bf16 { int name(const Problem&, const Tensors&); }                                          \
   namespace avx512 { int name(const Problem&, const Tensors&); }                                           \
   namespace avx2 { int name(const Problem&, const Tensors&); }                                             \
   namespace baseline { int name(const Problem&, const Tensors&); }                                         \
   DEFORMNET_EXPORT int deformnet_##name(const Problem* problem, const Tensors* tensors) {                  \
-    static constexpr int (*kernels[])(const Problem&, const Tensors&) = {DEFORMNET_KERNELS(name, on_amx)}; \
+    static constexpr int (*kernels[])(const Problem&, const Tensors&) = {                                  \
+        DEFORMNET_KERNELS(name, on_amx, on_bf16)};                                                         \
     return kernels[instruction_set](*problem, *tensors);                                                   \
   }                                                                                                        \
   }  /* namespace deformnet */

@@ -5,9 +5,11 @@
 
 namespace deformnet::DEFORMNET_ISA {
 
-// Columns of a panel: B is packed panel by panel, kPanel<A> columns wide, row after row.
-template <class A>
-constexpr int kPanel = kTileVectors * kLanes<A>;
+// Factors are of type E: the type A that sums are computed in, or pairs of bfloat16 along the summed dimension.
+
+// Columns of a panel: B is packed panel by panel, kPanel<E> columns wide, row after row.
+template <class E>
+constexpr int kPanel = kTileVectors * kLanes<E>;
 
 // Numbers of the summed dimension that are taken at a time: a panel of so many rows stays in the nearest
 // cache while all rows of the left factor pass by.
@@ -17,9 +19,9 @@ constexpr int64_t kPrefetchRows = 64;
 
 // The left factor A[row, s, k]: `segments` runs of `depth` numbers along the summed dimension. The step
 // from row to row is known to the compiler, which has too few registers for as many pointers.
-template <class A, ptrdiff_t row_stride>
+template <class E, ptrdiff_t row_stride>
 struct LeftFactor {
-  const A* data;
+  const E* data;
   ptrdiff_t k_stride;
   ptrdiff_t segment_stride;
   int64_t segments, depth;
@@ -28,8 +30,8 @@ struct LeftFactor {
 // C[rows, n_valid] (+)= A * panel, rows <= kTileRows. The sum over k of one element has the same order
 // whatever the number of rows, so results do not depend on how rows are split into blocks or threads.
 // Not inlined: within a longer function the compiler runs out of registers.
-template <class A, int rows, ptrdiff_t row_stride>
-__attribute__((noinline)) void multiply_block(const LeftFactor<A, row_stride>& left, const A* panel, A* c,
+template <int rows, class A, class E, ptrdiff_t row_stride>
+__attribute__((noinline)) void multiply_block(const LeftFactor<E, row_stride>& left, const E* panel, A* c,
                                               ptrdiff_t c_stride, int n_valid, bool accumulate) {
   constexpr int lanes = kLanes<A>;
   Vec<A> total[rows][kTileVectors];
@@ -48,20 +50,20 @@ __attribute__((noinline)) void multiply_block(const LeftFactor<A, row_stride>& l
   }
   const ptrdiff_t k_stride = row_stride == 1 ? left.k_stride : 1;
   for (int64_t s = 0; s < left.segments; ++s) {
-    const A* a = left.data + s * left.segment_stride;
-    for (int64_t k = 0; k < left.depth; ++k, a += k_stride, panel += kPanel<A>) {
-      Vec<A> b[kTileVectors];
+    const E* a = left.data + s * left.segment_stride;
+    for (int64_t k = 0; k < left.depth; ++k, a += k_stride, panel += kPanel<E>) {
+      Vec<E> b[kTileVectors];
 #pragma GCC unroll 4
       for (int v = 0; v < kTileVectors; ++v) {
         b[v] = load(panel + v * lanes);
         if (v * kVectorBytes % kCacheLine == 0)
-          __builtin_prefetch(panel + v * lanes + kPrefetchRows * kPanel<A>);
+          __builtin_prefetch(panel + v * lanes + kPrefetchRows * kPanel<E>);
       }
 #pragma GCC unroll 16
       for (int r = 0; r < rows; ++r) {
-        const Vec<A> x = a[r * row_stride] - Vec<A>{};
+        const Vec<E> x = broadcast(a + r * row_stride);
 #pragma GCC unroll 4
-        for (int v = 0; v < kTileVectors; ++v) total[r][v] += x * b[v];
+        for (int v = 0; v < kTileVectors; ++v) total[r][v] = multiply_add(x, b[v], total[r][v]);
       }
     }
   }
@@ -75,19 +77,19 @@ __attribute__((noinline)) void multiply_block(const LeftFactor<A, row_stride>& l
   }
 }
 
-template <class A, ptrdiff_t row_stride, int rows = kTileRows>
-inline void multiply_few(int wanted, const LeftFactor<A, row_stride>& left, const A* panel, A* c,
+template <int rows = kTileRows, class A, class E, ptrdiff_t row_stride>
+inline void multiply_few(int wanted, const LeftFactor<E, row_stride>& left, const E* panel, A* c,
                          ptrdiff_t c_stride, int n_valid, bool accumulate) {
   if (wanted == rows) {
-    multiply_block<A, rows>(left, panel, c, c_stride, n_valid, accumulate);
+    multiply_block<rows>(left, panel, c, c_stride, n_valid, accumulate);
   } else if constexpr (rows > 1) {
-    multiply_few<A, row_stride, rows - 1>(wanted, left, panel, c, c_stride, n_valid, accumulate);
+    multiply_few<rows - 1>(wanted, left, panel, c, c_stride, n_valid, accumulate);
   }
 }
 
 // The same for any number of rows, in blocks of nearly equal height, and any depth.
-template <class A, ptrdiff_t row_stride>
-inline void multiply(int64_t rows, LeftFactor<A, row_stride> left, const A* panel, A* c,
+template <class A, class E, ptrdiff_t row_stride>
+inline void multiply(int64_t rows, LeftFactor<E, row_stride> left, const E* panel, A* c,
                      ptrdiff_t c_stride, int n_valid, bool accumulate) {
   const ptrdiff_t k_stride = row_stride == 1 ? left.k_stride : 1;
   if (left.segment_stride == left.depth * k_stride) {  // they follow one another in memory: one run
@@ -99,17 +101,16 @@ inline void multiply(int64_t rows, LeftFactor<A, row_stride> left, const A* pane
   const int64_t together = most<int64_t>(1, kPanelDepth / left.depth);
   for (int64_t s = 0; s < left.segments; s += together)
     for (int64_t k = 0; k < left.depth; k += part) {
-      LeftFactor<A, row_stride> now = left;
+      LeftFactor<E, row_stride> now = left;
       now.data = left.data + s * left.segment_stride + k * k_stride;
       now.segments = least(together, left.segments - s);
       now.depth = least(part, left.depth - k);
-      const A* from = panel + (s * left.depth + k) * kPanel<A>;
+      const E* from = panel + (s * left.depth + k) * kPanel<E>;
       A* to = c;
       int64_t rest = rows;
       for (int64_t blocks = ceil_div(rows, kTileRows); blocks > 0; --blocks) {
         const int64_t height = ceil_div(rest, blocks);
-        multiply_few<A, row_stride>(int(height), now, from, to, c_stride, n_valid,
-                                    accumulate || s > 0 || k > 0);
+        multiply_few(int(height), now, from, to, c_stride, n_valid, accumulate || s > 0 || k > 0);
         now.data += height * row_stride;
         to += height * c_stride;
         rest -= height;
@@ -133,14 +134,13 @@ struct TileUser {
   ~TileUser() { _tile_release(); }
 };
 
-constexpr int64_t kTileStep = 16;  // floats, of two bfloat16 each
+constexpr int64_t kTileStep = 16;  // pairs
 
-// As `multiply`, where every float of the left factor and of the panel stands for two bfloat16 side by
-// side; the depth of a segment is a multiple of kTileStep. Rows are computed in blocks of 16: up to 15
+// As `multiply`, for segments whose depth is a multiple of kTileStep. Rows are computed in blocks of 16: up to 15
 // rows more of the left factor are read, and of C written.
 template <ptrdiff_t row_stride>
-__attribute__((noinline)) void multiply_tiles(int64_t rows, const LeftFactor<float, row_stride>& left,
-                                              const float* panel, float* c, ptrdiff_t c_stride, int n_valid,
+__attribute__((noinline)) void multiply_tiles(int64_t rows, const LeftFactor<Pair, row_stride>& left,
+                                              const Pair* panel, float* c, ptrdiff_t c_stride, int n_valid,
                                               bool accumulate) {
   constexpr ptrdiff_t lanes = 16, width = 2 * lanes, float_bytes = sizeof(float);
   static_assert(kPanel<float> == width);
@@ -150,10 +150,10 @@ __attribute__((noinline)) void multiply_tiles(int64_t rows, const LeftFactor<flo
     for (int64_t begin = 0; begin < left.depth; begin += kPanelDepth) {
       const int64_t end = least(left.depth, begin + kPanelDepth);
       const bool add = accumulate || s > 0 || begin > 0;
-      const float* b = panel + s * left.depth * width;
+      const Pair* b = panel + s * left.depth * width;
       for (int64_t r = 0; r < rows; r += 2 * lanes) {
         const bool two = rows - r > lanes;
-        const float* a = left.data + s * left.segment_stride + r * row_stride;
+        const Pair* a = left.data + s * left.segment_stride + r * row_stride;
         float* sums = full ? c + r * c_stride : whole;
         const ptrdiff_t stride = full ? c_stride : width;
         const int64_t height = two ? 2 * lanes : lanes;

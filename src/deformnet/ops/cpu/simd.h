@@ -31,6 +31,34 @@ constexpr int kVectorBytes = 16;
 constexpr int kTileRows = 4, kTileVectors = 2;  // 8 of 16
 #endif
 
+// ---------------------------------------------------------------------------------- numbers
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+// Two numbers of a sum of products, in the place of one float.
+struct Pair {
+  BFloat16 first, second;
+};
+template <class E>
+constexpr int64_t kTogether = 1;
+template <>
+inline constexpr int64_t kTogether<Pair> = 2;
+
+// The type in which a storage type is computed with.
+template <class T>
+struct ComputeOf {
+  using type = float;
+};
+template <>
+struct ComputeOf<double> {
+  using type = double;
+};
+
 // ---------------------------------------------------------------------------------- vectors
 
 template <class A>
@@ -47,6 +75,10 @@ struct VectorOf<double> {
   using integer = int64_t;
   typedef int64_t index __attribute__((vector_size(kVectorBytes)));
 };
+template <>
+struct VectorOf<Pair> {
+  typedef int32_t type __attribute__((vector_size(kVectorBytes)));
+};
 template <class A>
 using Vec = typename VectorOf<A>::type;
 // Integers of the same size.
@@ -62,6 +94,16 @@ inline Vec<A> load(const A* p) {
   Vec<A> v;
   std::memcpy(&v, p, sizeof v);
   return v;
+}
+
+template <class A>
+inline Vec<A> broadcast(const A* p) {
+  return *p - Vec<A>{};
+}
+inline Vec<Pair> broadcast(const Pair* p) {
+  VectorOf<float>::integer bits;
+  std::memcpy(&bits, p, sizeof bits);
+  return bits - Vec<Pair>{};
 }
 
 template <class A>
@@ -137,6 +179,13 @@ inline Vec<double> multiply_add(Vec<double> a, Vec<double> b, Vec<double> c) {
 #endif
 }
 
+#if defined(__AVX512BF16__)
+// The same with pairs of bfloat16: both products of each lane are added to c.
+inline Vec<float> multiply_add(Vec<Pair> a, Vec<Pair> b, Vec<float> c) {
+  return _mm512_dpbf16_ps(c, __m512bh(a), __m512bh(b));
+}
+#endif
+
 // The same number by number, to the same bits.
 inline float multiply_add(float a, float b, float c) {
 #if defined(__AVX2__) || defined(__aarch64__)
@@ -177,23 +226,6 @@ inline Vec<A> sum_each(Vec<A>* v) {
 }
 
 // ---------------------------------------------------------------------------- number formats
-
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Float16 {
-  uint16_t bits;
-};
-
-// The type in which a storage type is computed with.
-template <class T>
-struct ComputeOf {
-  using type = float;
-};
-template <>
-struct ComputeOf<double> {
-  using type = double;
-};
 
 inline float bits_to_float(uint32_t bits) {
   float value;

@@ -19,14 +19,11 @@ constexpr int64_t kColumnsRow = kBlockDepth + kCacheLine / int64_t(sizeof(A));
 
 // --------------------------------------------------------------------------- packed weights
 
-// How many numbers of a column take the place of one: see `multiply_tiles`.
-template <bool pairs>
-constexpr int64_t kTogether = pairs ? 2 : 1;
-
 // [group][panel of output channels][tap][channel][lane], with pairs
 // [group][panel][tap][channel / 2][lane][channel % 2].
-template <class A, bool pairs, class T>
-void pack_forward(const Geometry& p, const T* weight, A* packed) {
+template <class E, class T>
+void pack_forward(const Geometry& p, const T* weight, E* packed) {
+  using A = typename ComputeOf<T>::type;
   constexpr int panel = kPanel<A>;
   const int64_t panels = ceil_div(p.group_out, panel), depth = p.group_in * p.taps;
   // A few rows of the source at a time, so that the lines written to stay in the cache.
@@ -40,13 +37,14 @@ void pack_forward(const Geometry& p, const T* weight, A* packed) {
     A block[stretch * panel] = {};  // [k][lane]
     const T* from = weight + (group * p.group_out + which * panel) * depth + begin;
     transpose<A>(from, depth, outs, n, block, panel);
-    A* to = packed + (group * panels + which) * depth / kTogether<pairs> * panel;
+    E* to = packed + (group * panels + which) * depth / kTogether<E> * panel;
     int64_t channel = begin / p.taps, tap = begin % p.taps;
     for (int64_t k = 0; k < n; ++k) {
       const int64_t row = tap * p.group_in + channel;
-      if constexpr (pairs) {
-        T* halves = reinterpret_cast<T*>(to + row / 2 * panel) + row % 2;
-        for (int lane = 0; lane < panel; ++lane) write(halves + 2 * lane, block[k * panel + lane]);
+      if constexpr (kSame<E, Pair>) {
+        Pair* pairs = to + row / 2 * panel;
+        for (int lane = 0; lane < panel; ++lane)
+          write(row % 2 ? &pairs[lane].second : &pairs[lane].first, block[k * panel + lane]);
       } else {
         std::memcpy(to + row * panel, block + k * panel, sizeof(A) * panel);
       }
@@ -67,32 +65,30 @@ void pack_depthwise(const Geometry& p, const T* weight, A* packed) {
 // --------------------------------------------------------------------------------- products
 
 // The columns of a block times the weights, added to `sums`, or else in their place.
-template <bool pairs, class A>
-void add_product(const Geometry& p, const Block& block, int64_t count, const A* columns,
-                 const A* packed, A* sums, int64_t sums_row, bool accumulate) {
+template <class E, class A>
+void add_product(const Geometry& p, const Block& block, int64_t count, const E* columns,
+                 const E* packed, A* sums, int64_t sums_row, bool accumulate) {
   constexpr int panel = kPanel<A>;
-  constexpr int64_t together = kTogether<pairs>;
+  constexpr int64_t together = kTogether<E>;
   const int64_t panels = ceil_div(p.group_out, panel), group_in = p.group_in;
   for (int64_t group = block.channel_begin / group_in; group * group_in < block.channel_end; ++group) {
     const int64_t begin = most(block.channel_begin, group * group_in);
     const int64_t end = least(block.channel_end, (group + 1) * group_in);
-    const LeftFactor<A, kColumnsRow<A>> left{columns + (begin - block.channel_begin) / together, 1,
+    const LeftFactor<E, kColumnsRow<A>> left{columns + (begin - block.channel_begin) / together, 1,
                                              block.channels() / together, block.tap_end - block.tap_begin,
                                              (end - begin) / together};
     for (int64_t which = 0; which < panels; ++which) {
       const int64_t at = ((group * panels + which) * p.taps + block.tap_begin) * group_in + begin -
                          group * group_in;
-      const A* from = packed + at / together * panel;
+      const E* from = packed + at / together * panel;
       A* to = sums + group * p.group_out + which * panel;
       const int n = int(least<int64_t>(panel, p.group_out - which * panel));
       const bool add = accumulate || begin > group * group_in;
 #if defined(__AMX_BF16__)
-      if constexpr (pairs) {
-        multiply_tiles(count, left, from, to, sums_row, n, add);
-        continue;
-      }
-#endif
+      multiply_tiles(count, left, from, to, sums_row, n, add);
+#else
       multiply(count, left, from, to, sums_row, n, add);
+#endif
     }
   }
 }
@@ -129,11 +125,11 @@ void write_tile(const Geometry& p, const Tile& tile, const A* sums, int64_t row,
 
 // ---------------------------------------------------------------------------- the whole pass
 
-// Sizes. With `pairs`, columns and weights are bfloat16 and multiplied as such; sums are float.
-template <class A, bool pairs>
+// Sizes. Columns and weights are of type E.
+template <class A, class E>
 struct ForwardPlan : Geometry {
   ForwardPlan(const Problem& p, const ForwardTensors& tensors) : Geometry(p), tensors(tensors) {
-    constexpr int64_t together = kTogether<pairs>, number = sizeof(A);
+    constexpr int64_t together = kTogether<E>, number = sizeof(A);
     block_taps = most<int64_t>(1, least(taps, kBlockDepth * together / in_channels));
     block_channels = least(in_channels, kBlockDepth * together);
     image_size = padded_pixels * in_channels;
@@ -154,13 +150,13 @@ struct ForwardPlan : Geometry {
   int64_t packed_size, tile_rows, sums_row;
 };
 
-template <class T, bool pairs>
+template <class T, class E>
 struct ForwardShared {
   using A = typename ComputeOf<T>::type;
-  using Plan = ForwardPlan<A, pairs>;
+  using Plan = ForwardPlan<A, E>;
 
   ForwardShared(const Plan& plan, Memory& memory)
-      : packed(memory.take<A>(plan.packed_size)),
+      : packed(memory.take<E>(plan.packed_size)),
         biases(memory.take<A>(plan.out_channels)),
         maps(memory.take<A>(plan.images * plan.image_size)) {}
 
@@ -169,22 +165,23 @@ struct ForwardShared {
     for (int64_t c = 0; c < plan.out_channels; ++c) biases[c] = bias ? A(read(bias[c])) : A(0);
   }
 
-  A *packed, *biases, *maps;
+  E* packed;
+  A *biases, *maps;
 };
 
-template <class T, bool pairs = false>
+template <class T, class E = typename ComputeOf<T>::type>
 class Forward {
   using A = typename ComputeOf<T>::type;
-  using Column = std::conditional_t<pairs, T, A>;
-  using Plan = ForwardPlan<A, pairs>;
-  using Shared = ForwardShared<T, pairs>;
+  using Column = std::conditional_t<kSame<E, Pair>, BFloat16, A>;
+  using Plan = ForwardPlan<A, E>;
+  using Shared = ForwardShared<T, E>;
 
  public:
   Forward(const Plan& plan, const Shared& shared, Memory& memory)
       : plan(plan),
         tensors(plan.tensors),
         shared(shared),
-        columns(memory.take<A>(plan.tile_rows * kColumnsRow<A>)),
+        columns(memory.take<E>(plan.tile_rows * kColumnsRow<A>)),
         sums(memory.take<A>(plan.tile_rows * plan.sums_row)),
         places(memory, plan.tile_rows),
         samples(Samples<A>::take(memory, plan.samples, plan.tile_rows)) {}
@@ -198,10 +195,12 @@ class Forward {
     const TileUser tiles_in_use;
 #endif
     const T* weight = static_cast<const T*>(tensors.weight);
-    if (plan.depthwise)
+    if constexpr (kSame<E, Pair>)
+      pack_forward(plan, weight, shared.packed);
+    else if (plan.depthwise)
       pack_depthwise<A>(plan, weight, shared.packed);
     else
-      pack_forward<A, pairs>(plan, weight, shared.packed);
+      pack_forward(plan, weight, shared.packed);
     for (int64_t first = 0; first < plan.batch; first += plan.images) {
       const int64_t last = least(first + plan.images, plan.batch), total = (last - first) * plan.positions;
       copy_maps<A>(plan, static_cast<const T*>(tensors.input), first, last, shared.maps);
@@ -225,11 +224,13 @@ class Forward {
         const Block block{tap, least(tap + plan.block_taps, plan.taps), channel,
                           least(channel + plan.block_channels, channels)};
         sample(tensors.mask, plan, map, samples, block, tile.count, reinterpret_cast<Column*>(columns),
-               kColumnsRow<A> * kTogether<pairs>);
-        if (plan.depthwise)
-          add_depthwise<A>(block, channels, tile.count, columns, shared.packed, sums, plan.sums_row);
-        else
-          add_product<pairs>(plan, block, tile.count, columns, shared.packed, sums, plan.sums_row, add || tap > 0);
+               kColumnsRow<A> * kTogether<E>);
+        if constexpr (!kSame<E, Pair>)
+          if (plan.depthwise) {
+            add_depthwise<A>(block, channels, tile.count, columns, shared.packed, sums, plan.sums_row);
+            continue;
+          }
+        add_product(plan, block, tile.count, columns, shared.packed, sums, plan.sums_row, add || tap > 0);
       }
     write_tile<A>(plan, tile, sums, plan.sums_row, static_cast<T*>(tensors.output));
   }
@@ -237,7 +238,8 @@ class Forward {
   const Plan& plan;
   const ForwardTensors& tensors;
   const Shared& shared;
-  A *columns, *sums;  // of a tile
+  E* columns;  // of a tile
+  A* sums;
   Places<A> places;
   Samples<A>* samples;
 };

@@ -3,10 +3,11 @@
 #include "dispatch.h"
 #include "forward.h"
 
-#if defined(__AMX_BF16__)
-// Only what tiles are for is compiled again.
+#if defined(__AVX512BF16__)
+// Only what multiplies bfloat16 is compiled again.
 namespace deformnet::avx512 {
 int deform_conv2d(const Problem& p, const ForwardTensors& tensors);
+int deform_conv2d_backward(const Problem& p, const BackwardTensors& tensors);
 }
 #endif
 
@@ -15,7 +16,13 @@ namespace deformnet::DEFORMNET_ISA {
 #if defined(__AMX_BF16__)
 int deform_conv2d(const Problem& p, const ForwardTensors& tensors) {
   if (p.dtype == kBFloat16 && p.in_channels / p.groups % (2 * kTileStep) == 0)
-    return Forward<BFloat16, true>::run_team(p, tensors);
+    return Forward<BFloat16, Pair>::run_team(p, tensors);
+  return avx512::deform_conv2d(p, tensors);
+}
+#elif defined(__AVX512BF16__)
+int deform_conv2d(const Problem& p, const ForwardTensors& tensors) {
+  if (p.dtype == kBFloat16 && p.in_channels / p.groups % kTogether<Pair> == 0)
+    return Forward<BFloat16, Pair>::run_team(p, tensors);
   return avx512::deform_conv2d(p, tensors);
 }
 #else
@@ -31,6 +38,6 @@ int deform_conv2d_backward(const Problem& p, const BackwardTensors& tensors) {
 }  // namespace deformnet::DEFORMNET_ISA
 
 #ifdef DEFORMNET_EXPORTS
-DEFORMNET_EXPORT_KERNEL(deform_conv2d, Problem, ForwardTensors, amx)
-DEFORMNET_EXPORT_KERNEL(deform_conv2d_backward, Problem, BackwardTensors, avx512)
+DEFORMNET_EXPORT_KERNEL(deform_conv2d, Problem, ForwardTensors, amx, avx512_bf16)
+DEFORMNET_EXPORT_KERNEL(deform_conv2d_backward, Problem, BackwardTensors, avx512, avx512)
 #endif

@@ -35,6 +35,6 @@ int roi_pool_backward(const RoiProblem& p, const RoiBackwardTensors& tensors) {
 }  // namespace deformnet::DEFORMNET_ISA
 
 #ifdef DEFORMNET_EXPORTS
-DEFORMNET_EXPORT_KERNEL(roi_pool, RoiProblem, RoiForwardTensors, avx512)
-DEFORMNET_EXPORT_KERNEL(roi_pool_backward, RoiProblem, RoiBackwardTensors, avx512)
+DEFORMNET_EXPORT_KERNEL(roi_pool, RoiProblem, RoiForwardTensors, avx512, avx512)
+DEFORMNET_EXPORT_KERNEL(roi_pool_backward, RoiProblem, RoiBackwardTensors, avx512, avx512)
 #endif
