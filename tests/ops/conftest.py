@@ -72,7 +72,7 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
-@pytest.fixture(params=["amx", "avx512", "avx2", "baseline"])
+@pytest.fixture(params=["amx", "avx512_bf16", "avx512", "avx2", "baseline"])
 def instructions(request):
     """Every instruction set of this machine."""
     _needs("cpu")

@@ -595,7 +595,7 @@ def main() -> None:
     seed, first, end = map(int, sys.argv[1:])
     warnings.simplefilter("ignore")  # of what is deprecated in PyTorch
     best = cpu.instruction_set()
-    for name in ("amx", "avx512", "avx2", "baseline"):
+    for name in ("amx", "avx512_bf16", "avx512", "avx2", "baseline"):
         try:
             cpu.select_instruction_set(name)
             INSTRUCTIONS.append(name)

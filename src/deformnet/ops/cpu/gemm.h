@@ -11,6 +11,39 @@ namespace deformnet::DEFORMNET_ISA {
 template <class E>
 constexpr int kPanel = kTileVectors * kLanes<E>;
 
+// Writes number k of a column of a panel.
+template <class A>
+inline void put(A* panel, int64_t k, int64_t lane, A value) {
+  panel[k * kPanel<A> + lane] = value;
+}
+inline void put(Pair* panel, int64_t k, int64_t lane, float value) {
+  Pair& pair = panel[k / 2 * kPanel<Pair> + lane];
+  write(k % 2 ? &pair.second : &pair.first, value);
+}
+
+// The same for columns whose numbers are written in order: until the second of a pair is, it is zero.
+template <class A>
+inline void append(A* panel, int64_t k, int64_t lane, A value) {
+  put(panel, k, lane, value);
+}
+inline void append(Pair* panel, int64_t k, int64_t lane, float value) {
+  put(panel, k, lane, value);
+  if (k % 2 == 0) put(panel, k + 1, lane, 0.0f);
+}
+// A vector, from `lane` on.
+template <class A>
+inline void append_vector(A* panel, int64_t k, int64_t lane, Vec<A> values) {
+  store(panel + k * kPanel<A> + lane, values);
+}
+#if defined(__AVX512BF16__)
+inline void append_vector(Pair* panel, int64_t k, int64_t lane, Vec<float> values) {
+  Pair* pairs = panel + k / 2 * kPanel<Pair> + lane;
+  Vec<Pair> rounded = Vec<Pair>(_mm512_cvtepu16_epi32(__m256i(_mm512_cvtneps_pbh(values))));
+  if (k % 2) rounded = load(pairs) | rounded << 16;
+  store(pairs, rounded);
+}
+#endif
+
 // Numbers of the summed dimension that are taken at a time: a panel of so many rows stays in the nearest
 // cache while all rows of the left factor pass by.
 constexpr int64_t kPanelDepth = 256;

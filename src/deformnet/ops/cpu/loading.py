@@ -61,8 +61,8 @@ def _library() -> ctypes.CDLL:
     choice = os.environ.get(_CHOICE)
     if choice is not None and library.deformnet_select_instruction_set(choice.encode()):
         raise OSError(
-            f"expected {_CHOICE} to be one of amx, avx512, avx2, baseline that this machine has, "
-            f"but got {choice!r}"
+            f"expected {_CHOICE} to be one of amx, avx512_bf16, avx512, avx2, baseline that this "
+            f"machine has, but got {choice!r}"
         )
     return library
 
@@ -80,7 +80,9 @@ def why_unavailable() -> str | None:
 
 
 def instruction_set() -> str:
-    """The instruction set in use: "amx", "avx512", "avx2" or "baseline" (SSE2, NEON).
+    """The instruction set in use: "amx", "avx512_bf16", "avx512", "avx2" or "baseline".
+
+    The last one is SSE2, and NEON on ARM64.
 
     The environment variable DEFORMNET_INSTRUCTION_SET overrides the best one of the machine.
     """

@@ -16,7 +16,8 @@ constexpr int64_t kChunkPositions = 384;  // at least: the gradient of the weigh
 
 // ----------------------------------------------------------------------------------- layouts
 
-// Where the columns lie, and their gradient: [tap][panel of channels][position][lane], so that a thread that takes
+// Where the columns lie, and their gradient: [tap][panel of channels][position][lane], for columns in pairs
+// [...][position / 2][lane][position % 2], so that a thread that takes
 // some channels of all positions reads runs of memory, and the product with the gradient of the output finds panels.
 // A panel has channels of one group, or several whole groups; a depthwise layer is one group here.
 template <class A>
@@ -46,7 +47,7 @@ struct Panels {
 // Channels of one panel and one offset group.
 struct ChannelRun {
   int64_t channel, width;
-  int64_t place;  // among the panels of a tap
+  int64_t panel, lane;  // where their panel begins among those of a tap, and the first lane
 };
 
 // All channels in runs of at most `longest`; those of offset group g begin at first[g].
@@ -60,17 +61,47 @@ int64_t find_runs(const Geometry& p, const Panels<A>& panels, int64_t longest,
     for (int64_t channel = g * p.offset_group_in; channel < end; channel += runs[count++].width) {
       int64_t width = least(longest, panels.used - panels.lane(channel));
       if (panels.together == 1) width = least(width, panels.group - channel % panels.group);
-      runs[count] = {channel, least(width, end - channel), panels.place(channel)};
+      runs[count] = {channel, least(width, end - channel), panels.index(channel) * panels.panel, panels.lane(channel)};
     }
   }
   first[p.offset_groups] = count;
   return count;
 }
 
-// The weight for the gradient of the columns: [group][tap][panel of input channels][output channel][lane]. Output
-// channels are padded to whole panels, as they are in the packed grad_output.
-template <class A, class T>
-void pack_backward(const Geometry& p, const T* weight, A* packed) {
+// Images [first, last) and the two halves of their positions.
+struct Images {
+  Images(const Geometry& p, int64_t first, int64_t last)
+      : first(first), count(last - first), total(count * p.positions), half(ceil_div(total, 2)),
+        shared(half % p.positions == 0 ? -1 : half / p.positions) {}
+
+  int64_t first, count, total, half;
+  int64_t shared;  // the image that both halves have a part of, or -1
+};
+
+// The positions that are processed at a time: a tile of each half. In memory each half takes whole pairs of rows.
+struct Chunk {
+  Chunk(const Geometry& p, const Images& images, int64_t begin, int64_t positions, int64_t together)
+      : halves{Tile(p, images.first, begin, least(positions, images.half - begin)),
+               Tile(p, images.first, images.half + begin,
+                    most<int64_t>(0, least(positions, images.total - images.half - begin)))},
+        second(round_up(halves[0].count, together)),
+        rows(second + round_up(halves[1].count, together)),
+        is_first(images.first == 0 && begin == 0) {}
+
+  // Where a half begins among the chunk's positions.
+  int64_t row(bool of_second) const { return of_second ? second : 0; }
+
+  Tile halves[2];
+  int64_t second, rows;
+  bool is_first;
+};
+
+// The weight for the gradient of the columns: [group][tap][panel of input channels][output channel][lane], in pairs
+// [...][output channel / 2][lane][output channel % 2]. Output channels are padded to whole panels, as they are in the
+// packed grad_output.
+template <class E, class T>
+void pack_backward(const Geometry& p, const T* weight, E* packed) {
+  using A = typename ComputeOf<T>::type;
   constexpr int panel = kPanel<A>;
   const int64_t panels = ceil_div(p.group_in, panel);
   const int64_t outs = round_up(p.group_out, panel), taps = p.taps;
@@ -82,18 +113,19 @@ void pack_backward(const Geometry& p, const T* weight, A* packed) {
         for (int64_t tap = 0; tap < taps; ++tap) {
           const bool real = out < p.group_out && channel < p.group_in;
           const int64_t at = ((group * taps + tap) * panels + channel / panel) * outs + out;
-          packed[at * panel + channel % panel] = real ? A(read(from[channel * taps + tap])) : A(0);
+          put(packed, at, channel % panel, real ? A(read(from[channel * taps + tap])) : A(0));
         }
     }
 }
 
 // grad_output of a tile and channels [channel, channel + width), as rows of `panel` numbers, padded with zeros.
-template <class A, class T>
+template <class Number, class T>
 void pack_rows(const Problem& p, const Tile& tile, const T* grad_output, int64_t channel, int64_t width,
-               int64_t panel, A* packed) {
+               int64_t panel, Number* packed) {
+  using A = typename ComputeOf<T>::type;
   const int64_t channels = p.out_channels, positions = p.out_h * p.out_w;
   tile.for_each_run([&](const Run& run) {
-    A* to = packed + run.start * panel;
+    Number* to = packed + run.start * panel;
     if (p.output_channels_last) {
       const T* from = grad_output + (run.image * positions + run.position) * channels + channel;
       for (int64_t i = 0; i < run.length; ++i) convert_row<A>(from + i * channels, width, to + i * panel);
@@ -102,30 +134,58 @@ void pack_rows(const Problem& p, const Tile& tile, const T* grad_output, int64_t
       transpose<A>(from, positions, width, run.length, to, panel);
     }
     for (int64_t i = 0; i < run.length; ++i)
-      for (int64_t c = width; c < panel; ++c) to[i * panel + c] = A(0);
+      for (int64_t c = width; c < panel; ++c) to[i * panel + c] = Number{};
   });
 }
 
-// grad_output of the positions of two tiles as panels [group][panel][position][lane]; for depthwise layers as rows
-// [position][channel]. Called by all threads of a team.
-template <class A, class T>
-void pack_grad_output(const Geometry& p, const Tile* halves, const T* grad_output,
-                      A* packed) {
+// grad_output as the left factor of both products: panels [group][panel][position][lane]; for depthwise layers rows
+// [position][channel]. In pairs it is there twice: for the sum over lanes, and [...][position / 2][lane][position % 2]
+// for the sum over positions.
+template <class E>
+struct PackedOutput {
+  PackedOutput(Memory& memory, int64_t size)
+      : by_lane(memory.take<E>(size / kTogether<E>)),
+        by_position(kTogether<E> == 1 ? by_lane : memory.take<E>(size / kTogether<E>)) {}
+
+  E *by_lane, *by_position;
+};
+
+// Pairs of rows [first, first + count) of a panel. Where the last row is the first of a pair, zeros are the second.
+inline void pair_rows(const BFloat16* rows, int64_t count, Pair* pairs) {
+  constexpr int panel = kPanel<Pair>;
+  for (int64_t i = 0; i < count; i += 2)
+    for (int lane = 0; lane < panel; ++lane)
+      pairs[i / 2 * panel + lane] = {rows[i * panel + lane], i + 1 < count ? rows[(i + 1) * panel + lane] : BFloat16{}};
+}
+
+// Packs grad_output of the positions of a chunk. Called by all threads of a team.
+template <class E, class T>
+void pack_grad_output(const Geometry& p, const Chunk& chunk, const T* grad_output, const PackedOutput<E>& packed) {
+  using A = typename ComputeOf<T>::type;
   const int64_t panel = p.depthwise ? p.out_channels : kPanel<A>;
   const int64_t group_out = p.depthwise ? p.out_channels : p.group_out;
   const int64_t panels = ceil_div(group_out, panel), groups = p.depthwise ? 1 : p.groups;
   constexpr int64_t strip = 256;
-  const int64_t count = halves[0].count + halves[1].count, strips = ceil_div(halves[0].count, strip);
+  const int64_t strips = ceil_div(chunk.halves[0].count, strip);
 #pragma omp for schedule(static)
   for (int64_t item = 0; item < 2 * groups * panels * strips; ++item) {
-    const Tile& half = halves[item / (groups * panels * strips)];
+    const bool second = item >= groups * panels * strips;
+    const Tile& half = chunk.halves[second];
     const int64_t group = item / (panels * strips) % groups, which = item / strips % panels;
     const int64_t start = item % strips * strip, n = least(strip, half.count - start);
     if (n <= 0) continue;
-    const int64_t row = start + (&half == halves ? 0 : halves[0].count);
-    pack_rows<A>(p, Tile(p, half.first_image, half.begin + start, n), grad_output,
-                 group * group_out + which * panel, least(panel, group_out - which * panel), panel,
-                 packed + ((group * panels + which) * count + row) * panel);
+    const int64_t at = ((group * panels + which) * chunk.rows + start + chunk.row(second)) * panel;
+    const auto pack = [&](auto* rows) {
+      pack_rows(p, Tile(p, half.first_image, half.begin + start, n), grad_output, group * group_out + which * panel,
+                least(panel, group_out - which * panel), panel, rows);
+    };
+    if constexpr (kSame<E, Pair>) {
+      BFloat16* rows = reinterpret_cast<BFloat16*>(packed.by_lane) + at;
+      pack(rows);
+      pair_rows(rows, n, packed.by_position + at / 2);
+    } else {
+      pack(packed.by_lane + at);
+    }
   }
 }
 
@@ -154,25 +214,26 @@ __attribute__((always_inline)) inline Vec<A> add_dots(const A* corner, ptrdiff_t
 }
 
 // The same for a run of `width` channels: whole vectors into `dots`, the channels left over into `rest`.
-// `w` and `mask` are there as vectors, too, which all runs share. Writes the columns if `write`.
-template <bool write, class A>
+// `w` and `mask` are there as vectors, too, which all runs share. Writes column `i` of a panel, from `lane` on, if
+// `write`.
+template <bool write, class A, class E>
 __attribute__((always_inline)) inline void add_run_dots(const A* corner, ptrdiff_t right, ptrdiff_t down,
                                                         int64_t width, const A* grad, const A* w,
-                                                        const Vec<A>* weights, A mask, Vec<A> masks, A* to,
-                                                        Vec<A>* dots, A* rest) {
+                                                        const Vec<A>* weights, A mask, Vec<A> masks, E* to, int64_t i,
+                                                        int64_t lane, Vec<A>* dots, A* rest) {
   constexpr int lanes = kLanes<A>;
   if (width == kPanel<A>) {
 #pragma GCC unroll 4
     for (int v = 0; v < kTileVectors; ++v) {
       const Vec<A> value = add_dots(corner + v * lanes, right, down, load(grad + v * lanes), weights, dots);
-      if (write) store(to + v * lanes, value * masks);
+      if (write) append_vector(to, i, lane + v * lanes, value * masks);
     }
     return;
   }
   int64_t c = 0;
   for (; c + lanes <= width; c += lanes) {
     const Vec<A> value = add_dots(corner + c, right, down, load(grad + c), weights, dots);
-    if (write) store(to + c, value * masks);
+    if (write) append_vector(to, i, lane + c, value * masks);
   }
   for (; c < width; ++c) {
     const A* v = corner + c;
@@ -180,7 +241,7 @@ __attribute__((always_inline)) inline void add_run_dots(const A* corner, ptrdiff
     rest[1] += grad[c] * v[right];
     rest[2] += grad[c] * v[down];
     rest[3] += grad[c] * v[down + right];
-    if (write) to[c] = (v[0] * w[0] + v[right] * w[1] + v[down] * w[2] + v[down + right] * w[3]) * mask;
+    if (write) append(to, i, lane + c, (v[0] * w[0] + v[right] * w[1] + v[down] * w[2] + v[down + right] * w[3]) * mask);
   }
 }
 
@@ -203,9 +264,9 @@ __attribute__((always_inline)) inline void write_grads(const Samples<A>& at, int
 
 // Samples of one tap and offset group, whose runs of channels are `runs` to `end`: their gradients, from `grads`, the
 // gradient of the columns, and the columns if `write`.
-template <bool write, class A>
+template <bool write, class A, class E>
 void sample_backward(const Map<A>& map, const Samples<A>& at, const ChannelRun* runs, const ChannelRun* end,
-                     int64_t count, const A* grads, A* columns, const SampleGrads<A>& to) {
+                     int64_t count, const A* grads, E* columns, const SampleGrads<A>& to) {
   constexpr int lanes = kLanes<A>;
   const ptrdiff_t right = map.channels, down = map.row;
   // As many positions at a time as sums fit into a vector.
@@ -221,9 +282,9 @@ void sample_backward(const Map<A>& map, const Samples<A>& at, const ChannelRun* 
       Vec<A> dot[4] = {};
       A left_over[4] = {};
       for (const ChannelRun* run = runs; run != end; ++run) {
-        const int64_t place = run->place + i * kPanel<A>;
-        add_run_dots<write>(map.at(at.pixel[i], run->channel), right, down, run->width, grads + place,
-                            w, weights, at.mask[i], masks, write ? columns + place : nullptr, dot, left_over);
+        add_run_dots<write>(map.at(at.pixel[i], run->channel), right, down, run->width,
+                            grads + run->panel + i * kPanel<A> + run->lane, w, weights, at.mask[i], masks,
+                            write ? columns + run->panel / kTogether<E> : nullptr, i, run->lane, dot, left_over);
       }
       for (int j = 0; j < 4; ++j) dots[j][k] = dot[j], rest[j][k] = left_over[j];
     }
@@ -272,7 +333,7 @@ __attribute__((always_inline)) inline void add_position(const Geometry& p,
     const A w0 = w[0] * s.mask[i], w1 = w[1] * s.mask[i], w2 = w[2] * s.mask[i], w3 = w[3] * s.mask[i];
     A* const pixel = sums + s.pixel[i] * right;
     for (const ChannelRun* run = runs; run != end; ++run)
-      add_to_corners(grads + tap * grads_tap + run->place, run->width, w0, w1, w2, w3, pixel + run->channel, right,
+      add_to_corners(grads + tap * grads_tap + run->panel + run->lane, run->width, w0, w1, w2, w3, pixel + run->channel, right,
                      down);
   }
 }
@@ -295,8 +356,9 @@ void add_to_map(const Geometry& p, const Samples<A>* samples, int64_t tile_rows,
 
 // ---------------------------------------------------------------------------- the whole pass
 
-// Sizes. The number of threads changes only those that the bits do not depend on.
-template <class A>
+// Sizes. The number of threads changes only those that the bits do not depend on. Columns, weight and grad_output are of
+// type E where they are multiplied.
+template <class A, class E>
 struct BackwardPlan : Geometry {
   BackwardPlan(const Problem& p, const BackwardTensors& tensors)
       : Geometry(p),
@@ -305,7 +367,7 @@ struct BackwardPlan : Geometry {
         chunk_positions(round_up(most<int64_t>(kChunkPositions, kChunkBytes / position_bytes()) / 2, kTileRows)),
         images(most<int64_t>(1, least(least(most<int64_t>(2, 2 * chunk_positions / positions), batch),
                                       kImagesBytes / (image_size * number)))),
-        longest(least(chunk_positions, ceil_div(images * positions, 2))),
+        longest(round_up(least(chunk_positions, ceil_div(images * positions, 2)), kTogether<E>)),
         panels(*this, in_channels, 2 * longest),
         out_panels(ceil_div(group_out, kPanel<A>)),
         outs(out_panels * kPanel<A>),
@@ -323,7 +385,7 @@ struct BackwardPlan : Geometry {
   int64_t image_size;       // numbers of a framed map
   int64_t chunk_positions;  // of each half
   int64_t images;           // that are processed at a time, in two halves
-  int64_t longest;          // positions of a half's chunk
+  int64_t longest;          // positions of a half's chunk, in whole pairs
   Panels<A> panels;
   int64_t out_panels, outs;  // panels of a group's output channels, and lanes of those
   int64_t slices;            // of the channels, among the threads of a half
@@ -342,12 +404,12 @@ struct BackwardPlan : Geometry {
   }
 };
 
-template <class A>
+template <class A, class E>
 struct BackwardShared {
-  BackwardShared(const BackwardPlan<A>& plan, Memory& memory)
-      : weight(memory.take<A>(plan.weight_size)),
-        grad_output(memory.take<A>(plan.grad_output_size)),
-        columns(plan.tensors.grad_weight ? memory.take<A>(plan.taps * plan.panels.tap) : nullptr),
+  BackwardShared(const BackwardPlan<A, E>& plan, Memory& memory)
+      : weight(memory.take<E>(plan.weight_size / kTogether<E>)),
+        grad_output(memory, plan.grad_output_size),
+        columns(plan.tensors.grad_weight ? memory.take<E>(plan.taps * plan.panels.tap / kTogether<E>) : nullptr),
         grads(memory.take<A>(plan.taps * plan.panels.tap)),
         weight_sums(memory.take<A>(plan.weight_size)),
         maps(memory.take<A>(plan.images * plan.image_size)),
@@ -356,17 +418,19 @@ struct BackwardShared {
         first_run(memory.take<int64_t>(plan.offset_groups + 1)),
         samples(Samples<A>::take(memory, 2 * plan.half_tiles * plan.samples, plan.capacity)) {}
 
-  void prepare(const BackwardPlan<A>& plan) {
+  void prepare(const BackwardPlan<A, E>& plan) {
     // Threads split the channels of the map by runs: a panel each, or a cache line where those are too few.
     const bool few = plan.in_channels < plan.slices * kPanel<A>;
     run_count = find_runs(plan, plan.panels, few ? kCacheLine / int64_t(sizeof(A)) : kPanel<A>, runs, first_run);
     // Lanes of no channel are multiplied as well.
     if (columns && !plan.depthwise && plan.panels.padded)
-      std::memset(columns, 0, size_t(plan.taps * plan.panels.tap) * sizeof(A));
+      std::memset(columns, 0, size_t(plan.taps * plan.panels.tap) / kTogether<E> * sizeof(E));
   }
 
-  A *weight, *grad_output;  // packed
-  A *columns, *grads;       // of a chunk, and their gradient: see `Panels`
+  E* weight;  // packed
+  PackedOutput<E> grad_output;
+  E* columns;  // of a chunk: see `Panels`
+  A* grads;    // of the columns
   A* weight_sums;
   A *maps, *map_sums;  // framed; one more of the sums, for the image that both halves share
   ChannelRun* runs;
@@ -374,38 +438,12 @@ struct BackwardShared {
   Samples<A>* samples;  // [tile][offset group][tap]
 };
 
-// Images [first, last) and the two halves of their positions.
-struct Images {
-  Images(const Geometry& p, int64_t first, int64_t last)
-      : first(first), count(last - first), total(count * p.positions), half(ceil_div(total, 2)),
-        shared(half % p.positions == 0 ? -1 : half / p.positions) {}
-
-  int64_t first, count, total, half;
-  int64_t shared;  // the image that both halves have a part of, or -1
-};
-
-// The positions that are processed at a time: a tile of each half.
-struct Chunk {
-  Chunk(const Geometry& p, const Images& images, int64_t begin, int64_t positions)
-      : halves{Tile(p, images.first, begin, least(positions, images.half - begin)),
-               Tile(p, images.first, images.half + begin,
-                    most<int64_t>(0, least(positions, images.total - images.half - begin)))},
-        count(halves[0].count + halves[1].count),
-        is_first(images.first == 0 && begin == 0) {}
-
-  // Where a half begins among the chunk's positions.
-  int64_t row(bool second) const { return second ? halves[0].count : 0; }
-
-  Tile halves[2];
-  int64_t count;
-  bool is_first;
-};
-
-template <class T>
+template <class T, class E = typename ComputeOf<T>::type>
 class Backward {
   using A = typename ComputeOf<T>::type;
-  using Plan = BackwardPlan<A>;
-  using Shared = BackwardShared<A>;
+  using Plan = BackwardPlan<A, E>;
+  using Shared = BackwardShared<A, E>;
+  static constexpr int64_t together = kTogether<E>;
   static constexpr int64_t panel = kPanel<A>;
 
  public:
@@ -428,8 +466,8 @@ class Backward {
       copy_maps<A>(plan, static_cast<const T*>(tensors.input), first, first + images.count, shared.maps);
       clear_map_sums(images);
       for (int64_t begin = 0; begin < images.half; begin += plan.chunk_positions) {
-        const Chunk chunk(plan, images, begin, plan.chunk_positions);
-        pack_grad_output<A>(plan, chunk.halves, static_cast<const T*>(tensors.grad_output), shared.grad_output);
+        const Chunk chunk(plan, images, begin, plan.chunk_positions, together);
+        pack_grad_output(plan, chunk, static_cast<const T*>(tensors.grad_output), shared.grad_output);
         differentiate_samples(chunk);
         add_to_maps(images, chunk);
         add_to_weight(chunk);
@@ -445,10 +483,9 @@ class Backward {
   void pack_weight() const {
     const T* weight = static_cast<const T*>(tensors.weight);
     if (!needs_column_grads()) return;
-    if (plan.depthwise)
-      pack_depthwise<A>(plan, weight, shared.weight);
-    else
-      pack_backward<A>(plan, weight, shared.weight);
+    if constexpr (!kSame<E, Pair>)
+      if (plan.depthwise) return pack_depthwise<A>(plan, weight, shared.weight);
+    pack_backward(plan, weight, shared.weight);
   }
 
   void clear_map_sums(const Images& images) const {
@@ -471,37 +508,27 @@ class Backward {
       const Samples<A>* samples = shared.samples + item * plan.samples;
       locate<A>(plan, tile, tensors.offset, tensors.mask, places, samples);
       for (int64_t tap = 0; tap < plan.taps; ++tap) {
-        A* columns = shared.columns ? shared.columns + tap * plan.panels.tap + row * panel : nullptr;
-        if (!needs_column_grads()) {
-          sample_columns(tile.count, tap, samples, columns);
-          continue;
-        }
+        E* columns = shared.columns ? shared.columns + (tap * plan.panels.tap + row * panel) / together : nullptr;
         A* grads = shared.grads + tap * plan.panels.tap + row * panel;
-        if (plan.depthwise)
-          scale_grads(tile.count, row, tap, grads);
-        else
-          multiply_grads(tile.count, row, chunk.count, tap, grads);
+        // Without them, what follows computes gradients that nothing reads.
+        if (needs_column_grads()) compute_grads(tile.count, row, chunk.rows, tap, grads);
         for (int64_t g = 0; g < plan.offset_groups; ++g)
           differentiate_tap(tile, g, tap, samples[g * plan.taps + tap], grads, columns);
       }
     }
   }
 
-  // The columns alone, if only the gradient of the weight is needed.
-  void sample_columns(int64_t count, int64_t tap, const Samples<A>* samples, A* columns) const {
-    for (const ChannelRun* run = shared.runs; run != shared.runs + shared.run_count; ++run)
-      sample(tensors.mask, plan, map, samples, Block{tap, tap + 1, run->channel, run->channel + run->width}, count,
-             columns + run->place, panel);
-  }
-
   // The gradient of a tap's columns. `row`: where the tile begins in the chunk.
-  void multiply_grads(int64_t count, int64_t row, int64_t chunk_count, int64_t tap, A* grads) const {
+  void compute_grads(int64_t count, int64_t row, int64_t chunk_rows, int64_t tap, A* grads) const {
+    if constexpr (!kSame<E, Pair>)
+      if (plan.depthwise) return scale_grads(count, row, tap, grads);
     for (int64_t group = 0; group < plan.groups; ++group) {
-      const LeftFactor<A, panel> left{shared.grad_output + (group * plan.out_panels * chunk_count + row) * panel, 1,
-                                      chunk_count * panel, plan.out_panels, panel};
+      const int64_t begin = (group * plan.out_panels * chunk_rows + row) * panel;
+      const LeftFactor<E, panel / together> left{shared.grad_output.by_lane + begin / together, 1,
+                                                 chunk_rows * panel / together, plan.out_panels, panel / together};
       for (int64_t which = 0; which < plan.panels.of_group; ++which) {
         const int64_t at = (group * plan.taps + tap) * plan.panels.of_group + which;
-        multiply(count, left, shared.weight + at * plan.outs * panel,
+        multiply(count, left, shared.weight + at * plan.outs * panel / together,
                  grads + plan.panels.place(group * plan.panels.group + which * panel), panel,
                  plan.panels.together == 1 ? panel : int(plan.panels.group), false);
       }
@@ -514,13 +541,13 @@ class Backward {
     for (const ChannelRun* run = shared.runs; run != shared.runs + shared.run_count; ++run)
       for (int64_t i = 0; i < count; ++i)
         for (int64_t c = 0; c < run->width; ++c)
-          grads[run->place + i * panel + c] = shared.grad_output[(row + i) * channels + run->channel + c] *
+          grads[run->panel + run->lane + i * panel + c] = shared.grad_output.by_lane[(row + i) * channels + run->channel + c] *
                                               shared.weight[tap * channels + run->channel + c];
   }
 
   // Gradients of offset and mask of a tap and offset group, and its columns.
   void differentiate_tap(const Tile& tile, int64_t g, int64_t tap, const Samples<A>& samples, const A* grads,
-                         A* columns) const {
+                         E* columns) const {
     const ChannelRun *from = shared.runs + shared.first_run[g], *to = shared.runs + shared.first_run[g + 1];
     if (columns)
       sample_backward<true>(map, samples, from, to, tile.count, grads, columns, sample_grads);
@@ -564,7 +591,8 @@ class Backward {
     } else if (plan.depthwise) {
 #pragma omp for schedule(static)
       for (int64_t item = 0; item < plan.taps * shared.run_count; ++item)
-        add_products(chunk, item / shared.run_count, shared.runs[item % shared.run_count]);
+        if constexpr (!kSame<E, Pair>)
+          add_products(chunk, item / shared.run_count, shared.runs[item % shared.run_count]);
     } else {
 #pragma omp for schedule(dynamic, 1)
       for (int64_t item = 0; item < plan.groups * plan.taps * plan.panels.of_group; ++item)
@@ -576,11 +604,11 @@ class Backward {
   void multiply_columns(const Chunk& chunk, int64_t item) const {
     const int64_t of_group = plan.panels.of_group;
     const int64_t group = item / (plan.taps * of_group), tap = item / of_group % plan.taps;
-    const A* columns = shared.columns + tap * plan.panels.tap +
-                       plan.panels.index(group * plan.panels.group + item % of_group * panel) * plan.panels.panel;
+    const int64_t index = plan.panels.index(group * plan.panels.group + item % of_group * panel);
+    const E* columns = shared.columns + (tap * plan.panels.tap + index * plan.panels.panel) / together;
     for (int64_t which = 0; which < plan.out_panels; ++which) {
-      const LeftFactor<A, 1> left{shared.grad_output + (group * plan.out_panels + which) * chunk.count * panel, panel,
-                                  0, 1, chunk.count};
+      const int64_t begin = (group * plan.out_panels + which) * chunk.rows * panel;
+      const LeftFactor<E, 1> left{shared.grad_output.by_position + begin / together, panel, 0, 1, chunk.rows / together};
       multiply(least<int64_t>(panel, plan.group_out - which * panel), left, columns,
                shared.weight_sums + (item * plan.outs + which * panel) * panel, panel, panel, !chunk.is_first);
     }
@@ -592,10 +620,10 @@ class Backward {
     A* sums = shared.weight_sums + tap * channels + run.channel;
     if (chunk.is_first)
       for (int64_t c = 0; c < run.width; ++c) sums[c] = A(0);
-    for (int64_t i = 0; i < chunk.count; ++i)
+    for (int64_t i = 0; i < chunk.rows; ++i)
       for (int64_t c = 0; c < run.width; ++c)
-        sums[c] += shared.columns[tap * plan.panels.tap + run.place + i * panel + c] *
-                   shared.grad_output[i * channels + run.channel + c];
+        sums[c] += shared.columns[tap * plan.panels.tap + run.panel + run.lane + i * panel + c] *
+                   shared.grad_output.by_lane[i * channels + run.channel + c];
   }
 
   void write_grad_input(const Images& images) const {

@@ -41,13 +41,7 @@ void pack_forward(const Geometry& p, const T* weight, E* packed) {
     int64_t channel = begin / p.taps, tap = begin % p.taps;
     for (int64_t k = 0; k < n; ++k) {
       const int64_t row = tap * p.group_in + channel;
-      if constexpr (kSame<E, Pair>) {
-        Pair* pairs = to + row / 2 * panel;
-        for (int lane = 0; lane < panel; ++lane)
-          write(row % 2 ? &pairs[lane].second : &pairs[lane].first, block[k * panel + lane]);
-      } else {
-        std::memcpy(to + row * panel, block + k * panel, sizeof(A) * panel);
-      }
+      for (int lane = 0; lane < panel; ++lane) put(to, row, lane, block[k * panel + lane]);
       if (++tap == p.taps) tap = 0, ++channel;
     }
   }

@@ -25,6 +25,12 @@ int deform_conv2d(const Problem& p, const ForwardTensors& tensors) {
     return Forward<BFloat16, Pair>::run_team(p, tensors);
   return avx512::deform_conv2d(p, tensors);
 }
+
+int deform_conv2d_backward(const Problem& p, const BackwardTensors& tensors) {
+  if (p.dtype == kBFloat16 && p.in_channels / p.groups % kTogether<Pair> == 0)
+    return Backward<BFloat16, Pair>::run_team(p, tensors);
+  return avx512::deform_conv2d_backward(p, tensors);
+}
 #else
 int deform_conv2d(const Problem& p, const ForwardTensors& tensors) {
   return with_type(p.dtype, [&](auto type) { return Forward<decltype(type)>::run_team(p, tensors); });
@@ -39,5 +45,5 @@ int deform_conv2d_backward(const Problem& p, const BackwardTensors& tensors) {
 
 #ifdef DEFORMNET_EXPORTS
 DEFORMNET_EXPORT_KERNEL(deform_conv2d, Problem, ForwardTensors, amx, avx512_bf16)
-DEFORMNET_EXPORT_KERNEL(deform_conv2d_backward, Problem, BackwardTensors, avx512, avx512)
+DEFORMNET_EXPORT_KERNEL(deform_conv2d_backward, Problem, BackwardTensors, avx512, avx512_bf16)
 #endif
