@@ -201,7 +201,7 @@ class Operator:
                 if needed and not torch.is_inference_mode_enabled():
                     return self._function.apply(*tensors, *settings)
                 return self._call_kernel(tensors, settings)
-            if torch.jit.is_tracing():
+            if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
                 refuse_legacy_export()
             return self.forward(*tensors, *settings)
         if self._check_values is not None:
