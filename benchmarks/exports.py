@@ -6,8 +6,8 @@ Layers and networks have random weights and dynamic batch size, height and width
 image at a time); RUNs are trained networks. They are compared on input sizes other than those at
 export: on random tensors for layers and networks that return logits, and on the first twenty images
 in the folder IMAGES for detectors. Differences are relative to the largest output or, for boxes, in
-pixels of the image. Times are measured on one thread, in alternation; those of networks include
-resizing the image. Prints a Markdown table.
+pixels of the image, and of the network's input, which is the resized image. Times are measured on
+one thread, in alternation; those of networks include resizing the image. Prints a Markdown table.
 """
 
 import argparse
@@ -39,6 +39,7 @@ from deformnet.recipes import (
     RPNRecipe,
 )
 from deformnet.tasks import DataIdentity, find_images
+from deformnet.tasks.images import as_image
 from deformnet.tasks.predictor import Predictor
 
 CHANNELS = 32
@@ -235,11 +236,17 @@ def distances(found: Detections, expected: Detections) -> Tensor:
 
 
 def _of_boxes(onnx: Predictor, pytorch: Predictor, images: Sequence[Path]) -> str:
-    """The largest of the `distances`, excluding boxes farther than a pixel, which are counted."""
-    nearest = torch.cat([distances(onnx(image), pytorch(image)) for image in images])
+    """The largest of the `distances`, in pixels of the image and of the network's input.
+
+    Excludes boxes farther than a pixel of the image, which are counted.
+    """
+    apart = [distances(onnx(image), pytorch(image)) for image in images]
+    scales = [max(pytorch.prepare(as_image(image)).scale) for image in images]
+    nearest = torch.cat(apart)
+    resized = torch.cat([scale * it for scale, it in zip(scales, apart, strict=True)])
     near = nearest < 1
     others = "" if near.all() else f", excluding {(~near).sum()} of {len(near)} boxes"
-    return f"{nearest[near].max():.0e} px{others}"
+    return f"{nearest[near].max():.1e} px ({resized[near].max():.1e} px of the input){others}"
 
 
 def _of_logits(onnx: Predictor, pytorch: Predictor, images: Sequence[Path]) -> str:

@@ -224,7 +224,8 @@ def test_what_cannot_be_done(run, exported, shapes, tmp_path, complaint):
     line = complaint("evaluate", exported, "--data", shapes)
     assert line == f"{exported}: expected a run folder to write the scores to, but got a file"
     line = complaint("export", run, tmp_path / "net.pth")
-    assert line == f"out: expected a file NAME.safetensors, but got {tmp_path}/net.pth"
+    expected = "NAME.safetensors, NAME.onnx or NAME.pt2"
+    assert line == f"out: expected {expected}, but got {tmp_path}/net.pth"
     line = complaint("export", exported, tmp_path / "again.safetensors")
     assert line == f"{exported}: expected a run folder, but got a file"
     line = complaint("export", tmp_path / "nothing", tmp_path / "again.safetensors")

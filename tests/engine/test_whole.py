@@ -17,7 +17,7 @@ from deformnet.cli import main
 from deformnet.engine.export import Facts, write_export
 from deformnet.engine.runs import TrainedRun
 from deformnet.engine.settings import WholeOptions
-from deformnet.engine.whole import export_whole, load_whole
+from deformnet.engine.whole import _to_onnx, export_whole, load_whole
 from deformnet.recipes import (
     ClassAwareRPNRecipe,
     ClassifierRecipe,
@@ -108,6 +108,13 @@ def test_deeplab_as_onnx(folder, capsys, tmp_path):
     assert json.loads(metadata["recipe"])["network"] == "deeplab"
 
 
+def test_an_opset_that_cannot_be_written():
+    pytest.importorskip("onnxscript")
+    program = torch.export.export(torch.nn.ReLU(), (torch.zeros(2),))
+    with pytest.raises(UserError, match=r"expected opset to be one that .* can write, but got 99"):
+        _to_onnx(program, WholeOptions(opset=99), {"outputs": ["logits"]})
+
+
 def test_a_detector_as_pt2_of_one_size(folder, tmp_path):
     weights, out = weights_of("class_aware_rpn", folder), tmp_path / "net.pt2"
     export_whole(weights, out, WholeOptions(size=(96, 120), normalize=False))
@@ -179,6 +186,9 @@ def test_options_that_do_not_apply(folder, tmp_path, complaint):
     onnx, other = tmp_path / "net.onnx", tmp_path / "net.safetensors"
     assert complaint("export", weights, onnx, "--opset", "18") == (
         "expected opset to be at least 19, but got 18"
+    )
+    assert complaint("export", weights, tmp_path / "net.pt2", "--opset", "19") == (
+        f"out: expected NAME.onnx to set the opset, but got {tmp_path}/net.pt2"
     )
     assert complaint("export", weights, onnx, "--compile") == (
         f"out: expected NAME.pt2 to compile, but got {onnx}"

@@ -457,6 +457,24 @@ def test_captum(model, images):
     torch.testing.assert_close(found.sum((1, 2, 3)), change, rtol=0.02, atol=0.02)
 
 
+class Wrapped(nn.Module):
+    """As peft wraps a layer: without the attributes of the layer."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = layer
+
+    def forward(self, maps: Tensor) -> Tensor:
+        return self.base_layer(maps)
+
+
+def test_offset_convolutions_in_a_wrapper(model, images):
+    expected = model(images)
+    model.body[0].conv_offset = Wrapped(model.body[0].conv_offset)
+    assert torch.equal(model(images), expected)
+    assert "offset_in_channels" not in repr(model)
+
+
 def test_lora(model, images):
     """peft's branch is a plain convolution: merged, it is deformable and gives another output."""
     peft = pytest.importorskip("peft")

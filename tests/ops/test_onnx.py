@@ -147,6 +147,15 @@ def test_an_opset_without_the_operator_is_refused():
         to_onnx(layer, (torch.randn(1, 2, 5, 5),), opset=18)
 
 
+@pytest.mark.filterwarnings("ignore")  # the exporter is deprecated
+def test_the_legacy_exporter_is_refused(tmp_path):
+    pytest.importorskip("onnxscript")
+    layer, images = DeformConv2d(2, 2, 3).eval(), torch.randn(1, 2, 5, 5)
+    with pytest.raises(ValueError, match=r"expected torch\.onnx\.export with dynamo=True"):
+        torch.onnx.export(layer, (images,), tmp_path / "net.onnx", dynamo=False)
+    assert torch.jit.trace(layer, images)(images).shape == (1, 2, 3, 3)
+
+
 @torch.no_grad()
 def test_sampling_that_depends_on_the_boxes_is_refused():
     pytest.importorskip("onnxscript")

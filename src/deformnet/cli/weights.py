@@ -49,6 +49,8 @@ def export(
         return
     if whole != WholeOptions():
         raise UserError(f"expected NAME.onnx or NAME.pt2 with these options, but got {file}")
+    if file.suffix != ".safetensors":
+        raise UserError(f"out: expected NAME.safetensors, NAME.onnx or NAME.pt2, but got {file}")
     from deformnet.engine.export import export_run, model_card_path
 
     card = export_run(run, file)

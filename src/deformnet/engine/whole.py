@@ -64,6 +64,8 @@ def export_whole(run: str | Path, out: str | Path, options: WholeOptions) -> Non
     out = Path(out)
     if options.compile and out.suffix != ".pt2":
         raise UserError(f"out: expected NAME.pt2 to compile, but got {out}")
+    if options.opset != WholeOptions.opset and out.suffix != ".onnx":
+        raise UserError(f"out: expected NAME.onnx to set the opset, but got {out}")
     if out.suffix == ".onnx":
         require_extra("export to .onnx", "onnx", "onnx", "onnxscript")
     recipe, model, data = load_run(run)
@@ -88,15 +90,17 @@ def export_whole(run: str | Path, out: str | Path, options: WholeOptions) -> Non
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Hides torchvision's warnings about PyTorch, and the exporter's about its own graphs."""
-    logger = logging.getLogger("onnx_ir")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("onnx_ir", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 class _Normalized(nn.Module):
@@ -161,6 +165,12 @@ def _to_onnx(
         optimize=False,
     )
     assert exported is not None
+    # The exporter leaves the file as it is, with a warning, if it cannot convert it.
+    if exported.model.opset_imports[""] != options.opset:
+        raise UserError(
+            "expected opset to be one that the installed onnxscript can write, but got "
+            f"{options.opset}; lower it, or upgrade torch and onnxscript"
+        )
     # The exporter would run two iterations, which take twice as long for 3% fewer nodes.
     optimizer.optimize(exported.model, num_iterations=1)
     proto = exported.model_proto

@@ -136,6 +136,7 @@ def deform_(
         layer.mask_scale = 2.0
         layer.max_offset = max_offset
         layer.offset_conv = offset_conv
+        layer.offset_in_channels = layer.in_channels
         layer.conv_offset = built[module].train(layer.training)  # pyright: ignore[reportArgumentType]
     return converted
 

@@ -120,6 +120,8 @@ class DeformConv2d(nn.Conv2d):
         self.conv_offset = make_conv_offset(
             self, self.offset_groups, self.modulated, offset_conv, offset_in_channels
         )
+        # Kept here, since tools such as peft wrap `conv_offset` in modules without it.
+        self.offset_in_channels: int = self.conv_offset.in_channels
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
@@ -183,7 +185,7 @@ class DeformConv2d(nn.Conv2d):
         return offset, mask
 
     def _check_offset_input(self, input: Tensor, offset_input: Tensor | None) -> Tensor:
-        channels = self.conv_offset.in_channels
+        channels = self.offset_in_channels
         if offset_input is None:
             if channels != self.in_channels:
                 raise ValueError(
@@ -219,8 +221,8 @@ class DeformConv2d(nn.Conv2d):
             text += f", mask_scale={self.mask_scale:g}" if self.mask_scale != 2 else ""
         if self.max_offset is not None:
             text += f", max_offset={self.max_offset:g}"
-        if self.conv_offset.in_channels != self.in_channels:
-            text += f", offset_in_channels={self.conv_offset.in_channels}"
+        if self.offset_in_channels != self.in_channels:
+            text += f", offset_in_channels={self.offset_in_channels}"
         if self.offset_conv != "dense":
             text += f", offset_conv={self.offset_conv}"
         return text

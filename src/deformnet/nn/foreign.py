@@ -107,4 +107,5 @@ def take_over(theirs: Any, foreign: ForeignConv) -> None:
     theirs._keeps_options = True
     theirs.offset_groups, theirs.modulated = foreign.offset_groups, foreign.modulated
     theirs.mask_scale, theirs.max_offset, theirs.offset_conv = 1.0, None, "dense"
+    theirs.offset_in_channels = offset_conv.in_channels
     theirs.conv_offset = offset_conv

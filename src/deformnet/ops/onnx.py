@@ -14,6 +14,18 @@ def in_onnx_export() -> bool:
     return torch.onnx.is_in_onnx_export()
 
 
+def refuse_legacy_export() -> None:
+    """Refuse `torch.onnx.export(dynamo=False)`, which has no form for our operators.
+
+    Call this while a model is traced with `torch.jit.trace`, which that exporter uses.
+
+    Raises:
+        ValueError: if `torch.onnx.export` is running.
+    """
+    if torch.onnx.is_in_onnx_export():
+        raise ValueError("expected torch.onnx.export with dynamo=True, but got dynamo=False")
+
+
 @constant
 def require_opset(least: int, what: str) -> None:
     """Refuse an export to an older opset; call this while the exporter traces.

@@ -24,7 +24,7 @@ from torch.library import Library
 from deformnet.ops import backends
 from deformnet.ops._arguments import check_tensor
 from deformnet.ops.flops import register as register_flops
-from deformnet.ops.onnx import in_onnx_export
+from deformnet.ops.onnx import in_onnx_export, refuse_legacy_export
 from deformnet.ops.triton import DEVICE_TYPES
 
 _library = Library("deformnet", "DEF")
@@ -201,6 +201,8 @@ class Operator:
                 if needed and not torch.is_inference_mode_enabled():
                     return self._function.apply(*tensors, *settings)
                 return self._call_kernel(tensors, settings)
+            if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
+                refuse_legacy_export()
             return self.forward(*tensors, *settings)
         if self._check_values is not None:
             self._check_values(*tensors)

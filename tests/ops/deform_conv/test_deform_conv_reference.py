@@ -117,6 +117,50 @@ def test_gradgradcheck(seed, border):
     assert gradgradcheck(function, leaves, fast_mode=True)
 
 
+def tvdcn_case(batch, channels, groups, sizes, steps, masked) -> Case:
+    """A case of tvdcn's own tests; its masks may have fewer groups than its offsets."""
+    (in_channels, out_channels), (weight_groups, offset_groups, mask_groups) = channels, groups
+    (size, kernel), (stride, padding, dilation) = sizes, steps
+    terms = zip(size, kernel, stride, padding, dilation, strict=True)
+    out = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in terms]
+    normal, taps = Normal(12), kernel[0] * kernel[1]
+    mask = normal(batch, mask_groups * taps, *out)
+    return Case(
+        normal(batch, in_channels, *size),
+        normal(batch, 2 * offset_groups * taps, *out),
+        normal(out_channels, in_channels // weight_groups, *kernel),
+        normal(out_channels),
+        mask.repeat(1, offset_groups // mask_groups, 1, 1) if masked else None,
+        *(stride, padding, dilation),
+    )
+
+
+_5X6, _5X4 = ((5, 6), (2, 3)), ((5, 4), (3, 2))
+_UNIT, _LONG, _HIGH = (
+    ((1, 1), (0, 0), (1, 1)),
+    ((1, 2), (0, 1), (1, 2)),
+    ((2, 1), (1, 0), (2, 1)),
+)
+TVDCN = {
+    "gradients": (1, (4, 2), (1, 2, 1), _5X6, _LONG),
+    "gradients, unit steps": (1, (4, 2), (1, 2, 1), _5X6, _UNIT),
+    "as torchvision": (1, (4, 2), (1, 1, 1), _5X6, _LONG),
+    "all operators": (1, (6, 2), (2, 3, 3), _5X4, _HIGH),
+    "large batch": (33, (6, 2), (2, 3, 3), _5X4, _HIGH),
+}
+
+
+@pytest.mark.parametrize("masked", [True, False], ids=["mask", "no mask"])
+@pytest.mark.parametrize("name", TVDCN)
+def test_cases_of_tvdcn(backend, name, masked):
+    """Those of its two-dimensional convolution, of versions 0.1 to 1.1."""
+    case = tvdcn_case(*TVDCN[name], masked)
+    found = deform_conv2d(*case.public, backend=backend)
+    torch.testing.assert_close(found, naive(case, "zeros"), rtol=1e-12, atol=1e-12)
+    leaves, function = leaves_and_function(case, backend, "zeros")
+    assert gradcheck(function, leaves, fast_mode=True)
+
+
 @EVERY_BORDER
 @pytest.mark.parametrize("axis", [0, 1], ids=["y", "x"])
 def test_derivative_at_whole_numbers_is_the_one_from_the_right(backend, border, axis):
