@@ -17,8 +17,9 @@ def put_triton_behind_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     # The CPU kernels need not have been built.
     monkeypatch.setattr(backends, "CPU_UNAVAILABLE", None)
     for operator in OPERATORS:
-        forward, backward = (_there_and_back(operator, name) for name in Kernels._fields)
+        forward, backward = (_there_and_back(operator, name) for name in ("forward", "backward"))
         monkeypatch.setattr(operator, "cpu", Kernels(forward, backward))
+        monkeypatch.setattr(operator, "_plans", {})  # those of the CPU kernels
 
 
 def _there_and_back(operator: Operator, name: str):

@@ -1,7 +1,9 @@
 """Plain calls go straight to the kernels; calls that others intercept use the dispatcher."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import deform_conv_cases
 import pytest
@@ -14,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
+from deformnet.ops import deform_conv2d, deform_roi_pool, registration
 from deformnet.ops.deform_conv.operator import OPERATOR as CONVOLUTION
 from deformnet.ops.roi_pool.operator import OPERATOR as POOLING
 
@@ -157,3 +160,58 @@ def test_registered_operators_check_their_arguments(name: str, needs_gradient: b
         bad[place] = arguments[place].to(torch.float16)
         with pytest.raises(TypeError, match="expected"):
             registered(*bad)
+
+
+# ------------------------------------------------------------------------------- remembered plans
+
+
+@EVERY_OPERATOR
+def test_calls_of_other_kinds_have_other_plans(name: str) -> None:
+    case = OPERATORS[name][1]
+    expected = call(case, "auto")
+    # The same sizes in other layouts, and then in another dtype.
+    for layout in (
+        lambda t: t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t,
+        lambda t: t.transpose(0, -1).contiguous().transpose(0, -1),
+        lambda t: t.repeat_interleave(2, -1)[..., ::2],
+    ):
+        torch.testing.assert_close(call(with_tensors(case, layout), "auto"), expected)
+    single = call(with_tensors(case, lambda t: t.float()), "auto")
+    torch.testing.assert_close(single.double(), expected, rtol=1e-3, atol=1e-3)
+    with pytest.raises(TypeError, match="expected offset to be"):
+        call(replace(case, offset=case.offset.to(torch.int64)), "auto")
+    with pytest.raises(ValueError, match="expected offset to have shape"):
+        call(replace(case, offset=case.offset[:, :-1]), "auto")
+
+
+@EVERY_OPERATOR
+def test_threads_share_plans(name: str) -> None:
+    case = OPERATORS[name][1]
+    cases = [replace(case, input=case.input * factor) for factor in range(64)]
+    expected = [call(case, "reference") for case in cases]
+    with ThreadPoolExecutor(4) as pool:
+        torch.testing.assert_close(list(pool.map(call, cases)), expected)
+
+
+@EVERY_OPERATOR
+def test_the_number_of_plans_is_bounded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    operator, case = OPERATORS[name]
+    monkeypatch.setattr(operator, "_plans", {})
+    monkeypatch.setattr(registration, "_MOST_PLANS", 2)
+    for count in range(1, 6):  # of images, which need not have boxes
+        repeated = {"input": torch.cat([case.input] * count)}
+        if name == "convolution":
+            repeated["offset"] = torch.cat([case.offset] * count)
+            repeated["mask"] = torch.cat([case.mask] * count)
+        call(replace(case, **repeated), "auto")
+        assert 1 <= len(operator._plans) <= 2
+
+
+def test_a_setting_without_a_hash_is_refused_by_name() -> None:
+    map, offset = torch.zeros(1, 1, 3, 3), torch.zeros(1, 18, 3, 3)
+    border: Any = ["zeros"]
+    sampling: Any = ["bins"]
+    with pytest.raises(ValueError, match="expected border to be one of"):
+        deform_conv2d(map, offset, torch.zeros(1, 1, 3, 3), padding=1, border=border)
+    with pytest.raises(ValueError, match="expected sampling to be one of"):
+        deform_roi_pool(map, torch.zeros(1, 5), None, 1, sampling=sampling)

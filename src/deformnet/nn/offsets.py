@@ -38,10 +38,11 @@ class OffsetLayer(nn.Module):
         if autocast_enabled(device):
             with torch.autocast(device, enabled=False):
                 return self.forward(input)
-        double = torch.float64 in (input.dtype, self.weight.dtype)
+        weight, bias = self.weight, self.bias
+        double = torch.float64 in (input.dtype, weight.dtype)
         dtype = torch.float64 if double else torch.float32
-        bias = None if self.bias is None else self.bias.to(dtype)
-        return self._compute(input.to(dtype), self.weight.to(dtype), bias)
+        bias = None if bias is None else _cast(bias, dtype)
+        return self._compute(_cast(input, dtype), _cast(weight, dtype), bias)
 
     @abstractmethod
     def _compute(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -120,6 +121,11 @@ class OffsetLinear(OffsetLayer, nn.Linear):
 
     def _compute(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(input, weight, bias)
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    # Tensor.to takes a microsecond to find that there is nothing to do.
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def non_negative(name: str, value: float) -> float:

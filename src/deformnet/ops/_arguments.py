@@ -45,14 +45,15 @@ def check_pair(name: str, value: Sequence[int]) -> None:
         raise ValueError(f"expected {name} to be a pair of ints, but got {len(value)} values")
 
 
-def check_most(name: str, what: str, size: int, most: int, but: str | None = None) -> None:
+def check_most(name: str, what: str, size: int, most: int, *sides: int) -> None:
     """Raise ValueError if an argument has too many of something.
 
     Args:
-        but: description of the size, if it is not a single number.
+        sides: what the message gives in the place of the size, if there are several numbers.
     """
     if size > most:
-        raise ValueError(f"expected {name} to have at most {most} {what}, but got {but or size}")
+        got = " x ".join(map(str, sides or (size,)))
+        raise ValueError(f"expected {name} to have at most {most} {what}, but got {got}")
 
 
 def check_sides(input: Tensor) -> None:
@@ -60,9 +61,8 @@ def check_sides(input: Tensor) -> None:
 
     Only for kernels: a compiler that traces this check would specialize on the sizes.
     """
-    height, width = input.shape[2:]
-    most = max(height, width)
-    check_most("input", "rows and columns", most, MOST_SIDE, f"{height} x {width}")
+    _, _, height, width = input.shape
+    check_most("input", "rows and columns", max(height, width), MOST_SIDE, height, width)
 
 
 def one_of(name: str, value: object, choices: Sequence[object]) -> None:
@@ -78,6 +78,8 @@ def pair(name: str, value: Any) -> Pair:
         TypeError: if it is neither an int nor a tuple or list of ints.
         ValueError: if it is a sequence of more than two ints.
     """
+    if isinstance(value, int):
+        return value, value
     expected = "an int or a pair of ints"
     if not isinstance(value, (tuple, list)):
         both = _index(value, name, expected, value)
@@ -106,8 +108,11 @@ def number(name: str, value: Any) -> float:
     return float(value)
 
 
-def check_input(input: Any) -> None:
+def check_input(input: Any) -> tuple[int, int, int, int]:
     """Check an input [N, C, H, W].
+
+    Returns:
+        Its shape.
 
     Raises:
         TypeError: if it is not a tensor or has the wrong dtype.
@@ -116,12 +121,13 @@ def check_input(input: Any) -> None:
     check_tensor("input", input, 4)
     if input.dtype not in DTYPES:
         raise TypeError(f"expected input to be one of {dtype_names(DTYPES)}, but got {input.dtype}")
-    _, channels, height, width = input.shape
+    batch, channels, height, width = input.shape
     if channels < 1 or height < 1 or width < 1:
         raise ValueError(
             "expected input to have at least one channel, row and column, "
             f"but got shape {shape_text(input)}"
         )
+    return batch, channels, height, width
 
 
 def check_tensor(
@@ -160,13 +166,18 @@ def check_tensor(
 
 def values_known(tensor: Tensor) -> bool:
     """Whether Python can read the values of a tensor: it is not fake, traced or batched by vmap."""
+    return with_values(tensor) is not None
+
+
+def with_values(tensor: Tensor) -> Tensor | None:
+    """The tensor without wrappers of torch.func, or None if Python cannot read its values."""
     if torch.compiler.is_compiling() or tensor.is_meta or isinstance(tensor, FakeTensor):
-        return False
+        return None
     while is_functorch_wrapped_tensor(tensor):
         if is_batchedtensor(tensor):
-            return False
+            return None
         tensor = get_unwrapped(tensor)
-    return True
+    return tensor
 
 
 def shape_text(tensor: Tensor) -> str:

@@ -30,18 +30,28 @@ from deformnet.ops.triton import DEVICE_TYPES
 _library = Library("deformnet", "DEF")
 _operators: list["Operator"] = []
 
+# Plans that an operator remembers, a kilobyte each.
+_MOST_PLANS = 1000
+
+
+def _settings_alone(*arguments: Any) -> Any:
+    return arguments[-1]
+
 
 class Kernels(NamedTuple):
     """A fast implementation of an operator.
 
     Attributes:
-        forward: `forward(*tensors, settings)` returns the output.
+        forward: `forward(*tensors, plan)` returns the output.
         backward: `backward(grad_output, *saved_tensors, settings, needs)` returns a gradient for
             each differentiable tensor, None where `needs` says False.
+        plan: `plan(*tensors, settings)` returns what `forward` needs besides the tensors. It does
+            not depend on their values, and no call changes it, since other calls share it.
     """
 
     forward: Callable[..., Tensor]
     backward: Callable[..., tuple[Tensor | None, ...]]
+    plan: Callable[..., Any] = _settings_alone
 
 
 class Operator:
@@ -122,6 +132,7 @@ class Operator:
         self._with_gradient = [
             None if name in biases else saved_names.index(name) for name in differentiable
         ]
+        self._plans: dict[tuple[Any, ...], Any] = {}
         self._optional = [
             (name, need, place)
             for need, (name, place) in enumerate(
@@ -161,6 +172,7 @@ class Operator:
         # By hand, as torch.library.register_autograd adds twice this overhead.
         title = "".join(word.capitalize() for word in name.split("_"))
         self._function = _function(title, self._save_and_call, self._differentiate)
+        self._direct_function = _function(title, self._save_and_call_kernel, self._differentiate)
         self._backward_function = _function(
             f"{title}Gradients", self._save_and_call_backward, self._differentiate_twice
         )
@@ -181,26 +193,26 @@ class Operator:
         reference = backends.resolve(backend, device) == "reference"
         if backends.autocast_enabled(device):
             tensors = self._autocast(device, tensors)
-            self._check(*tensors, settings)
             # The casts are done; the reference must not have its own arithmetic cast as well.
             with torch.autocast(device, enabled=False):
                 return self._run(reference, tensors, settings)
-        self._check(*tensors, settings)
         return self._run(reference, tensors, settings)
 
     def _run(
         self, reference: bool, tensors: tuple[Tensor | None, ...], settings: tuple[Any, ...]
     ) -> Tensor:
+        if not reference and _plain(tensors):
+            # Skips the dispatcher's two calls into Python, half the time of a small call.
+            plan = self._checked_plan(tensors, settings)
+            needed = _needs_gradient(self._take_differentiable(tensors))
+            if needed and not torch.is_inference_mode_enabled():
+                return self._direct_function.apply(*tensors, plan, settings)
+            return self._call_kernel(self.cpu, tensors, plan)
+        self._check(*tensors, settings)
         # Only while exporting, as the second check takes a microsecond.
         if torch.compiler.is_exporting() and in_onnx_export():
             return self._onnx(*tensors, settings)
         if not reference:
-            if _plain(tensors):
-                # Skips the dispatcher's two calls into Python, half the time of a small call.
-                needed = _needs_gradient(self._take_differentiable(tensors))
-                if needed and not torch.is_inference_mode_enabled():
-                    return self._function.apply(*tensors, *settings)
-                return self._call_kernel(tensors, settings)
             if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
                 refuse_legacy_export()
             return self.forward(*tensors, *settings)
@@ -209,35 +221,55 @@ class Operator:
         output = self._reference(*tensors, settings)
         return output.contiguous(memory_format=self._memory_format(tensors[0]))
 
+    def _checked_plan(self, tensors: tuple[Any, ...], settings: tuple[Any, ...]) -> Any:
+        """The CPU kernel's plan for plain tensors; their check and it are remembered."""
+        signature = [t if t is None else (t.shape, t.stride(), t.dtype) for t in tensors]
+        key = (settings, torch.get_num_threads(), *signature)
+        try:
+            plan = self._plans.get(key)
+        except TypeError:  # a setting without a hash, which the check refuses
+            plan = None
+        if plan is None:
+            self._check(*tensors, settings)
+            plan = self.cpu.plan(*tensors, settings)
+            if len(self._plans) >= _MOST_PLANS:
+                self._plans.clear()
+            self._plans[key] = plan
+        return plan
+
     # -------------------------------------------------------------------------------- the kernels
 
     def _kernels(self, input: Tensor) -> Kernels:
-        on_gpu = input.device.type in DEVICE_TYPES
-        reason = backends.why_unavailable("triton") if on_gpu else backends.CPU_UNAVAILABLE
+        on_cpu = input.is_cpu
+        reason = backends.CPU_UNAVAILABLE if on_cpu else backends.why_unavailable("triton")
         if reason is not None:
             raise RuntimeError(reason)
-        return self.triton() if on_gpu else self.cpu
+        return self.cpu if on_cpu else self.triton()
 
     def _kernel(self, *arguments: Any) -> Tensor:
         tensors, settings = arguments[: self._count], self._settings(*arguments[self._count :])
         # Again, after the public function: a compiled or exported program comes straight here.
         self._check(*tensors, settings)
-        return self._call_kernel(tensors, settings)
-
-    def _call_kernel(self, tensors: Sequence[Any], settings: tuple[Any, ...]) -> Tensor:
         kernels = self._kernels(tensors[0])
+        return self._call_kernel(kernels, tensors, kernels.plan(*tensors, settings))
+
+    def _call_kernel(self, kernels: Kernels, tensors: Sequence[Any], plan: Any) -> Tensor:
         if self._check_values is not None:
             self._check_values(*tensors)
-        return kernels.forward(*tensors, settings)
+        return kernels.forward(*tensors, plan)
 
     def _backward_kernel(self, *arguments: Any) -> list[Tensor]:
-        grad_output, tensors, settings, needs = self._split(arguments)
-        self._check_backward(grad_output, tensors, settings, needs)
+        gradients = self._call_backward_kernel(*self._split(arguments))
+        return [gradient for gradient in gradients if gradient is not None]
+
+    def _call_backward_kernel(
+        self, grad_output: Tensor, saved: tuple, settings: tuple, needs: Sequence[bool]
+    ) -> tuple[Tensor | None, ...]:
+        self._check_backward(grad_output, saved, settings, needs)
         kernels = self._kernels(grad_output)
         if self._check_values is not None:
-            self._check_values(*tensors)
-        gradients = kernels.backward(grad_output, *tensors, settings, tuple(needs))
-        return [gradient for gradient in gradients if gradient is not None]
+            self._check_values(*saved)
+        return kernels.backward(grad_output, *saved, settings, tuple(needs))
 
     def _split(self, arguments: tuple[Any, ...]) -> tuple[Tensor, tuple, tuple, Sequence[bool]]:
         """The arguments of the backward operator: gradient, saved tensors, settings, needs."""
@@ -311,40 +343,42 @@ class Operator:
     # ------------------------------------------------------------------------------- derivatives
 
     def _autograd_kernel(self, *arguments: Any) -> Tensor:
-        tensors, end = self._take_differentiable(arguments), self._count
-        if _have_tangents(tensors):
-            return self._run(True, arguments[:end], self._settings(*arguments[end:]))
-        if _needs_gradient(tensors):
-            # The function may call a kernel directly, which does not check its arguments.
-            self._check(*arguments[:end], self._settings(*arguments[end:]))
-            return _apply(self._function, arguments)
+        tensors, settings = arguments[: self._count], self._settings(*arguments[self._count :])
+        differentiable = self._take_differentiable(tensors)
+        if _have_tangents(differentiable):
+            return self._run(True, tensors, settings)
+        if _needs_gradient(differentiable):
+            return _apply(self._function, (*tensors, settings))
         with torch._C._AutoDispatchBelowAutograd():
             return self.forward(*arguments)
 
     def _save_and_call(self, ctx: Any, *arguments: Any) -> Tensor:
+        self._save(ctx, arguments)
+        *tensors, settings = arguments
+        return _below_autograd(self.forward, (*tensors, *settings))
+
+    def _save_and_call_kernel(self, ctx: Any, *arguments: Any) -> Tensor:
+        self._save(ctx, arguments)
+        *tensors, plan, _ = arguments
+        return self._call_kernel(self.cpu, tensors, plan)
+
+    def _save(self, ctx: Any, arguments: tuple[Any, ...]) -> None:
         # The inputs alone: what is interpolated from them is cheaper to compute again than to keep.
         ctx.save_for_backward(*self._take_saved(arguments))
-        tensors, ctx.settings = arguments[: self._count], arguments[self._count :]
-        if _plain(tensors):
-            return self._call_kernel(tensors, self._settings(*ctx.settings))
-        return _below_autograd(self.forward, arguments)
+        ctx.settings = arguments[-1]
 
     def _differentiate(self, ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         needs = self._take_differentiable(ctx.needs_input_grad)
-        saved = ctx.saved_tensors
-        # Within forward mode, a tensor may have a tangent at any level of torch.func.
-        if forward_ad._current_level >= 0:
-            backward = self._reference_backward
-        elif not torch.is_grad_enabled() and _plain((grad_output, *saved)):
-            backward = self._backward_kernel
+        saved, settings = ctx.saved_tensors, ctx.settings
+        if not torch.is_grad_enabled() and _plain((grad_output, *saved)):
+            gradients = self._call_backward_kernel(grad_output, saved, settings, needs)
         else:
-            backward = self.backward
-        found = iter(backward(grad_output, *saved, *ctx.settings, needs))
-        gradients: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
-        for place, needed in zip(self._differentiable, needs, strict=True):
-            if needed:
-                gradients[place] = next(found)
-        return tuple(gradients)
+            # Within forward mode, a tensor may have a tangent at any level of torch.func.
+            dual = forward_ad._current_level >= 0
+            backward = self._reference_backward if dual else self.backward
+            found = iter(backward(grad_output, *saved, *settings, needs))
+            gradients = [next(found) if needed else None for needed in needs]
+        return tuple(_replaced([None] * len(ctx.needs_input_grad), self._differentiable, gradients))
 
     def _backward_autograd_kernel(self, *arguments: Any) -> list[Tensor]:
         saved = (arguments[1 + p] for p in self._with_gradient if p is not None)
@@ -533,13 +567,21 @@ def _plain(tensors: Sequence[Tensor | None]) -> bool:
 
     If not, a mode, a transform, a profiler or a tensor type has to intercept the call first.
     """
-    return (
-        not torch.compiler.is_compiling()
-        and _dispatch_state() in _USUAL_STATES
-        and forward_ad._current_level < 0
-        and not _profiler_enabled()
-        and all(t is None or torch._C._dispatch_keys(t).raw_repr() in _USUAL_KEYS for t in tensors)
-    )
+    if (
+        torch.compiler.is_compiling()
+        or _dispatch_state() not in _USUAL_STATES
+        or forward_ad._current_level >= 0
+        or _profiler_enabled()
+    ):
+        return False
+    # Not all(...), as a generator takes a microsecond.
+    for tensor in tensors:
+        if tensor is not None and (
+            not isinstance(tensor, Tensor)
+            or torch._C._dispatch_keys(tensor).raw_repr() not in _USUAL_KEYS
+        ):
+            return False
+    return True
 
 
 # Whether a transform of torch.func is active.
@@ -610,7 +652,7 @@ def _unfold(tensor: Tensor, samples: int) -> Tensor:
 
 
 def _needs_gradient(tensors: Sequence[Tensor | None]) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return torch.is_grad_enabled() and True in [t.requires_grad for t in tensors if t is not None]
 
 
 def _memory_format(tensor: Tensor) -> torch.memory_format:

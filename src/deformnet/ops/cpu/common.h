@@ -15,6 +15,7 @@
 
 // Declared as in omp.h. The library is not linked to an OpenMP runtime; it finds PyTorch's in the process.
 extern "C" int omp_get_thread_num();
+extern "C" int omp_in_parallel();
 
 namespace deformnet {
 // As `DTYPES` of loading.py.
@@ -138,11 +139,17 @@ int run_team(const Plan& plan) {
   shared = Shared(plan, memory);
   char* rest = memory.take(plan.threads, own_bytes);
   shared.prepare(plan);
-#pragma omp parallel num_threads(plan.threads)
-  {
-    Memory own(rest + omp_get_thread_num() * own_bytes);
+  const auto work = [&](int thread) {
+    Memory own(rest + thread * own_bytes);
     const Worker made(plan, shared, own);
     Worker(made).run();  // a copy, whose address nobody has: its fields can stay in registers
+  };
+  // Even for a team of one, GCC's runtime makes a system call at every barrier. Without a team it does not.
+  if (plan.threads == 1 && !omp_in_parallel()) {
+    work(0);
+  } else {
+#pragma omp parallel num_threads(plan.threads)
+    work(omp_get_thread_num());
   }
   workspace.trim();
   return 0;

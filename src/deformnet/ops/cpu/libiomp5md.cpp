@@ -4,6 +4,7 @@
   extern "C" __declspec(dllexport) void name() {}
 
 FUNCTION(omp_get_thread_num)
+FUNCTION(omp_in_parallel)
 FUNCTION(__kmpc_barrier)
 FUNCTION(__kmpc_dispatch_init_8)
 FUNCTION(__kmpc_dispatch_init_8u)

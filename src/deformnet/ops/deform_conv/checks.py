@@ -45,7 +45,7 @@ def check(
         TypeError: if an argument is not a tensor, or has the wrong dtype.
         ValueError: if anything else is wrong; the message names the argument.
     """
-    check_input(input)
+    batch, channels, height, width = check_input(input)
     check_tensor("weight", weight, 4, input)
     check_tensor("offset", offset, 4, input, True)
     if bias is not None:
@@ -53,22 +53,12 @@ def check(
     if mask is not None:
         check_tensor("mask", mask, 4, input, True)
     stride, padding, dilation, border = geometry
-    for name, numbers, least in (
-        ("stride", stride, 1),
-        ("padding", padding, 0),
-        ("dilation", dilation, 1),
-    ):
-        check_pair(name, numbers)
-        if numbers[0] < least or numbers[1] < least:
-            raise ValueError(f"expected {name} to be at least {least}, but got {tuple(numbers)}")
-        if numbers[0] > MOST_PADDING or numbers[1] > MOST_PADDING:
-            raise ValueError(
-                f"expected {name} to be at most {MOST_PADDING}, but got {tuple(numbers)}"
-            )
+    _check_range("stride", stride, 1)
+    _check_range("padding", padding, 0)
+    _check_range("dilation", dilation, 1)
     if border not in BORDERS:
         raise ValueError(f"expected border to be one of {', '.join(BORDERS)}, but got {border!r}")
 
-    batch, channels, height, width = input.shape
     out_channels, group_channels, kh, kw = weight.shape
     if out_channels < 1 or group_channels < 1 or kh < 1 or kw < 1:
         raise ValueError(
@@ -126,11 +116,20 @@ def check(
     return batch, out_channels, out_height, out_width
 
 
+def _check_range(name: str, pair: Pair, least: int) -> None:
+    check_pair(name, pair)
+    first, second = pair
+    if first < least or second < least:
+        raise ValueError(f"expected {name} to be at least {least}, but got {tuple(pair)}")
+    if first > MOST_PADDING or second > MOST_PADDING:
+        raise ValueError(f"expected {name} to be at most {MOST_PADDING}, but got {tuple(pair)}")
+
+
 def check_framed(input: Tensor) -> None:
     """Check that the map of the CPU kernels, with its frame, does not have too many pixels.
 
     See `Geometry` in sampling.h, whose map has at most two more.
     """
-    height, width = input.shape[2:]
+    _, _, height, width = input.shape
     size, what = (height + 4) * (width + 1), "pixels with a frame, (H + 4) * (W + 1)"
-    check_most("input", what, size, MOST, f"{height} x {width}")
+    check_most("input", what, size, MOST, height, width)

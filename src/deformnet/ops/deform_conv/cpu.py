@@ -1,38 +1,46 @@
 """Deformable convolution on the CPU."""
 
-import ctypes
+from struct import Struct
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from deformnet.ops.cpu.loading import DTYPES, address, call, dense, fields
+from deformnet.ops.cpu.loading import DTYPES, call, dense
 from deformnet.ops.deform_conv.checks import Geometry, check_framed
 
 # As `Border` of problem.h.
 _BORDERS = {"zeros": 0, "msra2017": 1}
 
-
-class _Problem(ctypes.Structure):
-    """`Problem` of problem.h, field by field."""
-
-    _fields_ = [
-        *fields(ctypes.c_int64, "batch in_channels in_h in_w out_channels out_h out_w"),
-        *fields(ctypes.c_int64, "kernel_h kernel_w stride_h stride_w pad_h pad_w"),
-        *fields(ctypes.c_int64, "dilation_h dilation_w groups offset_groups"),
-        *fields(ctypes.c_int32, "dtype offset_dtype mask_dtype border"),
-        *fields(ctypes.c_int32, "input_channels_last output_channels_last threads"),
-    ]
+# `Problem` of problem.h: 17 fields of 64 bits and 7 of 32, filled up to 64.
+_PROBLEM = Struct("17q7i0q")
 
 
-class _ForwardTensors(ctypes.Structure):
-    _fields_ = fields(ctypes.c_void_p, "input offset mask weight bias output")
+class Plan(NamedTuple):
+    """What the forward pass needs besides its tensors, for some sizes, dtypes and strides."""
+
+    shape: tuple[int, int, int, int]
+    memory_format: torch.memory_format
+    problem: bytes
 
 
-class _BackwardTensors(ctypes.Structure):
-    _fields_ = [
-        *fields(ctypes.c_void_p, "grad_output input offset mask weight"),
-        *fields(ctypes.c_void_p, "grad_input grad_offset grad_mask grad_weight"),
-    ]
+def plan(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    geometry: Geometry,
+) -> Plan:
+    """The plan of the forward pass; the arguments are checked."""
+    check_framed(input)
+    _, channels_last = dense(input)
+    batch, _, out_h, out_w = offset.shape
+    return Plan(
+        (batch, weight.shape[0], out_h, out_w),
+        torch.channels_last if channels_last else torch.contiguous_format,
+        _problem(input, offset, weight, mask, geometry, channels_last, channels_last),
+    )
 
 
 def deform_conv2d(
@@ -41,28 +49,22 @@ def deform_conv2d(
     weight: Tensor,
     bias: Tensor | None,
     mask: Tensor | None,
-    geometry: Geometry,
+    plan: Plan,
 ) -> Tensor:
-    """Forward pass; the arguments are checked.
+    """Forward pass.
 
     Returns:
         [N, C_out, Ho, Wo], channels-last if `input` is.
     """
-    check_framed(input)
-    input, channels_last = dense(input)
-    output = torch.empty(
-        (input.shape[0], weight.shape[0], *offset.shape[2:]),
-        dtype=input.dtype,
-        memory_format=torch.channels_last if channels_last else torch.contiguous_format,
-    )
+    shape, memory_format, problem = plan
+    output = torch.empty(shape, dtype=input.dtype, memory_format=memory_format)
     if output.numel() == 0:
         return output
+    input = input.contiguous(memory_format=memory_format)
     offset, weight = offset.contiguous(), weight.contiguous()
     bias = None if bias is None else bias.contiguous()
     mask = None if mask is None else mask.contiguous()
-    problem = _problem(input, offset, weight, mask, geometry, channels_last, channels_last)
-    tensors = _ForwardTensors(*map(address, (input, offset, mask, weight, bias, output)))
-    call("deform_conv2d", problem, tensors)
+    call("deform_conv2d", problem, input, offset, mask, weight, bias, output)
     return output
 
 
@@ -96,8 +98,7 @@ def deform_conv2d_backward(
         return gradients
     formats = input_channels_last, output_channels_last
     problem = _problem(input, offset, weight, mask, geometry, *formats)
-    tensors = (grad_output, input, offset, mask, weight, *computed)
-    call("deform_conv2d_backward", problem, _BackwardTensors(*map(address, tensors)))
+    call("deform_conv2d_backward", problem, grad_output, input, offset, mask, weight, *computed)
     return gradients
 
 
@@ -109,12 +110,12 @@ def _problem(
     geometry: Geometry,
     input_channels_last: bool,
     output_channels_last: bool,
-) -> _Problem:
+) -> bytes:
     stride, padding, dilation, border = geometry
     batch, in_channels, in_h, in_w = input.shape
     out_channels, group_in, kernel_h, kernel_w = weight.shape
     _, offset_channels, out_h, out_w = offset.shape
-    return _Problem(
+    return _PROBLEM.pack(
         *(batch, in_channels, in_h, in_w, out_channels, out_h, out_w, kernel_h, kernel_w),
         *(*stride, *padding, *dilation),
         *(in_channels // group_in, offset_channels // (2 * kernel_h * kernel_w)),

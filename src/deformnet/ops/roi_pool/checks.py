@@ -16,7 +16,7 @@ from deformnet.ops._arguments import (
     check_tensor,
     dtype_names,
     shape_text,
-    values_known,
+    with_values,
 )
 
 Sampling: TypeAlias = Literal["bins", "msra", "aligned"]
@@ -54,13 +54,13 @@ def check(
         TypeError: if an argument is not a tensor, or has the wrong dtype.
         ValueError: if anything else is wrong; the message names the argument.
     """
-    check_input(input)
+    _, channels, _, _ = check_input(input)
     _check_boxes(boxes, input)
     if offset is not None:
         check_tensor("offset", offset, 4, input, True)
     _check_rule(rule)
     ph, pw = rule.output_size
-    if rule.position_sensitive and input.shape[1] % (ph * pw):
+    if rule.position_sensitive and channels % (ph * pw):
         raise ValueError(
             f"expected input to have channels in multiples of the {ph} * {pw} bins, "
             f"but got shape {shape_text(input)}"
@@ -110,7 +110,7 @@ def _check_rule(rule: Rule) -> None:
     (ph, pw), spatial_scale, gamma, sampling, samples_per_bin, _ = rule
     if ph < 1 or pw < 1:
         raise ValueError(f"expected output_size to be at least 1, but got ({ph}, {pw})")
-    check_most("output_size", "bins", ph * pw, MOST, f"{ph} x {pw}")
+    check_most("output_size", "bins", ph * pw, MOST, ph, pw)
     # Neither infinite nor an int that is too large for a float.
     if not 0 < spatial_scale <= float_info.max:
         raise ValueError(f"expected spatial_scale to be positive, but got {spatial_scale}")
@@ -139,15 +139,16 @@ def check_image_indices(input: Tensor, boxes: Tensor, offset: Tensor | None = No
     Raises:
         ValueError: if an index is not one of 0, ..., N - 1.
     """
-    if boxes.device.type != "cpu" or not values_known(boxes):
+    known = with_values(boxes) if boxes.is_cpu else None
+    if known is None:
         return
-    batch, image = input.shape[0], boxes.detach()[:, 0]
-    wrong = ~((image >= 0) & (image < batch) & (image == image.floor()))
-    if wrong.any():
-        row = int(wrong.nonzero()[0])
+    batch, images = input.shape[0], known[:, 0].tolist()
+    wrong = {image for image in set(images) if not 0 <= image < batch or image != int(image)}
+    if wrong:
+        row = next(row for row, image in enumerate(images) if image in wrong)
         raise ValueError(
             f"expected the first column of boxes to be the index of an image, an integer "
-            f"from 0 to {batch - 1}, but got {image[row].item():g} in row {row}"
+            f"from 0 to {batch - 1}, but got {images[row]:g} in row {row}"
         )
 
 

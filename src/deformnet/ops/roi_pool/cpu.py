@@ -1,55 +1,59 @@
 """Deformable RoI pooling on the CPU, plain and position-sensitive."""
 
-import ctypes
+from struct import Struct
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from deformnet.ops._arguments import check_sides
-from deformnet.ops.cpu.loading import DTYPES, address, call, dense, fields
+from deformnet.ops.cpu.loading import DTYPES, call, dense
 from deformnet.ops.roi_pool.checks import Rule
 from deformnet.ops.roi_pool.parts import of_bins, of_parts
 
 # As `Sampling` of problem.h.
 _SAMPLINGS = {"bins": 0, "msra": 1, "aligned": 2}
 
-
-class _Problem(ctypes.Structure):
-    """`RoiProblem` of problem.h, field by field."""
-
-    _fields_ = [
-        *fields(ctypes.c_int64, "batch in_h in_w boxes out_channels out_h out_w"),
-        *fields(ctypes.c_int64, "groups samples_per_bin"),
-        *fields(ctypes.c_double, "spatial_scale gamma"),
-        *fields(ctypes.c_int32, "dtype boxes_dtype offset_dtype sampling position_sensitive"),
-        *fields(ctypes.c_int32, "input_channels_last threads"),
-    ]
+# `RoiProblem` of problem.h: 9 integers of 64 bits, 2 doubles, 7 integers of 32, filled up to 64.
+_PROBLEM = Struct("9q2d7i0q")
 
 
-class _ForwardTensors(ctypes.Structure):
-    _fields_ = fields(ctypes.c_void_p, "input boxes offset output")
+class Plan(NamedTuple):
+    """What the forward pass needs besides its tensors, for some sizes, dtypes and strides."""
+
+    rule: Rule
+    shape: tuple[int, int, int, int]
+    memory_format: torch.memory_format  # of the input
+    problem: bytes
 
 
-class _BackwardTensors(ctypes.Structure):
-    _fields_ = fields(ctypes.c_void_p, "grad_output input boxes offset grad_input grad_offset")
+def plan(input: Tensor, boxes: Tensor, offset: Tensor | None, rule: Rule) -> Plan:
+    """The plan of the forward pass; the arguments are checked."""
+    check_sides(input)
+    _, channels_last = _map(input, rule)
+    offset = None if offset is None else of_bins(offset, rule.output_size)
+    return Plan(
+        rule,
+        (boxes.shape[0], rule.out_channels(input), *rule.output_size),
+        torch.channels_last if channels_last else torch.contiguous_format,
+        _problem(input, boxes, offset, rule, channels_last),
+    )
 
 
-def roi_pool(input: Tensor, boxes: Tensor, offset: Tensor | None, rule: Rule) -> Tensor:
-    """Forward pass; the arguments are checked.
+def roi_pool(input: Tensor, boxes: Tensor, offset: Tensor | None, plan: Plan) -> Tensor:
+    """Forward pass.
 
     Returns:
         [R, C, ph, pw], contiguous.
     """
-    check_sides(input)
-    output = input.new_empty((boxes.shape[0], rule.out_channels(input), *rule.output_size))
+    rule, shape, memory_format, problem = plan
+    output = input.new_empty(shape)
     if output.numel() == 0:
         return output
-    input, channels_last = _map(input, rule)
-    boxes = boxes.contiguous()
+    input, boxes = input.contiguous(memory_format=memory_format), boxes.contiguous()
     if offset is not None:
         offset = of_bins(offset, rule.output_size).contiguous()
-    problem = _problem(input, boxes, offset, rule, channels_last)
-    call("roi_pool", problem, _ForwardTensors(*map(address, (input, boxes, offset, output))))
+    call("roi_pool", problem, input, boxes, offset, output)
     return output
 
 
@@ -75,7 +79,7 @@ def roi_pool_backward(
     if grad_output.numel() > 0 and (grad_input is not None or grad_shifts is not None):
         problem = _problem(dense_input, boxes, shifts, rule, channels_last)
         tensors = (grad_output, dense_input, boxes, shifts, grad_input, grad_shifts)
-        call("roi_pool_backward", problem, _BackwardTensors(*map(address, tensors)))
+        call("roi_pool_backward", problem, *tensors)
     # In the memory format of the input, where the kernel has it in another one.
     if grad_input is not None and not channels_last and dense(input)[1]:
         grad_input = grad_input.contiguous(memory_format=torch.channels_last)
@@ -91,9 +95,9 @@ def _map(input: Tensor, rule: Rule) -> tuple[Tensor, bool]:
 
 def _problem(
     input: Tensor, boxes: Tensor, offset: Tensor | None, rule: Rule, channels_last: bool
-) -> _Problem:
+) -> bytes:
     batch, _, in_h, in_w = input.shape
-    return _Problem(
+    return _PROBLEM.pack(
         *(batch, in_h, in_w, boxes.shape[0]),
         *(rule.out_channels(input), *rule.output_size),
         *(1 if offset is None else offset.shape[1] // 2, rule.samples_per_bin),
