@@ -317,7 +317,7 @@ class _Run:
         if self.validator.due(self.iteration):  # it was interrupted
             self._validate(log)
         while self.iteration < total and not self.validator.exhausted:
-            parts, height, width = self._next(batches)
+            parts, height, width = self._next(batches, log)
             self.iteration += 1
             factor = recipe.lr_factor(self.iteration - 1)
             for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
@@ -343,7 +343,9 @@ class _Run:
             if self.validator.due(self.iteration):
                 self._validate(log)
 
-    def _next(self, batches: Iterator[list[Batch]]) -> tuple[list[Batch], int, int]:
+    def _next(
+        self, batches: Iterator[list[Batch]], log: TrainingLog | None
+    ) -> tuple[list[Batch], int, int]:
         """The next batch, and the maximum height and width of its images over all processes.
 
         The processes wait for the one with the largest images anyway.
@@ -352,7 +354,8 @@ class _Run:
             StopRequested: in all processes, if any has no batch because it was asked to stop.
         """
         self.processes.places.at(f"loading iteration {self.iteration + 1}")
-        parts = next(batches, None)
+        with log.waiting() if log else nullcontext():
+            parts = next(batches, None)
         self.processes.places.at(f"iteration {self.iteration + 1}")
         sides = [[0, 0, 1]] if parts is None else [[*it.images.shape[-2:], 0] for it in parts]
         largest = torch.tensor(sides, device=self.fabric.device).amax(dim=0)
