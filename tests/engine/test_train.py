@@ -9,7 +9,7 @@ from contextlib import closing
 
 import pytest
 import torch
-from processes import run, run_stopped, small
+from processes import assert_equal_weights, run, run_stopped, small
 
 import deformnet
 from deformnet import UserError
@@ -189,6 +189,13 @@ def test_a_full_disk_is_named_by_tensorboard(tmp_path, monkeypatch):
             with pytest.raises(OSError, match="No space") as caught:
                 log.record(1, {"loss": 1.5, "learning_rate": 0.1}, {})
         assert caught.value.filename == str(tmp_path / "tensorboard")
+
+
+def test_recomputed_activations_change_nothing(trained, shapes, quick, tmp_path):
+    run(quick, shapes, tmp_path, checkpoint_activations=True, log_every=2)
+    assert_equal_weights(tmp_path, trained[0])
+    rows, expected = (read_log(out / "metrics.csv") for out in (tmp_path, trained[0]))
+    assert [row["loss"] for row in rows] == [row["loss"] for row in expected]
 
 
 class Clock:

@@ -134,6 +134,7 @@ def train(
     facts = {
         **shared_facts(recipe, images.identity, validation),
         "accumulate": loop.accumulate,
+        "checkpoint_activations": loop.checkpoint_activations,
         "checkpoint_every": loop.checkpoint_every,
         "validate_every": loop.validate_every,
         "patience": loop.patience,
@@ -264,6 +265,8 @@ class _Run:
         # Convolutions run faster on this layout, on CPUs and GPUs alike.
         self.model = model.train().to(fabric.device).to(memory_format=torch.channels_last)
         self.average = None if recipe.ema is None else AveragedNetwork(self.model, recipe.ema)
+        if loop.checkpoint_activations:
+            cast(Network, model).backbone.checkpoint_activations()
         optimizer = _optimizer(recipe, model)
         scaler = fabric.strategy.precision
         if checkpoint is not None:
