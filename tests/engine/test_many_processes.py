@@ -29,6 +29,7 @@ from deformnet.recipes import DeepLabRecipe
 
 TOLERANCE = 1e-5  # relative
 NAMES = list(RECIPES)
+TRAINED_NORM = small(DeepLabRecipe, norm="trained", iterations=3, lr=0.01)
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +68,9 @@ def together(data, alone, tmp_path_factory):
         jobs.append(proposing | {"out": out / "proposals.safetensors"})
         if processes == 2:
             jobs.append({"do": "norm", "out": out / "norm"})
+            job = {"do": "train", "recipe": TRAINED_NORM.to_dict(), "data": data}
+            options = {"checkpoint_activations": True}
+            jobs.append({**job, "options": options, "out": out / "recomputed"})
             job = {"do": "disagree", "recipe": RECIPES["deeplab"].to_dict()}
             changes = [{}, {"lr": 0.5}]
             jobs.append(job | {"data": [data, data], "changes": changes, "out": out / "recipe"})
@@ -120,6 +124,13 @@ def test_parts_make_the_same_curve_as_the_whole(data, alone, tmp_path, name, par
 @pytest.mark.parametrize("name", NAMES)
 def test_parts_in_two_processes(alone, together, name):
     assert curve(together(2) / f"parts-{name}") == pytest.approx(curve(alone / name), rel=TOLERANCE)
+
+
+def test_two_processes_recompute_activations(data, together, tmp_path):
+    """Including shared batch norm, whose running statistics are updated once."""
+    run(TRAINED_NORM, data, tmp_path)
+    assert curve(together(2) / "recomputed") == pytest.approx(curve(tmp_path), rel=TOLERANCE)
+    assert_close_weights(together(2) / "recomputed", tmp_path)
 
 
 def test_a_stopped_run_in_parts_ends_in_equal_weights(data, tmp_path):

@@ -9,14 +9,16 @@ from contextlib import closing
 
 import pytest
 import torch
-from processes import run, run_stopped, small
+from processes import assert_equal_weights, run, run_stopped, small
 
 import deformnet
 from deformnet import UserError
 from deformnet.data.opening import open_segmentation
-from deformnet.engine import Hardware, LoopOptions, evaluate, load_run, train
+from deformnet.engine import Hardware, LoopOptions, evaluate, load_run, logs, train
 from deformnet.engine.logs import TrainingLog, read_log
 from deformnet.engine.runs import checkpoint_path, load_checkpoint, save_checkpoint
+from deformnet.engine.sampling import Iterations
+from deformnet.engine.training import _Run
 from deformnet.metrics.segmentation import ConfusionMatrix, segmentation_scores
 from deformnet.recipes import RFCNRecipe
 from deformnet.tasks import TaskOptions
@@ -189,6 +191,69 @@ def test_a_full_disk_is_named_by_tensorboard(tmp_path, monkeypatch):
         assert caught.value.filename == str(tmp_path / "tensorboard")
 
 
+def test_recomputed_activations_change_nothing(trained, shapes, quick, tmp_path):
+    run(quick, shapes, tmp_path, checkpoint_activations=True, log_every=2)
+    assert_equal_weights(tmp_path, trained[0])
+    rows, expected = (read_log(out / "metrics.csv") for out in (tmp_path, trained[0]))
+    assert [row["loss"] for row in rows] == [row["loss"] for row in expected]
+
+
+class Clock:
+    """In place of the module `time`: a clock that only moves when it is told to."""
+
+    now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(logs, "time", clock)
+    return clock
+
+
+def test_the_time_spent_waiting_for_data(shapes, quick, tmp_path, clock, monkeypatch, capfd):
+    load, backward = Iterations.__getitem__, _Run._backward
+
+    def load_in_three_seconds(self, iteration):
+        clock.now += 3
+        return load(self, iteration)
+
+    def compute_in_one_second(self, *arguments):
+        clock.now += 1
+        return backward(self, *arguments)
+
+    monkeypatch.setattr(Iterations, "__getitem__", load_in_three_seconds)
+    monkeypatch.setattr(_Run, "_backward", compute_in_one_second)
+    # Stopped and resumed, and validated in between: neither counts.
+    loop = {"log_every": 2, "progress": True, "validate_every": 2}
+    run_stopped(3, quick, shapes, tmp_path, **loop)
+    run(quick, shapes, tmp_path, val_split="val", **loop)
+    rows = read_log(tmp_path / "metrics.csv")
+    assert [(row["iteration"], row["seconds"], row["data_fraction"]) for row in rows] == [
+        (iteration, "4", "0.75") for iteration in ("2", "4", "6")
+    ]
+    assert "4 s per iteration (data 75%, step 25%), 8 s left" in capfd.readouterr().err
+
+
+def test_one_hint_if_training_waits_for_data(tmp_path, clock, caplog):
+    """Not for the start of the loader workers, nor for a short wait."""
+    waits = [*[9] * 5, 1, *[9] * 20]
+    with closing(TrainingLog(tmp_path, (), 0, 300)) as log:
+        for row, seconds in enumerate(waits, start=1):
+            with log.waiting():
+                clock.now += seconds
+            clock.now += 1
+            log.record(10 * row, {"loss": 1.5, "learning_rate": 0.1}, {})
+            assert len(caplog.messages) == (row >= 11)
+    assert caplog.messages == [
+        "more than half of the last 50 iterations was spent waiting for data (90% now); use more "
+        "--workers, smaller image files or, if the backbone is frozen, --feature-cache"
+    ]
+
+
 def test_the_log_drops_rows_after_the_resumed_iteration(tmp_path):
     path = tmp_path / "metrics.csv"
     values = {"loss": 1.5, "learning_rate": 0.1}
@@ -202,8 +267,9 @@ def test_the_log_drops_rows_after_the_resumed_iteration(tmp_path):
         log.record(3, values, {})
     lines = path.read_text().splitlines(keepends=True)
     assert lines[:3] == before[:3]
-    assert lines[0] == "iteration,loss,learning_rate,seconds\n"
-    assert [line.rpartition(",")[0] for line in lines[1:]] == [f"{n},1.5,0.1" for n in (1, 2, 3)]
+    assert lines[0] == "iteration,loss,learning_rate,seconds,data_fraction\n"
+    rows = [line.rsplit(",", 2)[0] for line in lines[1:]]
+    assert rows == [f"{n},1.5,0.1" for n in (1, 2, 3)]
     assert [row["iteration"] for row in read_log(path)] == ["1", "2", "3"]
 
 

@@ -21,6 +21,8 @@ from deformnet.engine.runs import move
 logger = logging.getLogger("deformnet")
 """Receives progress messages of a run, which the command line prints."""
 _STEPS = 10  # iterations before the remaining time is estimated
+_STARVED = 0.5  # fraction of the time spent waiting for data, above which a hint is due
+_HINT_AFTER = 50  # iterations
 
 
 class TrainingLog:
@@ -46,7 +48,7 @@ class TrainingLog:
         progress: bool = False,
     ) -> None:
         self.path = run / "metrics.csv"
-        self.columns = ("iteration", "loss", *terms, "learning_rate", "seconds")
+        self.columns = ("iteration", "loss", *terms, "learning_rate", "seconds", "data_fraction")
         rows = read_log(self.path, self.columns)
         rows = [row for row in rows if int(row["iteration"]) <= done]
         header = ",".join(self.columns) + "\n"
@@ -68,6 +70,9 @@ class TrainingLog:
         self._started: float | None = None
         self._steps = 0
         self._since, self._last = time.perf_counter(), done
+        self._waited = 0.0
+        self._fed: int | None = None  # the last iteration that is no reason for the hint
+        self._hinted = False
 
     def close(self) -> None:
         self._bar.close()
@@ -84,6 +89,13 @@ class TrainingLog:
             pace = (time.perf_counter() - self._started) / (_STEPS - 1)
             left = self._total - self._done - _STEPS
             logger.info("expected time: %s (%.3g s per iteration)", duration(left * pace), pace)
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts the block as time spent waiting for data."""
+        started = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - started
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -103,8 +115,14 @@ class TrainingLog:
         `values` go by the names of the columns; `scalars` are for TensorBoard only.
         """
         now = time.perf_counter()
-        values = {**values, "seconds": (now - self._since) / (iteration - self._last)}
-        self._since, self._last = now, iteration
+        seconds = now - self._since
+        fraction = self._waited / seconds
+        values = {
+            **values,
+            "seconds": seconds / (iteration - self._last),
+            "data_fraction": fraction,
+        }
+        self._since, self._last, self._waited = now, iteration, 0.0
         row = {"iteration": str(iteration)} | {k: f"{v:.9g}" for k, v in values.items()}
         with naming(self.path), self.path.open("a", encoding="utf-8", newline="") as file:
             file.write(self._text([row]))
@@ -114,11 +132,28 @@ class TrainingLog:
             # Written here, so that no other thread runs into a full disk later.
             self._tensorboard.flush()
         self._show("loss", f"{values['loss']:.4g}")
+        self._show("data", f"{fraction:.0%}")
         if self._lines:
             left = duration((self._total - iteration) * values["seconds"])
             self._line(
                 f"{iteration} of {self._total}, loss {values['loss']:.4g}, "
-                f"{values['seconds']:.3g} s per iteration, {left} left"
+                f"{values['seconds']:.3g} s per iteration (data {fraction:.0%}, "
+                f"step {1 - fraction:.0%}), {left} left"
+            )
+        self._hint(iteration, fraction)
+
+    def _hint(self, iteration: int, fraction: float) -> None:
+        """Warns once if all rows of the last iterations show that training waits for data."""
+        # The first row includes the start of the loader workers.
+        if fraction <= _STARVED or self._fed is None:
+            self._fed = iteration
+        elif iteration - self._fed >= _HINT_AFTER and not self._hinted:
+            self._hinted = True
+            logger.warning(
+                "more than half of the last %d iterations was spent waiting for data (%.0f%% now); "
+                "use more --workers, smaller image files or, if the backbone is frozen, "
+                "--feature-cache",
+                *(iteration - self._fed, 100 * fraction),
             )
 
     def validated(

@@ -7,7 +7,8 @@ RUN/
   checkpoints/previous.ckpt  the checkpoint before it, in case last.ckpt is damaged
   checkpoints/best.ckpt      the network with the best score, if validated during training
   validation.csv             scores of each validation, in percent
-  metrics.csv                one row every few iterations: loss, learning rate, seconds
+  metrics.csv                one row every few iterations: loss, learning rate, seconds per
+                             iteration, and the fraction of them spent waiting for data
   tensorboard/               the same for TensorBoard
   metrics.json               scores on the validation images, and a description of the run
   metrics-SPLIT.json         scores on another split

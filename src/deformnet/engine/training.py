@@ -134,6 +134,7 @@ def train(
     facts = {
         **shared_facts(recipe, images.identity, validation),
         "accumulate": loop.accumulate,
+        "checkpoint_activations": loop.checkpoint_activations,
         "checkpoint_every": loop.checkpoint_every,
         "validate_every": loop.validate_every,
         "patience": loop.patience,
@@ -264,6 +265,8 @@ class _Run:
         # Convolutions run faster on this layout, on CPUs and GPUs alike.
         self.model = model.train().to(fabric.device).to(memory_format=torch.channels_last)
         self.average = None if recipe.ema is None else AveragedNetwork(self.model, recipe.ema)
+        if loop.checkpoint_activations:
+            cast(Network, model).backbone.checkpoint_activations()
         optimizer = _optimizer(recipe, model)
         scaler = fabric.strategy.precision
         if checkpoint is not None:
@@ -317,7 +320,7 @@ class _Run:
         if self.validator.due(self.iteration):  # it was interrupted
             self._validate(log)
         while self.iteration < total and not self.validator.exhausted:
-            parts, height, width = self._next(batches)
+            parts, height, width = self._next(batches, log)
             self.iteration += 1
             factor = recipe.lr_factor(self.iteration - 1)
             for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
@@ -343,7 +346,9 @@ class _Run:
             if self.validator.due(self.iteration):
                 self._validate(log)
 
-    def _next(self, batches: Iterator[list[Batch]]) -> tuple[list[Batch], int, int]:
+    def _next(
+        self, batches: Iterator[list[Batch]], log: TrainingLog | None
+    ) -> tuple[list[Batch], int, int]:
         """The next batch, and the maximum height and width of its images over all processes.
 
         The processes wait for the one with the largest images anyway.
@@ -352,7 +357,8 @@ class _Run:
             StopRequested: in all processes, if any has no batch because it was asked to stop.
         """
         self.processes.places.at(f"loading iteration {self.iteration + 1}")
-        parts = next(batches, None)
+        with log.waiting() if log else nullcontext():
+            parts = next(batches, None)
         self.processes.places.at(f"iteration {self.iteration + 1}")
         sides = [[0, 0, 1]] if parts is None else [[*it.images.shape[-2:], 0] for it in parts]
         largest = torch.tensor(sides, device=self.fabric.device).amax(dim=0)

@@ -7,6 +7,7 @@ import torch
 import torchvision
 from backbone_testing import bare
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from deformnet import DeformConv2d
 from deformnet.analysis import sampling_locations
@@ -231,3 +232,28 @@ def test_filter_chain_samples_a_regular_grid(name, length, deform_layers):
         assert points[0, :, 0].unique().tolist() == (16 + steps).tolist()
         assert points[0, :, 1].unique().tolist() == (32 + steps).tolist()
         assert 0 < inside.sum() < len(inside[0])
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet18", "timm/test_resnet", "timm/regnetx_002", "timm/test_convnext"]
+)
+@pytest.mark.parametrize("neck", ["none", "residual"])
+def test_recomputed_activations(name, neck):
+    """Equal outputs, gradients and running statistics, with less in memory for the backward."""
+    options = {"deform_layers": 1, "reduce_channels": 8, "neck": neck, "neck_channels": 8}
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    steps = []
+    for recompute in (False, True):
+        model = build(name, **options)
+        if recompute:
+            model.checkpoint_activations()
+        numbers = []
+        with saved_tensors_hooks(lambda it: numbers.append(it.numel()) or it, lambda it: it):  # noqa: B023
+            output = model(images)
+        output.square().sum().backward()
+        gradients = {key: value.grad for key, value in model.named_parameters()}
+        steps.append((sum(numbers), {"output": output, **gradients}, model.state_dict()))
+    (stored, expected, state), (less, found, again) = steps
+    assert less < 0.5 * stored
+    torch.testing.assert_close(found, expected)
+    assert all(torch.equal(again[key], value) for key, value in state.items())

@@ -4,7 +4,9 @@ Dai et al. 2017, section 2.3, "Deformable Convolution for Feature Extraction".
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from itertools import chain
 from types import MappingProxyType
 from typing import Any, Literal, Protocol, get_args
@@ -13,6 +15,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from deformnet._errors import UserError, users_values
 from deformnet.nn import deform_
@@ -207,6 +210,17 @@ class Backbone(nn.Module):
             if not key.startswith("neck.")
         }
 
+    def checkpoint_activations(self) -> None:
+        """Keep only the inputs of residual blocks for the backward pass, which recomputes the rest.
+
+        A training step then needs less memory and more time. Outputs, gradients and the statistics
+        of batch norm stay the same. See `torch.utils.checkpoint`.
+        """
+        for block in _blocks(self):
+            block.forward = partial(
+                checkpoint, block.forward, use_reentrant=False, context_fn=partial(_passes, block)
+            )
+
     @abstractmethod
     def filter_chain(self) -> tuple[str, ...]:
         """Names of the 3x3 convolutions of conv5 along one path, from the output to the input.
@@ -229,6 +243,35 @@ class Backbone(nn.Module):
             self.get_submodule(name).requires_grad_(False)
         if stages > len(self.trunk_stages):
             self.conv5_stage.requires_grad_(False)
+
+
+def _blocks(module: nn.Module) -> Iterator[nn.Module]:
+    """The residual blocks of a backbone: the composite modules in its sequences of modules.
+
+    In HRNet, whose branches run side by side, everything up to conv4 is one.
+    """
+    for child in module.children():
+        # timm marks the stages that are sequences without being `nn.Sequential`.
+        if isinstance(child, (nn.Sequential, Backbone)) or hasattr(child, "grad_checkpointing"):
+            yield from _blocks(child)
+        elif any(child.children()):
+            yield child
+
+
+def _passes(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Contexts of the forward pass of a block and of its recomputation."""
+    return nullcontext(), _keeping_buffers(block)
+
+
+@contextmanager
+def _keeping_buffers(block: nn.Module) -> Iterator[None]:
+    """Restores the running statistics of batch norm, which are updated in the forward pass only."""
+    before = [(buffer, buffer.clone()) for buffer in block.buffers()]
+    try:
+        yield
+    finally:  # PyTorch ends a recomputation early by an exception
+        for buffer, value in before:
+            buffer.copy_(value)
 
 
 def initialize(*layers: nn.Conv2d | nn.Linear) -> None:
