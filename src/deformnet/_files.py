@@ -90,8 +90,8 @@ def _unfinished(path: Path) -> Iterator[tuple[Path, io.FileIO]]:
     """A new file next to `path`, to be renamed to it; removed on failure.
 
     Its name follows from that of `path`, so that the next writer finds and removes what a killed
-    process left. A lock tells that from the file of another writer, whose file is left alone; the
-    name is then random.
+    process left. A lock protects it from other writers of `path`, whose files have random names
+    meanwhile; of those, a killed process leaves one for good.
     """
     # Not the name itself, which may have the maximum length.
     digest = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
