@@ -6,6 +6,7 @@ The JSON reader is tested with the data sets.
 import errno
 import os
 import resource
+import signal
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -119,6 +120,34 @@ def test_what_a_killed_process_leaves(tmp_path):
     write_file(tmp_path / "a", b"new")
     remove_partial(tmp_path)
     assert names(tmp_path) == ["a", "a.partial"]
+
+
+def test_the_next_writer_removes_what_a_killed_one_left(tmp_path):
+    path = tmp_path / "a"
+    if (child := os.fork()) == 0:
+        with replacing(path) as file:
+            file.write(b"half")
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    left = names(tmp_path)
+    assert len(left) == 1
+    write_file(tmp_path / "b", b"other")
+    assert names(tmp_path) == [*left, "b"]
+    write_file(path, b"new")
+    assert names(tmp_path) == ["a", "b"]
+
+
+def test_without_locks_no_file_is_considered_abandoned(tmp_path, monkeypatch):
+    def unsupported(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", unsupported)
+    path = tmp_path / "a"
+    with replacing(path) as one:
+        one.write(b"one")
+        write_file(path, b"other")
+    assert path.read_bytes() == b"one"
+    assert names(tmp_path) == ["a"]
 
 
 @pytest.mark.parametrize("links", [True, False])

@@ -1,9 +1,11 @@
 """Atomic writing of files, and bounded reading of JSON.
 
-A file is written under a unique temporary name next to its target, then renamed: a crash at any
-time leaves the old file or the new one, and of two concurrent writers, one complete file remains.
+A file is written under a temporary name next to its target, then renamed: a crash at any time
+leaves the old file or the new one, and of two concurrent writers, one complete file remains. What a
+killed process leaves under the temporary name is removed when the same file is written again.
 """
 
+import hashlib
 import io
 import json
 import math
@@ -14,7 +16,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import IO, Any
@@ -27,7 +29,8 @@ except ImportError:  # Windows
     fcntl = None
 
 PARTIAL = ".partial"
-"""Suffix of unfinished files. Killed processes leave them behind; nothing reads them."""
+"""Suffix of unfinished files. A killed process leaves one behind; nothing reads it, and the next
+writer of the same file removes it."""
 
 MAX_JSON_BYTES = 1 << 32
 """Larger JSON files raise an error; the largest data sets have files of 1 to 2 GB."""
@@ -68,24 +71,80 @@ def replacing(
         OSError: if writing fails, for example because the disk is full; `path` is then unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Not derived from the name, which may have the maximum length.
-    partial = path.with_name(f".{secrets.token_hex(8)}{PARTIAL}")
-    try:
-        with naming(path), io.FileIO(partial, "xb") as raw, _Writer(raw) as file:
+    with naming(path), _unfinished(path) as (partial, raw):
+        with raw, _Writer(raw) as file:
             yield file
             file.flush()
             if durable:
                 os.fsync(raw.fileno())
-        with naming(path):
-            if earlier is not None and path.exists():
-                _keep(path, earlier)
-            partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+        if earlier is not None and path.exists():
+            _keep(path, earlier)
+        partial.replace(path)
     if durable:
         with naming(path):
             _sync_folder(path.parent)
+
+
+@contextmanager
+def _unfinished(path: Path) -> Iterator[tuple[Path, io.FileIO]]:
+    """A new file next to `path`, to be renamed to it; removed on failure.
+
+    Its name follows from that of `path`, so that the next writer finds and removes what a killed
+    process left. A lock protects it from other writers of `path`, whose files have random names
+    meanwhile; of those, a killed process leaves one for good.
+    """
+    # Not the name itself, which may have the maximum length.
+    digest = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
+    partial = path.with_name(f".{digest}{PARTIAL}")
+    _remove_abandoned(partial)
+    try:
+        raw = io.FileIO(partial, "xb")
+        if _lock(raw.fileno()) is False or not _is_named(raw.fileno(), partial):
+            raw.close()
+            raise FileExistsError  # another writer took it for abandoned
+    except FileExistsError:
+        partial = path.with_name(f".{secrets.token_hex(8)}{PARTIAL}")
+        raw = io.FileIO(partial, "xb")
+    # Keeps the lock until the file is renamed; Windows renames no open files.
+    lock = None if fcntl is None else os.dup(raw.fileno())
+    try:
+        yield partial, raw
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _remove_abandoned(partial: Path) -> None:
+    """Removes the unfinished file of a killed process, which no longer locks it."""
+    with suppress(OSError), partial.open("r+b", buffering=0) as file:
+        if _lock(file.fileno()) and _is_named(file.fileno(), partial):
+            partial.unlink()
+
+
+def _lock(handle: int) -> bool | None:
+    """Locks an open file until it is closed.
+
+    Returns:
+        Whether the lock was free; None if the system or the file system has no locks.
+    """
+    if fcntl is None:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def _is_named(handle: int, path: Path) -> bool:
+    """Whether an open file still has this name: it may have been renamed or removed."""
+    opened = os.fstat(handle)
+    return identity(path) == (opened.st_dev, opened.st_ino)
 
 
 def require_writable(folder: Path) -> None:
@@ -163,15 +222,7 @@ def locked_folder(folder: Path) -> Iterator[None]:
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
-        in_use = False
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            in_use = True
-        except OSError:  # a file system without locks
-            pass
-        opened = os.fstat(handle)
-        if in_use or identity(folder) != (opened.st_dev, opened.st_ino):
+        if _lock(handle) is False or not _is_named(handle, folder):
             raise UserError(
                 f"{folder}: expected a folder that no other process writes to, but one does; "
                 "wait for it to end, or choose another folder"

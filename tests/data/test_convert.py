@@ -10,6 +10,7 @@ import torch
 from test_labelme import write as write_labelme
 from test_yolo import write as write_yolo
 
+from deformnet._files import locked_folder
 from deformnet.cli import main
 from deformnet.data import (
     detection_splits,
@@ -206,11 +207,15 @@ def test_hard_links(voc, tmp_path):
     assert all(path.stat().st_nlink == 2 for path in images)
 
 
-def test_a_folder_of_a_killed_process_is_not_in_the_way(voc, tmp_path):
-    """In a container, process IDs are the same each time."""
-    (tmp_path / f"out.partial-{os.getpid()}").mkdir()
-    convert(voc, tmp_path / "out", "coco", progress=False)
+def test_what_a_killed_process_left_is_removed(voc, tmp_path):
+    left, used = (tmp_path / f"out.partial-{digit * 16}" for digit in "0f")
+    for folder in (left, used, tmp_path / "out.partial-1", tmp_path / "put.partial-0"):
+        (folder / "images").mkdir(parents=True)
+    with locked_folder(used):  # as another conversion does
+        convert(voc, tmp_path / "out", "coco", progress=False)
     same(voc, tmp_path / "out")
+    assert not left.exists()
+    assert len(list(tmp_path.glob("?ut.partial-*"))) == 3
 
 
 def test_rotated_images_for_yolo(voc, tmp_path):

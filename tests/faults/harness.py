@@ -19,7 +19,6 @@ import json
 import os
 import pickle
 import random
-import re
 import shutil
 import signal
 import socket
@@ -310,9 +309,6 @@ def _plain(value: Any) -> object:
 
 # A command.
 
-_TEMPORARY = re.compile(r"[0-9a-f]+(?=\.partial)")
-"""Random part of the name of a temporary file."""
-
 
 class Trial:
     """A command, whose runs with faults are compared with a run without faults.
@@ -420,8 +416,8 @@ class Trial:
 
     def _state(self) -> bytes:
         """A digest of the names and contents of all files except TensorBoard logs."""
-        names = [str(path) for path in self.work.rglob("*") if path.suffix]
-        names = sorted(_TEMPORARY.sub("", name) for name in names if "tfevents" not in name)
+        names = sorted(str(path) for path in self.work.rglob("*") if path.suffix)
+        names = [name for name in names if "tfevents" not in name]
         found = pickle.dumps((names, contents(self.work, {*self.before, *self.after})))
         return hashlib.sha256(found).digest()
 
@@ -429,8 +425,9 @@ class Trial:
         ended = run(self.words, self.folder, self.logs)
         if ended.code != 0:
             return f"then, without a fault: {ended.errors[-3:]}"
-        found = contents(self.work, self.after)
-        differing = [name for name in self.after if found.get(name) != self.after[name]]
+        found = contents(self.work)
+        names = sorted(found.keys() | self.after.keys())
+        differing = [name for name in names if found.get(name) != self.after.get(name)]
         return f"then, without a fault: {differing} differ" if differing else None
 
 
@@ -492,7 +489,7 @@ class Collectives:
             again = self._run(Fault("collective", "count"), 0)
             if any(one.code for one in again):
                 outcome, text = "fault", f"then, without a fault: {again[0].errors[-3:]}"
-            elif contents(self.work, self.after) != self.after:
+            elif contents(self.work) != self.after:
                 outcome, text = "fault", "then, without a fault: other results"
         return Record(self.name, fault.name, fault.call, self.calls, None, outcome, text)
 

@@ -1,10 +1,11 @@
 """Conversion of data sets between layouts."""
 
+import glob
 import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -12,7 +13,7 @@ from typing import Literal
 from tqdm import tqdm
 
 from deformnet._errors import UserError
-from deformnet._files import naming, read_file, write_file
+from deformnet._files import locked_folder, naming, read_file, write_file
 from deformnet.data.base import SegmentationDataset
 from deformnet.data.boxes import DetectionDataset
 from deformnet.data.files import listing, require_folder
@@ -116,15 +117,19 @@ def convert(
 def _complete_folder(out: Path) -> Iterator[Path]:
     """A folder next to `out`, which is renamed to `out` on success and removed on failure."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    # In containers, the process ID may be that of a killed process, which left its folder.
+    unfinished = f"{glob.escape(out.name)}.partial-{'[0-9a-f]' * 16}"
+    for left in out.parent.glob(unfinished):  # by a killed process, unless it is locked
+        with suppress(UserError, OSError), locked_folder(left):
+            shutil.rmtree(left)
     partial = out.with_name(f"{out.name}.partial-{secrets.token_hex(8)}")
     partial.mkdir()
     try:
-        with naming(out):
-            yield partial
-        if out.exists():
-            out.rmdir()  # empty
-        partial.rename(out)
+        with locked_folder(partial):
+            with naming(out):
+                yield partial
+            if out.exists():
+                out.rmdir()  # empty
+            partial.rename(out)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

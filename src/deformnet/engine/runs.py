@@ -18,7 +18,8 @@ RUN/
 ```
 
 Every file except the logs is written under a temporary name (`.*.partial`) and then renamed, so
-that a crash at any time leaves either the old file or the new one. After the first checkpoint,
+that a crash at any time leaves either the old file or the new one; the same command, run again,
+removes what a killed process has left under a temporary name. After the first checkpoint,
 `last.ckpt` always exists; a new one moves its predecessor to `previous.ckpt`.
 
 A checkpoint is an archive of `torch.save` with a checksum per record, which is verified on reading:
