@@ -201,6 +201,21 @@ __attribute__((always_inline)) inline void write_grads(const Samples<A>& at, int
   std::memcpy(to.mask + first, &by_mask, size_t(count) * sizeof(A));
 }
 
+// To the tensors. `sample` counts through offset groups and taps.
+template <class A>
+void write_sample_grads(const Geometry& p, const BackwardTensors& tensors, const Tile& tile, int64_t sample,
+                        const SampleGrads<A>& grads) {
+  tile.for_each_run([&](const Run& run) {
+    const int64_t plane = run.image * p.samples + sample;
+    const auto write = [&](const A* numbers, void* tensor, int32_t dtype, int64_t at) {
+      if (tensor) write_run<A>(numbers + run.start, run.length, tensor, dtype, at * p.positions + run.position);
+    };
+    write(grads.y, tensors.grad_offset, p.offset_dtype, 2 * plane);
+    write(grads.x, tensors.grad_offset, p.offset_dtype, 2 * plane + 1);
+    write(grads.mask, tensors.grad_mask, p.mask_dtype, plane);
+  });
+}
+
 // Samples of one tap and offset group, whose runs of channels are `runs` to `end`: their gradients, from `grads`, the
 // gradient of the columns, and the columns if `write`.
 template <bool write, class A>
@@ -526,15 +541,7 @@ class Backward {
       sample_backward<true>(map, samples, from, to, tile.count, grads, columns, sample_grads);
     else
       sample_backward<false>(map, samples, from, to, tile.count, grads, columns, sample_grads);
-    tile.for_each_run([&](const Run& run) {
-      const int64_t plane = run.image * plan.samples + g * plan.taps + tap;
-      const auto write = [&](const A* numbers, void* tensor, int32_t dtype, int64_t at) {
-        if (tensor) write_run<A>(numbers + run.start, run.length, tensor, dtype, at * plan.positions + run.position);
-      };
-      write(sample_grads.y, tensors.grad_offset, plan.offset_dtype, 2 * plane);
-      write(sample_grads.x, tensors.grad_offset, plan.offset_dtype, 2 * plane + 1);
-      write(sample_grads.mask, tensors.grad_mask, plan.mask_dtype, plane);
-    });
+    write_sample_grads(plan, tensors, tile, g * plan.taps + tap, sample_grads);
   }
 
   // Adds a chunk to the gradient of the map. Threads split halves, images and channels, and do not wait at the end.

@@ -110,19 +110,20 @@ void add_depthwise(const Block& block, int64_t channels, int64_t count, const A*
     }
 }
 
+// Channels [channel, channel + width) of a tile's output.
 template <class A, class T>
-void write_tile(const Geometry& p, const Tile& tile, const A* sums, int64_t row,
+void write_tile(const Geometry& p, const Tile& tile, const A* sums, int64_t row, int64_t channel, int64_t width,
                 T* output) {
   const int64_t channels = p.out_channels, positions = p.positions;
   tile.for_each_run([&](const Run& run) {
     const A* from = sums + run.start * row;
     if (p.output_channels_last) {
-      T* to = output + (run.image * positions + run.position) * channels;
+      T* to = output + (run.image * positions + run.position) * channels + channel;
       for (int64_t i = 0; i < run.length; ++i)
-        convert_row<A>(from + i * row, channels, to + i * channels);
+        convert_row<A>(from + i * row, width, to + i * channels);
     } else {
-      T* to = output + run.image * channels * positions + run.position;
-      transpose<A>(from, row, run.length, channels, to, positions);
+      T* to = output + (run.image * channels + channel) * positions + run.position;
+      transpose<A>(from, row, run.length, width, to, positions);
     }
   });
 }
@@ -231,7 +232,7 @@ class Forward {
         else
           add_product<pairs>(plan, block, tile.count, columns, shared.packed, sums, plan.sums_row, add || tap > 0);
       }
-    write_tile<A>(plan, tile, sums, plan.sums_row, static_cast<T*>(tensors.output));
+    write_tile<A>(plan, tile, sums, plan.sums_row, 0, plan.out_channels, static_cast<T*>(tensors.output));
   }
 
   const Plan& plan;
