@@ -10,10 +10,14 @@
 namespace deformnet::DEFORMNET_ISA {
 namespace {
 
-constexpr int64_t kPartBytes = 2 << 20;  // samples of an image that are processed at a time
-constexpr int64_t kPartRows = 64;        // positions whose outputs are written together
+constexpr int64_t kPartBytes = 8 << 20;      // samples of an image that are processed at a time
+constexpr int64_t kMapsBytes = 512 << 10;    // maps of a thread: a part of the private cache
+constexpr int64_t kRowsTogether = 64;        // positions whose outputs are written together
 // Vectors of a slice: as many sums as registers hold, beside the weights and values of a sample.
 constexpr int kSliceVectors = kTileRows * kTileVectors > 16 ? 6 : 4;
+
+template <class A>
+constexpr int64_t kSampleBytes = 8 * sizeof(A);  // see `Samples`
 
 // Call::run<vectors>(arguments...), where vectors == wanted.
 template <class Call, int vectors = kSliceVectors, class... Arguments>
@@ -29,7 +33,7 @@ inline bool is_depthwise(const Problem& p) {
 
 // ------------------------------------------------------------------------------------ slices
 
-// Sizes. Both passes take a few images at a time, or a part of the positions of one.
+// Sizes. They depend on the number of threads, the bits do not.
 template <class A>
 struct Slices : Geometry {
   Slices(const Problem& p, int64_t most_vectors) : Geometry(p) {
@@ -41,13 +45,12 @@ struct Slices : Geometry {
     map_size = padded_pixels * width;
   }
 
-  // The bytes that an image, and a position of it, take beside the samples.
-  void split(int64_t image_bytes, int64_t position_bytes) {
-    Memory samples_of_16;
-    Samples<A>(samples_of_16, 16);
-    const int64_t bytes = position_bytes + samples * samples_of_16.used() / 16;
-    part = least(positions, round_up(ceil_div(kPartBytes, bytes), kLanes<A>));
-    images = least(batch, most<int64_t>(1, kImagesBytes / (image_bytes + part * bytes)));
+  // The bytes that a slice of an image takes, and those that a position takes.
+  void split(int64_t slice_bytes, int64_t position_bytes) {
+    const int64_t maps = most<int64_t>(threads, threads * kMapsBytes / slice_bytes);
+    part = least(positions, round_up(ceil_div(kPartBytes, position_bytes), kLanes<A>));
+    block = part < positions ? slices : least(slices, maps);
+    images = least(batch, most<int64_t>(1, least(maps / slices, kPartBytes / (part * position_bytes))));
     capacity = round_up(part, kLanes<A>);
   }
 
@@ -55,27 +58,32 @@ struct Slices : Geometry {
   int64_t channel(int64_t slice) const { return group(slice) * offset_group_in + slice % of_group * width; }
   int64_t channels(int64_t slice) const { return least(width, offset_group_in - slice % of_group * width); }
 
-  int64_t vectors, width;     // of a slice; lanes without a channel hold zeros
-  int64_t of_group, slices;   // slices of an offset group, and of all
-  int64_t map_size;           // numbers of a slice's framed map
-  int64_t images, part;       // that are processed at a time: images, and positions of each
-  int64_t capacity;           // of arrays of positions
+  int64_t vectors, width;       // of a slice; lanes without a channel hold zeros
+  int64_t of_group, slices;     // slices of an offset group, and of all
+  int64_t map_size;             // numbers of a slice's framed map
+  int64_t images, block, part;  // images, slices and positions that are processed at a time
+  int64_t capacity;             // of arrays of positions
 };
 
-// Positions [begin, end) of images [first, last).
+// What is processed at a time: some slices of some images, and some of their positions.
 struct Part {
-  int64_t first, last, begin, end;
+  int64_t first_image, images, first_slice, slices, begin, end;
 
-  int64_t count() const { return last - first; }
-  Tile tile(const Geometry& p, int64_t image) const { return Tile(p, first + image, begin, end - begin); }
+  int64_t maps() const { return images * slices; }
+  int64_t image(int64_t map) const { return map / slices; }  // among those of the part
+  int64_t slice(int64_t map) const { return first_slice + map % slices; }
+  Tile tile(const Geometry& p, int64_t image) const { return Tile(p, first_image + image, begin, end - begin); }
 };
 
-// visit(part) for all of them. Parts of the same images follow one another.
+// visit(part) for all of them. The slices of an image come one after another, and so do the positions of a slice; an
+// image whose positions come in several parts has all slices at a time.
 template <class A, class Visit>
 void for_each_part(const Slices<A>& p, Visit visit) {
-  for (int64_t first = 0; first < p.batch; first += p.images)
-    for (int64_t begin = 0; begin < p.positions; begin += p.part)
-      visit(Part{first, least(first + p.images, p.batch), begin, least(begin + p.part, p.positions)});
+  for (int64_t image = 0; image < p.batch; image += p.images)
+    for (int64_t slice = 0; slice < p.slices; slice += p.block)
+      for (int64_t begin = 0; begin < p.positions; begin += p.part)
+        visit(Part{image, least(p.images, p.batch - image), slice, least(p.block, p.slices - slice), begin,
+                   least(begin + p.part, p.positions)});
 }
 
 // What both passes read.
@@ -83,11 +91,11 @@ template <class A>
 struct SliceInputs {
   SliceInputs(const Slices<A>& p, Memory& memory)
       : filters(memory.take<A>(p.slices * p.taps * p.width)),
-        maps(memory.take<A>(p.images * p.slices * p.map_size)),
+        maps(memory.take<A>(p.images * p.block * p.map_size)),
         samples(Samples<A>::take(memory, p.images * p.samples, p.capacity)) {}
 
   A *filters;           // [slice][tap][lane]
-  A* maps;              // [image][slice], framed
+  A* maps;              // [image][slice] of a part, framed
   Samples<A>* samples;  // [image][offset group][tap]
 };
 
@@ -101,60 +109,79 @@ void pack_filters(const Slices<A>& p, const T* weight, A* packed) {
             c < p.channels(slice) ? A(read(weight[(p.channel(slice) + c) * p.taps + tap])) : A(0);
 }
 
-// The samples of a part and, if it is the first of its images, their maps.
+// The samples and maps of a part, as far as they are not there from the part before.
 template <class A, class T>
 void read_part(const Slices<A>& p, const Part& part, const T* input, const void* offset, const void* mask,
                const Places<A>& places, const SliceInputs<A>& to) {
-  const int64_t maps = part.count() * p.slices, size = p.in_channels * p.pixels;
+  if (part.first_slice == 0) {
 #pragma omp for nowait
-  for (int64_t item = 0; item < part.count() * p.samples; ++item) {
-    const Tile tile = part.tile(p, item / p.samples);
-    const int64_t sample = item % p.samples;
-    read_places(p, tile, offset, mask, sample / p.taps, sample % p.taps, places, to.samples[item].mask);
-    place_samples(p, tile.count, places, to.samples[item]);
+    for (int64_t item = 0; item < part.images * p.samples; ++item) {
+      const Tile tile = part.tile(p, item / p.samples);
+      const int64_t sample = item % p.samples;
+      read_places(p, tile, offset, mask, sample / p.taps, sample % p.taps, places, to.samples[item].mask);
+      place_samples(p, tile.count, places, to.samples[item]);
+    }
   }
   if (part.begin == 0) {
-    for_each_strip(p, maps, p.width, to.maps, [&](int64_t map, int64_t start, int64_t n, A** pixels) {
-      const int64_t slice = map % p.slices, channels = p.channels(slice);
-      copy_strip(p, input + (part.first + map / p.slices) * size, p.channel(slice), channels, start, n, pixels);
+    for_each_strip(p, part.maps(), p.width, to.maps, [&](int64_t map, int64_t start, int64_t n, A** pixels) {
+      const int64_t slice = part.slice(map), image = part.first_image + part.image(map), channels = p.channels(slice);
+      copy_strip(p, input + image * p.in_channels * p.pixels, p.channel(slice), channels, start, n, pixels);
       for (int64_t i = 0; i < n; ++i)
         for (int64_t c = channels; c < p.width; ++c) pixels[i][c] = A(0);
     });
 #pragma omp for nowait
-    for (int64_t map = 0; map < maps; ++map) frame_map(p, p.width, to.maps + map * p.map_size);
+    for (int64_t map = 0; map < part.maps(); ++map) frame_map(p, p.width, to.maps + map * p.map_size);
   }
 #pragma omp barrier
 }
 
 // --------------------------------------------------------------------------------- forward
 
-// Rows of outputs of a slice at positions [begin, end).
+// Rows of outputs of a slice at positions [begin, end), two at a time, which share what is read of the filters.
 template <bool modulated>
 struct ConvolveSlice {
   template <int vectors, class A>
   __attribute__((noinline)) static void run(const A* map, int64_t padded_row, const Samples<A>* samples, int64_t taps,
                                             int64_t begin, int64_t end, const A* filters, const A* bias, A* to) {
-    constexpr int lanes = kLanes<A>;
+    constexpr int lanes = kLanes<A>, rows = kTileRows * kTileVectors > 16 ? 2 : 1;
     constexpr int64_t width = vectors * lanes;
     const int64_t down = padded_row * width;
-    for (int64_t i = begin; i < end; ++i, to += width) {
-      Vec<A> sums[vectors];
+    for (int64_t first = begin; first < end; first += rows) {
+      int64_t position[rows];  // the last one twice if their number is odd
+      Vec<A> sums[rows][vectors];
+#pragma GCC unroll 2
+      for (int r = 0; r < rows; ++r) {
+        position[r] = least(first + r, end - 1);
 #pragma GCC unroll 8
-      for (int v = 0; v < vectors; ++v) sums[v] = load(bias + v * lanes);
+        for (int v = 0; v < vectors; ++v) sums[r][v] = load(bias + v * lanes);
+      }
       const A* filter = filters;
       for (const Samples<A>* at = samples; at != samples + taps; ++at, filter += width) {
-        const A *top = map + at->pixel[i] * width, *bottom = top + down, *w = at->weights + 4 * i;
-        const Vec<A> w0 = w[0] - Vec<A>{}, w1 = w[1] - Vec<A>{}, w2 = w[2] - Vec<A>{}, w3 = w[3] - Vec<A>{};
-        const Vec<A> mask = at->mask[i] - Vec<A>{};
+        const A *top[rows], *bottom[rows];
+        Vec<A> w[rows][4], mask[rows];
+#pragma GCC unroll 2
+        for (int r = 0; r < rows; ++r) {
+          top[r] = map + at->pixel[position[r]] * width;
+          bottom[r] = top[r] + down;
+#pragma GCC unroll 4
+          for (int j = 0; j < 4; ++j) w[r][j] = at->weights[4 * position[r] + j] - Vec<A>{};
+          mask[r] = at->mask[position[r]] - Vec<A>{};
+        }
 #pragma GCC unroll 8
         for (int v = 0; v < vectors; ++v) {
-          const A *t = top + v * lanes, *b = bottom + v * lanes;
-          const Vec<A> value = load(t) * w0 + load(t + width) * w1 + load(b) * w2 + load(b + width) * w3;
-          sums[v] += (modulated ? value * mask : value) * load(filter + v * lanes);
+          const Vec<A> factor = load(filter + v * lanes);
+#pragma GCC unroll 2
+          for (int r = 0; r < rows; ++r) {
+            const A *t = top[r] + v * lanes, *b = bottom[r] + v * lanes;
+            const Vec<A> value = load(t) * w[r][0] + load(t + width) * w[r][1] + load(b) * w[r][2] + load(b + width) * w[r][3];
+            sums[r][v] += (modulated ? value * mask[r] : value) * factor;
+          }
         }
       }
+#pragma GCC unroll 2
+      for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 8
-      for (int v = 0; v < vectors; ++v) store(to + v * lanes, sums[v]);
+        for (int v = 0; v < vectors; ++v) store(to + (position[r] - begin) * width + v * lanes, sums[r][v]);
     }
   }
 };
@@ -162,7 +189,7 @@ struct ConvolveSlice {
 template <class A>
 struct DepthwiseForwardPlan : Slices<A> {
   DepthwiseForwardPlan(const Problem& p, const ForwardTensors& tensors) : Slices<A>(p, kSliceVectors), tensors(tensors) {
-    this->split(this->slices * this->map_size * int64_t(sizeof(A)), 0);
+    this->split(this->map_size * int64_t(sizeof(A)), this->samples * kSampleBytes<A>);
   }
 
   const ForwardTensors& tensors;
@@ -190,7 +217,7 @@ class DepthwiseForward {
         tensors(plan.tensors),
         shared(shared),
         places(memory, plan.capacity),
-        rows(memory.take<A>(kPartRows * plan.width)) {}
+        rows(memory.take<A>(kRowsTogether * plan.width)) {}
 
   static int run_team(const Problem& p, const ForwardTensors& tensors) {
     return DEFORMNET_ISA::run_team<Shared, DepthwiseForward>(Plan(p, tensors));
@@ -201,11 +228,11 @@ class DepthwiseForward {
     pack_biases();
     for_each_part(plan, [&](const Part& part) {
       read_part<A>(plan, part, static_cast<const T*>(tensors.input), tensors.offset, tensors.mask, places, shared);
-      const int64_t strips = ceil_div(part.end - part.begin, kPartRows);
+      const int64_t strips = ceil_div(part.end - part.begin, kRowsTogether);
 #pragma omp for schedule(static)
-      for (int64_t item = 0; item < part.count() * plan.slices * strips; ++item) {
-        const int64_t begin = item % strips * kPartRows, end = least(begin + kPartRows, part.end - part.begin);
-        convolve(part, item / strips / plan.slices, item / strips % plan.slices, begin, end);
+      for (int64_t item = 0; item < part.maps() * strips; ++item) {
+        const int64_t begin = item % strips * kRowsTogether, end = least(begin + kRowsTogether, part.end - part.begin);
+        convolve(part, item / strips, begin, end);
       }
     });
   }
@@ -220,9 +247,10 @@ class DepthwiseForward {
             bias && c < plan.channels(slice) ? A(read(bias[plan.channel(slice) + c])) : A(0);
   }
 
-  // Positions [begin, end) of a part, in one image and slice.
-  void convolve(const Part& part, int64_t image, int64_t slice, int64_t begin, int64_t end) const {
-    const A* map = shared.maps + (image * plan.slices + slice) * plan.map_size;
+  // Positions [begin, end) of a part, in one of its maps.
+  void convolve(const Part& part, int64_t which, int64_t begin, int64_t end) const {
+    const int64_t image = part.image(which), slice = part.slice(which);
+    const A* map = shared.maps + which * plan.map_size;
     const Samples<A>* samples = shared.samples + image * plan.samples + plan.group(slice) * plan.taps;
     const A* filters = shared.filters + slice * plan.taps * plan.width;
     const A* bias = shared.biases + slice * plan.width;
@@ -230,7 +258,7 @@ class DepthwiseForward {
       with_vectors<ConvolveSlice<true>>(plan.vectors, map, plan.padded_row, samples, plan.taps, begin, end, filters, bias, rows);
     else
       with_vectors<ConvolveSlice<false>>(plan.vectors, map, plan.padded_row, samples, plan.taps, begin, end, filters, bias, rows);
-    write_tile(plan, Tile(plan, part.first + image, part.begin + begin, end - begin), rows, plan.width,
+    write_tile(plan, Tile(plan, part.first_image + image, part.begin + begin, end - begin), rows, plan.width,
                plan.channel(slice), plan.channels(slice), static_cast<T*>(tensors.output));
   }
 
@@ -307,7 +335,7 @@ struct DepthwiseBackwardPlan : Slices<A> {
   DepthwiseBackwardPlan(const Problem& p, const BackwardTensors& tensors) : Slices<A>(p, 4), tensors(tensors) {
     constexpr int64_t number = sizeof(A);
     const auto& s = *this;
-    this->split(s.slices * (2 * s.map_size + s.taps * s.width) * number, s.slices * s.taps * 4 * number);
+    this->split((2 * s.map_size + s.taps * s.width) * number, s.samples * kSampleBytes<A> + s.slices * s.taps * 4 * number);
   }
 
   const BackwardTensors& tensors;
@@ -317,21 +345,19 @@ template <class A>
 struct DepthwiseBackwardShared : SliceInputs<A> {
   DepthwiseBackwardShared(const DepthwiseBackwardPlan<A>& plan, Memory& memory)
       : SliceInputs<A>(plan, memory),
-        map_sums(memory.take<A>(plan.images * plan.slices * plan.map_size)),
-        filter_sums(memory.take<A>((plan.images + 1) * plan.slices * plan.taps * plan.width)),
+        map_sums(memory.take<A>(plan.images * plan.block * plan.map_size)),
+        filter_sums(memory.take<A>(plan.images * plan.block * plan.taps * plan.width)),
+        totals(memory.take<A>(plan.slices * plan.taps * plan.width)),
         dots(memory.take<A>(plan.images * plan.slices * plan.taps * 4 * plan.capacity)) {}
 
   void prepare(const DepthwiseBackwardPlan<A>& plan) {
-    // The filters' sums over all images lie behind those of the images at hand.
-    const int64_t size = plan.slices * plan.taps * plan.width;
-    totals = filter_sums + plan.images * size;
-    std::memset(totals, 0, size_t(size) * sizeof(A));
+    std::memset(totals, 0, size_t(plan.slices * plan.taps * plan.width) * sizeof(A));
   }
 
   A* map_sums;     // as the maps
-  A* filter_sums;  // [image][slice][tap][lane]
-  A* totals = nullptr;
-  A* dots;         // [image][slice][tap][corner][position]
+  A* filter_sums;  // [image][slice][tap][lane] of a part, and
+  A* totals;       // [slice][tap][lane] of all images
+  A* dots;         // [image][slice][tap][corner][position], all slices of an image
 };
 
 template <class T>
@@ -358,22 +384,19 @@ class DepthwiseBackward {
     for_each_part(plan, [&](const Part& part) {
       read_part<A>(plan, part, static_cast<const T*>(tensors.input), tensors.offset, tensors.mask, places, shared);
 #pragma omp for schedule(static)
-      for (int64_t item = 0; item < part.count() * plan.slices; ++item)
-        differentiate(part, item / plan.slices, item % plan.slices);
-#pragma omp for schedule(static)
-      for (int64_t item = 0; item < part.count() * plan.samples; ++item)
-        write_samples(part, item / plan.samples, item % plan.samples);
-      if (part.end == plan.positions) write_images(part);
+      for (int64_t map = 0; map < part.maps(); ++map) differentiate(part, map);
+      if (part.end == plan.positions) write_maps(part);
+      if (part.first_slice + part.slices == plan.slices) write_samples(part);
     });
     write_grad_weight();
   }
 
  private:
-  // All but the sums over slices. A slice's sums belong to one thread.
-  void differentiate(const Part& part, int64_t image, int64_t slice) const {
-    const int64_t item = image * plan.slices + slice, filter_size = plan.taps * plan.width;
-    A* map_sums = shared.map_sums + item * plan.map_size;
-    A* filter_sums = shared.filter_sums + item * filter_size;
+  // Everything but sums over slices and images, for one of the maps of a part.
+  void differentiate(const Part& part, int64_t which) const {
+    const int64_t image = part.image(which), slice = part.slice(which), filter_size = plan.taps * plan.width;
+    A* map_sums = shared.map_sums + which * plan.map_size;
+    A* filter_sums = shared.filter_sums + which * filter_size;
     if (part.begin == 0) {
       std::memset(map_sums, 0, size_t(plan.map_size) * sizeof(A));
       std::memset(filter_sums, 0, size_t(filter_size) * sizeof(A));
@@ -383,10 +406,10 @@ class DepthwiseBackward {
                  plan.width, grad_output);
     const auto call = [&](auto differentiate_slice) {
       with_vectors<decltype(differentiate_slice)>(
-          plan.vectors, shared.maps + item * plan.map_size, map_sums, plan.padded_row,
+          plan.vectors, shared.maps + which * plan.map_size, map_sums, plan.padded_row,
           shared.samples + image * plan.samples + plan.group(slice) * plan.taps, plan.taps, tile.count, plan.capacity,
           shared.filters + slice * filter_size, grad_output, filter_sums,
-          shared.dots + item * plan.taps * 4 * plan.capacity);
+          shared.dots + (image * plan.slices + slice) * plan.taps * 4 * plan.capacity);
     };
     if (tensors.mask)
       call(DifferentiateSlice<true>());
@@ -394,37 +417,41 @@ class DepthwiseBackward {
       call(DifferentiateSlice<false>());
   }
 
-  // Gradients of offset and mask of one sample at all positions.
-  void write_samples(const Part& part, int64_t image, int64_t sample) const {
-    if (!tensors.grad_offset && !tensors.grad_mask) return;
-    const int64_t g = sample / plan.taps, tap = sample % plan.taps;
-    const Tile tile = part.tile(plan, image);
-    for (int64_t first = 0; first < tile.count; first += kLanes<A>) {
-      Vec<A> dot[4] = {};
-      for (int64_t slice = g * plan.of_group; slice < (g + 1) * plan.of_group; ++slice) {
-        const A* from = shared.dots + ((image * plan.slices + slice) * plan.taps + tap) * 4 * plan.capacity + first;
-        for (int j = 0; j < 4; ++j) dot[j] += load(from + j * plan.capacity);
-      }
-      write_grads(shared.samples[image * plan.samples + sample], first, least<int64_t>(kLanes<A>, tile.count - first),
-                  dot, sample_grads);
-    }
-    write_sample_grads(plan, tensors, tile, sample, sample_grads);
-  }
-
-  // Gradients of the input, and the sums of the filters in the order of the images.
-  void write_images(const Part& part) const {
-    const int64_t size = plan.slices * plan.taps * plan.width;
+  // The gradients of the images' slices, and the sums of their filters, in the order of the images.
+  void write_maps(const Part& part) const {
+    const int64_t size = part.slices * plan.taps * plan.width;
+    A* totals = shared.totals + part.first_slice * plan.taps * plan.width;
 #pragma omp for nowait
     for (int64_t i = 0; i < size; ++i)
-      for (int64_t image = 0; image < part.count(); ++image) shared.totals[i] += shared.filter_sums[image * size + i];
-    if (!tensors.grad_input) return;
+      for (int64_t image = 0; image < part.images; ++image) totals[i] += shared.filter_sums[image * size + i];
     T* grad_input = static_cast<T*>(tensors.grad_input);
-    for_each_strip(plan, part.count() * plan.slices, plan.width, shared.map_sums,
+    if (!grad_input) return;
+    for_each_strip(plan, part.maps(), plan.width, shared.map_sums,
                    [&](int64_t map, int64_t start, int64_t n, A** pixels) {
-                     const int64_t slice = map % plan.slices, image = part.first + map / plan.slices;
+                     const int64_t slice = part.slice(map), image = part.first_image + part.image(map);
                      write_strip(plan, pixels, plan.channel(slice), plan.channels(slice), start, n,
                                  grad_input + image * plan.in_channels * plan.pixels);
                    });
+  }
+
+  // The gradients of offset and mask.
+  void write_samples(const Part& part) const {
+    if (!tensors.grad_offset && !tensors.grad_mask) return;
+#pragma omp for schedule(static)
+    for (int64_t item = 0; item < part.images * plan.samples; ++item) {
+      const int64_t image = item / plan.samples, sample = item % plan.samples;
+      const int64_t g = sample / plan.taps, tap = sample % plan.taps;
+      const Tile tile = part.tile(plan, image);
+      for (int64_t first = 0; first < tile.count; first += kLanes<A>) {
+        Vec<A> dot[4] = {};
+        for (int64_t slice = g * plan.of_group; slice < (g + 1) * plan.of_group; ++slice) {
+          const A* from = shared.dots + ((image * plan.slices + slice) * plan.taps + tap) * 4 * plan.capacity + first;
+          for (int j = 0; j < 4; ++j) dot[j] += load(from + j * plan.capacity);
+        }
+        write_grads(shared.samples[item], first, least<int64_t>(kLanes<A>, tile.count - first), dot, sample_grads);
+      }
+      write_sample_grads(plan, tensors, tile, sample, sample_grads);
+    }
   }
 
   void write_grad_weight() const {
