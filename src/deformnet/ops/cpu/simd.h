@@ -269,7 +269,7 @@ template <class A, class T>
 inline Vec<A> load_as(const T* p) {
   if constexpr (kSame<A, T>) {
     return load(p);
-  } else if constexpr (kSame<T, BFloat16>) {
+  } else if constexpr (kSame<T, BFloat16> && kSame<A, float>) {
     HalfWords halves;
     std::memcpy(&halves, p, sizeof halves);
     return Vec<float>(__builtin_convertvector(halves, Words) << 16);
@@ -284,7 +284,7 @@ template <class T, class A>
 inline void store_as(T* p, Vec<A> v) {
   if constexpr (kSame<A, T>) {
     store(p, v);
-  } else if constexpr (kSame<T, BFloat16>) {
+  } else if constexpr (kSame<T, BFloat16> && kSame<A, float>) {
 #if defined(__AVX512BF16__)
     const __m256bh rounded = _mm512_cvtneps_pbh(v);
     std::memcpy(p, &rounded, sizeof rounded);

@@ -18,13 +18,13 @@ constexpr int64_t kChunkPositions = 384;  // at least: the gradient of the weigh
 
 // Where the columns lie, and their gradient: [tap][panel of channels][position][lane], so that a thread that takes
 // some channels of all positions reads runs of memory, and the product with the gradient of the output finds panels.
-// A panel has channels of one group, or several whole groups; a depthwise layer is one group here.
+// A panel has channels of one group, or several whole groups.
 template <class A>
 struct Panels {
   static constexpr int64_t width = kPanel<A>;
 
   Panels(const Geometry& p, int64_t channels, int64_t positions)
-      : group(p.depthwise ? channels : p.group_in),
+      : group(p.group_in),
         of_group(ceil_div(group, width)),
         together(most<int64_t>(1, width / group)),
         used(group < width ? together * group : width),
@@ -106,14 +106,11 @@ void pack_rows(const Problem& p, const Tile& tile, const T* grad_output, int64_t
   });
 }
 
-// grad_output of the positions of two tiles as panels [group][panel][position][lane]; for depthwise layers as rows
-// [position][channel]. Called by all threads of a team.
+// grad_output of the positions of two tiles as panels [group][panel][position][lane]. Called by all threads of a team.
 template <class A, class T>
 void pack_grad_output(const Geometry& p, const Tile* halves, const T* grad_output,
                       A* packed) {
-  const int64_t panel = p.depthwise ? p.out_channels : kPanel<A>;
-  const int64_t group_out = p.depthwise ? p.out_channels : p.group_out;
-  const int64_t panels = ceil_div(group_out, panel), groups = p.depthwise ? 1 : p.groups;
+  const int64_t panel = kPanel<A>, group_out = p.group_out, panels = ceil_div(group_out, panel), groups = p.groups;
   constexpr int64_t strip = 256;
   const int64_t count = halves[0].count + halves[1].count, strips = ceil_div(halves[0].count, strip);
 #pragma omp for schedule(static)
@@ -325,8 +322,8 @@ struct BackwardPlan : Geometry {
         out_panels(ceil_div(group_out, kPanel<A>)),
         outs(out_panels * kPanel<A>),
         slices(ceil_div(threads, 2)) {
-    weight_size = depthwise ? taps * in_channels : groups * taps * panels.of_group * outs * kPanel<A>;
-    grad_output_size = 2 * longest * (depthwise ? in_channels : groups * outs);
+    weight_size = groups * taps * panels.of_group * outs * kPanel<A>;
+    grad_output_size = 2 * longest * groups * outs;
     const int64_t fitting = kColumnsBytes / (least(column_size(), kBlockDepth) * number);
     const int64_t rows = round_up(most<int64_t>(kTileRows, fitting), kTileRows);
     tile_rows = round_up(ceil_div(longest, round_up(ceil_div(longest, rows), slices)), kTileRows);
@@ -376,7 +373,7 @@ struct BackwardShared {
     const bool few = plan.in_channels < plan.slices * kPanel<A>;
     run_count = find_runs(plan, plan.panels, few ? kCacheLine / int64_t(sizeof(A)) : kPanel<A>, runs, first_run);
     // Lanes of no channel are multiplied as well.
-    if (columns && !plan.depthwise && plan.panels.padded)
+    if (columns && plan.panels.padded)
       std::memset(columns, 0, size_t(plan.taps * plan.panels.tap) * sizeof(A));
   }
 
@@ -458,12 +455,7 @@ class Backward {
   bool needs_column_grads() const { return tensors.grad_input || tensors.grad_offset || tensors.grad_mask; }
 
   void pack_weight() const {
-    const T* weight = static_cast<const T*>(tensors.weight);
-    if (!needs_column_grads()) return;
-    if (plan.depthwise)
-      pack_depthwise<A>(plan, weight, shared.weight);
-    else
-      pack_backward<A>(plan, weight, shared.weight);
+    if (needs_column_grads()) pack_backward<A>(plan, static_cast<const T*>(tensors.weight), shared.weight);
   }
 
   void clear_map_sums(const Images& images) const {
@@ -492,10 +484,7 @@ class Backward {
           continue;
         }
         A* grads = shared.grads + tap * plan.panels.tap + row * panel;
-        if (plan.depthwise)
-          scale_grads(tile.count, row, tap, grads);
-        else
-          multiply_grads(tile.count, row, chunk.count, tap, grads);
+        multiply_grads(tile.count, row, chunk.count, tap, grads);
         for (int64_t g = 0; g < plan.offset_groups; ++g)
           differentiate_tap(tile, g, tap, samples[g * plan.taps + tap], grads, columns);
       }
@@ -521,16 +510,6 @@ class Backward {
                  plan.panels.together == 1 ? panel : int(plan.panels.group), false);
       }
     }
-  }
-
-  // The same for depthwise layers.
-  void scale_grads(int64_t count, int64_t row, int64_t tap, A* grads) const {
-    const int64_t channels = plan.in_channels;
-    for (const ChannelRun* run = shared.runs; run != shared.runs + shared.run_count; ++run)
-      for (int64_t i = 0; i < count; ++i)
-        for (int64_t c = 0; c < run->width; ++c)
-          grads[run->place + i * panel + c] = shared.grad_output[(row + i) * channels + run->channel + c] *
-                                              shared.weight[tap * channels + run->channel + c];
   }
 
   // Gradients of offset and mask of a tap and offset group, and its columns.
@@ -568,10 +547,6 @@ class Backward {
   void add_to_weight(const Chunk& chunk) const {
     if (!tensors.grad_weight) {
 #pragma omp barrier
-    } else if (plan.depthwise) {
-#pragma omp for schedule(static)
-      for (int64_t item = 0; item < plan.taps * shared.run_count; ++item)
-        add_products(chunk, item / shared.run_count, shared.runs[item % shared.run_count]);
     } else {
 #pragma omp for schedule(dynamic, 1)
       for (int64_t item = 0; item < plan.groups * plan.taps * plan.panels.of_group; ++item)
@@ -591,18 +566,6 @@ class Backward {
       multiply(least<int64_t>(panel, plan.group_out - which * panel), left, columns,
                shared.weight_sums + (item * plan.outs + which * panel) * panel, panel, panel, !chunk.is_first);
     }
-  }
-
-  // The same for depthwise layers, for a tap and a run of channels.
-  void add_products(const Chunk& chunk, int64_t tap, const ChannelRun& run) const {
-    const int64_t channels = plan.in_channels;
-    A* sums = shared.weight_sums + tap * channels + run.channel;
-    if (chunk.is_first)
-      for (int64_t c = 0; c < run.width; ++c) sums[c] = A(0);
-    for (int64_t i = 0; i < chunk.count; ++i)
-      for (int64_t c = 0; c < run.width; ++c)
-        sums[c] += shared.columns[tap * plan.panels.tap + run.place + i * panel + c] *
-                   shared.grad_output[i * channels + run.channel + c];
   }
 
   void write_grad_input(const Images& images) const {
@@ -628,8 +591,7 @@ class Backward {
         for (int64_t tap = 0; tap < taps; ++tap) {
           const int64_t block = (group * taps + tap) * plan.panels.of_group + channel / panel;
           write(grad_weight + (out * plan.group_in + channel) * taps + tap,
-                plan.depthwise ? shared.weight_sums[tap * plan.in_channels + out]
-                               : shared.weight_sums[(block * plan.outs + lane) * panel + in_lane]);
+                shared.weight_sums[(block * plan.outs + lane) * panel + in_lane]);
         }
       }
   }

@@ -332,10 +332,12 @@ struct DifferentiateSlice {
 
 template <class A>
 struct DepthwiseBackwardPlan : Slices<A> {
-  DepthwiseBackwardPlan(const Problem& p, const BackwardTensors& tensors) : Slices<A>(p, 4), tensors(tensors) {
+  // At least two slices, so that two threads have work with one image.
+  DepthwiseBackwardPlan(const Problem& p, const BackwardTensors& tensors)
+      : Slices<A>(p, least<int64_t>(kSliceVectors, ceil_div(p.in_channels, 2 * kLanes<A>))), tensors(tensors) {
     constexpr int64_t number = sizeof(A);
-    const auto& s = *this;
-    this->split((2 * s.map_size + s.taps * s.width) * number, s.samples * kSampleBytes<A> + s.slices * s.taps * 4 * number);
+    this->split((2 * this->map_size + this->taps * this->width) * number,
+                this->samples * kSampleBytes<A> + 4 * this->slices * this->taps * number);
   }
 
   const BackwardTensors& tensors;

@@ -25,14 +25,12 @@ struct Geometry : Problem {
         offset_group_in(in_channels / offset_groups),
         padded_row(in_w + 1),
         padded_pixels((in_h + 4) * padded_row + 2),
-        nowhere((in_h + 2) * padded_row + 1),
-        depthwise(groups > 1 && group_in == 1 && group_out == 1) {}
+        nowhere((in_h + 2) * padded_row + 1) {}
 
   int64_t taps, pixels, positions;
   int64_t samples;  // of a position: one for each offset group and tap, in this order
   int64_t group_in, group_out, offset_group_in;
   int64_t padded_row, padded_pixels, nowhere;  // see `Map`
-  bool depthwise;  // one filter per channel: no matrix product
 };
 
 // ------------------------------------------------------------------------- where samples lie
