@@ -50,7 +50,7 @@ struct Slices : Geometry {
     const int64_t maps = most<int64_t>(threads, threads * kMapsBytes / slice_bytes);
     part = least(positions, round_up(ceil_div(kPartBytes, position_bytes), kLanes<A>));
     block = part < positions ? slices : least(slices, maps);
-    images = least(batch, most<int64_t>(1, least(maps / slices, kPartBytes / (part * position_bytes))));
+    images = least(batch, most<int64_t>(1, threads * kMapsBytes / (slices * slice_bytes + part * position_bytes)));
     capacity = round_up(part, kLanes<A>);
   }
 
