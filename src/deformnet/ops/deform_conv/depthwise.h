@@ -1,8 +1,9 @@
 // Depthwise layers, one filter per channel: there is no matrix product that columns could feed, so none are made.
-// Channels are cut into slices, a few vectors of one offset group, each with a framed map of its own, which stays in the
-// cache. A sample's four corners are read once per slice, and all that depends on them is computed in registers: forward,
-// the sum over the taps; backward, the dot products that the gradients of offset and mask are made of, the gradient of
-// the filter, and what the four corners of the gradient of the map receive.
+// Channels are cut into slices, a few vectors of one offset group, each with a framed map of its own, which stays in
+// the cache. A sample's four corners are read once per slice, and all that depends on them is computed in registers:
+// forward, the sum over the taps; backward, the dot products that the gradients of offset and mask are made of, the
+// gradient of the filter, and what the four corners of the gradient of the map receive. A slice's sums belong to one
+// thread, and sums over slices and images have one order: the bits do not depend on the number of threads.
 #pragma once
 
 #include "backward.h"
@@ -10,9 +11,9 @@
 namespace deformnet::DEFORMNET_ISA {
 namespace {
 
-constexpr int64_t kPartBytes = 8 << 20;      // samples of an image that are processed at a time
-constexpr int64_t kMapsBytes = 512 << 10;    // maps of a thread: a part of the private cache
-constexpr int64_t kRowsTogether = 64;        // positions whose outputs are written together
+constexpr int64_t kPartBytes = 8 << 20;    // samples of an image that are processed at a time
+constexpr int64_t kMapsBytes = 512 << 10;  // maps of a thread: a part of the private cache
+constexpr int64_t kRowsTogether = 64;      // positions whose outputs are written together
 // Vectors of a slice: as many sums as registers hold, beside the weights and values of a sample.
 constexpr int kSliceVectors = kTileRows * kTileVectors > 16 ? 6 : 4;
 
@@ -47,10 +48,10 @@ struct Slices : Geometry {
 
   // The bytes that a slice of an image takes, and those that a position takes.
   void split(int64_t slice_bytes, int64_t position_bytes) {
-    const int64_t maps = most<int64_t>(threads, threads * kMapsBytes / slice_bytes);
+    const int64_t bytes = threads * kMapsBytes;
     part = least(positions, round_up(ceil_div(kPartBytes, position_bytes), kLanes<A>));
-    block = part < positions ? slices : least(slices, maps);
-    images = least(batch, most<int64_t>(1, threads * kMapsBytes / (slices * slice_bytes + part * position_bytes)));
+    block = part < positions ? slices : least<int64_t>(slices, most<int64_t>(threads, bytes / slice_bytes));
+    images = least(batch, most<int64_t>(1, bytes / (slices * slice_bytes + part * position_bytes)));
     capacity = round_up(part, kLanes<A>);
   }
 
@@ -173,7 +174,8 @@ struct ConvolveSlice {
 #pragma GCC unroll 2
           for (int r = 0; r < rows; ++r) {
             const A *t = top[r] + v * lanes, *b = bottom[r] + v * lanes;
-            const Vec<A> value = load(t) * w[r][0] + load(t + width) * w[r][1] + load(b) * w[r][2] + load(b + width) * w[r][3];
+            const Vec<A> value = load(t) * w[r][0] + load(t + width) * w[r][1] +  //
+                                 load(b) * w[r][2] + load(b + width) * w[r][3];
             sums[r][v] += (modulated ? value * mask[r] : value) * factor;
           }
         }
@@ -188,7 +190,8 @@ struct ConvolveSlice {
 
 template <class A>
 struct DepthwiseForwardPlan : Slices<A> {
-  DepthwiseForwardPlan(const Problem& p, const ForwardTensors& tensors) : Slices<A>(p, kSliceVectors), tensors(tensors) {
+  DepthwiseForwardPlan(const Problem& p, const ForwardTensors& tensors)
+      : Slices<A>(p, kSliceVectors), tensors(tensors) {
     this->split(this->map_size * int64_t(sizeof(A)), this->samples * kSampleBytes<A>);
   }
 
@@ -250,14 +253,16 @@ class DepthwiseForward {
   // Positions [begin, end) of a part, in one of its maps.
   void convolve(const Part& part, int64_t which, int64_t begin, int64_t end) const {
     const int64_t image = part.image(which), slice = part.slice(which);
-    const A* map = shared.maps + which * plan.map_size;
-    const Samples<A>* samples = shared.samples + image * plan.samples + plan.group(slice) * plan.taps;
-    const A* filters = shared.filters + slice * plan.taps * plan.width;
-    const A* bias = shared.biases + slice * plan.width;
+    const auto call = [&](auto convolve_slice) {
+      with_vectors<decltype(convolve_slice)>(
+          plan.vectors, shared.maps + which * plan.map_size, plan.padded_row,
+          shared.samples + image * plan.samples + plan.group(slice) * plan.taps, plan.taps, begin, end,
+          shared.filters + slice * plan.taps * plan.width, shared.biases + slice * plan.width, rows);
+    };
     if (tensors.mask)
-      with_vectors<ConvolveSlice<true>>(plan.vectors, map, plan.padded_row, samples, plan.taps, begin, end, filters, bias, rows);
+      call(ConvolveSlice<true>());
     else
-      with_vectors<ConvolveSlice<false>>(plan.vectors, map, plan.padded_row, samples, plan.taps, begin, end, filters, bias, rows);
+      call(ConvolveSlice<false>());
     write_tile(plan, Tile(plan, part.first_image + image, part.begin + begin, end - begin), rows, plan.width,
                plan.channel(slice), plan.channels(slice), static_cast<T*>(tensors.output));
   }
@@ -337,7 +342,7 @@ struct DepthwiseBackwardPlan : Slices<A> {
       : Slices<A>(p, least<int64_t>(kSliceVectors, ceil_div(p.in_channels, 2 * kLanes<A>))), tensors(tensors) {
     constexpr int64_t number = sizeof(A);
     this->split((2 * this->map_size + this->taps * this->width) * number,
-                this->samples * kSampleBytes<A> + 4 * this->slices * this->taps * number);
+                this->samples * kSampleBytes<A> + (4 * this->slices * this->taps + this->width) * number);
   }
 
   const BackwardTensors& tensors;

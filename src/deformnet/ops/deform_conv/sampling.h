@@ -216,8 +216,8 @@ struct Map {
   int64_t channels, row;  // numbers of a pixel, and of a row
 };
 
-// Visits the pixels of framed maps, `channels` numbers each, in strips: visit(map, start, n, places), where places[i] is
-// pixel start + i of the map. Called by all threads of a team.
+// Visits the pixels of framed maps, of `channels` numbers each, in strips: visit(map, start, n, places), where places[i]
+// is pixel start + i of the map. Called by all threads of a team.
 template <class A, class Visit>
 void for_each_strip(const Geometry& p, int64_t count, int64_t channels, A* maps, Visit visit) {
   constexpr int64_t strip = 256;
