@@ -18,7 +18,9 @@ from operator_testing import (
     Normal,
     assert_same,
     assert_same_bits_for_any_number_of_threads,
+    assert_same_where_finite,
     differentiate,
+    with_bad_pixels,
 )
 
 from deformnet.ops import backends, cpu, deform_conv2d
@@ -38,17 +40,20 @@ def convolution(
     groups: int = 1,
     offset_groups: int = 1,
     stride: int = 1,
+    kernel: int = 3,
+    modulated: bool = True,
 ) -> deform_conv_cases.Case:
     normal = Normal()
     out = tuple((side - 1) // stride + 1 for side in size)
+    taps = kernel**2
     return deform_conv_cases.Case(
         input=normal(batch, channels, *size),
-        offset=normal(batch, 18 * offset_groups, *out) * 3,
-        weight=normal(out_channels, channels // groups, 3, 3) / 10,
+        offset=normal(batch, 2 * taps * offset_groups, *out) * 3,
+        weight=normal(out_channels, channels // groups, kernel, kernel) / 10,
         bias=None,
-        mask=normal(batch, 9 * offset_groups, *out).sigmoid(),
+        mask=normal(batch, taps * offset_groups, *out).sigmoid() if modulated else None,
         stride=(stride, stride),
-        padding=(1, 1),
+        padding=(kernel // 2, kernel // 2),
         dilation=(1, 1),
     )
 
@@ -80,13 +85,48 @@ def pooling(
     )
 
 
+def depthwise(
+    batch: int,
+    channels: int,
+    size: tuple[int, int],
+    *,
+    offset_groups: int = 1,
+    stride: int = 1,
+    kernel: int = 5,
+    modulated: bool = True,
+) -> deform_conv_cases.Case:
+    case = convolution(
+        batch,
+        channels,
+        size,
+        out_channels=channels,
+        groups=channels,
+        offset_groups=offset_groups,
+        stride=stride,
+        kernel=kernel,
+        modulated=modulated,
+    )
+    # Sixteenths are exact in float32, too: no sample lies between other pixels there.
+    offset = ((8 * case.offset).round() + 0.5) / 8
+    return replace(case, offset=offset, bias=Normal(1)(channels))
+
+
+DEPTHWISE = {
+    "depthwise": depthwise(3, 35, (13, 14), offset_groups=5, kernel=3),
+    "depthwise, channels that fill no vectors": depthwise(2, 97, (9, 11), modulated=False),
+    "depthwise, slices one after another": depthwise(1, 97, (33, 37), kernel=3),
+    "depthwise, parts of an image": depthwise(1, 70, (19, 21), offset_groups=35),
+    "depthwise, several images in a part": depthwise(7, 48, (7, 9), modulated=False, kernel=3),
+    "depthwise, strided": depthwise(2, 18, (11, 12), offset_groups=2, stride=2),
+    "depthwise, two channels": depthwise(1, 2, (5, 4)),
+}
 CONVOLUTIONS = {
+    **DEPTHWISE,
     "an image in several chunks": convolution(2, 104, (31, 27), offset_groups=2),
     "several images in a chunk": convolution(7, 48, (7, 9), groups=2),
     "images copied in two parts": convolution(3, 16, (257, 263), stride=9),
     "channels beyond one block": convolution(1, 700, (5, 6), out_channels=8),
     "a group that starts within a block": convolution(1, 1000, (4, 5), out_channels=8, groups=4),
-    "depthwise": convolution(3, 35, (13, 14), out_channels=35, groups=35, offset_groups=5),
     "depthwise, two filters a channel": convolution(2, 24, (9, 9), out_channels=48, groups=24),
     "narrow groups, several to a panel": convolution(3, 40, (9, 8), out_channels=20, groups=5),
     "narrow groups that fill no panel": convolution(
@@ -239,6 +279,49 @@ def test_what_is_not_finite_spoils_only_its_own_products(instructions, wanted):
     expected = run(case.to(torch.float64), grad_output.double(), "reference")
     for key, value in expected.items():
         assert torch.equal(found[key].isfinite(), value.isfinite()), key
+
+
+@deform_conv_cases.EVERY_BORDER
+@pytest.mark.parametrize("name", DEPTHWISE)
+def test_depthwise_layers_in_every_instruction_set(instructions, name, border):
+    case = with_format(DEPTHWISE[name], border == "msra2017")
+    expected = deform_conv_cases.run(case, "reference", border)
+    assert_same(deform_conv_cases.run(case, "cpu", border), expected, 1e-11)
+    single = case.to(torch.float32)
+    expected = deform_conv_cases.run(single.to(torch.float64), "reference", border)
+    assert_same(deform_conv_cases.run(single, "cpu", border), expected, 2e-5)
+
+
+@deform_conv_cases.EVERY_BORDER
+@pytest.mark.parametrize("what", ["input", "offset", "mask", "weight", "gradient"])
+def test_depthwise_layers_keep_numbers_that_are_not_finite_where_they_belong(
+    instructions, what, border
+):
+    case = depthwise(2, 21, (6, 7), kernel=3, offset_groups=3)
+    gradient = deform_conv_cases.output_gradient(case)
+    if what == "gradient":
+        gradient = with_bad_pixels(gradient, 0)
+    else:
+        case = replace(case, **{what: with_bad_pixels(getattr(case, what), 0)})
+    expected, found = (
+        deform_conv_cases.run(case, backend, border, gradient) for backend in ("reference", "cpu")
+    )
+    if border == "msra2017":  # see test_bad_pixels_touch_only_what_reads_them
+        del expected["grad_offset"]
+    assert any(not value.isfinite().all() for value in expected.values())
+    assert_same_where_finite(found, expected)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_depthwise_halves_are_rounded_once(instructions, channels_last, dtype):
+    case = with_format(depthwise(2, 35, (9, 11)), channels_last).to(dtype, torch.float32)
+    found, expected = run(case, backend="cpu"), exact(case)
+    for key in ("output", "grad_input", "grad_weight"):
+        error = (found[key].double() - expected[key]).abs()
+        # Half of the last bit, and what sums in float32 lose.
+        bound = expected[key].abs() * torch.finfo(dtype).eps * 0.51 + 1e-5
+        assert (error <= bound).all(), key
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)

@@ -287,6 +287,10 @@ inline void write(Float16* p, float v) {
 #endif
 }
 
+// The bits of a vector of floats, and those of as many numbers in half precision.
+typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
+typedef uint16_t HalfWords __attribute__((vector_size(kVectorBytes / 2)));
+
 // Whether T is stored as it is computed with.
 template <class A, class T>
 constexpr bool kSame = false;
@@ -297,6 +301,10 @@ template <class A, class T>
 inline Vec<A> load_as(const T* p) {
   if constexpr (kSame<A, T>) {
     return load(p);
+  } else if constexpr (kSame<T, BFloat16> && kSame<A, float>) {
+    HalfWords halves;
+    std::memcpy(&halves, p, sizeof halves);
+    return Vec<float>(__builtin_convertvector(halves, Words) << 16);
   } else {
     A values[kLanes<A>];
     for (int i = 0; i < kLanes<A>; ++i) values[i] = A(read(p[i]));
@@ -308,10 +316,15 @@ template <class T, class A>
 inline void store_as(T* p, Vec<A> v) {
   if constexpr (kSame<A, T>) {
     store(p, v);
+  } else if constexpr (kSame<T, BFloat16> && kSame<A, float>) {
 #if defined(__AVX512BF16__)
-  } else if constexpr (kSame<T, BFloat16>) {
     const __m256bh rounded = _mm512_cvtneps_pbh(v);
     std::memcpy(p, &rounded, sizeof rounded);
+#else
+    // As `write` does.
+    const Words bits = Words(v), rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    const HalfWords halves = __builtin_convertvector(v == v ? rounded : Words{} + 0x7fc0u, HalfWords);
+    std::memcpy(p, &halves, sizeof halves);
 #endif
   } else {
     A values[kLanes<A>];

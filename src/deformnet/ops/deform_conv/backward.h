@@ -19,13 +19,13 @@ constexpr int64_t kChunkPositions = 384;  // at least: the gradient of the weigh
 // Where the columns lie, and their gradient: [tap][panel of channels][position][lane], for columns in pairs
 // [...][position / 2][lane][position % 2], so that a thread that takes
 // some channels of all positions reads runs of memory, and the product with the gradient of the output finds panels.
-// A panel has channels of one group, or several whole groups; a depthwise layer is one group here.
+// A panel has channels of one group, or several whole groups.
 template <class A>
 struct Panels {
   static constexpr int64_t width = kPanel<A>;
 
   Panels(const Geometry& p, int64_t channels, int64_t positions)
-      : group(p.depthwise ? channels : p.group_in),
+      : group(p.group_in),
         of_group(ceil_div(group, width)),
         together(most<int64_t>(1, width / group)),
         used(group < width ? together * group : width),
@@ -138,9 +138,8 @@ void pack_rows(const Problem& p, const Tile& tile, const T* grad_output, int64_t
   });
 }
 
-// grad_output as the left factor of both products: panels [group][panel][position][lane]; for depthwise layers rows
-// [position][channel]. In pairs it is there twice: for the sum over lanes, and [...][position / 2][lane][position % 2]
-// for the sum over positions.
+// grad_output as the left factor of both products: panels [group][panel][position][lane]. In pairs it is there twice: for
+// the sum over lanes, and [...][position / 2][lane][position % 2] for the sum over positions.
 template <class E>
 struct PackedOutput {
   PackedOutput(Memory& memory, int64_t size)
@@ -150,7 +149,7 @@ struct PackedOutput {
   E *by_lane, *by_position;
 };
 
-// Pairs of rows [first, first + count) of a panel. Where the last row is the first of a pair, zeros are the second.
+// Pairs of rows of a panel. If the last row is the first of a pair, zeros are the second.
 inline void pair_rows(const BFloat16* rows, int64_t count, Pair* pairs) {
   constexpr int panel = kPanel<Pair>;
   for (int64_t i = 0; i < count; i += 2)
@@ -161,10 +160,7 @@ inline void pair_rows(const BFloat16* rows, int64_t count, Pair* pairs) {
 // Packs grad_output of the positions of a chunk. Called by all threads of a team.
 template <class E, class T>
 void pack_grad_output(const Geometry& p, const Chunk& chunk, const T* grad_output, const PackedOutput<E>& packed) {
-  using A = typename ComputeOf<T>::type;
-  const int64_t panel = p.depthwise ? p.out_channels : kPanel<A>;
-  const int64_t group_out = p.depthwise ? p.out_channels : p.group_out;
-  const int64_t panels = ceil_div(group_out, panel), groups = p.depthwise ? 1 : p.groups;
+  const int64_t panel = kPanel<E>, group_out = p.group_out, panels = ceil_div(group_out, panel), groups = p.groups;
   constexpr int64_t strip = 256;
   const int64_t strips = ceil_div(chunk.halves[0].count, strip);
 #pragma omp for schedule(static)
@@ -260,6 +256,21 @@ __attribute__((always_inline)) inline void write_grads(const Samples<A>& at, int
   std::memcpy(to.y + first, &by_y, size_t(count) * sizeof(A));
   std::memcpy(to.x + first, &by_x, size_t(count) * sizeof(A));
   std::memcpy(to.mask + first, &by_mask, size_t(count) * sizeof(A));
+}
+
+// To the tensors. `sample` counts through offset groups and taps.
+template <class A>
+void write_sample_grads(const Geometry& p, const BackwardTensors& tensors, const Tile& tile, int64_t sample,
+                        const SampleGrads<A>& grads) {
+  tile.for_each_run([&](const Run& run) {
+    const int64_t plane = run.image * p.samples + sample;
+    const auto write = [&](const A* numbers, void* tensor, int32_t dtype, int64_t at) {
+      if (tensor) write_run<A>(numbers + run.start, run.length, tensor, dtype, at * p.positions + run.position);
+    };
+    write(grads.y, tensors.grad_offset, p.offset_dtype, 2 * plane);
+    write(grads.x, tensors.grad_offset, p.offset_dtype, 2 * plane + 1);
+    write(grads.mask, tensors.grad_mask, p.mask_dtype, plane);
+  });
 }
 
 // Samples of one tap and offset group, whose runs of channels are `runs` to `end`: their gradients, from `grads`, the
@@ -372,8 +383,8 @@ struct BackwardPlan : Geometry {
         out_panels(ceil_div(group_out, kPanel<A>)),
         outs(out_panels * kPanel<A>),
         slices(ceil_div(threads, 2)) {
-    weight_size = depthwise ? taps * in_channels : groups * taps * panels.of_group * outs * kPanel<A>;
-    grad_output_size = 2 * longest * (depthwise ? in_channels : groups * outs);
+    weight_size = groups * taps * panels.of_group * outs * kPanel<A>;
+    grad_output_size = 2 * longest * groups * outs;
     const int64_t fitting = kColumnsBytes / (least(column_size(), kBlockDepth) * number);
     const int64_t rows = round_up(most<int64_t>(kTileRows, fitting), kTileRows);
     tile_rows = round_up(ceil_div(longest, round_up(ceil_div(longest, rows), slices)), kTileRows);
@@ -423,7 +434,7 @@ struct BackwardShared {
     const bool few = plan.in_channels < plan.slices * kPanel<A>;
     run_count = find_runs(plan, plan.panels, few ? kCacheLine / int64_t(sizeof(A)) : kPanel<A>, runs, first_run);
     // Lanes of no channel are multiplied as well.
-    if (columns && !plan.depthwise && plan.panels.padded)
+    if (columns && plan.panels.padded)
       std::memset(columns, 0, size_t(plan.taps * plan.panels.tap) / kTogether<E> * sizeof(E));
   }
 
@@ -481,11 +492,7 @@ class Backward {
   bool needs_column_grads() const { return tensors.grad_input || tensors.grad_offset || tensors.grad_mask; }
 
   void pack_weight() const {
-    const T* weight = static_cast<const T*>(tensors.weight);
-    if (!needs_column_grads()) return;
-    if constexpr (!kSame<E, Pair>)
-      if (plan.depthwise) return pack_depthwise<A>(plan, weight, shared.weight);
-    pack_backward(plan, weight, shared.weight);
+    if (needs_column_grads()) pack_backward(plan, static_cast<const T*>(tensors.weight), shared.weight);
   }
 
   void clear_map_sums(const Images& images) const {
@@ -511,7 +518,7 @@ class Backward {
         E* columns = shared.columns ? shared.columns + (tap * plan.panels.tap + row * panel) / together : nullptr;
         A* grads = shared.grads + tap * plan.panels.tap + row * panel;
         // Without them, what follows computes gradients that nothing reads.
-        if (needs_column_grads()) compute_grads(tile.count, row, chunk.rows, tap, grads);
+        if (needs_column_grads()) multiply_grads(tile.count, row, chunk.rows, tap, grads);
         for (int64_t g = 0; g < plan.offset_groups; ++g)
           differentiate_tap(tile, g, tap, samples[g * plan.taps + tap], grads, columns);
       }
@@ -519,9 +526,7 @@ class Backward {
   }
 
   // The gradient of a tap's columns. `row`: where the tile begins in the chunk.
-  void compute_grads(int64_t count, int64_t row, int64_t chunk_rows, int64_t tap, A* grads) const {
-    if constexpr (!kSame<E, Pair>)
-      if (plan.depthwise) return scale_grads(count, row, tap, grads);
+  void multiply_grads(int64_t count, int64_t row, int64_t chunk_rows, int64_t tap, A* grads) const {
     for (int64_t group = 0; group < plan.groups; ++group) {
       const int64_t begin = (group * plan.out_panels * chunk_rows + row) * panel;
       const LeftFactor<E, panel / together> left{shared.grad_output.by_lane + begin / together, 1,
@@ -535,16 +540,6 @@ class Backward {
     }
   }
 
-  // The same for depthwise layers.
-  void scale_grads(int64_t count, int64_t row, int64_t tap, A* grads) const {
-    const int64_t channels = plan.in_channels;
-    for (const ChannelRun* run = shared.runs; run != shared.runs + shared.run_count; ++run)
-      for (int64_t i = 0; i < count; ++i)
-        for (int64_t c = 0; c < run->width; ++c)
-          grads[run->panel + run->lane + i * panel + c] = shared.grad_output.by_lane[(row + i) * channels + run->channel + c] *
-                                              shared.weight[tap * channels + run->channel + c];
-  }
-
   // Gradients of offset and mask of a tap and offset group, and its columns.
   void differentiate_tap(const Tile& tile, int64_t g, int64_t tap, const Samples<A>& samples, const A* grads,
                          E* columns) const {
@@ -553,15 +548,7 @@ class Backward {
       sample_backward<true>(map, samples, from, to, tile.count, grads, columns, sample_grads);
     else
       sample_backward<false>(map, samples, from, to, tile.count, grads, columns, sample_grads);
-    tile.for_each_run([&](const Run& run) {
-      const int64_t plane = run.image * plan.samples + g * plan.taps + tap;
-      const auto write = [&](const A* numbers, void* tensor, int32_t dtype, int64_t at) {
-        if (tensor) write_run<A>(numbers + run.start, run.length, tensor, dtype, at * plan.positions + run.position);
-      };
-      write(sample_grads.y, tensors.grad_offset, plan.offset_dtype, 2 * plane);
-      write(sample_grads.x, tensors.grad_offset, plan.offset_dtype, 2 * plane + 1);
-      write(sample_grads.mask, tensors.grad_mask, plan.mask_dtype, plane);
-    });
+    write_sample_grads(plan, tensors, tile, g * plan.taps + tap, sample_grads);
   }
 
   // Adds a chunk to the gradient of the map. Threads split halves, images and channels, and do not wait at the end.
@@ -588,11 +575,6 @@ class Backward {
   void add_to_weight(const Chunk& chunk) const {
     if (!tensors.grad_weight) {
 #pragma omp barrier
-    } else if (plan.depthwise) {
-#pragma omp for schedule(static)
-      for (int64_t item = 0; item < plan.taps * shared.run_count; ++item)
-        if constexpr (!kSame<E, Pair>)
-          add_products(chunk, item / shared.run_count, shared.runs[item % shared.run_count]);
     } else {
 #pragma omp for schedule(dynamic, 1)
       for (int64_t item = 0; item < plan.groups * plan.taps * plan.panels.of_group; ++item)
@@ -612,18 +594,6 @@ class Backward {
       multiply(least<int64_t>(panel, plan.group_out - which * panel), left, columns,
                shared.weight_sums + (item * plan.outs + which * panel) * panel, panel, panel, !chunk.is_first);
     }
-  }
-
-  // The same for depthwise layers, for a tap and a run of channels.
-  void add_products(const Chunk& chunk, int64_t tap, const ChannelRun& run) const {
-    const int64_t channels = plan.in_channels;
-    A* sums = shared.weight_sums + tap * channels + run.channel;
-    if (chunk.is_first)
-      for (int64_t c = 0; c < run.width; ++c) sums[c] = A(0);
-    for (int64_t i = 0; i < chunk.rows; ++i)
-      for (int64_t c = 0; c < run.width; ++c)
-        sums[c] += shared.columns[tap * plan.panels.tap + run.panel + run.lane + i * panel + c] *
-                   shared.grad_output.by_lane[i * channels + run.channel + c];
   }
 
   void write_grad_input(const Images& images) const {
@@ -649,8 +619,7 @@ class Backward {
         for (int64_t tap = 0; tap < taps; ++tap) {
           const int64_t block = (group * taps + tap) * plan.panels.of_group + channel / panel;
           write(grad_weight + (out * plan.group_in + channel) * taps + tap,
-                plan.depthwise ? shared.weight_sums[tap * plan.in_channels + out]
-                               : shared.weight_sums[(block * plan.outs + lane) * panel + in_lane]);
+                shared.weight_sums[(block * plan.outs + lane) * panel + in_lane]);
         }
       }
   }

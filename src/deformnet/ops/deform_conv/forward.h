@@ -47,15 +47,6 @@ void pack_forward(const Geometry& p, const T* weight, E* packed) {
   }
 }
 
-// One filter a channel: [tap][channel].
-template <class A, class T>
-void pack_depthwise(const Geometry& p, const T* weight, A* packed) {
-#pragma omp for
-  for (int64_t channel = 0; channel < p.in_channels; ++channel)
-    for (int64_t tap = 0; tap < p.taps; ++tap)
-      packed[tap * p.in_channels + channel] = A(read(weight[channel * p.taps + tap]));
-}
-
 // --------------------------------------------------------------------------------- products
 
 // The columns of a block times the weights, added to `sums`, or else in their place.
@@ -87,32 +78,20 @@ void add_product(const Geometry& p, const Block& block, int64_t count, const E* 
   }
 }
 
-// The same where every channel has a filter of its own.
-template <class A>
-void add_depthwise(const Block& block, int64_t channels, int64_t count, const A* columns, const A* packed,
-                   A* sums, int64_t sums_row) {
-  for (int64_t i = 0; i < count; ++i)
-    for (int64_t tap = block.tap_begin; tap < block.tap_end; ++tap) {
-      const A* from = columns + i * kColumnsRow<A> + (tap - block.tap_begin) * block.channels();
-      const A* filter = packed + tap * channels + block.channel_begin;
-      A* to = sums + i * sums_row + block.channel_begin;
-      for (int64_t c = 0; c < block.channels(); ++c) to[c] += from[c] * filter[c];
-    }
-}
-
+// Channels [channel, channel + width) of a tile's output.
 template <class A, class T>
-void write_tile(const Geometry& p, const Tile& tile, const A* sums, int64_t row,
+void write_tile(const Geometry& p, const Tile& tile, const A* sums, int64_t row, int64_t channel, int64_t width,
                 T* output) {
   const int64_t channels = p.out_channels, positions = p.positions;
   tile.for_each_run([&](const Run& run) {
     const A* from = sums + run.start * row;
     if (p.output_channels_last) {
-      T* to = output + (run.image * positions + run.position) * channels;
+      T* to = output + (run.image * positions + run.position) * channels + channel;
       for (int64_t i = 0; i < run.length; ++i)
-        convert_row<A>(from + i * row, channels, to + i * channels);
+        convert_row<A>(from + i * row, width, to + i * channels);
     } else {
-      T* to = output + run.image * channels * positions + run.position;
-      transpose<A>(from, row, run.length, channels, to, positions);
+      T* to = output + (run.image * channels + channel) * positions + run.position;
+      transpose<A>(from, row, run.length, width, to, positions);
     }
   });
 }
@@ -128,8 +107,7 @@ struct ForwardPlan : Geometry {
     block_channels = least(in_channels, kBlockDepth * together);
     image_size = padded_pixels * in_channels;
     images = least(batch, most<int64_t>(1, kImagesBytes / (image_size * number)));
-    packed_size = taps * in_channels;
-    if (!depthwise) packed_size = groups * ceil_div(group_out, kPanel<A>) * taps * group_in / together * kPanel<A>;
+    packed_size = groups * ceil_div(group_out, kPanel<A>) * taps * group_in / together * kPanel<A>;
     // Tiles of equal size, as many for every thread, in whole vectors, so that rows of the output are written in
     // whole cache lines.
     const int64_t depth = block_taps * block_channels / together, all = images * positions;
@@ -188,13 +166,7 @@ class Forward {
 #if defined(__AMX_BF16__)
     const TileUser tiles_in_use;
 #endif
-    const T* weight = static_cast<const T*>(tensors.weight);
-    if constexpr (kSame<E, Pair>)
-      pack_forward(plan, weight, shared.packed);
-    else if (plan.depthwise)
-      pack_depthwise<A>(plan, weight, shared.packed);
-    else
-      pack_forward(plan, weight, shared.packed);
+    pack_forward(plan, static_cast<const T*>(tensors.weight), shared.packed);
     for (int64_t first = 0; first < plan.batch; first += plan.images) {
       const int64_t last = least(first + plan.images, plan.batch), total = (last - first) * plan.positions;
       copy_maps<A>(plan, static_cast<const T*>(tensors.input), first, last, shared.maps);
@@ -209,8 +181,7 @@ class Forward {
     locate<A>(plan, tile, tensors.offset, tensors.mask, places, samples);
     const Map<A> map(plan, shared.maps);
     const int64_t channels = plan.in_channels;
-    const bool add = tensors.bias || plan.depthwise;
-    if (add)
+    if (tensors.bias)
       for (int64_t i = 0; i < tile.count; ++i)
         for (int64_t c = 0; c < plan.out_channels; ++c) sums[i * plan.sums_row + c] = shared.biases[c];
     for (int64_t tap = 0; tap < plan.taps; tap += plan.block_taps)
@@ -219,14 +190,9 @@ class Forward {
                           least(channel + plan.block_channels, channels)};
         sample(tensors.mask, plan, map, samples, block, tile.count, reinterpret_cast<Column*>(columns),
                kColumnsRow<A> * kTogether<E>);
-        if constexpr (!kSame<E, Pair>)
-          if (plan.depthwise) {
-            add_depthwise<A>(block, channels, tile.count, columns, shared.packed, sums, plan.sums_row);
-            continue;
-          }
-        add_product(plan, block, tile.count, columns, shared.packed, sums, plan.sums_row, add || tap > 0);
+        add_product(plan, block, tile.count, columns, shared.packed, sums, plan.sums_row, tensors.bias || tap > 0);
       }
-    write_tile<A>(plan, tile, sums, plan.sums_row, static_cast<T*>(tensors.output));
+    write_tile<A>(plan, tile, sums, plan.sums_row, 0, plan.out_channels, static_cast<T*>(tensors.output));
   }
 
   const Plan& plan;

@@ -1,5 +1,6 @@
 // Deformable convolution, forward and backward. Compiled once per instruction set.
 #include "backward.h"
+#include "depthwise.h"
 #include "dispatch.h"
 #include "forward.h"
 
@@ -33,11 +34,17 @@ int deform_conv2d_backward(const Problem& p, const BackwardTensors& tensors) {
 }
 #else
 int deform_conv2d(const Problem& p, const ForwardTensors& tensors) {
-  return with_type(p.dtype, [&](auto type) { return Forward<decltype(type)>::run_team(p, tensors); });
+  return with_type(p.dtype, [&](auto type) {
+    return is_depthwise(p) ? DepthwiseForward<decltype(type)>::run_team(p, tensors)
+                           : Forward<decltype(type)>::run_team(p, tensors);
+  });
 }
 
 int deform_conv2d_backward(const Problem& p, const BackwardTensors& tensors) {
-  return with_type(p.dtype, [&](auto type) { return Backward<decltype(type)>::run_team(p, tensors); });
+  return with_type(p.dtype, [&](auto type) {
+    return is_depthwise(p) ? DepthwiseBackward<decltype(type)>::run_team(p, tensors)
+                           : Backward<decltype(type)>::run_team(p, tensors);
+  });
 }
 #endif
 

@@ -25,14 +25,12 @@ struct Geometry : Problem {
         offset_group_in(in_channels / offset_groups),
         padded_row(in_w + 1),
         padded_pixels((in_h + 4) * padded_row + 2),
-        nowhere((in_h + 2) * padded_row + 1),
-        depthwise(groups > 1 && group_in == 1 && group_out == 1) {}
+        nowhere((in_h + 2) * padded_row + 1) {}
 
   int64_t taps, pixels, positions;
   int64_t samples;  // of a position: one for each offset group and tap, in this order
   int64_t group_in, group_out, offset_group_in;
   int64_t padded_row, padded_pixels, nowhere;  // see `Map`
-  bool depthwise;  // one filter per channel: no matrix product
 };
 
 // ------------------------------------------------------------------------- where samples lie
@@ -218,29 +216,29 @@ struct Map {
   int64_t channels, row;  // numbers of a pixel, and of a row
 };
 
-// Visits the pixels of framed maps in strips: visit(image, start, n, places), where places[i] is pixel start + i of
-// the image. Called by all threads of a team.
+// Visits the pixels of framed maps, of `channels` numbers each, in strips: visit(map, start, n, places), where places[i]
+// is pixel start + i of the map. Called by all threads of a team.
 template <class A, class Visit>
-void for_each_strip(const Geometry& p, int64_t images, A* maps, Visit visit) {
+void for_each_strip(const Geometry& p, int64_t count, int64_t channels, A* maps, Visit visit) {
   constexpr int64_t strip = 256;
   const int64_t strips = ceil_div(p.pixels, strip);
 #pragma omp for
-  for (int64_t item = 0; item < images * strips; ++item) {
-    const int64_t image = item / strips, start = item % strips * strip;
+  for (int64_t item = 0; item < count * strips; ++item) {
+    const int64_t which = item / strips, start = item % strips * strip;
     const int64_t n = least(strip, p.pixels - start);
-    A* map = maps + image * p.padded_pixels * p.in_channels;
+    A* map = maps + which * p.padded_pixels * channels;
     A* places[strip];
     for (int64_t i = 0, y = start / p.in_w, x = start % p.in_w; i < n; ++i) {
-      places[i] = map + ((y + 1) * p.padded_row + x + 1) * p.in_channels;
+      places[i] = map + ((y + 1) * p.padded_row + x + 1) * channels;
       if (++x == p.in_w) x = 0, ++y;
     }
-    visit(image, start, n, places);
+    visit(which, start, n, places);
   }
 }
 
 template <class A>
-void frame_map(const Geometry& p, A* map) {
-  const int64_t channels = p.in_channels, row = p.padded_row;
+void frame_map(const Geometry& p, int64_t channels, A* map) {
+  const int64_t row = p.padded_row;
   const size_t pixel = size_t(channels) * sizeof(A);
   std::memset(map, 0, size_t(row) * pixel);
   for (int64_t y = 0; y < p.in_h; ++y) {
@@ -256,34 +254,47 @@ void frame_map(const Geometry& p, A* map) {
   if (p.border == kMsra2017) std::memcpy(below + channels, below - p.in_w * channels, size_t(row) * pixel);
 }
 
+// Channels [channel, channel + width) of the pixels [start, start + n) of an image, to `places`.
+template <class A, class T>
+void copy_strip(const Geometry& p, const T* image, int64_t channel, int64_t width, int64_t start, int64_t n,
+                A** places) {
+  if (p.input_channels_last)
+    for (int64_t i = 0; i < n; ++i) convert_row<A>(image + (start + i) * p.in_channels + channel, width, places[i]);
+  else
+    transpose_between<A, A>(
+        width, n, [&](int64_t c) { return image + (channel + c) * p.pixels + start; },
+        [&](int64_t i) { return places[i]; });
+}
+
+// The other way round.
+template <class A, class T>
+void write_strip(const Geometry& p, A** places, int64_t channel, int64_t width, int64_t start, int64_t n, T* image) {
+  if (p.input_channels_last)
+    for (int64_t i = 0; i < n; ++i) convert_row<A>(places[i], width, image + (start + i) * p.in_channels + channel);
+  else
+    transpose_between<A, T>(
+        n, width, [&](int64_t i) { return places[i]; },
+        [&](int64_t c) { return image + (channel + c) * p.pixels + start; });
+}
+
 // Makes framed maps of images [begin, end). Called by all threads of a team.
 template <class A, class T>
 void copy_maps(const Geometry& p, const T* input, int64_t begin, int64_t end, A* maps) {
-  const int64_t channels = p.in_channels, pixels = p.pixels;
-  for_each_strip(p, end - begin, maps, [=](int64_t image, int64_t start, int64_t n, A** places) {
-    const T* from = input + (begin + image) * channels * pixels;
-    if (p.input_channels_last)
-      for (int64_t i = 0; i < n; ++i) convert_row<A>(from + (start + i) * channels, channels, places[i]);
-    else
-      transpose_between<A, A>(
-          channels, n, [&](int64_t c) { return from + c * pixels + start; }, [&](int64_t i) { return places[i]; });
+  const int64_t channels = p.in_channels, size = channels * p.pixels;
+  for_each_strip(p, end - begin, channels, maps, [=](int64_t image, int64_t start, int64_t n, A** places) {
+    copy_strip<A>(p, input + (begin + image) * size, 0, channels, start, n, places);
   });
 #pragma omp for
   for (int64_t image = 0; image < end - begin; ++image)
-    frame_map(p, maps + image * p.padded_pixels * channels);
+    frame_map(p, channels, maps + image * p.padded_pixels * channels);
 }
 
 // The gradient of images [begin, end), from sums in framed maps. Called by all threads of a team.
 template <class A, class T>
 void write_maps(const Geometry& p, A* maps, int64_t begin, int64_t end, T* grad_input) {
-  const int64_t channels = p.in_channels, pixels = p.pixels;
-  for_each_strip(p, end - begin, maps, [=](int64_t image, int64_t start, int64_t n, A** places) {
-    T* to = grad_input + (begin + image) * channels * pixels;
-    if (p.input_channels_last)
-      for (int64_t i = 0; i < n; ++i) convert_row<A>(places[i], channels, to + (start + i) * channels);
-    else
-      transpose_between<A, T>(
-          n, channels, [&](int64_t i) { return places[i]; }, [&](int64_t c) { return to + c * pixels + start; });
+  const int64_t channels = p.in_channels, size = channels * p.pixels;
+  for_each_strip(p, end - begin, channels, maps, [=](int64_t image, int64_t start, int64_t n, A** places) {
+    write_strip<A>(p, places, 0, channels, start, n, grad_input + (begin + image) * size);
   });
 }
 
