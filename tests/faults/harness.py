@@ -288,8 +288,8 @@ def _content(path: Path) -> object:
             ET.fromstring(data)
         case ".csv":
             rows = data.decode().split("\n")
-            if path.name == "metrics.csv":  # a row is appended; its last column is a time
-                return [row.rpartition(",")[0] for row in rows[:-1]]
+            if path.name == "metrics.csv":  # a row is appended; its last columns depend on time
+                return [row.rsplit(",", 2)[0] for row in rows[:-1]]
             assert rows[-1] == "", "the last row ends early"
     return data
 
