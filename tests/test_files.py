@@ -4,6 +4,7 @@ The JSON reader is tested with the data sets.
 """
 
 import errno
+import gc
 import os
 import resource
 import signal
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from deformnet import UserError
@@ -42,6 +44,19 @@ def test_an_error_leaves_the_old_file(tmp_path):
         file.write(b"%d" % (1 // 0))
     assert path.read_bytes() == b"old"
     assert names(tmp_path) == ["a"]
+
+
+def test_an_error_within_torch_save_does_not_abort_the_process(tmp_path, monkeypatch):
+    """A killed loader worker raises an error in the main process wherever that is."""
+
+    def interrupted(*args: object) -> None:
+        raise RuntimeError("DataLoader worker is killed")
+
+    monkeypatch.setattr(torch.serialization._open_zipfile_writer_buffer, "__exit__", interrupted)
+    with pytest.raises(RuntimeError, match="killed"), replacing(tmp_path / "a") as file:
+        torch.save({}, file)
+    gc.collect()
+    assert names(tmp_path) == []
 
 
 def test_names_of_the_maximum_length(tmp_path):

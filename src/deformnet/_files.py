@@ -19,9 +19,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from deformnet._errors import UserError
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 try:
     import fcntl
@@ -55,6 +58,11 @@ class _Writer(io.BufferedWriter):
 
     def fileno(self) -> int:
         raise io.UnsupportedOperation("fileno")
+
+    def write(self, data: "ReadableBuffer", /) -> int:
+        # After an exception, PyTorch's writer of archives writes once more while it is destroyed,
+        # where an error would abort the process.
+        return memoryview(data).nbytes if self.closed else super().write(data)
 
 
 @contextmanager
