@@ -5,8 +5,15 @@
 Prints the megabytes of a call beyond its input and output tensors, as JSON. The variable makes the
 C library return freed memory at once; otherwise, memory kept for the next call would be missed.
 `benchmarks.deform_conv` runs this in a separate process.
+
+    MALLOC_MMAP_THRESHOLD_=65536 python -m benchmarks.memory 1 --steps
+
+Prints the megabytes that a training step of networks of Table 4 takes at its peak, plain and
+deformable, with stored and with recomputed activations (`checkpoint_activations`). As in the paper:
+ResNet-101, frozen batch norm, conv1 and conv2 frozen, one image. Random weights, float32, SGD.
 """
 
+import argparse
 import gc
 import json
 import os
@@ -15,14 +22,21 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.calls import backward, differentiable, wanted_gradients
 from benchmarks.shapes import Shape, make_tensors
+from deformnet.engine.runs import machine
+from deformnet.models import Network
+from deformnet.nn import parameter_groups
+from deformnet.paper.cases import build, case, count_parameters
+from deformnet.paper.settings import Table4Network, TimingOptions
 
 BATCHES = (1, 8, 64)
+NETWORKS: tuple[Table4Network, ...] = ("deeplab-voc", "class-aware-rpn", "faster-rcnn", "rfcn")
 MEGABYTE = 2**20
 _STATUS = Path("/proc/self/status")
 _SETTING = {"MALLOC_MMAP_THRESHOLD_": "65536"}
@@ -57,6 +71,45 @@ def measure() -> Rows:
     return found
 
 
+def print_steps(threads: int) -> None:
+    """Measures training steps, and prints a table."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    print(f"megabytes of a training step on one image; {machine()}\n")
+    print("| | weights, gradients, momentum | step | with recomputation |\n|---|---|---|---|")
+    for network in NETWORKS:
+        networks = build(case(network, TimingOptions(threads=threads)), torch.device("cpu"))
+        images = networks.prepared.input
+        size = f"{images.shape[2]}x{images.shape[3]}"
+        for kind, used in (("plain", networks.plain), ("deformable", networks.deformable)):
+            model = cast(Network, used.model)
+            trained, step = _training_step(model, images)
+            state = 4 * (count_parameters(model) + 2 * trained)  # all in memory between steps
+            stored = state + _extra(step, rounds=1)
+            model.backbone.checkpoint_activations()
+            recomputed = state + _extra(step, rounds=1)
+            cells = [f"{it / MEGABYTE:.0f}" for it in (state, stored, recomputed)]
+            print(f"| {network}, {size}, {kind} | {' | '.join(cells)} |", flush=True)
+
+
+def _training_step(model: Network, images: Tensor) -> tuple[int, Callable[[], tuple[()]]]:
+    """Number of trained parameters, and a training step with the paper's frozen layers."""
+    model.backbone.freeze(2)
+    for module in model.modules():  # in evaluation mode
+        if isinstance(module, nn.BatchNorm2d):
+            module.requires_grad_(False)
+    losses = model.random_losses(images)
+    optimizer = torch.optim.SGD(parameter_groups(model, 1e-6), momentum=0.9)
+
+    def step() -> tuple[()]:
+        optimizer.zero_grad()
+        torch.stack(list(losses().values())).sum().backward()
+        optimizer.step()
+        return ()
+
+    return sum(p.numel() for p in model.parameters() if p.requires_grad), step
+
+
 def markdown(rows: Rows) -> str:
     names = list(next(iter(rows.values())))
     lines = [
@@ -69,7 +122,7 @@ def markdown(rows: Rows) -> str:
     return "\n".join(lines)
 
 
-def _extra(call: Callable[[], object]) -> int:
+def _extra(call: Callable[[], object], rounds: int = 3) -> int:
     """Peak bytes of a call, beyond the memory in use before it and its result."""
     call()  # one-time allocations do not count
     found = []
@@ -81,7 +134,7 @@ def _extra(call: Callable[[], object]) -> int:
         returned = call()
         found.append(_status("VmHWM") - before - _size(returned))
 
-    for _ in range(3):
+    for _ in range(rounds):
         # Threads keep their workspace for the next call; a new thread has none.
         thread = threading.Thread(target=measure)
         thread.start()
@@ -108,7 +161,14 @@ def _size(returned: object) -> int:
 def main() -> None:
     if not _SETTING.items() <= os.environ.items():
         raise SystemExit("set MALLOC_MMAP_THRESHOLD_=65536 first: see `pydoc benchmarks.memory`")
-    torch.set_num_threads(int(sys.argv[1]) if len(sys.argv) > 1 else torch.get_num_threads())
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("threads", type=int, nargs="?", default=torch.get_num_threads())
+    parser.add_argument("--steps", action="store_true", help="training steps of whole networks")
+    options = parser.parse_args()
+    if options.steps:
+        print_steps(options.threads)
+        return
+    torch.set_num_threads(options.threads)
     print(json.dumps(measure()))
 
 

@@ -6,6 +6,12 @@ float32, 3x3 kernels, equal numbers of input and output channels, normal offsets
 deviation of one pixel. The floor is the time of the multiply-adds alone, at the rate that this
 machine reaches in registers (peak.cpp, compiled here with c++); the backward pass has twice as
 many multiply-adds.
+
+    OMP_WAIT_POLICY=passive python -m benchmarks.sweeps --simulate 8
+
+How evenly more threads than there are cores divide the five layers: the processor time of all
+threads relative to that of the busiest, an upper bound of the speedup. (Within a pass, threads also
+wait for one another after each loop.) The variable makes waiting threads sleep.
 """
 
 import argparse
@@ -22,8 +28,15 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 from tqdm import tqdm
 
-from benchmarks.calls import OURS, PLAIN, differentiable, gradients, wanted_gradients
-from benchmarks.shapes import Shape, make_tensors
+from benchmarks.calls import (
+    OURS,
+    PLAIN,
+    backward,
+    differentiable,
+    gradients,
+    wanted_gradients,
+)
+from benchmarks.shapes import SHAPES, Shape, make_tensors
 from benchmarks.tables import COLORS, conditions, describe, save_figure, summary
 from deformnet._files import write_json
 from deformnet.paper.timing import Timing, compare
@@ -120,6 +133,36 @@ def measure(point: Point, rounds: int) -> Times:
     return {FORWARD: forward, BOTH: compare(both, rounds=rounds)}
 
 
+def divided(call: Callable[[], object], calls: int) -> float:
+    """Processor time of all threads during calls, relative to that of the busiest thread."""
+    call()  # starts the threads
+    before = _processor_times()
+    for _ in range(calls):
+        call()
+    spent = [time - before.get(thread, 0) for thread, time in _processor_times().items()]
+    return sum(spent) / max(spent)
+
+
+def _processor_times() -> dict[str, int]:
+    """Nanoseconds, by thread of this process."""
+    threads = Path("/proc/self/task").iterdir()
+    return {it.name: int((it / "schedstat").read_text().split()[0]) for it in threads}
+
+
+def simulate(threads: int, calls: int) -> None:
+    if os.environ.get("OMP_WAIT_POLICY") != "passive":
+        raise SystemExit("set OMP_WAIT_POLICY=passive first: see `pydoc benchmarks.sweeps`")
+    torch.set_num_threads(threads)
+    print(f"processor time of {threads} threads relative to the busiest\n")
+    print("| | forward | backward |\n|---|---|---|")
+    for shape in SHAPES:
+        t = make_tensors(shape)
+        ours = differentiable(shape, t)[OURS]
+        forward = divided(torch.no_grad()(ours), calls)
+        back = divided(backward(ours, wanted_gradients(OURS, t), t.grad_output), calls)
+        print(f"| {shape} | {forward:.1f} | {back:.1f} |", flush=True)
+
+
 def draw(sweep: Sweep, measured: Sequence[Times], rates: Sequence[float]) -> Figure:
     """A panel for each pass."""
     figure = Figure((10, 4), layout="constrained")
@@ -183,7 +226,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--out", type=Path, help="folder for results (JSON) and figures")
+    parser.add_argument("--simulate", type=int, help="division of work among this many threads")
     options = parser.parse_args()
+    if options.simulate:
+        simulate(options.simulate, calls=10 * options.rounds)
+        return
     threads = os.cpu_count() or 1
     torch.set_num_threads(threads)
     found = conditions()

@@ -257,3 +257,14 @@ def test_recomputed_activations(name, neck):
     assert less < 0.5 * stored
     torch.testing.assert_close(found, expected)
     assert all(torch.equal(again[key], value) for key, value in state.items())
+
+
+def test_compilers_decide_themselves_what_to_recompute():
+    """PyTorch's cannot trace the contexts of `checkpoint`."""
+    model = build("timm/test_resnet", deform_layers=0)
+    block, images = model.get_submodule("trunk.layer1.0"), torch.ones(2, 32, 8, 8)
+    expected = block(images)
+    model.checkpoint_activations()
+    found = torch.compile(block, fullgraph=True, backend="eager")(images)
+    torch.testing.assert_close(found, expected)
+    found.sum().backward()

@@ -217,9 +217,7 @@ class Backbone(nn.Module):
         of batch norm stay the same. See `torch.utils.checkpoint`.
         """
         for block in _blocks(self):
-            block.forward = partial(
-                checkpoint, block.forward, use_reentrant=False, context_fn=partial(_passes, block)
-            )
+            block.forward = partial(_recomputed, block, block.forward)
 
     @abstractmethod
     def filter_chain(self) -> tuple[str, ...]:
@@ -256,6 +254,12 @@ def _blocks(module: nn.Module) -> Iterator[nn.Module]:
             yield from _blocks(child)
         elif any(child.children()):
             yield child
+
+
+def _recomputed(block: nn.Module, forward: Callable[..., Any], *inputs: Any) -> Any:
+    if torch.compiler.is_compiling():  # compilers decide themselves what to keep
+        return forward(*inputs)
+    return checkpoint(forward, *inputs, use_reentrant=False, context_fn=partial(_passes, block))
 
 
 def _passes(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:

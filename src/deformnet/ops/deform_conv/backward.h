@@ -551,14 +551,15 @@ class Backward {
     write_sample_grads(plan, tensors, tile, g * plan.taps + tap, sample_grads);
   }
 
-  // Adds a chunk to the gradient of the map. Threads split halves, images and channels, and do not wait at the end.
+  // Adds a chunk to the gradient of the map. Threads split halves, channels and images, in this order, since most
+  // images have positions in one half only; they do not wait at the end.
   void add_to_maps(const Images& images, const Chunk& chunk) const {
     if (!tensors.grad_input) return;
     const int64_t slices = least(plan.slices, shared.run_count);
 #pragma omp for schedule(static) nowait
     for (int64_t item = 0; item < 2 * images.count * slices; ++item) {
       const bool second = item >= images.count * slices;
-      const int64_t image = item / slices % images.count, slice = item % slices;
+      const int64_t slice = item / images.count % slices, image = item % images.count;
       const Tile& half = chunk.halves[second];
       const int64_t begin = most<int64_t>(0, image * plan.positions - half.begin);
       const int64_t end = least(half.count, (image + 1) * plan.positions - half.begin);
