@@ -207,20 +207,21 @@ def test_gradients_do_not_depend_on_which_others_are_wanted(name, wanted):
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_every_instruction_set_converts_halves_as_pytorch_does(instructions, dtype):
+@pytest.mark.parametrize("channels", [1, 64])
+def test_every_instruction_set_converts_halves_as_pytorch_does(instructions, channels, dtype):
     # A 1x1 kernel with weight 1 at whole positions copies: what comes out is what went in.
     numbers = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
-    numbers = numbers[numbers.isfinite()].reshape(1, 1, 1, -1)
+    numbers = numbers[numbers.isfinite()].reshape(1, channels, 1, -1)
     offset = torch.zeros(1, 2, 1, numbers.shape[-1])
-    weight = torch.ones(1, 1, 1, 1, dtype=dtype)
+    weight = torch.ones(channels, 1, 1, 1, dtype=dtype)
     # The neighbor is read with weight 0, so that negative zero becomes zero: compare as numbers.
     assert torch.equal(deform_conv2d(numbers, offset, weight), numbers)
     # A bias in the same type makes sums that must be rounded.
-    numbers = (Normal()(1, 1, 1, 4096) * 3).to(dtype)
+    numbers = (Normal()(1, channels, 1, 4096) * 3).to(dtype)
     offset = torch.zeros(1, 2, 1, 4096)
     for bias in (1.0, 0.01, 1e-6, 3e4):
-        biases = torch.tensor([bias], dtype=dtype)
-        wanted = (numbers.float() + biases.float()).to(dtype)
+        biases = torch.full((channels,), bias, dtype=dtype)
+        wanted = (numbers.float() + biases.float()[:, None, None]).to(dtype)
         assert torch.equal(deform_conv2d(numbers, offset, weight, biases), wanted)
 
 

@@ -305,6 +305,16 @@ inline Vec<A> load_as(const T* p) {
     HalfWords halves;
     std::memcpy(&halves, p, sizeof halves);
     return Vec<float>(__builtin_convertvector(halves, Words) << 16);
+#if defined(__AVX2__)
+  } else if constexpr (kSame<T, Float16> && kSame<A, float>) {
+    HalfWords halves;
+    std::memcpy(&halves, p, sizeof halves);
+#if defined(__AVX512F__)
+    return _mm512_maskz_cvtph_ps(__mmask16(-1), __m256i(halves));
+#else
+    return _mm256_cvtph_ps(__m128i(halves));
+#endif
+#endif
   } else {
     A values[kLanes<A>];
     for (int i = 0; i < kLanes<A>; ++i) values[i] = A(read(p[i]));
@@ -324,6 +334,15 @@ inline void store_as(T* p, Vec<A> v) {
     // As `write` does.
     const Words bits = Words(v), rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     const HalfWords halves = __builtin_convertvector(v == v ? rounded : Words{} + 0x7fc0u, HalfWords);
+    std::memcpy(p, &halves, sizeof halves);
+#endif
+#if defined(__AVX2__)
+  } else if constexpr (kSame<T, Float16> && kSame<A, float>) {
+#if defined(__AVX512F__)
+    const __m256i halves = _mm512_maskz_cvtps_ph(__mmask16(-1), v, _MM_FROUND_TO_NEAREST_INT);
+#else
+    const __m128i halves = _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
+#endif
     std::memcpy(p, &halves, sizeof halves);
 #endif
   } else {
@@ -392,7 +411,9 @@ inline void transpose(const From* from, ptrdiff_t from_stride, int64_t rows, int
 
 template <class A, class From, class To>
 inline void convert_row(const From* from, int64_t n, To* to) {
-  for (int64_t i = 0; i < n; ++i) write(to + i, A(read(from[i])));
+  int64_t i = 0;
+  for (; i + kLanes<A> <= n; i += kLanes<A>) store_as<To, A>(to + i, load_as<A>(from + i));
+  for (; i < n; ++i) write(to + i, A(read(from[i])));
 }
 
 }  // namespace deformnet::DEFORMNET_ISA
