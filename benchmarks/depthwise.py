@@ -1,24 +1,26 @@
 """Depthwise deformable convolution against depthwise convolution in the same type, on the CPU.
 
-    python -m benchmarks.depthwise [--threads 1] [--rounds 21] [--out DIR]
+    MALLOC_MMAP_THRESHOLD_=1000000000 MALLOC_TRIM_THRESHOLD_=4000000000 \\
+        python -m benchmarks.depthwise [--seconds 0.6]
 
 One filter per channel, one offset group, NCHW tensors, normal offsets with a standard deviation of
-one pixel; maps of stride 16 of images of 512, 384 and 320 pixels. Outputs are first checked against
+one pixel; maps of stride 16 of images of 512, 384 and 320 pixels. CPU time of one thread, the
+shortest of calls that take turns. With the variables, memory stays with the process: else the
+pages of new outputs take longer than the arithmetic of a batch. Outputs are first checked against
 float64; wrong ones are not timed.
 """
 
 import argparse
-from pathlib import Path
+import time
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from benchmarks.calls import OURS, PLAIN, Forward, gradients
-from benchmarks.tables import Table, conditions, describe, save
+from benchmarks.tables import conditions, describe
 from deformnet.ops import deform_conv2d
-from deformnet.paper.timing import Timing, compare
 
 LAYERS = [
     (batch, channels, side, kernel)
@@ -29,9 +31,21 @@ LAYERS = [
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 
+def shortest(calls: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, float]:
+    """Milliseconds of CPU time of each call."""
+    found = dict.fromkeys(calls, float("inf"))
+    end = time.process_time() + seconds
+    while time.process_time() < end:
+        for name, call in calls.items():
+            start = time.process_time()
+            call()
+            found[name] = min(found[name], 1e3 * (time.process_time() - start))
+    return found
+
+
 def measure(
-    batch: int, channels: int, side: int, kernel: int, dtype: torch.dtype, *, rounds: int
-) -> tuple[dict[str, Timing], dict[str, Timing]]:
+    batch: int, channels: int, side: int, kernel: int, dtype: torch.dtype, seconds: float
+) -> list[dict[str, float]]:
     """Times forward, and forward + backward."""
     generator = torch.Generator().manual_seed(0)
 
@@ -51,39 +65,31 @@ def measure(
     error = ((calls[OURS]()[:1] - exact).abs().max() / exact.abs().max()).item()
     if not error < TOLERANCES[dtype]:
         raise SystemExit(f"{dtype}: off by {error:.2g} of the largest value, not timed")
-    forward_times = compare(calls, rounds=rounds)
+    forward = shortest(calls, seconds)
     for tensor in (x, weight, offset):
         tensor.requires_grad_()
     wanted = {PLAIN: [x, weight], OURS: [x, weight, offset]}
     both = {name: gradients(call, wanted[name], grad_output) for name, call in calls.items()}
-    return forward_times, compare(both, rounds=rounds)
+    return [forward, shortest(both, seconds)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=21)
-    parser.add_argument("--out", type=Path, help="folder for results (JSON) and figures")
+    parser.add_argument("--seconds", type=float, default=0.6, help="CPU time of each comparison")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    found = conditions()
-    print(describe(found))
-    tables = []
+    torch.set_num_threads(1)
+    print(describe(conditions()))
+    print("\nms of conv2d | ms of deformnet | ratio: forward, then forward + backward\n")
+    print("| layer" + 2 * " | conv2d | deformnet | ratio" + " |\n" + "|---" * 7 + "|")
     for dtype in TOLERANCES:
-        name = str(dtype).removeprefix("torch.")
-        forward, both = (
-            Table(f"depthwise, {what}, {name}", PLAIN, {})
-            for what in ("forward", "forward and backward")
-        )
-        for layer in tqdm(LAYERS, desc=name, disable=None):
+        for layer in LAYERS:
             batch, channels, side, kernel = layer
-            row = f"{batch}x{channels}x{side}x{side}, {kernel}x{kernel}"
-            forward.rows[row], both.rows[row] = measure(*layer, dtype, rounds=options.rounds)
-        tables += [forward, both]
-    for table in tables:
-        print(table.markdown())
-    if options.out:
-        save(options.out, "depthwise", found, tables, {})
+            name = f"{batch}x{channels}x{side}x{side}, {kernel}x{kernel}, {str(dtype)[6:]}"
+            cells = [
+                f"{times[PLAIN]:.3g} | {times[OURS]:.3g} | {times[OURS] / times[PLAIN]:.2f}"
+                for times in measure(*layer, dtype, options.seconds)
+            ]
+            print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
 
 
 if __name__ == "__main__":
