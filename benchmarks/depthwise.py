@@ -1,13 +1,13 @@
-"""Depthwise deformable convolution against depthwise convolution in the same type, on the CPU.
+"""Depthwise deformable convolution against depthwise convolution of the same dtype, on the CPU.
 
     MALLOC_MMAP_THRESHOLD_=1000000000 MALLOC_TRIM_THRESHOLD_=4000000000 \\
         python -m benchmarks.depthwise [--seconds 0.6]
 
 One filter per channel, one offset group, NCHW tensors, normal offsets with a standard deviation of
-one pixel; maps of stride 16 of images of 512, 384 and 320 pixels. CPU time of one thread, the
-shortest of calls that take turns. With the variables, memory stays with the process: else the
-pages of new outputs take longer than the arithmetic of a batch. Outputs are first checked against
-float64; wrong ones are not timed.
+one pixel; feature maps at stride 16 of images of 512, 384 and 320 pixels. Prints the minimum CPU
+time of one thread; the calls take turns. The variables keep freed memory in the process: otherwise,
+page faults of new outputs take longer than the arithmetic of a batch. Outputs are first checked
+against float64; wrong ones are not timed.
 """
 
 import argparse
@@ -32,7 +32,7 @@ TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 
 def shortest(calls: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, float]:
-    """Milliseconds of CPU time of each call."""
+    """Minimum CPU time of each call, in milliseconds."""
     found = dict.fromkeys(calls, float("inf"))
     end = time.process_time() + seconds
     while time.process_time() < end:
@@ -75,7 +75,7 @@ def measure(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--seconds", type=float, default=0.6, help="CPU time of each comparison")
+    parser.add_argument("--seconds", type=float, default=0.6, help="CPU seconds per comparison")
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(describe(conditions()))

@@ -6,8 +6,8 @@ Layers and networks have random weights and dynamic batch size, height and width
 image at a time); RUNs are trained networks. They are compared on input sizes other than those at
 export: on random tensors for layers and networks that return logits, and on the first twenty images
 in the folder IMAGES for detectors. Differences are relative to the largest output or, for boxes, in
-pixels of the image, and of the network's input, which is the resized image. Times are measured on
-one thread, in alternation; those of networks include resizing the image. Prints a Markdown table.
+pixels of the image and of the network's input, the resized image. Times are measured on one
+thread, in alternation; those of networks include resizing the image. Prints a Markdown table.
 """
 
 import argparse
@@ -238,7 +238,7 @@ def distances(found: Detections, expected: Detections) -> Tensor:
 def _of_boxes(onnx: Predictor, pytorch: Predictor, images: Sequence[Path]) -> str:
     """The largest of the `distances`, in pixels of the image and of the network's input.
 
-    Excludes boxes farther than a pixel of the image, which are counted.
+    Boxes farther apart than a pixel of the image are excluded and counted.
     """
     apart = [distances(onnx(image), pytorch(image)) for image in images]
     scales = [max(pytorch.prepare(as_image(image)).scale) for image in images]

@@ -8,9 +8,9 @@ C library return freed memory at once; otherwise, memory kept for the next call 
 
     MALLOC_MMAP_THRESHOLD_=65536 python -m benchmarks.memory 1 --steps
 
-Prints the megabytes that a training step of networks of Table 4 takes at its peak, plain and
-deformable, with stored and with recomputed activations (`checkpoint_activations`). As in the paper:
-ResNet-101, frozen batch norm, conv1 and conv2 frozen, one image. Random weights, float32, SGD.
+Prints the peak memory of a training step, in megabytes, for networks of Table 4, plain and
+deformable, without and with activation checkpointing. As in the paper: ResNet-101, frozen batch
+norm, conv1 and conv2 frozen, one image. Random weights, float32, SGD.
 """
 
 import argparse
@@ -75,8 +75,8 @@ def print_steps(threads: int) -> None:
     """Measures training steps, and prints a table."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    print(f"megabytes of a training step on one image; {machine()}\n")
-    print("| | weights, gradients, momentum | step | with recomputation |\n|---|---|---|---|")
+    print(f"peak megabytes of a training step on one image; {machine()}\n")
+    print("| | weights, gradients, momentum | step | with checkpointing |\n|---|---|---|---|")
     for network in NETWORKS:
         networks = build(case(network, TimingOptions(threads=threads)), torch.device("cpu"))
         images = networks.prepared.input
@@ -163,7 +163,7 @@ def main() -> None:
         raise SystemExit("set MALLOC_MMAP_THRESHOLD_=65536 first: see `pydoc benchmarks.memory`")
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("threads", type=int, nargs="?", default=torch.get_num_threads())
-    parser.add_argument("--steps", action="store_true", help="training steps of whole networks")
+    parser.add_argument("--steps", action="store_true", help="measure training steps of whole networks")
     options = parser.parse_args()
     if options.steps:
         print_steps(options.threads)

@@ -9,9 +9,9 @@ many multiply-adds.
 
     OMP_WAIT_POLICY=passive python -m benchmarks.sweeps --simulate 8
 
-How evenly more threads than there are cores divide the five layers: the processor time of all
-threads relative to that of the busiest, an upper bound of the speedup. (Within a pass, threads also
-wait for one another after each loop.) The variable makes waiting threads sleep.
+Measures how evenly the five layers are divided among more threads than there are cores: the CPU
+time of all threads divided by that of the busiest one, an upper bound on the speedup. (Threads also
+wait for one another after each loop of a pass.) The variable makes waiting threads sleep.
 """
 
 import argparse
@@ -134,7 +134,7 @@ def measure(point: Point, rounds: int) -> Times:
 
 
 def divided(call: Callable[[], object], calls: int) -> float:
-    """Processor time of all threads during calls, relative to that of the busiest thread."""
+    """CPU time of all threads during calls, divided by that of the busiest thread."""
     call()  # starts the threads
     before = _processor_times()
     for _ in range(calls):
@@ -144,7 +144,7 @@ def divided(call: Callable[[], object], calls: int) -> float:
 
 
 def _processor_times() -> dict[str, int]:
-    """Nanoseconds, by thread of this process."""
+    """CPU time of each thread of this process, in nanoseconds."""
     threads = Path("/proc/self/task").iterdir()
     return {it.name: int((it / "schedstat").read_text().split()[0]) for it in threads}
 
@@ -153,7 +153,7 @@ def simulate(threads: int, calls: int) -> None:
     if os.environ.get("OMP_WAIT_POLICY") != "passive":
         raise SystemExit("set OMP_WAIT_POLICY=passive first: see `pydoc benchmarks.sweeps`")
     torch.set_num_threads(threads)
-    print(f"processor time of {threads} threads relative to the busiest\n")
+    print(f"CPU time of {threads} threads, divided by that of the busiest one\n")
     print("| | forward | backward |\n|---|---|---|")
     for shape in SHAPES:
         t = make_tensors(shape)
@@ -226,7 +226,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--out", type=Path, help="folder for results (JSON) and figures")
-    parser.add_argument("--simulate", type=int, help="division of work among this many threads")
+    parser.add_argument("--simulate", type=int, help="only measure the balance of this many threads")
     options = parser.parse_args()
     if options.simulate:
         simulate(options.simulate, calls=10 * options.rounds)

@@ -47,7 +47,7 @@ def test_an_error_leaves_the_old_file(tmp_path):
 
 
 def test_an_error_within_torch_save_does_not_abort_the_process(tmp_path, monkeypatch):
-    """A killed loader worker raises an error in the main process wherever that is."""
+    """A killed loader worker raises an error in the main process at any time."""
 
     def interrupted(*args: object) -> None:
         raise RuntimeError("DataLoader worker is killed")

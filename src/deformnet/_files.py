@@ -1,8 +1,8 @@
 """Atomic writing of files, and bounded reading of JSON.
 
 A file is written under a temporary name next to its target, then renamed: a crash at any time
-leaves the old file or the new one, and of two concurrent writers, one complete file remains. What a
-killed process leaves under the temporary name is removed when the same file is written again.
+leaves the old file or the new one, and of two concurrent writers, one complete file remains. A
+temporary file that a killed process left is removed when the same file is written again.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ except ImportError:  # Windows
     fcntl = None
 
 PARTIAL = ".partial"
-"""Suffix of unfinished files. A killed process leaves one behind; nothing reads it, and the next
+"""Suffix of temporary files. A killed process leaves one behind; nothing reads it, and the next
 writer of the same file removes it."""
 
 MAX_JSON_BYTES = 1 << 32
@@ -60,8 +60,8 @@ class _Writer(io.BufferedWriter):
         raise io.UnsupportedOperation("fileno")
 
     def write(self, data: "ReadableBuffer", /) -> int:
-        # After an exception, PyTorch's writer of archives writes once more while it is destroyed,
-        # where an error would abort the process.
+        # After an exception, the destructor of PyTorch's archive writer writes once more; an error
+        # there would abort the process.
         return memoryview(data).nbytes if self.closed else super().write(data)
 
 
@@ -95,13 +95,13 @@ def replacing(
 
 @contextmanager
 def _unfinished(path: Path) -> Iterator[tuple[Path, io.FileIO]]:
-    """A new file next to `path`, to be renamed to it; removed on failure.
+    """A temporary file next to `path`, which the caller renames to `path`; removed on failure.
 
-    Its name follows from that of `path`, so that the next writer finds and removes what a killed
-    process left. A lock protects it from other writers of `path`, whose files have random names
-    meanwhile; of those, a killed process leaves one for good.
+    Its name depends only on that of `path`, so that the next writer finds and removes the file that
+    a killed process left. A lock protects it from concurrent writers of `path`, which use random
+    names instead; if they are killed, their files remain.
     """
-    # Not the name itself, which may have the maximum length.
+    # A hash, since the name itself may have the maximum length.
     digest = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
     partial = path.with_name(f".{digest}{PARTIAL}")
     _remove_abandoned(partial)
@@ -109,11 +109,11 @@ def _unfinished(path: Path) -> Iterator[tuple[Path, io.FileIO]]:
         raw = io.FileIO(partial, "xb")
         if _lock(raw.fileno()) is False or not _is_named(raw.fileno(), partial):
             raw.close()
-            raise FileExistsError  # another writer took it for abandoned
+            raise FileExistsError  # another writer considered it abandoned
     except FileExistsError:
         partial = path.with_name(f".{secrets.token_hex(8)}{PARTIAL}")
         raw = io.FileIO(partial, "xb")
-    # Keeps the lock until the file is renamed; Windows renames no open files.
+    # Holds the lock until the file is renamed. Not on Windows, which cannot rename open files.
     lock = None if fcntl is None else os.dup(raw.fileno())
     try:
         yield partial, raw
@@ -126,7 +126,7 @@ def _unfinished(path: Path) -> Iterator[tuple[Path, io.FileIO]]:
 
 
 def _remove_abandoned(partial: Path) -> None:
-    """Removes the unfinished file of a killed process, which no longer locks it."""
+    """Removes a temporary file that is not locked: that of a killed process."""
     with suppress(OSError), partial.open("r+b", buffering=0) as file:
         if _lock(file.fileno()) and _is_named(file.fileno(), partial):
             partial.unlink()
@@ -136,7 +136,7 @@ def _lock(handle: int) -> bool | None:
     """Locks an open file until it is closed.
 
     Returns:
-        Whether the lock was free; None if the system or the file system has no locks.
+        Whether the lock was free; None if the system or file system does not support locks.
     """
     if fcntl is None:
         return None
@@ -150,7 +150,7 @@ def _lock(handle: int) -> bool | None:
 
 
 def _is_named(handle: int, path: Path) -> bool:
-    """Whether an open file still has this name: it may have been renamed or removed."""
+    """Whether `path` still refers to the open file, which may have been renamed or removed."""
     opened = os.fstat(handle)
     return identity(path) == (opened.st_dev, opened.st_ino)
 

@@ -1,4 +1,4 @@
-"""Cases of mmcv's own tests on `deformnet.compat.mmcv`: numbers that mmcv's kernels are held to."""
+"""Test cases of mmcv, run on `deformnet.compat.mmcv`, with the numbers that mmcv expects."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from deformnet.compat import mmcv
 
-# Of tests/test_ops/test_deform_conv.py, test_modulated_deform_conv.py and test_deform_roi_pool.py.
+# From tests/test_ops/test_deform_conv.py, test_modulated_deform_conv.py and test_deform_roi_pool.py.
 INPUT = [[1, 2, 3], [0, 1, 2], [3, 5, 2]]
 OFFSET_WEIGHT = [
     *([0.1, 0.4, 0.6, 0.1], [0.3, 0.2, 0.1, 0.3], [0.5, 0.5, 0.2, 0.8], [0.8, 0.3, 0.9, 0.1]),
@@ -40,13 +40,13 @@ def test_plain_convolution(dtype, tolerance):
     equal(image.grad[3], INPUT_GRADIENT, tolerance)
     equal(layer.weight.grad / 10, [3.62, 0, 0.40, 0.18], tolerance)
     equal(layer.conv_offset.bias.grad / 10, OFFSET_BIAS_GRADIENT, tolerance)
-    # Each offset convolution sees [[1, 2], [0, 1]] at the one place with a gradient.
+    # Each offset convolution sees [[1, 2], [0, 1]] at the only position with a gradient.
     by_tap = torch.tensor(OFFSET_BIAS_GRADIENT)[:, None] * torch.tensor([1, 2, 0, 1])
     equal(layer.conv_offset.weight.grad / 10, by_tap.tolist(), tolerance)
 
 
 def test_modulated_convolution():
-    """All but the offset gradients: at -1, mmcv's derivative is 0, ours the one from the right."""
+    """Except for offset gradients: at -1, mmcv's derivative is 0, ours is that from the right."""
     layer = mmcv.ModulatedDeformConv2dPack(1, 1, (2, 2), padding=1, bias=False).double()
     nn.init.ones_(layer.weight)
     image = torch.tensor([[1.0, 2, 3]], dtype=torch.float64).expand(1, 1, 3, 3).clone()

@@ -268,7 +268,7 @@ def contents(out: Path) -> set[str]:
 
 
 def require_equal(out: Path, expected: Path, story: str) -> None:
-    """Requires the same files, of the same content where it contains no times."""
+    """Requires the same files, and the same content in those that contain no times."""
     found, files = contents(out), contents(expected)
     difference = f"missing {sorted(files - found)}, extra {sorted(found - files)}"
     assert found == files, f"{difference}: {story}"

@@ -77,8 +77,8 @@ def test_disturbed_runs_end_in_the_same_bits(data: Path, tmp_path: Path) -> None
 def test_a_kill_before_each_file_is_complete(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each attempt dies when it first comes to a file that none before it has completed; the only
-    validation follows the last iteration."""
+    """Each attempt is killed before it completes a file that no earlier attempt has completed; the
+    only validation follows the last iteration."""
     monkeypatch.setattr(kills, "RECIPE", dataclasses.replace(kills.RECIPE, iterations=4))
     kind = Kind(1, 0, validates=True)
     expected, _ = undisturbed(kind, data, tmp_path / "expected")

@@ -127,7 +127,7 @@ def test_parts_in_two_processes(alone, together, name):
 
 
 def test_two_processes_recompute_activations(data, together, tmp_path):
-    """Including shared batch norm, whose running statistics are updated once."""
+    """Including synchronized batch norm, whose running statistics are updated once."""
     run(TRAINED_NORM, data, tmp_path)
     assert curve(together(2) / "recomputed") == pytest.approx(curve(tmp_path), rel=TOLERANCE)
     assert_close_weights(together(2) / "recomputed", tmp_path)

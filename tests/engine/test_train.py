@@ -199,7 +199,7 @@ def test_recomputed_activations_change_nothing(trained, shapes, quick, tmp_path)
 
 
 class Clock:
-    """In place of the module `time`: a clock that only moves when it is told to."""
+    """Replaces the module `time`: a clock that only moves when told to."""
 
     now = 0.0
 
@@ -239,7 +239,7 @@ def test_the_time_spent_waiting_for_data(shapes, quick, tmp_path, clock, monkeyp
 
 
 def test_one_hint_if_training_waits_for_data(tmp_path, clock, caplog):
-    """Not for the start of the loader workers, nor for a short wait."""
+    """Neither for the startup of the loader workers nor for a short wait."""
     waits = [*[9] * 5, 1, *[9] * 20]
     with closing(TrainingLog(tmp_path, (), 0, 300)) as log:
         for row, seconds in enumerate(waits, start=1):
@@ -249,8 +249,8 @@ def test_one_hint_if_training_waits_for_data(tmp_path, clock, caplog):
             log.record(10 * row, {"loss": 1.5, "learning_rate": 0.1}, {})
             assert len(caplog.messages) == (row >= 11)
     assert caplog.messages == [
-        "more than half of the last 50 iterations was spent waiting for data (90% now); use more "
-        "--workers, smaller image files or, if the backbone is frozen, --feature-cache"
+        "training spent more than half of the last 50 iterations waiting for data (90% now); use "
+        "more --workers, smaller image files or, if the backbone is frozen, --feature-cache"
     ]
 
 

@@ -108,10 +108,10 @@ def test_deeplab_as_onnx(folder, capsys, tmp_path):
     assert json.loads(metadata["recipe"])["network"] == "deeplab"
 
 
-def test_an_opset_that_cannot_be_written():
+def test_unsupported_opset():
     pytest.importorskip("onnxscript")
     program = torch.export.export(torch.nn.ReLU(), (torch.zeros(2),))
-    with pytest.raises(UserError, match=r"expected opset to be one that .* can write, but got 99"):
+    with pytest.raises(UserError, match=r"expected opset to be supported by .*, but got 99"):
         _to_onnx(program, WholeOptions(opset=99), {"outputs": ["logits"]})
 
 

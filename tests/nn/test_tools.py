@@ -458,7 +458,7 @@ def test_captum(model, images):
 
 
 class Wrapped(nn.Module):
-    """As peft wraps a layer: without the attributes of the layer."""
+    """Wraps a layer as peft does: without the attributes of the layer."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()

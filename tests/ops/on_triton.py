@@ -19,7 +19,7 @@ def put_triton_behind_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     for operator in OPERATORS:
         forward, backward = (_there_and_back(operator, name) for name in ("forward", "backward"))
         monkeypatch.setattr(operator, "cpu", Kernels(forward, backward))
-        monkeypatch.setattr(operator, "_plans", {})  # those of the CPU kernels
+        monkeypatch.setattr(operator, "_plans", {})  # plans of the CPU kernels
 
 
 def _there_and_back(operator: Operator, name: str):

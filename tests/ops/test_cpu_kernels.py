@@ -106,7 +106,7 @@ def depthwise(
         kernel=kernel,
         modulated=modulated,
     )
-    # Sixteenths are exact in float32, too: no sample lies between other pixels there.
+    # Sixteenths are exact in float32, so that samples lie between the same pixels in both types.
     offset = ((8 * case.offset).round() + 0.5) / 8
     return replace(case, offset=offset, bias=Normal(1)(channels))
 
@@ -240,7 +240,7 @@ TILED = {
 @pytest.mark.parametrize("name", TILED)
 def test_products_of_bfloat16_are_as_exact_as_a_convolution(name, instructions):
     if instructions not in ("amx", "avx512_bf16"):
-        pytest.skip("multiplies float32")
+        pytest.skip("has no bfloat16 products")
     case = TILED[name].to(torch.bfloat16, torch.float32)
     grad_output = Normal()(*case.output_size()).bfloat16()
     found = run(case, grad_output, "cpu")
@@ -251,7 +251,7 @@ def test_products_of_bfloat16_are_as_exact_as_a_convolution(name, instructions):
         error = (found[key] - value).abs().max()
         if key in rounded:
             assert error <= 2 * (rounded[key] - precise[key]).abs().max(), key
-        else:  # of positions: nothing is rounded to bfloat16 but what comes in
+        else:  # of positions: only inputs are rounded to bfloat16
             assert error <= 1e-5 * value.abs().max(), key
     torch.set_num_threads(3)
     again = run(case, grad_output, "cpu")
@@ -269,7 +269,7 @@ def plain(case: deform_conv_cases.Case, grad_output: torch.Tensor) -> dict[str, 
 
 
 @pytest.mark.parametrize("wanted", [float("nan"), float("inf")])
-def test_what_is_not_finite_spoils_only_its_own_products(instructions, wanted):
+def test_non_finite_numbers_affect_only_their_own_products(instructions, wanted):
     """One number of the input and one of grad_output; odd numbers of positions and lanes."""
     case = convolution(1, 34, (3, 5), out_channels=33).to(torch.bfloat16, torch.float32)
     case = replace(case, offset=torch.zeros_like(case.offset))
@@ -295,7 +295,7 @@ def test_depthwise_layers_in_every_instruction_set(instructions, name, border):
 
 @deform_conv_cases.EVERY_BORDER
 @pytest.mark.parametrize("what", ["input", "offset", "mask", "weight", "gradient"])
-def test_depthwise_layers_keep_numbers_that_are_not_finite_where_they_belong(
+def test_non_finite_numbers_in_depthwise_layers_affect_only_what_reads_them(
     instructions, what, border
 ):
     case = depthwise(2, 21, (6, 7), kernel=3, offset_groups=3)

@@ -162,7 +162,7 @@ def test_registered_operators_check_their_arguments(name: str, needs_gradient: b
             registered(*bad)
 
 
-# ------------------------------------------------------------------------------- remembered plans
+# ----------------------------------------------------------------------------------- cached plans
 
 
 @EVERY_OPERATOR
@@ -207,7 +207,7 @@ def test_the_number_of_plans_is_bounded(name: str, monkeypatch: pytest.MonkeyPat
         assert 1 <= len(operator._plans) <= 2
 
 
-def test_a_setting_without_a_hash_is_refused_by_name() -> None:
+def test_unhashable_settings_are_rejected_by_name() -> None:
     map, offset = torch.zeros(1, 1, 3, 3), torch.zeros(1, 18, 3, 3)
     border: Any = ["zeros"]
     sampling: Any = ["bins"]

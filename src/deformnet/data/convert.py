@@ -118,7 +118,7 @@ def _complete_folder(out: Path) -> Iterator[Path]:
     """A folder next to `out`, which is renamed to `out` on success and removed on failure."""
     out.parent.mkdir(parents=True, exist_ok=True)
     unfinished = f"{glob.escape(out.name)}.partial-{'[0-9a-f]' * 16}"
-    for left in out.parent.glob(unfinished):  # by a killed process, unless it is locked
+    for left in out.parent.glob(unfinished):  # by killed processes, unless locked
         with suppress(UserError, OSError), locked_folder(left):
             shutil.rmtree(left)
     partial = out.with_name(f"{out.name}.partial-{secrets.token_hex(8)}")

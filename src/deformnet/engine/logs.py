@@ -21,8 +21,8 @@ from deformnet.engine.runs import move
 logger = logging.getLogger("deformnet")
 """Receives progress messages of a run, which the command line prints."""
 _STEPS = 10  # iterations before the remaining time is estimated
-_STARVED = 0.5  # fraction of the time spent waiting for data, above which a hint is due
-_HINT_AFTER = 50  # iterations
+_STARVED = 0.5  # fraction of time spent waiting for data, above which a hint is logged
+_HINT_AFTER = 50  # iterations above that fraction
 
 
 class TrainingLog:
@@ -71,7 +71,7 @@ class TrainingLog:
         self._steps = 0
         self._since, self._last = time.perf_counter(), done
         self._waited = 0.0
-        self._fed: int | None = None  # the last iteration that is no reason for the hint
+        self._fed: int | None = None  # the last iteration with enough data
         self._hinted = False
 
     def close(self) -> None:
@@ -143,15 +143,15 @@ class TrainingLog:
         self._hint(iteration, fraction)
 
     def _hint(self, iteration: int, fraction: float) -> None:
-        """Warns once if all rows of the last iterations show that training waits for data."""
-        # The first row includes the start of the loader workers.
+        """Warns once if training has been waiting for data in every row for some iterations."""
+        # The first row includes the startup of the loader workers.
         if fraction <= _STARVED or self._fed is None:
             self._fed = iteration
         elif iteration - self._fed >= _HINT_AFTER and not self._hinted:
             self._hinted = True
             logger.warning(
-                "more than half of the last %d iterations was spent waiting for data (%.0f%% now); "
-                "use more --workers, smaller image files or, if the backbone is frozen, "
+                "training spent more than half of the last %d iterations waiting for data (%.0f%% "
+                "now); use more --workers, smaller image files or, if the backbone is frozen, "
                 "--feature-cache",
                 *(iteration - self._fed, 100 * fraction),
             )

@@ -8,7 +8,7 @@ RUN/
   checkpoints/best.ckpt      the network with the best score, if validated during training
   validation.csv             scores of each validation, in percent
   metrics.csv                one row every few iterations: loss, learning rate, seconds per
-                             iteration, and the fraction of them spent waiting for data
+                             iteration, and the fraction of time spent waiting for data
   tensorboard/               the same for TensorBoard
   metrics.json               scores on the validation images, and a description of the run
   metrics-SPLIT.json         scores on another split
@@ -18,8 +18,8 @@ RUN/
 ```
 
 Every file except the logs is written under a temporary name (`.*.partial`) and then renamed, so
-that a crash at any time leaves either the old file or the new one; the same command, run again,
-removes what a killed process has left under a temporary name. After the first checkpoint,
+that a crash at any time leaves either the old file or the new one; running the same command again
+removes the temporary files that a killed process left. After the first checkpoint,
 `last.ckpt` always exists; a new one moves its predecessor to `previous.ckpt`.
 
 A checkpoint is an archive of `torch.save` with a checksum per record, which is verified on reading:

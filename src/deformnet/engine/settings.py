@@ -39,7 +39,7 @@ class LoopOptions:
     result is the same, except that trained batch norm computes its statistics over one part."""
     checkpoint_activations: bool = False
     """Recompute the activations of the backbone's blocks in the backward pass instead of storing
-    them, which saves memory and takes more time. The result is the same up to rounding."""
+    them, which saves memory but takes more time. The result is the same up to rounding."""
     checkpoint_every: int = 200
     """Number of iterations between checkpoints."""
     log_every: int = 10

@@ -165,10 +165,10 @@ def _to_onnx(
         optimize=False,
     )
     assert exported is not None
-    # The exporter leaves the file as it is, with a warning, if it cannot convert it.
+    # If the exporter cannot convert to this opset, it only warns and keeps its own.
     if exported.model.opset_imports[""] != options.opset:
         raise UserError(
-            "expected opset to be one that the installed onnxscript can write, but got "
+            "expected opset to be supported by the installed onnxscript, but got "
             f"{options.opset}; lower it, or upgrade torch and onnxscript"
         )
     # The exporter would run two iterations, which take twice as long for 3% fewer nodes.

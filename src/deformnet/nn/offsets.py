@@ -124,7 +124,7 @@ class OffsetLinear(OffsetLayer, nn.Linear):
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    # Tensor.to takes a microsecond to find that there is nothing to do.
+    # Tensor.to takes a microsecond even if there is nothing to do.
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 

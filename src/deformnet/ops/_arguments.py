@@ -49,7 +49,7 @@ def check_most(name: str, what: str, size: int, most: int, *sides: int) -> None:
     """Raise ValueError if an argument has too many of something.
 
     Args:
-        sides: what the message gives in the place of the size, if there are several numbers.
+        sides: factors of the size, which the message shows instead of their product.
     """
     if size > most:
         got = " x ".join(map(str, sides or (size,)))
@@ -170,7 +170,7 @@ def values_known(tensor: Tensor) -> bool:
 
 
 def with_values(tensor: Tensor) -> Tensor | None:
-    """The tensor without wrappers of torch.func, or None if Python cannot read its values."""
+    """The tensor without torch.func wrappers, or None if Python cannot read its values."""
     if torch.compiler.is_compiling() or tensor.is_meta or isinstance(tensor, FakeTensor):
         return None
     while is_functorch_wrapped_tensor(tensor):

@@ -15,7 +15,7 @@ def in_onnx_export() -> bool:
 
 
 def refuse_legacy_export() -> None:
-    """Refuse `torch.onnx.export(dynamo=False)`, which has no form for our operators.
+    """Refuse `torch.onnx.export(dynamo=False)`, which does not support our operators.
 
     Call this while a model is traced with `torch.jit.trace`, which that exporter uses.
 

@@ -30,7 +30,7 @@ from deformnet.ops.triton import DEVICE_TYPES
 _library = Library("deformnet", "DEF")
 _operators: list["Operator"] = []
 
-# Plans that an operator remembers, a kilobyte each.
+# Maximum number of cached plans per operator, a kilobyte each.
 _MOST_PLANS = 1000
 
 
@@ -45,8 +45,8 @@ class Kernels(NamedTuple):
         forward: `forward(*tensors, plan)` returns the output.
         backward: `backward(grad_output, *saved_tensors, settings, needs)` returns a gradient for
             each differentiable tensor, None where `needs` says False.
-        plan: `plan(*tensors, settings)` returns what `forward` needs besides the tensors. It does
-            not depend on their values, and no call changes it, since other calls share it.
+        plan: `plan(*tensors, settings)` returns what `forward` needs besides the tensors. Plans are
+            cached and shared by calls: they do not depend on values, and no call modifies them.
     """
 
     forward: Callable[..., Tensor]
@@ -222,12 +222,12 @@ class Operator:
         return output.contiguous(memory_format=self._memory_format(tensors[0]))
 
     def _checked_plan(self, tensors: tuple[Any, ...], settings: tuple[Any, ...]) -> Any:
-        """The CPU kernel's plan for plain tensors; their check and it are remembered."""
+        """The CPU kernel's plan for plain tensors, checked and cached by sizes, dtypes and strides."""
         signature = [t if t is None else (t.shape, t.stride(), t.dtype) for t in tensors]
         key = (settings, torch.get_num_threads(), *signature)
         try:
             plan = self._plans.get(key)
-        except TypeError:  # a setting without a hash, which the check refuses
+        except TypeError:  # an unhashable setting, which the check rejects
             plan = None
         if plan is None:
             self._check(*tensors, settings)
@@ -574,7 +574,7 @@ def _plain(tensors: Sequence[Tensor | None]) -> bool:
         or _profiler_enabled()
     ):
         return False
-    # Not all(...), as a generator takes a microsecond.
+    # Not all(...), whose generator takes a microsecond.
     for tensor in tensors:
         if tensor is not None and (
             not isinstance(tensor, Tensor)

@@ -239,7 +239,7 @@ def test_filter_chain_samples_a_regular_grid(name, length, deform_layers):
 )
 @pytest.mark.parametrize("neck", ["none", "residual"])
 def test_recomputed_activations(name, neck):
-    """Equal outputs, gradients and running statistics, with less in memory for the backward."""
+    """Equal outputs, gradients and running statistics, with less stored for the backward pass."""
     options = {"deform_layers": 1, "reduce_channels": 8, "neck": neck, "neck_channels": 8}
     images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     steps = []
@@ -259,8 +259,8 @@ def test_recomputed_activations(name, neck):
     assert all(torch.equal(again[key], value) for key, value in state.items())
 
 
-def test_compilers_decide_themselves_what_to_recompute():
-    """PyTorch's cannot trace the contexts of `checkpoint`."""
+def test_compilers_choose_what_to_recompute():
+    """PyTorch's compiler cannot trace the contexts of `checkpoint`."""
     model = build("timm/test_resnet", deform_layers=0)
     block, images = model.get_submodule("trunk.layer1.0"), torch.ones(2, 32, 8, 8)
     expected = block(images)

@@ -118,7 +118,7 @@ def test_gradgradcheck(seed, border):
 
 
 def tvdcn_case(batch, channels, groups, sizes, steps, masked) -> Case:
-    """A case of tvdcn's own tests; its masks may have fewer groups than its offsets."""
+    """A test case of tvdcn, whose masks may have fewer groups than its offsets."""
     (in_channels, out_channels), (weight_groups, offset_groups, mask_groups) = channels, groups
     (size, kernel), (stride, padding, dilation) = sizes, steps
     terms = zip(size, kernel, stride, padding, dilation, strict=True)
@@ -153,7 +153,7 @@ TVDCN = {
 @pytest.mark.parametrize("masked", [True, False], ids=["mask", "no mask"])
 @pytest.mark.parametrize("name", TVDCN)
 def test_cases_of_tvdcn(backend, name, masked):
-    """Those of its two-dimensional convolution, of versions 0.1 to 1.1."""
+    """For 2-D convolution, from versions 0.1 to 1.1."""
     case = tvdcn_case(*TVDCN[name], masked)
     found = deform_conv2d(*case.public, backend=backend)
     torch.testing.assert_close(found, naive(case, "zeros"), rtol=1e-12, atol=1e-12)

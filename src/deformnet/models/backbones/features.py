@@ -211,9 +211,9 @@ class Backbone(nn.Module):
         }
 
     def checkpoint_activations(self) -> None:
-        """Keep only the inputs of residual blocks for the backward pass, which recomputes the rest.
+        """Store only the inputs of residual blocks, and recompute the rest in the backward pass.
 
-        A training step then needs less memory and more time. Outputs, gradients and the statistics
+        A training step then needs less memory but more time. Outputs, gradients and the statistics
         of batch norm stay the same. See `torch.utils.checkpoint`.
         """
         for block in _blocks(self):
@@ -246,10 +246,10 @@ class Backbone(nn.Module):
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:
     """The residual blocks of a backbone: the composite modules in its sequences of modules.
 
-    In HRNet, whose branches run side by side, everything up to conv4 is one.
+    In HRNet, whose branches run in parallel, everything up to conv4 is one block.
     """
     for child in module.children():
-        # timm marks the stages that are sequences without being `nn.Sequential`.
+        # Some stages of timm are sequences, but not `nn.Sequential`; they have this attribute.
         if isinstance(child, (nn.Sequential, Backbone)) or hasattr(child, "grad_checkpointing"):
             yield from _blocks(child)
         elif any(child.children()):
@@ -257,23 +257,23 @@ def _blocks(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _recomputed(block: nn.Module, forward: Callable[..., Any], *inputs: Any) -> Any:
-    if torch.compiler.is_compiling():  # compilers decide themselves what to keep
+    if torch.compiler.is_compiling():  # compilers choose what to recompute
         return forward(*inputs)
     return checkpoint(forward, *inputs, use_reentrant=False, context_fn=partial(_passes, block))
 
 
 def _passes(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Contexts of the forward pass of a block and of its recomputation."""
+    """Contexts for the forward pass of a block and for its recomputation."""
     return nullcontext(), _keeping_buffers(block)
 
 
 @contextmanager
 def _keeping_buffers(block: nn.Module) -> Iterator[None]:
-    """Restores the running statistics of batch norm, which are updated in the forward pass only."""
+    """Keeps recomputation from updating the running statistics of batch norm a second time."""
     before = [(buffer, buffer.clone()) for buffer in block.buffers()]
     try:
         yield
-    finally:  # PyTorch ends a recomputation early by an exception
+    finally:  # PyTorch stops recomputation early with an exception
         for buffer, value in before:
             buffer.copy_(value)
 

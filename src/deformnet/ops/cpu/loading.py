@@ -62,8 +62,8 @@ def _library() -> ctypes.CDLL:
     choice = os.environ.get(_CHOICE)
     if choice is not None and library.deformnet_select_instruction_set(choice.encode()):
         raise OSError(
-            f"expected {_CHOICE} to be one of amx, avx512_bf16, avx512, avx2, baseline that this "
-            f"machine has, but got {choice!r}"
+            f"expected {_CHOICE} to be amx, avx512_bf16, avx512, avx2 or baseline, and supported by "
+            f"this machine, but got {choice!r}"
         )
     return library
 
@@ -83,7 +83,7 @@ def why_unavailable() -> str | None:
 def instruction_set() -> str:
     """The instruction set in use: "amx", "avx512_bf16", "avx512", "avx2" or "baseline".
 
-    The last one is SSE2, and NEON on ARM64.
+    "baseline" is SSE2 on x86-64 and NEON on ARM64.
 
     The environment variable DEFORMNET_INSTRUCTION_SET overrides the best one of the machine.
     """
@@ -109,9 +109,9 @@ def call(name: str, problem: bytes, *tensors: Tensor | None) -> None:
     """Call the library's function of this name.
 
     Args:
-        problem: The structure that the function takes, as `struct.Struct` packs it, which takes a
-            third of the time of filling a `ctypes.Structure`.
-        tensors: The structure of pointers that it takes; None is null.
+        problem: The function's first argument, packed with `struct.Struct`, which takes a third of
+            the time of filling a `ctypes.Structure`.
+        tensors: The fields of its second argument, a structure of pointers; None is null.
     """
     pointers = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
     if _function(name)(problem, struct.pack(f"{len(pointers)}P", *pointers)):

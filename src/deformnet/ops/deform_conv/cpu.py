@@ -12,12 +12,12 @@ from deformnet.ops.deform_conv.checks import Geometry, check_framed
 # As `Border` of problem.h.
 _BORDERS = {"zeros": 0, "msra2017": 1}
 
-# `Problem` of problem.h: 17 fields of 64 bits and 7 of 32, filled up to 64.
+# `Problem` of problem.h: 17 64-bit and 7 32-bit integers, padded to 64 bits.
 _PROBLEM = Struct("17q7i0q")
 
 
 class Plan(NamedTuple):
-    """What the forward pass needs besides its tensors, for some sizes, dtypes and strides."""
+    """Arguments of the forward pass that depend only on its tensors' sizes, dtypes and strides."""
 
     shape: tuple[int, int, int, int]
     memory_format: torch.memory_format
@@ -32,7 +32,7 @@ def plan(
     mask: Tensor | None,
     geometry: Geometry,
 ) -> Plan:
-    """The plan of the forward pass; the arguments are checked."""
+    """The plan of the forward pass, for arguments that have been checked."""
     check_framed(input)
     _, channels_last = dense(input)
     batch, _, out_h, out_w = offset.shape

@@ -14,12 +14,12 @@ from deformnet.ops.roi_pool.parts import of_bins, of_parts
 # As `Sampling` of problem.h.
 _SAMPLINGS = {"bins": 0, "msra": 1, "aligned": 2}
 
-# `RoiProblem` of problem.h: 9 integers of 64 bits, 2 doubles, 7 integers of 32, filled up to 64.
+# `RoiProblem` of problem.h: 9 64-bit integers, 2 doubles, 7 32-bit integers, padded to 64 bits.
 _PROBLEM = Struct("9q2d7i0q")
 
 
 class Plan(NamedTuple):
-    """What the forward pass needs besides its tensors, for some sizes, dtypes and strides."""
+    """Arguments of the forward pass that depend only on its tensors' sizes, dtypes and strides."""
 
     rule: Rule
     shape: tuple[int, int, int, int]
@@ -28,7 +28,7 @@ class Plan(NamedTuple):
 
 
 def plan(input: Tensor, boxes: Tensor, offset: Tensor | None, rule: Rule) -> Plan:
-    """The plan of the forward pass; the arguments are checked."""
+    """The plan of the forward pass, for arguments that have been checked."""
     check_sides(input)
     _, channels_last = _map(input, rule)
     offset = None if offset is None else of_bins(offset, rule.output_size)
