@@ -163,7 +163,7 @@ def main() -> None:
         raise SystemExit("set MALLOC_MMAP_THRESHOLD_=65536 first: see `pydoc benchmarks.memory`")
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("threads", type=int, nargs="?", default=torch.get_num_threads())
-    parser.add_argument("--steps", action="store_true", help="measure training steps of whole networks")
+    parser.add_argument("--steps", action="store_true", help="measure whole training steps")
     options = parser.parse_args()
     if options.steps:
         print_steps(options.threads)

@@ -226,7 +226,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--out", type=Path, help="folder for results (JSON) and figures")
-    parser.add_argument("--simulate", type=int, help="only measure the balance of this many threads")
+    parser.add_argument("--simulate", type=int, help="measure the balance of this many threads")
     options = parser.parse_args()
     if options.simulate:
         simulate(options.simulate, calls=10 * options.rounds)

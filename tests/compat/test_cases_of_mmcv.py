@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from deformnet.compat import mmcv
 
-# From tests/test_ops/test_deform_conv.py, test_modulated_deform_conv.py and test_deform_roi_pool.py.
+# From tests/test_ops: test_deform_conv.py, test_modulated_deform_conv.py, test_deform_roi_pool.py.
 INPUT = [[1, 2, 3], [0, 1, 2], [3, 5, 2]]
 OFFSET_WEIGHT = [
     *([0.1, 0.4, 0.6, 0.1], [0.3, 0.2, 0.1, 0.3], [0.5, 0.5, 0.2, 0.8], [0.8, 0.3, 0.9, 0.1]),

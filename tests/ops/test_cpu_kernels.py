@@ -320,7 +320,7 @@ def test_depthwise_halves_are_rounded_once(instructions, channels_last, dtype):
     found, expected = run(case, backend="cpu"), exact(case)
     for key in ("output", "grad_input", "grad_weight"):
         error = (found[key].double() - expected[key]).abs()
-        # Half of the last bit, and what sums in float32 lose.
+        # Half a unit in the last place, and rounding errors of sums in float32.
         bound = expected[key].abs() * torch.finfo(dtype).eps * 0.51 + 1e-5
         assert (error <= bound).all(), key
 
@@ -332,7 +332,7 @@ def test_halves_are_rounded_once(instructions, name, dtype):
     found, expected = run(case, backend="cpu"), exact(case)
     for key in ("output", "grad_input"):
         error = (found[key].double() - expected[key]).abs()
-        # Half of the last bit, and what sums in float32 lose.
+        # Half a unit in the last place, and rounding errors of sums in float32.
         bound = expected[key].abs() * torch.finfo(dtype).eps * 0.51 + 1e-5
         assert (error <= bound).all(), key
 

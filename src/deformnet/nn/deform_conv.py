@@ -120,7 +120,7 @@ class DeformConv2d(nn.Conv2d):
         self.conv_offset = make_conv_offset(
             self, self.offset_groups, self.modulated, offset_conv, offset_in_channels
         )
-        # Stored here, since tools such as peft wrap `conv_offset` in modules without this attribute.
+        # Stored here, since tools such as peft wrap `conv_offset` and hide its attributes.
         self.offset_in_channels: int = self.conv_offset.in_channels
 
     def __setattr__(self, name: str, value: Any) -> None:

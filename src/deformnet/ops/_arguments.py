@@ -49,7 +49,7 @@ def check_most(name: str, what: str, size: int, most: int, *sides: int) -> None:
     """Raise ValueError if an argument has too many of something.
 
     Args:
-        sides: factors of the size, which the message shows instead of their product.
+        sides: numbers that the message shows instead of the size, joined by "x".
     """
     if size > most:
         got = " x ".join(map(str, sides or (size,)))

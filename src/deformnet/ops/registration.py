@@ -222,7 +222,7 @@ class Operator:
         return output.contiguous(memory_format=self._memory_format(tensors[0]))
 
     def _checked_plan(self, tensors: tuple[Any, ...], settings: tuple[Any, ...]) -> Any:
-        """The CPU kernel's plan for plain tensors, checked and cached by sizes, dtypes and strides."""
+        """The CPU kernel's plan for plain tensors, cached; a cached plan skips their check."""
         signature = [t if t is None else (t.shape, t.stride(), t.dtype) for t in tensors]
         key = (settings, torch.get_num_threads(), *signature)
         try:

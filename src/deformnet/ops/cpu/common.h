@@ -144,7 +144,7 @@ int run_team(const Plan& plan) {
     const Worker made(plan, shared, own);
     Worker(made).run();  // a copy, whose address nobody has: its fields can stay in registers
   };
-  // Even for a team of one, GCC's runtime makes a system call at every barrier. Without a team it does not.
+  // GCC's runtime makes a system call at every barrier, even for a team of one thread, but not outside a team.
   if (plan.threads == 1 && !omp_in_parallel()) {
     work(0);
   } else {

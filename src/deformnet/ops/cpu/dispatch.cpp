@@ -22,7 +22,7 @@ bool has_avx512() {
 
 bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 
-// Whether there are tiles of bfloat16, and the system lets this process use them.
+// Whether the processor has AMX tiles of bfloat16, and the system lets this process use them.
 bool has_amx() {
 #ifdef __linux__
   unsigned a, b, c, d;

@@ -6,8 +6,8 @@ namespace deformnet {
 extern int instruction_set;  // the number of the one in use, in the order below
 }
 
-// Not every kernel has a form for products of bfloat16; `on_amx` and `on_bf16` name the instruction sets that serve
-// processors with tiles and vectors of those.
+// Not every kernel has versions with bfloat16 products: `on_amx` and `on_bf16` name the instruction sets whose versions
+// run on processors with AMX tiles and with AVX512-BF16.
 #ifdef DEFORMNET_X86
 #define DEFORMNET_KERNELS(name, on_amx, on_bf16)                                                    \
   deformnet::on_amx::name, deformnet::on_bf16::name, deformnet::avx512::name, deformnet::avx2::name, \

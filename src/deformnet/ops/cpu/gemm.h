@@ -5,13 +5,13 @@
 
 namespace deformnet::DEFORMNET_ISA {
 
-// Factors are of type E: the type A that sums are computed in, or pairs of bfloat16 along the summed dimension.
+// Operands have type E: either A, the type of the sums, or pairs of bfloat16 along the summed dimension.
 
 // Columns of a panel: B is packed panel by panel, kPanel<E> columns wide, row after row.
 template <class E>
 constexpr int kPanel = kTileVectors * kLanes<E>;
 
-// Writes number k of a column of a panel.
+// Writes row k of column `lane` of a panel.
 template <class A>
 inline void put(A* panel, int64_t k, int64_t lane, A value) {
   panel[k * kPanel<A> + lane] = value;
@@ -21,7 +21,7 @@ inline void put(Pair* panel, int64_t k, int64_t lane, float value) {
   write(k % 2 ? &pair.second : &pair.first, value);
 }
 
-// The same for columns whose numbers are written in order: until the second of a pair is, it is zero.
+// The same for columns whose rows are written in order: the second of a pair is zero until it is written.
 template <class A>
 inline void append(A* panel, int64_t k, int64_t lane, A value) {
   put(panel, k, lane, value);
@@ -30,7 +30,7 @@ inline void append(Pair* panel, int64_t k, int64_t lane, float value) {
   put(panel, k, lane, value);
   if (k % 2 == 0) put(panel, k + 1, lane, 0.0f);
 }
-// A vector, from `lane` on.
+// The same for a vector of columns, from `lane` on.
 template <class A>
 inline void append_vector(A* panel, int64_t k, int64_t lane, Vec<A> values) {
   store(panel + k * kPanel<A> + lane, values);
@@ -170,8 +170,8 @@ struct TileUser {
 
 constexpr int64_t kTileStep = 16;  // pairs
 
-// As `multiply`, for segments whose depth is a multiple of kTileStep. Rows are computed in blocks of 16: up to 15
-// rows more of the left factor are read, and of C written.
+// As `multiply`, for segments whose depth is a multiple of kTileStep. Rows are computed in blocks of 16, so up to 15
+// more rows of the left factor are read, and of C written.
 template <ptrdiff_t row_stride>
 __attribute__((noinline)) void multiply_tiles(int64_t rows, const LeftFactor<Pair, row_stride>& left,
                                               const Pair* panel, float* c, ptrdiff_t c_stride, int n_valid,

@@ -62,8 +62,8 @@ def _library() -> ctypes.CDLL:
     choice = os.environ.get(_CHOICE)
     if choice is not None and library.deformnet_select_instruction_set(choice.encode()):
         raise OSError(
-            f"expected {_CHOICE} to be amx, avx512_bf16, avx512, avx2 or baseline, and supported by "
-            f"this machine, but got {choice!r}"
+            f"expected {_CHOICE} to be amx, avx512_bf16, avx512, avx2 or baseline, and supported "
+            f"by this machine, but got {choice!r}"
         )
     return library
 

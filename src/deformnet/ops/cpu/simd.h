@@ -40,7 +40,7 @@ struct Float16 {
   uint16_t bits;
 };
 
-// Two numbers of a sum of products, in the place of one float.
+// Two adjacent factors of a sum of products, together as wide as a float.
 struct Pair {
   BFloat16 first, second;
 };
@@ -49,7 +49,7 @@ constexpr int64_t kTogether = 1;
 template <>
 inline constexpr int64_t kTogether<Pair> = 2;
 
-// The type in which a storage type is computed with.
+// The type in which numbers of a storage type are computed.
 template <class T>
 struct ComputeOf {
   using type = float;
@@ -287,7 +287,7 @@ inline void write(Float16* p, float v) {
 #endif
 }
 
-// The bits of a vector of floats, and those of as many numbers in half precision.
+// The bits of a vector of floats, and of as many half-precision numbers.
 typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
 typedef uint16_t HalfWords __attribute__((vector_size(kVectorBytes / 2)));
 
@@ -331,7 +331,7 @@ inline void store_as(T* p, Vec<A> v) {
     const __m256bh rounded = _mm512_cvtneps_pbh(v);
     std::memcpy(p, &rounded, sizeof rounded);
 #else
-    // As `write` does.
+    // Rounds as `write` does.
     const Words bits = Words(v), rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     const HalfWords halves = __builtin_convertvector(v == v ? rounded : Words{} + 0x7fc0u, HalfWords);
     std::memcpy(p, &halves, sizeof halves);

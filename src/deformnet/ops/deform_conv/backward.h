@@ -16,10 +16,10 @@ constexpr int64_t kChunkPositions = 384;  // at least: the gradient of the weigh
 
 // ----------------------------------------------------------------------------------- layouts
 
-// Where the columns lie, and their gradient: [tap][panel of channels][position][lane], for columns in pairs
-// [...][position / 2][lane][position % 2], so that a thread that takes
-// some channels of all positions reads runs of memory, and the product with the gradient of the output finds panels.
-// A panel has channels of one group, or several whole groups.
+// The layout of the columns and of their gradient: [tap][panel of channels][position][lane], or for columns in pairs
+// [...][position / 2][lane][position % 2]. A thread that processes some channels of all positions thus reads contiguous
+// memory, and the product with the gradient of the output reads packed panels. A panel has channels of one group, or of
+// several whole groups.
 template <class A>
 struct Panels {
   static constexpr int64_t width = kPanel<A>;
@@ -47,7 +47,7 @@ struct Panels {
 // Channels of one panel and one offset group.
 struct ChannelRun {
   int64_t channel, width;
-  int64_t panel, lane;  // where their panel begins among those of a tap, and the first lane
+  int64_t panel, lane;  // start of their panel among those of a tap, and first lane
 };
 
 // All channels in runs of at most `longest`; those of offset group g begin at first[g].
@@ -78,7 +78,7 @@ struct Images {
   int64_t shared;  // the image that both halves have a part of, or -1
 };
 
-// The positions that are processed at a time: a tile of each half. In memory each half takes whole pairs of rows.
+// The positions that are processed at a time: a tile of each half. In memory, each half is padded to whole pairs.
 struct Chunk {
   Chunk(const Geometry& p, const Images& images, int64_t begin, int64_t positions, int64_t together)
       : halves{Tile(p, images.first, begin, least(positions, images.half - begin)),
@@ -96,7 +96,7 @@ struct Chunk {
   bool is_first;
 };
 
-// The weight for the gradient of the columns: [group][tap][panel of input channels][output channel][lane], in pairs
+// The weight for the gradient of the columns: [group][tap][panel of input channels][output channel][lane]; in pairs
 // [...][output channel / 2][lane][output channel % 2]. Output channels are padded to whole panels, as they are in the
 // packed grad_output.
 template <class E, class T>
@@ -138,8 +138,8 @@ void pack_rows(const Problem& p, const Tile& tile, const T* grad_output, int64_t
   });
 }
 
-// grad_output as the left factor of both products: panels [group][panel][position][lane]. In pairs it is there twice: for
-// the sum over lanes, and [...][position / 2][lane][position % 2] for the sum over positions.
+// grad_output as the left factor of both products: panels [group][panel][position][lane]. Pairs need two copies: this
+// one for the sum over lanes, and [...][position / 2][lane][position % 2] for the sum over positions.
 template <class E>
 struct PackedOutput {
   PackedOutput(Memory& memory, int64_t size)
@@ -149,7 +149,7 @@ struct PackedOutput {
   E *by_lane, *by_position;
 };
 
-// Pairs of rows of a panel. If the last row is the first of a pair, zeros are the second.
+// Interleaves the rows of a panel in pairs. If their number is odd, the last one is paired with zeros.
 inline void pair_rows(const BFloat16* rows, int64_t count, Pair* pairs) {
   constexpr int panel = kPanel<Pair>;
   for (int64_t i = 0; i < count; i += 2)
@@ -210,8 +210,8 @@ __attribute__((always_inline)) inline Vec<A> add_dots(const A* corner, ptrdiff_t
 }
 
 // The same for a run of `width` channels: whole vectors into `dots`, the channels left over into `rest`.
-// `w` and `mask` are there as vectors, too, which all runs share. Writes column `i` of a panel, from `lane` on, if
-// `write`.
+// `weights` and `masks` are `w` and `mask` as vectors, which all runs share. If `write`, also writes row `i` of the
+// panel of columns, from `lane` on.
 template <bool write, class A, class E>
 __attribute__((always_inline)) inline void add_run_dots(const A* corner, ptrdiff_t right, ptrdiff_t down,
                                                         int64_t width, const A* grad, const A* w,
@@ -258,7 +258,7 @@ __attribute__((always_inline)) inline void write_grads(const Samples<A>& at, int
   std::memcpy(to.mask + first, &by_mask, size_t(count) * sizeof(A));
 }
 
-// To the tensors. `sample` counts through offset groups and taps.
+// Writes them to the tensors. `sample` is an index into offset groups and taps.
 template <class A>
 void write_sample_grads(const Geometry& p, const BackwardTensors& tensors, const Tile& tile, int64_t sample,
                         const SampleGrads<A>& grads) {
@@ -367,8 +367,8 @@ void add_to_map(const Geometry& p, const Samples<A>* samples, int64_t tile_rows,
 
 // ---------------------------------------------------------------------------- the whole pass
 
-// Sizes. The number of threads changes only those that the bits do not depend on. Columns, weight and grad_output are of
-// type E where they are multiplied.
+// Sizes. Those that depend on the number of threads do not affect results. E is the type of columns, packed weight and
+// packed grad_output.
 template <class A, class E>
 struct BackwardPlan : Geometry {
   BackwardPlan(const Problem& p, const BackwardTensors& tensors)
@@ -396,7 +396,7 @@ struct BackwardPlan : Geometry {
   int64_t image_size;       // numbers of a framed map
   int64_t chunk_positions;  // of each half
   int64_t images;           // that are processed at a time, in two halves
-  int64_t longest;          // positions of a half's chunk, in whole pairs
+  int64_t longest;          // positions of a half's chunk, padded to whole pairs
   Panels<A> panels;
   int64_t out_panels, outs;  // panels of a group's output channels, and lanes of those
   int64_t slices;            // of the channels, among the threads of a half
@@ -517,7 +517,7 @@ class Backward {
       for (int64_t tap = 0; tap < plan.taps; ++tap) {
         E* columns = shared.columns ? shared.columns + (tap * plan.panels.tap + row * panel) / together : nullptr;
         A* grads = shared.grads + tap * plan.panels.tap + row * panel;
-        // Without them, what follows computes gradients that nothing reads.
+        // Otherwise, differentiate_tap computes gradients that nothing reads.
         if (needs_column_grads()) multiply_grads(tile.count, row, chunk.rows, tap, grads);
         for (int64_t g = 0; g < plan.offset_groups; ++g)
           differentiate_tap(tile, g, tap, samples[g * plan.taps + tap], grads, columns);

@@ -1,9 +1,9 @@
-// Depthwise layers, one filter per channel: there is no matrix product that columns could feed, so none are made.
-// Channels are cut into slices, a few vectors of one offset group, each with a framed map of its own, which stays in
-// the cache. A sample's four corners are read once per slice, and all that depends on them is computed in registers:
-// forward, the sum over the taps; backward, the dot products that the gradients of offset and mask are made of, the
-// gradient of the filter, and what the four corners of the gradient of the map receive. A slice's sums belong to one
-// thread, and sums over slices and images have one order: the bits do not depend on the number of threads.
+// Depthwise layers. With one filter per channel there is no matrix product, so no columns are stored. Channels are
+// divided into slices: a few vectors of one offset group, with a framed map of their own, which stays in the cache. The
+// four corners of a sample are read once per slice, and everything that depends on them is computed in registers: in
+// the forward pass, the sum over the taps; in the backward pass, the dot products for the gradients of offset and mask,
+// the gradient of the filter, and the contributions to the four corners of the map's gradient. One thread computes all
+// sums of a slice, and sums over slices and images have a fixed order, so the number of threads does not affect results.
 #pragma once
 
 #include "backward.h"
@@ -12,9 +12,9 @@ namespace deformnet::DEFORMNET_ISA {
 namespace {
 
 constexpr int64_t kPartBytes = 8 << 20;    // samples of an image that are processed at a time
-constexpr int64_t kMapsBytes = 512 << 10;  // maps of a thread: a part of the private cache
+constexpr int64_t kMapsBytes = 512 << 10;  // maps of a thread: a fraction of its private cache
 constexpr int64_t kRowsTogether = 64;      // positions whose outputs are written together
-// Vectors of a slice: as many sums as registers hold, beside the weights and values of a sample.
+// Vectors of a slice: as many sums as fit into registers along with the weights and values of a sample.
 constexpr int kSliceVectors = kTileRows * kTileVectors > 16 ? 6 : 4;
 
 template <class A>
@@ -34,7 +34,7 @@ inline bool is_depthwise(const Problem& p) {
 
 // ------------------------------------------------------------------------------------ slices
 
-// Sizes. They depend on the number of threads, the bits do not.
+// Sizes. They depend on the number of threads, but results do not.
 template <class A>
 struct Slices : Geometry {
   Slices(const Problem& p, int64_t most_vectors) : Geometry(p) {
@@ -46,7 +46,7 @@ struct Slices : Geometry {
     map_size = padded_pixels * width;
   }
 
-  // The bytes that a slice of an image takes, and those that a position takes.
+  // Chooses sizes from the bytes that a slice of an image takes, and those that a position takes.
   void split(int64_t slice_bytes, int64_t position_bytes) {
     const int64_t bytes = threads * kMapsBytes;
     part = least(positions, round_up(ceil_div(kPartBytes, position_bytes), kLanes<A>));
@@ -60,7 +60,7 @@ struct Slices : Geometry {
   int64_t channels(int64_t slice) const { return least(width, offset_group_in - slice % of_group * width); }
 
   int64_t vectors, width;       // of a slice; lanes without a channel hold zeros
-  int64_t of_group, slices;     // slices of an offset group, and of all
+  int64_t of_group, slices;     // slices of an offset group, and in total
   int64_t map_size;             // numbers of a slice's framed map
   int64_t images, block, part;  // images, slices and positions that are processed at a time
   int64_t capacity;             // of arrays of positions
@@ -76,8 +76,8 @@ struct Part {
   Tile tile(const Geometry& p, int64_t image) const { return Tile(p, first_image + image, begin, end - begin); }
 };
 
-// visit(part) for all of them. The slices of an image come one after another, and so do the positions of a slice; an
-// image whose positions come in several parts has all slices at a time.
+// Calls visit(part) for every part, in the order of images, slices and positions. If the positions of an image are
+// split, each part has all slices.
 template <class A, class Visit>
 void for_each_part(const Slices<A>& p, Visit visit) {
   for (int64_t image = 0; image < p.batch; image += p.images)
@@ -110,7 +110,7 @@ void pack_filters(const Slices<A>& p, const T* weight, A* packed) {
             c < p.channels(slice) ? A(read(weight[(p.channel(slice) + c) * p.taps + tap])) : A(0);
 }
 
-// The samples and maps of a part, as far as they are not there from the part before.
+// Prepares the samples and maps of a part, except for those left from the previous part.
 template <class A, class T>
 void read_part(const Slices<A>& p, const Part& part, const T* input, const void* offset, const void* mask,
                const Places<A>& places, const SliceInputs<A>& to) {
@@ -138,7 +138,7 @@ void read_part(const Slices<A>& p, const Part& part, const T* input, const void*
 
 // --------------------------------------------------------------------------------- forward
 
-// Rows of outputs of a slice at positions [begin, end), two at a time, which share what is read of the filters.
+// Outputs of a slice at positions [begin, end), two at a time if registers suffice, which share loads of the filters.
 template <bool modulated>
 struct ConvolveSlice {
   template <int vectors, class A>
@@ -148,7 +148,7 @@ struct ConvolveSlice {
     constexpr int64_t width = vectors * lanes;
     const int64_t down = padded_row * width;
     for (int64_t first = begin; first < end; first += rows) {
-      int64_t position[rows];  // the last one twice if their number is odd
+      int64_t position[rows];  // if their number is odd, the last one is computed twice
       Vec<A> sums[rows][vectors];
 #pragma GCC unroll 2
       for (int r = 0; r < rows; ++r) {
@@ -276,8 +276,8 @@ class DepthwiseForward {
 
 // --------------------------------------------------------------------------------- backward
 
-// For all positions of a part, in one image and slice: adds to the sums of the gradient of the map and of the filters,
-// and sets the dot products of the samples' gradients with their corners, [tap][corner][position].
+// For all positions of a part, in one image and slice: adds to the gradients of the map and of the filters, and writes
+// the dot products of the gradients of the samples with their corners, [tap][corner][position].
 template <bool modulated>
 struct DifferentiateSlice {
   template <int vectors, class A>
@@ -362,8 +362,8 @@ struct DepthwiseBackwardShared : SliceInputs<A> {
   }
 
   A* map_sums;     // as the maps
-  A* filter_sums;  // [image][slice][tap][lane] of a part, and
-  A* totals;       // [slice][tap][lane] of all images
+  A* filter_sums;  // [image][slice][tap][lane] of a part
+  A* totals;       // their sums over images: [slice][tap][lane]
   A* dots;         // [image][slice][tap][corner][position], all slices of an image
 };
 
@@ -399,7 +399,7 @@ class DepthwiseBackward {
   }
 
  private:
-  // Everything but sums over slices and images, for one of the maps of a part.
+  // Everything except sums over slices and images, for one of the maps of a part.
   void differentiate(const Part& part, int64_t which) const {
     const int64_t image = part.image(which), slice = part.slice(which), filter_size = plan.taps * plan.width;
     A* map_sums = shared.map_sums + which * plan.map_size;
@@ -424,7 +424,7 @@ class DepthwiseBackward {
       call(DifferentiateSlice<false>());
   }
 
-  // The gradients of the images' slices, and the sums of their filters, in the order of the images.
+  // Writes the gradients of the maps, and adds up those of the filters in the order of the images.
   void write_maps(const Part& part) const {
     const int64_t size = part.slices * plan.taps * plan.width;
     A* totals = shared.totals + part.first_slice * plan.taps * plan.width;
@@ -441,7 +441,7 @@ class DepthwiseBackward {
                    });
   }
 
-  // The gradients of offset and mask.
+  // Writes the gradients of offset and mask.
   void write_samples(const Part& part) const {
     if (!tensors.grad_offset && !tensors.grad_mask) return;
 #pragma omp for schedule(static)

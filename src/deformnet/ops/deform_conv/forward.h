@@ -19,7 +19,7 @@ constexpr int64_t kColumnsRow = kBlockDepth + kCacheLine / int64_t(sizeof(A));
 
 // --------------------------------------------------------------------------- packed weights
 
-// [group][panel of output channels][tap][channel][lane], with pairs
+// [group][panel of output channels][tap][channel][lane]; in pairs
 // [group][panel][tap][channel / 2][lane][channel % 2].
 template <class E, class T>
 void pack_forward(const Geometry& p, const T* weight, E* packed) {
@@ -78,7 +78,7 @@ void add_product(const Geometry& p, const Block& block, int64_t count, const E* 
   }
 }
 
-// Channels [channel, channel + width) of a tile's output.
+// Writes channels [channel, channel + width) of a tile's output.
 template <class A, class T>
 void write_tile(const Geometry& p, const Tile& tile, const A* sums, int64_t row, int64_t channel, int64_t width,
                 T* output) {
@@ -98,7 +98,7 @@ void write_tile(const Geometry& p, const Tile& tile, const A* sums, int64_t row,
 
 // ---------------------------------------------------------------------------- the whole pass
 
-// Sizes. Columns and weights are of type E.
+// Sizes. E is the type of columns and packed weights.
 template <class A, class E>
 struct ForwardPlan : Geometry {
   ForwardPlan(const Problem& p, const ForwardTensors& tensors) : Geometry(p), tensors(tensors) {

@@ -5,7 +5,7 @@
 #include "forward.h"
 
 #if defined(__AVX512BF16__)
-// Only what multiplies bfloat16 is compiled again.
+// Only kernels that multiply bfloat16 are compiled again.
 namespace deformnet::avx512 {
 int deform_conv2d(const Problem& p, const ForwardTensors& tensors);
 int deform_conv2d_backward(const Problem& p, const BackwardTensors& tensors);

@@ -216,8 +216,8 @@ struct Map {
   int64_t channels, row;  // numbers of a pixel, and of a row
 };
 
-// Visits the pixels of framed maps, of `channels` numbers each, in strips: visit(map, start, n, places), where places[i]
-// is pixel start + i of the map. Called by all threads of a team.
+// Visits framed maps in strips of pixels with `channels` numbers each: visit(map, start, n, places), where places[i] is
+// pixel start + i of the map. Called by all threads of a team.
 template <class A, class Visit>
 void for_each_strip(const Geometry& p, int64_t count, int64_t channels, A* maps, Visit visit) {
   constexpr int64_t strip = 256;
@@ -254,7 +254,7 @@ void frame_map(const Geometry& p, int64_t channels, A* map) {
   if (p.border == kMsra2017) std::memcpy(below + channels, below - p.in_w * channels, size_t(row) * pixel);
 }
 
-// Channels [channel, channel + width) of the pixels [start, start + n) of an image, to `places`.
+// Copies channels [channel, channel + width) of pixels [start, start + n) of an image to `places`.
 template <class A, class T>
 void copy_strip(const Geometry& p, const T* image, int64_t channel, int64_t width, int64_t start, int64_t n,
                 A** places) {
@@ -266,7 +266,7 @@ void copy_strip(const Geometry& p, const T* image, int64_t channel, int64_t widt
         [&](int64_t i) { return places[i]; });
 }
 
-// The other way round.
+// The reverse: copies `places` to the image.
 template <class A, class T>
 void write_strip(const Geometry& p, A** places, int64_t channel, int64_t width, int64_t start, int64_t n, T* image) {
   if (p.input_channels_last)
