@@ -240,6 +240,20 @@ def locked_folder(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
+def remove_abandoned_folder(folder: Path) -> None:
+    """Removes the unfinished folder of a killed process, which no longer locks it.
+
+    Without locks, as on Windows and most network file systems, it could be another process's.
+    """
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            if _lock(handle):
+                shutil.rmtree(folder)
+        finally:
+            os.close(handle)
+
+
 def identity(path: Path) -> tuple[int, int] | None:
     """Identity of a file, independent of its name; None if the file does not exist."""
     try:

@@ -218,6 +218,13 @@ def test_what_a_killed_process_left_is_removed(voc, tmp_path):
     assert len(list(tmp_path.glob("?ut.partial-*"))) == 3
 
 
+def test_without_locks_a_folder_may_be_in_use(voc, tmp_path, monkeypatch):
+    monkeypatch.setattr("deformnet._files.fcntl", None)
+    (used := tmp_path / f"out.partial-{'0' * 16}").mkdir()
+    convert(voc, tmp_path / "out", "coco", progress=False)
+    assert used.exists()
+
+
 def test_rotated_images_for_yolo(voc, tmp_path):
     from PIL import Image
 

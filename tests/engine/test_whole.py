@@ -1,6 +1,7 @@
 """Whole networks as .onnx and .pt2: the same predictions as from the weights."""
 
 import json
+import math
 import os
 
 import numpy
@@ -17,7 +18,7 @@ from deformnet.cli import main
 from deformnet.engine.export import Facts, write_export
 from deformnet.engine.runs import TrainedRun
 from deformnet.engine.settings import WholeOptions
-from deformnet.engine.whole import _to_onnx, export_whole, load_whole
+from deformnet.engine.whole import _program, _to_onnx, _to_pt2, export_whole, load_whole
 from deformnet.recipes import (
     ClassAwareRPNRecipe,
     ClassifierRecipe,
@@ -28,6 +29,7 @@ from deformnet.recipes import (
     TestTimeAugmentation,
 )
 from deformnet.tasks import TaskOptions, task_of
+from deformnet.tasks.base import Whole
 
 SMALL = {"init": None, "backbone": "resnet18"}
 SIZES = {"short_side": 96, "max_side": 160}
@@ -228,3 +230,18 @@ def test_missing_packages_are_named(folder, tmp_path, monkeypatch):
     (tmp_path / "net.onnx").write_bytes(b"")
     with pytest.raises(MissingExtraError, match=r"net.onnx needs onnxruntime, .*\[onnx\]'"):
         load_whole(tmp_path / "net.onnx", TaskOptions())
+
+
+class Rounding(torch.nn.Module):
+    """Computes a size with `math.ceil`, as some backbones of timm do."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images[..., : math.ceil(images.shape[-1] / 2)]
+
+
+def test_sizes_that_cannot_be_saved():
+    whole = Whole(Rounding(), outputs=("logits",))
+    with pytest.raises(UserError, match=r"ceil.*; set --size HEIGHT WIDTH"):
+        _to_pt2(_program(whole, options := WholeOptions()), options, {})
+    fixed = WholeOptions(size=(64, 64))
+    assert _to_pt2(_program(whole, fixed), fixed, {})

@@ -5,7 +5,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,7 +13,13 @@ from typing import Literal
 from tqdm import tqdm
 
 from deformnet._errors import UserError
-from deformnet._files import locked_folder, naming, read_file, write_file
+from deformnet._files import (
+    locked_folder,
+    naming,
+    read_file,
+    remove_abandoned_folder,
+    write_file,
+)
 from deformnet.data.base import SegmentationDataset
 from deformnet.data.boxes import DetectionDataset
 from deformnet.data.files import listing, require_folder
@@ -118,9 +124,8 @@ def _complete_folder(out: Path) -> Iterator[Path]:
     """A folder next to `out`, which is renamed to `out` on success and removed on failure."""
     out.parent.mkdir(parents=True, exist_ok=True)
     unfinished = f"{glob.escape(out.name)}.partial-{'[0-9a-f]' * 16}"
-    for left in out.parent.glob(unfinished):  # by killed processes, unless locked
-        with suppress(UserError, OSError), locked_folder(left):
-            shutil.rmtree(left)
+    for left in out.parent.glob(unfinished):
+        remove_abandoned_folder(left)
     partial = out.with_name(f"{out.name}.partial-{secrets.token_hex(8)}")
     partial.mkdir()
     try:

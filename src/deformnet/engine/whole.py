@@ -32,6 +32,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._export.serde.serialize import SerializeError
 from torch.export import Dim, ExportedProgram
 
 from deformnet._errors import UserError, require_extra
@@ -205,7 +206,14 @@ def _to_pt2(
         configs = {"aot_inductor.metadata": {_KEY: text}}
         aoti_compile_and_package(program, package_path=buffer, inductor_configs=configs)
     else:
-        torch.export.save(program, buffer, extra_files={_KEY: text})
+        try:
+            torch.export.save(program, buffer, extra_files={_KEY: text})
+        except SerializeError as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"PyTorch cannot save how this network computes its sizes ({reason}); "
+                "set --size HEIGHT WIDTH, or export to NAME.onnx"
+            ) from error
     return buffer.getvalue()
 
 

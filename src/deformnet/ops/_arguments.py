@@ -78,7 +78,7 @@ def pair(name: str, value: Any) -> Pair:
         TypeError: if it is neither an int nor a tuple or list of ints.
         ValueError: if it is a sequence of more than two ints.
     """
-    if isinstance(value, int):
+    if type(value) is int:
         return value, value
     expected = "an int or a pair of ints"
     if not isinstance(value, (tuple, list)):
@@ -91,9 +91,11 @@ def pair(name: str, value: Any) -> Pair:
 
 def _index(value: Any, name: str, expected: str, argument: Any) -> int:
     # Symbolic ints stay symbolic.
-    if isinstance(value, (int, torch.SymInt)):
+    if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
         return value  # pyright: ignore[reportReturnType]
     try:
+        if isinstance(value, bool):
+            raise TypeError
         return operator.index(value)
     except TypeError:
         raise TypeError(f"expected {name} to be {expected}, but got {argument!r}") from None

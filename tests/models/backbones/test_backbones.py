@@ -259,6 +259,49 @@ def test_recomputed_activations(name, neck):
     assert all(torch.equal(again[key], value) for key, value in state.items())
 
 
+def test_activations_are_recomputed_in_every_backward_pass():
+    model = build("timm/test_resnet", deform_layers=1)
+    model.checkpoint_activations()
+    output = model(torch.ones(2, 3, 64, 64)).square().sum()
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    first = torch.autograd.grad(output, weights, retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(output, weights), first)
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in state.items())
+
+
+class DenselyConnected(nn.Sequential):
+    """Blocks that take the list of all features before them, as in timm's RDNet."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        features = [input]
+        for block in self:
+            features.append(block(features))
+        return features[-1]
+
+
+class SumOfAll(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.relu = nn.ReLU()
+
+    def forward(self, features: list[torch.Tensor]) -> torch.Tensor:
+        return self.relu(torch.stack(features).sum(dim=0)).square()
+
+
+def test_recomputed_blocks_take_lists_as_they_were():
+    gradients = []
+    for recompute in (False, True):
+        model = build("timm/test_resnet", deform_layers=0)
+        model.get_submodule("trunk.layer1").append(DenselyConnected(SumOfAll(), SumOfAll()))
+        if recompute:
+            model.checkpoint_activations()
+        images = torch.linspace(0, 1, 3 * 64 * 64).view(1, 3, 64, 64).requires_grad_()
+        model(images).sum().backward()
+        gradients.append(images.grad)
+    torch.testing.assert_close(*gradients)
+
+
 def test_compilers_choose_what_to_recompute():
     """PyTorch's compiler cannot trace the contexts of `checkpoint`."""
     model = build("timm/test_resnet", deform_layers=0)

@@ -190,6 +190,7 @@ BAD = [
     bad("dilation", lambda: (1, 0), ValueError, "to be at least 1, but got (1, 0)"),
     bad("stride", lambda: 1.5, TypeError, f"{INTS}1.5"),
     bad("padding", lambda: "same", TypeError, f"{INTS}'same'"),
+    bad("padding", lambda: (1, True), TypeError, f"{INTS}(1, True)"),
     bad("dilation", lambda: (1, 2.0), TypeError, f"{INTS}(1, 2.0)"),
     bad("stride", lambda: (1, 1, 1), ValueError, f"{INTS}3 values"),
     bad("stride", lambda: (), ValueError, f"{INTS}0 values"),

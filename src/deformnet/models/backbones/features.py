@@ -5,7 +5,7 @@ Dai et al. 2017, section 2.3, "Deformable Convolution for Feature Extraction".
 
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import chain
 from types import MappingProxyType
@@ -259,23 +259,32 @@ def _blocks(module: nn.Module) -> Iterator[nn.Module]:
 def _recomputed(block: nn.Module, forward: Callable[..., Any], *inputs: Any) -> Any:
     if torch.compiler.is_compiling():  # compilers choose what to recompute
         return forward(*inputs)
+    # Networks with dense connections append to the lists that their blocks take.
+    inputs = tuple(list(it) if isinstance(it, list) else it for it in inputs)
     return checkpoint(forward, *inputs, use_reentrant=False, context_fn=partial(_passes, block))
 
 
 def _passes(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """Contexts for the forward pass of a block and for its recomputation."""
-    return nullcontext(), _keeping_buffers(block)
+    return nullcontext(), _KeepingBuffers(block)
 
 
-@contextmanager
-def _keeping_buffers(block: nn.Module) -> Iterator[None]:
-    """Keeps recomputation from updating the running statistics of batch norm a second time."""
-    before = [(buffer, buffer.clone()) for buffer in block.buffers()]
-    try:
-        yield
-    finally:  # PyTorch stops recomputation early with an exception
-        for buffer, value in before:
+class _KeepingBuffers(AbstractContextManager[None]):
+    """Keeps recomputation from updating the running statistics of batch norm a second time.
+
+    PyTorch enters it in every backward pass through a graph, and leaves it early with an exception.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        self._block = block
+
+    def __enter__(self) -> None:
+        self._before = [(buffer, buffer.clone()) for buffer in self._block.buffers()]
+
+    def __exit__(self, *_: object) -> None:
+        for buffer, value in self._before:
             buffer.copy_(value)
+        del self._before
 
 
 def initialize(*layers: nn.Conv2d | nn.Linear) -> None:
