@@ -32,7 +32,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._export.serde.serialize import SerializeError
 from torch.export import Dim, ExportedProgram
 
 from deformnet._errors import UserError, require_extra
@@ -206,6 +205,8 @@ def _to_pt2(
         configs = {"aot_inductor.metadata": {_KEY: text}}
         aoti_compile_and_package(program, package_path=buffer, inductor_configs=configs)
     else:
+        from torch._export.serde.serialize import SerializeError
+
         try:
             torch.export.save(program, buffer, extra_files={_KEY: text})
         except SerializeError as error:
