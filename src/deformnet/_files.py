@@ -19,12 +19,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 from deformnet._errors import UserError
-
-if TYPE_CHECKING:
-    from _typeshed import ReadableBuffer
 
 try:
     import fcntl
@@ -59,7 +56,7 @@ class _Writer(io.BufferedWriter):
     def fileno(self) -> int:
         raise io.UnsupportedOperation("fileno")
 
-    def write(self, data: "ReadableBuffer", /) -> int:
+    def write(self, data: Any, /) -> int:
         # After an exception, the destructor of PyTorch's archive writer writes once more; an error
         # there would abort the process.
         return memoryview(data).nbytes if self.closed else super().write(data)

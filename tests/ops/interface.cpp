@@ -124,7 +124,7 @@ void pool(int threads, bool sensitive) {
 int main(int, char** arguments) {
   library = dlopen(arguments[1], RTLD_NOW);
   if (!library) return std::printf("%s\n", dlerror()), 1;
-  for (const char* name : {"amx", "avx512", "avx2", "baseline"}) {
+  for (const char* name : {"amx", "avx512_bf16", "avx512", "avx2", "baseline"}) {
     if (find<int(const char*)>("deformnet_select_instruction_set")(name)) continue;
     for (int threads : {1, 3}) convolve(threads), pool(threads, false), pool(threads, true);
     std::printf("%s ", name);
