@@ -293,7 +293,9 @@ def test_recomputed_blocks_take_lists_as_they_were():
     gradients = []
     for recompute in (False, True):
         model = build("timm/test_resnet", deform_layers=0)
-        model.get_submodule("trunk.layer1").append(DenselyConnected(SumOfAll(), SumOfAll()))
+        layer = model.get_submodule("trunk.layer1")
+        assert isinstance(layer, nn.Sequential)
+        layer.append(DenselyConnected(SumOfAll(), SumOfAll()))
         if recompute:
             model.checkpoint_activations()
         images = torch.linspace(0, 1, 3 * 64 * 64).view(1, 3, 64, 64).requires_grad_()
