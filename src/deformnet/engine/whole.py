@@ -212,8 +212,8 @@ def _to_pt2(
         except SerializeError as error:
             reason = str(error).splitlines()[0]
             raise UserError(
-                f"PyTorch cannot save how this network computes its sizes ({reason}); "
-                "set --size HEIGHT WIDTH, or export to NAME.onnx"
+                "expected a network whose dynamic sizes PyTorch can save in a .pt2 file, but got: "
+                f"{reason}; set --size HEIGHT WIDTH, or export to NAME.onnx"
             ) from error
     return buffer.getvalue()
 

@@ -38,8 +38,7 @@ inline void append_vector(A* panel, int64_t k, int64_t lane, Vec<A> values) {
 #if defined(__AVX512BF16__)
 inline void append_vector(Pair* panel, int64_t k, int64_t lane, Vec<float> values) {
   Pair* pairs = panel + k / 2 * kPanel<Pair> + lane;
-  typedef uint16_t Bits __attribute__((vector_size(kVectorBytes / 2)));
-  Vec<Pair> rounded = __builtin_convertvector(Bits(_mm512_cvtneps_pbh(values)), Vec<Pair>);
+  Vec<Pair> rounded = __builtin_convertvector(HalfWords(_mm512_cvtneps_pbh(values)), Vec<Pair>);
   if (k % 2) rounded = load(pairs) | rounded << 16;
   store(pairs, rounded);
 }
