@@ -236,17 +236,25 @@ def distances(found: Detections, expected: Detections) -> Tensor:
 
 
 def _of_boxes(onnx: Predictor, pytorch: Predictor, images: Sequence[Path]) -> str:
-    """The largest of the `distances`, in pixels of the image and of the network's input.
+    """The largest of the `distances`, in pixels and relative to the longer side of the box.
 
-    Boxes farther apart than a pixel of the image are excluded and counted.
+    Pixels are those of the image and of the network's input. Boxes farther apart than a pixel of
+    the image are excluded and counted.
     """
-    apart = [distances(onnx(image), pytorch(image)) for image in images]
-    scales = [max(pytorch.prepare(as_image(image)).scale) for image in images]
-    nearest = torch.cat(apart)
-    resized = torch.cat([scale * it for scale, it in zip(scales, apart, strict=True)])
-    near = nearest < 1
+    nearest, resized, relative = [], [], []
+    for image in images:
+        found, expected = onnx(image), pytorch(image)
+        apart = distances(found, expected)
+        boxes = torch.cat([expected.boxes, found.boxes])  # in the order of `apart`
+        nearest.append(apart)
+        resized.append(apart * max(pytorch.prepare(as_image(image)).scale))
+        relative.append(apart / (boxes[:, 2:] - boxes[:, :2]).amax(dim=1))
+    near = torch.cat(nearest) < 1
     others = "" if near.all() else f", excluding {(~near).sum()} of {len(near)} boxes"
-    return f"{nearest[near].max():.1e} px ({resized[near].max():.1e} px of the input){others}"
+    worst, of_input, of_side = (
+        torch.cat(values)[near].max() for values in (nearest, resized, relative)
+    )
+    return f"{worst:.1e} px ({of_input:.1e} px of the input, {of_side:.0e} of the side){others}"
 
 
 def _of_logits(onnx: Predictor, pytorch: Predictor, images: Sequence[Path]) -> str:

@@ -175,7 +175,7 @@ def xml_files(folder: Path) -> list[Target]:
 
 def damage_xml(rng: random.Random, content: bytes) -> bytes:
     """Damages a text, or adds constructs that are hazardous for XML parsers."""
-    if rng.random() < 0.8:
+    if rng.random() < 0.95:
         return damage_text(rng, content)
     entities = b"".join(b'<!ENTITY e%d "%s">' % (n, b"&e%d;" % (n - 1) * 10) for n in range(1, 12))
     added = rng.choice(
