@@ -161,7 +161,7 @@ def scored(job: Job, data: Path, out: Path) -> dict[str, Any]:
 
 def annotated(recipe: Recipe, images: AnnotatedImages) -> Iterator[AnnotatedImage]:
     """Images with the boxes of their objects, as the network sees them."""
-    prepare = preparation(recipe.short_side, recipe.max_side)
+    prepare = preparation(recipe.short_side, recipe.max_side, recipe.interpolation)
     for index in range(len(images)):
         image, truth = images[index]
         prepared = prepare(image)

@@ -73,6 +73,7 @@ def export_whole(run: str | Path, out: str | Path, options: WholeOptions) -> Non
     description = {
         **describe(recipe, data),
         "normalization": "inside" if options.normalize else _NORMALIZATION,
+        "interpolation": recipe.interpolation.value,
         "options": dataclasses.asdict(options),
         "outputs": list(whole.outputs),
         "versions": versions(),
@@ -174,10 +175,11 @@ def _to_onnx(
     # The exporter would run two iterations, which take twice as long for 3% fewer nodes.
     optimizer.optimize(exported.model, num_iterations=1)
     proto = exported.model_proto
-    entries = {  # the last four are for other programs
+    entries = {  # the last five are for other programs
         _KEY: description,
         "classes": description["data"]["classes"],
         "size": options.size or "any",
+        "interpolation": description["interpolation"],
         "recipe": description["recipe"],
         "normalization": description["normalization"],
     }

@@ -363,6 +363,12 @@ def test_networks_that_cannot(name, message):
         build(name)
 
 
+@pytest.mark.parametrize(("name", "message"), [("resnet51", "near misses"), ("resnet18.x", "tag")])
+def test_interpolation_of_networks_that_do_not_exist(name, message):
+    with pytest.raises(UserError, match=f"^timm/{name}: .*{message}"):
+        _ = DeepLabRecipe(backbone=f"timm/{name}").interpolation
+
+
 def test_recipe():
     recipe = DeepLabRecipe(backbone="timm/regnety_002", deform_layers=4, norm="frozen", dilation=4)
     model = recipe.build_model(5).eval()
