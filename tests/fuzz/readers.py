@@ -5,6 +5,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import struct
 import zipfile
@@ -198,6 +199,18 @@ def damage_xml(rng: random.Random, content: bytes) -> bytes:
     return added + content.replace(b"<name>", b"<name>&e11;")
 
 
+def damage_yaml(rng: random.Random, content: bytes) -> bytes:
+    """Damages a text, or gives one of its keys a value of nested aliases, 10^11 words of text."""
+    if rng.random() < 0.5:
+        return damage_text(rng, content)
+    levels = b"".join(
+        b"a%d: &a%d [%s]\n" % (n, n, b",".join([b"*a%d" % (n - 1)] * 10)) for n in range(1, 12)
+    )
+    key = rng.choice((b"names", b"path", b"train", b"val", b"nc", b"other"))
+    kept = re.sub(rb"(?m)^%s:.*\n([ -].*\n)*" % key, b"", content)
+    return b"a0: &a0 word\n" + levels + kept + key + b": *a11\n"
+
+
 def text_files(folder: Path) -> list[Target]:
     """YOLO's labels and names, VOC's lists and class names, and detections as text."""
     shapes = _shapes(folder)
@@ -218,6 +231,7 @@ def text_files(folder: Path) -> list[Target]:
     voc = _existing(*lists, shapes / "classes.txt")
     return [
         Target(_existing(label, yolo / "data.yaml"), damage_text, partial(_all_boxes, yolo)),
+        Target(_existing(yolo / "data.yaml"), damage_yaml, partial(_all_boxes, yolo)),
         Target(
             _existing(outline, polygons / "data.yaml"), damage_text, partial(_all_masks, polygons)
         ),

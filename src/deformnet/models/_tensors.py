@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load
 from torch import Tensor
 
-from deformnet._errors import UserError
+from deformnet._errors import TOO_LARGE, UserError, lacks_memory
 from deformnet._files import naming, read_json, require_file
 
 _MAX_PICKLE_BYTES = 1 << 24  # names and shapes of all tensors; 300 kB for ResNet-101 with SGD
@@ -87,8 +87,8 @@ def read_torch(path: Path, *, legacy: bool = False) -> object:
             content = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # torch.load raises many types on unreadable content
             require_of_content(error)
-            if is_archive and "allocate memory" in str(error):  # at most the size of the file
-                raise MemoryError(f"{path}: too large for the memory of this machine") from error
+            if is_archive and lacks_memory(error):  # at most the size of the file
+                raise MemoryError(f"{path}: {TOO_LARGE}") from error
             raise UserError(f"not readable by PyTorch ({_reason(error)})") from error
     _require_unexpanded(content)
     return content
@@ -110,6 +110,8 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             metadata: dict[str, str] = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+        if lacks_memory(error):
+            raise MemoryError(f"{path}: {TOO_LARGE}") from error
         raise UserError(f"{path}: damaged, or not a safetensors file") from error
     if not is_of_card:
         expected = metadata.get(_DIGEST)
