@@ -56,7 +56,7 @@ _DTYPES = dict(
 _DIGEST = "sha256"
 _DIGEST_KEY = f'"{_DIGEST}":"'.encode()
 _NO_DIGEST = b"0" * 64
-_NAMED = re.compile(r"-([0-9a-f]{8,})\.")
+_NAMED = re.compile(r"-(?=\d*[a-f])([0-9a-f]{8,})\.")  # digits alone are a date
 
 
 def read_torch(path: Path, *, legacy: bool = False) -> object:
