@@ -103,14 +103,14 @@ def test_images_are_resized_as_for_published_weights(
         found.append(interpolation)
         return resize(image, size, interpolation=interpolation, antialias=antialias)
 
-    recipe = dataclasses.replace(recipe, backbone=backbone)
-    task, folder = task_of(recipe), folder_of(folders, recipe)
+    folder, recipe = folder_of(folders, recipe), dataclasses.replace(recipe, backbone=backbone)
+    task = task_of(recipe)
     training, evaluation = task.training_set(folder, "train"), task.evaluation_set(folder, "val")
     predictor = predictor_for(recipe, evaluation)
     monkeypatch.setattr(F, "resize", record)
     for see in (
         lambda: training.batch([0, 1], [0, 1]),
-        lambda: evaluation[0],
+        lambda: evaluation.evaluate(predictor.model, Processes()),
         lambda: predictor.predict(torch.zeros(3, 100, 90, dtype=torch.uint8)),
     ):
         found.clear()
