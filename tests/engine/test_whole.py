@@ -252,7 +252,12 @@ def small():
     run = trained("classifier")
     description = {
         **describe(run.recipe, run.data),
-        **{"options": dataclasses.asdict(options), "outputs": ["logits"], "normalization": ""},
+        **{
+            "options": dataclasses.asdict(options),
+            "outputs": ["logits"],
+            "normalization": "",
+            "interpolation": "",
+        },
     }
     program = _program(Whole(network, outputs=("logits",)), options)
     contents = (write(program, options, description) for write in (_to_onnx, _to_pt2))

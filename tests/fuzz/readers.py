@@ -352,7 +352,8 @@ def exports(folder: Path) -> list[Target]:
         recipe, _, data = load_run(run)
         description = {
             **describe(recipe, data),
-            **{"options": dataclasses.asdict(options), "outputs": ["logits"], "normalization": ""},
+            **{"options": dataclasses.asdict(options), "outputs": ["logits"]},
+            **{"normalization": "", "interpolation": ""},
         }
         program = _program(Whole(_Means(), outputs=("logits",)), options)
         for suffix, write in zip(SUFFIXES, (_to_onnx, _to_pt2), strict=True):
