@@ -61,7 +61,9 @@ def toy():
         small = {name: replace(recipe, **TOY) for name, recipe in plan.RECIPES.items()}
         small["rfcn"] = replace(small["rfcn"], bins=3)
         patch.setattr(plan, "RECIPES", small)
-        patch.setattr(training, "PROPOSALS", replace(plan.PROPOSALS, **TOY))
+        proposals = replace(plan.PROPOSALS, **TOY)
+        for module in (plan, training):
+            patch.setattr(module, "PROPOSALS", proposals)
         yield
 
 
@@ -81,7 +83,7 @@ def job_of(network, variant, seed=0):
     return Job(f"runs/{run.name}", run, recipe_of(run))
 
 
-def made_result(run, score, small=1.0):
+def made_result(run, score, small=1.0, proposals=None):
     """A result whose layers have these effective dilations on small and on other objects."""
     names = ["mean IoU"] if run.network == "deeplab" else ["mAP@0.5", "mAP@0.7"]
     sizes = ("small", "medium", "large")
@@ -91,7 +93,9 @@ def made_result(run, score, small=1.0):
     places = {place: {"mean": mean, "std": mean and 0.5} for place, mean in means.items()}
     layers = [{"layer": f"neck.{6 - i}.conv", **places} for i in range(run.variant.layers)]
     result = {
+        "name": f"runs/{run.name}",
         "run": run.to_json(),
+        "proposals": proposals,
         "job": {"recipe": {"iterations": 5, "batch": 2}},
         "scores": scores,
         "core seconds of training": 60,
@@ -232,9 +236,55 @@ def test_objects_of_other_sizes_do_not_count():
     assert kept["a"].scores.tolist() == [0.9, 0.8, 0.7]
 
 
+@pytest.fixture
+def with_proposals(data, trained, tmp_path, monkeypatch):
+    """A folder of detectors with one finished run, and the command that would add another."""
+    for part in ("features", "proposals"):
+        (tmp_path / part).symlink_to(trained / part)
+    monkeypatch.setattr(plan, "TABLE1", (PLAIN, CONV))
+    arguments = ["--data", str(data), "--tables", "1", "--networks", "rfcn", "--seeds", "0"]
+    monkeypatch.setattr("sys.argv", ["photographs", str(tmp_path), *arguments])
+    monkeypatch.setattr(command, "compute", lambda job, *_: {"scores": {job.name: 1.0}})
+    job = job_of("rfcn", PLAIN)
+    found = made_result(job.run, 50, proposals="3f") | {"job": job.described()}
+    write_results(tmp_path, [found])
+    return tmp_path
+
+
+def test_runs_of_a_seed_have_the_same_proposals(trained, with_proposals, capsys):
+    digest = plan.stored_result(job_of("rfcn", CONV_POOL), trained)["proposals"]
+    assert digest == training.proposals_digest(job_of("rfcn", PLAIN), with_proposals)
+    assert training.proposals_digest(job_of("deeplab", PLAIN), with_proposals) is None
+    with pytest.raises(SystemExit):
+        command.main()
+    assert (
+        f"runs/rfcn-dilation2-conv3-seed0: expected the proposals of runs/rfcn-dilation2-seed0 "
+        f"(SHA-256 3f), but got others ({digest})"
+    ) in capsys.readouterr().err
+    # Seeds are paired, so others may have other proposals.
+    mixed = [made_result(Run("rfcn", PLAIN, seed), 50, proposals=str(seed)) for seed in (0, 1)]
+    assert by_network(mixed)
+    with pytest.raises(ValueError, match="delete all results of rfcn with seed 1"):
+        by_network([*mixed, made_result(Run("rfcn", CONV, 1), 50, proposals="0")])
+    path = with_proposals / "runs" / "rfcn-dilation2-seed0" / "scores.json"
+    path.write_text(path.read_text().replace("3f", digest))
+    command.main()
+    assert "[2/2] runs/rfcn-dilation2-conv3-seed0" in capsys.readouterr().out
+
+
+def test_proposals_have_the_settings_of_the_plan(data, with_proposals, monkeypatch):
+    job = job_of("rfcn", PLAIN)
+    for module in (plan, training):
+        monkeypatch.setattr(module, "PROPOSALS", replace(plan.PROPOSALS, iterations=3))
+    with pytest.raises(ValueError, match=r"scores.json: expected a run of .*'iterations': 3"):
+        plan.stored_result(job, with_proposals)
+    with pytest.raises(ValueError, match="iterations"):
+        training.propose(job, data, with_proposals)
+
+
 def write_results(out, results):
     for result in results:
-        path = out / "runs" / Run.of(result["run"]).name / "scores.json"
+        path = out / result["name"] / "scores.json"
         path.parent.mkdir(parents=True)
         path.write_text(json.dumps(result))
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 from benchmarks.grid import stored
+from deformnet._errors import UserError
 from deformnet.recipes import (
     ClassAwareRPNRecipe,
     DeepLabRecipe,
@@ -146,7 +147,8 @@ class Job(NamedTuple):
 
     def described(self) -> dict[str, Any]:
         """What a stored result must be of."""
-        return {"recipe": self.recipe.to_dict(), "train": self.train, "test": self.test}
+        own = {"recipe": self.recipe.to_dict(), "train": self.train, "test": self.test}
+        return own | ({"proposals": PROPOSALS.to_dict()} if self.run.network in POOLING else {})
 
     def folder(self, out: Path) -> Path:
         return out / self.name
@@ -215,7 +217,7 @@ def stored_result(job: Job, out: Path) -> dict[str, Any] | None:
     """The stored result of a job; None if it is not finished.
 
     Raises:
-        ValueError: if it has another recipe or other splits.
+        UserError: if it has another recipe or other splits.
     """
     return stored(result_path(job, out), "job", job.described())
 
@@ -227,3 +229,23 @@ def result_path(job: Job, out: Path) -> Path:
 def finished(out: Path, kind: Literal["runs", "tuning"] = "runs") -> list[dict[str, Any]]:
     """The results of all finished runs in a folder."""
     return [json.loads(path.read_bytes()) for path in sorted(out.glob(f"{kind}/*/scores.json"))]
+
+
+def require_same_proposals(results: Iterable[Mapping[str, Any]]) -> None:
+    """Refuses results of a network and seed on different proposals, since they are compared.
+
+    Raises:
+        UserError: if there are any.
+    """
+    first: dict[tuple[Network, int], Mapping[str, Any]] = {}
+    for result in results:
+        run = Run.of(result["run"])
+        other = first.setdefault((run.network, run.seed), result)
+        own, expected = (one.get("proposals") for one in (result, other))
+        if own != expected:
+            raise UserError(
+                f"{result['name']}: expected the proposals of {other['name']} (SHA-256 "
+                f"{expected}), but got others ({own}), as of a region proposal network that was "
+                f"trained again; restore the former, or delete all results of {run.network} with "
+                f"seed {run.seed} to compute them anew"
+            )

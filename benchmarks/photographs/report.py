@@ -39,7 +39,11 @@ _PAPER_DILATION = {
 
 
 def report(out: Path) -> str:
-    """Writes photographs.json and photographs.md from the finished runs; returns the latter."""
+    """Writes photographs.json and photographs.md from the finished runs; returns the latter.
+
+    Raises:
+        UserError: see `require_same_proposals`.
+    """
     results = finished(out)
     found = by_network(results)
     parts = [part for network in found for part in _of_network(network, found[network])]

@@ -42,6 +42,7 @@ from deformnet.tasks.base import Processes, TaskOptions
 from deformnet.tasks.detection.evaluation import ScoredDetections
 from deformnet.tasks.features import FeatureCache
 from deformnet.tasks.predictor import Predictor, preparation
+from deformnet.tasks.proposals import StoredProposals
 
 IOUS = (0.5, 0.7)
 _CPU = torch.device("cpu")
@@ -53,7 +54,11 @@ def features(out: Path) -> Path:
 
 
 def prepare(jobs: Sequence[Job], data: Path, out: Path) -> None:
-    """Computes the features and proposals of all images that jobs train on or are scored on."""
+    """Computes the features and proposals of all images that jobs train on or are scored on.
+
+    Raises:
+        UserError: if there are proposals of a network with other settings than `PROPOSALS`.
+    """
     prepared = set()
     for job in jobs:
         segments, pools = job.run.network == "deeplab", job.run.network in POOLING
@@ -72,9 +77,8 @@ def prepare(jobs: Sequence[Job], data: Path, out: Path) -> None:
 
 def propose(job: Job, data: Path, out: Path) -> None:
     """Trains the region proposal network for a job's splits and stores its proposals for both."""
-    if all(path.is_file() for path in proposal_files(job, out)):
-        return
     folder = job.proposals(out)
+    # Returns at once if it is trained, and refuses one with other settings.
     _train(PROPOSALS, data, folder, out, job.train)
     recipe, model, identity = load_run(folder)
     recall(model, out)
@@ -91,6 +95,12 @@ def proposal_files(job: Job, out: Path) -> tuple[Path, ...]:
     return tuple(job.proposals(out) / f"{name}.safetensors" for name in ("train", "test"))
 
 
+def proposals_digest(job: Job, out: Path) -> str | None:
+    """SHA-256 of the stored proposals of a job; None if its network has no RoI pooling."""
+    files = proposal_files(job, out)
+    return StoredProposals(files).digest if files else None
+
+
 def compute(job: Job, data: Path, out: Path) -> dict[str, Any]:
     """Trains the network of a job, or resumes it, scores it and stores the result."""
     begin = time.process_time()
@@ -102,6 +112,7 @@ def compute(job: Job, data: Path, out: Path) -> dict[str, Any]:
         "name": job.name,
         "run": job.run.to_json(),
         "job": job.described(),
+        "proposals": proposals_digest(job, out),
         **scored(job, data, out),
         "parameters": result.parameters,
         "seconds per step": result.seconds_per_iteration,
