@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from benchmarks.grid import claimed
+from benchmarks.grid import claimed, every, outcome, some
 from benchmarks.photographs import __main__ as command
 from benchmarks.photographs import figures, plan, training
+from benchmarks.photographs import statements as statements_module
 from benchmarks.photographs.numbers import by_network, gains
 from benchmarks.photographs.plan import (
     CONV,
@@ -17,7 +18,9 @@ from benchmarks.photographs.plan import (
     NETWORKS,
     PLAIN,
     POOL,
+    POOLING,
     TABLE1,
+    TABLE3,
     Job,
     Run,
     Variant,
@@ -25,7 +28,7 @@ from benchmarks.photographs.plan import (
     recipe_of,
     tuning_jobs,
 )
-from benchmarks.photographs.report import report
+from benchmarks.photographs.report import PAPER_DILATION, paper, report
 from benchmarks.photographs.statements import statements
 
 from deformnet.data.opening import open_detection, open_segmentation
@@ -307,22 +310,134 @@ def test_tables_pair_seeds_and_stand_beside_the_papers(tmp_path):
     ) == {0: 4, 2: 4, 3: 4, 4: 4}
 
 
-def test_statements_hold_or_do_not():
-    def checked(score, small=1.0):
-        runs = [job.run for job in jobs() if job.run.network in ("deeplab", "rfcn")]
-        found = by_network(made_result(run, score(run), small) for run in runs)
-        return {one.text: one.holds for one in statements(found)}
+def checked(score, small=1.0):
+    """What the statements say of results with these scores, by their first words."""
+    runs = [job.run for job in jobs() if job.run.network in ("deeplab", "rfcn")]
+    found = by_network(made_result(run, score(run), small) for run in runs)
+    return {" ".join(one.text.split()[:7]): one.holds for one in statements(found)}
 
+
+LAYERS_HELP = "DeepLab, mean IoU: deformable layers help"
+SATURATES = "DeepLab, mean IoU: the gain saturates: the"
+UP_TO_A_POINT = "DeepLab, mean IoU: larger dilation helps up"
+BEST = "DeepLab, mean IoU: deformable convolution is best:"
+BOTH_BEST = "R-FCN, mAP@0.7: both together are best"
+MOST_AT_07 = "R-FCN: deformable pooling helps most at IoU"
+BY_TASK = "the best dilation differs by task"
+BY_SIZE = "R-FCN, 3 layers: effective dilation grows with"
+BY_LAYER = "R-FCN, 3 layers: effective dilation grows from"
+
+
+def test_statements_hold_or_do_not():
     confirmed = checked(score_of)
-    alike = {"the best dilation differs by task"}
-    alike.add("R-FCN: deformable pooling helps most at IoU 0.7")
-    assert {text for text, holds in confirmed.items() if not holds} == alike
+    # One dilation is the best for all; gains are equal at both IoU, and dilations in all layers.
+    others = {text: holds for text, holds in confirmed.items() if not holds}
+    assert others == {BY_TASK: False, MOST_AT_07: None, BY_LAYER: None}
     refuted = checked(lambda run: -score_of(run), small=2.5)
-    assert not refuted["R-FCN, 3 layers: effective dilation grows with the object in every layer"]
-    assert not refuted["DeepLab, mean IoU: deformable layers help"]
-    assert not refuted["DeepLab, mean IoU: deformable convolution is better than any dilation"]
-    assert not refuted["R-FCN, mAP@0.7: both together are best"]
     assert refuted.keys() == confirmed.keys()
+    for text in (LAYERS_HELP, SATURATES, UP_TO_A_POINT, BEST, BOTH_BEST, BY_SIZE):
+        assert refuted[text] is False
+
+
+def test_a_statement_that_seeds_disagree_on_is_not_clear():
+    def noisy(run):
+        return score_of(run) if run.seed % 2 else -score_of(run)
+
+    found = checked(noisy)
+    for text in (LAYERS_HELP, SATURATES, UP_TO_A_POINT, BEST, BOTH_BEST, BY_TASK):
+        assert found[text] is None
+    runs = [Run("rfcn", variant, seed) for variant in (PLAIN, POOL) for seed in (0, 1)]
+    one_ahead = [made_result(run, 50 + 3 * (run.variant.pool and run.seed)) for run in runs]
+    first, *_ = statements(by_network(one_ahead))
+    assert str(first) == (
+        "- **not clear**: R-FCN: deformable pooling helps at IoU 0.7. "
+        "1.5 +- 2.1 (1 of 2 seeds) at IoU 0.5, 1.5 +- 2.1 (1 of 2 seeds) at 0.7."
+    )
+
+
+def test_outcomes():
+    assert outcome({0: 1.0, 1: 0.1}) is True
+    assert outcome({0: -1.0, 1: -0.1}) is False
+    assert [outcome(margins) for margins in ({0: 1, 1: -1}, {0: 0}, {0: 0, 1: -1})] == [None] * 3
+    assert [outcome(margins, ties=True) for margins in ({0: 0, 1: 1}, {0: 0, 1: -1})] == [
+        True,
+        None,
+    ]
+    assert [every(parts) for parts in ((True, True), (True, None), (None, False))] == [
+        *(True, None, False)
+    ]
+    assert [some(parts) for parts in ((None, True), (None, False), (False, False))] == [
+        *(True, None, False)
+    ]
+
+
+def test_a_gain_that_goes_on_does_not_saturate():
+    gain = {0: 0, 1: 1, 2: 2, 3: 3, 6: 5.9}  # 3 layers add 3, the other 3 add 2.9
+    found = checked(lambda run: 50 + gain[run.variant.layers])
+    assert found[SATURATES] is False
+
+
+def test_the_best_dilation_differs_only_beyond_the_noise():
+    def score(run, noise):
+        best = 6 if run.network == "deeplab" else 4
+        wrong = noise and run.seed == 1 and run.variant.dilation in (4, 6)
+        return 50 - abs(run.variant.dilation - best) * (-0.1 if wrong else 1)
+
+    assert checked(lambda run: score(run, False))[BY_TASK] is True
+    assert checked(lambda run: score(run, True))[BY_TASK] is None
+
+
+def test_the_papers_numbers_confirm_its_statements(monkeypatch):
+    # It has no dilation 1.
+    monkeypatch.setattr(statements_module, "DILATIONS", DILATIONS[1:])
+    results = []
+    for network in NETWORKS:
+        for variant in dict.fromkeys((*TABLE1, *TABLE3)):
+            if (network in POOLING or not variant.pool) and (numbers := paper(network, variant)):
+                results.append(made_result(Run(network, variant, 0), 0) | {"scores": numbers})
+    places = ("small", "medium", "large", "background")
+    dilation = [
+        {"layer": layer}
+        | {place: {"mean": float(c.split()[0])} for place, c in zip(places, cells, strict=True)}
+        for layer, cells in reversed(PAPER_DILATION.items())
+    ]
+    for result in results:
+        result["dilation"] = dilation
+    found = statements(by_network(results))
+    assert len(found) == 7 * 4 + 2 * 4 + 1 + 3
+    assert [str(one) for one in found if not one.holds] == []
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ((PLAIN,), TABLE1[1:]),
+        ((PLAIN,), (POOL,)),
+        (DILATIONS[:1], DILATIONS[1:]),
+        ((CONV, POOL), (CONV_POOL,)),
+    ],
+)
+def test_variants_of_different_seeds_are_not_compared(first, second, tmp_path):
+    runs = [*(Run("rfcn", v, 0) for v in first), *(Run("rfcn", v, 1) for v in second)]
+    results = [made_result(run, score_of(run), None) for run in runs]
+    assert not statements(by_network(results))
+    write_results(tmp_path, results)
+    assert report(tmp_path)
+
+
+def test_dilations_are_compared_over_the_seeds_that_all_have():
+    results = [
+        made_result(Run(network, variant, seed), 50 + (variant.dilation == 4))
+        for network in ("deeplab", "rfcn")
+        for variant in DILATIONS
+        for seed in (0, 1)
+    ]
+    # Would be the best by its mean, if the third seed counted.
+    results += [made_result(Run(n, DILATIONS[1], 2), 90) for n in ("deeplab", "rfcn")]
+    first, *_, last = statements(by_network(results))
+    assert first.numbers == "Dilation 1: 50.0, 2: 50.0, 4: 51.0, 6: 50.0, 8: 50.0 (2 seeds)"
+    assert first.holds
+    assert (last.holds, last.numbers) == (False, "Best dilation by the mean DeepLab: 4, R-FCN: 4")
 
 
 def test_statements_wait_for_their_runs():

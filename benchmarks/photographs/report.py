@@ -30,7 +30,7 @@ from benchmarks.tables import conditions
 from deformnet._files import write_file, write_json
 from deformnet.paper.rows import find_rows
 
-_PAPER_DILATION = {
+PAPER_DILATION = {
     "res5c": ("5.3 +- 3.3", "5.8 +- 3.5", "8.4 +- 4.5", "6.2 +- 3.0"),
     "res5b": ("2.5 +- 1.3", "3.1 +- 1.5", "5.1 +- 2.5", "3.2 +- 1.2"),
     "res5a": ("2.2 +- 1.2", "2.9 +- 1.3", "4.2 +- 1.6", "3.1 +- 1.1"),
@@ -173,7 +173,7 @@ def _dilation_table(found: Results) -> str:
             cells = [_filters([layer[place] for layer in layers]) for place in PLACES]
             name = layers[0]["layer"]
             lines.append(f"| {label(variant)} | {name} | {' | '.join(cells)} |")
-    for name, cells in _PAPER_DILATION.items():
+    for name, cells in PAPER_DILATION.items():
         lines.append(f"| paper | {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
