@@ -21,6 +21,7 @@ from benchmarks.photographs.plan import (
     POOLING,
     TABLE1,
     TABLE3,
+    TRIED,
     Job,
     Run,
     Variant,
@@ -28,7 +29,7 @@ from benchmarks.photographs.plan import (
     recipe_of,
     tuning_jobs,
 )
-from benchmarks.photographs.report import PAPER_DILATION, paper, report
+from benchmarks.photographs.report import PAPER_DILATION, paper, report, tuning_table
 from benchmarks.photographs.statements import statements
 
 from deformnet.data.opening import open_detection, open_segmentation
@@ -145,6 +146,11 @@ def test_parts_of_the_tables():
 def test_settings_are_compared_on_training_images(data):
     found = tuning_jobs()
     assert {job.run.network for job in found} == set(NETWORKS)
+    assert len({job.name for job in found}) == len(found)
+    assert {job.run.seed for job in found} == {0, 1, 2}
+    assert {job.run.seed for job in tuning_jobs(seeds=[4])} == {4}
+    assert {"batch": 16, "lr": 0.05} in TRIED["deeplab"]  # at the same iterations
+    assert all({} in TRIED[network] and len(TRIED[network]) > 2 for network in NETWORKS)
     ((train, test),) = {(job.train, job.test) for job in found}
     for opened in (open_segmentation, open_detection):
         names = [
@@ -438,6 +444,34 @@ def test_dilations_are_compared_over_the_seeds_that_all_have():
     assert first.numbers == "Dilation 1: 50.0, 2: 50.0, 4: 51.0, 6: 50.0, 8: 50.0 (2 seeds)"
     assert first.holds
     assert (last.holds, last.numbers) == (False, "Best dilation by the mean DeepLab: 4, R-FCN: 4")
+
+
+def test_tuning_ranks_settings_by_the_mean_of_all_networks(tmp_path, monkeypatch, capsys):
+    scores = {  # mean IoU of the plain and of the deformable network
+        (2, 0.02): (45, 49),
+        (2, 0.05): (48, 48),
+        (16, 0.05): (49, 50),
+    }
+    results = []
+    for job in tuning_jobs(("deeplab",)):
+        recipe = job.recipe
+        pair = scores.get((recipe.batch, recipe.lr))
+        if pair and (recipe.clip, recipe.iterations, recipe.short_side) == (None, 2, 48):
+            found = made_result(job.run, pair[job.run.variant == CONV] + job.run.seed)
+            results.append(found | {"name": job.name, "job": job.described()})
+    write_results(tmp_path, results)
+    monkeypatch.setattr("sys.argv", ["photographs", str(tmp_path), "--print", "--tune"])
+    command.main()
+    printed = capsys.readouterr().out.rstrip("\n")
+    assert printed == tuning_table(tmp_path)
+    rows = [row for row in printed.splitlines() if "(" in row]
+    assert [row.split(" | ")[6] for row in rows] == ["50.5", "49.0", "48.0"]
+    assert "49.0, 50.0, 51.0 (50.0 +- 1.0) | 50.0, 51.0, 52.0 (51.0 +- 1.0) |" in rows[0]
+    assert "16" in rows[0]
+    # An unfinished setting is ranked over the seeds that it has.
+    (tmp_path / results[0]["name"] / "scores.json").unlink()
+    rows = [row for row in tuning_table(tmp_path).splitlines() if "(" in row]
+    assert [row.split(" | ")[6] for row in rows] == ["51.0", "49.5", "48.5"]
 
 
 def test_statements_wait_for_their_runs():

@@ -3,7 +3,7 @@
     python -m benchmarks.photographs OUT --data DIR [--tables 1 3] [--networks deeplab rfcn]
         [--seeds 0 1 2] [--jobs 2]
     python -m benchmarks.photographs OUT --data DIR --tune    # the settings that were tried
-    python -m benchmarks.photographs OUT --print              # the tables of the finished runs
+    python -m benchmarks.photographs OUT --print [--tune]     # the tables of the finished runs
     python -m benchmarks.photographs OUT --data DIR --draw boxes    # Figures 5 to 7
 
 DIR is a data set in VOC layout with the splits `train` and `val`, for segmentation and detection.

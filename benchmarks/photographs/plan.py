@@ -123,12 +123,16 @@ TRIED: Mapping[Network, Sequence[Mapping[str, Any]]] = {
         {"lr": 0.1},
         {"lr": 0.05, "batch": 16, "iterations": 400},
         {"lr": 0.05, "clip": 10.0},
+        {"batch": 16, "lr": 0.05},  # twice the images
+        {"batch": 16, "lr": 0.05, "clip": 10.0},
+        {"short_side": 320, "max_side": 427},
     ),
-    "class-aware-rpn": ({},),
-    "faster-rcnn": ({},),
+    "class-aware-rpn": ({}, {"lr": 0.01}, {"clip": 10.0}),
+    "faster-rcnn": ({}, {"lr": 0.01}, {"clip": 10.0}),
     "rfcn": ({}, {"lr": 0.01}, {"bins": 5}),
 }
 """Changes of the settings that `--tune` compares."""
+TUNING_SEEDS = (0, 1, 2)
 
 
 class Job(NamedTuple):
@@ -199,11 +203,16 @@ def jobs(
 def tuning_jobs(
     networks: Sequence[Network] = NETWORKS, seeds: Sequence[int] | None = None, fraction: float = 1
 ) -> list[Job]:
-    """Short comparisons of settings, on a quarter of the training images that is held out."""
+    """Comparisons of settings, on a quarter of the training images that is held out.
+
+    Args:
+        seeds: None for `TUNING_SEEDS`.
+        fraction: of the iterations.
+    """
     found = []
     for network in networks:
         variants = (PLAIN, CONV, *((POOL, CONV_POOL) if network in POOLING else ()))
-        for seed in seeds or (0,):
+        for seed in TUNING_SEEDS if seeds is None else seeds:
             for changes in TRIED[network]:
                 for variant in variants:
                     run = Run(network, variant, seed)
