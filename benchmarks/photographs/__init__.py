@@ -21,6 +21,7 @@ proposals, up to 10 MB in all, are not stored with the results, and another mach
 with other ones: finish all runs of a seed where the first was computed.
 
 Features of the frozen backbone are computed once (`deformnet train --feature-cache`) and kept in
-OUT/features. Finished runs in OUT are reused, and interrupted ones resume, so parts of the tables
-can be computed one after the other, and by several commands at the same time.
+OUT/features; OUT/features.json says how long that took. Finished runs in OUT are reused, and
+interrupted ones resume, so parts of the tables can be computed one after the other, and by several
+commands at the same time.
 """
