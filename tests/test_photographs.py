@@ -226,7 +226,8 @@ def test_processes_share_the_runs(tmp_path):
 
 
 def test_figures(data, trained):
-    files = figures.draw(trained, data, photographs=False)
+    files, missing = figures.draw(trained, data, photographs=False)
+    assert not missing
     assert [file.name for file in files] == ["figure5.png", "figure6.png", "figure7.png"]
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
 
@@ -243,6 +244,28 @@ def test_objects_of_other_sizes_do_not_count():
     own, kept = training.of_size(truths, found, "large", 0.5)
     assert own["a"].ignored.tolist() == [False, True]
     assert kept["a"].scores.tolist() == [0.9, 0.8, 0.7]
+
+
+def test_figures_of_what_is_there(data, trained, tmp_path, monkeypatch, capsys):
+    call = ["photographs", str(tmp_path), "--data", str(data), "--draw", "boxes"]
+    monkeypatch.setattr("sys.argv", call)
+    with pytest.raises(SystemExit) as ended:
+        command.main()
+    assert ended.value.code == 1
+    first, second = capsys.readouterr().out.splitlines()
+    name = f"deeplab-{CONV.name}-seed0"
+    result = tmp_path / "runs" / name / "scores.json"
+    assert first == f"Figures 5 and 6: expected {result}, but it is missing; train {name}"
+    assert second.startswith("Figure 7: expected ")
+    for part in ("features", "runs"):  # without proposals
+        (tmp_path / part).symlink_to(trained / part)
+    with pytest.raises(SystemExit) as ended:
+        command.main()
+    assert ended.value.code == 0
+    *files, missing = capsys.readouterr().out.splitlines()
+    assert files == [str(tmp_path / f"figure{number}.png") for number in (5, 6)]
+    proposing = tmp_path / "proposals" / "runs" / "checkpoints" / "last.ckpt"
+    assert missing.startswith(f"Figure 7: expected {proposing}, but it is missing")
 
 
 def test_caching_is_timed_at_each_size(data, tmp_path, capsys):

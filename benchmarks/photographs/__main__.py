@@ -70,8 +70,9 @@ def main() -> None:
     if not options.print and options.data is None:
         parser.error("expected --data, a data set in VOC layout")
     if options.draw:
-        print(*draw(options.out, options.data, photographs=options.draw == "photographs"), sep="\n")
-        return
+        files, lacking = draw(options.out, options.data, photographs=options.draw == "photographs")
+        print(*files, *lacking, sep="\n")
+        sys.exit(0 if files else 1)
     todo = tuning_jobs(*chosen) if options.tune else jobs(options.tables, *chosen)
     try:
         if not options.print:
