@@ -34,6 +34,7 @@ DeformLayers = Literal[0, 1, 2, 3, 6]
 """Numbers of deformable convolutions in Table 1."""
 Sampling = Literal["bins", "msra", "aligned"]
 """Sampling rules of RoI pooling; see `deformnet.ops.deform_roi_pool`."""
+OutputStride = Literal[8, 16, 32]
 ScoreAt = Literal["original", "network"]
 """Size at which predicted label maps are compared with the ground truth: that of the label map on
 disk, to which the logits are upsampled, or that of the network's input, to which the label map is
@@ -201,7 +202,12 @@ class Recipe(ABC):
         """
 
     def _backbone(
-        self, reduce_channels: int | None, *, dilation: int = 2, output_stride: Literal[16, 32] = 16
+        self,
+        reduce_channels: int | None,
+        *,
+        dilation: int = 2,
+        output_stride: OutputStride = 16,
+        center: bool = True,
     ) -> "Backbone":
         from deformnet.models.backbones import backbone
 
@@ -216,6 +222,7 @@ class Recipe(ABC):
             freeze=self.freeze,
             stride_in_1x1=self.stride_in_1x1,
             output_stride=output_stride,
+            center=center,
             weights=self.init,
             reduce_channels=reduce_channels,
             neck=self.neck,
@@ -333,7 +340,7 @@ class ClassifierRecipe(Recipe):
     def build_model(self, num_classes: int) -> "Classifier":
         from deformnet.models.classifier import Classifier
 
-        return Classifier(self._backbone(None, output_stride=32), num_classes)
+        return Classifier(self._backbone(None, output_stride=32, center=False), num_classes)
 
     @classmethod
     def published(cls) -> "Recipe":
