@@ -354,7 +354,7 @@ class DenseRecipe(Recipe):
     pixels: ClassVar[tuple[str, ...]] = ("short_side", "max_side", "crop")
 
     dilation: int = 2
-    """Dilation of conv5, whose stride is 1, or of the neck if there is one."""
+    """Dilation of conv5, whose stride is 1, or of the neck if there is one, at output stride 16."""
     short_side: int = 600
     """Shorter side of the images after resizing, in pixels."""
     max_side: int | None = 1000
@@ -401,9 +401,31 @@ class SegmentationRecipe(DenseRecipe):
     """Shorter side of the images after resizing, in pixels."""
     max_side: int | None = 600
     """Maximum longer side after resizing, in pixels, which takes precedence; None for no limit."""
+    output_stride: OutputStride = 16
+    """Stride of the features, in pixels: 16 as in the paper, 8 for finer features, at about four
+    times the cost of conv4 and conv5, whose dilation doubles, or 32 for coarser ones, at which
+    nothing is dilated."""
     loss_stride: Literal[1, 2, 4, 8, 16] = 1
     """Stride at which predictions and labels are compared in training, in pixels; larger values
     take less time on a CPU."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.output_stride % self.loss_stride:
+            raise UserError(
+                f"expected loss_stride to be at most output_stride ({self.output_stride}), "
+                f"but got {self.loss_stride}"
+            )
+        if self.output_stride == 32 and self.dilation != 2:
+            raise UserError(
+                "expected dilation to be 2, the default, for output_stride 32, which does not "
+                f"dilate, but got {self.dilation}"
+            )
+        if self.output_stride == 32 and self.freeze == 5 and self.neck == "none":
+            raise UserError(
+                "expected output_stride to be 8 or 16 for freeze 5 without a neck, but got 32; add "
+                "a neck, or freeze 4 stages"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -415,7 +437,7 @@ class DeepLabRecipe(SegmentationRecipe):
     def build_model(self, num_classes: int) -> "DeepLab":
         from deformnet.models.deeplab import DeepLab
 
-        backbone = self._backbone(1024, dilation=self.dilation)
+        backbone = self._backbone(1024, dilation=self.dilation, output_stride=self.output_stride)
         return DeepLab(backbone, num_classes, self.loss_stride)
 
     @classmethod
