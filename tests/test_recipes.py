@@ -1,5 +1,6 @@
 import dataclasses
 import inspect
+import json
 import math
 import re
 
@@ -39,6 +40,48 @@ def test_json_keeps_every_recipe(tmp_path, recipe):
     path = tmp_path / "recipe.json"
     path.write_text(recipe(seed=3).to_json())
     assert Recipe.load(path) == recipe(seed=3)
+
+
+def test_recipes_without_an_output_stride_have_16(tmp_path):
+    values = DeepLabRecipe(seed=3).to_dict()
+    del values["output_stride"]
+    path = tmp_path / "recipe.json"
+    path.write_text(json.dumps(values))
+    assert DeepLabRecipe.load(path) == DeepLabRecipe(seed=3, output_stride=16)
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        (
+            {"output_stride": 4},
+            TypeError,
+            "expected output_stride to be one of 8, 16, 32, but got 4",
+        ),
+        (
+            {"output_stride": 8, "loss_stride": 16},
+            UserError,
+            "expected loss_stride to be at most output_stride (8), but got 16",
+        ),
+        (
+            {"output_stride": 32, "dilation": 4},
+            UserError,
+            "expected dilation to be 2, the default, for output_stride 32, which does not dilate, ",
+        ),
+        (
+            {"output_stride": 32, "freeze": 5, "norm": "frozen"},
+            UserError,
+            "expected output_stride to be 8 or 16 for freeze 5 without a neck, but got 32",
+        ),
+    ],
+)
+def test_invalid_output_strides_raise(fields, error, message):
+    with pytest.raises(error, match=f"^{re.escape(message)}"):
+        DeepLabRecipe(**fields)
+
+
+def test_detectors_have_no_output_stride():
+    assert not any(hasattr(recipe, "output_stride") for recipe in DETECTORS)
 
 
 def test_a_recipe_of_another_network_is_refused(tmp_path):

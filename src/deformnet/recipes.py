@@ -36,6 +36,7 @@ DeformLayers = Literal[0, 1, 2, 3, 6]
 """Numbers of deformable convolutions in Table 1."""
 Sampling = Literal["bins", "msra", "aligned"]
 """Sampling rules of RoI pooling; see `deformnet.ops.deform_roi_pool`."""
+OutputStride = Literal[8, 16, 32]
 ScoreAt = Literal["original", "network"]
 """Size at which predicted label maps are compared with the ground truth: that of the label map on
 disk, to which the logits are upsampled, or that of the network's input, to which the label map is
@@ -203,7 +204,12 @@ class Recipe(ABC):
         """
 
     def _backbone(
-        self, reduce_channels: int | None, *, dilation: int = 2, output_stride: Literal[16, 32] = 16
+        self,
+        reduce_channels: int | None,
+        *,
+        dilation: int = 2,
+        output_stride: OutputStride = 16,
+        center: bool = True,
     ) -> "Backbone":
         from deformnet.models.backbones import backbone
 
@@ -218,6 +224,7 @@ class Recipe(ABC):
             freeze=self.freeze,
             stride_in_1x1=self.stride_in_1x1,
             output_stride=output_stride,
+            center=center,
             weights=self.init,
             reduce_channels=reduce_channels,
             neck=self.neck,
@@ -342,7 +349,7 @@ class ClassifierRecipe(Recipe):
     def build_model(self, num_classes: int) -> "Classifier":
         from deformnet.models.classifier import Classifier
 
-        return Classifier(self._backbone(None, output_stride=32), num_classes)
+        return Classifier(self._backbone(None, output_stride=32, center=False), num_classes)
 
     @classmethod
     def published(cls) -> "Recipe":
@@ -356,7 +363,7 @@ class DenseRecipe(Recipe):
     pixels: ClassVar[tuple[str, ...]] = ("short_side", "max_side", "crop")
 
     dilation: int = 2
-    """Dilation of conv5, whose stride is 1, or of the neck if there is one."""
+    """Dilation of conv5, whose stride is 1, or of the neck if there is one, at output stride 16."""
     short_side: int = 600
     """Shorter side of the images after resizing, in pixels."""
     max_side: int | None = 1000
@@ -403,9 +410,31 @@ class SegmentationRecipe(DenseRecipe):
     """Shorter side of the images after resizing, in pixels."""
     max_side: int | None = 600
     """Maximum longer side after resizing, in pixels, which takes precedence; None for no limit."""
+    output_stride: OutputStride = 16
+    """Stride of the features, in pixels: 16 as in the paper, 8 for finer features, at about four
+    times the cost of conv4 and conv5, whose dilation doubles, or 32 for coarser ones, at which
+    nothing is dilated."""
     loss_stride: Literal[1, 2, 4, 8, 16] = 1
     """Stride at which predictions and labels are compared in training, in pixels; larger values
     take less time on a CPU."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.output_stride % self.loss_stride:
+            raise UserError(
+                f"expected loss_stride to be at most output_stride ({self.output_stride}), "
+                f"but got {self.loss_stride}"
+            )
+        if self.output_stride == 32 and self.dilation != 2:
+            raise UserError(
+                "expected dilation to be 2, the default, for output_stride 32, which does not "
+                f"dilate, but got {self.dilation}"
+            )
+        if self.output_stride == 32 and self.freeze == 5 and self.neck == "none":
+            raise UserError(
+                "expected output_stride to be 8 or 16 for freeze 5 without a neck, but got 32; add "
+                "a neck, or freeze 4 stages"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -417,7 +446,7 @@ class DeepLabRecipe(SegmentationRecipe):
     def build_model(self, num_classes: int) -> "DeepLab":
         from deformnet.models.deeplab import DeepLab
 
-        backbone = self._backbone(1024, dilation=self.dilation)
+        backbone = self._backbone(1024, dilation=self.dilation, output_stride=self.output_stride)
         return DeepLab(backbone, num_classes, self.loss_stride)
 
     @classmethod

@@ -91,10 +91,14 @@ def lines(caplog):
 
 
 @pytest.mark.parametrize(
-    ("network", "neck"),
-    [*((network, "none") for network in NETWORKS), *((it, "residual") for it in TWO)],
+    ("network", "neck", "changes"),
+    [
+        *((network, "none", {}) for network in NETWORKS),
+        *((network, "residual", {}) for network in TWO),
+        (DeepLabRecipe, "none", {"output_stride": 8}),
+    ],
 )
-def test_losses_are_those_without_a_cache(network, neck, data, tmp_path):
+def test_losses_are_those_without_a_cache(network, neck, changes, data, tmp_path):
     """In batches of images of all sizes."""
     recipe = frozen(
         network,
@@ -102,6 +106,7 @@ def test_losses_are_those_without_a_cache(network, neck, data, tmp_path):
         neck=neck,
         deform_layers=2 if neck == "residual" else 0,
         **({"bins": 3} if network in (FasterRCNNRecipe, RFCNRecipe) else {}),
+        **changes,
     )
     images = task_of(recipe).training_set(data, "train")
     torch.manual_seed(0)
@@ -190,7 +195,11 @@ def test_evaluation_on_a_cache_gives_the_scores_of_training(kept, data, tmp_path
     ("recipe", "words"),
     [
         (frozen(DeepLabRecipe, freeze=4), "but got freeze=4 and deform_layers=0"),
-        (ClassifierRecipe(freeze=5, norm="frozen"), "but those of classifiers have stride 32"),
+        (
+            ClassifierRecipe(freeze=5, norm="frozen"),
+            "but those of classifiers and of output_stride",
+        ),
+        (frozen(DeepLabRecipe, output_stride=32, neck="residual"), "have stride 32"),
     ],
 )
 def test_evaluation_keeps_features_of_frozen_backbones_only(recipe, words):
@@ -246,12 +255,15 @@ def test_damaged_missing_and_foreign_files_are_made_anew(kept, data, tmp_path, c
         assert path.read_bytes() == (cache / path.relative_to(tmp_path / "cache")).read_bytes()
 
 
-def test_other_weights_sizes_and_images_have_other_features(kept, data, tmp_path, lines):
+def test_other_weights_strides_sizes_and_images_have_other_features(kept, data, tmp_path, lines):
     recipe, _, cache = kept
     cache = shutil.copytree(cache, tmp_path / "cache")
     recipe = dataclasses.replace(recipe, iterations=1)
     run(dataclasses.replace(recipe, seed=1), data, tmp_path / "weights", feature_cache=cache)
     assert lines()[-2].endswith("(none are of this backbone with these weights)")
+    assert lines()[-1] == "features: 14 computed, 0 found"
+    fine = dataclasses.replace(recipe, output_stride=8)
+    run(fine, data, tmp_path / "stride", val_split="val", feature_cache=cache)
     assert lines()[-1] == "features: 14 computed, 0 found"
     run(dataclasses.replace(recipe, short_side=33), data, tmp_path / "size", feature_cache=cache)
     assert lines()[-1] == "features: 14 computed, 0 found"

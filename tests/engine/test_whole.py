@@ -40,6 +40,7 @@ SMALL = {"init": None, "backbone": "resnet18"}
 SIZES = {"short_side": 96, "max_side": 160}
 RECIPES = {
     "deeplab": DeepLabRecipe(**SMALL, **SIZES),
+    "deeplab-8": DeepLabRecipe(**SMALL, **SIZES, output_stride=8),
     "classifier": ClassifierRecipe(**SMALL, crop=64, test_short_side=72, resize=(72, 80)),
     "rfcn": RFCNRecipe(**SMALL, **SIZES),
     "faster_rcnn": FasterRCNNRecipe(**SMALL, **SIZES),
@@ -162,15 +163,16 @@ def test_classifier_as_pt2(folder, tmp_path, capsys):
     assert not [node for node in program.graph.nodes if "deformnet" in str(node.target)]
 
 
-def test_deeplab_as_pt2_without_its_upsampling(folder, tmp_path, capsys):
-    weights, out = weights_of("deeplab", folder), tmp_path / "net.pt2"
+@pytest.mark.parametrize(("name", "size"), [("deeplab", (4, 5)), ("deeplab-8", (8, 10))])
+def test_deeplab_as_pt2_without_its_upsampling(name, size, folder, tmp_path, capsys):
+    weights, out = weights_of(name, folder), tmp_path / "net.pt2"
     main(["export", str(weights), str(out), "--no-resize"])
     assert capsys.readouterr().out == f"network in {out}; it runs after `import deformnet`\n"
     predictor, expected = deformnet.load(out), deformnet.load(weights, device="cpu")
     for picture in pictures():
         assert torch.equal(predictor(picture).labels, expected(picture).labels)
     logits = torch.export.load(out).module()(torch.zeros(3, 3, 64, 80, dtype=torch.uint8))
-    assert logits.shape == (3, len(CLASSES), 4, 5)
+    assert logits.shape == (3, len(CLASSES), *size)
 
 
 @pytest.mark.usefixtures("real_data")  # slow

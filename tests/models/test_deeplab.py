@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from deformnet import parameter_groups
 from deformnet.models import DeepLab
 from deformnet.models.backbones import backbone
+from deformnet.recipes import DeepLabRecipe
 
 
 def small(**options):
@@ -73,6 +74,25 @@ def test_loss_at_a_stride_compares_the_centers_of_cells():
 def test_loss_stride_divides_the_stride_of_the_features(stride):
     with pytest.raises(ValueError, match=f"loss_stride to be a divisor of 16, .* got {stride}"):
         DeepLab(backbone("resnet18"), 5, stride)
+
+
+@pytest.mark.parametrize("output_stride", [8, 32])
+@pytest.mark.parametrize("neck", ["none", "residual"])
+@pytest.mark.parametrize("name", ["resnet18", "timm/test_convnext"])
+def test_a_step_at_another_output_stride(name, neck, output_stride):
+    torch.manual_seed(0)
+    recipe = DeepLabRecipe(
+        backbone=name, neck=neck, deform_layers=2, output_stride=output_stride, loss_stride=4
+    )
+    model, images = recipe.build_model(5), torch.randn(2, 3, 90, 70)
+    assert model.scores(images).shape[2:] == (-(-90 // output_stride), -(-70 // output_stride))
+    assert model(images).shape == (2, 5, 90, 70)
+    target = torch.randint(0, 5, (2, 90, 70))
+    before = model.losses_of_images(images, target)["segmentation"]
+    before.backward()
+    torch.optim.SGD(parameter_groups(model, 0.01), 0.01).step()
+    after = model.losses_of_images(images, target)["segmentation"]
+    assert after < before
 
 
 def test_no_valid_pixel_gives_zero_with_zero_gradients():

@@ -11,8 +11,6 @@ from deformnet.models.backbones import Backbone
 from deformnet.models.backbones.features import initialize
 from deformnet.models.network import Network, require_labels
 
-STRIDE = 16
-"""Stride of the feature map in the recipes."""
 IGNORE = 255
 """Label of pixels that neither train nor count in a metric."""
 

@@ -29,7 +29,7 @@ _NAME = "maps"
 
 
 class FeatureCache:
-    """The features of a frozen backbone of output stride 16.
+    """The features of a frozen backbone of output stride 8 or 16.
 
     Args:
         folder: the folder of the features of any backbones.

@@ -33,7 +33,7 @@ from deformnet.metrics.segmentation import (
     region_boxes,
     segmentation_scores,
 )
-from deformnet.models.deeplab import STRIDE, DeepLab
+from deformnet.models.deeplab import DeepLab
 from deformnet.recipes import ScoreAt, SegmentationRecipe
 from deformnet.tasks.annotations import AnnotatedImages, Annotation, Contents, Thing, about
 from deformnet.tasks.base import DataIdentity, Scores, Task, TrainingSet, Whole, seeded
@@ -305,17 +305,17 @@ class UnitScores(nn.Module):
 
 
 class Upsampled(nn.Module):
-    """An exported DeepLab with upsampling, unless the export already includes it."""
+    """An exported DeepLab with upsampling by its stride, unless the export already includes it."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, stride: int) -> None:
         super().__init__()
-        self.module = module
+        self.module, self.stride = module, stride
 
     def forward(self, images: Tensor) -> Tensor:
         height, width = images.shape[2:]
         logits = self.module(images)
         if logits.shape[2:] != images.shape[2:]:
-            logits = F.interpolate(logits, scale_factor=STRIDE, mode="bilinear")
+            logits = F.interpolate(logits, scale_factor=self.stride, mode="bilinear")
         return logits[..., :height, :width]
 
 
@@ -345,7 +345,7 @@ class SegmentationTask(Task[SegmentationRecipe, _Images]):
     def whole_predictor(
         self, module: nn.Module, trained_on: DataIdentity, device: Device = None
     ) -> SegmentationPredictor:
-        return self.predictor(Upsampled(module), trained_on, device)
+        return self.predictor(Upsampled(module, self.recipe.output_stride), trained_on, device)
 
     def _splits(self, data: Location) -> list[str]:
         return segmentation_splits(data)

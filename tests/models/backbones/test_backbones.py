@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torchvision
-from backbone_testing import bare
+from backbone_testing import bare, randomize_norms
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -36,17 +36,43 @@ def test_only_conv5_is_dilated(name, dilation):
 
 
 @pytest.mark.parametrize("name", SMALL)
-@pytest.mark.parametrize("output_stride", [16, 32])
+@pytest.mark.parametrize("output_stride", [8, 16, 32])
 @pytest.mark.parametrize("size", [(32, 48), (33, 47), (1, 1), (97, 16)], ids=str)
 def test_output_sizes(name, output_stride, size):
     options = {"output_stride": output_stride, "deform_layers": 2, "reduce_channels": 24}
     model = bare(name, **options).eval()
     images = torch.empty(2, 3, *size, device="meta")
     conv4, conv5 = model.stages(images)
-    assert conv4.shape == (2, model.conv4_channels, *(-(-side // 16) for side in size))
+    stride = min(16, output_stride)
+    assert conv4.shape == (2, model.conv4_channels, *(-(-side // stride) for side in size))
     rows, columns = (-(-side // output_stride) for side in size)
     assert conv5.shape == (2, model.conv5_channels, rows, columns)
     assert model(images).shape == (2, model.out_channels, rows, columns) == (2, 24, rows, columns)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("resnet18", {}),
+        ("resnet18", {"dilation": 4, "deform_layers": 6}),
+        ("resnet18", {"neck": "residual", "deform_layers": 2}),
+        ("resnet50", {}),
+        ("resnet50", {"stride_in_1x1": True}),
+        (ALIGNED, {}),
+    ],
+)
+def test_stride_8_has_the_features_of_stride_16_at_more_positions(name, options):
+    fine, usual = (
+        build(name, output_stride=stride, reduce_channels=None, **options).double().eval()
+        for stride in (8, 16)
+    )
+    randomize_norms(fine)
+    usual.load_state_dict(fine.state_dict())
+    images = torch.randn(1, 3, 67, 90, dtype=torch.float64)
+    for found, expected in zip(fine.stages(images), usual.stages(images), strict=True):
+        assert found.shape[2:] == (9, 12)
+        torch.testing.assert_close(found[..., ::2, ::2], expected)
 
 
 @pytest.mark.parametrize(
@@ -188,7 +214,7 @@ def test_reduction_comes_last_and_starts_small(name):
         ({"norm": "group"}, r"expected norm to be one of .*'frozen'.*, but got 'group'"),
         ({"freeze": 1}, "expected norm to be frozen for freeze=1, but got trained"),
         ({"freeze": 6, "norm": "frozen"}, "expected freeze to be 0 to 5, but got 6"),
-        ({"output_stride": 8}, r"expected output_stride to be one of \(16, 32\), but got 8"),
+        ({"output_stride": 4}, r"expected output_stride to be one of \(8, 16, 32\), but got 4"),
         ({"dilation": 0}, "expected dilation to be at least 1, but got 0"),
         ({"reduce_channels": 0}, "expected reduce_channels to be at least 1 or None, but got 0"),
         ({"deform_layers": 100}, r"expected deform_layers to be 0 to (16|99), .*, but got 100"),

@@ -38,14 +38,18 @@ def test_the_neck_is_conv5(name):
     torch.testing.assert_close(without.eval()(images), conv5, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", [LITE0, "resnet18"])
-def test_a_unit_sees_the_pixels_around_its_position(name):
-    model = build(name, dilation=1, neck_layers=1).eval()
+@pytest.mark.parametrize("name", [LITE0, "resnet18", "timm/convnext_atto"])
+@pytest.mark.parametrize("output_stride", [8, 16, 32])
+def test_a_unit_sees_the_pixels_around_its_position(name, output_stride):
+    model = build(name, dilation=1, neck_layers=1, output_stride=output_stride).eval()
     images = torch.randn(1, 3, 192, 192, requires_grad=True)
-    model(images)[0, :, 6, 6].sum().backward()
+    unit = 96 // output_stride
+    model(images)[0, :, unit, unit].sum().backward()
     rows = images.grad.abs().sum(dim=(0, 1, 3))
     center = (rows * torch.arange(192)).sum() / rows.sum()
-    assert center == pytest.approx(96, abs=6)
+    # At stride 16, the 2x2 convolution before conv5 reads units i and i + 1.
+    expected = 104 if (name, output_stride) == ("timm/convnext_atto", 16) else 96
+    assert center == pytest.approx(expected, abs=6)
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.network)

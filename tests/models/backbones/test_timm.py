@@ -58,7 +58,8 @@ def test_features_are_those_of_timm(name, tmp_path):
     net = timm.create_model(name).eval()
     path = tmp_path / "weights.safetensors"
     save_file(random_state(net), path)
-    model = build(name, output_stride=32, weights=path, reduce_channels=None).eval()
+    options = {"output_stride": 32, "center": False, "reduce_channels": None}
+    model = build(name, weights=path, **options).eval()
     images = torch.rand(1, 3, 64, 96)
     mean, std = (torch.tensor(net.pretrained_cfg[key])[:, None, None] for key in ("mean", "std"))
     with torch.no_grad():
@@ -77,7 +78,8 @@ def test_features_are_those_of_timm(name, tmp_path):
 @torch.no_grad()
 def test_dilated_features_contain_the_pretrained_ones(name):
     dense, coarse = (
-        build(name, output_stride=stride, reduce_channels=None).eval() for stride in (16, 32)
+        build(name, output_stride=stride, center=stride == 16, reduce_channels=None).eval()
+        for stride in (16, 32)
     )
     state = random_state(dense)
     for network in (dense, coarse):
@@ -92,14 +94,42 @@ def test_dilated_features_contain_the_pretrained_ones(name):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", ["regnetx_002", "convnext_atto", "tf_efficientnet_lite0"])
+def test_stride_8_has_the_features_of_stride_16_at_more_positions(name):
+    fine, usual = (
+        build(name, output_stride=stride, reduce_channels=None).double().eval()
+        for stride in (8, 16)
+    )
+    usual.load_state_dict(random_state(fine))
+    # Neither stride pads these sizes at the right and at the bottom.
+    patches = name == "convnext_atto"
+    images = torch.randn(1, 3, *((72, 104) if patches else (80, 96)), dtype=torch.float64)
+    (conv4, conv5), (expected4, expected5) = fine.stages(images), usual.stages(images)
+    torch.testing.assert_close(conv4[..., ::2, ::2], expected4)
+    if patches:  # conv5 merges units i and i + 1 of stride 16, which are centered between them
+        conv5, expected5 = conv5[..., 1::2, 1::2], expected5[..., :-1, :-1]
+        inside = (..., slice(1, -1), slice(1, -1))  # the borders differ
+        torch.testing.assert_close(conv5[inside], expected5[inside])
+    else:
+        torch.testing.assert_close(conv5[..., ::2, ::2], expected5)
+
+
+def test_hrnet_has_no_stride_8():
+    message = "timm/hrnet_w18_small: expected output_stride to be 16 or 32, .* but got 8;"
+    with pytest.raises(UserError, match=message):
+        build("hrnet_w18_small", output_stride=8)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("size", [(64, 96), (33, 47), (1, 1)], ids=str)
 def test_output_sizes(name, size):
-    for stride in (16, 32):
-        model = build(name, output_stride=stride, deform_layers=2 if stride == 16 else 0).eval()
+    for stride in (16, 32) if name.startswith("hrnet") else (8, 16, 32):
+        model = build(name, output_stride=stride, deform_layers=2 if stride < 32 else 0).eval()
         images = torch.randn(2, 3, *size)
         conv4, conv5 = model.stages(images)
         padded = [-(-side // stride) * stride for side in size]
-        assert conv4.shape == (2, model.conv4_channels, *(side // 16 for side in padded))
+        rows, columns = (-(-side // min(16, stride)) for side in (size if model._lead else padded))
+        assert conv4.shape == (2, model.conv4_channels, rows, columns)
         assert conv5.shape == (2, model.conv5_channels, *(side // stride for side in padded))
         assert model(images).shape[1] == model.out_channels == 1024
         assert model.stride == stride
@@ -158,7 +188,7 @@ def test_any_number_of_layers_up_to_all():
         ):
             build(name, deform_layers=99)
     with pytest.raises(UserError, match="Conv2dSame, which overrides"):
-        build(LITE0, deform_layers=17, output_stride=32)
+        build(LITE0, deform_layers=17, output_stride=32, center=False)
 
 
 def test_a_convolution_that_runs_twice_is_a_single_layer():
@@ -307,7 +337,7 @@ def test_imagenet_weights_of_a_package(lite0_package):
     net.load_state_dict(dict(zip(keys, values, strict=True)), strict=False)
     image = torch.rand(1, 3, 64, 96)  # from 0 to 1; the weights expect (255 * x - 127) / 128
     options = {"weights": lite0_package, "norm": "frozen", "reduce_channels": None}
-    model = build(LITE0, output_stride=32, **options).eval()
+    model = build(LITE0, output_stride=32, center=False, **options).eval()
     with torch.no_grad():
         found = model((image - MEAN) / STD)
         last = net.forward_intermediates((255 * image - 127) / 128, intermediates_only=True)[-1]

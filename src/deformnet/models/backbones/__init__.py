@@ -45,6 +45,7 @@ def backbone(
     freeze: int | None = None,
     stride_in_1x1: bool = False,
     output_stride: OutputStride = 16,
+    center: bool = True,
     weights: str | Path | None = None,
     reduce_channels: int | None = 1024,
     neck: Neck = "none",
@@ -58,6 +59,10 @@ def backbone(
     get half the dilation, as in torchvision's `replace_stride_with_dilation`: with the default, the
     features are then those of the pretrained network, at more positions.
 
+    At output stride 8, conv4 has stride 1 and dilation 2 as well, and conv5 (or the neck) twice the
+    dilation: the features are those of output stride 16, at twice as many positions in both
+    directions.
+
     Args:
         name: resnet18, resnet34, resnet50, resnet101, aligned-inception-resnet, or timm/NAME for a
             convolutional network of timm, whose stage of stride 32 is conv5.
@@ -66,7 +71,8 @@ def backbone(
             conv5 has three in ResNet-50 and 101 (so 6 includes the last three of conv4), four in
             ResNet-18 and six in ResNet-34. Aligned-Inception-ResNet has three in each block: the
             two consecutive ones of the last block, its single one, and so on.
-        dilation: Dilation of conv5 (2; Table 3 tries 4, 6 and 8).
+        dilation: Dilation of conv5 at output stride 16 (2; Table 3 tries 4, 6 and 8). It is doubled
+            at output stride 8 and not used at 32.
         offset_groups: Offset groups of the deformable layers.
         modulated: Whether the deformable layers also learn a mask.
         offset_conv: Kind of the convolutions that predict offsets; see `DeformConv2d`.
@@ -78,7 +84,10 @@ def backbone(
             as in He et al. 2016, the authors' code and detectron2's older models, rather than in
             the 3x3 convolution, as in torchvision. Weights belong to one of the two, which their
             shapes do not tell.
-        output_stride: 16, or 32 for classification, where conv5 has stride 2 and no dilation.
+        output_stride: 16; 8 for finer maps, which HRNet does not have; or 32, as in classification,
+            where conv5 has stride 2 and no dilation.
+        center: Whether to move the units of networks of timm to where label maps and boxes expect
+            them; see `TimmFeatures`. False keeps the padding that they were trained with.
         weights: Name of torchvision's weights ("IMAGENET1K_V1", ..., cached by torch.hub), a file
             with the state dict of this backbone or of torchvision's ResNet, or a run folder. There
             are no public weights of Aligned-Inception-ResNet. For timm/NAME: "timm" (downloaded
@@ -122,12 +131,12 @@ def backbone(
         from deformnet.models.backbones.timm import TimmFeatures
 
         name = name.removeprefix(_TIMM)
-        model = TimmFeatures(name, norm, output_stride, reduce_channels)
+        model = TimmFeatures(name, norm, output_stride, center, reduce_channels)
     else:
         model = AlignedInceptionResNetFeatures(norm_layer, output_stride, reduce_channels)
     if neck == "residual":
         model = BackboneWithNeck(model, output_stride, neck_channels, neck_layers)
-    if output_stride == 16:
+    if output_stride < 32:
         model.dilate(dilation)
     model.freeze(freeze)
     deform_last(

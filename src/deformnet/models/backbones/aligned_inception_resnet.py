@@ -11,7 +11,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from deformnet.models.backbones.features import Backbone, NormLayer, OutputStride, require_images
+from deformnet.models.backbones.features import (
+    Backbone,
+    NormLayer,
+    OutputStride,
+    keep_resolution,
+    require_images,
+)
 
 # Table 6: channels and number of blocks of conv2 to conv5. Figure 8: channels of the two branches.
 _WIDTHS = (256, 512, 1024, 2048)
@@ -94,6 +100,8 @@ class AlignedInceptionResNetFeatures(Backbone):
             stages.append(stage)
             stride = 2
         self.stage2, self.stage3, self.stage4, self.stage5 = stages
+        if output_stride == 8:
+            keep_resolution(self.stage4)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

@@ -4,7 +4,7 @@ Dai et al. 2017, section 2.3, "Deformable Convolution for Feature Extraction".
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import chain
@@ -23,7 +23,7 @@ from deformnet.nn.offsets import OffsetConv
 from deformnet.ops._arguments import one_of, positive
 
 Norm = Literal["frozen", "trained"]
-OutputStride = Literal[16, 32]
+OutputStride = Literal[8, 16, 32]
 
 
 class FrozenBatchNorm2d(torchvision.ops.FrozenBatchNorm2d):
@@ -68,7 +68,8 @@ class Backbone(nn.Module):
         conv4_channels: Channels of conv4.
         conv5_channels: Channels of conv5.
         output_stride: Stride of conv5, in pixels of the image: 16 in dense prediction, where conv5
-            keeps the resolution of conv4, or 32 in classification.
+            keeps the resolution of conv4, 8 where conv4 also keeps that of conv3, or 32 in
+            classification.
         reduce_channels: Output channels of the randomly initialized 1x1 convolution and ReLU after
             conv5; None leaves both out.
 
@@ -105,6 +106,7 @@ class Backbone(nn.Module):
         self.conv4_channels = conv4_channels
         self.conv5_channels = conv5_channels
         self.stride: int = output_stride
+        self._conv4_stride = min(16, output_stride)
         self.out_channels = conv5_channels if reduce_channels is None else reduce_channels
         self._reduces = reduce_channels is not None
 
@@ -124,7 +126,7 @@ class Backbone(nn.Module):
         return self.reduced(conv5)
 
     def stages(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Feature maps of conv4 (at stride 16) and conv5 of normalized images [N, 3, H, W].
+        """Feature maps of conv4 (at stride 16, or 8) and conv5 of normalized images [N, 3, H, W].
 
         Args:
             images: The images, or `maps` in their place.
@@ -139,7 +141,7 @@ class Backbone(nn.Module):
     def maps(self, images: Tensor) -> Tensor:
         """What `freeze(5)` keeps from changing: feature maps [N, map_channels, H, W].
 
-        Those of conv4 and conv5, joined. For output stride 16.
+        Those of conv4 and conv5, joined. For output strides 8 and 16.
         """
         return torch.cat(self._computed(images), dim=1)
 
@@ -189,7 +191,10 @@ class Backbone(nn.Module):
 
     @abstractmethod
     def conv4(self, images: Tensor) -> Tensor:
-        """Feature map [N, conv4_channels, ceil(H/16), ceil(W/16)] of conv4; see `stages`."""
+        """Feature map [N, conv4_channels, ceil(H/16), ceil(W/16)] of conv4; see `stages`.
+
+        At output stride 8, [N, conv4_channels, ceil(H/8), ceil(W/8)].
+        """
 
     def filters(self) -> list[str]:
         """Names of the convolutions that `deform_last` counts, from the input to the output."""
@@ -232,8 +237,13 @@ class Backbone(nn.Module):
         """Names of the modules with parameters in each of conv1 to conv4."""
 
     def dilate(self, dilation: int) -> None:
-        """Set the stride of conv5 to 1 and dilate its convolutions; see `dilate`."""
-        dilate(self.conv5_stage, dilation)
+        """Set the stride of conv5 to 1 and dilate its convolutions; see `dilate`.
+
+        Args:
+            dilation: Dilation at output stride 16. At 8, units are half as far apart, and the
+                convolutions have twice the dilation.
+        """
+        dilate(self.conv5_stage, dilation, unit=16 // self._conv4_stride)
 
     def freeze(self, stages: int) -> None:
         """Freeze the first stages: 2 for conv1 and conv2, 4 for everything up to conv4."""
@@ -304,13 +314,29 @@ def require_images(images: Tensor) -> None:
         raise ValueError(f"expected images to be [N, 3, H, W], but got {list(images.shape)}")
 
 
-def dilate(stage: nn.Module, dilation: int, *, entry: Collection[nn.Module] = ()) -> None:
+def entry_of(stage: Iterable[nn.Module]) -> list[nn.Module]:
+    """The convolutions larger than 1x1 among modules, up to the last that has a stride."""
+    large = [it for it in stage if isinstance(it, nn.Conv2d) and max(it.kernel_size) > 1]
+    strided = [place for place, it in enumerate(large, 1) if max(it.stride) > 1]
+    return list(large[: max(strided, default=0)])
+
+
+def keep_resolution(stage: nn.Module) -> None:
+    """Replace the stride of a stage by dilation 2: the same features, at more positions."""
+    dilate(stage, 2, entry=entry_of(stage.modules()))
+
+
+def dilate(
+    stage: nn.Module, dilation: int, *, entry: Collection[nn.Module] = (), unit: int = 1
+) -> None:
     """Set the stride of a stage to 1 and dilate its convolutions of odd size.
 
     Convolutions of even size, which merge patches in some networks, are not dilated.
 
     Args:
         entry: Convolutions that get half the dilation.
+        unit: Factor of the dilation of all convolutions, of even size, too: how much finer than
+            usual the input of the stage is.
     Raises:
         ValueError: If `dilation` is less than 1.
     """
@@ -319,9 +345,10 @@ def dilate(stage: nn.Module, dilation: int, *, entry: Collection[nn.Module] = ()
         if isinstance(module, nn.Conv2d):
             module.stride = (1, 1)
             if any(size % 2 == 0 for size in module.kernel_size):
+                module.dilation = tuple(unit * step for step in module.dilation)
                 module.padding = "same"
                 continue
-            factor = max(1, dilation // 2) if module in entry else dilation
+            factor = unit * (max(1, dilation // 2) if module in entry else dilation)
             module.dilation = tuple(factor * step for step in module.dilation)
             module.padding = tuple(
                 step * (size // 2)

@@ -34,7 +34,8 @@ class BackboneWithNeck(Backbone):
     parameters are all frozen stays in evaluation mode.
 
     Args:
-        base: Backbone without channel reduction. At output stride 16, its conv5 gets dilation 2.
+        base: Backbone without channel reduction. Below output stride 32, its conv5 gets dilation 2;
+            see `dilate`.
         output_stride: Output stride of `base`.
         channels: Channels of the neck.
         layers: Number of 3x3 convolutions.
@@ -51,7 +52,7 @@ class BackboneWithNeck(Backbone):
         positive("neck_channels", channels)
         positive("neck_layers", layers)
         super().__init__(base.out_channels, channels, output_stride, None)
-        if output_stride == 16:
+        if output_stride < 32:
             base.dilate(2)
         self.name, self.published = base.name, base.published
         self.base = base

@@ -9,7 +9,13 @@ from torch import Tensor, nn
 from torchvision.models import ResNet, get_model, get_model_weights
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from deformnet.models.backbones.features import Backbone, NormLayer, OutputStride, require_images
+from deformnet.models.backbones.features import (
+    Backbone,
+    NormLayer,
+    OutputStride,
+    keep_resolution,
+    require_images,
+)
 
 
 class ResNetFeatures(Backbone):
@@ -42,6 +48,8 @@ class ResNetFeatures(Backbone):
         self.maxpool = trunk.maxpool
         self.layer1, self.layer2 = trunk.layer1, trunk.layer2
         self.layer3, self.layer4 = trunk.layer3, trunk.layer4
+        if output_stride == 8:
+            keep_resolution(self.layer3)
         self._add_reduction()
 
     def conv4(self, images: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
+from itertools import chain
 from typing import Any, cast
 
 import timm
@@ -23,6 +24,7 @@ from deformnet.models.backbones.features import (
     Norm,
     OutputStride,
     dilate,
+    entry_of,
     require_images,
 )
 
@@ -31,27 +33,34 @@ class TimmFeatures(Backbone):
     """A timm network without its classifier; see `backbone`.
 
     The modules up to stride 16 are in `trunk`, and the modules from there to stride 32 in `conv5`,
-    with timm's names. Images are padded on the right and at the bottom to a multiple of the stride,
+    with timm's names; at output stride 8, conv4 is in `trunk`, too. Pooling layers are not dilated,
+    only convolutions. Images are padded on the right and at the bottom to a multiple of the stride,
     since networks with a patch stem would drop the remainder.
 
-    At output stride 16, units are centered as in other backbones, since boxes and label maps are
-    placed by them. In a network with TensorFlow's padding ("tf_..."), they would be 15 pixels away,
-    so its strided convolutions are padded on both sides; with a patch stem, 7.5 pixels, so images
-    are also padded on the left and at the top. Except at the borders, both translate the image.
+    If `center`, units are centered as in other backbones, since boxes and label maps are placed by
+    them. In a network with TensorFlow's padding ("tf_..."), they would be 15 pixels away at output
+    stride 16, so its strided convolutions are padded on both sides; with a patch stem, 7.5 pixels,
+    so images are also padded on the left and at the top. Except at the borders, both translate the
+    image.
 
     Args:
         name: timm's name of the network, with or without a weights tag.
-        norm, output_stride, reduce_channels: See `backbone`.
+        norm, output_stride, center, reduce_channels: See `backbone`.
 
     Raises:
-        UserError: If timm has no such network, or the network is not a sequence of convolutional
-            stages.
+        UserError: If timm has no such network, the network is not a sequence of convolutional
+            stages, or its conv4 cannot keep the resolution of conv3 for output stride 8.
     """
 
     counted = "convolutions larger than 1x1"
 
     def __init__(
-        self, name: str, norm: Norm, output_stride: OutputStride, reduce_channels: int | None
+        self,
+        name: str,
+        norm: Norm,
+        output_stride: OutputStride,
+        center: bool,
+        reduce_channels: int | None,
     ) -> None:
         net = _create(name)
         # The last feature map of each stride.
@@ -80,6 +89,11 @@ class TimmFeatures(Backbone):
         theirs = {id(value): key for key, value in net.state_dict(keep_vars=True).items()}
         self._shapes = {key: value.shape for key, value in net.state_dict().items()}
         if isinstance(net, HighResolutionNet):
+            if output_stride == 8:
+                raise UserError(
+                    f"timm/{name}: expected output_stride to be 16 or 32, since the branches of "
+                    "HRNet run side by side, but got 8; use another network for stride 8"
+                )
             self.trunk, self.conv5, self._stages = _split_high_resolution(net)
         else:
             self.trunk, self.conv5, self._stages = _split(net, name, levels)
@@ -89,10 +103,14 @@ class TimmFeatures(Backbone):
             if id(value) in theirs
         }
         self._entry: list[str] = []
-        self._lead = 0
-        if output_stride == 16:
-            self._entry = _keep_resolution(self.conv5)
-            self._lead = _center(self.trunk)
+        if output_stride < 32:
+            entry = _keep_resolution(self, ["conv5"])
+            self._entry = [part for part, module in self.named_modules() if module in entry]
+        self._lead = _center(self.trunk, self.conv5) if center else 0
+        if output_stride == 8:
+            entry = _keep_resolution(self, self._stages[3])
+            for part in self._stages[3]:
+                dilate(self.get_submodule(part), 2, entry=entry)
         if norm == "frozen":
             freeze_batch_norm_2d(self.trunk)
             freeze_batch_norm_2d(self.conv5)
@@ -120,7 +138,7 @@ class TimmFeatures(Backbone):
         except Exception as error:  # anything can fail in a network that is not sequential
             raise _unfit(name, str(error).partition("\n")[0]) from error
         for maps, channels, stride in (
-            (conv4, self.conv4_channels, 16),
+            (conv4, self.conv4_channels, self._conv4_stride),
             (conv5, self.conv5_channels, self.stride),
         ):
             shape = list(maps.shape) if isinstance(maps, Tensor) else type(maps).__name__
@@ -148,10 +166,11 @@ class TimmFeatures(Backbone):
     def _computed(self, images: Tensor) -> tuple[Tensor, Tensor]:
         maps = self.trunk(self._normalized(images))
         conv5 = self._cropped(self.conv5(maps), images, self.stride)
-        return self._cropped(_first(maps), images, 16), conv5
+        return self._cropped(_first(maps), images, self._conv4_stride), conv5
 
     def conv4(self, images: Tensor) -> Tensor:
-        return self._cropped(_first(self.trunk(self._normalized(images))), images, 16)
+        maps = _first(self.trunk(self._normalized(images)))
+        return self._cropped(maps, images, self._conv4_stride)
 
     @property
     def conv5_stage(self) -> nn.Module:
@@ -165,8 +184,8 @@ class TimmFeatures(Backbone):
         return chain if isinstance(self.conv5, nn.Sequential) else chain[:1]
 
     def dilate(self, dilation: int) -> None:
-        entry = [self.conv5.get_submodule(name) for name in self._entry]
-        dilate(self.conv5, dilation, entry=entry)
+        entry = [self.get_submodule(name) for name in self._entry]
+        dilate(self.conv5, dilation, entry=entry, unit=16 // self._conv4_stride)
 
     @property
     def trunk_stages(self) -> Sequence[Sequence[str]]:
@@ -325,36 +344,38 @@ def _split_high_resolution(net: HighResolutionNet) -> tuple[nn.Module, nn.Module
     return trunk, _HighResolutionHead(widen[3], cast(nn.Sequential, down[2])), stages
 
 
-def _keep_resolution(stage: nn.Module) -> list[str]:
-    """Set all strides of a stage to 1.
+def _keep_resolution(model: nn.Module, parts: Sequence[str]) -> list[nn.Module]:
+    """Set all strides of parts of a model to 1.
 
     Returns:
-        Names of the convolutions larger than 1x1 up to the last that had a stride.
+        Those of their convolutions that `entry_of` found before.
     """
-    names, strided = [], 0
-    for name, module in stage.named_modules():
-        if isinstance(module, nn.Conv2d) and max(module.kernel_size) > 1:
-            names.append(name)
-            strided = len(names) if max(module.stride) > 1 else strided
-    for name, module in list(stage.named_modules()):
+    inside = {
+        name: module
+        for part in parts
+        for name, module in model.get_submodule(part).named_modules(prefix=part)
+    }
+    entry = entry_of(inside.values())
+    for name, module in inside.items():
         if type(module) is Conv2dSame:  # pads like any other convolution at stride 1
             module.__class__ = nn.Conv2d
         elif isinstance(module, nn.AvgPool2d):
-            stage.set_submodule(name, AvgPool2dSame(module.kernel_size, 1))
+            model.set_submodule(name, AvgPool2dSame(module.kernel_size, 1))
         elif isinstance(module, nn.MaxPool2d):
-            stage.set_submodule(name, MaxPool2dSame(module.kernel_size, 1))
-    dilate(stage, 1)
-    return names[:strided]
+            model.set_submodule(name, MaxPool2dSame(module.kernel_size, 1))
+    for part in parts:
+        dilate(model.get_submodule(part), 1)
+    return entry
 
 
-def _center(trunk: nn.Module) -> int:
-    """Pad the strided convolutions of a trunk on both sides.
+def _center(*parts: nn.Module) -> int:
+    """Pad the strided convolutions of consecutive parts on both sides.
 
     Returns:
         Pixels by which units are off center because of kernels of even size, which merge patches.
     """
     offset, stride = 0.0, 1
-    for module in trunk.modules():
+    for module in chain.from_iterable(part.modules() for part in parts):
         if not isinstance(module, nn.Conv2d) or module.kernel_size[0] == 1:
             continue
         if type(module) is Conv2dSame:
