@@ -3,10 +3,12 @@
 import fcntl
 import json
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from deformnet._errors import UserError
 
 
 def stored(path: Path, settings: str, expected: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -17,14 +19,14 @@ def stored(path: Path, settings: str, expected: Mapping[str, Any]) -> dict[str, 
         settings: key of the run's settings in it.
         expected: settings that it should have.
     Raises:
-        ValueError: if it has other settings.
+        UserError: if it has other settings.
     """
     if not path.is_file():
         return None
     found = json.loads(path.read_bytes())
     expected = json.loads(json.dumps(expected))  # lists for tuples
     if found[settings] != expected:
-        raise ValueError(f"{path}: expected a run of {expected}, but got {found[settings]}")
+        raise UserError(f"{path}: expected a run of {expected}, but got {found[settings]}")
     return found
 
 
@@ -71,15 +73,50 @@ def spread(values: Mapping[str, Any] | None, digits: int = 1) -> str:
     return f"{values['mean']:.{digits}f}{std}"
 
 
+def difference(values: Mapping[int, float], others: Mapping[int, float]) -> dict[int, float]:
+    """Values minus others, for the seeds that both have."""
+    return {seed: values[seed] - others[seed] for seed in sorted(values.keys() & others.keys())}
+
+
+_OUTCOMES = {True: "holds", False: "**does not hold**", None: "**not clear**"}
+
+
 class Statement(NamedTuple):
-    """A statement, whether it holds here, and the supporting numbers."""
+    """A statement, whether it holds here (None if that is not clear), and the supporting numbers.
+
+    Its parts are combined by `outcome`, `every` and `some`.
+    """
 
     text: str
-    holds: bool
+    holds: bool | None
     numbers: str
 
     def __str__(self) -> str:
-        return f"- {'holds' if self.holds else '**does not hold**'}: {self.text}. {self.numbers}."
+        return f"- {_OUTCOMES[self.holds]}: {self.text}. {self.numbers}."
+
+
+def outcome(margins: Mapping[int, float], *, ties: bool = False) -> bool | None:
+    """Whether a margin is positive: for all seeds (True), for none (False), or for some (None).
+
+    Args:
+        ties: whether zero counts as positive; otherwise it counts neither for nor against.
+    """
+    least, most = min(margins.values()), max(margins.values())
+    if least > 0 or (ties and least == 0):
+        return True
+    return False if most < 0 else None
+
+
+def every(outcomes: Iterable[bool | None]) -> bool | None:
+    """Whether all parts of a statement hold; one that does not hold refutes it."""
+    found = set(outcomes)
+    return False if False in found else None if None in found else True
+
+
+def some(outcomes: Iterable[bool | None]) -> bool | None:
+    """Whether a part of a statement holds; it takes all parts to refute it."""
+    found = set(outcomes)
+    return True if True in found else None if None in found else False
 
 
 def gain_in_words(values: Mapping[int, float]) -> str:

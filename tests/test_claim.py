@@ -266,10 +266,10 @@ def test_the_control_pairs_seeds_and_checks_its_statements(tmp_path):
     assert of_warp["numbers"] == (
         "4.0 +- 1.4 (2 of 2 seeds) over plain, 2.5 +- 0.7 (2 of 2 seeds) over dilation2"
     )
-    assert not of_size["holds"]
-    assert not dilation["holds"]
+    assert of_size["holds"] is None  # behind the dilated network in one of two seeds
+    assert dilation["holds"] is None
     assert dilation["numbers"] == "0.5 +- 2.1 (1 of 2 seeds)"
-    assert str(control.Statement(**dilation)).startswith("- **does not hold**: size alone: the dil")
+    assert str(control.Statement(**dilation)).startswith("- **not clear**: size alone: the dil")
 
 
 def test_an_unfinished_control_states_nothing(tmp_path):

@@ -8,10 +8,12 @@ import gc
 import os
 import resource
 import signal
+import stat
 import threading
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -21,13 +23,18 @@ from PIL import Image
 from deformnet import UserError
 from deformnet._files import (
     encoding_png,
+    fitting,
+    mapped,
     matching,
     naming,
     parse_json,
+    read_file,
     read_json,
+    read_lines,
     refuse_overwrite,
     remove_partial,
     replacing,
+    require_own,
     write_file,
 )
 from small_sets import one_line
@@ -292,11 +299,69 @@ def test_an_input_is_not_overwritten(tmp_path):
     refuse_overwrite(tmp_path / "new", [tmp_path / "new", photo])
 
 
-def test_json_that_is_too_large(tmp_path, monkeypatch):
-    monkeypatch.setattr("deformnet._files.MAX_JSON_BYTES", 10)
-    (tmp_path / "a.json").write_text("[1, 2, 3, 4, 5]")
-    with one_line(UserError, tmp_path / "a.json", "expected JSON of at most 4 GiB"):
-        read_json(tmp_path / "a.json")
+@pytest.mark.parametrize(
+    ("read", "limit"), [(read_json, 1 << 32), (read_file, 1 << 32), (read_lines, 1 << 28)]
+)
+def test_files_that_are_too_large(read, limit, tmp_path):
+    path = tmp_path / "a"
+    path.touch()
+    os.truncate(path, 1 << 42)
+    with one_line(UserError, path, f"expected a file of at most {limit} bytes, but got {1 << 42}"):
+        read(path)
+
+
+def test_only_the_beginning_of_a_large_file_is_mapped(tmp_path, monkeypatch):
+    path = tmp_path / "a"
+    path.touch()
+    assert mapped(path) == b""
+    path.write_bytes(b"0123456789")
+    assert mapped(path)[:] == b"0123456789"
+    monkeypatch.setattr("deformnet._files.MAX_BYTES", 4)
+    assert mapped(path)[:] == b"0123"
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: ...")]
+)
+def test_a_file_that_exhausts_the_memory_is_named(error, tmp_path, monkeypatch):
+    path = tmp_path / "a"
+    path.write_text("[1]")
+    for name in ("pathlib.Path.read_bytes", "deformnet._files.parse_json"):
+        with monkeypatch.context() as patch:
+            patch.setattr(name, Mock(side_effect=error))
+            with one_line(MemoryError, f"{path}: too large for the memory of this machine"):
+                read_json(path)
+    with pytest.raises(RuntimeError, match="another"), fitting(path):
+        raise RuntimeError("another")
+
+
+def test_only_own_files_are_replaced(tmp_path):
+    path = tmp_path / "a"
+    require_own(path, "a report", lambda path: False)
+    path.write_text("own")
+    require_own(path, "a report", lambda path: path.read_text() == "own")
+    (tmp_path / "broken").symlink_to(tmp_path / "missing")
+    for other in (path, tmp_path, tmp_path / "broken"):
+        with one_line(UserError, other, "expected a new file or a report, but got another file"):
+            require_own(other, "a report", lambda path: False)
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EACCES, errno.ENOSYS, errno.EIO])
+@pytest.mark.parametrize("name", ["fsync", "open"])
+def test_a_folder_that_cannot_be_synced(name, number, tmp_path, monkeypatch):
+    """The file in it is complete, and has been renamed."""
+    real = getattr(os, name)
+
+    def failing(what: int | Path, *arguments: object) -> object:
+        if what == tmp_path or (isinstance(what, int) and stat.S_ISDIR(os.fstat(what).st_mode)):
+            raise OSError(number, os.strerror(number))
+        return real(what, *arguments)
+
+    monkeypatch.setattr(os, name, failing)
+    is_failure = number == errno.EIO  # of the disk
+    with pytest.raises(OSError, match="Input/output") if is_failure else nullcontext():
+        write_file(tmp_path / "a", b"new")
+    assert (tmp_path / "a").read_bytes() == b"new"
 
 
 @pytest.mark.parametrize("text", ["NaN", "[1e999]", "-Infinity", "9" * 400, "[" * 200_000, "{"])

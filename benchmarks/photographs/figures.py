@@ -11,8 +11,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torchvision.utils import draw_bounding_boxes
 
-from benchmarks.photographs.plan import CONV, CONV_POOL, Job, Run, jobs
+from benchmarks.photographs.plan import CONV, CONV_POOL, POOLING, Job, Run, jobs, result_path
 from deformnet.engine import load_run
+from deformnet.engine.runs import checkpoint_path
 from deformnet.inspection.report.bins import find_bins
 from deformnet.inspection.report.recording import UnitRecorder
 from deformnet.inspection.report.scenes import Scene, choose_scenes
@@ -34,32 +35,39 @@ _SCENES, _DETECTIONS = 2, 6
 _GRAY = 96
 
 
-def draw(out: Path, data: Path, *, photographs: bool) -> list[Path]:
-    """Draws Figures 5 and 6 from DeepLab, and 7 from R-FCN, of the first seed.
+def draw(out: Path, data: Path, *, photographs: bool) -> tuple[list[Path], list[str]]:
+    """Draws Figures 5 and 6 from DeepLab, and 7 from R-FCN, of the first seed if it is finished.
 
     Args:
         photographs: draw over the photographs; otherwise over the boxes of their objects, for
             pages on which the photographs may not be shown.
     Returns:
-        The files, in `out`.
-    Raises:
-        FileNotFoundError: if one of the runs is missing.
+        The files, in `out`, and what is missing for the other figures.
     """
     by_run = {job.run: job for job in jobs()}
-    segmenter, detector = by_run[Run("deeplab", CONV, 0)], by_run[Run("rfcn", CONV_POOL, 0)]
-    figures = {
-        **_sampling(segmenter.folder(out), data, photographs),
-        "figure7": _bins(detector, out, data, photographs),
-    }
-    files = []
-    for name, figure in figures.items():
-        files.append(out / f"{name}.png")
-        save_figure(figure, files[-1])
-    return files
+    files, missing = list[Path](), list[str]()
+    for names, run, drawn in (
+        ("Figures 5 and 6", Run("deeplab", CONV, 0), _sampling),
+        ("Figure 7", Run("rfcn", CONV_POOL, 0), _bins),
+    ):
+        job = by_run[run]
+        if lacking := [path for path in _needed(job, out) if not path.is_file()]:
+            missing.append(f"{names}: expected {lacking[0]}, but it is missing; train {run.name}")
+            continue
+        for name, figure in drawn(job, out, data, photographs).items():
+            files.append(out / f"{name}.png")
+            save_figure(figure, files[-1])
+    return files, missing
 
 
-def _sampling(folder: Path, data: Path, photographs: bool) -> dict[str, Figure]:
-    run = OpenedRun(folder, "cpu")
+def _needed(job: Job, out: Path) -> list[Path]:
+    """A finished run has a result; its checkpoint may be gone, since only results are stored."""
+    folders = [job.folder(out), *([job.proposals(out)] if job.run.network in POOLING else ())]
+    return [result_path(job, out), *map(checkpoint_path, folders)]
+
+
+def _sampling(job: Job, out: Path, data: Path, photographs: bool) -> dict[str, Figure]:
+    run = OpenedRun(job.folder(out), "cpu")
     images = run.task.annotated(data, "val", run.data)
     recorder = UnitRecorder(run.network, run)
     contents = (
@@ -72,7 +80,7 @@ def _sampling(folder: Path, data: Path, photographs: bool) -> dict[str, Figure]:
     }
 
 
-def _bins(job: Job, out: Path, data: Path, photographs: bool) -> Figure:
+def _bins(job: Job, out: Path, data: Path, photographs: bool) -> dict[str, Figure]:
     recipe, model, identity = load_run(job.folder(out))
     # It was trained on the proposals of this network.
     proposing = load_run(job.proposals(out)).model
@@ -84,7 +92,7 @@ def _bins(job: Job, out: Path, data: Path, photographs: bool) -> Figure:
     bins = find_bins(predictor, _all(images), _DETECTIONS)
     if not photographs:
         bins = [replace(one, image=_boxes_alone(one.image, one.box[None])) for one in bins]
-    return bins_figure(bins)
+    return {"figure7": bins_figure(bins)}
 
 
 def _all(images: AnnotatedImages) -> Iterator[tuple[Tensor, Annotation]]:

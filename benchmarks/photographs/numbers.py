@@ -1,10 +1,18 @@
 """Numbers of finished runs: scores by seed, and gains seed by seed."""
 
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from benchmarks.photographs.plan import NETWORKS, PLAIN, Network, Run, Variant
+from benchmarks.grid import difference
+from benchmarks.photographs.plan import (
+    NETWORKS,
+    PLAIN,
+    Network,
+    Run,
+    Variant,
+    require_same_proposals,
+)
 
 TITLES: Mapping[Network, str] = {
     "deeplab": "DeepLab",
@@ -27,7 +35,13 @@ Results = Mapping[Variant, Mapping[int, Mapping[str, Any]]]
 
 
 def by_network(results: Iterable[Mapping[str, Any]]) -> dict[Network, Results]:
-    """Results of finished runs; networks without any are left out."""
+    """Results of finished runs; networks without any are left out.
+
+    Raises:
+        UserError: see `require_same_proposals`.
+    """
+    results = list(results)
+    require_same_proposals(results)
     found: dict[Network, dict[Variant, dict[int, Mapping[str, Any]]]] = {}
     for result in results:
         run = Run.of(result["run"])
@@ -43,8 +57,16 @@ def scores(found: Results, variant: Variant, metric: str) -> dict[int, float]:
 
 def gains(found: Results, variant: Variant, metric: str, over: Variant = PLAIN) -> dict[int, float]:
     """Difference to another variant, for the seeds that both have."""
-    own, other = scores(found, variant, metric), scores(found, over, metric)
-    return {seed: own[seed] - other[seed] for seed in own if seed in other}
+    return difference(scores(found, variant, metric), scores(found, over, metric))
+
+
+def shared(
+    found: Results, variants: Sequence[Variant], metric: str
+) -> dict[Variant, dict[int, float]]:
+    """The scores of variants, for the seeds that all of them have; empty if there are none."""
+    every = {variant: scores(found, variant, metric) for variant in variants}
+    seeds = sorted(set[int].intersection(*map(set, every.values())))
+    return {v: {seed: of[seed] for seed in seeds} for v, of in every.items()} if seeds else {}
 
 
 def mean(values: Mapping[int, float]) -> float:

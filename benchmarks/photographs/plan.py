@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 from benchmarks.grid import stored
+from deformnet._errors import UserError
 from deformnet.recipes import (
     ClassAwareRPNRecipe,
     DeepLabRecipe,
@@ -122,12 +123,16 @@ TRIED: Mapping[Network, Sequence[Mapping[str, Any]]] = {
         {"lr": 0.1},
         {"lr": 0.05, "batch": 16, "iterations": 400},
         {"lr": 0.05, "clip": 10.0},
+        {"batch": 16, "lr": 0.05},  # twice the images
+        {"batch": 16, "lr": 0.05, "clip": 10.0},
+        {"short_side": 320, "max_side": 427},
     ),
-    "class-aware-rpn": ({},),
-    "faster-rcnn": ({},),
+    "class-aware-rpn": ({}, {"lr": 0.01}, {"clip": 10.0}),
+    "faster-rcnn": ({}, {"lr": 0.01}, {"clip": 10.0}),
     "rfcn": ({}, {"lr": 0.01}, {"bins": 5}),
 }
 """Changes of the settings that `--tune` compares."""
+TUNING_SEEDS = (0, 1, 2)
 
 
 class Job(NamedTuple):
@@ -146,7 +151,8 @@ class Job(NamedTuple):
 
     def described(self) -> dict[str, Any]:
         """What a stored result must be of."""
-        return {"recipe": self.recipe.to_dict(), "train": self.train, "test": self.test}
+        own = {"recipe": self.recipe.to_dict(), "train": self.train, "test": self.test}
+        return own | ({"proposals": PROPOSALS.to_dict()} if self.run.network in POOLING else {})
 
     def folder(self, out: Path) -> Path:
         return out / self.name
@@ -197,11 +203,16 @@ def jobs(
 def tuning_jobs(
     networks: Sequence[Network] = NETWORKS, seeds: Sequence[int] | None = None, fraction: float = 1
 ) -> list[Job]:
-    """Short comparisons of settings, on a quarter of the training images that is held out."""
+    """Comparisons of settings, on a quarter of the training images that is held out.
+
+    Args:
+        seeds: None for `TUNING_SEEDS`.
+        fraction: of the iterations.
+    """
     found = []
     for network in networks:
         variants = (PLAIN, CONV, *((POOL, CONV_POOL) if network in POOLING else ()))
-        for seed in seeds or (0,):
+        for seed in TUNING_SEEDS if seeds is None else seeds:
             for changes in TRIED[network]:
                 for variant in variants:
                     run = Run(network, variant, seed)
@@ -215,7 +226,7 @@ def stored_result(job: Job, out: Path) -> dict[str, Any] | None:
     """The stored result of a job; None if it is not finished.
 
     Raises:
-        ValueError: if it has another recipe or other splits.
+        UserError: if it has another recipe or other splits.
     """
     return stored(result_path(job, out), "job", job.described())
 
@@ -227,3 +238,23 @@ def result_path(job: Job, out: Path) -> Path:
 def finished(out: Path, kind: Literal["runs", "tuning"] = "runs") -> list[dict[str, Any]]:
     """The results of all finished runs in a folder."""
     return [json.loads(path.read_bytes()) for path in sorted(out.glob(f"{kind}/*/scores.json"))]
+
+
+def require_same_proposals(results: Iterable[Mapping[str, Any]]) -> None:
+    """Refuses results of a network and seed on different proposals, since they are compared.
+
+    Raises:
+        UserError: if there are any.
+    """
+    first: dict[tuple[Network, int], Mapping[str, Any]] = {}
+    for result in results:
+        run = Run.of(result["run"])
+        other = first.setdefault((run.network, run.seed), result)
+        own, expected = (one.get("proposals") for one in (result, other))
+        if own != expected:
+            raise UserError(
+                f"{result['name']}: expected the proposals of {other['name']} (SHA-256 "
+                f"{expected}), but got others ({own}), as of a region proposal network that was "
+                f"trained again; restore the former, or delete all results of {run.network} with "
+                f"seed {run.seed} to compute them anew"
+            )

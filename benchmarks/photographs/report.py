@@ -18,19 +18,22 @@ from benchmarks.photographs.numbers import (
 )
 from benchmarks.photographs.plan import (
     DILATIONS,
+    NETWORKS,
     PLAIN,
     TABLE1,
     TABLE3,
+    TRIED,
     Network,
     Variant,
     finished,
+    require_same_proposals,
 )
 from benchmarks.photographs.statements import statements
 from benchmarks.tables import conditions
 from deformnet._files import write_file, write_json
 from deformnet.paper.rows import find_rows
 
-_PAPER_DILATION = {
+PAPER_DILATION = {
     "res5c": ("5.3 +- 3.3", "5.8 +- 3.5", "8.4 +- 4.5", "6.2 +- 3.0"),
     "res5b": ("2.5 +- 1.3", "3.1 +- 1.5", "5.1 +- 2.5", "3.2 +- 1.2"),
     "res5a": ("2.2 +- 1.2", "2.9 +- 1.3", "4.2 +- 1.6", "3.1 +- 1.1"),
@@ -39,7 +42,11 @@ _PAPER_DILATION = {
 
 
 def report(out: Path) -> str:
-    """Writes photographs.json and photographs.md from the finished runs; returns the latter."""
+    """Writes photographs.json and photographs.md from the finished runs; returns the latter.
+
+    Raises:
+        UserError: see `require_same_proposals`.
+    """
     results = finished(out)
     found = by_network(results)
     parts = [part for network in found for part in _of_network(network, found[network])]
@@ -51,10 +58,51 @@ def report(out: Path) -> str:
 
 
 def tuning_table(out: Path) -> str:
-    """Scores on the held-out quarter of the training images, by changes of the settings."""
-    lines = ["| run | scores |", "|---|---|"]
-    for result in finished(out, "tuning"):
-        lines.append(f"| {result['name']} | {in_words(result['scores'])} |")
+    """Scores on the held-out quarter of the training images, by settings, the best ones first.
+
+    Raises:
+        UserError: see `require_same_proposals`.
+    """
+    results = finished(out, "tuning")
+    require_same_proposals(results)
+    of: dict[Network, list[Mapping[str, Any]]] = {
+        name: [one for one in results if one["run"]["network"] == name] for name in NETWORKS
+    }
+    return "\n\n".join(_tuning_table(network, own) for network, own in of.items() if own)
+
+
+def _tuning_table(network: Network, results: Sequence[Mapping[str, Any]]) -> str:
+    """Settings by the mean over plain and deformable networks, for the seeds that all have.
+
+    The order does not depend on the gain of the deformable networks.
+    """
+    fields = list(dict.fromkeys(name for changes in TRIED[network] for name in changes))
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for one in results:
+        recipe = one["job"]["recipe"]
+        groups.setdefault(tuple(recipe[name] for name in fields), []).append(one)
+    found = {settings: by_network(own)[network] for settings, own in groups.items()}
+    variants = sorted({variant for of in found.values() for variant in of})
+    metrics = METRICS[network]
+    main = [[scores(of, variant, metrics[0]) for variant in variants] for of in found.values()]
+    seeds = set[int].intersection(*(set(one) for of in main for one in of))
+    means = [
+        statistics.mean(one[seed] for one in of for seed in seeds) if seeds else None for of in main
+    ]
+    columns = [(variant, metric) for variant in variants for metric in metrics]
+    heads = [f"{variant.name}, {metric}" for variant, metric in columns]
+    heads = [*fields, f"mean of {metrics[0]}", *heads]
+    lines = [
+        f"**{TITLES[network]}**: settings by the mean over the networks, plain and deformable",
+        "",
+        f"| {' | '.join(heads)} |",
+        "|---" * len(heads) + "|",
+    ]
+    ranked = sorted(zip(means, found.items(), strict=True), key=lambda row: -(row[0] or 0))
+    for average, (settings, of) in ranked:
+        cells = [*map(str, settings), "-" if average is None else f"{average:.1f}"]
+        cells += [cell(_over_seeds(scores(of, *column))) for column in columns]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -169,7 +217,7 @@ def _dilation_table(found: Results) -> str:
             cells = [_filters([layer[place] for layer in layers]) for place in PLACES]
             name = layers[0]["layer"]
             lines.append(f"| {label(variant)} | {name} | {' | '.join(cells)} |")
-    for name, cells in _PAPER_DILATION.items():
+    for name, cells in PAPER_DILATION.items():
         lines.append(f"| paper | {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

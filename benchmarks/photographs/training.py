@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from benchmarks.photographs.numbers import SIZES
 from benchmarks.photographs.plan import POOLING, PROPOSALS, Job, Recipe, result_path
-from deformnet._files import write_json
+from deformnet._files import read_json, write_json
 from deformnet.analysis import AnnotatedImage, dilation_statistics
 from deformnet.analysis.dilation import LARGE_AREA, SMALL_AREA
 from deformnet.data.base import SegmentationDataset
@@ -21,7 +21,7 @@ from deformnet.data.boxes import DetectionDataset
 from deformnet.data.opening import open_detection, open_segmentation
 from deformnet.engine import Hardware, LoopOptions, Result, load_run, train
 from deformnet.engine.initial import initial
-from deformnet.engine.runs import previous_path
+from deformnet.engine.runs import machine, previous_path
 from deformnet.metrics import (
     ConfusionMatrix,
     GroundTruth,
@@ -42,6 +42,7 @@ from deformnet.tasks.base import Processes, TaskOptions
 from deformnet.tasks.detection.evaluation import ScoredDetections
 from deformnet.tasks.features import FeatureCache
 from deformnet.tasks.predictor import Predictor, preparation
+from deformnet.tasks.proposals import StoredProposals
 
 IOUS = (0.5, 0.7)
 _CPU = torch.device("cpu")
@@ -53,11 +54,16 @@ def features(out: Path) -> Path:
 
 
 def prepare(jobs: Sequence[Job], data: Path, out: Path) -> None:
-    """Computes the features and proposals of all images that jobs train on or are scored on."""
+    """Computes the features and proposals of all images that jobs train on or are scored on.
+
+    Raises:
+        UserError: if there are proposals of a network with other settings than `PROPOSALS`.
+    """
     prepared = set()
     for job in jobs:
         segments, pools = job.run.network == "deeplab", job.run.network in POOLING
-        if (key := (segments, pools, job.train)) in prepared:
+        key = (segments, pools, job.train, job.recipe.short_side, job.recipe.max_side)
+        if key in prepared:
             continue
         prepared.add(key)
         task = task_of(job.recipe)
@@ -65,16 +71,33 @@ def prepare(jobs: Sequence[Job], data: Path, out: Path) -> None:
             images = task.training_set(data, split)
             model, _ = initial(job.recipe, images.classes)
             cache = FeatureCache(features(out), cast(Model, model).backbone, _CPU)
+            begin = time.perf_counter()
             cache.filled(images, flip, Processes(progress=True))
+            if cache.computed:
+                counts = {
+                    "images": len(images),
+                    "mirror images": len(images) if flip else 0,
+                    "computed": cache.computed,
+                }
+                _note_caching(out, counts, time.perf_counter() - begin)
         if pools:
             propose(job, data, out)
 
 
+def _note_caching(out: Path, counts: Mapping[str, int], seconds: float) -> None:
+    """Prints how long caching took, and adds it to features.json in the output folder."""
+    words = ", ".join(f"{count} {name}" for name, count in counts.items())
+    print(f"features: {words}, {seconds:.0f} s", flush=True)
+    path = out / "features.json"
+    earlier = read_json(path)["caching"] if path.is_file() else []
+    row = {**counts, "seconds": seconds, "machine": machine()}
+    write_json(path, {"caching": [*earlier, row]})
+
+
 def propose(job: Job, data: Path, out: Path) -> None:
     """Trains the region proposal network for a job's splits and stores its proposals for both."""
-    if all(path.is_file() for path in proposal_files(job, out)):
-        return
     folder = job.proposals(out)
+    # Returns at once if it is trained, and refuses one with other settings.
     _train(PROPOSALS, data, folder, out, job.train)
     recipe, model, identity = load_run(folder)
     recall(model, out)
@@ -91,6 +114,12 @@ def proposal_files(job: Job, out: Path) -> tuple[Path, ...]:
     return tuple(job.proposals(out) / f"{name}.safetensors" for name in ("train", "test"))
 
 
+def proposals_digest(job: Job, out: Path) -> str | None:
+    """SHA-256 of the stored proposals of a job; None if its network has no RoI pooling."""
+    files = proposal_files(job, out)
+    return StoredProposals(files).digest if files else None
+
+
 def compute(job: Job, data: Path, out: Path) -> dict[str, Any]:
     """Trains the network of a job, or resumes it, scores it and stores the result."""
     begin = time.process_time()
@@ -102,6 +131,7 @@ def compute(job: Job, data: Path, out: Path) -> dict[str, Any]:
         "name": job.name,
         "run": job.run.to_json(),
         "job": job.described(),
+        "proposals": proposals_digest(job, out),
         **scored(job, data, out),
         "parameters": result.parameters,
         "seconds per step": result.seconds_per_iteration,
@@ -161,7 +191,7 @@ def scored(job: Job, data: Path, out: Path) -> dict[str, Any]:
 
 def annotated(recipe: Recipe, images: AnnotatedImages) -> Iterator[AnnotatedImage]:
     """Images with the boxes of their objects, as the network sees them."""
-    prepare = preparation(recipe.short_side, recipe.max_side)
+    prepare = preparation(recipe.short_side, recipe.max_side, recipe.interpolation)
     for index in range(len(images)):
         image, truth = images[index]
         prepared = prepare(image)

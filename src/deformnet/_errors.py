@@ -44,6 +44,23 @@ def require_at_most(settings: object, most: float, *names: str) -> None:
             raise UserError(f"expected {name} to be at most {most:g}, but got {value}")
 
 
+TOO_LARGE = "too large for the memory of this machine"
+"""Part of messages about a single file or image that exhausts the memory."""
+
+NO_MEMORY = (
+    *("out of memory", "allocate memory", "STATUS_ALLOC_FAILED"),  # the last: cuDNN and cuBLAS
+    *("could not create a primitive", "bad_alloc"),  # oneDNN, and C++ in general
+)
+"""Parts of the messages of RuntimeErrors that mean that there is not enough memory."""
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether an error means that there is not enough memory."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(sign in str(error) for sign in NO_MEMORY)
+    )
+
+
 class MissingExtraError(ImportError):
     """A part of deformnet was used whose optional dependencies are not installed."""
 

@@ -1,14 +1,16 @@
-"""Atomic writing of files, and bounded reading of JSON.
+"""Atomic writing of files, and bounded reading.
 
 A file is written under a temporary name next to its target, then renamed: a crash at any time
 leaves the old file or the new one, and of two concurrent writers, one complete file remains. A
 temporary file that a killed process left is removed when the same file is written again.
 """
 
+import errno
 import hashlib
 import io
 import json
 import math
+import mmap
 import os
 import re
 import secrets
@@ -21,7 +23,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import IO, Any
 
-from deformnet._errors import UserError
+from deformnet._errors import TOO_LARGE, UserError, lacks_memory
 
 try:
     import fcntl
@@ -32,8 +34,16 @@ PARTIAL = ".partial"
 """Suffix of temporary files. A killed process leaves one behind; nothing reads it, and the next
 writer of the same file removes it."""
 
-MAX_JSON_BYTES = 1 << 32
-"""Larger JSON files raise an error; the largest data sets have files of 1 to 2 GB."""
+MAX_BYTES = 1 << 32
+"""Larger files raise an error if they have to be in memory as a whole; the largest data sets have
+JSON files of 1 to 2 GB."""
+MAX_LINES_BYTES = 1 << 28
+"""The same for files of lines; a list of a million images has about 100 MB."""
+MAX_ANNOTATION_BYTES = 1 << 26
+"""The same for the annotation of one image, as text."""
+
+UNSUPPORTED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOLCK)
+"""Error numbers of file systems without locks, or that cannot sync a folder."""
 
 FileVersion = tuple[int, int, int]
 """Inode, size and time of a file."""
@@ -187,6 +197,17 @@ def encoding_png() -> Iterator[None]:
         raise
 
 
+@contextmanager
+def fitting(path: Path | str) -> Iterator[None]:
+    """Raises MemoryError with the name of a file where there is not enough memory to read it."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not lacks_memory(error):
+            raise
+        raise MemoryError(f"{path}: {TOO_LARGE}") from error
+
+
 def write_file(path: Path, content: bytes, *, durable: bool = True) -> None:
     """Writes or replaces a file as a whole; see `replacing`."""
     with replacing(path, durable=durable) as file:
@@ -284,6 +305,22 @@ def refuse_overwrite(path: Path, inputs: Iterable[Path]) -> None:
             )
 
 
+def require_own(path: Path, kind: str, is_own: Callable[[Path], bool]) -> None:
+    """Refuses to replace a file of another kind.
+
+    Args:
+        kind: what the command writes, in the message.
+        is_own: whether an existing file is of this kind.
+    Raises:
+        UserError: if it is not; it is not changed.
+    """
+    if (path.exists() or path.is_symlink()) and not (path.is_file() and is_own(path)):
+        raise UserError(
+            f"{path}: expected a new file or {kind}, but got another file, which was not changed; "
+            "choose another name"
+        )
+
+
 # Reading.
 
 
@@ -294,16 +331,32 @@ def require_file(path: Path) -> None:
         raise UserError(f"{path}: expected a file, but got a pipe or a device")
 
 
-def read_file(path: Path) -> bytes:
-    """The content of a file.
+def read_file(path: Path, limit: int = MAX_BYTES) -> bytes:
+    """The content of a file of up to `limit` bytes.
+
+    Raises:
+        UserError: if it is a pipe or a device, or larger.
+        OSError: if it cannot be read.
+        MemoryError: if it does not fit into memory; the message names it.
+    """
+    require_file(path)
+    if (size := path.stat().st_size) > limit:
+        raise UserError(f"{path}: expected a file of at most {limit} bytes, but got {size}")
+    with naming(path), fitting(path):
+        return path.read_bytes()
+
+
+def mapped(path: Path) -> bytes | mmap.mmap:
+    """The first `MAX_BYTES` of a file, mapped into memory, so that only the pages in use are read.
 
     Raises:
         UserError: if it is a pipe or a device.
         OSError: if it cannot be read.
     """
     require_file(path)
-    with naming(path):
-        return path.read_bytes()
+    with naming(path), path.open("rb") as file:
+        size = min(os.fstat(file.fileno()).st_size, MAX_BYTES)
+        return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) if size else b""
 
 
 def matching(folder: Path, pattern: str) -> Iterator[Path]:
@@ -339,16 +392,16 @@ def read_json(path: Path, hook: Callable[[dict[str, object]], object] | None = N
     """Reads a JSON file.
 
     Args:
-        path: a regular file in UTF-8, of up to `MAX_JSON_BYTES`.
+        path: a regular file in UTF-8, of up to `MAX_BYTES`.
         hook: applied to every object, innermost first, to drop or compress large values.
     Raises:
-        UserError: see `parse_json`; also if the file is a pipe or a device, or too large.
+        UserError: see `parse_json` and `read_file`.
+        MemoryError: see `read_file`.
     """
-    require_file(path)
-    if (size := path.stat().st_size) > MAX_JSON_BYTES:
-        raise UserError(f"{path}: expected JSON of at most 4 GiB, but got {size >> 30} GiB")
+    content = read_file(path)
     try:
-        return parse_json(read_file(path).decode("utf-8-sig"), hook)
+        with fitting(path):
+            return parse_json(content.decode("utf-8-sig"), hook)
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not readable as JSON ({error})") from error
     except UserError as error:
@@ -381,17 +434,20 @@ def parse_json(text: str, hook: Callable[[dict[str, object]], object] | None = N
         raise UserError(f"not readable as JSON ({reason})") from error
 
 
-def read_lines(path: Path) -> list[str]:
-    """Reads the non-blank lines of a text file, stripped.
+def read_lines(path: Path, limit: int = MAX_LINES_BYTES) -> list[str]:
+    """Reads the non-blank lines of a text file of up to `limit` bytes, stripped.
 
     Raises:
-        UserError: if the file is not UTF-8 text, or a pipe or a device.
+        UserError: if the file is not UTF-8 text; also see `read_file`.
+        MemoryError: see `read_file`.
     """
+    content = read_file(path, limit)
     try:
-        text = read_file(path).decode("utf-8-sig")
+        with fitting(path):
+            lines = content.decode("utf-8-sig").splitlines()
+            return [stripped for line in lines if (stripped := line.strip())]
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: expected UTF-8 text") from error
-    return [stripped for line in text.splitlines() if (stripped := line.strip())]
 
 
 def _refuse_constant(name: str) -> object:
@@ -429,8 +485,12 @@ def _sync_folder(folder: Path) -> None:
     """Makes a rename survive a power failure, where the system can."""
     if os.name != "posix":
         return
-    handle = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:  # EACCES: of a folder that can be written to, but not read
+        if error.errno not in (*UNSUPPORTED, errno.EACCES):
+            raise

@@ -1,4 +1,4 @@
-"""Exported networks on the Hugging Face Hub, and folders with the layout of its repositories.
+"""Downloads, and exported networks on the Hugging Face Hub or in folders with its layout.
 
 ```
 model.safetensors       the weights
@@ -8,14 +8,24 @@ README.md               the model card
 """
 
 import hashlib
+import logging
+import os
 import re
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from deformnet._errors import UserError, require_extra
-from deformnet._files import naming, read_json
+from deformnet._files import matching, naming, read_json
 
 WEIGHTS = "model.safetensors"
 _CARD = "model.json"
+_TIMEOUT = "DEFORMNET_DOWNLOAD_TIMEOUT"
+_PATIENCE = 10.0  # seconds before the first warning about a download
+_log = logging.getLogger(__name__)
 _ADDRESS = re.compile(r"hf://([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 
 
@@ -116,15 +126,58 @@ def download(
                 "local copy of the repository"
             ) from error
 
-    card = fetch(_CARD, revision)
-    commit = card.parent.name  # the weights of the same commit, even if the branch moves
-    weights = fetch(WEIGHTS, commit)
+    with downloading(address):
+        card = fetch(_CARD, revision)
+        commit = card.parent.name  # the weights of the same commit, even if the branch moves
+        weights = fetch(WEIGHTS, commit)
     try:
         _require_intact(card, weights)
     except UserError as error:
         cached = weights.parents[2]
         raise UserError(f"{address}: {error}; delete {cached} to download it again") from error
     return weights
+
+
+def cached(repo: str) -> Iterator[Path]:
+    """The files of a repository in the cache of huggingface_hub."""
+    from huggingface_hub import constants
+
+    folder = f"models--{repo.replace('/', '--')}"
+    return matching(Path(constants.HF_HUB_CACHE, folder), "snapshots/*/*")
+
+
+@contextmanager
+def downloading(what: str) -> Iterator[None]:
+    """Logs a warning, at growing intervals, while a download lasts.
+
+    It fails after DEFORMNET_DOWNLOAD_TIMEOUT seconds (an environment variable, 60 by default)
+    without data, or, for the Hub, after HF_HUB_DOWNLOAD_TIMEOUT (10). huggingface_hub waits without
+    limit for another process that downloads the same file.
+
+    Raises:
+        UserError: if the variable is not a number of seconds.
+    """
+    limit = os.environ.get(_TIMEOUT, "60")
+    if not limit.isdecimal() or not 1 <= int(limit) <= 86400:
+        raise UserError(f"expected {_TIMEOUT} to be 1 to 86400 seconds, but got {limit!r}")
+    start, ended = time.monotonic(), threading.Event()
+
+    def tell() -> None:
+        due = _PATIENCE
+        while not ended.wait(due):
+            waited = time.monotonic() - start
+            text = "waiting for the download of %s, here or in another process, for %.0f seconds"
+            _log.warning(text, what, waited)
+            due *= 2
+
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(int(limit))
+    threading.Thread(target=tell, daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
+        socket.setdefaulttimeout(before)
 
 
 def _require_intact(card: Path, weights: Path) -> None:

@@ -19,6 +19,8 @@ from deformnet._errors import UserError, require_at_least, require_at_most
 from deformnet._files import read_json
 
 if TYPE_CHECKING:  # the command line reads recipes before anything heavy is needed
+    from torchvision.transforms import InterpolationMode
+
     from deformnet.models.backbones import Backbone
     from deformnet.models.classifier import Classifier
     from deformnet.models.deeplab import DeepLab
@@ -222,6 +224,13 @@ class Recipe(ABC):
             neck_channels=self.neck_channels,
             neck_layers=self.neck_layers,
         )
+
+    @property
+    def interpolation(self) -> "InterpolationMode":
+        """How images are resized: as for the published weights of the backbone."""
+        from deformnet.models.backbones import interpolation
+
+        return interpolation(self.backbone)
 
     @property
     @abstractmethod

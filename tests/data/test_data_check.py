@@ -6,10 +6,13 @@ import re
 import shutil
 import signal
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 
+from deformnet._files import read_lines
+from deformnet.data import items, open_detection
 from deformnet.data.check import OFFICIAL_SETS, check_data, where_text
 from deformnet.data.check import check as checking
 from deformnet.data.files import IMAGE_SUFFIXES
@@ -353,6 +356,78 @@ def test_wrong_lists_of_voc(voc):
         assert any(part in line for line in lines)
     (voc / "classes.txt").write_text("one\none\n")
     assert any("'one' more than once" in line for line in check(voc).problems)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "closed", "huge"])
+def test_a_list_that_cannot_be_read_costs_itself(voc, kind):
+    """`one_train` may be a list of one class, so its first lines are read."""
+    path = voc / YEAR / "ImageSets/Main/one_train.txt"
+    if kind == "pipe":
+        path.unlink()
+        os.mkfifo(path)
+    elif kind == "huge":
+        os.truncate(path, 0)
+        os.truncate(path, 1 << 42)
+    else:
+        path.chmod(0)
+        if os.access(path, os.R_OK):
+            pytest.skip("root reads every file")
+    report = check(voc)
+    expected = {"pipe": "a pipe or a device", "closed": "Permission denied", "huge": "bytes, but"}
+    (problem,) = report.problems
+    assert problem.startswith(f"{YEAR}/ImageSets/Main/one_train.txt: ")
+    assert expected[kind] in problem
+    assert {name for name in rows(report) if name in LISTS} == set(LISTS)
+    assert len(open_detection(voc, "train")) == 2
+
+
+def test_huge_files_cost_themselves(voc):
+    for name in ("Annotations/a.xml", "JPEGImages/b.jpg", "SegmentationClass/b.png"):
+        path = voc / YEAR / name
+        path.write_bytes(b"")
+        os.truncate(path, 1 << 42)
+    report = check(voc)
+    assert any("a.xml: expected a file of at most" in problem for problem in report.problems)
+    assert rows(report) == dict(zip(LISTS, [(2, 0, 2), (4, 0, 2), (2, 0, 1)], strict=True))
+    with one_line(ValueError, "a.xml: expected a file of at most", f"but got {1 << 42}"):
+        open_detection(voc, "train")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        MemoryError("Unable to allocate 9 GiB"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: ..."),
+    ],
+)
+def test_a_file_beyond_the_memory_costs_itself(voc, error, monkeypatch):
+    read = items.read_image
+
+    def limited(path: Path, **options: object) -> object:
+        if path.stem == "c":
+            raise error
+        return read(path, **options)
+
+    monkeypatch.setattr(items, "read_image", limited)
+    report = check(voc)
+    (problem,) = report.problems
+    assert problem.startswith(f"{YEAR}/JPEGImages/c.jpg: {error or 'out of memory'}")
+    assert rows(report)["VOC2012/Main/trainval"] == (4, 0, 1)
+    monkeypatch.setattr(items, "read_image", Mock(side_effect=RuntimeError("a bug")))
+    with pytest.raises(RuntimeError, match="a bug"):
+        check(voc)
+
+
+def test_a_list_beyond_the_memory_costs_itself(voc, monkeypatch):
+    def limited(path: Path) -> list[str]:
+        if path.stem == "trainval":
+            raise MemoryError(f"{path}: too large for the memory of this machine")
+        return read_lines(path)
+
+    monkeypatch.setattr("deformnet.data.voc.read_lines", limited)
+    (problem,) = check(voc).problems
+    assert problem.endswith("Main/trainval.txt: too large for the memory of this machine")
 
 
 def test_wrong_image_folders(folders):

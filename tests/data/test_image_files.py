@@ -7,6 +7,7 @@ import tracemalloc
 import zlib
 from contextlib import suppress
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -412,3 +413,11 @@ def test_good_json(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(values), encoding="utf-8-sig")
     assert read_json(tmp_path / "a.json") == values
     assert read_json(tmp_path / "a.json", lambda entry: sorted(entry)) == sorted(values)
+
+
+@pytest.mark.parametrize("step", ["PIL.ImageFile.ImageFile.load", "PIL.Image.Image.convert"])
+def test_images_beyond_the_memory_are_named(tmp_path, monkeypatch, step):
+    save_image(path := tmp_path / "a.png")
+    monkeypatch.setattr(step, Mock(side_effect=MemoryError))
+    with one_line(MemoryError, f"{path}: too large for the memory of this machine"):
+        read_image(path)

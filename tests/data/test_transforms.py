@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 from torchvision import tv_tensors
-from torchvision.transforms import v2
+from torchvision.transforms import InterpolationMode, v2
 
 from deformnet import UserError
 from deformnet.data import segmentation_evaluation_transforms, segmentation_training_transforms
@@ -59,12 +59,13 @@ def test_same_size_is_only_normalized():
     assert torch.equal(labels, mask.long())
 
 
-def test_image_is_resized_as_in_pillow():
+@pytest.mark.parametrize("kind", ["bilinear", "bicubic"])
+def test_image_is_resized_as_in_pillow(kind):
     image, mask = pair(61, 83)
-    out = Resize(29, None)(image, mask)[0]
+    out = Resize(29, None, InterpolationMode(kind))(image, mask)[0]
     size = (round(83 * 29 / 61), 29)
     pillow = Image.fromarray(image.permute(1, 2, 0).numpy())
-    expected = np.asarray(pillow.resize(size, Image.Resampling.BILINEAR))
+    expected = np.asarray(pillow.resize(size, Image.Resampling[kind.upper()]))
     error = np.abs(out.permute(1, 2, 0).numpy().astype(int) - expected)
     assert error.max() <= 1
 

@@ -228,6 +228,7 @@ def test_malformed_labels(one, line, parts):
         ("train: images\nnames: [a, a]", ["'a' more than once"]),
         ("train: images\nnc: 3\nnames: [a, b]", ["3 class names (nc), but got 2"]),
         ("train: {a: b}\nnames: [a, b]", ["expected train to be folders"]),
+        ("train: images\npath: [a]\nnames: [a, b]", ["expected path to be a folder", "['a']"]),
         ("train: nowhere\nnames: [a, b]", ["nowhere", "no such folder"]),
         (
             "train: x/images\nval: y/images\nnames: [a, b]",
@@ -241,6 +242,36 @@ def test_malformed_data_yaml(one, text, parts):
     (one / "data.yaml").write_text(text)
     with one_line((ValueError, OSError), one, *parts):
         open_detection(one, "train")
+
+
+ALIASES = "a0: &a0 word\n" + "".join(
+    f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 12)
+)
+"""As nested lists, 10^11 words."""
+
+
+@pytest.mark.parametrize("key", ["names", "path", "train", "nc"])
+def test_aliases_of_aliases(one, key):
+    (one / "classes.txt").unlink()
+    values = {"train": "images", "names": "[cat, dog]"} | {key: "*a11"}
+    text = ALIASES + "".join(f"{name}: {value}\n" for name, value in values.items())
+    (one / "data.yaml").write_text(text)
+    with one_line(ValueError, one / "data.yaml", "expected", "[["):
+        open_detection(one, "train")
+    report = check_data(one, record=one.parent / "record", workers=0, progress=False)
+    assert not report.ok
+
+
+def test_aliases_of_values(one):
+    (one / "classes.txt").unlink()
+    (one / "data.yaml").write_text("val: &images images\ntrain: *images\nnames: [cat, dog]\n")
+    assert open_detection(one, "train").classes == ("cat", "dog")
+
+
+def test_many_names(one):
+    names = [f"class {number}" for number in range(200_000)]
+    (one / "classes.txt").write_text("\n".join(names))
+    assert len(open_detection(one, "train").classes) == len(names)
 
 
 def test_no_names(one):

@@ -11,6 +11,7 @@ import subprocess
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -351,12 +352,21 @@ def test_a_full_disk_under_the_lock_is_named(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
-    def fail(*_):
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks(number, tmp_path, monkeypatch):
+    """Training continues, and removes nothing that may be of another training."""
+    monkeypatch.setattr("fcntl.lockf", Mock(side_effect=OSError(number, os.strerror(number))))
+    (tmp_path / "checkpoints").mkdir()
+    other = tmp_path / "checkpoints/.0123456789abcdef.partial"
+    other.touch()
+    message = r"file system without locks \(.*\), so"
+    with pytest.warns(UserWarning, match=message), locked(tmp_path):
+        assert other.exists()
 
-    monkeypatch.setattr("fcntl.lockf", fail)
-    with pytest.raises(OSError, match="No locks available") as error, locked(tmp_path):
+
+def test_a_failing_disk_under_the_lock_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("fcntl.lockf", Mock(side_effect=OSError(5, "Input/output error")))
+    with pytest.raises(OSError, match="Input/output") as error, locked(tmp_path):
         pass
     assert error.value.filename == str(tmp_path / ".lock")
 

@@ -1,9 +1,12 @@
 """Exported networks in folders and on the Hugging Face Hub, and their model cards."""
 
 import dataclasses
+import fcntl
+import hashlib
 import importlib.util
 import json
 import shutil
+import threading
 from pathlib import Path
 
 import huggingface_hub
@@ -170,6 +173,14 @@ def test_a_folder_takes_the_place_of_a_run(run, folder, data, tmp_path):
     assert torch.equal(model.state_dict()[name], trained[name])
 
 
+def test_an_export_does_not_replace_its_input(folder):
+    """The card would lose its scores."""
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(UserError, match="expected a new path for the result, but got the input"):
+        export_run(folder, folder / "model.safetensors")
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
 def test_a_run_folder_stays_one(run, tmp_path):
     other = Path(shutil.copytree(run, tmp_path / "run"))
     (other / "model.safetensors").write_bytes(b"another export")
@@ -313,6 +324,23 @@ def test_a_download_that_breaks_off(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", broken)
     with pytest.raises(OSError, match=r"hf://me/cells: .* model\.json \(peer closed connection\),"):
         load_run("hf://me/cells")
+
+
+def test_a_wait_for_another_download_is_logged(hub, cache, monkeypatch, caplog):
+    """Another process holds huggingface_hub's lock."""
+    monkeypatch.setattr("deformnet._hub._PATIENCE", 0.05)
+    content = (hub / "model.json").read_bytes()
+    lock = cache / ".locks/models--me--cells" / f"{hashlib.sha256(content).hexdigest()}.lock"
+    lock.parent.mkdir(parents=True)
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        release = threading.Timer(0.5, fcntl.flock, (file, fcntl.LOCK_UN))
+        release.start()
+        load_run("hf://me/cells")
+        release.join()
+    assert caplog.messages[0].startswith(
+        "waiting for the download of hf://me/cells, here or in another process, for "
+    )
 
 
 def test_commands_that_need_a_run_folder(data, tmp_path, complaint):

@@ -53,6 +53,8 @@ CRASH = RuntimeError(WORKER.format("Segmentation fault", ""))
 SILENT = RuntimeError("[unbound_buffer.cc:78] Timed out waiting 1800000ms for recv operation")
 
 
+TOO_LARGE = "too large for the memory of this machine"
+IN_LOADER = "Caught MemoryError in DataLoader worker process 0.\nOriginal Traceback: ..."
 NO_MEMORY = "out of memory; --accumulate 2 processes each training batch in two parts"
 
 
@@ -62,6 +64,11 @@ NO_MEMORY = "out of memory; --accumulate 2 processes each training batch in two 
         (no_memory, NO_MEMORY),
         (GPU, NO_MEMORY),
         (MemoryError(), NO_MEMORY),
+        (RuntimeError("could not create a primitive"), NO_MEMORY),
+        (RuntimeError("std::bad_alloc"), NO_MEMORY),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), NO_MEMORY),
+        (MemoryError(f"a.xml: {TOO_LARGE}"), f"a.xml: {TOO_LARGE}"),
+        (MemoryError(f"{IN_LOADER}\nMemoryError: a.jpg: {TOO_LARGE}"), f"a.jpg: {TOO_LARGE}"),
         (no_port, "port 29777 is in use; choose another one with torchrun --master-port"),
         (GLOO, "the processes of this run cannot connect to each other; for several machines"),
         (KILLED, "a data loading process was killed, probably out of memory; use fewer"),

@@ -1,13 +1,19 @@
 """The files of scores have the same names after training and evaluation."""
 
+import dataclasses
 import json
 
 import pytest
 from PIL import Image
 
+import deformnet.engine
+from deformnet._text import Table
+from deformnet.cli import main
 from deformnet.data.synthetic import Shapes, write_shapes
 from deformnet.engine import Hardware, LoopOptions, evaluate, train
+from deformnet.engine.results import Result, UnsavedScores
 from deformnet.recipes import DeepLabRecipe, RFCNRecipe
+from deformnet.tasks.base import Scores
 
 COMMON = {"backbone": "resnet18", "short_side": 64, "max_side": None, "deform_layers": 0}
 COMMON |= {"batch": 2, "iterations": 1, "warmup": 0, "lr": 0.002}
@@ -49,3 +55,34 @@ def test_pictures_beside_the_numbers(recipe, names, data, tmp_path):
     # A row of the matrix is a line of the file.
     lines = (tmp_path / "metrics.json").read_text().splitlines()
     assert sum(line.startswith(" " * 6 + "[") for line in lines) >= len(matrix["counts"])
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (MemoryError(), "scores not written (out of memory)"),
+        (MemoryError("out of memory (encoder error)"), "scores not written (out of memory (enc"),
+        (OSError("no codec"), "scores not written (no codec)"),
+        (OSError(28, "No space left on device", "a.png"), "a.png: No space left on device"),
+    ],
+)
+def test_scores_that_cannot_be_written_are_printed(error, reason, tmp_path, capsys, monkeypatch):
+    def draw():
+        raise error
+
+    table = Table("mean IoU", ("class", "IoU"), [("cat", "7.5")])
+    scores = Scores({}, table, {"mean IoU": 7.5}, pictures={"confusion-matrix": draw})
+    result = Result(
+        network="deeplab", iterations=1, seconds_per_iteration=None, parameters=1, seed=0
+    )
+    result = dataclasses.replace(result, scores=scores, split="val", images=2)
+    monkeypatch.setattr(deformnet.engine, "evaluate", lambda *_, **__: result.save(tmp_path))
+    with pytest.raises(UnsavedScores) as unsaved:
+        result.save(tmp_path)
+    assert unsaved.value.error is error  # what the demo sends to its main process
+    with pytest.raises(SystemExit) as ended:
+        main(["evaluate", "run", "--data", "data", "--split", "val"])
+    assert ended.value.code == 2
+    printed = capsys.readouterr()
+    assert "7.5" in printed.out
+    assert printed.err.startswith(f"deformnet: {reason}")

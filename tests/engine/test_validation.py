@@ -8,8 +8,10 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import signal
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -293,7 +295,8 @@ def test_two_trainings_into_one_folder(shapes, tmp_path):
     process.start()
     assert held.wait(240)
     try:
-        with pytest.raises(UserError, match=f"but process {process.pid} writes to it"):
+        who = f"process {process.pid} on {re.escape(socket.gethostname())}"
+        with pytest.raises(UserError, match=f"but {who} writes to it"):
             run(RECIPE, shapes, out)
         assert [path.name for path in out.iterdir()] == [".lock"]
     finally:

@@ -1,10 +1,13 @@
-"""Whole networks as .onnx and .pt2: the same predictions as from the weights."""
+"""Whole networks as .onnx and .pt2: the same predictions as from the weights; damage is refused."""
 
+import dataclasses
+import io
 import json
 import math
 import os
 import shutil
 import zipfile
+from pathlib import Path
 
 import numpy
 import pytest
@@ -15,11 +18,12 @@ from torch.nn import functional as F
 from torchvision.io import write_png
 
 import deformnet
+from damage import cases, flipped, result
 from deformnet._errors import MissingExtraError, UserError
 from deformnet.cli import main
 from deformnet.engine.export import Facts, write_export
-from deformnet.engine.runs import TrainedRun
-from deformnet.engine.settings import WholeOptions
+from deformnet.engine.runs import TrainedRun, describe
+from deformnet.engine.settings import SUFFIXES, WholeOptions
 from deformnet.engine.whole import _program, _to_onnx, _to_pt2, export_whole, load_whole
 from deformnet.recipes import (
     ClassAwareRPNRecipe,
@@ -242,6 +246,143 @@ def test_a_program_that_is_not_ours(tmp_path):
     torch.export.save(program, tmp_path / "net.pt2")
     with pytest.raises(UserError, match="expected a network that deformnet exported"):
         deformnet.load(tmp_path / "net.pt2")
+
+
+# Damage.
+
+
+class Small(torch.nn.Module):
+    """A classifier whose export loads in milliseconds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 64, 3)
+        self.linear = torch.nn.Linear(64, 3)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.linear(self.conv(images).relu().mean((2, 3)))
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A network, and the content of its files by suffix."""
+    pytest.importorskip("onnxscript")
+    torch.manual_seed(0)
+    network, options = Small(), WholeOptions(size=(64, 64))
+    run = trained("classifier")
+    description = {
+        **describe(run.recipe, run.data),
+        **{
+            "options": dataclasses.asdict(options),
+            "outputs": ["logits"],
+            "normalization": "",
+            "interpolation": "",
+        },
+    }
+    program = _program(Whole(network, outputs=("logits",)), options)
+    contents = (write(program, options, description) for write in (_to_onnx, _to_pt2))
+    return network, dict(zip(SUFFIXES, contents, strict=True))
+
+
+def rewritten(content: bytes, name: str, record: bytes | None) -> bytes:
+    """A .pt2 file with another record of valid checksum, or without one."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        records = {path: archive.read(path) for path in archive.namelist()}
+    buffer = io.BytesIO()
+    writer = torch._C.PyTorchFileWriter(buffer)
+    for path, old in records.items():
+        path = path.partition("/")[2]
+        new = record if path == name else old
+        if new is not None and not path.startswith((".data/", "byteorder")):  # of the writer
+            writer.write_record(path, new, len(new))
+    writer.write_end_of_file()
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_no_flipped_bit_is_used(suffix, small, tmp_path):
+    network, contents = small
+    path, picture = tmp_path / f"net{suffix}", next(pictures())
+    path.write_bytes(content := contents[suffix])
+    expected, found, count = deformnet.load(path)(picture).probabilities, 0, cases(100)
+    for damaged in flipped(content, count):
+        path.write_bytes(damaged)
+        predictor = result(path, deformnet.load)
+        assert predictor is None or torch.equal(predictor(picture).probabilities, expected)
+        found += predictor is None
+    assert found > count / 3
+    exponent = bytearray(content)
+    exponent[content.index(network.conv.weight.detach().numpy().tobytes()) + 3] ^= 0x40
+    path.write_bytes(exponent)
+    assert result(path, deformnet.load) is None
+
+
+def test_no_flipped_bit_of_compiled_code_is_used(small, tmp_path):
+    """Its checksum is verified before it is loaded, which would run it."""
+    name = "data/aotinductor/model/network.so"
+    content = rewritten(small[1][".pt2"], "models/model.json", None)
+    content = rewritten(content, "data/sample_inputs/model.pt", b"code" * 100)
+    content = content.replace(b"data/sample_inputs/model.pt", f"{name:/<27}"[:27].encode())
+    (path := tmp_path / "net.pt2").write_bytes(content.replace(b"code", b"cade", 1))
+    with pytest.raises(UserError, match=r"checksum mismatch in record .*aotinductor"):
+        deformnet.load(path)
+
+
+def test_an_older_onnx_file_without_a_digest(small, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    model = onnx.load_from_string(small[1][".onnx"])
+    kept = [entry for entry in model.metadata_props if entry.key != "sha256"]
+    assert len(kept) == len(model.metadata_props) - 1
+    del model.metadata_props[:]
+    model.metadata_props.extend(kept)
+    onnx.save(model, tmp_path / "net.onnx")
+    assert deformnet.load(tmp_path / "net.onnx").classes == CLASSES
+
+
+@pytest.mark.parametrize("record", [b"{}", b"[]", b"null", b"[" * 300_000, b"\xff", b"", None])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("extra/deformnet", "models/model.json", "data/weights/model_weights_config.json"),
+        *("data/constants/model_constants_config.json", "data/sample_inputs/model.pt"),
+        "archive_version",
+    ],
+)
+def test_valid_archives_with_wrong_content(name, record, small, tmp_path, capfd):
+    path = tmp_path / "net.pt2"
+    path.write_bytes(rewritten(small[1][".pt2"], name, record))
+    predictor = result(path, deformnet.load)
+    assert predictor is None or record is None or "sample_inputs" in name  # which are not used
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_failures_of_the_system_are_not_damage(suffix, small, tmp_path, monkeypatch):
+    path = tmp_path / f"net{suffix}"
+    path.write_bytes(small[1][suffix])
+
+    def refused(path: Path, *_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    def exhausted(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", refused)
+        with pytest.raises(PermissionError) as error:
+            deformnet.load(path)
+    assert error.value.filename == str(path)
+    monkeypatch.setattr("torch.export.load", exhausted)
+    monkeypatch.setattr("onnxruntime.InferenceSession", exhausted)
+    with pytest.raises(MemoryError):
+        deformnet.load(path)
+
+
+def test_an_export_does_not_replace_its_input(folder, tmp_path, complaint):
+    weights = weights_of("rfcn", folder)
+    (out := tmp_path / "net.onnx").hardlink_to(weights)
+    message = f"{out}: expected a new path for the result, but got the input {weights}"
+    assert complaint("export", weights, out) == f"{message}; choose another name"
 
 
 def test_missing_packages_are_named(folder, tmp_path, monkeypatch):

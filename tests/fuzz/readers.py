@@ -1,16 +1,20 @@
 """The fuzzers: valid files, how they are damaged, and the readers of the package."""
 
+import dataclasses
 import io
 import json
 import os
 import random
+import re
 import shutil
 import struct
+import zipfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import onnx
 import torch
 from mutations import damage_bytes, damage_json, damage_json_lines, damage_text, damage_values
 from PIL import Image
@@ -22,10 +26,15 @@ from deformnet.data.convert import convert
 from deformnet.data.files import is_rotated, read_image, read_size, read_stored_mask
 from deformnet.data.synthetic import Shapes, write_shapes
 from deformnet.engine import Hardware, LoopOptions, export_run, load_run, train
+from deformnet.engine.runs import describe, load
+from deformnet.engine.settings import SUFFIXES, WholeOptions
+from deformnet.engine.whole import _DIGEST_KEY, _program, _to_onnx, _to_pt2
+from deformnet.models._tensors import sealed
 from deformnet.models.backbones.foreign import from_detectron2, from_mmdetection, read_checkpoint
 from deformnet.models.backbones.weights import read_weights
 from deformnet.models.detection.detector import Proposals
 from deformnet.recipes import ClassifierRecipe, DeepLabRecipe, Recipe
+from deformnet.tasks.base import Whole
 from deformnet.tasks.proposals import StoredProposals, write_proposals
 from deformnet.tasks.scoring import score
 from fuzz import Fuzzer, Target
@@ -190,6 +199,18 @@ def damage_xml(rng: random.Random, content: bytes) -> bytes:
     return added + content.replace(b"<name>", b"<name>&e11;")
 
 
+def damage_yaml(rng: random.Random, content: bytes) -> bytes:
+    """Damages a text, or gives one of its keys a value of nested aliases, 10^11 words of text."""
+    if rng.random() < 0.5:
+        return damage_text(rng, content)
+    levels = b"".join(
+        b"a%d: &a%d [%s]\n" % (n, n, b",".join([b"*a%d" % (n - 1)] * 10)) for n in range(1, 12)
+    )
+    key = rng.choice((b"names", b"path", b"train", b"val", b"nc", b"other"))
+    kept = re.sub(rb"(?m)^%s:.*\n([ -].*\n)*" % key, b"", content)
+    return b"a0: &a0 word\n" + levels + kept + key + b": *a11\n"
+
+
 def text_files(folder: Path) -> list[Target]:
     """YOLO's labels and names, VOC's lists and class names, and detections as text."""
     shapes = _shapes(folder)
@@ -210,6 +231,7 @@ def text_files(folder: Path) -> list[Target]:
     voc = _existing(*lists, shapes / "classes.txt")
     return [
         Target(_existing(label, yolo / "data.yaml"), damage_text, partial(_all_boxes, yolo)),
+        Target(_existing(yolo / "data.yaml"), damage_yaml, partial(_all_boxes, yolo)),
         Target(
             _existing(outline, polygons / "data.yaml"), damage_text, partial(_all_masks, polygons)
         ),
@@ -275,6 +297,74 @@ def damage_safetensors(rng: random.Random, content: bytes) -> bytes:
     length = struct.unpack("<Q", content[:8])[0]
     header = damage_json(rng, content[8 : 8 + length])
     return struct.pack("<Q", len(header)) + header + content[8 + length :]
+
+
+def damage_pt2(rng: random.Random, content: bytes) -> bytes:
+    """Damages a record of a .pt2 file, whose checksum is then that of the damaged record, or the
+    bytes of the file."""
+    if rng.random() < 0.3:
+        return damage_bytes(rng, content)
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        records = {name.partition("/")[2]: archive.read(name) for name in archive.namelist()}
+    damaged, memory = rng.choice(list(records)), io.BytesIO()
+    writer = torch._C.PyTorchFileWriter(memory)
+    for name, record in records.items():
+        if name == damaged:
+            is_json = record.startswith(b"{") and rng.random() < 0.8
+            record = (damage_json if is_json else damage_bytes)(rng, record)
+        if not name.startswith((".data/", "byteorder")):  # of the writer
+            writer.write_record(name, record, len(record))
+    writer.write_end_of_file()
+    return memory.getvalue()
+
+
+def damage_onnx(rng: random.Random, content: bytes) -> bytes:
+    """Damages the metadata of an .onnx file, whose SHA-256 is then that of the damaged file, or the
+    bytes of the file."""
+    if rng.random() < 0.3:
+        return damage_bytes(rng, content)
+    model = onnx.load_from_string(content)
+    for entry in model.metadata_props:
+        if entry.key == "deformnet":
+            text = damage_json(rng, entry.value.encode())
+            entry.value = text.decode(errors="replace")
+        if entry.key == "sha256":
+            entry.value = "0" * 64
+    return sealed(model.SerializeToString(), _DIGEST_KEY)
+
+
+class _Means(torch.nn.Module):
+    """A classifier with weights, which loads in milliseconds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(3, 4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.linear(images.mean((2, 3)))
+
+
+def exports(folder: Path) -> list[Target]:
+    """Whole networks, for other programs."""
+    run, options = _run(folder), WholeOptions(size=(32, 32))
+
+    def export() -> None:
+        recipe, _, data = load_run(run)
+        description = {
+            **describe(recipe, data),
+            **{"options": dataclasses.asdict(options), "outputs": ["logits"]},
+            **{"normalization": "", "interpolation": ""},
+        }
+        program = _program(Whole(_Means(), outputs=("logits",)), options)
+        for suffix, write in zip(SUFFIXES, (_to_onnx, _to_pt2), strict=True):
+            (folder / f"net{suffix}").write_bytes(write(program, options, description))
+
+    _in_child(export)
+    damages = (damage_onnx, damage_pt2)
+    return [
+        Target(_existing(folder / f"net{suffix}"), damage, load)
+        for suffix, damage in zip(SUFFIXES, damages, strict=True)
+    ]
 
 
 def checkpoints(folder: Path) -> list[Target]:
@@ -416,6 +506,7 @@ FUZZERS = {
     "xml": Fuzzer(xml_files, 30),
     "texts": Fuzzer(text_files, 60),
     "checkpoints": Fuzzer(checkpoints, 20),
+    "exports": Fuzzer(exports, 40),
     "resumed": Fuzzer(resumed_runs, 3),
     "commands": Fuzzer(command_lines, 12),
 }

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-NAMES = ("images", "json", "xml", "texts", "checkpoints", "resumed", "commands")
+NAMES = ("images", "json", "xml", "texts", "checkpoints", "exports", "resumed", "commands")
 
 
 @pytest.fixture(scope="module")

@@ -93,6 +93,15 @@ def check_voc(scores):
 # The published vectors.
 
 
+def test_lines_are_not_read_without_bound(tmp_path, monkeypatch):
+    path = tmp_path / "detections.jsonl"
+    write_detections(path, [Record("a", np.zeros((9, 4)), np.zeros(9), ["cat"] * 9)])
+    assert len(read_detections(path)) == 1
+    monkeypatch.setattr("deformnet.metrics.detections.MAX_ANNOTATION_BYTES", 20)
+    with one_line(UserError, path, "line 1"):
+        read_detections(path)
+
+
 def test_published_voc_numbers(real_data):
     folder = real_data / "eval_vectors/voc_padilla_7img"
     expected = json.loads((folder / "expected.json").read_text())

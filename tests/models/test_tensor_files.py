@@ -205,6 +205,35 @@ def test_the_format_without_an_archive(tmp_path):
             read_torch(path, legacy=True)
 
 
+@pytest.mark.parametrize("named", ["end of the name", "link"])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_no_flipped_bit_is_used_if_the_name_has_a_digest(suffix, named, tmp_path):
+    """Neither format has a checksum: as old files of torchvision, or as others' in Hub's cache."""
+    if suffix == ".pth":
+        torch.save(network(), path := tmp_path / "a", _use_new_zipfile_serialization=False)
+    else:
+        path = tmp_path / "a"
+        safetensors.torch.save_file({k: v.contiguous() for k, v in network().items()}, path)
+    digest = hashlib.sha256(content := path.read_bytes()).hexdigest()
+    if named == "link":
+        store, blob = tmp_path / ("f" * 64), tmp_path / digest  # blobs can be links themselves
+        blob.symlink_to(path.rename(store))
+        path = tmp_path / f"model{suffix}"
+        path.symlink_to(blob)
+    else:
+        path = path.rename(tmp_path / f"net-{digest[:8]}{suffix}")
+    assert equal(read_weights(path), network())
+    for damaged in flipped(content, CASES // 5):
+        path.write_bytes(damaged)
+        assert result(path, read_weights) is None
+    path.write_bytes(damaged := content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(UserError, match=f"expected the sha256 {digest[:8]}.* of its name") as error:
+        read_weights(path)
+    assert f"; delete {path.resolve()} and download it again, or rename" in str(error.value)
+    (renamed := tmp_path / f"a{suffix}").write_bytes(damaged)
+    read_weights(renamed)
+
+
 def test_a_file_that_cannot_be_read_is_not_damaged(tmp_path, monkeypatch):
     def refused(path: Path, *_: object) -> None:
         raise PermissionError(13, "Permission denied", str(path))

@@ -87,6 +87,9 @@ def test_table4_of_selected_networks(capsys):
 )
 def test_training_step(network, pools, tmp_path, capsys):
     out = tmp_path / "step.json"
+    if not pools:  # the results of an earlier run are replaced
+        keys = ("conditions", "network", "image", "step", "layers")
+        out.write_text(json.dumps(dict.fromkeys(keys)))
     main(["paper", "training-step", *TOY, "--network", network, "--out", str(out)])
     found = json.loads(out.read_text())
     check_times(found["step"])
@@ -134,6 +137,16 @@ def test_rejected_options(complaint, tmp_path):
         (str(tmp_path), "table4", "--out", tmp_path),
     ):
         assert message in complaint("paper", *command)
+
+
+@pytest.mark.parametrize("command", ["table4", "training-step"])
+@pytest.mark.parametrize("content", ["notes", '{"conditions": {}}', "[1]"])
+def test_other_files_are_not_replaced(command, content, complaint, tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(content)
+    line = complaint("paper", command, *TOY, "--out", path)
+    assert line.startswith(f"{path}: expected a new file or the results of an earlier run, but got")
+    assert path.read_text() == content
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

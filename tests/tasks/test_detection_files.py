@@ -271,13 +271,23 @@ def test_names_of_the_maximum_length_and_of_other_encodings(predictor, tmp_path)
     assert [line["image"] for line in lines] == [long.name, "\udcff.png", "good.png"]
 
 
-def test_images_beyond_the_memory_cost_themselves(predictor, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried ..."),
+        RuntimeError("could not create a primitive"),  # oneDNN
+        RuntimeError("std::bad_alloc"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        MemoryError(),
+    ],
+)
+def test_images_beyond_the_memory_cost_themselves(error, predictor, tmp_path, monkeypatch):
     paths = [save(tmp_path / f"{k}.png", noise(20, 30 + k)) for k in range(3)]
     features = predictor.model.features
 
     def limited(images):
         if images.shape[3] == round(40 * 31 / 20):
-            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried ...")
+            raise error
         return features(images)
 
     monkeypatch.setattr(predictor.model, "features", limited)

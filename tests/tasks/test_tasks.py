@@ -1,10 +1,13 @@
 """What all tasks have in common: sets, scores and predictors of untrained networks."""
 
+import dataclasses
 import threading
 
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as F
 
 from deformnet import UserError
 from deformnet.data.synthetic import Shapes, write_shapes
@@ -80,6 +83,39 @@ def test_batches_follow_from_the_seeds(folders, recipe):
     assert not all(other)
     losses = batch.losses(network(recipe, images.classes).train())
     assert all(loss.isfinite() and loss.requires_grad for loss in losses.values())
+
+
+@pytest.mark.parametrize(
+    ("backbone", "expected"),
+    [
+        ("resnet18", InterpolationMode.BILINEAR),
+        ("timm/test_resnet", InterpolationMode.BILINEAR),
+        ("timm/test_efficientnet", InterpolationMode.BICUBIC),
+    ],
+)
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.network)
+def test_images_are_resized_as_for_published_weights(
+    folders, recipe, backbone, expected, monkeypatch
+):
+    resize, found = F.resize, []
+
+    def record(image, size, *, interpolation, antialias=True):
+        found.append(interpolation)
+        return resize(image, size, interpolation=interpolation, antialias=antialias)
+
+    folder, recipe = folder_of(folders, recipe), dataclasses.replace(recipe, backbone=backbone)
+    task = task_of(recipe)
+    training, evaluation = task.training_set(folder, "train"), task.evaluation_set(folder, "val")
+    predictor = predictor_for(recipe, evaluation)
+    monkeypatch.setattr(F, "resize", record)
+    for see in (
+        lambda: training.batch([0, 1], [0, 1]),
+        lambda: evaluation.evaluate(predictor.model, Processes()),
+        lambda: predictor.predict(torch.zeros(3, 100, 90, dtype=torch.uint8)),
+    ):
+        found.clear()
+        see()
+        assert set(found) - {InterpolationMode.NEAREST_EXACT} == {expected}
 
 
 class Threads:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from deformnet._errors import MissingExtraError, UserError
+from deformnet._errors import NO_MEMORY, TOO_LARGE, MissingExtraError, UserError
 
 _PACKAGE = Path(__file__).parent.parent
 
@@ -26,7 +26,7 @@ _MACHINE_FAULTS = (
         "another process of this run failed",
     ),
     (
-        ("out of memory", "can't allocate memory"),
+        NO_MEMORY,
         BAD_INPUT,
         "out of memory; --accumulate 2 processes each training batch in two parts, and smaller "
         "images (--short-side, --max-side, --crop) or --precision bf16-mixed need less",
@@ -78,6 +78,8 @@ def end_with(error: Exception) -> None:
     # By name: importing the class takes seconds.
     if type(error).__name__ == "TrainingStopped":
         leave(str(error), INTERRUPTED)
+    if isinstance(error, MemoryError) and TOO_LARGE in str(error):  # names the file
+        leave(_one_line(error), BAD_INPUT)
     if isinstance(error, (RuntimeError, MemoryError)):
         text = "out of memory" if isinstance(error, MemoryError) else str(error)
         for signs, code, message in _MACHINE_FAULTS:

@@ -1,6 +1,5 @@
 """COCO's layout for detection (Lin et al. 2014)."""
 
-import mmap
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
@@ -10,7 +9,7 @@ from typing import NamedTuple, Self, TypeGuard, final
 import torch
 
 from deformnet._errors import UserError
-from deformnet._files import matching, read_json
+from deformnet._files import mapped, matching, read_json
 from deformnet.data.boxes import DetectionDataset, ImageFile, ObjectList
 from deformnet.data.files import (
     Folder,
@@ -216,10 +215,10 @@ def _coco_files(folder: Path) -> list[Path]:
 
 def is_coco(path: Path) -> bool:
     """Whether a file looks like a COCO file."""
-    if path.suffix.lower() != ".json" or not path.is_file() or not path.stat().st_size:
+    if path.suffix.lower() != ".json" or not path.is_file():
         return False
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return content.find(b'"images"') >= 0 and content.find(b'"categories"') >= 0
+    content = mapped(path)
+    return content.find(b'"images"') >= 0 and content.find(b'"categories"') >= 0
 
 
 def _named(files: Sequence[Path], root: Path) -> dict[str, Path]:

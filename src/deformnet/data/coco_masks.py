@@ -1,6 +1,5 @@
 """COCO's layout for semantic segmentation: polygons and RLE, drawn when an image is read."""
 
-import mmap
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from deformnet._errors import UserError
+from deformnet._files import mapped
 from deformnet.data import coco
 from deformnet.data.base import IGNORE, LabeledImage, SegmentationDataset
 from deformnet.data.files import Orientation, Size, size_text
@@ -134,14 +134,7 @@ def _segmentation(path: Path, entry: coco.Entry) -> bytes:
 
 def _has_segmentations(root: Path) -> bool:
     splits = coco.find_splits(DataFiles(root, root)).values()
-    return any(_SIGN.search(_content(split.file)) for split in splits)
-
-
-def _content(path: Path) -> bytes | mmap.mmap:
-    """Memory-mapped content of a file, so that only the pages in use are read."""
-    with path.open("rb") as file:
-        empty = not path.stat().st_size
-        return b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    return any(_SIGN.search(mapped(split.file)) for split in splits)
 
 
 def _lists(place: DataFiles) -> Iterator[ImageList]:
@@ -169,6 +162,6 @@ COCO_MASKS = Layout[SegmentationDataset](
     open=COCOSegmentation,
     recognizes_files=lambda files: (
         coco.COCO_BOXES.recognizes_files(files)
-        and any(_SIGN.search(_content(it.file)) for it in coco.find_splits(files).values())
+        and any(_SIGN.search(mapped(it.file)) for it in coco.find_splits(files).values())
     ),
 )

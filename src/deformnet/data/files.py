@@ -6,6 +6,7 @@ import os
 import re
 import struct
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -18,7 +19,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from deformnet._errors import UserError
-from deformnet._files import naming, require_file
+from deformnet._files import fitting, naming, require_file
 
 _log = logging.getLogger("deformnet.data")
 
@@ -84,7 +85,7 @@ def read_image(
         _load(file, image)
         image = to_rgb(image)
         pixels = np.array(image if turn is None else image.transpose(turn))
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+        return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
 class StoredMask(NamedTuple):
@@ -235,6 +236,11 @@ def listing(names: Sequence[str], limit: int = 30) -> str:
     return (", ".join(names[:limit]) or "none") + more
 
 
+def first_repeated(names: Sequence[str]) -> str | None:
+    """The first name, in alphabetical order, that occurs more than once."""
+    return min((name for name, count in Counter(names).items() if count > 1), default=None)
+
+
 def is_image(name: str) -> bool:
     """Whether a file name is that of a visible image file."""
     return name[name.rfind(".") :].lower() in IMAGE_SUFFIXES and not name.startswith(".")
@@ -380,7 +386,7 @@ def _opened(path: str | Path) -> Iterator[tuple[IO[bytes], Image.Image]]:
 
 @contextmanager
 def _decoding(file: IO[bytes], place: str, formats: tuple[str, ...]) -> Iterator[Image.Image]:
-    with _readable(place), Image.open(file, formats=formats) as image:
+    with fitting(place), _readable(place), Image.open(file, formats=formats) as image:
         if image.width * image.height > MAX_PIXELS:
             raise Image.DecompressionBombError(
                 f"expected at most {MAX_PIXELS} pixels, but got {size_text(*image.size[::-1])}"

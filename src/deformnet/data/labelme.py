@@ -1,7 +1,6 @@
 """The layout of labelme for detection and segmentation: one JSON file per image."""
 
 import base64
-import mmap
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -13,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from deformnet._errors import UserError
-from deformnet._files import matching, read_json, read_lines
+from deformnet._files import mapped, matching, read_json, read_lines
 from deformnet.data.base import IGNORE, LabeledImage, SegmentationDataset
 from deformnet.data.boxes import DetectionDataset, ImageFile, ObjectList
 from deformnet.data.files import (
@@ -363,10 +362,10 @@ def _json_files(folder: Path) -> list[Path]:
 
 
 def _is_labelme(path: Path) -> bool:
-    if not path.is_file() or not path.stat().st_size:
+    if not path.is_file():
         return False
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return content.find(b'"shapes"') >= 0 and content.find(b'"imagePath"') >= 0
+    content = mapped(path)
+    return content.find(b'"shapes"') >= 0 and content.find(b'"imagePath"') >= 0
 
 
 def _read_union(

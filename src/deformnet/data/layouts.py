@@ -91,7 +91,7 @@ class ImageList:
         """Adds an error of reading the list to its faults."""
         try:
             yield
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, MemoryError) as error:
             self.fault(reason(error, self.source))
 
     def require(self) -> None:

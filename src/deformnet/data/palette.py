@@ -9,6 +9,7 @@ from typing import NamedTuple
 from deformnet._errors import UserError
 from deformnet._files import read_lines
 from deformnet.data.base import IGNORE
+from deformnet.data.files import first_repeated
 from deformnet.data.voc_files import color_map
 
 Color = tuple[int, int, int]
@@ -173,11 +174,8 @@ def _color(path: Path, line: str, values: Sequence[str | int]) -> Color:
 
 
 def _require_once(path: Path, names: Sequence[str]) -> None:
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
-        raise UserError(
-            f"{path}: expected unique class names, but got {repeated[0]!r} more than once"
-        )
+    if repeated := first_repeated(names):
+        raise UserError(f"{path}: expected unique class names, but got {repeated!r} more than once")
 
 
 def _class_file(path: Path, entries: Sequence[_Entry]) -> ClassFile:

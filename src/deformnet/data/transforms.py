@@ -47,6 +47,7 @@ def segmentation_training_transforms(
     flip: bool,
     scale_jitter: tuple[float, float] | None = None,
     color_jitter: bool = False,
+    interpolation: InterpolationMode = InterpolationMode.BILINEAR,
 ) -> SegmentationTransforms:
     """Resize, random crop, random horizontal flip, random change of colors, normalize.
 
@@ -61,13 +62,14 @@ def segmentation_training_transforms(
         scale_jitter: minimum and maximum factor for both lengths, drawn uniformly for each image;
             None disables it.
         color_jitter: randomly change brightness, contrast, saturation and hue.
+        interpolation: how images are resized.
     Returns:
         A function of an image (uint8 [3, H, W]) and a mask ([H, W]). It returns float32 [3, h, w],
         normalized with ImageNet's mean and standard deviation, and int64 [h, w].
     Raises:
         UserError: if a size is not positive, or the factors are not in ascending order.
     """
-    steps = [_resize(short_side, max_side, scale_jitter)]
+    steps = [_resize(short_side, max_side, scale_jitter, interpolation)]
     if crop is not None:
         steps.append(_random_crop(crop))
     return v2.Compose([*steps, *_flip(flip), *_jitter(color_jitter), *_to_network()])
@@ -95,14 +97,17 @@ def without_image(
 
 
 def segmentation_evaluation_transforms(
-    *, short_side: int, max_side: int | None
+    *,
+    short_side: int,
+    max_side: int | None,
+    interpolation: InterpolationMode = InterpolationMode.BILINEAR,
 ) -> SegmentationTransforms:
     """Resize and normalize; arguments, result and errors of `segmentation_training_transforms`.
 
     The mask is resized, too: predictions are scored at the size of the network's input, as in the
     authors' code (on VOC: mean IoU at 360 pixels).
     """
-    return v2.Compose([Resize(short_side, max_side), *_to_network()])
+    return v2.Compose([Resize(short_side, max_side, interpolation), *_to_network()])
 
 
 def detection_transforms(
@@ -113,6 +118,7 @@ def detection_transforms(
     crop: tuple[int, int] | None = None,
     scale_jitter: tuple[float, float] | None = None,
     color_jitter: bool = False,
+    interpolation: InterpolationMode = InterpolationMode.BILINEAR,
 ) -> DetectionTransforms:
     """Resize, random horizontal flip, normalize; for evaluation, without the flip.
 
@@ -120,7 +126,7 @@ def detection_transforms(
     crop clips boxes, and drops boxes smaller than a pixel.
 
     Args:
-        short_side, max_side, flip, scale_jitter, color_jitter: see
+        short_side, max_side, flip, scale_jitter, color_jitter, interpolation: see
             `segmentation_training_transforms`, also for errors (the paper: 600 and 1000).
         crop: (height, width) of the random crop, which is drawn again, up to 10 times, if it has no
             object to train on. A smaller image is placed at random on the mean color. None for the
@@ -130,14 +136,19 @@ def detection_transforms(
         normalized with ImageNet's mean and standard deviation, and annotations with boxes in its
         pixels, all plain tensors.
     """
-    steps = [_resize(short_side, max_side, scale_jitter), v2.ClampBoundingBoxes()]
+    steps = [_resize(short_side, max_side, scale_jitter, interpolation), v2.ClampBoundingBoxes()]
     if crop is not None:
         steps.append(RandomBoxCrop(crop))
     return v2.Compose([*steps, *_flip(flip), *_jitter(color_jitter), *_to_network()])
 
 
 def classification_training_transforms(
-    *, resize: tuple[int, int], crop: int, flip: bool, color_jitter: bool
+    *,
+    resize: tuple[int, int],
+    crop: int,
+    flip: bool,
+    color_jitter: bool,
+    interpolation: InterpolationMode = InterpolationMode.BILINEAR,
 ) -> ImageTransforms:
     """Random resize, random crop, random horizontal flip, random color shift, normalize.
 
@@ -150,6 +161,7 @@ def classification_training_transforms(
         crop: side of the random square crop.
         flip: flip horizontally with probability 0.5.
         color_jitter: shift the colors as Krizhevsky et al. 2012 (section 4.1).
+        interpolation: how images are resized.
     Returns:
         A function of an image (uint8 [3, H, W]). It returns float32 [3, crop, crop], normalized
         with ImageNet's mean and standard deviation.
@@ -161,30 +173,38 @@ def classification_training_transforms(
     if largest < smallest:
         raise UserError(f"expected resize to be (minimum, maximum), but got {resize}")
     _require_crop(crop, smallest)
-    steps: list[v2.Transform] = [RandomResize(smallest, largest), v2.RandomCrop(crop)]
+    steps: list[v2.Transform] = [
+        *(RandomResize(smallest, largest, interpolation), v2.RandomCrop(crop))
+    ]
     color = [v2.ToDtype(torch.float32, scale=True), PCAColorJitter()] if color_jitter else []
     return v2.Compose([*steps, *_flip(flip), *color, *_to_network()])
 
 
-def classification_evaluation_transforms(*, short_side: int, crop: int) -> ImageTransforms:
+def classification_evaluation_transforms(
+    *, short_side: int, crop: int, interpolation: InterpolationMode = InterpolationMode.BILINEAR
+) -> ImageTransforms:
     """Resize, center crop, normalize; result of `classification_training_transforms`.
 
     Args:
         short_side: length of the shorter side after resizing, in pixels.
         crop: side of the square crop.
+        interpolation: how images are resized.
     Raises:
         UserError: for sizes that are not positive, and for a crop larger than the resized image.
     """
     _require_crop(crop, short_side)
-    return v2.Compose([Resize(short_side, None), v2.CenterCrop(crop), *_to_network()])
+    resize = Resize(short_side, None, interpolation)
+    return v2.Compose([resize, v2.CenterCrop(crop), *_to_network()])
 
 
 def _resize(
-    short_side: int, max_side: int | None, scale_jitter: tuple[float, float] | None
+    short_side: int,
+    max_side: int | None,
+    scale_jitter: tuple[float, float] | None,
+    interpolation: InterpolationMode,
 ) -> v2.Transform:
-    if scale_jitter is None:
-        return Resize(short_side, max_side)
-    return ScaleJitter(short_side, max_side, *scale_jitter)
+    resize = Resize(short_side, max_side, interpolation)
+    return resize if scale_jitter is None else ScaleJitter(resize, *scale_jitter)
 
 
 def _random_crop(crop: tuple[int, int]) -> v2.RandomCrop:
@@ -223,7 +243,7 @@ def _to_network() -> list[v2.Transform]:
 class Resize(v2.Transform):
     """Resizes the shorter side to a given length, up to a maximum of the longer one.
 
-    Images bilinearly with antialiasing, masks by the nearest pixel, boxes by the same factors.
+    Images with antialiasing, masks by the nearest pixel, boxes by the same factors.
     `v2.Resize` does not serve: before torchvision 0.29 it samples masks at the corner of the target
     pixel instead of its center, which shifts labels against the image, and it truncates the longer
     side, which the authors' code rounds.
@@ -231,15 +251,22 @@ class Resize(v2.Transform):
     Args:
         short_side: length of the shorter side, in pixels.
         max_side: maximum length of the longer side; None for no limit.
+        interpolation: of images.
     """
 
-    def __init__(self, short_side: int, max_side: int | None) -> None:
+    def __init__(
+        self,
+        short_side: int,
+        max_side: int | None,
+        interpolation: InterpolationMode = InterpolationMode.BILINEAR,
+    ) -> None:
         super().__init__()
         _require_positive("short_side", short_side)
         if max_side is not None:
             _require_positive("max_side", max_side)
         self.short_side = short_side
         self.max_side = max_side
+        self.interpolation = interpolation
 
     def size(self, height: int, width: int) -> tuple[int, int]:
         """(height, width) of an image of this size after resizing.
@@ -270,26 +297,24 @@ class Resize(v2.Transform):
             plain = inpt.as_subclass(Tensor)[None]
             mode = InterpolationMode.NEAREST_EXACT
             return tv_tensors.Mask(F.resize(plain, list(size), interpolation=mode)[0])
-        return F.resize(inpt, list(size), interpolation=InterpolationMode.BILINEAR, antialias=True)
+        return F.resize(inpt, list(size), interpolation=self.interpolation, antialias=True)
 
 
 class ScaleJitter(v2.Transform):
-    """Resizes like `Resize`, with both lengths multiplied by a random factor.
+    """Resizes with both lengths multiplied by a random factor.
 
     Args:
-        short_side, max_side: see `Resize`.
+        resize: the transform at factor 1.
         smallest, largest: minimum and maximum factor.
     """
 
-    def __init__(
-        self, short_side: int, max_side: int | None, smallest: float, largest: float
-    ) -> None:
+    def __init__(self, resize: Resize, smallest: float, largest: float) -> None:
         super().__init__()
         if not 0 < smallest <= largest < math.inf:
             raise UserError(
                 f"expected scale_jitter to be positive and ascending, but got {(smallest, largest)}"
             )
-        self.resize = Resize(short_side, max_side)
+        self.resize = resize
         self.smallest = smallest
         self.largest = largest
 
@@ -297,7 +322,8 @@ class ScaleJitter(v2.Transform):
         factor = self.smallest + (self.largest - self.smallest) * float(torch.rand(()))
         short_side, max_side = self.resize.short_side, self.resize.max_side
         bound = None if max_side is None else max(1, round(factor * max_side))
-        return {"resize": Resize(max(1, round(factor * short_side)), bound)}
+        short_side = max(1, round(factor * short_side))
+        return {"resize": Resize(short_side, bound, self.resize.interpolation)}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         return params["resize"].transform(inpt, {})
@@ -341,16 +367,18 @@ class RandomResize(v2.Transform):
 
     Args:
         smallest, largest: bounds of the shorter side, both included, in pixels.
+        interpolation: see `Resize`.
     """
 
-    def __init__(self, smallest: int, largest: int) -> None:
+    def __init__(self, smallest: int, largest: int, interpolation: InterpolationMode) -> None:
         super().__init__()
+        self.interpolation = interpolation
         self.smallest = smallest
         self.largest = largest
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         short_side = int(torch.randint(self.smallest, self.largest + 1, ()))
-        return {"resize": Resize(short_side, None)}
+        return {"resize": Resize(short_side, None, self.interpolation)}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         return params["resize"].transform(inpt, {})

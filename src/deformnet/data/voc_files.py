@@ -1,7 +1,6 @@
 """Files of the PASCAL VOC layout: years, lists of images, class names and annotations."""
 
 from collections.abc import Callable, Iterable, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
@@ -10,8 +9,15 @@ from xml.etree.ElementTree import Element
 import numpy as np
 
 from deformnet._errors import UserError
-from deformnet._files import matching, naming, read_file, read_lines
-from deformnet.data.files import listing, require_folder
+from deformnet._files import (
+    MAX_ANNOTATION_BYTES,
+    fitting,
+    matching,
+    read_file,
+    read_lines,
+    require_file,
+)
+from deformnet.data.files import first_repeated, listing, require_folder
 from deformnet.data.splits import split_parts
 
 VOC_CLASSES = (
@@ -27,6 +33,7 @@ YEARS = "VOCdevkit/VOC*/ImageSets/, VOC*/ImageSets/ or ImageSets/"
 _DIFFICULT = {"1": True, "true": True, "0": False, "false": False, "": False, "unspecified": False}
 
 _LARGE = 1e38  # far beyond any image
+_PEEKED = 4096  # characters of a list to recognize its kind
 
 # Years.
 
@@ -79,8 +86,12 @@ def _is_of_one_class(year: Path, name: str, names: Sequence[str]) -> bool:
     if not any(end in names for end in ends):
         return False
     path = year / f"ImageSets/Main/{name}.txt"
-    with naming(path), path.open(errors="replace") as file:
-        lines = [line for line in islice(file, 3) if line.strip()]
+    try:
+        require_file(path)
+        with path.open(errors="replace") as file:
+            lines = [line for line in file.read(_PEEKED).splitlines()[:3] if line.strip()]
+    except (UserError, OSError):
+        return False  # an error follows when the list is read
     return all(line.split()[-1] in ("1", "0", "-1") and " " in line.strip() for line in lines)
 
 
@@ -198,9 +209,8 @@ def _read_names(path: Path) -> tuple[str, ...]:
     names = tuple(read_lines(path))
     if not names:
         raise UserError(f"{path}: names no class; write one name per line")
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
-        raise UserError(f"{path}: names {repeated[0]!r} more than once")
+    if repeated := first_repeated(names):
+        raise UserError(f"{path}: names {repeated!r} more than once")
     return names
 
 
@@ -214,12 +224,13 @@ def parse_annotation(path: Path) -> Element:
         UserError: if the file is not XML, or another kind of XML; or if it has a DOCTYPE, in which
             a few bytes can declare gigabytes of text.
     """
-    content = read_file(path)
+    content = read_file(path, MAX_ANNOTATION_BYTES)
     # Zeros: of UTF-16, in which the letters are not next to each other.
     suspicious = b"<!DOCTYPE" in content or b"\0" in content
     try:
         parser = ElementTree.XMLParser(target=_Builder()) if suspicious else None
-        root = ElementTree.fromstring(content, parser)
+        with fitting(path):
+            root = ElementTree.fromstring(content, parser)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     except (SyntaxError, ValueError, LookupError) as error:  # the last two: of its encoding

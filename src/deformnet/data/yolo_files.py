@@ -1,5 +1,6 @@
 """Files of the YOLO layout: class names, splits, lists of images and labels."""
 
+import reprlib
 from collections.abc import Iterator, Mapping
 from itertools import combinations, islice
 from pathlib import Path, PurePosixPath
@@ -9,8 +10,15 @@ import numpy as np
 import yaml
 
 from deformnet._errors import UserError
-from deformnet._files import matching, read_file, read_lines
-from deformnet.data.files import Folder, has_images, is_image, listing, subfolders
+from deformnet._files import MAX_ANNOTATION_BYTES, matching, read_file, read_lines
+from deformnet.data.files import (
+    Folder,
+    first_repeated,
+    has_images,
+    is_image,
+    listing,
+    subfolders,
+)
 from deformnet.data.layouts import Missing
 
 FILES = "data.yaml, or images/ and labels/*.txt"
@@ -90,7 +98,7 @@ def read_labels(path: Path) -> list[str]:
     """
     if not path.is_file():  # reading a named pipe would block
         raise UserError(f"{path}: expected a label file, but got a folder, a pipe or a device")
-    return read_lines(path)
+    return read_lines(path, MAX_ANNOTATION_BYTES)
 
 
 def parse_line(path: Path, number: int, line: str, classes: YOLOClasses) -> YOLOObject:
@@ -186,11 +194,8 @@ def _config_names(path: Path, config: Config) -> tuple[str, ...]:
 
 
 def _unique(path: Path, names: tuple[str, ...]) -> tuple[str, ...]:
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
-        raise UserError(
-            f"{path}: expected unique class names, but got {repeated[0]!r} more than once"
-        )
+    if repeated := first_repeated(names):
+        raise UserError(f"{path}: expected unique class names, but got {repeated!r} more than once")
     return names
 
 
@@ -231,6 +236,9 @@ def find_splits(root: Path) -> dict[str, list[Path]]:
         UserError: if data.yaml is malformed.
     """
     path, config = _read_config(root)
+    base = config.get("path", "")
+    if not isinstance(base, str):
+        raise UserError(f"{path}: expected path to be a folder, but got {_short(base)}")
     splits: dict[str, list[Path]] = {}
     entries: dict[str, list[str]] = {}
     others = [key for key in config if key not in (*_SPLITS, *_OTHER_KEYS)]
@@ -241,7 +249,7 @@ def find_splits(root: Path) -> dict[str, list[Path]]:
                 f"{path}: expected {key} to be folders or lists, but got {_short(config[key])}"
             )
         if texts:
-            found = [_locate(root, str(config.get("path") or ""), text) for text in texts]
+            found = [_locate(root, base, text) for text in texts]
             if key in _SPLITS or all(map(_names_images, found)):
                 splits[key], entries[key] = found, texts
     for one, other in combinations(splits, 2):
@@ -363,5 +371,6 @@ def _read_yaml(path: Path) -> Config:
 
 
 def _short(value: object) -> str:
-    text = str(value)
+    # A few bytes of YAML, with aliases of aliases, can stand for gigabytes of text.
+    text = value if isinstance(value, str) else reprlib.repr(value)
     return text if len(text) <= 60 else f"{text[:60]}..."

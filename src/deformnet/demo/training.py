@@ -150,7 +150,7 @@ def _train(run: Run) -> Trained:
             loop=LoopOptions(feature_cache=run.features, progress=False),
         )
     except UnsavedScores as error:  # its scores cannot be sent to another process
-        raise OSError(error.errno, error.strerror, error.filename) from error
+        raise error.error from error
     assert result.scores is not None
     note = f"trained in {time.monotonic() - begin:.0f} s"
     if done == run.recipe.iterations:

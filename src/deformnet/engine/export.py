@@ -22,8 +22,16 @@ from typing import NamedTuple
 from torch import Tensor
 
 from deformnet._errors import UserError
-from deformnet._files import matching, read_file, read_json, replacing, to_json, write_file
-from deformnet._hub import WEIGHTS
+from deformnet._files import (
+    matching,
+    read_file,
+    read_json,
+    refuse_overwrite,
+    replacing,
+    to_json,
+    write_file,
+)
+from deformnet._hub import WEIGHTS, local
 from deformnet.engine.model_card import model_card
 from deformnet.engine.runs import (
     TrainedRun,
@@ -61,14 +69,16 @@ def export_run(run: str | Path, out: str | Path) -> Path:
         The path of the card.
     Raises:
         FileNotFoundError: if there is no such run, or it has no checkpoint.
-        UserError: if `run` is not a run folder, `out` does not end in .safetensors, NAME.json
-            exists and is not a card, or the checkpoint or a file of scores is damaged.
+        UserError: if `run` is not a run folder, `out` does not end in .safetensors or is the
+            network in `run`, NAME.json exists and is not a card, or the checkpoint or a file of
+            scores is damaged.
         OSError: if a file cannot be written.
     """
     run = Path(run)
     _require_safetensors(Path(out))
     _existing_card(Path(out))
     require_folder(run)
+    refuse_overwrite(Path(out), [local(run)])
     return write_export(load_run(run), facts_of(run), Path(out))
 
 

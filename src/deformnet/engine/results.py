@@ -93,14 +93,17 @@ class Result:
             files = {} if self.scores is None else self.scores.save(folder, suffix)
             result = replace(self, files=files)
             write_json(folder / f"metrics{suffix}.json", result.to_json())
-        except OSError as error:
+        except (OSError, MemoryError) as error:
             raise UnsavedScores(self, error) from error
         return result
 
 
 class UnsavedScores(OSError):
-    """A file of scores cannot be written; `result` contains the scores."""
+    """A file of scores cannot be written because of an `error`; `result` contains the scores."""
 
-    def __init__(self, result: Result, error: OSError) -> None:
-        super().__init__(error.errno, error.strerror or str(error), error.filename)
-        self.result = result
+    def __init__(self, result: Result, error: OSError | MemoryError) -> None:
+        if isinstance(error, OSError) and error.errno is not None:
+            super().__init__(error.errno, error.strerror, error.filename)
+        else:
+            super().__init__(f"scores not written ({str(error) or 'out of memory'})")
+        self.result, self.error = result, error

@@ -35,8 +35,10 @@ import os
 import platform
 import re
 import shlex
+import socket
 import subprocess
 import tomllib
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
@@ -47,7 +49,7 @@ import torch
 from torch import Tensor, nn
 
 from deformnet._errors import UserError
-from deformnet._files import naming, read_json, remove_partial, replacing
+from deformnet._files import UNSUPPORTED, naming, read_json, remove_partial, replacing
 from deformnet._hub import address_of, local
 from deformnet.engine.checkpoints import Checkpoint, Description, checked
 from deformnet.engine.settings import SUFFIXES
@@ -125,7 +127,10 @@ def require_folder(run: Path, purpose: str = "") -> None:
 
 @contextmanager
 def locked(run: Path) -> Iterator[None]:
-    """Locks a run folder against concurrent training, if the system supports it.
+    """Locks a run folder against concurrent training; warns if the file system has no locks.
+
+    An evaluation does not lock it: it may run beside a training. It replaces its own files as a
+    whole, and has none in checkpoints/, whose unfinished files are removed here.
 
     Raises:
         UserError: if another process is training in it.
@@ -136,8 +141,9 @@ def locked(run: Path) -> Iterator[None]:
     run.mkdir(parents=True, exist_ok=True)
     # Unbuffered, or closing it on a full disk would fail a second time, without naming the file.
     with (run / ".lock").open("a+b", buffering=0) as file:
+        is_locked = True
         try:
-            with naming(run / ".lock"):  # such as a file system without locks
+            with naming(run / ".lock"):
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by loaders
         except (BlockingIOError, PermissionError) as error:
             file.seek(0)
@@ -146,10 +152,21 @@ def locked(run: Path) -> Iterator[None]:
                 f"{run}: expected a run folder that is not in use, but process {process} "
                 "writes to it; wait for that run to end, or choose another folder"
             ) from error
-        with naming(run / ".lock"):
-            file.truncate(0)
-            file.write(str(os.getpid()).encode())
-        remove_partial(run / "checkpoints")  # of a process that was killed
+        except OSError as error:
+            if error.errno not in UNSUPPORTED:
+                raise
+            is_locked = False
+            warnings.warn(
+                f"{run}: on a file system without locks ({error.strerror}), so a second training "
+                "in this folder would not be noticed; start only one at a time",
+                stacklevel=1,
+            )
+        if is_locked:
+            with naming(run / ".lock"):
+                file.truncate(0)
+                # With the host: others that share the disk, and containers, number their own.
+                file.write(f"{os.getpid()} on {socket.gethostname()}".encode())
+            remove_partial(run / "checkpoints")  # of a process that was killed
         yield
 
 

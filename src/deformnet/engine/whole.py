@@ -24,7 +24,6 @@ import io
 import json
 import logging
 import warnings
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,16 +34,20 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from deformnet._errors import UserError, require_extra
-from deformnet._files import write_file
+from deformnet._files import naming, parse_json, read_file, refuse_overwrite, write_file
+from deformnet._hub import local
 from deformnet.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from deformnet.engine.runs import describe, load_run, recipe_and_data, versions
 from deformnet.engine.settings import WholeOptions
+from deformnet.models import _tensors
 from deformnet.ops import decompositions
 from deformnet.tasks import task_of
 from deformnet.tasks.base import TaskOptions, Whole
 from deformnet.tasks.predictor import Predictor
 
 _KEY = "deformnet"  # of the description in the metadata of a file
+_DIGEST = "sha256"  # metadata key in .onnx; the records of .pt2 have checksums
+_DIGEST_KEY = b"\n\x06sha256\x12@"  # that entry in the file, up to its value of 64 bytes
 _NORMALIZATION = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
 _EXAMPLE = (96, 128)  # image size for tracing a network that takes any size
 
@@ -57,7 +60,8 @@ def export_whole(run: str | Path, out: str | Path, options: WholeOptions) -> Non
         out: NAME.onnx or NAME.pt2.
         options: export options.
     Raises:
-        FileNotFoundError, UserError: see `load_run`; UserError also if an option does not apply.
+        FileNotFoundError, UserError: see `load_run`; UserError also if an option does not apply, or
+            `out` is `run`.
         MissingExtraError: for NAME.onnx, if packages of the extra "onnx" are missing.
         OSError: if the file cannot be written.
     """
@@ -68,11 +72,13 @@ def export_whole(run: str | Path, out: str | Path, options: WholeOptions) -> Non
         raise UserError(f"out: expected NAME.onnx to set the opset, but got {out}")
     if out.suffix == ".onnx":
         require_extra("export to .onnx", "onnx", "onnx", "onnxscript")
+    refuse_overwrite(out, [run := local(run)])
     recipe, model, data = load_run(run)
     whole = task_of(recipe).whole(model, data, resize=options.resize)
     description = {
         **describe(recipe, data),
         "normalization": "inside" if options.normalize else _NORMALIZATION,
+        "interpolation": recipe.interpolation.value,
         "options": dataclasses.asdict(options),
         "outputs": list(whole.outputs),
         "versions": versions(),
@@ -89,8 +95,9 @@ def export_whole(run: str | Path, out: str | Path, options: WholeOptions) -> Non
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Hides torchvision's warnings about PyTorch, and the exporter's about its own graphs."""
-    loggers = [logging.getLogger(name) for name in ("onnx_ir", "onnxscript")]
+    """Hides torchvision's warnings about PyTorch, the exporter's about its own graphs, and the
+    tracebacks of damaged programs, which PyTorch logs before it raises another error."""
+    loggers = [logging.getLogger(name) for name in ("onnx_ir", "onnxscript", "torch.export")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
@@ -174,16 +181,18 @@ def _to_onnx(
     # The exporter would run two iterations, which take twice as long for 3% fewer nodes.
     optimizer.optimize(exported.model, num_iterations=1)
     proto = exported.model_proto
-    entries = {  # the last four are for other programs
+    entries = {  # the last five are for other programs
         _KEY: description,
         "classes": description["data"]["classes"],
         "size": options.size or "any",
+        "interpolation": description["interpolation"],
         "recipe": description["recipe"],
         "normalization": description["normalization"],
     }
-    onnx.helper.set_model_props(proto, {key: json.dumps(it) for key, it in entries.items()})
+    texts = {key: json.dumps(it) for key, it in entries.items()}
+    onnx.helper.set_model_props(proto, texts | {_DIGEST: "0" * 64})
     onnx.checker.check_model(proto)
-    return proto.SerializeToString()
+    return _tensors.sealed(proto.SerializeToString(), _DIGEST_KEY)
 
 
 def _stable_sort(
@@ -270,7 +279,7 @@ def load_whole(
         )
     run, text = (_from_onnx if path.suffix == ".onnx" else _from_pt2)(path)
     try:
-        description = json.loads(text or "")
+        description = parse_json(text or "")
         fields = description["options"]
         size = None if fields["size"] is None else tuple(fields["size"])
         how = WholeOptions(**{**fields, "size": size})
@@ -293,12 +302,11 @@ def _from_onnx(path: Path) -> _Loader:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3  # errors
-    try:
-        session = onnxruntime.InferenceSession(
-            str(path), options, providers=["CPUExecutionProvider"]
-        )
-    except Exception as error:  # onnxruntime's errors have no base class
-        raise _unreadable(path, "an ONNX file", error) from error
+    content = read_file(path)
+    with _readable(path, "an ONNX file"):
+        if _tensors.is_sealed(content, _DIGEST_KEY) is False:
+            raise UserError("its content does not match its SHA-256")
+        session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 
     def run(images: Tensor) -> tuple[Tensor, ...]:
         outputs = session.run(None, {"images": images.numpy()})
@@ -308,8 +316,8 @@ def _from_onnx(path: Path) -> _Loader:
 
 
 def _from_pt2(path: Path) -> _Loader:
-    try:
-        with zipfile.ZipFile(path) as archive:
+    with naming(path), path.open("rb") as file, _readable(path, "a .pt2 file"):
+        with _tensors.intact_archive(file) as archive:
             compiled = any("aotinductor" in name for name in archive.namelist())
         if compiled:
             from torch._inductor import aoti_load_package
@@ -318,10 +326,9 @@ def _from_pt2(path: Path) -> _Loader:
             module, text = package, package.get_metadata().get(_KEY)
         else:
             extra = {_KEY: ""}
-            module = torch.export.load(path, extra_files=extra).module()
+            with _quiet():
+                module = torch.export.load(path, extra_files=extra).module()
             text = extra[_KEY]
-    except (OSError, RuntimeError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise _unreadable(path, "a .pt2 file", error) from error
 
     def run(images: Tensor) -> tuple[Tensor, ...]:
         outputs = module(images)
@@ -330,6 +337,16 @@ def _from_pt2(path: Path) -> _Loader:
     return run, text
 
 
-def _unreadable(path: Path, expected: str, error: Exception) -> UserError:
-    reason = str(error).strip().partition("\n")[0] or type(error).__name__
-    return UserError(f"{path}: expected {expected}, but got a damaged or another file ({reason})")
+@contextmanager
+def _readable(path: Path, expected: str) -> Iterator[None]:
+    """Raises `UserError` for any error that the content of a file causes: PyTorch and onnxruntime
+    raise many types."""
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, UserError):  # without the file name
+            _tensors.require_of_content(error)
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise UserError(
+            f"{path}: expected {expected}, but got a damaged or another file ({reason:.200})"
+        ) from error

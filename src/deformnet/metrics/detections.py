@@ -12,6 +12,7 @@ the image: the first pixel is the box 0, 0, 1, 1. An image without detections ha
 import json
 import math
 from collections.abc import Collection, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,15 @@ import numpy as np
 from torch import Tensor
 
 from deformnet._errors import UserError
-from deformnet._files import matching, naming, parse_json, read_lines, replacing, require_file
+from deformnet._files import (
+    MAX_ANNOTATION_BYTES,
+    matching,
+    naming,
+    parse_json,
+    read_lines,
+    replacing,
+    require_file,
+)
 
 
 class Record(NamedTuple):
@@ -98,7 +107,8 @@ def _read_json_lines(path: Path) -> list[Record]:
     require_file(path)
     detections: dict[str, Record] = {}
     with naming(path), path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
+        lines = iter(partial(file.readline, MAX_ANNOTATION_BYTES), b"")
+        for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:

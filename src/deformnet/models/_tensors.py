@@ -2,8 +2,9 @@
 
 Neither PyTorch nor safetensors detects changed bytes, so a flipped bit would become a weight. Here,
 checksums are verified: the CRC-32 of each record of a checkpoint, which PyTorch writes but does not
-verify, and the SHA-256 that `pack` writes into a safetensors file. Files contain tensors and plain
-values, never code, and do not expand in memory.
+verify, and the SHA-256 that `pack` writes into a safetensors file; for files without them, the
+SHA-256 in their name. Files contain tensors and plain values, never code, and do not expand in
+memory.
 """
 
 import errno
@@ -11,8 +12,10 @@ import hashlib
 import io
 import json
 import pickletools
+import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, cast
 
@@ -21,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load
 from torch import Tensor
 
-from deformnet._errors import UserError
+from deformnet._errors import TOO_LARGE, UserError, lacks_memory
 from deformnet._files import naming, read_json, require_file
 
 _MAX_PICKLE_BYTES = 1 << 24  # names and shapes of all tensors; 300 kB for ResNet-101 with SGD
@@ -51,8 +54,9 @@ _DTYPES = dict(
 )
 """Names of dtypes in a safetensors file."""
 _DIGEST = "sha256"
-_DIGEST_KEY = f'"{_DIGEST}":"'
-_NO_DIGEST = "0" * 64
+_DIGEST_KEY = f'"{_DIGEST}":"'.encode()
+_NO_DIGEST = b"0" * 64
+_NAMED = re.compile(r"-(?=\d*[a-f])([0-9a-f]{8,})\.")  # digits alone are a date
 
 
 def read_torch(path: Path, *, legacy: bool = False) -> object:
@@ -73,16 +77,18 @@ def read_torch(path: Path, *, legacy: bool = False) -> object:
         if not is_archive and not legacy:
             raise UserError("not a zip archive of torch.save")
         if is_archive:
-            _require_intact(file)
+            _require_intact_checkpoint(file)
         else:
+            if (problem := named_digest_problem(path)) is not None:
+                raise UserError(problem)
             _require_plain_legacy(file)
         file.seek(0)
         try:
             content = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # torch.load raises many types on unreadable content
-            _require_of_content(error)
-            if is_archive and "allocate memory" in str(error):  # at most the size of the file
-                raise MemoryError(f"{path}: too large for the memory of this machine") from error
+            require_of_content(error)
+            if is_archive and lacks_memory(error):  # at most the size of the file
+                raise MemoryError(f"{path}: {TOO_LARGE}") from error
             raise UserError(f"not readable by PyTorch ({_reason(error)})") from error
     _require_unexpanded(content)
     return content
@@ -90,7 +96,7 @@ def read_torch(path: Path, *, legacy: bool = False) -> object:
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a safetensors file, whose SHA-256 is verified: that in the card of an
-    exported run, NAME.json, if there is one, and otherwise that in the metadata.
+    exported run, NAME.json, if there is one, and otherwise that in the metadata or in its name.
 
     Raises:
         OSError: if the file does not exist or cannot be read.
@@ -104,10 +110,18 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             metadata: dict[str, str] = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+        if lacks_memory(error):
+            raise MemoryError(f"{path}: {TOO_LARGE}") from error
         raise UserError(f"{path}: damaged, or not a safetensors file") from error
-    expected = metadata.get(_DIGEST)
-    if not is_of_card and expected is not None and expected != _digest(path, expected):
-        raise UserError(f"{path}: damaged, its content does not match its SHA-256")
+    if not is_of_card:
+        expected = metadata.get(_DIGEST)
+        if expected is None:
+            problem = named_digest_problem(path)
+        else:
+            is_intact = expected == _digest(path, expected)
+            problem = None if is_intact else "its content does not match its SHA-256"
+        if problem is not None:
+            raise UserError(f"{path}: damaged, {problem}")
     return tensors, metadata
 
 
@@ -119,7 +133,7 @@ def pack(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     process.
     """
     header: dict[str, object] = {
-        "__metadata__": dict(sorted({**metadata, _DIGEST: _NO_DIGEST}.items()))
+        "__metadata__": dict(sorted({**metadata, _DIGEST: _NO_DIGEST.decode()}.items()))
     }
     parts, end = [], 0
     for name, tensor in sorted(tensors.items(), key=lambda it: (-it[1].itemsize, it[0])):  # aligned
@@ -130,9 +144,8 @@ def pack(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
         parts.append(part)
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    content = b"".join([len(text).to_bytes(8, "little"), text, *parts])
-    digest = hashlib.sha256(content).hexdigest()
-    return _with_digest(content, _NO_DIGEST, digest)
+    # Names have escaped quotes, and cannot match the key.
+    return sealed(b"".join([len(text).to_bytes(8, "little"), text, *parts]), _DIGEST_KEY)
 
 
 def unpack(content: bytes, place: Path) -> dict[str, Tensor]:
@@ -144,13 +157,47 @@ def unpack(content: bytes, place: Path) -> dict[str, Tensor]:
     Raises:
         UserError: if it is damaged.
     """
-    header = content[: 8 + int.from_bytes(content[:8], "little")]
-    expected = header.partition(_DIGEST_KEY.encode())[2][: len(_NO_DIGEST)].decode(errors="replace")
-    digest = hashlib.sha256(_with_digest(header, expected, _NO_DIGEST))
-    digest.update(memoryview(content)[len(header) :])
-    if digest.hexdigest() != expected:
+    if not is_sealed(content, _DIGEST_KEY):
         raise UserError(f"{place}: damaged, its content does not match its SHA-256")
     return load(content)
+
+
+def sealed(content: bytes, key: bytes) -> bytes:
+    """A file with its own SHA-256 in place of 64 zeros after the first `key`."""
+    digest = hashlib.sha256(content).hexdigest().encode()
+    return content.replace(key + _NO_DIGEST, key + digest, 1)
+
+
+def is_sealed(content: bytes, key: bytes) -> bool | None:
+    """Whether a file from `sealed` is unchanged; None if it has no SHA-256."""
+    if (place := content.find(key)) < 0:
+        return None
+    start = place + len(key)
+    end = start + len(_NO_DIGEST)
+    digest = hashlib.sha256(memoryview(content)[:start])
+    digest.update(_NO_DIGEST)
+    digest.update(memoryview(content)[end:])
+    return digest.hexdigest().encode() == content[start:end]
+
+
+def named_digest_problem(path: Path) -> str | None:
+    """Why a file is damaged, by the SHA-256 in its name; None if it is not, or its name has none.
+
+    Names of published weights end with its first digits. In the cache of huggingface_hub, files are
+    links to files that are named by it.
+    """
+    blob = path.readlink().name if path.is_symlink() else ""
+    found = re.fullmatch("([0-9a-f]{64})", blob) or _NAMED.search(path.name)
+    if found is None:
+        return None
+    with naming(path), path.open("rb") as file:
+        digest = hashlib.file_digest(file, _DIGEST).hexdigest()
+    if digest.startswith(found[1]):
+        return None
+    return (
+        f"expected the sha256 {found[1][:12]}... of its name, but got {digest[:12]}...; delete "
+        f"{path.resolve()} and download it again, or rename it if its name has no sha256"
+    )
 
 
 def weights(state: object) -> dict[str, Tensor]:
@@ -186,28 +233,39 @@ def flaw(tensor: Tensor, *, finite: bool = True) -> str | None:
     return None
 
 
-def _require_intact(file: IO[bytes]) -> None:
-    """Verifies the checksums of an archive's records, and refuses compressed ones."""
+@contextmanager
+def intact_archive(file: IO[bytes]) -> Iterator[zipfile.ZipFile]:
+    """A zip archive as PyTorch writes it, with the checksums of its records verified.
+
+    Raises:
+        UserError: if it is damaged, has compressed records, or the block fails because of its
+            content. The message does not contain the file name.
+    """
     size = file.seek(0, io.SEEK_END)
     try:
         with zipfile.ZipFile(file) as archive:
             records = archive.infolist()
             names = [record.filename for record in records]
-            root = names[0].partition("/")[0] if names else ""
             # PyTorch finds records by case-insensitive name, and by position in the file.
             if len({name.lower() for name in names}) < len(names) or records[0].header_offset:
-                raise UserError("not a zip archive of torch.save")
+                raise UserError("not a zip archive of PyTorch")
             if not all(map(_is_plain, records)) or sum(it.file_size for it in records) > size:
-                raise UserError("expected uncompressed records, as torch.save writes them")
+                raise UserError("expected uncompressed records, as PyTorch writes them")
             if (wrong := archive.testzip()) is not None:
                 raise UserError(f"checksum mismatch in record {wrong}")
-            pickled = archive.getinfo(f"{root}/data.pkl")
-            if pickled.file_size > _MAX_PICKLE_BYTES:
-                raise UserError(f"expected at most {_MAX_PICKLE_BYTES >> 20} MB without tensors")
-            _require_plain(archive.read(pickled))
+            yield archive
     except Exception as error:  # zipfile raises many types on a damaged archive
-        _require_of_content(error)
+        require_of_content(error)
         raise UserError(f"not a readable archive ({_reason(error)})") from error
+
+
+def _require_intact_checkpoint(file: IO[bytes]) -> None:
+    with intact_archive(file) as archive:
+        root = archive.namelist()[0].partition("/")[0]
+        pickled = archive.getinfo(f"{root}/data.pkl")
+        if pickled.file_size > _MAX_PICKLE_BYTES:
+            raise UserError(f"expected at most {_MAX_PICKLE_BYTES >> 20} MB without tensors")
+        _require_plain(archive.read(pickled))
 
 
 def _is_plain(record: zipfile.ZipInfo) -> bool:
@@ -253,7 +311,7 @@ def _require_plain_legacy(file: IO[bytes]) -> None:
         for _ in range(5):
             _plain_until(file)
     except Exception as error:  # pickletools raises several types on invalid pickles
-        _require_of_content(error)
+        require_of_content(error)
         raise UserError(f"not a checkpoint of torch.save ({_reason(error)})") from error
 
 
@@ -297,13 +355,13 @@ def _digest(path: Path, expected: str) -> str:
         length = file.read(8)
         header = file.read(int.from_bytes(length, "little"))
         digest = hashlib.sha256(length)
-        digest.update(_with_digest(header, expected, _NO_DIGEST))
+        digest.update(header.replace(_DIGEST_KEY + expected.encode(), _DIGEST_KEY + _NO_DIGEST, 1))
         while part := file.read(1 << 20):
             digest.update(part)
     return digest.hexdigest()
 
 
-def _require_of_content(error: Exception) -> None:
+def require_of_content(error: Exception) -> None:
     """Raises errors that are not caused by invalid content: those with a complete message, and
     those of memory and the system."""
     cause = error if isinstance(error, OSError) else error.__context__
@@ -311,11 +369,6 @@ def _require_of_content(error: Exception) -> None:
         raise cause
     if isinstance(error, UserError | MemoryError):
         raise error
-
-
-def _with_digest(header: bytes, old: str, new: str) -> bytes:
-    """Replaces the SHA-256 in a safetensors header; names have escaped quotes, and cannot match."""
-    return header.replace(f"{_DIGEST_KEY}{old}".encode(), f"{_DIGEST_KEY}{new}".encode(), 1)
 
 
 def _reason(error: Exception) -> str:

@@ -1,15 +1,16 @@
 """What timings share: device and threads, conditions, and summaries of a comparison."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TypedDict
 
 import torch
 
 from deformnet._errors import UserError
-from deformnet._files import require_writable
+from deformnet._files import read_json, require_own, require_writable
 from deformnet.engine.runs import machine, versions
 from deformnet.ops import backends
 from deformnet.paper.settings import TimingOptions
@@ -45,15 +46,21 @@ class Comparison(TypedDict):
 
 
 @contextmanager
-def running(options: TimingOptions, out: Path | None) -> Iterator[tuple[torch.device, Conditions]]:
+def running(
+    options: TimingOptions, out: Path | None, keys: Set[str]
+) -> Iterator[tuple[torch.device, Conditions]]:
     """Yield device and conditions, which are printed, with the number of threads of the options.
 
+    Args:
+        out: file that the report will be written to.
+        keys: keys of the report.
     Raises:
-        UserError: if there is no such device, or `out`, to be written later, is a folder.
+        UserError: if there is no such device, or `out` is a folder or not a report of this kind.
     """
     if out is not None and out.is_dir():
         raise UserError(f"expected out to be a file, but got the folder {out}")
     if out is not None:
+        require_own(out, "the results of an earlier run", partial(_has_keys, keys))
         require_writable(out.parent)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("expected a GPU for device cuda, but PyTorch finds none; use cpu")
@@ -65,6 +72,14 @@ def running(options: TimingOptions, out: Path | None) -> Iterator[tuple[torch.de
         yield torch.device(options.device), conditions
     finally:
         torch.set_num_threads(before)
+
+
+def _has_keys(keys: Set[str], path: Path) -> bool:
+    try:
+        content = read_json(path)
+    except UserError:
+        return False
+    return isinstance(content, dict) and content.keys() == keys
 
 
 def _conditions(options: TimingOptions) -> Conditions:

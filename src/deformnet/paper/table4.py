@@ -70,12 +70,13 @@ def run_table4(
     suppression, or upsampling to the size of the image and argmax.
 
     Raises:
-        UserError: if there are no networks or no such device, or if `out` is a folder.
+        UserError: if there are no networks or no such device, or if `out` is a folder or
+            another file than earlier results.
         FloatingPointError, RuntimeError: if the output of a network is not worth timing.
     """
     if not networks:
         raise UserError("expected at least one network, but got none")
-    with running(options, out) as (device, conditions):
+    with running(options, out, Report.__required_keys__) as (device, conditions):
         shown = tqdm(networks, disable=None, leave=False)
         rows = [_measure(network, options, device) for network in shown]
     report: Report = {"conditions": conditions, "rows": rows}

@@ -54,10 +54,11 @@ def run_training_step(options: TimingOptions, network: Table4Network, out: Path 
     twice, compared to plain pooling.
 
     Raises:
-        UserError: if there is no such device, or if `out` is a folder.
+        UserError: if there is no such device, or if `out` is a folder or another file than
+            earlier results.
         FloatingPointError: if the loss is not finite.
     """
-    with running(options, out) as (device, conditions):
+    with running(options, out, Report.__required_keys__) as (device, conditions):
         report = _measure(options, network, device, conditions)
     print(f"\n{_table(report)}")
     if out is not None:

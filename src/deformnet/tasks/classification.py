@@ -72,6 +72,7 @@ class ClassificationTrainingSet(TrainingSet):
             crop=recipe.crop,
             flip=recipe.flip,
             color_jitter=recipe.color_jitter,
+            interpolation=recipe.interpolation,
         )
 
     def summary(self) -> list[str]:
@@ -111,7 +112,9 @@ class ClassificationEvaluationSet(CountingSet):
         super().__init__(images)
         self._images = images
         self._transforms = classification_evaluation_transforms(
-            short_side=recipe.test_short_side, crop=recipe.crop
+            short_side=recipe.test_short_side,
+            crop=recipe.crop,
+            interpolation=recipe.interpolation,
         )
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
@@ -194,7 +197,9 @@ class ClassificationPredictor(Predictor[Tensor, ImageClass]):
         short_side, crop = recipe.test_short_side, recipe.crop
         upright = recipe.orientation != "stored"
         super().__init__(model, classes, short_side, None, device, upright=upright)
-        self._transforms = classification_evaluation_transforms(short_side=short_side, crop=crop)
+        self._transforms = classification_evaluation_transforms(
+            short_side=short_side, crop=crop, interpolation=recipe.interpolation
+        )
         self._resize = Resize(short_side, None)
 
     def prepare(self, image: Tensor) -> Prepared:

@@ -35,6 +35,8 @@ class FeatureCache:
         folder: the folder of the features of any backbones.
         backbone: the backbone, with its final weights; moved to `device`.
         device: where missing features are computed.
+    Attributes:
+        computed: number of maps that were missing or damaged so far.
     """
 
     def __init__(self, folder: str | Path, backbone: Backbone, device: torch.device) -> None:
@@ -42,7 +44,7 @@ class FeatureCache:
         self._folder, self._backbone, self._device = folder, backbone, device
         ready(backbone, device)
         self._own = folder / _digest_of(backbone)
-        self._computed = 0
+        self.computed = 0
 
     def recall(self, images: Tensor) -> Tensor:
         """The backbone's `maps` of normalized images [N, 3, H, W], on their device.
@@ -76,7 +78,7 @@ class FeatureCache:
             for key, one in zip(keys, seen, strict=True):
                 self._of_key(key, one)
             own[index] = b"".join(keys), (image.shape[1], image.shape[2])
-        parts = processes.gather((own, self._computed))
+        parts = processes.gather((own, self.computed))
         if processes.rank == 0:
             computed, every = sum(count for _, count in parts), len(images) * (1 + flip)
             _log.info(f"features: {computed} computed, {every - computed} found")
@@ -101,7 +103,7 @@ class FeatureCache:
                 f"those of {self._backbone.name} exceed it; train without feature_cache"
             )
         write_file(path, pack({_NAME: maps}, {}), durable=False)  # a torn one fails its checksum
-        self._computed += 1
+        self.computed += 1
         return maps
 
 

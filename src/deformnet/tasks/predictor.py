@@ -9,7 +9,7 @@ from typing import ClassVar, Generic, NamedTuple, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
-from torchvision.transforms import v2
+from torchvision.transforms import InterpolationMode, v2
 
 from deformnet._errors import UserError
 from deformnet._files import require_writable, write_file
@@ -122,12 +122,13 @@ class Predictor(ABC, Generic[_P, _A]):
         device: Device = None,
         *,
         upright: bool = True,
+        interpolation: InterpolationMode = InterpolationMode.BILINEAR,
     ) -> None:
         self.device = _device(device)
         self.upright = upright
         self.classes = tuple(classes)
         self.model = ready(model, self.device)
-        self._preparation = preparation(short_side, max_side)
+        self._preparation = preparation(short_side, max_side, interpolation)
 
     @overload
     def __call__(self, image: ImageInput, /) -> _A: ...
@@ -295,8 +296,10 @@ def ready(model: nn.Module, device: torch.device) -> nn.Module:
     return model.eval().to(device).to(memory_format=torch.channels_last)
 
 
-def preparation(short_side: int, max_side: int | None) -> v2.Compose:
+def preparation(
+    short_side: int, max_side: int | None, interpolation: InterpolationMode
+) -> v2.Compose:
     """The transforms of evaluation, for an image alone."""
     to_float = v2.ToDtype(torch.float32, scale=True)
     normalize = v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)
-    return v2.Compose([Resize(short_side, max_side), to_float, normalize])
+    return v2.Compose([Resize(short_side, max_side, interpolation), to_float, normalize])

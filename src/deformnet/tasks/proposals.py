@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from deformnet._errors import UserError
-from deformnet._files import parse_json, write_file
+from deformnet._files import parse_json, require_own, write_file
 from deformnet.models import _tensors
 from deformnet.models.detection.detector import Proposals
 
@@ -102,14 +102,15 @@ def require_proposals(path: Path) -> None:
     Raises:
         UserError: if `path` is such a file; it is not changed.
     """
+    require_own(path, "one of proposals", _is_proposals)
+
+
+def _is_proposals(path: Path) -> bool:
     try:
-        if path.exists():
-            _read(path)
-    except UserError as error:
-        raise UserError(
-            f"{path}: expected a new file or one of proposals, but got another file, which was not "
-            "changed; choose another name"
-        ) from error
+        _read(path)
+    except UserError:
+        return False
+    return True
 
 
 def write_proposals(path: Path, names: Sequence[str], proposals: Sequence[Proposals]) -> None:

@@ -7,11 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import torch
 from PIL import Image
 from torch import Tensor
 
-from deformnet._errors import UserError
+from deformnet._errors import TOO_LARGE, UserError, lacks_memory
 from deformnet._files import encoding_png, identity, read_lines
 from deformnet.tasks.images import InputFile, as_image
 from deformnet.tasks.video import read_frames
@@ -114,10 +113,8 @@ def encoded(picture: Image.Image, suffix: str) -> bytes:
 
 def problem(path: Path, error: Exception) -> str | None:
     """One line about an error that concerns only this image; None for any other error."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and "allocate memory" in str(error)
-    ):
-        return f"{path}: too large for the memory of this machine"
+    if lacks_memory(error):
+        return f"{path}: {TOO_LARGE}"
     if isinstance(
         error, UserError
     ):  # such as a long, narrow image that is too large after resizing

@@ -103,8 +103,9 @@ class SegmentationTrainingSet(TrainingSet):
             flip=recipe.flip,
             scale_jitter=recipe.scale_jitter,
             color_jitter=recipe.color_jitter,
+            interpolation=recipe.interpolation,
         )
-        self._preparation = preparation(recipe.short_side, recipe.max_side)
+        self._preparation = preparation(recipe.short_side, recipe.max_side, recipe.interpolation)
         self._resize = Resize(recipe.short_side, recipe.max_side)
         self._flips = flip_transforms(flip=recipe.flip)
         self._resized = KeptMasks(self._read_mask)
@@ -182,7 +183,9 @@ class SegmentationEvaluationSet(CountingSet):
         self._images = images
         self._score_at = score_at
         self._transforms = segmentation_evaluation_transforms(
-            short_side=recipe.short_side, max_side=recipe.max_side
+            short_side=recipe.short_side,
+            max_side=recipe.max_side,
+            interpolation=recipe.interpolation,
         )
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
@@ -333,6 +336,7 @@ class SegmentationTask(Task[SegmentationRecipe, _Images]):
             recipe.max_side,
             device,
             upright=recipe.orientation != "stored",
+            interpolation=recipe.interpolation,
         )
 
     def whole(self, model: nn.Module, trained_on: DataIdentity, *, resize: bool = True) -> Whole:

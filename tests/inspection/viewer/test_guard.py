@@ -145,6 +145,76 @@ def test_silent_uploads_end(monkeypatch):
     assert uploaded(leaves, silent) == []
 
 
+def test_slow_uploads_end(monkeypatch):
+    """Also those that never pause."""
+    monkeypatch.setattr("deformnet.inspection.viewer.guard.DEADLINE", 0.2)
+
+    async def page(scope, receive, send):
+        while (await receive())["more_body"]:
+            pass
+
+    async def slow():
+        await asyncio.sleep(0.01)
+        return {"type": "http.request", "body": b"x", "more_body": True}
+
+    begun = time.monotonic()
+    assert uploaded(page, slow) == [408]
+    assert time.monotonic() - begun < 10
+
+
+def test_uploads_in_progress_are_kept(tmp_path):
+    """Gradio writes them to files, and moves the complete ones into folders."""
+    uploads = tmp_path / "uploads"
+    uploads.mkdir()
+    path = uploads / "begun"
+    guard = Guard(None, "127.0.0.1", tmp_path)
+    events = []
+
+    async def slow(scope, receive, send):
+        path.touch()
+        os.utime(path, (0, 0))
+        events.append("begun")
+        while "done" not in events:
+            await asyncio.sleep(0.01)
+        assert path.exists()
+
+    async def quick(scope, receive, send):
+        (uploads / str(len(events))).mkdir()
+        events.append("quick")
+
+    async def both():
+        scope = {"type": "http", "method": "POST", "path": "/upload", "headers": []}
+        scope["headers"] = [(b"host", b"localhost"), (b"content-length", b"10")]
+        guard._app = slow
+        first = asyncio.create_task(guard(scope, None, None))
+        while not events:
+            await asyncio.sleep(0.01)
+        guard._app = quick
+        for _ in range(2 * UPLOADS):
+            await guard(scope, None, None)
+        events.append("done")
+        await first
+
+    asyncio.run(both())
+    assert not path.exists()  # it was left behind
+    assert len(list(uploads.iterdir())) == UPLOADS
+
+
+def test_uploads_that_the_page_is_removing(tmp_path, monkeypatch):
+    for number in range(2 * UPLOADS):
+        (tmp_path / f"uploads/{number}").mkdir(parents=True)
+        (tmp_path / f"uploads/{number}/image.png").touch()
+    unlink = os.unlink
+
+    def raced(*arguments, **options):
+        unlink(*arguments, **options)
+        raise FileNotFoundError(2, "No such file or directory")
+
+    monkeypatch.setattr(os, "unlink", raced)
+    upload = {**OWN, "content-length": "10"}
+    assert asked(upload, method="POST", path="/gradio_api/upload", folder=tmp_path) == 200
+
+
 def test_an_upload_of_many_files(tmp_path):
     async def page(scope, receive, send):
         for number in range(9):
@@ -161,10 +231,10 @@ def test_old_uploads_make_room(tmp_path):
         (uploads / str(number)).mkdir(parents=True)
         (uploads / f"{number}/image.png").touch()
         os.utime(uploads / str(number), (number, number))
-    (uploads / "begun").touch()
+    (uploads / "left").touch()
     upload = {**OWN, "content-length": "10"}
     assert asked(upload, method="POST", path="/gradio_api/upload", folder=tmp_path) == 200
-    assert {path.name for path in uploads.iterdir()} == {"begun", "9", "8"}
+    assert {path.name for path in uploads.iterdir()} == {"9", "8", "7"}
 
 
 # Served.
@@ -252,7 +322,7 @@ def test_many_and_large_uploads(page):
 def test_an_upload_is_removed_when_it_is_shown(page):
     address, photo = page
     folder = Path(os.environ["GRADIO_TEMP_DIR"]) / "uploads"
-    (path,) = json.loads(upload(address, photo.read_bytes())[1])
+    (path,) = json.loads(upload(address, photo.read_bytes(), name="shown.png")[1])
     assert Path(path).is_file()
     config = json.loads(request(address, "GET", "/config")[1])
     (button,) = (it["id"] for it in config["components"] if it["type"] == "uploadbutton")

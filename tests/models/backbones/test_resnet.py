@@ -1,4 +1,6 @@
 import json
+import socket
+import time
 from urllib.error import URLError
 
 import pytest
@@ -103,6 +105,51 @@ def test_weights_by_name(monkeypatch):
     model = backbone("resnet18", weights="IMAGENET1K_V1", deform_layers=1)
     assert asked == [("IMAGENET1K_V1", True)]
     assert torch.equal(model.conv1.weight, state["conv1.weight"])
+
+
+def test_published_weights_are_verified(monkeypatch, tmp_path):
+    """Each time, also if they were downloaded earlier; and they have to be finite."""
+    published = torchvision.models.ResNet18_Weights
+    state = torchvision.models.resnet18().state_dict()
+    file = tmp_path / "checkpoints" / published.IMAGENET1K_V1.url.rpartition("/")[2]
+    file.parent.mkdir()
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(published, "get_state_dict", lambda self, check_hash=False: state)
+    file.write_bytes(b"damaged")
+    with pytest.raises(
+        ValueError, match=f"^{file}: damaged, expected the sha256 f37072fd.* of"
+    ) as e:
+        backbone("resnet18", weights="IMAGENET1K_V1")
+    one_line(e)
+    file.unlink()
+    backbone("resnet18", weights="IMAGENET1K_V1")
+    state["conv1.weight"][0, 0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"^IMAGENET1K_V1: expected conv1\.weight to be finite"):
+        backbone("resnet18", weights="IMAGENET1K_V1")
+
+
+def test_waits_for_a_download(monkeypatch, caplog):
+    limits = []
+
+    def get_state_dict(self, check_hash=False):
+        limits.append(socket.getdefaulttimeout())
+        time.sleep(0.2)
+        raise TimeoutError("timed out")
+
+    monkeypatch.setattr(torchvision.models.ResNet18_Weights, "get_state_dict", get_state_dict)
+    monkeypatch.setattr("deformnet._hub._PATIENCE", 0.02)
+    for seconds in (None, "7"):
+        if seconds is not None:
+            monkeypatch.setenv("DEFORMNET_DOWNLOAD_TIMEOUT", seconds)
+        with pytest.raises(OSError, match=r"cannot download IMAGENET1K_V1 .*\(timed out\)"):
+            backbone("resnet18", weights="IMAGENET1K_V1")
+    assert limits == [60, 7]
+    assert socket.getdefaulttimeout() is None
+    assert caplog.messages[0].startswith("waiting for the download of IMAGENET1K_V1 from https://")
+    for seconds in ("0", "-1", "soon", "9" * 9):
+        monkeypatch.setenv("DEFORMNET_DOWNLOAD_TIMEOUT", seconds)
+        with pytest.raises(ValueError, match="DEFORMNET_DOWNLOAD_TIMEOUT to be 1 to 86400 sec"):
+            backbone("resnet18", weights="IMAGENET1K_V1")
 
 
 def test_frozen_stages_can_still_deform():

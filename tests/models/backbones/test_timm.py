@@ -1,3 +1,4 @@
+import hashlib
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
@@ -5,7 +6,8 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from huggingface_hub import constants
+from safetensors.torch import save, save_file
 from torch import nn
 
 from deformnet import DeformConv2d, UserError
@@ -342,6 +344,28 @@ def test_timms_hub(monkeypatch):
         build(LITE0, weights="timm")
 
 
+def test_weights_in_the_hubs_cache_are_verified(monkeypatch, tmp_path):
+    """By their SHA-256, which is the name of the file in the cache; timm never verifies them."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    state = random_state(timm.create_model("test_resnet"))
+    content = save({name: value.contiguous() for name, value in state.items()})
+    repo = tmp_path / "models--timm--test_resnet.r160_in1k"
+    for folder in ("blobs", "refs", "snapshots/c0"):
+        (repo / folder).mkdir(parents=True)
+    (repo / "refs/main").write_text("c0")
+    blob = repo / "blobs" / hashlib.sha256(content).hexdigest()
+    blob.write_bytes(content)
+    (repo / "snapshots/c0/model.safetensors").symlink_to(blob)
+    model = build("test_resnet", weights="timm")
+    assert torch.equal(model.trunk.conv1.get_parameter("0.weight"), state["conv1.0.weight"])
+    place = content.index(state["conv1.0.weight"].numpy().tobytes()) + 3
+    blob.write_bytes(content[:place] + bytes([content[place] ^ 0x40]) + content[place + 1 :])
+    with pytest.raises(ValueError, match=r"model\.safetensors: damaged, ") as e:
+        build("test_resnet", weights="timm")
+    assert f"delete {blob} and download it again" in str(e.value)
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -361,6 +385,12 @@ def test_timms_hub(monkeypatch):
 def test_networks_that_cannot(name, message):
     with pytest.raises(UserError, match=f"^timm/{name}: .*{message}"):
         build(name)
+
+
+@pytest.mark.parametrize(("name", "message"), [("resnet51", "near misses"), ("resnet18.x", "tag")])
+def test_interpolation_of_networks_that_do_not_exist(name, message):
+    with pytest.raises(UserError, match=f"^timm/{name}: .*{message}"):
+        _ = DeepLabRecipe(backbone=f"timm/{name}").interpolation
 
 
 def test_recipe():

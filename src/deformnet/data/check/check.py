@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from deformnet._errors import UserError
+from deformnet._errors import UserError, lacks_memory
 from deformnet._files import require_writable
 from deformnet.data.check.duplicates import fingerprint
 from deformnet.data.check.lines import (
@@ -25,7 +25,7 @@ from deformnet.data.check.lists import FoundSet, advise, find_sets
 from deformnet.data.check.record import Record, Result
 from deformnet.data.check.report import DataReport, ListSummary, require_report
 from deformnet.data.files import MAX_PIXELS, is_rotated, read_size, size_text
-from deformnet.data.items import Fault, Item, files_of
+from deformnet.data.items import Fault, Item, files_of, reason
 from deformnet.data.layouts import ImageList
 from deformnet.data.location import DataFiles, Location, locate
 from deformnet.data.workers import loaded
@@ -196,10 +196,17 @@ class _Checking:
         return [self._result(*task) for task in chunk]
 
     def _result(self, item: Item, key: str | None) -> tuple[Item, str | None, Result]:
-        faults, counts = item.check()
+        faults: list[Fault] = []
+        counts: Counter[int] = Counter()
         image = Path(files_of(item)[0])
         try:
+            faults, counts = item.check()
             is_turned, size, its_print = is_rotated(image), read_size(image), fingerprint(image)
+        except (MemoryError, RuntimeError) as error:
+            if not lacks_memory(error):
+                raise
+            faults = [*faults, Fault(str(image), reason(error, image) or "out of memory")]
+            return item, key, Result(faults, counts, is_rotated=False, fingerprint=None)
         except (ValueError, OSError):  # among the faults
             return item, key, Result(faults, counts, is_rotated=False, fingerprint=None)
         remark = _size_remark(*size)

@@ -5,8 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from deformnet._errors import UserError
-from deformnet._files import write_file
+from deformnet._files import require_own, write_file
 from deformnet._text import Table
 
 SHOWN = 5
@@ -153,17 +152,12 @@ def require_report(path: Path) -> None:
     Raises:
         UserError: if it is another file, which is not changed.
     """
-    if not path.exists() and not path.is_symlink():
-        return
-    start = b""
-    if path.is_file():
-        with path.open("rb") as file:
-            start = file.read(len(_FIRST_LINE))
-    if start != _FIRST_LINE.encode():
-        raise UserError(
-            f"{path}: expected a new file or the report of an earlier check, but got another file, "
-            "which was not changed; choose another name"
-        )
+    require_own(path, "the report of an earlier check", _is_report)
+
+
+def _is_report(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(_FIRST_LINE)) == _FIRST_LINE.encode()
 
 
 def first(lines: Sequence[str], of: str, limit: int = SHOWN) -> list[str]:

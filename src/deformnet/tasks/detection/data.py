@@ -106,8 +106,9 @@ class DetectionTrainingSet(TrainingSet):
             crop=recipe.crop,
             scale_jitter=recipe.scale_jitter,
             color_jitter=recipe.color_jitter,
+            interpolation=recipe.interpolation,
         )
-        self._preparation = preparation(recipe.short_side, recipe.max_side)
+        self._preparation = preparation(recipe.short_side, recipe.max_side, recipe.interpolation)
 
     def summary(self) -> list[str]:
         """Objects by class (for a torch data set, in at most 50 images), and absent classes."""

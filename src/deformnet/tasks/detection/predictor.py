@@ -135,8 +135,10 @@ class DetectionPredictor(BoxPredictor):
                 f"refine, but got {augmentation.refine}"
             )
         side, bound = recipe.short_side, recipe.max_side
-        upright = recipe.orientation != "stored"
-        super().__init__(model, classes, side, bound, device, upright=upright)
+        upright, interpolation = recipe.orientation != "stored", recipe.interpolation
+        super().__init__(
+            *(model, classes, side, bound, device), upright=upright, interpolation=interpolation
+        )
         self._network = cast(Detector, self.model)
         self.pooling = model.deformable_pooling
         self.sees_conv5 = model.uses_conv5
@@ -149,7 +151,9 @@ class DetectionPredictor(BoxPredictor):
             box_averaging=augmentation.box_averaging,
         )
         self._scales = [
-            preparation(scale, None if bound is None else round(scale * bound / side))
+            preparation(
+                scale, None if bound is None else round(scale * bound / side), interpolation
+            )
             for scale in augmentation.scales or (side,)
         ]
 
