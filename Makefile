@@ -8,7 +8,7 @@ NATIVE := CMakeLists.txt $(wildcard src/deformnet/ops/*/*.cpp src/deformnet/ops/
 # Else every process of the tests would compile PyTorch anew, and all else that it imports: 16 s.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo test fuzz sanitize bench docs lint clean
+.PHONY: setup demo test tools fuzz sanitize bench docs lint clean
 
 setup: $(READY)
 
@@ -29,6 +29,11 @@ demo: $(READY)
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto tests/ops/test_triton_*.py
+
+# Tests with the packages of docs/tools.md, which stay in the environment and make `make test` slower.
+tools: $(READY)
+	$(BIN)/python -m pip install --quiet --no-compile --group tools
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/nn/test_tools.py
 
 # Longer runs of the tests that inject faults and damage inputs: a fault in every system call, and FUZZ
 # cases of each fuzzer. DEFORMNET_FUZZ_SEED=1 generates other cases.

@@ -8,6 +8,7 @@ import torchvision
 from benchmarks.drop_ins import difference
 from benchmarks.published_networks import NETWORKS
 from torch import nn
+from torch.library import opcheck
 from torchvision.ops import deform_conv2d
 
 import deformnet
@@ -99,14 +100,16 @@ def assert_equal(ours, theirs, tolerance=1e-10):
         torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * scale)
 
 
-def raw(input, offset, weight, bias=None, mask=None, *, stride, padding, dilation):
+def operator_arguments(input, offset, weight, bias=None, mask=None, *, stride, padding, dilation):
     pairs = (*stride, *padding, *dilation)
     groups = (input.shape[1] // weight.shape[1], offset.shape[1] // 12)
     no_mask, no_bias = input.new_zeros(len(input), 1), input.new_zeros(len(weight))
     tensors = (no_mask if mask is None else mask, no_bias if bias is None else bias)
-    return torch.ops.torchvision.deform_conv2d(
-        input, weight, offset, *tensors, *pairs, *groups, mask is not None
-    )
+    return input, weight, offset, *tensors, *pairs, *groups, mask is not None
+
+
+def raw(**arguments):
+    return torch.ops.torchvision.deform_conv2d(*operator_arguments(**arguments))
 
 
 @pytest.mark.parametrize("call", [deform_conv2d, raw], ids=["name", "raw"])
@@ -117,6 +120,16 @@ def test_values_and_gradients(case, call):
     with accelerate_torchvision(), counting() as calls:
         assert_equal(values_and_gradients(call, tensors, geometry), theirs)
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_opcheck(masked):
+    tensors, geometry = arguments(masked=masked)
+    with accelerate_torchvision(), counting() as calls:
+        opcheck(
+            torch.ops.torchvision.deform_conv2d.default, operator_arguments(**tensors, **geometry)
+        )
+    assert calls
 
 
 def test_without_gradients_and_in_inference_mode():

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -148,6 +149,25 @@ def test_detectors_as_onnx_on_real_images(name, folder, tmp_path, real_data):
     apart = torch.cat([distances(predictor(image), expected(image)) for image in images])
     # 1e-3 pixels of the network's input, which is a fifth of the image's size.
     assert (apart < 5e-3).float().mean() > 0.999
+
+
+# AOTInductor's compilers take a minute of CPU time.
+@pytest.mark.skipif("DEFORMNET_FUZZ" not in os.environ, reason="slow: set DEFORMNET_FUZZ")
+def test_a_compiled_classifier(tmp_path, capsys):
+    if shutil.which("g++") is None:
+        pytest.skip("no g++")
+    weights, out = tmp_path / "net.safetensors", tmp_path / "net.pt2"
+    small = {"backbone": "timm/test_resnet", "deform_layers": 1, "init": None}
+    recipe = ClassifierRecipe(**small, crop=32, test_short_side=32, resize=(32, 40))
+    write_export(random_run(recipe, CLASSES), Facts({}, {}), weights)
+    main(["export", str(weights), str(out), "--compile"])
+    assert capsys.readouterr().out == f"network in {out}; it runs after `import deformnet`\n"
+    predictor, expected = deformnet.load(out), deformnet.load(weights, device="cpu")
+    for picture in pictures():
+        found, right = predictor(picture).probabilities, expected(picture).probabilities
+        torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-5)
+    with zipfile.ZipFile(out) as archive:
+        assert [name for name in archive.namelist() if name.endswith(".so")]
 
 
 @pytest.mark.usefixtures("real_data")  # slow
