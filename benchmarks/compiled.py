@@ -8,7 +8,7 @@ and whether the matrix unit is used.
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +26,7 @@ from deformnet.ops.deform_conv import triton as deform_conv
 from deformnet.ops.deform_conv.checks import Geometry
 from deformnet.ops.roi_pool import triton as roi_pool
 from deformnet.ops.roi_pool.checks import Rule
+from deformnet.ops.triton import tuning
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -137,33 +138,49 @@ class Code(NamedTuple):
     matrix: str  # instruction of the matrix unit, or ""
 
 
-def kernels_of(launch: Callable[[], object], target: str, *, tf32: bool = False) -> dict[str, Any]:
-    """The compiled Triton kernels that a function launches, by name.
+def kernels_of(
+    launch: Callable[[], object], target: str, *, tf32: bool = False, candidates: bool = False
+) -> dict[tuple[str, Any], Any]:
+    """The compiled Triton kernels that a function launches, by name and tile.
 
-    Its tensors may be on the meta device, and thus of any size.
+    Its tensors may be on the meta device, and thus of any size. With `candidates`, each kernel is
+    compiled with every tile that autotuning may choose, the default first.
     """
     found = {}
     run = JITFunction.run
 
     def compile_only(self: Any, *arguments: Any, warmup: bool, **options: Any) -> None:
-        found[self.fn.__name__] = run(self, *arguments, warmup=True, **options)
+        found[self.fn.__name__, options["TILE"]] = run(self, *arguments, warmup=True, **options)
+
+    def default(
+        on: Tensor, problem: str, tiles: Sequence[Any], run: Callable[[Any], object]
+    ) -> Any:
+        for tile in tiles if candidates else ():
+            run(tile)
+        return tiles[0]
 
     # By the setting's older name; see the operators' tests.
     allowed = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = tf32
     try:
-        with _as_if_on(TARGETS[target]), patch.object(JITFunction, "run", compile_only):
+        with (
+            _as_if_on(TARGETS[target]),
+            patch.object(JITFunction, "run", compile_only),
+            patch.object(tuning, "fastest", default),
+        ):
             launch()
     finally:
         torch.backends.cudnn.allow_tf32 = allowed
     return found
 
 
-def codes(call: str, precision: str, target: str) -> dict[str, Code]:
-    """The kernels of one of `CALLS`, by name."""
+def codes(
+    call: str, precision: str, target: str, *, candidates: bool
+) -> dict[tuple[str, Any], Code]:
+    """The kernels of one of `CALLS`, by name and tile; see `kernels_of`."""
     launch = CALLS[call][0](precision)
-    found = kernels_of(launch, target, tf32=precision == "tf32")
-    return {name.lstrip("_"): code_of(kernel) for name, kernel in found.items()}
+    found = kernels_of(launch, target, tf32=precision == "tf32", candidates=candidates)
+    return {(name.lstrip("_"), tile): code_of(kernel) for (name, tile), kernel in found.items()}
 
 
 @contextmanager
@@ -211,18 +228,19 @@ def code_of(kernel: Any) -> Code:
 
 
 def table() -> Iterator[str]:
-    """Lines of a Markdown table of every call, kernel, precision and target."""
+    """Lines of a Markdown table of every call, precision, target, kernel and tile."""
     yield (
-        "| call | kernel | precision | target | registers | spilled bytes | shared bytes "
+        "| call | kernel | precision | target | tile | registers | spilled bytes | shared bytes "
         "| loads: wide + narrow | atomics: wide + narrow + loops | matrix unit |"
     )
-    yield "|---" * 10 + "|"
+    yield "|---" * 11 + "|"
     for call, (_, precisions) in CALLS.items():
         for precision in precisions:
             for target in TARGETS:
-                for kernel, code in codes(call, precision, target).items():
+                found = codes(call, precision, target, candidates=True)
+                for (kernel, tile), code in found.items():
                     cells = (
-                        *(call, kernel, precision, target),
+                        *(call, kernel, precision, target, "x".join(map(str, tile))),
                         *(code.registers, code.spilled, code.shared),
                         f"{code.wide_loads} + {code.narrow_loads}",
                         f"{code.wide_atomics} + {code.narrow_atomics} + {code.loops}",

@@ -551,8 +551,7 @@ def main() -> None:
     if options.static or options.model:
         from benchmarks import compiled, gpu_model
 
-        model = gpu_model.table((SHAPES[0], SHAPES[3]), ("bfloat16", "tf32"))
-        for line in compiled.table() if options.static else model:
+        for line in compiled.table() if options.static else gpu_model.table():
             print(line, flush=True)
         return
     reason = backends.why_unavailable("triton")

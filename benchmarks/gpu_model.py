@@ -1,4 +1,4 @@
-"""A performance model of the deformable convolution kernels on three GPUs.
+"""A performance model of the kernels on three GPUs: convolution, depthwise too, and RoI pooling.
 
 For one layer and tile, the model counts matrix multiplication, including the padding of tiles;
 bytes that programs read from L2 and add to it, if no program finds another's data in L1; moving
@@ -9,10 +9,16 @@ ignored, so real kernels are slower.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from benchmarks.shapes import Shape
+import torch
+from torch import Tensor
+from triton import next_power_of_2
+
+from benchmarks import roi_pool
+from benchmarks.shapes import SHAPES, Shape
+from deformnet.ops.deform_conv.triton import _NARROW_CHANNELS, _NARROW_TILE
 from deformnet.ops.deform_conv.triton_geometry import Tile
 from deformnet.ops.deform_conv.triton_tiles import candidates
 from deformnet.ops.triton.devices import Kind
@@ -44,6 +50,9 @@ CARDS = {
     ),
 }
 KERNELS = "forward", "positions", "weight"
+LAYERS = SHAPES[0], SHAPES[3]
+DEPTHWISE = Shape(8, 320, 24, 24)
+POOLING = roi_pool.POOLINGS[0]
 # Microseconds on an H200 with earlier tiles, in the only run on a GPU (see docs/benchmarks.md).
 MEASURED = {
     ("forward", "bfloat16", "1x512x38x63"): 126,
@@ -60,10 +69,15 @@ MEASURED = {
     ("weight", "tf32", "8x128x28x28"): 59,
 }
 _TAPS = 9
-# Per multiprocessor, for tiles of 8 warps: registers allow no more.
-_PROGRAMS_OF_8_WARPS = 1
+# Of a multiprocessor, as registers allow: a thread has up to 255 in the matrix kernels, and about
+# 128 in the others (40 to 168).
+_MATRIX_WARPS, _VECTOR_THREADS = 8, 512
 # Of bilinear interpolation for each channel of a sample, and of its backward pass.
 _FORWARD_OPERATIONS, _BACKWARD_OPERATIONS = 12, 30
+# RoI pooling computes positions anew in each thread, for its four channels.
+_POSITION_OPERATIONS = 40 // 4
+# Of L2: what a number takes whose neighbors in a program are not its neighbors in memory.
+_SECTOR = 32
 
 
 @dataclass(frozen=True)
@@ -71,7 +85,9 @@ class Work:
     """The work of one launch."""
 
     programs: int
-    flops: float
+    at_once: int  # programs of a multiprocessor
+    flops: float  # of the matrix unit
+    least_flops: float  # without the padding of tiles
     operations: float  # of the vector unit
     l2_bytes: float  # without atomics
     atomics: float  # values added
@@ -87,7 +103,7 @@ def tile_of(kernel: str, shape: Shape, precision: str, card: Card) -> Tile:
 
 def work_of(kernel: str, shape: Shape, precision: str, tile: Tile) -> Work:
     """The work of a kernel for a layer, derived from its grid and loops."""
-    size = 2 if precision == "bfloat16" else 4
+    size = _size(precision)
     rows, channels, groups = shape.positions, shape.channels, shape.offset_groups
     segment = channels // groups
     row_tiles, out_tiles = math.ceil(rows / tile.rows), math.ceil(channels / tile.out)
@@ -101,7 +117,9 @@ def work_of(kernel: str, shape: Shape, precision: str, tile: Tile) -> Work:
     if kernel == "forward":
         return Work(
             programs=row_tiles * out_tiles,
+            at_once=max(1, _MATRIX_WARPS // tile.warps),
             flops=flops,
+            least_flops=shape.forward_flops,
             operations=_FORWARD_OPERATIONS * samples * out_tiles,
             l2_bytes=(corner_bytes + offset_bytes) * out_tiles
             + row_tiles * weight_bytes
@@ -112,7 +130,9 @@ def work_of(kernel: str, shape: Shape, precision: str, tile: Tile) -> Work:
     if kernel == "positions":
         return Work(
             programs=row_tiles * _TAPS * groups,
+            at_once=max(1, _MATRIX_WARPS // tile.warps),
             flops=flops,
+            least_flops=shape.forward_flops,
             operations=_BACKWARD_OPERATIONS * samples,
             # grad_output is read for each tile of channels, the weight for each tile of rows.
             l2_bytes=corner_bytes
@@ -126,7 +146,9 @@ def work_of(kernel: str, shape: Shape, precision: str, tile: Tile) -> Work:
     splits = max(1, min(row_tiles, 512 // programs))
     return Work(
         programs=programs * splits,
+        at_once=max(1, _MATRIX_WARPS // tile.warps),
         flops=flops,
+        least_flops=shape.forward_flops,
         operations=_FORWARD_OPERATIONS * samples * out_tiles,
         l2_bytes=(corner_bytes + offset_bytes) * out_tiles
         + rows * _TAPS * groups * channel_tiles * channels * size
@@ -136,7 +158,105 @@ def work_of(kernel: str, shape: Shape, precision: str, tile: Tile) -> Work:
     )
 
 
-def seconds_of(work: Work, precision: str, tile: Tile, card: Card) -> tuple[float, str]:
+def narrow_tile_of(shape: Shape) -> tuple[int, int]:
+    """Rows and channels of a tile of the kernels for depthwise layers."""
+    channels = min(_NARROW_CHANNELS, next_power_of_2(shape.channels // shape.offset_groups))
+    return _NARROW_TILE // channels, channels
+
+
+def narrow_work_of(kernel: str, shape: Shape, precision: str) -> Work:
+    """The work of a kernel for a depthwise layer: each channel samples and multiplies once."""
+    size = _size(precision)
+    tile_rows, tile_channels = narrow_tile_of(shape)
+    rows, channels, groups = shape.positions, shape.channels, shape.offset_groups
+    row_tiles = math.ceil(rows / tile_rows)
+    channel_tiles = math.ceil(channels / groups / tile_channels)
+    samples = rows * _TAPS * channels
+    sample_bytes = 4 * samples * size
+    offset_bytes = 4 * 2 * _TAPS * groups * rows
+    weight_bytes = _TAPS * channels * size
+    map_bytes = rows * channels * size
+    programs = channel_tiles * groups
+    operations, atomics = _FORWARD_OPERATIONS + 2, 0
+    memory_bytes = 2 * map_bytes + offset_bytes + weight_bytes
+    if kernel == "forward":
+        programs *= row_tiles
+        l2_bytes = offset_bytes * channel_tiles + row_tiles * weight_bytes + map_bytes
+    elif kernel == "positions":
+        programs = row_tiles * _TAPS * groups
+        operations, atomics = _BACKWARD_OPERATIONS + 2, 4 * samples
+        l2_bytes = 2 * offset_bytes + samples * size + row_tiles * weight_bytes
+        memory_bytes += 4 * rows * channels + offset_bytes
+    else:
+        programs *= _TAPS
+        splits = max(1, min(row_tiles, 512 // programs))
+        programs *= splits
+        l2_bytes = offset_bytes * channel_tiles + samples * size + 2 * splits * 4 * _TAPS * channels
+    return Work(
+        programs=programs,
+        at_once=_VECTOR_THREADS // 128,
+        flops=0,
+        least_flops=0,
+        operations=operations * samples,
+        l2_bytes=sample_bytes + l2_bytes,
+        atomics=atomics,
+        memory_bytes=memory_bytes,
+    )
+
+
+def pooling_work_of(kernel: str, pooling: roi_pool.Pooling, precision: str) -> Work:
+    """The work of RoI pooling of the boxes in `benchmarks.roi_pool`, by the rule "aligned".
+
+    A program has one bin of 256 channels, and reads each pixel of its samples once.
+    """
+    size = _size(precision)
+    boxes, channels = roi_pool.random_boxes(), pooling.channels
+    (columns, _), (rows, row_cells) = (
+        _samples_of(boxes[:, axis], boxes[:, axis + 2], length)
+        for axis, length in ((1, roi_pool.WIDTH), (2, roi_pool.HEIGHT))
+    )
+    bins = len(boxes) * roi_pool.BINS**2
+    pixels = (rows * columns).sum().item() * channels
+    # Inner loops end with a step without a sample; those that complete no row are skipped.
+    steps = row_cells.sum().item() * roi_pool.BINS * (roi_pool.SAMPLES + 1) * channels
+    positions_bytes = 4 * bins * (5 + 2)
+    map_bytes = roi_pool.HEIGHT * roi_pool.WIDTH * channels
+    backward = kernel == "backward"
+    operations = _BACKWARD_OPERATIONS if backward else _FORWARD_OPERATIONS
+    return Work(
+        programs=bins * math.ceil(channels / 256),
+        at_once=_VECTOR_THREADS // 64,
+        flops=0,
+        least_flops=0,
+        operations=(operations + _POSITION_OPERATIONS) * steps,
+        # The output, and its gradient, are [R, C, ph, pw].
+        l2_bytes=pixels * size + positions_bytes + _SECTOR * bins * channels,
+        atomics=pixels if backward else 0,
+        memory_bytes=map_bytes * (size + 4 * backward) + bins * (channels * size + 4 * 2),
+    )
+
+
+def _samples_of(low: Tensor, high: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Pixels and cells of the map that the samples of each box meet on one axis, [R].
+
+    Summed over the bins, of which each counts its own.
+    """
+    number = roi_pool.BINS * roi_pool.SAMPLES
+    size = (high - low) * roi_pool.SCALE
+    step = (size / number)[:, None]
+    at = low[:, None] * roi_pool.SCALE - 0.5 + (torch.arange(number) + 0.5) * step
+    cells = at.clamp(0, length - 1).floor().unflatten(1, (roi_pool.BINS, roi_pool.SAMPLES))
+    moved = cells.diff(dim=2)
+    # A cell has two pixels, of which the next cell may share one.
+    pixels = 2 + moved.clamp(max=2).sum(2) - (cells[..., -1] == length - 1).to(cells.dtype)
+    return pixels.sum(1), (1 + (moved > 0).sum(2)).sum(1)
+
+
+def _size(precision: str) -> int:
+    return 2 if precision == "bfloat16" else 4
+
+
+def seconds_of(work: Work, precision: str, card: Card) -> tuple[float, str]:
     """Time of a launch, and what bounds it."""
     shares = {
         "products": work.flops / card.flops[precision],
@@ -144,7 +264,7 @@ def seconds_of(work: Work, precision: str, tile: Tile, card: Card) -> tuple[floa
         # An atomic addition reads and writes its value.
         "L2": (work.l2_bytes + 8 * work.atomics) / card.l2_bytes,
     }
-    at_once = card.processors * max(1, _PROGRAMS_OF_8_WARPS * 8 // tile.warps)
+    at_once = card.processors * work.at_once
     busy = work.programs / (math.ceil(work.programs / at_once) * at_once)
     times = {name: time / busy for name, time in shares.items()}
     times["memory"] = work.memory_bytes / card.bytes
@@ -152,13 +272,37 @@ def seconds_of(work: Work, precision: str, tile: Tile, card: Card) -> tuple[floa
     return times[bound], bound
 
 
-def floor_of(kernel: str, shape: Shape, precision: str, card: Card) -> float:
+def floor_of(work: Work, precision: str, card: Card) -> float:
     """The minimum time: matrix multiplication alone, or moving each tensor once."""
-    work = work_of(kernel, shape, precision, tile_of(kernel, shape, precision, card))
-    return max(shape.forward_flops / card.flops[precision], work.memory_bytes / card.bytes)
+    return max(work.least_flops / card.flops[precision], work.memory_bytes / card.bytes)
 
 
-def table(shapes: Sequence[Shape], precisions: Sequence[str]) -> Iterator[str]:
+def launches(card: Card) -> Iterator[tuple[str, str, str, str, Work]]:
+    """Layer, precision, kernel, tile and work of every row of a GPU's table."""
+    for shape in LAYERS:
+        for precision in ("bfloat16", "tf32"):
+            for kernel in KERNELS:
+                tile = tile_of(kernel, shape, precision, card)
+                work = work_of(kernel, shape, precision, tile)
+                yield str(shape), precision, kernel, "x".join(map(str, tile)), work
+    for precision in ("bfloat16", "float32"):
+        for kernel in KERNELS:
+            work = narrow_work_of(kernel, DEPTHWISE, precision)
+            tile = "x".join(map(str, narrow_tile_of(DEPTHWISE)))
+            yield f"{DEPTHWISE}, depthwise", precision, kernel, tile, work
+    for precision in ("bfloat16", "float32"):
+        for kernel in ("forward", "backward"):
+            work = pooling_work_of(kernel, POOLING, precision)
+            yield (
+                f"{POOLING.name} pooling, {POOLING.channels} channels",
+                precision,
+                kernel,
+                "1x256",
+                work,
+            )
+
+
+def table() -> Iterator[str]:
     """Lines of a Markdown table."""
     yield (
         "| GPU | layer | precision | kernel | tile | L2 MB | atomics, M | memory MB | model, us "
@@ -166,18 +310,14 @@ def table(shapes: Sequence[Shape], precisions: Sequence[str]) -> Iterator[str]:
     )
     yield "|---" * 12 + "|"
     for name, card in CARDS.items():
-        for shape in shapes:
-            for precision in precisions:
-                for kernel in KERNELS:
-                    tile = tile_of(kernel, shape, precision, card)
-                    work = work_of(kernel, shape, precision, tile)
-                    seconds, bound = seconds_of(work, precision, tile, card)
-                    floor = floor_of(kernel, shape, precision, card)
-                    measured = MEASURED.get((kernel, precision, str(shape)), "-")
-                    cells = (
-                        *(name, shape, precision, kernel, "x".join(map(str, tile))),
-                        *(f"{work.l2_bytes / 1e6:.0f}", f"{work.atomics / 1e6:.1f}"),
-                        *(f"{work.memory_bytes / 1e6:.1f}", f"{1e6 * seconds:.0f}", bound),
-                        *(f"{1e6 * floor:.0f}", measured if name == "H200" else "-"),
-                    )
-                    yield "| " + " | ".join(map(str, cells)) + " |"
+        for layer, precision, kernel, tile, work in launches(card):
+            seconds, bound = seconds_of(work, precision, card)
+            floor = floor_of(work, precision, card)
+            measured = MEASURED.get((kernel, precision, layer), "-")
+            cells = (
+                *(name, layer, precision, kernel, tile),
+                *(f"{work.l2_bytes / 1e6:.0f}", f"{work.atomics / 1e6:.1f}"),
+                *(f"{work.memory_bytes / 1e6:.1f}", f"{1e6 * seconds:.0f}", bound),
+                *(f"{1e6 * floor:.0f}", measured if name == "H200" else "-"),
+            )
+            yield "| " + " | ".join(map(str, cells)) + " |"

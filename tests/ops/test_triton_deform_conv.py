@@ -153,7 +153,7 @@ def test_trials_of_tiles_leave_no_trace(monkeypatch):
     monkeypatch.setattr(kernels.tuning, "fastest", fastest)
     case = layered()
     assert_same(run_here(case), run(case, "reference"), 1e-10)
-    assert problems == [f"{name} float64 32x2x2x5" for name in ("forward", "positions", "weight")]
+    assert [problem.split()[0] for problem in problems] == ["forward", "positions", "weight"]
 
 
 @runs

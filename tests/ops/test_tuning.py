@@ -11,9 +11,11 @@ pytest.importorskip("triton", reason="the package triton is not installed")
 
 import triton
 
+from deformnet.ops.deform_conv import triton as kernels
+from deformnet.ops.deform_conv.checks import Geometry
 from deformnet.ops.deform_conv.triton_geometry import Tile
 from deformnet.ops.deform_conv.triton_tiles import TILES, candidates
-from deformnet.ops.triton import tuning
+from deformnet.ops.triton import devices, tuning
 from deformnet.ops.triton.devices import Kind, kind_of, uses_tf32
 
 
@@ -150,6 +152,57 @@ def test_two_processes_keep_what_both_found(card):
     for problem in ("forward half 64", "found elsewhere", "another"):
         assert card.choose(SLOW, FAST, problem=problem) == FAST
     assert card.timed == []
+
+
+@pytest.fixture
+def problems_of(monkeypatch):
+    """Problems by kernel, of both passes of a 1x1 convolution in two groups that does not run."""
+    found = {}
+
+    def fastest(on, problem, tiles, run):
+        found[problem.split()[0]] = problem
+        return tiles[0]
+
+    monkeypatch.setattr(tuning, "fastest", fastest)
+    monkeypatch.setattr(devices, "target", lambda: ("cuda", "90"))
+    monkeypatch.setattr(kernels._Call, "launch", lambda *_: None)
+
+    def problems(width=8191, offset_groups=1, masked=False, border="zeros", needs=(True,) * 5):
+        def on_meta(channels):
+            return torch.empty(1, channels, 4096, width, device="meta")
+
+        input, offset = on_meta(64), on_meta(2 * offset_groups)
+        weight = torch.empty(64, 32, 1, 1, device="meta")
+        mask = on_meta(offset_groups) if masked else None
+        geometry = Geometry((1, 1), (0, 0), (1, 1), border)
+        found.clear()
+        kernels.deform_conv2d(input, offset, weight, None, mask, geometry)
+        kernels.deform_conv2d_backward(input, input, offset, weight, mask, geometry, needs)
+        return dict(found)
+
+    return problems
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"width": 8192},  # 2**31 elements: wide indices
+        {"offset_groups": 2},
+        {"masked": True},
+        {"border": "msra2017"},
+        {"needs": (True, False, True, True, False)},
+        {"needs": (False, True, True, True, True)},
+    ],
+    ids=str,
+)
+def test_problems_differ_where_the_compiled_code_does(problems_of, change):
+    usual, other = problems_of(), problems_of(**change)
+    every = ["forward", "positions", "weight"]
+    assert list(usual) == list(other) == every
+    differ = [kernel for kernel in every if usual[kernel] != other[kernel]]
+    assert differ == (["positions"] if "needs" in change else every)
+    # Maps of similar sizes share a choice.
+    assert problems_of(width=8000) == usual
 
 
 def test_kinds_of_gpus():

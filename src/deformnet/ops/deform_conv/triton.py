@@ -388,17 +388,21 @@ class _Call(NamedTuple):
         """Whether the matrix unit multiplies in tf32."""
         return self.maps.dtype == torch.float32 and devices.uses_tf32(*devices.target())
 
-    def launch(
-        self, kernel: Any, grid: tuple[int, int], tile: Tile, output: Tensor, *arguments: Any
-    ) -> None:
-        """Run a kernel; `output` is the convolution's output, or the gradient of it."""
+    @property
+    def wide(self) -> bool:
+        """Whether indices into tensors are int64."""
+        outputs = self.sizes.rows * self.weight.shape[0]
+        return max(self.maps.numel(), outputs, self.offset.numel()) >= _LEAST_WIDE
+
+    def launch(self, kernel: Any, grid: tuple[int, int], tile: Tile, *arguments: Any) -> None:
+        """Run a kernel."""
         check_most("offset", "tiles of positions", grid[0], MOST_PROGRAMS)
         dtype = self.maps.dtype
         kernel[grid](
             *arguments,
             OPTIONS=Options(
                 msra=self.msra,
-                wide=any(t.numel() >= _LEAST_WIDE for t in (self.maps, output, self.offset)),
+                wide=self.wide,
                 narrow=self.narrow,
                 dtype=tl.float64 if dtype == torch.float64 else tl.float32,
                 precision="tf32" if self.tf32 else "ieee",
@@ -444,14 +448,14 @@ def deform_conv2d(
                 sizes.rows, tile.rows
             )
             grid = tiles, sizes.offset_groups
-            call.launch(narrow.forward, grid, tile, output, *tensors, sizes, strides)
+            call.launch(narrow.forward, grid, tile, *tensors, sizes, strides)
         else:
             segments = _segments(sizes, sizes.group_channels)
 
             def run(tile: Tile) -> None:
                 tiles = triton.cdiv(sizes.rows, tile.rows) * triton.cdiv(sizes.group_out, tile.out)
                 grid = tiles, _groups(sizes)
-                call.launch(_forward, grid, tile, output, *tensors, sizes, segments, strides)
+                call.launch(_forward, grid, tile, *tensors, sizes, segments, strides)
 
             run(_tile("forward", call, run))
     return output
@@ -538,7 +542,9 @@ def _by_input_and_positions(
     if call.narrow:
         tile = _narrow_tile(call.sizes.offset_group_channels)
     else:
-        tile = _tile("positions", call, lambda tile: launch(slice(0, step), tile))
+        some = slice(0, step)
+        given = grad_input is not None, grad_offset is not None
+        tile = _tile("positions", call.images(some), lambda tile: launch(some, tile), *given)
     for first in range(0, batch, step):
         some = slice(first, min(first + step, batch))
         sums = launch(some, tile)
@@ -570,7 +576,7 @@ def _launch_positions(
         segments = _segments(sizes, in_offset_group)
     grid = triton.cdiv(sizes.rows, tile.rows) * sizes.taps, sizes.offset_groups
     call.launch(
-        *(_backward_positions, grid, tile, grad_output),
+        *(_backward_positions, grid, tile),
         *(grad_output, call.maps, call.offset, call.mask, packed, grad_offset, grad_mask),
         *(None if sums is None else sums.target, sizes, segments, _strides(grad_output)),
     )
@@ -606,10 +612,10 @@ def _launch_weight(call: _Call, tile: Tile, grad_output: Tensor) -> Tensor:
     grid, strides = (programs, splits), _strides(grad_output)
     if call.narrow:
         arguments = *tensors, sizes, strides, tiles_of_split
-        call.launch(narrow.backward_weight, grid, tile, grad_output, *arguments)
+        call.launch(narrow.backward_weight, grid, tile, *arguments)
     else:
         arguments = *tensors, sizes, segments, strides, _groups(sizes), tiles_of_split
-        call.launch(_backward_weight, grid, tile, grad_output, *arguments)
+        call.launch(_backward_weight, grid, tile, *arguments)
     return partial
 
 
@@ -662,8 +668,12 @@ def _narrow_tile(columns: int) -> Tile:
     return Tile(_NARROW_TILE // columns, columns, columns, warps, stages=2)
 
 
-def _tile(kernel: str, call: _Call, run: Callable[[Tile], object]) -> Tile:
-    """The fastest tile of a kernel for problems like this one, or the default tile."""
+def _tile(kernel: str, call: _Call, run: Callable[[Tile], object], *gradients: bool) -> Tile:
+    """The fastest tile of a kernel for problems like this one, or the default tile.
+
+    Args:
+        gradients: which gradients are asked for, of a kernel that leaves out the others.
+    """
     sizes, dtype = call.sizes, call.maps.dtype
     if dtype.itemsize == 2:
         precision = "half"
@@ -674,7 +684,11 @@ def _tile(kernel: str, call: _Call, run: Callable[[Tile], object]) -> Tile:
     rows = triton.next_power_of_2(sizes.rows)
     kind = devices.kind_of(*devices.target())
     tiles = candidates(kind, kernel, precision, rows, sizes.group_out, length)
-    problem = f"{kernel} {precision} {rows}x{sizes.taps}x{length}x{sizes.group_out}"
+    # Bias and the output's memory format change only the end of a kernel.
+    code = call.mask is not None, call.msra, call.wide, *gradients
+    groups = sizes.group_channels, sizes.group_out, sizes.offset_groups
+    shape = "x".join(map(str, (rows, sizes.taps, sizes.channels, *groups)))
+    problem = f"{kernel} {precision} {shape} {''.join(str(int(flag)) for flag in code)}"
     return tuning.fastest(call.maps, problem, tiles, run)
 
 
