@@ -3,7 +3,7 @@
 import fcntl
 import json
 import statistics
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,21 +11,28 @@ from typing import Any, NamedTuple
 from deformnet._errors import UserError
 
 
-def stored(path: Path, settings: str, expected: Mapping[str, Any]) -> dict[str, Any] | None:
+def stored(
+    path: Path,
+    settings: str,
+    expected: Mapping[str, Any],
+    updated: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+) -> dict[str, Any] | None:
     """The stored result of a run; None if it is not finished.
 
     Args:
         path: file of the result.
         settings: key of the run's settings in it.
         expected: settings that it should have.
+        updated: adds settings that did not exist when the result was stored.
     Raises:
         UserError: if it has other settings.
     """
     if not path.is_file():
         return None
     found = json.loads(path.read_bytes())
-    expected = json.loads(json.dumps(expected))  # lists for tuples
-    if found[settings] != expected:
+    # Lists for tuples.
+    own, expected = (json.loads(json.dumps(it)) for it in (updated(found[settings]), expected))
+    if own != expected:
         raise UserError(f"{path}: expected a run of {expected}, but got {found[settings]}")
     return found
 

@@ -179,6 +179,19 @@ def test_scores_of_a_run(network, variant, trained):
         plan.stored_result(changed, trained)
 
 
+@pytest.mark.parametrize(("network", "variant"), TRAINED)
+def test_a_result_stays_valid_when_recipes_gain_fields(network, variant, trained, tmp_path):
+    job = job_of(network, variant)
+    found = plan.stored_result(job, trained)
+    older = json.loads(json.dumps(found))
+    for name in older["job"].keys() - {"train", "test"}:
+        del older["job"][name]["ema"]
+    job.folder(tmp_path).mkdir(parents=True)
+    plan.result_path(job, tmp_path).write_text(json.dumps(older))
+    assert plan.stored_result(job, tmp_path) == older
+    assert older != found
+
+
 def test_a_stopped_run_ends_like_an_uninterrupted_one(data, trained, tmp_path, monkeypatch):
     job = job_of("rfcn", CONV_POOL)
     for part in ("features", "proposals"):

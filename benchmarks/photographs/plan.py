@@ -15,6 +15,7 @@ from deformnet.recipes import (
     FasterRCNNRecipe,
     RFCNRecipe,
     RPNRecipe,
+    recipe_from_dict,
 )
 
 Network = Literal["deeplab", "class-aware-rpn", "faster-rcnn", "rfcn"]
@@ -228,7 +229,16 @@ def stored_result(job: Job, out: Path) -> dict[str, Any] | None:
     Raises:
         UserError: if it has another recipe or other splits.
     """
-    return stored(result_path(job, out), "job", job.described())
+    path = result_path(job, out)
+
+    def updated(own: dict[str, Any]) -> dict[str, Any]:
+        recipes = {name: own[name] for name in ("recipe", "proposals") if name in own}
+        return own | {
+            name: recipe_from_dict(recipe, source=path).to_dict()
+            for name, recipe in recipes.items()
+        }
+
+    return stored(path, "job", job.described(), updated)
 
 
 def result_path(job: Job, out: Path) -> Path:
