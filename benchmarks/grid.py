@@ -121,7 +121,7 @@ def every(outcomes: Iterable[bool | None]) -> bool | None:
 
 
 def some(outcomes: Iterable[bool | None]) -> bool | None:
-    """Whether a part of a statement holds; it takes all parts to refute it."""
+    """Whether at least one part of a statement holds; only if none does is it refuted."""
     found = set(outcomes)
     return True if True in found else None if None in found else False
 

@@ -15,10 +15,10 @@ images in the same order, the same initial weights, iterations and learning rate
 Settings are chosen on a quarter of the training images (`--tune`), never on the scored ones, by the
 mean score of plain and deformable networks, never by the gain.
 
-Faster R-CNN and R-FCN train on the proposals of one region proposal network, whatever their seed.
-Their results record the SHA-256 of these proposals, and those of a seed have to agree. The
-proposals, up to 10 MB in all, are not stored with the results, and another machine trains a network
-with other ones: finish all runs of a seed where the first was computed.
+Faster R-CNN and R-FCN train on the proposals of one region proposal network, the same for all
+seeds. Their results record the SHA-256 of these proposals, which must be the same in all results of
+a seed. The proposals, up to 10 MB in all, are not stored with the results, and a network trained on
+another machine has other ones: finish all runs of a seed on the machine that computed the first.
 
 Features of the frozen backbone are computed once (`deformnet train --feature-cache`) and kept in
 OUT/features; OUT/features.json says how long that took. Finished runs in OUT are reused, and

@@ -90,7 +90,7 @@ def main() -> None:
 def _prepare(
     missing: Sequence[Job], data: Path, out: Path, kind: Literal["runs", "tuning"]
 ) -> None:
-    """Prepares the jobs, and requires that their results will fit the finished ones."""
+    """Prepares the jobs, and requires that they use the same proposals as the finished ones."""
     with claimed(out / "locks" / "preparation", wait=True):
         prepare(missing, data, out)
     to_come = (

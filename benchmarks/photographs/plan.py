@@ -251,7 +251,7 @@ def finished(out: Path, kind: Literal["runs", "tuning"] = "runs") -> list[dict[s
 
 
 def require_same_proposals(results: Iterable[Mapping[str, Any]]) -> None:
-    """Refuses results of a network and seed on different proposals, since they are compared.
+    """Refuses results of one network and seed on different proposals, since they are compared.
 
     Raises:
         UserError: if there are any.
@@ -264,7 +264,7 @@ def require_same_proposals(results: Iterable[Mapping[str, Any]]) -> None:
         if own != expected:
             raise UserError(
                 f"{result['name']}: expected the proposals of {other['name']} (SHA-256 "
-                f"{expected}), but got others ({own}), as of a region proposal network that was "
-                f"trained again; restore the former, or delete all results of {run.network} with "
-                f"seed {run.seed} to compute them anew"
+                f"{expected}), but got others ({own}), perhaps from a region proposal network that "
+                f"was retrained; restore the first ones, or delete all results of {run.network} "
+                f"with seed {run.seed} to recompute them"
             )

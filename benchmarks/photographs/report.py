@@ -72,7 +72,7 @@ def tuning_table(out: Path) -> str:
 
 
 def _tuning_table(network: Network, results: Sequence[Mapping[str, Any]]) -> str:
-    """Settings by the mean over plain and deformable networks, for the seeds that all have.
+    """Settings, ordered by the mean over plain and deformable networks, for the seeds all have.
 
     The order does not depend on the gain of the deformable networks.
     """
@@ -93,7 +93,7 @@ def _tuning_table(network: Network, results: Sequence[Mapping[str, Any]]) -> str
     heads = [f"{variant.name}, {metric}" for variant, metric in columns]
     heads = [*fields, f"mean of {metrics[0]}", *heads]
     lines = [
-        f"**{TITLES[network]}**: settings by the mean over the networks, plain and deformable",
+        f"**{TITLES[network]}**: settings, ordered by the mean over plain and deformable networks",
         "",
         f"| {' | '.join(heads)} |",
         "|---" * len(heads) + "|",

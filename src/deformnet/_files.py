@@ -199,7 +199,7 @@ def encoding_png() -> Iterator[None]:
 
 @contextmanager
 def fitting(path: Path | str) -> Iterator[None]:
-    """Raises MemoryError with the name of a file where there is not enough memory to read it."""
+    """Raises MemoryError with the name of a file if there is not enough memory to read it."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -309,7 +309,7 @@ def require_own(path: Path, kind: str, is_own: Callable[[Path], bool]) -> None:
     """Refuses to replace a file of another kind.
 
     Args:
-        kind: what the command writes, in the message.
+        kind: what the command writes, for the message.
         is_own: whether an existing file is of this kind.
     Raises:
         UserError: if it is not; it is not changed.
@@ -491,6 +491,6 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
-    except OSError as error:  # EACCES: of a folder that can be written to, but not read
+    except OSError as error:  # EACCES: the folder can be written to, but not read
         if error.errno not in (*UNSUPPORTED, errno.EACCES):
             raise

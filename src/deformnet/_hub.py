@@ -148,11 +148,11 @@ def cached(repo: str) -> Iterator[Path]:
 
 @contextmanager
 def downloading(what: str) -> Iterator[None]:
-    """Logs a warning, at growing intervals, while a download lasts.
+    """Logs warnings, at growing intervals, while a download lasts.
 
-    It fails after DEFORMNET_DOWNLOAD_TIMEOUT seconds (an environment variable, 60 by default)
-    without data, or, for the Hub, after HF_HUB_DOWNLOAD_TIMEOUT (10). huggingface_hub waits without
-    limit for another process that downloads the same file.
+    A download fails after DEFORMNET_DOWNLOAD_TIMEOUT seconds (an environment variable, 60 by
+    default) without data, or, for the Hub, after HF_HUB_DOWNLOAD_TIMEOUT (10). huggingface_hub
+    waits without limit for another process that downloads the same file.
 
     Raises:
         UserError: if the variable is not a number of seconds.
@@ -166,7 +166,7 @@ def downloading(what: str) -> Iterator[None]:
         due = _PATIENCE
         while not ended.wait(due):
             waited = time.monotonic() - start
-            text = "waiting for the download of %s, here or in another process, for %.0f seconds"
+            text = "the download of %s, here or in another process, has taken %.0f seconds so far"
             _log.warning(text, what, waited)
             due *= 2
 

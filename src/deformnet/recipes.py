@@ -411,9 +411,9 @@ class SegmentationRecipe(DenseRecipe):
     max_side: int | None = 600
     """Maximum longer side after resizing, in pixels, which takes precedence; None for no limit."""
     output_stride: OutputStride = 16
-    """Stride of the features, in pixels: 16 as in the paper, 8 for finer features, at about four
-    times the cost of conv4 and conv5, whose dilation doubles, or 32 for coarser ones, at which
-    nothing is dilated."""
+    """Stride of the features, in pixels: 16 as in the paper; 8 for finer features, at about four
+    times the cost of conv4 and conv5, whose dilation doubles; or 32 for coarser ones, without
+    dilation."""
     loss_stride: Literal[1, 2, 4, 8, 16] = 1
     """Stride at which predictions and labels are compared in training, in pixels; larger values
     take less time on a CPU."""

@@ -359,7 +359,7 @@ def test_a_file_system_without_locks(number, tmp_path, monkeypatch):
     (tmp_path / "checkpoints").mkdir()
     other = tmp_path / "checkpoints/.0123456789abcdef.partial"
     other.touch()
-    message = r"file system without locks \(.*\), so"
+    message = r"file system does not support locks \(.*\), so"
     with pytest.warns(UserWarning, match=message), locked(tmp_path):
         assert other.exists()
 

@@ -339,7 +339,7 @@ def test_a_wait_for_another_download_is_logged(hub, cache, monkeypatch, caplog):
         load_run("hf://me/cells")
         release.join()
     assert caplog.messages[0].startswith(
-        "waiting for the download of hf://me/cells, here or in another process, for "
+        "the download of hf://me/cells, here or in another process, has taken "
     )
 
 

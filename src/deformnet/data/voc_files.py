@@ -210,7 +210,7 @@ def _read_names(path: Path) -> tuple[str, ...]:
     if not names:
         raise UserError(f"{path}: names no class; write one name per line")
     if repeated := first_repeated(names):
-        raise UserError(f"{path}: names {repeated!r} more than once")
+        raise UserError(f"{path}: expected unique class names, but got {repeated!r} more than once")
     return names
 
 

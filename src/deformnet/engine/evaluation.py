@@ -151,8 +151,8 @@ def require_frozen(backbone: Backbone, recipe: Recipe) -> None:
     """Raises UserError if the features of a backbone may change, or have stride 32."""
     if backbone.stride > 16:
         raise UserError(
-            "expected features of stride 8 or 16 for feature_cache, but those of classifiers and "
-            f"of output_stride 32 have stride {backbone.stride}"
+            "expected features of stride 8 or 16 for feature_cache, but got stride "
+            f"{backbone.stride}, as in classifiers or with output_stride 32"
         )
     if not backbone.frozen:
         raise UserError(

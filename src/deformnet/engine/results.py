@@ -99,7 +99,7 @@ class Result:
 
 
 class UnsavedScores(OSError):
-    """A file of scores cannot be written because of an `error`; `result` contains the scores."""
+    """A file of scores cannot be written because of `error`; `result` contains the scores."""
 
     def __init__(self, result: Result, error: OSError | MemoryError) -> None:
         if isinstance(error, OSError) and error.errno is not None:

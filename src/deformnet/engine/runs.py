@@ -129,7 +129,7 @@ def require_folder(run: Path, purpose: str = "") -> None:
 def locked(run: Path) -> Iterator[None]:
     """Locks a run folder against concurrent training; warns if the file system has no locks.
 
-    An evaluation does not lock it: it may run beside a training. It replaces its own files as a
+    An evaluation does not lock it and can run at the same time: it replaces its own files as a
     whole, and has none in checkpoints/, whose unfinished files are removed here.
 
     Raises:
@@ -157,14 +157,14 @@ def locked(run: Path) -> Iterator[None]:
                 raise
             is_locked = False
             warnings.warn(
-                f"{run}: on a file system without locks ({error.strerror}), so a second training "
-                "in this folder would not be noticed; start only one at a time",
+                f"{run}: the file system does not support locks ({error.strerror}), so a second "
+                "training in this folder would not be noticed; start only one at a time",
                 stacklevel=1,
             )
         if is_locked:
             with naming(run / ".lock"):
                 file.truncate(0)
-                # With the host: others that share the disk, and containers, number their own.
+                # With the host: on another one, or in a container, it is another process.
                 file.write(f"{os.getpid()} on {socket.gethostname()}".encode())
             remove_partial(run / "checkpoints")  # of a process that was killed
         yield

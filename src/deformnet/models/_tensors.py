@@ -184,7 +184,7 @@ def named_digest_problem(path: Path) -> str | None:
     """Why a file is damaged, by the SHA-256 in its name; None if it is not, or its name has none.
 
     Names of published weights end with its first digits. In the cache of huggingface_hub, files are
-    links to files that are named by it.
+    links to files that are named after it.
     """
     blob = path.readlink().name if path.is_symlink() else ""
     found = re.fullmatch("([0-9a-f]{64})", blob) or _NAMED.search(path.name)
@@ -195,8 +195,8 @@ def named_digest_problem(path: Path) -> str | None:
     if digest.startswith(found[1]):
         return None
     return (
-        f"expected the sha256 {found[1][:12]}... of its name, but got {digest[:12]}...; delete "
-        f"{path.resolve()} and download it again, or rename it if its name has no sha256"
+        f"expected the sha256 {found[1][:12]}... in its name, but got {digest[:12]}...; delete "
+        f"{path.resolve()} and download it again, or rename it if this is not a sha256"
     )
 
 

@@ -70,8 +70,8 @@ def run_table4(
     suppression, or upsampling to the size of the image and argmax.
 
     Raises:
-        UserError: if there are no networks or no such device, or if `out` is a folder or
-            another file than earlier results.
+        UserError: if there are no networks or no such device, or if `out` is a folder or a
+            file other than earlier results.
         FloatingPointError, RuntimeError: if the output of a network is not worth timing.
     """
     if not networks:

@@ -54,7 +54,7 @@ def run_training_step(options: TimingOptions, network: Table4Network, out: Path 
     twice, compared to plain pooling.
 
     Raises:
-        UserError: if there is no such device, or if `out` is a folder or another file than
+        UserError: if there is no such device, or if `out` is a folder or a file other than
             earlier results.
         FloatingPointError: if the loss is not finite.
     """

@@ -36,7 +36,7 @@ class FeatureCache:
         backbone: the backbone, with its final weights; moved to `device`.
         device: where missing features are computed.
     Attributes:
-        computed: number of maps that were missing or damaged so far.
+        computed: number of maps computed so far because they were missing or damaged.
     """
 
     def __init__(self, folder: str | Path, backbone: Backbone, device: torch.device) -> None:

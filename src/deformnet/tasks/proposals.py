@@ -102,7 +102,7 @@ def require_proposals(path: Path) -> None:
     Raises:
         UserError: if `path` is such a file; it is not changed.
     """
-    require_own(path, "one of proposals", _is_proposals)
+    require_own(path, "a file of proposals", _is_proposals)
 
 
 def _is_proposals(path: Path) -> bool:

@@ -117,7 +117,7 @@ def test_published_weights_are_verified(monkeypatch, tmp_path):
     monkeypatch.setattr(published, "get_state_dict", lambda self, check_hash=False: state)
     file.write_bytes(b"damaged")
     with pytest.raises(
-        ValueError, match=f"^{file}: damaged, expected the sha256 f37072fd.* of"
+        ValueError, match=f"^{file}: damaged, expected the sha256 f37072fd.* in"
     ) as e:
         backbone("resnet18", weights="IMAGENET1K_V1")
     one_line(e)
@@ -145,7 +145,7 @@ def test_waits_for_a_download(monkeypatch, caplog):
             backbone("resnet18", weights="IMAGENET1K_V1")
     assert limits == [60, 7]
     assert socket.getdefaulttimeout() is None
-    assert caplog.messages[0].startswith("waiting for the download of IMAGENET1K_V1 from https://")
+    assert caplog.messages[0].startswith("the download of IMAGENET1K_V1 from https://")
     for seconds in ("0", "-1", "soon", "9" * 9):
         monkeypatch.setenv("DEFORMNET_DOWNLOAD_TIMEOUT", seconds)
         with pytest.raises(ValueError, match="DEFORMNET_DOWNLOAD_TIMEOUT to be 1 to 86400 sec"):

@@ -29,7 +29,7 @@ SILENCE = 60.0
 DEADLINE = 600.0
 """Seconds after which an upload ends even if data arrives."""
 
-_UNFINISHED = 4 * UPLOADS  # files kept of uploads in progress; others may have been given up
+_UNFINISHED = 4 * UPLOADS  # files kept of uploads in progress; others may have been abandoned
 _FORM = 2**16  # bytes of an upload besides its file
 _LARGEST_EVENT = 2**20  # bytes
 _ANY = ("0.0.0.0", "::")  # hosts that mean all addresses
@@ -71,7 +71,7 @@ class Guard:
             if await self._uploaded(scope, receive, send):
                 return
             status = 408
-            text = f"expected data every {SILENCE:g} seconds, and all of it within {DEADLINE:g}"
+            text = f"expected data every {SILENCE:g} s, and all of it within {DEADLINE:g} s"
         else:
             await self._app(scope, receive, send)
             return

@@ -60,8 +60,8 @@ def backbone(
     features are then those of the pretrained network, at more positions.
 
     At output stride 8, conv4 has stride 1 and dilation 2 as well, and conv5 (or the neck) twice the
-    dilation: the features are those of output stride 16, at twice as many positions in both
-    directions.
+    dilation: the features are those of output stride 16, at twice as many positions in each
+    direction.
 
     Args:
         name: resnet18, resnet34, resnet50, resnet101, aligned-inception-resnet, or timm/NAME for a
@@ -84,9 +84,9 @@ def backbone(
             as in He et al. 2016, the authors' code and detectron2's older models, rather than in
             the 3x3 convolution, as in torchvision. Weights belong to one of the two, which their
             shapes do not tell.
-        output_stride: 16; 8 for finer maps, which HRNet does not have; or 32, as in classification,
-            where conv5 has stride 2 and no dilation.
-        center: Whether to move the units of networks of timm to where label maps and boxes expect
+        output_stride: 16; 8 for finer maps, which HRNet does not support; or 32, as in
+            classification, where conv5 has stride 2 and no dilation.
+        center: Whether to move the units of timm networks to where label maps and boxes expect
             them; see `TimmFeatures`. False keeps the padding that they were trained with.
         weights: Name of torchvision's weights ("IMAGENET1K_V1", ..., cached by torch.hub), a file
             with the state dict of this backbone or of torchvision's ResNet, or a run folder. There

@@ -315,7 +315,7 @@ def require_images(images: Tensor) -> None:
 
 
 def entry_of(stage: Iterable[nn.Module]) -> list[nn.Module]:
-    """The convolutions larger than 1x1 among modules, up to the last that has a stride."""
+    """The convolutions larger than 1x1 among modules, up to the last strided one."""
     large = [it for it in stage if isinstance(it, nn.Conv2d) and max(it.kernel_size) > 1]
     strided = [place for place, it in enumerate(large, 1) if max(it.stride) > 1]
     return list(large[: max(strided, default=0)])
@@ -335,8 +335,8 @@ def dilate(
 
     Args:
         entry: Convolutions that get half the dilation.
-        unit: Factor of the dilation of all convolutions, of even size, too: how much finer than
-            usual the input of the stage is.
+        unit: Factor of the dilation of all convolutions, including those of even size: how much
+            finer than usual the input of the stage is.
     Raises:
         ValueError: If `dilation` is less than 1.
     """

@@ -283,7 +283,7 @@ def _create(name: str) -> nn.Module:
 
 @contextmanager
 def _known(name: str) -> Iterator[None]:
-    """Names a network, or a tag of its weights, that timm does not have."""
+    """Raises UserError for a network, or a tag of its weights, that timm does not have."""
     if not timm.is_model(name):
         near = get_close_matches(name, timm.list_models(), n=3)
         raise UserError(
@@ -348,7 +348,7 @@ def _keep_resolution(model: nn.Module, parts: Sequence[str]) -> list[nn.Module]:
     """Set all strides of parts of a model to 1.
 
     Returns:
-        Those of their convolutions that `entry_of` found before.
+        Their convolutions that `entry_of` finds before the change.
     """
     inside = {
         name: module
