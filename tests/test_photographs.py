@@ -184,12 +184,28 @@ def test_a_result_stays_valid_when_recipes_gain_fields(network, variant, trained
     job = job_of(network, variant)
     found = plan.stored_result(job, trained)
     older = json.loads(json.dumps(found))
-    for name in older["job"].keys() - {"train", "test"}:
+    for name in older["job"].keys() & {"recipe", "proposals"}:
         del older["job"][name]["ema"]
     job.folder(tmp_path).mkdir(parents=True)
     plan.result_path(job, tmp_path).write_text(json.dumps(older))
     assert plan.stored_result(job, tmp_path) == older
     assert older != found
+
+
+def test_a_result_on_bilinear_images_is_not_one_on_bicubic_images(tmp_path):
+    """As of runs before images were resized as for the weights of the backbone."""
+    job = job_of("deeplab", PLAIN)
+    for backbone, is_valid in (("resnet18", True), ("timm/tf_efficientnet_lite0", False)):
+        job = job._replace(recipe=replace(job.recipe, backbone=backbone))
+        older = {"job": job.described()}
+        older["job"].pop("interpolation", None)
+        job.folder(tmp_path).mkdir(parents=True, exist_ok=True)
+        plan.result_path(job, tmp_path).write_text(json.dumps(older))
+        if is_valid:
+            assert plan.stored_result(job, tmp_path)
+        else:
+            with pytest.raises(ValueError, match="'interpolation': 'bicubic'"):
+                plan.stored_result(job, tmp_path)
 
 
 def test_a_stopped_run_ends_like_an_uninterrupted_one(data, trained, tmp_path, monkeypatch):

@@ -152,7 +152,12 @@ class Job(NamedTuple):
 
     def described(self) -> dict[str, Any]:
         """What a stored result must be of."""
-        own = {"recipe": self.recipe.to_dict(), "train": self.train, "test": self.test}
+        own = {
+            "recipe": self.recipe.to_dict(),
+            "interpolation": self.recipe.interpolation.value,  # not a setting of recipes
+            "train": self.train,
+            "test": self.test,
+        }
         return own | ({"proposals": PROPOSALS.to_dict()} if self.run.network in POOLING else {})
 
     def folder(self, out: Path) -> Path:
@@ -233,10 +238,11 @@ def stored_result(job: Job, out: Path) -> dict[str, Any] | None:
 
     def updated(own: dict[str, Any]) -> dict[str, Any]:
         recipes = {name: own[name] for name in ("recipe", "proposals") if name in own}
-        return own | {
+        gained = {
             name: recipe_from_dict(recipe, source=path).to_dict()
             for name, recipe in recipes.items()
         }
+        return {"interpolation": "bilinear"} | own | gained  # once, that of all backbones
 
     return stored(path, "job", job.described(), updated)
 

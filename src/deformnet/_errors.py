@@ -1,6 +1,7 @@
 """Errors caused by the user, as opposed to bugs in this package."""
 
 import importlib.util
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -47,17 +48,17 @@ def require_at_most(settings: object, most: float, *names: str) -> None:
 TOO_LARGE = "too large for the memory of this machine"
 """Part of messages about a single file or image that exhausts the memory."""
 
-NO_MEMORY = (
-    *("out of memory", "allocate memory", "STATUS_ALLOC_FAILED"),  # the last: cuDNN and cuBLAS
-    *("could not create a primitive", "bad_alloc"),  # oneDNN, and C++ in general
+_NO_MEMORY = re.compile(
+    "out of memory|allocate memory|STATUS_ALLOC_FAILED"  # the last: cuDNN and cuBLAS
+    # oneDNN, where a primitive descriptor is one that it does not implement; and C++ in general.
+    "|could not create a primitive(?! descriptor)|bad_alloc"
 )
-"""Parts of the messages of RuntimeErrors that mean that there is not enough memory."""
 
 
 def lacks_memory(error: BaseException) -> bool:
     """Whether an error means that there is not enough memory."""
     return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(sign in str(error) for sign in NO_MEMORY)
+        isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)) is not None
     )
 
 

@@ -106,6 +106,13 @@ def test_other_mistakes_keep_their_stack_trace(command, monkeypatch):
         main(command)
 
 
+def test_operations_that_onednn_lacks_are_not_a_lack_of_memory(command, monkeypatch):
+    lack = RuntimeError("could not create a primitive descriptor for the matmul primitive")
+    monkeypatch.setattr(deformnet.engine, "train", Mock(side_effect=lack))
+    with pytest.raises(RuntimeError, match="matmul"):
+        main(command)
+
+
 @pytest.mark.parametrize("becomes", ["nothing", "a file"])
 def test_a_run_folder_that_vanishes(command, complaint, tmp_path, monkeypatch, becomes):
     """Its disk was unplugged, say."""

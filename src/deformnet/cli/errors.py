@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from deformnet._errors import NO_MEMORY, TOO_LARGE, MissingExtraError, UserError
+from deformnet._errors import TOO_LARGE, MissingExtraError, UserError, lacks_memory
 
 _PACKAGE = Path(__file__).parent.parent
 
@@ -17,6 +17,8 @@ _PACKAGE = Path(__file__).parent.parent
 FAILED = 1
 BAD_INPUT = 2
 INTERRUPTED = 130  # the shell's code for a program ended by Ctrl-C
+
+_NO_MEMORY = "out of memory"
 
 # RuntimeErrors of PyTorch that are caused by the machine, by parts of their messages.
 _MACHINE_FAULTS = (
@@ -26,7 +28,7 @@ _MACHINE_FAULTS = (
         "another process of this run failed",
     ),
     (
-        NO_MEMORY,
+        (_NO_MEMORY,),
         BAD_INPUT,
         "out of memory; --accumulate 2 processes each training batch in two parts, and smaller "
         "images (--short-side, --max-side, --crop) or --precision bf16-mixed need less",
@@ -81,7 +83,7 @@ def end_with(error: Exception) -> None:
     if isinstance(error, MemoryError) and TOO_LARGE in str(error):  # names the file
         leave(_one_line(error), BAD_INPUT)
     if isinstance(error, (RuntimeError, MemoryError)):
-        text = "out of memory" if isinstance(error, MemoryError) else str(error)
+        text = _NO_MEMORY if lacks_memory(error) else str(error)
         for signs, code, message in _MACHINE_FAULTS:
             if any(sign in text for sign in signs):
                 port = os.environ.get("MASTER_PORT", "of this run")
