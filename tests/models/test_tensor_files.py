@@ -229,7 +229,7 @@ def test_no_flipped_bit_is_used_if_the_name_has_a_digest(suffix, named, tmp_path
     path.write_bytes(damaged := content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(UserError, match=f"expected the sha256 {digest[:8]}.* in its name") as error:
         read_weights(path)
-    assert f"; delete {path.resolve()} and download it again, or rename" in str(error.value)
+    assert f"rename the file; otherwise, download {path.resolve()} again" in str(error.value)
     (renamed := tmp_path / f"a{suffix}").write_bytes(damaged)
     read_weights(renamed)
 
