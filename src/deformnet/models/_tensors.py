@@ -195,8 +195,8 @@ def named_digest_problem(path: Path) -> str | None:
     if digest.startswith(found[1]):
         return None
     return (
-        f"expected the sha256 {found[1][:12]}... in its name, but got {digest[:12]}...; if the name "
-        f"has no sha256, rename the file; otherwise, download {path.resolve()} again"
+        f"expected the sha256 {found[1][:12]}... in its name, but got {digest[:12]}...; if its "
+        f"name has no sha256, rename the file; otherwise, download {path.resolve()} again"
     )
 
 
