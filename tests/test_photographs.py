@@ -301,9 +301,9 @@ def test_caching_is_timed_at_each_size(data, tmp_path, capsys):
     job = job_of("deeplab", PLAIN)
     larger = job._replace(recipe=replace(job.recipe, short_side=60, max_side=80))
     training.prepare([job, larger, job_of("deeplab", CONV)], data, tmp_path)
-    assert "features: 8 images, 8 mirror images, 16 computed, " in capsys.readouterr().out
+    assert "features: 8 images, 8 flipped images, 16 computed, " in capsys.readouterr().out
     found = json.loads((tmp_path / "features.json").read_text())["caching"]
-    counts = [(row["images"], row["mirror images"], row["computed"]) for row in found]
+    counts = [(row["images"], row["flipped images"], row["computed"]) for row in found]
     assert counts == 2 * [(8, 8, 16), (3, 0, 3)]
     assert all(row["seconds"] > 0 and row["machine"] for row in found)
     training.prepare([job], data, tmp_path)  # computes none

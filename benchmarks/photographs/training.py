@@ -76,7 +76,7 @@ def prepare(jobs: Sequence[Job], data: Path, out: Path) -> None:
             if cache.computed:
                 counts = {
                     "images": len(images),
-                    "mirror images": len(images) if flip else 0,
+                    "flipped images": len(images) if flip else 0,
                     "computed": cache.computed,
                 }
                 _note_caching(out, counts, time.perf_counter() - begin)

@@ -19,9 +19,7 @@ from deformnet._errors import UserError, require_at_least, require_at_most
 from deformnet._files import read_json
 
 if TYPE_CHECKING:  # the command line reads recipes before anything heavy is needed
-    from torchvision.transforms import InterpolationMode
-
-    from deformnet.models.backbones import Backbone
+    from deformnet.models.backbones import Backbone, InterpolationMode
     from deformnet.models.classifier import Classifier
     from deformnet.models.deeplab import DeepLab
     from deformnet.models.detection.faster_rcnn import FasterRCNN

@@ -24,6 +24,7 @@ __all__ = [
     "AlignedInceptionResNetFeatures",
     "Backbone",
     "BackboneWithNeck",
+    "InterpolationMode",
     "ResNetFeatures",
     "backbone",
     "interpolation",
