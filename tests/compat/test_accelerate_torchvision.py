@@ -193,6 +193,20 @@ def test_every_way_of_calling(way, made_before):
     torch.compiler.reset()
 
 
+def test_code_compiled_after_the_removal():
+    """PyTorch caches which kernels an operator has when it traces a call of it."""
+    tensors, geometry = arguments()
+    model, x = Model().double(), torch.randn(2, 4, 7, 9, dtype=torch.float64)
+    theirs = results(model, model, x)
+    operator = torch.ops.torchvision.deform_conv2d.default
+    with accelerate_torchvision():
+        opcheck(operator, operator_arguments(**tensors, **geometry))
+    torch.compiler.reset()
+    run = torch.compile(model, backend="aot_eager")
+    assert_equal(results(run, run, x), theirs)
+    torch.compiler.reset()
+
+
 def test_a_scripted_file():
     torch.manual_seed(0)
     model, x = Model().double(), torch.randn(2, 4, 7, 9, dtype=torch.float64)

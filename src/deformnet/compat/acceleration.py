@@ -30,6 +30,7 @@ class TorchvisionAcceleration:
         if not _active and _library is not None:
             _library._destroy()
             _library = None
+            _forget_kernels()
 
     def __enter__(self) -> "TorchvisionAcceleration":
         return self
@@ -99,7 +100,14 @@ def _register() -> Library:
             # For calls below autograd: inference mode, and code that was compiled before.
             library.impl("deform_conv2d", _forward, key)
             library.impl("_deform_conv2d_backward", _backward, key)
+    _forget_kernels()
     return library
+
+
+def _forget_kernels() -> None:
+    """Make traces look up the operators' kernels again; PyTorch caches the keys that have one."""
+    for operator in ("deform_conv2d", "_deform_conv2d_backward"):
+        getattr(torch.ops.torchvision, operator).default._dispatch_cache.clear()
 
 
 def _forward(
