@@ -24,7 +24,6 @@ __all__ = [
     "AlignedInceptionResNetFeatures",
     "Backbone",
     "BackboneWithNeck",
-    "InterpolationMode",
     "ResNetFeatures",
     "backbone",
     "interpolation",
