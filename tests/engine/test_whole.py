@@ -151,6 +151,13 @@ def test_detectors_as_onnx_on_real_images(name, folder, tmp_path, real_data):
     assert (apart < 5e-3).float().mean() > 0.999
 
 
+def assert_same_probabilities(out, weights):
+    predictor, expected = deformnet.load(out), deformnet.load(weights, device="cpu")
+    for picture in pictures():
+        found, right = predictor(picture).probabilities, expected(picture).probabilities
+        torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-5)
+
+
 # AOTInductor's compilers take a minute of CPU time.
 @pytest.mark.skipif("DEFORMNET_FUZZ" not in os.environ, reason="slow: set DEFORMNET_FUZZ")
 def test_a_compiled_classifier(tmp_path, capsys):
@@ -162,10 +169,7 @@ def test_a_compiled_classifier(tmp_path, capsys):
     write_export(random_run(recipe, CLASSES), Facts({}, {}), weights)
     main(["export", str(weights), str(out), "--compile"])
     assert capsys.readouterr().out == f"network in {out}; it runs after `import deformnet`\n"
-    predictor, expected = deformnet.load(out), deformnet.load(weights, device="cpu")
-    for picture in pictures():
-        found, right = predictor(picture).probabilities, expected(picture).probabilities
-        torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-5)
+    assert_same_probabilities(out, weights)
     with zipfile.ZipFile(out) as archive:
         assert [name for name in archive.namelist() if name.endswith(".so")]
 
@@ -175,10 +179,7 @@ def test_classifier_as_pt2(folder, tmp_path, capsys):
     weights, out = weights_of("classifier", folder), tmp_path / "net.pt2"
     main(["export", str(weights), str(out), "--standard"])
     assert capsys.readouterr().out == f"network in {out}\n"
-    predictor, expected = deformnet.load(out), deformnet.load(weights, device="cpu")
-    for picture in pictures():
-        found, right = predictor(picture).probabilities, expected(picture).probabilities
-        torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-5)
+    assert_same_probabilities(out, weights)
     program = torch.export.load(out)
     assert not [node for node in program.graph.nodes if "deformnet" in str(node.target)]
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import get_args
 
 from torch import nn
-from torchvision.transforms import InterpolationMode as InterpolationMode
+from torchvision.transforms import InterpolationMode as InterpolationMode  # also for recipes.py
 
 from deformnet.models.backbones.aligned_inception_resnet import AlignedInceptionResNetFeatures
 from deformnet.models.backbones.features import (
