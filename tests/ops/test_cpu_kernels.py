@@ -268,10 +268,11 @@ def plain(case: deform_conv_cases.Case, grad_output: torch.Tensor) -> dict[str, 
     )
 
 
+@pytest.mark.parametrize("channels", [34, 64], ids=["pairs", "tiles"])
 @pytest.mark.parametrize("wanted", [float("nan"), float("inf")])
-def test_non_finite_numbers_affect_only_their_own_products(instructions, wanted):
+def test_non_finite_numbers_affect_only_their_own_products(instructions, wanted, channels):
     """One number of the input and one of grad_output; odd numbers of positions and lanes."""
-    case = convolution(1, 34, (3, 5), out_channels=33).to(torch.bfloat16, torch.float32)
+    case = convolution(1, channels, (3, 5), out_channels=33).to(torch.bfloat16, torch.float32)
     case = replace(case, offset=torch.zeros_like(case.offset))
     case.input[0, 7, 1, 2] = wanted
     grad_output = Normal()(*case.output_size()).bfloat16()

@@ -24,7 +24,9 @@ bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf
 
 // Whether the processor has AMX tiles of bfloat16, and the system lets this process use them.
 bool has_amx() {
-#ifdef __linux__
+#if defined(DEFORMNET_EMULATE_TILES)
+  return has_avx512_bf16();
+#elif defined(__linux__)
   unsigned a, b, c, d;
   if (!has_avx512_bf16() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
   constexpr unsigned bf16 = 1u << 22, tile = 1u << 24;

@@ -151,10 +151,23 @@ inline void multiply(int64_t rows, LeftFactor<E, row_stride> left, const E* pane
     }
 }
 
-#if defined(__AMX_BF16__)
 // ------------------------------------------------------------------- products of bfloat16 on tiles
 
-// Eight tiles of 16 rows of 64 bytes: four of sums, two of the left factor, two of a panel.
+// Rows of the left factor that a product takes at a time, and what those of the summed dimension are padded to.
+template <class E>
+constexpr int64_t kRowStep = kTileRows;
+template <class E>
+constexpr int64_t kSumStep = kTogether<E>;
+
+#if defined(__AMX_BF16__)
+constexpr int64_t kTileStep = 16;  // rows of a tile, each of so many pairs
+template <>
+inline constexpr int64_t kRowStep<Pair> = 2 * kTileStep;
+template <>
+inline constexpr int64_t kSumStep<Pair> = 2 * kTileStep;
+
+// Eight tiles of 16 rows of 64 bytes: four of sums, two of the left factor, two of a panel. While one exists, a thread
+// may use them.
 struct TileUser {
   TileUser() {
     struct alignas(64) {
@@ -167,71 +180,74 @@ struct TileUser {
   ~TileUser() { _tile_release(); }
 };
 
-constexpr int64_t kTileStep = 16;  // pairs
-
-// As `multiply`, for segments whose depth is a multiple of kTileStep. Rows are computed in blocks of 16, so up to 15
-// more rows of the left factor are read, and of C written.
+// As above, for segments whose depth is a multiple of kTileStep. Rows are computed in blocks of 16, so up to 15 more
+// rows of the left factor are read, and of C written.
 template <ptrdiff_t row_stride>
-__attribute__((noinline)) void multiply_tiles(int64_t rows, const LeftFactor<Pair, row_stride>& left,
-                                              const Pair* panel, float* c, ptrdiff_t c_stride, int n_valid,
-                                              bool accumulate) {
+__attribute__((noinline)) void multiply(int64_t rows, const LeftFactor<Pair, row_stride>& left, const Pair* panel,
+                                        float* c, ptrdiff_t c_stride, int n_valid, bool accumulate) {
   constexpr ptrdiff_t lanes = 16, width = 2 * lanes, float_bytes = sizeof(float);
   static_assert(kPanel<float> == width);
+  constexpr int64_t most_steps = kPanelDepth / kTileStep;
   float whole[2 * lanes * width];
   const bool full = n_valid == width;
-  for (int64_t s = 0; s < left.segments; ++s)
-    for (int64_t begin = 0; begin < left.depth; begin += kPanelDepth) {
-      const int64_t end = least(left.depth, begin + kPanelDepth);
-      const bool add = accumulate || s > 0 || begin > 0;
-      const Pair* b = panel + s * left.depth * width;
-      for (int64_t r = 0; r < rows; r += 2 * lanes) {
-        const bool two = rows - r > lanes;
-        const Pair* a = left.data + s * left.segment_stride + r * row_stride;
-        float* sums = full ? c + r * c_stride : whole;
-        const ptrdiff_t stride = full ? c_stride : width;
-        const int64_t height = two ? 2 * lanes : lanes;
-        if (!full && add)
-          for (int64_t i = 0; i < height; ++i)
-            std::memcpy(whole + i * width, c + (r + i) * c_stride, size_t(n_valid) * sizeof(float));
-        asm volatile("" ::: "memory");  // the intrinsics do not say what they read
-        if (add) {
-          _tile_loadd(0, sums, stride * float_bytes);
-          _tile_loadd(1, sums + lanes, stride * float_bytes);
-          if (two) {
-            _tile_loadd(2, sums + lanes * stride, stride * float_bytes);
-            _tile_loadd(3, sums + lanes * stride + lanes, stride * float_bytes);
-          }
-        } else {
-          _tile_zero(0);
-          _tile_zero(1);
-          _tile_zero(2);
-          _tile_zero(3);
-        }
-        for (int64_t k = begin; k < end; k += kTileStep) {
-          _tile_loadd(4, a + k, row_stride * float_bytes);
-          _tile_loadd(6, b + k * width, width * float_bytes);
-          _tile_loadd(7, b + k * width + lanes, width * float_bytes);
-          _tile_dpbf16ps(0, 4, 6);
-          _tile_dpbf16ps(1, 4, 7);
-          if (two) {
-            _tile_loadd(5, a + k + lanes * row_stride, row_stride * float_bytes);
-            _tile_dpbf16ps(2, 5, 6);
-            _tile_dpbf16ps(3, 5, 7);
-          }
-        }
-        _tile_stored(0, sums, stride * float_bytes);
-        _tile_stored(1, sums + lanes, stride * float_bytes);
+  const int64_t of_segment = left.depth / kTileStep, steps = left.segments * of_segment;
+  for (int64_t begin = 0; begin < steps; begin += most_steps) {
+    const int64_t count = least(most_steps, steps - begin);
+    const bool add = accumulate || begin > 0;
+    const Pair* from[most_steps];
+    for (int64_t i = 0; i < count; ++i)
+      from[i] = left.data + (begin + i) / of_segment * left.segment_stride + (begin + i) % of_segment * kTileStep;
+    for (int64_t r = 0; r < rows; r += 2 * lanes) {
+      const bool two = rows - r > lanes;
+      float* sums = full ? c + r * c_stride : whole;
+      const ptrdiff_t stride = full ? c_stride : width;
+      const int64_t height = two ? 2 * lanes : lanes;
+      if (!full && add)
+        for (int64_t i = 0; i < height; ++i)
+          std::memcpy(whole + i * width, c + (r + i) * c_stride, size_t(n_valid) * sizeof(float));
+      asm volatile("" ::: "memory");  // the intrinsics do not say what they read
+      if (add) {
+        _tile_loadd(0, sums, stride * float_bytes);
+        _tile_loadd(1, sums + lanes, stride * float_bytes);
         if (two) {
-          _tile_stored(2, sums + lanes * stride, stride * float_bytes);
-          _tile_stored(3, sums + lanes * stride + lanes, stride * float_bytes);
+          _tile_loadd(2, sums + lanes * stride, stride * float_bytes);
+          _tile_loadd(3, sums + lanes * stride + lanes, stride * float_bytes);
         }
-        asm volatile("" ::: "memory");
-        if (!full)
-          for (int64_t i = 0; i < height; ++i)
-            std::memcpy(c + (r + i) * c_stride, whole + i * width, size_t(n_valid) * sizeof(float));
+      } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
       }
+      const Pair* b = panel + begin * kTileStep * width;
+      for (int64_t i = 0; i < count; ++i, b += kTileStep * width) {
+        const Pair* a = from[i] + r * row_stride;
+        _tile_loadd(4, a, row_stride * float_bytes);
+        _tile_loadd(6, b, width * float_bytes);
+        _tile_loadd(7, b + lanes, width * float_bytes);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        if (two) {
+          _tile_loadd(5, a + lanes * row_stride, row_stride * float_bytes);
+          _tile_dpbf16ps(2, 5, 6);
+          _tile_dpbf16ps(3, 5, 7);
+        }
+      }
+      _tile_stored(0, sums, stride * float_bytes);
+      _tile_stored(1, sums + lanes, stride * float_bytes);
+      if (two) {
+        _tile_stored(2, sums + lanes * stride, stride * float_bytes);
+        _tile_stored(3, sums + lanes * stride + lanes, stride * float_bytes);
+      }
+      asm volatile("" ::: "memory");
+      if (!full)
+        for (int64_t i = 0; i < height; ++i)
+          std::memcpy(c + (r + i) * c_stride, whole + i * width, size_t(n_valid) * sizeof(float));
     }
+  }
 }
+#else
+struct TileUser {};
 #endif
 
 }  // namespace deformnet::DEFORMNET_ISA

@@ -78,14 +78,15 @@ struct Images {
   int64_t shared;  // the image that both halves have a part of, or -1
 };
 
-// The positions that are processed at a time: a tile of each half. In memory, each half is padded to whole pairs.
+// The positions that are processed at a time: a tile of each half. In memory, each half is padded to whole steps of
+// products: pairs, or more.
 struct Chunk {
-  Chunk(const Geometry& p, const Images& images, int64_t begin, int64_t positions, int64_t together)
+  Chunk(const Geometry& p, const Images& images, int64_t begin, int64_t positions, int64_t step)
       : halves{Tile(p, images.first, begin, least(positions, images.half - begin)),
                Tile(p, images.first, images.half + begin,
                     most<int64_t>(0, least(positions, images.total - images.half - begin)))},
-        second(round_up(halves[0].count, together)),
-        rows(second + round_up(halves[1].count, together)),
+        second(round_up(halves[0].count, step)),
+        rows(second + round_up(halves[1].count, step)),
         is_first(images.first == 0 && begin == 0) {}
 
   // Where a half begins among the chunk's positions.
@@ -139,7 +140,7 @@ void pack_rows(const Problem& p, const Tile& tile, const T* grad_output, int64_t
 }
 
 // grad_output as the left factor of both products: panels [group][panel][position][lane]. Pairs need two copies: this
-// one for the sum over lanes, and [...][position / 2][lane][position % 2] for the sum over positions.
+// one for the sum over lanes, and [...][position / step][lane][position % step] for the sum over positions.
 template <class E>
 struct PackedOutput {
   PackedOutput(Memory& memory, int64_t size)
@@ -149,12 +150,15 @@ struct PackedOutput {
   E *by_lane, *by_position;
 };
 
-// Interleaves the rows of a panel in pairs. If their number is odd, the last one is paired with zeros.
+// Transposes the rows of a panel, step by step. The last step is padded with zeros.
 inline void pair_rows(const BFloat16* rows, int64_t count, Pair* pairs) {
-  constexpr int panel = kPanel<Pair>;
-  for (int64_t i = 0; i < count; i += 2)
+  constexpr int64_t panel = kPanel<Pair>, step = kSumStep<Pair>;
+  for (int64_t i = 0; i < round_up(count, step); i += 2) {
+    Pair* to = pairs + i / step * panel * (step / 2) + i % step / 2;
     for (int lane = 0; lane < panel; ++lane)
-      pairs[i / 2 * panel + lane] = {rows[i * panel + lane], i + 1 < count ? rows[(i + 1) * panel + lane] : BFloat16{}};
+      to[lane * (step / 2)] = {i < count ? rows[i * panel + lane] : BFloat16{},
+                               i + 1 < count ? rows[(i + 1) * panel + lane] : BFloat16{}};
+  }
 }
 
 // Packs grad_output of the positions of a chunk. Called by all threads of a team.
@@ -375,10 +379,10 @@ struct BackwardPlan : Geometry {
       : Geometry(p),
         tensors(tensors),
         image_size(padded_pixels * in_channels),
-        chunk_positions(round_up(most<int64_t>(kChunkPositions, kChunkBytes / position_bytes()) / 2, kTileRows)),
+        chunk_positions(round_up(most<int64_t>(kChunkPositions, kChunkBytes / position_bytes()) / 2, kRowStep<E>)),
         images(most<int64_t>(1, least(least(most<int64_t>(2, 2 * chunk_positions / positions), batch),
                                       kImagesBytes / (image_size * number)))),
-        longest(round_up(least(chunk_positions, ceil_div(images * positions, 2)), kTogether<E>)),
+        longest(round_up(least(chunk_positions, ceil_div(images * positions, 2)), kSumStep<E>)),
         panels(*this, in_channels, 2 * longest),
         out_panels(ceil_div(group_out, kPanel<A>)),
         outs(out_panels * kPanel<A>),
@@ -386,8 +390,8 @@ struct BackwardPlan : Geometry {
     weight_size = groups * taps * panels.of_group * outs * kPanel<A>;
     grad_output_size = 2 * longest * groups * outs;
     const int64_t fitting = kColumnsBytes / (least(column_size(), kBlockDepth) * number);
-    const int64_t rows = round_up(most<int64_t>(kTileRows, fitting), kTileRows);
-    tile_rows = round_up(ceil_div(longest, round_up(ceil_div(longest, rows), slices)), kTileRows);
+    const int64_t rows = round_up(most<int64_t>(kRowStep<E>, fitting), kRowStep<E>);
+    tile_rows = round_up(ceil_div(longest, round_up(ceil_div(longest, rows), slices)), kRowStep<E>);
     half_tiles = ceil_div(longest, tile_rows);
     capacity = round_up(tile_rows, kLanes<A>);
   }
@@ -396,7 +400,7 @@ struct BackwardPlan : Geometry {
   int64_t image_size;       // numbers of a framed map
   int64_t chunk_positions;  // of each half
   int64_t images;           // that are processed at a time, in two halves
-  int64_t longest;          // positions of a half's chunk, padded to whole pairs
+  int64_t longest;          // positions of a half's chunk, padded to whole steps
   Panels<A> panels;
   int64_t out_panels, outs;  // panels of a group's output channels, and lanes of those
   int64_t slices;            // of the channels, among the threads of a half
@@ -471,13 +475,14 @@ class Backward {
   }
 
   void run() const {
+    [[maybe_unused]] const TileUser tiles_in_use{};
     pack_weight();
     for (int64_t first = 0; first < plan.batch; first += plan.images) {
       const Images images(plan, first, least(first + plan.images, plan.batch));
       copy_maps<A>(plan, static_cast<const T*>(tensors.input), first, first + images.count, shared.maps);
       clear_map_sums(images);
       for (int64_t begin = 0; begin < images.half; begin += plan.chunk_positions) {
-        const Chunk chunk(plan, images, begin, plan.chunk_positions, together);
+        const Chunk chunk(plan, images, begin, plan.chunk_positions, kSumStep<E>);
         pack_grad_output(plan, chunk, static_cast<const T*>(tensors.grad_output), shared.grad_output);
         differentiate_samples(chunk);
         add_to_maps(images, chunk);
@@ -521,6 +526,7 @@ class Backward {
         if (needs_column_grads()) multiply_grads(tile.count, row, chunk.rows, tap, grads);
         for (int64_t g = 0; g < plan.offset_groups; ++g)
           differentiate_tap(tile, g, tap, samples[g * plan.taps + tap], grads, columns);
+        if (columns) pad_columns(tile.count, columns);
       }
     }
   }
@@ -549,6 +555,13 @@ class Backward {
     else
       sample_backward<false>(map, samples, from, to, tile.count, grads, columns, sample_grads);
     write_sample_grads(plan, tensors, tile, g * plan.taps + tap, sample_grads);
+  }
+
+  // Zeros for the positions that fill the last step of the sum over them. A pair is filled already.
+  void pad_columns(int64_t count, E* columns) const {
+    const int64_t begin = ceil_div(count, together) * panel, end = round_up(count, kSumStep<E>) / together * panel;
+    for (int64_t at = 0; at < plan.panels.tap; at += plan.panels.panel)
+      std::memset(columns + at / together + begin, 0, size_t(end - begin) * sizeof(E));
   }
 
   // Adds a chunk to the gradient of the map. Threads split halves, channels and images, in this order, since most
@@ -585,13 +598,15 @@ class Backward {
 
   // For panel `item` of the input channels, counted through groups and taps.
   void multiply_columns(const Chunk& chunk, int64_t item) const {
+    constexpr int64_t depth = kSumStep<E> / together;  // of a step
     const int64_t of_group = plan.panels.of_group;
     const int64_t group = item / (plan.taps * of_group), tap = item / of_group % plan.taps;
     const int64_t index = plan.panels.index(group * plan.panels.group + item % of_group * panel);
     const E* columns = shared.columns + (tap * plan.panels.tap + index * plan.panels.panel) / together;
     for (int64_t which = 0; which < plan.out_panels; ++which) {
       const int64_t begin = (group * plan.out_panels + which) * chunk.rows * panel;
-      const LeftFactor<E, 1> left{shared.grad_output.by_position + begin / together, panel, 0, 1, chunk.rows / together};
+      const LeftFactor<E, depth> left{shared.grad_output.by_position + begin / together, panel, panel * depth,
+                                      chunk.rows / kSumStep<E>, depth};
       multiply(least<int64_t>(panel, plan.group_out - which * panel), left, columns,
                shared.weight_sums + (item * plan.outs + which * panel) * panel, panel, panel, !chunk.is_first);
     }

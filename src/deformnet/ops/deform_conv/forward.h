@@ -69,11 +69,7 @@ void add_product(const Geometry& p, const Block& block, int64_t count, const E* 
       A* to = sums + group * p.group_out + which * panel;
       const int n = int(least<int64_t>(panel, p.group_out - which * panel));
       const bool add = accumulate || begin > group * group_in;
-#if defined(__AMX_BF16__)
-      multiply_tiles(count, left, from, to, sums_row, n, add);
-#else
       multiply(count, left, from, to, sums_row, n, add);
-#endif
     }
   }
 }
@@ -163,9 +159,7 @@ class Forward {
   }
 
   void run() const {
-#if defined(__AMX_BF16__)
-    const TileUser tiles_in_use;
-#endif
+    [[maybe_unused]] const TileUser tiles_in_use{};
     pack_forward(plan, static_cast<const T*>(tensors.weight), shared.packed);
     for (int64_t first = 0; first < plan.batch; first += plan.images) {
       const int64_t last = least(first + plan.images, plan.batch), total = (last - first) * plan.positions;

@@ -14,21 +14,15 @@ int deform_conv2d_backward(const Problem& p, const BackwardTensors& tensors);
 
 namespace deformnet::DEFORMNET_ISA {
 
-#if defined(__AMX_BF16__)
+#if defined(__AVX512BF16__)
 int deform_conv2d(const Problem& p, const ForwardTensors& tensors) {
-  if (p.dtype == kBFloat16 && p.in_channels / p.groups % (2 * kTileStep) == 0)
-    return Forward<BFloat16, Pair>::run_team(p, tensors);
-  return avx512::deform_conv2d(p, tensors);
-}
-#elif defined(__AVX512BF16__)
-int deform_conv2d(const Problem& p, const ForwardTensors& tensors) {
-  if (p.dtype == kBFloat16 && p.in_channels / p.groups % kTogether<Pair> == 0)
+  if (p.dtype == kBFloat16 && p.in_channels / p.groups % kSumStep<Pair> == 0)
     return Forward<BFloat16, Pair>::run_team(p, tensors);
   return avx512::deform_conv2d(p, tensors);
 }
 
 int deform_conv2d_backward(const Problem& p, const BackwardTensors& tensors) {
-  if (p.dtype == kBFloat16 && p.in_channels / p.groups % kTogether<Pair> == 0)
+  if (p.dtype == kBFloat16 && p.in_channels / p.groups % kSumStep<Pair> == 0)
     return Backward<BFloat16, Pair>::run_team(p, tensors);
   return avx512::deform_conv2d_backward(p, tensors);
 }
@@ -52,5 +46,5 @@ int deform_conv2d_backward(const Problem& p, const BackwardTensors& tensors) {
 
 #ifdef DEFORMNET_EXPORTS
 DEFORMNET_EXPORT_KERNEL(deform_conv2d, Problem, ForwardTensors, amx, avx512_bf16)
-DEFORMNET_EXPORT_KERNEL(deform_conv2d_backward, Problem, BackwardTensors, avx512, avx512_bf16)
+DEFORMNET_EXPORT_KERNEL(deform_conv2d_backward, Problem, BackwardTensors, amx, avx512_bf16)
 #endif
