@@ -88,8 +88,8 @@ def _measure(
     layers: list[LayerTimes] = []
     for name, given in tqdm(inputs.items(), desc="layers", disable=None, leave=False):
         layer = deformable.get_submodule(name)
-        both = _baseline(name, layer, plain), layer
-        times = side_by_side(*(_both_ways(it, given, options) for it in both), options)
+        baseline = _both_ways(_baseline(name, layer, plain), given, options)
+        times = side_by_side(baseline, _both_ways(layer, given, options), options)
         shapes = [list(tensor.shape) for tensor in given]
         layers.append({"name": name, "kind": type(layer).__name__, "inputs": shapes, **times})
     return {
