@@ -58,8 +58,13 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.deform_conv --out $(BENCH)
 	$(BIN)/python -m benchmarks.sweeps --out $(BENCH)
 	$(BIN)/python -m benchmarks.roi_pool --out $(BENCH)
-	$(BIN)/deformnet paper table4 --out $(BENCH)/table4.json
-	$(BIN)/deformnet paper training-step --out $(BENCH)/training-step.json
+	set -e; for precision in 32-true bf16-mixed; do \
+		$(BIN)/deformnet paper table4 --precision $$precision --out $(BENCH)/table4-$$precision.json; \
+		for network in deeplab-voc class-aware-rpn faster-rcnn rfcn; do \
+			$(BIN)/deformnet paper training-step --precision $$precision --network $$network \
+				--out $(BENCH)/training-step-$$network-$$precision.json; \
+		done; \
+	done
 
 # The gallery's scripts run as the pages are built, on one thread as their tensors are small; any
 # warning is an error.

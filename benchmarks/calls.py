@@ -1,5 +1,6 @@
 """Plain and deformable convolution as differentiable calls on given tensors."""
 
+import time
 from collections.abc import Callable
 
 import torch
@@ -11,6 +12,8 @@ from benchmarks.shapes import Shape, Tensors
 from deformnet.ops import deform_conv2d
 
 PLAIN, TORCHVISION, OURS = "conv2d", "torchvision", "deformnet"
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+"""Largest error of a result that is timed, relative to its largest value."""
 
 Forward = Callable[[], Tensor]
 
@@ -27,9 +30,23 @@ def differentiable(shape: Shape, t: Tensors) -> dict[str, Forward]:
     }
 
 
+def require_close(what: str, found: Tensor, exact: Tensor) -> None:
+    """Exits if a result is off by more than the tolerance of its dtype."""
+    error = ((found - exact).abs().max() / exact.abs().max()).item()
+    if not error < TOLERANCES[found.dtype]:
+        raise SystemExit(f"{what}: off by {error:.2g} of the largest value, not timed")
+
+
 def wanted_gradients(name: str, t: Tensors) -> list[Tensor]:
     """Tensors to differentiate with respect to; plain convolution has no offsets."""
     return [t.input, t.weight] if name == PLAIN else [t.input, t.weight, t.offset]
+
+
+def seconds(call: Forward) -> float:
+    """Time of one call."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
 
 
 def gradients(call: Forward, wanted: list[Tensor], grad_output: Tensor) -> Callable[[], object]:

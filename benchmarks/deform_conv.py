@@ -1,15 +1,18 @@
 """Deformable convolution against plain convolution and other implementations, on the CPU.
 
-    python -m benchmarks.deform_conv [--threads 1 2] [--rounds 11] [--out DIR]
+    python -m benchmarks.deform_conv [--threads 1 2] [--rounds 11] [--out DIR] [--name NAME]
 
 float32 unless noted, 3x3 kernels, equal numbers of input and output channels, NCHW tensors. The
-operator takes given offsets; the convolution that computes them has its own columns. Outputs and
-gradients are first checked against float64; wrong implementations are not timed.
+operator takes given offsets, which stay float32; the convolution that computes them has its own
+columns. bfloat16 and float16 are relative to `conv2d` of the same dtype. Outputs and gradients
+(in half precision, outputs) are first checked against float64; wrong implementations are not timed.
 """
 
 import argparse
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,6 +28,8 @@ from benchmarks.calls import (
     backward,
     differentiable,
     gradients,
+    require_close,
+    seconds,
     wanted_gradients,
 )
 from benchmarks.peers import with_ncnn, with_onnxruntime, with_openvino
@@ -34,7 +39,6 @@ from deformnet.ops import deform_conv2d
 from deformnet.paper.timing import Timing, compare
 
 OFFSET_CONV, LAYER = "offset convolution", "whole layer"
-TOLERANCE = 1e-4
 
 Rows = dict[str, dict[str, Timing]]
 
@@ -60,20 +64,14 @@ def check(
     by_definition = torch.autograd.grad(output, exact, t.grad_output.double())
     for name, call in (training | others).items():
         if name != PLAIN:
-            _check_one(f"{name}, {shape}", call(), output)
+            require_close(f"{name}, {shape}", call(), output)
     for name, call in training.items():
         if name != PLAIN:
             found = torch.autograd.grad(call(), wanted_gradients(name, t), t.grad_output)
             for what, one, wanted in zip(
                 ("input", "weight", "offset"), found, by_definition, strict=True
             ):
-                _check_one(f"{name}, {shape}, gradient by {what}", one, wanted)
-
-
-def _check_one(what: str, found: Tensor, wanted: Tensor) -> None:
-    error = ((found - wanted).abs().max() / wanted.abs().max()).item()
-    if not error < TOLERANCE:
-        raise SystemExit(f"{what}: off by {error:.2g} of the largest value, not timed")
+                require_close(f"{name}, {shape}, gradient by {what}", one, wanted)
 
 
 def measure(
@@ -138,36 +136,36 @@ def measure_layer(shape: Shape, *, rounds: int) -> tuple[dict[str, Timing], dict
     return forward_times, compare(both, rounds=rounds)
 
 
-def measure_bfloat16(shape: Shape, *, rounds: int) -> tuple[dict[str, Timing], dict[str, Timing]]:
-    """Both memory formats: forward; forward + backward. Checked against float64."""
+def measure_half(
+    shape: Shape, dtype: torch.dtype, *, rounds: int
+) -> tuple[dict[str, Timing], dict[str, Timing]]:
+    """In half precision, and in float32: forward; forward + backward.
+
+    Three rounds are enough where PyTorch has no fast convolution of the dtype: a call takes
+    seconds.
+    """
     t = make_tensors(shape)
     d = shape.dilation
     x, weight, grad_output = (
-        tensor.detach().bfloat16() for tensor in (t.input, t.weight, t.grad_output)
+        tensor.detach().to(dtype) for tensor in (t.input, t.weight, t.grad_output)
     )
-    x.requires_grad_()
-    weight.requires_grad_()
-    exact = deform_conv2d(
-        *(x.double(), t.offset.double(), weight.double(), None, 1, d, d), backend="reference"
+    half = replace(
+        t, input=x.requires_grad_(), weight=weight.requires_grad_(), grad_output=grad_output
     )
-    calls = differentiable(shape, t)
-    forward: dict[str, Forward] = {
-        "conv2d, float32": calls[PLAIN],
-        "deformnet, float32": calls[OURS],
-        "conv2d, bfloat16": lambda: F.conv2d(x, weight, None, 1, d, d),
-        "deformnet, bfloat16": lambda: deform_conv2d(x, t.offset, weight, None, 1, d, d),
-    }
-    error = (forward["deformnet, bfloat16"]() - exact).abs().max() / exact.abs().max()
-    if not error < 1e-2:
-        raise SystemExit(f"bfloat16, {shape}: off by {error:.2g} of the largest value")
-    both = {}
-    for name, call in forward.items():
-        low = "bfloat16" in name
-        wanted = [x, weight] if low else [t.input, t.weight]
-        if "deformnet" in name:
-            wanted.append(t.offset)
-        both[name] = gradients(call, wanted, grad_output if low else t.grad_output)
+    forward: dict[str, Forward] = {}
+    both: dict[str, Callable[[], object]] = {}
+    for tensors, ending in ((half, ""), (t, ", float32")):
+        calls = differentiable(shape, tensors)
+        for name in (PLAIN, OURS):
+            wanted = wanted_gradients(name, tensors)
+            forward[name + ending] = calls[name]
+            both[name + ending] = gradients(calls[name], wanted, tensors.grad_output)
     with torch.no_grad():
+        exact = deform_conv2d(
+            *(x.double(), t.offset.double(), weight.double(), None, 1, d, d), backend="reference"
+        )
+        require_close(f"{dtype}, {shape}", forward[OURS](), exact)
+        rounds = min(rounds, 3) if seconds(forward[PLAIN]) > 1 else rounds
         forward_times = compare(forward, rounds=rounds)
     return forward_times, compare(both, rounds=rounds)
 
@@ -178,6 +176,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=counts)
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--out", type=Path, help="folder for results (JSON) and figures")
+    parser.add_argument("--name", default="deform_conv", help="name of the results in the folder")
     options = parser.parse_args()
     most = max(options.threads)
     torch.set_num_threads(most)
@@ -190,33 +189,34 @@ def main() -> None:
         for title, times in measured.items():
             parts.setdefault(f"{title}, {ending}", {})[row] = times
 
-    threads_word = {count: f"{count} thread" + "s" * (count > 1) for count in options.threads}
-    jobs = [(shape, count) for count in options.threads for shape in SHAPES]
     names = ("forward", "forward and backward")
-    for shape, count in tqdm(jobs, desc="implementations", disable=None):
+    functions = {
+        "layer": measure_layer,
+        "bfloat16": partial(measure_half, dtype=torch.bfloat16),
+        "float16": partial(measure_half, dtype=torch.float16),
+    }
+    jobs = [(shape, count) for count in options.threads for shape in SHAPES]
+    for shape, count in tqdm(jobs, disable=None):
         torch.set_num_threads(count)
+        threads = f"{count} thread" + "s" * (count > 1)
         one, back, both = measure(shape, Offsets.NORMAL, threads=count, rounds=options.rounds)
         measured = {"forward": one, "backward": back, "forward and backward": both}
-        keep(str(shape), threads_word[count], measured)
-    torch.set_num_threads(most)
-    for title, function in (
-        ("kinds of offsets", measure_offsets),
-        ("layer", measure_layer),
-        ("bfloat16", measure_bfloat16),
-    ):
-        for shape in tqdm(SHAPES, desc=title, disable=None):
+        keep(str(shape), threads, measured)
+        for title, function in functions.items():
             pair = function(shape, rounds=options.rounds)
-            keep(str(shape), title, dict(zip(names, pair, strict=True)))
+            keep(str(shape), f"{title}, {threads}", dict(zip(names, pair, strict=True)))
+    torch.set_num_threads(most)
+    for shape in tqdm(SHAPES, desc="kinds of offsets", disable=None):
+        pair = measure_offsets(shape, rounds=options.rounds)
+        keep(str(shape), "kinds of offsets", dict(zip(names, pair, strict=True)))
     megabytes = memory.in_another_process(most)
 
-    tables = []
-    for title, rows in parts.items():
-        base = "deformnet, float32" if "bfloat16" in title else PLAIN
-        tables.append(Table(title, base, rows))
-        print(tables[-1].markdown())
+    tables = [Table(title, PLAIN, rows) for title, rows in parts.items()]
+    for table in tables:
+        print(table.markdown())
     print(memory.markdown(megabytes))
     if options.out:
-        save(options.out, "deform_conv", found, tables, {"extra megabytes": megabytes})
+        save(options.out, options.name, found, tables, {"extra megabytes": megabytes})
 
 
 if __name__ == "__main__":

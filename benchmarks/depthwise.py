@@ -3,14 +3,15 @@
     MALLOC_MMAP_THRESHOLD_=1000000000 MALLOC_TRIM_THRESHOLD_=4000000000 \\
         python -m benchmarks.depthwise [--seconds 0.6]
 
-One filter per channel, one offset group, NCHW tensors, normal offsets with a standard deviation of
-one pixel; feature maps at stride 16 of images of 512, 384 and 320 pixels. Prints the minimum CPU
-time of one thread; the calls take turns. The variables keep freed memory in the process: otherwise,
-page faults of new outputs take longer than the arithmetic of a batch. Outputs are first checked
-against float64; wrong ones are not timed.
+One filter per channel, one offset group, NCHW and channels-last tensors (offsets included), normal
+offsets with a standard deviation of one pixel; feature maps at stride 16 of images of 512, 384 and
+320 pixels. Prints the minimum CPU time of one thread; the calls take turns. The variables keep
+freed memory in the process: otherwise, page faults of new outputs take longer than the arithmetic
+of a batch. Outputs are first checked against float64; wrong ones are not timed.
 """
 
 import argparse
+import itertools
 import time
 from collections.abc import Callable, Mapping
 
@@ -28,6 +29,7 @@ LAYERS = [
     for kernel in (3, 5)
     for batch in (1, 8)
 ]
+FORMATS = {"NCHW": torch.contiguous_format, "channels-last": torch.channels_last}
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 
@@ -44,13 +46,20 @@ def shortest(calls: Mapping[str, Callable[[], object]], seconds: float) -> dict[
 
 
 def measure(
-    batch: int, channels: int, side: int, kernel: int, dtype: torch.dtype, seconds: float
+    batch: int,
+    channels: int,
+    side: int,
+    kernel: int,
+    dtype: torch.dtype,
+    layout: str,
+    seconds: float,
 ) -> list[dict[str, float]]:
     """Times forward, and forward + backward."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator)
+        values = torch.randn(size, generator=generator)
+        return values.to(memory_format=FORMATS[layout])
 
     half = kernel // 2
     x, grad_output = (normal(batch, channels, side, side).to(dtype) for _ in range(2))
@@ -81,15 +90,14 @@ def main() -> None:
     print(describe(conditions()))
     print("\nms of conv2d | ms of deformnet | ratio: forward, then forward + backward\n")
     print("| layer" + 2 * " | conv2d | deformnet | ratio" + " |\n" + "|---" * 7 + "|")
-    for dtype in TOLERANCES:
-        for layer in LAYERS:
-            batch, channels, side, kernel = layer
-            name = f"{batch}x{channels}x{side}x{side}, {kernel}x{kernel}, {str(dtype)[6:]}"
-            cells = [
-                f"{times[PLAIN]:.3g} | {times[OURS]:.3g} | {times[OURS] / times[PLAIN]:.2f}"
-                for times in measure(*layer, dtype, options.seconds)
-            ]
-            print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
+    for dtype, layout, layer in itertools.product(TOLERANCES, FORMATS, LAYERS):
+        batch, channels, side, kernel = layer
+        name = f"{batch}x{channels}x{side}x{side}, {kernel}x{kernel}, {str(dtype)[6:]}, {layout}"
+        cells = [
+            f"{times[PLAIN]:.3g} | {times[OURS]:.3g} | {times[OURS] / times[PLAIN]:.2f}"
+            for times in measure(*layer, dtype, layout, options.seconds)
+        ]
+        print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
 
 
 if __name__ == "__main__":

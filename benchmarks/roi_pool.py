@@ -1,10 +1,12 @@
 """Deformable RoI pooling against torchvision's plain RoI pooling, on the CPU.
 
-    python -m benchmarks.roi_pool [--threads 2] [--rounds 9] [--out DIR]
+    python -m benchmarks.roi_pool [--threads 1 2] [--rounds 9] [--out DIR] [--name NAME]
 
-float32, one map of 38x63 pixels (an image of 600x1000), 300 boxes of all sizes, 7x7 bins with 4x4
-samples. deformnet computes with offsets and their gradients; torchvision has no offsets. deformnet
-is checked against its float64 definition before it is timed.
+One map of 38x63 pixels (an image of 600x1000), 300 boxes of all sizes, 7x7 bins with 4x4 samples;
+float32, bfloat16 and float16. deformnet computes with offsets and their gradients, both float32;
+torchvision has no offsets, and no bfloat16. Half precision is relative to torchvision of the same
+dtype, and to deformnet in float32. deformnet is checked against its float64 definition before it is
+timed.
 """
 
 import argparse
@@ -20,15 +22,22 @@ import torchvision
 from torch import Tensor
 from tqdm import tqdm
 
+from benchmarks.calls import TORCHVISION, require_close
 from benchmarks.tables import Table, conditions, describe, save
 from deformnet.ops import deform_ps_roi_pool, deform_roi_pool
 from deformnet.ops.roi_pool.checks import Sampling
 from deformnet.paper.timing import Timing, compare
 
-TORCHVISION = "torchvision"
 RULES: tuple[Sampling, ...] = get_args(Sampling)
 HEIGHT, WIDTH, BINS, SCALE, SAMPLES = 38, 63, 7, 1 / 16, 4
 BOXES = 300
+FLOAT32 = "float32"
+DTYPES = {FLOAT32: torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+THEIRS = (FLOAT32, "float16")
+"""Dtypes of torchvision on the CPU."""
+
+Rows = dict[str, dict[str, Timing]]
+"""For each pooling, by implementation and dtype."""
 
 
 @dataclass(frozen=True)
@@ -73,16 +82,17 @@ class Tensors:
     grad_output: Tensor
 
 
-def make_tensors(pooling: Pooling) -> Tensors:
+def make_tensors(pooling: Pooling, dtype: torch.dtype) -> Tensors:
     """Offsets are normal with a standard deviation of 1: a tenth of the box."""
     generator = torch.Generator().manual_seed(0)
     maps = pooling.channels * (BINS**2 if pooling.sensitive else 1)
     offsets = (BOXES, 2 * pooling.groups, BINS, BINS)
+    grad_output = (BOXES, pooling.channels, BINS, BINS)
     return Tensors(
-        input=torch.randn(1, maps, HEIGHT, WIDTH, generator=generator).requires_grad_(),
+        input=torch.randn(1, maps, HEIGHT, WIDTH, generator=generator).to(dtype).requires_grad_(),
         boxes=random_boxes(),
         offset=torch.randn(offsets, generator=generator).requires_grad_(),
-        grad_output=torch.randn(BOXES, pooling.channels, BINS, BINS, generator=generator),
+        grad_output=torch.randn(grad_output, generator=generator).to(dtype),
     )
 
 
@@ -96,10 +106,12 @@ def calls(pooling: Pooling, t: Tensors) -> dict[str, Callable[[], Tensor]]:
             backend="cpu",
         )
 
+    boxes = t.boxes.to(t.input.dtype)
+
     def theirs() -> Tensor:
         if pooling.sensitive:
-            return torchvision.ops.ps_roi_align(t.input, t.boxes, BINS, SCALE, SAMPLES)
-        return torchvision.ops.roi_align(t.input, t.boxes, BINS, SCALE, SAMPLES, aligned=True)
+            return torchvision.ops.ps_roi_align(t.input, boxes, BINS, SCALE, SAMPLES)
+        return torchvision.ops.roi_align(t.input, boxes, BINS, SCALE, SAMPLES, aligned=True)
 
     return {TORCHVISION: theirs, **{rule: ours(rule) for rule in RULES}}
 
@@ -115,9 +127,7 @@ def check(pooling: Pooling, t: Tensors, forward: dict[str, Callable[[], Tensor]]
             samples_per_bin=SAMPLES,
             backend="reference",
         )
-        error = (forward[rule]()[:some] - exact).abs().max().item()
-        if not error < 1e-4:
-            raise SystemExit(f"{rule} is off by {error} on {pooling}")
+        require_close(f"{rule}, {pooling}", forward[rule]()[:some], exact)
 
 
 def backward(name: str, call: Callable[[], Tensor], t: Tensors) -> Callable[[], object]:
@@ -128,35 +138,67 @@ def backward(name: str, call: Callable[[], Tensor], t: Tensors) -> Callable[[], 
 
 
 def measure(pooling: Pooling, *, rounds: int) -> tuple[dict[str, Timing], dict[str, Timing]]:
-    tensors = make_tensors(pooling)
-    forward = calls(pooling, tensors)
+    """Times forward and backward, by implementation and dtype."""
+    forward: dict[str, Callable[[], Tensor]] = {}
+    back: dict[str, Callable[[], object]] = {}
+    for ending, dtype in DTYPES.items():
+        tensors = make_tensors(pooling, dtype)
+        found = calls(pooling, tensors)
+        if ending not in THEIRS:
+            del found[TORCHVISION]
+        with torch.no_grad():
+            check(pooling, tensors, found)
+        for name, call in found.items():
+            forward[f"{name}, {ending}"] = call
+            back[f"{name}, {ending}"] = backward(name, call, tensors)
     with torch.no_grad():
-        check(pooling, tensors, forward)
         forward_times = compare(forward, rounds=rounds)
-    back = {name: backward(name, call, tensors) for name, call in forward.items()}
     return forward_times, compare(back, rounds=rounds)
+
+
+def tables(passes: str, threads: str, rows: Rows) -> list[Table]:
+    """Tables relative to torchvision, and one of half precision relative to float32."""
+    found = []
+    for dtype in THEIRS:
+        same = {
+            row: {name: times[f"{name}, {dtype}"] for name in (TORCHVISION, *RULES)}
+            for row, times in rows.items()
+        }
+        found.append(Table(f"{passes}, {dtype}, {threads}", TORCHVISION, same))
+    half = {
+        f"{row}, {rule}": {dtype: times[f"{rule}, {dtype}"] for dtype in DTYPES}
+        for row, times in rows.items()
+        for rule in RULES
+    }
+    return [*found, Table(f"{passes}, half precision, {threads}", FLOAT32, half)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    counts = sorted({1, os.cpu_count() or 1})
+    parser.add_argument("--threads", type=int, nargs="+", default=counts)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--out", type=Path, help="folder for results (JSON) and figures")
+    parser.add_argument("--name", default="roi_pool", help="name of the results in the folder")
     options = parser.parse_args()
 
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(max(options.threads))
     found = conditions()
     print(describe(found))
-    forward: dict[str, dict[str, Timing]] = {}
-    back: dict[str, dict[str, Timing]] = {}
-    for pooling in tqdm(POOLINGS, disable=None):
-        times = measure(pooling, rounds=options.rounds)
-        forward[str(pooling)], back[str(pooling)] = times
-    tables = [Table("forward", TORCHVISION, forward), Table("backward", TORCHVISION, back)]
-    for table in tables:
+    measured: list[Table] = []
+    for count in options.threads:
+        torch.set_num_threads(count)
+        forward: Rows = {}
+        back: Rows = {}
+        for pooling in tqdm(POOLINGS, desc=f"threads: {count}", disable=None):
+            times = measure(pooling, rounds=options.rounds)
+            forward[str(pooling)], back[str(pooling)] = times
+        threads = f"{count} thread" + "s" * (count > 1)
+        measured += tables("forward", threads, forward) + tables("backward", threads, back)
+    for table in measured:
         print(table.markdown())
     if options.out:
-        save(options.out, "roi_pool", found, tables)
+        save(options.out, options.name, found, measured)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
@@ -72,7 +73,7 @@ class Table:
                 for name, timing in times.items()
             }
         means = {name: self.mean(name) for name in self.others}
-        rounds = len(next(iter(next(iter(self.rows.values())).values())).rounds)
+        rounds = min(len(times[self.base].rounds) for times in self.rows.values())
         return {"base": self.base, "rounds": rounds, "rows": rows, "geometric means": means}
 
 
@@ -130,6 +131,8 @@ def conditions(packages: Sequence[str] = ()) -> dict[str, object]:
     return {
         "machine": machine(),
         "instruction set": cpu.instruction_set(),
+        "instruction set of PyTorch": torch.backends.cpu.get_cpu_capability(),
+        "limit of oneDNN": os.environ.get("ONEDNN_MAX_CPU_ISA"),
         "load average": os.getloadavg()[0],
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": versions() | {name: metadata.version(name) for name in packages},
@@ -140,7 +143,10 @@ def describe(found: dict[str, object]) -> str:
     """The conditions in one line."""
     listed = " ".join(f"{k} {v}" for k, v in found["versions"].items())  # pyright: ignore
     load = f"load {found['load average']:.1f} at the start"
-    return f"{found['machine']}, {found['instruction set']} kernels, {load}; {listed}"
+    sets = f"{found['instruction set']} kernels, PyTorch {found['instruction set of PyTorch']}"
+    if found["limit of oneDNN"]:
+        sets += f", oneDNN up to {found['limit of oneDNN']}"
+    return f"{found['machine']}, {sets}, {load}; {listed}"
 
 
 def save(

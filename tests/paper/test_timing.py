@@ -2,9 +2,11 @@
 
 import json
 import statistics
+from collections import Counter
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import deformnet.paper.timing
 from deformnet.cli import main
@@ -12,6 +14,7 @@ from deformnet.models import Candidates
 from deformnet.nn import DeformConv2d
 from deformnet.nn.offsets import OffsetConv2d
 from deformnet.paper.cases import OFFSETS, build, case, forward, require_sound
+from deformnet.paper.measuring import autocast
 from deformnet.paper.settings import TimingOptions
 
 TOY = ["--backbone", "resnet18", "--scale", "0.1", "--rounds", "3", "--threads", "1"]
@@ -70,6 +73,49 @@ def test_table4(tmp_path, capsys):
     # Three 3x3 convolutions of 18 channels on 512.
     added = {name: row["parameters"] for name, row in rows.items()}
     assert added["deeplab-voc"]["deformable"] - added["deeplab-voc"]["plain"] == 3 * 18 * 4609
+
+
+class Convolutions(TorchDispatchMode):
+    """Counts convolutions by dtype, forward and backward."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.__name__.partition(".")[0].replace("convolution", "conv2d")
+        self.counts[name, getattr(args[0], "dtype", None) if args else None] += 1
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["table4", "--rows", "deeplab-voc", "rfcn"],
+        ["training-step", "--network", "faster-rcnn"],
+        ["training-step", "--network", "rfcn"],
+    ],
+    ids=" ".join,
+)
+def test_mixed_precision(command, tmp_path, capsys):
+    out = tmp_path / "a.json"
+    arguments = ["paper", *command, *TOY, "--precision", "bf16-mixed", "--out", str(out)]
+    with Convolutions() as found:
+        main(arguments)
+    assert json.loads(out.read_text())["conditions"]["precision"] == "bf16-mixed"
+    assert "random pixels, bf16-mixed;" in capsys.readouterr().out
+    # Convolutions that compute offsets, or prepare the networks, remain float32.
+    counts = found.counts
+    assert counts["conv2d", torch.bfloat16] > counts["conv2d", torch.float32]
+    assert counts["deform_conv2d", torch.bfloat16] > counts["deform_conv2d", torch.float32]
+    if "training-step" in command:
+        low, high = (counts["conv2d_backward", it] for it in (torch.bfloat16, torch.float32))
+        assert low > high > 0
+
+
+def test_float32_is_the_default():
+    with autocast(TimingOptions()):
+        assert not torch.is_autocast_enabled("cpu")
 
 
 def test_table4_of_selected_networks(capsys):

@@ -29,6 +29,7 @@ class Conditions(TypedDict):
     backbone: str
     scale: float
     rounds: int
+    precision: str
 
 
 class Seconds(Summary):
@@ -93,6 +94,7 @@ def _conditions(options: TimingOptions) -> Conditions:
         "backbone": options.backbone,
         "scale": options.scale,
         "rounds": options.rounds,
+        "precision": options.precision,
     }
 
 
@@ -103,8 +105,8 @@ def _describe(conditions: Conditions) -> str:
     lines = [
         f"{conditions['machine']}{load}",
         f"{packages}; {conditions['kernels']!r} operators on {conditions['device']}",
-        f"{conditions['backbone']}, random weights, random pixels, float32; medians of "
-        f"{conditions['rounds']} rounds, networks in turns; ratios per round (p20-p80)",
+        f"{conditions['backbone']}, random weights, random pixels, {conditions['precision']}; "
+        f"medians of {conditions['rounds']} rounds, networks in turns; ratios per round (p20-p80)",
     ]
     if conditions["scale"] != 1:
         lines.append(
@@ -127,6 +129,11 @@ def side_by_side(
         "deformable": _seconds(times["deformable"]),
         "ratio": times["deformable"].relative_to(times["plain"]).summary(),
     }
+
+
+def autocast(options: TimingOptions) -> torch.autocast:
+    """Return the context of a forward pass in the precision of the options."""
+    return torch.autocast(options.device, torch.bfloat16, enabled=options.precision != "32-true")
 
 
 def spread(ratio: Summary) -> str:

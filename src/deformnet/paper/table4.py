@@ -12,8 +12,23 @@ from deformnet._errors import UserError
 from deformnet._files import write_json
 from deformnet._text import Table
 from deformnet.analysis import count_flops
-from deformnet.paper.cases import build, case, count_parameters, forward, require_sound
-from deformnet.paper.measuring import Comparison, Conditions, running, side_by_side, spread
+from deformnet.paper.cases import (
+    Case,
+    Networks,
+    build,
+    case,
+    count_parameters,
+    forward,
+    require_sound,
+)
+from deformnet.paper.measuring import (
+    Comparison,
+    Conditions,
+    autocast,
+    running,
+    side_by_side,
+    spread,
+)
 from deformnet.paper.settings import Table4Network, TimingOptions
 from deformnet.tasks.predictor import Predictor, Prepared
 
@@ -89,6 +104,13 @@ def run_table4(
 def _measure(network: Table4Network, options: TimingOptions, device: torch.device) -> TimedRow:
     chosen = case(network, options)
     networks = build(chosen, device)
+    with autocast(options):  # as in evaluation
+        return _compare(network, chosen, networks, options)
+
+
+def _compare(
+    network: Table4Network, chosen: Case, networks: Networks, options: TimingOptions
+) -> TimedRow:
     plain, deformable = networks.plain, networks.deformable
     prepared, photo = networks.prepared, networks.photo
     flops, parameters, boxes = {}, {}, None

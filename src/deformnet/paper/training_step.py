@@ -16,7 +16,14 @@ from deformnet.models import Network
 from deformnet.nn import DeformConv2d, DeformPSRoIPool2d, DeformRoIPool2d, parameter_groups
 from deformnet.ops import deform_ps_roi_pool
 from deformnet.paper.cases import build, case
-from deformnet.paper.measuring import Comparison, Conditions, running, side_by_side, spread
+from deformnet.paper.measuring import (
+    Comparison,
+    Conditions,
+    autocast,
+    running,
+    side_by_side,
+    spread,
+)
 from deformnet.paper.settings import Table4Network, TimingOptions
 
 _Losses = Callable[[], dict[str, Tensor]]
@@ -75,13 +82,14 @@ def _measure(
         cast(Network, it.model.train()) for it in (networks.plain, networks.deformable)
     )
     losses = plain.random_losses(images), deformable.random_losses(images)
-    inputs = _layer_inputs(deformable, losses[1])
-    step = side_by_side(_step(plain, losses[0]), _step(deformable, losses[1]), options)
+    inputs = _layer_inputs(deformable, losses[1], options)
+    steps = _step(plain, losses[0], options), _step(deformable, losses[1], options)
+    step = side_by_side(*steps, options)
     layers: list[LayerTimes] = []
     for name, given in tqdm(inputs.items(), desc="layers", disable=None, leave=False):
         layer = deformable.get_submodule(name)
-        calls = _both_ways(_baseline(name, layer, plain), given), _both_ways(layer, given)
-        times = side_by_side(*calls, options)
+        baseline = _both_ways(_baseline(name, layer, plain), given, options)
+        times = side_by_side(baseline, _both_ways(layer, given, options), options)
         shapes = [list(tensor.shape) for tensor in given]
         layers.append({"name": name, "kind": type(layer).__name__, "inputs": shapes, **times})
     return {
@@ -97,19 +105,23 @@ def _sum(losses: dict[str, Tensor]) -> Tensor:
     return torch.stack(list(losses.values())).sum()
 
 
-def _step(model: nn.Module, losses: _Losses) -> Callable[[], None]:
+def _step(model: nn.Module, losses: _Losses, options: TimingOptions) -> Callable[[], None]:
     """Return a training step."""
     optimizer = torch.optim.SGD(parameter_groups(model, _LR), lr=_LR, momentum=0.9)
 
     def step() -> None:
         optimizer.zero_grad()
-        _sum(losses()).backward()
+        with autocast(options):
+            loss = _sum(losses())
+        loss.backward()
         optimizer.step()
 
     return step
 
 
-def _layer_inputs(model: nn.Module, losses: _Losses) -> dict[str, tuple[Tensor, ...]]:
+def _layer_inputs(
+    model: nn.Module, losses: _Losses, options: TimingOptions
+) -> dict[str, tuple[Tensor, ...]]:
     """Return the inputs of each deformable layer in training, by its name.
 
     Raises:
@@ -125,7 +137,7 @@ def _layer_inputs(model: nn.Module, losses: _Losses) -> dict[str, tuple[Tensor, 
         for name, layer in model.named_modules()
         if isinstance(layer, (DeformConv2d, DeformRoIPool2d, DeformPSRoIPool2d))
     ]
-    with torch.no_grad():
+    with torch.no_grad(), autocast(options):
         loss = _sum(losses())
     for hook in hooks:
         hook.remove()
@@ -137,7 +149,11 @@ def _layer_inputs(model: nn.Module, losses: _Losses) -> dict[str, tuple[Tensor, 
 def _baseline(name: str, layer: nn.Module, plain: nn.Module) -> Callable[..., Tensor]:
     """Return what the plain network computes in place of a deformable layer."""
     if isinstance(layer, DeformRoIPool2d):
-        return lambda input, boxes: roi_pool(input, boxes, layer.output_size, layer.spatial_scale)
+        size, scale = layer.output_size, layer.spatial_scale
+        # As in `FasterRCNN`: torchvision takes a single dtype, that of the boxes.
+        return lambda input, boxes: roi_pool(input.to(boxes.dtype), boxes, size, scale).to(
+            input.dtype
+        )
     if isinstance(layer, DeformPSRoIPool2d):
         return lambda maps, features, boxes: deform_ps_roi_pool(
             maps, boxes, None, layer.output_size, layer.spatial_scale, sampling=layer.sampling
@@ -145,18 +161,22 @@ def _baseline(name: str, layer: nn.Module, plain: nn.Module) -> Callable[..., Te
     return plain.get_submodule(name)
 
 
-def _both_ways(call: Callable[..., Tensor], given: tuple[Tensor, ...]) -> Callable[[], object]:
+def _both_ways(
+    call: Callable[..., Tensor], given: tuple[Tensor, ...], options: TimingOptions
+) -> Callable[[], object]:
     """Return a call forward, and backward to feature maps and parameters."""
     *maps, last = (tensor.detach().clone() for tensor in given)
     boxes = [last] if maps else []  # the only input of a convolution is a map
     maps = [tensor.requires_grad_() for tensor in maps or [last]]
     inputs = [*maps, *(call.parameters() if isinstance(call, nn.Module) else ())]
-    with torch.no_grad():
+    with torch.no_grad(), autocast(options):
         gradient = torch.randn_like(call(*maps, *boxes))
 
     def run() -> object:
+        with autocast(options):
+            output = call(*maps, *boxes)
         # Plain pooling does not use the features from which offsets are computed.
-        return torch.autograd.grad(call(*maps, *boxes), inputs, gradient, allow_unused=True)
+        return torch.autograd.grad(output, inputs, gradient, allow_unused=True)
 
     return run
 
