@@ -140,6 +140,29 @@ def test_undecided_by_the_size_is_upright(tmp_path):
         assert not auto.equal(read_image(path, orientation="stored"))
 
 
+def test_tiff_tags_of_other_types_are_refused_or_read(tmp_path):
+    """All types for each tag in turn; a position in the file, tag 273, must be an integer."""
+    path = tmp_path / "a.tif"
+    Image.new("RGB", (9, 7)).save(path)
+    content = path.read_bytes()
+    (begin,) = struct.unpack_from("<I", content, 4)
+    (count,) = struct.unpack_from("<H", content, begin)
+    refused = set()
+    for entry in range(begin + 2, begin + 2 + 12 * count, 12):
+        (tag,) = struct.unpack_from("<H", content, entry)
+        for kind in range(20):
+            damaged = bytearray(content)
+            struct.pack_into("<H", damaged, entry + 2, kind)
+            path.write_bytes(damaged)
+            with suppress(UserError):
+                read_image(path)
+                continue
+            with one_line(UserError, path):
+                read_image(path)
+            refused.add((tag, kind))
+    assert {(273, kind) for kind in (2, 5, 7, 11, 12)} <= refused
+
+
 def test_tiff_is_always_upright(tmp_path):
     """Pillow has no way to its stored pixels."""
     Image.new("RGB", (16, 12)).save(tmp_path / "a.tif", tiffinfo={0x0112: 6})

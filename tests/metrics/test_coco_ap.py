@@ -256,3 +256,53 @@ def test_bad_annotations_are_named(tmp_path, text):
 def test_missing_annotations_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.json"):
         coco_ap(tmp_path / "none.json", [])
+
+
+@pytest.mark.parametrize("box", [[], [1, 2], [1, 2, 3], [1, 2, 3, 4, 5], [0] * 8, [1, 2, 3, "4"]])
+def test_boxes_of_annotations_have_four_numbers(file, box):
+    """Even if `area` makes the box look unnecessary."""
+    annotations = content()
+    annotations["annotations"][1] |= {"bbox": box, "area": 4}
+    with pytest.raises(ValueError, match=r"annotation 2: expected bbox to be \[x, y"):
+        coco_ap(file(annotations), [detection()])
+
+
+RLE = {"size": [40, 48], "counts": "Y15S10000000_d1"}
+TRIANGLE = [[1, 1, 6, 1, 6, 6]]
+
+
+def score_masks(file, annotated, found):
+    annotations = content()
+    for entry in annotations["annotations"]:
+        entry["segmentation"] = annotated
+    for entry in annotations["images"]:
+        entry |= {"height": 40, "width": 48}
+    results = [{"image_id": 1, "category_id": 7, "score": 0.5, "segmentation": found}]
+    return coco_ap(file(annotations), results, "segm")["AP"]
+
+
+@pytest.mark.parametrize("mask", [RLE, RLE | {"counts": [41, 5, 35, 5, 1834]}, TRIANGLE])
+def test_masks_of_annotations_are_rle_or_polygons(file, mask):
+    assert 0 <= score_masks(file, mask, RLE) < 1
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        *(None, 3, "text", {}, [None], [[1, 2, 3]], [["a"] * 6]),
+        *(RLE | {"counts": None}, RLE | {"counts": [-1, 3]}, RLE | {"counts": ["1"]}),
+        *(RLE | {"size": [40]}, RLE | {"size": "ab"}, RLE | {"size": [40, -48]}),
+    ],
+)
+def test_malformed_masks_are_named(file, mask):
+    with pytest.raises(ValueError, match="annotation 1: expected segmentation to be polygons"):
+        score_masks(file, mask, RLE)
+    with pytest.raises(ValueError, match=r"results\[0\]: expected segmentation to be compressed"):
+        score_masks(file, TRIANGLE, mask)
+
+
+def test_masks_with_more_runs_than_pixels_are_refused(file):
+    larger = RLE | {"counts": "@@@@"}
+    for annotated, found in ((larger, RLE), (TRIANGLE, larger)):
+        with pytest.raises(ValueError, match=r"results or .*instances\.json: RLE"):
+            score_masks(file, annotated, found)

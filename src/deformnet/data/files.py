@@ -1,5 +1,6 @@
 """Reading of a single image or label map, with errors that name the file; file names."""
 
+import errno
 import io
 import logging
 import os
@@ -398,7 +399,11 @@ def _load(file: IO[bytes], image: Image.Image) -> None:
     """Decodes an image completely. If the compressed data ends early in an otherwise complete file,
     Pillow fills the missing rows with black (PNG) or gray (JPEG). If the last row has this color,
     the compressed data is checked."""
-    image.load()
+    try:
+        image.load()
+    except (TypeError, AttributeError, ArithmeticError, LookupError) as error:
+        # The value of a TIFF tag has another type than it must have.
+        raise ValueError(error) from error
     last = np.asarray(image.crop((0, image.height - 1, *image.size)))[-1]
     if image.format == "PNG":
         _require_png_data(file, counted=bool(image.info.get("interlace")) or not last.any())
@@ -487,7 +492,8 @@ def _readable(place: str) -> Iterator[None]:
             f"{place}: not a readable image (empty, or of a format other than {_FORMATS_TEXT})"
         ) from error
     except _BROKEN as error:
-        if isinstance(error, OSError) and error.errno is not None:
+        # EINVAL: of a negative position in the file, according to a damaged header.
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise  # missing file, no permission, failing disk: the system's message names the file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{place}: not a readable image ({reason})") from error

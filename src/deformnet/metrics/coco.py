@@ -198,11 +198,14 @@ def _evaluated(
                 f"results: {len(unknown)} of {len(detections)} detections are unknown to "
                 f"{' and '.join(map(str, files))}, such as one of {key} {unknown[0]}"
             )
-    ground_truth = COCO(annotations, print_function=_silent)
-    evaluation = COCOeval_faster(
-        ground_truth, ground_truth.loadRes(detections), iouType=iou_type, print_function=_silent
-    )
-    evaluation.run()
+    try:
+        ground_truth = COCO(annotations, print_function=_silent)
+        evaluation = COCOeval_faster(
+            ground_truth, ground_truth.loadRes(detections), iouType=iou_type, print_function=_silent
+        )
+        evaluation.run()
+    except ValueError as error:  # masks of other sizes than their runs
+        raise ValueError(f"results or {' and '.join(map(str, files))}: {error}") from error
     return _Evaluated(annotations, detections, evaluation)
 
 
@@ -245,7 +248,9 @@ def _read(path: Path, iou_type: str) -> dict[str, list[dict[str, Any]]]:
         content = read_json(path)
         annotations = []
         for annotation in content["annotations"]:
-            box = [float(value) for value in annotation["bbox"]]
+            where, box = f"annotation {annotation.get('id')}", annotation["bbox"]
+            if not _is_box(box):
+                raise ValueError(_no_box(where, box))
             kept = {
                 "image_id": _id(annotation["image_id"]),
                 "category_id": _id(annotation["category_id"]),
@@ -254,7 +259,12 @@ def _read(path: Path, iou_type: str) -> dict[str, list[dict[str, Any]]]:
                 "iscrowd": int(bool(annotation.get("iscrowd", 0))),
             }
             if iou_type == "segm":
-                kept["segmentation"] = annotation["segmentation"]
+                mask = kept["segmentation"] = annotation["segmentation"]
+                if not _is_rle(mask) and not _is_polygons(mask):
+                    raise ValueError(
+                        f"{where}: expected segmentation to be polygons or RLE, but got "
+                        f"{str(mask)[:200]}"
+                    )
             annotations.append(kept)
         return {
             "images": [
@@ -308,10 +318,43 @@ def _detection(number: int, result: Mapping[str, Any], iou_type: str) -> dict[st
             raise ValueError(f"{where}: expected {key} to be a number, but got {result[key]}")
     if iou_type == "bbox":
         box = result["bbox"]
-        numeric = isinstance(box, Sequence) and len(box) == 4 and all(map(_is_number, box))
-        if not numeric or min(box[2:]) < 0:
-            raise ValueError(f"{where}: expected bbox to be [x, y, width, height], but got {box}")
+        if not _is_box(box) or min(box[2:]) < 0:
+            raise ValueError(_no_box(where, box))
+    elif not _is_rle(result["segmentation"]) or isinstance(result["segmentation"]["counts"], list):
+        raise ValueError(
+            f"{where}: expected segmentation to be compressed RLE, but got "
+            f"{str(result['segmentation'])[:200]}"
+        )
     return {key: result[key] for key in keys}
+
+
+def _is_box(value: object) -> bool:
+    return isinstance(value, Sequence) and len(value) == 4 and all(map(_is_number, value))
+
+
+def _no_box(where: str, value: object) -> str:
+    return f"{where}: expected bbox to be [x, y, width, height], but got {str(value)[:200]}"
+
+
+def _is_polygons(value: object) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(one, list) and len(one) >= 4 and len(one) % 2 == 0 and all(map(_is_number, one))
+        for one in value
+    )
+
+
+def _is_rle(value: object) -> bool:
+    """Whether a value is run-length encoded: its runs compressed to a string, or a list of them."""
+    if not isinstance(value, Mapping):
+        return False
+    size, runs = value.get("size"), value.get("counts")
+    numbers = runs if isinstance(runs, list) else []
+    return (
+        isinstance(size, Sequence)
+        and len(size) == 2
+        and all(isinstance(number, int) and 0 <= number < 2**32 for number in (*size, *numbers))
+        and isinstance(runs, str | bytes | list)
+    )
 
 
 def _is_number(value: object) -> bool:
