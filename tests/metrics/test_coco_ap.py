@@ -242,6 +242,7 @@ def test_bad_results_are_named(file, results, message):
         "{}",
         '{"images": [], "categories": [], "annotations": [{}]}',
         '{"images": [{"id": "x"}], "categories": [], "annotations": []}',
+        '{"images": [{"id": 1.5}], "categories": [], "annotations": []}',
         '{"images": [{"id": 9223372036854775808}], "categories": [], "annotations": []}',
     ],
 )

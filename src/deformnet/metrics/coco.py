@@ -280,16 +280,15 @@ def _read(path: Path, iou_type: str) -> dict[str, list[dict[str, Any]]]:
         raise UserError(f"{path}: expected COCO annotations ({error})") from error
 
 
-def _id(value: Any) -> int:
-    """An id as an integer that the evaluation, written in C++, can represent.
+def _id(value: object) -> int:
+    """An id, which the evaluation, written in C++, must be able to represent.
 
     Raises:
-        ValueError: if it is too large.
+        ValueError: if it is no integer or too large.
     """
-    number = int(value)
-    if abs(number) >= 2**63:
-        raise ValueError(f"expected ids of at most 63 bits, but got {number}")
-    return number
+    if not isinstance(value, int) or abs(value) >= 2**63:
+        raise ValueError(f"expected ids to be integers of at most 63 bits, but got {value!r}")
+    return value
 
 
 def _joined(files: Sequence[dict[str, list[dict[str, Any]]]]) -> dict[str, list[dict[str, Any]]]:
