@@ -42,7 +42,7 @@ fuzz: $(READY)
 	OMP_NUM_THREADS=1 DEFORMNET_FUZZ=$(FUZZ) $(BIN)/python -m pytest -n auto --dist loadfile \
 	$$(grep --files-with-matches --recursive --include="test_*.py" "DEFORMNET_FUZZ\|from damage" tests)
 
-# The operators' tests over kernels that stop at the first read or write out of bounds, with AMX tiles in plain
+# The operators' tests over kernels that stop at the first read or write out of bounds, with AMX tiles emulated in
 # C++ (tests/ops/tiles.h). Python and PyTorch leak on their own; the sanitizer's library has to be there before them.
 SANITIZED := build/sanitize
 sanitize: $(READY)

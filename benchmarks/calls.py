@@ -13,7 +13,7 @@ from deformnet.ops import deform_conv2d
 
 PLAIN, TORCHVISION, OURS = "conv2d", "torchvision", "deformnet"
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-"""Largest error of a result that is timed, relative to its largest value."""
+"""Maximum error of a result by dtype, relative to the largest value of the exact result."""
 
 Forward = Callable[[], Tensor]
 
@@ -31,10 +31,13 @@ def differentiable(shape: Shape, t: Tensors) -> dict[str, Forward]:
 
 
 def require_close(what: str, found: Tensor, exact: Tensor) -> None:
-    """Exits if a result is off by more than the tolerance of its dtype."""
+    """Exits if the error of a result reaches the tolerance for its dtype."""
     error = ((found - exact).abs().max() / exact.abs().max()).item()
     if not error < TOLERANCES[found.dtype]:
-        raise SystemExit(f"{what}: off by {error:.2g} of the largest value, not timed")
+        raise SystemExit(
+            f"{what}: expected an error below {TOLERANCES[found.dtype]:g} of the largest value, "
+            f"but got {error:.2g}; not timed"
+        )
 
 
 def wanted_gradients(name: str, t: Tensors) -> list[Tensor]:
@@ -43,7 +46,7 @@ def wanted_gradients(name: str, t: Tensors) -> list[Tensor]:
 
 
 def seconds(call: Forward) -> float:
-    """Time of one call."""
+    """Time of one call, in seconds."""
     start = time.perf_counter()
     call()
     return time.perf_counter() - start

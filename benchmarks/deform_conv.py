@@ -3,9 +3,10 @@
     python -m benchmarks.deform_conv [--threads 1 2] [--rounds 11] [--out DIR] [--name NAME]
 
 float32 unless noted, 3x3 kernels, equal numbers of input and output channels, NCHW tensors. The
-operator takes given offsets, which stay float32; the convolution that computes them has its own
-columns. bfloat16 and float16 are relative to `conv2d` of the same dtype. Outputs and gradients
-(in half precision, outputs) are first checked against float64; wrong implementations are not timed.
+operator takes given offsets, always in float32; the convolution that computes them has its own
+columns. Times in bfloat16 and float16 are relative to `conv2d` in the same dtype. Outputs and
+gradients (in half precision, only outputs) are first checked against float64; wrong implementations
+are not timed.
 """
 
 import argparse
@@ -139,10 +140,10 @@ def measure_layer(shape: Shape, *, rounds: int) -> tuple[dict[str, Timing], dict
 def measure_half(
     shape: Shape, dtype: torch.dtype, *, rounds: int
 ) -> tuple[dict[str, Timing], dict[str, Timing]]:
-    """In half precision, and in float32: forward; forward + backward.
+    """Times half precision and float32: forward; forward + backward.
 
-    Three rounds are enough where PyTorch has no fast convolution of the dtype: a call takes
-    seconds.
+    If a call of `conv2d` takes more than a second, as it does where PyTorch has no fast kernel for
+    the dtype, at most three rounds are run.
     """
     t = make_tensors(shape)
     d = shape.dilation
@@ -176,7 +177,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=counts)
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--out", type=Path, help="folder for results (JSON) and figures")
-    parser.add_argument("--name", default="deform_conv", help="name of the results in the folder")
+    parser.add_argument("--name", default="deform_conv", help="base name of the result files")
     options = parser.parse_args()
     most = max(options.threads)
     torch.set_num_threads(most)

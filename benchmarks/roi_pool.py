@@ -3,10 +3,10 @@
     python -m benchmarks.roi_pool [--threads 1 2] [--rounds 9] [--out DIR] [--name NAME]
 
 One map of 38x63 pixels (an image of 600x1000), 300 boxes of all sizes, 7x7 bins with 4x4 samples;
-float32, bfloat16 and float16. deformnet computes with offsets and their gradients, both float32;
-torchvision has no offsets, and no bfloat16. Half precision is relative to torchvision of the same
-dtype, and to deformnet in float32. deformnet is checked against its float64 definition before it is
-timed.
+float32, bfloat16 and float16. deformnet's times include offsets and their gradients, both in
+float32; torchvision's pooling has no offsets and does not support bfloat16. Times in half precision
+are relative to deformnet's in float32, those in float16 also to torchvision's. deformnet is checked
+against its float64 definition before it is timed.
 """
 
 import argparse
@@ -34,10 +34,10 @@ BOXES = 300
 FLOAT32 = "float32"
 DTYPES = {FLOAT32: torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 THEIRS = (FLOAT32, "float16")
-"""Dtypes of torchvision on the CPU."""
+"""Those that torchvision supports on the CPU, too."""
 
 Rows = dict[str, dict[str, Timing]]
-"""For each pooling, by implementation and dtype."""
+"""Timings of each pooling, by implementation and dtype."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=counts)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--out", type=Path, help="folder for results (JSON) and figures")
-    parser.add_argument("--name", default="roi_pool", help="name of the results in the folder")
+    parser.add_argument("--name", default="roi_pool", help="base name of the result files")
     options = parser.parse_args()
 
     torch.set_num_threads(max(options.threads))

@@ -131,8 +131,8 @@ def conditions(packages: Sequence[str] = ()) -> dict[str, object]:
     return {
         "machine": machine(),
         "instruction set": cpu.instruction_set(),
-        "instruction set of PyTorch": torch.backends.cpu.get_cpu_capability(),
-        "limit of oneDNN": os.environ.get("ONEDNN_MAX_CPU_ISA"),
+        "PyTorch CPU capability": torch.backends.cpu.get_cpu_capability(),
+        "oneDNN max CPU ISA": os.environ.get("ONEDNN_MAX_CPU_ISA"),
         "load average": os.getloadavg()[0],
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": versions() | {name: metadata.version(name) for name in packages},
@@ -143,9 +143,10 @@ def describe(found: dict[str, object]) -> str:
     """The conditions in one line."""
     listed = " ".join(f"{k} {v}" for k, v in found["versions"].items())  # pyright: ignore
     load = f"load {found['load average']:.1f} at the start"
-    sets = f"{found['instruction set']} kernels, PyTorch {found['instruction set of PyTorch']}"
-    if found["limit of oneDNN"]:
-        sets += f", oneDNN up to {found['limit of oneDNN']}"
+    sets = f"{found['instruction set']} kernels"
+    sets += f", PyTorch CPU capability {found['PyTorch CPU capability']}"
+    if found["oneDNN max CPU ISA"]:
+        sets += f", oneDNN limited to {found['oneDNN max CPU ISA']}"
     return f"{found['machine']}, {sets}, {load}; {listed}"
 
 

@@ -38,15 +38,15 @@ def names(table):
 def test_deform_conv(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(deform_conv, "SHAPES", (Shape(2, 4, 6, 5),))
     monkeypatch.setattr(deform_conv.memory, "in_another_process", lambda _: {"1": {"conv2d": 1}})
-    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")  # too late for oneDNN
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")  # oneDNN has already read it; only recorded
     options = ("--threads", 1, 2, "--rounds", 1, "--out", tmp_path, "--name", "toy")
     run(deform_conv, monkeypatch, *options)
     printed = capsys.readouterr().out
     found = json.loads((tmp_path / "toy.json").read_text())
     assert found["instruction set"] == cpu.instruction_set()
-    assert found["instruction set of PyTorch"] == torch.backends.cpu.get_cpu_capability()
-    assert found["limit of oneDNN"] == "AVX2"
-    assert "oneDNN up to AVX2" in printed
+    assert found["PyTorch CPU capability"] == torch.backends.cpu.get_cpu_capability()
+    assert found["oneDNN max CPU ISA"] == "AVX2"
+    assert "oneDNN limited to AVX2" in printed
     for threads in ("1 thread", "2 threads"):
         training = {"conv2d", "deformnet", "torchvision"}
         others = {"onnxruntime", "openvino", "ncnn"}
@@ -65,7 +65,7 @@ def test_deform_conv(monkeypatch, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_that_of_the_calls(dtype, monkeypatch):
+def test_half_precision_calls_compute_in_half_precision(dtype, monkeypatch):
     """The calls without "float32" compute in half precision, forward and backward."""
     calls = []
 
@@ -92,7 +92,7 @@ def test_slow_convolutions_get_three_rounds(seconds, rounds, monkeypatch):
     assert found == [rounds, rounds]
 
 
-def test_rounds_of_a_table_are_those_of_its_shortest_row():
+def test_a_table_reports_the_fewest_rounds_of_its_rows():
     rows = {str(count): {"conv2d": Timing((1.0,) * count)} for count in (11, 3)}
     assert Table("", "conv2d", rows).to_dict()["rounds"] == 3
 
@@ -153,5 +153,5 @@ def test_wrong_results_are_not_timed():
     exact = torch.tensor([1.0, 4.0], dtype=torch.float64)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         require_close("", exact.to(dtype), exact)
-        with pytest.raises(SystemExit, match=r"a layer: off by 0\.2"):
+        with pytest.raises(SystemExit, match=r"a layer: expected an error below .*, but got 0\.2"):
             require_close("a layer", (exact * 1.25).to(dtype), exact)

@@ -141,7 +141,7 @@ def test_undecided_by_the_size_is_upright(tmp_path):
 
 
 def test_tiff_tags_of_other_types_are_refused_or_read(tmp_path):
-    """All types for each tag in turn; a position in the file, tag 273, must be an integer."""
+    """All types for each tag in turn; tag 273 (StripOffsets) must be an integer."""
     path = tmp_path / "a.tif"
     Image.new("RGB", (9, 7)).save(path)
     content = path.read_bytes()

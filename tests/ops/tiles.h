@@ -1,5 +1,6 @@
-// AMX tiles in plain C++, for sanitizers, which do not see what the instructions access, and for processors without them.
-// As Intel's manual defines TDPBF16PS, except that subnormal numbers are kept.
+// Emulates AMX tiles in C++, for sanitizers, which cannot check the memory accesses of tile instructions, and for
+// processors with AVX512-BF16 but no AMX. Follows the definition of TDPBF16PS in Intel's manual, except that subnormal
+// numbers are not flushed to zero.
 #pragma once
 
 #define __AMX_BF16__ 1

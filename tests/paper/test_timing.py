@@ -75,8 +75,8 @@ def test_table4(tmp_path, capsys):
     assert added["deeplab-voc"]["deformable"] - added["deeplab-voc"]["plain"] == 3 * 18 * 4609
 
 
-class Convolutions(TorchDispatchMode):
-    """Counts convolutions by dtype, forward and backward."""
+class Calls(TorchDispatchMode):
+    """Counts calls of operators by name and dtype of the first argument."""
 
     def __init__(self):
         super().__init__()
@@ -100,11 +100,11 @@ class Convolutions(TorchDispatchMode):
 def test_mixed_precision(command, tmp_path, capsys):
     out = tmp_path / "a.json"
     arguments = ["paper", *command, *TOY, "--precision", "bf16-mixed", "--out", str(out)]
-    with Convolutions() as found:
+    with Calls() as found:
         main(arguments)
     assert json.loads(out.read_text())["conditions"]["precision"] == "bf16-mixed"
-    assert "random pixels, bf16-mixed;" in capsys.readouterr().out
-    # Convolutions that compute offsets, or prepare the networks, remain float32.
+    assert "random pixels, precision bf16-mixed;" in capsys.readouterr().out
+    # Convolutions that compute offsets, or run while networks are built, stay in float32.
     counts = found.counts
     assert counts["conv2d", torch.bfloat16] > counts["conv2d", torch.float32]
     assert counts["deform_conv2d", torch.bfloat16] > counts["deform_conv2d", torch.float32]

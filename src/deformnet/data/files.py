@@ -402,7 +402,7 @@ def _load(file: IO[bytes], image: Image.Image) -> None:
     try:
         image.load()
     except (TypeError, AttributeError, ArithmeticError, LookupError) as error:
-        # The value of a TIFF tag has another type than it must have.
+        # A TIFF tag has a value of the wrong type.
         raise ValueError(error) from error
     last = np.asarray(image.crop((0, image.height - 1, *image.size)))[-1]
     if image.format == "PNG":
@@ -492,7 +492,7 @@ def _readable(place: str) -> Iterator[None]:
             f"{place}: not a readable image (empty, or of a format other than {_FORMATS_TEXT})"
         ) from error
     except _BROKEN as error:
-        # EINVAL: of a negative position in the file, according to a damaged header.
+        # EINVAL: a damaged header led to a seek to a negative position.
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise  # missing file, no permission, failing disk: the system's message names the file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

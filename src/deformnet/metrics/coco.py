@@ -204,7 +204,7 @@ def _evaluated(
             ground_truth, ground_truth.loadRes(detections), iouType=iou_type, print_function=_silent
         )
         evaluation.run()
-    except ValueError as error:  # masks of other sizes than their runs
+    except ValueError as error:  # masks whose runs do not match their size
         raise ValueError(f"results or {' and '.join(map(str, files))}: {error}") from error
     return _Evaluated(annotations, detections, evaluation)
 
@@ -281,10 +281,10 @@ def _read(path: Path, iou_type: str) -> dict[str, list[dict[str, Any]]]:
 
 
 def _id(value: object) -> int:
-    """An id, which the evaluation, written in C++, must be able to represent.
+    """Returns an id after checking that the evaluation, written in C++, can represent it.
 
     Raises:
-        ValueError: if it is no integer or too large.
+        ValueError: if it is not an integer, or too large.
     """
     if not isinstance(value, int) or abs(value) >= 2**63:
         raise ValueError(f"expected ids to be integers of at most 63 bits, but got {value!r}")

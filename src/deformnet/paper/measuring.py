@@ -105,8 +105,9 @@ def _describe(conditions: Conditions) -> str:
     lines = [
         f"{conditions['machine']}{load}",
         f"{packages}; {conditions['kernels']!r} operators on {conditions['device']}",
-        f"{conditions['backbone']}, random weights, random pixels, {conditions['precision']}; "
-        f"medians of {conditions['rounds']} rounds, networks in turns; ratios per round (p20-p80)",
+        f"{conditions['backbone']}, random weights, random pixels, precision "
+        f"{conditions['precision']}; medians of {conditions['rounds']} rounds, networks in turns; "
+        "ratios per round (p20-p80)",
     ]
     if conditions["scale"] != 1:
         lines.append(
@@ -132,7 +133,7 @@ def side_by_side(
 
 
 def autocast(options: TimingOptions) -> torch.autocast:
-    """Return the context of a forward pass in the precision of the options."""
+    """Return the autocast context of a forward pass, disabled for 32-true."""
     return torch.autocast(options.device, torch.bfloat16, enabled=options.precision != "32-true")
 
 

@@ -59,7 +59,7 @@ class TimingOptions:
     device: Literal["cpu", "cuda"] = "cpu"
     """Device to compute on."""
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
-    """float32, or mixed with bfloat16 by autocast, as in training and evaluation."""
+    """float32, or mixed precision with bfloat16 (autocast), as in training and evaluation."""
 
     def __post_init__(self) -> None:
         # On smaller images, conv4 has a single unit, on which batch norm cannot train.

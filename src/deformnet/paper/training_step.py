@@ -150,7 +150,7 @@ def _baseline(name: str, layer: nn.Module, plain: nn.Module) -> Callable[..., Te
     """Return what the plain network computes in place of a deformable layer."""
     if isinstance(layer, DeformRoIPool2d):
         size, scale = layer.output_size, layer.spatial_scale
-        # As in `FasterRCNN`: torchvision takes a single dtype, that of the boxes.
+        # As in `FasterRCNN`: torchvision expects input and boxes of the same dtype.
         return lambda input, boxes: roi_pool(input.to(boxes.dtype), boxes, size, scale).to(
             input.dtype
         )

@@ -22,7 +22,8 @@ bool has_avx512() {
 
 bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 
-// Whether the processor has AMX tiles of bfloat16, and the system lets this process use them.
+// Whether the processor has AMX tiles of bfloat16, and the system lets this process use them. Emulated tiles need only
+// AVX512-BF16.
 bool has_amx() {
 #if defined(DEFORMNET_EMULATE_TILES)
   return has_avx512_bf16();

@@ -151,23 +151,24 @@ inline void multiply(int64_t rows, LeftFactor<E, row_stride> left, const E* pane
     }
 }
 
-// ------------------------------------------------------------------- products of bfloat16 on tiles
-
-// Rows of the left factor that a product takes at a time, and what those of the summed dimension are padded to.
+// Products process kRowStep<E> rows of the left factor at a time; the length of the summed dimension is a multiple of
+// kSumStep<E>.
 template <class E>
 constexpr int64_t kRowStep = kTileRows;
 template <class E>
 constexpr int64_t kSumStep = kTogether<E>;
 
+// ------------------------------------------------------------------- products of bfloat16 on tiles
+
 #if defined(__AMX_BF16__)
-constexpr int64_t kTileStep = 16;  // rows of a tile, each of so many pairs
+constexpr int64_t kTileStep = 16;  // rows of a tile, and pairs in each row
 template <>
 inline constexpr int64_t kRowStep<Pair> = 2 * kTileStep;
 template <>
 inline constexpr int64_t kSumStep<Pair> = 2 * kTileStep;
 
-// Eight tiles of 16 rows of 64 bytes: four of sums, two of the left factor, two of a panel. While one exists, a thread
-// may use them.
+// Configures eight tiles of 16 rows of 64 bytes: four for sums, two for the left factor, two for a panel. A thread may
+// use tiles only while its TileUser exists.
 struct TileUser {
   TileUser() {
     struct alignas(64) {
@@ -180,8 +181,8 @@ struct TileUser {
   ~TileUser() { _tile_release(); }
 };
 
-// As above, for segments whose depth is a multiple of kTileStep. Rows are computed in blocks of 16, so up to 15 more
-// rows of the left factor are read, and of C written.
+// `multiply` on tiles; the depth of a segment must be a multiple of kTileStep. Rows are computed in blocks of 16, so up
+// to 15 rows past the end are read from the left factor and written to C.
 template <ptrdiff_t row_stride>
 __attribute__((noinline)) void multiply(int64_t rows, const LeftFactor<Pair, row_stride>& left, const Pair* panel,
                                         float* c, ptrdiff_t c_stride, int n_valid, bool accumulate) {

@@ -78,8 +78,8 @@ struct Images {
   int64_t shared;  // the image that both halves have a part of, or -1
 };
 
-// The positions that are processed at a time: a tile of each half. In memory, each half is padded to whole steps of
-// products: pairs, or more.
+// The positions that are processed at a time: a tile of each half. In memory, each half is padded to a multiple of
+// kSumStep positions: 1, a pair, or 32 for AMX tiles.
 struct Chunk {
   Chunk(const Geometry& p, const Images& images, int64_t begin, int64_t positions, int64_t step)
       : halves{Tile(p, images.first, begin, least(positions, images.half - begin)),
@@ -140,7 +140,7 @@ void pack_rows(const Problem& p, const Tile& tile, const T* grad_output, int64_t
 }
 
 // grad_output as the left factor of both products: panels [group][panel][position][lane]. Pairs need two copies: this
-// one for the sum over lanes, and [...][position / step][lane][position % step] for the sum over positions.
+// one for the sum over lanes, and [...][position / kSumStep][lane][position % kSumStep] for the sum over positions.
 template <class E>
 struct PackedOutput {
   PackedOutput(Memory& memory, int64_t size)
@@ -150,7 +150,7 @@ struct PackedOutput {
   E *by_lane, *by_position;
 };
 
-// Transposes the rows of a panel, step by step. The last step is padded with zeros.
+// Transposes a panel in steps of kSumStep rows, and pads the last step with zeros.
 inline void pair_rows(const BFloat16* rows, int64_t count, Pair* pairs) {
   constexpr int64_t panel = kPanel<Pair>, step = kSumStep<Pair>;
   for (int64_t i = 0; i < round_up(count, step); i += 2) {
@@ -400,7 +400,7 @@ struct BackwardPlan : Geometry {
   int64_t image_size;       // numbers of a framed map
   int64_t chunk_positions;  // of each half
   int64_t images;           // that are processed at a time, in two halves
-  int64_t longest;          // positions of a half's chunk, padded to whole steps
+  int64_t longest;          // positions of a half's chunk, padded to a multiple of kSumStep
   Panels<A> panels;
   int64_t out_panels, outs;  // panels of a group's output channels, and lanes of those
   int64_t slices;            // of the channels, among the threads of a half
@@ -557,7 +557,7 @@ class Backward {
     write_sample_grads(plan, tensors, tile, g * plan.taps + tap, sample_grads);
   }
 
-  // Zeros for the positions that fill the last step of the sum over them. A pair is filled already.
+  // Pads a tile's columns with zeros to a multiple of kSumStep positions. `append` has filled the last pair.
   void pad_columns(int64_t count, E* columns) const {
     const int64_t begin = ceil_div(count, together) * panel, end = round_up(count, kSumStep<E>) / together * panel;
     for (int64_t at = 0; at < plan.panels.tap; at += plan.panels.panel)
@@ -598,7 +598,7 @@ class Backward {
 
   // For panel `item` of the input channels, counted through groups and taps.
   void multiply_columns(const Chunk& chunk, int64_t item) const {
-    constexpr int64_t depth = kSumStep<E> / together;  // of a step
+    constexpr int64_t depth = kSumStep<E> / together;  // elements of type E in a step
     const int64_t of_group = plan.panels.of_group;
     const int64_t group = item / (plan.taps * of_group), tap = item / of_group % plan.taps;
     const int64_t index = plan.panels.index(group * plan.panels.group + item % of_group * panel);
