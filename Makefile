@@ -36,7 +36,8 @@ tools: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/nn/test_tools.py
 
 # Longer runs of the tests that inject faults and damage inputs: a fault in every system call, and FUZZ
-# cases of each fuzzer. DEFORMNET_FUZZ_SEED=1 generates other cases.
+# cases of each fuzzer. DEFORMNET_FUZZ_SEED=1 generates other cases, DEFORMNET_FUZZ_SECONDS=3600 runs each
+# fuzzer of files and operators for an hour.
 FUZZ ?= 1000
 fuzz: $(READY)
 	OMP_NUM_THREADS=1 DEFORMNET_FUZZ=$(FUZZ) $(BIN)/python -m pytest -n auto --dist loadfile \

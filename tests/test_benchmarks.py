@@ -2,10 +2,11 @@
 
 import json
 import sys
+from itertools import groupby
 
 import pytest
 import torch
-from benchmarks import deform_conv, depthwise, roi_pool
+from benchmarks import calls, deform_conv, depthwise, roi_pool
 from benchmarks.calls import require_close
 from benchmarks.shapes import Shape
 from benchmarks.tables import Table
@@ -30,6 +31,18 @@ def run(benchmark, monkeypatch, *arguments):
     benchmark.main()
 
 
+def recorded(monkeypatch, benchmark):
+    """The numbers of threads that measurements begin with."""
+    counts = []
+
+    def compare(calls, *, rounds):
+        counts.append(torch.get_num_threads())
+        return deformnet.paper.timing.compare(calls, rounds=rounds)
+
+    monkeypatch.setattr(benchmark, "compare", compare)
+    return counts
+
+
 def names(table):
     (row, *_) = table["rows"].values()
     return set(row)
@@ -40,7 +53,9 @@ def test_deform_conv(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(deform_conv.memory, "in_another_process", lambda _: {"1": {"conv2d": 1}})
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")  # oneDNN has already read it; only recorded
     options = ("--threads", 1, 2, "--rounds", 1, "--out", tmp_path, "--name", "toy")
+    counts = recorded(monkeypatch, deform_conv)
     run(deform_conv, monkeypatch, *options)
+    assert counts == [1] * 9 + [2] * 11  # two more: other kinds of offsets
     printed = capsys.readouterr().out
     found = json.loads((tmp_path / "toy.json").read_text())
     assert found["instruction set"] == cpu.instruction_set()
@@ -101,7 +116,9 @@ def test_roi_pool(monkeypatch, tmp_path):
     pooling = roi_pool.Pooling("PS", 2, 1, sensitive=True)
     monkeypatch.setattr(roi_pool, "POOLINGS", (roi_pool.Pooling("RoI", 3, 1, False), pooling))
     monkeypatch.setattr(roi_pool, "BOXES", 3)
+    counts = recorded(monkeypatch, roi_pool)
     run(roi_pool, monkeypatch, "--threads", 1, 2, "--rounds", 1, "--out", tmp_path)
+    assert counts == [1] * 4 + [2] * 4
     found = json.loads((tmp_path / "roi_pool.json").read_text())
     for passes in ("forward", "backward"):
         for threads in ("1 thread", "2 threads"):
@@ -133,11 +150,11 @@ def test_depthwise(monkeypatch, capsys):
     seen = []
     convolution = depthwise.deform_conv2d
 
-    def recorded(input, offset, weight, *others, **options):
+    def convolve(input, offset, weight, *others, **options):
         seen.append((input, offset))
         return convolution(input, offset, weight, *others, **options)
 
-    monkeypatch.setattr(depthwise, "deform_conv2d", recorded)
+    monkeypatch.setattr(depthwise, "deform_conv2d", convolve)
     run(depthwise, monkeypatch, "--seconds", 0)
     rows = [line for line in capsys.readouterr().out.splitlines() if "6x6" in line]
     for layout in ("NCHW", "channels-last"):
@@ -146,7 +163,7 @@ def test_depthwise(monkeypatch, capsys):
         [tensor.is_contiguous(memory_format=torch.channels_last) for tensor in pair]
         for pair in seen
     ]
-    assert last == 2 * (4 * [[False, False]] + 4 * [[True, True]])
+    assert [key for key, _ in groupby(last)] == 2 * [[False, False], [True, True]]
 
 
 def test_wrong_results_are_not_timed():
@@ -155,3 +172,24 @@ def test_wrong_results_are_not_timed():
         require_close("", exact.to(dtype), exact)
         with pytest.raises(SystemExit, match=r"a layer: expected an error below .*, but got 0\.2"):
             require_close("a layer", (exact * 1.25).to(dtype), exact)
+
+
+def test_measurements_check_their_results(monkeypatch):
+    """Of an operator that is off by a fifth."""
+
+    def wrong(operator):
+        return lambda *arguments, backend="auto", **options: (
+            operator(*arguments, backend=backend, **options)
+            * (1 if backend == "reference" else 1.2)
+        )
+
+    monkeypatch.setattr(roi_pool, "BOXES", 3)
+    monkeypatch.setattr(roi_pool, "deform_roi_pool", wrong(roi_pool.deform_roi_pool))
+    with pytest.raises(SystemExit, match="expected an error below"):
+        roi_pool.measure(roi_pool.POOLINGS[0], rounds=1)
+    monkeypatch.setattr(calls, "deform_conv2d", wrong(calls.deform_conv2d))
+    with pytest.raises(SystemExit, match="expected an error below"):
+        deform_conv.measure_half(Shape(1, 4, 6, 5), torch.bfloat16, rounds=1)
+    monkeypatch.setattr(depthwise, "deform_conv2d", wrong(depthwise.deform_conv2d))
+    with pytest.raises(SystemExit, match="expected an error below"):
+        run(depthwise, monkeypatch, "--seconds", 0)

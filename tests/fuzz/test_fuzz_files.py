@@ -1,6 +1,7 @@
 """Damaged files and command lines give a result or a user error, in bounded time and memory.
 
-DEFORMNET_FUZZ is the number of cases of each fuzzer, DEFORMNET_FUZZ_SEED their seed.
+DEFORMNET_FUZZ is the number of cases of each fuzzer, DEFORMNET_FUZZ_SEED their seed. With
+DEFORMNET_FUZZ_SECONDS, each runs for so long instead.
 """
 
 import json
@@ -19,7 +20,9 @@ def lines(tmp_path_factory):
     """What the fuzzers found, and how many cases they ran."""
     out = tmp_path_factory.mktemp("fuzz") / "findings.jsonl"
     options = ["--fuzzers", *NAMES, "--seed", os.environ.get("DEFORMNET_FUZZ_SEED", "0")]
-    if count := os.environ.get("DEFORMNET_FUZZ"):
+    if seconds := os.environ.get("DEFORMNET_FUZZ_SECONDS"):
+        options += ["--seconds", seconds, "--count", "1000000000"]
+    elif count := os.environ.get("DEFORMNET_FUZZ"):
         options += ["--count", count]
     program = Path(__file__).with_name("fuzz.py")
     subprocess.run(

@@ -234,6 +234,7 @@ TILED = {
     ),
     "groups beyond one block": convolution(1, 1408, (6, 7), out_channels=40, groups=2),
     "channels beyond one block": convolution(1, 1312, (6, 7), out_channels=33),
+    "several chunks of positions": convolution(2, 32, (40, 41), out_channels=33),
 }
 
 

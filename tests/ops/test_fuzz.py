@@ -1,11 +1,13 @@
 """Random calls of the operators, valid and invalid: see `fuzzing.py`.
 
-DEFORMNET_FUZZ sets their number, DEFORMNET_FUZZ_SEED their seed.
+DEFORMNET_FUZZ sets their number, DEFORMNET_FUZZ_SEED their seed. As many of the next seeds follow
+until DEFORMNET_FUZZ_SECONDS have passed.
 """
 
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ if backends.why_unavailable("cpu"):
 
 COUNT = int(os.environ.get("DEFORMNET_FUZZ", "200"))
 SEED = int(os.environ.get("DEFORMNET_FUZZ_SEED", "0"))
+SECONDS = float(os.environ.get("DEFORMNET_FUZZ_SECONDS", "0"))
 
 
 def findings(seed: int, count: int) -> list[str]:
@@ -38,5 +41,10 @@ def findings(seed: int, count: int) -> list[str]:
 
 
 def test_random_calls():
-    found = findings(SEED, COUNT)
-    assert not found, "\n".join([f"{len(found)} of {COUNT} calls of seed {SEED}:", *found])
+    end, seed = time.monotonic() + SECONDS, SEED
+    while True:
+        found = findings(seed, COUNT)
+        assert not found, "\n".join([f"{len(found)} of {COUNT} calls of seed {seed}:", *found])
+        seed += 1
+        if time.monotonic() >= end:
+            break
