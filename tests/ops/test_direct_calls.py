@@ -162,6 +162,21 @@ def test_registered_operators_check_their_arguments(name: str, needs_gradient: b
             registered(*bad)
 
 
+@EVERY_OPERATOR
+def test_registered_backward_operators_check_the_number_of_needs(name: str) -> None:
+    operator, case = OPERATORS[name]
+    grad_output = torch.ones_like(call(case, "reference"))
+    arguments = [grad_output, *case.operator]
+    if name == "convolution":
+        del arguments[4]  # bias
+        arguments.append("zeros")
+    count = 5 if name == "convolution" else 2
+    operator.backward(*arguments, [True] * count)
+    for wrong in (0, count - 1, count + 1):
+        with pytest.raises(ValueError, match=f"expected needs to have {count} values"):
+            operator.backward(*arguments, [True] * wrong)
+
+
 # ----------------------------------------------------------------------------------- cached plans
 
 

@@ -286,6 +286,9 @@ class Operator:
                 f"expected grad_output to have shape {list(shape)}, "
                 f"but got shape {list(grad_output.shape)}"
             )
+        count = len(self._with_gradient)
+        if len(needs) != count:
+            raise ValueError(f"expected needs to have {count} values, but got {list(needs)}")
         for name, need, place in self._optional:
             if saved[place] is None and needs[need]:
                 raise ValueError(f"expected needs to be False for {name}=None, but got True")
