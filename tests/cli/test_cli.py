@@ -253,6 +253,12 @@ def test_epochs_and_settings_of_the_paper(shapes, tmp_path, capfd, complaint):
     assert "IMAGENET1K_V1" in text
 
 
+@pytest.mark.parametrize("folder", [".", "/", ".."])
+def test_initial_weights_from_a_folder_without_a_run(folder, shapes, tmp_path, complaint):
+    train = ["train", "deeplab", "--data", shapes, "--out", tmp_path / "run", *QUICK]
+    assert complaint(*train, "--init", folder).startswith(f"{folder}: expected a trained run")
+
+
 def test_initial_weights_from_a_run(run, shapes, tmp_path, capsys):
     """The backbone and the number of deformable layers are those of the run."""
     train = ["train", "deeplab", "--data", str(shapes), "--out", str(tmp_path)]

@@ -615,6 +615,9 @@ def test_paths_of_record_and_report(voc, tmp_path, cache):
     assert not cache.exists()
     with pytest.raises(ValueError, match="expected workers to be at least 0, but got -1"):
         check_data(voc, workers=-1)
+    for name in (".", "/", ".."):
+        with pytest.raises(ValueError, match="expected a regular file for the record"):
+            check_data(voc, record=name)
 
 
 def stopped_check(root: Path, record: Path, end: int) -> None:

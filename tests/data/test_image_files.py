@@ -327,7 +327,7 @@ def test_failing_disk(tmp_path, monkeypatch):
 
     save_image(tmp_path / "a.png")
     (tmp_path / "a.json").write_text("[]")
-    monkeypatch.setattr("deformnet.data.files._File.read", fail)
+    monkeypatch.setattr("deformnet._files.BoundedReader.read", fail)
     monkeypatch.setattr("pathlib.Path.read_bytes", fail)
     for name, read in (("a.png", read_image), ("a.png", read_size), ("a.json", read_json)):
         with pytest.raises(OSError, match="Input/output") as error:

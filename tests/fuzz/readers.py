@@ -10,6 +10,7 @@ import shutil
 import struct
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -262,7 +263,7 @@ def _variants(value: object) -> list[object]:
     """Other tensors for a tensor."""
     if not isinstance(value, Tensor):
         return [torch.zeros(2), torch.tensor(float("nan"))]
-    floats = value.float()
+    floats = (value.dequantize() if value.is_quantized else value).float()
     return [
         *(
             value[None],
@@ -410,13 +411,14 @@ def resumed_runs(folder: Path) -> list[Target]:
     out = folder / "run"
 
     def resume(path: Path, iterations: int = 2) -> None:
-        train(
-            *(recipe, shapes, out),
-            val_split=None,
-            continue_to=iterations if path.is_file() else None,
-            hardware=_CPU,
-            loop=LoopOptions(progress=False),
-        )
+        with suppress(FloatingPointError):  # weights that are finite, but huge
+            train(
+                *(recipe, shapes, out),
+                val_split=None,
+                continue_to=iterations if path.is_file() else None,
+                hardware=_CPU,
+                loop=LoopOptions(progress=False),
+            )
 
     checkpoint = out / "checkpoints/last.ckpt"
     _in_child(lambda: resume(checkpoint))

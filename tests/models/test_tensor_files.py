@@ -20,6 +20,7 @@ from damage import cases, flipped, result
 from deformnet import UserError
 from deformnet.models._tensors import flaw, pack, read_safetensors, read_torch, unpack, weights
 from deformnet.models.backbones.weights import read_weights
+from small_sets import one_line
 
 CASES = cases(150)
 
@@ -199,6 +200,10 @@ def test_the_format_without_an_archive(tmp_path):
         path.write_bytes(content)
         state = result(path, read_weights)
         assert state is None or all(value.isfinite().all() for value in state.values())
+    for code in (b"\x8d", b"\x8e", b"\x96"):  # a string, bytes and a bytearray of 2**62 bytes
+        path.write_bytes(b"\x80\x05" + code + struct.pack("<Q", 1 << 62))
+        with one_line(UserError, "not a checkpoint of torch.save"):
+            read_torch(path, legacy=True)
     for call in ("__builtin__.bytearray", "torch.FloatTensor", "os.system"):
         path.write_bytes(pickled(call, 1 << 40))
         with pytest.raises(UserError, match=call.rpartition(".")[2]):
@@ -242,6 +247,7 @@ def test_a_file_that_cannot_be_read_is_not_damaged(tmp_path, monkeypatch):
         write(path := tmp_path / name)
         with monkeypatch.context() as patch:
             patch.setattr(Path, "open", refused)
+            patch.setattr(io, "FileIO", refused)
             with pytest.raises(PermissionError) as error:
                 read_weights(path)
         assert error.value.filename == str(path)

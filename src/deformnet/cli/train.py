@@ -222,10 +222,9 @@ def _finetune(recipe: type[Recipe], arguments: Sequence[str]) -> Recipe:
 def _shaped_like(recipe: Recipe, run: Path) -> Recipe:
     """The recipe, with the network settings of the run that its initial weights come from."""
     file = run / "recipe.json"
-    card = run.with_suffix(".json")
     if file.is_file():
         old = Recipe.load(file)
-    elif run.suffix == ".safetensors" and run.is_file() and card.is_file():
+    elif run.suffix == ".safetensors" and (card := run.with_suffix(".json")).is_file():
         content = read_json(card)
         described = content.get("recipe") if isinstance(content, dict) else None
         if not isinstance(described, dict):

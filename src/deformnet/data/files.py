@@ -20,7 +20,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from deformnet._errors import UserError
-from deformnet._files import fitting, naming, require_file
+from deformnet._files import BoundedReader, fitting, naming, require_file
 
 _log = logging.getLogger("deformnet.data")
 
@@ -47,7 +47,6 @@ _FORMATS_TEXT = "JPEG, PNG, BMP, TIFF, WebP, GIF or PPM"
 _ENDS_EARLY = "not a readable image (the data of the last rows is missing)"
 
 _DAMAGED = "not a readable image (checksum mismatch in its data)"
-_LARGE = 1 << 20  # larger reads are limited to the size of the file
 
 # What Pillow raises on broken bytes, found by truncating and flipping bytes of JPEG and PNG files.
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, zlib.error, struct.error)
@@ -364,14 +363,6 @@ def _codes(pixels: np.ndarray) -> np.ndarray:
     return red << 16 | green << 8 | blue
 
 
-class _File(io.BufferedReader):
-    """A file that allocates at most its own size: a damaged PNG can declare gigabytes."""
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        announced = size is not None and size > _LARGE
-        return super().read(os.fstat(self.fileno()).st_size if announced else size)
-
-
 @contextmanager
 def _opened(path: str | Path) -> Iterator[tuple[IO[bytes], Image.Image]]:
     """Opens an image and reads its header. Errors in the block get the name of the file."""
@@ -379,7 +370,7 @@ def _opened(path: str | Path) -> Iterator[tuple[IO[bytes], Image.Image]]:
     require_file(path)
     with (
         naming(path),
-        _File(io.FileIO(path)) as file,
+        BoundedReader(io.FileIO(path)) as file,
         _decoding(file, str(path), _FORMATS) as image,
     ):
         yield file, image

@@ -25,7 +25,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from deformnet._errors import TOO_LARGE, UserError, lacks_memory
-from deformnet._files import naming, read_json, require_file
+from deformnet._files import BoundedReader, naming, read_json, require_file
 
 _MAX_PICKLE_BYTES = 1 << 24  # names and shapes of all tensors; 300 kB for ResNet-101 with SGD
 _STORAGES = ("Bool", "Byte", "Char", "Short", "Int", "Long", "Half", "BFloat16", "Float", "Double")
@@ -71,7 +71,7 @@ def read_torch(path: Path, *, legacy: bool = False) -> object:
             does not contain the file name.
     """
     require_file(path)
-    with naming(path), path.open("rb") as file:
+    with naming(path), BoundedReader(io.FileIO(path)) as file:
         is_archive = file.read(4) == b"PK\x03\x04"
         file.seek(0)
         if not is_archive and not legacy:

@@ -78,7 +78,7 @@ def check_data(
     if workers > _MOST_WORKERS:
         raise UserError(f"expected workers to be at most {_MOST_WORKERS}, but got {workers}")
     record = _default_record(place) if record is None else Path(record).expanduser()
-    beside = record.with_name(f"{record.stem}.report.txt")
+    beside = record.parent / f"{record.stem}.report.txt"
     report = beside if report is None else Path(report).expanduser()
     require_report(report)
     if record.resolve() == report.resolve():
