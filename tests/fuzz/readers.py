@@ -261,9 +261,9 @@ def _run(folder: Path) -> Path:
 
 def _variants(value: object) -> list[object]:
     """Other tensors for a tensor."""
-    if not isinstance(value, Tensor):
+    if not isinstance(value, Tensor) or value.is_quantized:
         return [torch.zeros(2), torch.tensor(float("nan"))]
-    floats = (value.dequantize() if value.is_quantized else value).float()
+    floats = value.float()
     return [
         *(
             value[None],
