@@ -290,7 +290,7 @@ def test_masks_of_annotations_are_rle_or_polygons(file, mask):
 @pytest.mark.parametrize(
     "mask",
     [
-        *(None, 3, "text", {}, [None], [[1, 2, 3]], [["a"] * 6]),
+        *(None, 3, "text", {}, [None], [[1, 2, 3]], [["a"] * 6], [[1, 1, 1e300, 1, 6, 6]]),
         *(RLE | {"counts": None}, RLE | {"counts": [-1, 3]}, RLE | {"counts": ["1"]}),
         *(RLE | {"size": [40]}, RLE | {"size": "ab"}, RLE | {"size": [40, -48]}),
     ],

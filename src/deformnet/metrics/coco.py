@@ -31,6 +31,8 @@ large above 96^2; AR1, AR10 and AR100 are recalls with so many detections an ima
 """
 
 
+_LARGEST_COORDINATE = 1_000_000
+"""Of a polygon: drawing one takes time in proportion to its length."""
 _CLASS_NAMES = (*NAMES[:6], "AR100")
 """The numbers of each class."""
 
@@ -336,8 +338,12 @@ def _no_box(where: str, value: object) -> str:
 
 
 def _is_polygons(value: object) -> bool:
+    """Whether a value is a list of polygons that can be drawn in reasonable time."""
     return isinstance(value, list) and all(
-        isinstance(one, list) and len(one) >= 4 and len(one) % 2 == 0 and all(map(_is_number, one))
+        isinstance(one, list)
+        and len(one) >= 4
+        and len(one) % 2 == 0
+        and all(_is_number(number) and abs(number) <= _LARGEST_COORDINATE for number in one)
         for one in value
     )
 
