@@ -247,7 +247,6 @@ def test_a_file_that_cannot_be_read_is_not_damaged(tmp_path, monkeypatch):
         write(path := tmp_path / name)
         with monkeypatch.context() as patch:
             patch.setattr(Path, "open", refused)
-            patch.setattr(io, "FileIO", refused)
             with pytest.raises(PermissionError) as error:
                 read_weights(path)
         assert error.value.filename == str(path)

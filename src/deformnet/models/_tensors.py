@@ -71,7 +71,7 @@ def read_torch(path: Path, *, legacy: bool = False) -> object:
             does not contain the file name.
     """
     require_file(path)
-    with naming(path), BoundedReader(io.FileIO(path)) as file:
+    with naming(path), BoundedReader(path.open("rb", 0)) as file:
         is_archive = file.read(4) == b"PK\x03\x04"
         file.seek(0)
         if not is_archive and not legacy:
