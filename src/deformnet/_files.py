@@ -352,8 +352,9 @@ class BoundedReader(io.BufferedReader):
     """A file that allocates at most its own size: damaged headers can announce petabytes."""
 
     def read(self, size: int | None = -1, /) -> bytes:
-        large = size is not None and size > _LARGE_READ
-        return super().read(os.fstat(self.fileno()).st_size if large else size)
+        if size is not None and size > _LARGE_READ:
+            size = min(size, os.fstat(self.fileno()).st_size)
+        return super().read(size)
 
 
 def mapped(path: Path) -> bytes | mmap.mmap:

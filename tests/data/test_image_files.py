@@ -444,3 +444,19 @@ def test_images_beyond_the_memory_are_named(tmp_path, monkeypatch, step):
     monkeypatch.setattr(step, Mock(side_effect=MemoryError))
     with one_line(MemoryError, f"{path}: too large for the memory of this machine"):
         read_image(path)
+
+
+def test_png_with_a_chunk_of_megabytes(tmp_path):
+    """Noise, in one chunk: a read of its length returns no more."""
+    pixels = np.random.default_rng(0).integers(0, 256, (700, 700, 3), dtype=np.uint8)
+    rows = b"".join(b"\0" + row.tobytes() for row in pixels)
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    header = struct.pack(">IIBBBBB", 700, 700, 8, 2, 0, 0, 0)
+    content = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows))
+    (tmp_path / "a.png").write_bytes(content + chunk(b"IEND", b""))
+    assert np.array_equal(read_image(tmp_path / "a.png").permute(1, 2, 0), pixels)

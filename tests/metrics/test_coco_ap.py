@@ -243,6 +243,8 @@ def test_bad_results_are_named(file, results, message):
         '{"images": [], "categories": [], "annotations": [{}]}',
         '{"images": [{"id": "x"}], "categories": [], "annotations": []}',
         '{"images": [{"id": 1.5}], "categories": [], "annotations": []}',
+        '{"images": [], "categories": [], "annotations": [3]}',
+        '{"images": [], "categories": [], "annotations": [null]}',
         '{"images": [{"id": 9223372036854775808}], "categories": [], "annotations": []}',
     ],
 )

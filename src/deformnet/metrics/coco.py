@@ -250,6 +250,8 @@ def _read(path: Path, iou_type: str) -> dict[str, list[dict[str, Any]]]:
         content = read_json(path)
         annotations = []
         for annotation in content["annotations"]:
+            if not isinstance(annotation, Mapping):
+                raise ValueError(f"expected objects as annotations, but got {annotation!r:.200}")
             where, box = f"annotation {annotation.get('id')}", annotation["bbox"]
             if not _is_box(box):
                 raise ValueError(_no_box(where, box))
