@@ -1,4 +1,4 @@
-"""Runs in several processes, which import their function by name; `__main__` has none."""
+"""Runs in several processes, which cannot import their function from `__main__`."""
 
 import multiprocessing
 import os

@@ -1,7 +1,7 @@
 """Random calls of the operators, valid and invalid: see `fuzzing.py`.
 
-DEFORMNET_FUZZ sets their number, DEFORMNET_FUZZ_SEED their seed. As many of the next seeds follow
-until DEFORMNET_FUZZ_SECONDS have passed.
+DEFORMNET_FUZZ sets their number, DEFORMNET_FUZZ_SEED their seed. The next seeds follow until
+DEFORMNET_FUZZ_SECONDS have passed.
 """
 
 import os

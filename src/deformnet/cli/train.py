@@ -224,8 +224,9 @@ def _shaped_like(recipe: Recipe, run: Path) -> Recipe:
     file = run / "recipe.json"
     if file.is_file():
         old = Recipe.load(file)
-    elif run.suffix == ".safetensors" and (card := run.with_suffix(".json")).is_file():
-        content = read_json(card)
+    elif run.suffix == ".safetensors" and run.is_file():
+        card = run.with_suffix(".json")
+        content = read_json(card) if card.is_file() else None
         described = content.get("recipe") if isinstance(content, dict) else None
         if not isinstance(described, dict):
             return recipe  # not a card; an error follows when the weights are read

@@ -351,17 +351,42 @@ def _is_polygons(value: object) -> bool:
 
 
 def _is_rle(value: object) -> bool:
-    """Whether a value is run-length encoded: its runs compressed to a string, or a list of them."""
+    """Whether a value is run-length encoded: its runs compressed to a string, or a list of them.
+
+    The runs must fill the mask, or there are none; otherwise, the evaluation does not end.
+    """
     if not isinstance(value, Mapping):
         return False
     size, runs = value.get("size"), value.get("counts")
-    numbers = runs if isinstance(runs, list) else []
+    if isinstance(runs, str | bytes):
+        runs = _decompressed(runs if isinstance(runs, bytes) else runs.encode())
     return (
         isinstance(size, Sequence)
         and len(size) == 2
-        and all(isinstance(number, int) and 0 <= number < 2**32 for number in (*size, *numbers))
-        and isinstance(runs, str | bytes | list)
+        and isinstance(runs, list)
+        and all(
+            isinstance(number, int | np.integer) and 0 <= number < 2**32
+            for number in (*size, *runs)
+        )
+        and (not runs or sum(runs) == size[0] * size[1])
     )
+
+
+def _decompressed(text: bytes) -> list[int]:
+    """The runs in COCO's compressed RLE: 5 bits a character, and differences from the third on."""
+    runs: list[int] = []
+    number = shift = 0
+    for character in text:
+        bits = character - 48
+        number |= (bits & 31) << shift
+        shift += 5
+        if bits & 32:
+            continue
+        if bits & 16:
+            number -= 1 << shift
+        runs.append(number + runs[-2] if len(runs) > 2 else number)
+        number = shift = 0
+    return runs
 
 
 def _is_number(value: object) -> bool:
